@@ -1,0 +1,127 @@
+"""What is asked of a model, and what it gives: the values that pass between the service and the backends.
+
+Pure values: no torch, no HTTP, no YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Vectors: TypeAlias = npt.NDArray[np.float32]
+"""The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
+
+
+class Output(StrEnum):
+    """A kind of representation that a model can return for a text."""
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+    MULTIVECTOR = "multivector"
+
+
+class Truncate(StrEnum):
+    """What to do with a text that has more tokens than the model takes."""
+
+    END = "end"
+    """Keep the first tokens (the default)."""
+    START = "start"
+    """Keep the last tokens."""
+    REFUSE = "refuse"
+    """Answer 400 ``context_length_exceeded``."""
+
+
+class ModelState(StrEnum):
+    """Where a model is in its life; shown in ``/v1/models`` and ``/health/ready``."""
+
+    DISABLED = "disabled"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded model is and can do.
+
+    Attributes:
+        fingerprint: hex sha256 over everything in the checkpoint that determines its vectors: the weights files, the
+            tokenizer, and the kind of pooling.
+        width: native dimensions of a dense vector.
+        dimensions: every accepted size of a dense vector, largest (``width``) first.
+        max_tokens: the longest text in tokens, special tokens included.
+        is_normalised: whether vectors have L2 norm 1 unless a request asks otherwise.
+        tasks: each task the model knows, with the instruction put before the text (may be empty).
+        default_task: the task of a request that names none; ``None`` for a model without tasks.
+        instruction: what is put before a text that has no task.
+    """
+
+    id: str
+    source: str
+    revision: str | None
+    fingerprint: str
+    width: int
+    dimensions: tuple[int, ...]
+    max_tokens: int
+    pooling: str
+    is_normalised: bool
+    device: str
+    dtype: str
+    engine: str
+    memory_bytes: int
+    outputs: tuple[Output, ...] = (Output.DENSE,)
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    default_task: str | None = None
+    instruction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedJob:
+    """Texts to embed with one model and one task.
+
+    Attributes:
+        task: one of ``ModelInfo.tasks``, or ``None`` for no task.
+        deadline: point on ``time.monotonic()`` after which nobody waits for the answer.
+        caller: whom the work is for; work of different callers shares the device fairly.
+    """
+
+    texts: Sequence[str]
+    task: str | None
+    truncate: Truncate
+    deadline: float
+    caller: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How long the stages of one request took, in seconds.
+
+    ``queue_s`` is the wait of the text that waited longest; ``inference_s`` the sum over the batches that held one of
+    the request's texts.
+    """
+
+    tokenise_s: float
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """What a backend returns for an :class:`EmbedJob`.
+
+    Attributes:
+        vectors: ``(n, width)`` float32, pooled, **not** normalised, in input order.
+        num_tokens: tokens of each text as the model saw it: after truncation, special tokens included.
+        truncated: indices of the texts that were cut, ascending.
+    """
+
+    vectors: Vectors
+    num_tokens: Sequence[int]
+    truncated: Sequence[int]
+    timings: Timings

@@ -1,0 +1,218 @@
+"""Every error of the gateway, as one tree.
+
+::
+
+    GatewayError
+    ├── StartError                      the process or a model cannot start
+    │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
+    │   └── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
+    └── RequestError                    one request failed; carries the HTTP status and the code
+        ├── BadInput               400
+        │   ├── ContextLengthExceeded
+        │   └── UnsupportedDimensions
+        ├── Unauthorized           401
+        ├── NotFound               404
+        │   └── ModelNotFound
+        ├── MethodNotAllowed       405
+        ├── SpaceMismatch          412
+        ├── BodyTooLarge           413
+        ├── Overloaded             429
+        ├── InternalError          500
+        │   ├── InferenceFailed
+        │   └── InvalidVectors
+        ├── ModelNotReady          503
+        │   ├── ModelUnavailable
+        │   └── ShuttingDown
+        ├── DeadlineExceeded       504
+        └── ClientDisconnected     499  (logged; nobody is there to read it)
+
+One handler in ``app.py`` renders a ``RequestError``; nothing else builds an error body.
+The table in ``docs/errors.md`` is generated from these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class GatewayError(Exception):
+    """Root of every error that the gateway raises on purpose."""
+
+
+# ---------------------------------------------------------------------------------------------------------- start
+
+
+class StartError(GatewayError):
+    """The process, or one model of it, cannot start."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One thing that is wrong in a configuration file.
+
+    ``line`` and ``column`` count from 1; both are 0 when the problem has no place in a file.
+    """
+
+    file: str
+    line: int
+    column: int
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
+
+
+class ConfigError(StartError):
+    """The registry or a setting is wrong; ``problems`` lists everything found, in file order."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = sorted(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class LoadError(StartError):
+    """A model cannot be loaded: its checkpoint is missing, corrupt, not supported, or does not fit."""
+
+
+# -------------------------------------------------------------------------------------------------------- request
+
+
+class RequestError(GatewayError):
+    """One request failed, for a reason that its caller is told.
+
+    Attributes:
+        status: HTTP status of the answer.
+        type: OpenAI's error ``type``.
+        code: machine-readable ``code``, stable across releases.
+        param: the request field at fault, if one is.
+        retry_after_s: whole seconds after which a new try makes sense, 1 to 120; sent as ``Retry-After``.
+        is_permanent: a retry of the same request cannot succeed; sent as ``x-should-retry: false``.
+    """
+
+    status: ClassVar[int]
+    type: ClassVar[str]
+    code: ClassVar[str]
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None, is_permanent: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = None if retry_after_s is None else min(120, max(1, retry_after_s))
+        self.is_permanent = is_permanent
+
+
+class BadInput(RequestError):
+    """A field is missing, malformed, or has a value that is not accepted."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_input"
+
+
+class ContextLengthExceeded(BadInput):
+    """A text is longer than the model takes, and the request said ``truncate: false``."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedDimensions(BadInput):
+    """``dimensions`` is not a size that the model can return."""
+
+    code = "unsupported_dimensions"
+
+
+class Unauthorized(RequestError):
+    """API keys are configured, and the request carries none of them."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class NotFound(RequestError):
+    """No such path."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model, alias or source has that name."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, but not with that HTTP method."""
+
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class SpaceMismatch(RequestError):
+    """``x-gateway-expect-space`` names another space than the one the vectors would come from."""
+
+    status, type, code = 412, "invalid_request_error", "space_mismatch"
+
+
+class BodyTooLarge(RequestError):
+    """The request body is larger than the limit."""
+
+    status, type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class Overloaded(RequestError):
+    """The model's queue is full; nothing was computed. Retry after the seconds in ``Retry-After``."""
+
+    status, type, code = 429, "rate_limit_error", "overloaded"
+
+
+class InternalError(RequestError):
+    """A fault of the gateway. The message is fixed and names the request id; the log has the traceback."""
+
+    status, type, code = 500, "server_error", "internal_error"
+
+
+class InferenceFailed(InternalError):
+    """The model's forward pass raised; the next request is not affected."""
+
+    code = "inference_failed"
+
+
+class InvalidVectors(InternalError):
+    """The model returned vectors that are not finite or not of the promised width; none is handed out."""
+
+    code = "invalid_vectors"
+
+
+class ModelNotReady(RequestError):
+    """The model is still loading. Retry after the seconds in ``Retry-After``."""
+
+    status, type, code = 503, "server_error", "model_not_ready"
+
+
+class ModelUnavailable(ModelNotReady):
+    """The model is disabled or failed to load; a retry does not help until the operator acts."""
+
+    code = "model_unavailable"
+
+
+class ShuttingDown(ModelNotReady):
+    """The gateway is stopping; another replica, or the restarted one, will answer."""
+
+    code = "shutting_down"
+
+
+class DeadlineExceeded(RequestError):
+    """The request was not done within its time limit; its queued texts were dropped."""
+
+    status, type, code = 504, "server_error", "deadline_exceeded"
+
+
+class ClientDisconnected(RequestError):
+    """The client went away before the answer; its queued texts were dropped."""
+
+    status, type, code = 499, "invalid_request_error", "client_disconnected"
