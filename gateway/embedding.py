@@ -125,3 +125,27 @@ class Embeddings:
     num_tokens: Sequence[int]
     truncated: Sequence[int]
     timings: Timings
+
+
+TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
+"""Tasks by their canonical names, which are Jina's."""
+
+_TASK_SYNONYMS = {
+    # Cohere's and Voyage's input types, and the usual names of prompts in sentence-transformers checkpoints.
+    "query": "retrieval.query",
+    "search_query": "retrieval.query",
+    "document": "retrieval.passage",
+    "passage": "retrieval.passage",
+    "search_document": "retrieval.passage",
+    "clustering": "separation",
+}
+
+
+def canonical_task(name: str) -> str:
+    """Return the canonical name of a task; a name that is not known comes back as it is."""
+    return _TASK_SYNONYMS.get(name, name)
+
+
+def known_task_names() -> list[str]:
+    """Return every name that :func:`canonical_task` understands."""
+    return [*TASKS, *_TASK_SYNONYMS]

@@ -26,7 +26,7 @@
         ├── DeadlineExceeded       504
         └── ClientDisconnected     499  (logged; nobody is there to read it)
 
-One handler in ``app.py`` renders a ``RequestError``; nothing else builds an error body.
+The middleware is the one exit: it renders a ``RequestError``, and nothing else builds an error body.
 The table in ``docs/errors.md`` is generated from these classes.
 """
 

@@ -1,0 +1,91 @@
+# `make` lists the targets. The work of `make install` is done by requirements/install.sh.
+
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+SHELL := /bin/sh
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The Python that .venv is made with: empty means the first of python3.11, python3.12, python3.13 and python3 that fits.
+PYTHON ?=
+# A further package index that torch is looked for in. https://download.pytorch.org/whl/cpu has a build of torch without
+# CUDA, which saves some gigabytes on a machine without a GPU.
+TORCH_INDEX ?=
+# Arguments for the command behind run, test, bench and lock: make test ARGS="-x tests/test_vectors.py"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/install.sh
+# A change of any of these makes the next `make install` do its work; without one it ends at once.
+INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh requirements/torch.lock requirements/run.lock requirements/build.lock
+
+##@ Use
+.PHONY: help install run
+
+help: ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '\nVariables\n'
+	@printf '  %-12s %s\n' \
+	  PYTHON 'Python 3.11, 3.12 or 3.13 for .venv' \
+	  TORCH_INDEX 'index with another build of torch, for example, without a GPU,' \
+	  '' 'make install TORCH_INDEX=https://download.pytorch.org/whl/cpu' \
+	  '' '(to change one of these two later: make clean first)' \
+	  ARGS 'more arguments for run, test, bench, lock: make test ARGS="-x -k vectors"' \
+	  'GATEWAY_*' 'settings of the gateway: make run GATEWAY_PORT=8080'
+
+install: $(VENV)/.installed-run ## Put the gateway and what it needs to run into .venv
+
+run: install ## Install if need be, then serve
+	@exec $(BIN)/gateway serve $(ARGS)
+
+##@ Develop
+.PHONY: install-dev test check format docs bench lock clean
+
+install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
+
+test: install-dev ## Run the tests
+	$(BIN)/pytest $(ARGS)
+
+check: install-dev ## Check format, lint, types, imports, generated docs and the locks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py
+	$(BIN)/python docs/generate.py --check
+	@$(INSTALL) verify
+
+format: install-dev ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: install-dev ## Write the generated parts of the documentation
+	$(BIN)/python docs/generate.py
+
+bench: install-dev ## Measure the start
+	$(BIN)/python bench/startup.py $(ARGS)
+
+lock: build/lock/.installed ## Pin what pyproject.toml asks for (ARGS=--upgrade: newest versions)
+	build/lock/bin/python requirements/lock.py $(ARGS)
+
+clean: ## Remove .venv, caches and build results
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment holds its own path. In one that came here by a copy or a move of the folder, the commands would
+# still run the old folder's code, so it is made anew.
+ifneq ($(shell cat $(VENV)/.made-in 2>/dev/null),$(CURDIR))
+$(VENV)/.installed-run: FORCE
+endif
+.PHONY: FORCE
+
+$(VENV)/.installed-run: $(INSTALLED_FROM)
+	@$(INSTALL) run
+
+$(VENV)/.installed-dev: $(VENV)/.installed-run requirements/dev.lock
+	@$(INSTALL) dev
+
+build/lock/.installed: requirements/install.sh
+	@$(INSTALL) lock-tools

@@ -1,0 +1,266 @@
+"""The OpenAI dialect: embeddings and models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeGuard, TypeVar
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from gateway.api.json_body import Json, describe, parse_object
+from gateway.api.schema import EmbeddingsAnswer, EmbeddingsBody, ErrorBody, ModelCard, ModelList
+from gateway.api.token_ids import TokenIdDecoder
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.errors import BadInput, ClientDisconnected, ModelNotFound
+from gateway.middleware import RequestContext
+from gateway.routing.spaces import space_id
+from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
+from gateway.vectors import Encoding, encode
+
+# A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
+_MAX_LISTED_INDICES = 100
+_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Any error."}}
+_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}}
+}
+T = TypeVar("T")
+
+
+def openai_router(service: EmbeddingService, registry: Registry, fleet: Fleet, settings: Settings) -> APIRouter:
+    """Return the routes of the dialect, with and without ``/v1``."""
+    router = APIRouter(tags=["OpenAI"])
+    decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
+
+    async def embeddings(request: Request) -> Response:
+        """Embed one text or many. The same path without `/v1` works as well."""
+        context = RequestContext.of(request)
+        body = EmbeddingsBody.parse(parse_object(await request.body()))
+        texts = parse_input(body.input, settings.max_inputs, decoder)
+        encoding = body.wanted_encoding
+        answer = await _unless_disconnected(
+            request,
+            service.embed(
+                EmbedRequest(
+                    texts=texts,
+                    model=body.model or None,
+                    timeout_s=_timeout_s(request, settings.request_timeout_s),
+                    caller=context.caller,
+                    task=body.wanted_task,
+                    dimensions=body.wanted_dimensions,
+                    is_normalised=body.wants_normalised,
+                    truncate=body.wanted_truncation,
+                    outputs=body.wanted_outputs,
+                    is_late_chunked=bool(body.late_chunking),
+                    expect_space=request.headers.get("x-gateway-expect-space"),
+                )
+            ),
+        )
+        context.describe(model=answer.model, task=answer.task, num_texts=len(texts), num_tokens=answer.num_tokens)
+        return Response(
+            render_answer(answer, encoding), media_type="application/json", headers=_headers(answer, context.elapsed_s)
+        )
+
+    async def list_models(request: Request) -> Response:
+        """List every model of the registry, ready or not."""
+        cards = [model_card(model, registry).model_dump() for model in fleet]
+        return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
+
+    async def retrieve_model(model_id: str) -> Response:
+        """Describe one model, by its id or an alias."""
+        alias = registry.aliases.get(model_id)
+        model = fleet.get(alias.model if alias else model_id)
+        if model is None:
+            known = ", ".join(model.id for model in fleet)
+            raise ModelNotFound(f"no model is called {model_id!r}; there are: {known}", param="model")
+        return Response(model_card(model, registry).model_dump_json(), media_type="application/json")
+
+    for prefix, is_shown in (("/v1", True), ("", False)):
+        router.add_api_route(
+            f"{prefix}/embeddings",
+            embeddings,
+            methods=["POST"],
+            responses={200: {"model": EmbeddingsAnswer}, **_ERRORS},
+            openapi_extra=_BODY,
+            include_in_schema=is_shown,
+        )
+        router.add_api_route(
+            f"{prefix}/models",
+            list_models,
+            responses={200: {"model": ModelList}, **_ERRORS},
+            include_in_schema=is_shown,
+        )
+        router.add_api_route(
+            f"{prefix}/models/{{model_id:path}}",
+            retrieve_model,
+            responses={200: {"model": ModelCard}, **_ERRORS},
+            include_in_schema=is_shown,
+        )
+    return router
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+
+def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
+    """Read the union that ``input`` is: a text, texts, ``{"text": …}`` objects, or token ids.
+
+    Raises:
+        BadInput: it is of another type, empty, or has more than ``max_inputs`` items.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise BadInput(f"`input` must be a string or a list of strings, got {describe(value)}", param="input")
+    if not value:
+        raise BadInput("`input` is an empty list; send at least one text", param="input")
+    if _are_token_ids(value):
+        return [decoder.decode(value, "`input`")]
+    if len(value) > max_inputs:
+        raise BadInput(
+            f"`input` has {len(value)} items, the limit is {max_inputs}: send several requests", param="input"
+        )
+    return [
+        item if isinstance(item, str) else _parse_item(item, f"`input[{i}]`", decoder) for i, item in enumerate(value)
+    ]
+
+
+def _parse_item(item: Json, where: str, decoder: TokenIdDecoder) -> str:
+    match item:
+        case {"text": str(text)}:
+            return text
+        case list() if item and _are_token_ids(item):
+            return decoder.decode(item, where)
+        case _:
+            raise BadInput(
+                f'{where} must be a string, {{"text": string}} or a list of token ids, got {describe(item)}',
+                param="input",
+            )
+
+
+def _are_token_ids(items: list[Json]) -> TypeGuard[list[int]]:
+    return all(type(item) is int for item in items)  # a bool is an int too, but no token id
+
+
+def _timeout_s(request: Request, limit_s: float) -> float:
+    """Return how long the answer is of use: OpenAI's clients say how long they wait."""
+    try:
+        patience_s = float(request.headers["x-stainless-read-timeout"])
+    except (KeyError, ValueError):
+        return limit_s
+    return min(limit_s, patience_s) if patience_s > 0 else limit_s
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, and cancel it when the client goes away, so that nothing is computed for nobody.
+
+    Raises:
+        ClientDisconnected: the client went away first.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected("the client closed the connection before the answer")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------------- answer
+
+
+def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
+    """Write an answer as JSON; float32 in the shortest form that reads back exactly."""
+    rows = encode(answer.vectors, encoding)
+    return orjson.dumps(
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+            "model": answer.name,
+            "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+
+
+def _headers(answer: EmbedAnswer, elapsed_s: float) -> dict[str, str]:
+    timings = answer.timings
+    stages = {
+        "tokenise": timings.tokenise_s,
+        "queue": timings.queue_s,
+        "inference": timings.inference_s,
+        "total": elapsed_s,
+    }
+    headers = {
+        "x-gateway-model": answer.model,
+        "x-gateway-space": answer.space,
+        "server-timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
+    }
+    if answer.task is not None:
+        headers["x-gateway-task"] = answer.task
+    if answer.truncated:
+        headers["x-gateway-truncated"] = _list_indices(answer.truncated)
+    return headers
+
+
+def _list_indices(indices: Sequence[int]) -> str:
+    listed = ",".join(str(i) for i in indices[:_MAX_LISTED_INDICES])
+    more = len(indices) - _MAX_LISTED_INDICES
+    return f"{listed},+{more}" if more > 0 else listed
+
+
+def model_card(model: Model, registry: Registry) -> ModelCard:
+    """Describe a model for ``/v1/models``."""
+    info = model.info
+    card = ModelCard(
+        id=model.id,
+        object="model",
+        created=model.created,
+        owned_by=model.entry.backend,
+        source=model.entry.source,
+        revision=model.entry.revision,
+        state=model.state.value,
+        reason=model.reason or None,
+        aliases=[alias.name for alias in registry.aliases.values() if alias.model == model.id],
+        width=None,
+        dimensions=[],
+        max_tokens=None,
+        tasks=[],
+        default_task=None,
+        outputs=[],
+        space=None,
+        spaces={},
+        device=None,
+        dtype=None,
+    )
+    if info is None:
+        return card
+
+    def space(task: str | None) -> str:
+        return space_id(info, task, info.width, is_normalised=info.is_normalised)
+
+    return card.model_copy(
+        update={
+            "width": info.width,
+            "dimensions": list(info.dimensions),
+            "max_tokens": info.max_tokens,
+            "tasks": list(info.tasks),
+            "default_task": info.default_task,
+            "outputs": [output.value for output in info.outputs],
+            "space": space(info.default_task),
+            "spaces": {task: space(task) for task in info.tasks},
+            "device": info.device,
+            "dtype": info.dtype,
+        }
+    )

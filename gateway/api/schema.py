@@ -1,0 +1,242 @@
+"""Wire types of the OpenAI dialect: what is accepted, what is returned. OpenAPI is generated from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from gateway.api.json_body import Json, describe
+from gateway.embedding import Output, Truncate
+from gateway.errors import BadInput
+from gateway.vectors import Encoding
+
+_INPUT_SCHEMA = {
+    "description": "The text to embed, or a list of up to 2,048 (configurable). Token ids (a list of integers, or such "
+    "lists) are read as cl100k_base, as LangChain sends them.",
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            },
+        },
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+    ],
+}
+
+_TRUNCATIONS = {
+    True: Truncate.END,
+    False: Truncate.REFUSE,
+    "END": Truncate.END,
+    "right": Truncate.END,
+    "START": Truncate.START,
+    "left": Truncate.START,
+    "NONE": Truncate.REFUSE,
+}
+_ENCODING = "`float`, `base64`, `binary` or `ubinary`"
+EncodingName = Literal["float", "base64", "binary", "ubinary"]
+T = TypeVar("T", bool, int, str)
+
+
+class EmbeddingsBody(BaseModel):
+    """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
+    model: str | None = Field(
+        None, description="Model id, alias, the source's own name, or `id:task`.", title="a string"
+    )
+    dimensions: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Size of the vectors, from the model's list.", title="a positive integer"
+    )
+    output_dimension: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Same as `dimensions`.", title="a positive integer"
+    )
+    encoding_format: EncodingName | None = Field(
+        None, description="How vectors are written; `float` by default.", title=_ENCODING
+    )
+    embedding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
+    encoding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
+    task: str | None = Field(
+        None,
+        description="What the vectors are for, such as `retrieval.query`; ignored by models without tasks.",
+        title="a string",
+    )
+    input_type: str | None = Field(None, description="Same as `task`.", title="a string")
+    normalized: bool | None = Field(
+        None, description="Whether vectors have L2 norm 1; by default as the model does.", title="true or false"
+    )
+    normalize: bool | None = Field(None, description="Same as `normalized`.", title="true or false")
+    truncate: bool | Literal["NONE", "END", "START", "left", "right"] | None = Field(
+        None,
+        description="What to do with texts that are too long: keep the start (`true`, `END`, `right`; the default), keep "
+        "the end (`START`, `left`), or answer 400 (`false`, `NONE`).",
+        title="true, false, `END`, `START`, `NONE`, `right` or `left`",
+    )
+    late_chunking: bool | None = Field(
+        None, description="Embed the inputs as chunks of one document.", title="true or false"
+    )
+    outputs: Annotated[list[Literal["dense", "sparse", "multivector"]], Field(min_length=1)] | None = Field(
+        None,
+        description="What to return for each text; `dense` by default.",
+        title="a list of `dense`, `sparse`, `multivector`",
+    )
+    user: Any = Field(None, description="Accepted and ignored.")
+
+    @classmethod
+    def parse(cls, content: dict[str, Json]) -> EmbeddingsBody:
+        """Validate a parsed body.
+
+        Raises:
+            BadInput: a field is missing or has a value that is not accepted; names the first such field.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            field = str(error.errors(include_url=False)[0]["loc"][0])
+        if field not in content:
+            raise BadInput(f"`{field}` is required", param=field)
+        raise BadInput(
+            f"`{field}` must be {cls.model_fields[field].title}, got {describe(content[field])}", param=field
+        )
+
+    @property
+    def wanted_dimensions(self) -> int | None:
+        return _only(dimensions=self.dimensions, output_dimension=self.output_dimension)
+
+    @property
+    def wanted_encoding(self) -> Encoding:
+        name = _only(
+            encoding_format=self.encoding_format, embedding_type=self.embedding_type, encoding_type=self.encoding_type
+        )
+        return Encoding(name or "float")
+
+    @property
+    def wanted_task(self) -> str | None:
+        return _only(task=self.task or None, input_type=self.input_type or None)  # "" means absent
+
+    @property
+    def wants_normalised(self) -> bool | None:
+        return _only(normalized=self.normalized, normalize=self.normalize)
+
+    @property
+    def wanted_truncation(self) -> Truncate:
+        return Truncate.END if self.truncate is None else _TRUNCATIONS[self.truncate]
+
+    @property
+    def wanted_outputs(self) -> tuple[Output, ...]:
+        return tuple(Output(name) for name in self.outputs or ("dense",))
+
+
+def _only(**synonyms: T | None) -> T | None:
+    """Return the one value that fields of the same meaning have.
+
+    Raises:
+        BadInput: two of them differ; which one was meant cannot be known.
+    """
+    given = {name: value for name, value in synonyms.items() if value is not None}
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"`{name}` says {describe(value)}" for name, value in given.items())
+        raise BadInput(f"{said}: they mean the same, leave one out", param=next(iter(given)))
+    return next(iter(given.values()), None)
+
+
+class Embedding(BaseModel):
+    """The vector of one text."""
+
+    object: Literal["embedding"]
+    index: int = Field(description="Place of the text in the input.")
+    embedding: list[float] | str = Field(description="A list of numbers, or base64 of little-endian float32.")
+
+
+class Usage(BaseModel):
+    """The model's own tokens, after truncation."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    """Vectors in input order."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str = Field(description="The name that was asked for; for an alias, the model that answered.")
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """What a client must know to choose a model. Sizes and tasks are known once the model is ready."""
+
+    id: str
+    object: Literal["model"]
+    created: int = Field(description="Unix time at which the model became ready; 0 before.")
+    owned_by: str
+    source: str
+    revision: str | None
+    state: Literal["disabled", "loading", "ready", "failed", "stopped"]
+    reason: str | None = Field(description="Why the model is not ready.")
+    aliases: list[str]
+    width: int | None = Field(description="Native dimensions.")
+    dimensions: list[int] = Field(description="Accepted values of `dimensions`.")
+    max_tokens: int | None
+    tasks: list[str]
+    default_task: str | None
+    outputs: list[str]
+    space: str | None = Field(description="Space of vectors with the default task and native dimensions.")
+    spaces: dict[str, str] = Field(description="Space of each task, with native dimensions.")
+    device: str | None
+    dtype: str | None
+
+
+class ModelList(BaseModel):
+    """Every model of the registry."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error has this body: three forms of one message, so that each kind of client shows it."""
+
+    error: ErrorDetail
+    detail: str
+    message: str
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class ModelHealth(BaseModel):
+    """State of one model."""
+
+    id: str
+    state: str
+    reason: str | None
+
+
+class Ready(BaseModel):
+    """Whether requests are answered, and the state of each model."""
+
+    status: Literal["ready", "not_ready"]
+    models: list[ModelHealth]

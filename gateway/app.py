@@ -1,0 +1,57 @@
+"""Put the gateway together: registry and settings in, ASGI application out."""
+
+from __future__ import annotations
+
+import difflib
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway import __version__
+from gateway.api.health import health_router
+from gateway.api.openai import openai_router
+from gateway.backends.fleet import Fleet
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.errors import InternalError, MethodNotAllowed, NotFound
+from gateway.middleware import GatewayMiddleware
+from gateway.routing.router import Router
+from gateway.service import EmbeddingService
+
+_DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
+
+Every path under `/v1` works without `/v1` too. Every error has the body `ErrorBody`.
+"""
+
+
+def create_app(registry: Registry, settings: Settings, fleet: Fleet) -> FastAPI:
+    """Return the application. It serves ``fleet`` as it is: whoever calls this starts and stops it."""
+    app: FastAPI = FastAPIOffline(
+        title="Embedding gateway",
+        description=_DESCRIPTION,
+        version=__version__,
+        redoc_url=None,
+    )
+    service = EmbeddingService(Router(registry, fleet))
+    app.include_router(openai_router(service, registry, fleet, settings))
+    app.include_router(health_router(fleet))
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(GatewayMiddleware, settings=settings)
+    return app
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Turn what the framework raises for a wrong path or method into our own errors, for the one exit."""
+    assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
+    path = request.url.path
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("Allow", "")
+        raise MethodNotAllowed(f"{request.method} is not allowed on {path}; use {allow}", allow=allow)
+    if error.status_code == 404:
+        near = difflib.get_close_matches(path, request.app.openapi()["paths"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "embeddings are at POST /v1/embeddings, models at GET /v1/models"
+        raise NotFound(f"no such path: {path}; {hint}")
+    raise InternalError(f"unexpected status {error.status_code} from the framework")

@@ -1,0 +1,76 @@
+"""A backend without a model: its vectors can be told by eye. For tests, and for timing everything but the model."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Truncate
+from gateway.errors import ContextLengthExceeded, ModelNotReady
+
+
+class FakeBackend:
+    """Embeds a text as ``[number of words, 1, 0, 0, …]``; a token is a word.
+
+    Args:
+        info: what it claims to be.
+        delay_s: how long each job takes.
+        on_embed: called with each job first; may raise what the backend should fail with.
+    """
+
+    def __init__(
+        self, info: ModelInfo, *, delay_s: float = 0.0, on_embed: Callable[[EmbedJob], None] = lambda _job: None
+    ) -> None:
+        self._info = info
+        self._delay_s = delay_s
+        self._on_embed = on_embed
+        self._is_running = False
+
+    async def start(self) -> ModelInfo:
+        self._is_running = True
+        return self._info
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        if not self._is_running:
+            raise ModelNotReady("the fake backend is not started")
+        self._on_embed(job)
+        await asyncio.sleep(self._delay_s)
+        words = [len(text.split()) for text in job.texts]
+        limit = self._info.max_tokens
+        if job.truncate is Truncate.REFUSE and max(words) > limit:
+            raise ContextLengthExceeded(f"This model's maximum context length is {limit} tokens", param="input")
+        vectors = np.zeros((len(words), self._info.width), dtype=np.float32)
+        vectors[:, 0] = np.minimum(words, limit)
+        vectors[:, 1] = 1
+        return Embeddings(
+            vectors=vectors,
+            num_tokens=[min(n, limit) for n in words],
+            truncated=[i for i, n in enumerate(words) if n > limit],
+            timings=Timings(0.0, 0.0, self._delay_s),
+        )
+
+    async def stop(self) -> None:
+        self._is_running = False
+
+
+def fake_info(model_id: str = "fake", width: int = 8, **changes: object) -> ModelInfo:
+    """Return the description of a fake model; ``changes`` replace single fields of it."""
+    fields: dict[str, object] = {
+        "id": model_id,
+        "source": f"fake/{model_id}",
+        "revision": None,
+        "fingerprint": hashlib.sha256(model_id.encode()).hexdigest(),
+        "width": width,
+        "dimensions": (width,),
+        "max_tokens": 256,
+        "pooling": "mean",
+        "is_normalised": True,
+        "device": "cpu",
+        "dtype": "float32",
+        "engine": "fake",
+        "memory_bytes": 0,
+    }
+    return ModelInfo(**{**fields, **changes})  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""All models of the registry: which are enabled, how far each has come, and why one failed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from gateway.backends.base import Backend
+from gateway.backends.infinity import InfinityBackend
+from gateway.config.registry import ModelEntry, Registry
+from gateway.config.settings import Settings
+from gateway.embedding import ModelInfo, ModelState
+from gateway.errors import LoadError, StartError
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+_NO_ACCELERATOR = "no accelerator is present (`enabled: true` in the registry runs it on the CPU)"
+_SWITCHED_OFF = "switched off in the registry (`enabled: false`)"
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """One model of the registry and where it is in its life.
+
+    Attributes:
+        info: what the model is; known once it is ready.
+        reason: why it is disabled or failed; empty otherwise.
+        created: Unix time at which it became ready, for OpenAI's ``created``.
+    """
+
+    entry: ModelEntry
+    backend: Backend
+    state: ModelState = ModelState.LOADING
+    info: ModelInfo | None = None
+    reason: str = ""
+    created: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.entry.id
+
+
+class Fleet:
+    """The models of a registry, in its order.
+
+    ``started`` is set when every enabled model is ready or has failed.
+    """
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._models = {model.id: model for model in models}
+        self.started = asyncio.Event()
+
+    @classmethod
+    def from_registry(cls, registry: Registry, settings: Settings) -> Fleet:
+        return cls([Model(entry, InfinityBackend(entry, settings)) for entry in registry.models])
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def get(self, model_id: str) -> Model | None:
+        return self._models.get(model_id)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the gateway can take traffic: loading has ended, and a model answers."""
+        return self.started.is_set() and any(model.state is ModelState.READY for model in self)
+
+    async def start(self, configure: Callable[[], None] = lambda: None) -> None:
+        """Load the enabled models, one after the other, so that each sees the memory that the others left.
+
+        A model that cannot be loaded is ``failed`` with its reason, and the others serve.
+
+        Args:
+            configure: called once in a thread before the first model is loaded.
+
+        Raises:
+            StartError: a model that the registry calls ``required`` is not ready.
+        """
+        await asyncio.to_thread(configure)
+        for model in self:
+            if reason := await asyncio.to_thread(why_disabled, model.entry):
+                model.state, model.reason = ModelState.DISABLED, reason
+        for model in self:
+            if model.state is ModelState.LOADING:
+                await self._load(model)
+            metrics.MODEL_READY.labels(model.id).set(model.state is ModelState.READY)
+        self.started.set()
+        lost = [model for model in self if model.entry.required and model.state is not ModelState.READY]
+        if lost:
+            raise StartError("\n".join(f"{model.id} is required, but {model.reason}" for model in lost))
+
+    async def _load(self, model: Model) -> None:
+        log.info("model_loading", model=model.id, source=model.entry.source)
+        started = time.monotonic()
+        try:
+            model.info = await model.backend.start()
+        except LoadError as error:
+            model.state, model.reason = ModelState.FAILED, f"failed to load: {error}"
+            log.error("model_failed", model=model.id, reason=str(error))
+        except Exception as error:  # a checkpoint can make the libraries raise anything; the others must still serve
+            model.state, model.reason = ModelState.FAILED, f"failed to load: {type(error).__name__}: {error}"
+            log.exception("model_failed", model=model.id)
+        else:
+            model.state, model.created = ModelState.READY, int(time.time())
+            log.info("model_ready", model=model.id, seconds=round(time.monotonic() - started, 2))
+
+    async def stop(self) -> None:
+        """Stop every model; requests that still wait get an error."""
+        for model in self:
+            await model.backend.stop()
+            if model.state is ModelState.READY:
+                model.state, model.reason = ModelState.STOPPED, "the gateway is shutting down"
+                metrics.MODEL_READY.labels(model.id).set(0)
+
+
+def why_disabled(entry: ModelEntry) -> str:
+    """Return why the registry does not enable a model on this machine; empty if it does.
+
+    Imports torch only when the answer depends on it.
+    """
+    if entry.enabled is False:
+        return _SWITCHED_OFF
+    if entry.enabled == "auto":
+        from gateway.engine.devices import has_accelerator
+
+        return "" if has_accelerator() else _NO_ACCELERATOR
+    return ""

@@ -1,0 +1,124 @@
+"""The command line: parse, call, print.
+
+A command imports what it needs inside itself, so that ``--help`` and ``check`` stay fast and need no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from gateway import __version__
+from gateway.config.registry import Registry, load_registry
+from gateway.config.settings import load_settings
+from gateway.errors import ConfigError, StartError
+
+if TYPE_CHECKING:
+    from gateway.backends.fleet import Fleet
+
+app = typer.Typer(
+    name="gateway",
+    help="Several embedding models behind one OpenAI-style endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Its tracebacks show local variables, and with them API keys.
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"gateway {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gateway(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    models: Annotated[Path | None, typer.Option(help="The registry to serve.")] = None,
+) -> None:
+    """Serve the models of the registry over HTTP."""
+    from gateway.server import serve as serve_http
+    from gateway.telemetry.logs import configure_logs
+
+    try:
+        settings = load_settings(os.environ, host=host, port=port, models=models)
+        registry = load_registry(settings.models, os.environ)
+    except ConfigError as error:
+        _fail(error)
+    configure_logs(settings.log_level, settings.log_format)
+    try:
+        exit_code = asyncio.run(serve_http(registry, settings, _announce))
+    except StartError as error:
+        _fail(error)
+    raise typer.Exit(exit_code)
+
+
+@app.command()
+def check(
+    file: Annotated[Path | None, typer.Argument(help="The registry to check. By default GATEWAY_MODELS.")] = None,
+) -> None:
+    """Check models.yaml: print every problem with its line and column, and exit 1 if there is one."""
+    path, registry = _read_registry(file)
+    typer.echo(f"{path}: ok, {_summary(registry)}")
+
+
+@app.command()
+def models(
+    file: Annotated[Path | None, typer.Argument(help="The registry to read. By default GATEWAY_MODELS.")] = None,
+) -> None:
+    """List what would load: each model, where, in how much memory. Loads and downloads nothing."""
+    from gateway.reports import print_plan
+
+    _path, registry = _read_registry(file)
+    print_plan(registry)
+
+
+def _read_registry(file: Path | None) -> tuple[Path, Registry]:
+    try:
+        path = file or load_settings(os.environ).models
+        return path, load_registry(path, os.environ)
+    except ConfigError as error:
+        _fail(error)
+
+
+def _fail(error: StartError) -> NoReturn:
+    typer.echo(str(error), err=True)
+    raise typer.Exit(1)
+
+
+def _announce(fleet: Fleet, base_url: str) -> None:
+    from gateway.reports import print_fleet
+
+    print_fleet(fleet, base_url)
+
+
+def _summary(registry: Registry) -> str:
+    return f"{_count(len(registry.models), 'model', 'models')}, {_count(len(registry.aliases), 'alias', 'aliases')}"
+
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The kinds of values that stand in ``models.yaml``: names, sources, hashes, versions.
+
+Each is a type that checks itself and says in plain English what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from gateway.config.wording import describe, quote
+
+SUPPORTED_VERSIONS = (1,)
+
+# Each part of a name starts with a letter or digit: `//`, a last `/` and `..` do not survive in a URL.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_HUB_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfolder>.+))?")
+_FOLDER_STARTS = ("/", "./", "../", "~")
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's checkpoint is.
+
+    Attributes:
+        name: the hub repo ``owner/name``, the folder's path, or the package's import name.
+        subfolder: folder inside the package; empty for the package itself, and for the other kinds.
+    """
+
+    kind: Literal["hub", "folder", "package"]
+    name: str
+    subfolder: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Read a ``source`` as it stands in the file.
+
+        Raises:
+            ValueError: it is none of the three kinds.
+        """
+        if text.startswith(_FOLDER_STARTS):
+            return cls("folder", text)
+        package = _PACKAGE.fullmatch(text)
+        if package and _is_inside(package["subfolder"] or "."):
+            return cls("package", package["name"], package["subfolder"] or "")
+        if _HUB_REPO.fullmatch(text):
+            return cls("hub", text)
+        raise ValueError(
+            f"must be a hub repo such as `BAAI/bge-m3`, a folder that starts with `/`, `./`, `../` or `~`, "
+            f"or `package:NAME/sub/folder`, got {quote(text)}"
+        )
+
+
+def _is_inside(path: str) -> bool:
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
+
+
+# Checks, each as the last step of a type below.
+
+
+def _check_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(
+            "must be made of letters, digits and `.`, `_`, `-`, with `/` between parts that start with a letter or "
+            f"digit, got {quote(text)}; `:` and `@` are taken (`id:task`, `space@hash`)"
+        )
+    return text
+
+
+def _check_device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", text):
+        raise ValueError(f"must be one of `auto`, `cpu`, `cuda`, `cuda:N` (such as `cuda:0`), got {quote(text)}")
+    return text
+
+
+def _check_file_name(text: str) -> str:
+    if not text or not _is_inside(text):
+        raise ValueError(f"must be the name of a file inside the checkpoint, got {quote(text)}")
+    return text
+
+
+def _check_sha256(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError(f"must be the 64 lowercase hex digits that `sha256sum FILE` prints, got {quote(text)}")
+    return text
+
+
+def _check_not_empty(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    # Rather than `min_length`, which pydantic also finds broken when every entry has a problem of its own.
+    if not values:
+        raise ValueError("must have at least one entry, got an empty list")
+    return values
+
+
+def _check_unique(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"lists {quote(str(value))} twice")
+    return values
+
+
+def _check_enabled(value: object) -> object:
+    if value != "auto" and not isinstance(value, bool):  # `1` equals True, so that Literal would take it
+        raise ValueError(f"must be one of `auto`, `true`, `false`, got {describe(value)}")
+    return value
+
+
+def _check_version(value: object) -> object:
+    if type(value) is not int or value not in SUPPORTED_VERSIONS:  # `true` and `1.0` equal 1
+        supported = ", ".join(str(version) for version in SUPPORTED_VERSIONS)
+        raise ValueError(f"is not a version that this gateway reads, got {describe(value)}; supported: {supported}")
+    return value
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_check_name)]
+Device: TypeAlias = Annotated[str, AfterValidator(_check_device)]
+Enabled: TypeAlias = Annotated[Literal["auto", True, False], BeforeValidator(_check_enabled)]
+FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
+Sha256: TypeAlias = Annotated[str, AfterValidator(_check_sha256)]
+Version: TypeAlias = Annotated[Literal[1], BeforeValidator(_check_version)]
+NonEmptyText: TypeAlias = Annotated[str, Field(min_length=1)]
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Listed: TypeAlias = Annotated[tuple[_Item, ...], AfterValidator(_check_not_empty)]
+Distinct: TypeAlias = Annotated[tuple[_Item, ...], AfterValidator(_check_unique)]
+DistinctListed: TypeAlias = Annotated[
+    tuple[_Item, ...], AfterValidator(_check_not_empty), AfterValidator(_check_unique)
+]

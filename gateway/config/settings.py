@@ -1,0 +1,171 @@
+"""Settings of the process: the environment variables ``GATEWAY_*``.
+
+What models there are stands in ``models.yaml`` instead. The table in ``docs/configuration.md`` is generated from the
+field descriptions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from gateway.config.wording import did_you_mean, explain
+from gateway.errors import ConfigError, Problem
+
+ENV_PREFIX: Final = "GATEWAY_"
+
+# Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
+_SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
+_SERVICE_LINK_HINT = (
+    "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
+)
+
+
+def _split_keys(value: object) -> object:
+    """Split comma-separated keys; the message of a problem must not show one."""
+    if not isinstance(value, str):
+        return value
+    keys = tuple(key.strip() for key in value.split(","))
+    if not all(keys):
+        raise ValueError("has an empty key before, between or after its commas; leave it unset to turn keys off")
+    return keys
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+class Settings(BaseSettings):
+    """Settings of one gateway process.
+
+    Made by :func:`load_settings`. The constructor reads no environment, so that a test, or a program that embeds the
+    gateway, gets exactly what it passes.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on; `0.0.0.0` for all.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any that is free.")
+    models: Path = Field(default=Path("models.yaml"), description="The registry of models.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
+        default=(), description="Keys that clients may send, comma-separated. Empty: no key is asked for."
+    )
+    max_body_bytes: int = Field(
+        default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
+    )
+    max_inputs: int = Field(default=2048, ge=1, description="The most texts in one request; 400 beyond.")
+    max_queue_texts: int = Field(
+        default=16_384, ge=1, description="The most texts that wait in the queue of one model; 429 beyond."
+    )
+    max_queue_tokens: int = Field(
+        default=4_000_000, ge=1, description="The most tokens that wait in the queue of one model; 429 beyond."
+    )
+    request_timeout_s: float = Field(
+        default=300.0, gt=0, allow_inf_nan=False, description="Seconds that a request may take; 504 beyond."
+    )
+    shutdown_grace_s: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to end when stopping."
+    )
+    cpu_threads: int = Field(
+        default=0, ge=0, description="Threads of a model that runs on the CPU; 0: chosen by the engine."
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        default="info", description="The least severe events that are logged."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="`json`: one object a line. `auto`: `console` on a terminal, else `json`."
+    )
+    tiktoken_cache_dir: Path | None = Field(
+        default=None,
+        description="Folder with tiktoken's vocabularies, to decode inputs that are sent as token ids. Without it such "
+        "inputs are refused.",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from the constructor only."""
+        return (init_settings,)
+
+
+class _GivenEnvironment(EnvSettingsSource):
+    """The environment that is passed in, where pydantic-settings reads ``os.environ``."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        super().__init__(Settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in self._environ.items() if value}
+
+
+def variable(field_name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"{ENV_PREFIX}{field_name.upper()}"
+
+
+def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
+    """Read and check the settings.
+
+    Args:
+        environ: the environment; an empty variable counts as unset.
+        overrides: values by field name that win over the environment, such as command-line options; ``None`` is none.
+
+    Raises:
+        ConfigError: a value is wrong or a ``GATEWAY_*`` variable is not known; lists every problem.
+        TypeError: an override is not a setting.
+    """
+    unknown = overrides.keys() - Settings.model_fields.keys()
+    if unknown:
+        raise TypeError(f"not settings: {', '.join(sorted(unknown))}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    problems = _unknown_variables(environ)
+    settings = None
+    try:
+        settings = Settings.model_validate({**_GivenEnvironment(environ)(), **given})
+    except ValidationError as error:
+        problems += _value_problems(error, overridden=set(given))
+    if settings is None or problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[Problem]:
+    known = [variable(name) for name in Settings.model_fields]
+    problems = []
+    for name in environ:
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            hint = _SERVICE_LINK_HINT if _SERVICE_LINK.fullmatch(name) else did_you_mean(name, known)
+            problems.append(Problem("environment", 0, 0, name, f"is not a setting{hint}"))
+    return problems
+
+
+def _value_problems(error: ValidationError, overridden: set[str]) -> list[Problem]:
+    problems = []
+    for detail in error.errors(include_url=False):
+        name = str(detail["loc"][0])
+        message = explain(detail, Settings.model_fields)
+        if name in overridden:
+            problems.append(Problem("command line", 0, 0, f"--{name.replace('_', '-')}", message))
+            continue
+        if name == "port" and str(detail["input"]).startswith("tcp://"):
+            message += _SERVICE_LINK_HINT
+        problems.append(Problem("environment", 0, 0, variable(name), message))
+    return problems

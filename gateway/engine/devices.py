@@ -1,0 +1,71 @@
+"""Choose the device, the number format and the threads a model runs with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gateway.engine.memory import available_host_bytes
+from gateway.errors import LoadError
+
+
+def has_accelerator() -> bool:
+    """Tell whether a CUDA device is present."""
+    return torch.cuda.is_available()
+
+
+def choose_device(setting: str) -> str:
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the device that is used.
+
+    Raises:
+        LoadError: the device is not present.
+    """
+    if setting == "auto":
+        return "cuda:0" if has_accelerator() else "cpu"
+    if setting == "cpu":
+        return "cpu"
+    index = int(setting.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise LoadError(f"device {setting} is not present; this machine has {torch.cuda.device_count()} CUDA devices")
+    return f"cuda:{index}"
+
+
+def choose_dtype(setting: str, device: str) -> str:
+    """Resolve ``auto`` to the fastest number format that keeps vectors within tolerance on the device.
+
+    Raises:
+        LoadError: float16 on a CPU, where it is many times slower than float32.
+    """
+    if setting == "float16" and device == "cpu":
+        raise LoadError(
+            "dtype float16 is about eight times slower than float32 on a CPU; use bfloat16, float32 or auto"
+        )
+    if setting != "auto":
+        return setting
+    if device != "cpu":
+        return "float16"
+    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Without these instructions bfloat16 is emulated, and slower than float32. On Arm, torch does not say.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def available_bytes(device: str) -> int:
+    """Return the free memory of a device, in bytes."""
+    if device == "cpu":
+        return available_host_bytes()
+    free, _total = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def set_cpu_threads(setting: int) -> int:
+    """Set how many threads torch computes with, and return the number; 0 lets the gateway choose.
+
+    Must be called before the first forward: torch keeps the worker threads that it has started.
+    """
+    num_threads = setting or len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads)
+    return num_threads

@@ -1,0 +1,54 @@
+"""What the batcher needs of an encoder, on top of what Infinity needs of one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gateway.embedding import Truncate, Vectors
+from gateway.engine.infinity_library import BaseEmbedder
+from gateway.engine.tokenizer import Tokenizer, Tokens
+
+
+class Encoder(BaseEmbedder):
+    """An embedder that takes tokens: ``encode_pre``, ``encode_core``, ``encode_post``, as Infinity calls them.
+
+    Infinity's batch handler calls the three in three threads and tokenises twice, once to sort by length and once in
+    ``encode_pre``. Here the tokens of a text are made once, by :meth:`tokenise`, and ``encode_pre`` takes them; it
+    still takes strings as well, so that everything of Infinity's that holds a ``BaseEmbedder`` works.
+    """
+
+    tokenizer: Tokenizer
+    width: int
+
+    def tokenise(
+        self, texts: Sequence[str], task: str | None, truncate: Truncate, first_index: int = 0
+    ) -> list[Tokens]:
+        """Tokenise texts for a task, its instruction included.
+
+        Raises:
+            ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
+        """
+        return self.tokenizer.tokenise(texts, self.instruction(task), truncate, first_index)
+
+    @abstractmethod
+    def instruction(self, task: str | None) -> str:
+        """Return what is put before a text of the task; empty if nothing is."""
+
+    def encode(self, tokens: Sequence[Tokens]) -> Vectors:
+        """Return the pooled vectors of tokenised texts, shape ``(n, width)`` float32, not normalised, in input order."""
+        with torch.inference_mode():
+            vectors: Vectors = self.encode_post(self.encode_core(self.encode_pre(list(tokens))))
+        return vectors
+
+    def tokenize_lengths(self, sentences: list[str]) -> list[int]:
+        """Return the tokens of each sentence (Infinity's name and signature)."""
+        return [len(row.ids) for row in self.tokenise(sentences, None, Truncate.END)]
+
+
+def empty_vectors(num_texts: int, width: int) -> Vectors:
+    """Return room for the vectors of ``num_texts`` texts, filled with NaN so that a gap cannot pass for a vector."""
+    return np.full((num_texts, width), np.nan, dtype=np.float32)

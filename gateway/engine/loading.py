@@ -1,0 +1,177 @@
+"""Load one model of the registry: find it, read it, see that it fits, build its encoder, warm it up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.embedding import ModelInfo, Output, Truncate, canonical_task
+from gateway.engine.batcher import Limits
+from gateway.engine.checkpoint import Checkpoint, read_checkpoint
+from gateway.engine.devices import available_bytes, choose_device, choose_dtype
+from gateway.engine.encoders.base import Encoder
+from gateway.engine.encoders.sentence import SentenceEncoder
+from gateway.engine.engine import Engine
+from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
+from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
+from gateway.engine.sources import locate, verify_sha256
+from gateway.errors import LoadError
+
+# On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
+_MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """How a model would be loaded: everything that is known before its weights are read.
+
+    Attributes:
+        tasks: instruction of each task, by canonical name.
+        instruction: what is put before a text that has no task.
+        dimensions: accepted sizes, largest first.
+    """
+
+    entry: ModelEntry
+    checkpoint: Checkpoint
+    device: str
+    dtype: str
+    max_tokens: int
+    max_batch_tokens: int
+    dimensions: tuple[int, ...]
+    tasks: dict[str, str]
+    instruction: str
+    memory: MemoryPlan
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's description for the rest of the gateway."""
+        return ModelInfo(
+            id=self.entry.id,
+            source=self.entry.source,
+            revision=self.entry.revision,
+            fingerprint=self.checkpoint.fingerprint,
+            width=self.checkpoint.width,
+            dimensions=self.dimensions,
+            max_tokens=self.max_tokens,
+            pooling=self.checkpoint.pooling.value,
+            is_normalised=self.checkpoint.is_normalised,
+            device=self.device,
+            dtype=self.dtype,
+            engine="infinity/torch",
+            memory_bytes=self.memory.total_bytes,
+            outputs=(Output.DENSE,),
+            tasks=self.tasks,
+            default_task=self.entry.default_task and canonical_task(self.entry.default_task),
+            instruction=self.instruction,
+        )
+
+
+def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
+    """Find and read a model's checkpoint, and decide how it runs; no weights are loaded.
+
+    Raises:
+        LoadError: the checkpoint is not there, is not what the registry says, or is of a kind that is not served.
+    """
+    folder = locate(entry, may_download=may_download)
+    verify_sha256(folder, entry.sha256)
+    checkpoint = read_checkpoint(folder)
+    device = choose_device(entry.device)
+    dtype = choose_dtype(entry.dtype, device)
+    max_tokens = _max_tokens(entry, checkpoint)
+    max_batch_tokens = entry.max_batch_tokens or _MAX_BATCH_TOKENS[device.partition(":")[0]]
+    tasks = _tasks(entry, checkpoint)
+    unserved = [output.value for output in entry.outputs if output is not Output.DENSE]
+    if unserved:
+        raise LoadError(f"outputs {', '.join(unserved)}: a {checkpoint.model_type} sentence encoder has only dense")
+    return LoadPlan(
+        entry=entry,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        max_batch_tokens=max_batch_tokens,
+        dimensions=_dimensions(entry, checkpoint),
+        tasks=tasks,
+        instruction=checkpoint.prompts.get(checkpoint.default_prompt or "", ""),
+        memory=plan_memory(checkpoint, dtype, max_tokens, max_batch_tokens),
+    )
+
+
+def load_engine(plan: LoadPlan, settings: Settings) -> Engine:
+    """Load the weights, warm the model up, and return its engine, not yet started.
+
+    Raises:
+        LoadError: the weights are corrupt, do not fit, or give vectors that are not finite.
+    """
+    require_memory(plan.memory, available_bytes(plan.device), plan.device)
+    encoder = SentenceEncoder(
+        plan.checkpoint,
+        device=plan.device,
+        dtype=plan.dtype,
+        max_tokens=plan.max_tokens,
+        tasks=plan.tasks,
+        instruction=plan.instruction,
+        trust_remote_code=plan.entry.trust_remote_code,
+    )
+    _warm_up(encoder, plan)
+    limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
+    return Engine(_engine_args(plan), encoder, limits)
+
+
+def _engine_args(plan: LoadPlan) -> EngineArgs:
+    kind, _, index = plan.device.partition(":")
+    return EngineArgs(
+        model_name_or_path=str(plan.checkpoint.folder),
+        served_model_name=plan.entry.id,
+        revision=plan.entry.revision,
+        trust_remote_code=plan.entry.trust_remote_code,
+        engine=InferenceEngine.torch,
+        device=Device[kind],
+        device_id=DeviceID([int(index)] if index else []),
+        dtype=Dtype[plan.dtype],
+        bettertransformer=False,
+        model_warmup=False,
+    )
+
+
+def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
+    """Run the shortest and the largest batch once, so that no request pays for first-time allocations."""
+    num_longest = max(1, plan.max_batch_tokens // plan.max_tokens)
+    texts = ["warm up", *["warm up " * plan.max_tokens] * num_longest]
+    tokens = encoder.tokenise(texts, plan.info.default_task, Truncate.END)
+    for batch in (tokens[:1], tokens[1:]):
+        vectors = encoder.encode(batch)
+        if not np.isfinite(vectors).all():
+            raise LoadError(f"{plan.checkpoint.folder}: the model returns vectors that are not finite in {plan.dtype}")
+
+
+def _max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
+    if entry.max_tokens is not None and entry.max_tokens > checkpoint.position_limit:
+        raise LoadError(
+            f"max_tokens is {entry.max_tokens}, but the model has positions for {checkpoint.position_limit}"
+        )
+    return entry.max_tokens or checkpoint.max_tokens
+
+
+def _dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
+    too_wide = [size for size in entry.dimensions if size > checkpoint.width]
+    if too_wide:
+        raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {checkpoint.width}")
+    return tuple(sorted({checkpoint.width, *entry.dimensions}, reverse=True))
+
+
+def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own.
+
+    sentence-transformers writes empty prompts for query and document into every checkpoint: if all are empty, the
+    model has no tasks.
+    """
+    prompts = {canonical_task(name): text for name, text in {**checkpoint.prompts, **entry.prompts}.items()}
+    tasks = prompts if any(prompts.values()) else {}
+    default = entry.default_task
+    if default is not None and canonical_task(default) not in tasks:
+        raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")
+    return tasks

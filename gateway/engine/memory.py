@@ -1,0 +1,90 @@
+"""Estimate the memory of a model before it is loaded, and compare it with what the device has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import psutil
+
+from gateway.engine.checkpoint import Checkpoint
+from gateway.errors import LoadError
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model needs on its device, in bytes: its weights, and the activations of its largest batch."""
+
+    weights_bytes: int
+    batch_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.batch_bytes
+
+
+def plan_memory(checkpoint: Checkpoint, dtype: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
+    """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``.
+
+    A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
+    context, and the feed-forward's input before and after its activation: T * (6 * width + 2 * intermediate) numbers,
+    plus one text's attention scores where the attention kernel writes them out (heads * length^2).
+    """
+    size = DTYPE_BYTES[dtype]
+    tokens = max(max_batch_tokens, max_tokens)
+    activations = tokens * (6 * checkpoint.width + 2 * checkpoint.intermediate_width)
+    scores = checkpoint.num_heads * max_tokens**2
+    return MemoryPlan(
+        weights_bytes=sum(_num_weights(path) for path in checkpoint.weights) * size,
+        batch_bytes=(activations + scores) * size,
+    )
+
+
+def require_memory(plan: MemoryPlan, available_bytes: int, device: str) -> None:
+    """Refuse a model that would not fit.
+
+    Raises:
+        LoadError: the plan needs more than is available; names the settings that would lower it.
+    """
+    if plan.total_bytes > available_bytes:
+        raise LoadError(
+            f"too little memory on {device}: needs {format_bytes(plan.total_bytes)} "
+            f"({format_bytes(plan.weights_bytes)} weights + {format_bytes(plan.batch_bytes)} for the largest batch), "
+            f"{format_bytes(available_bytes)} are free. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
+            "or disable another model"
+        )
+
+
+def available_host_bytes() -> int:
+    """Return the memory that this process may still take, in bytes: the machine's, or less inside a container."""
+    available = psutil.virtual_memory().available
+    try:
+        # Inside a container the limit of its control group (version 2) is what counts; "max" means none.
+        limit = int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text())
+    except (OSError, ValueError):
+        return available
+    return max(0, min(available, limit))
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return a size for people, such as ``1.2 GiB`` or ``91 MiB``."""
+    gib = num_bytes / 2**30
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _num_weights(path: Path) -> int:
+    """Return how many numbers a weights file holds, from its header alone where it has one."""
+    if path.suffix != ".safetensors":
+        return path.stat().st_size // 4  # a pickled state dict has no header; the usual ones hold float32
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise LoadError(f"{path}: corrupt or cut short: {error}") from error

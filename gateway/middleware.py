@@ -1,0 +1,213 @@
+"""Around every request: its id, its caller, its size, its time, and the one exit for errors. Plain ASGI."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+import structlog
+from pydantic import SecretStr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.config.settings import Settings
+from gateway.errors import BodyTooLarge, InternalError, MethodNotAllowed, RequestError, Unauthorized
+from gateway.telemetry import metrics
+
+log = structlog.get_logger("gateway.access")
+
+_CONTEXT = "gateway.context"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_SLASHES = re.compile(r"//+")
+# Answered without a key: probes carry none, and the documentation tells nothing that is not public.
+_OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
+
+# Asked every few seconds by probes and scrapers.
+_QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics")
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """What is known about a request beside its content: for the log line, the metrics and the answer's headers."""
+
+    request_id: str
+    caller: str
+    started: float = field(default_factory=time.monotonic)
+    status: int = 0
+    error_code: str | None = None
+    model: str | None = None
+    task: str | None = None
+    num_texts: int | None = None
+    num_tokens: int | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> RequestContext:
+        context: RequestContext = request.scope[_CONTEXT]
+        return context
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def describe(self, *, model: str, task: str | None, num_texts: int, num_tokens: int) -> None:
+        """Add what was embedded."""
+        self.model, self.task, self.num_texts, self.num_tokens = model, task, num_texts, num_tokens
+
+
+class ApiKeys:
+    """The keys that may be used; none means that no key is asked for."""
+
+    def __init__(self, keys: Sequence[SecretStr]) -> None:
+        self._digests = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in keys]
+
+    def caller(self, headers: Headers, address: str) -> str:
+        """Return whom a request is from: the key's fingerprint, or the network address where no keys are configured.
+
+        Raises:
+            Unauthorized: keys are configured, and the request has none of them.
+        """
+        if not self._digests:
+            return address
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip() if scheme.lower() == "bearer" else ""
+        if not given:
+            raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
+        digest = hashlib.sha256(given.encode()).digest()
+        # All are compared, each in constant time: the time taken tells nothing about a key.
+        if sum(hmac.compare_digest(digest, known) for known in self._digests) == 0:
+            raise Unauthorized("the API key is not known here")
+        return f"key-{digest.hex()[:8]}"
+
+
+class GatewayMiddleware:
+    """Wraps the application: everything that is the same for all paths."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._keys = ApiKeys(settings.api_keys)
+        self._max_body_bytes = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        context = RequestContext(_request_id(headers), caller="")
+        scope[_CONTEXT] = context
+        scope["path"] = _normalise_path(scope["path"])
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = context.request_id
+            await send(message)
+
+        with metrics.IN_FLIGHT.track_inprogress():
+            try:
+                await self._answer(scope, headers, context, receive, send_with_id)
+            except RequestError as error:
+                context.error_code = error.code
+                await send_error(error, send_with_id)
+            except Exception:  # the last resort: whatever went wrong, the client gets an answer
+                log.exception("unexpected_error", request_id=context.request_id)
+                context.error_code = InternalError.code
+                if context.status:
+                    raise  # the answer has begun: all that is left is to cut the connection
+                message = f"internal error; the log has more under request id {context.request_id}"
+                await send_error(InternalError(message), send_with_id)
+        _record(scope, context)
+
+    async def _answer(
+        self, scope: Scope, headers: Headers, context: RequestContext, receive: Receive, send: Send
+    ) -> None:
+        address = scope["client"][0] if scope.get("client") else "unknown"
+        is_open = scope["path"].startswith(_OPEN_PATHS)
+        context.caller = address if is_open else self._keys.caller(headers, address)
+        declared = headers.get("content-length", "0")
+        if declared.isdigit():
+            self._check_size(int(declared))
+        await self._app(scope, self._limited(receive), send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Count the bytes of a body that did not say its size."""
+        num_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            self._check_size(num_bytes)
+            return message
+
+        return receive_counted
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_body_bytes:
+            raise BodyTooLarge(
+                f"the request body has {num_bytes} bytes or more, the limit is {self._max_body_bytes}: send fewer texts "
+                "in a request"
+            )
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the client's request id if it is fit for a log line and a header, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
+def _normalise_path(path: str) -> str:
+    """Drop doubled and trailing slashes: clients put a base URL and a path together in every way."""
+    return _SLASHES.sub("/", path).rstrip("/") or "/"
+
+
+async def send_error(error: RequestError, send: Send) -> None:
+    """Render an error: one message in the three forms that clients look for, and the headers that steer retries."""
+    body = orjson.dumps(
+        {
+            "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+            "detail": error.message,
+            "message": error.message,
+        }
+    )
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if error.is_permanent:
+        headers.append((b"x-should-retry", b"false"))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allow.encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _record(scope: Scope, context: RequestContext) -> None:
+    route = scope.get("route")
+    path = getattr(route, "path", "other")  # never the path itself: clients make those up
+    metrics.REQUESTS.labels(path, context.status).inc()
+    metrics.REQUEST_SECONDS.labels(path).observe(context.elapsed_s)
+    if context.error_code is not None:
+        metrics.ERRORS.labels(context.error_code).inc()
+    write = log.debug if path in _QUIET_PATHS else log.info
+    write(
+        "request",
+        request_id=context.request_id,
+        caller=context.caller,
+        method=scope["method"],
+        path=path,
+        status=context.status,
+        ms=round(context.elapsed_s * 1000, 2),
+        **{
+            name: value
+            for name in ("model", "task", "num_texts", "num_tokens", "error_code")
+            if (value := getattr(context, name)) is not None
+        },
+    )

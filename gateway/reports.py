@@ -1,0 +1,72 @@
+"""Tables for people at a terminal: what is served, and what would be."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from gateway.backends.fleet import Fleet, why_disabled
+from gateway.config.registry import Registry
+from gateway.embedding import ModelInfo, ModelState
+from gateway.errors import LoadError
+from gateway.routing.spaces import space_id
+
+_STYLES = {ModelState.READY: "green", ModelState.FAILED: "red", ModelState.DISABLED: "dim"}
+# Wide enough for a line of the table where the output is no terminal.
+_PIPE_WIDTH = 160
+
+
+def print_fleet(fleet: Fleet, base_url: str) -> None:
+    """Print what each model has become, and a command to try the first one that is ready."""
+    table = Table("model", "state", "device", "dtype", "width", "max tokens", "space, or why not")
+    for model in fleet:
+        state = f"[{_STYLES.get(model.state, 'default')}]{model.state.value}"
+        info = model.info
+        columns = _describe(info) if info else ("", "", "", "", model.reason)
+        table.add_row(model.id, state, *columns)
+    console = _console()
+    console.print(table)
+    ready = next((model for model in fleet if model.state is ModelState.READY), None)
+    if ready is None:
+        console.print("[red]No model is ready; requests are answered with 503.")
+        return
+    console.print(f"Serving on {base_url}, documentation at {base_url}/docs. Try:\n", highlight=False)
+    console.print(_curl(base_url, ready.id), highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe(info: ModelInfo) -> tuple[str, ...]:
+    space = space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
+    return info.device, info.dtype, str(info.width), str(info.max_tokens), space
+
+
+def _curl(base_url: str, model_id: str) -> str:
+    return (
+        f"  curl {base_url}/v1/embeddings -H 'content-type: application/json' "
+        f"""-d '{{"model": "{model_id}", "input": "Hello, world"}}'\n"""
+    )
+
+
+def print_plan(registry: Registry) -> None:
+    """Print what would load on this machine. Loads and downloads nothing."""
+    from gateway.engine.loading import plan_load  # imports torch
+    from gateway.engine.memory import format_bytes
+
+    table = Table("model", "loads", "device", "dtype", "width", "max tokens", "weights", "largest batch", "total")
+    for entry in registry.models:
+        if reason := why_disabled(entry):
+            table.add_row(entry.id, f"[dim]no: {reason}")
+            continue
+        try:
+            plan = plan_load(entry, may_download=False)
+        except LoadError as error:
+            table.add_row(entry.id, f"[red]{error}")
+            continue
+        memory = plan.memory
+        sizes = (memory.weights_bytes, memory.batch_bytes, memory.total_bytes)
+        table.add_row(entry.id, "[green]yes", *_describe(plan.info)[:4], *(format_bytes(size) for size in sizes))
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)

@@ -1,0 +1,96 @@
+"""Serve: bind, start the web server, load the models, answer until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import structlog
+import uvicorn
+
+from gateway.app import create_app
+from gateway.backends.fleet import Fleet
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.errors import StartError
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(registry: Registry, settings: Settings, announce: Callable[[Fleet, str], None]) -> int:
+    """Serve until a signal says to stop.
+
+    The server answers at once, with 503 for models that are still loading, so that probes see a living process while
+    gigabytes are downloaded.
+
+    Args:
+        announce: called with the fleet and the base URL once all models are ready or have failed.
+
+    Returns:
+        The exit code: 0 after a clean stop, 1 when a required model could not be loaded.
+
+    Raises:
+        StartError: the address is in use or not this machine's.
+    """
+    listener = _bind(settings)
+    fleet = Fleet.from_registry(registry, settings)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(registry, settings, fleet),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=round(settings.shutdown_grace_s),
+        )
+    )
+    loading = asyncio.create_task(_load(fleet, settings, server, lambda: announce(fleet, _base_url(listener))))
+    await server.serve(sockets=[listener])
+    if not loading.done():
+        loading.cancel()
+    await asyncio.wait((loading,))
+    await fleet.stop()
+    return 0 if loading.cancelled() or loading.result() else 1
+
+
+async def _load(fleet: Fleet, settings: Settings, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
+    """Load the models; stop the server if that is fatal. Returns whether all is well."""
+
+    def configure() -> None:
+        from gateway.engine.devices import set_cpu_threads  # imports torch
+
+        set_cpu_threads(settings.cpu_threads)
+
+    try:
+        await fleet.start(configure)
+    except StartError as error:
+        log.error("start_failed", reason=str(error))
+        server.should_exit = True
+        return False
+    finally:
+        if fleet.started.is_set():
+            announce()
+    return True
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Take the address before anything is loaded: a port in use is told at once, not after a minute."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Set another port with GATEWAY_PORT or "
+            "--port"
+        ) from error
+    return listener
+
+
+def _base_url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  to show, not to bind
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

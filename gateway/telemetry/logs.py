@@ -1,0 +1,58 @@
+"""Structured logs on standard error: one line an event, as JSON or for a terminal. Never a text, never a key."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from structlog.typing import Processor
+
+# Libraries whose INFO lines are about their own insides.
+_QUIET = ("infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "torch")
+
+
+def configure_logs(level: str, style: str) -> None:
+    """Send the gateway's and every library's log lines through one formatter.
+
+    Args:
+        level: the least severe level that is shown.
+        style: ``json``, ``console``, or ``auto`` for ``console`` exactly when standard error is a terminal.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    is_console = style == "console" or (style == "auto" and sys.stderr.isatty())
+    rendering: list[Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if is_console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
+        )
+    )
+    # Infinity clears the root logger's handlers when it is imported: the gateway's own loggers do not depend on them.
+    for name in ("", "gateway", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,68 @@
+"""Finish vectors: check, slice, normalise, encode. Pure functions on numpy arrays."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.embedding import Vectors
+from gateway.errors import InvalidVectors
+
+
+class Encoding(StrEnum):
+    """How a vector is written into the answer."""
+
+    FLOAT = "float"
+    """A list of float32 numbers in their shortest form that reads back exactly."""
+    BASE64 = "base64"
+    """Base64 of the little-endian float32 bytes."""
+    BINARY = "binary"
+    """One bit a dimension (1 where positive), eight to a signed byte: the unsigned byte less 128."""
+    UBINARY = "ubinary"
+    """One bit a dimension (1 where positive), eight to an unsigned byte, the first in the highest bit."""
+
+
+def finish(vectors: Vectors, width: int, dimensions: int, *, normalise: bool) -> Vectors:
+    """Check pooled vectors ``(n, width)``, keep the first ``dimensions`` of each, and normalise what is left.
+
+    A Matryoshka vector has to be normalised after it is cut: a cut unit vector is shorter than 1.
+
+    Returns:
+        ``(n, dimensions)`` float32, C-contiguous; each row of L2 norm 1 if ``normalise``.
+
+    Raises:
+        InvalidVectors: the width is wrong, a number is not finite, or a vector cannot be normalised.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise InvalidVectors(f"the model returned vectors of shape {vectors.shape}, promised were {width} dimensions")
+    kept = np.ascontiguousarray(vectors[:, :dimensions], dtype=np.float32)
+    if not np.isfinite(vectors).all():
+        raise InvalidVectors("the model returned a vector that is not finite (NaN or infinity)")
+    if not normalise:
+        return kept
+    norms: Vectors = np.linalg.norm(kept, axis=1, keepdims=True)
+    if not (norms > 0).all() or not np.isfinite(norms).all():
+        raise InvalidVectors("the model returned a vector that cannot be normalised: its length is zero or overflows")
+    unit: Vectors = kept / norms
+    return unit
+
+
+def encode(vectors: Vectors, encoding: Encoding) -> Sequence[npt.NDArray[np.float32 | np.int8 | np.uint8] | str]:
+    """Encode each vector for the answer: an array that is written as a JSON list, or a base64 string."""
+    match encoding:
+        case Encoding.FLOAT:
+            return list(vectors)
+        case Encoding.BASE64:
+            return [base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode("ascii") for row in vectors]
+        case Encoding.UBINARY:
+            return list(_pack_signs(vectors))
+        case Encoding.BINARY:
+            return list((_pack_signs(vectors).astype(np.int16) - 128).astype(np.int8))
+
+
+def _pack_signs(vectors: Vectors) -> npt.NDArray[np.uint8]:
+    return np.packbits(vectors > 0, axis=1)

@@ -1,0 +1,156 @@
+#!/bin/sh
+# Installs the gateway into .venv. Called by the Makefile, from the repository root:
+#   requirements/install.sh run         torch, run.lock and the gateway itself
+#   requirements/install.sh dev         dev.lock as well
+#   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
+#   requirements/install.sh lock-tools  what requirements/lock.py needs, into build/lock
+# Reads PYTHON and TORCH_INDEX, which the Makefile explains, and pip's own settings (PIP_INDEX_URL, pip.conf ...).
+set -eu
+
+PIP_VERSION=26.3
+UV_VERSION=0.13.9
+PACKAGING_VERSION=26.3
+
+VENV=.venv
+PIP="$VENV/bin/python -m pip --disable-pip-version-check --no-input"
+
+# These point Python and pip at other folders than the virtual environment.
+unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
+
+main() {
+    case "${1:-}" in
+        run) install_run ;;
+        dev) install_dev ;;
+        verify) verify ;;
+        lock-tools) install_lock_tools ;;
+        *) fail "usage: requirements/install.sh run | dev | verify | lock-tools" ;;
+    esac
+}
+
+install_run() {
+    be_alone
+    make_venv
+    begin
+    rm -f "$VENV/.installed-run" "$VENV/.installed-dev"
+    say "pip $PIP_VERSION"
+    pip_install "pip==$PIP_VERSION"
+    say "$(grep -o '^torch==[^ ]*' requirements/torch.lock)${TORCH_INDEX:+ from $TORCH_INDEX}"
+    pip_install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements/torch.lock -c requirements/run.lock
+    say "packages of requirements/run.lock"
+    pip_install --no-deps -r requirements/run.lock
+    say "the gateway"
+    pip_install --no-deps --build-constraint requirements/build.lock -e .
+    end run
+}
+
+install_dev() {
+    be_alone
+    # The last install was cut off: nothing in .venv can be relied on.
+    [ ! -e "$VENV/.unfinished" ] || install_run
+    begin
+    rm -f "$VENV/.installed-dev"
+    say "packages of requirements/dev.lock"
+    pip_install --no-deps -r requirements/dev.lock
+    end dev
+}
+
+verify() {
+    # infinity-emb's claim on numpy is known to be wrong; see run.lock.
+    problems=$($PIP check | grep -v -e '^infinity-emb .* requirement numpy<2' -e '^No broken requirements' || true)
+    [ -z "$problems" ] || fail "$problems" "After a change of pyproject.toml: make lock"
+}
+
+install_lock_tools() {
+    find_python
+    rm -rf build/lock
+    "$python" -m venv build/lock
+    build/lock/bin/python -m pip --disable-pip-version-check install -q "uv==$UV_VERSION" "packaging==$PACKAGING_VERSION"
+    touch build/lock/.installed
+}
+
+# Make $VENV unless a good one is there.
+make_venv() {
+    if [ "$(cat "$VENV/.made-in" 2>/dev/null)" = "$PWD" ] && [ ! -e "$VENV/.unfinished" ] \
+        && $PIP --version >/dev/null 2>&1; then
+        return
+    fi
+    find_python
+    say "virtual environment in $VENV with Python $version ($python)"
+    rm -rf "$VENV"
+    mkdir "$VENV"
+    begin
+    "$python" -m venv "$VENV"
+    echo "$PWD" >"$VENV/.made-in"
+}
+
+# Stop while another install, from another terminal perhaps, is at work on $VENV.
+be_alone() {
+    other=$(cat "$VENV/.unfinished" 2>/dev/null || true)
+    if [ -n "$other" ] && [ "$other" != $$ ] && kill -0 "$other" 2>/dev/null; then
+        fail "Process $other is installing into $VENV; try again when it is done." \
+            "If that process is something else: make clean"
+    fi
+}
+
+# Between begin and end, $VENV is marked as half made. pip can't tell a package that was cut off in the middle from a
+# whole one, so the next run starts with an empty environment when it finds the mark. Files come from pip's cache then.
+begin() {
+    echo $$ >"$VENV/.unfinished"
+}
+
+end() {
+    rm "$VENV/.unfinished"
+    touch "$VENV/.installed-$1"
+}
+
+# Set $python to a command that runs a fitting Python, and $version to its version.
+find_python() {
+    seen=''
+    for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        command -v "$python" >/dev/null 2>&1 || continue
+        # A command that is there may still not run: pyenv has one for every version that is installed anywhere.
+        if ! version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null); then
+            seen="$seen
+  $python is there, but doesn't run"
+            continue
+        fi
+        case "$version" in
+            3.11.* | 3.12.* | 3.13.*) ;;
+            *)
+                seen="$seen
+  $python is Python $version"
+                continue
+                ;;
+        esac
+        if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+            seen="$seen
+  $python is Python $version, but without its venv module: apt-get install python${version%.*}-venv"
+            continue
+        fi
+        return
+    done
+    fail "The gateway needs Python 3.11, 3.12 or 3.13 with its venv module. Found${PYTHON:+ as PYTHON=$PYTHON}:${seen:-
+  none}" \
+        "Install one, for example with: apt-get install python3.11 python3.11-venv" \
+        "One that isn't on the PATH is named so: make install PYTHON=/path/to/python3.12"
+}
+
+# On a terminal pip shows what it fetches and how far it is; elsewhere a line a package is only noise.
+pip_install() {
+    if [ -t 1 ]; then
+        $PIP install "$@"
+    else
+        $PIP install --quiet "$@"
+    fi
+}
+
+say() {
+    echo "==> $1"
+}
+
+fail() {
+    printf '%s\n' "$@" >&2
+    exit 1
+}
+
+main "$@"

@@ -1,0 +1,152 @@
+"""GATEWAY_* variables become Settings, or a list of every problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from gateway.config.settings import Settings, load_settings, variable
+from gateway.errors import ConfigError, Problem
+
+
+def problems_of(environ: dict[str, str], **overrides: object) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ, **overrides)
+    return caught.value.problems
+
+
+def test_nothing_set_gives_the_defaults() -> None:
+    settings = load_settings({})
+
+    assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, Path("models.yaml"))
+    assert (settings.max_body_bytes, settings.max_inputs) == (16 * 1024 * 1024, 2048)
+    assert (settings.max_queue_texts, settings.max_queue_tokens) == (16_384, 4_000_000)
+    assert (settings.request_timeout_s, settings.shutdown_grace_s, settings.cpu_threads) == (300.0, 30.0, 0)
+    assert (settings.log_level, settings.log_format) == ("info", "auto")
+    assert settings.api_keys == ()
+    assert settings.tiktoken_cache_dir is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("host", "0.0.0.0", "0.0.0.0"),  # noqa: S104 - a value, nothing listens on it
+        ("port", "0", 0),
+        ("port", "65535", 65535),
+        ("models", "/etc/gateway/models.yaml", Path("/etc/gateway/models.yaml")),
+        ("max_body_bytes", "1024", 1024),
+        ("max_inputs", "1", 1),
+        ("max_queue_texts", "7", 7),
+        ("max_queue_tokens", "9", 9),
+        ("request_timeout_s", "2.5", 2.5),
+        ("shutdown_grace_s", "0", 0.0),
+        ("cpu_threads", "4", 4),
+        ("log_level", "DEBUG", "debug"),
+        ("log_format", "json", "json"),
+        ("tiktoken_cache_dir", "/var/cache/tiktoken", Path("/var/cache/tiktoken")),
+    ],
+)
+def test_a_variable_sets_its_field(name: str, text: str, value: object) -> None:
+    assert getattr(load_settings({variable(name): text}), name) == value
+
+
+def test_api_keys_are_split_at_commas_and_not_shown() -> None:
+    settings = load_settings({"GATEWAY_API_KEYS": "alpha, beta"})
+
+    assert [key.get_secret_value() for key in settings.api_keys] == ["alpha", "beta"]
+    assert "alpha" not in repr(settings)
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    settings = load_settings({"GATEWAY_PORT": "", "GATEWAY_API_KEYS": ""})
+
+    assert (settings.port, settings.api_keys) == (8000, ())
+
+
+def test_an_override_wins_and_none_is_no_override() -> None:
+    settings = load_settings({"GATEWAY_PORT": "9000", "GATEWAY_HOST": "::1"}, port=9001, host=None)
+
+    assert (settings.port, settings.host) == (9001, "::1")
+
+
+def test_the_environment_of_the_process_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", "9000")
+
+    assert load_settings({}).port == 8000
+    assert Settings().port == 8000
+
+
+def test_other_variables_are_ignored() -> None:
+    assert load_settings({"PORT": "x", "GATEWAYS": "x", "PATH": "/bin"}) == Settings()
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_settings({}).port = 1
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "part"),
+    [
+        ("GATEWAY_PORT", "80a", "must be a whole number, got the text `80a`"),
+        ("GATEWAY_PORT", "65536", "must be at most 65535, got `65536`"),
+        ("GATEWAY_PORT", "-1", "must be at least 0, got `-1`"),
+        ("GATEWAY_MAX_BODY_BYTES", "16MiB", "must be a whole number, got the text `16MiB`"),
+        ("GATEWAY_MAX_INPUTS", "0", "must be at least 1, got `0`"),
+        ("GATEWAY_MAX_QUEUE_TEXTS", "1.5", "must be a whole number, got the text `1.5`"),
+        ("GATEWAY_MAX_QUEUE_TOKENS", "9" * 5000, "must be a whole number"),
+        ("GATEWAY_REQUEST_TIMEOUT_S", "0", "must be more than 0, got `0`"),
+        ("GATEWAY_REQUEST_TIMEOUT_S", "inf", "must be a finite number, got the text `inf`"),
+        ("GATEWAY_SHUTDOWN_GRACE_S", "30s", "must be a number, got the text `30s`"),
+        ("GATEWAY_CPU_THREADS", "-1", "must be at least 0"),
+        (
+            "GATEWAY_LOG_LEVEL",
+            "warn",
+            "must be one of `debug`, `info`, `warning`, `error`, got the text `warn`; did you",
+        ),
+        ("GATEWAY_LOG_FORMAT", "xml", "must be one of `auto`, `json`, `console`"),
+        ("GATEWAY_PRT", "1", "is not a setting; did you mean `GATEWAY_PORT`?"),
+        ("GATEWAY_QQQQQQ", "1", "is not a setting"),
+        ("GATEWAY_PORT", "tcp://10.0.0.1:80", "set `enableServiceLinks: false`"),
+        ("GATEWAY_SERVICE_HOST", "10.0.0.1", "set `enableServiceLinks: false`"),
+        ("GATEWAY_PORT_80_TCP_ADDR", "10.0.0.1", "set `enableServiceLinks: false`"),
+    ],
+)
+def test_a_wrong_variable_is_told_in_plain_english(key: str, text: str, part: str) -> None:
+    (problem,) = problems_of({key: text})
+
+    assert (problem.file, problem.line, problem.column, problem.key) == ("environment", 0, 0, key)
+    assert part in problem.message
+    assert "Input should" not in problem.message
+
+
+@pytest.mark.parametrize("text", [",", "secret,", ",secret", "secret,,secret", "secret, ,secret"])
+def test_an_empty_api_key_is_refused_without_showing_the_others(text: str) -> None:
+    (problem,) = problems_of({"GATEWAY_API_KEYS": text})
+
+    assert problem.key == "GATEWAY_API_KEYS"
+    assert "has an empty key" in problem.message
+    assert "secret" not in problem.message
+
+
+def test_every_problem_is_told_at_once() -> None:
+    problems = problems_of({"GATEWAY_PORT": "x", "GATEWAY_MODLES": "y", "GATEWAY_MAX_INPUTS": "z"})
+
+    assert [problem.key for problem in problems] == ["GATEWAY_MAX_INPUTS", "GATEWAY_MODLES", "GATEWAY_PORT"]
+
+
+def test_a_wrong_override_is_told_as_an_option() -> None:
+    (problem,) = problems_of({"GATEWAY_MAX_INPUTS": "1"}, max_inputs="x")
+
+    assert (problem.file, problem.key) == ("command line", "--max-inputs")
+
+
+def test_an_override_that_is_no_setting_is_a_mistake_in_the_program() -> None:
+    with pytest.raises(TypeError, match="not settings: prot"):
+        load_settings({}, prot=1)
+
+
+def test_every_setting_has_a_meaning() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

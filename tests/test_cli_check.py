@@ -1,0 +1,90 @@
+"""``gateway check`` tells whether models.yaml is right, fast and without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gateway import __version__
+from gateway.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "models.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_valid_file_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, "version: 1\nmodels:\n  - {id: a, source: package:w}\naliases: {default: a, b: a}\n")
+
+    result = CliRunner().invoke(app, ["check", str(path)])
+
+    assert result.exit_code == 0
+    assert result.stdout == f"{path}: ok, 1 model, 2 aliases\n"
+    assert result.stderr == ""
+
+
+def test_every_problem_is_one_line_on_stderr(tmp_path: Path) -> None:
+    path = write(tmp_path, "version: 2\nmodels: []\n")
+
+    result = CliRunner().invoke(app, ["check", str(path)])
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"{path}:1:10: version: ")
+    assert second.startswith(f"{path}:2:9: models: ")
+
+
+def test_without_a_file_the_settings_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "version: 1\nmodels:\n  - {id: a, source: package:w}\n")
+    monkeypatch.setenv("GATEWAY_MODELS", str(path))
+
+    result = CliRunner().invoke(app, ["check"])
+
+    assert result.stdout == f"{path}: ok, 1 model, 0 aliases\n"
+
+
+def test_a_wrong_setting_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_MODLES", "x.yaml")
+
+    result = CliRunner().invoke(app, ["check"])
+
+    assert result.exit_code == 1
+    assert result.stderr == "environment: GATEWAY_MODLES: is not a setting; did you mean `GATEWAY_MODELS`?\n"
+
+
+def test_the_file_sees_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "version: 1\nmodels:\n  - {id: a, source: '${WEIGHTS}'}\n")
+    monkeypatch.setenv("WEIGHTS", "package:w")
+
+    assert CliRunner().invoke(app, ["check", str(path)]).exit_code == 0
+
+
+def test_the_version_is_printed() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+
+    assert (result.exit_code, result.stdout) == (0, f"gateway {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["check", "models.yaml"], ["--help"]])
+def test_check_and_help_import_no_engine(arguments: list[str]) -> None:
+    program = f"""
+import atexit, sys
+from gateway.cli import app
+heavy = {{"torch", "transformers", "infinity_emb", "sentence_transformers"}}
+atexit.register(lambda: print("imported:", sorted(heavy & sys.modules.keys())))
+app({arguments!r})
+"""
+    result = subprocess.run(  # noqa: S603 - runs this interpreter with the text above
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert result.stdout.endswith("imported: []\n")
