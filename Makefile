@@ -65,7 +65,7 @@ docs: install-dev ## Write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
 
 bench: install-dev ## Measure the start
-	$(BIN)/python bench/startup.py $(ARGS)
+	$(BIN)/python -m bench.startup $(ARGS)
 
 lock: build/lock/.installed ## Pin what pyproject.toml asks for (ARGS=--upgrade: newest versions)
 	build/lock/bin/python requirements/lock.py $(ARGS)

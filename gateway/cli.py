@@ -5,7 +5,6 @@ A command imports what it needs inside itself, so that ``--help`` and ``check`` 
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -67,7 +66,7 @@ def serve(
         _fail(error)
     configure_logs(settings.log_level, settings.log_format)
     try:
-        exit_code = asyncio.run(serve_http(registry, settings, _announce))
+        exit_code = serve_http(registry, settings, _announce)
     except StartError as error:
         _fail(error)
     raise typer.Exit(exit_code)

@@ -98,7 +98,9 @@ class EmbeddingService:
         num_tokens = sum(result.num_tokens)
         _record(info.id, len(request.texts), num_tokens, len(result.truncated), result.timings)
         return EmbedAnswer(
-            vectors=vector_math.finish(result.vectors, info.width, dimensions, normalise=is_normalised),
+            vectors=vector_math.finish(
+                result.vectors, (len(request.texts), info.width), dimensions, normalise=is_normalised
+            ),
             name=target.name,
             model=info.id,
             task=target.task,

@@ -26,29 +26,38 @@ class Encoding(StrEnum):
     """One bit a dimension (1 where positive), eight to an unsigned byte, the first in the highest bit."""
 
 
-def finish(vectors: Vectors, width: int, dimensions: int, *, normalise: bool) -> Vectors:
-    """Check pooled vectors ``(n, width)``, keep the first ``dimensions`` of each, and normalise what is left.
+def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normalise: bool) -> Vectors:
+    """Check pooled vectors, keep the first ``dimensions`` of each, and normalise what is left.
 
     A Matryoshka vector has to be normalised after it is cut: a cut unit vector is shorter than 1.
+
+    Args:
+        shape: what ``vectors`` must have: one row for each text, of the model's width.
 
     Returns:
         ``(n, dimensions)`` float32, C-contiguous; each row of L2 norm 1 if ``normalise``.
 
     Raises:
-        InvalidVectors: the width is wrong, a number is not finite, or a vector cannot be normalised.
+        InvalidVectors: the shape is wrong, a number is not finite, or a vector cannot be normalised.
     """
-    if vectors.ndim != 2 or vectors.shape[1] != width:
-        raise InvalidVectors(f"the model returned vectors of shape {vectors.shape}, promised were {width} dimensions")
-    kept = np.ascontiguousarray(vectors[:, :dimensions], dtype=np.float32)
-    if not np.isfinite(vectors).all():
-        raise InvalidVectors("the model returned a vector that is not finite (NaN or infinity)")
+    if vectors.shape != shape:
+        raise _invalid(f"vectors of shape {vectors.shape}, promised were {shape[0]} of {shape[1]} dimensions")
+    with np.errstate(over="ignore"):  # told by an error of our own
+        kept = np.ascontiguousarray(vectors[:, :dimensions], dtype=np.float32)
+        norms: Vectors = np.linalg.norm(kept, axis=1, keepdims=True)
+    if not (np.isfinite(vectors).all() and np.isfinite(kept).all()):
+        raise _invalid("a vector that is not finite (NaN or infinity)")
     if not normalise:
         return kept
-    norms: Vectors = np.linalg.norm(kept, axis=1, keepdims=True)
     if not (norms > 0).all() or not np.isfinite(norms).all():
-        raise InvalidVectors("the model returned a vector that cannot be normalised: its length is zero or overflows")
+        raise _invalid("a vector that cannot be normalised: its length is zero or overflows")
     unit: Vectors = kept / norms
     return unit
+
+
+def _invalid(what: str) -> InvalidVectors:
+    # The same texts would give the same vectors.
+    return InvalidVectors(f"the model returned {what}", is_permanent=True)
 
 
 def encode(vectors: Vectors, encoding: Encoding) -> Sequence[npt.NDArray[np.float32 | np.int8 | np.uint8] | str]:

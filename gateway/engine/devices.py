@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import psutil
 import torch
 
 from gateway.engine.memory import available_host_bytes
@@ -53,6 +54,12 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def _num_cores() -> int:
+    """Return the physical cores that this process may use: a second thread on a core does not make matrices faster."""
+    physical = psutil.cpu_count(logical=False) or 1
+    return min(physical, len(os.sched_getaffinity(0)))
+
+
 def available_bytes(device: str) -> int:
     """Return the free memory of a device, in bytes."""
     if device == "cpu":
@@ -64,8 +71,10 @@ def available_bytes(device: str) -> int:
 def set_cpu_threads(setting: int) -> int:
     """Set how many threads torch computes with, and return the number; 0 lets the gateway choose.
 
-    Must be called before the first forward: torch keeps the worker threads that it has started.
+    By default one core is left to the event loop and the tokenizer: torch's threads spin while they wait for each other,
+    and as soon as one of them shares its core, all of them are late (measured in docs/performance.md). Must be called
+    before the first forward: torch keeps the worker threads that it has started.
     """
-    num_threads = setting or len(os.sched_getaffinity(0))
+    num_threads = setting or max(1, _num_cores() - 1)
     torch.set_num_threads(num_threads)
     return num_threads

@@ -33,7 +33,7 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
         case "hub":
             folder = _hub_snapshot(source.name, entry.revision, may_download=may_download)
     if not folder.is_dir():
-        raise LoadError(f"{entry.source}: no such folder: {folder}")
+        raise LoadError(f"no such folder: {folder}")
     return folder
 
 

@@ -12,6 +12,7 @@ from gateway.embedding import ModelInfo, ModelState, canonical_task, known_task_
 from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelUnavailable
 
 DEFAULT_ALIAS = "default"
+_MAX_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,11 @@ class Router:
             assert model is not None  # noqa: S101  the registry has checked it
             return model, alias.task, True
         for model_id, task in self._readings(name):
-            model = self._fleet.get(self._sources.get(model_id, model_id))
+            # An id comes first: a model may be called like the repo that another one was made from.
+            model = self._fleet.get(model_id) or self._fleet.get(self._sources.get(model_id, ""))
             if model is not None:
                 return model, task, False
-        raise ModelNotFound(f"no model is called {name!r}; there are: {', '.join(self.names())}", param="model")
+        raise ModelNotFound(f"no model is called {_cut(name)!r}; there are: {', '.join(self.names())}", param="model")
 
     @staticmethod
     def _readings(name: str) -> Sequence[tuple[str, str | None]]:
@@ -113,13 +115,19 @@ def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -
     asked = [canonical_task(name) for name in (task_of_name, task) if name is not None]
     if len(set(asked)) > 1:
         raise BadInput(
-            f"`model` names the task {task_of_name!r}, and `task` says {task!r}: leave one of them out", param="task"
+            f"`model` names the task {_cut(asked[0])!r}, and `task` says {_cut(asked[1])!r}: leave one of them out",
+            param="task",
         )
     if not asked:
         return info.default_task
     allowed = list(info.tasks) or known_task_names()
     if asked[0] not in allowed:
         raise BadInput(
-            f"unknown task {task or task_of_name!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
+            f"unknown task {_cut(task or asked[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
         )
     return asked[0] if info.tasks else None
+
+
+def _cut(name: str) -> str:
+    """Shorten what a client sent, for a message: a name can be as long as a request body."""
+    return name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}…"

