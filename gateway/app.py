@@ -34,9 +34,10 @@ def create_app(registry: Registry, settings: Settings, fleet: Fleet) -> FastAPI:
         description=_DESCRIPTION,
         version=__version__,
         redoc_url=None,
+        redirect_slashes=False,  # the middleware has dropped trailing slashes: it would redirect in a circle
     )
-    service = EmbeddingService(Router(registry, fleet))
-    app.include_router(openai_router(service, registry, fleet, settings))
+    names = Router(registry, fleet)
+    app.include_router(openai_router(EmbeddingService(names), names, registry, fleet, settings))
     app.include_router(health_router(fleet))
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(GatewayMiddleware, settings=settings)

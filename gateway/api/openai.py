@@ -10,27 +10,45 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway.api.json_body import Json, describe, parse_object
-from gateway.api.schema import EmbeddingsAnswer, EmbeddingsBody, ErrorBody, ModelCard, ModelList
+from gateway.api.schema import (
+    EMBEDDINGS_HEADERS,
+    EmbeddingsAnswer,
+    EmbeddingsBody,
+    ModelCard,
+    ModelList,
+    responses,
+)
 from gateway.api.token_ids import TokenIdDecoder
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
-from gateway.errors import BadInput, ClientDisconnected, ModelNotFound
+from gateway.errors import (
+    BadInput,
+    BodyTooLarge,
+    ClientDisconnected,
+    DeadlineExceeded,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+    SpaceMismatch,
+)
 from gateway.middleware import RequestContext
+from gateway.routing.router import Router
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
 from gateway.vectors import Encoding, encode
 
 # A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100
-_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Any error."}}
 _BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}}
 }
 T = TypeVar("T")
 
 
-def openai_router(service: EmbeddingService, registry: Registry, fleet: Fleet, settings: Settings) -> APIRouter:
+def openai_router(
+    service: EmbeddingService, names: Router, registry: Registry, fleet: Fleet, settings: Settings
+) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
     router = APIRouter(tags=["OpenAI"])
     decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
@@ -70,33 +88,39 @@ def openai_router(service: EmbeddingService, registry: Registry, fleet: Fleet, s
         return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
 
     async def retrieve_model(model_id: str) -> Response:
-        """Describe one model, by its id or an alias."""
-        alias = registry.aliases.get(model_id)
-        model = fleet.get(alias.model if alias else model_id)
-        if model is None:
-            known = ", ".join(model.id for model in fleet)
-            raise ModelNotFound(f"no model is called {model_id!r}; there are: {known}", param="model")
-        return Response(model_card(model, registry).model_dump_json(), media_type="application/json")
+        """Describe one model, by any name that embeds; if the name holds a task, with that as its default."""
+        model, task = names.find(model_id)
+        return Response(model_card(model, registry, task).model_dump_json(), media_type="application/json")
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
             f"{prefix}/embeddings",
             embeddings,
             methods=["POST"],
-            responses={200: {"model": EmbeddingsAnswer}, **_ERRORS},
+            responses=responses(
+                EmbeddingsAnswer,
+                BadInput,
+                ModelNotFound,
+                SpaceMismatch,
+                BodyTooLarge,
+                Overloaded,
+                ModelNotReady,
+                DeadlineExceeded,
+                headers=EMBEDDINGS_HEADERS,
+            ),
             openapi_extra=_BODY,
             include_in_schema=is_shown,
         )
         router.add_api_route(
             f"{prefix}/models",
             list_models,
-            responses={200: {"model": ModelList}, **_ERRORS},
+            responses=responses(ModelList),
             include_in_schema=is_shown,
         )
         router.add_api_route(
             f"{prefix}/models/{{model_id:path}}",
             retrieve_model,
-            responses={200: {"model": ModelCard}, **_ERRORS},
+            responses=responses(ModelCard, BadInput, ModelNotFound),
             include_in_schema=is_shown,
         )
     return router
@@ -220,8 +244,12 @@ def _list_indices(indices: Sequence[int]) -> str:
     return f"{listed},+{more}" if more > 0 else listed
 
 
-def model_card(model: Model, registry: Registry) -> ModelCard:
-    """Describe a model for ``/v1/models``."""
+def model_card(model: Model, registry: Registry, task: str | None = None) -> ModelCard:
+    """Describe a model for ``/v1/models``.
+
+    Args:
+        task: the task of the name that was asked for, if that is not the model's default.
+    """
     info = model.info
     card = ModelCard(
         id=model.id,
@@ -247,6 +275,8 @@ def model_card(model: Model, registry: Registry) -> ModelCard:
     if info is None:
         return card
 
+    default_task = task or info.default_task
+
     def space(task: str | None) -> str:
         return space_id(info, task, info.width, is_normalised=info.is_normalised)
 
@@ -256,9 +286,9 @@ def model_card(model: Model, registry: Registry) -> ModelCard:
             "dimensions": list(info.dimensions),
             "max_tokens": info.max_tokens,
             "tasks": list(info.tasks),
-            "default_task": info.default_task,
+            "default_task": default_task,
             "outputs": [output.value for output in info.outputs],
-            "space": space(info.default_task),
+            "space": space(default_task),
             "spaces": {task: space(task) for task in info.tasks},
             "device": info.device,
             "dtype": info.dtype,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gateway.api.json_body import Json, describe
-from gateway.embedding import Output, Truncate
-from gateway.errors import BadInput
+from gateway.embedding import Output, Truncate, canonical_task
+from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 from gateway.vectors import Encoding
 
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 100_276}, "minItems": 1}
 _INPUT_SCHEMA = {
     "description": "The text to embed, or a list of up to 2,048 (configurable). Token ids (a list of integers, or such "
     "lists) are read as cl100k_base, as LangChain sends them.",
@@ -23,11 +24,11 @@ _INPUT_SCHEMA = {
                 "anyOf": [
                     {"type": "string"},
                     {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
-                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                    _TOKEN_IDS,
                 ]
             },
         },
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        _TOKEN_IDS,
     ],
 }
 
@@ -45,6 +46,14 @@ EncodingName = Literal["float", "base64", "binary", "ubinary"]
 T = TypeVar("T", bool, int, str)
 
 
+def _integral(value: Any) -> Any:
+    """Read 512.0 as 512: JSON has one kind of number, and some clients write them all with a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
+
+
 class EmbeddingsBody(BaseModel):
     """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
 
@@ -54,10 +63,10 @@ class EmbeddingsBody(BaseModel):
     model: str | None = Field(
         None, description="Model id, alias, the source's own name, or `id:task`.", title="a string"
     )
-    dimensions: Annotated[int, Field(ge=1)] | None = Field(
+    dimensions: PositiveInteger | None = Field(
         None, description="Size of the vectors, from the model's list.", title="a positive integer"
     )
-    output_dimension: Annotated[int, Field(ge=1)] | None = Field(
+    output_dimension: PositiveInteger | None = Field(
         None, description="Same as `dimensions`.", title="a positive integer"
     )
     encoding_format: EncodingName | None = Field(
@@ -98,15 +107,14 @@ class EmbeddingsBody(BaseModel):
         Raises:
             BadInput: a field is missing or has a value that is not accepted; names the first such field.
         """
+        given = {name: value for name, value in content.items() if value is not None}
         try:
-            return cls.model_validate(content)
+            return cls.model_validate(given)
         except ValidationError as error:
             field = str(error.errors(include_url=False)[0]["loc"][0])
-        if field not in content:
+        if field not in given:
             raise BadInput(f"`{field}` is required", param=field)
-        raise BadInput(
-            f"`{field}` must be {cls.model_fields[field].title}, got {describe(content[field])}", param=field
-        )
+        raise BadInput(f"`{field}` must be {cls.model_fields[field].title}, got {describe(given[field])}", param=field)
 
     @property
     def wanted_dimensions(self) -> int | None:
@@ -121,7 +129,10 @@ class EmbeddingsBody(BaseModel):
 
     @property
     def wanted_task(self) -> str | None:
-        return _only(task=self.task or None, input_type=self.input_type or None)  # "" means absent
+        task, input_type = self.task or None, self.input_type or None  # "" means absent
+        if task and input_type and canonical_task(task) == canonical_task(input_type):
+            return task
+        return _only(task=task, input_type=input_type)
 
     @property
     def wants_normalised(self) -> bool | None:
@@ -240,3 +251,52 @@ class Ready(BaseModel):
 
     status: Literal["ready", "not_ready"]
     models: list[ModelHealth]
+
+
+# ---------------------------------------------------------------------------------------------------------- responses
+
+Responses: TypeAlias = "dict[int | str, dict[str, Any]]"
+
+
+def _header(description: str, *, is_required: bool = True, **schema: object) -> dict[str, Any]:
+    return {"description": description, "required": is_required, "schema": {"type": "string", **schema}}
+
+
+_REQUEST_ID = {"x-request-id": _header("The id that was sent, or a new one; also in the log.", minLength=1)}
+_RETRY_AFTER = _header("Seconds after which a new try makes sense.", is_required=False, pattern=r"^\d{1,3}$")
+_ERROR_HEADERS = {
+    401: {"www-authenticate": _header("`Bearer`.", const="Bearer")},
+    429: {"retry-after": _RETRY_AFTER},
+    500: {"x-should-retry": _header("`false`: a retry cannot help.", is_required=False, const="false")},
+    503: {
+        "retry-after": _RETRY_AFTER,
+        "x-should-retry": _header("`false`: a retry cannot help.", is_required=False, const="false"),
+    },
+}
+
+EMBEDDINGS_HEADERS = {
+    "x-gateway-model": _header("Id of the model that answered."),
+    "x-gateway-space": _header("Identity of the vectors' space.", pattern="^[A-Za-z0-9._-]+@[0-9a-f]{12}$"),
+    "x-gateway-task": _header("The task, if the model has any.", is_required=False),
+    "x-gateway-truncated": _header(
+        "Indices of the texts that were cut, such as `0,3`; beyond 100, how many more there are.",
+        is_required=False,
+        pattern=r"^\d+(,\d+)*(,\+\d+)?$",
+    ),
+    "server-timing": _header("Milliseconds of tokenise, queue, inference and total."),
+}
+
+
+def responses(
+    model: type[BaseModel], *errors: type[RequestError], headers: dict[str, dict[str, Any]] | None = None
+) -> Responses:
+    """Describe the answers of an operation: 200, and each error that it can end in."""
+    declared: Responses = {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}}
+    possible: tuple[type[RequestError], ...] = (*errors, Unauthorized, InternalError)
+    for error in possible:
+        declared[error.status] = {
+            "model": ErrorBody,
+            "description": (error.__doc__ or "").partition("\n")[0],
+            "headers": {**_REQUEST_ID, **_ERROR_HEADERS.get(error.status, {})},
+        }
+    return declared

@@ -72,6 +72,19 @@ class Router:
             task=_resolve_task(info, task_of_name, task),
         )
 
+    def find(self, name: str) -> tuple[Model, str | None]:
+        """Return the model of a name, ready or not, and the task that the name stands for.
+
+        Args:
+            name: as for ``resolve``.
+
+        Raises:
+            ModelNotFound: nothing has that name.
+            BadInput: the name holds a task that the model does not know.
+        """
+        model, task, _is_alias = self._find(name)
+        return model, _resolve_task(model.info, task, None) if model.info else None
+
     def _find(self, name: str) -> tuple[Model, str | None, bool]:
         """Return the model of a name, the task in the name, and whether the name is an alias."""
         alias: Alias | None = self._aliases.get(name)
@@ -112,10 +125,11 @@ def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -
 
     That is what makes an A/B by ``model`` alone work: the client sends the same task to either model.
     """
-    asked = [canonical_task(name) for name in (task_of_name, task) if name is not None]
+    given = [name for name in (task_of_name, task) if name is not None]
+    asked = [canonical_task(name) for name in given]
     if len(set(asked)) > 1:
         raise BadInput(
-            f"`model` names the task {_cut(asked[0])!r}, and `task` says {_cut(asked[1])!r}: leave one of them out",
+            f"`model` names the task {_cut(given[0])!r}, and `task` says {_cut(given[1])!r}: leave one of them out",
             param="task",
         )
     if not asked:
@@ -123,7 +137,7 @@ def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -
     allowed = list(info.tasks) or known_task_names()
     if asked[0] not in allowed:
         raise BadInput(
-            f"unknown task {_cut(task or asked[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
+            f"unknown task {_cut(given[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
         )
     return asked[0] if info.tasks else None
 

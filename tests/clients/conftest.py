@@ -1,0 +1,120 @@
+"""Gateways to talk to, vectors to compare with, and a guard against talking to anything else."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from clients.gateway_process import Gateway, running_gateway
+
+KEY = "sk-of-the-tests"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Free what a test that ignores ResourceWarning left open, or the warning would come in some later test."""
+    result = yield
+    if any("ResourceWarning" in mark.args[0] for mark in item.iter_markers("filterwarnings")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+    return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Switch telemetry off. Clients read these when they are imported: tests import them inside themselves."""
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("MEM0_TELEMETRY", "False")
+        environ.setenv("MEM0_DIR", str(tmp_path_factory.mktemp("mem0")))
+        environ.setenv("ANONYMIZED_TELEMETRY", "False")
+        environ.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+        environ.setenv("DO_NOT_TRACK", "1")
+        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+            environ.delenv(name, raising=False)
+        for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "OPENAI_PROXY"):
+            environ.delenv(name, raising=False)
+        environ.setenv("NO_PROXY", "127.0.0.1")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _only_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which anything looked up another host: OpenAI, a language model, telemetry, a download."""
+    look_up = socket.getaddrinfo
+    others: list[object] = []
+
+    def look_up_here(host: object, *args: object, **kwargs: object) -> object:
+        if host not in ("127.0.0.1", "localhost", None):
+            others.append(host)
+            raise socket.gaierror(f"a test must not look up {host!r}")
+        return look_up(host, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
+    yield
+    assert not others
+
+
+@pytest.fixture(scope="session")
+def gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway as `make run` starts it: no key, and no vocabulary for token ids."""
+    folder = tmp_path_factory.mktemp("gateway")
+    (folder / "empty").mkdir()
+    # Without it, the vocabulary would be looked for where tiktoken may have put it on this machine.
+    with running_gateway(folder, GATEWAY_TIKTOKEN_CACHE_DIR=str(folder / "empty")) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def furnished_gateway(
+    _quiet_clients: None, tmp_path_factory: pytest.TempPathFactory, vocabulary: Path
+) -> Iterator[Gateway]:
+    """A gateway that asks for ``KEY`` and can read cl100k_base token ids."""
+    with running_gateway(
+        tmp_path_factory.mktemp("furnished"), GATEWAY_API_KEYS=KEY, GATEWAY_TIKTOKEN_CACHE_DIR=str(vocabulary)
+    ) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Path:
+    """A tiktoken cache folder with cl100k_base; LlamaIndex ships one."""
+    package = find_spec("llama_index.core")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "_static" / "tiktoken_cache"
+    assert (folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").is_file(), "LlamaIndex no longer ships cl100k_base"
+    return folder
+
+
+@pytest.fixture
+def embed(gateway: Gateway) -> Callable[..., np.ndarray]:
+    """Return a function that embeds texts with no client in between, to compare with: ``(n, d)`` float32."""
+
+    def embed(*texts: str) -> np.ndarray:
+        answer = httpx.post(f"{gateway.base_url}/embeddings", json={"model": "default", "input": texts})
+        assert answer.status_code == 200, answer.text
+        return np.array([item["embedding"] for item in answer.json()["data"]], dtype=np.float32)
+
+    return embed
+
+
+@pytest.fixture
+def assert_same_vectors() -> Callable[[Sequence[object], Sequence[object]], None]:
+    """Return a function that compares vectors of one model; batches of other shapes round otherwise."""
+
+    def compare(actual: Sequence[object], expected: Sequence[object]) -> None:
+        one, other = np.array(actual, dtype=np.float32), np.array(expected, dtype=np.float32)
+        assert one.shape == other.shape
+        cosines = (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
+        assert cosines.min() >= 0.9999
+
+    return compare

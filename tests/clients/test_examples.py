@@ -1,0 +1,82 @@
+"""The examples run as their README says, and show what they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from clients.conftest import KEY
+from clients.gateway_process import MODEL, Gateway
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "mem0_memory.py"
+NOBODY = "http://127.0.0.1:9/v1"
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXAMPLE, *options]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("store", ["qdrant", "milvus"])
+def test_memories_are_added_found_changed_and_deleted(gateway: Gateway, store: str) -> None:
+    space = httpx.get(f"{gateway.base_url}/models/{MODEL}").json()["space"]
+
+    done = run("--store", store, "--base-url", gateway.base_url)
+
+    assert done.returncode == 0, done.stderr
+    head, added, *steps, end = done.stdout.split("\n\n")
+    assert head.splitlines() == [
+        f"{MODEL}: 384 dimensions, space {space}",
+        f"{store} collection memories_{space.replace('-', '_').replace('@', '_')}",
+    ]
+    assert len(added.splitlines()) == 3
+    # Of each search, the best is looked at: how many others pass Mem0's threshold is the model's business.
+    assert [(step.split()[0], step.splitlines()[1][9:] if "\n" in step else "") for step in steps] == [
+        ("searched", "I play the violin in an orchestra"),
+        ("updated", ""),
+        ("searched", "I play the cello in a quartet"),
+        ("deleted", ""),
+        ("searched", "My cat is allergic to fish"),
+    ]
+    assert "ADD, UPDATE, DELETE" in end
+    assert "0 memories after delete_all" in end
+
+
+def test_memories_that_are_kept_are_found_by_the_next_run(gateway: Gateway, tmp_path: Path) -> None:
+    """The second run opens the collection of the first, which has the same space in its name."""
+    options = ("--store", "qdrant", "--dir", str(tmp_path), "--base-url", gateway.base_url)
+
+    first, second = run(*options), run(*options, "--model", MODEL)
+
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert len(list((tmp_path / "qdrant" / "collection").glob("memories_*"))) == 1
+
+
+def test_without_a_gateway_it_ends_with_what_to_do() -> None:
+    done = run("--base-url", NOBODY)
+
+    assert done.returncode == 1
+    assert f"No gateway answers at {NOBODY}. Start it with `make run`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_model_ends_with_the_names_there_are(gateway: Gateway) -> None:
+    done = run("--base-url", gateway.base_url, "--model", "bge-m4")
+
+    assert done.returncode == 1
+    assert f"there are: {MODEL}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_is_passed_on(furnished_gateway: Gateway) -> None:
+    without = run("--base-url", furnished_gateway.base_url)
+    with_key = run("--base-url", furnished_gateway.base_url, "--api-key", KEY)
+
+    assert without.returncode == 1
+    assert "refuses: Error code: 401" in without.stderr
+    assert with_key.returncode == 0, with_key.stderr
