@@ -195,7 +195,7 @@ class ModelNotReady(RequestError):
 
 
 class ModelUnavailable(ModelNotReady):
-    """The model is disabled or failed to load; a retry does not help until the operator acts."""
+    """The model failed to load; a retry does not help until the operator acts."""
 
     code = "model_unavailable"
 

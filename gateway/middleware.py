@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import orjson
@@ -18,7 +20,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.config.settings import Settings
-from gateway.errors import BodyTooLarge, InternalError, MethodNotAllowed, RequestError, Unauthorized
+from gateway.errors import BodyTooLarge, ClientDisconnected, InternalError, MethodNotAllowed, RequestError, Unauthorized
 from gateway.telemetry import metrics
 
 log = structlog.get_logger("gateway.access")
@@ -26,6 +28,9 @@ log = structlog.get_logger("gateway.access")
 _CONTEXT = "gateway.context"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SLASHES = re.compile(r"//+")
+# How much of a body is read that nobody wants: enough for an honest mistake.
+_MAX_DRAINED_BYTES = 64 * 1024 * 1024
+_MAX_DRAIN_S = 30.0
 # Answered without a key: probes carry none, and the documentation tells nothing that is not public.
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 
@@ -77,7 +82,7 @@ class ApiKeys:
             return address
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else ""
-        if not given:
+        if given in ("", '""'):  # what clients send that were given an empty key
             raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
         digest = hashlib.sha256(given.encode()).digest()
         # All are compared, each in constant time: the time taken tells nothing about a key.
@@ -109,49 +114,85 @@ class GatewayMiddleware:
                 MutableHeaders(scope=message)["x-request-id"] = context.request_id
             await send(message)
 
+        body = _Body(receive, headers, self._max_body_bytes)
         with metrics.IN_FLIGHT.track_inprogress():
             try:
-                await self._answer(scope, headers, context, receive, send_with_id)
+                await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
                 context.error_code = error.code
-                await send_error(error, send_with_id)
+                await send_error(error, send_with_id, body.drain)
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
                 log.exception("unexpected_error", request_id=context.request_id)
                 context.error_code = InternalError.code
                 if context.status:
                     raise  # the answer has begun: all that is left is to cut the connection
                 message = f"internal error; the log has more under request id {context.request_id}"
-                await send_error(InternalError(message), send_with_id)
+                await send_error(InternalError(message), send_with_id, body.drain)
         _record(scope, context)
 
-    async def _answer(
-        self, scope: Scope, headers: Headers, context: RequestContext, receive: Receive, send: Send
-    ) -> None:
+    async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: _Body, send: Send) -> None:
         address = scope["client"][0] if scope.get("client") else "unknown"
         is_open = scope["path"].startswith(_OPEN_PATHS)
         context.caller = address if is_open else self._keys.caller(headers, address)
+        body.check_declared_size()
+        await self._app(scope, body.receive, send)
+
+
+class _Body:
+    """A request's body on its way in: not larger than allowed, and read to its end also when nobody wants it."""
+
+    def __init__(self, receive: Receive, headers: Headers, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._has_ended = False
         declared = headers.get("content-length", "0")
-        if declared.isdigit():
-            self._check_size(int(declared))
-        await self._app(scope, self._limited(receive), send)
+        self._declared_bytes = int(declared) if declared.isdecimal() else 0
+        # uvicorn says "100 Continue" when a body is first asked for; until then such a client sends nothing.
+        self._is_coming = "expect" not in headers
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Count the bytes of a body that did not say its size."""
-        num_bytes = 0
+    def check_declared_size(self) -> None:
+        self._check_size(self._declared_bytes)
 
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            self._check_size(num_bytes)
-            return message
+    async def receive(self) -> Message:
+        """Pass a message on to the application.
 
-        return receive_counted
+        Raises:
+            BodyTooLarge: more bytes have come than are allowed.
+            ClientDisconnected: the client has gone before its request was complete.
+        """
+        self._is_coming = True
+        had_ended = self._has_ended
+        message = await self._next()
+        if message["type"] == "http.disconnect" and not had_ended:
+            raise ClientDisconnected("the client closed the connection before its request was complete")
+        self._check_size(self._num_bytes)
+        return message
+
+    async def drain(self) -> None:
+        """Read what is still coming, within bounds, so that the client gets to read its answer.
+
+        Many clients send everything before they read, and closing a connection with unread bytes resets it: they would
+        see a broken pipe in place of the 413.
+        """
+        if not self._is_coming:
+            return
+        most = self._num_bytes + _MAX_DRAINED_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_MAX_DRAIN_S):
+                while not self._has_ended and self._num_bytes < most:
+                    await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._num_bytes += len(message.get("body", b""))
+        self._has_ended = not message.get("more_body", False)
+        return message
 
     def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self._max_body_bytes:
+        if num_bytes > self._max_bytes:
             raise BodyTooLarge(
-                f"the request body has {num_bytes} bytes or more, the limit is {self._max_body_bytes}: send fewer texts "
+                f"the request body has {num_bytes} bytes or more, the limit is {self._max_bytes}: send fewer texts "
                 "in a request"
             )
 
@@ -167,8 +208,12 @@ def _normalise_path(path: str) -> str:
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
-async def send_error(error: RequestError, send: Send) -> None:
-    """Render an error: one message in the three forms that clients look for, and the headers that steer retries."""
+async def send_error(error: RequestError, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
+    """Render an error: one message in the three forms that clients look for, and the headers that steer retries.
+
+    Args:
+        drain: awaited after the answer has been sent and before it is ended, which may close the connection.
+    """
     body = orjson.dumps(
         {
             "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
@@ -186,7 +231,9 @@ async def send_error(error: RequestError, send: Send) -> None:
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allow.encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await drain()
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _record(scope: Scope, context: RequestContext) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from gateway.api.schema import Live, Ready
+from gateway.api.schema import Live, Ready, error_responses
 from gateway.backends.fleet import Fleet
 from gateway.telemetry import metrics
 
@@ -42,6 +42,9 @@ def health_router(fleet: Fleet) -> APIRouter:
     router.add_api_route("/health/ready", ready, responses=not_ready)
     router.add_api_route("/health", ready, responses=not_ready, operation_id="health")
     router.add_api_route(
-        "/metrics", prometheus, response_class=Response, responses={200: {"content": {"text/plain": {}}}}
+        "/metrics",
+        prometheus,
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **error_responses()},
     )
     return router

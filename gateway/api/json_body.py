@@ -63,6 +63,11 @@ def _mend(value: Json) -> Json:
     return value
 
 
+def integral(value: Json) -> Json:
+    """Read 512.0 as 512: JSON has one kind of number, and some clients write all of them with a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def describe(value: Json) -> str:
     """Say what a JSON value is, for an error message; long ones are cut."""
     match value:

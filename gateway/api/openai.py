@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.json_body import Json, describe, parse_object
+from gateway.api.json_body import Json, describe, integral, parse_object
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
+    EXPECT_SPACE,
     EmbeddingsAnswer,
     EmbeddingsBody,
     ModelCard,
@@ -40,8 +42,9 @@ from gateway.vectors import Encoding, encode
 
 # A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100
-_BODY = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}}
+_REQUEST = {
+    "parameters": [EXPECT_SPACE],
+    "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
 }
 T = TypeVar("T")
 
@@ -108,7 +111,7 @@ def openai_router(
                 DeadlineExceeded,
                 headers=EMBEDDINGS_HEADERS,
             ),
-            openapi_extra=_BODY,
+            openapi_extra=_REQUEST,
             include_in_schema=is_shown,
         )
         router.add_api_route(
@@ -141,8 +144,8 @@ def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[s
         raise BadInput(f"`input` must be a string or a list of strings, got {describe(value)}", param="input")
     if not value:
         raise BadInput("`input` is an empty list; send at least one text", param="input")
-    if _are_token_ids(value):
-        return [decoder.decode(value, "`input`")]
+    if (ids := _token_ids(value)) is not None:
+        return [decoder.decode(ids, "`input`")]
     if len(value) > max_inputs:
         raise BadInput(
             f"`input` has {len(value)} items, the limit is {max_inputs}: send several requests", param="input"
@@ -156,8 +159,8 @@ def _parse_item(item: Json, where: str, decoder: TokenIdDecoder) -> str:
     match item:
         case {"text": str(text)}:
             return text
-        case list() if item and _are_token_ids(item):
-            return decoder.decode(item, where)
+        case [_, *_] if (ids := _token_ids(item)) is not None:
+            return decoder.decode(ids, where)
         case _:
             raise BadInput(
                 f'{where} must be a string, {{"text": string}} or a list of token ids, got {describe(item)}',
@@ -165,8 +168,14 @@ def _parse_item(item: Json, where: str, decoder: TokenIdDecoder) -> str:
             )
 
 
-def _are_token_ids(items: list[Json]) -> TypeGuard[list[int]]:
-    return all(type(item) is int for item in items)  # a bool is an int too, but no token id
+def _token_ids(items: list[Json]) -> list[int] | None:
+    """Return the items as token ids if all are integers; a bool is none."""
+    ids: list[int] = []
+    for item in map(integral, items):
+        if isinstance(item, bool) or not isinstance(item, int):
+            return None
+        ids.append(item)
+    return ids
 
 
 def _timeout_s(request: Request, limit_s: float) -> float:
@@ -232,7 +241,7 @@ def _headers(answer: EmbedAnswer, elapsed_s: float) -> dict[str, str]:
         "server-timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
     }
     if answer.task is not None:
-        headers["x-gateway-task"] = answer.task
+        headers["x-gateway-task"] = quote(answer.task)  # the registry may call a task anything
     if answer.truncated:
         headers["x-gateway-truncated"] = _list_indices(answer.truncated)
     return headers

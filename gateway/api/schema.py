@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from gateway.api.json_body import Json, describe
+from gateway.api.json_body import Json, describe, integral
 from gateway.embedding import Output, Truncate, canonical_task
 from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 from gateway.vectors import Encoding
@@ -44,14 +44,7 @@ _TRUNCATIONS = {
 _ENCODING = "`float`, `base64`, `binary` or `ubinary`"
 EncodingName = Literal["float", "base64", "binary", "ubinary"]
 T = TypeVar("T", bool, int, str)
-
-
-def _integral(value: Any) -> Any:
-    """Read 512.0 as 512: JSON has one kind of number, and some clients write them all with a point."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
+PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(integral)]
 
 
 class EmbeddingsBody(BaseModel):
@@ -287,16 +280,30 @@ EMBEDDINGS_HEADERS = {
 }
 
 
+EXPECT_SPACE = {
+    "name": "x-gateway-expect-space",
+    "in": "header",
+    "required": False,
+    "description": "Answer 412 instead of vectors of another space.",
+    "schema": {"type": "string"},
+}
+
+
 def responses(
     model: type[BaseModel], *errors: type[RequestError], headers: dict[str, dict[str, Any]] | None = None
 ) -> Responses:
     """Describe the answers of an operation: 200, and each error that it can end in."""
-    declared: Responses = {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}}
+    return {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}, **error_responses(*errors)}
+
+
+def error_responses(*errors: type[RequestError]) -> Responses:
+    """Describe the errors that an operation can end in, and those that every operation can."""
     possible: tuple[type[RequestError], ...] = (*errors, Unauthorized, InternalError)
-    for error in possible:
-        declared[error.status] = {
+    return {
+        error.status: {
             "model": ErrorBody,
             "description": (error.__doc__ or "").partition("\n")[0],
             "headers": {**_REQUEST_ID, **_ERROR_HEADERS.get(error.status, {})},
         }
-    return declared
+        for error in possible
+    }

@@ -6,6 +6,7 @@ the text they came from; they are never taken for ids of the served model, which
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Name of the vocabulary in tiktoken's cache: the sha1 of the address that tiktoken would download it from.
 _CACHED_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 _ADVICE = "send texts; with LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False"
 
 
@@ -66,7 +68,9 @@ def _load(cache_dir: Path | None) -> Encoding | None:
         or os.environ.get("DATA_GYM_CACHE_DIR")
         or Path(tempfile.gettempdir()) / "data-gym-cache"
     )
-    if not (folder / _CACHED_NAME).is_file():
+    vocabulary = folder / _CACHED_NAME
+    # A damaged file would be deleted and downloaded.
+    if not vocabulary.is_file() or hashlib.sha256(vocabulary.read_bytes()).hexdigest() != _SHA256:
         return None
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken takes it from nowhere else
     import tiktoken

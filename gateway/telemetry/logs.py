@@ -37,7 +37,8 @@ def configure_logs(level: str, style: str) -> None:
     )
     is_console = style == "console" or (style == "auto" and sys.stderr.isatty())
     rendering: list[Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        # The default prints local variables with a traceback: texts and keys.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if is_console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -1,0 +1,187 @@
+"""A gateway over models whose vectors are known, in this process or behind a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib.util
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from gateway.app import create_app
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.embedding import Embeddings, EmbedJob, ModelState
+
+MakeModel = Callable[..., Model]
+MakeFleet = Callable[..., tuple[Registry, Fleet]]
+
+TASKS = {
+    "retrieval.query": "query: ",
+    "retrieval.passage": "passage: ",
+    "separation": "separate: ",
+    "classification": "classify: ",
+    "text-matching": "",
+}
+ALIASES = {"default": "mini", "jina-query": ("jina", "retrieval.query")}
+
+
+def raw_vectors(texts: Sequence[str], width: int) -> np.ndarray:
+    """Return what the model makes of texts, before the gateway finishes it: a different length for each cut."""
+    return np.array([np.random.default_rng(list(text.encode())).standard_normal(width) for text in texts], np.float32)
+
+
+class RandomBackend(FakeBackend):
+    """A fake whose vectors have something in every dimension; see :func:`raw_vectors`."""
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        result = await super().embed(job)
+        return dataclasses.replace(result, vectors=raw_vectors(job.texts, self._info.width))
+
+
+@pytest.fixture
+def vectors_of() -> Callable[[Sequence[str], int], np.ndarray]:
+    """Return the function that computes the vectors to expect, before they are finished."""
+    return raw_vectors
+
+
+@pytest.fixture
+def make_random_model(make_model: MakeModel) -> MakeModel:
+    """Return a function that makes a model with a :class:`RandomBackend`."""
+
+    def make(model_id: str = "mini", **info: object) -> Model:
+        return make_model(model_id, backend=RandomBackend(fake_info(model_id, **info)), **info)
+
+    return make
+
+
+@pytest.fixture
+def models(make_random_model: MakeModel) -> list[Model]:
+    """Return the models that most tests ask: ``mini`` is plain, ``jina`` has tasks and dimensions to choose from."""
+    return [
+        make_random_model("mini", source="owner/mini", width=8, max_tokens=8),
+        make_random_model(
+            "jina",
+            source="jinaai/jina-v3",
+            width=32,
+            dimensions=(32, 16, 8),
+            max_tokens=8,
+            tasks=TASKS,
+            default_task="text-matching",
+        ),
+        make_random_model("team/small", width=10, is_normalised=False),
+    ]
+
+
+@pytest.fixture
+def tiktoken_cache_dir() -> Path:
+    """Return a folder with the cl100k_base vocabulary: llama-index-core brings it along."""
+    spec = importlib.util.find_spec("llama_index.core")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "_static" / "tiktoken_cache"
+
+
+Connect = Callable[..., Awaitable[httpx.AsyncClient]]
+
+
+@pytest.fixture
+async def connect(models: list[Model], make_fleet: MakeFleet) -> AsyncIterator[Connect]:
+    """Return a function that starts a gateway with some settings in this process, and returns a client of it."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def connect(
+            *fleet_models: Model, aliases: object = ALIASES, has_started: bool = True, **settings: object
+        ) -> httpx.AsyncClient:
+            registry, fleet = make_fleet(*(fleet_models or models), aliases=aliases)
+            await _start(fleet, has_started)
+            app = create_app(registry, Settings(**settings), fleet)
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+            return await stack.enter_async_context(client)
+
+        yield connect
+
+
+@pytest.fixture
+async def client(connect: Connect) -> httpx.AsyncClient:
+    """Return a client of a gateway with default settings."""
+    return await connect()
+
+
+async def _start(fleet: Fleet, has_started: bool = True) -> None:
+    for model in fleet:
+        if model.state is ModelState.READY:
+            await model.backend.start()
+    if has_started:
+        fleet.started.set()
+
+
+Serve = Callable[..., "contextlib.AbstractContextManager[tuple[str, int]]"]
+
+
+@pytest.fixture
+def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
+    """Return a function that serves a gateway on a free port while its context lasts, and gives host and port."""
+
+    @contextlib.contextmanager
+    def serve(*fleet_models: Model, http: str = "auto", **settings: object) -> Iterator[tuple[str, int]]:
+        registry, fleet = make_fleet(*(fleet_models or models), aliases={})
+        app = create_app(registry, Settings(**settings), fleet)
+        config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off")
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            async def run() -> None:
+                await _start(fleet)
+                await server.serve(sockets=[listener])
+
+            thread = threading.Thread(target=asyncio.run, args=(run(),))
+            thread.start()
+            try:
+                yield listener.getsockname()
+            finally:
+                server.should_exit = True
+                thread.join()
+
+    return serve
+
+
+CheckError = Callable[..., str]
+
+
+@pytest.fixture
+def check_error() -> CheckError:
+    """Return a function that checks everything about an error answer but the message, which it returns."""
+
+    def check(
+        response: httpx.Response,
+        status: int,
+        code: str,
+        *,
+        param: str | None = None,
+        type_: str = "invalid_request_error",
+    ) -> str:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/json"
+        assert response.headers["x-request-id"]
+        body = response.json()
+        message = body["message"]
+        assert isinstance(message, str)
+        assert body == {
+            "error": {"message": message, "type": type_, "param": param, "code": code},
+            "detail": message,
+            "message": message,
+        }
+        return message
+
+    return check

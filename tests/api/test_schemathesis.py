@@ -1,0 +1,98 @@
+"""The gateway does what its own OpenAPI schema says, for whatever can be made from that schema."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, settings
+from schemathesis.config import (
+    ChecksConfig,
+    GenerationConfig,
+    PositiveDataAcceptanceConfig,
+    ProjectConfig,
+    ProjectsConfig,
+    SchemathesisConfig,
+)
+
+from gateway.app import create_app
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Alias, ModelEntry, Registry
+from gateway.config.settings import Settings
+from gateway.embedding import ModelState
+
+
+def make_app() -> FastAPI:
+    """Return a gateway with one model that is ready, and token ids that can be decoded."""
+    entry = ModelEntry(id="mini", source="owner/mini", revision="0" * 40, enabled=True)
+    info = fake_info("mini", dimensions=(8, 4, 2), tasks={"retrieval.query": ""}, default_task="retrieval.query")
+    backend = FakeBackend(info)
+    asyncio.run(backend.start())
+    fleet = Fleet([Model(entry, backend, ModelState.READY, info)])
+    fleet.started.set()
+    registry = Registry(
+        path=Path("models.yaml"), version=1, models=(entry,), aliases={"default": Alias(name="default", model="mini")}
+    )
+    llama_index = importlib.util.find_spec("llama_index.core")
+    assert llama_index is not None
+    assert llama_index.origin is not None
+    vocabularies = Path(llama_index.origin).parent / "_static" / "tiktoken_cache"
+    return create_app(registry, Settings(tiktoken_cache_dir=vocabularies), fleet)
+
+
+def configure(*modes: schemathesis.GenerationMode, expected_statuses: list[str]) -> SchemathesisConfig:
+    generation = GenerationConfig(modes=list(modes), deterministic=True, max_examples=60, database="none")
+    checks = ChecksConfig(positive_data_acceptance=PositiveDataAcceptanceConfig(expected_statuses=expected_statuses))
+    return SchemathesisConfig(
+        projects=ProjectsConfig(default=ProjectConfig(generation=generation, checks=checks)), seed=1
+    )
+
+
+def narrowed(app: FastAPI) -> dict[str, Any]:
+    """Return the schema with what only the registry knows: which names, tasks and dimensions there are."""
+    content = copy.deepcopy(app.openapi())
+    content["paths"] = {"/v1/embeddings": content["paths"]["/v1/embeddings"]}
+    operation = content["paths"]["/v1/embeddings"]["post"]
+    del operation["parameters"]  # the expected space: any other is refused
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    fields = body["properties"]
+    for synonym in ("output_dimension", "embedding_type", "encoding_type", "input_type", "normalize"):
+        del fields[synonym]  # two that differ are refused
+    fields["model"] = {"enum": ["mini", "default", "owner/mini", "mini:query", "", None]}
+    fields["task"] = {"enum": ["retrieval.query", "query", "search_query", "", None]}
+    fields["dimensions"] = {"enum": [8, 4, 2, 8.0, None]}
+    fields["late_chunking"] = {"enum": [False, None]}
+    fields["outputs"] = {"enum": [["dense"], None]}
+    _token_ids, token_id_list = fields["input"]["anyOf"][1]["items"]["anyOf"][2], fields["input"]["anyOf"][2]
+    for ids in (_token_ids, token_id_list):
+        ids["items"]["maximum"] = 100_255  # above it, some are missing
+    return content
+
+
+APP = make_app()
+# Which models, tasks and dimensions there are is a matter of the registry: the schema allows more.
+ANYTHING = configure(*schemathesis.GenerationMode, expected_statuses=["2xx", "400", "404", "412"])
+whole = schemathesis.openapi.from_asgi("/openapi.json", APP, config=ANYTHING)
+RIGHT = configure(schemathesis.GenerationMode.POSITIVE, expected_statuses=["2xx"])
+right = schemathesis.openapi.from_dict(narrowed(APP), config=RIGHT)
+right.app = APP
+
+bounded = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@whole.parametrize()
+@bounded
+def test_every_answer_is_as_the_schema_says(case: schemathesis.Case) -> None:
+    case.call_and_validate()
+
+
+@right.parametrize()
+@bounded
+def test_whatever_the_schema_allows_is_embedded(case: schemathesis.Case) -> None:
+    case.call_and_validate()

@@ -1,0 +1,54 @@
+"""Models without a checkpoint, for every test that needs some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from gateway.backends.base import Backend
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Alias, ModelEntry, Registry, Source
+from gateway.embedding import ModelState
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Model]:
+    """Return a function that makes one model of a fleet, ready by default; its backend is not started."""
+
+    def make(
+        model_id: str = "mini",
+        *,
+        source: str | None = None,
+        backend: Backend | None = None,
+        state: ModelState = ModelState.READY,
+        reason: str = "",
+        **info: object,
+    ) -> Model:
+        source = source or f"owner/{model_id.replace('/', '-')}"
+        revision = "0" * 40 if Source.parse(source).kind == "hub" else None
+        entry = ModelEntry(id=model_id, source=source, revision=revision, enabled=True)
+        known = fake_info(model_id, **{"source": source, **info})
+        is_ready = state is ModelState.READY
+        return Model(entry, backend or FakeBackend(known), state, known if is_ready else None, reason, int(is_ready))
+
+    return make
+
+
+@pytest.fixture
+def make_fleet() -> Callable[..., tuple[Registry, Fleet]]:
+    """Return a function that puts models and aliases together."""
+
+    def make(*models: Model, aliases: Mapping[str, str | tuple[str, str]] | None = None) -> tuple[Registry, Fleet]:
+        pairs = {name: (to, None) if isinstance(to, str) else to for name, to in (aliases or {}).items()}
+        registry = Registry(
+            path=Path("models.yaml"),
+            version=1,
+            models=tuple(model.entry for model in models),
+            aliases={name: Alias(name=name, model=model, task=task) for name, (model, task) in pairs.items()},
+        )
+        return registry, Fleet(models)
+
+    return make

@@ -1,0 +1,246 @@
+"""A name leads to exactly one model and task, or to an error that lists what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Registry
+from gateway.embedding import ModelState
+from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
+from gateway.routing.router import Router
+
+MakeModel = Callable[..., Model]
+MakeFleet = Callable[..., tuple[Registry, Fleet]]
+
+TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": ""}
+
+
+@pytest.fixture
+def router(make_model: MakeModel, make_fleet: MakeFleet) -> Router:
+    return Router(
+        *make_fleet(
+            make_model("jina", source="jinaai/jina-v3", tasks=TASKS, default_task="text-matching"),
+            make_model("mini", source="owner/mini"),
+            make_model("team/small", source="shared/weights"),
+            make_model("team/large", source="shared/weights"),
+            aliases={"default": "mini", "jina-query": ("jina", "retrieval.query"), "matching": "jina"},
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "model", "resolved_task", "echo"),
+    [
+        pytest.param("mini", None, "mini", None, "mini", id="id"),
+        pytest.param("team/small", None, "team/small", None, "team/small", id="id with a slash"),
+        pytest.param("owner/mini", None, "mini", None, "owner/mini", id="source"),
+        pytest.param("jinaai/jina-v3", None, "jina", "text-matching", "jinaai/jina-v3", id="source, default task"),
+        pytest.param("jina", None, "jina", "text-matching", "jina", id="default task"),
+        pytest.param("jina", "retrieval.query", "jina", "retrieval.query", "jina", id="task"),
+        pytest.param("jina:retrieval.query", None, "jina", "retrieval.query", "jina:retrieval.query", id="id:task"),
+        pytest.param("jina:query", None, "jina", "retrieval.query", "jina:query", id="id:synonym"),
+        pytest.param(
+            "jinaai/jina-v3:passage", None, "jina", "retrieval.passage", "jinaai/jina-v3:passage", id="source:task"
+        ),
+        pytest.param("jina:query", "search_query", "jina", "retrieval.query", "jina:query", id="same task twice"),
+        pytest.param("mini:query", None, "mini", None, "mini:query", id="id:task of a model without tasks"),
+        pytest.param("mini", "query", "mini", None, "mini", id="task for a model without tasks"),
+        pytest.param("jina-query", None, "jina", "retrieval.query", "jina", id="alias with a task"),
+        pytest.param("jina-query", "query", "jina", "retrieval.query", "jina", id="alias and the same task"),
+        pytest.param("matching", None, "jina", "text-matching", "jina", id="alias without a task"),
+        pytest.param("matching", "passage", "jina", "retrieval.passage", "jina", id="alias and a task"),
+        pytest.param("default", None, "mini", None, "mini", id="the default by its name"),
+        pytest.param(None, None, "mini", None, "mini", id="no name"),
+        pytest.param(None, "query", "mini", None, "mini", id="no name, but a task"),
+    ],
+)
+def test_a_name_leads_to_one_model_and_task(
+    router: Router, name: str | None, task: str | None, model: str, resolved_task: str | None, echo: str
+) -> None:
+    target = router.resolve(name, task)
+
+    assert (target.info.id, target.task, target.name) == (model, resolved_task, echo)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("maxi", id="unknown"),
+        pytest.param("", id="empty"),
+        pytest.param("Mini", id="other case"),
+        pytest.param("min", id="prefix"),
+        pytest.param(" mini", id="space before"),
+        pytest.param("mini\n", id="line break after"),
+        pytest.param("shared/weights", id="source of two models"),
+        pytest.param("jina-query:text-matching", id="alias:task"),
+        pytest.param("jina:retrieval:query", id="two colons"),
+        pytest.param(":mini", id="colon before"),
+    ],
+)
+def test_anything_else_is_not_found_and_all_names_are_told(router: Router, name: str) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        router.resolve(name, None)
+
+    assert caught.value.param == "model"
+    assert caught.value.message == (
+        f"no model is called {name!r}; there are: jina, mini, team/small, team/large, default, jina-query, matching"
+    )
+
+
+def test_an_id_wins_over_the_source_of_another_model(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+    """Its own weights answer, not those of the model that was made from a repo of that name."""
+    router = Router(*make_fleet(make_model("hub", source="BAAI/bge-m3"), make_model("BAAI/bge-m3", source="own/tuned")))
+
+    assert router.resolve("BAAI/bge-m3", None).info.id == "BAAI/bge-m3"
+    assert router.resolve("BAAI/bge-m3:query", None).info.id == "BAAI/bge-m3"
+
+
+def test_a_folder_with_a_colon_is_a_source_as_it_is(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+    router = Router(*make_fleet(make_model("mini", source="/models/a:b")))
+
+    assert router.resolve("/models/a:b", None).info.id == "mini"
+
+
+def test_no_name_and_no_default_asks_for_one(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+    router = Router(*make_fleet(make_model("one"), make_model("two"), aliases={"also": "two"}))
+
+    with pytest.raises(BadInput, match=r"^`model` is required; one of: one, two, also$") as caught:
+        router.resolve(None, None)
+    assert caught.value.param == "model"
+
+
+def test_a_long_name_is_cut_in_the_message(router: Router) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        router.resolve("x" * 1_000_000, None)
+
+    assert len(caught.value.message) < 300
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        pytest.param("jina", "retrieval", id="family"),
+        pytest.param("jina", "Retrieval.Query", id="other case"),
+        pytest.param("jina", "separation", id="a task that this model does not have"),
+        pytest.param("jina", "", id="empty"),
+        pytest.param("jina:sorting", None, id="in the name"),
+        pytest.param("jina:", None, id="empty in the name"),
+    ],
+)
+def test_an_unknown_task_is_refused_with_the_model_s_own(router: Router, name: str, task: str | None) -> None:
+    with pytest.raises(BadInput) as caught:
+        router.resolve(name, task)
+
+    assert caught.value.param == "task"
+    assert caught.value.message.startswith("unknown task ")
+    assert caught.value.message.endswith("for model 'jina'; one of: retrieval.query, retrieval.passage, text-matching")
+
+
+def test_an_unknown_task_is_refused_by_a_model_without_tasks_too(router: Router) -> None:
+    with pytest.raises(BadInput, match=r"unknown task 'sorting' for model 'mini'; one of: retrieval\.query, "):
+        router.resolve("mini", "sorting")
+
+
+def test_a_long_task_is_cut_in_the_message(router: Router) -> None:
+    with pytest.raises(BadInput) as caught:
+        router.resolve("mini", "x" * 1_000_000)
+
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("name", ["jina:query", "jina-query", "mini:query"])
+def test_two_tasks_that_differ_are_refused(router: Router, name: str) -> None:
+    with pytest.raises(BadInput, match=r"`model` names the task .* and `task` says 'passage'") as caught:
+        router.resolve(name, "passage")
+    assert caught.value.param == "task"
+
+
+# ----------------------------------------------------------------------------------------------------------- states
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        pytest.param(
+            ModelState.DISABLED,
+            "no accelerator",
+            (ModelNotFound, "model 'late' is disabled: no accelerator", None, False),
+            id="disabled",
+        ),
+        pytest.param(ModelState.LOADING, "", (ModelNotReady, "model 'late' is still loading", 5, False), id="loading"),
+        pytest.param(
+            ModelState.FAILED,
+            "failed to load: no weights",
+            (ModelUnavailable, "model 'late' failed to load: no weights", None, True),
+            id="failed",
+        ),
+        pytest.param(
+            ModelState.STOPPED,
+            "the gateway is shutting down",
+            (ModelUnavailable, "model 'late' is stopped: the gateway is shutting down", 5, False),
+            id="stopped",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["late", "default", None])
+def test_a_model_that_does_not_answer_says_why(
+    make_model: MakeModel,
+    make_fleet: MakeFleet,
+    name: str | None,
+    state: ModelState,
+    reason: str,
+    expected: tuple[type[RequestError], str, int | None, bool],
+) -> None:
+    """Another model never answers in its place."""
+    late = make_model("late", state=state, reason=reason)
+    router = Router(*make_fleet(make_model("mini"), late, aliases={"default": "late"}))
+
+    with pytest.raises(RequestError) as caught:
+        router.resolve(name, None)
+
+    error = caught.value
+    assert (type(error), error.message, error.retry_after_s, error.is_permanent) == expected
+
+
+def test_a_model_is_found_by_each_of_its_names_also_while_it_loads(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    late = make_model("late", source="owner/late", state=ModelState.LOADING)
+    router = Router(*make_fleet(late, aliases={"also": ("late", "retrieval.query")}))
+
+    for name in ("late", "owner/late", "also", "late:query"):
+        assert router.find(name) == (late, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "task"),
+    [
+        ("jina", "jina", "text-matching"),
+        ("jina:query", "jina", "retrieval.query"),
+        ("jina-query", "jina", "retrieval.query"),
+        ("jinaai/jina-v3", "jina", "text-matching"),
+        ("mini", "mini", None),
+        ("mini:query", "mini", None),
+    ],
+)
+def test_a_ready_model_is_found_with_the_task_that_its_name_stands_for(
+    router: Router, name: str, model: str, task: str | None
+) -> None:
+    found, found_task = router.find(name)
+
+    assert (found.id, found_task) == (model, task)
+
+
+def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+    late = make_model("late", state=ModelState.LOADING)
+    router = Router(*make_fleet(late))
+
+    late.info, late.state = make_model("late").info, ModelState.READY
+
+    assert router.resolve("late", None).backend is late.backend

@@ -1,0 +1,109 @@
+"""A space changes with everything that makes vectors incomparable, and with nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from gateway.backends.fake import fake_info
+from gateway.embedding import ModelInfo, Output
+from gateway.routing.spaces import is_same_space, space_id
+
+TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": "match: ", "separation": ""}
+JINA = fake_info("jina", width=32, dimensions=(32, 16), tasks=TASKS, default_task="text-matching")
+PLAIN = fake_info("plain", instruction="")
+
+
+def space(
+    info: ModelInfo = JINA, task: str | None = "text-matching", dimensions: int = 32, normalised: bool = True
+) -> str:
+    return space_id(info, task, dimensions, is_normalised=normalised)
+
+
+def with_instruction(task: str, text: str) -> ModelInfo:
+    return dataclasses.replace(JINA, tasks={**TASKS, task: text})
+
+
+@pytest.mark.parametrize("model_id", ["jina", "team/jina", "a.b_c-d"])
+def test_a_space_is_a_name_for_people_and_a_hash(model_id: str) -> None:
+    info = dataclasses.replace(JINA, id=model_id)
+
+    assert re.fullmatch(r"[A-Za-z0-9._-]+@[0-9a-f]{12}", space(info))
+    assert space(info).startswith(model_id.replace("/", "-"))
+
+
+def test_a_space_is_the_same_in_every_process() -> None:
+    """Stored vectors are labelled with it: if this fails, PREPROCESSING_VERSION or the format has changed."""
+    assert space() == "jina@e6787dd4cc4a"
+    assert space_id(PLAIN, None, 8, is_normalised=True) == "plain@0540f4a90e77"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(space(dataclasses.replace(JINA, fingerprint="0" * 64)), id="weights, tokenizer or pooling"),
+        pytest.param(space(dimensions=16), id="dimensions"),
+        pytest.param(space(normalised=False), id="normalisation"),
+        pytest.param(space(task="separation"), id="task"),
+        pytest.param(space(task="retrieval.query"), id="task family"),
+        pytest.param(space(task=None), id="no task"),
+        pytest.param(space(with_instruction("text-matching", "match:")), id="a space in the instruction"),
+    ],
+)
+def test_what_makes_vectors_incomparable_changes_the_space(other: str) -> None:
+    assert other.partition("@")[2] != space().partition("@")[2]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(dataclasses.replace(JINA, device="cuda:0"), id="device"),
+        pytest.param(dataclasses.replace(JINA, dtype="float16"), id="dtype"),
+        pytest.param(dataclasses.replace(JINA, engine="other"), id="engine"),
+        pytest.param(dataclasses.replace(JINA, memory_bytes=1), id="memory"),
+        pytest.param(dataclasses.replace(JINA, max_tokens=1), id="max_tokens"),
+        pytest.param(dataclasses.replace(JINA, source="/copy", revision="0" * 40), id="where the weights came from"),
+        pytest.param(dataclasses.replace(JINA, dimensions=(32,)), id="other accepted dimensions"),
+        pytest.param(dataclasses.replace(JINA, outputs=(Output.DENSE, Output.SPARSE)), id="other outputs"),
+        pytest.param(dataclasses.replace(JINA, default_task="separation"), id="default task"),
+        pytest.param(with_instruction("separation", "sort: "), id="instruction of another task"),
+        pytest.param(dataclasses.replace(JINA, tasks=dict(reversed(TASKS.items()))), id="order of the tasks"),
+        pytest.param(dataclasses.replace(JINA, instruction="unused: "), id="instruction of requests without a task"),
+    ],
+)
+def test_what_leaves_vectors_comparable_leaves_the_space(other: ModelInfo) -> None:
+    assert space(other) == space()
+
+
+def test_a_query_and_a_passage_share_a_space() -> None:
+    assert space(task="retrieval.query") == space(task="retrieval.passage")
+
+
+@pytest.mark.parametrize("changed", ["retrieval.query", "retrieval.passage"])
+@pytest.mark.parametrize("asked", ["retrieval.query", "retrieval.passage"])
+def test_either_instruction_of_a_family_changes_the_space_of_both(changed: str, asked: str) -> None:
+    assert space(with_instruction(changed, "other: "), asked) != space(task=asked)
+
+
+def test_the_instruction_of_a_model_without_tasks_changes_its_space() -> None:
+    other = dataclasses.replace(PLAIN, instruction="embed: ")
+
+    assert space(other, None, 8) != space(PLAIN, None, 8)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        pytest.param("jina@0123456789ab", "jina@0123456789ab", True, id="equal"),
+        pytest.param("jina@0123456789ab", "renamed@0123456789ab", True, id="another name"),
+        pytest.param("jina@0123456789ab", "0123456789ab", True, id="the hash alone"),
+        pytest.param("jina@0123456789ab", "jina@0123456789ac", False, id="another hash"),
+        pytest.param("jina@0123456789ab", "jina", False, id="a name alone"),
+        pytest.param("jina@0123456789ab", "jina@", False, id="no hash"),
+    ],
+)
+def test_only_the_hash_decides_whether_spaces_are_the_same(one: str, other: str, expected: bool) -> None:
+    assert is_same_space(one, other) is expected
+    assert is_same_space(other, one) is expected
