@@ -17,6 +17,10 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 """The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
 
 
+MultiVector: TypeAlias = npt.NDArray[np.float32]
+"""A vector for each token of one text: shape ``(t, d)``, float32, each of L2 norm 1."""
+
+
 class Output(StrEnum):
     """A kind of representation that a model can return for a text."""
 
@@ -47,6 +51,19 @@ class ModelState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SparseVector:
+    """Weights of the tokens of one text.
+
+    Attributes:
+        indices: the model's token ids, ascending, each once; int64.
+        values: their weights, above 0; float32.
+    """
+
+    indices: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a loaded model is and can do.
 
@@ -58,6 +75,7 @@ class ModelInfo:
         max_tokens: the longest text in tokens, special tokens included.
         is_normalised: whether vectors have L2 norm 1 unless a request asks otherwise.
         tasks: each task the model knows, with the instruction put before the text (may be empty).
+        can_chunk_late: whether chunks of a document can be encoded together.
         default_task: the task of a request that names none; ``None`` for a model without tasks.
         instruction: what is put before a text that has no task.
     """
@@ -76,6 +94,7 @@ class ModelInfo:
     engine: str
     memory_bytes: int
     outputs: tuple[Output, ...] = (Output.DENSE,)
+    can_chunk_late: bool = False
     tasks: Mapping[str, str] = field(default_factory=dict)
     default_task: str | None = None
     instruction: str = ""
@@ -87,6 +106,9 @@ class EmbedJob:
 
     Attributes:
         task: one of ``ModelInfo.tasks``, or ``None`` for no task.
+        outputs: what to compute for each text; some of ``ModelInfo.outputs``.
+        is_late_chunked: the texts are consecutive chunks of one document, which is encoded as a whole; the vector of a
+            chunk is the mean over its own tokens.
         deadline: point on ``time.monotonic()`` after which nobody waits for the answer.
         caller: whom the work is for; work of different callers shares the device fairly.
     """
@@ -96,6 +118,8 @@ class EmbedJob:
     truncate: Truncate
     deadline: float
     caller: str
+    outputs: frozenset[Output] = frozenset({Output.DENSE})
+    is_late_chunked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +143,16 @@ class Embeddings:
         vectors: ``(n, width)`` float32, pooled, **not** normalised, in input order.
         num_tokens: tokens of each text as the model saw it: after truncation, special tokens included.
         truncated: indices of the texts that were cut, ascending.
+        sparse: token weights of each text, if they were asked for.
+        multivectors: token vectors of each text, if they were asked for.
     """
 
     vectors: Vectors
     num_tokens: Sequence[int]
     truncated: Sequence[int]
     timings: Timings
+    sparse: Sequence[SparseVector] | None = None
+    multivectors: Sequence[MultiVector] | None = None
 
 
 TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")

@@ -19,9 +19,11 @@
         ├── Overloaded             429
         ├── InternalError          500
         │   ├── InferenceFailed
+        │   ├── OutOfMemory
         │   └── InvalidVectors
         ├── ModelNotReady          503
         │   ├── ModelUnavailable
+        │   ├── ModelRecovering
         │   └── ShuttingDown
         ├── DeadlineExceeded       504
         └── ClientDisconnected     499  (logged; nobody is there to read it)
@@ -182,6 +184,12 @@ class InferenceFailed(InternalError):
     code = "inference_failed"
 
 
+class OutOfMemory(InternalError):
+    """One text alone needs more memory than the device has left; the message names its tokens."""
+
+    code = "out_of_memory"
+
+
 class InvalidVectors(InternalError):
     """The model returned vectors that are not finite or not of the promised width; none is handed out."""
 
@@ -198,6 +206,12 @@ class ModelUnavailable(ModelNotReady):
     """The model failed to load; a retry does not help until the operator acts."""
 
     code = "model_unavailable"
+
+
+class ModelRecovering(ModelNotReady):
+    """The model hung or failed, and is being loaded anew. Retry after the seconds in ``Retry-After``."""
+
+    code = "model_recovering"
 
 
 class ShuttingDown(ModelNotReady):

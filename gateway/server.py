@@ -55,7 +55,7 @@ async def _serve(
             timeout_graceful_shutdown=round(settings.shutdown_grace_s),
         )
     )
-    loading = asyncio.create_task(_load(fleet, settings, server, lambda: announce(fleet, _base_url(listener))))
+    loading = asyncio.create_task(_load(fleet, server, lambda: announce(fleet, _base_url(listener))))
     await server.serve(sockets=[listener])
     if not loading.done():
         loading.cancel()
@@ -80,16 +80,11 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def _load(fleet: Fleet, settings: Settings, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
+async def _load(fleet: Fleet, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
     """Load the models; stop the server if that is fatal. Returns whether all is well."""
 
-    def configure() -> None:
-        from gateway.engine.devices import set_cpu_threads  # imports torch
-
-        set_cpu_threads(settings.cpu_threads)
-
     try:
-        await fleet.start(configure)
+        await fleet.start()
     except StartError as error:
         log.error("start_failed", reason=str(error))
         server.should_exit = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -70,18 +70,14 @@ class Fleet:
         """Whether the gateway can take traffic: loading has ended, and a model answers."""
         return self.started.is_set() and any(model.state is ModelState.READY for model in self)
 
-    async def start(self, configure: Callable[[], None] = lambda: None) -> None:
+    async def start(self) -> None:
         """Load the enabled models, one after the other, so that each sees the memory that the others left.
 
         A model that cannot be loaded is ``failed`` with its reason, and the others serve.
 
-        Args:
-            configure: called once in a thread before the first model is loaded.
-
         Raises:
             StartError: a model that the registry calls ``required`` is not ready.
         """
-        await asyncio.to_thread(configure)
         for model in self:
             if reason := await asyncio.to_thread(why_disabled, model.entry):
                 model.state, model.reason = ModelState.DISABLED, reason

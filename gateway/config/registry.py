@@ -94,6 +94,11 @@ class ModelEntry(_Frozen):
         description="Precision of the computation. `auto`: `float16` on CUDA; `bfloat16` on a CPU that has it, else "
         "`float32`.",
     )
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        default="auto",
+        description="What runs the forward. `auto`: OpenVINO on a CPU, where its vectors agree with torch's; torch "
+        "elsewhere.",
+    )
     default_task: NonEmptyText | None = Field(
         default=None,
         description="The task of a request that names none. Use a symmetric one where clients search and store "

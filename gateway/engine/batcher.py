@@ -1,4 +1,4 @@
-"""Run the queue: one thread that tokenises, one that computes, and the callers that wait on the event loop.
+"""Bring requests and computing threads together: admission, tokenising, waiting, and one answer for everybody.
 
 Takes the place of Infinity's ``BatchHandler``, and keeps its interface for ``AsyncEmbeddingEngine``. That one passes a
 batch through five queues and four threads that poll and sleep (5 ms a step, so a single short text takes three times as
@@ -10,28 +10,35 @@ that is free takes what is queued, without a timer, and whatever a forward does,
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
 import structlog
 
-from gateway.embedding import Embeddings, EmbedJob, Timings, Truncate, Vectors
-from gateway.engine.encoders.base import Encoder, empty_vectors
+from gateway.embedding import Embeddings, EmbedJob, Output, Timings, Truncate
+from gateway.engine.encoders.base import Encoder
 from gateway.engine.infinity_library import OverloadStatus
-from gateway.engine.scheduler import Entry, FairQueue, Ticket, take
-from gateway.engine.tokenizer import Tokens
+from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.scheduler import Computation, Entry, Ticket
+from gateway.engine.worker import FinishedBatch, Inbox, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, Overloaded, RequestError, ShuttingDown
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# Texts that are tokenised in one go. Small enough that a request of one text never waits long behind a large one.
-_TOKENISE_SLICE = 64
+# What is tokenised in one go: so little that a request of one text never waits long behind a large one.
+_SLICE_TEXTS = 64
+_SLICE_CHARS = 100_000
+# The tokenizer cannot stop inside a text; from this length on, texts have a thread of their own to wait for.
+_LONG_TEXT_CHARS = 200_000
+# How long a stop waits for the batch in hand.
+_STOP_S = 10.0
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
 _CHARS_PER_TOKEN = 4
@@ -48,51 +55,68 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A request on its way through: filled batch by batch, then done."""
+    """A request on its way through: filled batch by batch, then done.
 
-    vectors: Vectors
-    num_missing: int
+    Attributes:
+        encoded: result of each of its items, as far as they have come.
+        computations: what it waits for.
+    """
+
     done: asyncio.Future[None]
+    num_missing: int
+    encoded: dict[int, Encoded] = field(default_factory=dict)
     tokens: list[Tokens] = field(default_factory=list)
+    computations: set[Computation] = field(default_factory=set)
     tokenise_s: float = 0.0
     queue_s: float = 0.0
     inference_s: float = 0.0
+    error: RequestError | None = None
 
-    def fail(self, error: RequestError) -> None:
+    def end(self, error: RequestError | None = None) -> None:
         if not self.done.done():
-            self.done.set_exception(error)
+            self.error = error
+            self.done.set_result(None)
 
-    def embeddings(self) -> Embeddings:
+    def embeddings(self, outputs: frozenset[Output], width: int) -> Embeddings:
+        rows = [self.encoded[i] for i in range(len(self.encoded))]
+        num_tokens = [n for tokens in self.tokens for n in _token_counts(tokens)]
         return Embeddings(
-            vectors=self.vectors,
-            num_tokens=[len(tokens.ids) for tokens in self.tokens],
+            vectors=np.concatenate([row.dense for row in rows]) if rows else np.zeros((0, width), np.float32),
+            num_tokens=num_tokens,
             truncated=[i for i, tokens in enumerate(self.tokens) if tokens.is_truncated],
             timings=Timings(self.tokenise_s, self.queue_s, self.inference_s),
+            sparse=[row.sparse for row in rows if row.sparse is not None] if Output.SPARSE in outputs else None,
+            multivectors=[row.multivector for row in rows if row.multivector is not None]
+            if Output.MULTIVECTOR in outputs
+            else None,
         )
 
 
 class Batcher:
-    """Batches the texts of all requests for one encoder.
+    """Batches the texts of all requests for one model.
 
-    Everything but the two threads' own work happens on the event loop that called :meth:`spawn`; the queue is the only
-    state that is shared, under one lock.
+    Everything but the threads' own work happens on the event loop that called :meth:`spawn`.
+
+    Args:
+        encoders: the replicas of the model, one for each device; they share one queue.
     """
 
-    def __init__(self, model: str, encoder: Encoder, limits: Limits) -> None:
+    def __init__(self, model: str, encoders: Sequence[Encoder], limits: Limits) -> None:
         self._model = model
-        self._encoder = encoder
+        self._encoder = encoders[0]
         self._limits = limits
         self._works: dict[Ticket, _Work] = {}
+        self._computations: dict[Hashable, Computation] = {}
         self._num_texts = 0
         self._num_tokens = 0  # estimated: admission comes before tokenising
         self._tokens_per_s: float | None = None
-        self._queue = FairQueue()
-        self._wakeup = threading.Condition()
-        self._is_stopping = False
+        self._refusal: Callable[[], RequestError] | None = None
+        self._inbox = Inbox(limits.max_batch_tokens)
+        self._workers = [Worker(model, encoder, self._inbox, self._finished, self._faulted) for encoder in encoders]
         self._tokeniser = ThreadPoolExecutor(1, f"{model}-tokenise")
-        self._computer = threading.Thread(target=self._compute, name=f"{model}-compute", daemon=True)
+        self._long_tokeniser = ThreadPoolExecutor(1, f"{model}-tokenise-long")
 
-    # ------------------------------------------------------------------------------------------- the event loop
+    # ---------------------------------------------------------------------------------------------- one request
 
     async def submit(self, job: EmbedJob) -> Embeddings:
         """Embed the texts of a job; return when the last vector is there.
@@ -103,19 +127,20 @@ class Batcher:
             Overloaded: too much is waiting already.
             ContextLengthExceeded: a text is too long, and the job says to refuse.
             DeadlineExceeded: the job's deadline passed first.
-            InferenceFailed: the forward of a batch with one of the texts raised.
-            ShuttingDown: the batcher is stopping.
+            InternalError: the forward failed on one of the texts, or gave no vectors that can be handed out.
+            ModelNotReady: the batcher is stopping, or has been given up.
         """
         num_tokens = self._estimate_tokens(job.texts)
         self._admit(len(job.texts), num_tokens)
         ticket = Ticket(job.caller, job.deadline)
         work = _Work(
-            vectors=empty_vectors(len(job.texts), self._encoder.width),
-            num_missing=len(job.texts),
             done=asyncio.get_running_loop().create_future(),
+            num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
         )
         self._works[ticket] = work
         self._count(len(job.texts), num_tokens)
+        if not job.texts:
+            work.end()
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 await self._enqueue(job, ticket, work)
@@ -125,14 +150,15 @@ class Batcher:
                 f"not done within the time limit: {work.num_missing} of {len(job.texts)} texts were still waiting"
             ) from None
         finally:
-            ticket.is_live = False
-            del self._works[ticket]
+            self._forget(ticket, work)
             self._count(-len(job.texts), -num_tokens)
-        return work.embeddings()
+        if work.error is not None:
+            raise work.error
+        return work.embeddings(job.outputs, self._encoder.width)
 
     def _admit(self, num_texts: int, num_tokens: int) -> None:
-        if self._is_stopping:
-            raise ShuttingDown("the gateway is shutting down", retry_after_s=5)
+        if self._refusal is not None:
+            raise self._refusal()
         limits = self._limits
         is_full = (
             self._num_texts + num_texts > limits.max_queue_texts
@@ -155,104 +181,151 @@ class Batcher:
         self._num_tokens += num_tokens
         metrics.QUEUE_TEXTS.labels(self._model).set(self._num_texts)
 
+    def _forget(self, ticket: Ticket, work: _Work) -> None:
+        """Drop what is left of a request: nobody waits for it any more."""
+        ticket.is_live = False
+        del self._works[ticket]
+        for computation in work.computations:  # empty unless the request ended early
+            computation.entries = [entry for entry in computation.entries if entry.ticket is not ticket]
+            if not computation.entries and not computation.is_taken:
+                self._computations.pop(_key(computation.item), None)
+
+    # ------------------------------------------------------------------------------------------------ tokenising
+
     async def _enqueue(self, job: EmbedJob, ticket: Ticket, work: _Work) -> None:
         """Tokenise in slices, and queue each slice at once: the device starts while the rest is tokenised."""
         loop = asyncio.get_running_loop()
         entries: list[Entry] = []
-        for first in range(0, len(job.texts), _TOKENISE_SLICE):
-            texts = job.texts[first : first + _TOKENISE_SLICE]
+        for first, texts in [(0, job.texts)] if job.is_late_chunked else _slices(job.texts):
+            if not ticket.is_live or work.done.done():  # has failed, or the batcher is stopping
+                return
             is_last = first + len(texts) == len(job.texts)
+            tokeniser = self._tokeniser if len(texts[0]) < _LONG_TEXT_CHARS else self._long_tokeniser
             started = time.monotonic()
-            tokens = await loop.run_in_executor(
-                self._tokeniser, self._encoder.tokenise, texts, job.task, job.truncate, first
-            )
+            tokens = await loop.run_in_executor(tokeniser, self._tokenise, job, ticket, first, texts)
             now = time.monotonic()
             work.tokenise_s += now - started
             work.tokens += tokens
-            entries += [Entry(ticket, first + i, row, job.task, now) for i, row in enumerate(tokens)]
+            for i, row in enumerate(tokens):
+                computation = self._join(Item(row, job.task, job.outputs))
+                entry = Entry(ticket, first + i, computation, now)
+                computation.entries.append(entry)
+                work.computations.add(computation)
+                if not computation.is_taken:
+                    entries.append(entry)
             if is_last or job.truncate is not Truncate.REFUSE:  # what may yet be refused is not begun
-                with self._wakeup:
-                    self._queue.add(entries)
-                    self._wakeup.notify()
+                self._inbox.add(entries)
                 entries = []
 
-    def _deliver(self, batch: list[Entry], vectors: Vectors | None, started: float, ended: float) -> None:
-        """Hand a computed batch to its requests; ``vectors`` is ``None`` when the forward raised."""
-        num_tokens = sum(entry.num_tokens for entry in batch)
-        rate = num_tokens / max(ended - started, 1e-6)
+    def _tokenise(self, job: EmbedJob, ticket: Ticket, first: int, texts: Sequence[str]) -> list[Tokens]:
+        if not ticket.is_live:  # while this waited for the thread
+            return []
+        if job.is_late_chunked:
+            return [self._encoder.tokenizer.tokenise_chunks(texts, self._encoder.instruction(job.task))]
+        return self._encoder.tokenise(texts, job.task, job.truncate, first)
+
+    def _join(self, item: Item) -> Computation:
+        """Return the computation of an identical item that is in flight, or a new one."""
+        key = _key(item)
+        computation = self._computations.get(key)
+        if computation is None:
+            computation = self._computations[key] = Computation(item)
+        return computation
+
+    # --------------------------------------------------------------------------------------------------- results
+
+    def _finished(self, batch: FinishedBatch) -> None:
+        self._call_soon(lambda: self._deliver(batch))
+
+    def _faulted(self) -> None:
+        self._inbox.clear()
+        self._call_soon(lambda: self._end_all(self._inference_failed))
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
+            self._loop.call_soon_threadsafe(callback)
+
+    def _deliver(self, batch: FinishedBatch) -> None:
+        """Hand the results of a batch to everybody who waits for one of them."""
+        num_tokens = sum(computation.item.num_tokens for computation in batch.computations)
+        seconds = batch.ended - batch.started
+        rate = num_tokens / max(seconds, 1e-6)
         self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
-        metrics.BATCH_TEXTS.labels(self._model).observe(len(batch))
+        metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.computations))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
-        rows_of: dict[Ticket, list[int]] = {}
-        for row, entry in enumerate(batch):
-            rows_of.setdefault(entry.ticket, []).append(row)
-        for ticket, rows in rows_of.items():
-            work = self._works.get(ticket)
-            if work is None:  # its caller has gone meanwhile
-                continue
-            if vectors is None:
-                work.fail(InferenceFailed(f"model {self._model!r} failed while it computed this request"))
-                ticket.is_live = False
-                continue
-            work.vectors[[batch[row].index for row in rows]] = vectors[rows]
-            work.queue_s = max(work.queue_s, started - min(batch[row].queued_at for row in rows))
-            work.inference_s += ended - started
-            work.num_missing -= len(rows)
-            if not work.num_missing and not work.done.done():
-                work.done.set_result(None)
+        served: set[Ticket] = set()
+        for computation, result in zip(batch.computations, batch.results, strict=True):
+            self._computations.pop(_key(computation.item), None)
+            for entry in computation.entries:
+                work = self._works.get(entry.ticket)
+                if work is None:  # its caller has gone meanwhile
+                    continue
+                work.computations.discard(computation)
+                work.queue_s = max(work.queue_s, batch.started - entry.queued_at)
+                if entry.ticket not in served:
+                    served.add(entry.ticket)
+                    work.inference_s += seconds
+                self._fill(entry, work, result)
 
-    def _abandon(self) -> None:
-        """Answer everybody who still waits: the computing thread has ended."""
-        self._is_stopping = True
-        for work in self._works.values():
-            work.fail(ShuttingDown("the gateway is shutting down", retry_after_s=5))
+    @staticmethod
+    def _fill(entry: Entry, work: _Work, result: Encoded | RequestError) -> None:
+        if isinstance(result, RequestError):
+            # An error belongs to one request: raising it for two would mix their tracebacks.
+            work.end(type(result)(result.message, is_permanent=result.is_permanent))
+            entry.ticket.is_live = False
+            return
+        work.encoded[entry.index] = result
+        work.num_missing -= 1
+        if not work.num_missing:
+            work.end()
 
-    # -------------------------------------------------------------------------------------- the computing thread
+    def _end_all(self, error: Callable[[], RequestError]) -> None:
+        """Answer everybody who still waits with an error."""
+        self._computations.clear()
+        for ticket, work in self._works.items():
+            ticket.is_live = False
+            work.end(error())
 
-    def _compute(self) -> None:
-        try:
-            while batch := self._next_batch():
-                started = time.monotonic()
-                vectors = self._forward(batch)
-                self._call_soon(self._deliver, batch, vectors, started, time.monotonic())
-        finally:
-            self._call_soon(self._abandon)
+    def _inference_failed(self) -> InferenceFailed:
+        metrics.FAILED_BATCHES.labels(self._model).inc()
+        return InferenceFailed(f"model {self._model!r} failed while it computed this request")
 
-    def _next_batch(self) -> list[Entry]:
-        """Wait for work and return a batch of it; an empty batch means that the batcher is stopping."""
-        with self._wakeup:
-            while not self._is_stopping:
-                if batch := take(self._queue, self._limits.max_batch_tokens, time.monotonic()):
-                    return batch
-                self._wakeup.wait()
-        return []
+    # ---------------------------------------------------------------------------------------------------- health
 
-    def _forward(self, batch: list[Entry]) -> Vectors | None:
-        try:
-            return self._encoder.encode([entry.tokens for entry in batch])
-        except Exception:  # the model's code may raise anything, and each of these callers must get an answer
-            log.exception("batch_failed", model=self._model, texts=len(batch))
-            metrics.FAILED_BATCHES.labels(self._model).inc()
-            return None
+    def busy_s(self) -> float:
+        """Return how long the oldest batch in hand has been running, 0 if there is none."""
+        now = time.monotonic()
+        return max(worker.busy_s(now) for worker in self._workers)
 
-    def _call_soon(self, callback, *args) -> None:  # type: ignore[no-untyped-def]
-        if not self._loop.is_closed():  # at the end of the process the loop may be gone before this thread
-            self._loop.call_soon_threadsafe(callback, *args)
+    def num_failed_in_a_row(self) -> int:
+        """Return how many batches in a row have given nothing but errors, on the worst replica."""
+        return max(worker.num_failed_in_a_row for worker in self._workers)
+
+    def give_up(self, error: Callable[[], RequestError]) -> None:
+        """Answer everybody, now and later, with an error, and let go of the threads: one of them may hang for ever."""
+        self._refusal = error
+        self._inbox.close()
+        self._end_all(error)
+        for tokeniser in (self._tokeniser, self._long_tokeniser):
+            tokeniser.shutdown(wait=False, cancel_futures=True)
 
     # --------------------------------------------------------------- what Infinity's AsyncEmbeddingEngine calls
 
     async def spawn(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._computer.start()
+        for worker in self._workers:
+            worker.start()
 
     async def shutdown(self) -> None:
         """Stop after the batch in hand; whoever still waits gets :class:`ShuttingDown`."""
-        with self._wakeup:
-            self._is_stopping = True
-            self._wakeup.notify_all()
-        await self._loop.run_in_executor(None, self._computer.join)
-        self._tokeniser.shutdown(wait=False, cancel_futures=True)
-        self._abandon()
+        self._refusal = _shutting_down
+        self._inbox.close()
+        for worker in self._workers:
+            if not await asyncio.to_thread(worker.join, _STOP_S):
+                log.error("batch_hangs", model=self._model, seconds=_STOP_S)
+        self._end_all(_shutting_down)
+        for tokeniser in (self._tokeniser, self._long_tokeniser):
+            await asyncio.to_thread(tokeniser.shutdown)
 
     async def embed(
         self, sentences: Sequence[str], matryoshka_dim: int | None = None
@@ -275,3 +348,29 @@ class Batcher:
             queue_absolute=self._num_texts,
             results_absolute=len(self._works),
         )
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the gateway is shutting down", retry_after_s=5)
+
+
+def _key(item: Item) -> Hashable:
+    """Return what two items share exactly when they are the same computation."""
+    return array("q", item.tokens.ids).tobytes(), item.task, item.outputs, item.tokens.spans
+
+
+def _token_counts(tokens: Tokens) -> list[int]:
+    """Return the tokens of each vector that will come of ``tokens``."""
+    return [len(tokens.ids)] if tokens.spans is None else [end - first for first, end in tokens.spans]
+
+
+def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """Cut texts into runs of bounded size, each with the index of its first; a long text is one by itself."""
+    first = num_chars = 0
+    for i, text in enumerate(texts):
+        num_chars += len(text)
+        if i > first and (num_chars > _SLICE_CHARS or i - first == _SLICE_TEXTS):
+            yield first, texts[first:i]
+            first, num_chars = i, len(text)
+    if texts:
+        yield first, texts[first:]

@@ -1,4 +1,4 @@
-"""Read what a checkpoint says about itself: sizes, pooling, normalisation, prompts, length.
+"""Read what a checkpoint says about itself: sizes, pooling, normalisation, prompts, length, adapters, further heads.
 
 The layout is sentence-transformers': ``modules.json`` lists the modules, ``sentence_bert_config.json`` the length,
 ``1_Pooling/config.json`` the pooling, ``config_sentence_transformers.json`` the prompts. A folder without
@@ -10,22 +10,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
 
+from gateway.embedding import Output
 from gateway.engine.sources import file_sha256
 from gateway.errors import LoadError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet")
-"""``model_type`` of the architectures that are served: encoders whose forward gives one state a token."""
+MODEL_TYPES = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "distilbert",
+    "electra",
+    "mpnet",
+    "modernbert",
+    "nomic_bert",
+    "gte",
+    "qwen3",
+    "jina_embeddings_v3",
+)
+"""``model_type`` of the architectures that are served: those whose forward gives one state a token."""
 
-# Position ids of these start behind the padding id, which takes this many rows of the position table.
-_POSITION_OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}
+POSITION_OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}
+"""First position id of the architectures that count from behind the padding id; the others count from 0."""
+
+# Positions that the table has and a text cannot use. Jina v3 kept the size of XLM-RoBERTa's table, without its offset.
+_UNUSED_POSITIONS = {**POSITION_OFFSET, "jina_embeddings_v3": 2}
+
+_ADAPTER_TASKS = {
+    "retrieval_query": "retrieval.query",
+    "retrieval_passage": "retrieval.passage",
+    "separation": "separation",
+    "classification": "classification",
+    "text_matching": "text-matching",
+}
+# What Jina's own `encode` puts before a text (custom_st.py of jinaai/jina-embeddings-v3).
+_JINA_PROMPTS = {
+    "retrieval.query": "Represent the query for retrieving evidence documents: ",
+    "retrieval.passage": "Represent the document for retrieval: ",
+}
+_SPARSE_HEAD = "sparse_linear.pt"
+_MULTIVECTOR_HEAD = "colbert_linear.pt"
 
 
 class Pooling(StrEnum):
@@ -46,18 +78,24 @@ class Checkpoint:
     """A checkpoint's own description.
 
     Attributes:
-        width: dimensions of a token's state, and of the pooled vector.
-        max_tokens: longest text, special tokens included: the smallest limit that any of the checkpoint's files names.
+        width: dimensions of a dense vector.
+        hidden_width: dimensions of a token's state.
+        max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
         position_limit: longest text that the architecture can take at all.
+        dense_layers: folders of the linear layers behind the pooling, in order.
         prompts: instruction of each task, as named by the checkpoint.
         default_prompt: name of the prompt for texts without a task, if the checkpoint names one.
-        weights: files that hold the weights.
-        fingerprint: hex sha256 over the weights files, the tokenizer, the pooling and lower-casing.
+        adapters: folder of each task's adapter.
+        sparse_head: weights of the layer that gives each token its weight, if there is one.
+        multivector_head: weights of the layer that gives each token its vector, if there is one.
+        weights: files that hold the transformer's weights.
+        fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing.
     """
 
     folder: Path
     model_type: str
     width: int
+    hidden_width: int
     num_layers: int
     num_heads: int
     intermediate_width: int
@@ -66,10 +104,27 @@ class Checkpoint:
     pooling: Pooling
     is_normalised: bool
     is_lower_cased: bool
+    dense_layers: tuple[Path, ...]
     prompts: Mapping[str, str]
     default_prompt: str | None
+    adapters: Mapping[str, Path]
+    sparse_head: Path | None
+    multivector_head: Path | None
     weights: tuple[Path, ...]
     fingerprint: str
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What the checkpoint can give for a text."""
+        heads = ((Output.SPARSE, self.sparse_head), (Output.MULTIVECTOR, self.multivector_head))
+        return (Output.DENSE, *(output for output, head in heads if head is not None))
+
+    @property
+    def all_weights(self) -> tuple[Path, ...]:
+        """Every file with weights: the transformer's, the adapters', and those of the layers behind it."""
+        heads = (head for head in (self.sparse_head, self.multivector_head) if head is not None)
+        folders = (*self.adapters.values(), *self.dense_layers)
+        return (*self.weights, *(file for folder in folders for file in _weights_files(folder)), *heads)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -83,54 +138,82 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if model_type not in MODEL_TYPES:
         raise LoadError(f"{folder}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     modules = _read_modules(folder)
-    pooling_folder = modules.get("Pooling")
-    pooling = _read_pooling(folder / pooling_folder) if pooling_folder is not None else Pooling.MEAN
-    transformer = _read_object(folder / modules.get("Transformer", "") / "sentence_bert_config.json", optional=True)
+    transformer = _read_transformer(folder / modules.transformer)
+    sizes = _Sizes.read(folder)
+    position_limit = sizes.num_positions - _UNUSED_POSITIONS.get(model_type, 0)
+    is_jina = model_type == "jina_embeddings_v3"
+    pooling = Pooling.MEAN if modules.pooling is None else _read_pooling(folder / modules.pooling)
     is_lower_cased = transformer.get("do_lower_case") is True
-    positions = _integer(config, ("max_position_embeddings",), folder)
-    position_limit = positions - _POSITION_OFFSET.get(model_type, 0)
-    sentence = _read_object(folder / "config_sentence_transformers.json", optional=True)
-    prompts = sentence.get("prompts")
-    default_prompt = sentence.get("default_prompt_name")
+    prompts, default_prompt = _read_prompts(folder)
+    adapters = _find_adapters(folder)
     weights = _weights_files(folder)
-    return Checkpoint(
+    sparse_head, multivector_head = (_existing(folder / name) for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD))
+    dense_layers = tuple(folder / path for path in modules.dense)
+    checkpoint = Checkpoint(
         folder=folder,
         model_type=model_type,
-        width=_integer(config, ("hidden_size", "dim"), folder),
-        num_layers=_integer(config, ("num_hidden_layers", "n_layers"), folder),
-        num_heads=_integer(config, ("num_attention_heads", "n_heads"), folder),
-        intermediate_width=_integer(config, ("intermediate_size", "hidden_dim"), folder),
+        width=_read_dense_width(dense_layers[-1]) if dense_layers else sizes.width,
+        hidden_width=sizes.width,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        intermediate_width=sizes.intermediate_width,
         max_tokens=_max_tokens(folder, transformer, position_limit),
         position_limit=position_limit,
         pooling=pooling,
-        is_normalised="Normalize" in modules,
+        is_normalised=modules.is_normalised or is_jina,
         is_lower_cased=is_lower_cased,
-        prompts={str(k): str(v) for k, v in prompts.items()} if isinstance(prompts, dict) else {},
-        default_prompt=default_prompt if isinstance(default_prompt, str) else None,
+        dense_layers=dense_layers,
+        prompts={**{task: _JINA_PROMPTS.get(task, "") for task in adapters}, **prompts} if is_jina else prompts,
+        default_prompt=default_prompt,
+        adapters=adapters,
+        sparse_head=sparse_head,
+        multivector_head=multivector_head,
         weights=weights,
-        fingerprint=_fingerprint(folder, weights, pooling, is_lower_cased),
+        fingerprint="",
     )
+    return _with_fingerprint(checkpoint)
 
 
-def _read_modules(folder: Path) -> dict[str, str]:
-    """Return the folder of each sentence-transformers module by its class name; empty for a plain checkpoint."""
+# ---------------------------------------------------------------------------------------------------------- modules
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """The folder of each of sentence-transformers' modules, relative to the checkpoint."""
+
+    transformer: str = ""
+    pooling: str | None = None
+    dense: tuple[str, ...] = ()
+    is_normalised: bool = False
+
+
+def _read_modules(folder: Path) -> _Modules:
     path = folder / "modules.json"
     if not path.exists():
-        return {}
+        return _Modules()
     rows = _read_json(path)
-    modules: dict[str, str] = {}
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, dict):
-            raise LoadError(f"{path}: each entry must be an object, got {row!r}")
-        # The class moved between releases of sentence-transformers; its last part has stayed.
-        modules[_string(row, "type", path).rsplit(".", 1)[-1]] = _string(row, "path", path)
-    unsupported = set(modules) - {"Transformer", "Pooling", "Normalize"}
-    if unsupported or "Transformer" not in modules:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise LoadError(f"{path}: must hold a list of objects")
+    # The classes moved between releases of sentence-transformers; the last part of the name has stayed.
+    named = [
+        (_string(row, "type", path).rsplit(".", 1)[-1], _string(row, "path", path))
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    kinds = [kind for kind, _path in named]
+    # One transformer, one pooling, any linear layers, at the end perhaps a normalisation.
+    expected = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense"), *["Normalize"] * kinds.count("Normalize")]
+    if kinds != expected[: len(kinds)] or kinds.count("Normalize") > 1:
         raise LoadError(
-            f"{path}: modules {', '.join(sorted(unsupported or modules))} are not supported; "
-            "supported: Transformer, then Pooling, then optionally Normalize"
+            f"{path}: the modules {', '.join(kinds) or 'none'} are not supported; supported: Transformer, Pooling, then "
+            "optionally Dense layers, then optionally Normalize"
         )
-    return modules
+    return _Modules(
+        transformer=named[0][1],
+        pooling=named[1][1] if len(named) > 1 else None,
+        dense=tuple(path for kind, path in named if kind == "Dense"),
+        is_normalised="Normalize" in kinds,
+    )
 
 
 def _read_pooling(folder: Path) -> Pooling:
@@ -149,14 +232,82 @@ def _read_pooling(folder: Path) -> Pooling:
     return Pooling(str(mode))
 
 
+def _read_dense_width(folder: Path) -> int:
+    width = _read_object(folder / "config.json").get("out_features")
+    if not isinstance(width, int) or width < 1:
+        raise LoadError(f"{folder}/config.json: out_features must be a positive integer, got {width!r}")
+    return width
+
+
+def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Return the instruction of each prompt, and the name of the default one."""
+    config = _read_object(folder / "config_sentence_transformers.json", optional=True)
+    prompts, default = config.get("prompts"), config.get("default_prompt_name")
+    return (
+        {str(name): str(text) for name, text in prompts.items()} if isinstance(prompts, dict) else {},
+        default if isinstance(default, str) else None,
+    )
+
+
+def _find_adapters(folder: Path) -> dict[str, Path]:
+    """Return the folder of each task's adapter; the folder's name says the task."""
+    return {
+        task: folder / name for name, task in _ADAPTER_TASKS.items() if (folder / name / "adapter_config.json").exists()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    width: int
+    num_layers: int
+    num_heads: int
+    intermediate_width: int
+    num_positions: int
+
+    @classmethod
+    def read(cls, folder: Path) -> _Sizes:
+        """Read the sizes as transformers does, which knows what each architecture calls them."""
+        from transformers import AutoConfig  # slow to import
+
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            return cls(
+                width=int(config.hidden_size),
+                num_layers=int(config.num_hidden_layers),
+                num_heads=int(config.num_attention_heads),
+                intermediate_width=int(getattr(config, "intermediate_size", None) or config.hidden_dim),
+                num_positions=int(config.max_position_embeddings),
+            )
+        except Exception as error:  # transformers' validation raises errors of many classes
+            raise LoadError(f"{folder}/config.json: not a configuration that can be used: {error}") from error
+
+
+def _read_transformer(folder: Path) -> dict[str, Json]:
+    """Return the length and lower-casing; the first releases of sentence-transformers named the file for the model."""
+    for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta"):
+        config = _read_object(folder / f"sentence_{name}_config.json", optional=True)
+        if config:
+            return config
+    return {}
+
+
 def _max_tokens(folder: Path, transformer: Mapping[str, Json], position_limit: int) -> int:
+    """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
     tokenizer = _read_object(folder / "tokenizer_config.json", optional=True)
-    limits = [transformer.get("max_seq_length"), tokenizer.get("model_max_length"), position_limit]
-    return min(int(limit) for limit in limits if isinstance(limit, int | float) and limit >= 1)
+    for limit in (transformer.get("max_seq_length"), tokenizer.get("model_max_length")):
+        if isinstance(limit, int | float) and limit >= 1:
+            return int(min(limit, position_limit))
+    return position_limit
+
+
+# ------------------------------------------------------------------------------------------------------------ files
 
 
 def _weights_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files with the model's weights: safetensors if there are any, else ``pytorch_model*.bin``."""
+    """Return the files with a model's weights: safetensors if there are any, else ``pytorch_model*.bin``."""
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         files = tuple(sorted(folder.glob(pattern)))
         if files:
@@ -164,12 +315,20 @@ def _weights_files(folder: Path) -> tuple[Path, ...]:
     raise LoadError(f"{folder}: no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
-def _fingerprint(folder: Path, weights: tuple[Path, ...], pooling: Pooling, is_lower_cased: bool) -> str:
-    tokenizer = folder / "tokenizer.json"
-    files = (*weights, tokenizer) if tokenizer.exists() else (*weights, *sorted(folder.glob("vocab.*")))
-    parts = {path.name: file_sha256(path) for path in files}
-    parts |= {"pooling": pooling.value, "lower_case": str(is_lower_cased)}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _with_fingerprint(checkpoint: Checkpoint) -> Checkpoint:
+    folder = checkpoint.folder
+    tokenizer: Sequence[Path] = [folder / "tokenizer.json"]
+    if not tokenizer[0].exists():
+        tokenizer = sorted(folder.glob("vocab.*"))
+    parts = {
+        path.relative_to(folder).as_posix(): file_sha256(path) for path in (*checkpoint.all_weights, *tokenizer)
+    }
+    parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
+    return replace(checkpoint, fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
 
 
 def _read_json(path: Path) -> Json:
@@ -195,12 +354,4 @@ def _string(config: Mapping[str, Json], key: str, where: Path) -> str:
     value = config.get(key)
     if not isinstance(value, str):
         raise LoadError(f"{where}: {key} must be a string, got {value!r}")
-    return value
-
-
-def _integer(config: Mapping[str, Json], keys: tuple[str, ...], where: Path) -> int:
-    """Return the first of ``keys`` that is there: architectures name the same size differently."""
-    value = next((config[key] for key in keys if key in config), None)
-    if not isinstance(value, int) or value < 1:
-        raise LoadError(f"{where}/config.json: {keys[0]} must be a positive integer, got {value!r}")
     return value

@@ -68,13 +68,31 @@ def available_bytes(device: str) -> int:
     return int(free)
 
 
-def set_cpu_threads(setting: int) -> int:
-    """Set how many threads torch computes with, and return the number; 0 lets the gateway choose.
+def choose_cpu_threads(setting: int, runtime: str) -> int:
+    """Return how many threads a forward on the CPU uses; 0 lets the gateway choose.
 
-    By default one core is left to the event loop and the tokenizer: torch's threads spin while they wait for each other,
-    and as soon as one of them shares its core, all of them are late (measured in docs/performance.md). Must be called
-    before the first forward: torch keeps the worker threads that it has started.
+    torch's threads spin while they wait for each other, and as soon as one of them shares its core, all are late: one
+    core is left to the event loop and the tokenizer. OpenVINO's threads sleep, so it may have them all (measured in
+    docs/performance.md).
     """
-    num_threads = setting or max(1, _num_cores() - 1)
-    torch.set_num_threads(num_threads)
-    return num_threads
+    if setting:
+        return setting
+    num_cores = _num_cores()
+    return num_cores if runtime == "openvino" else max(1, num_cores - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that there was too little memory, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # torch's CPU allocator and OpenVINO raise a plain RuntimeError.
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in message for sign in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+    )
+
+
+def release_memory() -> None:
+    """Give cached blocks of device memory back, so that a smaller batch finds room."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from gateway.embedding import Embeddings, EmbedJob
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.infinity_library import AsyncEmbeddingEngine, EngineArgs
+from gateway.errors import ModelNotReady, RequestError
 
 
 class Engine(AsyncEmbeddingEngine):
@@ -19,27 +22,49 @@ class Engine(AsyncEmbeddingEngine):
     Capabilities, ``embed`` and the overload status are Infinity's own.
     """
 
-    def __init__(self, args: EngineArgs, encoder: Encoder, limits: Limits) -> None:
+    def __init__(self, args: EngineArgs, encoders: Sequence[Encoder], limits: Limits) -> None:
         self._engine_args = args
-        self._model_replicas = [encoder]  # Infinity's name; what `capabilities` asks
-        self._encoder = encoder
+        self._model_replicas = list(encoders)  # Infinity's name; what `capabilities` asks
+        self._encoders = encoders
         self._limits = limits
         self.running = False
+        self._min_inference_t = self._max_inference_t = float("nan")  # measured by `select_model`; printed by `__str__`
+        self._batcher: Batcher | None = None
 
     async def astart(self) -> None:
         """Start the engine. It may be stopped and started again."""
         if not self.running:
-            self._batcher = Batcher(self.engine_args.served_model_name, self._encoder, self._limits)
+            self._batcher = Batcher(self.engine_args.served_model_name, self._encoders, self._limits)
             self._batch_handler = self._batcher  # type: ignore[assignment]  # Infinity's name; has its interface
             await self._batcher.spawn()
             self.running = True
 
     async def astop(self) -> None:
         """Stop the engine after the batch in hand; whoever still waits is told."""
-        if self.running:
+        if self.running and self._batcher is not None:
             self.running = False
             await self._batcher.shutdown()
 
     async def submit(self, job: EmbedJob) -> Embeddings:
-        """Embed a job: :meth:`Batcher.submit`, which says what it raises."""
+        """Embed a job: :meth:`Batcher.submit`, which says what it raises.
+
+        Raises:
+            ModelNotReady: the engine was never started.
+        """
+        if self._batcher is None:
+            raise ModelNotReady(f"model {self.engine_args.served_model_name!r} is not started", retry_after_s=5)
         return await self._batcher.submit(job)
+
+    def busy_s(self) -> float:
+        """Return how long the oldest batch in hand has been running, in seconds; 0 if there is none."""
+        return 0.0 if self._batcher is None else self._batcher.busy_s()
+
+    def num_failed_in_a_row(self) -> int:
+        """Return how many batches in a row have given nothing but errors."""
+        return 0 if self._batcher is None else self._batcher.num_failed_in_a_row()
+
+    def give_up(self, error: Callable[[], RequestError]) -> None:
+        """Answer everybody, now and later, with an error, and let go of the threads: one of them may hang for ever."""
+        self.running = False
+        if self._batcher is not None:
+            self._batcher.give_up(error)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
-from gateway.engine.checkpoint import Checkpoint, read_checkpoint
-from gateway.engine.devices import available_bytes, choose_device, choose_dtype
+from gateway.engine.checkpoint import Checkpoint, Pooling, read_checkpoint
+from gateway.engine.devices import available_bytes, choose_cpu_threads, choose_device, choose_dtype
 from gateway.engine.encoders.base import Encoder
-from gateway.engine.encoders.sentence import SentenceEncoder
+from gateway.engine.encoders.build import BuildOptions, build_encoder, choose_runtime
 from gateway.engine.engine import Engine
 from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
+from gateway.engine.items import Item
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
@@ -38,6 +40,7 @@ class LoadPlan:
     checkpoint: Checkpoint
     device: str
     dtype: str
+    runtime: str
     max_tokens: int
     max_batch_tokens: int
     dimensions: tuple[int, ...]
@@ -60,9 +63,10 @@ class LoadPlan:
             is_normalised=self.checkpoint.is_normalised,
             device=self.device,
             dtype=self.dtype,
-            engine="infinity/torch",
+            engine=f"infinity/{self.runtime}",
             memory_bytes=self.memory.total_bytes,
-            outputs=(Output.DENSE,),
+            outputs=self.entry.outputs,
+            can_chunk_late=self.checkpoint.pooling is Pooling.MEAN and Output.DENSE in self.entry.outputs,
             tasks=self.tasks,
             default_task=self.entry.default_task and canonical_task(self.entry.default_task),
             instruction=self.instruction,
@@ -83,14 +87,15 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     max_tokens = _max_tokens(entry, checkpoint)
     max_batch_tokens = entry.max_batch_tokens or _MAX_BATCH_TOKENS[device.partition(":")[0]]
     tasks = _tasks(entry, checkpoint)
-    unserved = [output.value for output in entry.outputs if output is not Output.DENSE]
-    if unserved:
-        raise LoadError(f"outputs {', '.join(unserved)}: a {checkpoint.model_type} sentence encoder has only dense")
+    missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
+    if missing:
+        raise LoadError(f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}")
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
         device=device,
         dtype=dtype,
+        runtime=choose_runtime(entry.runtime, device),
         max_tokens=max_tokens,
         max_batch_tokens=max_batch_tokens,
         dimensions=_dimensions(entry, checkpoint),
@@ -107,18 +112,24 @@ def load_engine(plan: LoadPlan, settings: Settings) -> Engine:
         LoadError: the weights are corrupt, do not fit, or give vectors that are not finite.
     """
     require_memory(plan.memory, available_bytes(plan.device), plan.device)
-    encoder = SentenceEncoder(
+    num_threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
+    torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch"))
+    encoder = build_encoder(
         plan.checkpoint,
-        device=plan.device,
-        dtype=plan.dtype,
-        max_tokens=plan.max_tokens,
-        tasks=plan.tasks,
-        instruction=plan.instruction,
-        trust_remote_code=plan.entry.trust_remote_code,
+        BuildOptions(
+            device=plan.device,
+            dtype=plan.dtype,
+            runtime=plan.entry.runtime,
+            max_tokens=plan.max_tokens,
+            num_threads=num_threads,
+            tasks=plan.tasks,
+            instruction=plan.instruction,
+            trust_remote_code=plan.entry.trust_remote_code,
+        ),
     )
     _warm_up(encoder, plan)
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
-    return Engine(_engine_args(plan), encoder, limits)
+    return Engine(_engine_args(plan), [encoder], limits)
 
 
 def _engine_args(plan: LoadPlan) -> EngineArgs:
@@ -142,9 +153,10 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
     num_longest = max(1, plan.max_batch_tokens // plan.max_tokens)
     texts = ["warm up", *["warm up " * plan.max_tokens] * num_longest]
     tokens = encoder.tokenise(texts, plan.info.default_task, Truncate.END)
+    outputs = frozenset(plan.entry.outputs)
     for batch in (tokens[:1], tokens[1:]):
-        vectors = encoder.encode(batch)
-        if not np.isfinite(vectors).all():
+        encoded = encoder.encode([Item(row, plan.info.default_task, outputs) for row in batch])
+        if not all(np.isfinite(one.dense).all() for one in encoded):
             raise LoadError(f"{plan.checkpoint.folder}: the model returns vectors that are not finite in {plan.dtype}")
 
 
@@ -170,7 +182,7 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     model has no tasks.
     """
     prompts = {canonical_task(name): text for name, text in {**checkpoint.prompts, **entry.prompts}.items()}
-    tasks = prompts if any(prompts.values()) else {}
+    tasks = prompts if any(prompts.values()) or checkpoint.adapters else {}
     default = entry.default_task
     if default is not None and canonical_task(default) not in tasks:
         raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")

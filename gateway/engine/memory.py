@@ -37,10 +37,10 @@ def plan_memory(checkpoint: Checkpoint, dtype: str, max_tokens: int, max_batch_t
     """
     size = DTYPE_BYTES[dtype]
     tokens = max(max_batch_tokens, max_tokens)
-    activations = tokens * (6 * checkpoint.width + 2 * checkpoint.intermediate_width)
+    activations = tokens * (6 * checkpoint.hidden_width + 2 * checkpoint.intermediate_width)
     scores = checkpoint.num_heads * max_tokens**2
     return MemoryPlan(
-        weights_bytes=sum(_num_weights(path) for path in checkpoint.weights) * size,
+        weights_bytes=sum(_num_weights(path) for path in checkpoint.all_weights) * size,
         batch_bytes=(activations + scores) * size,
     )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from gateway.embedding import Truncate, Vectors
+from gateway.embedding import Truncate
 from gateway.engine.infinity_library import BaseEmbedder
-from gateway.engine.tokenizer import Tokenizer, Tokens
+from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.tokenizer import Tokenizer
 
 
 class Encoder(BaseEmbedder):
@@ -38,17 +38,12 @@ class Encoder(BaseEmbedder):
     def instruction(self, task: str | None) -> str:
         """Return what is put before a text of the task; empty if nothing is."""
 
-    def encode(self, tokens: Sequence[Tokens]) -> Vectors:
-        """Return the pooled vectors of tokenised texts, shape ``(n, width)`` float32, not normalised, in input order."""
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+        """Encode tokenised texts, in order. Runs in one thread at a time."""
         with torch.inference_mode():
-            vectors: Vectors = self.encode_post(self.encode_core(self.encode_pre(list(tokens))))
-        return vectors
+            encoded: list[Encoded] = self.encode_post(self.encode_core(self.encode_pre(list(items))))
+        return encoded
 
     def tokenize_lengths(self, sentences: list[str]) -> list[int]:
         """Return the tokens of each sentence (Infinity's name and signature)."""
         return [len(row.ids) for row in self.tokenise(sentences, None, Truncate.END)]
-
-
-def empty_vectors(num_texts: int, width: int) -> Vectors:
-    """Return room for the vectors of ``num_texts`` texts, filled with NaN so that a gap cannot pass for a vector."""
-    return np.full((num_texts, width), np.nan, dtype=np.float32)

@@ -1,0 +1,193 @@
+"""Build the encoder of a checkpoint: tokenizer, model, adapters, heads, and the fastest runtime that agrees with torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import structlog
+import torch
+from safetensors import SafetensorError
+from tokenizers import normalizers
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from gateway.engine.adapters import AdapterMask, install_adapters
+from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.encoders.text import Heads, TextEncoder
+from gateway.engine.heads import DenseHead, MultiVectorHead, SparseHead
+from gateway.engine.runtimes.base import Runtime
+from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
+from gateway.engine.runtimes.padded import PaddedRuntime
+from gateway.engine.tokenizer import Tokenizer
+from gateway.errors import LoadError
+
+log = structlog.get_logger(__name__)
+
+# Cosine to torch's float32 that a compiled model must keep on every text, by the precision it computes in.
+_MIN_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How an encoder is built.
+
+    Attributes:
+        device: torch device, such as ``cpu`` or ``cuda:0``.
+        dtype: name of the torch dtype to compute in.
+        runtime: ``auto``, ``torch`` or ``openvino``.
+        max_tokens: the longest text; at most the checkpoint's own limit.
+        num_threads: threads of a forward on the CPU.
+        tasks: instruction of each task.
+        instruction: what is put before a text that has no task.
+        trust_remote_code: let the checkpoint bring Python code that then runs in this process.
+    """
+
+    device: str
+    dtype: str
+    runtime: str
+    max_tokens: int
+    num_threads: int
+    tasks: Mapping[str, str]
+    instruction: str = ""
+    trust_remote_code: bool = False
+
+
+def build_encoder(checkpoint: Checkpoint, options: BuildOptions) -> TextEncoder:
+    """Load a checkpoint and return its encoder.
+
+    Raises:
+        LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
+    """
+    tokenizer, special_ids = _load_tokenizer(checkpoint, options)
+    runtime = _build_runtime(checkpoint, options, tokenizer)
+    device = torch.device(options.device)
+    heads = Heads(
+        dense=DenseHead(checkpoint).to(device),
+        sparse=None if checkpoint.sparse_head is None else SparseHead(checkpoint.sparse_head, special_ids).to(device),
+        multivector=None
+        if checkpoint.multivector_head is None
+        else MultiVectorHead(checkpoint.multivector_head).to(device),
+    )
+    return TextEncoder(
+        tokenizer,
+        runtime,
+        heads,
+        width=checkpoint.width,
+        tasks=options.tasks,
+        adapters={task: index for index, task in enumerate(checkpoint.adapters)},
+        instruction=options.instruction,
+    )
+
+
+def choose_runtime(setting: str, device: str) -> str:
+    """Resolve ``auto``: OpenVINO on a CPU where it is installed, torch elsewhere.
+
+    Raises:
+        LoadError: OpenVINO is asked for and is not installed, or not on a CPU.
+    """
+    if setting == "openvino" and device != "cpu":
+        raise LoadError(f"runtime openvino is for the CPU, and this model runs on {device}; use runtime: torch or auto")
+    is_installed = find_spec("openvino") is not None
+    if setting == "openvino" and not is_installed:
+        raise LoadError("runtime openvino: the package openvino is not installed; use runtime: torch or auto")
+    return "openvino" if device == "cpu" and is_installed and setting != "torch" else "torch"
+
+
+def _build_runtime(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Runtime:
+    if choose_runtime(options.runtime, options.device) == "openvino":
+        runtime = _try_openvino(checkpoint, options, tokenizer)
+        if runtime is not None:
+            return runtime
+    model, mask = _load_model(checkpoint, options, options.dtype)
+    if options.device != "cpu" and checkpoint.model_type in PACKED_MODEL_TYPES:
+        return PackedRuntime(model, mask)
+    return PaddedRuntime(model, mask)
+
+
+def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Runtime | None:
+    """Compile the model, and keep the result only if it agrees with torch; ``None`` otherwise."""
+    from gateway.engine.runtimes.openvino import OpenVinoRuntime  # slow to import, and only needed on a CPU
+
+    model, mask = _load_model(checkpoint, options, "float32")
+    reference = PaddedRuntime(model, mask)
+    try:
+        runtime = OpenVinoRuntime(model, mask, options.dtype, options.num_threads)
+        cosine = _agreement(runtime, reference, checkpoint, tokenizer)
+    except Exception as error:  # an architecture that cannot be traced or compiled fails in a way of its own
+        if options.runtime == "openvino":
+            raise LoadError(f"{checkpoint.folder}: OpenVINO cannot run it: {error}") from error
+        log.warning("openvino_failed", folder=str(checkpoint.folder), error=str(error), fallback="torch")
+        return None
+    if cosine < _MIN_COSINE[options.dtype]:
+        message = f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, at least {_MIN_COSINE[options.dtype]} is asked"
+        if options.runtime == "openvino":
+            raise LoadError(f"{checkpoint.folder}: {message}")
+        log.warning("openvino_differs", folder=str(checkpoint.folder), reason=message, fallback="torch")
+        return None
+    return runtime
+
+
+@torch.inference_mode()
+def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tokenizer: Tokenizer) -> float:
+    """Return the smallest cosine between two runtimes, over texts of several lengths in one padded batch."""
+    ids = tokenizer.sample_ids()
+    lengths = sorted({min(n, tokenizer.max_tokens) for n in (2, 7, 24, 60)}, reverse=True)
+    rows = [(ids * length)[:length] for length in lengths]
+    adapters = [index % (len(checkpoint.adapters) + 1) - 1 for index in range(len(rows))]
+    ours, theirs = (
+        one.forward(one.prepare(rows, adapters)).pool(checkpoint.pooling) for one in (runtime, reference)
+    )
+    return float(functional.cosine_similarity(ours, theirs).min())
+
+
+def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Tokenizer, frozenset[int]]:
+    """Return the tokenizer, and the ids that BGE-M3's sparse rule leaves out: cls, eos, pad, unk."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=options.trust_remote_code
+        )
+        fast = tokenizer.backend_tokenizer
+        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normaliser
+            own = [] if fast.normalizer is None else [fast.normalizer]
+            fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        return Tokenizer(fast, options.max_tokens), frozenset(x for x in special if x is not None)
+    except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
+        raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def _load_model(checkpoint: Checkpoint, options: BuildOptions, dtype: str) -> tuple[PreTrainedModel, AdapterMask | None]:
+    if not sys.stderr.isatty():  # a progress bar in a log file is noise
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model, report = AutoModel.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {error}") from error
+    # transformers fills what is missing with random numbers and only warns. The pooler is not used here.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing or report["mismatched_keys"]:
+        raise LoadError(
+            f"{checkpoint.folder}: the weights do not belong to this configuration: missing "
+            f"{missing[:3] or 'none'} ({len(missing)} in all), of the wrong shape: {len(report['mismatched_keys'])}"
+        )
+    model.config.use_cache = False
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # BERT's is a layer over the first token that no embedding uses
+    mask = install_adapters(model, list(checkpoint.adapters.values())) if checkpoint.adapters else None
+    if mask is not None:
+        mask.to(options.device)
+    model.eval().requires_grad_(False)
+    model.to(torch.device(options.device))
+    loaded: PreTrainedModel = model
+    return loaded, mask

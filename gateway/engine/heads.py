@@ -1,0 +1,120 @@
+"""Heads: what is read off the token states of a text. Dense, sparse, and one vector a token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+from gateway.embedding import MultiVector, SparseVector
+from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.states import TokenStates
+from gateway.errors import LoadError
+
+# The classes that sentence-transformers writes into a Dense layer's configuration.
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh, "GELU": nn.GELU, "ReLU": nn.ReLU}
+
+
+class DenseHead(nn.Module):
+    """Pooling, then the checkpoint's linear layers, if it has any; all in float32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self._pooling = checkpoint.pooling
+        self.layers = nn.Sequential(*(_load_dense(folder) for folder in checkpoint.dense_layers))
+
+    def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
+        """Return the vectors of a batch, ``(n, width)`` float32: one a text, or one for each of its spans."""
+        if all(text_spans is None for text_spans in spans):
+            pooled = states.pool(self._pooling)
+        else:
+            whole = [
+                [(0, length)] if text_spans is None else text_spans
+                for text_spans, length in zip(spans, states.lengths, strict=True)
+            ]
+            pooled = states.pool_spans(whole)
+        vectors: torch.Tensor = self.layers(pooled)
+        return vectors
+
+
+class SparseHead(nn.Module):
+    """BGE-M3's token weights: ``relu(linear(state))``, the largest of equal tokens, special tokens left out.
+
+    The rule is FlagEmbedding's (``inference/embedder/encoder_only/m3.py``, ``_process_token_weights``).
+    """
+
+    def __init__(self, weights: Path, special_ids: frozenset[int]) -> None:
+        super().__init__()
+        self.linear = _load_linear(weights)
+        self._special_ids = torch.tensor(sorted(special_ids))
+
+    def forward(self, states: TokenStates, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> list[SparseVector]:
+        """Return the token weights of the texts at ``rows``; ``ids`` are the token ids of all texts."""
+        texts = states.texts()
+        sparse = []
+        for row in rows:
+            weights = torch.relu(self.linear(texts[row].float())).squeeze(-1).cpu()
+            tokens = torch.tensor(list(ids[row]))
+            is_kept = ~torch.isin(tokens, self._special_ids)
+            unique, place = torch.unique(tokens[is_kept], return_inverse=True)
+            largest = torch.zeros(len(unique)).scatter_reduce_(0, place, weights[is_kept], "amax")
+            positive = largest > 0
+            sparse.append(SparseVector(unique[positive].numpy(), largest[positive].numpy()))
+        return sparse
+
+
+class MultiVectorHead(nn.Module):
+    """BGE-M3's vector for each token but the first: ``linear(state)``, L2-normalised."""
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.linear = _load_linear(weights)
+
+    def forward(self, states: TokenStates, rows: Sequence[int]) -> list[MultiVector]:
+        """Return the ``(t - 1, width)`` float32 vectors of the texts at ``rows``."""
+        texts = states.texts()
+        return [
+            functional.normalize(self.linear(texts[row][1:].float()), dim=-1).cpu().numpy().astype(np.float32)
+            for row in rows
+        ]
+
+
+def _load_linear(path: Path) -> nn.Linear:
+    """Load a single linear layer from a pickled state dict, without running any code in it."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return _linear(tensors["weight"], tensors.get("bias"))
+    except Exception as error:  # a pickle can be broken in as many ways as there are classes of errors
+        raise LoadError(f"{path}: not a linear layer that can be read: {error}") from error
+
+
+def _load_dense(folder: Path) -> nn.Module:
+    """Load one of sentence-transformers' ``Dense`` modules."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+    if activation not in _ACTIVATIONS:
+        raise LoadError(f"{folder}: activation {activation} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    try:
+        path = folder / "model.safetensors"
+        if path.exists():
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        linear = _linear(tensors["linear.weight"], tensors.get("linear.bias"))
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{folder}: not a Dense layer that can be read: {error}") from error
+    return nn.Sequential(linear, _ACTIVATIONS[activation]())
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    num_out, num_in = weight.shape
+    layer = nn.Linear(num_in, num_out, bias=bias is not None, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
+    return layer.requires_grad_(False)

@@ -1,0 +1,32 @@
+"""The protocol between an encoder and what computes its transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from gateway.engine.states import TokenStates
+
+
+class Runtime(Protocol):
+    """Computes a transformer's forward.
+
+    Attributes:
+        name: what ``ModelInfo.engine`` says.
+        is_packed: whether texts of any mix of lengths go into one forward; otherwise a forward pads all of its texts to
+            the longest, and it is for the caller to group them.
+    """
+
+    name: str
+    is_packed: bool
+
+    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> Any:
+        """Put token ids where the forward reads them.
+
+        Args:
+            rows: token ids of each text.
+            adapters: for each text the index of its adapter, or -1 for none.
+        """
+
+    def forward(self, features: Any) -> TokenStates:
+        """Run the transformer on what :meth:`prepare` returned: the states in the order of its rows."""

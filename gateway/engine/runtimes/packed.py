@@ -1,0 +1,130 @@
+"""Run transformers' own model on texts of any length packed into one row: nothing is padded (CUDA).
+
+transformers' encoders take a packed row as it is: an attention function and a mask function of our own are registered,
+and what the attention needs to know of the boundaries travels through the forward's keyword arguments. torch's built-in
+``varlen_attn`` needs no flash-attn package to compile. On a CPU, where it does not exist, each text is attended to by
+itself: slow, but the same function, so that everything around it can be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from gateway.engine.adapters import AdapterMask
+from gateway.engine.checkpoint import POSITION_OFFSET
+from gateway.engine.states import TokenStates
+
+ATTENTION = "gateway_packed"
+PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "jina_embeddings_v3")
+"""``model_type`` of the architectures whose forward takes a packed row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFeatures:
+    """Texts one after the other, on the device.
+
+    Attributes:
+        input_ids: ``(1, total)`` int64.
+        position_ids: ``(1, total)`` int64, from the architecture's first position for each text.
+        boundaries: ``(b + 1,)`` int32: where each text begins, and the end of the last.
+        adapter_mask: ``(1, total, sum of ranks)``, or ``None`` for a model without adapters.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    boundaries: torch.Tensor
+    adapter_mask: torch.Tensor | None
+    lengths: Sequence[int]
+
+
+class PackedRuntime:
+    """The :class:`~gateway.engine.runtimes.base.Runtime` that packs."""
+
+    name = "torch-packed"
+    is_packed = True
+
+    def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
+        self._model = model
+        self._mask = mask
+        self._first_position = POSITION_OFFSET.get(model.config.model_type, 0)
+        model.set_attn_implementation(ATTENTION)
+
+    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> PackedFeatures:
+        lengths = [len(row) for row in rows]
+        first = self._first_position
+        adapter_mask = None
+        if self._mask is not None:
+            adapter_mask = self._mask.rows(adapters).repeat_interleave(
+                self._to_device(torch.tensor(lengths)), dim=0, output_size=sum(lengths)
+            )[None]
+        return PackedFeatures(
+            input_ids=self._to_device(torch.tensor([[token for row in rows for token in row]])),
+            position_ids=self._to_device(torch.cat([torch.arange(first, first + n) for n in lengths])[None]),
+            boundaries=self._to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
+            adapter_mask=adapter_mask,
+            lengths=lengths,
+        )
+
+    def forward(self, features: PackedFeatures) -> TokenStates:
+        if self._mask is not None and features.adapter_mask is not None:
+            self._mask.value = features.adapter_mask.to(self._model.dtype)
+        states = self._model(
+            input_ids=features.input_ids,
+            position_ids=features.position_ids,
+            packed_boundaries=features.boundaries,
+            packed_lengths=features.lengths,
+        ).last_hidden_state
+        return TokenStates(states[0], features.lengths)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy from pinned memory, so that the copy runs beside the forward before it."""
+        device = self._model.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _packed_attention(
+    module: torch.nn.Module,  # noqa: ARG001  transformers' signature
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each text of a packed row: ``(1, heads, total, d)`` each, to ``(1, total, heads, d)``."""
+    lengths: Sequence[int] = kwargs["packed_lengths"]
+    if query.is_cuda:
+        boundaries = kwargs["packed_boundaries"]
+        longest = max(lengths)
+        packed = varlen_attn(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            boundaries,
+            boundaries,
+            longest,
+            longest,
+            scale=scaling,
+        )
+        assert isinstance(packed, torch.Tensor)  # noqa: S101  it returns a pair only when asked to
+        return packed[None], None
+    pieces = zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in pieces]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(ATTENTION, _packed_attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

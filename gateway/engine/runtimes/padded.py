@@ -1,0 +1,68 @@
+"""Run transformers' own model on texts that are padded to the longest: the reference, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from gateway.engine.adapters import AdapterMask
+from gateway.engine.states import TokenStates
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedFeatures:
+    """Right-padded texts on the device.
+
+    Attributes:
+        input_ids: ``(b, t)`` int64.
+        attention_mask: ``(b, t)`` int64, or ``None`` when no text is shorter than ``t``: attention without a mask is
+            faster.
+        adapter_mask: ``(b, 1, sum of ranks)``, or ``None`` for a model without adapters.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    adapter_mask: torch.Tensor | None
+    lengths: Sequence[int]
+
+
+class PaddedRuntime:
+    """The :class:`~gateway.engine.runtimes.base.Runtime` that pads."""
+
+    name = "torch"
+    is_packed = False
+
+    def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
+        self._model = model
+        self._mask = mask
+        self._pad_id = model.config.pad_token_id or 0
+
+    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> PaddedFeatures:
+        lengths = [len(row) for row in rows]
+        input_ids, attention_mask = pad(rows, self._pad_id)
+        device = self._model.device
+        return PaddedFeatures(
+            input_ids=input_ids.to(device),
+            attention_mask=None if min(lengths) == max(lengths) else attention_mask.to(device),
+            adapter_mask=None if self._mask is None else self._mask.rows(adapters)[:, None, :],
+            lengths=lengths,
+        )
+
+    def forward(self, features: PaddedFeatures) -> TokenStates:
+        if self._mask is not None and features.adapter_mask is not None:
+            self._mask.value = features.adapter_mask.to(self._model.dtype)
+        states = self._model(
+            input_ids=features.input_ids, attention_mask=features.attention_mask
+        ).last_hidden_state
+        return TokenStates.from_padded(states, features.lengths)
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the right: ids and mask, each ``(b, t)`` int64."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
+    mask = (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long()
+    return ids, mask

@@ -1,0 +1,76 @@
+"""Token states of a batch, without padding: what every runtime gives, and what every head reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from gateway.engine.checkpoint import Pooling
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStates:
+    """The last hidden states of the texts of a batch, one after the other.
+
+    Attributes:
+        flat: ``(total, width)``, in the dtype that the model computes in.
+        lengths: tokens of each text; their sum is ``total``.
+    """
+
+    flat: torch.Tensor
+    lengths: Sequence[int]
+
+    @classmethod
+    def from_padded(cls, states: torch.Tensor, lengths: Sequence[int]) -> TokenStates:
+        """Drop the padding from ``(b, t, width)`` states of right-padded texts."""
+        if min(lengths) == states.shape[1]:
+            return cls(states.flatten(0, 1), lengths)
+        is_token = torch.arange(states.shape[1]) < torch.tensor(lengths)[:, None]
+        return cls(states[is_token.to(states.device)], lengths)
+
+    @property
+    def starts(self) -> list[int]:
+        """Position of each text's first token."""
+        return [0, *accumulate(self.lengths)][:-1]
+
+    def texts(self) -> tuple[torch.Tensor, ...]:
+        """Return the states of each text, ``(t, width)``."""
+        return self.flat.split(list(self.lengths))
+
+    def pool(self, pooling: Pooling) -> torch.Tensor:
+        """Pool each text into a vector: ``(b, width)`` float32.
+
+        The rules are sentence-transformers' (``sentence_transformer/modules/pooling.py``), computed in float32.
+        """
+        match pooling:
+            case Pooling.CLS:
+                return self.flat[self.starts].float()
+            case Pooling.LAST:
+                return self.flat[[start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True)]].float()
+            case Pooling.MAX:
+                return torch.stack([states.float().amax(dim=0) for states in self.texts()])
+            case Pooling.MEAN:
+                return self._mean(self.flat, self.lengths)
+
+    def pool_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
+        """Average each span of each text: ``(number of spans, width)`` float32, in order.
+
+        Args:
+            spans: for each text its spans as (first, end) token positions; they may not overlap.
+        """
+        pieces = [
+            states[first:end]
+            for states, text_spans in zip(self.texts(), spans, strict=True)
+            for first, end in text_spans
+        ]
+        return self._mean(torch.cat(pieces), [len(piece) for piece in pieces])
+
+    @staticmethod
+    def _mean(flat: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        counts = torch.tensor(lengths, device=flat.device)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), counts, output_size=len(flat))
+        sums = torch.zeros(len(lengths), flat.shape[1], device=flat.device).index_add_(0, owner, flat.float())
+        return sums / counts[:, None]
