@@ -46,6 +46,7 @@ class ModelState(StrEnum):
     DISABLED = "disabled"
     LOADING = "loading"
     READY = "ready"
+    RECOVERING = "recovering"
     FAILED = "failed"
     STOPPED = "stopped"
 

@@ -82,7 +82,6 @@ class _Server(uvicorn.Server):
 
 async def _load(fleet: Fleet, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
     """Load the models; stop the server if that is fatal. Returns whether all is well."""
-
     try:
         await fleet.start()
     except StartError as error:

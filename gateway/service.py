@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway import vectors as vector_math
-from gateway.embedding import EmbedJob, Output, Timings, Truncate, Vectors
+from gateway.embedding import EmbedJob, MultiVector, Output, SparseVector, Timings, Truncate, Vectors
 from gateway.errors import BadInput, SpaceMismatch, UnsupportedDimensions
 from gateway.routing.router import Router, Target
 from gateway.routing.spaces import is_same_space, space_id
@@ -51,6 +51,7 @@ class EmbedAnswer:
         model: id of the model that answered.
         truncated: indices of the texts that were cut.
         num_tokens: tokens of all texts together, after truncation.
+        has_dense: whether dense vectors were asked for.
     """
 
     vectors: Vectors
@@ -61,6 +62,9 @@ class EmbedAnswer:
     num_tokens: int
     truncated: Sequence[int]
     timings: Timings
+    has_dense: bool = True
+    sparse: Sequence[SparseVector] | None = None
+    multivectors: Sequence[MultiVector] | None = None
 
 
 class EmbeddingService:
@@ -93,6 +97,8 @@ class EmbeddingService:
                 truncate=request.truncate,
                 deadline=time.monotonic() + request.timeout_s,
                 caller=request.caller,
+                outputs=frozenset(request.outputs),
+                is_late_chunked=request.is_late_chunked,
             )
         )
         num_tokens = sum(result.num_tokens)
@@ -108,6 +114,9 @@ class EmbeddingService:
             num_tokens=num_tokens,
             truncated=result.truncated,
             timings=result.timings,
+            has_dense=Output.DENSE in request.outputs,
+            sparse=result.sparse,
+            multivectors=result.multivectors,
         )
 
 
@@ -133,8 +142,15 @@ def _check_outputs(target: Target, request: EmbedRequest) -> None:
             f"`outputs` asks for {', '.join(missing)}, but model {info.id!r} returns only: {', '.join(info.outputs)}",
             param="outputs",
         )
-    if request.is_late_chunked:
-        raise BadInput(f"`late_chunking` is not supported by model {info.id!r}", param="late_chunking")
+    if not request.is_late_chunked:
+        return
+    if not info.can_chunk_late:
+        raise BadInput(
+            f"`late_chunking` needs a model that averages over tokens, and {info.id!r} pools by {info.pooling}",
+            param="late_chunking",
+        )
+    if set(request.outputs) != {Output.DENSE}:
+        raise BadInput("`late_chunking` gives dense vectors only: leave `outputs` out", param="outputs")
 
 
 def _record(model: str, num_texts: int, num_tokens: int, num_truncated: int, timings: Timings) -> None:

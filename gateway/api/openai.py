@@ -215,11 +215,18 @@ async def _disconnected(request: Request) -> None:
 
 def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
     """Write an answer as JSON; float32 in the shortest form that reads back exactly."""
-    rows = encode(answer.vectors, encoding)
+    rows: list[dict[str, object]] = [{"object": "embedding", "index": i} for i in range(len(answer.vectors))]
+    if answer.has_dense:
+        for row, vector in zip(rows, encode(answer.vectors, encoding), strict=True):
+            row["embedding"] = vector
+    for row, sparse in zip(rows, answer.sparse or (), strict=False):
+        row["sparse"] = {"indices": sparse.indices, "values": sparse.values}
+    for row, multivector in zip(rows, answer.multivectors or (), strict=False):
+        row["multivector"] = multivector
     return orjson.dumps(
         {
             "object": "list",
-            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+            "data": rows,
             "model": answer.name,
             "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
         },

@@ -153,12 +153,26 @@ def _only(**synonyms: T | None) -> T | None:
     return next(iter(given.values()), None)
 
 
+class SparseEmbedding(BaseModel):
+    """Weights of the tokens of one text; all others are 0."""
+
+    indices: list[int] = Field(description="The model's token ids, ascending.")
+    values: list[float]
+
+
 class Embedding(BaseModel):
     """The vector of one text."""
 
     object: Literal["embedding"]
     index: int = Field(description="Place of the text in the input.")
-    embedding: list[float] | str = Field(description="A list of numbers, or base64 of little-endian float32.")
+    embedding: list[float] | str | None = Field(
+        None,
+        description="A list of numbers, or base64 of little-endian float32. Left out when `outputs` is without `dense`.",
+    )
+    sparse: SparseEmbedding | None = Field(None, description="When `outputs` has `sparse`.")
+    multivector: list[list[float]] | None = Field(
+        None, description="One vector a token, when `outputs` has `multivector`."
+    )
 
 
 class Usage(BaseModel):
@@ -186,7 +200,7 @@ class ModelCard(BaseModel):
     owned_by: str
     source: str
     revision: str | None
-    state: Literal["disabled", "loading", "ready", "failed", "stopped"]
+    state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
     reason: str | None = Field(description="Why the model is not ready.")
     aliases: list[str]
     width: int | None = Field(description="Native dimensions.")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState
+
+Report: TypeAlias = Callable[[ModelState, str], None]
+"""Takes a model's new state, and the reason for it."""
 
 
 class Backend(Protocol):
     """Something that runs one model."""
 
-    async def start(self) -> ModelInfo:
+    async def start(self, report: Report) -> ModelInfo:
         """Load the model, warm it up, and return what it is.
+
+        Args:
+            report: called on the event loop whenever the state of the model changes later on.
 
         Raises:
             LoadError: the model cannot be served; the message says why.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gateway.backends.base import Report
 from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Truncate
 from gateway.errors import ContextLengthExceeded, ModelNotReady
 
@@ -29,7 +30,8 @@ class FakeBackend:
         self._on_embed = on_embed
         self._is_running = False
 
-    async def start(self) -> ModelInfo:
+    async def start(self, report: Report) -> ModelInfo:
+        self.report = report
         self._is_running = True
         return self._info
 

@@ -44,6 +44,11 @@ class Model:
     def id(self) -> str:
         return self.entry.id
 
+    def report(self, state: ModelState, reason: str) -> None:
+        """Take note of a new state."""
+        self.state, self.reason = state, reason
+        metrics.MODEL_READY.labels(self.id).set(state is ModelState.READY)
+
 
 class Fleet:
     """The models of a registry, in its order.
@@ -67,8 +72,10 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the gateway can take traffic: loading has ended, and a model answers."""
-        return self.started.is_set() and any(model.state is ModelState.READY for model in self)
+        """Whether the gateway can take traffic: loading has ended, a model answers, and so do all required ones."""
+        is_ready = {model.id: model.state is ModelState.READY for model in self}
+        required = [model.id for model in self if model.entry.required]
+        return self.started.is_set() and any(is_ready.values()) and all(is_ready[name] for name in required)
 
     async def start(self) -> None:
         """Load the enabled models, one after the other, so that each sees the memory that the others left.
@@ -80,11 +87,10 @@ class Fleet:
         """
         for model in self:
             if reason := await asyncio.to_thread(why_disabled, model.entry):
-                model.state, model.reason = ModelState.DISABLED, reason
+                model.report(ModelState.DISABLED, reason)
         for model in self:
             if model.state is ModelState.LOADING:
                 await self._load(model)
-            metrics.MODEL_READY.labels(model.id).set(model.state is ModelState.READY)
         self.started.set()
         lost = [model for model in self if model.entry.required and model.state is not ModelState.READY]
         if lost:
@@ -94,15 +100,16 @@ class Fleet:
         log.info("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
-            model.info = await model.backend.start()
+            model.info = await model.backend.start(model.report)
         except LoadError as error:
-            model.state, model.reason = ModelState.FAILED, f"failed to load: {error}"
+            model.report(ModelState.FAILED, f"failed to load: {error}")
             log.error("model_failed", model=model.id, reason=str(error))
         except Exception as error:  # a checkpoint can make the libraries raise anything; the others must still serve
-            model.state, model.reason = ModelState.FAILED, f"failed to load: {type(error).__name__}: {error}"
+            model.report(ModelState.FAILED, f"failed to load: {type(error).__name__}: {error}")
             log.exception("model_failed", model=model.id)
         else:
-            model.state, model.created = ModelState.READY, int(time.time())
+            model.created = int(time.time())
+            model.report(ModelState.READY, "")
             log.info("model_ready", model=model.id, seconds=round(time.monotonic() - started, 2))
 
     async def stop(self) -> None:
@@ -110,8 +117,7 @@ class Fleet:
         for model in self:
             await model.backend.stop()
             if model.state is ModelState.READY:
-                model.state, model.reason = ModelState.STOPPED, "the gateway is shutting down"
-                metrics.MODEL_READY.labels(model.id).set(0)
+                model.report(ModelState.STOPPED, "the gateway is shutting down")
 
 
 def why_disabled(entry: ModelEntry) -> str:

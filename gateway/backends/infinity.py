@@ -1,31 +1,49 @@
-"""Run a model in this process, on an embedded Infinity engine."""
+"""Run a model in this process, on an embedded Infinity engine, and replace the engine when it hangs or breaks."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
+import structlog
+
+from gateway.backends.base import Report
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo
-from gateway.errors import ModelNotReady
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate
+from gateway.errors import ModelNotReady, ModelRecovering, RequestError
+from gateway.telemetry import metrics
 
 if TYPE_CHECKING:
     from gateway.engine.engine import Engine
 
+log = structlog.get_logger(__name__)
+
+# A poisoned request can fail a few batches by itself; from here on the model is asked whether it still works.
+_SUSPICIOUS_FAILURES = 3
+_LONGEST_BACKOFF_S = 60.0
+
 
 class InfinityBackend:
-    """The :class:`~gateway.backends.base.Backend` of a model that runs here."""
+    """The :class:`~gateway.backends.base.Backend` of a model that runs here.
+
+    A watchdog looks at the engine. When a forward takes longer than ``forward_timeout_s``, or the model fails on a text
+    that it should know, everybody who waits gets a 503, and the model is loaded anew, with growing pauses between
+    attempts that fail; until then it is ``recovering``.
+    """
 
     def __init__(self, entry: ModelEntry, settings: Settings) -> None:
         self._entry = entry
         self._settings = settings
         self._engine: Engine | None = None
+        self._watch: asyncio.Task[None] | None = None
 
-    async def start(self) -> ModelInfo:
+    async def start(self, report: Report) -> ModelInfo:
         engine, info = await asyncio.to_thread(self._load)
         await engine.astart()
         self._engine = engine
+        self._watch = asyncio.create_task(self._watch_engine(report))
         return info
 
     def _load(self) -> tuple[Engine, ModelInfo]:
@@ -41,5 +59,57 @@ class InfinityBackend:
         return await self._engine.submit(job)
 
     async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait((self._watch,))
         if self._engine is not None:
             await self._engine.astop()
+
+    # ------------------------------------------------------------------------------------------------- watchdog
+
+    async def _watch_engine(self, report: Report) -> None:
+        interval_s = min(1.0, self._settings.forward_timeout_s / 4)
+        while self._engine is not None:
+            await asyncio.sleep(interval_s)
+            if reason := await self._what_is_wrong(self._engine):
+                await self._replace(self._engine, reason, report)
+
+    async def _what_is_wrong(self, engine: Engine) -> str:
+        """Return why the engine has to be replaced; empty if it need not be."""
+        busy_s = engine.busy_s()
+        if busy_s > self._settings.forward_timeout_s:
+            return (
+                f"a forward has been running for {busy_s:.0f} s, the limit is {self._settings.forward_timeout_s:.0f} s"
+            )
+        if engine.num_failed_in_a_row() < _SUSPICIOUS_FAILURES:
+            return ""
+        deadline = time.monotonic() + self._settings.forward_timeout_s
+        try:
+            await engine.submit(EmbedJob(["Does it still work?"], None, Truncate.END, deadline, caller="watchdog"))
+        except RequestError as error:
+            return f"it fails on every text: {error.message}"
+        return ""
+
+    async def _replace(self, engine: Engine, reason: str, report: Report) -> None:
+        """Load the model anew, until that succeeds."""
+        log.error("engine_lost", model=self._entry.id, reason=reason)
+        report(ModelState.RECOVERING, reason)
+        engine.give_up(
+            lambda: ModelRecovering(f"model {self._entry.id!r} is being loaded anew: {reason}", retry_after_s=5)
+        )
+        pause_s = 1.0
+        while True:
+            metrics.ENGINE_RESTARTS.labels(self._entry.id).inc()
+            try:
+                replacement, _info = await asyncio.to_thread(self._load)
+                await replacement.astart()
+            except Exception as error:  # loading may raise anything; the next attempt may find the device well again
+                log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)
+                report(ModelState.RECOVERING, f"{reason}; loading it anew failed: {error}")
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_BACKOFF_S)
+            else:
+                self._engine = replacement
+                report(ModelState.READY, "")
+                log.info("engine_restarted", model=self._entry.id)
+                return

@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(
         default=30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to end when stopping."
     )
+    forward_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a batch counts as hung: its callers get 503, and the model is loaded anew.",
+    )
     cpu_threads: int = Field(
         default=0, ge=0, description="Threads of a model that runs on the CPU; 0: chosen by the engine."
     )

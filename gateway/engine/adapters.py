@@ -38,7 +38,7 @@ class AdapterMask(nn.Module):
 
     def __init__(self, ranks: Sequence[int]) -> None:
         super().__init__()
-        self.value: torch.Tensor | None = None
+        self.value = torch.empty(0)
         table = torch.zeros(len(ranks) + 1, sum(ranks))  # the last row, which -1 selects, is no adapter
         first = 0
         for index, rank in enumerate(ranks):
@@ -125,7 +125,9 @@ def _read(folder: Path) -> _Adapter:
         raise LoadError(f"{folder}: not a LoRA adapter that can be read: {error}") from error
     unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        raise LoadError(f"{folder}: only plain LoRA adapters are supported, not {unsupported or config.get('peft_type')}")
+        raise LoadError(
+            f"{folder}: only plain LoRA adapters are supported, not {unsupported or config.get('peft_type')}"
+        )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return _Adapter(rank, scaling, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
 
@@ -135,13 +137,13 @@ def _layer(key: str) -> str:
 
 
 def _stack(
-    adapters: Sequence[_Adapter], name: str, base: nn.Module, *, is_table: bool
+    adapters: Sequence[_Adapter], name: str, base: nn.Linear | nn.Embedding, *, is_table: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack the adapters of one layer: A ``(sum of ranks, in)``, B ``(out, sum of ranks)`` with the scaling in it.
 
     An adapter without this layer leaves zeros, which change nothing.
     """
-    num_out, num_in = base.weight.shape if not is_table else base.weight.shape[::-1]
+    num_out, num_in = base.weight.shape[::-1] if is_table else base.weight.shape
     downs, ups = [], []
     for adapter in adapters:
         down_key, up_key = (

@@ -324,9 +324,7 @@ def _with_fingerprint(checkpoint: Checkpoint) -> Checkpoint:
     tokenizer: Sequence[Path] = [folder / "tokenizer.json"]
     if not tokenizer[0].exists():
         tokenizer = sorted(folder.glob("vocab.*"))
-    parts = {
-        path.relative_to(folder).as_posix(): file_sha256(path) for path in (*checkpoint.all_weights, *tokenizer)
-    }
+    parts = {path.relative_to(folder).as_posix(): file_sha256(path) for path in (*checkpoint.all_weights, *tokenizer)}
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
     return replace(checkpoint, fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
 

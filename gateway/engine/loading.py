@@ -89,7 +89,9 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     tasks = _tasks(entry, checkpoint)
     missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
     if missing:
-        raise LoadError(f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}")
+        raise LoadError(
+            f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}"
+        )
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,

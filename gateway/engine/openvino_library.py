@@ -6,6 +6,6 @@ import sys
 
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO then uses its own stub, which sends nothing
 
-import openvino  # noqa: E402
+import openvino  # type: ignore[import-untyped]  # noqa: E402
 
 __all__ = ["openvino"]

@@ -38,7 +38,7 @@ class TokenStates:
 
     def texts(self) -> tuple[torch.Tensor, ...]:
         """Return the states of each text, ``(t, width)``."""
-        return self.flat.split(list(self.lengths))
+        return torch.split(self.flat, list(self.lengths))
 
     def pool(self, pooling: Pooling) -> torch.Tensor:
         """Pool each text into a vector: ``(b, width)`` float32.

@@ -128,7 +128,9 @@ class Worker:
             encoded = self._encoder.encode(items)
             if len(encoded) != len(items):
                 raise ValueError(f"{len(encoded)} results for {len(items)} texts")
-        except BaseException as error:  # the model's code may raise anything, and each of these callers must get an answer
+        except (
+            BaseException
+        ) as error:  # the model's code may raise anything, and each of these callers must get an answer
             is_memory = is_out_of_memory(error)
             log.warning("batch_failed", model=self._model, texts=len(items), exc_info=not is_memory, error=repr(error))
             if is_memory:
@@ -143,7 +145,9 @@ class Worker:
     def _checked(self, item: Item, encoded: Encoded) -> Encoded | RequestError:
         expected = (item.tokens.num_vectors, self._encoder.width)
         if encoded.dense.shape != expected:
-            return InvalidVectors(f"the model returned vectors of shape {encoded.dense.shape}, promised were {expected}")
+            return InvalidVectors(
+                f"the model returned vectors of shape {encoded.dense.shape}, promised were {expected}"
+            )
         if not np.isfinite(encoded.dense).all():
             return InvalidVectors("the model returned a vector that is not finite (NaN or infinity)")
         return encoded

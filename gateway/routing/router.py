@@ -9,7 +9,7 @@ from gateway.backends.base import Backend
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, Registry
 from gateway.embedding import ModelInfo, ModelState, canonical_task, known_task_names
-from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelUnavailable
+from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelRecovering, ModelUnavailable
 
 DEFAULT_ALIAS = "default"
 _MAX_SHOWN = 100
@@ -114,6 +114,8 @@ def _require_ready(model: Model) -> ModelInfo:
             raise ModelNotFound(f"model {model.id!r} is disabled: {model.reason}", param="model")
         case ModelState.LOADING | ModelState.READY:
             raise ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
+        case ModelState.RECOVERING:
+            raise ModelRecovering(f"model {model.id!r} is being loaded anew: {model.reason}", retry_after_s=5)
         case ModelState.FAILED:
             raise ModelUnavailable(f"model {model.id!r} {model.reason}", is_permanent=True)
         case ModelState.STOPPED:

@@ -42,6 +42,9 @@ BATCH_TOKENS = Histogram(
 )
 QUEUE_TEXTS = Gauge("gateway_queue_texts", "Texts admitted and not yet answered.", ["model"], registry=REGISTRY)
 FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward raised.", ["model"], registry=REGISTRY)
+ENGINE_RESTARTS = Counter(
+    "gateway_engine_restarts", "Attempts to load a model anew after it hung or failed.", ["model"], registry=REGISTRY
+)
 MODEL_READY = Gauge("gateway_model_ready", "1 when the model answers, else 0.", ["model"], registry=REGISTRY)
 
 

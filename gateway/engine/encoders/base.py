@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -41,8 +42,14 @@ class Encoder(BaseEmbedder):
     def encode(self, items: Sequence[Item]) -> list[Encoded]:
         """Encode tokenised texts, in order. Runs in one thread at a time."""
         with torch.inference_mode():
-            encoded: list[Encoded] = self.encode_post(self.encode_core(self.encode_pre(list(items))))
-        return encoded
+            return self.encode_post(self.encode_core(self.encode_pre(list(items))))
+
+    @abstractmethod
+    def encode_post(self, embedding: Any, skip_quanitzation: bool = True) -> list[Encoded]:  # type: ignore[override]
+        """Read the outputs off what ``encode_core`` returned, in the order that was asked for.
+
+        Infinity's returns an array of vectors; there are outputs beside vectors here, and texts with several.
+        """
 
     def tokenize_lengths(self, sentences: list[str]) -> list[int]:
         """Return the tokens of each sentence (Infinity's name and signature)."""

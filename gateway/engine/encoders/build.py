@@ -123,7 +123,9 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
         log.warning("openvino_failed", folder=str(checkpoint.folder), error=str(error), fallback="torch")
         return None
     if cosine < _MIN_COSINE[options.dtype]:
-        message = f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, at least {_MIN_COSINE[options.dtype]} is asked"
+        message = (
+            f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, the least is {_MIN_COSINE[options.dtype]}"
+        )
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: {message}")
         log.warning("openvino_differs", folder=str(checkpoint.folder), reason=message, fallback="torch")
@@ -138,9 +140,7 @@ def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tok
     lengths = sorted({min(n, tokenizer.max_tokens) for n in (2, 7, 24, 60)}, reverse=True)
     rows = [(ids * length)[:length] for length in lengths]
     adapters = [index % (len(checkpoint.adapters) + 1) - 1 for index in range(len(rows))]
-    ours, theirs = (
-        one.forward(one.prepare(rows, adapters)).pool(checkpoint.pooling) for one in (runtime, reference)
-    )
+    ours, theirs = (one.forward(one.prepare(rows, adapters)).pool(checkpoint.pooling) for one in (runtime, reference))
     return float(functional.cosine_similarity(ours, theirs).min())
 
 
@@ -160,7 +160,9 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
 
 
-def _load_model(checkpoint: Checkpoint, options: BuildOptions, dtype: str) -> tuple[PreTrainedModel, AdapterMask | None]:
+def _load_model(
+    checkpoint: Checkpoint, options: BuildOptions, dtype: str
+) -> tuple[PreTrainedModel, AdapterMask | None]:
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

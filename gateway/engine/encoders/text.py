@@ -103,7 +103,9 @@ class TextEncoder(Encoder):
     ) -> list[Encoded]:
         """Read the outputs of each text off its states, in the order that was asked for."""
         encoded = {
-            row: result for group, states in embedding for row, result in zip(group.rows, self._read(group.items, states), strict=True)
+            row: result
+            for group, states in embedding
+            for row, result in zip(group.rows, self._read(group.items, states), strict=True)
         }
         return [encoded[row] for row in range(len(encoded))]
 

@@ -92,11 +92,11 @@ class PackedRuntime:
 
 
 def _packed_attention(
-    module: torch.nn.Module,  # noqa: ARG001  transformers' signature
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -117,7 +117,7 @@ def _packed_attention(
         )
         assert isinstance(packed, torch.Tensor)  # noqa: S101  it returns a pair only when asked to
         return packed[None], None
-    pieces = zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    pieces = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     attended = [functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in pieces]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 

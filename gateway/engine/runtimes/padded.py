@@ -54,9 +54,7 @@ class PaddedRuntime:
     def forward(self, features: PaddedFeatures) -> TokenStates:
         if self._mask is not None and features.adapter_mask is not None:
             self._mask.value = features.adapter_mask.to(self._model.dtype)
-        states = self._model(
-            input_ids=features.input_ids, attention_mask=features.attention_mask
-        ).last_hidden_state
+        states = self._model(input_ids=features.input_ids, attention_mask=features.attention_mask).last_hidden_state
         return TokenStates.from_padded(states, features.lengths)
 
 
