@@ -123,6 +123,16 @@ class ModelEntry(_Frozen):
         description="The most tokens that one forward pass takes; bounds the memory. By default the "
         "engine's own limit.",
     )
+    fp16_accumulation: bool = Field(
+        default=False,
+        description="Whether float16 matrix products add up in float16: up to twice as fast on GeForce cards, no gain on "
+        "others, and less exact. Needs `golden`; refused where the golden vectors leave their tolerance.",
+    )
+    golden: NonEmptyText | None = Field(
+        default=None,
+        description="File with the model's golden vectors, relative to this file; they are checked at every start. "
+        "`gateway verify MODEL --record` writes it.",
+    )
     outputs: DistinctListed[Annotated[Output, Field(strict=False)]] = Field(
         default=(Output.DENSE,), description="What the model can return for a text."
     )
@@ -135,6 +145,12 @@ class ModelEntry(_Frozen):
     def parsed_source(self) -> Source:
         """Take ``source`` apart."""
         return Source.parse(self.source)
+
+    @field_validator("golden")
+    @classmethod
+    def _resolve_golden(cls, text: str | None, info: ValidationInfo) -> str | None:
+        base: Path = (info.context or {}).get("folder", Path())
+        return None if text is None else str((base / text).resolve())
 
     @field_validator("source")
     @classmethod

@@ -16,20 +16,20 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
-def choose_device(setting: str) -> str:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the device that is used.
+def choose_devices(setting: str) -> tuple[str, ...]:
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the devices that are used: a replica of the model on each.
 
     Raises:
         LoadError: the device is not present.
     """
-    if setting == "auto":
-        return "cuda:0" if has_accelerator() else "cpu"
-    if setting == "cpu":
-        return "cpu"
-    index = int(setting.partition(":")[2] or 0)
-    if index >= torch.cuda.device_count():
-        raise LoadError(f"device {setting} is not present; this machine has {torch.cuda.device_count()} CUDA devices")
-    return f"cuda:{index}"
+    num_cards = torch.cuda.device_count() if has_accelerator() else 0
+    if setting == "cpu" or (setting == "auto" and not num_cards):
+        return ("cpu",)
+    if setting in ("auto", "cuda") and num_cards:
+        return tuple(f"cuda:{index}" for index in range(num_cards))
+    if setting == "cuda" or int(setting.partition(":")[2]) >= num_cards:
+        raise LoadError(f"device {setting} is not present; this machine has {num_cards} CUDA devices")
+    return (setting,)
 
 
 def choose_dtype(setting: str, device: str) -> str:

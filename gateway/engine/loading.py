@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +13,13 @@ from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
 from gateway.engine.checkpoint import Checkpoint, Pooling, read_checkpoint
-from gateway.engine.devices import available_bytes, choose_cpu_threads, choose_device, choose_dtype
+from gateway.engine.devices import available_bytes, choose_cpu_threads, choose_devices, choose_dtype
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.build import BuildOptions, build_encoder, choose_runtime
+from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.engine import Engine
+from gateway.engine.golden import check as check_golden
+from gateway.engine.golden import read as read_golden
 from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
 from gateway.engine.items import Item
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
@@ -38,7 +42,7 @@ class LoadPlan:
 
     entry: ModelEntry
     checkpoint: Checkpoint
-    device: str
+    devices: tuple[str, ...]
     dtype: str
     runtime: str
     max_tokens: int
@@ -47,6 +51,11 @@ class LoadPlan:
     tasks: dict[str, str]
     instruction: str
     memory: MemoryPlan
+
+    @property
+    def device(self) -> str:
+        """The first of the devices: they are of one kind."""
+        return self.devices[0]
 
     @property
     def info(self) -> ModelInfo:
@@ -61,7 +70,7 @@ class LoadPlan:
             max_tokens=self.max_tokens,
             pooling=self.checkpoint.pooling.value,
             is_normalised=self.checkpoint.is_normalised,
-            device=self.device,
+            device=", ".join(self.devices),
             dtype=self.dtype,
             engine=f"infinity/{self.runtime}",
             memory_bytes=self.memory.total_bytes,
@@ -70,6 +79,19 @@ class LoadPlan:
             tasks=self.tasks,
             default_task=self.entry.default_task and canonical_task(self.entry.default_task),
             instruction=self.instruction,
+        )
+
+    def build_options(self, device: str, num_threads: int) -> BuildOptions:
+        """Return how the encoder of one replica is built."""
+        return BuildOptions(
+            device=device,
+            dtype=self.dtype,
+            runtime=self.entry.runtime,
+            max_tokens=self.max_tokens,
+            num_threads=num_threads,
+            tasks=self.tasks,
+            instruction=self.instruction,
+            trust_remote_code=self.entry.trust_remote_code,
         )
 
 
@@ -82,8 +104,10 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     folder = locate(entry, may_download=may_download)
     verify_sha256(folder, entry.sha256)
     checkpoint = read_checkpoint(folder)
-    device = choose_device(entry.device)
+    devices = choose_devices(entry.device)
+    device = devices[0]
     dtype = choose_dtype(entry.dtype, device)
+    runtime = choose_runtime(entry.runtime, device)
     max_tokens = _max_tokens(entry, checkpoint)
     max_batch_tokens = entry.max_batch_tokens or _MAX_BATCH_TOKENS[device.partition(":")[0]]
     tasks = _tasks(entry, checkpoint)
@@ -95,15 +119,15 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
-        device=device,
+        devices=devices,
         dtype=dtype,
-        runtime=choose_runtime(entry.runtime, device),
+        runtime=runtime,
         max_tokens=max_tokens,
         max_batch_tokens=max_batch_tokens,
         dimensions=_dimensions(entry, checkpoint),
         tasks=tasks,
         instruction=checkpoint.prompts.get(checkpoint.default_prompt or "", ""),
-        memory=plan_memory(checkpoint, dtype, max_tokens, max_batch_tokens),
+        memory=plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens),
     )
 
 
@@ -111,27 +135,43 @@ def load_engine(plan: LoadPlan, settings: Settings) -> Engine:
     """Load the weights, warm the model up, and return its engine, not yet started.
 
     Raises:
-        LoadError: the weights are corrupt, do not fit, or give vectors that are not finite.
+        LoadError: the weights are corrupt, do not fit, or give vectors that are not finite or not the golden ones.
     """
-    require_memory(plan.memory, available_bytes(plan.device), plan.device)
     num_threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
     torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch"))
-    encoder = build_encoder(
-        plan.checkpoint,
-        BuildOptions(
-            device=plan.device,
-            dtype=plan.dtype,
-            runtime=plan.entry.runtime,
-            max_tokens=plan.max_tokens,
-            num_threads=num_threads,
-            tasks=plan.tasks,
-            instruction=plan.instruction,
-            trust_remote_code=plan.entry.trust_remote_code,
-        ),
-    )
-    _warm_up(encoder, plan)
+    _set_accumulation(plan)
+    golden = None if plan.entry.golden is None else read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint)
+    encoders = []
+    for device in plan.devices:
+        require_memory(plan.memory, available_bytes(device), device)
+        encoder = build_encoder(plan.checkpoint, plan.build_options(device, num_threads))
+        _warm_up(encoder, plan)
+        if golden is not None:
+            check_golden(encoder, golden, plan.dtype)
+        encoders.append(encoder)
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
-    return Engine(_engine_args(plan), [encoder], limits)
+    return Engine(_engine_args(plan), encoders, limits)
+
+
+def load_reference(plan: LoadPlan) -> TextEncoder:
+    """Load a model as the reference that golden vectors are recorded with: torch, float32, padded, on the first device.
+
+    Raises:
+        LoadError: the weights are corrupt.
+    """
+    options = replace(plan.build_options(plan.device, num_threads=1), dtype="float32", runtime="reference")
+    return build_encoder(plan.checkpoint, options)
+
+
+def _set_accumulation(plan: LoadPlan) -> None:
+    if not plan.entry.fp16_accumulation:
+        return
+    if plan.dtype != "float16" or plan.entry.golden is None:
+        raise LoadError(
+            f"fp16_accumulation needs dtype float16 (this is {plan.dtype}) and golden vectors to watch over it (golden: "
+            f"{plan.entry.golden or 'is not set'})"
+        )
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True  # of the whole process
 
 
 def _engine_args(plan: LoadPlan) -> EngineArgs:

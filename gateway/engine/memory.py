@@ -28,7 +28,7 @@ class MemoryPlan:
         return self.weights_bytes + self.batch_bytes
 
 
-def plan_memory(checkpoint: Checkpoint, dtype: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
+def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
     """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``.
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
@@ -40,7 +40,9 @@ def plan_memory(checkpoint: Checkpoint, dtype: str, max_tokens: int, max_batch_t
     activations = tokens * (6 * checkpoint.hidden_width + 2 * checkpoint.intermediate_width)
     scores = checkpoint.num_heads * max_tokens**2
     return MemoryPlan(
-        weights_bytes=sum(_num_weights(path) for path in checkpoint.all_weights) * size,
+        # OpenVINO packs a copy from torch's float32 weights, which are there until it is done.
+        weights_bytes=sum(_num_weights(path) for path in checkpoint.all_weights)
+        * (size + DTYPE_BYTES["float32"] if runtime == "openvino" else size),
         batch_bytes=(activations + scores) * size,
     )
 

@@ -38,7 +38,7 @@ class BuildOptions:
     Attributes:
         device: torch device, such as ``cpu`` or ``cuda:0``.
         dtype: name of the torch dtype to compute in.
-        runtime: ``auto``, ``torch`` or ``openvino``.
+        runtime: ``auto``, ``torch``, ``openvino``, or ``reference``: torch, padded, whatever the device.
         max_tokens: the longest text; at most the checkpoint's own limit.
         num_threads: threads of a forward on the CPU.
         tasks: instruction of each task.
@@ -94,7 +94,7 @@ def choose_runtime(setting: str, device: str) -> str:
     is_installed = find_spec("openvino") is not None
     if setting == "openvino" and not is_installed:
         raise LoadError("runtime openvino: the package openvino is not installed; use runtime: torch or auto")
-    return "openvino" if device == "cpu" and is_installed and setting != "torch" else "torch"
+    return "openvino" if device == "cpu" and is_installed and setting in ("auto", "openvino") else "torch"
 
 
 def _build_runtime(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Runtime:
@@ -103,6 +103,8 @@ def _build_runtime(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tok
         if runtime is not None:
             return runtime
     model, mask = _load_model(checkpoint, options, options.dtype)
+    if options.runtime == "reference":
+        return PaddedRuntime(model, mask)
     if options.device != "cpu" and checkpoint.model_type in PACKED_MODEL_TYPES:
         return PackedRuntime(model, mask)
     return PaddedRuntime(model, mask)

@@ -96,7 +96,7 @@ class TextEncoder(Encoder):
         return [(group, self.runtime.forward(group.features)) for group in features]
 
     @torch.inference_mode()
-    def encode_post(
+    def encode_post(  # type: ignore[override]
         self,
         embedding: list[tuple[Group, TokenStates]],
         skip_quanitzation: bool = True,  # Infinity's name

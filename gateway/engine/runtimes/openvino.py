@@ -43,7 +43,7 @@ class _Traced(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, adapter_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self._mask is not None:
+        if self._mask is not None and adapter_mask is not None:
             self._mask.value = adapter_mask
         states: torch.Tensor = self._model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states

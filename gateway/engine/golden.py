@@ -1,0 +1,129 @@
+"""Golden vectors: what a model must return for a few texts, to see that a machine computes it right.
+
+They are recorded once, in float32 with torch, and held against whatever the model runs with: at every start, and by
+``gateway verify``. A file belongs to one checkpoint, whose fingerprint is in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.embedding import Truncate
+from gateway.engine.encoders.base import Encoder
+from gateway.engine.items import Item
+from gateway.errors import LoadError
+
+MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.9995}
+"""Least cosine to the golden vector, by the number format that the model computes in."""
+
+_TEXTS = (
+    "Hello, world",
+    "How do I reset my password?",
+    "The treaty was signed in 1648 and ended thirty years of war in central Europe.",
+    "Ein Satz auf Deutsch, 一句中文, une phrase en français, جملة بالعربية.",
+    "def mean(values):\n    return sum(values) / len(values)",
+    " ".join(["A longer text repeats itself, so that positions far from the start are computed as well."] * 12),
+)
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenVector:
+    """The vector that a text must have with a task: ``(width,)`` float32 of L2 norm 1."""
+
+    text: str
+    task: str | None
+    vector: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How near a model comes to one golden vector."""
+
+    golden: GoldenVector
+    cosine: float
+
+
+def record(encoder: Encoder, tasks: Sequence[str | None]) -> list[GoldenVector]:
+    """Compute the golden vectors of a model for each of its tasks."""
+    wanted = [(text, task) for task in tasks for text in _TEXTS]
+    vectors = _encode(encoder, wanted)
+    return [GoldenVector(text, task, vector) for (text, task), vector in zip(wanted, vectors, strict=True)]
+
+
+def compare(encoder: Encoder, golden: Sequence[GoldenVector]) -> list[Comparison]:
+    """Compute the golden texts anew and return the cosine to each golden vector; NaN counts as -1."""
+    vectors = _encode(encoder, [(one.text, one.task) for one in golden])
+    cosines = [float(np.dot(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
+    return [
+        Comparison(one, cosine if np.isfinite(cosine) else -1.0) for one, cosine in zip(golden, cosines, strict=True)
+    ]
+
+
+def check(encoder: Encoder, golden: Sequence[GoldenVector], dtype: str) -> None:
+    """Hold a model against its golden vectors.
+
+    Raises:
+        LoadError: one is off by more than the number format explains.
+    """
+    worst = min(compare(encoder, golden), key=lambda one: one.cosine)
+    if worst.cosine < MIN_COSINE[dtype]:
+        raise LoadError(
+            f"golden vectors: cosine {worst.cosine:.6f} for {worst.golden.text[:40]!r} (task {worst.golden.task}), the "
+            f"least for {dtype} is {MIN_COSINE[dtype]}: this machine does not compute the model right"
+        )
+
+
+def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
+    """Store golden vectors."""
+    content = {
+        "version": _VERSION,
+        "fingerprint": fingerprint,
+        "vectors": [
+            {
+                "text": one.text,
+                "task": one.task,
+                "vector": base64.b64encode(one.vector.astype("<f4").tobytes()).decode(),
+            }
+            for one in golden
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(path: Path, fingerprint: str) -> list[GoldenVector]:
+    """Read the golden vectors of the checkpoint with ``fingerprint``.
+
+    Raises:
+        LoadError: the file is missing, malformed, or belongs to another checkpoint.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        golden = [
+            GoldenVector(row["text"], row["task"], np.frombuffer(base64.b64decode(row["vector"]), dtype="<f4"))
+            for row in content["vectors"]
+        ]
+        recorded = content["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{path}: not golden vectors that can be read: {error!r}") from error
+    if recorded != fingerprint or not golden:
+        raise LoadError(
+            f"{path}: recorded from another checkpoint (fingerprint {recorded[:12]}, this one has {fingerprint[:12]}); "
+            "the weights or the tokenizer have changed. Record anew with `gateway verify MODEL --record`"
+        )
+    return golden
+
+
+def _encode(encoder: Encoder, texts: Sequence[tuple[str, str | None]]) -> npt.NDArray[np.float32]:
+    items = [Item(encoder.tokenise([text], task, Truncate.END)[0], task) for text, task in texts]
+    vectors = np.concatenate([one.dense for one in encoder.encode(items)])
+    unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
