@@ -92,6 +92,44 @@ def models(
     print_plan(registry)
 
 
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Id of a model of the registry.")],
+    models: Annotated[Path | None, typer.Option(help="The registry. By default GATEWAY_MODELS.")] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Store the model's golden vectors, computed in float32, in its `golden` file."),
+    ] = False,
+) -> None:
+    """Check that this machine computes a model right: golden vectors, and published numbers where there are any."""
+    from gateway.reports import print_checks
+    from gateway.verification import record_golden
+    from gateway.verification import verify as verify_model
+
+    path, registry = _read_registry(models)
+    try:
+        entry = registry.model(model)
+    except KeyError:
+        _fail(StartError(f"{path}: no model {model!r}; there are: {', '.join(entry.id for entry in registry.models)}"))
+    try:
+        if record:
+            if entry.golden is None:
+                _fail(StartError(f"{path}: set `golden: golden/{model}.json` for {model} to say where to store them"))
+            typer.echo(f"{entry.golden}: {record_golden(entry, Path(entry.golden))} golden vectors")
+            return
+        checks = verify_model(entry, load_settings(os.environ))
+    except StartError as error:
+        _fail(error)
+    if not checks:
+        _fail(
+            StartError(
+                f"{model}: nothing to check: set `golden` in the registry and run `gateway verify {model} --record`"
+            )
+        )
+    print_checks(model, checks)
+    raise typer.Exit(0 if all(check.is_passed for check in checks) else 1)
+
+
 def _read_registry(file: Path | None) -> tuple[Path, Registry]:
     try:
         path = file or load_settings(os.environ).models

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -10,6 +12,7 @@ from gateway.config.registry import Registry
 from gateway.embedding import ModelInfo, ModelState
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
+from gateway.verification import Check
 
 _STYLES = {ModelState.READY: "green", ModelState.FAILED: "red", ModelState.DISABLED: "dim"}
 # Wide enough for a line of the table where the output is no terminal.
@@ -47,24 +50,41 @@ def _curl(base_url: str, model_id: str) -> str:
 
 
 def print_plan(registry: Registry) -> None:
-    """Print what would load on this machine. Loads and downloads nothing."""
-    from gateway.engine.loading import plan_load  # imports torch
-    from gateway.engine.memory import format_bytes
+    """Print what would load on this machine, one model after the other. Loads and downloads nothing."""
+    from gateway.engine.devices import available_bytes  # imports torch
+    from gateway.engine.loading import plan_load
+    from gateway.engine.memory import format_bytes, require_memory
 
     table = Table("model", "loads", "device", "dtype", "width", "max tokens", "weights", "largest batch", "total")
+    free: dict[str, int] = {}
     for entry in registry.models:
         if reason := why_disabled(entry):
             table.add_row(entry.id, f"[dim]no: {reason}")
             continue
         try:
             plan = plan_load(entry, may_download=False)
+            for device in plan.devices:
+                free.setdefault(device, available_bytes(device))
+                require_memory(plan.memory, free[device], device)
+                free[device] -= plan.memory.total_bytes
         except LoadError as error:
-            table.add_row(entry.id, f"[red]{error}")
+            table.add_row(entry.id, f"[red]no: {error}")
             continue
         memory = plan.memory
         sizes = (memory.weights_bytes, memory.batch_bytes, memory.total_bytes)
         table.add_row(entry.id, "[green]yes", *_describe(plan.info)[:4], *(format_bytes(size) for size in sizes))
     _console().print(table)
+
+
+def print_checks(model: str, checks: Sequence[Check]) -> None:
+    """Print each comparison of a verification, and the verdict."""
+    table = Table("compared", "measured", "limit", "")
+    for check in checks:
+        table.add_row(check.what, check.measured, check.limit, "[green]ok" if check.is_passed else "[red]off")
+    console = _console()
+    console.print(table)
+    num_failed = sum(not check.is_passed for check in checks)
+    console.print(f"[red]{model}: {num_failed} of {len(checks)} are off" if num_failed else f"[green]{model}: pass")
 
 
 def _console() -> Console:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = [
     ["cli"],
     ["server", "reports"],
+    ["verification"],
     ["app"],
     ["api"],
     ["middleware"],

@@ -25,7 +25,7 @@ class Engine(AsyncEmbeddingEngine):
     def __init__(self, args: EngineArgs, encoders: Sequence[Encoder], limits: Limits) -> None:
         self._engine_args = args
         self._model_replicas = list(encoders)  # Infinity's name; what `capabilities` asks
-        self._encoders = encoders
+        self.encoders = encoders
         self._limits = limits
         self.running = False
         self._min_inference_t = self._max_inference_t = float("nan")  # measured by `select_model`; printed by `__str__`
@@ -34,7 +34,7 @@ class Engine(AsyncEmbeddingEngine):
     async def astart(self) -> None:
         """Start the engine. It may be stopped and started again."""
         if not self.running:
-            self._batcher = Batcher(self.engine_args.served_model_name, self._encoders, self._limits)
+            self._batcher = Batcher(self.engine_args.served_model_name, self.encoders, self._limits)
             self._batch_handler = self._batcher  # type: ignore[assignment]  # Infinity's name; has its interface
             await self._batcher.spawn()
             self.running = True

@@ -165,6 +165,7 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
 def _load_model(
     checkpoint: Checkpoint, options: BuildOptions, dtype: str
 ) -> tuple[PreTrainedModel, AdapterMask | None]:
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters is checked below
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

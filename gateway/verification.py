@@ -1,0 +1,79 @@
+"""``gateway verify``: hold a model, as this machine runs it, against numbers that are known to be right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.embedding import Truncate
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison: what was compared, by how much it is off, and whether that is within the limit."""
+
+    what: str
+    measured: str
+    limit: str
+    is_passed: bool
+
+
+def record_golden(entry: ModelEntry, path: Path) -> int:
+    """Compute a model's golden vectors in float32 with torch, and store them; returns how many.
+
+    Raises:
+        LoadError: the model cannot be loaded.
+    """
+    from gateway.engine import golden  # imports torch
+    from gateway.engine.loading import load_reference, plan_load
+
+    plan = plan_load(entry)
+    vectors = golden.record(load_reference(plan), [None, *plan.tasks])
+    golden.write(path, plan.checkpoint.fingerprint, vectors)
+    return len(vectors)
+
+
+def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
+    """Load a model as the gateway would and compare it with its golden vectors and, for Jina v3, the published numbers.
+
+    Raises:
+        LoadError: the model cannot be loaded, or its golden file is not its own.
+    """
+    from gateway.engine import golden, published  # imports torch
+    from gateway.engine.loading import load_engine, load_reference, plan_load
+
+    plan = plan_load(entry)
+    checks = []
+    if entry.source == published.SOURCE:
+        reference = load_reference(plan)
+        ids = reference.tokenise([published.TEXT], None, Truncate.END)[0].ids
+        checks.append(
+            Check(
+                "tokens of the published text",
+                str(len(ids)),
+                str(published.NUM_TOKENS),
+                len(ids) == published.NUM_TOKENS,
+            )
+        )
+        adapters: dict[str | None, int] = {None: -1, **{task: i for i, task in enumerate(plan.checkpoint.adapters)}}
+        for task, deviation in published.largest_deviation(reference.runtime, ids, adapters).items():
+            checks.append(
+                Check(
+                    f"published states, {task or 'no adapter'}",
+                    f"{deviation:.6f}",
+                    f"{published.TOLERANCE}",
+                    deviation <= published.TOLERANCE,
+                )
+            )
+    if entry.golden is not None:
+        vectors = golden.read(Path(entry.golden), plan.checkpoint.fingerprint)
+        # Loaded without its golden file, which would refuse the model where this is to say by how much it is off.
+        engine = load_engine(replace(plan, entry=entry.model_copy(update={"golden": None})), settings)
+        limit = golden.MIN_COSINE[plan.dtype]
+        for number, encoder in enumerate(engine.encoders):
+            for one in golden.compare(encoder, vectors):
+                what = f"{plan.devices[number]}, {one.golden.task or 'no task'}: {one.golden.text[:32]!r}"
+                checks.append(Check(what, f"{one.cosine:.6f}", f"{limit}", one.cosine >= limit))
+    return checks
