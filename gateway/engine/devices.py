@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from gateway.engine.memory import available_host_bytes
 from gateway.errors import LoadError
+
+_MIN_STREAMS = 2
+_MAX_THREADS_A_STREAM = 4
 
 
 def has_accelerator() -> bool:
@@ -68,17 +72,28 @@ def available_bytes(device: str) -> int:
     return int(free)
 
 
-def choose_cpu_threads(setting: int, runtime: str) -> int:
-    """Return how many threads a forward on the CPU uses; 0 lets the gateway choose.
+@dataclass(frozen=True, slots=True)
+class CpuThreads:
+    """How a model uses the cores: forwards that run side by side, and the threads of each."""
 
-    torch's threads spin while they wait for each other, and as soon as one of them shares its core, all are late: one
-    core is left to the event loop and the tokenizer. OpenVINO's threads sleep, so it may have them all (measured in
-    docs/performance.md).
+    num_streams: int
+    per_stream: int
+
+
+def choose_cpu_threads(setting: int, runtime: str) -> CpuThreads:
+    """Share the cores out; ``setting`` is the number of threads to use, 0 lets the gateway choose.
+
+    The threads of one forward wait for each other after every operation: as soon as one of them shares its core with the
+    event loop, all are late. Forwards side by side do not wait for each other, so OpenVINO runs several streams of few
+    threads. torch has one pool of threads, which spin while they wait: it leaves one core to the event loop. Measured in
+    docs/performance.md.
     """
-    if setting:
-        return setting
     num_cores = _num_cores()
-    return num_cores if runtime == "openvino" else max(1, num_cores - 1)
+    if runtime != "openvino":
+        return CpuThreads(1, setting or max(1, num_cores - 1))
+    num_threads = setting or num_cores
+    num_streams = min(num_threads, max(_MIN_STREAMS, num_threads // _MAX_THREADS_A_STREAM))
+    return CpuThreads(num_streams, num_threads // num_streams)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

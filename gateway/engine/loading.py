@@ -13,9 +13,9 @@ from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
 from gateway.engine.checkpoint import Checkpoint, Pooling, read_checkpoint
-from gateway.engine.devices import available_bytes, choose_cpu_threads, choose_devices, choose_dtype
+from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
 from gateway.engine.encoders.base import Encoder
-from gateway.engine.encoders.build import BuildOptions, build_encoder, choose_runtime
+from gateway.engine.encoders.build import BuildOptions, build_encoders, choose_runtime
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.engine import Engine
 from gateway.engine.golden import check as check_golden
@@ -81,14 +81,14 @@ class LoadPlan:
             instruction=self.instruction,
         )
 
-    def build_options(self, device: str, num_threads: int) -> BuildOptions:
+    def build_options(self, device: str, threads: CpuThreads) -> BuildOptions:
         """Return how the encoder of one replica is built."""
         return BuildOptions(
             device=device,
             dtype=self.dtype,
             runtime=self.entry.runtime,
             max_tokens=self.max_tokens,
-            num_threads=num_threads,
+            threads=threads,
             tasks=self.tasks,
             instruction=self.instruction,
             trust_remote_code=self.entry.trust_remote_code,
@@ -137,18 +137,18 @@ def load_engine(plan: LoadPlan, settings: Settings) -> Engine:
     Raises:
         LoadError: the weights are corrupt, do not fit, or give vectors that are not finite or not the golden ones.
     """
-    num_threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
-    torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch"))
+    threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
+    torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch").per_stream)
     _set_accumulation(plan)
     golden = None if plan.entry.golden is None else read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint)
     encoders = []
     for device in plan.devices:
         require_memory(plan.memory, available_bytes(device), device)
-        encoder = build_encoder(plan.checkpoint, plan.build_options(device, num_threads))
-        _warm_up(encoder, plan)
-        if golden is not None:
-            check_golden(encoder, golden, plan.dtype)
-        encoders.append(encoder)
+        for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads)):
+            _warm_up(encoder, plan)
+            if golden is not None:
+                check_golden(encoder, golden, plan.dtype)
+            encoders.append(encoder)
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     return Engine(_engine_args(plan), encoders, limits)
 
@@ -159,8 +159,9 @@ def load_reference(plan: LoadPlan) -> TextEncoder:
     Raises:
         LoadError: the weights are corrupt.
     """
-    options = replace(plan.build_options(plan.device, num_threads=1), dtype="float32", runtime="reference")
-    return build_encoder(plan.checkpoint, options)
+    options = plan.build_options(plan.device, choose_cpu_threads(0, "torch"))
+    [encoder] = build_encoders(plan.checkpoint, replace(options, dtype="float32", runtime="reference"))
+    return encoder
 
 
 def _set_accumulation(plan: LoadPlan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from gateway.engine.adapters import AdapterMask, install_adapters
 from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.text import Heads, TextEncoder
 from gateway.engine.heads import DenseHead, MultiVectorHead, SparseHead
 from gateway.engine.runtimes.base import Runtime
@@ -40,7 +41,7 @@ class BuildOptions:
         dtype: name of the torch dtype to compute in.
         runtime: ``auto``, ``torch``, ``openvino``, or ``reference``: torch, padded, whatever the device.
         max_tokens: the longest text; at most the checkpoint's own limit.
-        num_threads: threads of a forward on the CPU.
+        threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
         instruction: what is put before a text that has no task.
         trust_remote_code: let the checkpoint bring Python code that then runs in this process.
@@ -50,20 +51,20 @@ class BuildOptions:
     dtype: str
     runtime: str
     max_tokens: int
-    num_threads: int
+    threads: CpuThreads
     tasks: Mapping[str, str]
     instruction: str = ""
     trust_remote_code: bool = False
 
 
-def build_encoder(checkpoint: Checkpoint, options: BuildOptions) -> TextEncoder:
-    """Load a checkpoint and return its encoder.
+def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[TextEncoder]:
+    """Load a checkpoint once, and return an encoder for each stream that the runtime has; they share all weights.
 
     Raises:
         LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
     """
     tokenizer, special_ids = _load_tokenizer(checkpoint, options)
-    runtime = _build_runtime(checkpoint, options, tokenizer)
+    runtimes = _build_runtimes(checkpoint, options, tokenizer)
     device = torch.device(options.device)
     heads = Heads(
         dense=DenseHead(checkpoint).to(device),
@@ -72,15 +73,18 @@ def build_encoder(checkpoint: Checkpoint, options: BuildOptions) -> TextEncoder:
         if checkpoint.multivector_head is None
         else MultiVectorHead(checkpoint.multivector_head).to(device),
     )
-    return TextEncoder(
-        tokenizer,
-        runtime,
-        heads,
-        width=checkpoint.width,
-        tasks=options.tasks,
-        adapters={task: index for index, task in enumerate(checkpoint.adapters)},
-        instruction=options.instruction,
-    )
+    return [
+        TextEncoder(
+            tokenizer,
+            runtime,
+            heads,
+            width=checkpoint.width,
+            tasks=options.tasks,
+            adapters={task: index for index, task in enumerate(checkpoint.adapters)},
+            instruction=options.instruction,
+        )
+        for runtime in runtimes
+    ]
 
 
 def choose_runtime(setting: str, device: str) -> str:
@@ -97,33 +101,33 @@ def choose_runtime(setting: str, device: str) -> str:
     return "openvino" if device == "cpu" and is_installed and setting in ("auto", "openvino") else "torch"
 
 
-def _build_runtime(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Runtime:
+def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
     if choose_runtime(options.runtime, options.device) == "openvino":
-        runtime = _try_openvino(checkpoint, options, tokenizer)
-        if runtime is not None:
-            return runtime
+        runtimes = _try_openvino(checkpoint, options, tokenizer)
+        if runtimes:
+            return runtimes
     model, mask = _load_model(checkpoint, options, options.dtype)
     if options.runtime == "reference":
-        return PaddedRuntime(model, mask)
+        return [PaddedRuntime(model, mask)]
     if options.device != "cpu" and checkpoint.model_type in PACKED_MODEL_TYPES:
-        return PackedRuntime(model, mask)
-    return PaddedRuntime(model, mask)
+        return [PackedRuntime(model, mask)]
+    return [PaddedRuntime(model, mask)]
 
 
-def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Runtime | None:
-    """Compile the model, and keep the result only if it agrees with torch; ``None`` otherwise."""
+def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
+    """Compile the model, and keep the result only if it agrees with torch; nothing otherwise."""
     from gateway.engine.runtimes.openvino import OpenVinoRuntime  # slow to import, and only needed on a CPU
 
     model, mask = _load_model(checkpoint, options, "float32")
     reference = PaddedRuntime(model, mask)
     try:
-        runtime = OpenVinoRuntime(model, mask, options.dtype, options.num_threads)
-        cosine = _agreement(runtime, reference, checkpoint, tokenizer)
+        runtimes = OpenVinoRuntime.compile(model, mask, options.dtype, options.threads)
+        cosine = _agreement(runtimes[0], reference, checkpoint, tokenizer)
     except Exception as error:  # an architecture that cannot be traced or compiled fails in a way of its own
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: OpenVINO cannot run it: {error}") from error
         log.warning("openvino_failed", folder=str(checkpoint.folder), error=str(error), fallback="torch")
-        return None
+        return []
     if cosine < _MIN_COSINE[options.dtype]:
         message = (
             f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, the least is {_MIN_COSINE[options.dtype]}"
@@ -131,8 +135,8 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: {message}")
         log.warning("openvino_differs", folder=str(checkpoint.folder), reason=message, fallback="torch")
-        return None
-    return runtime
+        return []
+    return runtimes
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gateway.engine.adapters import AdapterMask
+from gateway.engine.devices import CpuThreads
 from gateway.engine.openvino_library import openvino
 from gateway.engine.runtimes.padded import pad
 from gateway.engine.states import TokenStates
 
+AdapterTable: TypeAlias = npt.NDArray[np.float32]
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -50,30 +53,38 @@ class _Traced(nn.Module):
 
 
 class OpenVinoRuntime:
-    """The :class:`~gateway.engine.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU.
-
-    Args:
-        model: in float32, on the CPU; not needed afterwards.
-        dtype: ``float32`` or ``bfloat16``, which the processor must have.
-        num_threads: threads of a forward.
-    """
+    """The :class:`~gateway.engine.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU."""
 
     name = "openvino"
     is_packed = False
 
-    def __init__(self, model: PreTrainedModel, mask: AdapterMask | None, dtype: str, num_threads: int) -> None:
-        self._pad_id: int = model.config.pad_token_id or 0
-        self._adapter_table = None if mask is None else mask.table.float().numpy()
-        self._compiled = openvino.Core().compile_model(
+    def __init__(self, compiled: openvino.CompiledModel, pad_id: int, adapter_table: AdapterTable | None) -> None:
+        self._request = compiled.create_infer_request()
+        self._pad_id = pad_id
+        self._adapter_table = adapter_table
+
+    @classmethod
+    def compile(
+        cls, model: PreTrainedModel, mask: AdapterMask | None, dtype: str, threads: CpuThreads
+    ) -> list[OpenVinoRuntime]:
+        """Compile a model and return a runtime for each stream; they share the weights and run side by side.
+
+        Args:
+            model: in float32, on the CPU; not needed afterwards.
+            dtype: ``float32`` or ``bfloat16``, which the processor must have.
+        """
+        compiled = openvino.Core().compile_model(
             _convert(model, mask),
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": num_threads,
+                "NUM_STREAMS": threads.num_streams,
+                "INFERENCE_NUM_THREADS": threads.num_streams * threads.per_stream,
             },
         )
-        self._request = self._compiled.create_infer_request()
+        table = None if mask is None else mask.table.float().numpy()
+        pad_id: int = model.config.pad_token_id or 0
+        return [cls(compiled, pad_id, table) for _ in range(threads.num_streams)]
 
     def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> CompiledFeatures:
         input_ids, attention_mask = pad(rows, self._pad_id)
