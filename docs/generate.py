@@ -75,6 +75,9 @@ models:
     backend: infinity
     device: cuda:0
     dtype: float16
+    runtime: torch
+    fp16_accumulation: true
+    golden: golden/jina-embeddings-v3.json
     default_task: text-matching
     dimensions: [1024, 768, 512, 256, 128, 64, 32]
     max_tokens: ${JINA_MAX_TOKENS:-8192}

@@ -146,7 +146,7 @@ def _check_outputs(target: Target, request: EmbedRequest) -> None:
         return
     if not info.can_chunk_late:
         raise BadInput(
-            f"`late_chunking` needs a model that averages over tokens, and {info.id!r} pools by {info.pooling}",
+            f"`late_chunking` is not supported by model {info.id!r}: it needs the mean over token states",
             param="late_chunking",
         )
     if set(request.outputs) != {Output.DENSE}:

@@ -166,7 +166,7 @@ async def test_another_space_than_the_expected_one_is_refused_before_any_work(
         pytest.param(
             {"is_late_chunked": True},
             "late_chunking",
-            "`late_chunking` is not supported by model 'jina'",
+            "`late_chunking` is not supported by model 'jina': it needs the mean over token states",
             id="late chunking",
         ),
     ],

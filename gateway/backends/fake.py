@@ -30,7 +30,7 @@ class FakeBackend:
         self._on_embed = on_embed
         self._is_running = False
 
-    async def start(self, report: Report) -> ModelInfo:
+    async def start(self, report: Report = lambda _state, _reason: None) -> ModelInfo:
         self.report = report
         self._is_running = True
         return self._info

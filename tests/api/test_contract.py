@@ -781,7 +781,7 @@ async def test_late_chunking_is_refused_where_it_is_not_supported(
     response = await embed(client, late_chunking=True)
 
     message = check_error(response, 400, "invalid_input", param="late_chunking")
-    assert message == "`late_chunking` is not supported by model 'mini'"
+    assert message == "`late_chunking` is not supported by model 'mini': it needs the mean over token states"
     assert (await embed(client, late_chunking=False)).status_code == 200
 
 
