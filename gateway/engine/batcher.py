@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -30,8 +31,13 @@ from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# Texts that are tokenised in one go. Small enough that a request of one text never waits long behind a large one.
-_TOKENISE_SLICE = 64
+# What is tokenised in one go: so little that a request of one text never waits long behind a large one.
+_SLICE_TEXTS = 64
+_SLICE_CHARS = 100_000
+# The tokenizer cannot stop inside a text; from this length on, texts have a thread of their own to wait for.
+_LONG_TEXT_CHARS = 200_000
+# How long a stop waits for the batch in hand.
+_STOP_S = 10.0
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
 _CHARS_PER_TOKEN = 4
@@ -57,10 +63,12 @@ class _Work:
     tokenise_s: float = 0.0
     queue_s: float = 0.0
     inference_s: float = 0.0
+    error: RequestError | None = None
 
-    def fail(self, error: RequestError) -> None:
+    def end(self, error: RequestError | None = None) -> None:
         if not self.done.done():
-            self.done.set_exception(error)
+            self.error = error
+            self.done.set_result(None)
 
     def embeddings(self) -> Embeddings:
         return Embeddings(
@@ -90,6 +98,7 @@ class Batcher:
         self._wakeup = threading.Condition()
         self._is_stopping = False
         self._tokeniser = ThreadPoolExecutor(1, f"{model}-tokenise")
+        self._long_tokeniser = ThreadPoolExecutor(1, f"{model}-tokenise-long")
         self._computer = threading.Thread(target=self._compute, name=f"{model}-compute", daemon=True)
 
     # ------------------------------------------------------------------------------------------- the event loop
@@ -116,6 +125,8 @@ class Batcher:
         )
         self._works[ticket] = work
         self._count(len(job.texts), num_tokens)
+        if not job.texts:
+            work.end()
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 await self._enqueue(job, ticket, work)
@@ -128,11 +139,13 @@ class Batcher:
             ticket.is_live = False
             del self._works[ticket]
             self._count(-len(job.texts), -num_tokens)
+        if work.error is not None:
+            raise work.error
         return work.embeddings()
 
     def _admit(self, num_texts: int, num_tokens: int) -> None:
         if self._is_stopping:
-            raise ShuttingDown("the gateway is shutting down", retry_after_s=5)
+            raise self._shutting_down()
         limits = self._limits
         is_full = (
             self._num_texts + num_texts > limits.max_queue_texts
@@ -159,13 +172,13 @@ class Batcher:
         """Tokenise in slices, and queue each slice at once: the device starts while the rest is tokenised."""
         loop = asyncio.get_running_loop()
         entries: list[Entry] = []
-        for first in range(0, len(job.texts), _TOKENISE_SLICE):
-            texts = job.texts[first : first + _TOKENISE_SLICE]
+        for first, texts in _slices(job.texts):
+            if not ticket.is_live:  # has failed, or the batcher is stopping
+                return
             is_last = first + len(texts) == len(job.texts)
+            tokeniser = self._tokeniser if len(texts[0]) < _LONG_TEXT_CHARS else self._long_tokeniser
             started = time.monotonic()
-            tokens = await loop.run_in_executor(
-                self._tokeniser, self._encoder.tokenise, texts, job.task, job.truncate, first
-            )
+            tokens = await loop.run_in_executor(tokeniser, self._tokenise, job, ticket, first, texts)
             now = time.monotonic()
             work.tokenise_s += now - started
             work.tokens += tokens
@@ -176,11 +189,17 @@ class Batcher:
                     self._wakeup.notify()
                 entries = []
 
+    def _tokenise(self, job: EmbedJob, ticket: Ticket, first: int, texts: Sequence[str]) -> list[Tokens]:
+        if not ticket.is_live:  # while this waited for the thread
+            return []
+        return self._encoder.tokenise(texts, job.task, job.truncate, first)
+
     def _deliver(self, batch: list[Entry], vectors: Vectors | None, started: float, ended: float) -> None:
         """Hand a computed batch to its requests; ``vectors`` is ``None`` when the forward raised."""
         num_tokens = sum(entry.num_tokens for entry in batch)
-        rate = num_tokens / max(ended - started, 1e-6)
-        self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
+        if vectors is not None:
+            rate = num_tokens / max(ended - started, 1e-6)
+            self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
         metrics.BATCH_TEXTS.labels(self._model).observe(len(batch))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
         rows_of: dict[Ticket, list[int]] = {}
@@ -191,32 +210,41 @@ class Batcher:
             if work is None:  # its caller has gone meanwhile
                 continue
             if vectors is None:
-                work.fail(InferenceFailed(f"model {self._model!r} failed while it computed this request"))
-                ticket.is_live = False
+                work.end(self._inference_failed())
                 continue
             work.vectors[[batch[row].index for row in rows]] = vectors[rows]
             work.queue_s = max(work.queue_s, started - min(batch[row].queued_at for row in rows))
             work.inference_s += ended - started
             work.num_missing -= len(rows)
-            if not work.num_missing and not work.done.done():
-                work.done.set_result(None)
+            if not work.num_missing:
+                work.end()
 
-    def _abandon(self) -> None:
-        """Answer everybody who still waits: the computing thread has ended."""
-        self._is_stopping = True
-        for work in self._works.values():
-            work.fail(ShuttingDown("the gateway is shutting down", retry_after_s=5))
+    def _end_all(self, error: Callable[[], RequestError]) -> None:
+        """Answer everybody who still waits with an error."""
+        for ticket, work in self._works.items():
+            ticket.is_live = False
+            work.end(error())
+
+    def _inference_failed(self) -> InferenceFailed:
+        return InferenceFailed(f"model {self._model!r} failed while it computed this request")
+
+    def _shutting_down(self) -> ShuttingDown:
+        return ShuttingDown("the gateway is shutting down", retry_after_s=5)
 
     # -------------------------------------------------------------------------------------- the computing thread
 
     def _compute(self) -> None:
-        try:
-            while batch := self._next_batch():
-                started = time.monotonic()
-                vectors = self._forward(batch)
-                self._call_soon(self._deliver, batch, vectors, started, time.monotonic())
-        finally:
-            self._call_soon(self._abandon)
+        while not self._is_stopping:
+            try:
+                while batch := self._next_batch():
+                    started = time.monotonic()
+                    vectors = self._forward(batch)
+                    self._call_soon(self._deliver, batch, vectors, started, time.monotonic())
+            except BaseException:  # a fault of our own, which must not be the end of the model: begin anew
+                with self._wakeup:
+                    self._queue = FairQueue()
+                self._call_soon(self._end_all, self._inference_failed)
+                log.exception("batcher_failed", model=self._model)
 
     def _next_batch(self) -> list[Entry]:
         """Wait for work and return a batch of it; an empty batch means that the batcher is stopping."""
@@ -229,14 +257,19 @@ class Batcher:
 
     def _forward(self, batch: list[Entry]) -> Vectors | None:
         try:
-            return self._encoder.encode([entry.tokens for entry in batch])
-        except Exception:  # the model's code may raise anything, and each of these callers must get an answer
+            vectors = self._encoder.encode([entry.tokens for entry in batch])
+            if np.shape(vectors) != (len(batch), self._encoder.width):
+                raise ValueError(f"{np.shape(vectors)} vectors for {len(batch)} texts, {self._encoder.width} wide")
+        except BaseException:  # the model's code may raise anything, and each of these callers must get an answer
+            for entry in batch:  # here, not in `_deliver`: the next batch is taken before the event loop gets to that
+                entry.ticket.is_live = False
             log.exception("batch_failed", model=self._model, texts=len(batch))
             metrics.FAILED_BATCHES.labels(self._model).inc()
             return None
+        return vectors
 
     def _call_soon(self, callback, *args) -> None:  # type: ignore[no-untyped-def]
-        if not self._loop.is_closed():  # at the end of the process the loop may be gone before this thread
+        with suppress(RuntimeError):  # at the end of the process the loop may be closed before this thread has ended
             self._loop.call_soon_threadsafe(callback, *args)
 
     # --------------------------------------------------------------- what Infinity's AsyncEmbeddingEngine calls
@@ -250,9 +283,12 @@ class Batcher:
         with self._wakeup:
             self._is_stopping = True
             self._wakeup.notify_all()
-        await self._loop.run_in_executor(None, self._computer.join)
-        self._tokeniser.shutdown(wait=False, cancel_futures=True)
-        self._abandon()
+        await asyncio.to_thread(self._computer.join, _STOP_S)
+        if self._computer.is_alive():
+            log.error("batch_hangs", model=self._model, seconds=_STOP_S)
+        self._end_all(self._shutting_down)
+        for tokeniser in (self._tokeniser, self._long_tokeniser):
+            await asyncio.to_thread(tokeniser.shutdown)
 
     async def embed(
         self, sentences: Sequence[str], matryoshka_dim: int | None = None
@@ -275,3 +311,15 @@ class Batcher:
             queue_absolute=self._num_texts,
             results_absolute=len(self._works),
         )
+
+
+def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """Cut texts into runs of bounded size, each with the index of its first; a long text is one by itself."""
+    first = num_chars = 0
+    for i, text in enumerate(texts):
+        num_chars += len(text)
+        if i > first and (num_chars > _SLICE_CHARS or i - first == _SLICE_TEXTS):
+            yield first, texts[first:i]
+            first, num_chars = i, len(text)
+    if texts:
+        yield first, texts[first:]

@@ -47,7 +47,7 @@ class Checkpoint:
 
     Attributes:
         width: dimensions of a token's state, and of the pooled vector.
-        max_tokens: longest text, special tokens included: the smallest limit that any of the checkpoint's files names.
+        max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
         position_limit: longest text that the architecture can take at all.
         prompts: instruction of each task, as named by the checkpoint.
         default_prompt: name of the prompt for texts without a task, if the checkpoint names one.
@@ -85,13 +85,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     modules = _read_modules(folder)
     pooling_folder = modules.get("Pooling")
     pooling = _read_pooling(folder / pooling_folder) if pooling_folder is not None else Pooling.MEAN
-    transformer = _read_object(folder / modules.get("Transformer", "") / "sentence_bert_config.json", optional=True)
+    transformer = _read_transformer(folder / modules.get("Transformer", ""))
     is_lower_cased = transformer.get("do_lower_case") is True
     positions = _integer(config, ("max_position_embeddings",), folder)
     position_limit = positions - _POSITION_OFFSET.get(model_type, 0)
-    sentence = _read_object(folder / "config_sentence_transformers.json", optional=True)
-    prompts = sentence.get("prompts")
-    default_prompt = sentence.get("default_prompt_name")
+    prompts, default_prompt = _read_prompts(folder / "config_sentence_transformers.json")
     weights = _weights_files(folder)
     return Checkpoint(
         folder=folder,
@@ -105,8 +103,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         pooling=pooling,
         is_normalised="Normalize" in modules,
         is_lower_cased=is_lower_cased,
-        prompts={str(k): str(v) for k, v in prompts.items()} if isinstance(prompts, dict) else {},
-        default_prompt=default_prompt if isinstance(default_prompt, str) else None,
+        prompts=prompts,
+        default_prompt=default_prompt,
         weights=weights,
         fingerprint=_fingerprint(folder, weights, pooling, is_lower_cased),
     )
@@ -118,8 +116,10 @@ def _read_modules(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     rows = _read_json(path)
+    if not isinstance(rows, list):
+        raise LoadError(f"{path}: must hold a list, got {type(rows).__name__}")
     modules: dict[str, str] = {}
-    for row in rows if isinstance(rows, list) else []:
+    for row in rows:
         if not isinstance(row, dict):
             raise LoadError(f"{path}: each entry must be an object, got {row!r}")
         # The class moved between releases of sentence-transformers; its last part has stayed.
@@ -143,16 +143,42 @@ def _read_pooling(folder: Path) -> Pooling:
         names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "lasttoken": "lasttoken"}
         names |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens"}
         active = [name for name, flag in names.items() if config.get(f"pooling_mode_{flag}") is True]
-        mode = active[0] if len(active) == 1 else (list(active) or "mean")
-    if mode not in set(Pooling):
+        mode = [*active] or "mean"
+    if isinstance(mode, list) and len(mode) == 1:
+        mode = mode[0]
+    if not isinstance(mode, str) or mode not in set(Pooling):
         raise LoadError(f"{path}: pooling {mode!r} is not supported; supported: {', '.join(Pooling)}")
-    return Pooling(str(mode))
+    return Pooling(mode)
+
+
+def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
+    config = _read_object(path, optional=True)
+    prompts = config.get("prompts")
+    texts = {str(name): str(text) for name, text in prompts.items()} if isinstance(prompts, dict) else {}
+    default = config.get("default_prompt_name")
+    if default is not None and default not in list(texts):
+        raise LoadError(
+            f"{path}: default_prompt_name is {default!r}, but the prompts are: {', '.join(texts) or 'none'}"
+        )
+    return texts, default if isinstance(default, str) else None
+
+
+def _read_transformer(folder: Path) -> dict[str, Json]:
+    """Return the length and lower-casing; the first releases of sentence-transformers named the file for the model."""
+    for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta"):
+        config = _read_object(folder / f"sentence_{name}_config.json", optional=True)
+        if config:
+            return config
+    return {}
 
 
 def _max_tokens(folder: Path, transformer: Mapping[str, Json], position_limit: int) -> int:
+    """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
     tokenizer = _read_object(folder / "tokenizer_config.json", optional=True)
-    limits = [transformer.get("max_seq_length"), tokenizer.get("model_max_length"), position_limit]
-    return min(int(limit) for limit in limits if isinstance(limit, int | float) and limit >= 1)
+    for limit in (transformer.get("max_seq_length"), tokenizer.get("model_max_length")):
+        if isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 1:
+            return int(min(limit, position_limit))
+    return position_limit
 
 
 def _weights_files(folder: Path) -> tuple[Path, ...]:
@@ -164,10 +190,17 @@ def _weights_files(folder: Path) -> tuple[Path, ...]:
     raise LoadError(f"{folder}: no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files with the vocabulary; without one, transformers makes an empty tokenizer and says nothing."""
+    for patterns in (["tokenizer.json"], ["vocab.*", "merges.txt", "*.model"]):
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if files:
+            return files
+    raise LoadError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.* nor *.model")
+
+
 def _fingerprint(folder: Path, weights: tuple[Path, ...], pooling: Pooling, is_lower_cased: bool) -> str:
-    tokenizer = folder / "tokenizer.json"
-    files = (*weights, tokenizer) if tokenizer.exists() else (*weights, *sorted(folder.glob("vocab.*")))
-    parts = {path.name: file_sha256(path) for path in files}
+    parts = {path.name: file_sha256(path) for path in (*weights, *_tokenizer_files(folder))}
     parts |= {"pooling": pooling.value, "lower_case": str(is_lower_cased)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -201,6 +234,6 @@ def _string(config: Mapping[str, Json], key: str, where: Path) -> str:
 def _integer(config: Mapping[str, Json], keys: tuple[str, ...], where: Path) -> int:
     """Return the first of ``keys`` that is there: architectures name the same size differently."""
     value = next((config[key] for key in keys if key in config), None)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise LoadError(f"{where}/config.json: {keys[0]} must be a positive integer, got {value!r}")
     return value

@@ -6,6 +6,7 @@ from gateway.embedding import Embeddings, EmbedJob
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.infinity_library import AsyncEmbeddingEngine, EngineArgs
+from gateway.errors import ModelNotReady
 
 
 class Engine(AsyncEmbeddingEngine):
@@ -25,6 +26,8 @@ class Engine(AsyncEmbeddingEngine):
         self._encoder = encoder
         self._limits = limits
         self.running = False
+        self._min_inference_t = self._max_inference_t = float("nan")  # measured by `select_model`; printed by `__str__`
+        self._batcher: Batcher | None = None
 
     async def astart(self) -> None:
         """Start the engine. It may be stopped and started again."""
@@ -36,10 +39,16 @@ class Engine(AsyncEmbeddingEngine):
 
     async def astop(self) -> None:
         """Stop the engine after the batch in hand; whoever still waits is told."""
-        if self.running:
+        if self.running and self._batcher is not None:
             self.running = False
             await self._batcher.shutdown()
 
     async def submit(self, job: EmbedJob) -> Embeddings:
-        """Embed a job: :meth:`Batcher.submit`, which says what it raises."""
+        """Embed a job: :meth:`Batcher.submit`, which says what it raises.
+
+        Raises:
+            ModelNotReady: the engine was never started.
+        """
+        if self._batcher is None:
+            raise ModelNotReady(f"model {self.engine_args.served_model_name!r} is not started", retry_after_s=5)
         return await self._batcher.submit(job)

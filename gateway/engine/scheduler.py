@@ -1,10 +1,12 @@
 """Decide what is computed next: a fair queue and a pure :func:`take`, with no clock, no lock and no waiting inside.
 
-Work is shared by *tokens*, first between callers and then between the requests of one caller, by start-time fair
-queueing (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996): each carries the virtual time of what it has
-been given; whoever is furthest behind is served next; a newcomer starts at the present virtual time, so it neither waits
-for a backlog nor catches up on time in which it asked for nothing. One text that arrives behind a request of 2,048 is
-therefore in the next batch.
+Work is shared by *tokens*, first between callers and then between the requests of one caller, by fair queueing: each
+carries the virtual time of what it has been given, and whoever is furthest behind is served next. A newcomer starts at
+the present virtual time, so it neither waits for a backlog nor catches up on time in which it asked for nothing: one text
+that arrives behind a request of 2,048 is in the next batch. The present virtual time is what an even share would have
+come to (Demers, Keshav, Shenker: "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM 1989), and at least that
+of whoever is served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It goes on whoever is served, so a
+stream of newcomers that would fill the device by itself does not starve a large request either.
 
 Infinity's ``CustomFIFOQueue`` sorts everything by length and cuts by the number of items: a long text waits as long as
 shorter ones arrive, and 32 long ones are one batch, whatever their size.
@@ -69,7 +71,7 @@ class _FairHeap(Generic[T]):
 
     def __init__(self) -> None:
         self._heap: list[_Share[T]] = []
-        self._now = 0.0  # virtual time of whoever was served last
+        self._now = 0.0  # the present virtual time; never goes back
         self._arrivals = 0
 
     def __bool__(self) -> bool:
@@ -82,15 +84,15 @@ class _FairHeap(Generic[T]):
     def first(self) -> T:
         return self._heap[0].holder
 
-    def charge(self, num_tokens: int) -> None:
-        """Book the work that the first holder was given, which may make another the first."""
+    def charge(self, num_tokens: int, num_sharing: int) -> None:
+        """Book the work that the first of ``num_sharing`` was given, which may make another the first."""
         share = self._heap[0]
-        self._now = share.virtual_time
+        self._now = max(self._now + num_tokens / num_sharing, share.virtual_time)
         heapq.heapreplace(self._heap, _Share(share.virtual_time + num_tokens, share.arrival, share.holder))
 
     def leave(self) -> None:
-        """Remove the first holder."""
-        heapq.heappop(self._heap)
+        """Remove the first holder. Nobody is behind it, so that one who comes back at once cannot win by that."""
+        self._now = max(self._now, heapq.heappop(self._heap).virtual_time)
 
 
 @dataclass(eq=False, slots=True)
@@ -102,6 +104,7 @@ class _Request:
 @dataclass(eq=False, slots=True)
 class _Caller:
     name: str
+    num_waiting: int = 0  # requests with entries; one without is kept for its virtual time until that is reached
     requests: _FairHeap[_Request] = field(default_factory=_FairHeap)
 
 
@@ -112,6 +115,7 @@ class FairQueue:
         self._order: _FairHeap[_Caller] = _FairHeap()
         self._callers: dict[str, _Caller] = {}
         self._requests: dict[Ticket, _Request] = {}
+        self._num_waiting = 0  # callers with entries
 
     def __bool__(self) -> bool:
         """Whether anything waits; what waits may turn out to be unwanted."""
@@ -120,19 +124,21 @@ class FairQueue:
     def add(self, entries: Iterable[Entry]) -> None:
         """Queue entries; those of one ticket are served in the order in which they were added."""
         for entry in entries:
-            request = self._requests.get(entry.ticket)
-            if request is None:
-                request = self._requests[entry.ticket] = _Request(entry.ticket)
-                self._join(request)
+            request = self._requests.get(entry.ticket) or self._join(entry.ticket)
+            if not request.entries:
+                caller = self._callers[entry.ticket.caller]
+                self._num_waiting += not caller.num_waiting
+                caller.num_waiting += 1
             request.entries.append(entry)
 
-    def _join(self, request: _Request) -> None:
-        name = request.ticket.caller
-        caller = self._callers.get(name)
+    def _join(self, ticket: Ticket) -> _Request:
+        request = self._requests[ticket] = _Request(ticket)
+        caller = self._callers.get(ticket.caller)
         if caller is None:
-            caller = self._callers[name] = _Caller(name)
+            caller = self._callers[ticket.caller] = _Caller(ticket.caller)
             self._order.join(caller)
         caller.requests.join(request)
+        return request
 
     def peek(self, now: float) -> Entry | None:
         """Return the entry that is served next, dropping on the way those that nobody wants any more."""
@@ -142,6 +148,8 @@ class FairQueue:
                 request = caller.requests.first()
                 if request.entries and request.ticket.wants(now):
                     return request.entries[0]
+                if request.entries:
+                    self._end_wait(caller)
                 caller.requests.leave()
                 del self._requests[request.ticket]
             self._order.leave()
@@ -151,10 +159,17 @@ class FairQueue:
     def pop(self) -> Entry:
         """Remove and return the entry that :meth:`peek` returned just before."""
         caller = self._order.first()
-        entry = caller.requests.first().entries.popleft()
-        caller.requests.charge(entry.num_tokens)
-        self._order.charge(entry.num_tokens)
+        request = caller.requests.first()
+        entry = request.entries.popleft()
+        caller.requests.charge(entry.num_tokens, caller.num_waiting)
+        self._order.charge(entry.num_tokens, self._num_waiting)
+        if not request.entries:
+            self._end_wait(caller)
         return entry
+
+    def _end_wait(self, caller: _Caller) -> None:
+        caller.num_waiting -= 1
+        self._num_waiting -= not caller.num_waiting
 
 
 def take(queue: FairQueue, max_batch_tokens: int, now: float) -> list[Entry]:

@@ -15,6 +15,7 @@ WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 # What a checkpoint is read from. Weights follow separately: safetensors, or `.bin` only where there are none.
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.pt", "*/config.json", "*/adapter_config.json", "*/*.safetensors")
 _HUB_IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
+_HUB_TIMEOUT_S = 20
 
 
 def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
@@ -38,7 +39,10 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
 
 
 def _package_folder(source: Source) -> Path:
-    spec = importlib.util.find_spec(source.name)
+    try:
+        spec = importlib.util.find_spec(source.name)
+    except ModuleNotFoundError:  # the package around it is not there
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise LoadError(
             f"the Python package {source.name!r} is not installed; it holds this model's weights. "
@@ -52,8 +56,6 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
     from huggingface_hub import HfApi, snapshot_download  # slow to import, and only needed here
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -65,7 +67,10 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
     if not may_download:
         raise LoadError(f"{where}: not downloaded yet")
     try:
-        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=20).siblings or ()]
+        names = [
+            file.rfilename
+            for file in HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S).siblings or ()
+        ]
         weights = ["*.safetensors"] if any(n.endswith(".safetensors") and "/" not in n for n in names) else ["*.bin"]
         return Path(
             snapshot_download(
@@ -78,8 +83,7 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
         raise LoadError(f"{where}: the repository exists but has no such revision") from error
     except RepositoryNotFoundError as error:
         raise LoadError(f"{where}: no such repository on the hub, or it is private and HF_TOKEN is not set") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        # OSError covers every way in which a connection fails, as well as a full disk.
+    except Exception as error:  # a full disk, or an error of the hub's HTTP library, which its releases have changed
         raise LoadError(f"{where}: cannot download from the model hub: {_first_line(error)}") from error
 
 

@@ -12,6 +12,8 @@ from gateway.errors import ContextLengthExceeded
 
 # A window of this many characters for each token of the limit holds enough tokens of almost any text.
 _WINDOW_CHARS_PER_TOKEN = 16
+# Half of it is longer than the longest word that WordPiece takes apart (100 letters; longer ones are one unknown token).
+_MIN_WINDOW_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self._window_chars = max(max_tokens * _WINDOW_CHARS_PER_TOKEN, _MIN_WINDOW_CHARS)
         # The model's template puts special tokens before and after every text: [CLS] text [SEP].
         template = tokenizer.encode("a")
         content = template.special_tokens_mask.index(0) if 0 in template.special_tokens_mask else 0
@@ -53,11 +56,12 @@ class Tokenizer:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
         """
         prefixed = [instruction + text for text in texts] if instruction else texts
-        longest = self.max_tokens * _WINDOW_CHARS_PER_TOKEN
-        if all(len(text) <= longest for text in prefixed):
-            rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(prefixed))]
-        else:
-            rows = [self._encode_enough(text, truncate) for text in prefixed]
+        short = [text for text in prefixed if len(text) <= self._window_chars]
+        encodings = iter(self._tokenizer.encode_batch_fast(short))
+        rows = [
+            next(encodings).ids if len(text) <= self._window_chars else self._encode_enough(text, truncate)
+            for text in prefixed
+        ]
         return [
             Tokens(ids)
             if len(ids) <= self.max_tokens
@@ -66,36 +70,50 @@ class Tokenizer:
         ]
 
     def _encode_enough(self, text: str, truncate: Truncate) -> list[int]:
-        """Tokenise so much of a text that its first ``max_tokens`` tokens are those of the whole text.
+        """Tokenise so much of a text that the tokens that will be kept are those of the whole text.
 
         The cost of a text that is far too long stays that of what is kept. The window ends at white space where there
         is any, as no usual tokenizer joins across it, and holds at least twice the limit, so that what the cut does to
-        the last tokens of the window does not reach the ones that are kept.
+        the tokens next to it does not reach the ones that are kept.
         """
-        window = self.max_tokens * _WINDOW_CHARS_PER_TOKEN
-        while truncate is not Truncate.START and window < len(text):
-            end = text.rfind(" ", window // 2, window)
-            ids: list[int] = self._tokenizer.encode(text[: end if end > 0 else window]).ids
+        window = self._window_chars
+        while window < len(text):
+            if truncate is Truncate.START:
+                start = text.find(" ", len(text) - window, len(text) - window // 2)
+                part = text[start if start >= 0 else len(text) - window :]
+            else:
+                end = text.rfind(" ", window // 2, window)
+                part = text[: end if end >= 0 else window]
+            ids = self._encode(part)
             if len(ids) > 2 * self.max_tokens:
                 return ids
             window *= 4
-        whole: list[int] = self._tokenizer.encode(text).ids
-        return whole
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        # `encode` holds the interpreter lock, and the event loop with it, for as long as it takes; the batch does not.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text])[0].ids
+        return ids
 
     def _cut(self, ids: list[int], text: str, instruction: str, truncate: Truncate, index: int) -> Tokens:
         room = self.max_tokens - len(self._tail)
         if truncate is Truncate.END:
             return Tokens([*ids[:room], *self._tail], is_truncated=True)
         if truncate is Truncate.START:
-            kept = len(self._head)
-            if instruction:  # belongs to the task, not to the text: it stays, and the text loses its first tokens
-                offsets = self._tokenizer.encode(text).offsets
-                kept += sum(1 for start, end in offsets if start < end <= len(instruction))
-            kept = min(kept, room)
-            return Tokens([*ids[:kept], *ids[len(ids) - (self.max_tokens - kept) :]], is_truncated=True)
+            head = self._head_ids(text, instruction)[:room]
+            return Tokens([*head, *ids[len(ids) - (self.max_tokens - len(head)) :]], is_truncated=True)
         raise ContextLengthExceeded(
             f"This model's maximum context length is {self.max_tokens} tokens, however input[{index}] has "
-            f"{'at least ' if len(text) > self.max_tokens * _WINDOW_CHARS_PER_TOKEN else ''}{len(ids)} tokens. "
+            f"{'at least ' if len(text) > self._window_chars else ''}{len(ids)} tokens. "
             "Shorten it, or leave out truncate: false.",
             param="input",
         )
+
+    def _head_ids(self, text: str, instruction: str) -> list[int]:
+        """Return the tokens that stay when the text loses its first ones: the instruction belongs to the task."""
+        if not instruction:
+            return self._head
+        [encoding] = self._tokenizer.encode_batch([text[: len(instruction) + self._window_chars]])
+        kept = sum(1 for start, end in encoding.offsets if start < end <= len(instruction))
+        ids: list[int] = encoding.ids[: len(self._head) + kept]
+        return ids

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -167,9 +168,11 @@ def _load_tokenizer(checkpoint: Checkpoint, max_tokens: int, trust_remote_code: 
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        if checkpoint.is_lower_cased:
-            tokenizer.do_lower_case = True
-        return Tokenizer(tokenizer.backend_tokenizer, max_tokens)
+        fast = tokenizer.backend_tokenizer
+        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normaliser
+            own = [] if fast.normalizer is None else [fast.normalizer]
+            fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        return Tokenizer(fast, max_tokens)
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
 
@@ -181,14 +184,18 @@ def _load_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> 
         model, report = AutoModel.from_pretrained(
             checkpoint.folder,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             weights_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {error}") from error
+    except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
+        raise LoadError(
+            f"{checkpoint.folder}: the weights cannot be loaded: the file holds more than weights, and could run code"
+        ) from error
+    except Exception as error:  # a configuration that makes no sense can make transformers raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {reason}") from error
     # transformers fills what is missing with random numbers and only warns. The pooler is not used here.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing or report["mismatched_keys"]:
