@@ -200,7 +200,8 @@ class Batcher:
             if not ticket.is_live or work.done.done():  # has failed, or the batcher is stopping
                 return
             is_last = first + len(texts) == len(job.texts)
-            tokeniser = self._tokeniser if len(texts[0]) < _LONG_TEXT_CHARS else self._long_tokeniser
+            is_long = sum(len(text) for text in texts) >= _LONG_TEXT_CHARS
+            tokeniser = self._long_tokeniser if is_long else self._tokeniser
             started = time.monotonic()
             tokens = await loop.run_in_executor(tokeniser, self._tokenise, job, ticket, first, texts)
             now = time.monotonic()
@@ -249,8 +250,9 @@ class Batcher:
         """Hand the results of a batch to everybody who waits for one of them."""
         num_tokens = sum(computation.item.num_tokens for computation in batch.computations)
         seconds = batch.ended - batch.started
-        rate = num_tokens / max(seconds, 1e-6)
-        self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
+        if any(isinstance(result, Encoded) for result in batch.results):
+            rate = num_tokens / max(seconds, 1e-6)
+            self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
         metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.computations))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
         served: set[Ticket] = set()
@@ -272,7 +274,6 @@ class Batcher:
         if isinstance(result, RequestError):
             # An error belongs to one request: raising it for two would mix their tracebacks.
             work.end(type(result)(result.message, is_permanent=result.is_permanent))
-            entry.ticket.is_live = False
             return
         work.encoded[entry.index] = result
         work.num_missing -= 1

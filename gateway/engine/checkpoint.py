@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -144,7 +144,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     is_jina = model_type == "jina_embeddings_v3"
     pooling = Pooling.MEAN if modules.pooling is None else _read_pooling(folder / modules.pooling)
     is_lower_cased = transformer.get("do_lower_case") is True
-    prompts, default_prompt = _read_prompts(folder)
+    prompts, default_prompt = _read_prompts(folder / "config_sentence_transformers.json")
     adapters = _find_adapters(folder)
     weights = _weights_files(folder)
     sparse_head, multivector_head = (_existing(folder / name) for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD))
@@ -192,8 +192,11 @@ def _read_modules(folder: Path) -> _Modules:
     if not path.exists():
         return _Modules()
     rows = _read_json(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise LoadError(f"{path}: must hold a list of objects")
+    if not isinstance(rows, list):
+        raise LoadError(f"{path}: must hold a list, got {type(rows).__name__}")
+    for row in rows:
+        if not isinstance(row, dict):
+            raise LoadError(f"{path}: each entry must be an object, got {row!r}")
     # The classes moved between releases of sentence-transformers; the last part of the name has stayed.
     named = [
         (_string(row, "type", path).rsplit(".", 1)[-1], _string(row, "path", path))
@@ -226,27 +229,32 @@ def _read_pooling(folder: Path) -> Pooling:
         names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "lasttoken": "lasttoken"}
         names |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens"}
         active = [name for name, flag in names.items() if config.get(f"pooling_mode_{flag}") is True]
-        mode = active[0] if len(active) == 1 else (list(active) or "mean")
-    if mode not in set(Pooling):
+        mode = [*active] or "mean"
+    if isinstance(mode, list) and len(mode) == 1:
+        mode = mode[0]
+    if not isinstance(mode, str) or mode not in set(Pooling):
         raise LoadError(f"{path}: pooling {mode!r} is not supported; supported: {', '.join(Pooling)}")
-    return Pooling(str(mode))
+    return Pooling(mode)
 
 
 def _read_dense_width(folder: Path) -> int:
     width = _read_object(folder / "config.json").get("out_features")
-    if not isinstance(width, int) or width < 1:
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise LoadError(f"{folder}/config.json: out_features must be a positive integer, got {width!r}")
     return width
 
 
-def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
     """Return the instruction of each prompt, and the name of the default one."""
-    config = _read_object(folder / "config_sentence_transformers.json", optional=True)
-    prompts, default = config.get("prompts"), config.get("default_prompt_name")
-    return (
-        {str(name): str(text) for name, text in prompts.items()} if isinstance(prompts, dict) else {},
-        default if isinstance(default, str) else None,
-    )
+    config = _read_object(path, optional=True)
+    prompts = config.get("prompts")
+    texts = {str(name): str(text) for name, text in prompts.items()} if isinstance(prompts, dict) else {}
+    default = config.get("default_prompt_name")
+    if default is not None and default not in list(texts):
+        raise LoadError(
+            f"{path}: default_prompt_name is {default!r}, but the prompts are: {', '.join(texts) or 'none'}"
+        )
+    return texts, default if isinstance(default, str) else None
 
 
 def _find_adapters(folder: Path) -> dict[str, Path]:
@@ -298,7 +306,7 @@ def _max_tokens(folder: Path, transformer: Mapping[str, Json], position_limit: i
     """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
     tokenizer = _read_object(folder / "tokenizer_config.json", optional=True)
     for limit in (transformer.get("max_seq_length"), tokenizer.get("model_max_length")):
-        if isinstance(limit, int | float) and limit >= 1:
+        if isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 1:
             return int(min(limit, position_limit))
     return position_limit
 
@@ -315,16 +323,25 @@ def _weights_files(folder: Path) -> tuple[Path, ...]:
     raise LoadError(f"{folder}: no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files with the vocabulary; without one, transformers makes an empty tokenizer and says nothing."""
+    for patterns in (["tokenizer.json"], ["vocab.*", "merges.txt", "*.model"]):
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if files:
+            return files
+    raise LoadError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.* nor *.model")
+
+
 def _existing(path: Path) -> Path | None:
     return path if path.exists() else None
 
 
 def _with_fingerprint(checkpoint: Checkpoint) -> Checkpoint:
     folder = checkpoint.folder
-    tokenizer: Sequence[Path] = [folder / "tokenizer.json"]
-    if not tokenizer[0].exists():
-        tokenizer = sorted(folder.glob("vocab.*"))
-    parts = {path.relative_to(folder).as_posix(): file_sha256(path) for path in (*checkpoint.all_weights, *tokenizer)}
+    parts = {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in (*checkpoint.all_weights, *_tokenizer_files(folder))
+    }
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
     return replace(checkpoint, fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
 

@@ -107,8 +107,8 @@ class Worker:
                 while batch := self._inbox.next_batch():
                     self._deliver(self._compute(batch))
             except BaseException:  # a fault of our own, which must not be the end of the model: begin anew
-                log.exception("worker_failed", model=self._model)
                 self._on_fault()
+                log.exception("worker_failed", model=self._model)
             else:
                 return
 
@@ -118,7 +118,13 @@ class Worker:
             results = self._encode([computation.item for computation in batch])
         finally:
             self._started = None
-        has_result = any(isinstance(result, Encoded) for result in results)
+        has_result = False
+        for computation, result in zip(batch, results, strict=True):
+            if isinstance(result, Encoded):
+                has_result = True
+                continue
+            for entry in computation.entries:  # now: the next batch is taken before the event loop hears of this
+                entry.ticket.is_live = False
         self.num_failed_in_a_row = 0 if has_result else self.num_failed_in_a_row + 1
         return FinishedBatch(batch, results, started, time.monotonic())
 

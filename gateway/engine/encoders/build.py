@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pickle import UnpicklingError
 
 import structlog
 import torch
-from safetensors import SafetensorError
 from tokenizers import normalizers
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -181,8 +181,13 @@ def _load_model(
             weights_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {error}") from error
+    except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
+        raise LoadError(
+            f"{checkpoint.folder}: the weights cannot be loaded: the file holds more than weights, and could run code"
+        ) from error
+    except Exception as error:  # a configuration that makes no sense can make transformers raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {reason}") from error
     # transformers fills what is missing with random numbers and only warns. The pooler is not used here.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing or report["mismatched_keys"]:

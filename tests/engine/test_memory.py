@@ -1,0 +1,118 @@
+"""The memory that a model needs is known before it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gateway.engine import memory
+from gateway.engine.checkpoint import Checkpoint, read_checkpoint
+from gateway.engine.memory import MemoryPlan, available_host_bytes, format_bytes, plan_memory, require_memory
+from gateway.errors import LoadError
+
+
+@pytest.fixture
+def checkpoint(bundled_folder: Path) -> Checkpoint:
+    return read_checkpoint(bundled_folder)
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_the_weights_are_counted_from_the_files_header(checkpoint: Checkpoint, dtype: str, num_bytes: int) -> None:
+    assert plan_memory(checkpoint, dtype, 256, 2048).weights_bytes == 22_713_728 * num_bytes
+
+
+def test_weights_in_a_pickle_are_counted_by_its_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    weights = tmp_path / "pytorch_model.bin"
+    weights.write_bytes(b"x" * 4000)
+
+    assert plan_memory(replace(checkpoint, weights=(weights,)), "bfloat16", 256, 2048).weights_bytes == 2000
+
+
+def test_all_shards_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shards = tuple(tmp_path / f"{i}.safetensors" for i in range(3))
+    for shard in shards:
+        safetensors.numpy.save_file({"w": np.zeros((10, 10), np.float16)}, shard)
+
+    assert plan_memory(replace(checkpoint, weights=shards), "float32", 256, 2048).weights_bytes == 1200
+
+
+def test_a_batch_costs_what_its_tokens_cost(checkpoint: Checkpoint) -> None:
+    small, large = (plan_memory(checkpoint, "float32", 256, tokens).batch_bytes for tokens in (2048, 4096))
+
+    assert large - small == 2048 * (6 * 384 + 2 * 1536) * 4
+
+
+def test_a_text_longer_than_the_budget_is_a_batch_by_itself(checkpoint: Checkpoint) -> None:
+    assert (
+        plan_memory(checkpoint, "float32", 512, 100).batch_bytes
+        == plan_memory(checkpoint, "float32", 512, 512).batch_bytes
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 100], ids=["empty", "short", "nonsense"])
+def test_a_corrupt_weights_file_is_refused(checkpoint: Checkpoint, tmp_path: Path, content: bytes) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(content)
+
+    with pytest.raises(LoadError, match=r"model\.safetensors: corrupt or cut short: "):
+        plan_memory(replace(checkpoint, weights=(weights,)), "float32", 256, 2048)
+
+
+def test_a_weights_file_that_was_cut_short_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    with checkpoint.weights[0].open("rb") as file:
+        weights.write_bytes(file.read(1_000_000))
+
+    with pytest.raises(LoadError, match="corrupt or cut short"):
+        plan_memory(replace(checkpoint, weights=(weights,)), "float32", 256, 2048)
+
+
+PLAN = MemoryPlan(weights_bytes=2 * 2**30, batch_bytes=100 * 2**20)
+
+
+def test_a_model_that_just_fits_is_taken() -> None:
+    require_memory(PLAN, PLAN.total_bytes, "cpu")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_sizes_and_the_remedy() -> None:
+    with pytest.raises(LoadError) as caught:
+        require_memory(PLAN, PLAN.total_bytes - 1, "cuda:0")
+
+    assert str(caught.value) == (
+        "too little memory on cuda:0: needs 2.1 GiB (2.0 GiB weights + 100 MiB for the largest batch), 2.1 GiB are free. "
+        "Lower max_batch_tokens or max_tokens, use a 16-bit dtype, or disable another model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [
+        pytest.param("5000", "2000", 3000, id="limited"),
+        pytest.param("2000", "5000", 0, id="over its limit"),
+        pytest.param("max", "2000", None, id="unlimited"),
+        pytest.param(None, None, None, id="no container"),
+    ],
+)
+def test_the_limit_of_a_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, used: str | None, expected: int | None
+) -> None:
+    for name, text in (("_CGROUP_LIMIT", limit), ("_CGROUP_USED", used)):
+        path = tmp_path / name
+        monkeypatch.setattr(memory, name, path)
+        if text is not None:
+            path.write_text(text + "\n")
+
+    available = available_host_bytes()
+
+    assert available == expected if expected is not None else available > 10**6
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 MiB"), (91 * 2**20, "91 MiB"), (2**30, "1.0 GiB"), (1288490189, "1.2 GiB")]
+)
+def test_sizes_are_printed_for_people(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text

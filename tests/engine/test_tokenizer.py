@@ -1,0 +1,195 @@
+"""Token ids, counts and truncation are those of the Hugging Face tokenizer, however long the text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gateway.embedding import Truncate
+from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.tokenizer import Tokenizer
+from gateway.errors import ContextLengthExceeded
+
+LOREM = "Lorem ipsum dolor sit amet, consectetur adipiscing elit. "
+
+TEXTS = {
+    "empty": "",
+    "blank": " \n",
+    "short": "Hello, world!",
+    "emoji": "I 💚 embeddings 👩🏽‍💻",
+    "exactly the limit": "word " * 254,
+    "one over": "word " * 255,
+    "some over": "word " * 300,
+    "long": LOREM * 2_000,
+    "long without white space": "Donaudampfschifffahrtsgesellschaft." * 3_000,
+    "CJK": "向量数据库中的语义搜索。" * 8_000,
+    "a word of 100,000 letters": "a" * 100_000,
+    "words, then a word of 100,000 letters": LOREM * 5 + "a" * 100_000,
+    "a word of 100,000 letters, then words": "a" * 100_000 + " " + LOREM * 50,
+    "words of 90 letters": ("x" * 90 + " ") * 500,
+    "white space": " " * 100_000,
+    "white space, then words": " " * 100_000 + LOREM * 50,
+    "line breaks alone": "word\n" * 20_000,
+    "punctuation": "." * 50_000,
+    "combining accents": "e\u0301" * 30_000,
+    "unknown symbols": "⟁" * 30_000,
+}
+
+
+@pytest.fixture(scope="session")
+def hugging_face(bundled_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(bundled_folder)
+
+
+@pytest.fixture(scope="session")
+def fast(bundled_encoder: TextEncoder) -> Any:
+    return bundled_encoder.tokenizer._tokenizer
+
+
+@pytest.fixture(scope="session", params=[256, 16, 3, 2])
+def tokenizer(request: pytest.FixtureRequest, fast: Any) -> Tokenizer:
+    """The bundled model's tokenizer with several limits."""
+    return Tokenizer(fast, request.param)
+
+
+# ------------------------------------------------------------------------------------------------------------- END
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_ids_are_those_of_hugging_face(tokenizer: Tokenizer, hugging_face: Any, name: str) -> None:
+    [tokens] = tokenizer.tokenise([TEXTS[name]], "", Truncate.END)
+
+    limit = tokenizer.max_tokens
+    assert tokens.ids == hugging_face(TEXTS[name], truncation=True, max_length=limit)["input_ids"]
+    assert tokens.is_truncated == (len(hugging_face(TEXTS[name], verbose=False)["input_ids"]) > limit)
+
+
+def test_texts_of_all_lengths_together_are_tokenised_as_each_alone(tokenizer: Tokenizer) -> None:
+    together = tokenizer.tokenise(list(TEXTS.values()), "", Truncate.END)
+
+    assert together == [tokenizer.tokenise([text], "", Truncate.END)[0] for text in TEXTS.values()]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_ids_are_those_of_hugging_face_for_every_kind_of_tokenizer(
+    plain_checkpoints: Callable[[str], Path], model_type: str, name: str
+) -> None:
+    reference: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(plain_checkpoints(model_type))
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(plain_checkpoints(model_type)).backend_tokenizer, 40)
+
+    [tokens] = tokenizer.tokenise([TEXTS[name]], "", Truncate.END)
+
+    assert tokens.ids == reference(TEXTS[name], truncation=True, max_length=40)["input_ids"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab ü漢.\n💚\u0301"), max_size=50),
+    times=st.integers(1, 60),
+    max_tokens=st.integers(2, 40),
+)
+def test_any_text_is_cut_as_hugging_face_cuts_it(
+    fast: Any, hugging_face: Any, text: str, times: int, max_tokens: int
+) -> None:
+    [tokens] = Tokenizer(fast, max_tokens).tokenise([text * times], "", Truncate.END)
+
+    assert tokens.ids == hugging_face(text * times, truncation=True, max_length=max_tokens)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------------- START, REFUSE
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_start_keeps_the_last_tokens(tokenizer: Tokenizer, hugging_face: Any, name: str) -> None:
+    [tokens] = tokenizer.tokenise([TEXTS[name]], "", Truncate.START)
+
+    whole = hugging_face(TEXTS[name], verbose=False)["input_ids"]
+    limit = tokenizer.max_tokens
+    assert tokens.ids == (whole if len(whole) <= limit else [whole[0], *whole[len(whole) - limit + 1 :]])
+    assert tokens.is_truncated == (len(whole) > limit)
+
+
+@pytest.mark.parametrize("name", ["some over", "long", "CJK", "a word of 100,000 letters, then words"])
+def test_start_keeps_the_instruction(bundled_encoder: TextEncoder, hugging_face: Any, name: str) -> None:
+    instruction = "represent the query: "
+
+    [tokens] = bundled_encoder.tokenizer.tokenise([TEXTS[name]], instruction, Truncate.START)
+
+    before = hugging_face(instruction)["input_ids"][:-1]
+    whole = hugging_face(TEXTS[name], verbose=False)["input_ids"]
+    assert tokens.ids == [*before, *whole[-(256 - len(before)) :]]
+
+
+def test_an_instruction_longer_than_the_model_takes_leaves_no_text(bundled_encoder: TextEncoder) -> None:
+    [tokens] = bundled_encoder.tokenizer.tokenise(["hello"], "word " * 300, Truncate.START)
+
+    assert len(tokens.ids) == 256
+
+
+@pytest.mark.parametrize("name", ["one over", "long", "CJK"])
+def test_refuse_says_the_limit_and_the_length(bundled_encoder: TextEncoder, name: str) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        bundled_encoder.tokenizer.tokenise(["fine", TEXTS[name]], "", Truncate.REFUSE, first_index=64)
+
+    message = caught.value.message
+    assert message.startswith("This model's maximum context length is 256 tokens, however input[65] has ")
+    assert ("has 257 tokens" in message) == (name == "one over")
+    assert ("has at least " in message) == (name != "one over")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+
+
+def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: TextEncoder) -> None:
+    [tokens] = bundled_encoder.tokenizer.tokenise([TEXTS["exactly the limit"]], "", Truncate.REFUSE)
+
+    assert len(tokens.ids) == 256
+
+
+# --------------------------------------------------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START, Truncate.REFUSE])
+@pytest.mark.parametrize("text", ["lorem ipsum " * 200_000, "a" * 2_000_000], ids=["words", "one word"])
+def test_a_huge_text_does_not_stop_other_threads(
+    bundled_encoder: TextEncoder, text: str, truncate: Truncate
+) -> None:
+    """The event loop is one of them."""
+    gaps = []
+    is_done = threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not is_done.wait(0.001):
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    other = threading.Thread(target=tick)
+    other.start()
+    try:
+        bundled_encoder.tokenizer.tokenise([text], "query: ", truncate)
+    except ContextLengthExceeded:
+        pass
+    finally:
+        is_done.set()
+        other.join()
+
+    assert max(gaps, default=0) < 0.4
+
+
+@pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
+def test_tokenising_costs_what_is_kept_not_what_was_sent(bundled_encoder: TextEncoder, truncate: Truncate) -> None:
+    text = LOREM * 100_000  # 5.7 million characters: some 4 s if it were tokenised whole
+    started = time.monotonic()
+
+    bundled_encoder.tokenizer.tokenise([text], "query: ", truncate)
+
+    assert time.monotonic() - started < 2
