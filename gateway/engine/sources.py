@@ -7,13 +7,28 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+import structlog
+
 from gateway.config.registry import ModelEntry, Source
 from gateway.errors import LoadError
+
+log = structlog.get_logger(__name__)
 
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
 # What a checkpoint is read from. Weights follow separately: safetensors, or `.bin` only where there are none.
-_HUB_FILES = ("*.json", "*.txt", "*.model", "*.pt", "*/config.json", "*/adapter_config.json", "*/*.safetensors")
+_HUB_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.pt",
+    "*/config.json",
+    "*/adapter_config.json",
+    "*/*.safetensors",
+    "*_Dense/*",
+)
+# Written into a snapshot when its download has ended.
+_COMPLETE = ".gateway-complete"
 _HUB_IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _HUB_TIMEOUT_S = 20
 
@@ -60,10 +75,10 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
         RevisionNotFoundError,
     )
 
-    cached = _complete_snapshot(repo, revision)
-    if cached is not None:
-        return cached
     where = f"{repo} at {revision}"
+    cached = _cached_snapshot(repo, revision)
+    if cached is not None and (not may_download or (cached / _COMPLETE).exists()):
+        return cached
     if not may_download:
         raise LoadError(f"{where}: not downloaded yet")
     try:
@@ -72,11 +87,13 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
             for file in HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S).siblings or ()
         ]
         weights = ["*.safetensors"] if any(n.endswith(".safetensors") and "/" not in n for n in names) else ["*.bin"]
-        return Path(
+        folder = Path(
             snapshot_download(
                 repo, revision=revision, allow_patterns=[*_HUB_FILES, *weights], ignore_patterns=list(_HUB_IGNORED)
             )
         )
+        (folder / _COMPLETE).touch()
+        return folder
     except GatedRepoError as error:
         raise LoadError(f"{where}: the repository is gated; accept its terms on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -84,13 +101,17 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
     except RepositoryNotFoundError as error:
         raise LoadError(f"{where}: no such repository on the hub, or it is private and HF_TOKEN is not set") from error
     except Exception as error:  # a full disk, or an error of the hub's HTTP library, which its releases have changed
+        if cached is not None:  # put there by another tool, on a machine without a network
+            log.warning("hub_not_reached", source=where, error=_first_line(error), using=str(cached))
+            return cached
         raise LoadError(f"{where}: cannot download from the model hub: {_first_line(error)}") from error
 
 
-def _complete_snapshot(repo: str, revision: str | None) -> Path | None:
-    """Return the cached snapshot of a commit if its configuration and weights are all there, else ``None``.
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """Return the cached snapshot of a commit if it has a configuration and weights, else ``None``.
 
-    A pinned commit never changes, so a complete copy needs no question to the hub: starts stay fast, and work offline.
+    Smaller files may be missing from it when a download was interrupted: only one with :data:`_COMPLETE` is taken
+    without asking the hub. A pinned commit never changes, so that one stays right, and works offline.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
