@@ -101,6 +101,7 @@ class EmbeddingService:
                 is_late_chunked=request.is_late_chunked,
             )
         )
+        vector_math.require_finite(result.sparse or (), result.multivectors or ())
         num_tokens = sum(result.num_tokens)
         _record(info.id, len(request.texts), num_tokens, len(result.truncated), result.timings)
         return EmbedAnswer(

@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from gateway.embedding import Vectors
+from gateway.embedding import MultiVector, SparseVector, Vectors
 from gateway.errors import InvalidVectors
 
 
@@ -53,6 +53,17 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
         raise _invalid("a vector that cannot be normalised: its length is zero or overflows")
     unit: Vectors = kept / norms
     return unit
+
+
+def require_finite(sparse: Sequence[SparseVector], multivectors: Sequence[MultiVector]) -> None:
+    """Check what is handed out beside dense vectors.
+
+    Raises:
+        InvalidVectors: a number is not finite.
+    """
+    numbers = (*(one.values for one in sparse), *multivectors)
+    if not all(np.isfinite(one).all() for one in numbers):
+        raise _invalid("a sparse or multi-vector output that is not finite (NaN or infinity)")
 
 
 def _invalid(what: str) -> InvalidVectors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.config.registry import ModelEntry
@@ -68,12 +68,15 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
                 )
             )
     if entry.golden is not None:
-        vectors = golden.read(Path(entry.golden), plan.checkpoint.fingerprint)
-        # Loaded without its golden file, which would refuse the model where this is to say by how much it is off.
-        engine = load_engine(replace(plan, entry=entry.model_copy(update={"golden": None})), settings)
+        vectors = golden.read(Path(entry.golden), plan.checkpoint.fingerprint, plan.tasks)
+        # Not checked on load, which would refuse the model where this is to say by how much it is off.
+        engine = load_engine(plan, settings, checks_golden=False)
         limit = golden.MIN_COSINE[plan.dtype]
+        num_streams = len(engine.encoders) // len(plan.devices)
         for number, encoder in enumerate(engine.encoders):
             for one in golden.compare(encoder, vectors):
-                what = f"{plan.devices[number]}, {one.golden.task or 'no task'}: {one.golden.text[:32]!r}"
+                what = (
+                    f"{plan.devices[number // num_streams]}, {one.golden.task or 'no task'}: {one.golden.text[:32]!r}"
+                )
                 checks.append(Check(what, f"{one.cosine:.6f}", f"{limit}", one.cosine >= limit))
     return checks

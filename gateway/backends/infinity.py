@@ -12,7 +12,7 @@ from gateway.backends.base import Report
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate
-from gateway.errors import ModelNotReady, ModelRecovering, RequestError
+from gateway.errors import InternalError, ModelNotReady, ModelRecovering
 from gateway.telemetry import metrics
 
 if TYPE_CHECKING:
@@ -86,8 +86,10 @@ class InfinityBackend:
         deadline = time.monotonic() + self._settings.forward_timeout_s
         try:
             await engine.submit(EmbedJob(["Does it still work?"], None, Truncate.END, deadline, caller="watchdog"))
-        except RequestError as error:
+        except InternalError as error:
             return f"it fails on every text: {error.message}"
+        except Exception as error:  # a full queue, say: tells nothing about the model, and must not end the watch
+            log.warning("watchdog_not_answered", model=self._entry.id, error=repr(error))
         return ""
 
     async def _replace(self, engine: Engine, reason: str, report: Report) -> None:

@@ -27,6 +27,25 @@ from torch.nn import functional
 from gateway.errors import LoadError
 
 _PREFIX = "base_model.model."
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+# Options of PEFT's that compute something else than the formula above.
+_UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
+# Ways to begin the training that also change the weights beside the adapter, which are then not the checkpoint's.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterMask(nn.Module):
@@ -109,10 +128,13 @@ def install_adapters(model: nn.Module, folders: Sequence[Path]) -> AdapterMask:
             if name.startswith("pooler."):  # not part of an embedding
                 continue
             raise LoadError(f"{folders[0].parent}: an adapter is for {name}, which the model does not have") from error
-        is_table = isinstance(base, nn.Embedding)
-        down, up = _stack(adapters, name, base, is_table=is_table)
-        adapted = AdaptedEmbedding(base, mask, down, up) if is_table else AdaptedLinear(base, mask, down, up)
-        setattr(parent, leaf, adapted)
+        match base:
+            case nn.Embedding():
+                setattr(parent, leaf, AdaptedEmbedding(base, mask, *_stack(adapters, name, base, is_table=True)))
+            case nn.Linear():
+                setattr(parent, leaf, AdaptedLinear(base, mask, *_stack(adapters, name, base, is_table=False)))
+            case _:
+                raise LoadError(f"{folders[0].parent}: an adapter is for {name}, which is a {type(base).__name__}")
     return mask
 
 
@@ -123,11 +145,16 @@ def _read(folder: Path) -> _Adapter:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise LoadError(f"{folder}: not a LoRA adapter that can be read: {error}") from error
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    if str(config.get("init_lora_weights")).lower() in _CHANGE_THE_BASE:
+        unsupported.append("init_lora_weights")
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         raise LoadError(
             f"{folder}: only plain LoRA adapters are supported, not {unsupported or config.get('peft_type')}"
         )
+    strange = sorted(key for key in tensors if not key.endswith(_SUFFIXES))
+    if strange:
+        raise LoadError(f"{folder}: holds {strange[0]}, which is no part of a plain LoRA adapter")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return _Adapter(rank, scaling, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
 
@@ -152,8 +179,10 @@ def _stack(
             else (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
         )
         down, up = adapter.tensors.get(down_key), adapter.tensors.get(up_key)
-        if down is None or up is None:
+        if down is None and up is None:
             down, up = torch.zeros(adapter.rank, num_in), torch.zeros(num_out, adapter.rank)
+        if down is None or up is None:
+            raise LoadError(f"{name}: an adapter has only one of {down_key} and {up_key}")
         if down.shape != (adapter.rank, num_in) or up.shape != (num_out, adapter.rank):
             raise LoadError(
                 f"{name}: an adapter of shapes {tuple(down.shape)}, {tuple(up.shape)} does not fit a layer of "

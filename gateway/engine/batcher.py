@@ -288,7 +288,6 @@ class Batcher:
             work.end(error())
 
     def _inference_failed(self) -> InferenceFailed:
-        metrics.FAILED_BATCHES.labels(self._model).inc()
         return InferenceFailed(f"model {self._model!r} failed while it computed this request")
 
     # ---------------------------------------------------------------------------------------------------- health
@@ -308,7 +307,8 @@ class Batcher:
         self._inbox.close()
         self._end_all(error)
         for tokeniser in (self._tokeniser, self._long_tokeniser):
-            tokeniser.shutdown(wait=False, cancel_futures=True)
+            # What waits there ends by itself; cancelled, it would look as if its client had gone.
+            tokeniser.shutdown(wait=False)
 
     # --------------------------------------------------------------- what Infinity's AsyncEmbeddingEngine calls
 

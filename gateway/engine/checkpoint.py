@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
 
-from gateway.embedding import Output
+from gateway.embedding import Output, canonical_task
 from gateway.engine.sources import file_sha256
 from gateway.errors import LoadError
 
@@ -89,7 +89,8 @@ class Checkpoint:
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         weights: files that hold the transformer's weights.
-        fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing.
+        fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
+            adapters and the activations of the dense layers.
     """
 
     folder: Path
@@ -163,7 +164,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         is_normalised=modules.is_normalised or is_jina,
         is_lower_cased=is_lower_cased,
         dense_layers=dense_layers,
-        prompts={**{task: _JINA_PROMPTS.get(task, "") for task in adapters}, **prompts} if is_jina else prompts,
+        prompts=_jina_prompts(adapters, prompts) if is_jina else prompts,
         default_prompt=default_prompt,
         adapters=adapters,
         sparse_head=sparse_head,
@@ -206,7 +207,7 @@ def _read_modules(folder: Path) -> _Modules:
     kinds = [kind for kind, _path in named]
     # One transformer, one pooling, any linear layers, at the end perhaps a normalisation.
     expected = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense"), *["Normalize"] * kinds.count("Normalize")]
-    if kinds != expected[: len(kinds)] or kinds.count("Normalize") > 1:
+    if not kinds or kinds != expected[: len(kinds)] or kinds.count("Normalize") > 1:
         raise LoadError(
             f"{path}: the modules {', '.join(kinds) or 'none'} are not supported; supported: Transformer, Pooling, then "
             "optionally Dense layers, then optionally Normalize"
@@ -257,6 +258,17 @@ def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
     return texts, default if isinstance(default, str) else None
 
 
+def _jina_prompts(adapters: Mapping[str, Path], prompts: Mapping[str, str]) -> dict[str, str]:
+    """Return the instructions of Jina's tasks: the checkpoint's own where it names a task that has an adapter.
+
+    sentence-transformers writes an empty ``query`` and ``document`` into every checkpoint that names no prompts: they
+    say nothing.
+    """
+    own = {task: _JINA_PROMPTS.get(task, "") for task in adapters}
+    named = {name: text for name, text in prompts.items() if canonical_task(name) in own}
+    return {**own, **{name: text for name, text in named.items() if text or name in own}}
+
+
 def _find_adapters(folder: Path) -> dict[str, Path]:
     """Return the folder of each task's adapter; the folder's name says the task."""
     return {
@@ -282,7 +294,7 @@ class _Sizes:
 
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            return cls(
+            sizes = cls(
                 width=int(config.hidden_size),
                 num_layers=int(config.num_hidden_layers),
                 num_heads=int(config.num_attention_heads),
@@ -291,15 +303,34 @@ class _Sizes:
             )
         except Exception as error:  # transformers' validation raises errors of many classes
             raise LoadError(f"{folder}/config.json: not a configuration that can be used: {error}") from error
+        if min(astuple(sizes)) < 1:
+            raise LoadError(f"{folder}/config.json: every size must be positive, got {sizes}")
+        return sizes
 
 
 def _read_transformer(folder: Path) -> dict[str, Json]:
     """Return the length and lower-casing; the first releases of sentence-transformers named the file for the model."""
     for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta"):
-        config = _read_object(folder / f"sentence_{name}_config.json", optional=True)
+        path = folder / f"sentence_{name}_config.json"
+        config = _read_object(path, optional=True)
         if config:
+            _require_plain(config, path)
             return config
     return {}
+
+
+def _require_plain(config: Mapping[str, Json], path: Path) -> None:
+    """Refuse what makes sentence-transformers call the tokenizer or the model in a way of its own.
+
+    Raises:
+        LoadError: names the setting.
+    """
+    match config.get("modality_config"):
+        case {"text": {"method_output_name": str(name)}} if name != "last_hidden_state":
+            raise LoadError(f"{path}: method_output_name {name!r} is not supported, only 'last_hidden_state'")
+    for key in ("processing_kwargs", "query_prefix", "document_prefix"):
+        if config.get(key):
+            raise LoadError(f"{path}: {key} is not supported")
 
 
 def _max_tokens(folder: Path, transformer: Mapping[str, Json], position_limit: int) -> int:
@@ -343,6 +374,11 @@ def _with_fingerprint(checkpoint: Checkpoint) -> Checkpoint:
         for path in (*checkpoint.all_weights, *_tokenizer_files(folder))
     }
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
+    for layer in checkpoint.dense_layers:  # what the weights do not say
+        parts[f"activation of {layer.name}"] = str(_read_object(layer / "config.json").get("activation_function"))
+    for task, adapter in checkpoint.adapters.items():
+        config = _read_object(adapter / "adapter_config.json")
+        parts[f"scaling of {task}"] = str([config.get(key) for key in ("r", "lora_alpha", "use_rslora")])
     return replace(checkpoint, fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
 
 

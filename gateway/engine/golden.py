@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +59,9 @@ def record(encoder: Encoder, tasks: Sequence[str | None]) -> list[GoldenVector]:
 
 
 def compare(encoder: Encoder, golden: Sequence[GoldenVector]) -> list[Comparison]:
-    """Compute the golden texts anew and return the cosine to each golden vector; NaN counts as -1."""
+    """Compute the golden texts anew and return the cosine to each golden vector; NaN, or another width, counts as -1."""
     vectors = _encode(encoder, [(one.text, one.task) for one in golden])
-    cosines = [float(np.dot(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
-    return [
-        Comparison(one, cosine if np.isfinite(cosine) else -1.0) for one, cosine in zip(golden, cosines, strict=True)
-    ]
+    return [Comparison(one, _cosine(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
 
 
 def check(encoder: Encoder, golden: Sequence[GoldenVector], dtype: str) -> None:
@@ -99,11 +96,11 @@ def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read(path: Path, fingerprint: str) -> list[GoldenVector]:
-    """Read the golden vectors of the checkpoint with ``fingerprint``.
+def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVector]:
+    """Read the golden vectors of the checkpoint with ``fingerprint``, for a model with these tasks.
 
     Raises:
-        LoadError: the file is missing, malformed, or belongs to another checkpoint.
+        LoadError: the file is missing, malformed, or belongs to another checkpoint or to tasks that are no more.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -119,11 +116,26 @@ def read(path: Path, fingerprint: str) -> list[GoldenVector]:
             f"{path}: recorded from another checkpoint (fingerprint {recorded[:12]}, this one has {fingerprint[:12]}); "
             "the weights or the tokenizer have changed. Record anew with `gateway verify MODEL --record`"
         )
+    unknown = [one.task for one in golden if one.task is not None and one.task not in tasks]
+    if unknown:
+        raise LoadError(
+            f"{path}: holds vectors for the task {unknown[0]!r}, which the model does not have; the prompts have changed. "
+            "Record anew with `gateway verify MODEL --record`"
+        )
     return golden
+
+
+def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    if a.shape != b.shape:
+        return -1.0
+    with np.errstate(all="ignore"):  # what is not finite is told by the result
+        cosine = float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+    return cosine if np.isfinite(cosine) else -1.0
 
 
 def _encode(encoder: Encoder, texts: Sequence[tuple[str, str | None]]) -> npt.NDArray[np.float32]:
     items = [Item(encoder.tokenise([text], task, Truncate.END)[0], task) for text, task in texts]
     vectors = np.concatenate([one.dense for one in encoder.encode(items)])
-    unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    with np.errstate(all="ignore"):  # a vector of zeros becomes NaN
+        unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -28,7 +27,16 @@ class DenseHead(nn.Module):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self._pooling = checkpoint.pooling
-        self.layers = nn.Sequential(*(_load_dense(folder) for folder in checkpoint.dense_layers))
+        self.layers = nn.Sequential()
+        width = checkpoint.hidden_width
+        for folder in checkpoint.dense_layers:
+            linear, activation = _load_dense(folder, width)
+            self.layers.append(nn.Sequential(linear, activation))
+            width = linear.out_features
+        if width != checkpoint.width:
+            raise LoadError(
+                f"{checkpoint.folder}: the vectors have {width} dimensions, promised are {checkpoint.width}"
+            )
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
         """Return the vectors of a batch, ``(n, width)`` float32: one a text, or one for each of its spans."""
@@ -50,9 +58,11 @@ class SparseHead(nn.Module):
     The rule is FlagEmbedding's (``inference/embedder/encoder_only/m3.py``, ``_process_token_weights``).
     """
 
-    def __init__(self, weights: Path, special_ids: frozenset[int]) -> None:
+    def __init__(self, weights: Path, hidden_width: int, special_ids: frozenset[int]) -> None:
         super().__init__()
-        self.linear = _load_linear(weights)
+        self.linear = _load_linear(weights, hidden_width)
+        if self.linear.out_features != 1:
+            raise LoadError(f"{weights}: must give 1 number a token, gives {self.linear.out_features}")
         self._special_ids = torch.tensor(sorted(special_ids))
 
     def forward(self, states: TokenStates, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> list[SparseVector]:
@@ -73,9 +83,9 @@ class SparseHead(nn.Module):
 class MultiVectorHead(nn.Module):
     """BGE-M3's vector for each token but the first: ``linear(state)``, L2-normalised."""
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path, hidden_width: int) -> None:
         super().__init__()
-        self.linear = _load_linear(weights)
+        self.linear = _load_linear(weights, hidden_width)
 
     def forward(self, states: TokenStates, rows: Sequence[int]) -> list[MultiVector]:
         """Return the ``(t - 1, width)`` float32 vectors of the texts at ``rows``."""
@@ -86,18 +96,30 @@ class MultiVectorHead(nn.Module):
         ]
 
 
-def _load_linear(path: Path) -> nn.Linear:
+def _load_linear(path: Path, num_in: int) -> nn.Linear:
     """Load a single linear layer from a pickled state dict, without running any code in it."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return _linear(tensors["weight"], tensors.get("bias"))
+        layer = _linear(tensors["weight"], tensors.get("bias"))
     except Exception as error:  # a pickle can be broken in as many ways as there are classes of errors
         raise LoadError(f"{path}: not a linear layer that can be read: {error}") from error
+    _require_inputs(path, layer, num_in)
+    return layer
 
 
-def _load_dense(folder: Path) -> nn.Module:
+def _require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
+    if layer.in_features != num_in:
+        raise LoadError(f"{where}: takes {layer.in_features} numbers, but what it is to read has {num_in}")
+
+
+def _load_dense(folder: Path, num_in: int) -> tuple[nn.Linear, nn.Module]:
     """Load one of sentence-transformers' ``Dense`` modules."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {str(config.get(f"module_{end}_name") or "sentence_embedding") for end in ("input", "output")}
+    if config.get("use_residual") or names != {"sentence_embedding"}:
+        raise LoadError(
+            f"{folder}: only a plain layer behind the pooling is supported: no use_residual, no other names"
+        )
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if activation not in _ACTIVATIONS:
         raise LoadError(f"{folder}: activation {activation} is not supported; supported: {', '.join(_ACTIVATIONS)}")
@@ -108,9 +130,10 @@ def _load_dense(folder: Path) -> nn.Module:
         else:
             tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
         linear = _linear(tensors["linear.weight"], tensors.get("linear.bias"))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise LoadError(f"{folder}: not a Dense layer that can be read: {error}") from error
-    return nn.Sequential(linear, _ACTIVATIONS[activation]())
+    _require_inputs(folder, linear, num_in)
+    return linear, _ACTIVATIONS[activation]()
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -131,8 +131,11 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     )
 
 
-def load_engine(plan: LoadPlan, settings: Settings) -> Engine:
+def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = True) -> Engine:
     """Load the weights, warm the model up, and return its engine, not yet started.
+
+    Args:
+        checks_golden: hold the model against its golden vectors, if it has any.
 
     Raises:
         LoadError: the weights are corrupt, do not fit, or give vectors that are not finite or not the golden ones.
@@ -140,7 +143,9 @@ def load_engine(plan: LoadPlan, settings: Settings) -> Engine:
     threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
     torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch").per_stream)
     _set_accumulation(plan)
-    golden = None if plan.entry.golden is None else read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint)
+    golden = None
+    if checks_golden and plan.entry.golden is not None:
+        golden = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
     encoders = []
     for device in plan.devices:
         require_memory(plan.memory, available_bytes(device), device)
@@ -226,6 +231,10 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     """
     prompts = {canonical_task(name): text for name, text in {**checkpoint.prompts, **entry.prompts}.items()}
     tasks = prompts if any(prompts.values()) or checkpoint.adapters else {}
+    if checkpoint.adapters:
+        bare = [task for task in tasks if task not in checkpoint.adapters]
+        if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for
+            raise LoadError(f"the task {bare[0]!r} has no adapter; there are: {', '.join(checkpoint.adapters)}")
     default = entry.default_task
     if default is not None and canonical_task(default) not in tasks:
         raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")

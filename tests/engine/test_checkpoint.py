@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gateway.embedding import Output
 from gateway.engine.checkpoint import MODEL_TYPES, Checkpoint, Pooling, read_checkpoint
 from gateway.errors import LoadError
 
@@ -39,7 +40,64 @@ def test_the_sizes_are_found_under_each_architectures_names(
 
     sizes = (checkpoint.width, checkpoint.num_layers, checkpoint.num_heads, checkpoint.intermediate_width)
     assert sizes == (32, 2, 4, 64)
-    assert (checkpoint.pooling, checkpoint.is_normalised) == (Pooling.MEAN, False)
+    assert checkpoint.hidden_width == 32
+    # Jina's own code normalises, and its checkpoint has no modules that say so.
+    assert (checkpoint.pooling, checkpoint.is_normalised) == (Pooling.MEAN, model_type == "jina_embeddings_v3")
+
+
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_a_dense_layer_decides_the_width(make_checkpoint: MakeCheckpoint, has_safetensors: bool) -> None:
+    folder = make_checkpoint()
+    insert_dense({"out_features": 8})(folder)
+    weights = folder / "2_Dense" / ("model.safetensors" if has_safetensors else "pytorch_model.bin")
+    before = read_checkpoint_of(folder, weights, b"weights")
+    after = read_checkpoint_of(folder, weights, b"others!")
+
+    assert (before.width, before.hidden_width, before.is_normalised) == (8, 32, True)
+    assert before.dense_layers == (folder / "2_Dense",)
+    assert weights in before.all_weights
+    assert weights not in before.weights
+    assert before.fingerprint != after.fingerprint
+
+
+def read_checkpoint_of(folder: Path, path: Path, content: bytes) -> Checkpoint:
+    path.write_bytes(content)
+    return read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [("sparse_linear.pt", Output.SPARSE), ("colbert_linear.pt", Output.MULTIVECTOR)]
+)
+def test_a_head_is_found_by_its_file(make_checkpoint: MakeCheckpoint, name: str, output: Output) -> None:
+    folder = make_checkpoint()
+    bare = read_checkpoint(folder)
+
+    headed = read_checkpoint_of(folder, folder / name, b"weights")
+    changed = read_checkpoint_of(folder, folder / name, b"others!")
+
+    assert bare.outputs == (Output.DENSE,)
+    assert headed.outputs == (Output.DENSE, output)
+    assert folder / name in headed.all_weights
+    assert len({bare.fingerprint, headed.fingerprint, changed.fingerprint}) == 3
+
+
+def test_adapters_are_found_by_their_folders(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    for name in ("text_matching", "retrieval_query", "another"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text("{}")
+        (folder / name / "adapter_model.safetensors").write_bytes(name.encode())
+
+    checkpoint = read_checkpoint(folder)
+
+    # In the order that gives each its index.
+    assert list(checkpoint.adapters.items()) == [
+        ("retrieval.query", folder / "retrieval_query"),
+        ("text-matching", folder / "text_matching"),
+    ]
+    assert folder / "text_matching" / "adapter_model.safetensors" in checkpoint.all_weights
+    changed = read_checkpoint_of(folder, folder / "text_matching" / "adapter_model.safetensors", b"others!")
+    assert changed.fingerprint != checkpoint.fingerprint
 
 
 MODULE_NAMES = {
@@ -155,6 +213,21 @@ def add_module(kind: str) -> Callable[[Path], None]:
     return change
 
 
+def insert_dense(config: dict[str, object] | None = None) -> Callable[[Path], None]:
+    """Put a linear layer between pooling and normalisation, with its configuration but without weights."""
+
+    def change(folder: Path) -> None:
+        path = folder / "modules.json"
+        rows = json.loads(path.read_text())
+        rows.insert(2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+        path.write_text(json.dumps(rows))
+        if config is not None:
+            (folder / "2_Dense").mkdir()
+            (folder / "2_Dense" / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
 REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (remove("config.json"), "config.json: no such file; is this a checkpoint folder?"),
     "config is no JSON": (write("config.json", "{"), "config.json: not readable as JSON: "),
@@ -165,12 +238,17 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         change_json("config.json", model_type="qwen2"),
         "model_type 'qwen2' is not supported; supported: bert, roberta, ",
     ),
-    "no width": (change_json("config.json", hidden_size=None), "hidden_size must be a positive integer, got None"),
-    "width is no number": (change_json("config.json", hidden_size="32"), "hidden_size must be a positive integer"),
-    "no positions": (
-        change_json("config.json", max_position_embeddings=0),
-        "max_position_embeddings must be a positive integer, got 0",
+    "no width": (
+        change_json("config.json", hidden_size=None),
+        "config.json: not a configuration that can be used: Validation error for field 'hidden_size'",
     ),
+    "width is no number": (
+        change_json("config.json", hidden_size="32"),
+        "config.json: not a configuration that can be used: Validation error for field 'hidden_size'",
+    ),
+    "no positions": (change_json("config.json", max_position_embeddings=0), "config.json: every size must be positive"),
+    "a negative width": (change_json("config.json", hidden_size=-32), "config.json: every size must be positive"),
+    "no layers": (change_json("config.json", num_hidden_layers=0), "config.json: every size must be positive"),
     "modules is no JSON": (write("modules.json", "nonsense"), "modules.json: not readable as JSON: "),
     "modules is an object": (write("modules.json", "{}"), "modules.json: must hold a list"),
     "modules holds a number": (write("modules.json", "[1]"), "modules.json: each entry must be an object, got 1"),
@@ -180,9 +258,28 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no transformer": (
         write("modules.json", '[{"type": "x.Pooling", "path": "1_Pooling"}]'),
-        "modules Pooling are not supported; supported: Transformer, then Pooling",
+        "modules.json: the modules Pooling are not supported; supported: Transformer, Pooling, then optionally Dense",
     ),
-    "a dense layer": (add_module("Dense"), "modules Dense are not supported; supported: Transformer, then Pooling"),
+    "no modules": (write("modules.json", "[]"), "modules.json: the modules none are not supported"),
+    "a dense layer behind the normalisation": (
+        add_module("Dense"),
+        "modules.json: the modules Transformer, Pooling, Normalize, Dense are not supported",
+    ),
+    "two normalisations": (
+        add_module("Normalize"),
+        "modules.json: the modules Transformer, Pooling, Normalize, Normalize are not supported",
+    ),
+    "an unknown module": (
+        add_module("WeightedLayerPooling"),
+        "modules.json: the modules Transformer, Pooling, Normalize, WeightedLayerPooling are not supported",
+    ),
+    "a dense layer without a folder": (insert_dense(), "2_Dense/config.json: no such file"),
+    "a dense layer without a width": (insert_dense({}), "2_Dense/config.json: out_features must be a positive integer"),
+    "a dense layer of no width": (
+        insert_dense({"out_features": 0}),
+        "2_Dense/config.json: out_features must be a positive integer, got 0",
+    ),
+    "a dense layer without weights": (insert_dense({"out_features": 8}), "2_Dense: no weights: neither *.safetensors"),
     "no pooling file": (remove("1_Pooling/config.json"), "1_Pooling/config.json: no such file"),
     "an unknown pooling": (
         change_json("1_Pooling/config.json", pooling_mode="attention"),

@@ -24,6 +24,7 @@ from gateway.config.settings import Settings
 from gateway.embedding import EmbedJob, ModelState, Output, Truncate
 from gateway.engine import loading
 from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.infinity_library import EngineArgs
 from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
 from gateway.errors import LoadError, ModelNotReady, StartError
@@ -47,8 +48,43 @@ def test_the_description_of_the_bundled_model() -> None:
     assert (info.width, info.dimensions, info.max_tokens) == (384, (384, 256, 128), 256)
     assert (info.pooling, info.is_normalised, info.device, info.dtype) == ("mean", True, "cpu", "float32")
     assert (info.tasks, info.default_task, info.instruction, info.outputs) == ({}, None, "", (Output.DENSE,))
-    assert info.engine == "infinity/torch"
-    assert 90 * 2**20 < info.memory_bytes < 200 * 2**20
+    assert info.engine == "infinity/openvino"
+    assert info.can_chunk_late
+    assert 180 * 2**20 < info.memory_bytes < 290 * 2**20
+
+
+@pytest.mark.parametrize(("runtime", "num_encoders"), [("auto", 2), ("openvino", 2), ("torch", 1)])
+def test_each_stream_of_a_runtime_has_an_encoder(
+    make_checkpoint: MakeCheckpoint, runtime: str, num_encoders: int
+) -> None:
+    plan = plan_load(entry(make_checkpoint(), runtime=runtime))
+
+    engine = load_engine(plan, Settings(cpu_threads=2))
+
+    assert plan.info.engine == f"infinity/{'torch' if runtime == 'torch' else 'openvino'}"
+    assert plan.devices == ("cpu",)
+    assert len(engine.encoders) == num_encoders
+    assert len({id(encoder.runtime) for encoder in engine.encoders if isinstance(encoder, TextEncoder)}) == num_encoders
+
+
+def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "choose_devices", lambda _setting: ("cuda:0", "cuda:1"))
+    monkeypatch.setattr(loading, "available_bytes", lambda device: asked.append(device) or 10**12)
+    monkeypatch.setattr(loading, "build_encoders", lambda _checkpoint, options: [options.device])
+    monkeypatch.setattr(loading, "_warm_up", lambda _encoder, _plan: None)
+    monkeypatch.setattr(loading, "_engine_args", lambda _plan: EngineArgs(device="cpu"))  # looks for the cards
+
+    plan = plan_load(entry(make_checkpoint(), device="cuda"))
+    engine = load_engine(plan, Settings())
+
+    assert plan.info.device == "cuda:0, cuda:1"
+    assert plan.runtime == "torch"
+    assert list(engine.encoders) == asked == ["cuda:0", "cuda:1"]
+
+
+def test_a_checkpoint_that_does_not_pool_by_the_mean_cannot_chunk_late(make_checkpoint: MakeCheckpoint) -> None:
+    assert not plan_load(entry(make_checkpoint(pooling={"pooling_mode": "cls"}))).info.can_chunk_late
 
 
 def test_tasks_have_their_canonical_names(make_checkpoint: MakeCheckpoint) -> None:
@@ -83,9 +119,13 @@ PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"default_task": "separation", "prompts": {"query": "q: "}},
         "default_task is 'separation', but the model's tasks are: retrieval.query",
     ),
-    "sparse": ({"outputs": ("dense", "sparse")}, "outputs sparse: a bert sentence encoder has only dense"),
-    "multi-vector": ({"outputs": ("multivector",)}, "outputs multivector: a bert sentence encoder has only dense"),
+    "sparse": ({"outputs": ("dense", "sparse")}, "outputs sparse: the checkpoint has no such head, only dense"),
+    "multi-vector": ({"outputs": ("multivector",)}, "outputs multivector: the checkpoint has no such head, only dense"),
     "float16 on a CPU": ({"dtype": "float16"}, "dtype float16 is about eight times slower than float32 on a CPU"),
+    "OpenVINO on a card": (
+        {"runtime": "openvino", "device": "cuda:0"},
+        "runtime openvino is for the CPU, and this model runs on cuda:0; use runtime: torch or auto",
+    ),
     "no such device": ({"device": "cuda:7"}, "device cuda:7 is not present; this machine has "),
     "another hash": ({"sha256": {"model.safetensors": "0" * 64}}, "model.safetensors: its sha256 is 53aa5117"),
     "no such package": ({"source": "package:no_such_package"}, "the Python package 'no_such_package' is not installed"),
@@ -94,8 +134,10 @@ PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PLAN_REFUSALS)
-def test_a_wish_that_the_model_cannot_meet_is_refused(name: str) -> None:
+def test_a_wish_that_the_model_cannot_meet_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, message = PLAN_REFUSALS[name]
+    if changes.get("device") == "cuda:0":  # is there
+        monkeypatch.setattr(loading, "choose_devices", lambda setting: (setting,))
 
     with pytest.raises(LoadError, match=re.escape(message)):
         plan_load(entry(changes.pop("source", BUNDLED), **changes))
@@ -189,7 +231,8 @@ def test_the_registrys_limits_reach_the_engine(make_checkpoint: MakeCheckpoint) 
     plan = plan_load(entry(make_checkpoint(), max_tokens=7, max_batch_tokens=50))
     engine = load_engine(plan, Settings(max_queue_texts=3, max_queue_tokens=4))
 
-    assert (plan.info.max_tokens, engine._encoder.tokenizer.max_tokens) == (7, 7)
+    assert plan.info.max_tokens == 7
+    assert {encoder.tokenizer.max_tokens for encoder in engine.encoders} == {7}
     assert engine._limits == loading.Limits(max_batch_tokens=50, max_queue_texts=3, max_queue_tokens=4)
 
 

@@ -22,14 +22,41 @@ def checkpoint(bundled_folder: Path) -> Checkpoint:
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_the_weights_are_counted_from_the_files_header(checkpoint: Checkpoint, dtype: str, num_bytes: int) -> None:
-    assert plan_memory(checkpoint, dtype, 256, 2048).weights_bytes == 22_713_728 * num_bytes
+    assert plan_memory(checkpoint, dtype, "torch", 256, 2048).weights_bytes == 22_713_728 * num_bytes
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4 + 4), ("bfloat16", 4 + 2)])
+def test_openvino_needs_the_float32_weights_beside_its_own(checkpoint: Checkpoint, dtype: str, num_bytes: int) -> None:
+    plain, compiled = (plan_memory(checkpoint, dtype, runtime, 256, 2048) for runtime in ("torch", "openvino"))
+
+    assert compiled.weights_bytes == 22_713_728 * num_bytes
+    assert compiled.batch_bytes == plain.batch_bytes
+
+
+def test_adapters_layers_and_heads_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    adapter, layer, head = tmp_path / "separation", tmp_path / "2_Dense", tmp_path / "sparse_linear.pt"
+    for folder in (adapter, layer):
+        folder.mkdir()
+        safetensors.numpy.save_file({"w": np.zeros((10, 10), np.float32)}, folder / "model.safetensors")
+    head.write_bytes(b"x" * 400)
+    with_all = replace(checkpoint, adapters={"separation": adapter}, dense_layers=(layer,), sparse_head=head)
+
+    more, less = (plan_memory(one, "float32", "torch", 256, 2048).weights_bytes for one in (with_all, checkpoint))
+
+    assert more - less == 3 * 400
+
+
+def test_a_batch_is_as_wide_as_the_states_not_as_the_vectors(checkpoint: Checkpoint) -> None:
+    narrow = replace(checkpoint, width=8)
+
+    assert plan_memory(narrow, "float32", "torch", 256, 2048) == plan_memory(checkpoint, "float32", "torch", 256, 2048)
 
 
 def test_weights_in_a_pickle_are_counted_by_its_size(checkpoint: Checkpoint, tmp_path: Path) -> None:
     weights = tmp_path / "pytorch_model.bin"
     weights.write_bytes(b"x" * 4000)
 
-    assert plan_memory(replace(checkpoint, weights=(weights,)), "bfloat16", 256, 2048).weights_bytes == 2000
+    assert plan_memory(replace(checkpoint, weights=(weights,)), "bfloat16", "torch", 256, 2048).weights_bytes == 2000
 
 
 def test_all_shards_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -37,19 +64,19 @@ def test_all_shards_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for shard in shards:
         safetensors.numpy.save_file({"w": np.zeros((10, 10), np.float16)}, shard)
 
-    assert plan_memory(replace(checkpoint, weights=shards), "float32", 256, 2048).weights_bytes == 1200
+    assert plan_memory(replace(checkpoint, weights=shards), "float32", "torch", 256, 2048).weights_bytes == 1200
 
 
 def test_a_batch_costs_what_its_tokens_cost(checkpoint: Checkpoint) -> None:
-    small, large = (plan_memory(checkpoint, "float32", 256, tokens).batch_bytes for tokens in (2048, 4096))
+    small, large = (plan_memory(checkpoint, "float32", "torch", 256, tokens).batch_bytes for tokens in (2048, 4096))
 
     assert large - small == 2048 * (6 * 384 + 2 * 1536) * 4
 
 
 def test_a_text_longer_than_the_budget_is_a_batch_by_itself(checkpoint: Checkpoint) -> None:
     assert (
-        plan_memory(checkpoint, "float32", 512, 100).batch_bytes
-        == plan_memory(checkpoint, "float32", 512, 512).batch_bytes
+        plan_memory(checkpoint, "float32", "torch", 512, 100).batch_bytes
+        == plan_memory(checkpoint, "float32", "torch", 512, 512).batch_bytes
     )
 
 
@@ -59,7 +86,7 @@ def test_a_corrupt_weights_file_is_refused(checkpoint: Checkpoint, tmp_path: Pat
     weights.write_bytes(content)
 
     with pytest.raises(LoadError, match=r"model\.safetensors: corrupt or cut short: "):
-        plan_memory(replace(checkpoint, weights=(weights,)), "float32", 256, 2048)
+        plan_memory(replace(checkpoint, weights=(weights,)), "float32", "torch", 256, 2048)
 
 
 def test_a_weights_file_that_was_cut_short_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -68,7 +95,7 @@ def test_a_weights_file_that_was_cut_short_is_refused(checkpoint: Checkpoint, tm
         weights.write_bytes(file.read(1_000_000))
 
     with pytest.raises(LoadError, match="corrupt or cut short"):
-        plan_memory(replace(checkpoint, weights=(weights,)), "float32", 256, 2048)
+        plan_memory(replace(checkpoint, weights=(weights,)), "float32", "torch", 256, 2048)
 
 
 PLAN = MemoryPlan(weights_bytes=2 * 2**30, batch_bytes=100 * 2**20)

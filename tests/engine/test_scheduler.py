@@ -274,3 +274,219 @@ def test_whatever_happens_each_wanted_entry_is_taken_once(
     assert not queue._callers
     assert not queue._requests
     assert queue._num_waiting == 0
+
+
+# -------------------------------------------------------------------------------------------------- shared computations
+
+
+def share(computation: Computation, owner: Ticket, index: int = 0, queued_at: float = 0.0) -> Entry:
+    """Let one more wait for a computation."""
+    computation.entries.append(Entry(owner, index, computation, queued_at))
+    return computation.entries[-1]
+
+
+def computation_of(size: int) -> Computation:
+    return Computation(Item(Tokens([1] * size)))
+
+
+def test_a_shared_computation_is_taken_once() -> None:
+    shared = computation_of(5)
+    queue = queue_of(*([share(shared, ticket(caller))] for caller in "abc"))
+
+    assert scheduler.take(queue, 100, now=0.0) == [shared]
+    assert scheduler.take(queue, 100, now=0.0) == []
+    assert not queue
+
+
+def test_the_second_place_counts_when_the_first_has_gone() -> None:
+    shared = computation_of(5)
+    gone, here = ticket("a"), ticket("b")
+    queue = queue_of([share(shared, gone)], entries(ticket("b"), [9]), [share(shared, here)])
+
+    gone.is_live = False
+
+    assert [one.entries[0].num_tokens for one in scheduler.take(queue, 100, now=0.0)] == [9, 5]
+
+
+def test_a_shared_computation_comes_when_the_first_of_its_owners_is_served() -> None:
+    """A newcomer with a text that a backlog ends with does not wait for the backlog."""
+    last = computation_of(10)
+    bulk = ticket("bulk")
+    queue = queue_of(entries(bulk, [10] * 1000), [share(last, bulk, 1000)])
+    take(queue, 100, now=0.0)
+
+    queue.add([share(last, ticket("single"))])
+
+    assert last in scheduler.take(queue, 100, now=0.0)
+
+
+def test_who_is_served_first_pays_and_the_others_do_not() -> None:
+    """If both paid for what they share, c would get a half instead of its third."""
+    a, b, c = (ticket(caller) for caller in "abc")
+    shared = [computation_of(10) for _ in range(100)]
+    queue = FairQueue()
+    for owner in (a, b):
+        queue.add([share(one, owner, i) for i, one in enumerate(shared)])
+    queue.add(entries(c, [10] * 100))
+
+    taken = [one for _ in range(30) for one in scheduler.take(queue, 10, now=0.0)]
+
+    assert [one for one in taken if one in shared] == shared[:20]
+    assert len(taken) == 30
+
+
+class LedgerQueue(FairQueue):
+    """Keeps what each caller has paid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paid: Counter[str] = Counter()
+
+    def pop(self, num_tokens: int) -> Entry:
+        entry = super().pop(num_tokens)
+        assert num_tokens in (0, entry.num_tokens)
+        self.paid[entry.ticket.caller] += num_tokens
+        return entry
+
+
+@settings(max_examples=200)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    sharing=st.lists(st.sampled_from(["both", "both", "a", "b"]), min_size=1, max_size=12),
+    offset=st.integers(0, 30),
+    num_requests=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    budget=st.integers(1, 300),
+    visits=st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 200)), max_size=15),
+)
+def test_sharing_leaves_the_callers_their_even_shares(
+    sizes: list[int],
+    sharing: list[str],
+    offset: int,
+    num_requests: tuple[int, int],
+    budget: int,
+    visits: list[tuple[str, int]],
+) -> None:
+    """What two callers with a backlog pay differs by less than one batch and one largest text, as without sharing."""
+    queue = LedgerQueue()
+    texts = [computation_of(sizes[i % len(sizes)]) for i in range(600)]
+    backlog: dict[str, list[Computation]] = {}
+    for caller, number in zip("ab", num_requests, strict=True):
+        own = [one for i, one in enumerate(texts) if sharing[i % len(sharing)] in ("both", caller)]
+        if caller == "b":
+            own = own[offset:] + own[:offset]
+        backlog[caller] = own
+        for first in range(number):
+            owner = ticket(caller)
+            queue.add([share(one, owner, i) for i, one in enumerate(own[first::number])])
+    largest = max(sizes)
+    taken: list[Computation] = []
+
+    for i in range(25):
+        if i < len(visits):
+            caller, number = visits[i]
+            queue.add([share(texts[number], ticket(caller))])
+        left = [sum(one.item.num_tokens for one in own if not one.is_taken) for own in backlog.values()]
+        if min(left) <= 2 * budget + 2 * largest:  # one of them may soon have nothing left
+            break
+        batch = scheduler.take(queue, budget, now=0.0)
+        assert batch
+        taken += batch
+
+        assert sum(queue.paid.values()) == sum(one.item.num_tokens for one in taken)
+        assert abs(queue.paid["a"] - queue.paid["b"]) <= budget + largest
+    assert len(set(map(id, taken))) == len(taken)
+
+
+KEYS = st.lists(st.integers(0, 11), max_size=6)
+SHARED_EVENTS = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 7), KEYS),
+    st.tuples(st.just("add late"), st.integers(0, 7), KEYS),  # taken between the look at it and its queueing
+    st.tuples(st.just("take"), st.integers(1, 60), st.just(None)),
+    st.tuples(st.just("deliver"), st.just(0), st.just(None)),
+    st.tuples(st.just("cancel"), st.integers(0, 7), st.just(None)),
+    st.tuples(st.just("wait"), st.integers(1, 5), st.just(None)),
+)
+
+
+class Flight:
+    """Requests that come, share, leave and are served in any order, as the batcher lets them."""
+
+    def __init__(self, deadlines: list[float], sizes: list[int]) -> None:
+        self.queue = LedgerQueue()
+        self.now = 0.0
+        self.taken: list[Computation] = []
+        self.waiting: list[Entry] = []  # those whose result has not been delivered
+        self._tickets = [ticket(caller, deadline) for caller, deadline in zip("aaaabbcd", deadlines, strict=True)]
+        self._sizes = sizes
+        self._in_flight: dict[int, Computation] = {}
+
+    def add(self, owner: Ticket, keys: Iterable[int], *, is_late: bool) -> None:
+        """Join computations, and queue those that are not taken; if it is late, they were taken in between."""
+        if owner.is_live:
+            joined = [
+                share(self._in_flight.setdefault(key, computation_of(self._sizes[key])), owner, i, self.now)
+                for i, key in enumerate(keys)
+            ]
+            self.waiting += joined
+            self.queue.add(entry for entry in joined if is_late or not entry.computation.is_taken)
+
+    def take(self, budget: int) -> bool:
+        is_due = any(self._is_wanted(one) and not one.is_taken for one in self._in_flight.values())
+        batch = scheduler.take(self.queue, budget, self.now)
+        assert bool(batch) == is_due
+        assert not {id(one) for one in batch} & {id(one) for one in self.taken}
+        assert all(one.is_taken and self._is_wanted(one) for one in batch)
+        assert len(batch) <= 1 or sum(one.item.num_tokens for one in batch) <= budget
+        self.taken += batch
+        return is_due
+
+    def _is_wanted(self, computation: Computation) -> bool:
+        return any(entry.ticket.wants(self.now) for entry in computation.entries)
+
+    def deliver(self) -> None:
+        self.waiting = [entry for entry in self.waiting if not entry.computation.is_taken]
+        self._in_flight = {key: one for key, one in self._in_flight.items() if not one.is_taken}
+
+    def cancel(self, owner: Ticket) -> None:
+        owner.is_live = False
+        for one in self._in_flight.values():
+            one.entries = [entry for entry in one.entries if entry.ticket is not owner]
+        self._in_flight = {key: one for key, one in self._in_flight.items() if one.entries or one.is_taken}
+
+    def happen(self, kind: str, number: int, keys: Iterable[int] | None) -> None:
+        match kind:
+            case "add" | "add late":
+                self.add(self._tickets[number], keys or (), is_late=kind == "add late")
+            case "take":
+                self.take(number)
+            case "deliver":
+                self.deliver()
+            case "cancel":
+                self.cancel(self._tickets[number])
+            case "wait":
+                self.now += number
+
+
+@settings(max_examples=300)
+@given(
+    events=st.lists(SHARED_EVENTS, max_size=60),
+    deadlines=st.lists(st.integers(1, 30) | st.just(FOREVER), min_size=8, max_size=8),
+    sizes=st.lists(st.integers(0, 40), min_size=12, max_size=12),
+)
+def test_whatever_happens_what_is_shared_is_computed_once_and_for_all_who_want_it(
+    events: list[tuple[str, int, list[int] | None]], deadlines: list[float], sizes: list[int]
+) -> None:
+    flight = Flight(deadlines, sizes)
+
+    for event in events:
+        flight.happen(*event)
+    while flight.take(60):
+        pass
+    flight.deliver()
+
+    assert not [entry for entry in flight.waiting if entry.ticket.wants(flight.now)]
+    assert sum(flight.queue.paid.values()) == sum(one.item.num_tokens for one in flight.taken)
+    assert not flight.queue
+    assert not flight.queue._callers
+    assert not flight.queue._requests
+    assert flight.queue._num_waiting == 0

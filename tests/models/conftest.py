@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,12 +14,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from gateway.app import create_app
 from gateway.backends.fleet import Fleet
@@ -31,133 +30,28 @@ from gateway.engine.encoders.build import BuildOptions, build_encoders
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import plan_load
-
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog, again and again.",
-    "Represent the query for retrieving evidence documents: ",
-    "Represent the document for retrieval: ",
-    "Instruct: Given a web search query, retrieve relevant passages that answer the query Query:",
-    "Berlin is the capital of Germany; it has 3.85 million inhabitants.",
-    "Embeddings map a text to a vector, and near vectors mean near texts!",
-    "Grüße aus Köln: 東京 is far away.",
+from models.checkpoints import (
+    FAMILIES,
+    JINA_TASKS,
+    MAX_TOKENS,
+    SENTENCES,
+    linear_head,
+    make_transformer,
+    save_adapters,
+    unigram_tokenizer,
 )
-TEXTS = (
-    "fox",
-    "",
-    "Berlin is the capital of Germany.",
-    "  near   vectors mean\tnear texts  ",
-    "The quick brown fox jumps over the lazy dog, again and again. Embeddings map a text to a vector!",
-    "Grüße aus Köln: 東京 \U0001f98a",
-    "a query",
-    "near vectors " * 60,  # over the longest text of every model here
-    "again and again " * 9,
-)
-MAX_TOKENS = 64
-JINA_TASKS = {
-    "retrieval_query": "retrieval.query",
-    "retrieval_passage": "retrieval.passage",
-    "separation": "separation",
-    "classification": "classification",
-    "text_matching": "text-matching",
-}
-RUNTIMES = ("reference", "packed", "openvino")
 
-# transformers' encoders are nearly blind to what surrounds a token with their usual first weights: larger ones are not.
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "initializer_range": 0.25,
-}
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+ONE_THREAD = CpuThreads(1, 1)
+# PEFT asks transformers for a property by the name that it had before 5.23.
+_PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers.modeling_utils"
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizers
-
-
-def unigram_tokenizer() -> PreTrainedTokenizerFast:
-    """Return an XLM-RoBERTa-like tokenizer: Unigram over text whose spaces are written as `▁`."""
-    pieces = sorted({f"▁{word}" for sentence in SENTENCES for word in sentence.split()} | set("".join(SENTENCES)))
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    vocab = [(piece, 0.0) for piece in special] + [("▁", -4.0)]
-    vocab += [(piece, -2.0 - 0.01 * i) for i, piece in enumerate(piece for piece in pieces if piece != " ")]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return _wrap(tokenizer, "<s>", "</s>", "<pad>", "<unk>")
-
-
-def wordpiece_tokenizer(cls: str = "[CLS]", sep: str = "[SEP]", pad: str = "[PAD]") -> PreTrainedTokenizerFast:
-    """Return a BERT-like tokenizer."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = [pad, cls, sep, "[UNK]"] if pad == "[PAD]" else [cls, pad, sep, "[UNK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return _wrap(tokenizer, cls, sep, pad, "[UNK]")
-
-
-def bpe_tokenizer(cls: str | None = "<s>", sep: str = "</s>", pad: str = "<pad>") -> PreTrainedTokenizerFast:
-    """Return a RoBERTa-like tokenizer over bytes; without ``cls`` a Qwen-like one, which only puts ``sep`` behind."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token in (cls, pad, sep, "<unk>") if token is not None]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return _wrap(tokenizer, cls, sep, pad, "<unk>")
-
-
-def _wrap(tokenizer: Tokenizer, cls: str | None, sep: str, pad: str, unk: str) -> PreTrainedTokenizerFast:
-    names = [name for name in (cls, sep) if name is not None]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}" if cls is not None else f"$A {sep}",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in names],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        cls_token=cls,
-        bos_token=cls,
-        sep_token=sep,
-        eos_token=sep,
-        pad_token=pad,
-        unk_token=unk,
-        model_max_length=MAX_TOKENS,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def make_transformer(folder: Path, model_type: str, tokenizer: PreTrainedTokenizerFast, **changes: object) -> None:
-    """Write a transformer with random weights, and its tokenizer."""
-    torch.manual_seed(17)
-    config = AutoConfig.for_model(
-        model_type,
-        **{
-            **SIZES,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "max_position_embeddings": MAX_TOKENS + 2,
-            **changes,
-        },
-    )
-    model = AutoModel.from_config(config, dtype=torch.float32)
-    for name, weight in model.named_parameters():  # what is always 0 or 1 at first would hide mistakes
-        if weight.ndim == 1:
-            nn.init.normal_(weight, float("norm" in name.lower() and name.endswith("weight")), 0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let PEFT work in the tests of this folder."""
+    item.add_marker(pytest.mark.filterwarnings(_PEFT_WARNING))
 
 
 @pytest.fixture(scope="session")
@@ -167,26 +61,6 @@ def jina(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_transformer(folder, "jina_embeddings_v3", unigram_tokenizer(), type_vocab_size=1)
     save_adapters(folder, JINA_TASKS)
     return folder
-
-
-def save_adapters(folder: Path, names: Sequence[str] | Mapping[str, str], **changes: object) -> None:
-    """Let PEFT write an adapter with random weights for each name."""
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "dense"]
-    config = {"r": 4, "lora_alpha": 1, "lora_dropout": 0.0, **changes}
-    config.setdefault("target_modules", [*modules, "word_embeddings", "token_type_embeddings"])
-    model: PeftModel | None = None
-    for name in names:
-        lora = LoraConfig(**config)
-        if model is None:
-            model = get_peft_model(AutoModel.from_pretrained(folder), lora, adapter_name=name)
-        else:
-            model.add_adapter(name, lora)
-    assert model is not None
-    torch.manual_seed(4)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(weight, std=0.5)
-    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -199,15 +73,14 @@ def m3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
     shutil.rmtree(transformer)
     torch.manual_seed(3)
-    torch.save(_head(64, 1), folder / "sparse_linear.pt")
-    torch.save(_head(64, 64), folder / "colbert_linear.pt")
+    sparse = linear_head(64, 1)
+    ids = unigram_tokenizer()(" ".join(SENTENCES), return_tensors="pt", truncation=True).input_ids
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(folder)(ids).last_hidden_state[0]
+    sparse["bias"] = -(sparse["weight"].float() @ states.mean(0)).half()  # about half of the tokens weigh something
+    torch.save(sparse, folder / "sparse_linear.pt")
+    torch.save(linear_head(64, 64), folder / "colbert_linear.pt")
     return folder
-
-
-def _head(num_in: int, num_out: int) -> dict[str, torch.Tensor]:
-    layer = nn.Linear(num_in, num_out)
-    nn.init.normal_(layer.weight, std=0.3)
-    return {name: tensor.half() for name, tensor in layer.state_dict().items()}
 
 
 @pytest.fixture(scope="session")
@@ -220,62 +93,16 @@ def m3_bin(m3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How a checkpoint of an architecture is made."""
-
-    tokenizer: Callable[[], PreTrainedTokenizerFast]
-    pooling: str
-    changes: Mapping[str, object] = field(default_factory=dict)
-    activation: nn.Module | None = None
-    is_normalised: bool = True
-    prompts: Mapping[str, str] = field(default_factory=dict)
-
-
-NO_OFFSET = {"max_position_embeddings": MAX_TOKENS}
-FAMILIES = {
-    "bert": Family(wordpiece_tokenizer, "mean", NO_OFFSET),
-    "roberta": Family(bpe_tokenizer, "mean"),
-    "xlm-roberta": Family(unigram_tokenizer, "mean", prompts={"query": "query: ", "passage": "passage: "}),
-    "camembert": Family(unigram_tokenizer, "max"),
-    "mpnet": Family(lambda: wordpiece_tokenizer("<s>", "</s>", "<pad>"), "mean"),
-    "distilbert": Family(wordpiece_tokenizer, "mean", NO_OFFSET, activation=nn.Tanh(), is_normalised=False),
-    "electra": Family(wordpiece_tokenizer, "cls", {**NO_OFFSET, "embedding_size": 32}),
-    "modernbert": Family(
-        lambda: bpe_tokenizer("[CLS]", "[SEP]", "[PAD]"),
-        "mean",
-        {**NO_OFFSET, "local_attention": 8, "global_attn_every_n_layers": 3, "cls_token_id": 0, "sep_token_id": 2},
-    ),
-    "nomic_bert": Family(
-        wordpiece_tokenizer,
-        "mean",
-        NO_OFFSET,
-        is_normalised=False,
-        prompts={"query": "search_query: ", "document": "search_document: ", "clustering": "clustering: "},
-    ),
-    "gte": Family(unigram_tokenizer, "cls", NO_OFFSET, activation=nn.Identity()),
-    "qwen3": Family(
-        lambda: bpe_tokenizer(None, "<|endoftext|>", "<|pad|>"),
-        "lasttoken",
-        {**NO_OFFSET, "num_key_value_heads": 2, "head_dim": 16},
-        prompts={
-            "query": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
-            "document": "",
-        },
-    ),
-}
-
-
 @pytest.fixture(scope="session")
-def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that makes a checkpoint of an architecture, with sentence-transformers' own files."""
 
     @cache
-    def make(model_type: str) -> Path:
+    def make(model_type: str, **changes: object) -> Path:
         family = FAMILIES[model_type]
         folder = tmp_path_factory.mktemp(model_type)
         transformer = folder / "transformer"
-        make_transformer(transformer, model_type, family.tokenizer(), **family.changes)
+        make_transformer(transformer, model_type, family.tokenizer(), **family.changes, **changes)
         modules = [Transformer(str(transformer)), Pooling(64, pooling_mode=family.pooling)]
         if family.activation is not None:
             modules.append(Dense(64, 48, activation_function=family.activation))
@@ -328,23 +155,48 @@ Load = Callable[..., Loaded]
 
 @pytest.fixture(scope="session")
 def load() -> Load:
-    """Return a function that loads the encoder of a checkpoint with a runtime, in float32."""
+    """Return a function that loads the encoder of a checkpoint with a runtime, in float32 unless told."""
 
     @cache
-    def load(folder: Path, runtime: str, dtype: str = "float32") -> Loaded:
+    def load(folder: Path, runtime: str, dtype: str = "float32", threads: CpuThreads = ONE_THREAD) -> Loaded:
         plan = plan_load(ModelEntry(id="tiny", source=str(folder), device="cpu", enabled=True))
         options = BuildOptions(
             device="cpu",
             dtype=dtype,
             runtime=runtime,
             max_tokens=plan.max_tokens,
-            threads=CpuThreads(1, 1),
+            threads=threads,
             tasks=plan.tasks,
             instruction=plan.instruction,
         )
         return Loaded(build_encoders(plan.checkpoint, options)[0])
 
     return load
+
+
+@pytest.fixture(scope="session")
+def peft_states(jina: Path) -> Callable[[Sequence[int], str | None], torch.Tensor]:
+    """Return the function that computes the token states of one text as PEFT does: a base, and an adapter a folder."""
+    model: PeftModel | None = None
+    for folder, task in JINA_TASKS.items():
+        if model is None:
+            model = PeftModel.from_pretrained(
+                AutoModel.from_pretrained(jina), jina, subfolder=folder, adapter_name=task.replace(".", "_")
+            )
+        else:
+            model.load_adapter(jina, adapter_name=task.replace(".", "_"), subfolder=folder)
+    assert model is not None
+    loaded = model.eval()
+
+    @torch.inference_mode()
+    def states(ids: Sequence[int], task: str | None) -> torch.Tensor:
+        if task is not None:
+            loaded.set_adapter(task.replace(".", "_"))
+        with loaded.disable_adapter() if task is None else contextlib.nullcontext():
+            result: torch.Tensor = loaded(input_ids=torch.tensor([list(ids)])).last_hidden_state[0]
+        return result
+
+    return states
 
 
 @pytest.fixture(scope="session")
@@ -357,17 +209,6 @@ def cosines() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         return (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
 
     return cosines
-
-
-@pytest.fixture(scope="session")
-def hidden_states() -> Callable[..., torch.Tensor]:
-    """Return the function that computes the token states of one text, as plainly as can be."""
-
-    @torch.inference_mode()
-    def states(model: PreTrainedModel | PeftModel, ids: Sequence[int]) -> torch.Tensor:
-        return model(input_ids=torch.tensor([list(ids)])).last_hidden_state[0]
-
-    return states
 
 
 @pytest.fixture(scope="session")
@@ -396,7 +237,9 @@ async def connect() -> AsyncIterator[Connect]:
     """Return a function that starts a gateway with real engines in this process, and returns a client of it."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def connect(*entries: ModelEntry, aliases: Mapping[str, tuple[str, str | None]] | None = None):
+        async def connect(
+            *entries: ModelEntry, aliases: Mapping[str, tuple[str, str | None]] | None = None
+        ) -> httpx.AsyncClient:
             registry = Registry(
                 path=Path("models.yaml"),
                 version=1,
@@ -437,8 +280,9 @@ def edit_json() -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def _same_threads() -> Iterator[None]:
-    """Keep torch's thread count, which loading a model sets for the whole process."""
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: for models of this size more of them only wait for each other."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -55,12 +55,14 @@ class PackedRuntime:
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
         self._mask = mask
-        self._first_position = POSITION_OFFSET.get(model.config.model_type, 0)
+        # RoBERTa's kind counts from behind the padding id, and does not count a padding token that a text contains.
+        self._uncounted_id: int | None = None
+        if model.config.model_type in POSITION_OFFSET:
+            self._uncounted_id = model.config.pad_token_id
         model.set_attn_implementation(ATTENTION)
 
     def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> PackedFeatures:
         lengths = [len(row) for row in rows]
-        first = self._first_position
         adapter_mask = None
         if self._mask is not None:
             adapter_mask = self._mask.rows(adapters).repeat_interleave(
@@ -68,7 +70,7 @@ class PackedRuntime:
             )[None]
         return PackedFeatures(
             input_ids=self._to_device(torch.tensor([[token for row in rows for token in row]])),
-            position_ids=self._to_device(torch.cat([torch.arange(first, first + n) for n in lengths])[None]),
+            position_ids=self._to_device(torch.cat([self._positions(row) for row in rows])[None]),
             boundaries=self._to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
             adapter_mask=adapter_mask,
             lengths=lengths,
@@ -84,6 +86,12 @@ class PackedRuntime:
             packed_lengths=features.lengths,
         ).last_hidden_state
         return TokenStates(states[0], features.lengths)
+
+    def _positions(self, row: Sequence[int]) -> torch.Tensor:
+        if self._uncounted_id is None:
+            return torch.arange(len(row))
+        is_counted = torch.tensor(row) != self._uncounted_id
+        return is_counted.cumsum(0) * is_counted + self._uncounted_id
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy from pinned memory, so that the copy runs beside the forward before it."""

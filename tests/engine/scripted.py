@@ -1,0 +1,137 @@
+"""An encoder without a model, and what tests hold it up, wait and ask with."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import numpy as np
+
+from gateway.embedding import Embeddings, EmbedJob, Truncate
+from gateway.engine.batcher import Batcher
+from gateway.engine.encoders.base import Encoder
+from gateway.engine.items import Encoded, Item, Tokens
+from gateway.errors import ContextLengthExceeded, RequestError
+
+MakeJob = Callable[..., EmbedJob]
+StartBatcher = Callable[..., Awaitable[Batcher]]
+PATIENCE_S = 10.0
+
+
+class NumberTokenizer:
+    """Takes a text for a list of numbers, and each number for a token."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.on_tokenise: Callable[[Sequence[str]], None] = lambda _texts: None
+
+    def tokenise(
+        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+    ) -> list[Tokens]:
+        self.on_tokenise(texts)
+        rows = [[int(word) for word in (instruction + text).split()] for text in texts]
+        if truncate is Truncate.REFUSE and any(len(ids) > self.max_tokens for ids in rows):
+            raise ContextLengthExceeded(f"maximum context length is {self.max_tokens} tokens", param="input")
+        return [Tokens(ids[: self.max_tokens], len(ids) > self.max_tokens) for ids in rows]
+
+
+class NumberEncoder(Encoder):
+    """Embeds a text as ``[its first number, how many numbers it has]``.
+
+    Attributes:
+        on_forward: called with the numbers of each batch before it is computed; may wait or raise.
+        batches: the numbers of each batch that was begun.
+    """
+
+    width = 2
+
+    def __init__(self, max_tokens: int = 64) -> None:
+        self.numbers = NumberTokenizer(max_tokens)
+        self.tokenizer = self.numbers  # type: ignore[assignment]
+        self.on_forward: Callable[[list[list[int]]], None] = lambda _batch: None
+        self.batches: list[list[list[int]]] = []
+
+    @property
+    def computed(self) -> list[int]:
+        """The first number of every text that was begun, in order."""
+        return [ids[0] for batch in self.batches for ids in batch]
+
+    def instruction(self, task: str | None) -> str:
+        return "" if task is None else f"{task} "
+
+    def encode_pre(self, sentences: list[Item]) -> list[list[int]]:
+        return [item.tokens.ids for item in sentences]
+
+    def encode_core(self, features: list[list[int]]) -> list[list[int]]:
+        self.batches.append(features)
+        self.on_forward(features)
+        return features
+
+    def encode_post(self, embedding: list[list[int]], skip_quanitzation: bool = True) -> list[Encoded]:
+        return [Encoded(np.array([[ids[0], len(ids)]], dtype=np.float32)) for ids in embedding]
+
+
+def raise_for(number: int, error: BaseException) -> Callable[[list[list[int]]], None]:
+    def on_forward(batch: list[list[int]]) -> None:
+        if any(number in ids for ids in batch):
+            raise error
+
+    return on_forward
+
+
+class Gate:
+    """Holds forwards, or tokenising, until it is opened."""
+
+    def __init__(self) -> None:
+        self._is_open = threading.Event()
+        self._was_reached = threading.Event()
+
+    def __call__(self, _what: object) -> None:
+        self._was_reached.set()
+        assert self._is_open.wait(PATIENCE_S)
+
+    def open(self) -> None:
+        self._is_open.set()
+
+    def wait_reached(self) -> bool:
+        return self._was_reached.wait(PATIENCE_S)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.wait_reached)
+
+
+def threads_of(model: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(f"{model}-")]
+
+
+def is_empty(batcher: Batcher) -> bool:
+    return (
+        not batcher._works
+        and not batcher._computations
+        and not batcher._inbox._queue._requests
+        and not batcher._inbox._queue._callers
+        and batcher._num_texts == batcher._num_tokens == 0
+    )
+
+
+async def becomes(condition: Callable[[], bool]) -> bool:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  a thread makes it hold, and tells nobody
+        await asyncio.sleep(0.005)
+    return condition()
+
+
+async def answer(awaitable: Awaitable[Embeddings]) -> Embeddings | RequestError:
+    """Return the answer or the error of a request; neither may take for ever."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await awaitable
+    except RequestError as error:
+        return error
+
+
+def texts_of(numbers: Iterable[int], length: int = 1) -> list[str]:
+    return [" ".join([str(number)] * length) for number in numbers]

