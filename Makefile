@@ -64,8 +64,9 @@ format: install-dev ## Format the code and mend what the linter can
 docs: install-dev ## Write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
 
-bench: install-dev ## Measure the start
-	$(BIN)/python -m bench.startup $(ARGS)
+bench: install-dev ## Measure the start, then compare with Infinity's server (ARGS=--quick)
+	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.compare $(ARGS)
 
 lock: build/lock/.installed ## Pin what pyproject.toml asks for (ARGS=--upgrade: newest versions)
 	build/lock/bin/python requirements/lock.py $(ARGS)

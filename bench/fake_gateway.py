@@ -1,0 +1,56 @@
+"""The gateway without a model: everything but the forward is its own, the vectors are ready-made.
+
+python -m bench.fake_gateway PORT
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import ModelEntry, Registry
+from gateway.config.settings import Settings
+from gateway.embedding import Embeddings, EmbedJob
+from gateway.server import serve
+from gateway.telemetry.logs import configure_logs
+
+MODEL = "fake"
+WIDTH = 1024
+
+
+class RandomBackend(FakeBackend):
+    """A fake whose numbers take as long to write as those of a model: the fake's own are mostly zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(fake_info(MODEL, WIDTH))
+        self._vectors = np.random.default_rng(0).standard_normal((4096, WIDTH), dtype=np.float32)
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        embeddings = await super().embed(job)
+        return replace(embeddings, vectors=self._vectors[: len(job.texts)])
+
+
+class FakeFleet(Fleet):
+    """The registry's models, each on a fake backend."""
+
+    @classmethod
+    def from_registry(cls, registry: Registry, settings: Settings) -> Fleet:
+        return cls([Model(entry, RandomBackend()) for entry in registry.models])
+
+
+def main() -> None:
+    settings = Settings(port=int(sys.argv[1]))
+    entry = ModelEntry(id=MODEL, source="package:fake/model", enabled=True)
+    registry = Registry(path=settings.models, version=1, models=(entry,), aliases={})
+    configure_logs(settings.log_level, settings.log_format)
+    with patch("gateway.server.Fleet", FakeFleet):
+        sys.exit(serve(registry, settings, lambda _fleet, _base_url: None))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Jina v3 and BGE-M3 at full size with random weights: as fast as the real ones, and nothing to download."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModel, JinaEmbeddingsV3Config, PreTrainedConfig, PreTrainedModel, XLMRobertaConfig
+
+NUM_TASKS = 5
+RANK, ALPHA = 4, 1
+
+# What sentence-transformers takes by default.
+_BATCH_TEXTS = 32
+# A batch of 32 of the longest texts does not fit most cards; nobody would run that.
+_MOST_PADDED_TOKENS = 65_536
+
+Rows = Sequence[Sequence[int]]
+Adapter = Mapping[str, torch.Tensor]
+"""The tensors of a LoRA adapter by PEFT's names."""
+
+
+def jina_v3_config(*, is_tiny: bool) -> PreTrainedConfig:
+    """Return transformers' defaults, which are the released model's; or the same in small."""
+    if not is_tiny:
+        return JinaEmbeddingsV3Config()
+    return JinaEmbeddingsV3Config(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+
+
+def bge_m3_config(*, is_tiny: bool) -> PreTrainedConfig:
+    """Return the shape of XLM-RoBERTa-large with 8,194 positions; or the same in small."""
+    small = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    large = {"vocab_size": 250_002, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    sizes: dict[str, Any] = small if is_tiny else large
+    return XLMRobertaConfig(
+        **sizes,
+        intermediate_size=64 if is_tiny else 4096,
+        max_position_embeddings=8194,
+        type_vocab_size=1,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        layer_norm_eps=1e-5,
+    )
+
+
+def build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Make a model with random weights, the same each time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config),  # the model changes it, and so its attention
+            dtype=dtype,
+            attn_implementation="sdpa",
+        )
+    made.pooler = None  # no embedding uses it
+    model: PreTrainedModel = made.eval().requires_grad_(False)
+    return model
+
+
+def linear_params(model: nn.Module) -> int:
+    """Return the weights that every token is multiplied with."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
+def flops(config: PreTrainedConfig, num_weights: int, rows: Rows) -> float:
+    """Return the operations that the texts need: two a weight and token, and attention's two products."""
+    width, depth = int(config.hidden_size), int(config.num_hidden_layers)
+    lengths = [len(row) for row in rows]
+    attention = 4 * width * depth * sum(n * n for n in lengths)
+    return 2.0 * num_weights * sum(lengths) + attention
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def make_adapters(model: nn.Module) -> list[Adapter]:
+    """Make an adapter for each task, on every linear layer and embedding table that has one in Jina v3."""
+    generator = torch.Generator().manual_seed(1)
+    return [_make_adapter(model, generator) for _ in range(NUM_TASKS)]
+
+
+def _make_adapter(model: nn.Module, generator: torch.Generator) -> Adapter:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.05
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            tensors[f"{name}.lora_A.weight"] = random(RANK, layer.in_features)
+            tensors[f"{name}.lora_B.weight"] = random(layer.out_features, RANK)
+        elif isinstance(layer, nn.Embedding):
+            tensors[f"{name}.lora_embedding_A"] = random(RANK, layer.num_embeddings)
+            tensors[f"{name}.lora_embedding_B"] = random(layer.embedding_dim, RANK)
+    return tensors
+
+
+def save_adapters(adapters: Sequence[Adapter], folder: Path) -> list[Path]:
+    """Write adapters as PEFT does, and return their folders."""
+    folders = [folder / f"task-{i}" for i in range(len(adapters))]
+    for path, adapter in zip(folders, adapters, strict=True):
+        path.mkdir()
+        save_file(
+            {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}, path / "adapter_model.safetensors"
+        )
+        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}))
+    return folders
+
+
+def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Add an adapter to the weights: one task, without extra arithmetic."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            change = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
+        elif isinstance(layer, nn.Embedding):
+            change = (adapter[f"{name}.lora_embedding_B"] @ adapter[f"{name}.lora_embedding_A"]).t()
+        else:
+            continue
+        layer.weight += (change * (ALPHA / RANK)).to(layer.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------- encoders
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeEncoder:
+    """The gateway's own runtime, given packed batches of bounded size."""
+
+    runtime: Any
+    max_batch_tokens: int
+
+    def encode(self, rows: Rows, adapters: Sequence[int]) -> torch.Tensor:
+        """Return the mean-pooled vectors, ``(n, width)`` float32 on the CPU."""
+        vectors = []
+        first = 0
+        for count in batch_counts([len(row) for row in rows], self.max_batch_tokens):
+            part = slice(first, first + count)
+            states = self.runtime.forward(self.runtime.prepare(rows[part], adapters[part]))
+            vectors.append(states.pool(_mean_pooling()).float().cpu())
+            first += count
+        return torch.cat(vectors)
+
+
+def packed_encoder(model: PreTrainedModel, adapter_folders: Sequence[Path], max_batch_tokens: int) -> RuntimeEncoder:
+    """Put a model, with its adapters if there are any, into the gateway's packed runtime."""
+    runtimes: Any = import_module("gateway.engine.runtimes.packed")
+    mask = None
+    if adapter_folders:
+        adapters: Any = import_module("gateway.engine.adapters")
+        mask = adapters.install_adapters(model, adapter_folders)
+        mask.to(model.device)
+        nn.Module.to(model, model.device)  # the adapters are made on the CPU
+    return RuntimeEncoder(runtimes.PackedRuntime(model, mask), max_batch_tokens)
+
+
+def _mean_pooling() -> Any:
+    from gateway.engine.checkpoint import Pooling
+
+    return Pooling.MEAN
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedEncoder:
+    """What sentence-transformers does: sort by length, batches of 32, pad, and mask."""
+
+    model: PreTrainedModel
+
+    def encode(self, rows: Rows, adapters: Sequence[int] = ()) -> torch.Tensor:
+        """Return the mean-pooled vectors, ``(n, width)`` float32 on the CPU."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        vectors = torch.empty(len(rows), self.model.config.hidden_size)
+        first = 0
+        while first < len(order):
+            longest = len(rows[order[first]])
+            part = order[first : first + min(_BATCH_TEXTS, max(1, _MOST_PADDED_TOKENS // longest))]
+            vectors[part] = self._encode_batch([rows[i] for i in part])
+            first += len(part)
+        return vectors
+
+    def _encode_batch(self, rows: Rows) -> torch.Tensor:
+        device = self.model.device
+        longest = max(len(row) for row in rows)
+        pad_id = self.model.config.pad_token_id or 0
+        ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows]).to(device)
+        mask = (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long().to(device)
+        states: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        return ((states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1)[:, None]).cpu()
+
+
+def batch_counts(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
+    """Return how many texts go into each batch, in order, when a batch takes so many tokens."""
+    counts: list[int] = []
+    total = 0
+    for length in lengths:
+        if counts and total + length <= max_batch_tokens:
+            counts[-1] += 1
+            total += length
+        else:
+            counts.append(1)
+            total = length
+    return counts
+
+
+def min_cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the smallest cosine between rows of the same place."""
+    return float(functional.cosine_similarity(ours, theirs).min())

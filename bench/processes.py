@@ -1,0 +1,104 @@
+"""Child processes of a benchmark: each is ended by its own process id, whatever happens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Self
+
+import orjson
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+_STOP_S = 15.0
+
+
+class Process:
+    """A child process; as a context manager it is ended on the way out.
+
+    It is in a process group of its own, so that Ctrl-C reaches the benchmark alone, which then ends it.
+
+    Args:
+        name: of its log, ``bench/results/NAME.log``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        environ: Mapping[str, str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
+    ) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        self.log = RESULTS / f"{name}.log"
+        with self.log.open("wb") as log:
+            self.popen = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=dict(environ),
+                stdin=stdin,
+                stdout=log if stdout is None else stdout,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_details: object) -> None:
+        self.end()
+
+    def check_alive(self) -> None:
+        """Raise ``RuntimeError`` with the end of the log if the process has ended by itself."""
+        if self.popen.poll() is not None:
+            raise RuntimeError(f"{self.log.stem} ended with {self.popen.returncode}:\n{self.log_tail()}")
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+    def end(self) -> None:
+        """Ask the process to stop, and kill it if it does not."""
+        self.popen.terminate()
+        try:
+            self.popen.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+
+
+class Worker(Process):
+    """A Python module of ours in a process of its own, which answers a line of JSON with a line of JSON."""
+
+    def __init__(self, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        super().__init__(
+            name,
+            [sys.executable, "-m", module, *arguments],
+            environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def ask(self, question: object) -> Any:
+        """Send a question and wait for the answer."""
+        stdin, stdout = self.popen.stdin, self.popen.stdout
+        assert stdin is not None  # noqa: S101  both are pipes
+        assert stdout is not None  # noqa: S101
+        stdin.write(orjson.dumps(question) + b"\n")
+        stdin.flush()
+        return self._read(stdout)
+
+    def _read(self, stdout: IO[bytes]) -> Any:
+        line = stdout.readline()
+        if not line:
+            self.popen.wait(_STOP_S)
+            self.check_alive()
+        return orjson.loads(line)

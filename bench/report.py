@@ -1,0 +1,97 @@
+"""Tables and goals in Markdown, and their place in the documentation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bench.processes import ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+
+_ABOVE = {"%": 100.0, "x": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Something to reach, and what was measured.
+
+    Attributes:
+        sense: whether the measured value must be ``>=`` or ``<=`` the target.
+        unit: ``x`` for a ratio, ``%`` for a share of one.
+        note: what else must be said.
+        is_sound: ``False`` when something else failed that the number does not show.
+    """
+
+    name: str
+    sense: Literal[">=", "<="]
+    target: float
+    unit: Literal["x", "%"]
+    measured: float
+    note: str = ""
+    is_sound: bool = True
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the goal is reached; what could not be measured is not."""
+        is_reached = self.measured >= self.target if self.sense == ">=" else self.measured <= self.target
+        return self.is_sound and is_reached
+
+
+def goals_table(goals: Sequence[Goal]) -> str:
+    """Return the goals, each with its target, what was measured, and whether that is enough."""
+    return table(
+        ("goal", "target", "measured", "met"),
+        [
+            (
+                goal.name,
+                f"{goal.sense} {_with_unit(goal.target, goal.unit)}",
+                _with_unit(goal.measured, goal.unit) + (f" ({goal.note})" if goal.note else ""),
+                "yes" if goal.is_met else "**no**",
+            )
+            for goal in goals
+        ],
+    )
+
+
+def _with_unit(value: float, unit: Literal["x", "%"]) -> str:
+    return f"{number(value * _ABOVE[unit])}{' ' if unit == '%' else ''}{unit}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Write a number with three significant digits, thousands with a comma; `n/a` for what was not measured."""
+    if math.isnan(value):
+        return "n/a"
+    if math.isinf(value):
+        return "∞"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def update_page(section: str, markdown: str, page: Path = PAGE) -> None:
+    """Replace what stands between ``<!-- section -->`` and ``<!-- end of section -->``.
+
+    Raises:
+        ValueError: the page has no such section.
+    """
+    begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
+    text, count = re.subn(
+        f"{re.escape(begin)}.*?{re.escape(end)}",
+        lambda _match: f"{begin}\n{markdown.strip()}\n{end}",
+        page.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise ValueError(f"{page}: has {count} sections {begin}")
+    page.write_text(text, encoding="utf-8")
