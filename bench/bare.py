@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ import orjson
 
 from bench.load import Sample
 from bench.processes import ROOT, Worker
+from gateway.engine.items import Item
 
 MODEL = "all-minilm-l6-v2"
 
@@ -71,18 +71,19 @@ class _Gateway:
         from gateway.config.registry import load_registry
         from gateway.config.settings import Settings
         from gateway.embedding import Truncate
+        from gateway.engine.devices import choose_cpu_threads
         from gateway.engine.loading import load_engine, plan_load
 
         registry = load_registry(ROOT / "models.yaml", {})
         plan = plan_load(next(entry for entry in registry.models if entry.id == MODEL))
         self.about = f"{plan.info.dtype}, {plan.info.engine}"
-        self.num_threads = _choose_threads(num_threads, plan)
+        threads = choose_cpu_threads(num_threads, plan.runtime)
+        self.num_threads = threads.num_streams * threads.per_stream
         self.max_batch_tokens = plan.max_batch_tokens
-        self._replicas: Sequence[Any] = load_engine(plan, Settings(cpu_threads=num_threads))._model_replicas
+        self._replicas: Sequence[Any] = load_engine(plan, Settings(cpu_threads=num_threads)).encoders
         self.num_replicas = len(self._replicas)
         self._threads = ThreadPoolExecutor(len(self._replicas))
         self._truncate = Truncate.END
-        self._item = _find_item()
 
     def encode(self, texts: Sequence[str]) -> float:
         tokens = sorted(self._replicas[0].tokenise(texts, None, self._truncate), key=lambda row: len(row.ids))
@@ -93,7 +94,7 @@ class _Gateway:
 
     def _encode_all(self, replica: Any, batches: Iterator[Sequence[Any]]) -> float:
         """Encode batches until none is left; return the seconds of the forwards."""
-        return sum(_encode_batch(replica, [self._item(tokens) for tokens in batch]) for batch in batches)
+        return sum(_encode_batch(replica, [Item(tokens) for tokens in batch]) for batch in batches)
 
 
 def _encode_batch(replica: Any, items: Sequence[object]) -> float:
@@ -106,22 +107,6 @@ def _encode_batch(replica: Any, items: Sequence[object]) -> float:
         ended = time.perf_counter()
         replica.encode_post(states)
     return ended - started
-
-
-def _find_item() -> Callable[[Any], object]:
-    """Return what makes of a text's tokens what the encoder takes: the tokens themselves, if it knows no more."""
-    name = "gateway.engine.items"
-    items: Any = import_module(name) if find_spec(name) else import_module("gateway.engine.encoders.base")
-    return getattr(items, "Item", lambda tokens: tokens)
-
-
-def _choose_threads(num_threads: int, plan: Any) -> int:
-    """Set the threads as the gateway does when it starts, and return how many there are."""
-    devices: Any = import_module("gateway.engine.devices")
-    if hasattr(devices, "set_cpu_threads"):
-        return int(devices.set_cpu_threads(num_threads))
-    threads = devices.choose_cpu_threads(num_threads, plan.runtime)
-    return int(threads.num_streams * threads.per_stream)
 
 
 class _SentenceTransformers:
