@@ -83,7 +83,7 @@ heavy = {{"torch", "transformers", "infinity_emb", "sentence_transformers"}}
 atexit.register(lambda: print("imported:", sorted(heavy & sys.modules.keys())))
 app({arguments!r})
 """
-    result = subprocess.run(  # noqa: S603 - runs this interpreter with the text above
+    result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
 

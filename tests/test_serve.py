@@ -198,5 +198,5 @@ def test_models_lists_what_would_load(tmp_path: Path) -> None:
     ).stdout
 
     assert re.search(r"minilm yes cpu (bfloat16|float32) 384 256 \d+ MiB \d+ MiB \d+ MiB", words(listed))
-    assert "lost no such folder" in words(listed)
+    assert "lost no: no such folder" in words(listed)
     assert "off no: switched off" in words(listed)

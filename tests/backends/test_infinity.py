@@ -185,8 +185,10 @@ async def test_a_fault_costs_no_other_request_in_the_same_batch(
     queue = engine_of(model.backend)._batcher._inbox._queue  # type: ignore[union-attr]
     num_streams = len(engine_of(model.backend).encoders)
     forward.gate.clear()
-    first = [asyncio.create_task(post(f"first {'word ' * i}")) for i in range(num_streams)]
-    await until(lambda: len(forward.batches) == num_streams)
+    first = []
+    for stream in range(num_streams):  # one after the other: together they could be one batch
+        first.append(asyncio.create_task(post(f"number {stream}")))
+        await until(lambda: len(forward.batches) == len(first))
     texts = ["poison", "one", "another", "one more"]
     rest = [asyncio.create_task(post(text)) for text in texts]
     await until(lambda: sum(len(request.entries) for request in queue._requests.values()) == len(texts))

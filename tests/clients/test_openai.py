@@ -134,11 +134,14 @@ def test_extra_fields_headers_and_query_parameters_pass(client: OpenAI) -> None:
     assert np.array_equal(vectors(extra), vectors(plain))
 
 
-def test_late_chunking_that_a_model_cannot_do_is_a_bad_request(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="late_chunking") as caught:
-        client.embeddings.create(model=MODEL, input="hello", extra_body={"late_chunking": True})
+def test_late_chunking_gives_each_chunk_a_vector_of_its_own(client: OpenAI) -> None:
+    chunks = ["The tower stands in Paris.", "It was built in 1889."]
 
-    assert caught.value.param == "late_chunking"
+    together = client.embeddings.create(model=MODEL, input=chunks, extra_body={"late_chunking": True})
+    apart = client.embeddings.create(model=MODEL, input=chunks)
+
+    assert [len(item.embedding) for item in together.data] == [len(item.embedding) for item in apart.data]
+    assert together.data[1].embedding != apart.data[1].embedding  # the second chunk has seen the first
 
 
 @pytest.mark.parametrize("ids", [[15339, 1917], [[15339, 1917], [9080]]])
