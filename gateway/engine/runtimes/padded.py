@@ -58,9 +58,9 @@ class PaddedRuntime:
         return TokenStates.from_padded(states, features.lengths)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad token ids on the right: ids and mask, each ``(b, t)`` int64."""
-    longest = max(len(row) for row in rows)
+def pad(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the right: ids and mask, each ``(b, t)`` int64; ``t`` is a multiple of ``multiple``."""
+    longest = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
     mask = (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long()
     return ids, mask
