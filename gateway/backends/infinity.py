@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,11 @@ class InfinityBackend:
 
     def _load(self) -> tuple[Engine, ModelInfo]:
         # Imports torch, which takes seconds: not on the event loop, and not for a command that loads nothing.
+        from gateway.engine.devices import release_memory
         from gateway.engine.loading import load_engine, plan_load
 
+        gc.collect()  # an engine that was given up is held by cycles
+        release_memory()
         plan = plan_load(self._entry)
         return load_engine(plan, self._settings), plan.info
 
@@ -96,9 +100,11 @@ class InfinityBackend:
         """Load the model anew, until that succeeds."""
         log.error("engine_lost", model=self._entry.id, reason=reason)
         report(ModelState.RECOVERING, reason)
+        self._engine = None  # its weights have to go before there is room for them again
         engine.give_up(
             lambda: ModelRecovering(f"model {self._entry.id!r} is being loaded anew: {reason}", retry_after_s=5)
         )
+        del engine
         pause_s = 1.0
         while True:
             metrics.ENGINE_RESTARTS.labels(self._entry.id).inc()

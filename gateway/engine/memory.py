@@ -33,12 +33,12 @@ def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: in
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
     context, and the feed-forward's input before and after its activation: T * (6 * width + 2 * intermediate) numbers,
-    plus one text's attention scores where the attention kernel writes them out (heads * length^2).
+    plus one text's attention scores (heads * length^2), which an attention without packing may write out.
     """
     size = DTYPE_BYTES[dtype]
     tokens = max(max_batch_tokens, max_tokens)
     activations = tokens * (6 * checkpoint.hidden_width + 2 * checkpoint.intermediate_width)
-    scores = checkpoint.num_heads * max_tokens**2
+    scores = 0 if runtime == "torch-packed" else checkpoint.num_heads * max_tokens**2
     return MemoryPlan(
         # OpenVINO packs a copy from torch's float32 weights, which are there until it is done.
         weights_bytes=sum(_num_weights(path) for path in checkpoint.all_weights)

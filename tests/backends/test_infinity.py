@@ -289,7 +289,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
     await watched.backend.start(lambda state, reason: watched.reports.append((state, reason)))
     yield watched
     await watched.backend.stop()
-    assert engines[-1].is_stopped
+    assert watched.engine is None or engines[-1].is_stopped  # one that was given up has ended already
 
 
 async def test_an_engine_that_is_well_is_left_alone(watched: Watched) -> None:

@@ -79,7 +79,7 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     engine = load_engine(plan, Settings())
 
     assert plan.info.device == "cuda:0, cuda:1"
-    assert plan.runtime == "torch"
+    assert plan.runtime == "torch-packed"
     assert list(engine.encoders) == asked == ["cuda:0", "cuda:1"]
 
 

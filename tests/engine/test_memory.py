@@ -143,3 +143,10 @@ def test_the_limit_of_a_container_counts(
 )
 def test_sizes_are_printed_for_people(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
+
+
+def test_packed_texts_need_no_room_for_attention_scores(checkpoint: Checkpoint) -> None:
+    padded, packed = (plan_memory(checkpoint, "float16", name, 256, 2048) for name in ("torch", "torch-packed"))
+
+    assert padded.batch_bytes - packed.batch_bytes == checkpoint.num_heads * 256**2 * 2
+    assert padded.weights_bytes == packed.weights_bytes

@@ -274,6 +274,7 @@ def test_whatever_happens_each_wanted_entry_is_taken_once(
     assert not queue._callers
     assert not queue._requests
     assert queue._num_waiting == 0
+    assert queue.num_tokens == 0
 
 
 # -------------------------------------------------------------------------------------------------- shared computations
@@ -480,6 +481,8 @@ def test_whatever_happens_what_is_shared_is_computed_once_and_for_all_who_want_i
 
     for event in events:
         flight.happen(*event)
+        waiting = [entry for request in flight.queue._requests.values() for entry in request.entries]
+        assert flight.queue.num_tokens == sum(sizes_of(waiting))
     while flight.take(60):
         pass
     flight.deliver()
@@ -490,3 +493,4 @@ def test_whatever_happens_what_is_shared_is_computed_once_and_for_all_who_want_i
     assert not flight.queue._callers
     assert not flight.queue._requests
     assert flight.queue._num_waiting == 0
+    assert flight.queue.num_tokens == 0

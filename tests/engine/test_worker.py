@@ -267,6 +267,52 @@ def test_a_thread_that_waits_is_woken_for_what_another_has_left(start: Start, de
     assert all(isinstance(result, Encoded) for batch in delivered.batches for result in batch.results)
 
 
+def test_idle_threads_share_out_what_one_of_them_could_take(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=10_000)
+    together = threading.Barrier(3)
+    encoders = [NumberEncoder() for _ in range(3)]
+    for encoder in encoders:
+        encoder.on_forward = lambda _batch: together.wait(PATIENCE_S) and None
+        start(encoder, inbox)
+    time.sleep(0.05)  # all of them wait
+
+    inbox.add(entries(computations(range(30), length=20)))
+    delivered.wait(30)
+
+    assert [len(encoder.computed) for encoder in encoders] == [10, 10, 10]
+
+
+def test_what_is_little_is_not_shared_out(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=10_000)
+    encoders = [NumberEncoder() for _ in range(3)]
+    for encoder in encoders:
+        start(encoder, inbox)
+    time.sleep(0.05)  # all of them wait
+
+    inbox.add(entries(computations(range(16), length=4)))
+    delivered.wait(16)
+
+    assert sorted(len(encoder.computed) for encoder in encoders) == [0, 0, 16]
+
+
+def test_a_thread_that_is_idle_alone_takes_all_that_fits(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=100)
+    busy, idle = NumberEncoder(), NumberEncoder()
+    gate, second = Gate(), Gate()
+    busy.on_forward, idle.on_forward = gate, second
+    for encoder, held in ((busy, gate), (idle, second)):
+        inbox.add(entries(computations([1000])))
+        start(encoder, inbox)
+        assert held.wait_reached()
+
+    inbox.add(entries(computations(range(30), length=10)))
+    second.open()
+    delivered.wait(31)
+
+    assert [len(batch) for batch in idle.batches] == [1, 10, 10, 10]
+    gate.open()
+
+
 def test_each_text_goes_to_one_replica(start: Start, delivered: Delivered) -> None:
     inbox = Inbox(max_batch_tokens=10)
     encoders = [NumberEncoder() for _ in range(3)]

@@ -92,8 +92,8 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[TextEn
     ]
 
 
-def choose_runtime(setting: str, device: str) -> str:
-    """Resolve ``auto``: OpenVINO on a CPU where it is installed, torch elsewhere.
+def choose_runtime(setting: str, device: str, model_type: str) -> str:
+    """Resolve ``auto``: OpenVINO on a CPU where it is installed, torch elsewhere, packed where that can be.
 
     Raises:
         LoadError: OpenVINO is asked for and is not installed, or not on a CPU.
@@ -103,11 +103,13 @@ def choose_runtime(setting: str, device: str) -> str:
     is_installed = find_spec("openvino") is not None
     if setting == "openvino" and not is_installed:
         raise LoadError("runtime openvino: the package openvino is not installed; use runtime: torch or auto")
-    return "openvino" if device == "cpu" and is_installed and setting in ("auto", "openvino") else "torch"
+    if device != "cpu":
+        return "torch-packed" if model_type in PACKED_MODEL_TYPES else "torch"
+    return "openvino" if is_installed and setting in ("auto", "openvino") else "torch"
 
 
 def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
-    if choose_runtime(options.runtime, options.device) == "openvino":
+    if choose_runtime(options.runtime, options.device, checkpoint.model_type) == "openvino":
         runtimes = _try_openvino(checkpoint, options, tokenizer)
         if runtimes:
             return runtimes
