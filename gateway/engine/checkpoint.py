@@ -14,13 +14,11 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeAlias
 
 from gateway.embedding import Output, canonical_task
+from gateway.engine.json_files import Json, read_json, read_object, require_string
 from gateway.engine.sources import file_sha256
 from gateway.errors import LoadError
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MODEL_TYPES = (
     "bert",
@@ -134,8 +132,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
     """
-    config = _read_object(folder / "config.json")
-    model_type = _string(config, "model_type", folder)
+    config = read_object(folder / "config.json")
+    model_type = require_string(config, "model_type", folder)
     if model_type not in MODEL_TYPES:
         raise LoadError(f"{folder}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     modules = _read_modules(folder)
@@ -192,7 +190,7 @@ def _read_modules(folder: Path) -> _Modules:
     path = folder / "modules.json"
     if not path.exists():
         return _Modules()
-    rows = _read_json(path)
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise LoadError(f"{path}: must hold a list, got {type(rows).__name__}")
     for row in rows:
@@ -200,7 +198,7 @@ def _read_modules(folder: Path) -> _Modules:
             raise LoadError(f"{path}: each entry must be an object, got {row!r}")
     # The classes moved between releases of sentence-transformers; the last part of the name has stayed.
     named = [
-        (_string(row, "type", path).rsplit(".", 1)[-1], _string(row, "path", path))
+        (require_string(row, "type", path).rsplit(".", 1)[-1], require_string(row, "path", path))
         for row in rows
         if isinstance(row, dict)
     ]
@@ -222,7 +220,7 @@ def _read_modules(folder: Path) -> _Modules:
 
 def _read_pooling(folder: Path) -> Pooling:
     path = folder / "config.json"
-    config = _read_object(path)
+    config = read_object(path)
     if config.get("include_prompt") is False:
         raise LoadError(f"{path}: include_prompt: false is not supported: prompt tokens are always pooled")
     mode = config.get("pooling_mode")
@@ -239,7 +237,7 @@ def _read_pooling(folder: Path) -> Pooling:
 
 
 def _read_dense_width(folder: Path) -> int:
-    width = _read_object(folder / "config.json").get("out_features")
+    width = read_object(folder / "config.json").get("out_features")
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise LoadError(f"{folder}/config.json: out_features must be a positive integer, got {width!r}")
     return width
@@ -247,7 +245,7 @@ def _read_dense_width(folder: Path) -> int:
 
 def _read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
     """Return the instruction of each prompt, and the name of the default one."""
-    config = _read_object(path, optional=True)
+    config = read_object(path, optional=True)
     prompts = config.get("prompts")
     texts = {str(name): str(text) for name, text in prompts.items()} if isinstance(prompts, dict) else {}
     default = config.get("default_prompt_name")
@@ -312,7 +310,7 @@ def _read_transformer(folder: Path) -> dict[str, Json]:
     """Return the length and lower-casing; the first releases of sentence-transformers named the file for the model."""
     for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta"):
         path = folder / f"sentence_{name}_config.json"
-        config = _read_object(path, optional=True)
+        config = read_object(path, optional=True)
         if config:
             _require_plain(config, path)
             return config
@@ -335,7 +333,7 @@ def _require_plain(config: Mapping[str, Json], path: Path) -> None:
 
 def _max_tokens(folder: Path, transformer: Mapping[str, Json], position_limit: int) -> int:
     """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
-    tokenizer = _read_object(folder / "tokenizer_config.json", optional=True)
+    tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
     for limit in (transformer.get("max_seq_length"), tokenizer.get("model_max_length")):
         if isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 1:
             return int(min(limit, position_limit))
@@ -375,34 +373,8 @@ def _with_fingerprint(checkpoint: Checkpoint) -> Checkpoint:
     }
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
     for layer in checkpoint.dense_layers:  # what the weights do not say
-        parts[f"activation of {layer.name}"] = str(_read_object(layer / "config.json").get("activation_function"))
+        parts[f"activation of {layer.name}"] = str(read_object(layer / "config.json").get("activation_function"))
     for task, adapter in checkpoint.adapters.items():
-        config = _read_object(adapter / "adapter_config.json")
+        config = read_object(adapter / "adapter_config.json")
         parts[f"scaling of {task}"] = str([config.get(key) for key in ("r", "lora_alpha", "use_rslora")])
     return replace(checkpoint, fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
-
-
-def _read_json(path: Path) -> Json:
-    try:
-        content: Json = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(f"{path}: no such file; is this a checkpoint folder?") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not readable as JSON: {error}") from error
-    return content
-
-
-def _read_object(path: Path, *, optional: bool = False) -> dict[str, Json]:
-    if optional and not path.exists():
-        return {}
-    content = _read_json(path)
-    if not isinstance(content, dict):
-        raise LoadError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _string(config: Mapping[str, Json], key: str, where: Path) -> str:
-    value = config.get(key)
-    if not isinstance(value, str):
-        raise LoadError(f"{where}: {key} must be a string, got {value!r}")
-    return value

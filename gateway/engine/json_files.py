@@ -1,0 +1,38 @@
+"""Read the JSON files of a checkpoint; what is wrong with one is a :class:`LoadError` that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from gateway.errors import LoadError
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+def read_json(path: Path) -> Json:
+    try:
+        content: Json = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"{path}: no such file; is this a checkpoint folder?") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: not readable as JSON: {error}") from error
+    return content
+
+
+def read_object(path: Path, *, optional: bool = False) -> dict[str, Json]:
+    if optional and not path.exists():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise LoadError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
+    value = config.get(key)
+    if not isinstance(value, str):
+        raise LoadError(f"{where}: {key} must be a string, got {value!r}")
+    return value
