@@ -62,24 +62,8 @@ def openai_router(
         body = EmbeddingsBody.parse(parse_object(await request.body()))
         texts = parse_input(body.input, settings.max_inputs, decoder)
         encoding = body.wanted_encoding
-        answer = await _unless_disconnected(
-            request,
-            service.embed(
-                EmbedRequest(
-                    texts=texts,
-                    model=body.model or None,
-                    timeout_s=_timeout_s(request, settings.request_timeout_s),
-                    caller=context.caller,
-                    task=body.wanted_task,
-                    dimensions=body.wanted_dimensions,
-                    is_normalised=body.wants_normalised,
-                    truncate=body.wanted_truncation,
-                    outputs=body.wanted_outputs,
-                    is_late_chunked=bool(body.late_chunking),
-                    expect_space=request.headers.get("x-gateway-expect-space"),
-                )
-            ),
-        )
+        timeout_s = _timeout_s(request, settings.request_timeout_s)
+        answer = await _unless_disconnected(request, service.embed(_embed_request(request, body, texts, timeout_s)))
         context.describe(model=answer.model, task=answer.task, num_texts=len(texts), num_tokens=answer.num_tokens)
         return Response(
             render_answer(answer, encoding), media_type="application/json", headers=_headers(answer, context.elapsed_s)
@@ -130,6 +114,23 @@ def openai_router(
 
 
 # ------------------------------------------------------------------------------------------------------------ input
+
+
+def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], timeout_s: float) -> EmbedRequest:
+    """Say in the gateway's own terms what a request asks for."""
+    return EmbedRequest(
+        texts=texts,
+        model=body.model or None,
+        timeout_s=timeout_s,
+        caller=RequestContext.of(request).caller,
+        task=body.wanted_task,
+        dimensions=body.wanted_dimensions,
+        is_normalised=body.wants_normalised,
+        truncate=body.wanted_truncation,
+        outputs=body.wanted_outputs,
+        is_late_chunked=bool(body.late_chunking),
+        expect_space=request.headers.get("x-gateway-expect-space"),
+    )
 
 
 def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
