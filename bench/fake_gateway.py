@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob
 from gateway.server import serve
 from gateway.telemetry.logs import configure_logs
@@ -35,21 +34,13 @@ class RandomBackend(FakeBackend):
         return replace(embeddings, vectors=self._vectors[: len(job.texts)])
 
 
-class FakeFleet(Fleet):
-    """The registry's models, each on a fake backend."""
-
-    @classmethod
-    def from_registry(cls, registry: Registry, settings: Settings) -> Fleet:
-        return cls([Model(entry, RandomBackend()) for entry in registry.models])
-
-
 def main() -> None:
     settings = Settings(port=int(sys.argv[1]))
     entry = ModelEntry(id=MODEL, source="package:fake/model", enabled=True)
     registry = Registry(path=settings.models, version=1, models=(entry,), aliases={})
     configure_logs(settings.log_level, settings.log_format)
-    with patch("gateway.server.Fleet", FakeFleet):
-        sys.exit(serve(registry, settings, lambda _fleet, _base_url: None))
+    deployment = Deployment(registry, settings, make_backend=lambda _entry: RandomBackend())
+    sys.exit(serve(deployment, lambda _fleet, _base_url: None))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic import BaseModel
 
 from gateway import errors
-from gateway.config.registry import Alias, ModelEntry, Registry
+from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow
 from gateway.config.settings import Settings, variable
 from gateway.config.wording import configurable
 
@@ -83,6 +83,7 @@ models:
     max_tokens: ${JINA_MAX_TOKENS:-8192}
     max_batch_tokens: 16384
     trust_remote_code: false
+    allow_space_change: false
 
   - id: bge-m3
     source: BAAI/bge-m3
@@ -103,9 +104,37 @@ models:
       model.safetensors: 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
     enabled: true
 
+  - id: bge-m3-cpu
+    source: BAAI/bge-m3
+    revision: 5617a9f61b028005a4858fdac845db406aefb181
+    enabled: true
+    device: cpu
+    outputs: [dense, sparse, multivector]
+
 aliases:
   default: all-minilm-l6-v2
   jina-query: {model: jina-embeddings-v3, task: retrieval.query}
+  search: {model: bge-m3, allow_space_change: false}
+
+experiments:
+  - id: search-exp
+    kind: cross_space
+    unit: {from: [header:x-unit, body:user, api_key]}
+    salt: search-exp-2026-11
+    start: 2026-11-01T00:00:00Z
+    end: 2026-12-01T00:00:00Z
+    force: header:x-gateway-force-arm
+    exclude: [load-test, ann@example.com]
+    allow_space_change: false
+    arms:
+      - {model: jina-embeddings-v3, weight: 90}
+      - {name: m3, model: bge-m3, weight: 10}
+
+shadows:
+  - {of: search, to: jina-embeddings-v3, sample: 0.05, max_queue: 200}
+
+fallbacks:
+  bge-m3: [bge-m3-cpu]
 """
 
 ERRORS_INTRODUCTION = """\
@@ -141,6 +170,12 @@ def configuration_page() -> str:
         _keys_table(ModelEntry),
         "### `aliases.NAME`\n\nEither the id of a model, or a mapping:\n",
         _keys_table(Alias),
+        "### `experiments[]`\n",
+        _keys_table(Experiment),
+        "### `experiments[].arms[]`\n",
+        _keys_table(Arm),
+        "### `shadows[]`\n",
+        _keys_table(Shadow),
         f"### Example\n\n```yaml\n{EXAMPLE}```\n",
     )
 
@@ -216,6 +251,8 @@ def _type(field: JsonSchema, schema: JsonSchema) -> str:
 
 
 def _range(field: JsonSchema) -> str:
+    if "exclusiveMinimum" in field and "maximum" in field:
+        return f" > {field['exclusiveMinimum']}, at most {field['maximum']}"
     if "minimum" in field and "maximum" in field:
         return f", {field['minimum']} to {field['maximum']}"
     if "minimum" in field:

@@ -1,4 +1,4 @@
-"""Put the gateway together: registry and settings in, ASGI application out."""
+"""Put the gateway together: a deployment in, ASGI application out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import __version__
+from gateway.api.admin import admin_router
+from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
 from gateway.api.openai import openai_router
-from gateway.backends.fleet import Fleet
-from gateway.config.registry import Registry
-from gateway.config.settings import Settings
+from gateway.api.spaces import spaces_router
+from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
+from gateway.evidence.counts import Evidence
+from gateway.evidence.exposures import ExposureLog
 from gateway.middleware import GatewayMiddleware
-from gateway.routing.router import Router
 from gateway.service import EmbeddingService
 
 _DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
@@ -27,8 +29,8 @@ Every path under `/v1` works without `/v1` too. Every error has the body `ErrorB
 """
 
 
-def create_app(registry: Registry, settings: Settings, fleet: Fleet) -> FastAPI:
-    """Return the application. It serves ``fleet`` as it is: whoever calls this starts and stops it."""
+def create_app(deployment: Deployment) -> FastAPI:
+    """Return the application. It serves ``deployment`` as it is: whoever calls this starts and stops it."""
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",
         description=_DESCRIPTION,
@@ -36,9 +38,18 @@ def create_app(registry: Registry, settings: Settings, fleet: Fleet) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # the middleware has dropped trailing slashes: it would redirect in a circle
     )
-    names = Router(registry, fleet)
-    app.include_router(openai_router(EmbeddingService(names), names, registry, fleet, settings))
-    app.include_router(health_router(fleet))
+    settings = deployment.settings
+    log = (
+        ExposureLog(settings.exposure_log, settings.exposure_log_max_bytes, settings.exposure_log_backups)
+        if settings.exposure_log
+        else None
+    )
+    evidence = Evidence(log)
+    app.include_router(openai_router(EmbeddingService(deployment, evidence), deployment, settings))
+    app.include_router(experiments_router(deployment, evidence))
+    app.include_router(spaces_router(deployment))
+    app.include_router(health_router(deployment))
+    app.include_router(admin_router(deployment))
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(GatewayMiddleware, settings=settings)
     return app

@@ -56,6 +56,7 @@ def serve(
     models: Annotated[Path | None, typer.Option(help="The registry to serve.")] = None,
 ) -> None:
     """Serve the models of the registry over HTTP."""
+    from gateway.deployment import Deployment
     from gateway.server import serve as serve_http
     from gateway.telemetry.logs import configure_logs
 
@@ -66,7 +67,8 @@ def serve(
         _fail(error)
     configure_logs(settings.log_level, settings.log_format)
     try:
-        exit_code = serve_http(registry, settings, _announce)
+        deployment = Deployment(registry, settings, read_registry=lambda: load_registry(settings.models, os.environ))
+        exit_code = serve_http(deployment, _announce)
     except StartError as error:
         _fail(error)
     raise typer.Exit(exit_code)
@@ -75,10 +77,54 @@ def serve(
 @app.command()
 def check(
     file: Annotated[Path | None, typer.Argument(help="The registry to check. By default GATEWAY_MODELS.")] = None,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Also fail when a name would stand for another space than in its lock.")
+    ] = False,
 ) -> None:
     """Check models.yaml: print every problem with its line and column, and exit 1 if there is one."""
     path, registry = _read_registry(file)
+    if locked:
+        _check_lock(registry)
     typer.echo(f"{path}: ok, {_summary(registry)}")
+
+
+@app.command()
+def lock(
+    file: Annotated[Path | None, typer.Argument(help="The registry to lock. By default GATEWAY_MODELS.")] = None,
+) -> None:
+    """Write models.lock.json beside the registry: the weights and spaces of every name, for `check --locked`."""
+    from gateway.lock import lock_path, make_lock, read_lock, write_lock
+
+    _path, registry = _read_registry(file)
+    target = lock_path(registry)
+    try:
+        made = make_lock(registry, read_lock(target))
+    except StartError as error:
+        _fail(error)
+    write_lock(target, made)
+    typer.echo(f"{target}: {_count(len(made.models), 'model', 'models')}")
+    for name, model in made.models.items():
+        if model.fingerprint is None:
+            typer.echo(f"{name}: its checkpoint is not on this machine; the lock holds its source and revision only")
+
+
+def _check_lock(registry: Registry) -> None:
+    from gateway.lock import differences, lock_path, read_lock
+
+    target = lock_path(registry)
+    try:
+        made = read_lock(target)
+        found = (
+            [f"{target} does not exist; write it with `gateway lock`"] if made is None else differences(registry, made)
+        )
+    except StartError as error:
+        _fail(error)
+    if found:
+        advice = (
+            "Vectors that are stored under these names could not be compared with new ones. If that is meant: "
+            "`gateway lock`"
+        )
+        _fail(StartError("\n".join([*found, *([advice] if made else [])])))
 
 
 @app.command()
@@ -150,7 +196,9 @@ def _announce(fleet: Fleet, base_url: str) -> None:
 
 
 def _summary(registry: Registry) -> str:
-    return f"{_count(len(registry.models), 'model', 'models')}, {_count(len(registry.aliases), 'alias', 'aliases')}"
+    parts = [_count(len(registry.models), "model", "models"), _count(len(registry.aliases), "alias", "aliases")]
+    parts += [_count(len(registry.experiments), "experiment", "experiments")] if registry.experiments else []
+    return ", ".join(parts)
 
 
 def _count(number: int, singular: str, plural: str) -> str:

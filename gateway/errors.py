@@ -5,14 +5,18 @@
     GatewayError
     ├── StartError                      the process or a model cannot start
     │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
-    │   └── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
+    │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
+    │   └── CompareError                a comparison's data, models or gateway do not allow it
     └── RequestError                    one request failed; carries the HTTP status and the code
         ├── BadInput               400
         │   ├── ContextLengthExceeded
-        │   └── UnsupportedDimensions
+        │   ├── UnsupportedDimensions
+        │   └── ReloadRefused
         ├── Unauthorized           401
+        ├── Forbidden              403
         ├── NotFound               404
-        │   └── ModelNotFound
+        │   ├── ModelNotFound
+        │   └── ExperimentNotFound
         ├── MethodNotAllowed       405
         ├── SpaceMismatch          412
         ├── BodyTooLarge           413
@@ -79,6 +83,10 @@ class LoadError(StartError):
     """A model cannot be loaded: its checkpoint is missing, corrupt, not supported, or does not fit."""
 
 
+class CompareError(StartError):
+    """A comparison cannot be made: its data, its models or the gateway that is asked do not allow it."""
+
+
 # -------------------------------------------------------------------------------------------------------- request
 
 
@@ -126,10 +134,22 @@ class UnsupportedDimensions(BadInput):
     code = "unsupported_dimensions"
 
 
+class ReloadRefused(BadInput):
+    """The registry cannot be served as it is now; everything stays as it was. The message lists every problem."""
+
+    code = "reload_refused"
+
+
 class Unauthorized(RequestError):
     """API keys are configured, and the request carries none of them."""
 
     status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """The path is for the operator, and the request does not carry the operator's key."""
+
+    status, type, code = 403, "permission_error", "forbidden"
 
 
 class NotFound(RequestError):
@@ -142,6 +162,12 @@ class ModelNotFound(NotFound):
     """No model, alias or source has that name."""
 
     code = "model_not_found"
+
+
+class ExperimentNotFound(NotFound):
+    """No experiment has that id."""
+
+    code = "experiment_not_found"
 
 
 class MethodNotAllowed(RequestError):

@@ -20,7 +20,14 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.config.settings import Settings
-from gateway.errors import BodyTooLarge, ClientDisconnected, InternalError, MethodNotAllowed, RequestError, Unauthorized
+from gateway.errors import (
+    BodyTooLarge,
+    ClientDisconnected,
+    InternalError,
+    MethodNotAllowed,
+    RequestError,
+    Unauthorized,
+)
 from gateway.telemetry import metrics
 
 log = structlog.get_logger("gateway.access")
@@ -34,13 +41,21 @@ _MAX_DRAIN_S = 30.0
 # Answered without a key: probes carry none, and the documentation tells nothing that is not public.
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 
+# For the operator alone: `api/admin` asks for a key of their own.
+_OPERATOR_PATHS = ("/admin",)
+
 # Asked every few seconds by probes and scrapers.
 _QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """What is known about a request beside its content: for the log line, the metrics and the answer's headers."""
+    """What is known about a request beside its content: for the log line, the metrics and the answer's headers.
+
+    Attributes:
+        caller: whom the request is from: a part of the key's hash, or the network address where none is asked for.
+        api_key: hex sha256 of the key that the request carries, also where none is asked for.
+    """
 
     request_id: str
     caller: str
@@ -51,6 +66,9 @@ class RequestContext:
     task: str | None = None
     num_texts: int | None = None
     num_tokens: int | None = None
+    api_key: str | None = None
+    experiment: str | None = None
+    arm: str | None = None
 
     @classmethod
     def of(cls, request: Request) -> RequestContext:
@@ -61,7 +79,7 @@ class RequestContext:
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started
 
-    def describe(self, *, model: str, task: str | None, num_texts: int, num_tokens: int) -> None:
+    def describe(self, model: str, task: str | None, num_texts: int, num_tokens: int) -> None:
         """Add what was embedded."""
         self.model, self.task, self.num_texts, self.num_tokens = model, task, num_texts, num_tokens
 
@@ -70,25 +88,40 @@ class ApiKeys:
     """The keys that may be used; none means that no key is asked for."""
 
     def __init__(self, keys: Sequence[SecretStr]) -> None:
-        self._digests = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in keys]
+        self._digests = [key_digest(key.get_secret_value()) for key in keys]
 
-    def caller(self, headers: Headers, address: str) -> str:
-        """Return whom a request is from: the key's fingerprint, or the network address where no keys are configured.
+    def check(self, key: str | None) -> None:
+        """Let a request pass if no keys are configured, or if it has one of them.
+
+        Args:
+            key: hex sha256 of the key that the request carries.
 
         Raises:
             Unauthorized: keys are configured, and the request has none of them.
         """
         if not self._digests:
-            return address
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip() if scheme.lower() == "bearer" else ""
-        if given in ("", '""'):  # what clients send that were given an empty key
+            return
+        if key is None:
             raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
-        digest = hashlib.sha256(given.encode()).digest()
         # All are compared, each in constant time: the time taken tells nothing about a key.
-        if sum(hmac.compare_digest(digest, known) for known in self._digests) == 0:
+        if sum(hmac.compare_digest(key, known) for known in self._digests) == 0:
             raise Unauthorized("the API key is not known here")
-        return f"key-{digest.hex()[:8]}"
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+
+def _sent_key(headers: Headers) -> str | None:
+    """Return the hex sha256 of the key that a request carries, if it has one."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    given = key.strip() if scheme.lower() == "bearer" else ""
+    # What clients send that were given an empty key counts as none.
+    return None if given in ("", '""') else key_digest(given)
+
+
+def key_digest(key: str) -> str:
+    """Return the hex sha256 of a key: the form that keys are kept, compared and named in."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 class GatewayMiddleware:
@@ -132,8 +165,13 @@ class GatewayMiddleware:
 
     async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: _Body, send: Send) -> None:
         address = scope["client"][0] if scope.get("client") else "unknown"
-        is_open = scope["path"].startswith(_OPEN_PATHS)
-        context.caller = address if is_open else self._keys.caller(headers, address)
+        context.caller = address
+        if not scope["path"].startswith(_OPEN_PATHS):
+            context.api_key = _sent_key(headers)
+            if not scope["path"].startswith(_OPERATOR_PATHS):
+                self._keys.check(context.api_key)
+            if self._keys and context.api_key is not None:
+                context.caller = f"key-{context.api_key[:8]}"
         body.check_declared_size()
         await self._app(scope, body.receive, send)
 
@@ -254,7 +292,7 @@ def _record(scope: Scope, context: RequestContext) -> None:
         ms=round(context.elapsed_s * 1000, 2),
         **{
             name: value
-            for name in ("model", "task", "num_texts", "num_tokens", "error_code")
+            for name in ("model", "task", "experiment", "arm", "num_texts", "num_tokens", "error_code")
             if (value := getattr(context, name)) is not None
         },
     )

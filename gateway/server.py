@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import structlog
 import uvicorn
@@ -14,20 +14,21 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from gateway.app import create_app
 from gateway.backends.fleet import Fleet
-from gateway.config.registry import Registry
 from gateway.config.settings import Settings
-from gateway.errors import StartError
+from gateway.deployment import Deployment
+from gateway.errors import ReloadRefused, StartError
 
 log = structlog.get_logger(__name__)
 
 
-def serve(registry: Registry, settings: Settings, announce: Callable[[Fleet, str], None]) -> int:
+def serve(deployment: Deployment, announce: Callable[[Fleet, str], None]) -> int:
     """Serve until a signal says to stop.
 
     The server answers at once, with 503 for models that are still loading, so that probes see a living process while
     gigabytes are downloaded.
 
     Args:
+        deployment: what is served; started and stopped here.
         announce: called with the fleet and the base URL once all models are ready or have failed.
 
     Returns:
@@ -36,32 +37,56 @@ def serve(registry: Registry, settings: Settings, announce: Callable[[Fleet, str
     Raises:
         StartError: the address is in use or not this machine's.
     """
-    listener = _bind(settings)
+    listener = _bind(deployment.settings)
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        return runner.run(_serve(registry, settings, listener, announce))
+        return runner.run(_serve(deployment, listener, announce))
 
 
-async def _serve(
-    registry: Registry, settings: Settings, listener: socket.socket, announce: Callable[[Fleet, str], None]
-) -> int:
-    fleet = Fleet.from_registry(registry, settings)
+async def _serve(deployment: Deployment, listener: socket.socket, announce: Callable[[Fleet, str], None]) -> int:
     server = _Server(
         uvicorn.Config(
-            create_app(registry, settings, fleet),
+            create_app(deployment),
             log_config=None,
             access_log=False,
             server_header=False,
             lifespan="off",
-            timeout_graceful_shutdown=round(settings.shutdown_grace_s),
+            timeout_graceful_shutdown=round(deployment.settings.shutdown_grace_s),
         )
     )
-    loading = asyncio.create_task(_load(fleet, server, lambda: announce(fleet, _base_url(listener))))
-    await server.serve(sockets=[listener])
+    with _reloading_on_hangup(deployment):
+        loading = asyncio.create_task(
+            _load(deployment, server, lambda: announce(deployment.fleet, _base_url(listener)))
+        )
+        await server.serve(sockets=[listener])
     if not loading.done():
         loading.cancel()
     await asyncio.wait((loading,))
-    await fleet.stop()
+    await deployment.stop()
     return 0 if loading.cancelled() or loading.result() else 1
+
+
+@contextmanager
+def _reloading_on_hangup(deployment: Deployment) -> Iterator[None]:
+    """Reload on SIGHUP, which would otherwise end the process."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def reload() -> None:
+        with suppress(ReloadRefused):  # the log has told why
+            await deployment.reload()
+
+    def on_hangup() -> None:
+        task = asyncio.create_task(reload())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        for task in tasks:
+            task.cancel()
 
 
 class _Server(uvicorn.Server):
@@ -80,16 +105,16 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def _load(fleet: Fleet, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
+async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
     """Load the models; stop the server if that is fatal. Returns whether all is well."""
     try:
-        await fleet.start()
+        await deployment.start()
     except StartError as error:
         log.error("start_failed", reason=str(error))
         server.should_exit = True
         return False
     finally:
-        if fleet.started.is_set():
+        if deployment.fleet.started.is_set():
             announce()
     return True
 

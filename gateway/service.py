@@ -5,11 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from gateway import vectors as vector_math
-from gateway.embedding import EmbedJob, MultiVector, Output, SparseVector, Timings, Truncate, Vectors
-from gateway.errors import BadInput, SpaceMismatch, UnsupportedDimensions
-from gateway.routing.router import Router, Target
+from gateway.deployment import Deployment
+from gateway.embedding import (
+    EmbedJob,
+    MultiVector,
+    Output,
+    SparseVector,
+    Timings,
+    Truncate,
+    Vectors,
+    canonical_task,
+)
+from gateway.errors import (
+    BadInput,
+    InferenceFailed,
+    ModelNotReady,
+    OutOfMemory,
+    RequestError,
+    SpaceMismatch,
+    UnsupportedDimensions,
+)
+from gateway.evidence.counts import Evidence, Observation
+from gateway.routing.experiments import Assignment, Attribute
+from gateway.routing.router import Choice, Target, no_attribute
 from gateway.routing.spaces import is_same_space, space_id
 from gateway.telemetry import metrics
 
@@ -26,6 +47,7 @@ class EmbedRequest:
         expect_space: the space that the vectors must be in, if the caller says.
         timeout_s: seconds after which the caller no longer waits.
         caller: whom the work is for.
+        attribute: looks up what the unit of an experiment can be made from.
     """
 
     texts: Sequence[str]
@@ -39,6 +61,7 @@ class EmbedRequest:
     outputs: Sequence[Output] = (Output.DENSE,)
     is_late_chunked: bool = False
     expect_space: str | None = None
+    attribute: Attribute = no_attribute
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +75,7 @@ class EmbedAnswer:
         truncated: indices of the texts that were cut.
         num_tokens: tokens of all texts together, after truncation.
         has_dense: whether dense vectors were asked for.
+        assignment: the arm that the request was in, if it asked for an experiment.
     """
 
     vectors: Vectors
@@ -65,13 +89,15 @@ class EmbedAnswer:
     has_dense: bool = True
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
+    assignment: Assignment | None = None
 
 
 class EmbeddingService:
-    """Turns texts into vectors: resolve, check, embed, finish."""
+    """Turns texts into vectors: choose, check, embed, finish; and notes what came of it."""
 
-    def __init__(self, router: Router) -> None:
-        self._router = router
+    def __init__(self, deployment: Deployment, evidence: Evidence) -> None:
+        self._deployment = deployment
+        self._evidence = evidence
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Embed the texts of a request.
@@ -79,46 +105,119 @@ class EmbeddingService:
         Raises:
             RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
         """
-        target = self._router.resolve(request.model, request.task)
-        info = target.info
-        dimensions = _dimensions(target, request.dimensions)
-        is_normalised = info.is_normalised if request.is_normalised is None else request.is_normalised
-        _check_outputs(target, request)
-        space = space_id(info, target.task, dimensions, is_normalised=is_normalised)
-        if request.expect_space is not None and not is_same_space(request.expect_space, space):
-            raise SpaceMismatch(
-                f"the vectors would be in space {space}, and the request expects {request.expect_space}: they could not "
-                "be compared with the stored ones"
-            )
-        result = await target.backend.embed(
-            EmbedJob(
-                texts=request.texts,
-                task=target.task,
-                truncate=request.truncate,
-                deadline=time.monotonic() + request.timeout_s,
-                caller=request.caller,
-                outputs=frozenset(request.outputs),
-                is_late_chunked=request.is_late_chunked,
+        # Both of one moment: a reload may exchange them while this request is answered.
+        router, shadows = self._deployment.router, self._deployment.shadows
+        choice = router.choose(request.model, request.attribute)
+        started = time.monotonic()
+        try:
+            answer = await self._answer(router.targets(choice, request.task), choice, request)
+        except RequestError as error:
+            self._record_error(choice, request, error, time.monotonic() - started)
+            raise
+        self._record(choice, answer, time.monotonic() - started)
+        shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
+        return answer
+
+    async def _answer(self, targets: Sequence[Target], choice: Choice, request: EmbedRequest) -> EmbedAnswer:
+        """Have the first target embed, and if it turns out not to work, the next one: all are of one space."""
+        for target, alternative in zip_longest(targets, targets[1:]):
+            try:
+                return await _embed_on(target, choice, request)
+            except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
+                if alternative is None:
+                    raise
+                metrics.FALLBACKS.labels(target.model.id, alternative.model.id, error.code).inc()
+        raise AssertionError("there is always a target")
+
+    def _record(self, choice: Choice, answer: EmbedAnswer, elapsed_s: float) -> None:
+        arm = choice.assignment and choice.assignment.arm.label
+        meters = metrics.meters(answer.model, answer.task, choice.assignment and choice.assignment.experiment, arm)
+        meters.count()
+        meters.seconds.observe(elapsed_s)
+        meters.texts.inc(len(answer.vectors))
+        meters.tokens.inc(answer.num_tokens)
+        meters.truncated.inc(len(answer.truncated))
+        meters.tokenise_s.observe(answer.timings.tokenise_s)
+        meters.queue_s.observe(answer.timings.queue_s)
+        meters.inference_s.observe(answer.timings.inference_s)
+        self._note(choice, elapsed_s, answer=answer)
+
+    def _record_error(self, choice: Choice, request: EmbedRequest, error: RequestError, elapsed_s: float) -> None:
+        info = choice.model.info
+        asked = choice.task or request.task or (info and info.default_task)
+        # Only a task that the model has: a client can make up any other.
+        task = canonical_task(asked) if asked and info and canonical_task(asked) in info.tasks else None
+        assignment = choice.assignment
+        metrics.meters(
+            choice.model.id, task, assignment and assignment.experiment, assignment and assignment.arm.label
+        ).count(error.code)
+        self._note(choice, elapsed_s, error=error)
+
+    def _note(
+        self, choice: Choice, elapsed_s: float, *, answer: EmbedAnswer | None = None, error: RequestError | None = None
+    ) -> None:
+        """Add a request to the evidence of its experiment."""
+        if (assignment := choice.assignment) is None:
+            return
+        self._evidence.record(
+            Observation(
+                experiment=assignment.experiment,
+                generation=assignment.generation,
+                arm=assignment.arm.label,
+                reason=assignment.reason.value,
+                is_counted=assignment.is_counted,
+                unit=assignment.unit,
+                model=answer.model if answer else choice.model.id,
+                space=answer.space if answer else None,
+                elapsed_s=elapsed_s,
+                num_texts=len(answer.vectors) if answer else 0,
+                num_tokens=answer.num_tokens if answer else 0,
+                queue_s=answer.timings.queue_s if answer else 0.0,
+                error_code=error.code if error else None,
             )
         )
-        vector_math.require_finite(result.sparse or (), result.multivectors or ())
-        num_tokens = sum(result.num_tokens)
-        _record(info.id, len(request.texts), num_tokens, len(result.truncated), result.timings)
-        return EmbedAnswer(
-            vectors=vector_math.finish(
-                result.vectors, (len(request.texts), info.width), dimensions, normalise=is_normalised
-            ),
-            name=target.name,
-            model=info.id,
+
+
+async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> EmbedAnswer:
+    """Check what a request asks of a target, have it embed, and finish the vectors."""
+    info = target.info
+    dimensions = _dimensions(target, request.dimensions)
+    is_normalised = info.is_normalised if request.is_normalised is None else request.is_normalised
+    _check_outputs(target, request)
+    space = space_id(info, target.task, dimensions, is_normalised=is_normalised)
+    if request.expect_space is not None and not is_same_space(request.expect_space, space):
+        raise SpaceMismatch(
+            f"the vectors would be in space {space}, and the request expects {request.expect_space}: they could not "
+            "be compared with the stored ones"
+        )
+    result = await target.model.embed(
+        EmbedJob(
+            texts=request.texts,
             task=target.task,
-            space=space,
-            num_tokens=num_tokens,
-            truncated=result.truncated,
-            timings=result.timings,
-            has_dense=Output.DENSE in request.outputs,
-            sparse=result.sparse,
-            multivectors=result.multivectors,
+            truncate=request.truncate,
+            deadline=time.monotonic() + request.timeout_s,
+            caller=request.caller,
+            outputs=frozenset(request.outputs),
+            is_late_chunked=request.is_late_chunked,
         )
+    )
+    vector_math.require_finite(result.sparse or (), result.multivectors or ())
+    return EmbedAnswer(
+        vectors=vector_math.finish(
+            result.vectors, (len(request.texts), info.width), dimensions, normalise=is_normalised
+        ),
+        name=target.name,
+        model=info.id,
+        task=target.task,
+        space=space,
+        num_tokens=sum(result.num_tokens),
+        truncated=result.truncated,
+        timings=result.timings,
+        has_dense=Output.DENSE in request.outputs,
+        sparse=result.sparse,
+        multivectors=result.multivectors,
+        assignment=choice.assignment,
+    )
 
 
 def _dimensions(target: Target, wanted: int | None) -> int:
@@ -152,15 +251,3 @@ def _check_outputs(target: Target, request: EmbedRequest) -> None:
         )
     if set(request.outputs) != {Output.DENSE}:
         raise BadInput("`late_chunking` gives dense vectors only: leave `outputs` out", param="outputs")
-
-
-def _record(model: str, num_texts: int, num_tokens: int, num_truncated: int, timings: Timings) -> None:
-    metrics.TEXTS.labels(model).inc(num_texts)
-    metrics.TOKENS.labels(model).inc(num_tokens)
-    metrics.TRUNCATED.labels(model).inc(num_truncated)
-    for stage, seconds in (
-        ("tokenise", timings.tokenise_s),
-        ("queue", timings.queue_s),
-        ("inference", timings.inference_s),
-    ):
-        metrics.STAGE_SECONDS.labels(model, stage).observe(seconds)

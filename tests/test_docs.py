@@ -73,7 +73,9 @@ def test_keys_that_the_loader_sets_are_not_documented(generate: ModuleType) -> N
     page = generate.configuration_page()
 
     assert "\n| `path` | " not in page
-    assert "\n| `name` | " not in page
+    aliases = page.partition("### `aliases.NAME`")[2].partition("###")[0]
+    assert "\n| `model` | " in aliases
+    assert "\n| `name` | " not in aliases
 
 
 def test_every_error_with_a_code_is_documented(generate: ModuleType) -> None:

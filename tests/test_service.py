@@ -12,9 +12,11 @@ import pytest
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, Output, Timings, Truncate
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
-from gateway.routing.router import Router
+from gateway.evidence.counts import Evidence
 from gateway.routing.spaces import space_id
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
@@ -46,12 +48,16 @@ class StubBackend(FakeBackend):
         return self._result
 
 
+def _service(registry: Registry, fleet: Fleet) -> EmbeddingService:
+    return EmbeddingService(Deployment(registry, Settings(), fleet), Evidence(None))
+
+
 @pytest.fixture
 def make_service(make_model: MakeModel, make_fleet: MakeFleet) -> Callable[..., EmbeddingService]:
     def make(backend: StubBackend, **info: object) -> EmbeddingService:
         model = make_model("jina", backend=backend)
         model.info = dataclasses.replace(INFO, **info)
-        return EmbeddingService(Router(*make_fleet(model, aliases={"default": "jina"})))
+        return _service(*make_fleet(model, aliases={"default": "jina"}))
 
     return make
 
@@ -214,7 +220,7 @@ async def test_an_error_of_the_backend_passes_as_it_is(make_model: MakeModel, ma
 
     backend = FakeBackend(INFO, on_embed=refuse)
     await backend.start()
-    service = EmbeddingService(Router(*make_fleet(make_model("jina", backend=backend))))
+    service = _service(*make_fleet(make_model("jina", backend=backend)))
 
     with pytest.raises(Overloaded) as caught:
         await service.embed(request())
@@ -224,7 +230,10 @@ async def test_an_error_of_the_backend_passes_as_it_is(make_model: MakeModel, ma
 async def test_what_was_embedded_is_counted(make_service: MakeService) -> None:
     def counts() -> list[float]:
         return [
-            metrics.REGISTRY.get_sample_value(name, {"model": "jina"}) or 0
+            metrics.REGISTRY.get_sample_value(
+                name, {"model": "jina", "task": "text-matching", "experiment": "", "arm": ""}
+            )
+            or 0
             for name in ("gateway_texts_total", "gateway_tokens_total", "gateway_truncated_texts_total")
         ]
 

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from gateway.api.schema import Live, Ready, error_responses
-from gateway.backends.fleet import Fleet
+from gateway.deployment import Deployment
 from gateway.telemetry import metrics
 
 
-def health_router(fleet: Fleet) -> APIRouter:
+def health_router(deployment: Deployment) -> APIRouter:
     """Return the routes that orchestrators and monitoring ask."""
     router = APIRouter(tags=["Health"])
 
@@ -22,6 +22,7 @@ def health_router(fleet: Fleet) -> APIRouter:
 
     async def ready(response: Response) -> Ready:
         """Say whether requests are answered: 503 while models load, or when none could be loaded."""
+        fleet = deployment.fleet
         is_ready = fleet.is_ready
         response.status_code = 200 if is_ready else 503
         if not is_ready:

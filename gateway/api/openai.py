@@ -21,9 +21,10 @@ from gateway.api.schema import (
     responses,
 )
 from gateway.api.token_ids import TokenIdDecoder
-from gateway.backends.fleet import Fleet, Model
+from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -35,7 +36,7 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.middleware import RequestContext
-from gateway.routing.router import Router
+from gateway.routing.experiments import Attribute
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
 from gateway.vectors import Encoding, encode
@@ -49,9 +50,7 @@ _REQUEST = {
 T = TypeVar("T")
 
 
-def openai_router(
-    service: EmbeddingService, names: Router, registry: Registry, fleet: Fleet, settings: Settings
-) -> APIRouter:
+def openai_router(service: EmbeddingService, deployment: Deployment, settings: Settings) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
     router = APIRouter(tags=["OpenAI"])
     decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
@@ -64,20 +63,22 @@ def openai_router(
         encoding = body.wanted_encoding
         timeout_s = _timeout_s(request, settings.request_timeout_s)
         answer = await _unless_disconnected(request, service.embed(_embed_request(request, body, texts, timeout_s)))
-        context.describe(model=answer.model, task=answer.task, num_texts=len(texts), num_tokens=answer.num_tokens)
+        context.describe(answer.model, answer.task, len(texts), answer.num_tokens)
+        if answer.assignment is not None:
+            context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
         return Response(
             render_answer(answer, encoding), media_type="application/json", headers=_headers(answer, context.elapsed_s)
         )
 
     async def list_models(request: Request) -> Response:
         """List every model of the registry, ready or not."""
-        cards = [model_card(model, registry).model_dump() for model in fleet]
+        cards = [model_card(model, deployment.registry).model_dump() for model in deployment.fleet]
         return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
 
     async def retrieve_model(model_id: str) -> Response:
         """Describe one model, by any name that embeds; if the name holds a task, with that as its default."""
-        model, task = names.find(model_id)
-        return Response(model_card(model, registry, task).model_dump_json(), media_type="application/json")
+        model, task = deployment.router.find(model_id)
+        return Response(model_card(model, deployment.registry, task).model_dump_json(), media_type="application/json")
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -130,7 +131,24 @@ def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], tim
         outputs=body.wanted_outputs,
         is_late_chunked=bool(body.late_chunking),
         expect_space=request.headers.get("x-gateway-expect-space"),
+        attribute=_attribute(request, body),
     )
+
+
+def _attribute(request: Request, body: EmbeddingsBody) -> Attribute:
+    """Return what looks up the things in a request that the unit of an experiment can be made from."""
+
+    def attribute(source: str) -> str | None:
+        match source.partition(":"):
+            case ("header", _, name):
+                value = request.headers.get(name)
+            case ("body", _, "user"):
+                value = str(body.user) if isinstance(body.user, str | int) else None
+            case _:
+                value = RequestContext.of(request).api_key
+        return value or None
+
+    return attribute
 
 
 def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
@@ -250,6 +268,10 @@ def _headers(answer: EmbedAnswer, elapsed_s: float) -> dict[str, str]:
     }
     if answer.task is not None:
         headers["x-gateway-task"] = quote(answer.task)  # the registry may call a task anything
+    if answer.assignment is not None:
+        headers["x-gateway-experiment"] = answer.assignment.experiment
+        headers["x-gateway-arm"] = answer.assignment.arm.label
+        headers["x-gateway-assignment"] = answer.assignment.reason.value
     if answer.truncated:
         headers["x-gateway-truncated"] = _list_indices(answer.truncated)
     return headers
@@ -278,6 +300,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         state=model.state.value,
         reason=model.reason or None,
         aliases=[alias.name for alias in registry.aliases.values() if alias.model == model.id],
+        is_normalised=None,
         width=None,
         dimensions=[],
         max_tokens=None,
@@ -304,6 +327,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
             "max_tokens": info.max_tokens,
             "tasks": list(info.tasks),
             "default_task": default_task,
+            "is_normalised": info.is_normalised,
             "outputs": [output.value for output in info.outputs],
             "space": space(default_task),
             "spaces": {task: space(task) for task in info.tasks},

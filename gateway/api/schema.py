@@ -91,7 +91,9 @@ class EmbeddingsBody(BaseModel):
         description="What to return for each text; `dense` by default.",
         title="a list of `dense`, `sparse`, `multivector`",
     )
-    user: Any = Field(None, description="Accepted and ignored.")
+    user: Any = Field(
+        None, description="Whom the request is for: the unit of an experiment that is split by it, else ignored."
+    )
 
     @classmethod
     def parse(cls, content: dict[str, Json]) -> EmbeddingsBody:
@@ -192,7 +194,7 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What a client must know to choose a model. Sizes and tasks are known once the model is ready."""
+    """What a client must know to choose a model. Sizes and tasks are known once its checkpoint has been read."""
 
     id: str
     object: Literal["model"]
@@ -209,6 +211,7 @@ class ModelCard(BaseModel):
     tasks: list[str]
     default_task: str | None
     outputs: list[str]
+    is_normalised: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
     space: str | None = Field(description="Space of vectors with the default task and native dimensions.")
     spaces: dict[str, str] = Field(description="Space of each task, with native dimensions.")
     device: str | None
@@ -285,6 +288,11 @@ EMBEDDINGS_HEADERS = {
     "x-gateway-model": _header("Id of the model that answered."),
     "x-gateway-space": _header("Identity of the vectors' space.", pattern="^[A-Za-z0-9._-]+@[0-9a-f]{12}$"),
     "x-gateway-task": _header("The task, if the model has any.", is_required=False),
+    "x-gateway-experiment": _header("The experiment, if one was asked for.", is_required=False),
+    "x-gateway-arm": _header("The arm of the experiment that answered.", is_required=False),
+    "x-gateway-assignment": _header(
+        "Why that arm: `unit`, `random`, `forced`, `excluded`, `no_unit`, `not_started` or `ended`.", is_required=False
+    ),
     "x-gateway-truncated": _header(
         "Indices of the texts that were cut, such as `0,3`; beyond 100, how many more there are.",
         is_required=False,

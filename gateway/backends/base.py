@@ -14,6 +14,13 @@ Report: TypeAlias = Callable[[ModelState, str], None]
 class Backend(Protocol):
     """Something that runs one model."""
 
+    async def plan(self) -> ModelInfo:
+        """Find out what the model is, without loading it: also of use when loading fails.
+
+        Raises:
+            LoadError: that cannot be known; the message says why.
+        """
+
     async def start(self, report: Report) -> ModelInfo:
         """Load the model, warm it up, and return what it is.
 

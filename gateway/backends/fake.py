@@ -30,6 +30,9 @@ class FakeBackend:
         self._on_embed = on_embed
         self._is_running = False
 
+    async def plan(self) -> ModelInfo:
+        return self._info
+
     async def start(self, report: Report = lambda _state, _reason: None) -> ModelInfo:
         self.report = report
         self._is_running = True

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import structlog
 
 from gateway.backends.base import Backend
-from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry, Registry
-from gateway.config.settings import Settings
-from gateway.embedding import ModelInfo, ModelState
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState
 from gateway.errors import LoadError, StartError
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
+
+MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
+"""Makes the backend that an entry of the registry asks for."""
 
 _NO_ACCELERATOR = "no accelerator is present (`enabled: true` in the registry runs it on the CPU)"
 _SWITCHED_OFF = "switched off in the registry (`enabled: false`)"
@@ -28,7 +31,7 @@ class Model:
     """One model of the registry and where it is in its life.
 
     Attributes:
-        info: what the model is; known once it is ready.
+        info: what the model is; known once its checkpoint has been read, also when loading fails after that.
         reason: why it is disabled or failed; empty otherwise.
         created: Unix time at which it became ready, for OpenAI's ``created``.
     """
@@ -39,6 +42,8 @@ class Model:
     info: ModelInfo | None = None
     reason: str = ""
     created: int = 0
+    _num_in_flight: int = 0
+    _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def id(self) -> str:
@@ -48,6 +53,26 @@ class Model:
         """Take note of a new state."""
         self.state, self.reason = state, reason
         metrics.MODEL_READY.labels(self.id).set(state is ModelState.READY)
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        """Have the backend embed the texts of a job; see :meth:`gateway.backends.base.Backend.embed`."""
+        self._num_in_flight += 1
+        self._is_idle.clear()
+        try:
+            return await self.backend.embed(job)
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._is_idle.set()
+
+    async def retire(self, grace_s: float) -> None:
+        """Stop the backend when its last request has ended, or after a time."""
+        try:
+            if self._num_in_flight:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_idle.wait(), grace_s)
+        finally:
+            await self.backend.stop()
 
 
 class Fleet:
@@ -61,11 +86,33 @@ class Fleet:
         self.started = asyncio.Event()
 
     @classmethod
-    def from_registry(cls, registry: Registry, settings: Settings) -> Fleet:
-        return cls([Model(entry, InfinityBackend(entry, settings)) for entry in registry.models])
+    def from_registry(cls, registry: Registry, make_backend: MakeBackend) -> Fleet:
+        return cls([Model(entry, make_backend(entry)) for entry in registry.models])
+
+    def successor(self, registry: Registry, make_backend: MakeBackend) -> Fleet:
+        """Return the fleet of another registry: with the same models where nothing has changed, and new ones elsewhere.
+
+        A model that has failed gets another chance.
+        """
+        models = []
+        for entry in registry.models:
+            model = self.get(entry.id)
+            if model is None or model.state is ModelState.FAILED or not model.entry.loads_like(entry):
+                model = Model(entry, make_backend(entry))
+            models.append(model)
+        return Fleet(models)
+
+    def take_over(self, registry: Registry) -> None:
+        """Begin to serve in place of the fleet before, whose models that were kept get their new entries."""
+        for entry in registry.models:
+            self._models[entry.id].entry = entry
+        self.started.set()
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
+
+    def __contains__(self, model: Model) -> bool:
+        return self._models.get(model.id) is model
 
     def get(self, model_id: str) -> Model | None:
         return self._models.get(model_id)
@@ -85,21 +132,27 @@ class Fleet:
         Raises:
             StartError: a model that the registry calls ``required`` is not ready.
         """
-        for model in self:
-            if reason := await asyncio.to_thread(why_disabled, model.entry):
-                model.report(ModelState.DISABLED, reason)
-        for model in self:
-            if model.state is ModelState.LOADING:
-                await self._load(model)
+        await self.load()
         self.started.set()
         lost = [model for model in self if model.entry.required and model.state is not ModelState.READY]
         if lost:
             raise StartError("\n".join(f"{model.id} is required, but {model.reason}" for model in lost))
 
+    async def load(self) -> None:
+        """Load the models that are enabled and have not been loaded."""
+        waiting = [model for model in self if model.state is ModelState.LOADING]
+        for model in waiting:
+            if reason := await asyncio.to_thread(why_disabled, model.entry):
+                model.report(ModelState.DISABLED, reason)
+        for model in waiting:
+            if model.state is ModelState.LOADING:
+                await self._load(model)
+
     async def _load(self, model: Model) -> None:
         log.info("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
+            model.info = await model.backend.plan()
             model.info = await model.backend.start(model.report)
         except LoadError as error:
             model.report(ModelState.FAILED, f"failed to load: {error}")

@@ -13,11 +13,12 @@ from gateway.backends.base import Report
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate
-from gateway.errors import InternalError, ModelNotReady, ModelRecovering
+from gateway.errors import InternalError, LoadError, ModelNotReady, ModelRecovering
 from gateway.telemetry import metrics
 
 if TYPE_CHECKING:
     from gateway.engine.engine import Engine
+    from gateway.engine.loading import LoadPlan
 
 log = structlog.get_logger(__name__)
 
@@ -37,24 +38,37 @@ class InfinityBackend:
     def __init__(self, entry: ModelEntry, settings: Settings) -> None:
         self._entry = entry
         self._settings = settings
+        self._plan: LoadPlan | None = None
+        self._fingerprint = ""
         self._engine: Engine | None = None
         self._watch: asyncio.Task[None] | None = None
+
+    async def plan(self) -> ModelInfo:
+        self._plan = await asyncio.to_thread(self._make_plan)
+        return self._plan.info
 
     async def start(self, report: Report) -> ModelInfo:
         engine, info = await asyncio.to_thread(self._load)
         await engine.astart()
         self._engine = engine
+        self._fingerprint = info.fingerprint
         self._watch = asyncio.create_task(self._watch_engine(report))
         return info
 
-    def _load(self) -> tuple[Engine, ModelInfo]:
+    def _make_plan(self) -> LoadPlan:
         # Imports torch, which takes seconds: not on the event loop, and not for a command that loads nothing.
+        from gateway.engine.loading import plan_load
+
+        return plan_load(self._entry)
+
+    def _load(self) -> tuple[Engine, ModelInfo]:
         from gateway.engine.devices import release_memory
-        from gateway.engine.loading import load_engine, plan_load
+        from gateway.engine.loading import load_engine
 
         gc.collect()  # an engine that was given up is held by cycles
         release_memory()
-        plan = plan_load(self._entry)
+        # Taken once: an engine that is loaded anew reads the checkpoint anew.
+        plan, self._plan = self._plan or self._make_plan(), None
         return load_engine(plan, self._settings), plan.info
 
     async def embed(self, job: EmbedJob) -> Embeddings:
@@ -109,7 +123,9 @@ class InfinityBackend:
         while True:
             metrics.ENGINE_RESTARTS.labels(self._entry.id).inc()
             try:
-                replacement, _info = await asyncio.to_thread(self._load)
+                replacement, info = await asyncio.to_thread(self._load)
+                if info.fingerprint != self._fingerprint:
+                    raise LoadError("the checkpoint's files have changed: these would be vectors of another space")
                 await replacement.astart()
             except Exception as error:  # loading may raise anything; the next attempt may find the device well again
                 log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
@@ -20,6 +21,7 @@ SUPPORTED_VERSIONS = (1,)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfolder>.+))?")
+_HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
 _Item = TypeVar("_Item")
@@ -112,6 +114,47 @@ def _check_enabled(value: object) -> object:
     return value
 
 
+def _check_header_source(text: str) -> str:
+    if not _HEADER.fullmatch(text):
+        raise ValueError(f"must be `header:NAME`, such as `header:x-unit`, got {quote(text)}")
+    return text.lower()
+
+
+def _check_unit_source(text: str) -> str:
+    if text in ("body:user", "api_key"):
+        return text
+    if not _HEADER.fullmatch(text):
+        raise ValueError(f"must be `header:NAME`, `body:user` or `api_key`, got {quote(text)}")
+    return text.lower()
+
+
+def unwrap_sources(value: object) -> object:
+    """Take the list out of ``{from: [...]}``; a bare list means the same."""
+    match value:
+        case {"from": sources, **rest} if not rest:
+            return sources
+        case dict():
+            raise ValueError(f"must have the one key `from`, got {', '.join(quote(str(key)) for key in value)}")
+        case _:
+            return value
+
+
+def _parse_time(value: object) -> datetime:
+    if isinstance(value, datetime):
+        return value
+    wanted = "must be a time with its zone, such as `2026-11-01T00:00:00Z`, or a date (midnight in UTC)"
+    if not isinstance(value, str):
+        raise ValueError(f"{wanted}, got {describe(value)}")
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{wanted}, got {quote(value)}") from None
+    is_date = len(value) == len("2026-11-01")
+    if time.tzinfo is None and not is_date:
+        raise ValueError(f"{wanted}, got {quote(value)} without a zone")
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
 def _check_version(value: object) -> object:
     if type(value) is not int or value not in SUPPORTED_VERSIONS:  # `true` and `1.0` equal 1
         supported = ", ".join(str(version) for version in SUPPORTED_VERSIONS)
@@ -124,6 +167,9 @@ Device: TypeAlias = Annotated[str, AfterValidator(_check_device)]
 Enabled: TypeAlias = Annotated[Literal["auto", True, False], BeforeValidator(_check_enabled)]
 FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
 Sha256: TypeAlias = Annotated[str, AfterValidator(_check_sha256)]
+HeaderSource: TypeAlias = Annotated[str, AfterValidator(_check_header_source)]
+UnitSource: TypeAlias = Annotated[str, AfterValidator(_check_unit_source)]
+Time: TypeAlias = Annotated[datetime, BeforeValidator(_parse_time)]
 Version: TypeAlias = Annotated[Literal[1], BeforeValidator(_check_version)]
 NonEmptyText: TypeAlias = Annotated[str, Field(min_length=1)]
 Positive: TypeAlias = Annotated[int, Field(ge=1)]

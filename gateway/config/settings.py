@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         default=(), description="Keys that clients may send, comma-separated. Empty: no key is asked for."
     )
+    admin_key: SecretStr | None = Field(
+        default=None,
+        min_length=8,
+        description="Key of the operator, for the paths under `/admin`. Without it they answer 403.",
+    )
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
     )
@@ -92,6 +97,15 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="`json`: one object a line. `auto`: `console` on a terminal, else `json`."
     )
+    exposure_log: Path | None = Field(
+        default=None,
+        description="File with a line for the first request of each unit in each arm of an experiment. Units are counted "
+        "from it after a restart. Without it none is written.",
+    )
+    exposure_log_max_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1024, description="Size in bytes at which the exposure log is rotated."
+    )
+    exposure_log_backups: int = Field(default=10, ge=1, description="How many rotated exposure logs are kept.")
     tiktoken_cache_dir: Path | None = Field(
         default=None,
         description="Folder with tiktoken's vocabularies, to decode inputs that are sent as token ids. Without it such "

@@ -53,6 +53,18 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
     return folder
 
 
+def is_at_hand(entry: ModelEntry) -> bool:
+    """Tell whether a model's checkpoint is on this machine, so that :func:`locate` need not download it."""
+    source = entry.parsed_source
+    match source.kind:
+        case "folder":
+            return Path(source.name).is_dir()
+        case "package":
+            return importlib.util.find_spec(source.name.partition(".")[0]) is not None
+        case "hub":
+            return _cached_snapshot(source.name, entry.revision) is not None
+
+
 def _package_folder(source: Source) -> Path:
     try:
         spec = importlib.util.find_spec(source.name)

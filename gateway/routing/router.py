@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
-from gateway.backends.base import Backend
 from gateway.backends.fleet import Fleet, Model
-from gateway.config.registry import Alias, Registry
+from gateway.config.registry import Registry
 from gateway.embedding import ModelInfo, ModelState, canonical_task, known_task_names
 from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelRecovering, ModelUnavailable
+from gateway.routing.experiments import Assignment, Attribute, Split
+from gateway.routing.spaces import why_no_stand_in
 
 DEFAULT_ALIAS = "default"
 _MAX_SHOWN = 100
+
+
+def no_attribute(_source: str) -> None:
+    """Look up what a request has that nobody described."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +26,32 @@ class Target:
     """What answers a request: one model, with one task.
 
     Attributes:
-        name: what the answer says in ``model``: the name that was asked for, or the model's id if that was an alias.
+        name: what the answer says in ``model``.
         task: one of the model's tasks, or ``None``.
     """
 
     name: str
+    model: Model
     info: ModelInfo
-    backend: Backend
     task: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a name stands for, whether or not that is ready.
+
+    Attributes:
+        task: the task in the name or of the alias or arm, if there is one.
+        asked: the model, alias or experiment that was asked for, as the registry calls it.
+        name: what the answer says in ``model``: the name that was asked for if that is a model's, else the model's id.
+        assignment: the arm that the request is in, if an experiment was asked for.
+    """
+
+    model: Model
+    task: str | None
+    asked: str
+    name: str
+    assignment: Assignment | None = None
 
 
 class Router:
@@ -36,6 +60,8 @@ class Router:
     def __init__(self, registry: Registry, fleet: Fleet) -> None:
         self._fleet = fleet
         self._aliases = registry.aliases
+        self._splits = {experiment.id: Split(experiment) for experiment in registry.experiments}
+        self._fallbacks = registry.fallbacks
         sources: dict[str, list[str]] = {}
         for entry in registry.models:
             sources.setdefault(entry.source, []).append(entry.id)
@@ -44,82 +70,135 @@ class Router:
 
     def names(self) -> list[str]:
         """Return every name that a request may use, except sources and tasks."""
-        return [*(model.id for model in self._fleet), *self._aliases]
+        return [*(model.id for model in self._fleet), *self._aliases, *self._splits]
 
-    def resolve(self, name: str | None, task: str | None) -> Target:
-        """Find the target of a request.
+    def choose(self, name: str | None, attribute: Attribute = no_attribute) -> Choice:
+        """Find the model that a name stands for.
 
         Args:
-            name: an id, an alias, a model's source, or ``id:task``; ``None`` for the registry's default.
-            task: a task by any of its names, or ``None``.
+            name: an id, an alias, an experiment, a model's source, or one of these with a task, ``name:task``; ``None``
+                for the registry's default.
+            attribute: looks up what the unit of an experiment can be made from.
 
         Raises:
-            ModelNotFound: nothing has that name, or the model is disabled.
-            BadInput: no name and no default; an unknown task; or two tasks that differ.
-            ModelNotReady: the model is loading.
-            ModelUnavailable: the model failed to load.
+            ModelNotFound: nothing has that name.
+            BadInput: no name and no default; two tasks that differ; or an arm is forced that there is not.
         """
         if name is None:
             if DEFAULT_ALIAS not in self._aliases:
                 raise BadInput(f"`model` is required; one of: {', '.join(self.names())}", param="model")
             name = DEFAULT_ALIAS
-        model, task_of_name, is_alias = self._find(name)
-        info = _require_ready(model)
-        return Target(
-            name=model.id if is_alias else name,
-            info=info,
-            backend=model.backend,
-            task=_resolve_task(info, task_of_name, task),
-        )
+        for known, task in _readings(name):
+            choice = self._choose_known(known, attribute)
+            if choice is None:
+                continue
+            if task is None:
+                return choice
+            if choice.task is not None and canonical_task(choice.task) != canonical_task(task):
+                raise BadInput(
+                    f"`model` is {_cut(name)!r}, but {known!r} stands for the task {choice.task!r}: leave out "
+                    f"`:{_cut(task)}`",
+                    param="model",
+                )
+            return replace(choice, task=task, name=name if choice.name == known else choice.name)
+        raise ModelNotFound(f"no model is called {_cut(name)!r}; there are: {', '.join(self.names())}", param="model")
+
+    def targets(self, choice: Choice, task: str | None) -> list[Target]:
+        """Return what can answer a request: the chosen model, and then its fallbacks, as far as they are ready.
+
+        All are of the same space.
+
+        Args:
+            task: the request's task by any of its names, or ``None``.
+
+        Raises:
+            ModelNotFound: the model is disabled.
+            BadInput: an unknown task, or another one than the name says.
+            ModelNotReady: the model is loading, and so is all that could stand in for it.
+            ModelUnavailable: the model failed to load, and nothing stands in for it.
+        """
+        targets = [
+            Target(choice.name, model, info, _resolve_task(info, choice.task, task))
+            for model, info in self._candidates(choice.model)
+        ]
+        if not targets:
+            raise _not_ready(choice.model)
+        return targets
+
+    def resolve(self, name: str | None, task: str | None, attribute: Attribute = no_attribute) -> Target:
+        """Return the first of the :meth:`targets` of a name; for its arguments and errors see :meth:`choose` as well."""
+        return self.targets(self.choose(name, attribute), task)[0]
 
     def find(self, name: str) -> tuple[Model, str | None]:
         """Return the model of a name, ready or not, and the task that the name stands for.
 
         Args:
-            name: as for ``resolve``.
+            name: as for ``resolve``; an experiment's stands for its control arm.
 
         Raises:
             ModelNotFound: nothing has that name.
             BadInput: the name holds a task that the model does not know.
         """
-        model, task, _is_alias = self._find(name)
-        return model, _resolve_task(model.info, task, None) if model.info else None
+        choice = self.choose(name)
+        return choice.model, _resolve_task(choice.model.info, choice.task, None) if choice.model.info else None
 
-    def _find(self, name: str) -> tuple[Model, str | None, bool]:
-        """Return the model of a name, the task in the name, and whether the name is an alias."""
-        alias: Alias | None = self._aliases.get(name)
-        if alias is not None:
-            model = self._fleet.get(alias.model)
-            assert model is not None  # noqa: S101  the registry has checked it
-            return model, alias.task, True
-        for model_id, task in self._readings(name):
-            # An id comes first: a model may be called like the repo that another one was made from.
-            model = self._fleet.get(model_id) or self._fleet.get(self._sources.get(model_id, ""))
-            if model is not None:
-                return model, task, False
-        raise ModelNotFound(f"no model is called {_cut(name)!r}; there are: {', '.join(self.names())}", param="model")
+    def generation(self, experiment_id: str) -> str:
+        """Return the generation of an experiment; see :class:`gateway.routing.experiments.Assignment`."""
+        return self._splits[experiment_id].generation
 
-    @staticmethod
-    def _readings(name: str) -> Sequence[tuple[str, str | None]]:
-        """Return the ways to read a name: as it is (a source may hold a colon), or as ``id:task``."""
-        model_id, colon, task = name.rpartition(":")
-        return ((name, None), (model_id, task)) if colon else ((name, None),)
+    def _candidates(self, model: Model) -> Iterator[tuple[Model, ModelInfo]]:
+        """Yield what can answer for a model, itself first: all that is ready and of the same space."""
+        if model.state is ModelState.READY and model.info is not None:
+            yield model, model.info
+        if model.state is ModelState.DISABLED or model.info is None:
+            return
+        for name in self._fallbacks.get(model.id, ()):
+            other = self._fleet.get(name)
+            if (
+                other is not None
+                and other.state is ModelState.READY
+                and other.info is not None
+                and not why_no_stand_in(model.info, other.info)
+            ):
+                yield other, other.info
+
+    def _choose_known(self, name: str, attribute: Attribute) -> Choice | None:
+        """Return what a name without a task stands for, if it is one."""
+        if (alias := self._aliases.get(name)) is not None:
+            return Choice(self._model(alias.model), alias.task, asked=name, name=alias.model)
+        if (split := self._splits.get(name)) is not None:
+            assignment = split.assign(attribute, datetime.now(UTC))
+            arm = assignment.arm
+            return Choice(self._model(arm.model), arm.task, asked=name, name=arm.model, assignment=assignment)
+        # An id comes first: a model may be called like the repo that another one was made from.
+        model = self._fleet.get(name) or self._fleet.get(self._sources.get(name, ""))
+        return None if model is None else Choice(model, None, asked=model.id, name=name)
+
+    def _model(self, model_id: str) -> Model:
+        model = self._fleet.get(model_id)
+        assert model is not None  # noqa: S101  the registry has checked it
+        return model
 
 
-def _require_ready(model: Model) -> ModelInfo:
+def _readings(name: str) -> Sequence[tuple[str, str | None]]:
+    """Return the ways to read a name: as it is (a source may hold a colon), or as ``name:task``."""
+    known, colon, task = name.rpartition(":")
+    return ((name, None), (known, task)) if colon else ((name, None),)
+
+
+def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
+    """Say why a model does not answer."""
     match model.state:
-        case ModelState.READY if model.info is not None:
-            return model.info
         case ModelState.DISABLED:
-            raise ModelNotFound(f"model {model.id!r} is disabled: {model.reason}", param="model")
+            return ModelNotFound(f"model {model.id!r} is disabled: {model.reason}", param="model")
         case ModelState.LOADING | ModelState.READY:
-            raise ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
+            return ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
         case ModelState.RECOVERING:
-            raise ModelRecovering(f"model {model.id!r} is being loaded anew: {model.reason}", retry_after_s=5)
+            return ModelRecovering(f"model {model.id!r} is being loaded anew: {model.reason}", retry_after_s=5)
         case ModelState.FAILED:
-            raise ModelUnavailable(f"model {model.id!r} {model.reason}", is_permanent=True)
+            return ModelUnavailable(f"model {model.id!r} {model.reason}", is_permanent=True)
         case ModelState.STOPPED:
-            raise ModelUnavailable(f"model {model.id!r} is stopped: {model.reason}", retry_after_s=5)
+            return ModelUnavailable(f"model {model.id!r} is stopped: {model.reason}", retry_after_s=5)
 
 
 def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -> str | None:

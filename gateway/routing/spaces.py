@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 
 from gateway.embedding import ModelInfo
@@ -52,6 +53,36 @@ def space_id(info: ModelInfo, task: str | None, dimensions: int, *, is_normalise
 def is_same_space(one: str, other: str) -> bool:
     """Tell whether two space ids name the same space, whatever stands before the ``@``."""
     return one.rpartition("@")[2] == other.rpartition("@")[2]
+
+
+def spaces_by_task(info: ModelInfo) -> dict[str | None, str]:
+    """Return the space of each task of a model, with native dimensions; of ``None`` for a model without tasks."""
+    tasks: list[str | None] = list(info.tasks) or [None]
+    if info.default_task not in tasks:
+        tasks.append(info.default_task)
+    return {task: space_id(info, task, info.width, is_normalised=info.is_normalised) for task in tasks}
+
+
+def why_no_stand_in(info: ModelInfo, other: ModelInfo) -> str:
+    """Say why another model cannot answer for a model with the very same vectors; empty if it can."""
+    return next(_differences(info, other), "")
+
+
+def _differences(info: ModelInfo, other: ModelInfo) -> Iterator[str]:
+    spaces, others = spaces_by_task(info), spaces_by_task(other)
+    for task, space in spaces.items():
+        if task not in others:
+            yield f"{other.id} has no task {task!r}" if task else f"{other.id} has tasks, and {info.id} has none"
+        elif not is_same_space(space, others[task]):
+            yield f"{info.id} is in space {space}, and {other.id} in {others[task]}" + (f" ({task})" if task else "")
+    if info.default_task != other.default_task:
+        yield f"the default task of {info.id} is {info.default_task}, and that of {other.id} is {other.default_task}"
+    if other.max_tokens < info.max_tokens:
+        yield f"{other.id} would cut texts to {other.max_tokens} tokens, and {info.id} to {info.max_tokens}"
+    if missing := [str(size) for size in info.dimensions if size not in other.dimensions]:
+        yield f"{other.id} does not allow vectors of {', '.join(missing)} dimensions"
+    if missing := [output.value for output in info.outputs if output not in other.outputs]:
+        yield f"{other.id} does not return {', '.join(missing)}"
 
 
 @lru_cache(maxsize=1024)

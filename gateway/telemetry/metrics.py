@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -24,16 +26,58 @@ REQUEST_SECONDS = Histogram(
 IN_FLIGHT = Gauge("gateway_requests_in_flight", "HTTP requests being answered.", registry=REGISTRY)
 ERRORS = Counter("gateway_errors", "Requests answered with an error, by its code.", ["code"], registry=REGISTRY)
 
-TEXTS = Counter("gateway_texts", "Texts embedded.", ["model"], registry=REGISTRY)
-TOKENS = Counter("gateway_tokens", "Tokens embedded, after truncation.", ["model"], registry=REGISTRY)
-TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", ["model"], registry=REGISTRY)
-STAGE_SECONDS = Histogram(
-    "gateway_stage_duration_seconds",
-    "Time that an embedding request spent in a stage: tokenise, queue, inference.",
-    ["model", "stage"],
+# What an embedding request is counted under. A request outside an experiment has no experiment and no arm, and one to a
+# model without tasks no task: the labels are empty.
+_TARGET = ["model", "task", "experiment", "arm"]
+EMBED_REQUESTS = Counter(
+    "gateway_embed_requests",
+    "Embedding requests that reached a model, by `ok` or the code of the error.",
+    [*_TARGET, "outcome"],
+    registry=REGISTRY,
+)
+EMBED_SECONDS = Histogram(
+    "gateway_embed_duration_seconds",
+    "Time from the choice of the model to the finished vectors.",
+    _TARGET,
     buckets=_SECONDS,
     registry=REGISTRY,
 )
+TEXTS = Counter("gateway_texts", "Texts embedded.", _TARGET, registry=REGISTRY)
+TOKENS = Counter("gateway_tokens", "Tokens embedded, after truncation.", _TARGET, registry=REGISTRY)
+TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", _TARGET, registry=REGISTRY)
+STAGE_SECONDS = Histogram(
+    "gateway_stage_duration_seconds",
+    "Time that an embedding request spent in a stage: tokenise, queue, inference.",
+    [*_TARGET, "stage"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+FALLBACKS = Counter(
+    "gateway_fallbacks",
+    "Requests that another model of the same space answered, by the error of the first.",
+    ["model", "fallback", "code"],
+    registry=REGISTRY,
+)
+SHADOW_REQUESTS = Counter(
+    "gateway_shadow_requests",
+    "Copied requests, by `ok`, `dropped` or the code of the error.",
+    ["of", "to", "outcome"],
+    registry=REGISTRY,
+)
+SHADOW_TEXTS = Counter("gateway_shadow_texts", "Texts embedded for shadows.", ["of", "to"], registry=REGISTRY)
+SHADOW_TOKENS = Counter("gateway_shadow_tokens", "Tokens embedded for shadows.", ["of", "to"], registry=REGISTRY)
+SHADOW_SECONDS = Histogram(
+    "gateway_shadow_duration_seconds",
+    "Time that the second model took for a copied request, its queue included.",
+    ["of", "to"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+SHADOW_QUEUE = Gauge("gateway_shadow_queue", "Copied requests that wait.", ["of", "to"], registry=REGISTRY)
+DROPPED_EXPOSURES = Counter(
+    "gateway_exposures_dropped", "Lines of the exposure log that could not be written.", registry=REGISTRY
+)
+RELOADS = Counter("gateway_reloads", "Reloads of the registry, by `ok` or `refused`.", ["outcome"], registry=REGISTRY)
 BATCH_TEXTS = Histogram(
     "gateway_batch_texts", "Texts in a batch.", ["model"], buckets=_POWERS_OF_TWO[:12], registry=REGISTRY
 )
@@ -51,3 +95,28 @@ MODEL_READY = Gauge("gateway_model_ready", "1 when the model answers, else 0.", 
 def render() -> bytes:
     """Return all metrics in Prometheus' text format."""
     return generate_latest(REGISTRY)
+
+
+class Meters:
+    """The metrics of one target, looked up once: that costs more than counting."""
+
+    def __init__(self, model: str, task: str, experiment: str, arm: str) -> None:
+        self._labels = (model, task, experiment, arm)
+        self.seconds = EMBED_SECONDS.labels(*self._labels)
+        self.texts = TEXTS.labels(*self._labels)
+        self.tokens = TOKENS.labels(*self._labels)
+        self.truncated = TRUNCATED.labels(*self._labels)
+        self.tokenise_s, self.queue_s, self.inference_s = (
+            STAGE_SECONDS.labels(*self._labels, stage) for stage in ("tokenise", "queue", "inference")
+        )
+        self._ok = EMBED_REQUESTS.labels(*self._labels, "ok")
+
+    def count(self, error_code: str | None = None) -> None:
+        """Count a request that ended well, or in an error."""
+        (self._ok if error_code is None else EMBED_REQUESTS.labels(*self._labels, error_code)).inc()
+
+
+@lru_cache(maxsize=4096)
+def meters(model: str, task: str | None, experiment: str | None, arm: str | None) -> Meters:
+    """Return the metrics of a target; the same ones every time."""
+    return Meters(model, task or "", experiment or "", arm or "")

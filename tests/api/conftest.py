@@ -21,6 +21,7 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, ModelState
 
 MakeModel = Callable[..., Model]
@@ -105,7 +106,7 @@ async def connect(models: list[Model], make_fleet: MakeFleet) -> AsyncIterator[C
         ) -> httpx.AsyncClient:
             registry, fleet = make_fleet(*(fleet_models or models), aliases=aliases)
             await _start(fleet, has_started)
-            app = create_app(registry, Settings(**settings), fleet)
+            app = create_app(Deployment(registry, Settings(**settings), fleet))
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
             return await stack.enter_async_context(client)
 
@@ -136,7 +137,7 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
     @contextlib.contextmanager
     def serve(*fleet_models: Model, http: str = "auto", **settings: object) -> Iterator[tuple[str, int]]:
         registry, fleet = make_fleet(*(fleet_models or models), aliases={})
-        app = create_app(registry, Settings(**settings), fleet)
+        app = create_app(Deployment(registry, Settings(**settings), fleet))
         config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:

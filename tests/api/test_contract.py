@@ -544,7 +544,7 @@ async def test_a_body_without_model_is_refused_where_there_is_no_default(
 
 
 @pytest.mark.parametrize(
-    "name", ["text-embedding-3-small", "MINI", "mini ", "jina-query:query", "\u202emini", "x" * 100]
+    "name", ["text-embedding-3-small", "MINI", "mini ", "jina-queries:query", "\u202emini", "x" * 100]
 )
 async def test_an_unknown_model_is_told_all_names(
     client: httpx.AsyncClient, check_error: CheckError, name: str

@@ -54,6 +54,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "tasks": ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"],
         "default_task": "text-matching",
         "outputs": ["dense"],
+        "is_normalised": True,
         "space": spaces["text-matching"],
         "device": "cpu",
         "dtype": "float32",
@@ -267,11 +268,18 @@ async def test_requests_texts_and_tokens_are_counted(client: httpx.AsyncClient) 
     assert grown["gateway_requests_total", (("path", "/v1/embeddings"), ("status", "400"))] == 1
     assert grown["gateway_request_duration_seconds_count", (("path", "/v1/embeddings"),)] == 2
     assert grown["gateway_errors_total", (("code", "invalid_input"),)] == 1
-    assert grown["gateway_texts_total", (("model", "mini"),)] == 2
-    assert grown["gateway_tokens_total", (("model", "mini"),)] == 2 + 8
-    assert grown["gateway_truncated_texts_total", (("model", "mini"),)] == 1
+    labels = {"arm": "", "experiment": "", "model": "mini", "task": ""}
+
+    def of_mini(name: str, **more: str) -> float:
+        return grown[name, tuple(sorted((labels | more).items()))]
+
+    assert of_mini("gateway_embed_requests_total", outcome="ok") == 1
+    assert of_mini("gateway_embed_duration_seconds_count") == 1
+    assert of_mini("gateway_texts_total") == 2
+    assert of_mini("gateway_tokens_total") == 2 + 8
+    assert of_mini("gateway_truncated_texts_total") == 1
     for stage in ("tokenise", "queue", "inference"):
-        assert grown["gateway_stage_duration_seconds_count", (("model", "mini"), ("stage", stage))] == 1
+        assert of_mini("gateway_stage_duration_seconds_count", stage=stage) == 1
 
 
 async def test_what_clients_make_up_is_no_label(client: httpx.AsyncClient) -> None:
@@ -330,10 +338,14 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model_id}",
+        "/v1/experiments",
+        "/v1/experiments/{experiment_id}",
+        "/v1/spaces",
         "/health/live",
         "/health/ready",
         "/health",
         "/metrics",
+        "/admin/reload",
     ]
     ids = [operation["operationId"] for path in schema["paths"].values() for operation in path.values()]
     assert len(set(ids)) == len(ids)

@@ -25,6 +25,7 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import ModelState
 
 
@@ -43,7 +44,7 @@ def make_app() -> FastAPI:
     assert llama_index is not None
     assert llama_index.origin is not None
     vocabularies = Path(llama_index.origin).parent / "_static" / "tiktoken_cache"
-    return create_app(registry, Settings(tiktoken_cache_dir=vocabularies), fleet)
+    return create_app(Deployment(registry, Settings(tiktoken_cache_dir=vocabularies), fleet))
 
 
 def configure(*modes: schemathesis.GenerationMode, expected_statuses: list[str]) -> SchemathesisConfig:
@@ -77,7 +78,7 @@ def narrowed(app: FastAPI) -> dict[str, Any]:
 
 APP = make_app()
 # Which models, tasks and dimensions there are is a matter of the registry: the schema allows more.
-ANYTHING = configure(*schemathesis.GenerationMode, expected_statuses=["2xx", "400", "404", "412"])
+ANYTHING = configure(*schemathesis.GenerationMode, expected_statuses=["2xx", "400", "403", "404", "412"])
 whole = schemathesis.openapi.from_asgi("/openapi.json", APP, config=ANYTHING)
 RIGHT = configure(schemathesis.GenerationMode.POSITIVE, expected_statuses=["2xx"])
 right = schemathesis.openapi.from_dict(narrowed(APP), config=RIGHT)

@@ -18,10 +18,12 @@ import pytest
 import uvicorn
 
 from gateway.app import create_app
+from gateway.backends.fake import fake_info
 from gateway.backends.fleet import Fleet
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import EmbedJob, ModelState, Truncate
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.engine import Engine
@@ -126,7 +128,7 @@ class FaultyForward:
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
     registry = Registry(path=Path("models.yaml"), version=1, models=(MINILM,), aliases={})
-    fleet = Fleet.from_registry(registry, Settings())
+    fleet = Fleet.from_registry(registry, lambda entry: InfinityBackend(entry, Settings()))
     await fleet.start()
     yield fleet
     await fleet.stop()
@@ -138,7 +140,9 @@ async def client(fleet: Fleet) -> AsyncIterator[httpx.AsyncClient]:
     registry = Registry(path=Path("models.yaml"), version=1, models=(MINILM,), aliases={})
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(create_app(registry, Settings(), fleet), log_config=None, lifespan="off", access_log=False)
+        uvicorn.Config(
+            create_app(Deployment(registry, Settings(), fleet)), log_config=None, lifespan="off", access_log=False
+        )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -282,7 +286,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
 
     def load(_backend: InfinityBackend) -> tuple[Any, Any]:
         engines.append(SteeredEngine())
-        return engines[-1], None
+        return engines[-1], fake_info()
 
     monkeypatch.setattr(InfinityBackend, "_load", load)
     watched = Watched(InfinityBackend(MINILM, Settings(forward_timeout_s=0.02)), engines, [])

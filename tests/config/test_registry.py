@@ -312,7 +312,7 @@ FIELD_CASES = [
     Case("empty models", "version: 1\nmodels: []\n", 2, 9, "models", "at least one entry, got an empty list"),
     Case("null models", "version: 1\nmodels:\n\n# end\n", 2, 1, "models", "must be a list, got nothing"),
     Case("model text", "version: 1\nmodels:\n  - jina\n", 3, 5, "models[0]", "must be a mapping of keys to values"),
-    Case("unknown top key", VALID + "shadows: []\n", 17, 1, "shadows", "not a known key; allowed keys: `version`"),
+    Case("unknown top key", VALID + "ghosts: []\n", 17, 1, "ghosts", "not a known key; allowed keys: `version`"),
     Case("typo", entry(PACKAGE + "\nmax_token: 3"), 5, 5, "models[0].max_token", "did you mean `max_tokens`? allowed"),
     Case("loader's key", VALID + "path: x\n", 17, 1, "path", "is not a known key; allowed keys"),
     Case("no id", f"version: 1\nmodels:\n  - {PACKAGE}\n", 3, 5, "models[0].id", "is missing and required: The public"),

@@ -15,6 +15,7 @@ from gateway.app import create_app
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from tests.faults.scripted import PATIENCE_S, Bystanders, Gateway, ScriptedBackend
 
 
@@ -36,7 +37,7 @@ def gateway() -> Iterator[Gateway]:
         fleet = Fleet([Model(entry, backend)])
         await fleet.start()
         fleets.append(fleet)
-        config = uvicorn.Config(create_app(registry, settings, fleet), log_config=None, lifespan="off")
+        config = uvicorn.Config(create_app(Deployment(registry, settings, fleet)), log_config=None, lifespan="off")
         server = uvicorn.Server(config)
         servers.append(server)
         asyncio.get_running_loop().call_later(0.1, is_up.set)

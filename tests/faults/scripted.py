@@ -86,6 +86,9 @@ class ScriptedEncoder(Encoder):
         return vector[:, :2] if VOCABULARY["narrow"] in item.tokens.ids else vector
 
 
+_INFO = fake_info("scripted", width=WIDTH, dimensions=(WIDTH,), max_tokens=64)
+
+
 class ScriptedBackend(InfinityBackend):
     """The real backend, with a scripted model in place of a checkpoint.
 
@@ -101,6 +104,9 @@ class ScriptedBackend(InfinityBackend):
         self.num_loads = 0
         self.failing_loads = 0
 
+    async def plan(self) -> ModelInfo:
+        return _INFO
+
     def _load(self) -> tuple[Engine, ModelInfo]:
         self.num_loads += 1
         if self.failing_loads:
@@ -109,8 +115,7 @@ class ScriptedBackend(InfinityBackend):
         if self.num_loads > 1:
             self.encoder = ScriptedEncoder()
         args = EngineArgs(model_name_or_path="scripted", served_model_name="scripted", model_warmup=False)
-        info = fake_info("scripted", width=WIDTH, dimensions=(WIDTH,), max_tokens=64)
-        return Engine(args, [self.encoder], Limits(256, 4096, 100_000)), info
+        return Engine(args, [self.encoder], Limits(256, 4096, 100_000)), _INFO
 
 
 class Gateway:

@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from gateway.app import create_app
-from gateway.backends.fleet import Fleet
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import Output, Truncate
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.build import BuildOptions, build_encoders
@@ -249,11 +249,11 @@ async def connect() -> AsyncIterator[Connect]:
                 },
             )
             settings = Settings(cpu_threads=1)
-            fleet = Fleet.from_registry(registry, settings)
-            stack.push_async_callback(fleet.stop)
-            await fleet.start()
-            assert {model.id: model.reason for model in fleet if model.reason} == {}
-            transport = httpx.ASGITransport(create_app(registry, settings, fleet))
+            deployment = Deployment(registry, settings)
+            stack.push_async_callback(deployment.stop)
+            await deployment.start()
+            assert {model.id: model.reason for model in deployment.fleet if model.reason} == {}
+            transport = httpx.ASGITransport(create_app(deployment))
             return await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
 
         yield connect

@@ -52,6 +52,8 @@ def router(make_model: MakeModel, make_fleet: MakeFleet) -> Router:
         pytest.param("jina-query", "query", "jina", "retrieval.query", "jina", id="alias and the same task"),
         pytest.param("matching", None, "jina", "text-matching", "jina", id="alias without a task"),
         pytest.param("matching", "passage", "jina", "retrieval.passage", "jina", id="alias and a task"),
+        pytest.param("matching:passage", None, "jina", "retrieval.passage", "jina", id="alias:task"),
+        pytest.param("jina-query:query", None, "jina", "retrieval.query", "jina", id="alias:task, the same task"),
         pytest.param("default", None, "mini", None, "mini", id="the default by its name"),
         pytest.param(None, None, "mini", None, "mini", id="no name"),
         pytest.param(None, "query", "mini", None, "mini", id="no name, but a task"),
@@ -75,7 +77,6 @@ def test_a_name_leads_to_one_model_and_task(
         pytest.param(" mini", id="space before"),
         pytest.param("mini\n", id="line break after"),
         pytest.param("shared/weights", id="source of two models"),
-        pytest.param("jina-query:text-matching", id="alias:task"),
         pytest.param("jina:retrieval:query", id="two colons"),
         pytest.param(":mini", id="colon before"),
     ],
@@ -152,6 +153,13 @@ def test_a_long_task_is_cut_in_the_message(router: Router) -> None:
         router.resolve("mini", "x" * 1_000_000)
 
     assert len(caught.value.message) < 500
+
+
+def test_a_task_after_an_alias_for_another_task_is_refused(router: Router) -> None:
+    with pytest.raises(
+        BadInput, match=r"'jina-query' stands for the task 'retrieval\.query': leave out `:text-matching`"
+    ):
+        router.resolve("jina-query:text-matching", None)
 
 
 @pytest.mark.parametrize("name", ["jina:query", "jina-query", "mini:query"])
@@ -243,4 +251,4 @@ def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_flee
 
     late.info, late.state = make_model("late").info, ModelState.READY
 
-    assert router.resolve("late", None).backend is late.backend
+    assert router.resolve("late", None).model is late

@@ -1,0 +1,139 @@
+"""Experiments: which there are, and what came of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from gateway.api.schema import responses
+from gateway.config.registry import Experiment
+from gateway.deployment import Deployment
+from gateway.errors import ExperimentNotFound
+from gateway.evidence.counts import Evidence, is_running
+
+
+class ArmCard(BaseModel):
+    """One arm as the registry has it."""
+
+    arm: str
+    model: str
+    task: str | None
+    weight: float
+
+
+class ExperimentCard(BaseModel):
+    """One experiment as the registry has it."""
+
+    id: str
+    object: Literal["experiment"]
+    kind: str
+    start: str | None
+    end: str | None
+    is_running: bool = Field(description="Whether requests are split now; otherwise the first arm answers all.")
+    arms: list[ArmCard] = Field(description="The first is the control.")
+
+
+class ExperimentList(BaseModel):
+    """Every experiment of the registry."""
+
+    object: Literal["list"]
+    data: list[ExperimentCard]
+
+
+class ArmEvidence(BaseModel):
+    """One arm in figures: of the requests that were counted, since this process started."""
+
+    arm: str
+    model: str
+    weight: float
+    share: float = Field(description="The share of the units that the weight asks for.")
+    units: int = Field(description="Distinct units, with those of the exposure log.")
+    requests: int
+    errors: int
+    error_rate: float
+    texts: int
+    tokens: int
+    tokens_per_s: float | None = Field(description="Tokens of an average request by its average time.")
+    p50_s: float | None
+    p95_s: float | None
+    p99_s: float | None
+    queue_p95_s: float | None
+
+
+class SampleRatioCard(BaseModel):
+    """A chi-square test of the units against the weights."""
+
+    chi2: float | None
+    degrees: int
+    p: float | None
+    is_mismatch: bool
+    verdict: str
+
+
+class ExperimentEvidence(ExperimentCard):
+    """An experiment and what came of it, under its present arms and weights."""
+
+    generation: str = Field(description="Stands for salt, arms and weights; counts begin anew with each.")
+    since: str = Field(description="When this process began to count requests.")
+    units_since: str | None = Field(description="When the first of the units was seen.")
+    evidence: list[ArmEvidence]
+    uncounted: dict[str, int] = Field(description="Requests that were not part of the split, by reason.")
+    sample_ratio: SampleRatioCard
+
+
+def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
+    """Return the routes that tell of experiments, with and without ``/v1``."""
+    router = APIRouter(tags=["Experiments"])
+
+    async def list_experiments() -> ExperimentList:
+        """List the experiments of the registry."""
+        return ExperimentList(object="list", data=[_card(one) for one in deployment.registry.experiments])
+
+    async def retrieve_experiment(experiment_id: str) -> ExperimentEvidence:
+        """Show the arms of an experiment side by side, and whether the split is as it should be."""
+        experiment = deployment.registry.experiment(experiment_id)
+        if experiment is None:
+            known = ", ".join(one.id for one in deployment.registry.experiments) or "none"
+            raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
+        report = evidence.report(experiment, deployment.router.generation(experiment.id))
+        return ExperimentEvidence.model_validate(
+            _card(experiment).model_dump()
+            | {
+                "generation": report.generation,
+                "since": report.since,
+                "units_since": report.units_since,
+                "evidence": [asdict(arm) for arm in report.arms],
+                "uncounted": dict(report.uncounted),
+                "sample_ratio": asdict(report.sample_ratio),
+            }
+        )
+
+    for prefix, is_shown in (("/v1", True), ("", False)):
+        router.add_api_route(
+            f"{prefix}/experiments",
+            list_experiments,
+            responses=responses(ExperimentList),
+            include_in_schema=is_shown,
+        )
+        router.add_api_route(
+            f"{prefix}/experiments/{{experiment_id:path}}",
+            retrieve_experiment,
+            responses=responses(ExperimentEvidence, ExperimentNotFound),
+            include_in_schema=is_shown,
+        )
+    return router
+
+
+def _card(experiment: Experiment) -> ExperimentCard:
+    return ExperimentCard(
+        id=experiment.id,
+        object="experiment",
+        kind=experiment.kind,
+        start=experiment.start.isoformat() if experiment.start else None,
+        end=experiment.end.isoformat() if experiment.end else None,
+        is_running=is_running(experiment),
+        arms=[ArmCard(arm=arm.label, model=arm.model, task=arm.task, weight=arm.weight) for arm in experiment.arms],
+    )

@@ -1,0 +1,97 @@
+"""Every space that a request can get vectors of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from gateway.api.schema import responses
+from gateway.backends.fleet import Fleet
+from gateway.config.registry import Registry
+from gateway.deployment import Deployment
+from gateway.embedding import canonical_task
+from gateway.routing.spaces import space_id
+
+
+class SpaceMember(BaseModel):
+    """A model and task whose vectors are in the space."""
+
+    model: str
+    task: str | None
+    state: str
+    names: list[str] = Field(description="What a client can send as `model` to get there.")
+
+
+class SpaceCard(BaseModel):
+    """Vectors of one space can be compared with each other, and with those of no other one."""
+
+    id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
+    object: Literal["space"]
+    dimensions: int
+    is_normalised: bool
+    pooling: str
+    fingerprint: str = Field(description="SHA-256 over the weights, the tokenizer and the kind of pooling.")
+    members: list[SpaceMember]
+
+
+class SpaceList(BaseModel):
+    """Every space of the loaded models, those of smaller `dimensions` included."""
+
+    object: Literal["list"]
+    data: list[SpaceCard]
+
+
+def spaces_router(deployment: Deployment) -> APIRouter:
+    """Return the route that lists the spaces, with and without ``/v1``."""
+    router = APIRouter(tags=["Spaces"])
+
+    async def list_spaces() -> SpaceList:
+        """List the spaces that vectors can be in, and the names that lead there."""
+        return SpaceList(object="list", data=space_cards(deployment.registry, deployment.fleet))
+
+    for prefix, is_shown in (("/v1", True), ("", False)):
+        router.add_api_route(
+            f"{prefix}/spaces", list_spaces, responses=responses(SpaceList), include_in_schema=is_shown
+        )
+    return router
+
+
+def space_cards(registry: Registry, fleet: Fleet) -> list[SpaceCard]:
+    """Describe every space, in the order of the registry; with the vectors' usual normalisation."""
+    cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
+    for model in fleet:
+        info = model.info
+        if info is None:
+            continue
+        for size in info.dimensions:
+            tasks: list[str | None] = [*info.tasks] or [None]
+            for task in tasks:
+                space = space_id(info, task, size, is_normalised=info.is_normalised)
+                card = cards.setdefault(
+                    space.rpartition("@")[2],
+                    SpaceCard(
+                        id=space,
+                        object="space",
+                        dimensions=size,
+                        is_normalised=info.is_normalised,
+                        pooling=info.pooling,
+                        fingerprint=info.fingerprint,
+                        members=[],
+                    ),
+                )
+                names = _names(registry, model.id, task, info.default_task)
+                card.members.append(SpaceMember(model=model.id, task=task, state=model.state.value, names=names))
+    return list(cards.values())
+
+
+def _names(registry: Registry, model_id: str, task: str | None, default_task: str | None) -> list[str]:
+    names = [model_id] if task == default_task else []
+    names += [f"{model_id}:{task}"] if task is not None else []
+    names += [
+        alias.name
+        for alias in registry.aliases.values()
+        if alias.model == model_id and task in (None, canonical_task(alias.task) if alias.task else default_task)
+    ]
+    return names

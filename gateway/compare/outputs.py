@@ -1,0 +1,107 @@
+"""A comparison as files for other programs: the figures as JSON, the rankings as trec_eval reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import orjson
+
+from gateway.compare.results import Comparison
+from gateway.compare.search import Ranking, without_ties
+from gateway.errors import CompareError
+
+_MAX_NAME = 100
+# Windows takes no file of these names, whatever the ending.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folder: Path) -> list[Path]:
+    """Write the results into a folder, which is made if need be; files of the same names are replaced.
+
+    ::
+
+        results.json        everything but the queries
+        queries.jsonl       a query a line: its first documents by arm, and what they are worth
+        runs/<arm>.trec     the whole rankings, a document a line: query Q0 document rank score arm
+
+    In a run an id with a space has it as ``%20``, and ``%`` as ``%25``: a run has spaces between its columns. Equal
+    scores are one step of single precision apart, so that every tool sees the order that was measured.
+
+    Args:
+        rankings: of every arm, by its name.
+
+    Returns:
+        The files, in the order above.
+
+    Raises:
+        CompareError: a file cannot be written.
+    """
+    whole = {field.name: getattr(comparison, field.name) for field in fields(comparison) if field.name != "queries"}
+    names = file_names(rankings)
+    contents: list[tuple[Path, Iterable[bytes]]] = [
+        (folder / "results.json", [_json(whole, orjson.OPT_INDENT_2)]),
+        (folder / "queries.jsonl", (_json(query) for query in comparison.queries)),
+        *((folder / "runs" / f"{names[arm]}.trec", _run_lines(arm, rankings[arm])) for arm in rankings),
+    ]
+    for path, lines in contents:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return [path for path, _ in contents]
+
+
+def file_names(arms: Iterable[str]) -> dict[str, str]:
+    """Return a file name, without its ending, for each arm: safe on every system, and another for every arm.
+
+    What is not a letter of ASCII, a digit or one of ``@._-`` becomes ``_``. Names that are then the same, or differ in
+    case alone, get a number.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for arm in arms:
+        safe = re.sub(r"[^A-Za-z0-9@._-]", "_", arm)[:_MAX_NAME].strip(".") or "arm"
+        if _RESERVED.match(safe):
+            safe = f"_{safe}"
+        name, number = safe, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{safe}-{number}"
+        taken.add(name.lower())
+        names[arm] = name
+    return names
+
+
+def _run_lines(arm: str, ranking: Ranking) -> Iterable[bytes]:
+    tag = _one_word(arm) or "arm"
+    for query, documents in ranking.items():
+        for rank, (document, score) in enumerate(without_ties(documents), start=1):
+            yield f"{_one_word(query)} Q0 {_one_word(document)} {rank} {score!r} {tag}\n".encode()
+
+
+def _one_word(text: str) -> str:
+    """Return an id such that no program splits it; ids without a space, which are most, stay as they are."""
+    if not any(character.isspace() for character in text):
+        return text
+    return "".join(quote(character) if character.isspace() or character == "%" else character for character in text)
+
+
+def _json(value: object, option: int = 0) -> bytes:
+    options = option | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+    return orjson.dumps(value, default=_plain, option=options)
+
+
+def _plain(value: Any) -> object:
+    """Make of a mapping or a sequence of another type what orjson knows."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Iterable):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")

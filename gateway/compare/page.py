@@ -1,0 +1,269 @@
+"""The page of a comparison: one HTML file that asks nobody for anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from gateway.compare.drawing import Plot, marks
+from gateway.compare.plots import make_plots
+from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast, Estimate, Hit, QueryResult
+from gateway.compare.wording import (
+    agreement_sentence,
+    cost_sentence,
+    fixed,
+    interval,
+    milliseconds,
+    p_value,
+    signed,
+    signed_interval,
+    significant,
+    verdict_sentence,
+)
+
+NUM_EXAMPLES = 20
+"""How many queries are shown of an arm: half of them losses, half of them gains."""
+
+_NONE = "\N{EN DASH}"
+_TEXT_CHARS = 400  # of a document or a query: enough to see what it is about, whatever its length
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A place in the table: a figure, and what is to be known about it."""
+
+    value: str
+    note: str = ""
+    is_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    label: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A document in one of two rankings that stand side by side.
+
+    Attributes:
+        anchor: its id in the page.
+        other_rank: its rank in the other ranking; ``None`` if it is not there.
+        other_anchor: its id there.
+        judgement: in words; empty without judgements.
+    """
+
+    rank: int
+    hit: Hit
+    anchor: str
+    other_rank: int | None
+    other_anchor: str
+    judgement: str
+    is_relevant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query with the rankings of the baseline and of an arm.
+
+    Attributes:
+        change: the figure that it was chosen for.
+        values: the two figures behind it, if there are.
+    """
+
+    query: QueryResult
+    change: str
+    values: str
+    baseline: Sequence[Line]
+    arm: Sequence[Line]
+
+
+def render_page(comparison: Comparison) -> str:
+    """Render the page: styles, plots and what draws them are inside it."""
+    plots = make_plots(comparison)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        comparison=comparison,
+        primary=PRIMARY_MEASURE,
+        marks=marks(comparison),
+        verdicts=[contrast for contrast in comparison.contrasts if contrast.measure == PRIMARY_MEASURE],
+        say_verdict=lambda contrast: verdict_sentence(comparison, contrast),
+        say_agreement=agreement_sentence,
+        costs={arm.name: cost_sentence(arm, comparison.baseline) for arm in comparison.arms},
+        table=list(_table(comparison)),
+        plots=plots,
+        examples={arm.name: list(_examples(comparison, arm.name, key)) for key, arm in enumerate(comparison.arms[1:])},
+        clip=_clip,
+        fixed=fixed,
+        specs=_to_script(plots),
+        plotly_js=get_plotlyjs().replace("</script", "<\\/script"),
+    )
+    # A text may hold half a surrogate pair, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _to_script(plots: Sequence[Plot]) -> str:
+    """Write what is to be drawn as JSON that cannot end the element it stands in."""
+    specs = {plot.id: plot.spec for plot in plots if plot.spec is not None}
+    return json.dumps(specs, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _TEXT_CHARS else f"{text[: _TEXT_CHARS - 1].rstrip()}…"
+
+
+def _table(comparison: Comparison) -> Iterator[tuple[str, Sequence[Row]]]:
+    """Yield the groups of rows of the table that has a column for each arm."""
+    arms = comparison.arms
+    if comparison.has_judgements:
+        yield (
+            "Quality",
+            [
+                Row(measure, [_cell(arm.quality.get(measure)) for arm in arms])
+                for measure in MEASURES
+                if any(measure in arm.quality for arm in arms)
+            ],
+        )
+        found = {(contrast.measure, contrast.arm): contrast for contrast in comparison.contrasts}
+        yield (
+            f"Difference to {comparison.baseline.name}",
+            [
+                Row(measure, [_difference_cell(comparison, found.get((measure, arm.name)), arm) for arm in arms])
+                for measure in MEASURES
+                if any((measure, arm.name) in found for arm in arms)
+            ],
+        )
+    if comparison.agreements:
+        yield f"Agreement with {comparison.baseline.name}", list(_agreement_rows(comparison))
+    yield "Cost", list(_cost_rows(comparison))
+    yield "Vectors", list(_vector_rows(comparison))
+
+
+def _cell(estimate: Estimate | None) -> Cell:
+    return Cell(fixed(estimate.mean), interval(estimate)) if estimate else Cell("")
+
+
+def _difference_cell(comparison: Comparison, contrast: Contrast | None, arm: Arm) -> Cell:
+    if contrast is None:
+        return Cell(_NONE if arm is comparison.baseline else "")
+    parts = (signed_interval(contrast.difference), f"p {p_value(contrast.p_holm)}")
+    note = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    return Cell(signed(contrast.difference.mean), note)
+
+
+def _agreement_rows(comparison: Comparison) -> Iterator[Row]:
+    found = {agreement.arm: agreement for agreement in comparison.agreements}
+    agreements = [found[arm.name] for arm in comparison.arms[1:]]
+    for label, estimates in (
+        ("overlap@10", [agreement.overlap for agreement in agreements]),
+        ("RBO", [agreement.rbo for agreement in agreements]),
+        ("same first document", [agreement.same_first for agreement in agreements]),
+    ):
+        yield Row(label, [Cell(_NONE), *(_cell(estimate) for estimate in estimates)])
+
+
+def _cost_rows(comparison: Comparison) -> Iterator[Row]:
+    costs = [arm.cost for arm in comparison.arms]
+    if any(costs):
+        yield Row("texts/s", [Cell(significant(cost.texts_per_s) if cost else "not measured") for cost in costs])
+        yield Row("tokens/s", [Cell(significant(cost.tokens_per_s) if cost else "not measured") for cost in costs])
+        yield Row("one query, p50", [Cell(f"{milliseconds(cost.p50_s)} ms" if cost else "") for cost in costs])
+        yield Row("one query, p95", [Cell(f"{milliseconds(cost.p95_s)} ms" if cost else "") for cost in costs])
+    else:
+        yield Row("time", [Cell("not measured") for _ in costs])
+    yield Row("bytes a vector", [Cell(f"{arm.bytes_per_vector:,}") for arm in comparison.arms])
+
+
+def _vector_rows(comparison: Comparison) -> Iterator[Row]:
+    arms = comparison.arms
+    yield Row("dimensions", [Cell(f"{arm.dimensions:,}") for arm in arms])
+    yield Row("model", [Cell(arm.model, is_text=True) for arm in arms])
+    yield Row("space", [Cell(arm.space, is_text=True) for arm in arms])
+    yield Row("device, dtype", [Cell(f"{arm.device}, {arm.dtype}", is_text=True) for arm in arms])
+    yield Row("task of queries", [Cell(arm.query_task or "none", is_text=True) for arm in arms])
+    yield Row("task of passages", [Cell(arm.passage_task or "none", is_text=True) for arm in arms])
+
+
+def _examples(comparison: Comparison, name: str, key: int) -> Iterator[tuple[str, Sequence[Example]]]:
+    """Yield the queries to look at, under headings: where the arm loses most, and where it gains most."""
+    baseline = comparison.baseline.name
+    if not comparison.has_judgements:
+        different = (query for query in comparison.queries if query.rbo[name] < 1)
+        least_alike = sorted(different, key=lambda query: query.rbo[name])[:NUM_EXAMPLES]
+        yield (
+            "Ranked least alike",
+            [
+                _example(query, baseline, name, f"{key}-{number}", f"RBO {fixed(query.rbo[name], 2)}", "")
+                for number, query in enumerate(least_alike)
+            ],
+        )
+        return
+
+    def change(query: QueryResult) -> float:
+        return query.quality[name][PRIMARY_MEASURE] - query.quality[baseline][PRIMARY_MEASURE]
+
+    ordered = sorted(comparison.queries, key=change)
+    losses = [query for query in ordered[: NUM_EXAMPLES // 2] if change(query) < 0]
+    gains = [query for query in reversed(ordered[-(NUM_EXAMPLES // 2) :]) if change(query) > 0]
+    for heading, queries in (("Largest losses", losses), ("Largest gains", gains)):
+        yield (
+            heading,
+            [
+                _example(
+                    query,
+                    baseline,
+                    name,
+                    f"{key}-{heading[8]}{number}",
+                    signed(change(query)),
+                    " → ".join(fixed(query.quality[one][PRIMARY_MEASURE]) for one in (baseline, name)),
+                )
+                for number, query in enumerate(queries)
+            ],
+        )
+
+
+def _example(query: QueryResult, baseline: str, name: str, key: str, change: str, values: str) -> Example:
+    before, after = query.rankings[baseline], query.rankings[name]
+    return Example(
+        query,
+        change,
+        values,
+        baseline=_lines(before, after, f"b{key}", f"a{key}", has_judgements=bool(query.quality)),
+        arm=_lines(after, before, f"a{key}", f"b{key}", has_judgements=bool(query.quality)),
+    )
+
+
+def _lines(hits: Sequence[Hit], others: Sequence[Hit], key: str, other_key: str, *, has_judgements: bool) -> list[Line]:
+    ranks: Mapping[str, int] = {hit.document: rank for rank, hit in enumerate(others, start=1)}
+    return [
+        Line(
+            rank=rank,
+            hit=hit,
+            anchor=f"{key}-{rank}",
+            other_rank=ranks.get(hit.document),
+            other_anchor=f"{other_key}-{ranks.get(hit.document)}",
+            judgement=_judgement(hit.relevance) if has_judgements else "",
+            is_relevant=(hit.relevance or 0) > 0,
+        )
+        for rank, hit in enumerate(hits, start=1)
+    ]
+
+
+def _judgement(relevance: int | None) -> str:
+    if relevance is None:
+        return "not judged"
+    if relevance <= 0:
+        return "not relevant"
+    return "relevant" if relevance == 1 else f"relevant ({relevance})"

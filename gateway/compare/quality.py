@@ -1,0 +1,28 @@
+"""What rankings are worth by judgements: every measure of every query, through ``ir-measures``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ir_measures
+
+from gateway.compare.results import MEASURES
+from gateway.compare.search import Ranking, without_ties
+
+
+def measure(rankings: Ranking, judgements: Mapping[str, Mapping[str, int]]) -> Mapping[str, Mapping[str, float]]:
+    """Return the value of each of ``MEASURES`` for every query that has a judgement, in the order of the judgements.
+
+    A query without a ranking, or for which nothing is relevant, has 0. Documents without a judgement count as not
+    relevant, and Judged@10 says how many of the first ten have one.
+    """
+    judged = {query: dict(scores) for query, scores in judgements.items() if scores}
+    if not judged:
+        return {}
+    names = {ir_measures.parse_measure(name): name for name in MEASURES}
+    # Judged@10 divides by the length of the ranking.
+    run = {query: dict(without_ties(rankings[query])) for query in judged if rankings.get(query)}
+    values: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in MEASURES}
+    for found in ir_measures.iter_calc(names, judged, run):
+        values[names[found.measure]][found.query_id] = float(found.value)
+    return values

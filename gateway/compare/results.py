@@ -1,0 +1,206 @@
+"""What a comparison found: plain values, from which the table, the JSON files and the page are made.
+
+Every mapping by arm has the arms in the order of the command line; the first arm is the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+PRIMARY_MEASURE = "nDCG@10"
+"""The measure that the verdict is about, chosen before anything was computed."""
+
+MEASURES = (PRIMARY_MEASURE, "R@10", "R@100", "RR@10", "Success@1", "Judged@10")
+"""Every measure, by the name that ``ir-measures`` gives it."""
+
+
+class Verdict(StrEnum):
+    """What can be said of an arm against the baseline."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    INCONCLUSIVE = "inconclusive"
+    TOO_FEW_QUERIES = "too few queries"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over the queries, with the bounds of its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What it takes to embed, measured on a sample of the texts, in turns with the other arms.
+
+    Attributes:
+        texts_per_s: passages per second, in batches.
+        tokens_per_s: the same in the model's own tokens.
+        p50_s: median time of one query, sent alone.
+        p95_s: 95th percentile of it.
+    """
+
+    texts_per_s: float
+    tokens_per_s: float
+    p50_s: float
+    p95_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One thing that is compared: a model, with a size of its vectors.
+
+    Attributes:
+        name: as it was given: ``jina-embeddings-v3@256``.
+        model: id of the model that answered.
+        space: id of the space that the vectors are in.
+        query_task: task that queries were embedded with; ``None`` for a model without tasks.
+        quality: mean of each measure over the queries; empty without judgements.
+        cost: ``None`` when it was not measured.
+    """
+
+    name: str
+    model: str
+    space: str
+    dimensions: int
+    bytes_per_vector: int
+    device: str
+    dtype: str
+    query_task: str | None
+    passage_task: str | None
+    quality: Mapping[str, Estimate]
+    cost: Cost | None
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """An arm against the baseline in one measure, query by query.
+
+    Attributes:
+        difference: mean of (arm - baseline), with its bootstrap interval.
+        p: two-sided, of the paired randomisation test.
+        p_holm: the same after Holm's correction for the number of arms compared.
+        wins: queries where the arm is better than the baseline.
+        verdict: told for the primary measure only; ``None`` for the others.
+    """
+
+    arm: str
+    baseline: str
+    measure: str
+    difference: Estimate
+    p: float
+    p_holm: float
+    wins: int
+    ties: int
+    losses: int
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike the rankings of an arm and of the baseline are: a difference, not a quality.
+
+    Attributes:
+        overlap: mean share of documents that both have among their first ten.
+        rbo: mean rank-biased overlap with p = 0.9 (Webber et al. 2010, https://doi.org/10.1145/1852102.1852106).
+        same_first: share of the queries with the same first document.
+    """
+
+    arm: str
+    baseline: str
+    overlap: Estimate
+    rbo: Estimate
+    same_first: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A document in a ranking.
+
+    Attributes:
+        text: how the document begins, for people.
+        relevance: its judgement for the query; ``None`` if it was not judged.
+    """
+
+    document: str
+    score: float
+    text: str
+    relevance: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryResult:
+    """One query: the first ten documents of every arm, and what they are worth.
+
+    Attributes:
+        quality: value of each measure by arm; empty without judgements.
+        overlap: overlap@10 with the baseline, by arm, the baseline left out.
+        rbo: rank-biased overlap with the baseline, by arm, the baseline left out.
+    """
+
+    id: str
+    text: str
+    rankings: Mapping[str, Sequence[Hit]]
+    quality: Mapping[str, Mapping[str, float]]
+    overlap: Mapping[str, float]
+    rbo: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSummary:
+    """What was compared on.
+
+    Attributes:
+        sha256: hex hash over the documents, queries and judgements that were used.
+        num_judgements: 0 without judgements.
+        num_unjudged_queries: queries of the file that were left out because no judgement names them.
+    """
+
+    folder: str
+    split: str | None
+    sha256: str
+    num_documents: int
+    num_queries: int
+    num_judgements: int
+    num_unjudged_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A whole comparison.
+
+    Attributes:
+        created: when it ended, ISO 8601 in UTC.
+        source: where the vectors came from: a URL, or ``in process``.
+        versions: of the gateway and of the libraries that the figures depend on, by name.
+        notes: what a reader must know to judge the figures: arms with different shares of judged documents, say.
+        contrasts: for each arm but the baseline, every measure in order; empty without judgements.
+        agreements: for each arm but the baseline.
+    """
+
+    created: str
+    source: str
+    dataset: DatasetSummary
+    seed: int
+    num_resamples: int
+    versions: Mapping[str, str]
+    notes: Sequence[str]
+    arms: Sequence[Arm]
+    contrasts: Sequence[Contrast]
+    agreements: Sequence[Agreement]
+    queries: Sequence[QueryResult]
+
+    @property
+    def baseline(self) -> Arm:
+        """The first arm, which the others are compared with."""
+        return self.arms[0]
+
+    @property
+    def has_judgements(self) -> bool:
+        """Whether there is a quality to speak of, or only a difference."""
+        return self.dataset.num_judgements > 0

@@ -1,0 +1,176 @@
+"""One model of ``models.yaml``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from gateway.config.fields import (
+    Device,
+    Distinct,
+    DistinctListed,
+    Enabled,
+    FileName,
+    Name,
+    NonEmptyText,
+    Positive,
+    Sha256,
+    Source,
+)
+from gateway.config.wording import quote
+from gateway.embedding import Output
+
+_COMMIT = "40 lowercase hex digits such as `d18862d9a48706220815554fac3ebb4dfa46fc28`"
+
+
+class Frozen(BaseModel):
+    """What every entry of the file is: immutable, of exact types, with known keys only."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ModelEntry(Frozen):
+    """One model of the registry."""
+
+    id: Name = Field(
+        description="The public name of the model, which clients send as `model`. Letters, digits and `._-/`; unique, "
+        "whatever the case."
+    )
+    source: str = Field(
+        description="Where the checkpoint is. A hub repo `owner/name`, a folder (starts with `/`, `./`, `../` or `~`; "
+        "relative to this file), or `package:NAME/sub/folder` in an installed Python package."
+    )
+    revision: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="The commit of the hub repo, 40 hex digits. Required for a hub source, so that the weights cannot "
+        "change under stored vectors; not allowed for others.",
+    )
+    sha256: Mapping[FileName, Sha256] = Field(
+        default_factory=dict,
+        description="Expected SHA-256 of files of the checkpoint, by file name. Checked at load; a file that "
+        "differs is not loaded.",
+    )
+    enabled: Enabled = Field(
+        default="auto", description="Whether the model is loaded. `auto`: when an accelerator is present."
+    )
+    required: bool = Field(
+        default=False,
+        description="Whether the gateway stops when this model fails to load. Otherwise it serves the others, and "
+        "answers 503 for this one.",
+    )
+    backend: Literal["infinity"] = Field(default="infinity", description="What computes the vectors.")
+    device: Device = Field(
+        default="auto",
+        description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`. `auto`: the "
+        "accelerator, if one is present.",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="Precision of the computation. `auto`: `float16` on CUDA; `bfloat16` on a CPU that has it, else "
+        "`float32`.",
+    )
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        default="auto",
+        description="What runs the forward. `auto`: OpenVINO on a CPU, where its vectors agree with torch's; torch "
+        "elsewhere.",
+    )
+    default_task: NonEmptyText | None = Field(
+        default=None,
+        description="The task of a request that names none. Use a symmetric one where clients search and store "
+        "under one name.",
+    )
+    prompts: Mapping[NonEmptyText, str] = Field(
+        default_factory=dict,
+        description="Instruction put before the text, by task. Overrides the checkpoint's own instructions.",
+    )
+    dimensions: Distinct[Positive] = Field(
+        default=(),
+        description="The sizes that a client may ask for with `dimensions`. The native width is always allowed; list "
+        "smaller ones only for a model that was trained for them.",
+    )
+    max_tokens: Positive | None = Field(
+        default=None,
+        description="The longest text in tokens, special tokens included; longer ones are truncated. By default the "
+        "checkpoint's own limit.",
+    )
+    max_batch_tokens: Positive | None = Field(
+        default=None,
+        description="The most tokens that one forward pass takes; bounds the memory. By default the "
+        "engine's own limit.",
+    )
+    fp16_accumulation: bool = Field(
+        default=False,
+        description="Whether float16 matrix products add up in float16: up to twice as fast on GeForce cards, no gain on "
+        "others, and less exact. Needs `golden`; refused where the golden vectors leave their tolerance.",
+    )
+    golden: NonEmptyText | None = Field(
+        default=None,
+        description="File with the model's golden vectors, relative to this file; they are checked at every start. "
+        "`gateway verify MODEL --record` writes it.",
+    )
+    outputs: DistinctListed[Annotated[Output, Field(strict=False)]] = Field(
+        default=(Output.DENSE,), description="What the model can return for a text."
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Whether Python code in the checkpoint may run. Only for a source that you have read.",
+    )
+    allow_space_change: bool = Field(
+        default=False,
+        description="Whether a reload may bring vectors of another space under this id. Only when nothing is stored "
+        "under the old one.",
+    )
+
+    @property
+    def parsed_source(self) -> Source:
+        """Take ``source`` apart."""
+        return Source.parse(self.source)
+
+    def loads_like(self, other: ModelEntry) -> bool:
+        """Tell whether a model that was loaded for this entry will do for another one."""
+        beside = {"required", "allow_space_change"}
+        return self.model_dump(exclude=beside) == other.model_dump(exclude=beside)
+
+    @field_validator("golden")
+    @classmethod
+    def _resolve_golden(cls, text: str | None, info: ValidationInfo) -> str | None:
+        base: Path = (info.context or {}).get("folder", Path())
+        return None if text is None else str((base / text).resolve())
+
+    @field_validator("source")
+    @classmethod
+    def _resolve_source(cls, text: str, info: ValidationInfo) -> str:
+        source = Source.parse(text)
+        if source.kind != "folder":
+            return text
+        base: Path = (info.context or {}).get("folder", Path())
+        try:
+            return str((base / Path(text).expanduser()).resolve())
+        except (OSError, RuntimeError) as error:  # `~name` of a user that does not exist, or a loop of links
+            raise ValueError(f"is a folder that cannot be resolved: {error}") from None
+
+    @field_validator("revision")
+    @classmethod
+    def _check_revision(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        if "source" not in info.data:
+            return revision  # has its own problem, and what is right here depends on it
+        source: str = info.data["source"]
+        if Source.parse(source).kind != "hub":
+            if revision is not None:
+                raise ValueError(f"is only for hub repos, and {quote(source)} is none; remove it, or pin with `sha256`")
+        elif revision is None:
+            raise ValueError(
+                f"is missing: {quote(source)} must be pinned to a commit, {_COMMIT}; otherwise the weights could "
+                "change under the stored vectors"
+            )
+        elif not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise ValueError(
+                f"must be a commit, {_COMMIT}, got {quote(revision)}; branches and tags move, and vectors of other "
+                "weights cannot be compared with the stored ones"
+            )
+        return revision

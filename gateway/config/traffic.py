@@ -1,0 +1,148 @@
+"""How requests are spread over the models of ``models.yaml``: aliases, experiments, shadows."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from gateway.config.fields import (
+    Distinct,
+    HeaderSource,
+    Listed,
+    Name,
+    NonEmptyText,
+    Positive,
+    Time,
+    UnitSource,
+    unwrap_sources,
+)
+from gateway.config.model_entry import Frozen
+from gateway.config.wording import quote
+
+
+class Alias(Frozen):
+    """Another name for a model, or for one task of it."""
+
+    name: str = Field(exclude=True, description="The alias's own name: its key in `aliases`.")
+    model: str = Field(description="The id of the model; not another alias.")
+    task: NonEmptyText | None = Field(
+        default=None, description="The task of requests under this name. By default the model's `default_task`."
+    )
+    allow_space_change: bool = Field(
+        default=False,
+        description="Whether a reload may move this name to another space. Only when nothing is stored under the old one.",
+    )
+
+
+class Arm(Frozen):
+    """One of the models that an experiment chooses from."""
+
+    name: Name | None = Field(
+        default=None,
+        description="What the arm is called in headers, metrics and reports. By default its model's id. Renaming an arm "
+        "assigns its units anew.",
+    )
+    model: str = Field(description="The id of the model; not an alias.")
+    task: NonEmptyText | None = Field(
+        default=None, description="The task of requests in this arm. By default that of the request."
+    )
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="The share of units that this arm gets, in proportion to the sum of all weights. 0: none."
+    )
+
+    @property
+    def label(self) -> str:
+        """What the arm is called."""
+        return self.name or self.model
+
+
+Units: TypeAlias = Annotated[Distinct[UnitSource], BeforeValidator(unwrap_sources)]
+
+
+class Experiment(Frozen):
+    """A name under which requests are split between models."""
+
+    id: Name = Field(description="The name that clients send as `model`. Not that of a model or alias.")
+    kind: Literal["same_space", "cross_space"] = Field(
+        description="`same_space`: the arms' vectors are of one space, and requests without a unit are split at random. "
+        "`cross_space`: they are not, so that each unit stays with one arm, and requests without a unit get the first."
+    )
+    unit: Units = Field(
+        default=(),
+        validate_default=True,
+        description="What is assigned to an arm, as `{from: [...]}`: the first of `header:NAME`, `body:user` and "
+        "`api_key` that a request has.",
+    )
+    salt: NonEmptyText | None = Field(
+        default=None,
+        description="What assignments are derived from, with the unit. By default the id. Another salt shuffles all units.",
+    )
+    start: Time | None = Field(
+        default=None,
+        description="When the split begins, such as `2026-11-01T00:00:00Z`; before, the first arm answers.",
+    )
+    end: Time | None = Field(default=None, description="When the split ends; from then on, the first arm answers.")
+    force: HeaderSource | None = Field(
+        default=None,
+        description="`header:NAME` of a header that names the arm to use, for testers. Such requests are not counted.",
+    )
+    exclude: Distinct[NonEmptyText] = Field(
+        default=(), description="Units that get the first arm and are not counted, such as those of your own staff."
+    )
+    allow_space_change: bool = Field(
+        default=False,
+        description="Whether a reload may move an experiment of kind `same_space` to another space. Only when nothing is "
+        "stored under the old one.",
+    )
+    arms: Listed[Arm] = Field(description="The models to choose from, at least two. The first is the control.")
+
+    @property
+    def control(self) -> Arm:
+        """The arm that answers whenever a request is not part of the split."""
+        return self.arms[0]
+
+    @field_validator("arms")
+    @classmethod
+    def _check_arms(cls, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+        if len(arms) < 2:
+            raise ValueError("must have at least two arms, got one")
+        labels = [arm.label for arm in arms]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise ValueError(f"has two arms called {quote(label)}; give one of them another `name`")
+        if not any(arm.weight > 0 for arm in arms):
+            raise ValueError("has no arm with a weight above 0")
+        return arms
+
+    @field_validator("end")
+    @classmethod
+    def _check_end(cls, end: datetime | None, info: ValidationInfo) -> datetime | None:
+        start: datetime | None = info.data.get("start")
+        if start is not None and end is not None and end <= start:
+            raise ValueError(f"must be later than `start`, which is {start.isoformat()}, got {end.isoformat()}")
+        return end
+
+    @field_validator("unit")
+    @classmethod
+    def _check_unit(cls, unit: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not unit and info.data.get("kind") == "cross_space":
+            raise ValueError("is needed for `kind: cross_space`: without a unit nothing could stay with its arm")
+        return unit
+
+
+class Shadow(Frozen):
+    """A copy of some traffic to a second model, whose vectors nobody gets."""
+
+    of: str = Field(
+        description="Whose traffic: a model's id, an alias or an experiment. A model's id stands for every request that "
+        "the model answers."
+    )
+    to: str = Field(description="The id of the model that gets the copy.")
+    sample: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="The share of the requests that is copied."
+    )
+    max_queue: Positive = Field(
+        default=200, description="The most requests that wait for the second model; further ones are dropped."
+    )

@@ -1,0 +1,171 @@
+"""What is served right now, and how that is exchanged while requests are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+
+import structlog
+
+from gateway.backends.fleet import Fleet, MakeBackend, Model
+from gateway.backends.infinity import InfinityBackend
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.embedding import ModelState
+from gateway.errors import ConfigError, ReloadRefused, StartError
+from gateway.routing.router import Router
+from gateway.routing.rules import broken_rules, moved_names
+from gateway.routing.shadow import Shadows
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+ReadRegistry = Callable[[], Registry]
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload has changed.
+
+    Attributes:
+        loaded: ids of the models that were loaded for it.
+        kept: ids of those that went on as they were.
+        removed: ids of those that are gone.
+    """
+
+    loaded: tuple[str, ...]
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    seconds: float
+
+
+class Deployment:
+    """A registry, its models, and the router over them: replaced together, between two requests, by a reload.
+
+    Args:
+        fleet: the models of ``registry``, where they are not to be made from it.
+        read_registry: reads the registry anew, for a reload.
+        make_backend: makes what runs a model; by default an embedded Infinity engine.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        fleet: Fleet | None = None,
+        read_registry: ReadRegistry | None = None,
+        make_backend: MakeBackend | None = None,
+    ) -> None:
+        self.settings = settings
+        self._make_backend = make_backend or (lambda entry: InfinityBackend(entry, settings))
+        self._read_registry = read_registry or (lambda: registry)
+        self._reloading = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._serve(registry, fleet or Fleet.from_registry(registry, self._make_backend))
+
+    def _serve(self, registry: Registry, fleet: Fleet) -> None:
+        self.registry = registry
+        self.fleet = fleet
+        self.router = Router(registry, fleet)
+        self.shadows = Shadows(registry, self.router)
+
+    async def start(self) -> None:
+        """Load the models.
+
+        Raises:
+            StartError: a model that the registry calls ``required`` is not ready, or the loaded models show that the
+                registry breaks a rule: a fallback of another space, say.
+        """
+        await self.fleet.start()
+        if problems := broken_rules(self.registry, self.fleet):
+            raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
+
+    async def reload(self) -> Reloaded:
+        """Read the registry anew and serve what it says, once all of that is loaded and warm.
+
+        Until then, and for ever if anything is wrong, everything stays as it is. Requests that are being answered when the
+        new models take over end on the old ones. Several reloads come one after the other.
+
+        Raises:
+            ReloadRefused: the file is wrong, a new model cannot be loaded, or a name would move to another space.
+        """
+        async with self._reloading:
+            await self.fleet.started.wait()
+            started = time.monotonic()
+            try:
+                registry = await asyncio.to_thread(self._read_registry)
+                fleet = await self._prepare(registry)
+            except (ConfigError, ReloadRefused) as error:
+                metrics.RELOADS.labels("refused").inc()
+                log.error("reload_refused", reason=str(error))
+                if isinstance(error, ReloadRefused):
+                    raise
+                raise ReloadRefused(str(error)) from error
+            reloaded = self._exchange(registry, fleet, started)
+            metrics.RELOADS.labels("ok").inc()
+            log.info("reloaded", loaded=reloaded.loaded, kept=reloaded.kept, removed=reloaded.removed)
+            return reloaded
+
+    async def _prepare(self, registry: Registry) -> Fleet:
+        """Load what is new, and check that all of it may be served; what was loaded in vain is stopped again."""
+        fleet = self.fleet.successor(registry, self._make_backend)
+        new = [model for model in fleet if model not in self.fleet]
+        try:
+            await fleet.load()
+            problems = [
+                *(problem for model in new if (problem := self._why_not_loaded(model))),
+                *broken_rules(registry, fleet),
+                *moved_names(self.registry, self.fleet, registry, fleet),
+            ]
+            if problems:
+                raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
+        except BaseException:
+            for model in new:
+                await model.backend.stop()
+                if (old := self.fleet.get(model.id)) is not None:
+                    old.report(old.state, old.reason)  # the gauge of this id showed the new one's state
+            raise
+        return fleet
+
+    def _why_not_loaded(self, model: Model) -> str:
+        """Return what is wrong with a new model; one that had failed before may fail again, if it may fail at all."""
+        if model.state is not ModelState.FAILED:
+            return ""
+        before = self.fleet.get(model.id)
+        had_failed = before is not None and before.state is ModelState.FAILED and before.entry.loads_like(model.entry)
+        return "" if had_failed and not model.entry.required else f"{model.id} {model.reason}"
+
+    def _exchange(self, registry: Registry, fleet: Fleet, started: float) -> Reloaded:
+        """Switch over; nothing awaits in here, so that each request sees either the old or the new."""
+        old_fleet, old_shadows = self.fleet, self.shadows
+        fleet.take_over(registry)
+        self._serve(registry, fleet)
+        self._later(old_shadows.stop())
+        for model in old_fleet:
+            if model not in fleet:
+                self._later(model.retire(self.settings.request_timeout_s))
+        ids = {model.id for model in fleet}
+        for model in old_fleet:
+            if model.id not in ids:
+                metrics.MODEL_READY.remove(model.id)
+        return Reloaded(
+            loaded=tuple(m.id for m in fleet if m not in old_fleet and m.state is ModelState.READY),
+            kept=tuple(m.id for m in fleet if m in old_fleet),
+            removed=tuple(m.id for m in old_fleet if m.id not in ids),
+            seconds=time.monotonic() - started,
+        )
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def stop(self) -> None:
+        """Stop every model; requests that still wait get an error."""
+        await self.shadows.stop()
+        for task in list(self._retiring):
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await self.fleet.stop()

@@ -1,0 +1,121 @@
+"""The exposure log: which unit was in which arm of an experiment, as JSON lines in a file that is rotated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import structlog
+
+from gateway.errors import StartError
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+_SECONDS_BETWEEN_WARNINGS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """The first request of a unit in an arm.
+
+    Attributes:
+        time: ISO 8601 in UTC.
+        generation: which salt, arms and weights the arm was chosen by.
+        unit: salted hash, 16 hex digits.
+    """
+
+    time: str
+    experiment: str
+    generation: str
+    arm: str
+    unit: str
+    model: str
+    space: str
+
+
+class ExposureLog:
+    """Appends exposures to a file; at ``max_bytes`` it becomes ``FILE.1``, that one ``FILE.2``, and so on.
+
+    Raises:
+        StartError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, num_backups: int) -> None:
+        self._path = path
+        self._warned_at = -_SECONDS_BETWEEN_WARNINGS
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _end_last_line(path)
+            self._file = _File(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
+        except OSError as error:
+            raise StartError(f"the exposure log {path} cannot be written: {error.strerror}") from error
+
+    def write(self, exposure: Exposure) -> None:
+        """Append an exposure. A full disk costs the line, which is counted, and not the request."""
+        line = json.dumps(asdict(exposure), ensure_ascii=False)
+        try:
+            self._file.emit(logging.makeLogRecord({"msg": line}))
+        except OSError as error:
+            metrics.DROPPED_EXPOSURES.inc()
+            if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
+                self._warned_at = time.monotonic()
+                log.error("exposure_not_written", path=str(self._path), reason=str(error))
+
+    def files(self) -> list[Path]:
+        """Return the files that there are, oldest first."""
+        rotated = [path for path in self._path.parent.glob(f"{self._path.name}.*") if path.suffix[1:].isdecimal()]
+        rotated.sort(key=lambda path: -int(path.suffix[1:]))
+        return [*rotated, *([self._path] if self._path.exists() else [])]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _File(RotatingFileHandler):
+    """The library's rotation, whose errors are ours to deal with."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
+        raise  # noqa: PLE0704  it is called while the error is handled
+
+
+def _end_last_line(path: Path) -> None:
+    """End a line that was torn by a crash, so that the next one does not continue it."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def now() -> str:
+    """Return the time as it stands in the log."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
+    """Read logs, one after the other; a line that is none, torn by a crash say, is left out and told in the log.
+
+    Raises:
+        StartError: a file cannot be read.
+    """
+    for path in paths:
+        num_unread = 0
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        yield Exposure(**json.loads(line))
+                    except (ValueError, TypeError):
+                        num_unread += 1
+        except OSError as error:
+            raise StartError(f"the exposure log {path} cannot be read: {error.strerror}") from error
+        if num_unread:
+            log.warning("exposures_not_read", path=str(path), lines=num_unread)

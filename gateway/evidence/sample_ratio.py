@@ -1,0 +1,56 @@
+"""Whether an experiment's units are split as its weights say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# With p below this, what was counted cannot be a matter of chance (Fabijan et al., KDD 2019, use 0.0005 to 0.001).
+SRM_THRESHOLD = 0.001
+# Below this the chi-square distribution does not describe the statistic (Cochran 1954).
+_LEAST_EXPECTED = 5
+_MISMATCH = "sample ratio mismatch ({}): something loses the units of an arm; do not trust a comparison of the arms"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRatio:
+    """Whether the units are split as the weights say: a chi-square test of goodness of fit.
+
+    Attributes:
+        p: how often an honest split would be this far off; ``None`` where there are too few units to tell.
+        is_mismatch: something loses the units of one arm; no comparison of the arms is to be trusted.
+    """
+
+    chi2: float | None
+    degrees: int
+    p: float | None
+    is_mismatch: bool
+    verdict: str
+
+
+def check_sample_ratio(units: Sequence[int], shares: Sequence[float]) -> SampleRatio:
+    """Test counts of distinct units against the shares that the weights ask for.
+
+    An arm of weight 0 must have no units; one is enough for a mismatch.
+    """
+    total = sum(units)
+    if any(count and not share for count, share in zip(units, shares, strict=True)):
+        return SampleRatio(None, 0, 0.0, is_mismatch=True, verdict=_MISMATCH.format("an arm of weight 0 has units"))
+    observed = [count for count, share in zip(units, shares, strict=True) if share]
+    expected = [total * share for share in shares if share]
+    degrees = len(observed) - 1
+    if degrees < 1:
+        return SampleRatio(None, 0, None, is_mismatch=False, verdict="one arm has all the weight: nothing to test")
+    if min(expected) < _LEAST_EXPECTED:
+        return SampleRatio(None, degrees, None, is_mismatch=False, verdict=f"too few units to tell: {total}")
+    from scipy.stats import chisquare  # slow to import, and not needed to serve
+
+    result = chisquare(observed, expected)
+    p = float(result.pvalue)
+    if p < SRM_THRESHOLD:
+        return SampleRatio(
+            float(result.statistic), degrees, p, is_mismatch=True, verdict=_MISMATCH.format(f"p = {p:.2g}")
+        )
+    return SampleRatio(
+        float(result.statistic), degrees, p, is_mismatch=False, verdict=f"no mismatch found, p = {p:.2g}"
+    )

@@ -1,0 +1,200 @@
+"""``models.lock.json``: the weights and spaces that a registry stands for, so that a change of one cannot go unnoticed.
+
+The file lies beside the registry and is committed with it. A change of the registry, of an installed package that holds
+weights, or of the gateway itself that would move a name to another space makes ``gateway check --locked`` fail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gateway.config.registry import Alias, ModelEntry, Registry
+from gateway.embedding import ModelInfo, canonical_task
+from gateway.errors import StartError
+from gateway.routing.spaces import PREPROCESSING_VERSION, space_id, spaces_by_task
+
+VERSION = 1
+
+Describe: TypeAlias = Callable[[ModelEntry], ModelInfo | None]
+"""Says what a model is, or ``None`` where its checkpoint is not at hand."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LockedModel(_Frozen):
+    """What a model was when the lock was written.
+
+    Attributes:
+        prompts: the registry's own; with the revision they settle the spaces also where the checkpoint is not at hand.
+        fingerprint: of the checkpoint; ``None`` where it was not at hand.
+        spaces: of each task with native dimensions; a model without tasks has one under the empty name.
+    """
+
+    source: str
+    revision: str | None
+    prompts: dict[str, str]
+    default_task: str | None
+    fingerprint: str | None
+    spaces: dict[str, str]
+
+
+class Lock(_Frozen):
+    """The content of the file.
+
+    Attributes:
+        preprocessing: version of what the gateway itself does to a text.
+        aliases: the space of each alias; of those alone whose model's checkpoint was at hand.
+    """
+
+    version: int
+    preprocessing: int
+    models: dict[str, LockedModel]
+    aliases: dict[str, str]
+
+
+def lock_path(registry: Registry) -> Path:
+    """Return where the lock of a registry lies: ``models.lock.json`` beside ``models.yaml``."""
+    return registry.path.with_suffix(".lock.json")
+
+
+def describe_checkpoint(entry: ModelEntry) -> ModelInfo | None:
+    """Read a model's checkpoint if it is on this machine; downloads nothing and loads no weights.
+
+    Raises:
+        LoadError: it is there and cannot be served.
+    """
+    from gateway.engine.loading import plan_load  # imports torch
+    from gateway.engine.sources import is_at_hand
+
+    return plan_load(entry, may_download=False).info if is_at_hand(entry) else None
+
+
+def make_lock(registry: Registry, before: Lock | None, describe: Describe = describe_checkpoint) -> Lock:
+    """Return the lock of a registry as it is now.
+
+    Args:
+        before: the lock that there was. A model whose checkpoint is not at hand keeps what stands there, if its entry
+            still says the same.
+
+    Raises:
+        LoadError: a checkpoint is at hand and cannot be served.
+    """
+    infos = {entry.id: describe(entry) for entry in registry.models}
+    models = {}
+    for entry in registry.models:
+        locked = (before.models if before else {}).get(entry.id)
+        info = infos[entry.id]
+        is_still_right = locked is not None and before is not None and not [*_changes(entry, locked, before)]
+        models[entry.id] = locked if info is None and is_still_right and locked else _locked(entry, info)
+    return Lock(
+        version=VERSION,
+        preprocessing=PREPROCESSING_VERSION,
+        models=models,
+        aliases={
+            alias.name: space
+            for alias in registry.aliases.values()
+            if (space := _alias_space(alias, infos[alias.model], models[alias.model])) is not None
+        },
+    )
+
+
+def _locked(entry: ModelEntry, info: ModelInfo | None) -> LockedModel:
+    return LockedModel(
+        source=entry.source,
+        revision=entry.revision,
+        prompts=dict(entry.prompts),
+        default_task=entry.default_task,
+        fingerprint=info.fingerprint if info else None,
+        spaces={task or "": space for task, space in spaces_by_task(info).items()} if info else {},
+    )
+
+
+def _alias_space(alias: Alias, info: ModelInfo | None, model: LockedModel) -> str | None:
+    if info is None:
+        task = canonical_task(alias.task or model.default_task or "")
+        return model.spaces.get(task, model.spaces.get(""))
+    task_of_alias = canonical_task(alias.task) if alias.task and info.tasks else info.default_task
+    return space_id(info, task_of_alias, info.width, is_normalised=info.is_normalised)
+
+
+def differences(registry: Registry, lock: Lock, describe: Describe = describe_checkpoint) -> list[str]:
+    """Return, in plain words, everything in which a registry differs from its lock; nothing if the lock holds.
+
+    Raises:
+        LoadError: a checkpoint is at hand and cannot be served.
+    """
+    now = make_lock(registry, lock, describe)
+    found = []
+    if now.preprocessing != lock.preprocessing:
+        found.append(
+            f"this gateway prepares texts in version {now.preprocessing}, and the lock is of version "
+            f"{lock.preprocessing}: every space is a new one"
+        )
+    for entry in registry.models:
+        locked = lock.models.get(entry.id)
+        found += ["models: " + entry.id + " is not in the lock"] if locked is None else _changes(entry, locked, lock)
+        if locked is not None and locked.fingerprint is not None:
+            found += _moved(f"models: {entry.id}", locked.spaces, now.models[entry.id].spaces)
+    known = {entry.id for entry in registry.models}
+    found += [
+        f"models: {name} is in the lock, and no longer in the registry" for name in lock.models if name not in known
+    ]
+    found += _moved("aliases:", lock.aliases, now.aliases)
+    return found
+
+
+def _changes(entry: ModelEntry, locked: LockedModel, lock: Lock) -> Iterator[str]:
+    """Yield what the registry says otherwise than the lock, of all that settles a model's spaces."""
+    for name, was, is_now in (
+        ("source", locked.source, entry.source),
+        ("revision", locked.revision, entry.revision),
+        ("prompts", locked.prompts, dict(entry.prompts)),
+        ("default_task", locked.default_task, entry.default_task),
+    ):
+        if was != is_now:
+            yield f"models: {entry.id}: {name} is {is_now!r}, and the lock says {was!r}"
+
+
+def _moved(where: str, locked: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted(locked.keys() | now.keys()):
+        was, is_now = locked.get(name), now.get(name)
+        if was != is_now:
+            what = f"{where} {name}".rstrip() + ":"
+            yield f"{what} would be in {is_now or 'no space'}, and the lock says {was or 'nothing of it'}"
+
+
+def read_lock(path: Path) -> Lock | None:
+    """Read a lock; ``None`` if there is none.
+
+    Raises:
+        StartError: the file is not a lock.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"{path}: cannot be read: {error}") from error
+    try:
+        lock = Lock.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise StartError(
+            f"{path}: is not a lock: {where}: {first['msg']}; write it anew with `gateway lock`"
+        ) from error
+    if lock.version != VERSION:
+        raise StartError(f"{path}: is a lock of version {lock.version}, and this gateway reads version {VERSION}")
+    return lock
+
+
+def write_lock(path: Path, lock: Lock) -> None:
+    """Write a lock, such that a change of one model is a change of few lines."""
+    path.write_text(json.dumps(lock.model_dump(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Which arm of an experiment answers a request: a salted hash of its unit, the same everywhere and for ever.
+
+Nothing is stored: every replica, and the same one after a restart, assigns a unit to the same arm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TypeAlias
+
+from gateway.config.registry import Arm, Experiment
+from gateway.errors import BadInput
+
+Attribute: TypeAlias = Callable[[str], str | None]
+"""Looks up what a unit can be made from: ``header:NAME``, ``body:user`` or ``api_key``; ``None`` where there is none."""
+
+_MAX_SHOWN = 100
+
+
+class Reason(StrEnum):
+    """Why a request got its arm."""
+
+    UNIT = "unit"
+    """Its unit's hash says so."""
+    RANDOM = "random"
+    """It has no unit, and the arms share a space."""
+    FORCED = "forced"
+    """A tester asked for this arm."""
+    EXCLUDED = "excluded"
+    """Its unit is not to take part: the control arm."""
+    NO_UNIT = "no_unit"
+    """It has no unit, and the arms are of different spaces: the control arm."""
+    NOT_STARTED = "not_started"
+    """The experiment has not begun: the control arm."""
+    ENDED = "ended"
+    """The experiment is over: the control arm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The arm of an experiment that answers a request.
+
+    Attributes:
+        experiment: id of the experiment.
+        generation: 8 hex digits that stand for the salt, the arms and their weights. What was seen under other weights
+            cannot be held against these.
+        unit: 16 hex digits, a salted hash: one unit is not to be found again in another experiment's log.
+    """
+
+    experiment: str
+    generation: str
+    arm: Arm
+    reason: Reason
+    unit: str | None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the request is part of the split, rather than a tester's or one that is left out."""
+        return self.reason in (Reason.UNIT, Reason.RANDOM)
+
+
+class Split:
+    """Assigns the requests of one experiment to its arms.
+
+    Every arm that has a weight runs a race: its time is ``-ln(u) / weight``, where ``u`` is a hash of salt, arm and unit
+    that lies evenly between 0 and 1. The fastest arm wins: arm i in a share of ``weight_i / sum(weights)`` of the units.
+    This is rendezvous hashing (Thaler & Ravishankar 1998) with logarithmic weights (Schindelhauer & Schomaker 2005):
+    when one weight is raised, units move from the others into that arm; none leaves it, and none moves between two
+    others. Cutting a line into ranges, which is more usual, moves units between arms whose weights did not change.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.generation = _digest(
+            experiment.kind,
+            experiment.salt or experiment.id,
+            *(f"{arm.label} {arm.model} {arm.task or ''} {arm.weight!r}" for arm in experiment.arms),
+        )[:8]
+        self._salt = experiment.salt or experiment.id
+        self._arms = {arm.label: arm for arm in experiment.arms}
+        self._force_header = experiment.force
+        self._excluded = frozenset(experiment.exclude)
+
+    def assign(self, attribute: Attribute, now: datetime) -> Assignment:
+        """Choose the arm of a request.
+
+        Raises:
+            BadInput: the header that forces an arm names none.
+        """
+        forced = attribute(self._force_header) if self._force_header else None
+        if forced:
+            if forced not in self._arms:
+                raise BadInput(
+                    f"the header `{(self._force_header or '').removeprefix('header:')}` asks for arm "
+                    f"{forced[:_MAX_SHOWN]!r} of experiment {self.experiment.id!r}; its arms: {', '.join(self._arms)}"
+                )
+            return self._assignment(self._arms[forced], Reason.FORCED)
+        unit = next((value for source in self.experiment.unit if (value := attribute(source))), None)
+        if reason := self._why_outside(unit, now):
+            return self._assignment(self.experiment.control, reason)
+        if unit is None:
+            return self._assignment(self.arm_of(secrets.token_hex(8)), Reason.RANDOM)
+        return self._assignment(self.arm_of(unit), Reason.UNIT, _digest("unit", self._salt, unit)[:16])
+
+    def _why_outside(self, unit: str | None, now: datetime) -> Reason | None:
+        """Return why a request is not part of the split, if it is not."""
+        experiment = self.experiment
+        if experiment.start is not None and now < experiment.start:
+            return Reason.NOT_STARTED
+        if experiment.end is not None and now >= experiment.end:
+            return Reason.ENDED
+        if unit is None:
+            return Reason.NO_UNIT if experiment.kind == "cross_space" else None
+        return Reason.EXCLUDED if unit in self._excluded else None
+
+    def arm_of(self, unit: str) -> Arm:
+        """Return the arm that a unit belongs to."""
+        racing = (arm for arm in self.experiment.arms if arm.weight > 0)
+        return min(racing, key=lambda arm: -math.log(_uniform(self._salt, arm.label, unit)) / arm.weight)
+
+    def _assignment(self, arm: Arm, reason: Reason, unit: str | None = None) -> Assignment:
+        return Assignment(self.experiment.id, self.generation, arm, reason, unit)
+
+
+def _uniform(*parts: str) -> float:
+    """Return a number above 0 and up to 1 that is a hash of texts."""
+    return (int(_digest(*parts)[:16], 16) + 0.5) / 2**64
+
+
+def _digest(*parts: str) -> str:
+    # As JSON, so that no two lists of texts look the same.
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,132 @@
+"""What must hold between the models that a registry puts together; it can be known only once they have been read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from gateway.backends.fleet import Fleet
+from gateway.config.registry import Experiment, Registry
+from gateway.embedding import ModelInfo, canonical_task, known_task_names
+from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
+
+
+def broken_rules(registry: Registry, fleet: Fleet) -> list[str]:
+    """Return every rule that a registry breaks, in plain words.
+
+    A model that is disabled or whose checkpoint cannot be read takes part in nothing that could break one: it is not
+    used until it has been loaded, and is checked then.
+    """
+    return [
+        *_unknown_tasks(registry, fleet),
+        *_foreign_fallbacks(registry, fleet),
+        *(problem for experiment in registry.experiments for problem in _foreign_arms(experiment, fleet)),
+    ]
+
+
+def _unknown_tasks(registry: Registry, fleet: Fleet) -> Iterator[str]:
+    named = [(f"the alias {alias.name!r}", alias.model, alias.task) for alias in registry.aliases.values()]
+    named += [
+        (f"arm {arm.label!r} of the experiment {experiment.id!r}", arm.model, arm.task)
+        for experiment in registry.experiments
+        for arm in experiment.arms
+    ]
+    for what, model, task in named:
+        info = _info(fleet, model)
+        if info is None or task is None:
+            continue
+        allowed = list(info.tasks) or known_task_names()
+        if canonical_task(task) not in allowed:
+            yield f"{what} names the task {task!r}, and model {model!r} knows only: {', '.join(allowed)}"
+
+
+def _foreign_fallbacks(registry: Registry, fleet: Fleet) -> Iterator[str]:
+    for model, others in registry.fallbacks.items():
+        for other in others:
+            info, other_info = _info(fleet, model), _info(fleet, other)
+            if info is not None and other_info is not None and (reason := why_no_stand_in(info, other_info)):
+                yield f"{other!r} cannot be a fallback of {model!r}: {reason}"
+
+
+def _foreign_arms(experiment: Experiment, fleet: Fleet) -> Iterator[str]:
+    if experiment.kind != "same_space":
+        return
+    control = experiment.control
+    info = _info(fleet, control.model)
+    for arm in experiment.arms[1:]:
+        arm_info = _info(fleet, arm.model)
+        if info is None or arm_info is None:
+            continue
+        if (arm.model, arm.task) == (control.model, control.task):
+            continue
+        if control.task is None and arm.task is None:
+            reason = why_no_stand_in(info, arm_info)
+        else:
+            one, other = _space(info, control.task), _space(arm_info, arm.task)
+            reason = (
+                "" if is_same_space(one, other) else f"{control.label} is in space {one}, and {arm.label} in {other}"
+            )
+        if reason:
+            yield (
+                f"the arms of experiment {experiment.id!r} are not of one space: {reason}; say `kind: cross_space` if "
+                "that is meant"
+            )
+
+
+def moved_names(registry: Registry, fleet: Fleet, next_registry: Registry, next_fleet: Fleet) -> list[str]:
+    """Return the names that would bring vectors of another space after a reload, and are not allowed to.
+
+    Vectors that were stored under such a name would be compared with those of another space, and nobody would be told.
+    """
+    moved = []
+    for name, (model, task, is_allowed) in _named(next_registry).items():
+        before = _named(registry).get(name)
+        if before is None or is_allowed:
+            continue
+        old, new = _spaces(fleet, before[0], before[1]), _spaces(next_fleet, model, task)
+        for key in old.keys() & new.keys():
+            if not is_same_space(old[key], new[key]):
+                what = f" (task {key})" if key and task is None else ""
+                moved.append(
+                    f"{name!r} would move from space {old[key]} to {new[key]}{what}: vectors stored under this name could "
+                    "not be compared with new ones; set `allow_space_change: true` on it if none are"
+                )
+                break
+    return moved
+
+
+def _named(registry: Registry) -> dict[str, tuple[str, str | None, bool]]:
+    """Return each name that stands for one space, with its model, its task, and whether the space may change."""
+    names: dict[str, tuple[str, str | None, bool]] = {}
+    sources = Counter(entry.source for entry in registry.models)
+    for entry in registry.models:
+        if sources[entry.source] == 1:  # one that two models share names neither of them
+            names[entry.source] = (entry.id, None, entry.allow_space_change)
+    names |= {entry.id: (entry.id, None, entry.allow_space_change) for entry in registry.models}
+    for experiment in registry.experiments:
+        if experiment.kind == "same_space":
+            control = experiment.control
+            names[experiment.id] = (control.model, control.task, experiment.allow_space_change)
+    for alias in registry.aliases.values():
+        # What is allowed to the model under its own id is not allowed to the names that others know it by.
+        names[alias.name] = (alias.model, alias.task, alias.allow_space_change)
+    return names
+
+
+def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
+    """Return the spaces of a name by task, with that of a request without a task under the empty one."""
+    info = _info(fleet, model)
+    if info is None:
+        return {}
+    bare = _space(info, task)
+    return {"": bare} | ({} if task else {key: space for key, space in spaces_by_task(info).items() if key})
+
+
+def _space(info: ModelInfo, task: str | None) -> str:
+    wanted = canonical_task(task) if task is not None and info.tasks else info.default_task
+    return space_id(info, wanted, info.width, is_normalised=info.is_normalised)
+
+
+def _info(fleet: Fleet, model_id: str) -> ModelInfo | None:
+    model = fleet.get(model_id)
+    return None if model is None else model.info

