@@ -176,6 +176,54 @@ def verify(
     raise typer.Exit(0 if all(check.is_passed for check in checks) else 1)
 
 
+@app.command()
+def compare(  # noqa: PLR0913, PLR0917  an argument for each option
+    arms: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="What to compare, the baseline first; MODEL@256 for a smaller size."),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder with corpus.jsonl, queries.jsonl and, if there are any, qrels/.")],
+    split: Annotated[str | None, typer.Option(help="Which qrels. By default test, or the only ones.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running gateway. By default the models are loaded here.")] = None,
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable with the key for the gateway.")
+    ] = "EMBEDDINGS_API_KEY",
+    models: Annotated[Path | None, typer.Option(help="The registry, without --url. By default GATEWAY_MODELS.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for vectors that need not be embedded again.")] = None,
+    max_documents: Annotated[
+        int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap and of the randomisation test.")] = 10_000,
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
+) -> None:
+    """Compare models on your own texts: quality, difference, cost; as a table, JSON, run files and a page with plots."""
+    try:
+        from gateway.compare.command import OwnModels, RunningGateway, default_cache, run_comparison
+        from gateway.compare.comparison import CompareRequest
+    except ModuleNotFoundError as error:
+        _fail(StartError(f"{error.name} is not installed: pip install 'embedding-gateway[compare]'"))
+    request = CompareRequest(
+        arms=arms,
+        data=data,
+        cache=cache or default_cache(os.environ),
+        split=split,
+        max_documents=max_documents,
+        seed=seed,
+        num_resamples=resamples,
+        measures_cost=cost,
+    )
+    try:
+        if url is not None:
+            run_comparison(request, RunningGateway(url, os.environ.get(api_key_env)), out)
+        else:
+            settings = load_settings(os.environ, models=models)
+            run_comparison(request, OwnModels(load_registry(settings.models, os.environ), settings), out)
+    except StartError as error:
+        _fail(error)
+
+
 def _read_registry(file: Path | None) -> tuple[Path, Registry]:
     try:
         path = file or load_settings(os.environ).models

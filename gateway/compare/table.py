@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -25,6 +26,7 @@ from gateway.compare.wording import (
 )
 
 _NOTHING = "-"
+_NAMES = ("arm", "space")
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -42,16 +44,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             "\nThere are no judgements: how the rankings differ can be told, and not which are better. "
             "This is a difference, not a quality.",
         )
-    tables = [
-        _quality_table(comparison),
-        _contrast_table(comparison),
-        _cost_table(comparison),
-        _agreement_table(comparison),
-    ]
-    for table in tables:
-        if table.row_count:
+    for table in (_quality_table, _contrast_table, _cost_table, _agreement_table):
+        made = table(comparison)
+        if made.row_count:
             console.print()
-            console.print(table)
+            console.print(made)
     for sentence in _sentences(comparison):
         _say(console, f"\n{sentence}")
     for note in comparison.notes:
@@ -65,36 +62,31 @@ def _say(console: Console, text: str) -> None:
 
 def _quality_table(comparison: Comparison) -> Table:
     others = [measure for measure in MEASURES if measure != PRIMARY_MEASURE]
-    table = _table("Quality: mean over the queries", [PRIMARY_MEASURE, "95 % interval", *others])
+    rows = []
     for arm in comparison.arms:
         if arm.quality:
             primary = arm.quality[PRIMARY_MEASURE]
-            _row(table, arm.name, [fixed(primary.mean), interval(primary), *(_mean(arm, name) for name in others)])
-    return table
-
-
-def _mean(arm: Arm, measure: str) -> str:
-    return fixed(arm.quality[measure].mean) if measure in arm.quality else _NOTHING
+            means = [fixed(arm.quality[name].mean) if name in arm.quality else _NOTHING for name in others]
+            rows.append([arm.name, fixed(primary.mean), interval(primary), *means])
+    return _table("Quality: mean over the queries", ["arm", PRIMARY_MEASURE, "95 % interval", *others], rows)
 
 
 def _contrast_table(comparison: Comparison) -> Table:
-    table = _table(
-        f"{PRIMARY_MEASURE} against {comparison.baseline.name}",
-        ["difference", "95 % interval", "p (Holm)", "wins/ties/losses", "verdict"],
-    )
-    for contrast in _primary(comparison):
-        _row(
-            table,
+    columns = ["arm", "difference", "95 % interval", "p (Holm)", "W/T/L", "verdict"]
+    rows = [
+        [
             contrast.arm,
-            [
-                signed(contrast.difference.mean),
-                signed_interval(contrast.difference),
-                p_value(contrast.p_holm).removeprefix("= "),
-                f"{contrast.wins}/{contrast.ties}/{contrast.losses}",
-                contrast.verdict or _NOTHING,
-            ],
-        )
-    return table
+            signed(contrast.difference.mean),
+            signed_interval(contrast.difference),
+            p_value(contrast.p_holm).removeprefix("= "),
+            f"{contrast.wins}/{contrast.ties}/{contrast.losses}",
+            contrast.verdict or _NOTHING,
+        ]
+        for contrast in _primary(comparison)
+    ]
+    return _table(
+        f"{PRIMARY_MEASURE} against {comparison.baseline.name} (W/T/L: queries won, tied, lost)", columns, rows
+    )
 
 
 def _primary(comparison: Comparison) -> Sequence[Contrast]:
@@ -102,27 +94,38 @@ def _primary(comparison: Comparison) -> Sequence[Contrast]:
 
 
 def _cost_table(comparison: Comparison) -> Table:
-    table = _table("Cost", ["texts/s", "tokens/s", "p50 (ms)", "p95 (ms)", "bytes a vector", "dimensions", "space"])
-    for arm in comparison.arms:
-        cost = arm.cost
-        measured = [_NOTHING] * 4
-        if cost is not None:
-            measured = [
-                significant(cost.texts_per_s),
-                significant(cost.tokens_per_s),
-                milliseconds(cost.p50_s),
-                milliseconds(cost.p95_s),
-            ]
-        _row(table, arm.name, [*measured, f"{arm.bytes_per_vector:,}", f"{arm.dimensions:,}", arm.space])
-    return table
+    is_measured = any(arm.cost for arm in comparison.arms)
+    measured = ["texts/s", "tokens/s", "p50\n(ms)", "p95\n(ms)"] if is_measured else []
+    rows = [
+        [
+            arm.name,
+            *(_measured(arm) if is_measured else ()),
+            f"{arm.bytes_per_vector:,}",
+            f"{arm.dimensions:,}",
+            arm.space,
+        ]
+        for arm in comparison.arms
+    ]
+    return _table("Cost", ["arm", *measured, "bytes a\nvector", "dimensions", "space"], rows)
+
+
+def _measured(arm: Arm) -> list[str]:
+    if arm.cost is None:
+        return [_NOTHING] * 4
+    return [
+        significant(arm.cost.texts_per_s),
+        significant(arm.cost.tokens_per_s),
+        milliseconds(arm.cost.p50_s),
+        milliseconds(arm.cost.p95_s),
+    ]
 
 
 def _agreement_table(comparison: Comparison) -> Table:
-    table = _table(f"Agreement with {comparison.baseline.name}", ["overlap@10", "RBO", "same first"])
-    for agreement in comparison.agreements:
-        means = [percent(agreement.overlap.mean), fixed(agreement.rbo.mean), percent(agreement.same_first.mean)]
-        _row(table, agreement.arm, means)
-    return table
+    rows = [
+        [one.arm, percent(one.overlap.mean), fixed(one.rbo.mean), percent(one.same_first.mean)]
+        for one in comparison.agreements
+    ]
+    return _table(f"Agreement with {comparison.baseline.name}", ["arm", "overlap@10", "RBO", "same first"], rows)
 
 
 def _sentences(comparison: Comparison) -> list[str]:
@@ -136,15 +139,15 @@ def _sentences(comparison: Comparison) -> list[str]:
     ]
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("arm", overflow="fold")
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in columns:
-        is_text = column in {"space", "verdict"}
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+        # Where the terminal is narrow, names are broken over lines, and numbers are not.
+        is_name = column in _NAMES
+        justify: Literal["left", "right"] = "left" if is_name or column == "verdict" else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_name)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
     return table
-
-
-def _row(table: Table, name: str, cells: Sequence[str]) -> None:
-    # A number is not to be broken over two lines.
-    table.add_row(Text(name), *(Text(cell.replace(" ", "\N{NO-BREAK SPACE}")) for cell in cells))

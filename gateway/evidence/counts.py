@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -105,17 +105,14 @@ class _Arm:
 
 @dataclass(slots=True)
 class _Generation:
-    arms: dict[str, _Arm] = field(default_factory=dict)
+    arms: defaultdict[str, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
     uncounted: Counter[str] = field(default_factory=Counter)
     units_since: str | None = None
 
-    def arm(self, label: str) -> _Arm:
-        return self.arms.setdefault(label, _Arm())
-
-    def expose(self, arm: str, unit: str, time: str) -> bool:
-        """Take note of a unit in an arm; return whether it is the first time."""
-        self.units_since = self.units_since or time
-        return self.arm(arm).units.add(int(unit, 16))
+    def expose(self, exposure: Exposure) -> None:
+        """Take note of a unit in an arm. The logs of several replicas come in any order."""
+        self.units_since = min(self.units_since or exposure.time, exposure.time)
+        self.arms[exposure.arm].units.add(int(exposure.unit, 16))
 
 
 class Evidence:
@@ -128,14 +125,14 @@ class Evidence:
     def __init__(self, log: ExposureLog | None) -> None:
         self._log = log
         self._since = now()
-        self._experiments: dict[str, OrderedDict[str, _Generation]] = {}
+        self._experiments: defaultdict[str, OrderedDict[str, _Generation]] = defaultdict(OrderedDict)
         if log is not None:
             self.add(read_exposures(log.files()))
 
     def add(self, exposures: Iterable[Exposure]) -> None:
         """Count the units of a log."""
         for one in exposures:
-            self._generation(one.experiment, one.generation).expose(one.arm, one.unit, one.time)
+            self._generation(one.experiment, one.generation).expose(one)
 
     def record(self, seen: Observation) -> None:
         """Count one request; the first one of a unit in an arm is written to the log."""
@@ -143,7 +140,7 @@ class Evidence:
         if not seen.is_counted:
             generation.uncounted[seen.reason] += 1
             return
-        arm = generation.arm(seen.arm)
+        arm = generation.arms[seen.arm]
         arm.requests += 1
         if seen.error_code is not None:
             arm.errors[seen.error_code] += 1
@@ -153,9 +150,10 @@ class Evidence:
             arm.seconds += seen.elapsed_s
             arm.latency.observe(seen.elapsed_s)
             arm.queue.observe(seen.queue_s)
-        if seen.unit is not None and seen.space is not None:
+        if seen.unit is not None and seen.space is not None and arm.units.add(int(seen.unit, 16)):
             time = now()
-            if generation.expose(seen.arm, seen.unit, time) and self._log is not None:
+            generation.units_since = generation.units_since or time
+            if self._log is not None:
                 self._log.write(
                     Exposure(time, seen.experiment, seen.generation, seen.arm, seen.unit, seen.model, seen.space)
                 )
@@ -181,11 +179,12 @@ class Evidence:
         )
 
     def _generation(self, experiment: str, generation: str) -> _Generation:
-        generations = self._experiments.setdefault(experiment, OrderedDict())
+        generations = self._experiments[experiment]
         if generation not in generations:
             generations[generation] = _Generation()
             if len(generations) > _MAX_GENERATIONS:
                 generations.popitem(last=False)
+        generations.move_to_end(generation)
         return generations[generation]
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import logging
 import os
+import re
 import time
+import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+import orjson
 import structlog
 
 from gateway.errors import StartError
@@ -20,6 +25,7 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 _SECONDS_BETWEEN_WARNINGS = 60.0
+_UNIT = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,8 @@ class Exposure:
 class ExposureLog:
     """Appends exposures to a file; at ``max_bytes`` it becomes ``FILE.1``, that one ``FILE.2``, and so on.
 
+    A file belongs to one process: each of several replicas needs its own.
+
     Raises:
         StartError: the file cannot be written.
     """
@@ -53,25 +61,29 @@ class ExposureLog:
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _end_last_line(path)
             self._file = _File(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
         except OSError as error:
             raise StartError(f"the exposure log {path} cannot be written: {error.strerror}") from error
+        weakref.finalize(self, self._file.close)
 
     def write(self, exposure: Exposure) -> None:
         """Append an exposure. A full disk costs the line, which is counted, and not the request."""
-        line = json.dumps(asdict(exposure), ensure_ascii=False)
+        line = orjson.dumps(exposure).decode()
         try:
             self._file.emit(logging.makeLogRecord({"msg": line}))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a closed file, which a rotation that failed can leave
             metrics.DROPPED_EXPOSURES.inc()
+            # Opened anew for the next line: this one keeps what it could not write.
+            with suppress(OSError, ValueError):
+                self._file.close()
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                 self._warned_at = time.monotonic()
                 log.error("exposure_not_written", path=str(self._path), reason=str(error))
 
     def files(self) -> list[Path]:
         """Return the files that there are, oldest first."""
-        rotated = [path for path in self._path.parent.glob(f"{self._path.name}.*") if path.suffix[1:].isdecimal()]
+        names = f"{glob.escape(self._path.name)}.*"
+        rotated = [path for path in self._path.parent.glob(names) if path.suffix[1:].isdecimal()]
         rotated.sort(key=lambda path: -int(path.suffix[1:]))
         return [*rotated, *([self._path] if self._path.exists() else [])]
 
@@ -82,13 +94,17 @@ class ExposureLog:
 class _File(RotatingFileHandler):
     """The library's rotation, whose errors are ours to deal with."""
 
+    def _open(self) -> TextIOWrapper:
+        _end_last_line(Path(self.baseFilename))
+        return super()._open()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
         raise  # noqa: PLE0704  it is called while the error is handled
 
 
 def _end_last_line(path: Path) -> None:
-    """End a line that was torn by a crash, so that the next one does not continue it."""
-    if path.exists() and path.stat().st_size:
+    """End a line that was torn, by a crash or a full disk, so that the next one does not continue it."""
+    if path.is_file() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -109,13 +125,23 @@ def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
     for path in paths:
         num_unread = 0
         try:
-            with path.open(encoding="utf-8", errors="replace") as file:
+            with path.open("rb") as file:
                 for line in file:
-                    try:
-                        yield Exposure(**json.loads(line))
-                    except (ValueError, TypeError):
+                    if (exposure := _parse(line)) is not None:
+                        yield exposure
+                    elif line.strip():
                         num_unread += 1
         except OSError as error:
             raise StartError(f"the exposure log {path} cannot be read: {error.strerror}") from error
         if num_unread:
             log.warning("exposures_not_read", path=str(path), lines=num_unread)
+
+
+def _parse(line: bytes) -> Exposure | None:
+    try:
+        values = orjson.loads(line)
+        if all(isinstance(value, str) for value in values.values()) and _UNIT.fullmatch(values["unit"]):
+            return Exposure(**values)
+    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, another set of keys, not an object
+        pass
+    return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# With p below this, what was counted cannot be a matter of chance (Fabijan et al., KDD 2019, use 0.0005 to 0.001).
+# With p below this, what was counted is no matter of chance. Lower than the usual 0.05, since people look again and again;
+# see Fabijan et al., "Diagnosing Sample Ratio Mismatch in Online Controlled Experiments", KDD 2019.
 SRM_THRESHOLD = 0.001
 # Below this the chi-square distribution does not describe the statistic (Cochran 1954).
 _LEAST_EXPECTED = 5

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 
-import numpy as np
-import numpy.typing as npt
-
-_MERGE_AT = 8192
+# Units are hashes: their first bits spread them evenly.
+_SHARD_BITS = 10
 
 
 class UnitSet:
-    """A set of 64-bit numbers, at 8 bytes each; a Python set takes ten times that.
+    """A set of 64-bit hashes, at about 10 bytes each where there are millions; a Python set takes nearly ten times that.
 
-    New ones gather in a small set, which is merged into a sorted array when it has grown.
+    They lie in sorted arrays, one for all that begin with the same 10 bits. Adding one moves at most the array that it
+    goes into, a few microseconds for 10 million units: nothing is ever merged or rebuilt while requests wait.
     """
 
     def __init__(self) -> None:
-        self._sorted: npt.NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
-        self._recent: set[int] = set()
+        self._shards: dict[int, array[int]] = {}
+        self._num = 0
 
     def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
-
-    def __contains__(self, unit: int) -> bool:
-        if unit in self._recent:
-            return True
-        place = int(np.searchsorted(self._sorted, np.uint64(unit)))
-        return place < len(self._sorted) and int(self._sorted[place]) == unit
+        return self._num
 
     def add(self, unit: int) -> bool:
-        """Add a unit; return whether it is new."""
-        if unit in self:
+        """Add a unit, from 0 to 2**64 - 1; return whether it is new."""
+        prefix = unit >> (64 - _SHARD_BITS)
+        shard = self._shards.get(prefix)
+        if shard is None:
+            shard = self._shards[prefix] = array("Q")
+        place = bisect_left(shard, unit)
+        if place < len(shard) and shard[place] == unit:
             return False
-        self._recent.add(unit)
-        if len(self._recent) >= max(_MERGE_AT, len(self._sorted) // 8):
-            recent = np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent))
-            self._sorted = np.union1d(self._sorted, recent)
-            self._recent.clear()
+        shard.insert(place, unit)
+        self._num += 1
         return True
 
 

@@ -1,0 +1,114 @@
+"""`gateway compare`: find the gateway, compare, print and write what was found."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from gateway.compare.arms import parse_arms
+from gateway.compare.client import GatewayClient
+from gateway.compare.comparison import CompareRequest, compare
+from gateway.compare.in_process import in_process_client
+from gateway.compare.outputs import write_results
+from gateway.compare.page import render_page
+from gateway.compare.progress import progress_on
+from gateway.compare.results import Comparison
+from gateway.compare.search import Ranking
+from gateway.compare.table import print_comparison
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.errors import CompareError
+from gateway.telemetry.logs import configure_logs
+
+# Where the output is no terminal, wide enough for the tables.
+_PIPE_WIDTH = 180
+
+
+@dataclass(frozen=True, slots=True)
+class RunningGateway:
+    """A gateway to ask over HTTP."""
+
+    url: str
+    api_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModels:
+    """Models to load in this process."""
+
+    registry: Registry
+    settings: Settings
+
+
+def run_comparison(request: CompareRequest, gateway: RunningGateway | OwnModels, out: Path | None) -> None:
+    """Compare, print the tables, and write the files.
+
+    Args:
+        out: folder for the files; by default one named after the time.
+
+    Raises:
+        CompareError: the comparison cannot be made, or its results cannot be written.
+    """
+    console, progress = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
+    comparison, rankings = asyncio.run(_compare(request, gateway, progress))
+    print_comparison(comparison, console)
+    folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    written = [*write_results(comparison, rankings, folder), _write_page(comparison, folder)]
+    _say(console, "\nWritten:", *(f"  {path}" for path in written))
+
+
+async def _compare(
+    request: CompareRequest, gateway: RunningGateway | OwnModels, console: Console
+) -> tuple[Comparison, Mapping[str, Ranking]]:
+    names = [arm.model for arm in parse_arms(request.arms)]
+    async with _client(gateway, names) as client:
+        with progress_on(console) as reporter:
+            return await compare(request, client, reporter)
+
+
+@asynccontextmanager
+async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> AsyncIterator[GatewayClient]:
+    if isinstance(gateway, OwnModels):
+        configure_logs("warning", "auto")  # the steps are shown instead
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        async with in_process_client(gateway.registry, gateway.settings, names) as http:
+            yield GatewayClient(http, "in process")
+        return
+    headers = {"authorization": f"Bearer {gateway.api_key}"} if gateway.api_key else {}
+    base_url = gateway.url.rstrip("/").removesuffix("/v1")
+    try:
+        http = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=httpx.Timeout(300.0, connect=10.0))
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise CompareError(f"--url {gateway.url}: {error}") from error
+    async with http:
+        yield GatewayClient(http, base_url)
+
+
+def _write_page(comparison: Comparison, folder: Path) -> Path:
+    path = folder / "report.html"
+    try:
+        path.write_text(render_page(comparison), encoding="utf-8")
+    except OSError as error:
+        raise CompareError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def default_cache(environ: Mapping[str, str]) -> Path:
+    """Return the folder where vectors are kept unless another one is named."""
+    base = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "embedding-gateway" / "compare"

@@ -1,0 +1,90 @@
+"""Embed the texts of a side with one arm: what is in the cache is read, the rest is asked for and added."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gateway.compare.arms import PlannedArm, Side
+from gateway.compare.cache import VectorFile, open_vectors
+from gateway.compare.client import GatewayClient
+from gateway.compare.progress import Reporter, Step
+from gateway.embedding import Vectors
+from gateway.errors import CompareError
+from gateway.routing.spaces import is_same_space
+from gateway.vectors import finish
+
+_MAX_TEXTS = 64
+# A request of long texts is made of fewer: an interruption loses no more than what is in flight.
+_MAX_CHARACTERS = 100_000
+_NUM_IN_FLIGHT = 3
+
+
+async def embed_side(
+    client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str], cache: Path, step: Reporter, what: str
+) -> tuple[Vectors, int]:
+    """Return the vectors of texts, ``(n, dimensions)`` float32 in their order, and how many came from the cache.
+
+    Raises:
+        CompareError: the gateway does not answer, or the model has changed meanwhile.
+    """
+    card = arm.card
+    identity = {
+        "space": side.space,
+        "task": side.task,
+        "dtype": card.dtype,
+        "device": (card.device or "").partition(":")[0],
+        "max_tokens": card.max_tokens,
+    }
+    with open_vectors(cache, identity, arm.width) as stored:
+        missing = sorted({text for text in texts if text not in stored}, key=len)
+        num_cached = len(set(texts)) - len(missing)
+        if missing:
+            await _embed_missing(
+                client, arm, side, missing, stored, step.step(f"{arm.name.model}: {what}", len(missing))
+            )
+        native = stored.read(texts)
+    if arm.dimensions == arm.width:
+        return native, num_cached
+    shape = (len(texts), arm.width)
+    return finish(native, shape, arm.dimensions, normalise=arm.is_normalised), num_cached
+
+
+async def _embed_missing(
+    client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str], stored: VectorFile, step: Step
+) -> None:
+    batches = iter(list(_batches(texts)))
+
+    async def work() -> None:
+        for batch in batches:  # shared: each worker takes the next one
+            embedded = await client.embed(arm.name.model, batch, side.asked_task, expect_space=side.space)
+            if not is_same_space(embedded.space, side.space) or embedded.vectors.shape[1] != arm.width:
+                raise CompareError(
+                    f"{arm.name.text} changed while it was compared: vectors of {embedded.vectors.shape[1]} dimensions in "
+                    f"space {embedded.space}, before {arm.width} in {side.space}"
+                )
+            stored.append(batch, embedded.vectors)
+            step.advance(len(batch))
+
+    workers = [asyncio.create_task(work()) for _ in range(_NUM_IN_FLIGHT)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Cut texts, sorted by length, into requests of bounded size."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and (len(batch) == _MAX_TEXTS or size + len(text) > _MAX_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch

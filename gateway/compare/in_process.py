@@ -1,0 +1,60 @@
+"""A gateway inside this process, for comparing without a server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+import httpx
+
+from gateway.app import create_app
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.embedding import ModelState
+from gateway.errors import CompareError, ModelNotFound
+from gateway.routing.router import Router
+
+
+@asynccontextmanager
+async def in_process_client(
+    registry: Registry, settings: Settings, names: Iterable[str]
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Load the models that names stand for, whether or not the registry enables them, and return a client of them.
+
+    Raises:
+        CompareError: a name is that of no model, or its model cannot be loaded.
+    """
+    # No server asks for a key, nor writes logs of experiments, in here.
+    settings = settings.model_copy(update={"api_keys": (), "exposure_log": None})
+    deployment = Deployment(_narrowed(registry, settings, names), settings)
+    try:
+        await deployment.fleet.start()
+        for model in deployment.fleet:
+            if model.state is not ModelState.READY:
+                raise CompareError(f"{model.id}: {model.reason}")
+        transport = httpx.ASGITransport(create_app(deployment))
+        async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as client:  # noqa: S113
+            yield client
+    finally:
+        await deployment.stop()
+
+
+def _narrowed(registry: Registry, settings: Settings, names: Iterable[str]) -> Registry:
+    """Return the registry with nothing but the models of the names, and their aliases."""
+    router = Router(registry, Deployment(registry, settings).fleet)
+    try:
+        wanted = {router.find(name)[0].id for name in names}
+    except ModelNotFound as error:
+        raise CompareError(f"{registry.path}: {error.message}") from error
+    return registry.model_copy(
+        update={
+            "models": tuple(
+                entry.model_copy(update={"enabled": True}) for entry in registry.models if entry.id in wanted
+            ),
+            "aliases": {name: alias for name, alias in registry.aliases.items() if alias.model in wanted},
+            "experiments": (),
+            "shadows": (),
+            "fallbacks": {},
+        }
+    )

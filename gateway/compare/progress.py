@@ -1,0 +1,65 @@
+"""How far a comparison is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Step(Protocol):
+    """One piece of work that is measured in texts."""
+
+    def advance(self, number: int) -> None:
+        """Note that so many more are done."""
+
+
+class Reporter(Protocol):
+    """Tells somebody how far a comparison is."""
+
+    def step(self, what: str, total: int) -> Step:
+        """Begin a piece of work of ``total`` parts."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def step(self, what: str, total: int) -> Step:
+        return self
+
+    def advance(self, number: int) -> None:
+        pass
+
+
+class Bars:
+    """A bar for each step, on a terminal; elsewhere a line."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self._console = console
+        self._progress = progress
+
+    def step(self, what: str, total: int) -> Step:
+        if not self._console.is_terminal:
+            self._console.print(f"{what}: {total}", highlight=False, markup=False)
+            return Silent()
+        return _Bar(self._progress, self._progress.add_task(what, total=total))
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def advance(self, number: int) -> None:
+        self._progress.advance(self._task, number)
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Reporter]:
+    """Show the steps of a comparison while the context lasts."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bars(console, progress)
