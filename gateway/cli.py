@@ -224,6 +224,50 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         _fail(error)
 
 
+@app.command()
+def experiments(
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Which experiment to show. By default all are listed.")
+    ] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files of --exposures.")] = None,
+    url: Annotated[str, typer.Option(help="The gateway to ask.")] = "http://127.0.0.1:8000",
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable with the key for the gateway.")
+    ] = "EMBEDDINGS_API_KEY",
+    exposures: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="Ask no gateway; count the units in these exposure logs, together."),
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="The registry with the weights, for --exposures. By default GATEWAY_MODELS.")
+    ] = None,
+) -> None:
+    """Show the arms of an experiment side by side: requests, latency, errors, and whether the split is as it should be."""
+    from gateway.experiment_report import (
+        ask_evidence,
+        ask_experiments,
+        print_evidence,
+        print_experiments,
+        read_evidence,
+    )
+
+    if files and not exposures:
+        _fail(StartError(f"one experiment is shown at a time, got also: {', '.join(map(str, files))}"))
+    if exposures and experiment is None:
+        _fail(StartError("--exposures: name the experiment first: gateway experiments ID --exposures FILE..."))
+    api_key = os.environ.get(api_key_env)
+    try:
+        if experiment is None:
+            print_experiments(ask_experiments(url, api_key))
+        elif exposures:
+            registry = _read_registry(models)[1]
+            print_evidence(read_evidence(registry, experiment, [*exposures, *(files or ())]), has_requests=False)
+        else:
+            print_evidence(ask_evidence(url, experiment, api_key))
+    except StartError as error:
+        _fail(error)
+
+
 def _read_registry(file: Path | None) -> tuple[Path, Registry]:
     try:
         path = file or load_settings(os.environ).models

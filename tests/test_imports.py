@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # The order of docs/architecture.md: a module imports from those below it only, or from its own line.
 HOUSE = [
     ["cli"],
-    ["server", "reports"],
+    ["server", "reports", "experiment_report"],
     ["verification", "lock", "compare"],
     ["app"],
     ["api"],

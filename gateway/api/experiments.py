@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 from dataclasses import asdict
 from typing import Literal
 
@@ -12,7 +14,7 @@ from gateway.api.schema import responses
 from gateway.config.registry import Experiment
 from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound
-from gateway.evidence.counts import Evidence, is_running
+from gateway.evidence.counts import Evidence, ExperimentReport, is_running
 
 
 class ArmCard(BaseModel):
@@ -94,22 +96,14 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
 
     async def retrieve_experiment(experiment_id: str) -> ExperimentEvidence:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
+        # The test of the split needs it, and its first import takes a second, in which nobody would be answered. First
+        # of all, so that no reload comes between what follows.
+        await asyncio.to_thread(importlib.import_module, "scipy.stats")
         experiment = deployment.registry.experiment(experiment_id)
         if experiment is None:
             known = ", ".join(one.id for one in deployment.registry.experiments) or "none"
             raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
-        report = evidence.report(experiment, deployment.router.generation(experiment.id))
-        return ExperimentEvidence.model_validate(
-            _card(experiment).model_dump()
-            | {
-                "generation": report.generation,
-                "since": report.since,
-                "units_since": report.units_since,
-                "evidence": [asdict(arm) for arm in report.arms],
-                "uncounted": dict(report.uncounted),
-                "sample_ratio": asdict(report.sample_ratio),
-            }
-        )
+        return present(experiment, evidence.report(experiment, deployment.router.generation(experiment.id)))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -125,6 +119,21 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
             include_in_schema=is_shown,
         )
     return router
+
+
+def present(experiment: Experiment, report: ExperimentReport) -> ExperimentEvidence:
+    """Put together what the registry says of an experiment and what came of it."""
+    return ExperimentEvidence.model_validate(
+        _card(experiment).model_dump()
+        | {
+            "generation": report.generation,
+            "since": report.since,
+            "units_since": report.units_since,
+            "evidence": [asdict(arm) for arm in report.arms],
+            "uncounted": dict(report.uncounted),
+            "sample_ratio": asdict(report.sample_ratio),
+        }
+    )
 
 
 def _card(experiment: Experiment) -> ExperimentCard:

@@ -212,8 +212,6 @@ def _notes(
     dataset: Dataset, arms: Sequence[PlannedArm], qualities: Qualities, num_cached: int, request: CompareRequest
 ) -> list[str]:
     notes = [*dataset.notes, "The search is exact: what the index of a vector database loses is not measured."]
-    if dataset.num_unjudged_queries:
-        notes.append(f"{dataset.num_unjudged_queries:,} queries have no judgement and were left out.")
     if len(dataset.queries) < MIN_QUERIES and dataset.judgements:
         notes.append(
             f"{len(dataset.queries)} queries are too few to tell models apart; at least {MIN_QUERIES} are needed."

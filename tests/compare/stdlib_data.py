@@ -10,7 +10,65 @@ import inspect
 import json
 from pathlib import Path
 
-MODULES = ["argparse", "asyncio.tasks", "bisect", "calendar", "collections", "configparser", "contextlib", "csv", "datetime", "decimal", "difflib", "email.message", "enum", "fileinput", "fractions", "functools", "gettext", "glob", "heapq", "http.client", "imaplib", "inspect", "ipaddress", "json", "locale", "logging", "mailbox", "optparse", "os", "pathlib", "pickle", "pkgutil", "platform", "random", "shutil", "smtplib", "socket", "socketserver", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tkinter.colorchooser", "traceback", "types", "typing", "unittest.case", "unittest.mock", "urllib.request", "uuid", "warnings", "weakref", "xml.etree.ElementTree", "zipfile"]
+MODULES = [
+    "argparse",
+    "asyncio.tasks",
+    "bisect",
+    "calendar",
+    "collections",
+    "configparser",
+    "contextlib",
+    "csv",
+    "datetime",
+    "decimal",
+    "difflib",
+    "email.message",
+    "enum",
+    "fileinput",
+    "fractions",
+    "functools",
+    "gettext",
+    "glob",
+    "heapq",
+    "http.client",
+    "imaplib",
+    "inspect",
+    "ipaddress",
+    "json",
+    "locale",
+    "logging",
+    "mailbox",
+    "optparse",
+    "os",
+    "pathlib",
+    "pickle",
+    "pkgutil",
+    "platform",
+    "random",
+    "shutil",
+    "smtplib",
+    "socket",
+    "socketserver",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "tkinter.colorchooser",
+    "traceback",
+    "types",
+    "typing",
+    "unittest.case",
+    "unittest.mock",
+    "urllib.request",
+    "uuid",
+    "warnings",
+    "weakref",
+    "xml.etree.ElementTree",
+    "zipfile",
+]
 _MIN_CHARACTERS, _MAX_CHARACTERS = 60, 600
 
 
@@ -39,7 +97,9 @@ def _pairs() -> list[tuple[str, str]]:
         for _, thing in sorted(inspect.getmembers(module), key=lambda member: member[0]):
             members = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
             for member in members:
-                if not (inspect.isfunction(member) or inspect.isclass(member)) or not member.__module__.startswith(name):
+                if not (inspect.isfunction(member) or inspect.isclass(member)) or not member.__module__.startswith(
+                    name
+                ):
                     continue
                 summary, _, rest = (inspect.getdoc(member) or "").partition("\n\n")
                 summary, rest = " ".join(summary.split()), " ".join(rest.split())[:_MAX_CHARACTERS]

@@ -1,0 +1,200 @@
+"""What came of experiments, for people at a terminal: asked of a running gateway, or read from its exposure logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+import httpx
+import orjson
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gateway.api.experiments import ArmEvidence, ExperimentEvidence, ExperimentList, present
+from gateway.config.registry import Registry
+from gateway.errors import StartError
+from gateway.evidence.counts import Evidence
+from gateway.evidence.exposures import Exposure, read_exposures
+from gateway.routing.experiments import Split
+
+# Where the output is no terminal, wide enough for the columns of several arms.
+_PIPE_WIDTH = 160
+_TIMEOUT_S = 10.0
+_NOTHING = "-"
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+# -------------------------------------------------------------------------------------------------------- find out
+
+
+def ask_experiments(url: str, api_key: str | None) -> ExperimentList:
+    """Ask a gateway for its experiments.
+
+    Raises:
+        StartError: it does not answer, or not with experiments; says why.
+    """
+    return _ask(url, "/v1/experiments", api_key, ExperimentList)
+
+
+def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> ExperimentEvidence:
+    """Ask a gateway what came of an experiment.
+
+    Raises:
+        StartError: it does not answer, or has no such experiment; says why.
+    """
+    return _ask(url, f"/v1/experiments/{quote(experiment_id)}", api_key, ExperimentEvidence)
+
+
+def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path]) -> ExperimentEvidence:
+    """Count the units of an experiment in exposure logs, those of several replicas together.
+
+    Args:
+        registry: has the arms and weights that the units are held against. Units that were assigned under others are
+            left out, and their lines counted in ``uncounted``.
+
+    Raises:
+        StartError: the registry has no such experiment, or a file cannot be read.
+    """
+    experiment = registry.experiment(experiment_id)
+    if experiment is None:
+        known = ", ".join(one.id for one in registry.experiments) or "none"
+        raise StartError(f"{registry.path}: no experiment {experiment_id!r}; there are: {known}")
+    generation = Split(experiment).generation
+    left_out: Counter[str] = Counter()
+
+    def current() -> Iterator[Exposure]:
+        for exposure in read_exposures(files):
+            if exposure.experiment == experiment.id:
+                if exposure.generation == generation:
+                    yield exposure
+                else:
+                    left_out["other_weights"] += 1
+
+    evidence = Evidence(None)
+    evidence.add(current())
+    return present(experiment, evidence.report(experiment, generation)).model_copy(update={"uncounted": dict(left_out)})
+
+
+def _ask(url: str, path: str, api_key: str | None, model: type[Answer]) -> Answer:
+    base = url.rstrip("/").removesuffix("/v1")
+    # As bytes, since a header takes no other characters than ASCII.
+    headers = {b"authorization": f"Bearer {api_key.strip()}".encode()} if api_key else None
+    try:
+        answer = httpx.get(base + path, headers=headers, timeout=_TIMEOUT_S)
+    except httpx.ConnectError as error:
+        raise StartError(f"no gateway answers at {base}: {error}") from error
+    except httpx.TimeoutException as error:
+        raise StartError(f"{base} has not answered for {_TIMEOUT_S:.0f} s") from error
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise StartError(f"--url must be an address such as http://127.0.0.1:8000, got {url!r}") from error
+    except httpx.HTTPError as error:  # without its message, which can have the key in it
+        raise StartError(f"{base} could not be asked: {type(error).__name__}") from error
+    if answer.status_code != 200:
+        hint = "; name the environment variable with the key by --api-key-env" if answer.status_code == 401 else ""
+        raise StartError(f"{base} answers {answer.status_code}: {_message(answer)}{hint}")
+    try:
+        return model.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise StartError(f"{base} is no gateway of this version: its {path} is not understood") from error
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        return str(orjson.loads(answer.content)["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return answer.reason_phrase
+
+
+# ----------------------------------------------------------------------------------------------------------- print
+
+
+def print_experiments(experiments: ExperimentList) -> None:
+    """Print which experiments there are, and how they split their requests."""
+    console = _console()
+    if not experiments.data:
+        _say(console, "there are no experiments; they are declared under `experiments` in models.yaml")
+        return
+    table = Table("experiment", "kind", "runs", "start", "end", "arms: weight")
+    for one in experiments.data:
+        arms = ", ".join(f"{arm.arm}: {arm.weight:g}" for arm in one.arms)
+        runs = "yes" if one.is_running else "no"
+        table.add_row(*_cells(one.id, one.kind, runs, one.start or _NOTHING, one.end or _NOTHING, arms))
+    console.print(table)
+
+
+def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> None:
+    """Print the arms of an experiment side by side, and whether the units are split as the weights say.
+
+    Args:
+        has_requests: whether requests were counted, and not units alone.
+    """
+    console = _console()
+    state = "runs" if shown.is_running else "does not run"
+    _say(console, f"{shown.id} ({shown.kind}) {state}; arms, weights and salt: {shown.generation}")
+    units_since = f"units since {shown.units_since}" if shown.units_since else "no units yet"
+    _say(console, f"requests since {shown.since}, {units_since}" if has_requests else units_since)
+    table = Table("")
+    for arm in shown.evidence:
+        table.add_column(Text(arm.arm), justify="right", overflow="fold")
+    num_units = sum(arm.units for arm in shown.evidence)
+    for name, figure in [*_unit_rows(num_units), *(_REQUEST_ROWS if has_requests else ())]:
+        table.add_row(*_cells(name, *(figure(arm) for arm in shown.evidence)))
+    console.print(table)
+    if shown.uncounted:
+        _say(console, f"not counted: {', '.join(f'{reason} {num:,}' for reason, num in shown.uncounted.items())}")
+    ratio = shown.sample_ratio
+    style = "bold red" if ratio.is_mismatch else "yellow" if ratio.p is None else "green"
+    chi2 = "" if ratio.chi2 is None else f" (chi-square {ratio.chi2:.2f}, degrees of freedom {ratio.degrees})"
+    _say(console, f"split of the units: {ratio.verdict}{chi2}", style)
+
+
+Figure = Callable[[ArmEvidence], str]
+
+
+def _unit_rows(num_units: int) -> list[tuple[str, Figure]]:
+    return [
+        ("model", lambda arm: arm.model),
+        ("weight", lambda arm: f"{arm.weight:g}"),
+        ("units", lambda arm: f"{arm.units:,}"),
+        ("share of units", lambda arm: f"{arm.units / num_units:.2%}" if num_units else _NOTHING),
+        ("expected share", lambda arm: f"{arm.share:.2%}"),
+    ]
+
+
+_REQUEST_ROWS: list[tuple[str, Figure]] = [
+    ("requests", lambda arm: f"{arm.requests:,}"),
+    ("errors", lambda arm: f"{arm.errors:,}"),
+    ("error rate", lambda arm: f"{arm.error_rate:.2%}" if arm.requests else _NOTHING),
+    ("texts", lambda arm: f"{arm.texts:,}"),
+    ("tokens", lambda arm: f"{arm.tokens:,}"),
+    ("tokens/s of a request", lambda arm: _NOTHING if arm.tokens_per_s is None else f"{arm.tokens_per_s:,.0f}"),
+    ("p50", lambda arm: _milliseconds(arm.p50_s)),
+    ("p95", lambda arm: _milliseconds(arm.p95_s)),
+    ("p99", lambda arm: _milliseconds(arm.p99_s)),
+    ("p95 in the queue", lambda arm: _milliseconds(arm.queue_p95_s)),
+]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return _NOTHING
+    return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else f"{seconds * 1000:,.0f} ms"
+
+
+def _cells(*texts: str) -> list[Text]:
+    # Names are shown as they are: a bracket in them is no markup.
+    return [Text(text) for text in texts]
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text, style=style), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
