@@ -227,9 +227,9 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
 @app.command()
 def experiments(
     experiment: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Which experiment to show. By default all are listed.")
+        str | None, typer.Argument(metavar="ID", help="Which experiment to show. By default all are listed.")
     ] = None,
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files of --exposures.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More files of --exposures.")] = None,
     url: Annotated[str, typer.Option(help="The gateway to ask.")] = "http://127.0.0.1:8000",
     api_key_env: Annotated[
         str, typer.Option(help="Environment variable with the key for the gateway.")

@@ -83,7 +83,7 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
 def _ask(url: str, path: str, api_key: str | None, model: type[Answer]) -> Answer:
     base = url.rstrip("/").removesuffix("/v1")
     # As bytes, since a header takes no other characters than ASCII.
-    headers = {b"authorization": f"Bearer {api_key.strip()}".encode()} if api_key else None
+    headers = {b"authorization": f"Bearer {api_key.strip()}".encode(errors="surrogateescape")} if api_key else None
     try:
         answer = httpx.get(base + path, headers=headers, timeout=_TIMEOUT_S)
     except httpx.ConnectError as error:
@@ -107,7 +107,7 @@ def _message(answer: httpx.Response) -> str:
     try:
         return str(orjson.loads(answer.content)["message"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return answer.reason_phrase
+        return answer.reason_phrase + ("; is it a gateway?" if answer.status_code == 404 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- print

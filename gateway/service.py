@@ -29,8 +29,8 @@ from gateway.errors import (
     UnsupportedDimensions,
 )
 from gateway.evidence.counts import Evidence, Observation
-from gateway.routing.experiments import Assignment, Attribute
-from gateway.routing.router import Choice, Target, no_attribute
+from gateway.routing.experiments import Assignment, Attribute, no_attribute
+from gateway.routing.router import Choice, Target
 from gateway.routing.spaces import is_same_space, space_id
 from gateway.telemetry import metrics
 

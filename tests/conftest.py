@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
-from gateway.config.registry import Alias, ModelEntry, Registry, Source
+from gateway.config.registry import Alias, Experiment, ModelEntry, Registry, Source
 from gateway.embedding import ModelState
 
 
@@ -39,15 +39,20 @@ def make_model() -> Callable[..., Model]:
 
 @pytest.fixture
 def make_fleet() -> Callable[..., tuple[Registry, Fleet]]:
-    """Return a function that puts models and aliases together."""
+    """Return a function that puts models, aliases and experiments together."""
 
-    def make(*models: Model, aliases: Mapping[str, str | tuple[str, str]] | None = None) -> tuple[Registry, Fleet]:
+    def make(
+        *models: Model,
+        aliases: Mapping[str, str | tuple[str, str]] | None = None,
+        experiments: Sequence[Experiment] = (),
+    ) -> tuple[Registry, Fleet]:
         pairs = {name: (to, None) if isinstance(to, str) else to for name, to in (aliases or {}).items()}
         registry = Registry(
             path=Path("models.yaml"),
             version=1,
             models=tuple(model.entry for model in models),
             aliases={name: Alias(name=name, model=model, task=task) for name, (model, task) in pairs.items()},
+            experiments=tuple(experiments),
         )
         return registry, Fleet(models)
 

@@ -11,8 +11,8 @@ from gateway.api.schema import responses
 from gateway.backends.fleet import Fleet
 from gateway.config.registry import Registry
 from gateway.deployment import Deployment
-from gateway.embedding import canonical_task
-from gateway.routing.spaces import space_id
+from gateway.embedding import ModelInfo, canonical_task
+from gateway.routing.spaces import space_id, spaces_by_task
 
 
 class SpaceMember(BaseModel):
@@ -66,8 +66,7 @@ def space_cards(registry: Registry, fleet: Fleet) -> list[SpaceCard]:
         if info is None:
             continue
         for size in info.dimensions:
-            tasks: list[str | None] = [*info.tasks] or [None]
-            for task in tasks:
+            for task in spaces_by_task(info):
                 space = space_id(info, task, size, is_normalised=info.is_normalised)
                 card = cards.setdefault(
                     space.rpartition("@")[2],
@@ -81,17 +80,17 @@ def space_cards(registry: Registry, fleet: Fleet) -> list[SpaceCard]:
                         members=[],
                     ),
                 )
-                names = _names(registry, model.id, task, info.default_task)
+                names = _names(registry, info, task)
                 card.members.append(SpaceMember(model=model.id, task=task, state=model.state.value, names=names))
     return list(cards.values())
 
 
-def _names(registry: Registry, model_id: str, task: str | None, default_task: str | None) -> list[str]:
-    names = [model_id] if task == default_task else []
-    names += [f"{model_id}:{task}"] if task is not None else []
-    names += [
-        alias.name
-        for alias in registry.aliases.values()
-        if alias.model == model_id and task in (None, canonical_task(alias.task) if alias.task else default_task)
-    ]
+def _names(registry: Registry, info: ModelInfo, task: str | None) -> list[str]:
+    names = [info.id] if task == info.default_task else []
+    names += [f"{info.id}:{task}"] if task is not None else []
+    for alias in registry.aliases.values():
+        if alias.model == info.id:
+            # For a model without tasks, that of the alias has no effect.
+            asked = canonical_task(alias.task) if alias.task and info.tasks else info.default_task
+            names += [alias.name] if asked == task else []
     return names

@@ -103,9 +103,11 @@ class Settings(BaseSettings):
         "from it after a restart. Without it none is written.",
     )
     exposure_log_max_bytes: int = Field(
-        default=64 * 1024 * 1024, ge=1024, description="Size in bytes at which the exposure log is rotated."
+        default=16 * 1024 * 1024, ge=1024, description="Size in bytes at which the exposure log is rotated."
     )
-    exposure_log_backups: int = Field(default=10, ge=1, description="How many rotated exposure logs are kept.")
+    exposure_log_backups: int = Field(
+        default=5, ge=1, description="How many rotated exposure logs are kept; all of them are read at the start."
+    )
     tiktoken_cache_dir: Path | None = Field(
         default=None,
         description="Folder with tiktoken's vocabularies, to decode inputs that are sent as token ids. Without it such "

@@ -81,11 +81,14 @@ class ExposureLog:
                 log.error("exposure_not_written", path=str(self._path), reason=str(error))
 
     def files(self) -> list[Path]:
-        """Return the files that there are, oldest first."""
+        """Return the files that there are, oldest first.
+
+        A log that is no file, such as ``/dev/stdout``, has none: to read a pipe would be to wait for oneself.
+        """
         names = f"{glob.escape(self._path.name)}.*"
         rotated = [path for path in self._path.parent.glob(names) if path.suffix[1:].isdecimal()]
         rotated.sort(key=lambda path: -int(path.suffix[1:]))
-        return [*rotated, *([self._path] if self._path.exists() else [])]
+        return [*rotated, *([self._path] if self._path.is_file() else [])]
 
     def close(self) -> None:
         self._file.close()

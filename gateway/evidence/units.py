@@ -8,13 +8,16 @@ from bisect import bisect_left
 
 # Units are hashes: their first bits spread them evenly.
 _SHARD_BITS = 10
+# Whoever makes up a unit for each request must not fill the memory with them: 80 MB.
+MAX_UNITS = 8_000_000
 
 
 class UnitSet:
     """A set of 64-bit hashes, at about 10 bytes each where there are millions; a Python set takes nearly ten times that.
 
     They lie in sorted arrays, one for all that begin with the same 10 bits. Adding one moves at most the array that it
-    goes into, a few microseconds for 10 million units: nothing is ever merged or rebuilt while requests wait.
+    goes into, a few microseconds for 8 million units, which is where it ends: further ones are not taken. Nothing is ever
+    merged or rebuilt while requests wait.
     """
 
     def __init__(self) -> None:
@@ -25,13 +28,15 @@ class UnitSet:
         return self._num
 
     def add(self, unit: int) -> bool:
-        """Add a unit, from 0 to 2**64 - 1; return whether it is new."""
+        """Add a unit, from 0 to 2**64 - 1; return whether it is new and was taken."""
         prefix = unit >> (64 - _SHARD_BITS)
         shard = self._shards.get(prefix)
         if shard is None:
             shard = self._shards[prefix] = array("Q")
         place = bisect_left(shard, unit)
         if place < len(shard) and shard[place] == unit:
+            return False
+        if self._num >= MAX_UNITS:
             return False
         shard.insert(place, unit)
         self._num += 1

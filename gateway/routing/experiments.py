@@ -24,6 +24,10 @@ Attribute: TypeAlias = Callable[[str], str | None]
 _MAX_SHOWN = 100
 
 
+def no_attribute(_source: str) -> None:
+    """Look up what a request has that nobody described."""
+
+
 class Reason(StrEnum):
     """Why a request got its arm."""
 

@@ -17,10 +17,6 @@ DEFAULT_ALIAS = "default"
 _MAX_SHOWN = 100
 
 
-def no_attribute(_source: str) -> None:
-    """Look up what a request has that nobody described."""
-
-
 @dataclass(frozen=True, slots=True)
 class Target:
     """What answers a request: one model, with one task.
@@ -72,13 +68,14 @@ class Router:
         """Return every name that a request may use, except sources and tasks."""
         return [*(model.id for model in self._fleet), *self._aliases, *self._splits]
 
-    def choose(self, name: str | None, attribute: Attribute = no_attribute) -> Choice:
+    def choose(self, name: str | None, attribute: Attribute | None = None) -> Choice:
         """Find the model that a name stands for.
 
         Args:
             name: an id, an alias, an experiment, a model's source, or one of these with a task, ``name:task``; ``None``
                 for the registry's default.
-            attribute: looks up what the unit of an experiment can be made from.
+            attribute: looks up what the unit of an experiment can be made from; ``None`` when nobody in particular asks,
+                who gets the control arm.
 
         Raises:
             ModelNotFound: nothing has that name.
@@ -125,7 +122,7 @@ class Router:
             raise _not_ready(choice.model)
         return targets
 
-    def resolve(self, name: str | None, task: str | None, attribute: Attribute = no_attribute) -> Target:
+    def resolve(self, name: str | None, task: str | None, attribute: Attribute | None = None) -> Target:
         """Return the first of the :meth:`targets` of a name; for its arguments and errors see :meth:`choose` as well."""
         return self.targets(self.choose(name, attribute), task)[0]
 
@@ -162,13 +159,13 @@ class Router:
             ):
                 yield other, other.info
 
-    def _choose_known(self, name: str, attribute: Attribute) -> Choice | None:
+    def _choose_known(self, name: str, attribute: Attribute | None) -> Choice | None:
         """Return what a name without a task stands for, if it is one."""
         if (alias := self._aliases.get(name)) is not None:
             return Choice(self._model(alias.model), alias.task, asked=name, name=alias.model)
         if (split := self._splits.get(name)) is not None:
-            assignment = split.assign(attribute, datetime.now(UTC))
-            arm = assignment.arm
+            assignment = split.assign(attribute, datetime.now(UTC)) if attribute else None
+            arm = assignment.arm if assignment else split.experiment.control
             return Choice(self._model(arm.model), arm.task, asked=name, name=arm.model, assignment=assignment)
         # An id comes first: a model may be called like the repo that another one was made from.
         model = self._fleet.get(name) or self._fleet.get(self._sources.get(name, ""))

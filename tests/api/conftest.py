@@ -19,7 +19,7 @@ import uvicorn
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
-from gateway.config.registry import Registry
+from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, ModelState
@@ -102,9 +102,13 @@ async def connect(models: list[Model], make_fleet: MakeFleet) -> AsyncIterator[C
     async with contextlib.AsyncExitStack() as stack:
 
         async def connect(
-            *fleet_models: Model, aliases: object = ALIASES, has_started: bool = True, **settings: object
+            *fleet_models: Model,
+            aliases: object = ALIASES,
+            experiments: Sequence[Experiment] = (),
+            has_started: bool = True,
+            **settings: object,
         ) -> httpx.AsyncClient:
-            registry, fleet = make_fleet(*(fleet_models or models), aliases=aliases)
+            registry, fleet = make_fleet(*(fleet_models or models), aliases=aliases, experiments=experiments)
             await _start(fleet, has_started)
             app = create_app(Deployment(registry, Settings(**settings), fleet))
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")

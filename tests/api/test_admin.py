@@ -1,0 +1,69 @@
+"""``/admin`` is for the operator's key alone, and for nobody where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+
+Connect = Callable[..., Awaitable[httpx.AsyncClient]]
+CheckError = Callable[..., str]
+ADMIN = "operator-key"
+OFF = "the paths under /admin are off: set GATEWAY_ADMIN_KEY to a key of the operator's own"
+KEY_NEEDED = "the paths under /admin need the operator's key: send `Authorization: Bearer KEY`"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+async def reload(client: httpx.AsyncClient, key: str | None, path: str = "/admin/reload") -> httpx.Response:
+    return await client.post(path, headers=bearer(key) if key is not None else {})
+
+
+@pytest.mark.parametrize("key", [None, "", ADMIN, "client-key"])
+@pytest.mark.parametrize("settings", [{}, {"api_keys": "client-key"}])
+async def test_without_an_operators_key_nobody_passes(
+    connect: Connect, check_error: CheckError, settings: dict[str, str], key: str | None
+) -> None:
+    client = await connect(**settings)
+
+    assert check_error(await reload(client, key), 403, "forbidden", type_="permission_error") == OFF
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong-key", ADMIN + "x", ADMIN.upper(), "client-key"])
+@pytest.mark.parametrize("settings", [{}, {"api_keys": "client-key"}])
+async def test_no_other_key_passes(
+    connect: Connect, check_error: CheckError, settings: dict[str, str], key: str | None
+) -> None:
+    """That of a client neither: it would load and drop everybody's models."""
+    client = await connect(admin_key=ADMIN, **settings)
+
+    assert check_error(await reload(client, key), 403, "forbidden", type_="permission_error") == KEY_NEEDED
+
+
+@pytest.mark.parametrize("settings", [{}, {"api_keys": "client-key"}])
+@pytest.mark.parametrize("path", ["/admin/reload", "//admin//reload/"])
+async def test_the_operators_key_passes(connect: Connect, settings: dict[str, str], path: str) -> None:
+    client = await connect(admin_key=ADMIN, **settings)
+
+    answer = await reload(client, ADMIN, path)
+
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body.pop("seconds") >= 0
+    assert body == {"status": "reloaded", "loaded": [], "kept": ["mini", "jina", "team/small"], "removed": []}
+
+
+async def test_the_operators_key_opens_nothing_else(connect: Connect, check_error: CheckError) -> None:
+    client = await connect(admin_key=ADMIN, api_keys="client-key")
+
+    check_error(await client.get("/v1/models", headers=bearer(ADMIN)), 401, "invalid_api_key", type_="authentication_error")
+    assert (await client.get("/v1/models", headers=bearer("client-key"))).status_code == 200
+
+
+async def test_a_reload_is_a_post(connect: Connect, check_error: CheckError) -> None:
+    client = await connect(admin_key=ADMIN)
+
+    check_error(await client.get("/admin/reload", headers=bearer(ADMIN)), 405, "method_not_allowed")

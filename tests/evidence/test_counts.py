@@ -1,0 +1,211 @@
+"""What is counted of an experiment, and what of it survives a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from gateway.config.registry import Experiment
+from gateway.evidence.counts import ArmReport, Evidence, ExperimentReport, Observation, is_running
+from gateway.evidence.exposures import ExposureLog, read_exposures
+
+MakeExperiment = Callable[..., Experiment]
+MakeObservation = Callable[..., Observation]
+GENERATION = "aaaaaaaa"
+
+
+def open_log(tmp_path: Path) -> ExposureLog:
+    return ExposureLog(tmp_path / "exposures.jsonl", 10**6, 3)
+
+
+def units(report: ExperimentReport) -> list[int]:
+    return [arm.units for arm in report.arms]
+
+
+def test_before_any_request_all_is_zero(make_experiment: MakeExperiment) -> None:
+    report = Evidence(None).report(make_experiment(90, 10), GENERATION)
+
+    assert report.arms[1] == ArmReport(
+        arm="b",
+        model="model-b",
+        weight=10,
+        share=0.1,
+        units=0,
+        requests=0,
+        errors=0,
+        error_rate=0.0,
+        texts=0,
+        tokens=0,
+        tokens_per_s=None,
+        p50_s=None,
+        p95_s=None,
+        p99_s=None,
+        queue_p95_s=None,
+    )
+    assert report.units_since is None
+    assert report.uncounted == {}
+    assert report.sample_ratio.verdict == "too few units to tell: 0"
+
+
+def test_the_requests_of_an_arm_are_summed_up(
+    make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    evidence = Evidence(None)
+    for i in range(100):
+        evidence.record(make_observation(i % 7, elapsed_s=(i + 1) / 100, queue_s=(i + 1) / 1000))
+    evidence.record(make_observation(99, arm="b", model="model-b"))
+
+    arm, other = evidence.report(make_experiment(1, 1), GENERATION).arms
+
+    assert (arm.units, arm.requests, arm.errors, arm.texts, arm.tokens) == (7, 100, 0, 200, 1000)
+    assert arm.tokens_per_s == pytest.approx(1000 / 50.5)
+    assert [arm.p50_s, arm.p95_s, arm.p99_s, arm.queue_p95_s] == pytest.approx([0.5, 0.95, 0.99, 0.095], rel=0.02)
+    assert (other.units, other.requests) == (1, 1)
+
+
+def test_errors_count_as_requests_and_for_nothing_else(
+    make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    evidence = Evidence(None)
+    evidence.record(make_observation(1))
+    for code in ("overloaded", "overloaded", "deadline_exceeded"):
+        evidence.record(make_observation(2, space=None, error_code=code, elapsed_s=300.0, num_texts=0, num_tokens=0))
+
+    arm = evidence.report(make_experiment(1, 1), GENERATION).arms[0]
+
+    assert (arm.requests, arm.errors, arm.error_rate, arm.units, arm.texts) == (4, 3, 0.75, 1, 2)
+    assert arm.p99_s == pytest.approx(0.1, rel=0.02)
+
+
+def test_requests_outside_the_split_are_counted_by_reason(
+    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    log = open_log(tmp_path)
+    evidence = Evidence(log)
+    for reason in ("forced", "excluded", "forced"):
+        evidence.record(make_observation(1, reason=reason, is_counted=False))
+
+    report = evidence.report(make_experiment(1, 1), GENERATION)
+
+    assert report.uncounted == {"forced": 2, "excluded": 1}
+    assert (report.arms[0].requests, report.arms[0].units) == (0, 0)
+    assert list(read_exposures(log.files())) == []
+
+
+def test_requests_without_a_unit_are_counted_without_one(
+    make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    evidence = Evidence(None)
+    evidence.record(make_observation(None, reason="random"))
+
+    arm = evidence.report(make_experiment(1, 1), GENERATION).arms[0]
+
+    assert (arm.requests, arm.units) == (1, 0)
+
+
+def test_the_first_answer_of_a_unit_in_an_arm_is_logged(tmp_path: Path, make_observation: MakeObservation) -> None:
+    log = open_log(tmp_path)
+    evidence = Evidence(log)
+    evidence.record(make_observation(1, space=None, error_code="overloaded"))  # exposed to nothing
+    for unit, arm in ((1, "a"), (1, "a"), (2, "a"), (1, "b"), (1, "a")):
+        evidence.record(make_observation(unit, arm=arm))
+    evidence.record(make_observation(1, generation="bbbbbbbb"))
+
+    assert [(one.unit[-1], one.arm, one.generation, one.model, one.space) for one in read_exposures(log.files())] == [
+        ("1", "a", GENERATION, "model-a", "model-a@0123456789ab"),
+        ("2", "a", GENERATION, "model-a", "model-a@0123456789ab"),
+        ("1", "b", GENERATION, "model-a", "model-a@0123456789ab"),
+        ("1", "a", "bbbbbbbb", "model-a", "model-a@0123456789ab"),
+    ]
+
+
+def test_units_survive_a_restart_and_requests_do_not(
+    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    experiment = make_experiment(1, 1)
+    before = Evidence(open_log(tmp_path))
+    for unit in range(5):
+        before.record(make_observation(unit))
+    since = before.report(experiment, GENERATION).units_since
+
+    log = open_log(tmp_path)
+    after = Evidence(log)
+    for unit in (3, 4, 5):
+        after.record(make_observation(unit))
+    report = after.report(experiment, GENERATION)
+
+    assert units(report) == [6, 0]
+    assert report.arms[0].requests == 3
+    assert report.units_since == since
+    assert since is not None
+    assert since <= report.since
+    assert len(list(read_exposures(log.files()))) == 6
+
+
+def test_the_units_of_several_logs_are_united(
+    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    logs = [open_log(tmp_path / name) for name in ("first", "second")]
+    for log, numbers in zip(logs, (range(6), range(4, 10)), strict=True):
+        replica = Evidence(log)
+        for unit in numbers:
+            replica.record(make_observation(unit))
+    earliest = next(read_exposures(logs[0].files())).time
+
+    united = Evidence(None)
+    for log in reversed(logs):  # in any order
+        united.add(read_exposures(log.files()))
+    report = united.report(make_experiment(1, 1), GENERATION)
+
+    assert units(report) == [10, 0]
+    assert report.units_since == earliest
+
+
+def test_other_weights_begin_anew_and_the_last_four_are_kept(
+    make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    experiment = make_experiment(1, 1)
+    evidence = Evidence(None)
+    for generation in "pqrs":
+        evidence.record(make_observation(1, generation=generation))
+    assert units(evidence.report(experiment, "t")) == [0, 0]
+
+    evidence.record(make_observation(2, generation="p"))  # a reload was taken back
+    evidence.record(make_observation(1, generation="t"))
+
+    kept = {generation: units(evidence.report(experiment, generation))[0] for generation in "pqrst"}
+    assert kept == {"p": 2, "q": 0, "r": 1, "s": 1, "t": 1}
+
+
+def test_a_split_that_is_wrong_is_told(make_experiment: MakeExperiment, make_observation: MakeObservation) -> None:
+    evidence = Evidence(None)
+    for unit in range(1_000):
+        evidence.record(make_observation(unit, arm="ab"[unit % 2]))
+
+    assert not evidence.report(make_experiment(50, 50), GENERATION).sample_ratio.is_mismatch
+    assert evidence.report(make_experiment(60, 40), GENERATION).sample_ratio.is_mismatch
+    assert evidence.report(make_experiment(1, 0), GENERATION).sample_ratio.is_mismatch
+
+
+NOW = datetime.now(UTC)
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "runs"),
+    [
+        (None, None, True),
+        (NOW - HOUR, None, True),
+        (NOW + HOUR, None, False),
+        (None, NOW + HOUR, True),
+        (None, NOW - HOUR, False),
+        (NOW - HOUR, NOW + HOUR, True),
+    ],
+)
+def test_an_experiment_runs_between_start_and_end(
+    make_experiment: MakeExperiment, start: datetime | None, end: datetime | None, runs: bool
+) -> None:
+    assert is_running(make_experiment(1, 1, start=start, end=end)) is runs

@@ -1,0 +1,189 @@
+"""The exposure log: written, rotated, read back, and never the reason why a request fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from gateway.errors import StartError
+from gateway.evidence.exposures import Exposure, ExposureLog, now, read_exposures
+from gateway.telemetry.metrics import REGISTRY
+
+FIRST = Exposure("2026-11-01T00:00:00.000+00:00", "exp", "aaaaaaaa", "a", "0" * 16, "m", "m@0123456789ab")
+FULL_DISK = Path("/dev/full")
+
+
+def exposures(num: int) -> Iterator[Exposure]:
+    return (dataclasses.replace(FIRST, unit=f"{i:016x}") for i in range(num))
+
+
+def open_log(path: Path, max_bytes: int = 10**6, num_backups: int = 3) -> ExposureLog:
+    return ExposureLog(path, max_bytes, num_backups)
+
+
+def num_dropped() -> float:
+    value = REGISTRY.get_sample_value("gateway_exposures_dropped_total")
+    assert value is not None
+    return value
+
+
+def test_a_line_says_all_in_json(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "x.jsonl")
+    log.write(FIRST)
+
+    (line,) = (tmp_path / "x.jsonl").read_text().splitlines()
+
+    assert json.loads(line) == {
+        "time": "2026-11-01T00:00:00.000+00:00",
+        "experiment": "exp",
+        "generation": "aaaaaaaa",
+        "arm": "a",
+        "unit": "0000000000000000",
+        "model": "m",
+        "space": "m@0123456789ab",
+    }
+
+
+def test_the_time_is_of_utc() -> None:
+    assert datetime.fromisoformat(now()).utcoffset() == timedelta(0)
+
+
+def test_a_restart_appends(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x.jsonl"  # folders are made
+    for exposure in exposures(3):
+        open_log(path).write(exposure)
+
+    assert list(read_exposures([path])) == list(exposures(3))
+
+
+def test_files_are_rotated_and_read_oldest_first(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "x.jsonl", max_bytes=1024, num_backups=100)
+    (tmp_path / "x.jsonl.old").touch()
+    for exposure in exposures(100):
+        log.write(exposure)
+
+    files = log.files()
+
+    assert len(files) > 11  # a 10 is sorted as a number
+    assert all(path.stat().st_size <= 1024 for path in files)
+    assert files[-2:] == [tmp_path / "x.jsonl.1", tmp_path / "x.jsonl"]
+    assert list(read_exposures(files)) == list(exposures(100))
+
+
+def test_the_oldest_files_are_dropped(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "x.jsonl", max_bytes=1024, num_backups=2)
+    for exposure in exposures(100):
+        log.write(exposure)
+
+    kept = list(read_exposures(log.files()))
+
+    assert len(log.files()) == 3
+    assert kept == list(exposures(100))[-len(kept) :]
+
+
+def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    first, second, third = exposures(3)
+    open_log(path).write(first)
+    open_log(path).write(second)
+    path.write_bytes(path.read_bytes()[:-20])
+
+    open_log(path).write(third)
+
+    with capture_logs() as lines:
+        assert list(read_exposures([path])) == [first, third]
+    assert lines == [{"event": "exposures_not_read", "log_level": "warning", "path": str(path), "lines": 1}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\x00\x00\x00",
+        b"\xff",
+        b"[]",
+        b"5",
+        b"{}",
+        b'{"unit": "0000000000000000"}',
+        json.dumps(dataclasses.asdict(FIRST) | {"unit": 5}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"unit": "no hash"}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"unit": "0" * 17}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"arm": None}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"more": "x"}).encode(),
+    ],
+)
+def test_a_line_that_is_no_exposure_is_left_out(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    open_log(path).write(FIRST)
+    path.write_bytes(line + b"\n\n" + path.read_bytes())
+
+    with capture_logs() as lines:
+        assert list(read_exposures([path])) == [FIRST]
+    assert [line["lines"] for line in lines] == [1]
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+
+    with pytest.raises(StartError, match=r"none\.jsonl cannot be read: No such file or directory"):
+        list(read_exposures([path]))
+
+
+@pytest.mark.parametrize(("name", "why"), [("folder", "Is a directory"), ("file/x.jsonl", "directory|File exists")])
+def test_a_log_that_cannot_be_written_stops_the_start(tmp_path: Path, name: str, why: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+
+    with pytest.raises(StartError, match=f"the exposure log .*{name} cannot be written: .*({why})"):
+        open_log(tmp_path / name)
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+def test_a_full_disk_costs_lines_and_no_requests(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.symlink_to(FULL_DISK)
+    before = num_dropped()
+    log = open_log(path)
+
+    with capture_logs() as lines:
+        for exposure in exposures(3):
+            log.write(exposure)
+
+    assert num_dropped() == before + 3
+    assert [line["event"] for line in lines] == ["exposure_not_written"]  # once a minute
+    assert "No space left" in lines[0]["reason"]
+
+    path.unlink()  # room was made
+    log.write(FIRST)
+    assert list(read_exposures([path])) == [FIRST]
+
+
+def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    log = open_log(path, max_bytes=1024, num_backups=1)
+    (tmp_path / "x.jsonl.1").mkdir()
+    before = num_dropped()
+
+    with capture_logs():
+        for exposure in exposures(10):
+            log.write(exposure)
+    written = list(read_exposures([path]))
+    (tmp_path / "x.jsonl.1").rmdir()
+    log.write(FIRST)
+
+    assert 0 < len(written) == 10 - (num_dropped() - before)
+    assert list(read_exposures([path])) == [FIRST]
+
+
+def test_a_log_that_is_let_go_closes_its_file(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "x.jsonl")
+    log.write(FIRST)
+
+    del log
+    gc.collect()  # an open file would be warned of, and warnings are errors
