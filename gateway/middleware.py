@@ -116,12 +116,17 @@ def _sent_key(headers: Headers) -> str | None:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     given = key.strip() if scheme.lower() == "bearer" else ""
     # What clients send that were given an empty key counts as none.
-    return None if given in ("", '""') else key_digest(given)
+    # As the bytes that were sent, which the framework has read as Latin-1.
+    return None if given in ("", '""') else _hex_sha256(given.encode("latin-1"))
 
 
 def key_digest(key: str) -> str:
-    """Return the hex sha256 of a key: the form that keys are kept, compared and named in."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    """Return the hex sha256 of a key, in UTF-8: the form that keys are kept, compared and named in."""
+    return _hex_sha256(key.encode())
+
+
+def _hex_sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class GatewayMiddleware:

@@ -178,11 +178,13 @@ def test_the_key_comes_from_the_environment(
     gateway_answers(respond)
     monkeypatch.setenv("EMBEDDINGS_API_KEY", "usual")
     monkeypatch.setenv("MY_KEY", "mine\n")
+    monkeypatch.setenv("NO_TEXT", "\udcff")  # a byte that is no UTF-8
 
     run("exp")
     run("exp", "--api-key-env", "MY_KEY")
+    run("exp", "--api-key-env", "NO_TEXT")
 
-    assert keys == ["Bearer usual", "Bearer mine"]
+    assert keys == ["Bearer usual", "Bearer mine", "Bearer \xff"]
 
 
 def refuse(_: httpx.Request) -> httpx.Response:
@@ -211,6 +213,10 @@ def break_off(_: httpx.Request) -> httpx.Response:
             lambda _: httpx.Response(401, json={"message": "an API key is required"}),
             "http://127.0.0.1:8000 answers 401: an API key is required; "
             "name the environment variable with the key by --api-key-env",
+        ),
+        (
+            lambda _: httpx.Response(404, json={"detail": "Not Found"}),
+            "http://127.0.0.1:8000 answers 404: Not Found; is it a gateway?",
         ),
         (lambda _: httpx.Response(502, text="<html>"), "http://127.0.0.1:8000 answers 502: Bad Gateway"),
         (

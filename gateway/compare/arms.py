@@ -31,11 +31,13 @@ class Side:
     Attributes:
         asked_task: the task that requests say; ``None`` to leave it to the name.
         task: the task that it comes to; ``None`` for a model without tasks.
-        space: of the vectors with native dimensions.
+        native_space: of the vectors with native dimensions.
+        space: of the vectors that are compared.
     """
 
     asked_task: str | None
     task: str | None
+    native_space: str
     space: str
 
 
@@ -45,16 +47,19 @@ class PlannedArm:
 
     Attributes:
         dimensions: size of the vectors that are compared; they are embedded with native dimensions and then cut.
-        space: of the vectors that are compared.
     """
 
     name: ArmName
     card: ModelCard
     width: int
     dimensions: int
-    space: str
     queries: Side
     passages: Side
+
+    @property
+    def space(self) -> str:
+        """The space of the vectors that are compared."""
+        return self.queries.space
 
     @property
     def is_normalised(self) -> bool:
@@ -70,10 +75,10 @@ def parse_arms(names: Sequence[str]) -> list[ArmName]:
     """
     arms = []
     for text in names:
-        model, at, size = text.rpartition("@")
-        if at and not re.fullmatch(r"[1-9]\d{0,5}", size):
+        parts = re.fullmatch(r"(?P<model>[^@]+)(?:@(?P<size>[1-9]\d{0,5}))?", text, re.ASCII)
+        if parts is None:
             raise CompareError(f"{text!r}: must be MODEL or MODEL@DIMENSIONS, such as jina-embeddings-v3@256")
-        arms.append(ArmName(text, model, int(size)) if at else ArmName(text, text, None))
+        arms.append(ArmName(text, parts["model"], int(parts["size"]) if parts["size"] else None))
     if len(arms) < 2:
         raise CompareError("at least two models are needed to compare: the baseline, and another one")
     for index, arm in enumerate(arms):
@@ -97,18 +102,19 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
     if dimensions not in card.dimensions:
         sizes = ", ".join(str(size) for size in card.dimensions)
         raise CompareError(f"{name.text}: {name.model} returns vectors of {sizes} dimensions, not of {dimensions}")
-    queries = await _plan_side(client, name, card, QUERY_TASK)
-    passages = await _plan_side(client, name, card, PASSAGE_TASK)
-    if not is_same_space(queries.space, passages.space):
+    queries = await _plan_side(client, name, card, QUERY_TASK, dimensions)
+    passages = await _plan_side(client, name, card, PASSAGE_TASK, dimensions)
+    # Many models have an instruction for queries and none for documents; those without one are in a space of their own.
+    is_comparable = is_same_space(queries.space, passages.space) or passages.task is None
+    if not is_comparable:
         raise CompareError(
-            f"{name.text}: its queries would be in space {queries.space} and its documents in {passages.space}: they "
-            "cannot be compared"
+            f"{name.text}: its queries would be in space {queries.space} (task {queries.task or 'none'}) and its documents "
+            f"in {passages.space} (task {passages.task}): they cannot be compared; name a task, {name.model}:TASK"
         )
-    cut = await client.embed(name.model, [_PROBE], queries.asked_task, dimensions)
-    return PlannedArm(name, card, card.width, dimensions, cut.space, queries, passages)
+    return PlannedArm(name, card, card.width, dimensions, queries, passages)
 
 
-async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, wanted: str) -> Side:
+async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, wanted: str, dimensions: int) -> Side:
     task = wanted if wanted in card.tasks else None
     try:
         probe = await client.embed(name.model, [_PROBE], task)
@@ -119,4 +125,5 @@ async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, want
         probe = await client.embed(name.model, [_PROBE])
     if probe.is_experiment:
         raise CompareError(f"{name.text} is an experiment, which answers with several models: name those")
-    return Side(task, probe.task, probe.space)
+    cut = await client.embed(name.model, [_PROBE], task, dimensions)
+    return Side(task, probe.task, probe.space, cut.space)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -23,28 +24,45 @@ class VectorFile:
 
     A file of records ``16 bytes of the text's sha256, float32 little-endian vector``, which only grows. A record that was
     torn by an interruption is cut off when the file is opened next.
+
+    Args:
+        file: open for reading and appending, by nobody else.
+        width: of the vectors.
     """
 
     def __init__(self, file: BinaryIO, width: int) -> None:
         self._file = file
         self._record = np.dtype([("key", f"V{_KEY_BYTES}"), ("vector", "<f4", (width,))])
-        self._rows: dict[bytes, int] = {}
-        self._load()
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        self._num_records = file.seek(0, 2) // self._record.itemsize
+        self._num_before = self._num_records
+        self._reused: set[int] = set()
+        file.truncate(self._num_records * self._record.itemsize)
+        file.seek(0, 2)
+        self._rows = {key: row for row, key in enumerate(self._stored()["key"].tolist())}
 
     def __contains__(self, text: str) -> bool:
         return _key(text) in self._rows
 
+    @property
+    def num_reused(self) -> int:
+        """How many vectors were read that had been there when the file was opened."""
+        return len(self._reused)
+
     def append(self, texts: Sequence[str], vectors: Vectors) -> None:
-        """Add the vectors ``(n, width)`` of ``n`` texts, and write them to the disk."""
+        """Add the vectors ``(n, width)`` of ``n`` texts, and write them to the disk.
+
+        Raises:
+            CompareError: the disk does not take them.
+        """
         records = np.empty(len(texts), dtype=self._record)
         keys = [_key(text) for text in texts]
         records["key"] = np.array(keys, dtype=f"V{_KEY_BYTES}")
         records["vector"] = vectors
-        self._file.write(records.tobytes())
-        self._file.flush()
+        try:
+            self._file.write(records.tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise CompareError(f"the cache {self._file.name} cannot be written: {error.strerror}") from error
         for key in keys:
             self._rows[key] = self._num_records
             self._num_records += 1
@@ -56,46 +74,67 @@ class VectorFile:
             KeyError: a text is not in the file.
         """
         rows = [self._rows[_key(text)] for text in texts]
-        stored = np.memmap(self._file.name, dtype=self._record, mode="r", shape=(self._num_records,))
-        vectors: Vectors = np.ascontiguousarray(stored["vector"][rows], dtype=np.float32)
+        self._reused.update(row for row in rows if row < self._num_before)
+        vectors: Vectors = np.ascontiguousarray(self._stored()["vector"][rows], dtype=np.float32)
         return vectors
 
-    def _load(self) -> None:
-        size = self._file.seek(0, 2)
-        self._num_records = size // self._record.itemsize
-        self._file.truncate(self._num_records * self._record.itemsize)
-        self._file.seek(0, 2)
-        if self._num_records:
-            stored = np.memmap(self._file.name, dtype=self._record, mode="r", shape=(self._num_records,))
-            self._rows = {bytes(key): row for row, key in enumerate(stored["key"].tolist())}
+    def _stored(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+        if not self._num_records:
+            return np.empty(0, dtype=self._record)  # nothing is no memory map
+        return np.memmap(self._file.name, dtype=self._record, mode="r", shape=(self._num_records,))
 
 
-@contextmanager
-def open_vectors(folder: Path, identity: Mapping[str, object], width: int) -> Iterator[VectorFile]:
-    """Open the file of the vectors with an identity, for this process alone.
+class VectorCache:
+    """A folder of vector files. Each is opened when it is first asked for, and closed with the cache."""
 
-    Args:
-        identity: all that the vectors depend on, besides the text.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[Path, VectorFile] = {}
+        self._stack = ExitStack()
 
-    Raises:
-        CompareError: another process has it open, or it cannot be written.
-    """
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    path = folder / f"{name}.vectors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        file = path.open("ab+")
-    except OSError as error:
-        raise CompareError(f"the cache {path} cannot be written: {error.strerror}") from error
-    with file:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def num_reused(self) -> int:
+        """How many vectors were read that an earlier run had embedded."""
+        return sum(file.num_reused for file in self._open.values())
+
+    def file(self, identity: Mapping[str, object], width: int) -> VectorFile:
+        """Return the file of the vectors with an identity; it is this process's alone.
+
+        Args:
+            identity: all that the vectors depend on, besides the text.
+
+        Raises:
+            CompareError: another process has it open, or it cannot be written.
+        """
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+        path = self.folder / f"{name}.vectors"
+        if path not in self._open:
+            self._open[path] = VectorFile(self._lock(path, identity), width)
+        return self._open[path]
+
+    def _lock(self, path: Path, identity: Mapping[str, object]) -> BinaryIO:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # For people: the name of the file says nothing.
+            path.with_suffix(".json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+            file = self._stack.enter_context(path.open("ab+"))
+        except OSError as error:
+            raise CompareError(f"the cache {path} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CompareError(
                 f"another comparison is writing to {path}: wait for it, or use another --cache"
             ) from error
-        yield VectorFile(file, width)
+        return file
 
 
 def _key(text: str) -> bytes:

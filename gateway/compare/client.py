@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class GatewayClient:
     def __init__(self, http: httpx.AsyncClient, source: str) -> None:
         self._http = http
         self.source = source
+        self._name = f"the gateway ({source})"
 
     async def card(self, name: str) -> ModelCard:
         """Return the card of a model.
@@ -132,7 +134,7 @@ class GatewayClient:
                 f"{self.source} is no gateway: it answers for {model!r} without vectors or without their space"
             ) from error
         if len(vectors) != len(texts):
-            raise CompareError(f"{self.source} returned {len(vectors)} vectors for {len(texts)} texts")
+            raise CompareError(f"{self._name} returned {len(vectors)} vectors for {len(texts)} texts")
         return Embedded(
             vectors=vectors,
             space=space,
@@ -153,22 +155,32 @@ class GatewayClient:
         while True:
             try:
                 answer = await self._http.request(method, path, content=content, headers=headers)
-            except httpx.ConnectError as error:
-                raise CompareError(f"no gateway answers at {self.source}: {error}") from error
-            except httpx.HTTPError as error:
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise CompareError(
+                    f"no gateway answers at {self.source}: {str(error) or 'it takes too long'}"
+                ) from error
+            except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
                 problem = f"{type(error).__name__} {error}".strip()
+            except httpx.HTTPError as error:
+                raise CompareError(f"{self._name} cannot be asked: {error}") from error
             else:
                 if answer.is_success:
                     return answer
                 problem = _message(answer)
                 can_help = answer.status_code in (429, 503) and answer.headers.get("x-should-retry") != "false"
                 if not can_help:
-                    raise Refused(f"{self.source} answers {answer.status_code}: {problem}", _param(answer))
-                pause_s = float(answer.headers.get("retry-after", pause_s))
+                    raise Refused(f"{self._name} answers {answer.status_code}: {problem}", _param(answer))
+                pause_s = _retry_after_s(answer) or pause_s
             if time.monotonic() + pause_s > deadline:
-                raise CompareError(f"{self.source} has not answered for {_PATIENCE_S:.0f} s: {problem}")
+                raise CompareError(f"{self._name} has not answered for {_PATIENCE_S:.0f} s: {problem}")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 30.0)
+
+
+def _retry_after_s(answer: httpx.Response) -> float | None:
+    """Return the pause that an answer asks for; a proxy may write a date, which is not read."""
+    text = answer.headers.get("retry-after", "")
+    return float(text) if re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII) else None
 
 
 def _message(answer: httpx.Response) -> str:

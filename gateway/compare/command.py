@@ -16,6 +16,7 @@ from rich.console import Console
 from gateway.compare.arms import parse_arms
 from gateway.compare.client import GatewayClient
 from gateway.compare.comparison import CompareRequest, compare
+from gateway.compare.dataset import read_dataset
 from gateway.compare.in_process import in_process_client
 from gateway.compare.outputs import write_results
 from gateway.compare.page import render_page
@@ -71,9 +72,10 @@ async def _compare(
     request: CompareRequest, gateway: RunningGateway | OwnModels, console: Console
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
     names = [arm.model for arm in parse_arms(request.arms)]
+    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed)
     async with _client(gateway, names) as client:
         with progress_on(console) as reporter:
-            return await compare(request, client, reporter)
+            return await compare(request, dataset, client, reporter)
 
 
 @asynccontextmanager
@@ -85,13 +87,21 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
             yield GatewayClient(http, "in process")
         return
     headers = {"authorization": f"Bearer {gateway.api_key}"} if gateway.api_key else {}
-    base_url = gateway.url.rstrip("/").removesuffix("/v1")
-    try:
-        http = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=httpx.Timeout(300.0, connect=10.0))
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise CompareError(f"--url {gateway.url}: {error}") from error
-    async with http:
+    base_url = _base_url(gateway.url)
+    timeout = httpx.Timeout(300.0, connect=10.0)
+    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout) as http:
         yield GatewayClient(http, base_url)
+
+
+def _base_url(text: str) -> str:
+    """Return the address of a gateway, also where that of its API was given, which ends with ``/v1``."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise CompareError(f"--url {text}: {error}") from error
+    if url.scheme not in {"http", "https"} or not url.host or (url.port or 0) > 65_535:
+        raise CompareError(f"--url {text}: must be an address such as http://127.0.0.1:8000")
+    return text.rstrip("/").removesuffix("/v1")
 
 
 def _write_page(comparison: Comparison, folder: Path) -> Path:

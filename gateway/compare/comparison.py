@@ -11,9 +11,10 @@ from pathlib import Path
 from gateway import __version__
 from gateway.compare.agreement import overlap, rank_biased_overlap, same_first
 from gateway.compare.arms import PlannedArm, parse_arms, plan_arm
+from gateway.compare.cache import VectorCache
 from gateway.compare.client import GatewayClient
 from gateway.compare.cost import measure_costs
-from gateway.compare.dataset import Dataset, read_dataset
+from gateway.compare.dataset import Dataset
 from gateway.compare.embedding import embed_side
 from gateway.compare.progress import Reporter
 from gateway.compare.quality import measure
@@ -63,21 +64,20 @@ class CompareRequest:
 
 
 async def compare(
-    request: CompareRequest, client: GatewayClient, reporter: Reporter
+    request: CompareRequest, dataset: Dataset, client: GatewayClient, reporter: Reporter
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
     """Compare the arms of a request; return what was found, and the whole ranking of each query by arm.
 
+    Args:
+        dataset: that of the request. It is read before, as it may be wrong, and models take long to load.
+
     Raises:
-        CompareError: the data cannot be read, an arm cannot be compared, or the gateway does not answer.
+        CompareError: an arm cannot be compared, or the gateway does not answer.
     """
     names = parse_arms(request.arms)
-    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed)
     arms = [await plan_arm(client, name) for name in names]
-    rankings: dict[str, Ranking] = {}
-    num_cached = 0
-    for arm in arms:
-        rankings[arm.name.text], found = await _rank(client, arm, dataset, request.cache, reporter)
-        num_cached += found
+    with VectorCache(request.cache) as cache:
+        rankings = {arm.name.text: await _rank(client, arm, dataset, cache, reporter) for arm in arms}
     costs: Mapping[str, Cost] = {}
     if request.measures_cost:
         texts = list(dataset.queries.values()), list(dataset.documents.values())
@@ -93,7 +93,7 @@ async def compare(
         seed=request.seed,
         num_resamples=request.num_resamples,
         versions={"gateway": __version__} | {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        notes=_notes(dataset, arms, qualities, num_cached, request),
+        notes=_notes(dataset, arms, qualities, cache, request),
         arms=[_arm(arm, qualities, costs, request) for arm in arms],
         contrasts=contrasts,
         agreements=[_agreement(name, names[0].text, rankings, request) for name in list(rankings)[1:]],
@@ -103,17 +103,17 @@ async def compare(
 
 
 async def _rank(
-    client: GatewayClient, arm: PlannedArm, dataset: Dataset, cache: Path, reporter: Reporter
-) -> tuple[Ranking, int]:
-    """Embed both sides, and search; returns how many vectors came from the cache as well."""
+    client: GatewayClient, arm: PlannedArm, dataset: Dataset, cache: VectorCache, reporter: Reporter
+) -> Ranking:
+    """Embed both sides, and search."""
     texts = list(dataset.documents.values())
-    documents, num_documents = await embed_side(client, arm, arm.passages, texts, cache, reporter, "documents")
+    documents = await embed_side(client, arm, arm.passages, texts, cache, reporter, "documents")
     texts = list(dataset.queries.values())
-    queries, num_queries = await embed_side(client, arm, arm.queries, texts, cache, reporter, "queries")
+    queries = await embed_side(client, arm, arm.queries, texts, cache, reporter, "queries")
     ids = list(dataset.documents)
     places = {document: place for place, document in enumerate(ids)}
     indices, scores = search(queries, documents, _DEPTH, [places.get(query) for query in dataset.queries])
-    return make_ranking(list(dataset.queries), ids, indices, scores), num_documents + num_queries
+    return make_ranking(list(dataset.queries), ids, indices, scores)
 
 
 def _contrasts(qualities: Qualities, request: CompareRequest) -> list[Contrast]:
@@ -209,7 +209,7 @@ def _ids(ranking: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _notes(
-    dataset: Dataset, arms: Sequence[PlannedArm], qualities: Qualities, num_cached: int, request: CompareRequest
+    dataset: Dataset, arms: Sequence[PlannedArm], qualities: Qualities, cache: VectorCache, request: CompareRequest
 ) -> list[str]:
     notes = [*dataset.notes, "The search is exact: what the index of a vector database loses is not measured."]
     if len(dataset.queries) < MIN_QUERIES and dataset.judgements:
@@ -228,13 +228,28 @@ def _notes(
             "judged counts as irrelevant, so that the arm with fewer judged ones may look worse than it is."
         )
     notes += [
-        f"{other.name.text} and {arm.name.text} are of one space: any difference is one of rounding."
-        for index, arm in enumerate(arms)
-        for other in arms[:index]
-        if is_same_space(arm.space, other.space)
+        _note_of_space(other, arm) for i, arm in enumerate(arms) for other in arms[:i] if _share_space(arm, other)
     ]
-    if num_cached:
-        notes.append(f"{num_cached:,} vectors were embedded by an earlier run, and read from {request.cache}.")
+    notes += [
+        f"{arm.name.text} has an instruction for queries and none for documents, so that the gateway gives them two spaces: "
+        f"{arm.queries.space} and {arm.passages.space}."
+        for arm in arms
+        if not is_same_space(arm.queries.space, arm.passages.space)
+    ]
+    if cache.num_reused:
+        notes.append(f"{cache.num_reused:,} vectors were embedded by an earlier run, and read from {cache.folder}.")
     if not request.measures_cost:
         notes.append("The cost was not measured.")
     return notes
+
+
+def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
+    return is_same_space(arm.space, other.space) and is_same_space(arm.passages.space, other.passages.space)
+
+
+def _note_of_space(one: PlannedArm, other: PlannedArm) -> str:
+    """Say what two arms of one space differ in: their tasks, if anything."""
+    names = f"{one.name.text} and {other.name.text}"
+    if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):
+        return f"{names} are of one space: any difference is one of rounding."
+    return f"{names} are of one space, and differ in the tasks that queries or documents are embedded with."

@@ -48,7 +48,7 @@ async def measure_costs(
     """Measure every arm on the same sample: A B, B A, A B, …; medians over the rounds.
 
     A round asks for two batches of 32 documents at once, which keeps a model busy, and then for single queries one after
-    the other. The first request of each arm is not counted.
+    the other. The first requests of each arm are not counted.
     """
     chosen = random.Random(seed)  # noqa: S311  a sample, not a secret
     measured = {arm.name.text: _Measured() for arm in arms}
@@ -61,6 +61,7 @@ async def measure_costs(
         for arm in arms if number % 2 == 0 else [*reversed(arms)]:
             if number < 0:
                 await _embed(client, arm, arm.passages, passages[0])
+                await _embed(client, arm, arm.queries, asked[:1])
                 continue
             await _measure_round(client, arm, passages, asked, measured[arm.name.text])
             step.advance(1)
@@ -84,4 +85,4 @@ async def _measure_round(
 
 
 async def _embed(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> Embedded:
-    return await client.embed(arm.name.model, texts, side.asked_task, arm.dimensions)
+    return await client.embed(arm.name.model, texts, side.asked_task, arm.dimensions, expect_space=side.space)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from gateway.compare.arms import PlannedArm, Side
-from gateway.compare.cache import VectorFile, open_vectors
+from gateway.compare.cache import VectorCache, VectorFile
 from gateway.compare.client import GatewayClient
 from gateway.compare.progress import Reporter, Step
 from gateway.embedding import Vectors
@@ -22,33 +21,39 @@ _NUM_IN_FLIGHT = 3
 
 
 async def embed_side(
-    client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str], cache: Path, step: Reporter, what: str
-) -> tuple[Vectors, int]:
-    """Return the vectors of texts, ``(n, dimensions)`` float32 in their order, and how many came from the cache.
+    client: GatewayClient,
+    arm: PlannedArm,
+    side: Side,
+    texts: Sequence[str],
+    cache: VectorCache,
+    reporter: Reporter,
+    what: str,
+) -> Vectors:
+    """Return the vectors of texts: ``(n, dimensions)`` float32, in their order.
+
+    Native vectors are embedded and kept, and cut here: all sizes of a model come out of one run over the texts.
 
     Raises:
         CompareError: the gateway does not answer, or the model has changed meanwhile.
     """
     card = arm.card
     identity = {
-        "space": side.space,
+        "space": side.native_space,
         "task": side.task,
         "dtype": card.dtype,
         "device": (card.device or "").partition(":")[0],
         "max_tokens": card.max_tokens,
     }
-    with open_vectors(cache, identity, arm.width) as stored:
-        missing = sorted({text for text in texts if text not in stored}, key=len)
-        num_cached = len(set(texts)) - len(missing)
-        if missing:
-            await _embed_missing(
-                client, arm, side, missing, stored, step.step(f"{arm.name.model}: {what}", len(missing))
-            )
-        native = stored.read(texts)
+    stored = cache.file(identity, arm.width)
+    # By length, so that little is padded; by text, so that every run asks for the same batches.
+    missing = sorted({text for text in texts if text not in stored}, key=lambda text: (len(text), text))
+    if missing:
+        step = reporter.step(f"{arm.name.model}: {what}", len(missing))
+        await _embed_missing(client, arm, side, missing, stored, step)
+    native = stored.read(texts)
     if arm.dimensions == arm.width:
-        return native, num_cached
-    shape = (len(texts), arm.width)
-    return finish(native, shape, arm.dimensions, normalise=arm.is_normalised), num_cached
+        return native
+    return finish(native, (len(texts), arm.width), arm.dimensions, normalise=arm.is_normalised)
 
 
 async def _embed_missing(
@@ -58,11 +63,11 @@ async def _embed_missing(
 
     async def work() -> None:
         for batch in batches:  # shared: each worker takes the next one
-            embedded = await client.embed(arm.name.model, batch, side.asked_task, expect_space=side.space)
-            if not is_same_space(embedded.space, side.space) or embedded.vectors.shape[1] != arm.width:
+            embedded = await client.embed(arm.name.model, batch, side.asked_task, expect_space=side.native_space)
+            if not is_same_space(embedded.space, side.native_space) or embedded.vectors.shape[1] != arm.width:
                 raise CompareError(
                     f"{arm.name.text} changed while it was compared: vectors of {embedded.vectors.shape[1]} dimensions in "
-                    f"space {embedded.space}, before {arm.width} in {side.space}"
+                    f"space {embedded.space}, before {arm.width} in {side.native_space}"
                 )
             stored.append(batch, embedded.vectors)
             step.advance(len(batch))

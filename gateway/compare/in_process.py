@@ -12,7 +12,7 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import ModelState
-from gateway.errors import CompareError, ModelNotFound
+from gateway.errors import BadInput, CompareError, ModelNotFound
 from gateway.routing.router import Router
 
 
@@ -23,7 +23,7 @@ async def in_process_client(
     """Load the models that names stand for, whether or not the registry enables them, and return a client of them.
 
     Raises:
-        CompareError: a name is that of no model, or its model cannot be loaded.
+        CompareError: a name is that of no model, or of several; or its model cannot be loaded.
     """
     # No server asks for a key, nor writes logs of experiments, in here.
     settings = settings.model_copy(update={"api_keys": (), "exposure_log": None})
@@ -43,10 +43,15 @@ async def in_process_client(
 def _narrowed(registry: Registry, settings: Settings, names: Iterable[str]) -> Registry:
     """Return the registry with nothing but the models of the names, and their aliases."""
     router = Router(registry, Deployment(registry, settings).fleet)
-    try:
-        wanted = {router.find(name)[0].id for name in names}
-    except ModelNotFound as error:
-        raise CompareError(f"{registry.path}: {error.message}") from error
+    wanted = set()
+    for name in names:
+        try:
+            choice = router.choose(name)
+        except (ModelNotFound, BadInput) as error:
+            raise CompareError(f"{registry.path}: {error.message}") from error
+        if registry.experiment(choice.asked) is not None:
+            raise CompareError(f"{name} is an experiment, which answers with several models: name those")
+        wanted.add(choice.model.id)
     return registry.model_copy(
         update={
             "models": tuple(

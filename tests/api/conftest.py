@@ -139,8 +139,10 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
     """Return a function that serves a gateway on a free port while its context lasts, and gives host and port."""
 
     @contextlib.contextmanager
-    def serve(*fleet_models: Model, http: str = "auto", **settings: object) -> Iterator[tuple[str, int]]:
-        registry, fleet = make_fleet(*(fleet_models or models), aliases={})
+    def serve(
+        *fleet_models: Model, http: str = "auto", experiments: Sequence[Experiment] = (), **settings: object
+    ) -> Iterator[tuple[str, int]]:
+        registry, fleet = make_fleet(*(fleet_models or models), aliases={}, experiments=experiments)
         app = create_app(Deployment(registry, Settings(**settings), fleet))
         config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)

@@ -899,6 +899,16 @@ async def test_any_key_and_none_are_accepted_where_no_keys_are_configured(
     assert response.status_code == 200
 
 
+async def test_a_key_may_be_of_any_letters(connect: Connect) -> None:
+    client = await connect(api_keys="schlüssel-☃")
+
+    response = await client.post(
+        "/v1/embeddings", json={"input": "a"}, headers={"authorization": "Bearer schlüssel-☃".encode()}
+    )
+
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize("authorization", [f"Bearer {KEY}", f"bearer {KEY}", f"BEARER   {KEY} ", "Bearer sk-second"])
 async def test_each_configured_key_is_accepted(connect: Connect, authorization: str) -> None:
     client = await connect(api_keys=f"{KEY},sk-second")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -162,6 +163,21 @@ def test_a_full_disk_costs_lines_and_no_requests(tmp_path: Path) -> None:
     path.unlink()  # room was made
     log.write(FIRST)
     assert list(read_exposures([path])) == [FIRST]
+
+
+def test_a_log_that_is_a_pipe_is_not_read_back(tmp_path: Path) -> None:
+    """Such as ``/dev/stdout`` in a container: whoever read it would wait for themselves."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        log = open_log(path)
+        assert log.files() == []
+        log.write(FIRST)
+        log.close()
+        assert json.loads(os.read(reader, 10_000)) == dataclasses.asdict(FIRST)
+    finally:
+        os.close(reader)
 
 
 def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> None:

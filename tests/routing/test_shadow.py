@@ -168,7 +168,12 @@ async def test_a_sample_of_the_requests_is_copied(make_shadows: MakeShadows, sec
 
     for _ in range(2000):
         offer(router, shadows)
-    await asyncio.sleep(0.1)
+    num_done = -1
+    for _ in range(1000):
+        await settle()
+        if len(second.jobs) == num_done:
+            break
+        num_done = len(second.jobs)
 
     assert 350 < len(second.jobs) < 650  # 500 on average, with a standard deviation of 19
 

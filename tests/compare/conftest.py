@@ -1,0 +1,158 @@
+"""A gateway in this process whose models know nothing but words, and which counts what it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from gateway.app import create_app
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.compare.client import GatewayClient
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.embedding import Embeddings, EmbedJob, ModelState
+
+MakeModel = Callable[..., Model]
+MakeFleet = Callable[..., tuple[Registry, Fleet]]
+RETRIEVAL_TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": ""}
+
+
+class WordsBackend(FakeBackend):
+    """A text is the sum of a random vector for each of its words, so that texts with the same words are near."""
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        embedded = await super().embed(job)
+        return dataclasses.replace(embedded, vectors=word_vectors(job.texts, self._info.width, self._info.id))
+
+
+def word_vectors(texts: Sequence[str], width: int, model: str) -> np.ndarray:
+    vectors = np.zeros((len(texts), width), np.float32)
+    for row, text in zip(vectors, texts, strict=True):
+        for word in (f"{model}:begin", *text.split()):
+            row += np.random.default_rng(zlib.crc32(word.encode())).standard_normal(width).astype(np.float32)
+    return vectors
+
+
+class CountingTransport(httpx.AsyncBaseTransport):
+    """Passes requests on to an application and keeps what was asked; ``before`` may answer or raise in its place."""
+
+    def __init__(self, app: object) -> None:
+        self._inner = httpx.ASGITransport(app)
+        self.embedded: list[dict[str, Any]] = []
+        self.expected_spaces: list[str | None] = []
+        self.before: Callable[[dict[str, Any]], httpx.Response | None] = lambda _body: None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/v1/embeddings":
+            return await self._inner.handle_async_request(request)
+        body = json.loads(request.content)
+        if (answer := self.before(body)) is not None:
+            return answer
+        self.embedded.append(body)
+        self.expected_spaces.append(request.headers.get("x-gateway-expect-space"))
+        return await self._inner.handle_async_request(request)
+
+    def texts(self, model: str | None = None) -> list[str]:
+        """Return every text that was embedded in requests of more than one, or of one that is no probe."""
+        bodies = [body for body in self.embedded if model in (None, body["model"])]
+        return [text for body in bodies for text in body["input"] if text != "What is compared here?"]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeGateway:
+    """A gateway, a client of it, and what it was asked."""
+
+    client: GatewayClient
+    transport: CountingTransport
+    fleet: Fleet
+
+
+StartGateway = Callable[..., Awaitable[FakeGateway]]
+
+
+@pytest.fixture
+def make_words_model(make_model: MakeModel) -> MakeModel:
+    """Return a function that makes a model with a :class:`WordsBackend`."""
+
+    def make(model_id: str, **info: object) -> Model:
+        return make_model(model_id, backend=WordsBackend(fake_info(model_id, **info)), **info)
+
+    return make
+
+
+@pytest.fixture
+async def start_gateway(make_words_model: MakeModel, make_fleet: MakeFleet) -> AsyncIterator[StartGateway]:
+    """Return a function that starts a gateway: of ``plain``, ``tasks``, ``raw`` and ``queries``, unless it gets others.
+
+    ``plain`` has no tasks; ``tasks`` has those of retrieval, and sizes to choose from; ``raw`` does not normalise;
+    ``queries`` has an instruction for queries only.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*models: Model, aliases: object = None) -> FakeGateway:
+            models = models or (
+                make_words_model("plain", width=32),
+                make_words_model(
+                    "tasks", width=64, dimensions=(64, 8), tasks=RETRIEVAL_TASKS, default_task="text-matching"
+                ),
+                make_words_model("raw", width=16, dimensions=(16, 4), is_normalised=False),
+                make_words_model("queries", width=16, tasks={"retrieval.query": "find: "}),
+            )
+            registry, fleet = make_fleet(*models, aliases=aliases)
+            for model in fleet:
+                if model.state is ModelState.READY:
+                    await model.backend.start()
+            fleet.started.set()
+            transport = CountingTransport(create_app(Deployment(registry, Settings(), fleet)))
+            http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
+            return FakeGateway(GatewayClient(http, "http://gateway"), transport, fleet)
+
+        yield start
+
+
+DOCUMENTS = {
+    "d0": "a train leaves the station at noon",
+    "d1": "bread is baked with flour and water",
+    "d2": "the station has two platforms",
+    "d3": "water boils at one hundred degrees",
+    "d4": "a bicycle needs no fuel",
+}
+QUERIES = {"q0": "train station", "q1": "flour for bread", "q2": "how hot is boiling water"}
+JUDGEMENTS = {("q0", "d0"): 2, ("q0", "d2"): 1, ("q1", "d1"): 1, ("q2", "d3"): 1, ("q2", "d4"): 0}
+
+WriteData = Callable[..., Path]
+
+
+@pytest.fixture
+def write_data(tmp_path: Path) -> WriteData:
+    """Return a function that writes a data set in BEIR's layout, by default a very small one."""
+
+    def write(
+        documents: dict[str, str] = DOCUMENTS,
+        queries: dict[str, str] = QUERIES,
+        judgements: dict[tuple[str, str], int] | None = JUDGEMENTS,
+    ) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        for name, texts in (("corpus", documents), ("queries", queries)):
+            lines = [json.dumps({"_id": id_, "text": text}) for id_, text in texts.items()]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        if judgements is not None:
+            (folder / "qrels").mkdir(exist_ok=True)
+            rows = [f"{query}\t{document}\t{score}" for (query, document), score in judgements.items()]
+            (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
+        return folder
+
+    return write

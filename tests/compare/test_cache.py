@@ -1,0 +1,125 @@
+"""What was stored is read back, whatever happened to the process or to the end of the file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gateway.compare.cache import VectorCache
+from gateway.errors import CompareError
+
+IDENTITY = {"space": "mini@0123456789ab", "task": None}
+WIDTH = 3
+RECORD_BYTES = 16 + 4 * WIDTH
+
+
+def vectors(*numbers: float) -> np.ndarray:
+    return np.array([[number] * WIDTH for number in numbers], dtype=np.float32)
+
+
+def stored_file(folder: Path) -> Path:
+    (path,) = folder.glob("*.vectors")
+    return path
+
+
+def test_vectors_are_read_in_the_order_of_the_texts(tmp_path: Path) -> None:
+    with VectorCache(tmp_path) as cache:
+        file = cache.file(IDENTITY, WIDTH)
+        file.append(["a", "b"], vectors(1, 2))
+        file.append(["", "\ud83d"], vectors(3, 4))
+        assert "a" in file
+        assert "c" not in file
+        read = file.read(["\ud83d", "b", "a", "b", ""])
+    assert read.dtype == np.float32
+    assert read[:, 0].tolist() == [4, 2, 1, 2, 3]
+
+
+def test_another_run_finds_them_and_says_how_many(tmp_path: Path) -> None:
+    """Vectors of this run are not counted, nor is one that is read twice."""
+    with VectorCache(tmp_path) as cache:
+        cache.file(IDENTITY, WIDTH).append(["a", "b"], vectors(1, 2))
+        cache.file(IDENTITY, WIDTH).read(["a", "b"])
+        assert cache.num_reused == 0
+    with VectorCache(tmp_path) as cache:
+        file = cache.file(IDENTITY, WIDTH)
+        file.append(["c"], vectors(3))
+        assert file.read(["a", "c"])[:, 0].tolist() == [1, 3]
+        file.read(["a"])
+        assert cache.num_reused == 1
+
+
+def test_an_empty_file_has_nothing(tmp_path: Path) -> None:
+    with VectorCache(tmp_path) as cache:
+        file = cache.file(IDENTITY, WIDTH)
+        assert "a" not in file
+        assert file.read([]).shape == (0, WIDTH)
+        with pytest.raises(KeyError):
+            file.read(["a"])
+
+
+@pytest.mark.parametrize("torn_bytes", [1, 15, 16, RECORD_BYTES - 1])
+def test_a_torn_record_is_cut_off(tmp_path: Path, torn_bytes: int) -> None:
+    with VectorCache(tmp_path) as cache:
+        cache.file(IDENTITY, WIDTH).append(["a", "b"], vectors(1, 2))
+    path = stored_file(tmp_path)
+    path.write_bytes(path.read_bytes()[: RECORD_BYTES + torn_bytes])
+    with VectorCache(tmp_path) as cache:
+        file = cache.file(IDENTITY, WIDTH)
+        assert "b" not in file
+        file.append(["b"], vectors(5))
+        assert file.read(["a", "b"])[:, 0].tolist() == [1, 5]
+    assert path.stat().st_size == 2 * RECORD_BYTES
+
+
+def test_another_identity_is_another_file(tmp_path: Path) -> None:
+    with VectorCache(tmp_path) as cache:
+        cache.file(IDENTITY, WIDTH).append(["a"], vectors(1))
+        assert "a" not in cache.file(IDENTITY | {"task": "retrieval.query"}, WIDTH)
+        assert "a" in cache.file(dict(reversed(IDENTITY.items())), WIDTH)
+
+
+def test_two_processes_cannot_write_to_one_file(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from gateway.compare.cache import VectorCache
+VectorCache(Path({str(tmp_path)!r})).file({IDENTITY!r}, {WIDTH})
+"""
+    with VectorCache(tmp_path) as cache:
+        cache.file(IDENTITY, WIDTH)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another comparison is writing to" in run.stderr
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_killed_process_loses_nothing_that_was_appended(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+import numpy as np
+from gateway.compare.cache import VectorCache
+VectorCache(Path({str(tmp_path)!r})).file({IDENTITY!r}, {WIDTH}).append(["a"], np.ones((1, {WIDTH})))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode < 0
+    with VectorCache(tmp_path) as cache:
+        assert cache.file(IDENTITY, WIDTH).read(["a"]).tolist() == [[1] * WIDTH]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with VectorCache(tmp_path / "file" / "cache") as cache, pytest.raises(CompareError, match="cannot be written"):
+        cache.file(IDENTITY, WIDTH)
+
+
+def test_a_full_disk_is_said() -> None:
+    """Writing to /dev/full fails as a full disk does."""
+    from gateway.compare.cache import VectorFile
+
+    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(CompareError, match="No space left"):
+        file = VectorFile.__new__(VectorFile)
+        file._file, file._record = full, np.dtype([("key", "V16"), ("vector", "<f4", (WIDTH,))])
+        file.append(["a"], vectors(1))
