@@ -183,19 +183,21 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         typer.Argument(metavar="MODEL...", help="What to compare, the baseline first; MODEL@256 for a smaller size."),
     ],
     data: Annotated[Path, typer.Option(help="Folder with corpus.jsonl, queries.jsonl and, if there are any, qrels/.")],
-    split: Annotated[str | None, typer.Option(help="Which qrels. By default test, or the only ones.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which file of qrels/. By default test, or the only one.")] = None,
     url: Annotated[str | None, typer.Option(help="A running gateway. By default the models are loaded here.")] = None,
     api_key_env: Annotated[
         str, typer.Option(help="Environment variable with the key for the gateway.")
     ] = "EMBEDDINGS_API_KEY",
     models: Annotated[Path | None, typer.Option(help="The registry, without --url. By default GATEWAY_MODELS.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for vectors that need not be embedded again.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder to keep vectors in. By default ~/.cache/embedding-gateway/compare.")
+    ] = None,
     max_documents: Annotated[
         int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap and of the randomisation test.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="For everything that is drawn at random.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="How many, for intervals and p-values.")] = 10_000,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
 ) -> None:
     """Compare models on your own texts: quality, difference, cost; as a table, JSON, run files and a page with plots."""

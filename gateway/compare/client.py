@@ -69,11 +69,13 @@ class Refused(CompareError):
     """The gateway refused a request, and would again.
 
     Attributes:
+        status: the HTTP status.
         param: the field that it does not like, if it says so.
     """
 
-    def __init__(self, message: str, param: str | None) -> None:
+    def __init__(self, message: str, status: int, param: str | None) -> None:
         super().__init__(message)
+        self.status = status
         self.param = param
 
 
@@ -169,7 +171,9 @@ class GatewayClient:
                 problem = _message(answer)
                 can_help = answer.status_code in (429, 503) and answer.headers.get("x-should-retry") != "false"
                 if not can_help:
-                    raise Refused(f"{self._name} answers {answer.status_code}: {problem}", _param(answer))
+                    raise Refused(
+                        f"{self._name} answers {answer.status_code}: {problem}", answer.status_code, _param(answer)
+                    )
                 pause_s = _retry_after_s(answer) or pause_s
             if time.monotonic() + pause_s > deadline:
                 raise CompareError(f"{self._name} has not answered for {_PATIENCE_S:.0f} s: {problem}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.text import Text
 
 from gateway.compare.arms import parse_arms
 from gateway.compare.client import GatewayClient
@@ -58,12 +60,13 @@ def run_comparison(request: CompareRequest, gateway: RunningGateway | OwnModels,
     Raises:
         CompareError: the comparison cannot be made, or its results cannot be written.
     """
+    folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    _check_folder(folder)
     console, progress = Console(), Console(stderr=True)
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
     comparison, rankings = asyncio.run(_compare(request, gateway, progress))
     print_comparison(comparison, console)
-    folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     written = [*write_results(comparison, rankings, folder), _write_page(comparison, folder)]
     _say(console, "\nWritten:", *(f"  {path}" for path in written))
 
@@ -73,7 +76,9 @@ async def _compare(
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
     names = [arm.model for arm in parse_arms(request.arms)]
     dataset = read_dataset(request.data, request.split, request.max_documents, request.seed)
-    async with _client(gateway, names) as client:
+    async with AsyncExitStack() as stack:
+        with console.status(Text(f"getting {', '.join(dict.fromkeys(names))} ready")):
+            client = await stack.enter_async_context(_client(gateway, names))
         with progress_on(console) as reporter:
             return await compare(request, dataset, client, reporter)
 
@@ -88,7 +93,8 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
         return
     headers = {"authorization": f"Bearer {gateway.api_key}"} if gateway.api_key else {}
     base_url = _base_url(gateway.url)
-    timeout = httpx.Timeout(300.0, connect=10.0)
+    # Longer than a gateway computes, by default, before it says that it takes too long.
+    timeout = httpx.Timeout(330.0, connect=10.0)
     async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout) as http:
         yield GatewayClient(http, base_url)
 
@@ -99,9 +105,19 @@ def _base_url(text: str) -> str:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
         raise CompareError(f"--url {text}: {error}") from error
-    if url.scheme not in {"http", "https"} or not url.host or (url.port or 0) > 65_535:
+    is_address = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= 65_535
+    if not is_address or url.query or url.fragment:
         raise CompareError(f"--url {text}: must be an address such as http://127.0.0.1:8000")
     return text.rstrip("/").removesuffix("/v1")
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that the results can be written, before they are computed."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CompareError(f"--out {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CompareError(f"--out {folder}: nothing can be written into {there}")
 
 
 def _write_page(comparison: Comparison, folder: Path) -> Path:

@@ -51,10 +51,11 @@ async def measure_costs(
     the other. The first requests of each arm are not counted.
     """
     chosen = random.Random(seed)  # noqa: S311  a sample, not a secret
+    # None of them twice in a request or a round: a gateway computes equal texts once.
+    queries, documents = list(dict.fromkeys(queries)), list(dict.fromkeys(documents))
     measured = {arm.name.text: _Measured() for arm in arms}
     step = reporter.step("cost, in turns", _NUM_ROUNDS * len(arms))
     for number in range(-1, _NUM_ROUNDS):
-        # None of them twice: a gateway computes equal texts once.
         drawn = chosen.sample(documents, min(len(documents), _BATCH * _BATCHES_A_ROUND))
         passages = [drawn[start : start + _BATCH] for start in range(0, len(drawn), _BATCH)]
         asked = chosen.sample(queries, min(len(queries), _QUERIES_A_ROUND))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from gateway.compare.arms import PlannedArm, Side
 from gateway.compare.cache import VectorCache, VectorFile
-from gateway.compare.client import GatewayClient
+from gateway.compare.client import GatewayClient, Refused
 from gateway.compare.progress import Reporter, Step
 from gateway.embedding import Vectors
 from gateway.errors import CompareError
@@ -18,6 +18,8 @@ _MAX_TEXTS = 64
 # A request of long texts is made of fewer: an interruption loses no more than what is in flight.
 _MAX_CHARACTERS = 100_000
 _NUM_IN_FLIGHT = 3
+# The gateway takes no such body, or has no time for so many texts; fewer may do.
+_TOO_MUCH = (413, 504)
 
 
 async def embed_side(
@@ -63,14 +65,7 @@ async def _embed_missing(
 
     async def work() -> None:
         for batch in batches:  # shared: each worker takes the next one
-            embedded = await client.embed(arm.name.model, batch, side.asked_task, expect_space=side.native_space)
-            if not is_same_space(embedded.space, side.native_space) or embedded.vectors.shape[1] != arm.width:
-                raise CompareError(
-                    f"{arm.name.text} changed while it was compared: vectors of {embedded.vectors.shape[1]} dimensions in "
-                    f"space {embedded.space}, before {arm.width} in {side.native_space}"
-                )
-            stored.append(batch, embedded.vectors)
-            step.advance(len(batch))
+            await _embed_batch(client, arm, side, batch, stored, step)
 
     workers = [asyncio.create_task(work()) for _ in range(_NUM_IN_FLIGHT)]
     try:
@@ -79,6 +74,27 @@ async def _embed_missing(
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _embed_batch(
+    client: GatewayClient, arm: PlannedArm, side: Side, batch: Sequence[str], stored: VectorFile, step: Step
+) -> None:
+    try:
+        embedded = await client.embed(arm.name.model, batch, side.asked_task, expect_space=side.native_space)
+    except Refused as refused:
+        if refused.status not in _TOO_MUCH or len(batch) == 1:
+            raise
+        middle = len(batch) // 2
+        await _embed_batch(client, arm, side, batch[:middle], stored, step)
+        await _embed_batch(client, arm, side, batch[middle:], stored, step)
+        return
+    if not is_same_space(embedded.space, side.native_space) or embedded.vectors.shape[1] != arm.width:
+        raise CompareError(
+            f"{arm.name.text} changed while it was compared: vectors of {embedded.vectors.shape[1]} dimensions in "
+            f"space {embedded.space}, before {arm.width} in {side.native_space}"
+        )
+    stored.append(batch, embedded.vectors)
+    step.advance(len(batch))
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

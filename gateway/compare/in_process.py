@@ -15,6 +15,8 @@ from gateway.embedding import ModelState
 from gateway.errors import BadInput, CompareError, ModelNotFound
 from gateway.routing.router import Router
 
+_PATIENCE_S = 86_400.0
+
 
 @asynccontextmanager
 async def in_process_client(
@@ -25,8 +27,9 @@ async def in_process_client(
     Raises:
         CompareError: a name is that of no model, or of several; or its model cannot be loaded.
     """
-    # No server asks for a key, nor writes logs of experiments, in here.
-    settings = settings.model_copy(update={"api_keys": (), "exposure_log": None})
+    # No server asks for a key, nor writes logs of experiments, in here; and who compares waits as long as it takes.
+    changes = {"api_keys": (), "exposure_log": None, "request_timeout_s": _PATIENCE_S}
+    settings = settings.model_copy(update=changes)
     deployment = Deployment(_narrowed(registry, settings, names), settings)
     try:
         await deployment.fleet.start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
+import subprocess
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import pytest
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
+from gateway.compare.arms import _PROBE
 from gateway.compare.client import GatewayClient
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
@@ -38,11 +41,12 @@ class WordsBackend(FakeBackend):
 
 
 def word_vectors(texts: Sequence[str], width: int, model: str) -> np.ndarray:
-    vectors = np.zeros((len(texts), width), np.float32)
-    for row, text in zip(vectors, texts, strict=True):
-        for word in (f"{model}:begin", *text.split()):
-            row += np.random.default_rng(zlib.crc32(word.encode())).standard_normal(width).astype(np.float32)
-    return vectors
+    def of_word(word: str) -> np.ndarray:
+        return np.random.default_rng(zlib.crc32(word.encode())).standard_normal(width)
+
+    # The first "word" is in every text, so that an empty one has a vector as well.
+    vectors = [sum(map(of_word, text.split()), start=of_word(model)) for text in texts]
+    return np.array(vectors, dtype=np.float32)
 
 
 class CountingTransport(httpx.AsyncBaseTransport):
@@ -65,9 +69,9 @@ class CountingTransport(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
     def texts(self, model: str | None = None) -> list[str]:
-        """Return every text that was embedded in requests of more than one, or of one that is no probe."""
+        """Return every text that was embedded, less those that only ask what a model is."""
         bodies = [body for body in self.embedded if model in (None, body["model"])]
-        return [text for body in bodies for text in body["input"] if text != "What is compared here?"]
+        return [text for body in bodies for text in body["input"] if text != _PROBE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +160,26 @@ def write_data(tmp_path: Path) -> WriteData:
         return folder
 
     return write
+
+
+Browse = Callable[[str], tuple[str, str]]
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Browse:
+    """Return a function that opens a page in Chromium and returns what became of it, and what it complained about."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium")
+
+    def open_page(html: str) -> tuple[str, str]:
+        path = tmp_path / "page.html"
+        path.write_text(html, encoding="utf-8")
+        command = [
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
+            "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240, check=True)
+        return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+    return open_page

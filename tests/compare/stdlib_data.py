@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 MODULES = [
@@ -74,7 +75,10 @@ _MIN_CHARACTERS, _MAX_CHARACTERS = 60, 600
 
 def write_dataset(folder: Path, max_documents: int = 400) -> None:
     """Write the data set in BEIR's layout: as many queries as documents, one relevant document each."""
-    pairs = _pairs()[:max_documents]
+    with warnings.catch_warnings():
+        # Some names say that they will be gone in a later Python, when they are only looked at.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pairs = _pairs()[:max_documents]
     (folder / "qrels").mkdir(parents=True)
     _write(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": rest} for i, (_, rest) in enumerate(pairs)])
     _write(folder / "queries.jsonl", [{"_id": f"q{i}", "text": summary} for i, (summary, _) in enumerate(pairs)])

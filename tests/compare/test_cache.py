@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gateway.compare.cache import VectorCache
+from gateway.compare.cache import VectorCache, VectorFile
 from gateway.errors import CompareError
 
 IDENTITY = {"space": "mini@0123456789ab", "task": None}
@@ -109,17 +111,43 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert cache.file(IDENTITY, WIDTH).read(["a"]).tolist() == [[1] * WIDTH]
 
 
+def test_a_process_that_is_killed_while_it_writes_loses_its_last_record_at_most(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+import numpy as np
+from gateway.compare.cache import VectorCache
+file = VectorCache(Path({str(tmp_path)!r})).file({IDENTITY!r}, {WIDTH})
+for number in range(1_000_000):
+    file.append([str(number)], np.full((1, {WIDTH}), number))
+    print(number, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 500:
+                process.kill()
+                break
+        last = max([500, *(int(line) for line in process.stdout if line.endswith(b"\n"))])
+    with VectorCache(tmp_path) as cache:
+        file = cache.file(IDENTITY, WIDTH)
+        assert file.read([str(number) for number in range(last + 1)])[:, 0].tolist() == list(range(last + 1))
+        file.append(["more"], vectors(7))
+    assert stored_file(tmp_path).stat().st_size % RECORD_BYTES == 0
+
+
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with VectorCache(tmp_path / "file" / "cache") as cache, pytest.raises(CompareError, match="cannot be written"):
         cache.file(IDENTITY, WIDTH)
 
 
-def test_a_full_disk_is_said() -> None:
-    """Writing to /dev/full fails as a full disk does."""
-    from gateway.compare.cache import VectorFile
+class FullDisk(io.BytesIO):
+    name = "full.vectors"
 
-    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(CompareError, match="No space left"):
-        file = VectorFile.__new__(VectorFile)
-        file._file, file._record = full, np.dtype([("key", "V16"), ("vector", "<f4", (WIDTH,))])
-        file.append(["a"], vectors(1))
+    def write(self, _content: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_said() -> None:
+    with pytest.raises(CompareError, match=r"the cache full\.vectors cannot be written: No space left on device"):
+        VectorFile(FullDisk(), WIDTH).append(["a"], vectors(1))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
@@ -19,6 +16,7 @@ from gateway.compare.page import render_page
 from gateway.compare.plots import make_plots
 from gateway.compare.results import PRIMARY_MEASURE, Comparison, Hit, QueryResult, Verdict
 from gateway.compare.wording import MINUS
+from tests.compare.conftest import Browse
 from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, make_comparison
 
 EVIL = (
@@ -319,28 +317,8 @@ def test_the_command_line_starts_without_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[[str], tuple[str, str]]:
-    """Return a function that opens a page in Chromium and returns what became of it, and what it complained about."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium")
-
-    def open_page(html: str) -> tuple[str, str]:
-        path = tmp_path / "page.html"
-        path.write_text(html, encoding="utf-8")
-        command = [
-            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
-            "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240, check=True)
-        return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-
-    return open_page
-
-
 @pytest.mark.parametrize("has_judgements", [True, False])
-def test_a_browser_draws_every_plot(browse: Callable[[str], tuple[str, str]], has_judgements: bool) -> None:
+def test_a_browser_draws_every_plot(browse: Browse, has_judgements: bool) -> None:
     comparison = make_comparison(has_judgements=has_judgements)
     dom, complaints = browse(render_page(comparison))
     body = dom[: dom.index('<script type="application/json"')]
@@ -352,7 +330,7 @@ def test_a_browser_draws_every_plot(browse: Callable[[str], tuple[str, str]], ha
     assert points > 100 if has_judgements else points > 10
 
 
-def test_a_browser_shows_evil_texts_as_they_are(browse: Callable[[str], tuple[str, str]]) -> None:
+def test_a_browser_shows_evil_texts_as_they_are(browse: Browse) -> None:
     comparison = with_texts(make_comparison(JINA, replace(BGE, name=EVIL_NAME), num_queries=40), EVIL)
     hover = "<script>Plotly.Fx.hover('plot-queries-1', [{curveNumber: 0, pointNumber: 0}])</script></body>"
     dom, complaints = browse(render_page(comparison).replace("</body>", hover))

@@ -1,0 +1,224 @@
+"""A whole comparison on a gateway whose models know nothing but words."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ir_measures
+import pytest
+
+from gateway.compare.arms import _PROBE
+from gateway.compare.comparison import CompareRequest, compare
+from gateway.compare.dataset import read_dataset
+from gateway.compare.outputs import write_results
+from gateway.compare.page import render_page
+from gateway.compare.progress import Silent
+from gateway.compare.results import MEASURES, Comparison, Verdict
+from gateway.compare.search import Ranking
+from gateway.errors import CompareError
+from tests.compare.conftest import FakeGateway, StartGateway, WriteData
+
+
+@pytest.fixture
+async def gateway(start_gateway: StartGateway) -> FakeGateway:
+    """Return a gateway with an alias that searches with the task for documents."""
+    return await start_gateway(aliases={"backwards": ("tasks", "retrieval.passage")})
+
+
+async def run(gateway: FakeGateway, request: CompareRequest) -> tuple[Comparison, dict[str, Ranking]]:
+    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed)
+    return await compare(request, dataset, gateway.client, Silent())
+
+
+def request_for(data: Path, *arms: str, **changes: Any) -> CompareRequest:
+    request = CompareRequest(arms, data, data.parent / "cache", measures_cost=False, num_resamples=200)
+    return replace(request, **changes)
+
+
+def many_queries(num: int) -> dict[str, Any]:
+    """Queries about a document each: its first word and two that stand in every document."""
+    documents = {f"d{i}": f"thing{i} and also detail{i} besides more{i}" for i in range(num)}
+    queries = {f"q{i}": f"thing{i} and besides" for i in range(num)}
+    return {
+        "documents": documents,
+        "queries": queries,
+        "judgements": {(f"q{i}", f"d{i}"): 1 for i in range(num)},
+    }
+
+
+async def test_what_is_told_of_each_arm(gateway: FakeGateway, write_data: WriteData) -> None:
+    found, rankings = await run(gateway, request_for(write_data(), "tasks", "tasks@8", "plain"))
+    assert [arm.name for arm in found.arms] == list(rankings) == ["tasks", "tasks@8", "plain"]
+    whole, cut, plain = found.arms
+    assert (whole.model, whole.dimensions, whole.bytes_per_vector) == ("tasks", 64, 256)
+    assert (cut.model, cut.dimensions, cut.bytes_per_vector) == ("tasks", 8, 32)
+    assert (whole.query_task, whole.passage_task) == ("retrieval.query", "retrieval.passage")
+    assert (plain.query_task, plain.device, plain.dtype, plain.cost) == (None, "cpu", "float32", None)
+    assert len({arm.space for arm in found.arms}) == 3
+    assert tuple(whole.quality) == MEASURES
+    assert [(one.arm, one.measure) for one in found.contrasts] == [
+        (arm, measure) for arm in ("tasks@8", "plain") for measure in MEASURES
+    ]
+    assert [one.arm for one in found.agreements] == ["tasks@8", "plain"]
+    assert found.contrasts[0].verdict == Verdict.TOO_FEW_QUERIES
+    assert found.source == "http://gateway"
+    assert {"gateway", "numpy", "ir-measures"} <= found.versions.keys()
+
+
+async def test_the_words_of_a_query_find_its_document(gateway: FakeGateway, write_data: WriteData) -> None:
+    found, _ = await run(gateway, request_for(write_data(), "plain", "tasks"))
+    first = found.queries[0]
+    assert (first.id, first.text) == ("q0", "train station")
+    hit = first.rankings["plain"][0]
+    assert (hit.document, hit.text) == ("d0", "a train leaves the station at noon")
+    assert {hit.document: hit.relevance for hit in first.rankings["plain"]} == {
+        "d0": 2, "d2": 1, "d1": None, "d3": None, "d4": None,
+    }  # fmt: skip
+    assert first.quality["plain"]["Success@1"] == 1
+    assert first.overlap == {"tasks": 1}
+    assert 0 < first.rbo["tasks"] <= 1
+
+
+async def test_figures_are_those_of_ir_measures_on_the_written_runs(
+    gateway: FakeGateway, write_data: WriteData, tmp_path: Path
+) -> None:
+    data = write_data(**many_queries(60))
+    found, rankings = await run(gateway, request_for(data, "tasks", "tasks@8", "raw"))
+    runs = write_results(found, rankings, tmp_path / "out")[2:]
+    lines = [line.split("\t") for line in (data / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+    judgements = [ir_measures.Qrel(query, document, int(score)) for query, document, score in lines]
+    measures = [ir_measures.parse_measure(name) for name in MEASURES]
+    for arm, path in zip(found.arms, runs, strict=True):
+        by_hand = ir_measures.calc_aggregate(measures, judgements, ir_measures.read_trec_run(str(path)))
+        means = {name: estimate.mean for name, estimate in arm.quality.items()}
+        assert {str(measure): value for measure, value in by_hand.items()} == pytest.approx(means, abs=1e-12)
+        assert means["nDCG@10"] > 0
+
+
+async def test_a_cut_that_loses_much_is_worse(gateway: FakeGateway, write_data: WriteData) -> None:
+    found, _ = await run(gateway, request_for(write_data(**many_queries(80)), "tasks", "tasks@8", num_resamples=2000))
+    contrast = found.contrasts[0]
+    assert contrast.verdict == Verdict.WORSE
+    assert contrast.difference.high < 0
+    assert contrast.p_holm < 0.05
+    assert contrast.wins + contrast.ties + contrast.losses == 80
+    assert "tasks@8 is worse than tasks" in render_page(found)
+
+
+async def test_without_judgements_there_is_a_difference_and_no_quality(
+    gateway: FakeGateway, write_data: WriteData
+) -> None:
+    found, _ = await run(gateway, request_for(write_data(judgements=None), "tasks", "tasks@8"))
+    assert not found.has_judgements
+    assert found.contrasts == []
+    assert not any(arm.quality for arm in found.arms)
+    assert not any(query.quality for query in found.queries)
+    assert 0 < found.agreements[0].rbo.mean <= 1
+    assert len(found.queries) == 3
+
+
+async def test_the_same_seed_gives_the_same_figures(gateway: FakeGateway, write_data: WriteData) -> None:
+    data = write_data(**many_queries(60))
+    first, again, other = [
+        (await run(gateway, request_for(data, "tasks", "tasks@8", seed=seed)))[0] for seed in (1, 1, 2)
+    ]
+    assert (first.arms, first.contrasts, first.agreements, first.queries) == (
+        again.arms, again.contrasts, again.agreements, again.queries,
+    )  # fmt: skip
+    assert first.contrasts[0].difference.mean == other.contrasts[0].difference.mean
+    assert first.contrasts[0].difference.low != other.contrasts[0].difference.low
+
+
+async def test_a_document_with_the_id_of_the_query_is_left_out(gateway: FakeGateway, write_data: WriteData) -> None:
+    data = write_data({"x": "red balloon", "y": "blue balloon"}, {"x": "red balloon"}, {("x", "y"): 1})
+    _, rankings = await run(gateway, request_for(data, "plain", "tasks"))
+    assert [document for document, _ in rankings["plain"]["x"]] == ["y"]
+
+
+async def test_another_run_embeds_nothing_and_says_so(gateway: FakeGateway, write_data: WriteData) -> None:
+    """The eight texts count once, also where two arms use their vectors."""
+    request = request_for(write_data(), "tasks", "tasks@8")
+    first, _ = await run(gateway, request)
+    assert not any("earlier run" in note for note in first.notes)
+    gateway.transport.embedded.clear()
+    second, _ = await run(gateway, request)
+    assert gateway.transport.texts() == []
+    assert f"8 vectors were embedded by an earlier run, and read from {request.cache}." in second.notes
+    assert second.queries == first.queries
+
+
+async def notes(gateway: FakeGateway, data: Path, *arms: str) -> str:
+    return "\n".join((await run(gateway, request_for(data, *arms)))[0].notes)
+
+
+async def test_notes(gateway: FakeGateway, write_data: WriteData) -> None:
+    """What a reader must know is said, and what does not apply is not."""
+    few = await notes(gateway, write_data(), "plain", "tasks")
+    assert "The search is exact" in few
+    assert "3 queries are too few to tell models apart; at least 50 are needed." in few
+    assert "The cost was not measured." in few
+    assert "of one space" not in few
+    assert "first ten documents were judged" not in few
+    enough = await notes(gateway, write_data(**many_queries(60)), "plain", "tasks")
+    assert "too few" not in enough
+
+
+async def test_arms_of_one_space_are_noted(gateway: FakeGateway, write_data: WriteData) -> None:
+    same = await notes(gateway, write_data(), "plain", "plain@32")
+    assert "plain and plain@32 are of one space: any difference is one of rounding." in same
+    tasks = await notes(gateway, write_data(), "tasks", "backwards")
+    assert "tasks and backwards are of one space, and differ in the tasks" in tasks
+
+
+async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, write_data: WriteData) -> None:
+    said = await notes(gateway, write_data(), "plain", "queries")
+    assert "queries has an instruction for queries and none for documents" in said
+    assert "plain has an instruction" not in said
+
+
+async def test_arms_with_different_shares_of_judged_documents_are_noted(
+    gateway: FakeGateway, write_data: WriteData
+) -> None:
+    """As when the judgements were made by looking at what one of the models finds."""
+    made = many_queries(60)
+    _, rankings = await run(gateway, request_for(write_data(**made), "tasks", "tasks@8"))
+    pooled = {(query, document): 1 for query, found in rankings["tasks"].items() for document, _ in found[:10]}
+    said = await notes(gateway, write_data(made["documents"], made["queries"], pooled), "tasks", "tasks@8")
+    assert "The arms differ in how many of their first ten documents were judged (tasks 1.00, tasks@8 0." in said
+
+
+async def test_cost_is_measured_in_turns(gateway: FakeGateway, write_data: WriteData) -> None:
+    found, _ = await run(gateway, request_for(write_data(), "tasks", "tasks@8", "plain", measures_cost=True))
+    for arm in found.arms:
+        assert arm.cost is not None
+        assert 0 < arm.cost.texts_per_s < arm.cost.tokens_per_s
+        assert 0 < arm.cost.p50_s <= arm.cost.p95_s
+    asked = [
+        (body["model"], body["dimensions"])
+        for body in gateway.transport.embedded
+        if "dimensions" in body and body["input"] != [_PROBE]
+    ]
+    turns = [one for one, _group in itertools.groupby(asked)]
+    # To warm up, and then five rounds, of which every second goes the other way.
+    there = [("tasks", 64), ("tasks", 8), ("plain", 32)]
+    back = there[::-1]
+    assert turns == [one for one, _group in itertools.groupby([*back, *there, *back, *there, *back, *there])]
+    assert set(gateway.transport.expected_spaces[-len(asked) :]) == {arm.space for arm in found.arms}
+    assert not any("cost" in note for note in found.notes)
+
+
+async def test_an_experiment_is_no_arm(gateway: FakeGateway, write_data: WriteData) -> None:
+    def say_experiment(body: dict[str, Any]) -> httpx.Response | None:
+        if body["model"] != "plain":
+            return None
+        answer = {"data": [{"embedding": "AACAPw=="}], "usage": {"prompt_tokens": 1}}
+        headers = {"x-gateway-space": "plain@0123456789ab", "x-gateway-experiment": "ab"}
+        return httpx.Response(200, json=answer, headers=headers)
+
+    gateway.transport.before = say_experiment
+    with pytest.raises(CompareError, match="plain is an experiment, which answers with several models: name those"):
+        await run(gateway, request_for(write_data(), "tasks", "plain"))

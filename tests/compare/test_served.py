@@ -1,0 +1,255 @@
+"""``gateway compare --url``: a gateway behind a socket, with ids and folders as people have them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from click.testing import Result
+from typer.testing import CliRunner
+
+from gateway.app import create_app
+from gateway.backends.fake import fake_info
+from gateway.backends.fleet import Model
+from gateway.cli import app
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.embedding import Embeddings, EmbedJob
+from tests.clients.gateway_process import MODEL, running_gateway
+from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
+from tests.compare.stdlib_data import write_dataset
+
+EVIL = """</script><b onclick='x'>"&amp; %{x}"""
+Serve = Callable[..., "contextlib.AbstractContextManager[str]"]
+
+
+@pytest.fixture
+def serve(make_fleet: MakeFleet) -> Serve:
+    """Return a function that serves models on a free port while its context lasts, and gives the address."""
+
+    @contextlib.contextmanager
+    def serve(*models: Model) -> Iterator[str]:
+        registry, fleet = make_fleet(*models)
+        config = uvicorn.Config(create_app(Deployment(registry, Settings(), fleet)), log_config=None, lifespan="off")
+        server = uvicorn.Server(config)
+
+        async def run(listener: socket.socket) -> None:
+            for model in fleet:
+                await model.backend.start()
+            fleet.started.set()
+            await server.serve(sockets=[listener])
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=lambda: asyncio.run(run(listener)))
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                thread.join()
+
+    return serve
+
+
+@pytest.fixture
+def url(serve: Serve, make_words_model: MakeModel) -> Iterator[str]:
+    """Serve ``plain``, and ``cut`` with two sizes; return the address."""
+    plain = make_words_model("plain", width=32)
+    with serve(plain, make_words_model("cut", width=64, dimensions=(64, 4))) as address:
+        yield address
+
+
+def compare(folder: Path, *arguments: object, cost: str = "--no-cost") -> Result:
+    options = ["--cache", folder / "cache", "--resamples", 200, cost]
+    return CliRunner().invoke(app, ["compare", *map(str, [*arguments, *options])])
+
+
+def results(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return found
+
+
+def test_everything_is_written_into_a_folder_that_exists(url: str, write_data: WriteData, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "report.html").write_text("old")
+    result = compare(tmp_path, "cut", "cut@4", "plain", "--data", write_data(), "--url", f"{url}/v1/", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    written = [out / name for name in ("results.json", "queries.jsonl", "report.html")]
+    written += [out / "runs" / f"{arm}.trec" for arm in ("cut", "cut@4", "plain")]
+    assert sorted(written) == sorted(path for path in out.rglob("*") if path.is_file() and path.name != "notes.txt")
+    for path in written:
+        assert f"  {path}\n" in result.stdout
+    assert (out / "notes.txt").read_text() == "mine"
+    assert results(out)["source"] == url
+    assert result.stderr.splitlines() == [
+        "cut: documents: 5",
+        "cut: queries: 3",
+        "plain: documents: 5",
+        "plain: queries: 3",
+    ]
+
+
+def test_with_cost(url: str, write_data: WriteData, tmp_path: Path) -> None:
+    arguments = ["plain", "cut", "--data", write_data(), "--url", url, "--out", tmp_path / "out"]
+    result = compare(tmp_path, *arguments, cost="--cost")
+    assert result.exit_code == 0, result.stderr
+    assert all(arm["cost"]["p50_s"] > 0 for arm in results(tmp_path / "out")["arms"])
+    assert "ms a query" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("file", "file is not a folder"), ("file/deeper/out", "file is not a folder")],
+)
+def test_a_folder_that_cannot_be_is_said_before_anything_is_asked(
+    write_data: WriteData, tmp_path: Path, out: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["plain", "cut", "--data", write_data(), "--url", "http://127.0.0.1:1", "--out", tmp_path / out]
+    result = compare(tmp_path, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"--out {tmp_path / out}: {tmp_path / message}\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_takes_nothing_is_said(write_data: WriteData, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    arguments = [
+        "plain",
+        "cut",
+        "--data",
+        write_data(),
+        "--url",
+        "http://127.0.0.1:1",
+        "--out",
+        tmp_path / "closed/out",
+    ]
+    result = compare(tmp_path, *arguments)
+    assert f"nothing can be written into {tmp_path / 'closed'}" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", ["/v1?key=1", "/#top"])
+def test_an_address_with_more_than_a_path_is_refused(write_data: WriteData, tmp_path: Path, suffix: str) -> None:
+    result = compare(tmp_path, "a", "b", "--data", write_data(), "--url", f"http://127.0.0.1:1{suffix}")
+    assert "must be an address such as http://127.0.0.1:8000" in result.stderr
+
+
+def test_odd_ids_come_through(url: str, write_data: WriteData, tmp_path: Path, browse: Browse) -> None:
+    """Spaces, tags and letters of any language, in ids and texts: measured, written and shown as they are."""
+    documents = {f"{EVIL} {i}": f"thing{i} and [bold]more[/bold] {EVIL}" for i in range(4)} | {"日本 50%": "thing4 and"}
+    queries = {f"q {EVIL} {i}": f"thing{i} and" for i in range(5)}
+    judgements = dict.fromkeys(zip(queries, documents, strict=True), 1)
+    data, out = write_data(documents, queries, judgements), tmp_path / "out"
+    result = compare(tmp_path, "plain", "cut@4", "--data", data, "--url", url, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert results(out)["arms"][0]["quality"]["R@10"]["mean"] == 1
+    found = [json.loads(line) for line in (out / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [query["id"] for query in found] == list(queries)
+    assert {hit["document"] for hit in found[0]["rankings"]["plain"]} == documents.keys()
+    lines = [line.split(" ") for line in (out / "runs" / "plain.trec").read_text(encoding="utf-8").splitlines()]
+    assert all(len(line) == 6 for line in lines)
+    assert "日本%2050%25" in {line[2] for line in lines}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert EVIL not in page
+    dom, complaints = browse(page)
+    assert complaints == ""
+    assert html.escape(EVIL, quote=False) in dom
+    assert 'class="main-svg"' in dom
+    assert "<b onclick" not in dom
+
+
+class StuckBackend(WordsBackend):
+    """Embeds a question of what it is and the first batch of texts; and then for longer than anybody waits."""
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        if any(text.startswith("long") for text in job.texts):
+            await asyncio.sleep(3600)
+        return await super().embed(job)
+
+
+def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
+    serve: Serve, make_model: MakeModel, write_data: WriteData, tmp_path: Path
+) -> None:
+    documents = {f"s{i}": f"short {i}" for i in range(64)} | {f"l{i}": f"long text number {i}" for i in range(64)}
+    data, cache = write_data(documents, judgements=None), tmp_path / "cache"
+    info = {"width": 8}
+    stuck = make_model("stuck", backend=StuckBackend(fake_info("stuck", **info)), **info)
+    with serve(stuck) as url:
+        arguments = ["stuck", "stuck@8", "--data", data, "--url", url, "--cache", cache, "--out", tmp_path / "out"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.cli", "compare", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts what is in the background deaf to it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while sum(path.stat().st_size for path in cache.glob("*.vectors")) < 64 * (16 + 4 * 8):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, stdout, stderr) == (130, "", "stuck: documents: 128\n")
+    (stored,) = cache.glob("*.vectors")
+    assert stored.stat().st_size == 64 * (16 + 4 * 8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_served_model_gives_the_figures_that_it_gives_in_process(tmp_path: Path) -> None:
+    """In float32, in which a vector does not depend on the texts that are computed with it."""
+    write_dataset(tmp_path / "data", 60)
+    with running_gateway(tmp_path) as gateway:
+        served = [
+            "default",
+            MODEL,
+            "--data",
+            tmp_path / "data",
+            "--url",
+            gateway.base_url,
+            "--out",
+            tmp_path / "served",
+        ]
+        assert compare(tmp_path / "1", *served).exit_code == 0
+    own = [
+        "default",
+        MODEL,
+        "--data",
+        tmp_path / "data",
+        "--models",
+        tmp_path / "models.yaml",
+        "--out",
+        tmp_path / "own",
+    ]
+    result = compare(tmp_path / "2", *own)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.splitlines() == ["default: documents: 60", "default: queries: 60"]
+    found = {name: results(tmp_path / name) for name in ("served", "own")}
+    assert found["served"]["arms"] == found["own"]["arms"]
+    assert found["served"]["contrasts"] == found["own"]["contrasts"]
+    assert found["served"]["source"] == gateway.root_url
+    assert found["own"]["source"] == "in process"
+    runs = [(tmp_path / name / "runs" / "default.trec").read_text().splitlines() for name in ("served", "own")]
+    scores = [np.array([float(line.split()[4]) for line in run]) for run in runs]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
