@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, Experiment, ModelEntry, Registry, Source
 from gateway.embedding import ModelState
+
+# A machine that is busy is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture
