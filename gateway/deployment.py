@@ -16,7 +16,7 @@ from gateway.config.settings import Settings
 from gateway.embedding import ModelState
 from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.routing.router import Router
-from gateway.routing.rules import broken_rules, moved_names
+from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics
 
@@ -63,6 +63,8 @@ class Deployment:
         self._read_registry = read_registry or (lambda: registry)
         self._reloading = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
+        # Of names that are gone as well: one may come back for another model.
+        self._known_spaces: dict[str, dict[str, str]] = {}
         self._serve(registry, fleet or Fleet.from_registry(registry, self._make_backend))
 
     def _serve(self, registry: Registry, fleet: Fleet) -> None:
@@ -81,6 +83,11 @@ class Deployment:
         await self.fleet.start()
         if problems := broken_rules(self.registry, self.fleet):
             raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
+        self._remember_spaces()
+
+    def _remember_spaces(self) -> None:
+        for name, spaces in name_spaces(self.registry, self.fleet).items():
+            self._known_spaces[name] = {**self._known_spaces.get(name, {}), **spaces}
 
     async def reload(self) -> Reloaded:
         """Read the registry anew and serve what it says, once all of that is loaded and warm.
@@ -117,7 +124,7 @@ class Deployment:
             problems = [
                 *(problem for model in new if (problem := self._why_not_loaded(model))),
                 *broken_rules(registry, fleet),
-                *moved_names(self.registry, self.fleet, registry, fleet),
+                *moved_names(self._known_spaces, registry, fleet),
             ]
             if problems:
                 raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
@@ -142,6 +149,7 @@ class Deployment:
         old_fleet, old_shadows = self.fleet, self.shadows
         fleet.take_over(registry)
         self._serve(registry, fleet)
+        self._remember_spaces()
         self._later(old_shadows.stop())
         for model in old_fleet:
             if model not in fleet:

@@ -271,6 +271,25 @@ async def test_a_name_that_would_move_to_another_space_is_refused(
     assert "set `allow_space_change: true` on it" in message
 
 
+async def test_a_name_does_not_move_in_two_steps_either(gateway: Gateway) -> None:
+    """By way of a model that is switched off, or of nothing at all."""
+    await gateway.start(ALIASED % "one")
+
+    await gateway.reload(ALIASED.replace("./b, enabled: true", "./b, enabled: false") % "two")
+    assert "'name' would move" in await gateway.is_refused(ALIASED % "two")
+    await gateway.reload(models(one="a", two="b"))
+    assert "'name' would move" in await gateway.is_refused(ALIASED % "two")
+    await gateway.reload(ALIASED % "one")
+
+
+async def test_a_name_that_was_allowed_to_move_stays_where_it_is_then(gateway: Gateway) -> None:
+    await gateway.start(ALIASED % "one")
+    await gateway.reload(ALIASED % "{model: two, allow_space_change: true}")
+
+    assert "'name' would move" in await gateway.is_refused(ALIASED % "one")
+    await gateway.reload(ALIASED % "two")
+
+
 async def test_a_name_may_move_when_its_entry_says_so(gateway: Gateway) -> None:
     deployment = await gateway.start(ALIASED % "one")
 

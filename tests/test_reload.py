@@ -105,7 +105,9 @@ def wait_for_url(process: subprocess.Popen[bytes], log: Path) -> str:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Gateway]:
-    with running(tmp_path_factory.mktemp("gateway") / "g", checkpoint, ONE) as gateway:
+    folder = tmp_path_factory.mktemp("gateway")
+    log = str(folder / "exposures.jsonl")
+    with running(folder / "g", checkpoint, ONE, GATEWAY_EXPOSURE_LOG=log) as gateway:
         yield gateway
 
 
@@ -195,24 +197,27 @@ def test_the_operators_key_is_asked_for(gateway: Gateway) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
 
 
-def test_units_keep_their_arm_after_a_restart_and_on_another_replica(tmp_path: Path, checkpoint: Path) -> None:
+def test_units_keep_their_arm_after_a_restart_and_on_another_replica(
+    gateway: Gateway, tmp_path: Path, checkpoint: Path
+) -> None:
     """Nothing is shared but the registry; the exposure log brings the counts back."""
-    log = str(tmp_path / "exposures.jsonl")
     registry = ONE + TWO + EXPERIMENT
     units = [f"user-{i}" for i in range(24)]
+    log = gateway.folder.parent / "exposures.jsonl"
 
     def arms(gateway: Gateway) -> dict[str, str]:
         return {unit: gateway.embed("exp", user=unit).headers["x-gateway-arm"] for unit in units}
 
-    with running(tmp_path / "first", checkpoint, registry, GATEWAY_EXPOSURE_LOG=log) as gateway:
-        before = arms(gateway)
-        by_header = {u: gateway.embed("exp", {"x-unit": u}).headers["x-gateway-arm"] for u in units[:5]}
-        forced = gateway.embed("exp", {"x-arm": "two"}, user=units[0])
-        without = gateway.embed("exp")
-        report = gateway.client.get("/v1/experiments/exp").json()
-    with running(tmp_path / "second", checkpoint, registry, GATEWAY_EXPOSURE_LOG=log) as gateway:
-        restarted = gateway.client.get("/v1/experiments/exp").json()
-        after = arms(gateway)
+    gateway.write(registry)
+    assert gateway.reload().status_code == 200
+    before = arms(gateway)
+    by_header = {u: gateway.embed("exp", {"x-unit": u}).headers["x-gateway-arm"] for u in units[:5]}
+    forced = gateway.embed("exp", {"x-arm": "two"}, user=units[0])
+    without = gateway.embed("exp")
+    report = gateway.client.get("/v1/experiments/exp").json()
+    with running(tmp_path / "second", checkpoint, registry, GATEWAY_EXPOSURE_LOG=str(log)) as second:
+        restarted = second.client.get("/v1/experiments/exp").json()
+        after = arms(second)
 
     assert set(before.values()) == {"one", "two"}
     assert after == before
@@ -222,6 +227,6 @@ def test_units_keep_their_arm_after_a_restart_and_on_another_replica(tmp_path: P
     assert (without.headers["x-gateway-arm"], without.headers["x-gateway-assignment"]) == ("one", "no_unit")
     assert [arm["units"] for arm in report["evidence"]] == [list(before.values()).count(arm) for arm in ("one", "two")]
     assert [arm["units"] for arm in restarted["evidence"]] == [arm["units"] for arm in report["evidence"]]
-    text = Path(log).read_text(encoding="utf-8")
+    text = log.read_text(encoding="utf-8")
     assert text.count("\n") == len(units)
     assert "user-" not in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from gateway.backends.fleet import Fleet
 from gateway.config.registry import Experiment, Registry
@@ -73,17 +73,28 @@ def _foreign_arms(experiment: Experiment, fleet: Fleet) -> Iterator[str]:
             )
 
 
-def moved_names(registry: Registry, fleet: Fleet, next_registry: Registry, next_fleet: Fleet) -> list[str]:
+def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:
+    """Return the spaces that each name stands for, by task; of the names alone whose model's checkpoint has been read.
+
+    The space of a request that says no task is under the empty text.
+    """
+    named = {name: _spaces(fleet, model, task) for name, (model, task, _is_allowed) in _named(registry).items()}
+    return {name: spaces for name, spaces in named.items() if spaces}
+
+
+def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, fleet: Fleet) -> list[str]:
     """Return the names that would bring vectors of another space after a reload, and are not allowed to.
 
     Vectors that were stored under such a name would be compared with those of another space, and nobody would be told.
+
+    Args:
+        known: the spaces that each name has stood for so far; see :func:`name_spaces`.
     """
     moved = []
-    for name, (model, task, is_allowed) in _named(next_registry).items():
-        before = _named(registry).get(name)
-        if before is None or is_allowed:
+    for name, (model, task, is_allowed) in _named(registry).items():
+        if is_allowed:
             continue
-        old, new = _spaces(fleet, before[0], before[1]), _spaces(next_fleet, model, task)
+        old, new = known.get(name, {}), _spaces(fleet, model, task)
         for key in old.keys() & new.keys():
             if not is_same_space(old[key], new[key]):
                 what = f" (task {key})" if key and task is None else ""

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import uvicorn
 from click.testing import Result
@@ -30,9 +29,7 @@ from gateway.cli import app
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob
-from tests.clients.gateway_process import MODEL, running_gateway
 from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
-from tests.compare.stdlib_data import write_dataset
 
 EVIL = """</script><b onclick='x'>"&amp; %{x}"""
 Serve = Callable[..., "contextlib.AbstractContextManager[str]"]
@@ -215,41 +212,3 @@ def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
     (stored,) = cache.glob("*.vectors")
     assert stored.stat().st_size == 64 * (16 + 4 * 8)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_served_model_gives_the_figures_that_it_gives_in_process(tmp_path: Path) -> None:
-    """In float32, in which a vector does not depend on the texts that are computed with it."""
-    write_dataset(tmp_path / "data", 60)
-    with running_gateway(tmp_path) as gateway:
-        served = [
-            "default",
-            MODEL,
-            "--data",
-            tmp_path / "data",
-            "--url",
-            gateway.base_url,
-            "--out",
-            tmp_path / "served",
-        ]
-        assert compare(tmp_path / "1", *served).exit_code == 0
-    own = [
-        "default",
-        MODEL,
-        "--data",
-        tmp_path / "data",
-        "--models",
-        tmp_path / "models.yaml",
-        "--out",
-        tmp_path / "own",
-    ]
-    result = compare(tmp_path / "2", *own)
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr.splitlines() == ["default: documents: 60", "default: queries: 60"]
-    found = {name: results(tmp_path / name) for name in ("served", "own")}
-    assert found["served"]["arms"] == found["own"]["arms"]
-    assert found["served"]["contrasts"] == found["own"]["contrasts"]
-    assert found["served"]["source"] == gateway.root_url
-    assert found["own"]["source"] == "in process"
-    runs = [(tmp_path / name / "runs" / "default.trec").read_text().splitlines() for name in ("served", "own")]
-    scores = [np.array([float(line.split()[4]) for line in run]) for run in runs]
-    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
