@@ -47,7 +47,7 @@ run: install ## Install if need be, then serve
 install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
 
 test: install-dev ## Run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 check: install-dev ## Check format, lint, types, imports, generated docs and the locks
 	$(BIN)/ruff format --check .
