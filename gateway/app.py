@@ -7,10 +7,13 @@ import difflib
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import __version__
+from gateway.access.keyring import Keyring
+from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
@@ -30,7 +33,49 @@ Every path under `/v1` works without `/v1` too. Every error has the body `ErrorB
 
 
 def create_app(deployment: Deployment) -> FastAPI:
-    """Return the application. It serves ``deployment`` as it is: whoever calls this starts and stops it."""
+    """Return the application. It serves ``deployment`` as it is: whoever calls this starts and stops it.
+
+    Raises:
+        ConfigError: the file of API keys or the storage of quotas is wrong.
+    """
+    settings = deployment.settings
+    keyring = Keyring(settings)
+    log = (
+        ExposureLog(settings.exposure_log, settings.exposure_log_max_bytes, settings.exposure_log_backups)
+        if settings.exposure_log
+        else None
+    )
+    evidence = Evidence(log)
+    service = EmbeddingService(deployment, evidence)
+    app = _application(deployment, keyring)
+    app.include_router(openai_router(service, deployment, settings, Quotas(settings.quota_storage)))
+    app.include_router(experiments_router(deployment, evidence))
+    app.include_router(spaces_router(deployment))
+    app.include_router(health_router(deployment))
+    if settings.admin_port is None:
+        app.include_router(admin_router(deployment, are_metrics_open=not keyring and settings.admin_key is None))
+    if settings.cors_origins:
+        # Outermost: also an answer of the middleware, a 401 say, must be readable for the page.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    return app
+
+
+def create_admin_app(deployment: Deployment) -> FastAPI:
+    """Return the application for the operator's port: health, metrics, and what is under ``/admin``."""
+    app = _application(deployment, Keyring(deployment.settings))
+    app.include_router(health_router(deployment))
+    app.include_router(admin_router(deployment, are_metrics_open=True))
+    return app
+
+
+def _application(deployment: Deployment, keyring: Keyring) -> FastAPI:
+    """Return an application with what every one has."""
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",
         description=_DESCRIPTION,
@@ -38,20 +83,13 @@ def create_app(deployment: Deployment) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # the middleware has dropped trailing slashes: it would redirect in a circle
     )
-    settings = deployment.settings
-    log = (
-        ExposureLog(settings.exposure_log, settings.exposure_log_max_bytes, settings.exposure_log_backups)
-        if settings.exposure_log
-        else None
-    )
-    evidence = Evidence(log)
-    app.include_router(openai_router(EmbeddingService(deployment, evidence), deployment, settings))
-    app.include_router(experiments_router(deployment, evidence))
-    app.include_router(spaces_router(deployment))
-    app.include_router(health_router(deployment))
-    app.include_router(admin_router(deployment))
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(GatewayMiddleware, settings=settings)
+    app.add_middleware(
+        GatewayMiddleware,
+        settings=deployment.settings,
+        keyring=keyring,
+        is_draining=lambda: deployment.is_draining,
+    )
     return app
 
 

@@ -83,9 +83,34 @@ def check(
 ) -> None:
     """Check models.yaml: print every problem with its line and column, and exit 1 if there is one."""
     path, registry = _read_registry(file)
+    _check_keys(registry)
     if locked:
         _check_lock(registry)
     typer.echo(f"{path}: ok, {_summary(registry)}")
+
+
+def _check_keys(registry: Registry) -> None:
+    from gateway.config.api_keys import load_key_file, unknown_models
+
+    try:
+        keys = load_settings(os.environ).api_keys_file
+        found = unknown_models(load_key_file(keys, os.environ), registry.names()) if keys else []
+    except ConfigError as error:
+        _fail(error)
+    if found:
+        _fail(StartError("\n".join(f"{keys}: {problem}" for problem in found)))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="What the client is to be called in logs and metrics.")],
+) -> None:
+    """Make an API key, and its entry for the file that GATEWAY_API_KEYS_FILE names. The key is shown this once."""
+    from gateway.access.keyring import key_digest, make_key
+
+    made = make_key()
+    typer.echo(f"The key, for the client:\n{made}\n\nIts entry, for `keys:` in the file of API keys:", err=True)
+    typer.echo(f'  - name: {name}\n    sha256: "{key_digest(made)}"')
 
 
 @app.command()

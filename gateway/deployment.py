@@ -59,6 +59,7 @@ class Deployment:
         make_backend: MakeBackend | None = None,
     ) -> None:
         self.settings = settings
+        self.is_draining = False
         self._make_backend = make_backend or (lambda entry: InfinityBackend(entry, settings))
         self._read_registry = read_registry or (lambda: registry)
         self._reloading = asyncio.Lock()
@@ -84,6 +85,15 @@ class Deployment:
         if problems := broken_rules(self.registry, self.fleet):
             raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
         self._remember_spaces()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests should come here."""
+        return self.fleet.is_ready and not self.is_draining
+
+    def drain(self) -> None:
+        """Say that this process is about to stop; what comes until then is still answered."""
+        self.is_draining = True
 
     def _remember_spaces(self) -> None:
         for name, spaces in name_spaces(self.registry, self.fleet).items():

@@ -135,6 +135,11 @@ class Timings:
     queue_s: float
     inference_s: float
 
+    @property
+    def stages(self) -> dict[str, float]:
+        """Return the seconds by the name of the stage, in the order in which a request goes through them."""
+        return {"tokenise": self.tokenise_s, "queue": self.queue_s, "inference": self.inference_s}
+
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:

@@ -11,9 +11,11 @@
         ├── BadInput               400
         │   ├── ContextLengthExceeded
         │   ├── UnsupportedDimensions
+        │   ├── BodyTooSlow
         │   └── ReloadRefused
         ├── Unauthorized           401
         ├── Forbidden              403
+        │   └── ModelNotAllowed
         ├── NotFound               404
         │   ├── ModelNotFound
         │   └── ExperimentNotFound
@@ -21,6 +23,8 @@
         ├── SpaceMismatch          412
         ├── BodyTooLarge           413
         ├── Overloaded             429
+        │   └── RateLimited
+        ├── HeadersTooLarge        431
         ├── InternalError          500
         │   ├── InferenceFailed
         │   ├── OutOfMemory
@@ -134,6 +138,12 @@ class UnsupportedDimensions(BadInput):
     code = "unsupported_dimensions"
 
 
+class BodyTooSlow(BadInput):
+    """The request's body did not come within the time that it has. Not 408: clients would send it again, as slowly."""
+
+    code = "body_timeout"
+
+
 class ReloadRefused(BadInput):
     """The registry cannot be served as it is now; everything stays as it was. The message lists every problem."""
 
@@ -150,6 +160,12 @@ class Forbidden(RequestError):
     """The path is for the operator, and the request does not carry the operator's key."""
 
     status, type, code = 403, "permission_error", "forbidden"
+
+
+class ModelNotAllowed(Forbidden):
+    """The API key is not for this model."""
+
+    code = "model_not_allowed"
 
 
 class NotFound(RequestError):
@@ -196,6 +212,18 @@ class Overloaded(RequestError):
     """The model's queue is full; nothing was computed. Retry after the seconds in ``Retry-After``."""
 
     status, type, code = 429, "rate_limit_error", "overloaded"
+
+
+class RateLimited(Overloaded):
+    """The client has used its requests or tokens of this minute. ``x-ratelimit-*`` say how much there is and when again."""
+
+    code = "rate_limit_exceeded"
+
+
+class HeadersTooLarge(RequestError):
+    """The request's headers are larger than the gateway takes."""
+
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
 
 
 class InternalError(RequestError):

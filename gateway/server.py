@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.loops.auto import auto_loop_factory
 
-from gateway.app import create_app
+from gateway.app import create_admin_app, create_app
 from gateway.backends.fleet import Fleet
-from gateway.config.settings import Settings
+from gateway.config.settings import Settings, variable
 from gateway.deployment import Deployment
 from gateway.errors import ReloadRefused, StartError
+from gateway.http_protocol import bounded
 
 log = structlog.get_logger(__name__)
 
@@ -35,34 +37,68 @@ def serve(deployment: Deployment, announce: Callable[[Fleet, str], None]) -> int
         The exit code: 0 after a clean stop, 1 when a required model could not be loaded.
 
     Raises:
-        StartError: the address is in use or not this machine's.
+        StartError: an address is in use or not this machine's, or the file of API keys is wrong.
     """
-    listener = _bind(deployment.settings)
+    settings = deployment.settings
+    app = create_app(deployment)
+    listeners = [_bind(settings.host, settings.port, "port")]
+    admin_app = None
+    if settings.admin_port is not None:
+        admin_app = create_admin_app(deployment)
+        listeners.append(_bind(settings.host, settings.admin_port, "admin_port"))
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        return runner.run(_serve(deployment, listener, announce))
+        return runner.run(_serve(deployment, app, admin_app, listeners, announce))
 
 
-async def _serve(deployment: Deployment, listener: socket.socket, announce: Callable[[Fleet, str], None]) -> int:
-    server = _Server(
-        uvicorn.Config(
-            create_app(deployment),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_graceful_shutdown=round(deployment.settings.shutdown_grace_s),
-        )
-    )
+async def _serve(
+    deployment: Deployment,
+    app: FastAPI,
+    admin_app: FastAPI | None,
+    listeners: Sequence[socket.socket],
+    announce: Callable[[Fleet, str], None],
+) -> int:
+    server = _Server(_config(app, deployment.settings), deployment)
     with _reloading_on_hangup(deployment):
         loading = asyncio.create_task(
-            _load(deployment, server, lambda: announce(deployment.fleet, _base_url(listener)))
+            _load(deployment, server, lambda: announce(deployment.fleet, _base_url(listeners[0])))
         )
-        await server.serve(sockets=[listener])
+        async with _serving_operator(admin_app, deployment.settings, listeners[1:]):
+            await server.serve(sockets=[listeners[0]])
     if not loading.done():
         loading.cancel()
     await asyncio.wait((loading,))
     await deployment.stop()
     return 0 if loading.cancelled() or loading.result() else 1
+
+
+@asynccontextmanager
+async def _serving_operator(
+    app: FastAPI | None, settings: Settings, listeners: Sequence[socket.socket]
+) -> AsyncIterator[None]:
+    """Serve the operator's port for as long as there is anything to see: until the clients' last request has ended."""
+    if app is None:
+        yield
+        return
+    server = _BackgroundServer(_config(app, settings))
+    serving = asyncio.create_task(server.serve(sockets=list(listeners)))
+    log.info("operator_port", url=_base_url(listeners[0]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.wait((serving,))
+
+
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=bounded(settings.header_timeout_s, settings.max_header_bytes),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=round(settings.shutdown_grace_s),
+    )
 
 
 @contextmanager
@@ -89,20 +125,39 @@ def _reloading_on_hangup(deployment: Deployment) -> Iterator[None]:
             task.cancel()
 
 
+class _BackgroundServer(uvicorn.Server):
+    """uvicorn's server, without its hands on the signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's server, which after a clean stop kills its process with the signal that asked for it: not here."""
+    """uvicorn's server, which drains before it stops, and does not end its process with the signal that asked for it."""
+
+    def __init__(self, config: uvicorn.Config, deployment: Deployment) -> None:
+        super().__init__(config)
+        self._deployment = deployment
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        """Be not ready at once, and stop after a while; a second signal stops at once."""
+        delay_s = 0.0 if self._deployment.is_draining else self._deployment.settings.drain_delay_s
+        self._deployment.drain()
+        log.info("stopping", signal=number.name, drain_delay_s=delay_s)
+        asyncio.get_running_loop().call_later(delay_s, self.handle_exit, number, None)
 
 
 async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
@@ -119,20 +174,20 @@ async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callab
     return True
 
 
-def _bind(settings: Settings) -> socket.socket:
-    """Take the address before anything is loaded: a port in use is told at once, not after a minute."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def _bind(host: str, port: int, setting: str) -> socket.socket:
+    """Take an address before anything is loaded: a port in use is told at once, not after a minute."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches Nagle's algorithm off only for sockets that name their protocol; with it on, every answer on a
     # kept connection is 40 ms late.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
         raise StartError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Set another port with GATEWAY_PORT or "
-            "--port"
+            f"cannot listen on {host}:{port}: {error.strerror}. Set another port with {variable(setting)}"
+            + (" or --port" if setting == "port" else "")
         ) from error
     return listener
 

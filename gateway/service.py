@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -22,6 +22,7 @@ from gateway.embedding import (
 from gateway.errors import (
     BadInput,
     InferenceFailed,
+    ModelNotAllowed,
     ModelNotReady,
     OutOfMemory,
     RequestError,
@@ -48,6 +49,7 @@ class EmbedRequest:
         timeout_s: seconds after which the caller no longer waits.
         caller: whom the work is for.
         attribute: looks up what the unit of an experiment can be made from.
+        may_use: whether the caller may use a model that has these names.
     """
 
     texts: Sequence[str]
@@ -62,6 +64,7 @@ class EmbedRequest:
     is_late_chunked: bool = False
     expect_space: str | None = None
     attribute: Attribute = no_attribute
+    may_use: Callable[..., bool] = lambda *_names: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class EmbeddingService:
         # Both of one moment: a reload may exchange them while this request is answered.
         router, shadows = self._deployment.router, self._deployment.shadows
         choice = router.choose(request.model, request.attribute)
+        _check_permission(choice, request)
         started = time.monotonic()
         try:
             answer = await self._answer(router.targets(choice, request.task), choice, request)
@@ -176,6 +180,16 @@ class EmbeddingService:
                 error_code=error.code if error else None,
             )
         )
+
+
+def _check_permission(choice: Choice, request: EmbedRequest) -> None:
+    """Refuse a model that is not for the caller.
+
+    An experiment is allowed by its own name alone: which of its models answers is not for the caller to know beforehand.
+    """
+    names = (choice.asked,) if choice.assignment is not None else (choice.asked, choice.model.id)
+    if not request.may_use(*names):
+        raise ModelNotAllowed(f"this API key is not for model {choice.asked!r}", param="model")
 
 
 async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> EmbedAnswer:

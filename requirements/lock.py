@@ -16,7 +16,7 @@ from packaging.markers import Marker
 
 FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
-EXTRAS = ["bundled", "compare", "tiktoken"]
+EXTRAS = ["bundled", "compare", "redis", "tiktoken"]
 GROUPS = ["dev", "clients"]
 
 # infinity-emb 0.0.78 asks for numpy < 2 for the sake of onnx alone, which the gateway doesn't use; numpy 1.26 has no
@@ -53,7 +53,7 @@ HEADERS = {
 """,
     "run": """\
 # What the gateway needs to run, but for torch and its CUDA libraries (torch.lock): the dependencies in pyproject.toml
-# with the extras bundled, compare and tiktoken. For Python 3.11 to 3.13 on Linux, x86_64 and aarch64. After torch:
+# with the extras bundled, compare, redis and tiktoken. For Python 3.11 to 3.13 on Linux, x86_64 and aarch64. After torch:
 #   pip install --no-deps -r requirements/run.lock
 # --no-deps because infinity-emb asks for numpy < 2 without needing it.
 """,

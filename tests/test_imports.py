@@ -19,6 +19,8 @@ HOUSE = [
     ["app"],
     ["api"],
     ["middleware"],
+    ["http_protocol"],
+    ["access"],
     ["service"],
     ["deployment"],
     ["routing"],

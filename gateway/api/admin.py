@@ -1,17 +1,20 @@
-"""What the operator may ask of a running gateway."""
+"""What the operator may ask of a running gateway: its metrics, and to read its registry anew."""
 
 from __future__ import annotations
 
 import hmac
 from typing import Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, SecretStr
 
-from gateway.api.schema import responses
+from gateway.access.keyring import key_digest
+from gateway.api.schema import error_responses, responses
 from gateway.deployment import Deployment
 from gateway.errors import Forbidden, ReloadRefused
-from gateway.middleware import RequestContext, key_digest
+from gateway.middleware import RequestContext
+from gateway.telemetry import metrics
 
 
 class ReloadAnswer(BaseModel):
@@ -30,16 +33,27 @@ def require_operator(request: Request, key: SecretStr | None) -> None:
     Raises:
         Forbidden: there is no operator's key, or the request does not carry it.
     """
+    path = request.url.path
     if key is None:
-        raise Forbidden("the paths under /admin are off: set GATEWAY_ADMIN_KEY to a key of the operator's own")
+        raise Forbidden(f"{path} is for the operator, who has no key yet: set GATEWAY_ADMIN_KEY")
     sent = RequestContext.of(request).api_key
     if sent is None or not hmac.compare_digest(sent, key_digest(key.get_secret_value())):
-        raise Forbidden("the paths under /admin need the operator's key: send `Authorization: Bearer KEY`")
+        raise Forbidden(f"{path} needs the operator's key: send `Authorization: Bearer KEY`")
 
 
-def admin_router(deployment: Deployment) -> APIRouter:
-    """Return the operator's routes."""
-    router = APIRouter(prefix="/admin", tags=["Admin"])
+def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter:
+    """Return the operator's routes.
+
+    Args:
+        are_metrics_open: whether metrics are for everybody who can reach them.
+    """
+    router = APIRouter(tags=["Admin"])
+
+    async def prometheus(request: Request) -> Response:
+        """Return all metrics in Prometheus' text format."""
+        if not are_metrics_open:
+            require_operator(request, deployment.settings.admin_key)
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     async def reload(request: Request) -> ReloadAnswer:
         """Read `models.yaml` anew. All of it is checked, loaded and warm before the switch; else nothing changes."""
@@ -54,6 +68,12 @@ def admin_router(deployment: Deployment) -> APIRouter:
         )
 
     router.add_api_route(
-        "/reload", reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
+        "/metrics",
+        prometheus,
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **error_responses(Forbidden)},
+    )
+    router.add_api_route(
+        "/admin/reload", reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
     )
     return router

@@ -1,15 +1,13 @@
-"""Liveness, readiness and metrics."""
+"""Is it alive, has it started, is it ready."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
-from gateway.api.schema import Live, Ready, error_responses
+from gateway.api.schema import Live, Ready
 from gateway.deployment import Deployment
-from gateway.telemetry import metrics
 
 
 def health_router(deployment: Deployment) -> APIRouter:
@@ -20,32 +18,26 @@ def health_router(deployment: Deployment) -> APIRouter:
         """Answer as long as the process can: restart it when this fails."""
         return Live(status="ok")
 
-    async def ready(response: Response) -> Ready:
-        """Say whether requests are answered: 503 while models load, or when none could be loaded."""
-        fleet = deployment.fleet
-        is_ready = fleet.is_ready
-        response.status_code = 200 if is_ready else 503
-        if not is_ready:
-            response.headers["retry-after"] = "5"
-        return Ready.model_validate(
-            {
-                "status": "ready" if is_ready else "not_ready",
-                "models": [{"id": m.id, "state": m.state.value, "reason": m.reason or None} for m in fleet],
-            }
-        )
+    async def started(response: Response) -> Ready:
+        """Say whether loading has come to an end, well or not: 503 until then."""
+        return _tell(response, deployment, is_fine=deployment.fleet.started.is_set())
 
-    async def prometheus() -> Response:
-        """Return all metrics in Prometheus' text format."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    async def ready(response: Response) -> Ready:
+        """Say whether requests are answered: 503 while models load, when none could be loaded, and when stopping."""
+        return _tell(response, deployment, is_fine=deployment.is_ready)
 
     not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "Not ready."}}
     router.add_api_route("/health/live", live)
     router.add_api_route("/health/ready", ready, responses=not_ready)
     router.add_api_route("/health", ready, responses=not_ready, operation_id="health")
-    router.add_api_route(
-        "/metrics",
-        prometheus,
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **error_responses()},
-    )
+    router.add_api_route("/health/startup", started, responses=not_ready)
     return router
+
+
+def _tell(response: Response, deployment: Deployment, *, is_fine: bool) -> Ready:
+    if not is_fine:
+        response.status_code = 503
+        response.headers["retry-after"] = "5"
+    status = "draining" if deployment.is_draining else "ready" if is_fine else "not_ready"
+    models = [{"id": m.id, "state": m.state.value, "reason": m.reason or None} for m in deployment.fleet]
+    return Ready.model_validate({"status": status, "models": models})

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import orjson
 from fastapi import APIRouter, Request, Response
 
+from gateway.access.quotas import Quotas
 from gateway.api.json_body import Json, describe, integral, parse_object
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
@@ -30,6 +31,7 @@ from gateway.errors import (
     BodyTooLarge,
     ClientDisconnected,
     DeadlineExceeded,
+    ModelNotAllowed,
     ModelNotFound,
     ModelNotReady,
     Overloaded,
@@ -50,7 +52,7 @@ _REQUEST = {
 T = TypeVar("T")
 
 
-def openai_router(service: EmbeddingService, deployment: Deployment, settings: Settings) -> APIRouter:
+def openai_router(service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
     router = APIRouter(tags=["OpenAI"])
     decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
@@ -58,12 +60,16 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
     async def embeddings(request: Request) -> Response:
         """Embed one text or many. The same path without `/v1` works as well."""
         context = RequestContext.of(request)
+        ticket = await quotas.admit(context.client, context.headers)
         body = EmbeddingsBody.parse(parse_object(await request.body()))
         texts = parse_input(body.input, settings.max_inputs, decoder)
         encoding = body.wanted_encoding
         timeout_s = _timeout_s(request, settings.request_timeout_s)
-        answer = await _unless_disconnected(request, service.embed(_embed_request(request, body, texts, timeout_s)))
-        context.describe(answer.model, answer.task, len(texts), answer.num_tokens)
+        with quotas.reserve(ticket, texts):
+            wanted = _embed_request(request, body, texts, timeout_s)
+            answer = await _unless_disconnected(request, service.embed(wanted))
+            await quotas.charge(ticket, answer.num_tokens)
+        context.describe(answer.model, answer.task, len(texts), answer.num_tokens, answer.timings)
         if answer.assignment is not None:
             context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
         return Response(
@@ -71,13 +77,20 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
         )
 
     async def list_models(request: Request) -> Response:
-        """List every model of the registry, ready or not."""
-        cards = [model_card(model, deployment.registry).model_dump() for model in deployment.fleet]
+        """List every model of the registry that the key is for, ready or not."""
+        client, registry = RequestContext.of(request).client, deployment.registry
+        cards = [
+            model_card(model, registry).model_dump()
+            for model in deployment.fleet
+            if client.may_use(model.id, *registry.aliases_of(model.id))
+        ]
         return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
 
-    async def retrieve_model(model_id: str) -> Response:
+    async def retrieve_model(request: Request, model_id: str) -> Response:
         """Describe one model, by any name that embeds; if the name holds a task, with that as its default."""
         model, task = deployment.router.find(model_id)
+        if not RequestContext.of(request).client.may_use(model.id, *deployment.registry.aliases_of(model.id)):
+            raise ModelNotAllowed(f"this API key is not for model {model.id!r}", param="model")
         return Response(model_card(model, deployment.registry, task).model_dump_json(), media_type="application/json")
 
     for prefix, is_shown in (("/v1", True), ("", False)):
@@ -88,6 +101,7 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
             responses=responses(
                 EmbeddingsAnswer,
                 BadInput,
+                ModelNotAllowed,
                 ModelNotFound,
                 SpaceMismatch,
                 BodyTooLarge,
@@ -108,7 +122,7 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
         router.add_api_route(
             f"{prefix}/models/{{model_id:path}}",
             retrieve_model,
-            responses=responses(ModelCard, BadInput, ModelNotFound),
+            responses=responses(ModelCard, BadInput, ModelNotAllowed, ModelNotFound),
             include_in_schema=is_shown,
         )
     return router
@@ -130,6 +144,7 @@ def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], tim
         truncate=body.wanted_truncation,
         outputs=body.wanted_outputs,
         is_late_chunked=bool(body.late_chunking),
+        may_use=RequestContext.of(request).client.may_use,
         expect_space=request.headers.get("x-gateway-expect-space"),
         attribute=_attribute(request, body),
     )
@@ -254,13 +269,7 @@ def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
 
 
 def _headers(answer: EmbedAnswer, elapsed_s: float) -> dict[str, str]:
-    timings = answer.timings
-    stages = {
-        "tokenise": timings.tokenise_s,
-        "queue": timings.queue_s,
-        "inference": timings.inference_s,
-        "total": elapsed_s,
-    }
+    stages = {**answer.timings.stages, "total": elapsed_s}
     headers = {
         "x-gateway-model": answer.model,
         "x-gateway-space": answer.space,
@@ -299,7 +308,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         revision=model.entry.revision,
         state=model.state.value,
         reason=model.reason or None,
-        aliases=[alias.name for alias in registry.aliases.values() if alias.model == model.id],
+        aliases=registry.aliases_of(model.id),
         is_normalised=None,
         width=None,
         dimensions=[],

@@ -259,7 +259,7 @@ class ModelHealth(BaseModel):
 class Ready(BaseModel):
     """Whether requests are answered, and the state of each model."""
 
-    status: Literal["ready", "not_ready"]
+    status: Literal["ready", "not_ready", "draining"]
     models: list[ModelHealth]
 
 

@@ -90,7 +90,9 @@ def _check_file_name(text: str) -> str:
 
 def _check_sha256(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise ValueError(f"must be the 64 lowercase hex digits that `sha256sum FILE` prints, got {quote(text)}")
+        # What stands there may be what was to be hashed, an API key: it is not shown.
+        got = "64 other characters" if len(text) == 64 else f"{len(text)} characters"
+        raise ValueError(f"must be the 64 lowercase hex digits that `sha256sum` prints, got {got}")
     return text
 
 

@@ -16,8 +16,9 @@ from pydantic.fields import FieldInfo
 from gateway.config.conflicts import find_conflicts
 from gateway.config.fields import Distinct, DistinctListed, Listed, Name, Source, Version
 from gateway.config.model_entry import Frozen, ModelEntry
+from gateway.config.problems import field_problems
 from gateway.config.traffic import Alias, Arm, Experiment, Shadow
-from gateway.config.wording import configurable, describe, explain, unknown_key
+from gateway.config.wording import configurable, describe, unknown_key
 from gateway.config.yaml_source import Document, KeyPath, Value, read_document
 from gateway.errors import ConfigError, Problem
 
@@ -62,6 +63,14 @@ class Registry(Frozen):
         """Return the experiment with exactly this id, if there is one."""
         return next((one for one in self.experiments if one.id == experiment_id), None)
 
+    def aliases_of(self, model_id: str) -> list[str]:
+        """Return the other names of a model."""
+        return [alias.name for alias in self.aliases.values() if alias.model == model_id]
+
+    def names(self) -> list[str]:
+        """Return every name that a request may use, except sources and tasks."""
+        return [*(entry.id for entry in self.models), *self.aliases, *(one.id for one in self.experiments)]
+
     @model_validator(mode="after")
     def _check_conflicts(self) -> Registry:
         for conflict in find_conflicts(self.model_dump()):
@@ -93,7 +102,7 @@ def load_registry(path: Path, environ: Mapping[str, str]) -> Registry:
     try:
         registry = Registry.model_validate(entries, context={"folder": path.parent})
     except ValidationError as error:
-        problems += _field_problems(error, document)
+        problems += field_problems(error, document, _fields_at)
         problems += _conflict_problems(entries, document)
     if registry is None or problems:
         # A problem inside an anchor is found once for each place that the anchor is used in.
@@ -127,19 +136,6 @@ def _alias_entries(name: str, value: Value, document: Document) -> dict[str, Val
         message = f"must be a model id or `{{model: MODEL, task: TASK}}`, got {describe(value)}"
         document.problems.append(document.value_problem(path, message))
     return None
-
-
-def _field_problems(error: ValidationError, document: Document) -> Iterator[Problem]:
-    for detail in error.errors(include_url=False):
-        path: KeyPath = detail["loc"]
-        if path == () or path in document.unread:
-            continue  # `()`: a conflict between entries, told by _conflict_problems
-        if path[-1] == "[key]":
-            yield document.key_problem(path[:-1], explain(detail, {}))
-        elif detail["type"] == "extra_forbidden":
-            yield document.key_problem(path, explain(detail, _fields_at(path)))
-        else:
-            yield document.value_problem(path, explain(detail, _fields_at(path)))
 
 
 def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:

@@ -20,13 +20,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from gateway.config.wording import did_you_mean, explain
+from gateway.config.wording import did_you_mean, explain, quote
 from gateway.errors import ConfigError, Problem
 
 ENV_PREFIX: Final = "GATEWAY_"
 
 # Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICE_LINK_HINT = (
     "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
 )
@@ -40,6 +41,16 @@ def _split_keys(value: object) -> object:
     if not all(keys):
         raise ValueError("has an empty key before, between or after its commas; leave it unset to turn keys off")
     return keys
+
+
+def _split_origins(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    origins = tuple(origin.strip().rstrip("/") for origin in value.split(","))
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"must be origins such as `https://app.example.com`, or `*`, got {quote(origin)}")
+    return origins
 
 
 def _lower(value: object) -> object:
@@ -61,10 +72,58 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         default=(), description="Keys that clients may send, comma-separated. Empty: no key is asked for."
     )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys, with the models and the requests and tokens a minute of each; read anew when it "
+        "changes. `gateway key NAME` makes a key and its entry.",
+    )
+    requests_per_minute: int = Field(
+        default=0,
+        ge=0,
+        description="Requests a minute of each key that the file says nothing else of, or of each network address where "
+        "no keys are asked for; 429 beyond. 0: no limit.",
+    )
+    tokens_per_minute: int = Field(
+        default=0, ge=0, description="Tokens a minute, as `requests_per_minute`; 429 beyond. 0: no limit."
+    )
+    quota_storage: str = Field(
+        default="memory://",
+        min_length=1,
+        description="Where requests and tokens a minute are counted: `memory://`, or `redis://HOST:PORT/DB` for several "
+        "replicas together.",
+    )
     admin_key: SecretStr | None = Field(
         default=None,
         min_length=8,
-        description="Key of the operator, for the paths under `/admin`. Without it they answer 403.",
+        description="Key of the operator, for the paths under `/admin`, and for `/metrics` where keys are asked for. "
+        "Without it `/admin` answers 403.",
+    )
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port of `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` asks for no "
+        "key there. Without it they are on the port of the clients.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
+        default=(),
+        description="Web pages that may send requests from a browser, by origin, comma-separated: "
+        "`https://app.example.com`; `*` for all. Empty: none.",
+    )
+    max_header_bytes: int = Field(
+        default=64 * 1024, ge=1024, description="The largest headers of a request in bytes; 431 beyond."
+    )
+    header_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a request's headers may take to come; the connection is closed then.",
+    )
+    body_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a request's body may take to come; 400 beyond.",
     )
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
@@ -81,6 +140,13 @@ class Settings(BaseSettings):
     )
     shutdown_grace_s: float = Field(
         default=30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to end when stopping."
+    )
+    drain_delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds for which new requests are still answered when stopping, while `/health/ready` says 503: as "
+        "long as load balancers take to notice.",
     )
     forward_timeout_s: float = Field(
         default=120.0,

@@ -78,6 +78,20 @@ DROPPED_EXPOSURES = Counter(
     "gateway_exposures_dropped", "Lines of the exposure log that could not be written.", registry=REGISTRY
 )
 RELOADS = Counter("gateway_reloads", "Reloads of the registry, by `ok` or `refused`.", ["outcome"], registry=REGISTRY)
+KEY_RELOADS = Counter(
+    "gateway_key_reloads",
+    "Readings of a changed file of API keys, by `ok` or `refused`.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+QUOTA_ERRORS = Counter(
+    "gateway_quota_errors",
+    "Requests that passed uncounted, as the storage of quotas did not answer.",
+    registry=REGISTRY,
+)
+SLOW_HEADERS = Counter(
+    "gateway_slow_headers", "Connections closed as a request's headers did not come in time.", registry=REGISTRY
+)
 BATCH_TEXTS = Histogram(
     "gateway_batch_texts", "Texts in a batch.", ["model"], buckets=_POWERS_OF_TWO[:12], registry=REGISTRY
 )

@@ -23,6 +23,7 @@ from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, ModelState
+from gateway.http_protocol import bounded
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -140,10 +141,12 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
 
     @contextlib.contextmanager
     def serve(
-        *fleet_models: Model, http: str = "auto", experiments: Sequence[Experiment] = (), **settings: object
+        *fleet_models: Model, experiments: Sequence[Experiment] = (), **settings: object
     ) -> Iterator[tuple[str, int]]:
         registry, fleet = make_fleet(*(fleet_models or models), aliases={}, experiments=experiments)
-        app = create_app(Deployment(registry, Settings(**settings), fleet))
+        known = Settings(**settings)
+        app = create_app(Deployment(registry, known, fleet))
+        http = bounded(known.header_timeout_s, known.max_header_bytes)
         config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:

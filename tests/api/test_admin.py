@@ -10,8 +10,8 @@ import pytest
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]
 ADMIN = "operator-key"
-OFF = "the paths under /admin are off: set GATEWAY_ADMIN_KEY to a key of the operator's own"
-KEY_NEEDED = "the paths under /admin need the operator's key: send `Authorization: Bearer KEY`"
+OFF = "/admin/reload is for the operator, who has no key yet: set GATEWAY_ADMIN_KEY"
+KEY_NEEDED = "/admin/reload needs the operator's key: send `Authorization: Bearer KEY`"
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -935,7 +935,7 @@ async def test_each_configured_key_is_accepted(connect: Connect, authorization: 
     ],
 )
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/v1/embeddings"), ("GET", "/models"), ("GET", "/metrics"), ("GET", "/nothing")]
+    ("method", "path"), [("POST", "/v1/embeddings"), ("GET", "/models"), ("GET", "/v1/spaces"), ("GET", "/nothing")]
 )
 async def test_without_a_configured_key_nothing_is_told(
     connect: Connect, check_error: CheckError, headers: dict[str, Any], message: str, method: str, path: str

@@ -21,6 +21,7 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from gateway import middleware
+from gateway.access.keyring import Keyring
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
 from gateway.config.settings import Settings
@@ -419,7 +420,7 @@ async def test_an_answer_that_has_begun_is_cut_off_rather_than_mended(log_of_err
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise RuntimeError(SECRET)
 
-    transport = httpx.ASGITransport(middleware.GatewayMiddleware(half, Settings()))
+    transport = httpx.ASGITransport(middleware.GatewayMiddleware(half, Settings(), Keyring(Settings()), lambda: False))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         with pytest.raises(RuntimeError, match=SECRET):
             await client.get("/v1/models")

@@ -344,6 +344,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/health/live",
         "/health/ready",
         "/health",
+        "/health/startup",
         "/metrics",
         "/admin/reload",
     ]

@@ -1,0 +1,162 @@
+"""The clients of the gateway, told apart by the key that a request carries."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from gateway.config.api_keys import KeyEntry, load_key_file
+from gateway.config.settings import Settings
+from gateway.errors import ConfigError, Unauthorized
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+# How often the file is looked at, at most: one `stat`, which takes microseconds.
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who sends a request.
+
+    Attributes:
+        name: for logs and fairness: that of its key, or the network address where no key is asked for.
+        models: the names that it may use; ``None`` for all.
+        requests_per_minute: 0 for as many as it likes; so for the tokens.
+    """
+
+    name: str
+    models: frozenset[str] | None = None
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    expires: datetime | None = None
+
+    def may_use(self, *names: str) -> bool:
+        """Return whether one of a model's names is among those that the client may use."""
+        return self.models is None or not self.models.isdisjoint(names)
+
+
+class Keyring:
+    """The keys that may be used; without any, no key is asked for.
+
+    A file of keys is read anew when it has changed, so that keys are exchanged without a restart. A file that has become
+    wrong, or has gone, changes nothing.
+
+    Raises:
+        ConfigError: the file of keys cannot be read, or is wrong.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
+        self._settings = settings
+        self._environ = environ
+        # Makes the place of a key in the dictionary unknown outside this process: how long a lookup takes tells nothing.
+        self._secret = secrets.token_bytes(32)
+        self._from_settings = {
+            self._place(key_digest(key.get_secret_value())): self._client(
+                f"key-{key_digest(key.get_secret_value())[:8]}"
+            )
+            for key in settings.api_keys
+        }
+        self._file: Path | None = settings.api_keys_file
+        self._seen: tuple[int, ...] = ()
+        self._next_look = 0.0
+        self._clients = self._from_settings
+        if self._file is not None:
+            self._seen = _look(self._file)
+            self._clients = self._read(self._file)
+
+    def __bool__(self) -> bool:
+        return bool(self._settings.api_keys) or self._file is not None
+
+    def identify(self, digest: str | None, address: str) -> Client:
+        """Return who sends a request.
+
+        Args:
+            digest: hex sha256 of the key that the request carries, if it carries one.
+            address: where it comes from.
+
+        Raises:
+            Unauthorized: keys are asked for, and the request has none of them.
+        """
+        if not self:
+            return self._client(address)
+        self._read_if_changed()
+        if digest is None:
+            raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
+        client = self._clients.get(self._place(digest))
+        if client is None:
+            raise Unauthorized("the API key is not known here")
+        if client.expires is not None and client.expires <= datetime.now(UTC):
+            raise Unauthorized(f"the API key of {client.name} has expired on {client.expires:%Y-%m-%d}")
+        return client
+
+    def _read_if_changed(self) -> None:
+        now = time.monotonic()
+        if self._file is None or now < self._next_look:
+            return
+        self._next_look = now + _LOOK_EVERY_S
+        seen = _look(self._file)
+        if seen == self._seen:
+            return
+        self._seen = seen  # also if it is wrong: told once, not every second
+        try:
+            self._clients = self._read(self._file)
+        except ConfigError as error:
+            metrics.KEY_RELOADS.labels("refused").inc()
+            log.error("api_keys_refused", reason=str(error))
+        else:
+            metrics.KEY_RELOADS.labels("ok").inc()
+            log.info("api_keys_read", num_keys=len(self._clients))
+
+    def _read(self, path: Path) -> dict[bytes, Client]:
+        entries = load_key_file(path, self._environ).keys
+        from_file = {self._place(digest): self._client_of(entry) for entry in entries for digest in entry.sha256}
+        return {**self._from_settings, **from_file}
+
+    def _place(self, digest: str) -> bytes:
+        return hmac.digest(self._secret, digest.encode(), "sha256")
+
+    def _client(self, name: str) -> Client:
+        return Client(
+            name,
+            requests_per_minute=self._settings.requests_per_minute,
+            tokens_per_minute=self._settings.tokens_per_minute,
+        )
+
+    def _client_of(self, entry: KeyEntry) -> Client:
+        return Client(
+            entry.name,
+            models=None if entry.models is None else frozenset(entry.models),
+            requests_per_minute=entry.requests_per_minute or self._settings.requests_per_minute,
+            tokens_per_minute=entry.tokens_per_minute or self._settings.tokens_per_minute,
+            expires=entry.expires,
+        )
+
+
+def key_digest(key: str) -> str:
+    """Return the hex sha256 of a key, in UTF-8: the form that keys are kept, compared and named in."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def make_key() -> str:
+    """Return a new key: 256 random bits, in letters that need no quoting anywhere."""
+    return f"sk-{secrets.token_urlsafe(32)}"
+
+
+def _look(path: Path) -> tuple[int, ...]:
+    """Return what changes when the file is written or exchanged, through links too; empty when it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino

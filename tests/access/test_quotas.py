@@ -1,0 +1,185 @@
+"""Requests and tokens a minute, in memory and in a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from gateway.access.keyring import Client
+from gateway.access.quotas import Quotas, Ticket
+from gateway.errors import ConfigError, RateLimited
+from gateway.telemetry import metrics
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a Redis, and return where it is."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            _wait_until_it_listens(port)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+
+
+def _wait_until_it_listens(port: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.02)
+    raise TimeoutError("redis-server does not listen")
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[[str], Quotas]]:
+    """Return what makes quotas; their connections are closed in the end."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def connect(uri: str) -> Quotas:
+            quotas = Quotas(uri)
+            stack.push_async_callback(quotas.close)
+            return quotas
+
+        yield connect
+
+
+@pytest.fixture(params=["memory", "redis"])
+def quotas(request: pytest.FixtureRequest, connect: Callable[[str], Quotas]) -> Quotas:
+    """Return quotas that count in one of the storages."""
+    return connect("memory://" if request.param == "memory" else request.getfixturevalue("redis"))
+
+
+def client(**limits: int) -> Client:
+    """Return a client that nobody else counts for."""
+    return Client(f"client-{time.monotonic_ns()}", **limits)
+
+
+async def use(quotas: Quotas, client: Client, num_tokens: int = 0) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    ticket = await quotas.admit(client, headers)
+    await quotas.charge(ticket, num_tokens)
+    return headers
+
+
+async def test_without_limits_nothing_is_counted(quotas: Quotas) -> None:
+    one = client()
+
+    assert [await use(quotas, one, 10**9) for _ in range(100)] == [{}] * 100
+
+
+async def test_requests_of_a_minute(quotas: Quotas) -> None:
+    one, other = client(requests_per_minute=3), client(requests_per_minute=3)
+
+    left = [(await use(quotas, one))["x-ratelimit-remaining-requests"] for _ in range(3)]
+    headers: dict[str, str] = {}
+    with pytest.raises(RateLimited, match="may use 3 requests a minute") as caught:
+        await quotas.admit(one, headers)
+
+    assert left == ["2", "1", "0"]
+    assert headers["x-ratelimit-limit-requests"] == "3"
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    reset = headers["x-ratelimit-reset-requests"]
+    assert reset.endswith("s")
+    assert 50 < float(reset[:-1]) <= 60
+    assert caught.value.retry_after_s is not None
+    assert 50 < caught.value.retry_after_s <= 60
+    assert (await use(quotas, other))["x-ratelimit-remaining-requests"] == "2"
+
+
+async def test_tokens_are_charged_as_they_were_used(quotas: Quotas) -> None:
+    one = client(tokens_per_minute=100)
+
+    headers = await use(quotas, one, 60)
+    assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("100", "40")
+    headers = await use(quotas, one, 60)  # what one request takes may go over
+    assert headers["x-ratelimit-remaining-tokens"] == "0"
+    with pytest.raises(RateLimited, match="may use 100 tokens a minute"):
+        await quotas.admit(one, {})
+
+
+async def test_requests_that_run_keep_tokens_aside() -> None:
+    quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
+    tickets = [await quotas.admit(one, {}) for _ in range(3)]
+
+    with quotas.reserve(tickets[0], ["x" * 200]), quotas.reserve(tickets[1], ["x" * 200]):  # 51 each
+        with pytest.raises(RateLimited), quotas.reserve(tickets[2], ["x"]):
+            raise AssertionError("there is no token left")
+        with pytest.raises(RateLimited):
+            await quotas.admit(one, {})
+
+    with quotas.reserve(tickets[2], ["x"]):
+        assert quotas._reserved == {one.name: 1}
+    assert quotas._reserved == {}
+
+
+async def test_what_failed_is_not_kept_aside() -> None:
+    quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
+    ticket = await quotas.admit(one, {})
+
+    with pytest.raises(ValueError, match="it failed"), quotas.reserve(ticket, ["x" * 1000]):
+        raise ValueError("it failed")
+
+    assert quotas._reserved == {}
+    assert isinstance(await quotas.admit(one, {}), Ticket)
+
+
+async def test_many_at_once_get_no_more(quotas: Quotas) -> None:
+    one = client(requests_per_minute=50)
+
+    results = await asyncio.gather(*(quotas.admit(one, {}) for _ in range(200)), return_exceptions=True)
+
+    assert sum(isinstance(result, Ticket) for result in results) == 50
+    assert sum(isinstance(result, RateLimited) for result in results) == 150
+
+
+async def test_replicas_count_together_in_redis(connect: Callable[[str], Quotas], redis: str) -> None:
+    replicas, one = [connect(redis), connect(redis)], client(requests_per_minute=3)
+
+    left = [(await use(replicas[i % 2], one))["x-ratelimit-remaining-requests"] for i in range(3)]
+
+    assert left == ["2", "1", "0"]
+    for replica in replicas:
+        with pytest.raises(RateLimited):
+            await replica.admit(one, {})
+
+
+async def test_a_storage_that_does_not_answer_lets_everybody_pass(connect: Callable[[str], Quotas]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    quotas, one = connect(f"redis://127.0.0.1:{port}/0"), client(requests_per_minute=1, tokens_per_minute=1)
+    before = metrics.QUOTA_ERRORS._value.get()
+
+    for _ in range(3):
+        assert (await use(quotas, one, 5))["x-ratelimit-remaining-requests"] == "1"
+
+    assert metrics.QUOTA_ERRORS._value.get() > before
+
+
+async def test_a_storage_that_hangs_holds_nobody_up(connect: Callable[[str], Quotas]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its backlog for ever
+        quotas = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
+        started = time.monotonic()
+
+        await quotas.admit(client(requests_per_minute=1), {})
+
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("uri", ["nowhere://", "redis", "etcd://127.0.0.1:2379", ""])
+def test_a_storage_that_there_is_not_is_told_at_the_start(uri: str) -> None:
+    with pytest.raises(ConfigError, match="GATEWAY_QUOTA_STORAGE"):
+        Quotas(uri)

@@ -1,0 +1,216 @@
+"""Keys over HTTP: which models they are for, how much a minute, and how they are exchanged while requests come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.access import keyring
+from gateway.access.keyring import key_digest
+
+Connect = Callable[..., Awaitable[httpx.AsyncClient]]
+CheckError = Callable[..., str]
+ALIASES = {"default": "mini", "search": "jina:retrieval.query"}
+
+
+def write(path: Path, **keys: str) -> Path:
+    """Put a file of keys in place: by the client's name its key, and after a comma the rest of its entry."""
+    lines = []
+    for name, more in keys.items():
+        key, _, rest = more.partition(",")
+        lines.append(f"- {{name: {name}, sha256: {key_digest(key)}{', ' if rest else ''}{rest}}}\n")
+    new = path.with_suffix(".new")
+    new.write_text("version: 1\nkeys:\n" + "".join(lines))
+    return new.replace(path)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+async def embed(client: httpx.AsyncClient, key: str, model: str | None = None, text: str = "a b") -> httpx.Response:
+    return await client.post("/v1/embeddings", json={"input": text, "model": model}, headers=bearer(key))
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("allowed", "model"),
+    [
+        ("mini", "mini"),
+        ("mini", "default"),
+        ("mini", None),
+        ("mini", "owner/mini"),
+        ("default", "default"),
+        ("default", None),
+        ("jina", "jina:retrieval.query"),
+    ],
+)
+async def test_a_key_is_for_a_model_by_any_of_its_names(
+    connect: Connect, tmp_path: Path, allowed: str, model: str | None
+) -> None:
+    file = write(tmp_path / "keys.yaml", a=f"key,models: [{allowed}]")
+    client = await connect(api_keys_file=file)
+
+    assert (await embed(client, "key", model)).status_code == 200
+
+
+@pytest.mark.parametrize(("allowed", "model"), [("mini", "jina"), ("default", "mini"), ("jina", None), ("x", "mini")])
+async def test_it_is_for_no_other(
+    connect: Connect, check_error: CheckError, tmp_path: Path, allowed: str, model: str | None
+) -> None:
+    client = await connect(api_keys_file=write(tmp_path / "keys.yaml", a=f"key,models: [{allowed}]"))
+
+    told = check_error(
+        await embed(client, "key", model), 403, "model_not_allowed", param="model", type_="permission_error"
+    )
+
+    assert told == f"this API key is not for model {model or 'default'!r}"
+
+
+async def test_only_its_models_are_listed(connect: Connect, check_error: CheckError, tmp_path: Path) -> None:
+    client = await connect(api_keys_file=write(tmp_path / "keys.yaml", a="key,models: [jina]", b="all"))
+
+    async def listed(key: str) -> list[str]:
+        return [card["id"] for card in (await client.get("/v1/models", headers=bearer(key))).json()["data"]]
+
+    assert await listed("key") == ["jina"]
+    assert await listed("all") == ["mini", "jina", "team/small"]
+    assert (await client.get("/v1/models/jina", headers=bearer("key"))).status_code == 200
+    check_error(
+        await client.get("/v1/models/mini", headers=bearer("key")),
+        403,
+        "model_not_allowed",
+        param="model",
+        type_="permission_error",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ quotas
+
+
+async def test_requests_of_a_minute_are_used_up(connect: Connect, check_error: CheckError, tmp_path: Path) -> None:
+    file = write(tmp_path / "keys.yaml", a="key,requests_per_minute: 2", b="other")
+    client = await connect(api_keys_file=file)
+
+    answers = [await embed(client, "key") for _ in range(2)]
+    refused = await embed(client, "key")
+
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0"]
+    told = check_error(refused, 429, "rate_limit_exceeded", type_="rate_limit_error")
+    assert told.startswith("a may use 2 requests a minute, and those of this minute are used: wait ")
+    assert refused.headers["x-ratelimit-limit-requests"] == "2"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert 50 < int(refused.headers["retry-after"]) <= 60
+    other = await embed(client, "other")
+    assert other.status_code == 200
+    assert not [name for name in other.headers if name.startswith("x-ratelimit")]
+
+
+async def test_bad_requests_count_as_well(connect: Connect, tmp_path: Path) -> None:
+    client = await connect(api_keys_file=write(tmp_path / "keys.yaml", a="key,requests_per_minute: 1"))
+
+    bad = await client.post("/v1/embeddings", content=b"{", headers=bearer("key"))
+
+    assert (bad.status_code, bad.headers["x-ratelimit-remaining-requests"]) == (400, "0")
+    assert (await embed(client, "key")).status_code == 429
+
+
+async def test_tokens_of_a_minute_are_used_up(connect: Connect, check_error: CheckError, tmp_path: Path) -> None:
+    client = await connect(api_keys_file=write(tmp_path / "keys.yaml", a="key,tokens_per_minute: 5"))
+
+    answers = [await embed(client, "key", text="one two three") for _ in range(2)]
+
+    assert [answer.json()["usage"]["total_tokens"] for answer in answers] == [3, 3]
+    assert [answer.headers["x-ratelimit-remaining-tokens"] for answer in answers] == ["2", "0"]
+    check_error(await embed(client, "key"), 429, "rate_limit_exceeded", type_="rate_limit_error")
+
+
+async def test_addresses_have_quotas_where_there_are_no_keys(connect: Connect) -> None:
+    client = await connect(requests_per_minute=1)
+
+    assert [(await embed(client, "")).status_code for _ in range(2)] == [200, 429]
+
+
+async def test_what_costs_no_work_is_not_counted(connect: Connect) -> None:
+    client = await connect(requests_per_minute=1)
+
+    assert [(await client.get(path)).status_code for path in ("/v1/models", "/health", "/v1/spaces")] == [200] * 3
+    assert (await embed(client, "")).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------------------- exchange
+
+
+async def test_keys_are_exchanged_under_load_without_a_refused_request(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old and new key at once, then the new one alone, as the guide says: nobody is turned away in between."""
+    monkeypatch.setattr(keyring, "_LOOK_EVERY_S", 0.0)
+    path = tmp_path / "keys.yaml"
+    old, new = key_digest("old"), key_digest("new")
+    path.write_text(f"version: 1\nkeys: [{{name: a, sha256: {old}}}]")
+    client = await connect(api_keys_file=path)
+    key, statuses, is_over = "old", [], False
+
+    async def ask() -> None:
+        while not is_over:
+            statuses.append((await embed(client, key)).status_code)
+
+    clients = [asyncio.create_task(ask()) for _ in range(8)]
+    for text in (f"[{old}, {new}]", f"[{old}, {new}] # a broken file: [", f"[{new}]"):
+        await asyncio.sleep(0.1)
+        if text.startswith(f"[{new}"):
+            key = "new"
+            await asyncio.sleep(0.1)  # requests with the old key have ended
+        replacement = path.with_suffix(".new")
+        replacement.write_text(f"version: 1\nkeys: [{{name: a, sha256: {text}}}]")
+        replacement.replace(path)
+    await asyncio.sleep(0.1)
+    is_over = True
+    await asyncio.gather(*clients)
+
+    assert len(statuses) > 50
+    assert set(statuses) == {200}
+    assert (await embed(client, "old")).status_code == 401
+
+
+# ------------------------------------------------------------------------------------------------- the operator's own
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "status"),
+    [
+        ({}, None, 200),
+        ({"api_keys": "client-key"}, None, 403),
+        ({"api_keys": "client-key"}, "client-key", 403),
+        ({"api_keys": "client-key", "admin_key": "operator-key"}, "client-key", 403),
+        ({"api_keys": "client-key", "admin_key": "operator-key"}, "operator-key", 200),
+        ({"admin_key": "operator-key"}, None, 403),
+        ({"admin_port": 9000}, None, 404),
+    ],
+)
+async def test_metrics_are_the_operators_once_anything_is_guarded(
+    connect: Connect, settings: dict[str, object], key: str | None, status: int
+) -> None:
+    client = await connect(**settings)
+
+    assert (await client.get("/metrics", headers=bearer(key) if key else {})).status_code == status
+
+
+async def test_other_pages_may_ask_only_if_they_are_named(connect: Connect) -> None:
+    origin = {"origin": "https://app.example.com"}
+    closed, opened = await connect(), await connect(cors_origins="https://app.example.com/", api_keys="key")
+
+    assert "access-control-allow-origin" not in (await closed.get("/v1/models", headers=origin)).headers
+    refused = await opened.get("/v1/models", headers=origin)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, origin["origin"])
+    preflight = {**origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    assert (await opened.options("/v1/embeddings", headers=preflight)).status_code == 200
+    other = await opened.get("/v1/models", headers={"origin": "https://evil.example.com"})
+    assert "access-control-allow-origin" not in other.headers

@@ -1,0 +1,202 @@
+"""What a stop costs: nothing, to whoever heeds readiness. A process with fake models, so that it starts in a second."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.config.registry import ModelEntry, Registry
+from gateway.config.settings import load_settings
+from gateway.deployment import Deployment
+from gateway.server import serve
+from gateway.telemetry.logs import configure_logs
+
+configure_logs("error", "json")
+entry = ModelEntry(id="mini", source="./mini", enabled=True, required=True)
+registry = Registry(path=Path("models.yaml"), version=1, models=(entry,))
+backend = FakeBackend(fake_info("mini"), delay_s=float(os.environ["DELAY_S"]))
+deployment = Deployment(registry, load_settings(os.environ), make_backend=lambda _entry: backend)
+sys.exit(serve(deployment, lambda _fleet, url: print(url, flush=True)))
+"""
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def gateway(delay_s: float = 0.02, **settings: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    environ = {f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env={"GATEWAY_PORT": "0", "GATEWAY_LOG_LEVEL": "error", "DELAY_S": str(delay_s), **environ},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def embed(client: httpx.Client, url: str) -> httpx.Response:
+    return client.post(f"{url}/v1/embeddings", json={"input": "a b", "model": "mini"}, timeout=30)
+
+
+class Load(threading.Thread):
+    """A client that asks without a pause, until the load balancer sends it elsewhere."""
+
+    def __init__(self, url: str, is_elsewhere: threading.Event) -> None:
+        super().__init__()
+        self.url = url
+        self.is_elsewhere = is_elsewhere
+        self.statuses: list[int] = []
+        self.lost: list[str] = []
+
+    def run(self) -> None:
+        with httpx.Client() as client:
+            while not self.is_elsewhere.is_set():
+                try:
+                    self.statuses.append(embed(client, self.url).status_code)
+                except httpx.HTTPError as error:
+                    self.lost.append(repr(error))
+
+
+def test_a_stop_under_load_loses_no_request() -> None:
+    with gateway(drain_delay_s=2, shutdown_grace_s=10) as (process, url), httpx.Client() as operator:
+        is_elsewhere = threading.Event()
+        clients = [Load(url, is_elsewhere) for _ in range(16)]
+        for client in clients:
+            client.start()
+        while min(len(client.statuses) for client in clients) < 3 and all(client.is_alive() for client in clients):
+            time.sleep(0.05)
+        before = [len(client.statuses) for client in clients]
+        process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        time.sleep(0.2)
+        while_draining = [len(client.statuses) for client in clients]
+        ready = operator.get(f"{url}/health/ready")
+        live = operator.get(f"{url}/health/live")
+        time.sleep(0.8)  # what a load balancer takes to see it
+        is_elsewhere.set()
+        for client in clients:
+            client.join(timeout=20)
+        assert process.wait(timeout=20) == 0
+        took_s = time.monotonic() - signalled
+
+    assert min(before) >= 3
+    assert (ready.status_code, ready.json()["status"], live.status_code) == (503, "draining", 200)
+    assert [client.lost for client in clients] == [[]] * 16
+    assert {status for client in clients for status in client.statuses} == {200}
+    assert sum(len(client.statuses) for client in clients) > sum(while_draining)
+    assert 2 < took_s < 12
+
+
+def test_requests_in_flight_end_within_the_grace_time() -> None:
+    with gateway(delay_s=1.0, shutdown_grace_s=10) as (process, url), httpx.Client() as client:
+        answers: list[httpx.Response] = []
+        request = threading.Thread(target=lambda: answers.append(embed(client, url)))
+        request.start()
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        request.join(timeout=20)
+
+        assert process.wait(timeout=20) == 0
+    assert [answer.status_code for answer in answers] == [200]
+    assert answers[0].headers["connection"] == "close"
+
+
+def test_what_takes_longer_than_the_grace_time_does_not_hold_the_stop_up() -> None:
+    with gateway(delay_s=60.0, shutdown_grace_s=1) as (process, url), httpx.Client() as client:
+        ended = threading.Event()
+
+        def ask() -> None:
+            with suppress(httpx.HTTPError):
+                embed(client, url)
+            ended.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(timeout=10) == 0
+        assert ended.wait(timeout=10)
+
+
+def test_a_second_signal_does_not_wait_for_the_load_balancer() -> None:
+    with gateway(drain_delay_s=60) as (process, _url):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(timeout=10) == 0
+
+
+def test_the_operators_port_is_apart_and_stays_until_the_end() -> None:
+    port = free_port()
+    with gateway(delay_s=1.5, admin_port=port, admin_key="operator-key", api_keys="client-key") as (process, url):
+        admin = f"http://127.0.0.1:{port}"
+        operator = {"authorization": "Bearer operator-key"}
+        assert httpx.get(f"{admin}/metrics").text.startswith("# HELP")
+        assert httpx.get(f"{admin}/health/startup").status_code == 200
+        assert httpx.post(f"{admin}/admin/reload").status_code == 403
+        assert httpx.post(f"{admin}/admin/reload", headers=operator).json()["kept"] == ["mini"]
+        assert httpx.post(f"{admin}/v1/embeddings", headers=operator).status_code in {401, 404}
+        client = {"authorization": "Bearer client-key"}
+        assert httpx.get(f"{url}/metrics", headers=operator).status_code == 404
+        assert httpx.post(f"{url}/admin/reload", headers=operator).status_code == 404
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+        request = threading.Thread(
+            target=lambda: httpx.post(f"{url}/v1/embeddings", json={"input": "a", "model": "mini"}, headers=client)
+        )
+        request.start()
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.4)
+
+        assert httpx.get(f"{admin}/health/ready").json()["status"] == "draining"
+        request.join(timeout=20)
+        assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("setting", ["port", "admin_port"])
+def test_a_port_in_use_is_told_at_once(setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        environ = {"GATEWAY_PORT": "0", f"GATEWAY_{setting.upper()}": str(port), "DELAY_S": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=environ,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert f"GATEWAY_{setting.upper()}" in done.stderr
