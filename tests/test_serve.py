@@ -70,6 +70,41 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+WATCHER = """
+import os, sys
+
+def on_event(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        target = arguments[1] if event == "socket.connect" else arguments[:2]
+        with open(os.environ["CONNECTIONS"], "a") as file:
+            print(target, file=file)
+
+sys.addaudithook(on_event)
+"""
+
+
+def test_it_asks_nobody_anything_and_sends_nothing_home(tmp_path: Path) -> None:
+    """Python tells its audit hooks of each connection, whichever library makes it."""
+    (tmp_path / "sitecustomize.py").write_text(WATCHER)
+    seen = tmp_path / "connections"
+    environ = {"PYTHONPATH": str(tmp_path), "CONNECTIONS": str(seen)}
+    probe = [sys.executable, "-c", "import socket; socket.getaddrinfo('127.0.0.1', 80)"]
+    subprocess.run(probe, env={**os.environ, **environ}, check=True)
+    assert seen.read_text() == "('127.0.0.1', 80)\n"  # it does watch
+    seen.write_text("")
+
+    with gateway(write_registry(tmp_path, BUNDLED), "--port", "0", **environ) as process:
+        printed = read_until(process, "curl ")
+        url = re.search(r"http://[\d.:]+", printed)
+        assert url
+        body = {"model": "minilm", "input": "a text"}
+        assert httpx.post(f"{url[0]}/v1/embeddings", json=body).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+
+    assert seen.read_text() == ""
+
+
 def test_it_prints_a_table_and_a_curl_line_that_works(tmp_path: Path) -> None:
     with gateway(write_registry(tmp_path, BUNDLED), "--port", "0") as process:
         printed = read_until(process, "curl ")

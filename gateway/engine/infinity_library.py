@@ -1,7 +1,7 @@
 """The only import of ``infinity_emb``: what the engine builds on, with the library's side effects kept out.
 
-Infinity reads its environment when it is imported, reports usage to PostHog unless told not to, makes a cache folder in
-its home, or else in the working directory, and clears the root logger's handlers.
+Infinity reads its environment when it is imported, makes a cache folder in its home, or else in the working directory,
+and clears the root logger's handlers. That it reports no usage to PostHog is seen to in ``gateway.engine``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-
-os.environ["DO_NOT_TRACK"] = "1"
-os.environ["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
 
 _root = logging.getLogger()
 _handlers, _level = list(_root.handlers), _root.level

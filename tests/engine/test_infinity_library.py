@@ -16,13 +16,14 @@ root.addHandler(handler)
 root.setLevel(logging.ERROR)
 
 import gateway.engine.infinity_library
+from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
 from infinity_emb.telemetry import TELEMETRY_ENABLED
 
 print(json.dumps({
     "handlers": root.handlers == [handler],
     "level": root.level == logging.ERROR,
     "home": os.environ.get("INFINITY_HOME"),
-    "telemetry": TELEMETRY_ENABLED,
+    "telemetry": [TELEMETRY_ENABLED, not HF_HUB_DISABLE_TELEMETRY],
 }))
 """
 
@@ -30,7 +31,7 @@ print(json.dumps({
 def test_the_import_leaves_files_logging_and_environment_alone(tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("INFINITY_", "HF_"))}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("INFINITY_", "HF_", "DO_NOT"))}
     environ |= {"HOME": str(tmp_path), "TMPDIR": str(temporary), "INFINITY_HOME": "own"}
 
     process = subprocess.run(
@@ -42,5 +43,5 @@ def test_the_import_leaves_files_logging_and_environment_alone(tmp_path: Path) -
         check=True,
     )
 
-    assert json.loads(process.stdout) == {"handlers": True, "level": True, "home": "own", "telemetry": False}
+    assert json.loads(process.stdout) == {"handlers": True, "level": True, "home": "own", "telemetry": [False, False]}
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["temporary"]
