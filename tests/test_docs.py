@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from gateway.config.api_keys import KeyEntry, load_key_file
 from gateway.config.registry import Alias, ModelEntry, Registry, load_registry
 from gateway.config.settings import Settings, variable
 from gateway.config.wording import configurable
@@ -98,3 +99,12 @@ def test_the_example_is_valid_and_uses_every_key(generate: ModuleType, tmp_path:
     used = {key for model in registry.models for key in model.model_fields_set}
     assert used == set(ModelEntry.model_fields)
     assert registry.model("jina-embeddings-v3").max_tokens == 8192
+
+
+def test_the_example_of_a_file_of_keys_is_valid_and_uses_every_key(generate: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(generate.KEYS_EXAMPLE, encoding="utf-8")
+
+    keys = load_key_file(path, {}).keys
+
+    assert {name for key in keys for name in key.model_fields_set} == set(KeyEntry.model_fields)
