@@ -92,7 +92,8 @@ async def _serving_operator(
 def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=bounded(settings.header_timeout_s, settings.max_header_bytes),
+        http=bounded(settings),
+        ws="none",  # a request to upgrade would else leave our protocol, and its bounds
         log_config=None,
         access_log=False,
         server_header=False,

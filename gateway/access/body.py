@@ -12,7 +12,6 @@ from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected
 
 # How much of a body is read that nobody wants: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
-_MAX_DRAIN_S = 30.0
 
 
 class Body:
@@ -71,7 +70,7 @@ class Body:
             return
         most = self._num_bytes + _MAX_DRAINED_BYTES
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_MAX_DRAIN_S):
+            async with asyncio.timeout(self._timeout_s):
                 while not self._has_ended and self._num_bytes < most:
                     await self._next()
 

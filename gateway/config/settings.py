@@ -125,6 +125,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that a request's body may take to come; 400 beyond.",
     )
+    send_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds in which a client must take something of an answer that waits; the connection is cut then.",
+    )
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
     )

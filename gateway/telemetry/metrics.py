@@ -89,8 +89,11 @@ QUOTA_ERRORS = Counter(
     "Requests that passed uncounted, as the storage of quotas did not answer.",
     registry=REGISTRY,
 )
-SLOW_HEADERS = Counter(
-    "gateway_slow_headers", "Connections closed as a request's headers did not come in time.", registry=REGISTRY
+SLOW_CONNECTIONS = Counter(
+    "gateway_slow_connections",
+    "Connections closed because what was begun did not come (receive), or an answer was not taken (send), in time.",
+    ["side"],
+    registry=REGISTRY,
 )
 BATCH_TEXTS = Histogram(
     "gateway_batch_texts", "Texts in a batch.", ["model"], buckets=_POWERS_OF_TWO[:12], registry=REGISTRY

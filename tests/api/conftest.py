@@ -146,8 +146,7 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
         registry, fleet = make_fleet(*(fleet_models or models), aliases={}, experiments=experiments)
         known = Settings(**settings)
         app = create_app(Deployment(registry, known, fleet))
-        http = bounded(known.header_timeout_s, known.max_header_bytes)
-        config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(app, http=bounded(known), ws="none", log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:
 

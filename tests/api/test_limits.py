@@ -156,3 +156,154 @@ def test_what_is_no_http_gets_the_body_of_all_errors(connections: Callable[..., 
 
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+CHUNKED = b"POST /v1/embeddings HTTP/1.1\r\nhost: gateway\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNK = b"%x\r\n%s\r\n" % (len(BODY), BODY)
+
+
+def answer_of(connection: socket.socket) -> http.client.HTTPResponse:
+    answer = http.client.HTTPResponse(connection)
+    connection.settimeout(10)
+    answer.begin()
+    answer.body = answer.read()
+    return answer
+
+
+def flood(connection: socket.socket, content: bytes) -> int:
+    """Send something again and again until the server hangs up; return how many bytes it was sent."""
+    sent = 0
+    connection.settimeout(10)
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while sent < 50_000_000:
+            connection.sendall(content)
+            sent += len(content)
+    return sent
+
+
+@pytest.mark.parametrize("begun", [CHUNKED + CHUNK + b"0\r\n", GET + b"transfer-encoding: chunked\r\n\r\n0\r\n"])
+@pytest.mark.parametrize("trailers", [b"a: \r\n" * 100, b"x" * 1000])
+def test_trailers_without_an_end_end_the_connection(
+    connections: Callable[..., socket.socket], begun: bytes, trailers: bytes
+) -> None:
+    endless = connections(max_header_bytes=4096)
+    endless.sendall(begun + b"b: ")
+
+    assert flood(endless, trailers) < 20_000_000  # what the sockets' own buffers hold
+    assert is_served(connections())
+
+
+def test_a_chunk_extension_without_an_end_ends_the_connection(connections: Callable[..., socket.socket]) -> None:
+    endless = connections(max_header_bytes=4096)
+    endless.sendall(CHUNKED + b"5;a=")
+
+    assert flood(endless, b"x" * 1000) < 20_000_000
+    assert is_served(connections())
+
+
+def test_a_trailer_is_no_header(connections: Callable[..., socket.socket]) -> None:
+    connection = connections(api_keys=["right"])
+    connection.sendall(CHUNKED + CHUNK + b"0\r\nauthorization: Bearer right\r\n\r\n")
+    assert answer_of(connection).status == 401
+
+    connection.sendall(CHUNKED.replace(b"host", b"authorization: Bearer right\r\nhost") + CHUNK + b"0\r\n\r\n")
+    assert answer_of(connection).status == 200
+
+
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+def test_an_upgrade_is_not_made_and_holds_nothing_up(
+    connections: Callable[..., socket.socket], protocol: bytes
+) -> None:
+    connection = connections()
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\nhttp2-settings: AAMAAABk\r\nhost" % protocol
+    for _ in range(2):
+        connection.sendall(POST.replace(b"host", offer) + BODY)
+        answer = answer_of(connection)
+
+        assert answer.status == 200
+        assert len(json.loads(answer.body)["data"]) == 1
+
+
+EARLY = GET + b"content-length: 100000\r\n\r\n"  # is answered before its body has come
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(GET + b"\r\n", b"\r\n"), (EARLY, b"x"), (EARLY, b""), (EARLY, b"x" * 99_999)],
+    ids=["empty line", "a byte of a body", "no body", "not all of a body"],
+)
+def test_what_is_begun_after_an_answer_must_end_in_time(
+    connections: Callable[..., socket.socket], first: bytes, then: bytes
+) -> None:
+    slow = connections(header_timeout_s=0.4, max_header_bytes=200_000)
+    slow.sendall(first)
+    assert answer_of(slow).status == 200
+    started = time.monotonic()
+    slow.sendall(then)
+
+    assert receive(slow) == b""
+    assert time.monotonic() - started < 4  # uvicorn's own pause between two requests is 5 s
+
+
+def test_a_body_that_nobody_wants_must_end_in_time(connections: Callable[..., socket.socket]) -> None:
+    slow = connections(api_keys=["right"], body_timeout_s=0.4, header_timeout_s=0.4)
+    slow.sendall(POST.replace(b"%d" % len(BODY), b"100000"))
+    started = time.monotonic()
+    assert answer_of(slow).status == 401
+
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        send_slowly(slow, b"x" * 100)
+    assert time.monotonic() - started < 4
+
+
+def test_a_body_without_an_end_ends_the_connection_of_an_early_answer(
+    connections: Callable[..., socket.socket],
+) -> None:
+    endless = connections(max_header_bytes=4096)
+    endless.sendall(GET + b"transfer-encoding: chunked\r\n\r\n")
+    assert answer_of(endless).status == 200
+
+    assert flood(endless, b"3e8\r\n%s\r\n" % (b"x" * 1000)) < 20_000_000
+
+
+def test_the_next_request_may_begin_beside_the_end_of_this_one(connections: Callable[..., socket.socket]) -> None:
+    connection = connections(max_header_bytes=1024)
+    body = BODY + b" " * 5000
+    post = POST.replace(b"%d" % len(BODY), b"%d" % len(body))
+    connection.sendall(post + body[:10])
+    time.sleep(0.1)
+    connection.sendall(body[10:] + GET[:10])
+    assert answer_of(connection).status == 200
+    connection.sendall(GET[10:] + b"\r\n")
+
+    assert answer_of(connection).body == b'{"status":"ok"}'
+
+
+def test_an_answer_that_is_not_read_is_not_kept(serve: Serve, make_model: Callable[..., object]) -> None:
+    texts = json.dumps({"input": ["a"] * 2048, "model": "mini"}).encode()
+    post = POST.replace(b"%d" % len(BODY), b"%d" % len(texts))
+    with serve(make_model("mini", width=1024), send_timeout_s=0.5) as address, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(address)
+        deaf.sendall(post + texts)
+        time.sleep(4)
+
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            answer_of(deaf)
+
+
+def test_an_answer_that_is_read_slowly_is_sent_to_its_end(serve: Serve, make_model: Callable[..., object]) -> None:
+    texts = json.dumps({"input": ["a"] * 256, "model": "mini"}).encode()
+    post = POST.replace(b"%d" % len(BODY), b"%d" % len(texts))
+    with serve(make_model("mini", width=1024), send_timeout_s=0.5) as address, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        slow.connect(address)
+        slow.sendall(post + texts)
+        answer = http.client.HTTPResponse(slow)
+        answer.begin()
+        size, received = answer.length, 0
+        while chunk := answer.read(20_000):
+            received += len(chunk)
+            time.sleep(0.02)
+
+    assert received == size > 500_000
