@@ -52,6 +52,7 @@ class RequestContext:
         client: whom the request is from.
         headers: further headers of the answer, whatever it will be.
         api_key: hex sha256 of the key that the request carries, also where none is asked for.
+        key_owner: whose key that is: the client's name where keys are known, else the key's hash.
     """
 
     request_id: str
@@ -66,6 +67,7 @@ class RequestContext:
     num_tokens: int | None = None
     timings: Timings | None = None
     api_key: str | None = None
+    key_owner: str | None = None
     experiment: str | None = None
     arm: str | None = None
 
@@ -147,7 +149,9 @@ class GatewayMiddleware:
         if not scope["path"].startswith(_OPEN_PATHS):
             context.api_key = _sent_key(headers)
             if not scope["path"].startswith(_OPERATOR_PATHS):
-                context.client = self._keyring.identify(context.api_key, context.client.name)
+                context.client = await self._keyring.identify(context.api_key, context.client.name)
+                # A client stays the same unit of an experiment when its key is exchanged.
+                context.key_owner = context.client.name if self._keyring else context.api_key
         body.check_declared_size()
         await self._app(scope, body.receive, send)
 

@@ -57,7 +57,7 @@ async def _serve(
     listeners: Sequence[socket.socket],
     announce: Callable[[Fleet, str], None],
 ) -> int:
-    server = _Server(_config(app, deployment.settings), deployment)
+    server = _Server(server_config(app, deployment.settings), deployment)
     with _reloading_on_hangup(deployment):
         loading = asyncio.create_task(
             _load(deployment, server, lambda: announce(deployment.fleet, _base_url(listeners[0])))
@@ -79,7 +79,7 @@ async def _serving_operator(
     if app is None:
         yield
         return
-    server = _BackgroundServer(_config(app, settings))
+    server = _BackgroundServer(server_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=list(listeners)))
     log.info("operator_port", url=_base_url(listeners[0]))
     try:
@@ -89,7 +89,8 @@ async def _serving_operator(
         await asyncio.wait((serving,))
 
 
-def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Return how uvicorn serves an application of ours."""
     return uvicorn.Config(
         app,
         http=bounded(settings),
@@ -97,6 +98,8 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         lifespan="off",
         timeout_graceful_shutdown=round(settings.shutdown_grace_s),
     )
@@ -154,7 +157,9 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        """Be not ready at once, and stop after a while; a second signal stops at once."""
+        """Be not ready at once, and stop after a while; a second signal skips the while, a third what still runs."""
+        if self.should_exit:
+            self.force_exit = True
         delay_s = 0.0 if self._deployment.is_draining else self._deployment.settings.drain_delay_s
         self._deployment.drain()
         log.info("stopping", signal=number.name, drain_delay_s=delay_s)

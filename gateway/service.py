@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from gateway.embedding import (
 )
 from gateway.errors import (
     BadInput,
+    ClientDisconnected,
     InferenceFailed,
     ModelNotAllowed,
     ModelNotReady,
@@ -115,6 +117,11 @@ class EmbeddingService:
         started = time.monotonic()
         try:
             answer = await self._answer(router.targets(choice, request.task), choice, request)
+        except asyncio.CancelledError:
+            # An arm that is slow must not look better for it: those who did not wait are its failures.
+            gone = ClientDisconnected("the client closed the connection before the answer")
+            self._record_error(choice, request, gone, time.monotonic() - started)
+            raise
         except RequestError as error:
             self._record_error(choice, request, error, time.monotonic() - started)
             raise

@@ -14,7 +14,7 @@ from gateway.config.settings import load_settings
 DIGEST = "a" * 64
 
 
-def test_a_made_key_opens_with_its_entry(tmp_path: Path) -> None:
+async def test_a_made_key_opens_with_its_entry(tmp_path: Path) -> None:
     made = CliRunner().invoke(app, ["key", "search-team"])
     key = next(line for line in made.stderr.splitlines() if line.startswith("sk-"))
     file = tmp_path / "keys.yaml"
@@ -24,7 +24,7 @@ def test_a_made_key_opens_with_its_entry(tmp_path: Path) -> None:
 
     assert made.exit_code == 0
     assert key not in made.stdout  # what is put into the file does not hold the key
-    assert keyring.identify(key_digest(key), "127.0.0.1").name == "search-team"
+    assert (await keyring.identify(key_digest(key), "127.0.0.1")).name == "search-team"
 
 
 def test_each_made_key_is_another() -> None:

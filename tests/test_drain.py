@@ -65,6 +65,11 @@ def embed(client: httpx.Client, url: str) -> httpx.Response:
     return client.post(f"{url}/v1/embeddings", json={"input": "a b", "model": "mini"}, timeout=30)
 
 
+def ask_in_vain(client: httpx.Client, url: str) -> None:
+    with suppress(httpx.HTTPError):
+        embed(client, url)
+
+
 class Load(threading.Thread):
     """A client that asks without a pause, until the load balancer sends it elsewhere."""
 
@@ -151,6 +156,17 @@ def test_a_second_signal_does_not_wait_for_the_load_balancer() -> None:
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
+
+        assert process.wait(timeout=10) == 0
+
+
+def test_a_third_signal_does_not_wait_for_what_still_runs() -> None:
+    with gateway(delay_s=60.0, drain_delay_s=60, shutdown_grace_s=60) as (process, url), httpx.Client() as client:
+        threading.Thread(target=ask_in_vain, args=(client, url), daemon=True).start()
+        time.sleep(0.4)
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
 
         assert process.wait(timeout=10) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import os
@@ -78,7 +79,7 @@ class Keyring:
     def __bool__(self) -> bool:
         return bool(self._settings.api_keys) or self._file is not None
 
-    def identify(self, digest: str | None, address: str) -> Client:
+    async def identify(self, digest: str | None, address: str) -> Client:
         """Return who sends a request.
 
         Args:
@@ -90,7 +91,7 @@ class Keyring:
         """
         if not self:
             return self._client(address)
-        self._read_if_changed()
+        await self._read_if_changed()
         if digest is None:
             raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
         client = self._clients.get(self._place(digest))
@@ -100,7 +101,7 @@ class Keyring:
             raise Unauthorized(f"the API key of {client.name} has expired on {client.expires:%Y-%m-%d}")
         return client
 
-    def _read_if_changed(self) -> None:
+    async def _read_if_changed(self) -> None:
         now = time.monotonic()
         if self._file is None or now < self._next_look:
             return
@@ -110,7 +111,8 @@ class Keyring:
             return
         self._seen = seen  # also if it is wrong: told once, not every second
         try:
-            self._clients = self._read(self._file)
+            # In a thread: a file of thousands of keys takes a second, in which others go on with what was before.
+            self._clients = await asyncio.to_thread(self._read, self._file)
         except ConfigError as error:
             metrics.KEY_RELOADS.labels("refused").inc()
             log.error("api_keys_refused", reason=str(error))

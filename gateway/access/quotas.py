@@ -5,26 +5,28 @@ same in memory and in Redis, and what OpenAI's headers can express.
 
 What a request costs in tokens is known only when it has been tokenised, so tokens are charged afterwards. While it runs,
 a rough number of them is kept aside, so that a client cannot send any number of requests on its last token. A client can
-thus go over its tokens by what one request takes, and by as much in each further replica.
+thus go over its tokens by what one request takes, and by as much in each further replica. A client that goes away before
+its answer is charged what was kept aside: the work may be done by then.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 from limits import RateLimitItem, RateLimitItemPerMinute, WindowStats
-from limits.aio.storage import MemoryStorage, RedisStorage, Storage
+from limits.aio.storage import RedisStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import StorageError
 
 from gateway.access.keyring import Client
-from gateway.errors import ConfigError, Problem, RateLimited
+from gateway.access.windows import ProcessStorage
+from gateway.errors import ClientDisconnected, ConfigError, Problem, RateLimited
 from gateway.telemetry import metrics
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ _CHARACTERS_PER_TOKEN: Final = 4
 _REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _MAX_CONNECTIONS: Final = 16
 _STORAGE_TIMEOUT_S: Final = 0.5
+# A storage that hangs costs one request its time-out, not each.
+_SILENCE_S: Final = 5.0
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -45,19 +50,17 @@ class Ticket:
 
     Attributes:
         headers: those of the answer; OpenAI's ``x-ratelimit-*`` are added as the figures become known.
-        tokens: what was left of the tokens when the request was admitted.
     """
 
     client: Client
     headers: dict[str, str]
-    tokens: WindowStats = field(default_factory=lambda: WindowStats(reset_time=0.0, remaining=0))
 
 
 class Quotas:
     """Counts what each client uses.
 
-    When the storage cannot be reached, requests pass uncounted: an embedding is worth more than its count. The log and
-    ``gateway_quota_errors_total`` tell.
+    When the storage cannot be reached, requests pass uncounted, and it is not asked again for some seconds: an embedding is
+    worth more than its count. The log and ``gateway_quota_errors_total`` tell.
 
     Args:
         storage: ``memory://``, or ``redis://HOST:PORT/DB`` for several replicas that count together.
@@ -70,6 +73,7 @@ class Quotas:
         connected, self._connections = _connect(storage)
         self._limiter = FixedWindowRateLimiter(connected)
         self._reserved: dict[str, int] = {}
+        self._silent_until = 0.0
 
     async def admit(self, client: Client, headers: dict[str, str]) -> Ticket:
         """Count a request.
@@ -89,28 +93,32 @@ class Quotas:
             if not is_within:
                 raise _limited(client, "requests", item.amount, stats)
         if client.tokens_per_minute:
-            item = RateLimitItemPerMinute(client.tokens_per_minute, namespace="tokens")
-            ticket.tokens = await self._stats(item, client)
-            headers |= _headers("tokens", item.amount, ticket.tokens)
-            self._check_tokens(ticket)
+            await self._check_tokens(ticket)
         return ticket
 
-    @contextmanager
-    def reserve(self, ticket: Ticket, texts: Sequence[str]) -> Iterator[None]:
+    @asynccontextmanager
+    async def reserve(self, ticket: Ticket, texts: Sequence[str], max_tokens: int) -> AsyncIterator[None]:
         """Keep about as many tokens aside as the texts have, while they are embedded.
 
+        Args:
+            max_tokens: where the longest model cuts a text.
+
         Raises:
-            RateLimited: other requests of the client that run by now need what is left.
+            RateLimited: nothing is left by now, beside what the client's requests that run need.
         """
         client = ticket.client
         if not client.tokens_per_minute:
             yield
             return
-        self._check_tokens(ticket)
-        num_tokens = len(texts) + sum(map(len, texts)) // _CHARACTERS_PER_TOKEN
+        # Again: what others have used while this request's body came.
+        await self._check_tokens(ticket)
+        num_tokens = sum(min(max_tokens, 1 + len(text) // _CHARACTERS_PER_TOKEN) for text in texts)
         self._reserved[client.name] = self._reserved.get(client.name, 0) + num_tokens
         try:
             yield
+        except ClientDisconnected:
+            await self.charge(ticket, num_tokens)
+            raise
         finally:
             self._reserved[client.name] -= num_tokens
             if self._reserved[client.name] <= 0:
@@ -129,30 +137,43 @@ class Quotas:
         if self._connections is not None:
             await self._connections.disconnect()
 
-    def _check_tokens(self, ticket: Ticket) -> None:
+    async def _check_tokens(self, ticket: Ticket) -> None:
         client = ticket.client
-        if ticket.tokens.remaining <= self._reserved.get(client.name, 0):
-            raise _limited(client, "tokens", client.tokens_per_minute, ticket.tokens)
+        item = RateLimitItemPerMinute(client.tokens_per_minute, namespace="tokens")
+        stats = await self._stats(item, client)
+        ticket.headers |= _headers("tokens", item.amount, stats)
+        if stats.remaining <= 0:
+            raise _limited(client, "tokens", item.amount, stats)
+        if stats.remaining <= self._reserved.get(client.name, 0):
+            raise RateLimited(
+                f"{client.name} may use {item.amount} tokens a minute, and its requests that run may need the "
+                f"{stats.remaining} that are left: wait for one of them",
+                retry_after_s=1,
+            )
 
     async def _hit(self, item: RateLimitItem, client: Client, cost: int) -> bool:
-        try:
-            return await self._limiter.hit(item, client.name, cost=cost)
-        except StorageError as error:
-            _tell(error)
-            return True
+        return await self._ask(lambda: self._limiter.hit(item, client.name, cost=cost), True)
 
     async def _stats(self, item: RateLimitItem, client: Client) -> WindowStats:
-        try:
-            return await self._limiter.get_window_stats(item, client.name)
-        except StorageError as error:
-            _tell(error)
-            return WindowStats(reset_time=time.time(), remaining=item.amount)
+        untouched = WindowStats(reset_time=time.time(), remaining=item.amount)
+        return await self._ask(lambda: self._limiter.get_window_stats(item, client.name), untouched)
+
+    async def _ask(self, question: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        """Ask the storage, unless it has not answered a moment ago."""
+        if time.monotonic() >= self._silent_until:
+            try:
+                return await question()
+            except StorageError as error:
+                self._silent_until = time.monotonic() + _SILENCE_S
+                log.warning("quota_not_counted", error=repr(error.storage_error), seconds=_SILENCE_S)
+        metrics.QUOTA_ERRORS.inc()
+        return otherwise
 
 
 def _connect(uri: str) -> tuple[Storage, ConnectionPool | None]:
     """Return the storage, and its connections if it has any: to close them."""
     if uri == "memory://":
-        return MemoryStorage(), None
+        return ProcessStorage(), None
     try:
         if not uri.startswith(_REDIS_SCHEMES):
             raise ValueError("must be `memory://` or begin with `redis://`, `rediss://` or `unix://`")
@@ -167,11 +188,6 @@ def _connect(uri: str) -> tuple[Storage, ConnectionPool | None]:
         raise ConfigError([Problem("environment", 0, 0, "GATEWAY_QUOTA_STORAGE", str(error))]) from error
     options: dict[str, Any] = {"connection_pool": pool}
     return RedisStorage(f"async+{uri}", wrap_exceptions=True, implementation="redispy", **options), pool
-
-
-def _tell(error: StorageError) -> None:
-    metrics.QUOTA_ERRORS.inc()
-    log.warning("quota_not_counted", error=repr(error.storage_error))
 
 
 def _limited(client: Client, what: str, limit: int, stats: WindowStats) -> RateLimited:

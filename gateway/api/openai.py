@@ -65,7 +65,7 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
         texts = parse_input(body.input, settings.max_inputs, decoder)
         encoding = body.wanted_encoding
         timeout_s = _timeout_s(request, settings.request_timeout_s)
-        with quotas.reserve(ticket, texts):
+        async with quotas.reserve(ticket, texts, deployment.fleet.max_tokens):
             wanted = _embed_request(request, body, texts, timeout_s)
             answer = await _unless_disconnected(request, service.embed(wanted))
             await quotas.charge(ticket, answer.num_tokens)
@@ -160,7 +160,7 @@ def _attribute(request: Request, body: EmbeddingsBody) -> Attribute:
             case ("body", _, "user"):
                 value = str(body.user) if isinstance(body.user, str | int) else None
             case _:
-                value = RequestContext.of(request).api_key
+                value = RequestContext.of(request).key_owner
         return value or None
 
     return attribute

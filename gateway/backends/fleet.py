@@ -114,6 +114,11 @@ class Fleet:
     def __contains__(self, model: Model) -> bool:
         return self._models.get(model.id) is model
 
+    @property
+    def max_tokens(self) -> int:
+        """Where the model for the longest texts cuts them, in tokens; 0 before any is known."""
+        return max((model.info.max_tokens for model in self if model.info is not None), default=0)
+
     def get(self, model_id: str) -> Model | None:
         return self._models.get(model_id)
 

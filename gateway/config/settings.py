@@ -6,12 +6,13 @@ field descriptions.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -27,6 +28,7 @@ ENV_PREFIX: Final = "GATEWAY_"
 
 # Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
+_LEAST_ADMIN_KEY: Final = 8
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICE_LINK_HINT = (
     "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
@@ -51,6 +53,24 @@ def _split_origins(value: object) -> object:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ValueError(f"must be origins such as `https://app.example.com`, or `*`, got {quote(origin)}")
     return origins
+
+
+def _split_networks(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    networks = tuple(network.strip() for network in value.split(","))
+    for network in networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            raise ValueError(f"must be addresses or networks such as `10.0.0.0/8`, got {quote(network)}") from None
+    return networks
+
+
+def _check_admin_key(key: SecretStr) -> SecretStr:
+    if len(key.get_secret_value()) < _LEAST_ADMIN_KEY:
+        raise ValueError(f"must have {_LEAST_ADMIN_KEY} characters or more, got {len(key.get_secret_value())}")
+    return key
 
 
 def _lower(value: object) -> object:
@@ -92,9 +112,8 @@ class Settings(BaseSettings):
         description="Where requests and tokens a minute are counted: `memory://`, or `redis://HOST:PORT/DB` for several "
         "replicas together.",
     )
-    admin_key: SecretStr | None = Field(
+    admin_key: Annotated[SecretStr, AfterValidator(_check_admin_key)] | None = Field(
         default=None,
-        min_length=8,
         description="Key of the operator, for the paths under `/admin`, and for `/metrics` where keys are asked for. "
         "Without it `/admin` answers 403.",
     )
@@ -109,6 +128,11 @@ class Settings(BaseSettings):
         default=(),
         description="Web pages that may send requests from a browser, by origin, comma-separated: "
         "`https://app.example.com`; `*` for all. Empty: none.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_networks)] = Field(
+        default=(),
+        description="Addresses or networks of proxies, comma-separated, whose `X-Forwarded-For` is believed, in logs and in "
+        "quotas by address: `10.0.0.0/8`. Empty: a client's address is that of its connection.",
     )
     max_header_bytes: int = Field(
         default=64 * 1024, ge=1024, description="The largest headers of a request in bytes; 431 beyond."

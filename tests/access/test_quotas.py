@@ -14,7 +14,8 @@ import pytest
 
 from gateway.access.keyring import Client
 from gateway.access.quotas import Quotas, Ticket
-from gateway.errors import ConfigError, RateLimited
+from gateway.access.windows import ProcessStorage
+from gateway.errors import ClientDisconnected, ConfigError, RateLimited
 from gateway.telemetry import metrics
 
 
@@ -115,26 +116,63 @@ async def test_requests_that_run_keep_tokens_aside() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
     tickets = [await quotas.admit(one, {}) for _ in range(3)]
 
-    with quotas.reserve(tickets[0], ["x" * 200]), quotas.reserve(tickets[1], ["x" * 200]):  # 51 each
-        with pytest.raises(RateLimited), quotas.reserve(tickets[2], ["x"]):
-            raise AssertionError("there is no token left")
+    async with quotas.reserve(tickets[0], ["x" * 200], 512), quotas.reserve(tickets[1], ["x" * 200], 512):  # 51 each
+        with pytest.raises(RateLimited, match="its requests that run may need the 100 that are left") as caught:
+            await quotas.reserve(tickets[2], ["x"], 512).__aenter__()
+        assert caught.value.retry_after_s == 1
         with pytest.raises(RateLimited):
             await quotas.admit(one, {})
 
-    with quotas.reserve(tickets[2], ["x"]):
+    async with quotas.reserve(tickets[2], ["x"], 512):
         assert quotas._reserved == {one.name: 1}
     assert quotas._reserved == {}
+
+
+async def test_a_long_text_keeps_aside_what_the_model_takes_of_it() -> None:
+    quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
+
+    async with quotas.reserve(await quotas.admit(one, {}), ["x" * 500_000, "x"], 40):
+        assert quotas._reserved == {one.name: 41}
+        await quotas.admit(one, {})
+
+
+async def test_what_was_used_while_a_body_came_counts(quotas: Quotas) -> None:
+    """Any number of requests can be admitted before their bodies come, and then be sent one by one."""
+    one = client(tokens_per_minute=10)
+    tickets = [await quotas.admit(one, {}) for _ in range(20)]
+
+    num_answered = 0
+    for ticket in tickets:
+        with contextlib.suppress(RateLimited):
+            async with quotas.reserve(ticket, ["a text of ten tokens or so, with some to spare"], 512):
+                await quotas.charge(ticket, 10)
+                num_answered += 1
+
+    assert num_answered == 1
 
 
 async def test_what_failed_is_not_kept_aside() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
     ticket = await quotas.admit(one, {})
 
-    with pytest.raises(ValueError, match="it failed"), quotas.reserve(ticket, ["x" * 1000]):
-        raise ValueError("it failed")
+    with pytest.raises(ValueError, match="it failed"):
+        async with quotas.reserve(ticket, ["x" * 1000], 512):
+            raise ValueError("it failed")
 
     assert quotas._reserved == {}
     assert isinstance(await quotas.admit(one, {}), Ticket)
+
+
+async def test_who_does_not_wait_pays_all_the_same(quotas: Quotas) -> None:
+    one = client(tokens_per_minute=100)
+    ticket = await quotas.admit(one, {})
+
+    with pytest.raises(ClientDisconnected):
+        async with quotas.reserve(ticket, ["x" * 200], 512):
+            raise ClientDisconnected("gone")
+
+    assert ticket.headers["x-ratelimit-remaining-tokens"] == "49"
+    assert quotas._reserved == {}
 
 
 async def test_many_at_once_get_no_more(quotas: Quotas) -> None:
@@ -169,14 +207,30 @@ async def test_a_storage_that_does_not_answer_lets_everybody_pass(connect: Calla
     assert metrics.QUOTA_ERRORS._value.get() > before
 
 
-async def test_a_storage_that_hangs_holds_nobody_up(connect: Callable[[str], Quotas]) -> None:
+async def test_a_storage_that_hangs_holds_one_request_up_and_no_other(connect: Callable[[str], Quotas]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its backlog for ever
-        quotas = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
+        quotas, one = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"), client(requests_per_minute=1)
+        await quotas.admit(one, {})
         started = time.monotonic()
 
-        await quotas.admit(client(requests_per_minute=1), {})
+        for _ in range(100):
+            await use(quotas, one, 5)
 
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 0.4
+
+
+async def test_counters_in_this_process_end_and_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("gateway.access.windows.time.time", lambda: now)
+    storage = ProcessStorage()
+
+    assert [await storage.incr(f"{number}", 60) for number in range(1000)] == [1] * 1000
+    assert await storage.incr("0", 60, amount=4) == 5
+    assert (await storage.get("0"), await storage.get_expiry("0")) == (5, 1060.0)
+    now = 1061.0
+    assert (await storage.get("0"), await storage.get_expiry("0")) == (0, 1061.0)
+    assert await storage.incr("0", 60) == 1
+    assert len(storage) == 1
 
 
 @pytest.mark.parametrize("uri", ["nowhere://", "redis", "etcd://127.0.0.1:2379", ""])

@@ -23,7 +23,7 @@ from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, ModelState
-from gateway.http_protocol import bounded
+from gateway.server import server_config
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -146,7 +146,7 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
         registry, fleet = make_fleet(*(fleet_models or models), aliases={}, experiments=experiments)
         known = Settings(**settings)
         app = create_app(Deployment(registry, known, fleet))
-        config = uvicorn.Config(app, http=bounded(known), ws="none", log_config=None, access_log=False, lifespan="off")
+        config = server_config(app, known)
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -24,6 +24,7 @@ from gateway import middleware
 from gateway.access.keyring import Keyring
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
+from gateway.config.registry import Experiment
 from gateway.config.settings import Settings
 from gateway.embedding import Embeddings, EmbedJob, Timings
 from gateway.errors import (
@@ -225,12 +226,8 @@ def post(body: bytes, path: bytes = b"/v1/embeddings", *headers: bytes) -> bytes
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-HTTP = pytest.mark.parametrize("http", ["httptools", "h11"])
-
-
-@HTTP
-def test_paths_and_bytes_arrive_as_they_were_sent(serve: Serve, http: str) -> None:
-    with serve(http=http) as address:
+def test_paths_and_bytes_arrive_as_they_were_sent(serve: Serve) -> None:
+    with serve() as address:
         slashes = exchange(address, post(b'{"input": "a", "model": "mini"}', b"//v1///embeddings/"))
         latin = exchange(address, post(b'{"input": "\xe9", "model": "mini"}'))
         model = exchange(address, b"GET /v1/models/team%2Fsmall HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -245,9 +242,8 @@ def test_paths_and_bytes_arrive_as_they_were_sent(serve: Serve, http: str) -> No
     assert (odd_host[0], json.loads(odd_host[2])["error"]["code"]) == (404, "not_found")
 
 
-@HTTP
-def test_a_connection_is_kept_after_an_error(serve: Serve, http: str) -> None:
-    with serve(http=http) as address, httpx.Client(base_url=f"http://{address[0]}:{address[1]}") as client:
+def test_a_connection_is_kept_after_an_error(serve: Serve) -> None:
+    with serve() as address, httpx.Client(base_url=f"http://{address[0]}:{address[1]}") as client:
         statuses = []
         ports = set()
         for body in ({"input": []}, {"input": "a", "model": "mini"}):
@@ -266,7 +262,6 @@ def dripping(body: bytes) -> Iterator[bytes]:
         yield body[i : i + 8]
 
 
-@HTTP
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -275,8 +270,8 @@ def dripping(body: bytes) -> Iterator[bytes]:
         pytest.param(b'{"model": "nothing", "input": "a text"}', 404, id="unknown model"),
     ],
 )
-def test_a_slow_upload_is_answered_when_it_has_ended(serve: Serve, http: str, body: bytes, status: int) -> None:
-    with serve(http=http) as (host, port):
+def test_a_slow_upload_is_answered_when_it_has_ended(serve: Serve, body: bytes, status: int) -> None:
+    with serve() as (host, port):
         response = httpx.post(f"http://{host}:{port}/v1/embeddings", content=dripping(body))
 
     assert response.status_code == status
@@ -291,23 +286,21 @@ def in_chunks(body: bytes) -> Iterator[bytes]:
         yield body[i : i + MIB]
 
 
-@HTTP
 @pytest.mark.parametrize("headers", [{}, {"connection": "close"}], ids=["keep-alive", "close"])
 @pytest.mark.parametrize("is_declared", [True, False], ids=["declared", "in chunks"])
 def test_httpx_reads_why_a_body_was_too_large(
-    serve: Serve, check_error: CheckError, http: str, is_declared: bool, headers: dict[str, str]
+    serve: Serve, check_error: CheckError, is_declared: bool, headers: dict[str, str]
 ) -> None:
-    with serve(http=http) as (host, port):
+    with serve() as (host, port):
         content = large_body() if is_declared else in_chunks(large_body())
         response = httpx.post(f"http://{host}:{port}/v1/embeddings", content=content, headers=headers)
 
     assert "the limit is 16777216" in check_error(response, 413, "body_too_large")
 
 
-@HTTP
 @pytest.mark.parametrize("is_declared", [True, False], ids=["declared", "in chunks"])
-def test_urllib_reads_why_a_body_was_too_large(serve: Serve, http: str, is_declared: bool) -> None:
-    with serve(http=http) as (host, port):
+def test_urllib_reads_why_a_body_was_too_large(serve: Serve, is_declared: bool) -> None:
+    with serve() as (host, port):
         request = urllib.request.Request(
             f"http://{host}:{port}/v1/embeddings", data=large_body() if is_declared else in_chunks(large_body())
         )
@@ -319,20 +312,16 @@ def test_urllib_reads_why_a_body_was_too_large(serve: Serve, http: str, is_decla
     assert (caught.value.code, body["error"]["code"]) == (413, "body_too_large")
 
 
-@HTTP
-def test_a_client_reads_that_it_needs_a_key_although_it_sends_a_large_body(serve: Serve, http: str) -> None:
-    with serve(http=http, api_keys="sk-right") as (host, port):
+def test_a_client_reads_that_it_needs_a_key_although_it_sends_a_large_body(serve: Serve) -> None:
+    with serve(api_keys="sk-right") as (host, port):
         response = httpx.post(f"http://{host}:{port}/v1/embeddings", content=large_body())
 
     assert response.status_code == 401
 
 
-@HTTP
-def test_a_client_that_asks_before_it_sends_is_spared_the_upload(
-    serve: Serve, log_of_errors: io.StringIO, http: str
-) -> None:
+def test_a_client_that_asks_before_it_sends_is_spared_the_upload(serve: Serve, log_of_errors: io.StringIO) -> None:
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 17000000\r\n\r\n"
-    with serve(http=http) as address, socket.create_connection(address, timeout=10) as connection:
+    with serve() as address, socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head)
         answer = connection.recv(1000)
 
@@ -368,13 +357,12 @@ def count(status: int) -> float:
     return metrics.REGISTRY.get_sample_value("gateway_requests_total", labels) or 0
 
 
-@HTTP
 def test_the_work_of_a_client_that_has_gone_is_cancelled(
-    serve: Serve, make_model: MakeModel, log_of_errors: io.StringIO, http: str
+    serve: Serve, make_model: MakeModel, log_of_errors: io.StringIO
 ) -> None:
     backend = SlowBackend()
     before = count(499)
-    with serve(make_model("mini", backend=backend), http=http) as address:
+    with serve(make_model("mini", backend=backend)) as address:
         connection = socket.create_connection(address)
         connection.sendall(post(b'{"input": "slow", "model": "mini"}'))
         assert backend.has_begun.wait(5)
@@ -390,7 +378,24 @@ def test_the_work_of_a_client_that_has_gone_is_cancelled(
     assert entries(log_of_errors, "unexpected_error") == []
 
 
-@HTTP
+def test_who_does_not_wait_for_a_slow_arm_is_its_failure(serve: Serve, make_model: MakeModel) -> None:
+    backend = SlowBackend()
+    arms = ({"model": "mini", "weight": 1}, {"model": "other", "weight": 0})
+    split = Experiment.model_validate({"id": "exp", "kind": "cross_space", "unit": ("body:user",), "arms": arms})
+    models = make_model("mini", backend=backend), make_model("other")
+    with serve(*models, experiments=[split], tokens_per_minute=1000) as address:
+        with socket.create_connection(address) as connection:
+            connection.sendall(post(b'{"input": "slow", "model": "exp", "user": "ann"}'))
+            assert backend.has_begun.wait(5)
+        assert backend.was_cancelled.wait(5)
+
+        def control() -> dict[str, object]:
+            shown = httpx.get(f"http://{address[0]}:{address[1]}/v1/experiments/exp").json()
+            return {name: shown["evidence"][0][name] for name in ("requests", "errors")}
+
+        assert wait_until(lambda: control() == {"requests": 1, "errors": {"client_disconnected": 1}}), control()
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -399,10 +404,10 @@ def test_the_work_of_a_client_that_has_gone_is_cancelled(
     ],
 )
 def test_a_client_that_goes_in_the_middle_of_its_upload_is_no_fault_of_the_gateway(
-    serve: Serve, log_of_errors: io.StringIO, http: str, head: bytes
+    serve: Serve, log_of_errors: io.StringIO, head: bytes
 ) -> None:
     before = count(499), count(500)
-    with serve(http=http) as address:
+    with serve() as address:
         with socket.create_connection(address) as connection:
             connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n" + head + b'\r\n\r\n5\r\n{"inp')
             time.sleep(0.05)

@@ -128,17 +128,27 @@ async def test_a_user_that_is_a_number_is_the_unit_of_its_digits(client: httpx.A
     assert answer.headers["x-gateway-assignment"] == "unit"
 
 
-@pytest.mark.parametrize("settings", [{}, {"api_keys": "key-1,key-2,key-3"}])
 @pytest.mark.parametrize("key", ["key-1", "key-2", "key-3"])
-async def test_the_key_is_a_unit_whether_or_not_one_is_asked_for(
-    connect: Connect, key: str, settings: dict[str, str]
-) -> None:
-    client = await connect(experiments=[experiment()], **settings)
+async def test_the_key_is_a_unit_where_none_is_asked_for(connect: Connect, key: str) -> None:
+    client = await connect(experiments=[experiment()])
 
     answer = await embed(client, {"authorization": f"Bearer {key}"})
 
     assert answer.headers["x-gateway-assignment"] == "unit"
     assert answer.headers["x-gateway-arm"] == arm_of(hashlib.sha256(key.encode()).hexdigest())
+
+
+async def test_a_client_stays_in_its_arm_when_its_key_is_exchanged(connect: Connect, tmp_path: Path) -> None:
+    keys = [f"key-{number}" for number in range(8)]
+    file = tmp_path / "keys.yaml"
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+    file.write_text(f"version: 1\nkeys: [{{name: team, sha256: {digests}}}]")
+    client = await connect(experiments=[experiment()], api_keys_file=file)
+
+    answers = [await embed(client, {"authorization": f"Bearer {key}"}) for key in keys]
+
+    assert {answer.headers["x-gateway-assignment"] for answer in answers} == {"unit"}
+    assert {answer.headers["x-gateway-arm"] for answer in answers} == {arm_of("team")}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gateway.access.keyring import key_digest
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]
+Serve = Callable[..., contextlib.AbstractContextManager[tuple[str, int]]]
 ALIASES = {"default": "mini", "search": "jina:retrieval.query"}
 
 
@@ -135,6 +137,21 @@ async def test_addresses_have_quotas_where_there_are_no_keys(connect: Connect) -
     client = await connect(requests_per_minute=1)
 
     assert [(await embed(client, "")).status_code for _ in range(2)] == [200, 429]
+
+
+@pytest.mark.parametrize(("trusted", "statuses"), [((), [200, 429]), ("127.0.0.0/8", [200, 200])])
+def test_an_address_is_believed_from_a_trusted_proxy_alone(serve: Serve, trusted: object, statuses: list[int]) -> None:
+    with serve(requests_per_minute=1, trusted_proxies=trusted) as (host, port):
+        answers = [
+            httpx.post(
+                f"http://{host}:{port}/v1/embeddings",
+                json={"input": "a", "model": "mini"},
+                headers={"x-forwarded-for": f"10.0.0.{number}"},
+            )
+            for number in range(2)
+        ]
+
+    assert [answer.status_code for answer in answers] == statuses
 
 
 async def test_what_costs_no_work_is_not_counted(connect: Connect) -> None:

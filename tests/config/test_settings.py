@@ -100,6 +100,12 @@ def test_settings_are_frozen() -> None:
         ("GATEWAY_REQUEST_TIMEOUT_S", "0", "must be more than 0, got `0`"),
         ("GATEWAY_REQUEST_TIMEOUT_S", "inf", "must be a finite number, got the text `inf`"),
         ("GATEWAY_SHUTDOWN_GRACE_S", "30s", "must be a number, got the text `30s`"),
+        ("GATEWAY_ADMIN_KEY", "secret", "must have 8 characters or more, got 6"),
+        (
+            "GATEWAY_TRUSTED_PROXIES",
+            "proxy.local",
+            "must be addresses or networks such as `10.0.0.0/8`, got `proxy.local`",
+        ),
         ("GATEWAY_CPU_THREADS", "-1", "must be at least 0"),
         (
             "GATEWAY_LOG_LEVEL",
@@ -120,6 +126,7 @@ def test_a_wrong_variable_is_told_in_plain_english(key: str, text: str, part: st
     assert (problem.file, problem.line, problem.column, problem.key) == ("environment", 0, 0, key)
     assert part in problem.message
     assert "Input should" not in problem.message
+    assert "secret" not in problem.message
 
 
 @pytest.mark.parametrize("text", [",", "secret,", ",secret", "secret,,secret", "secret, ,secret"])
