@@ -26,6 +26,9 @@ from gateway.evidence.exposures import ExposureLog
 from gateway.middleware import GatewayMiddleware
 from gateway.service import EmbeddingService
 
+# Clients make paths up; what is searched for a similar one, and comes back in the answer, is a line.
+_MAX_SHOWN_PATH = 200
+
 _DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
 
 Every path under `/v1` works without `/v1` too. Every error has the body `ErrorBody`.
@@ -96,7 +99,7 @@ def _application(deployment: Deployment, keyring: Keyring) -> FastAPI:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Turn what the framework raises for a wrong path or method into our own errors, for the one exit."""
     assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
-    path = request.url.path
+    path = request.url.path[:_MAX_SHOWN_PATH]
     if error.status_code == 405:
         allow = (error.headers or {}).get("Allow", "")
         raise MethodNotAllowed(f"{request.method} is not allowed on {path}; use {allow}", allow=allow)

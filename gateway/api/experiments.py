@@ -7,14 +7,15 @@ import importlib
 from dataclasses import asdict
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from gateway.api.schema import responses
 from gateway.config.registry import Experiment
 from gateway.deployment import Deployment
-from gateway.errors import ExperimentNotFound
+from gateway.errors import ExperimentNotFound, ModelNotAllowed
 from gateway.evidence.counts import Evidence, ExperimentReport, is_running
+from gateway.middleware import RequestContext
 
 
 class ArmCard(BaseModel):
@@ -90,11 +91,13 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
     """Return the routes that tell of experiments, with and without ``/v1``."""
     router = APIRouter(tags=["Experiments"])
 
-    async def list_experiments() -> ExperimentList:
-        """List the experiments of the registry."""
-        return ExperimentList(object="list", data=[_card(one) for one in deployment.registry.experiments])
+    async def list_experiments(request: Request) -> ExperimentList:
+        """List the experiments of the registry that the key is for."""
+        client = RequestContext.of(request).client
+        shown = [_card(one) for one in deployment.registry.experiments if client.may_use(one.id)]
+        return ExperimentList(object="list", data=shown)
 
-    async def retrieve_experiment(experiment_id: str) -> ExperimentEvidence:
+    async def retrieve_experiment(request: Request, experiment_id: str) -> ExperimentEvidence:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
         # The test of the split needs it, and its first import takes a second, in which nobody would be answered. First
         # of all, so that no reload comes between what follows.
@@ -103,6 +106,8 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
         if experiment is None:
             known = ", ".join(one.id for one in deployment.registry.experiments) or "none"
             raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
+        if not RequestContext.of(request).client.may_use(experiment.id):
+            raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
         return present(experiment, evidence.report(experiment, deployment.router.generation(experiment.id)))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
@@ -115,7 +120,7 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
         router.add_api_route(
             f"{prefix}/experiments/{{experiment_id:path}}",
             retrieve_experiment,
-            responses=responses(ExperimentEvidence, ExperimentNotFound),
+            responses=responses(ExperimentEvidence, ModelNotAllowed, ExperimentNotFound),
             include_in_schema=is_shown,
         )
     return router

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from gateway.api.schema import responses
-from gateway.backends.fleet import Fleet
+from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
 from gateway.deployment import Deployment
 from gateway.embedding import ModelInfo, canonical_task
+from gateway.middleware import RequestContext
 from gateway.routing.spaces import space_id, spaces_by_task
 
 
@@ -47,9 +49,11 @@ def spaces_router(deployment: Deployment) -> APIRouter:
     """Return the route that lists the spaces, with and without ``/v1``."""
     router = APIRouter(tags=["Spaces"])
 
-    async def list_spaces() -> SpaceList:
-        """List the spaces that vectors can be in, and the names that lead there."""
-        return SpaceList(object="list", data=space_cards(deployment.registry, deployment.fleet))
+    async def list_spaces(request: Request) -> SpaceList:
+        """List the spaces that vectors can be in, and the names that lead there; of the models that the key is for."""
+        client, registry = RequestContext.of(request).client, deployment.registry
+        models = [model for model in deployment.fleet if client.may_use(model.id, *registry.aliases_of(model.id))]
+        return SpaceList(object="list", data=space_cards(registry, models))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -58,10 +62,10 @@ def spaces_router(deployment: Deployment) -> APIRouter:
     return router
 
 
-def space_cards(registry: Registry, fleet: Fleet) -> list[SpaceCard]:
+def space_cards(registry: Registry, models: Iterable[Model]) -> list[SpaceCard]:
     """Describe every space, in the order of the registry; with the vectors' usual normalisation."""
     cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
-    for model in fleet:
+    for model in models:
         info = model.info
         if info is None:
             continue

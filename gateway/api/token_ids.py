@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Name of the vocabulary in tiktoken's cache: the sha1 of the address that tiktoken would download it from.
 _CACHED_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
 _SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+# More than any model takes. One id can stand for a hundred characters, so that a body of 16 MB would become a text of 340.
+_MAX_IDS = 100_000
 _ADVICE = "send texts; with LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False"
 
 
@@ -42,6 +44,8 @@ class TokenIdDecoder:
         Raises:
             BadInput: the vocabulary is not at hand, or an id is outside of it; says what to do instead.
         """
+        if len(ids) > _MAX_IDS:
+            raise BadInput(f"{where} holds {len(ids)} token ids, the limit is {_MAX_IDS}: send texts", param="input")
         encoding = _load(self._cache_dir)
         if encoding is None:
             raise BadInput(

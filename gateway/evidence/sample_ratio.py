@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gateway.evidence.units import MAX_UNITS
+
 # With p below this, what was counted is no matter of chance. Lower than the usual 0.05, since people look again and again;
 # see Fabijan et al., "Diagnosing Sample Ratio Mismatch in Online Controlled Experiments", KDD 2019.
 SRM_THRESHOLD = 0.001
@@ -42,6 +44,10 @@ def check_sample_ratio(units: Sequence[int], shares: Sequence[float]) -> SampleR
     degrees = len(observed) - 1
     if degrees < 1:
         return SampleRatio(None, 0, None, is_mismatch=False, verdict="one arm has all the weight: nothing to test")
+    if max(observed) >= MAX_UNITS:
+        return SampleRatio(
+            None, degrees, None, is_mismatch=False, verdict=f"units are counted up to {MAX_UNITS:,} an arm"
+        )
     if min(expected) < _LEAST_EXPECTED:
         return SampleRatio(None, degrees, None, is_mismatch=False, verdict=f"too few units to tell: {total}")
     from scipy.stats import chisquare  # slow to import, and not needed to serve

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.access import keyring
 from gateway.access.keyring import key_digest
+from gateway.config.registry import Experiment
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]
@@ -73,6 +74,26 @@ async def test_it_is_for_no_other(
     )
 
     assert told == f"this API key is not for model {model or 'default'!r}"
+
+
+async def test_spaces_and_experiments_are_shown_to_those_who_may_use_them(
+    connect: Connect, check_error: CheckError, tmp_path: Path
+) -> None:
+    arms = ({"model": "mini", "weight": 1}, {"model": "jina", "weight": 1})
+    split = Experiment.model_validate({"id": "exp", "kind": "cross_space", "unit": ("api_key",), "arms": arms})
+    file = write(tmp_path / "keys.yaml", a="one,models: [mini]", b="two,models: [exp, jina]")
+    client = await connect(api_keys_file=file, experiments=[split])
+
+    async def shown(key: str) -> tuple[set[str], list[str]]:
+        spaces = (await client.get("/v1/spaces", headers=bearer(key))).json()["data"]
+        experiments = (await client.get("/v1/experiments", headers=bearer(key))).json()["data"]
+        return {member["model"] for space in spaces for member in space["members"]}, [one["id"] for one in experiments]
+
+    assert await shown("one") == ({"mini"}, [])
+    assert await shown("two") == ({"jina"}, ["exp"])
+    assert (await client.get("/v1/experiments/exp", headers=bearer("two"))).status_code == 200
+    refused = await client.get("/v1/experiments/exp", headers=bearer("one"))
+    check_error(refused, 403, "model_not_allowed", type_="permission_error", param="model")
 
 
 async def test_only_its_models_are_listed(connect: Connect, check_error: CheckError, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gateway.evidence.sample_ratio import check_sample_ratio
+from gateway.evidence.units import MAX_UNITS
 
 
 def test_two_arms_are_tested_as_by_hand() -> None:
@@ -95,3 +96,11 @@ def test_counts_as_the_weights_ask_are_no_mismatch(arms: list[tuple[int, float]]
 
     assert not ratio.is_mismatch
     assert ratio.p is None or 0 <= ratio.p <= 1
+
+
+def test_an_arm_whose_count_has_ended_is_no_mismatch() -> None:
+    ratio = check_sample_ratio([MAX_UNITS, MAX_UNITS // 2], [0.9, 0.1])
+
+    assert not ratio.is_mismatch
+    assert ratio.p is None
+    assert "counted up to 8,000,000" in ratio.verdict
