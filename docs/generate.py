@@ -2,7 +2,7 @@
 
 ::
 
-    python docs/generate.py            write docs/configuration.md and docs/errors.md
+    python docs/generate.py            write docs/configuration.md, docs/errors.md and docs/metrics.md
     python docs/generate.py --check    exit 1 and name the page that is stale
 """
 
@@ -23,6 +23,7 @@ from gateway.config.api_keys import KeyEntry, KeyFile
 from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow
 from gateway.config.settings import Settings, variable
 from gateway.config.wording import configurable
+from gateway.telemetry import metrics
 
 _Error = TypeVar("_Error", bound=errors.GatewayError)
 
@@ -139,6 +140,44 @@ fallbacks:
   bge-m3: [bge-m3-cpu]
 """
 
+METRICS_INTRODUCTION = """\
+# Metrics
+
+At `/metrics`, in Prometheus' text format; beside these, the process's own (`process_*`, `python_info`). A dashboard and
+alert rules are in [deploy/](../deploy/README.md), what an alert asks of you in [operations.md](operations.md).
+
+Labels hold names of the registry, never what a client sent. `task`, `experiment` and `arm` are empty where there is none.
+What is counted of a model goes when a reload removes the model. Durations are in seconds, from 1 ms up.
+"""
+
+# Each a question and the query that answers it.
+_QUERIES = (
+    (
+        "Requests that failed by a fault of the gateway",
+        'sum(rate(gateway_requests_total{path="/v1/embeddings",status=~"5.."}[5m]))',
+    ),
+    ("Requests that were refused, by reason", "sum by (code) (rate(gateway_errors_total[5m]))"),
+    (
+        "95th percentile of each model",
+        "histogram_quantile(0.95, sum by (model, le) (rate(gateway_embed_duration_seconds_bucket[5m])))",
+    ),
+    (
+        "Where the time of a request goes, on average",
+        "sum by (model, stage) (rate(gateway_stage_duration_seconds_sum[5m])) / on (model) group_left "
+        "sum by (model) (rate(gateway_embed_duration_seconds_count[5m]))",
+    ),
+    (
+        "Share of padding in what is computed",
+        "1 - sum by (model) (rate(gateway_batch_tokens_sum[5m])) / "
+        "sum by (model) (rate(gateway_computed_tokens_total[5m]))",
+    ),
+    (
+        "95th percentile of an experiment's arms",
+        "histogram_quantile(0.95, sum by (experiment, arm, le) "
+        '(rate(gateway_embed_duration_seconds_bucket{experiment!=""}[1h])))',
+    ),
+)
+
 KEYS_INTRODUCTION = """\
 ## API keys
 
@@ -232,6 +271,26 @@ def errors_page() -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- fields
+
+
+def metrics_page() -> str:
+    """Return ``metrics.md``: every metric of ours, with its type and labels."""
+    rows = [
+        [
+            f"`{metric._name}{'_total' if metric._type == 'counter' else ''}`",
+            str(metric._type),
+            ", ".join(f"`{label}`" for label in metric._labelnames) or "none",
+            metric._documentation,
+        ]
+        for metric in metrics.declared()
+    ]
+    queries = [[question, f"`{query}`"] for question, query in _QUERIES]
+    return _page(
+        METRICS_INTRODUCTION,
+        _table(["Metric", "Type", "Labels", "Meaning"], rows),
+        "## Questions and queries\n",
+        _table(["Question", "Query"], queries),
+    )
 
 
 def _keys_table(model: type[BaseModel]) -> str:
@@ -336,7 +395,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def pages() -> dict[Path, str]:
     """Return the text of every generated page by its path."""
-    return {DOCS / "configuration.md": configuration_page(), DOCS / "errors.md": errors_page()}
+    return {
+        DOCS / "configuration.md": configuration_page(),
+        DOCS / "errors.md": errors_page(),
+        DOCS / "metrics.md": metrics_page(),
+    }
 
 
 def stale_pages() -> list[Path]:

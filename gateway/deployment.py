@@ -18,6 +18,7 @@ from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
+from gateway.routing.spaces import space_id
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -98,6 +99,16 @@ class Deployment:
     def _remember_spaces(self) -> None:
         for name, spaces in name_spaces(self.registry, self.fleet).items():
             self._known_spaces[name] = {**self._known_spaces.get(name, {}), **spaces}
+        for info in (model.info for model in self.fleet if model.info is not None):
+            metrics.describe_model(
+                info.id,
+                source=info.source,
+                revision=info.revision or "",
+                space=space_id(info, info.default_task, info.width, is_normalised=info.is_normalised),
+                dtype=info.dtype,
+                device=info.device,
+                runtime=info.engine,
+            )
 
     async def reload(self) -> Reloaded:
         """Read the registry anew and serve what it says, once all of that is loaded and warm.
@@ -163,17 +174,20 @@ class Deployment:
         self._later(old_shadows.stop())
         for model in old_fleet:
             if model not in fleet:
-                self._later(model.retire(self.settings.request_timeout_s))
+                self._later(self._retire(model))
         ids = {model.id for model in fleet}
-        for model in old_fleet:
-            if model.id not in ids:
-                metrics.MODEL_READY.remove(model.id)
         return Reloaded(
             loaded=tuple(m.id for m in fleet if m not in old_fleet and m.state is ModelState.READY),
             kept=tuple(m.id for m in fleet if m in old_fleet),
             removed=tuple(m.id for m in old_fleet if m.id not in ids),
             seconds=time.monotonic() - started,
         )
+
+    async def _retire(self, model: Model) -> None:
+        """Stop a model when its last request has ended; what was counted for it goes when its name does."""
+        await model.retire(self.settings.request_timeout_s)
+        if self.fleet.get(model.id) is None:
+            metrics.forget_model(model.id)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -128,17 +128,23 @@ class Timings:
     """How long the stages of one request took, in seconds.
 
     ``queue_s`` is the wait of the text that waited longest; ``inference_s`` the sum over the batches that held one of
-    the request's texts.
+    the request's texts; ``serialise_s`` is known once the answer has been written.
     """
 
     tokenise_s: float
     queue_s: float
     inference_s: float
+    serialise_s: float = 0.0
 
     @property
     def stages(self) -> dict[str, float]:
         """Return the seconds by the name of the stage, in the order in which a request goes through them."""
-        return {"tokenise": self.tokenise_s, "queue": self.queue_s, "inference": self.inference_s}
+        return {
+            "tokenise": self.tokenise_s,
+            "queue": self.queue_s,
+            "inference": self.inference_s,
+            "serialise": self.serialise_s,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -26,6 +28,7 @@ from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.embedding import Timings
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -41,6 +44,7 @@ from gateway.middleware import RequestContext
 from gateway.routing.experiments import Attribute
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
+from gateway.telemetry import metrics
 from gateway.vectors import Encoding, encode
 
 # A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
@@ -69,12 +73,17 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
             wanted = _embed_request(request, body, texts, timeout_s)
             answer = await _unless_disconnected(request, service.embed(wanted))
             await quotas.charge(ticket, answer.num_tokens)
-        context.describe(answer.model, answer.task, len(texts), answer.num_tokens, answer.timings)
+        started = time.monotonic()
+        content = render_answer(answer, encoding)
+        timings = replace(answer.timings, serialise_s=time.monotonic() - started)
+        context.describe(answer.model, answer.task, len(texts), answer.num_tokens, timings)
         if answer.assignment is not None:
             context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
-        return Response(
-            render_answer(answer, encoding), media_type="application/json", headers=_headers(answer, context.elapsed_s)
+        metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialise_s.observe(
+            timings.serialise_s
         )
+        headers = _headers(answer, timings, context.elapsed_s)
+        return Response(content, media_type="application/json", headers=headers)
 
     async def list_models(request: Request) -> Response:
         """List every model of the registry that the key is for, ready or not."""
@@ -268,8 +277,8 @@ def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
     )
 
 
-def _headers(answer: EmbedAnswer, elapsed_s: float) -> dict[str, str]:
-    stages = {**answer.timings.stages, "total": elapsed_s}
+def _headers(answer: EmbedAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:
+    stages = {**timings.stages, "total": elapsed_s}
     headers = {
         "x-gateway-model": answer.model,
         "x-gateway-space": answer.space,

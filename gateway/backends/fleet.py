@@ -53,6 +53,8 @@ class Model:
         """Take note of a new state."""
         self.state, self.reason = state, reason
         metrics.MODEL_READY.labels(self.id).set(state is ModelState.READY)
+        for one in ModelState:
+            metrics.MODEL_STATE.labels(self.id, one.value).set(one is state)
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         """Have the backend embed the texts of a job; see :meth:`gateway.backends.base.Backend.embed`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections.abc import Awaitable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -92,10 +93,16 @@ class InfinityBackend:
 
     async def _watch_engine(self, report: Report) -> None:
         interval_s = min(1.0, self._settings.forward_timeout_s / 4)
+        next_recheck = time.monotonic() + self._settings.golden_interval_s
         while self._engine is not None:
             await asyncio.sleep(interval_s)
-            if reason := await self._what_is_wrong(self._engine):
+            reason = await self._what_is_wrong(self._engine)
+            if not reason and time.monotonic() >= next_recheck:
+                reason = await self._ask(self._engine.recheck(self._settings.forward_timeout_s))
+            if reason:
                 await self._replace(self._engine, reason, report)
+            if time.monotonic() >= next_recheck:
+                next_recheck = time.monotonic() + self._settings.golden_interval_s
 
     async def _what_is_wrong(self, engine: Engine) -> str:
         """Return why the engine has to be replaced; empty if it need not be."""
@@ -106,14 +113,23 @@ class InfinityBackend:
             )
         if engine.num_failed_in_a_row() < _SUSPICIOUS_FAILURES:
             return ""
+        return await self._ask(self._try(engine))
+
+    async def _try(self, engine: Engine) -> str:
         deadline = time.monotonic() + self._settings.forward_timeout_s
         try:
             await engine.submit(EmbedJob(["Does it still work?"], None, Truncate.END, deadline, caller="watchdog"))
         except InternalError as error:
             return f"it fails on every text: {error.message}"
+        return ""
+
+    async def _ask(self, question: Awaitable[str]) -> str:
+        """Return what a question to the model found wrong; nothing if the model could not be asked."""
+        try:
+            return await question
         except Exception as error:  # a full queue, say: tells nothing about the model, and must not end the watch
             log.warning("watchdog_not_answered", model=self._entry.id, error=repr(error))
-        return ""
+            return ""
 
     async def _replace(self, engine: Engine, reason: str, report: Report) -> None:
         """Load the model anew, until that succeeds."""

@@ -184,6 +184,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds after which a batch counts as hung: its callers get 503, and the model is loaded anew.",
     )
+    golden_interval_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="Seconds after which a model that serves is held against its golden vectors again; where they are no "
+        "longer right, it is loaded anew.",
+    )
     cpu_threads: int = Field(
         default=0, ge=0, description="Threads of a model that runs on the CPU; 0: chosen by the engine."
     )

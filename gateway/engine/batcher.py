@@ -71,6 +71,7 @@ class _Work:
     queue_s: float = 0.0
     inference_s: float = 0.0
     error: RequestError | None = None
+    admitted_at: float = field(default_factory=time.monotonic)
 
     def end(self, error: RequestError | None = None) -> None:
         if not self.done.done():
@@ -180,6 +181,7 @@ class Batcher:
         self._num_texts += num_texts
         self._num_tokens += num_tokens
         metrics.QUEUE_TEXTS.labels(self._model).set(self._num_texts)
+        metrics.QUEUE_TOKENS.labels(self._model).set(self._num_tokens)
 
     def _forget(self, ticket: Ticket, work: _Work) -> None:
         """Drop what is left of a request: nobody waits for it any more."""
@@ -255,6 +257,8 @@ class Batcher:
             self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
         metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.computations))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
+        metrics.BATCH_FILL.labels(self._model).observe(num_tokens / self._limits.max_batch_tokens)
+        metrics.COMPUTED_TOKENS.labels(self._model).inc(num_tokens + batch.num_padding)
         served: set[Ticket] = set()
         for computation, result in zip(batch.computations, batch.results, strict=True):
             self._computations.pop(_key(computation.item), None)
@@ -292,6 +296,11 @@ class Batcher:
 
     # ---------------------------------------------------------------------------------------------------- health
 
+    def oldest_s(self) -> float:
+        """Return how long the oldest request that is not answered yet has been waiting, 0 if there is none."""
+        oldest = next(iter(self._works.values()), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
+
     def busy_s(self) -> float:
         """Return how long the oldest batch in hand has been running, 0 if there is none."""
         now = time.monotonic()
@@ -314,6 +323,7 @@ class Batcher:
 
     async def spawn(self) -> None:
         self._loop = asyncio.get_running_loop()
+        metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(self.oldest_s)
         for worker in self._workers:
             worker.start()
 

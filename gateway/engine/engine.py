@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from gateway.embedding import Embeddings, EmbedJob
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.encoders.base import Encoder
+from gateway.engine.golden import GoldenCheck
 from gateway.engine.infinity_library import AsyncEmbeddingEngine, EngineArgs
 from gateway.errors import ModelNotReady, RequestError
 
@@ -22,11 +23,14 @@ class Engine(AsyncEmbeddingEngine):
     Capabilities, ``embed`` and the overload status are Infinity's own.
     """
 
-    def __init__(self, args: EngineArgs, encoders: Sequence[Encoder], limits: Limits) -> None:
+    def __init__(
+        self, args: EngineArgs, encoders: Sequence[Encoder], limits: Limits, golden: GoldenCheck | None = None
+    ) -> None:
         self._engine_args = args
         self._model_replicas = list(encoders)  # Infinity's name; what `capabilities` asks
         self.encoders = encoders
         self._limits = limits
+        self._golden = golden
         self.running = False
         self._min_inference_t = self._max_inference_t = float("nan")  # measured by `select_model`; printed by `__str__`
         self._batcher: Batcher | None = None
@@ -54,6 +58,14 @@ class Engine(AsyncEmbeddingEngine):
         if self._batcher is None:
             raise ModelNotReady(f"model {self.engine_args.served_model_name!r} is not started", retry_after_s=5)
         return await self._batcher.submit(job)
+
+    async def recheck(self, timeout_s: float) -> str:
+        """Hold the model against its golden vectors again; say what is wrong, if anything is.
+
+        Raises:
+            RequestError: it could not be asked; one of those of :meth:`Batcher.submit`.
+        """
+        return "" if self._golden is None else await self._golden.recheck(self.submit, timeout_s)
 
     def busy_s(self) -> float:
         """Return how long the oldest batch in hand has been running, in seconds; 0 if there is none."""

@@ -1,24 +1,26 @@
 """Golden vectors: what a model must return for a few texts, to see that a machine computes it right.
 
-They are recorded once, in float32 with torch, and held against whatever the model runs with: at every start, and by
-``gateway verify``. A file belongs to one checkpoint, whose fingerprint is in it.
+They are recorded once, in float32 with torch, and held against whatever the model runs with: at every start, from
+time to time while it serves, and by ``gateway verify``. A file belongs to one checkpoint, whose fingerprint is in it.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from gateway.embedding import Truncate
+from gateway.embedding import Embeddings, EmbedJob, Truncate
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Item
 from gateway.errors import LoadError
+from gateway.telemetry import metrics
 
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.9995}
 """Least cosine to the golden vector, by the number format that the model computes in."""
@@ -60,21 +62,49 @@ def record(encoder: Encoder, tasks: Sequence[str | None]) -> list[GoldenVector]:
 
 def compare(encoder: Encoder, golden: Sequence[GoldenVector]) -> list[Comparison]:
     """Compute the golden texts anew and return the cosine to each golden vector; NaN, or another width, counts as -1."""
-    vectors = _encode(encoder, [(one.text, one.task) for one in golden])
-    return [Comparison(one, _cosine(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
+    return _compare(_encode(encoder, [(one.text, one.task) for one in golden]), golden)
 
 
-def check(encoder: Encoder, golden: Sequence[GoldenVector], dtype: str) -> None:
-    """Hold a model against its golden vectors.
+@dataclass(frozen=True, slots=True)
+class GoldenCheck:
+    """What a model is held against, at its start and while it serves.
 
-    Raises:
-        LoadError: one is off by more than the number format explains.
+    Attributes:
+        min_cosine: the least that its number format explains.
     """
-    worst = min(compare(encoder, golden), key=lambda one: one.cosine)
-    if worst.cosine < MIN_COSINE[dtype]:
-        raise LoadError(
+
+    model: str
+    vectors: Sequence[GoldenVector]
+    min_cosine: float
+
+    def check(self, encoder: Encoder) -> None:
+        """Hold an encoder against the golden vectors.
+
+        Raises:
+            LoadError: one is off by more than the number format explains.
+        """
+        if problem := self._judge(compare(encoder, self.vectors)):
+            raise LoadError(f"{problem}: this machine does not compute the model right")
+
+    async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
+        """Hold a model that serves against the golden vectors, between its requests; say what is wrong, if anything is."""
+        found: list[Comparison] = []
+        for task in dict.fromkeys(one.task for one in self.vectors):
+            wanted = [one for one in self.vectors if one.task == task]
+            deadline = time.monotonic() + timeout_s
+            job = EmbedJob([one.text for one in wanted], task, Truncate.END, deadline, caller="golden vectors")
+            found += _compare((await embed(job)).vectors, wanted)
+        return self._judge(found)
+
+    def _judge(self, found: Sequence[Comparison]) -> str:
+        worst = min(found, key=lambda one: one.cosine)
+        metrics.GOLDEN_COSINE.labels(self.model).set(worst.cosine)
+        metrics.GOLDEN_LIMIT.labels(self.model).set(self.min_cosine)
+        if worst.cosine >= self.min_cosine:
+            return ""
+        return (
             f"golden vectors: cosine {worst.cosine:.6f} for {worst.golden.text[:40]!r} (task {worst.golden.task}), the "
-            f"least for {dtype} is {MIN_COSINE[dtype]}: this machine does not compute the model right"
+            f"least is {self.min_cosine}"
         )
 
 
@@ -123,6 +153,10 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
             "Record anew with `gateway verify MODEL --record`"
         )
     return golden
+
+
+def _compare(vectors: Iterable[npt.NDArray[np.float32]], golden: Sequence[GoldenVector]) -> list[Comparison]:
+    return [Comparison(one, _cosine(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
 
 
 def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:

@@ -12,19 +12,21 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
+from gateway.engine.cards import read_cards
 from gateway.engine.checkpoint import Checkpoint, Pooling, read_checkpoint
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.build import BuildOptions, build_encoders, choose_runtime
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.engine import Engine
-from gateway.engine.golden import check as check_golden
+from gateway.engine.golden import MIN_COSINE, GoldenCheck
 from gateway.engine.golden import read as read_golden
 from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
 from gateway.engine.items import Item
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
+from gateway.telemetry import metrics
 
 # On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
 _MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -145,17 +147,20 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     _set_accumulation(plan)
     golden = None
     if checks_golden and plan.entry.golden is not None:
-        golden = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
+        vectors = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
+        golden = GoldenCheck(plan.entry.id, vectors, MIN_COSINE[plan.dtype])
     encoders = []
     for device in plan.devices:
         require_memory(plan.memory, available_bytes(device), device)
         for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads)):
             _warm_up(encoder, plan)
             if golden is not None:
-                check_golden(encoder, golden, plan.dtype)
+                golden.check(encoder)
             encoders.append(encoder)
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
-    return Engine(_engine_args(plan), encoders, limits)
+    if plan.device != "cpu":
+        metrics.at_scrape(read_cards)
+    return Engine(_engine_args(plan), encoders, limits, golden)
 
 
 def load_reference(plan: LoadPlan) -> TextEncoder:

@@ -18,10 +18,12 @@ class TokenStates:
     Attributes:
         flat: ``(total, width)``, in the dtype that the model computes in.
         lengths: tokens of each text; their sum is ``total``.
+        num_padding: tokens that were computed beside them.
     """
 
     flat: torch.Tensor
     lengths: Sequence[int]
+    num_padding: int = 0
 
     @classmethod
     def from_padded(cls, states: torch.Tensor, lengths: Sequence[int]) -> TokenStates:
@@ -29,7 +31,7 @@ class TokenStates:
         if min(lengths) == states.shape[1]:
             return cls(states.flatten(0, 1), lengths)
         is_token = torch.arange(states.shape[1]) < torch.tensor(lengths)[:, None]
-        return cls(states[is_token.to(states.device)], lengths)
+        return cls(states[is_token.to(states.device)], lengths, is_token.numel() - sum(lengths))
 
     @property
     def starts(self) -> list[int]:

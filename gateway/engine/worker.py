@@ -72,12 +72,17 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True)
 class FinishedBatch:
-    """A batch with a result for each of its computations, and when it ran (``time.monotonic()``)."""
+    """A batch with a result for each of its computations, and when it ran (``time.monotonic()``).
+
+    Attributes:
+        num_padding: tokens that were computed beside its own.
+    """
 
     computations: Sequence[Computation]
     results: Sequence[Encoded | RequestError]
     started: float
     ended: float
+    num_padding: int = 0
 
 
 class Worker:
@@ -130,6 +135,7 @@ class Worker:
                 return
 
     def _compute(self, batch: list[Computation]) -> FinishedBatch:
+        padding_before = self._encoder.num_padding
         started = self._started = time.monotonic()
         try:
             results = self._encode([computation.item for computation in batch])
@@ -143,7 +149,8 @@ class Worker:
             for entry in computation.entries:  # now: the next batch is taken before the event loop hears of this
                 entry.ticket.is_live = False
         self.num_failed_in_a_row = 0 if has_result else self.num_failed_in_a_row + 1
-        return FinishedBatch(batch, results, started, time.monotonic())
+        num_padding = self._encoder.num_padding - padding_before
+        return FinishedBatch(batch, results, started, time.monotonic(), num_padding)
 
     def _encode(self, items: Sequence[Item]) -> list[Encoded | RequestError]:
         """Encode items. When that fails, halve the batch and try again, until only the guilty text is left to fail."""

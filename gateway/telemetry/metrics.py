@@ -1,18 +1,26 @@
-"""Every Prometheus metric. Labels hold only names from the registry, never what a client sent."""
+"""Every Prometheus metric. Labels hold only names from the registry, never what a client sent.
+
+``docs/metrics.md`` is generated from what is declared here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from gateway import __version__
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _POWERS_OF_TWO = tuple(2**n for n in range(16))
 
 REQUESTS = Counter("gateway_requests", "Answered HTTP requests.", ["path", "status"], registry=REGISTRY)
@@ -47,7 +55,7 @@ TOKENS = Counter("gateway_tokens", "Tokens embedded, after truncation.", _TARGET
 TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", _TARGET, registry=REGISTRY)
 STAGE_SECONDS = Histogram(
     "gateway_stage_duration_seconds",
-    "Time that an embedding request spent in a stage: tokenise, queue, inference.",
+    "Time that an embedding request spent in a stage: tokenise, queue, inference, serialise.",
     [*_TARGET, "stage"],
     buckets=_SECONDS,
     registry=REGISTRY,
@@ -101,16 +109,112 @@ BATCH_TEXTS = Histogram(
 BATCH_TOKENS = Histogram(
     "gateway_batch_tokens", "Tokens in a batch, without padding.", ["model"], buckets=_POWERS_OF_TWO, registry=REGISTRY
 )
+BATCH_FILL = Histogram(
+    "gateway_batch_fill_ratio",
+    "Tokens of a batch as a share of the most that it may have. Always full: a larger `max_batch_tokens` may be faster.",
+    ["model"],
+    buckets=_SHARES,
+    registry=REGISTRY,
+)
+COMPUTED_TOKENS = Counter(
+    "gateway_computed_tokens",
+    "Tokens that forwards have computed, padding included: `gateway_batch_tokens_sum` has those without.",
+    ["model"],
+    registry=REGISTRY,
+)
 QUEUE_TEXTS = Gauge("gateway_queue_texts", "Texts admitted and not yet answered.", ["model"], registry=REGISTRY)
+QUEUE_TOKENS = Gauge(
+    "gateway_queue_tokens",
+    "Tokens of the texts admitted and not yet answered, estimated.",
+    ["model"],
+    registry=REGISTRY,
+)
+QUEUE_OLDEST_SECONDS = Gauge(
+    "gateway_queue_oldest_seconds",
+    "How long the oldest request that the model has not answered yet has been waiting.",
+    ["model"],
+    registry=REGISTRY,
+)
 FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward raised.", ["model"], registry=REGISTRY)
 ENGINE_RESTARTS = Counter(
     "gateway_engine_restarts", "Attempts to load a model anew after it hung or failed.", ["model"], registry=REGISTRY
 )
 MODEL_READY = Gauge("gateway_model_ready", "1 when the model answers, else 0.", ["model"], registry=REGISTRY)
+MODEL_STATE = Gauge(
+    "gateway_model_state",
+    "1 for the state that the model is in, 0 for the others: disabled, loading, ready, recovering, failed, stopped.",
+    ["model", "state"],
+    registry=REGISTRY,
+)
+MODEL_INFO = Gauge(
+    "gateway_model_info",
+    "1 for each model whose checkpoint has been read: what it is and runs on. `space` is that of its default task.",
+    ["model", "source", "revision", "space", "dtype", "device", "runtime"],
+    registry=REGISTRY,
+)
+GOLDEN_COSINE = Gauge(
+    "gateway_golden_min_cosine",
+    "Smallest cosine between a golden vector and the same text computed here, at the last check.",
+    ["model"],
+    registry=REGISTRY,
+)
+GOLDEN_LIMIT = Gauge(
+    "gateway_golden_limit_cosine",
+    "Smallest cosine to a golden vector that the model's number format explains; below it the model is loaded anew.",
+    ["model"],
+    registry=REGISTRY,
+)
+GPU_MEMORY = Gauge(
+    "gateway_gpu_memory_bytes",
+    "Memory of a card: `total`, `used` by all processes, `allocated` by this one's tensors.",
+    ["device", "kind"],
+    registry=REGISTRY,
+)
+GPU_UTILISATION = Gauge(
+    "gateway_gpu_utilisation_ratio",
+    "Share of the last moments in which the card computed something, whoever for.",
+    ["device"],
+    registry=REGISTRY,
+)
+BUILD_INFO = Gauge("gateway_build_info", "1; the version of the gateway.", ["version"], registry=REGISTRY)
+BUILD_INFO.labels(__version__).set(1)
+
+_scrape_readers: list[Callable[[], None]] = []
+
+
+def at_scrape(reader: Callable[[], None]) -> None:
+    """Have ``reader`` called once before every scrape, to set what is not worth setting all the time."""
+    if reader not in _scrape_readers:
+        _scrape_readers.append(reader)
+
+
+def declared() -> list[MetricWrapperBase]:
+    """Return every metric of the gateway's own, in the order of its declaration."""
+    return [metric for metric in globals().values() if isinstance(metric, MetricWrapperBase)]
+
+
+def describe_model(model: str, **facts: str) -> None:
+    """Say what a model is, in place of what was said before.
+
+    Args:
+        facts: the other labels of :data:`MODEL_INFO`.
+    """
+    MODEL_INFO.remove_by_labels({"model": model})
+    MODEL_INFO.labels(model=model, **facts).set(1)
+
+
+def forget_model(model: str) -> None:
+    """Remove everything under the name of a model that is no more."""
+    meters.cache_clear()
+    for metric in declared():
+        if "model" in metric._labelnames:
+            metric.remove_by_labels({"model": model})
 
 
 def render() -> bytes:
     """Return all metrics in Prometheus' text format."""
+    for reader in _scrape_readers:
+        reader()
     return generate_latest(REGISTRY)
 
 
@@ -123,8 +227,8 @@ class Meters:
         self.texts = TEXTS.labels(*self._labels)
         self.tokens = TOKENS.labels(*self._labels)
         self.truncated = TRUNCATED.labels(*self._labels)
-        self.tokenise_s, self.queue_s, self.inference_s = (
-            STAGE_SECONDS.labels(*self._labels, stage) for stage in ("tokenise", "queue", "inference")
+        self.tokenise_s, self.queue_s, self.inference_s, self.serialise_s = (
+            STAGE_SECONDS.labels(*self._labels, stage) for stage in ("tokenise", "queue", "inference", "serialise")
         )
         self._ok = EMBED_REQUESTS.labels(*self._labels, "ok")
 

@@ -242,6 +242,8 @@ class SteeredEngine:
         self.questions: list[str] = []
         self.given_up: RequestError | None = None
         self.start_error: Exception | None = None
+        self.drift = ""
+        self.num_rechecks = 0
         self.is_stopped = False
 
     async def astart(self) -> None:
@@ -259,6 +261,12 @@ class SteeredEngine:
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
         self.given_up = error()
+
+    async def recheck(self, timeout_s: float) -> str:
+        self.num_rechecks += 1
+        if self.answer is not None:
+            raise self.answer
+        return self.drift
 
     async def submit(self, job: EmbedJob) -> None:
         self.questions += job.texts
@@ -289,7 +297,8 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
         return engines[-1], fake_info()
 
     monkeypatch.setattr(InfinityBackend, "_load", load)
-    watched = Watched(InfinityBackend(MINILM, Settings(forward_timeout_s=0.02)), engines, [])
+    settings = Settings(forward_timeout_s=0.02, golden_interval_s=0.03)
+    watched = Watched(InfinityBackend(MINILM, settings), engines, [])
     await watched.backend.start(lambda state, reason: watched.reports.append((state, reason)))
     yield watched
     await watched.backend.stop()
@@ -304,6 +313,26 @@ async def test_an_engine_that_is_well_is_left_alone(watched: Watched) -> None:
     assert watched.engines[0].questions == []
     assert watched.reports == []
     assert len(watched.engines) == 1
+
+
+async def test_an_engine_is_held_against_its_golden_vectors_again_and_again(watched: Watched) -> None:
+    started = asyncio.get_running_loop().time()
+    await until(lambda: watched.engines[0].num_rechecks == 3)
+
+    assert asyncio.get_running_loop().time() - started > 0.06
+    assert watched.reports == []
+
+    watched.engines[0].drift = "golden vectors: cosine 0.9"
+    await until(lambda: len(watched.reports) == 2)
+    assert watched.reports[0] == (ModelState.RECOVERING, "golden vectors: cosine 0.9")
+    assert watched.engine is watched.engines[1]
+
+
+async def test_a_recheck_that_is_not_answered_says_nothing_of_the_model(watched: Watched) -> None:
+    watched.engines[0].answer = Overloaded("full", retry_after_s=1)
+    await until(lambda: watched.engines[0].num_rechecks == 3)
+
+    assert watched.reports == []
 
 
 async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:

@@ -20,10 +20,11 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import golden, loading
 from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.golden import MIN_COSINE, GoldenVector, check, compare, read, record, write
+from gateway.engine.golden import MIN_COSINE, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import load_engine, load_reference, plan_load
 from gateway.errors import LoadError
+from gateway.telemetry import metrics
 from gateway.verification import record_golden
 from gateway.verification import verify as verify_model
 
@@ -56,6 +57,10 @@ def file(entry: ModelEntry) -> Path:
     path = Path(entry.golden)
     record_golden(entry, path)
     return path
+
+
+def check(encoder: TextEncoder, vectors: Sequence[GoldenVector], dtype: str) -> None:
+    GoldenCheck("tiny", vectors, MIN_COSINE[dtype]).check(encoder)
 
 
 def change(path: Path, number: int, changed: Callable[[Any], Any]) -> None:
@@ -157,7 +162,7 @@ def test_the_worst_vector_decides(bundled_encoder: TextEncoder) -> None:
     off = [replace(one, vector=turned(one.vector, 0.99) if i == 2 else one.vector) for i, one in enumerate(vectors)]
 
     with pytest.raises(
-        LoadError, match=r"cosine 0\.9900\d\d for 'The treaty was signed .*least for float32 is 0\.9999"
+        LoadError, match=r"cosine 0\.9900\d\d for 'The treaty was signed .*the least is 0\.9999: this machine"
     ):
         check(bundled_encoder, off, "float32")
 
@@ -273,12 +278,43 @@ def test_a_prompt_that_has_changed_is_refused_at_load(entry: ModelEntry, file: P
 
 def test_every_stream_is_checked(entry: ModelEntry, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[object] = []
-    monkeypatch.setattr(loading, "check_golden", lambda encoder, *_: checked.append(encoder))
+    monkeypatch.setattr(GoldenCheck, "check", lambda _self, encoder: checked.append(encoder))
 
     engine = load_engine(plan_load(entry), Settings(cpu_threads=2))
 
     assert len(engine.encoders) == 2
     assert checked == list(engine.encoders)
+
+
+# -------------------------------------------------------------------------------------------------- while it serves
+
+
+async def test_a_model_that_serves_is_held_against_its_vectors_again(entry: ModelEntry, file: Path) -> None:
+    """Through the queue, as any request; with weights that change under it, as those of a broken card do."""
+    engine = load_engine(plan_load(entry.model_copy(update={"runtime": "torch"})), Settings(cpu_threads=1))
+    await engine.astart()
+    try:
+        well = await engine.recheck(timeout_s=60)
+        best = shown("gateway_golden_min_cosine")
+        with torch.inference_mode():
+            parameters = list(engine.encoders[0].runtime._model.parameters())
+            parameters[-1].add_(0.5 * torch.randn_like(parameters[-1], generator=torch.Generator().manual_seed(1)))
+            parameters[0].mul_(-1)
+        broken = await engine.recheck(timeout_s=60)
+    finally:
+        await engine.astop()
+
+    assert well == ""
+    assert best > 0.9999
+    assert re.match(r"golden vectors: cosine -?0\.\d+ for .*, the least is 0\.9999", broken)
+    assert shown("gateway_golden_min_cosine") < 0.99
+    assert shown("gateway_golden_limit_cosine") == 0.9999
+
+
+def shown(metric: str) -> float:
+    value = metrics.REGISTRY.get_sample_value(metric, {"model": "tiny"})
+    assert value is not None
+    return value
 
 
 # -------------------------------------------------------------------------------------------------- fp16_accumulation

@@ -24,6 +24,8 @@ class Encoder(BaseEmbedder):
 
     tokenizer: Tokenizer
     width: int
+    num_padding = 0
+    """Tokens of padding that have been computed so far."""
 
     def tokenise(
         self, texts: Sequence[str], task: str | None, truncate: Truncate, first_index: int = 0

@@ -93,7 +93,9 @@ class TextEncoder(Encoder):
     @torch.inference_mode()
     def encode_core(self, features: list[Group]) -> list[tuple[Group, TokenStates]]:
         """Run the transformer on each group."""
-        return [(group, self.runtime.forward(group.features)) for group in features]
+        computed = [(group, self.runtime.forward(group.features)) for group in features]
+        self.num_padding += sum(states.num_padding for _group, states in computed)
+        return computed
 
     @torch.inference_mode()
     def encode_post(  # type: ignore[override]

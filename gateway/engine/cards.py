@@ -1,0 +1,54 @@
+"""What the graphics cards say of themselves, for the metrics."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import structlog
+import torch
+
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+
+def read_cards() -> None:
+    """Set the metrics of every card that this process may use.
+
+    Asked is the driver's own library (NVML): it answers also when a card hangs, where a question through CUDA would wait,
+    and with it everybody.
+    """
+    if (nvml := _nvml()) is None:
+        return
+    for index in range(torch.cuda.device_count()):
+        device = f"cuda:{index}"
+        metrics.GPU_MEMORY.labels(device, "allocated").set(torch.cuda.memory_allocated(index))
+        try:
+            handle = _handle(nvml, index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
+            metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
+            metrics.GPU_UTILISATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+        except nvml.NVMLError as error:  # a slice of a card (MIG) has no utilisation of its own
+            log.debug("card_not_read", device=device, error=str(error))
+
+
+@cache
+def _nvml() -> Any:
+    """Return the library, ready to be asked, or ``None`` where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        log.warning("cards_not_read", error=str(error))
+        return None
+    return pynvml
+
+
+@cache
+def _handle(nvml: Any, index: int) -> Any:
+    """Return NVML's handle of a card: it counts all cards of the machine, CUDA those that this process may use."""
+    uuid = torch.cuda.get_device_properties(index).uuid
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
