@@ -42,7 +42,7 @@ run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev test check format docs bench lock clean
+.PHONY: install-dev test check format docs bench image-proof lock clean
 
 install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
 
@@ -67,6 +67,9 @@ docs: install-dev ## Write the generated parts of the documentation
 bench: install-dev ## Measure the start, then compare with Infinity's server (ARGS=--quick)
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.compare $(ARGS)
+
+image-proof: ## Build the image without a registry, run it, measure it (root; deploy/image/prove.py)
+	python3 deploy/image/prove.py --torch-index="$(TORCH_INDEX)" $(ARGS)
 
 lock: build/lock/.installed ## Pin what pyproject.toml asks for (ARGS=--upgrade: newest versions)
 	build/lock/bin/python requirements/lock.py $(ARGS)

@@ -49,8 +49,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default="default", help="a model of the gateway, or an alias")
     # The gateway asks for a key only if GATEWAY_API_KEYS is set; OpenAI's client wants one that isn't empty.
     parser.add_argument("--api-key", default="any", help="a key of the gateway, if it asks for one")
+    parser.add_argument(
+        "--api-key-file", type=Path, help="a file with that key, which then shows in no list of processes"
+    )
+    parser.add_argument(
+        "--milvus-url", help="a Milvus server such as http://127.0.0.1:19530; by default a file in --dir"
+    )
     parser.add_argument("--dir", type=Path, help="folder to keep memories in; by default a temporary one")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.api_key_file:
+        options.api_key = options.api_key_file.read_text(encoding="utf-8").strip()
+    return options
 
 
 def ask_gateway(options: argparse.Namespace) -> Model:
@@ -77,8 +86,8 @@ def mem0_config(options: argparse.Namespace, card: Model, folder: Path) -> dict[
     collection = "memories_" + re.sub(r"\W", "_", card.space)  # Milvus takes letters, digits and underscores only
     stores = {
         "qdrant": {"path": str(folder / "qdrant"), "on_disk": True},  # without on_disk, older Mem0 empties it
-        # Mem0's own default metric is L2, whose scores mean something else; the token is empty for a local file.
-        "milvus": {"url": str(folder / "milvus.db"), "token": "", "metric_type": "COSINE"},
+        # Mem0's own default metric is L2, whose scores mean something else; neither a file nor this server asks for a token.
+        "milvus": {"url": options.milvus_url or str(folder / "milvus.db"), "token": "", "metric_type": "COSINE"},
     }
     return {
         "embedder": {

@@ -73,10 +73,24 @@ def test_an_unknown_model_ends_with_the_names_there_are(gateway: Gateway) -> Non
     assert "Traceback" not in done.stderr
 
 
-def test_a_key_is_passed_on(furnished_gateway: Gateway) -> None:
+def test_milvus_may_be_elsewhere(gateway: Gateway, tmp_path: Path) -> None:
+    database = tmp_path / "elsewhere.db"
+
+    done = run("--store", "milvus", "--milvus-url", str(database), "--base-url", gateway.base_url)
+
+    assert done.returncode == 0, done.stderr
+    assert database.exists()
+
+
+def test_a_key_is_passed_on(furnished_gateway: Gateway, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text(f"{KEY}\n", encoding="utf-8")
+
     without = run("--base-url", furnished_gateway.base_url)
     with_key = run("--base-url", furnished_gateway.base_url, "--api-key", KEY)
+    with_file = run("--base-url", furnished_gateway.base_url, "--api-key-file", str(key_file))
 
     assert without.returncode == 1
     assert "refuses: Error code: 401" in without.stderr
     assert with_key.returncode == 0, with_key.stderr
+    assert with_file.returncode == 0, with_file.stderr

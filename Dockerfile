@@ -1,0 +1,79 @@
+# The gateway as an image. How it is built and run: deploy/README.md.
+#
+#   docker build -t embedding-gateway:0.1.0-cuda .
+#   docker build -t embedding-gateway:0.1.0-cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+#
+# Both variants start from the same slim Python. torch from PyPI brings CUDA, cuBLAS and cuDNN as packages of its own, and
+# the driver comes from the host at the start (NVIDIA's container toolkit), so an nvidia/cuda base would only hold the
+# same libraries a second time, in versions that torch was not built with.
+
+# The tag says what it is, the digest (that of the index for all architectures) fixes its bytes. To move to a newer one:
+#   docker buildx imagetools inspect python:3.11.X-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
+
+FROM ${PYTHON_IMAGE} AS build
+# Empty: torch from PyPI, with its CUDA libraries.
+ARG TORCH_INDEX=
+WORKDIR /app
+
+# The packages, a layer that changes with the locks alone. The gateway itself is installed as a link to /app/gateway, of
+# which its version is enough here; its metadata want a README.md and a LICENSE, whatever they say.
+COPY pyproject.toml ./
+COPY requirements/ requirements/
+COPY gateway/__init__.py gateway/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    touch README.md LICENSE \
+    && requirements/install.sh run
+# What nothing here uses: tests, C++ headers, pip. A layer of this stage alone; the image gets what is left.
+RUN torch=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)') \
+    && rm -rf "$torch/include" "$torch/share" "$torch/test" "$torch"/bin/*est* \
+    && find .venv -type d -name tests -prune -exec rm -rf {} + \
+    && .venv/bin/python -m pip uninstall --yes --quiet pip
+
+# The code, a small layer that changes often. Compiled here, as nobody may write to it later; without times, which a copy
+# could change.
+COPY gateway/ gateway/
+RUN .venv/bin/python -m compileall -q --invalidation-mode unchecked-hash gateway
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="embedding-gateway" \
+      org.opencontainers.image.description="Several embedding models behind one OpenAI-style endpoint" \
+      org.opencontainers.image.licenses="MIT"
+
+# A number of its own, so that Kubernetes can see that it is not root, and volumes can be given to it.
+RUN groupadd --gid 10001 gateway \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin gateway \
+    && install --directory --owner=10001 --group=10001 /cache
+
+# The root file system may be read-only. Written are /cache (models from the hub: a volume) and /tmp (a tmpfs).
+ENV PATH=/app/.venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    XDG_CACHE_HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    GATEWAY_HOST=0.0.0.0 \
+    GATEWAY_PORT=8000 \
+    GATEWAY_ADMIN_PORT=9000 \
+    GATEWAY_MODELS=/app/models.yaml \
+    GATEWAY_LOG_FORMAT=json
+
+WORKDIR /app
+COPY --from=build /app/.venv .venv/
+COPY --from=build /app/gateway gateway/
+COPY golden/ golden/
+COPY models.yaml deploy/image/healthcheck.py LICENSE ./
+
+USER 10001:10001
+VOLUME /cache
+EXPOSE 8000 9000
+STOPSIGNAL SIGTERM
+# Ready, not only alive: nothing restarts a container for this, and compose starts what depends on it. Models from the
+# hub may take minutes the first time.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 CMD ["python", "-I", "/app/healthcheck.py"]
+
+# gateway serve; other commands in its place: docker run IMAGE check, docker run IMAGE models.
+ENTRYPOINT ["gateway"]
+CMD ["serve"]

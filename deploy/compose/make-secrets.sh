@@ -1,0 +1,28 @@
+#!/bin/sh
+# Makes the secrets that compose.yaml mounts, in secrets/ beside this script: a key for Mem0 and the file of API keys that
+# holds its hash, and Grafana's password. What is there already stays.
+set -eu
+
+cd "$(dirname "$0")"
+umask 077
+mkdir -p secrets
+cd secrets
+
+random_hex() {
+    od -An -N32 -tx1 /dev/urandom | tr -d ' \n'
+}
+
+if [ ! -e api-keys.yaml ]; then
+    key=$(random_hex)
+    printf %s "$key" >mem0-key
+    digest=$(printf %s "$key" | sha256sum | cut -d' ' -f1)
+    printf 'version: 1\nkeys:\n  - name: mem0\n    sha256: %s\n' "$digest" >api-keys.yaml
+    echo "made secrets/mem0-key, and secrets/api-keys.yaml with its hash"
+fi
+if [ ! -e grafana-password ]; then
+    random_hex >grafana-password
+    echo "made secrets/grafana-password, for the user admin"
+fi
+
+# Compose mounts the files as they are, and the containers' users are not this one. The folder keeps others out.
+chmod 644 mem0-key api-keys.yaml grafana-password

@@ -1,0 +1,93 @@
+"""Schemas of the two kinds that Kubernetes itself does not know: only the fields that are used here, and no other.
+
+KEDA's and the Prometheus operator's own schemas allow more. A field that is new in deploy/kubernetes has to be looked
+up there and added here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEXT = {"type": "string", "minLength": 1}
+COUNT = {"type": "integer", "minimum": 0}
+DURATION = {"type": "string", "pattern": r"^\d+(ms|s|m|h)$"}
+LABELS = {"type": "object", "additionalProperties": TEXT}
+
+
+def exactly(optional: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
+    """Return the schema of an object that has these fields, the optional ones perhaps, and no other."""
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": [name for name in fields if name not in optional],
+        "additionalProperties": False,
+    }
+
+
+def listing(item: Any) -> dict[str, Any]:
+    """Return the schema of a list with at least one item."""
+    return {"type": "array", "items": item, "minItems": 1}
+
+
+def resource(api_version: str, kind: str, spec: Any) -> dict[str, Any]:
+    """Return the schema of a whole resource."""
+    return exactly(
+        apiVersion={"const": api_version},
+        kind={"const": kind},
+        metadata=exactly(("labels",), name=TEXT, namespace=TEXT, labels=LABELS),
+        spec=spec,
+    )
+
+
+_SCALING_RULES = exactly(
+    stabilizationWindowSeconds={**COUNT, "maximum": 3600},
+    policies=listing(
+        exactly(type={"enum": ["Pods", "Percent"]}, value=COUNT, periodSeconds={**COUNT, "minimum": 1, "maximum": 1800})
+    ),
+)
+
+SCALED_OBJECT = resource(
+    "keda.sh/v1alpha1",
+    "ScaledObject",
+    exactly(
+        scaleTargetRef=exactly(name=TEXT),
+        minReplicaCount=COUNT,
+        maxReplicaCount=COUNT,
+        pollingInterval=COUNT,
+        fallback=exactly(
+            failureThreshold=COUNT,
+            replicas=COUNT,
+            behavior={"enum": ["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"]},
+        ),
+        advanced=exactly(
+            horizontalPodAutoscalerConfig=exactly(behavior=exactly(scaleUp=_SCALING_RULES, scaleDown=_SCALING_RULES))
+        ),
+        triggers=listing(
+            exactly(
+                type={"const": "prometheus"},
+                # KEDA refuses a fallback with any other type.
+                metricType={"const": "AverageValue"},
+                # KEDA's metadata are strings, numbers too.
+                metadata=exactly(
+                    serverAddress={"type": "string", "pattern": "^https?://"},
+                    query=TEXT,
+                    threshold={"type": "string", "pattern": r"^\d+$"},
+                ),
+            )
+        ),
+    ),
+)
+
+SERVICE_MONITOR = resource(
+    "monitoring.coreos.com/v1",
+    "ServiceMonitor",
+    exactly(
+        jobLabel=TEXT,
+        selector=exactly(matchLabels=LABELS),
+        endpoints=listing(
+            exactly(port=TEXT, path={"type": "string", "pattern": "^/"}, interval=DURATION, scrapeTimeout=DURATION)
+        ),
+    ),
+)
+
+SCHEMAS = {"ScaledObject": SCALED_OBJECT, "ServiceMonitor": SERVICE_MONITOR}

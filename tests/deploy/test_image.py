@@ -1,0 +1,161 @@
+"""The Dockerfiles keep to what makes an image small, safe and repeatable. `make image-proof` builds and runs them."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+from deployment_files import (
+    DEPLOY,
+    DOCKERFILE,
+    MEM0_DOCKERFILE,
+    ROOT,
+    Instruction,
+    image_environ,
+    instructions,
+    last_stage,
+    run_tool,
+)
+
+from gateway.app import create_admin_app
+from gateway.config.settings import Settings, load_settings
+from gateway.deployment import Deployment
+
+DOCKERFILES = pytest.mark.parametrize("dockerfile", [DOCKERFILE, MEM0_DOCKERFILE], ids=["gateway", "mem0"])
+PINNED = re.compile(r"python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}")
+
+
+def base_image(dockerfile: Path) -> str:
+    return next(i.value for i in instructions(dockerfile) if i.value.startswith("PYTHON_IMAGE=")).split("=", 1)[1]
+
+
+def copied(dockerfile: Path) -> list[str]:
+    """Return the files that come from the build context."""
+    copies = [i for i in instructions(dockerfile) if i.name == "COPY" and "--from=" not in i.value]
+    return [word for copy in copies for word in copy.words[:-1]]
+
+
+@DOCKERFILES
+def test_the_linter_finds_nothing(dockerfile: Path) -> None:
+    done = run_tool("hadolint", "--no-color", dockerfile)
+
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_linter_would_find_something(tmp_path: Path) -> None:
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM python\nRUN cd /app\n")
+
+    assert run_tool("hadolint", bad).returncode != 0
+
+
+@DOCKERFILES
+def test_every_stage_starts_from_the_one_base_pinned_by_digest(dockerfile: Path) -> None:
+    stages = [i for i in instructions(dockerfile) if i.name == "FROM"]
+
+    assert {stage.words[0] for stage in stages} == {"${PYTHON_IMAGE}"}
+    assert PINNED.fullmatch(base_image(dockerfile))
+    assert base_image(dockerfile) == base_image(DOCKERFILE)
+
+
+@DOCKERFILES
+def test_it_runs_as_a_numbered_user_without_a_shell_between(dockerfile: Path) -> None:
+    stage = last_stage(dockerfile)
+
+    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", stage["USER"][-1].value)
+    commands = [i for name in ("ENTRYPOINT", "CMD", "HEALTHCHECK") for i in stage.get(name, [])]
+    assert commands
+    assert all(command.exec_form for command in commands)
+
+
+@DOCKERFILES
+def test_what_it_copies_exists_and_reaches_the_builder(dockerfile: Path) -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    passed = [line[1:] for line in ignored if line.startswith("!")]
+    names = [name.rstrip("/") for name in copied(dockerfile)]
+
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+    assert [name for name in names if not any(name == p or name.startswith(f"{p}/") for p in passed)] == []
+
+
+def test_nothing_else_reaches_the_builder() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    names = [*copied(DOCKERFILE), *copied(MEM0_DOCKERFILE)]
+
+    assert lines[0] == "*"
+    assert [p for p in lines[1:] if p[0] == "!" and not any(name.startswith(p[1:]) for name in names)] == []
+
+
+def test_the_image_sets_settings_that_the_gateway_takes() -> None:
+    settings = load_settings(image_environ())
+
+    exposed = [word for i in last_stage(DOCKERFILE)["EXPOSE"] for word in i.words]
+    assert exposed == [str(settings.port), str(settings.admin_port)] == ["8000", "9000"]
+    assert settings.host == "0.0.0.0"  # noqa: S104
+    # The folder of the image's last COPY, which holds models.yaml and, beside it, the golden vectors.
+    assert str(settings.models) == "/app/models.yaml"
+
+
+def test_what_is_written_goes_to_volumes() -> None:
+    environ, volumes = image_environ(), [i.value for i in last_stage(DOCKERFILE)["VOLUME"]]
+
+    assert volumes == ["/cache"]
+    written = ["HF_HOME", "XDG_CACHE_HOME", "HOME"]
+    assert [name for name in written if not environ[name].startswith(("/cache", "/tmp"))] == []  # noqa: S108
+
+
+def test_a_container_sees_no_gpu_that_it_did_not_ask_for() -> None:
+    # With this variable, NVIDIA's runtime gives every GPU of a node to any pod, whatever its limits say.
+    assert "NVIDIA_VISIBLE_DEVICES" not in image_environ()
+
+
+@contextmanager
+def serving(deployment: Deployment) -> Iterator[int]:
+    """Serve the operator's paths on a free port."""
+    config = uvicorn.Config(create_admin_app(deployment), port=0, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            thread.join(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def health_check(monkeypatch: pytest.MonkeyPatch, port: int) -> int:
+    """Run the image's HEALTHCHECK against a port; return its exit code."""
+    (check,) = last_stage(DOCKERFILE)["HEALTHCHECK"]
+    assert check.exec_form == ["python", "-I", "/app/healthcheck.py"]
+    monkeypatch.setenv("GATEWAY_ADMIN_PORT", str(port))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    return run_tool("python", "-I", DEPLOY / "image" / "healthcheck.py").returncode
+
+
+def test_the_health_check_says_whether_the_gateway_is_ready(
+    monkeypatch: pytest.MonkeyPatch, make_model: object, make_fleet: object
+) -> None:
+    registry, fleet = make_fleet(make_model())  # type: ignore[operator]
+    deployment = Deployment(registry, Settings(), fleet)
+    with serving(deployment) as port:
+        while_loading = health_check(monkeypatch, port)
+        fleet.started.set()
+        when_ready = health_check(monkeypatch, port)
+        deployment.drain()
+        when_draining = health_check(monkeypatch, port)
+    when_gone = health_check(monkeypatch, port)
+
+    assert [while_loading, when_ready, when_draining, when_gone] == [1, 0, 1, 1]
+
+
+def test_a_command_in_a_shell_would_be_seen() -> None:
+    assert Instruction("CMD", "gateway serve").exec_form is None

@@ -1,0 +1,324 @@
+"""deploy/kubernetes: what kustomize makes of it is valid, restricted, and at one with the image and the settings."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from custom_resources import SCHEMAS
+from deployment_files import DOCKERFILE, KUBERNETES, ROOT, image_environ, kustomize, last_stage, read_yaml
+from fastapi.testclient import TestClient
+
+from gateway import __version__
+from gateway.app import create_admin_app
+from gateway.config.api_keys import load_key_file
+from gateway.config.registry import load_registry
+from gateway.config.settings import Settings, load_settings
+from gateway.deployment import Deployment
+from gateway.telemetry.metrics import render
+
+OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu"])
+VERSIONS = pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
+"""The oldest and the newest Kubernetes that the objects are held against."""
+
+RELEASE_S = 20
+"""What a pod has left, after requests have had their time, to release the models; as deployment.yaml says."""
+
+Object = dict[str, Any]
+
+
+@cache
+def objects(overlay: str) -> list[Object]:
+    """Return the objects of an overlay. They are shared: to change one, copy it."""
+    return kustomize(KUBERNETES / "overlays" / overlay)
+
+
+def of_kind(overlay: str, kind: str) -> list[Object]:
+    return [item for item in objects(overlay) if item["kind"] == kind]
+
+
+def only(overlay: str, kind: str) -> Object:
+    (found,) = of_kind(overlay, kind)
+    return found
+
+
+def pod(overlay: str) -> Object:
+    return only(overlay, "Deployment")["spec"]["template"]
+
+
+def container(overlay: str) -> Object:
+    (found,) = pod(overlay)["spec"]["containers"]
+    return found
+
+
+def config_map(overlay: str, start: str) -> Object:
+    (found,) = [item for item in of_kind(overlay, "ConfigMap") if item["metadata"]["name"].startswith(start)]
+    return found
+
+
+def settings_of(overlay: str) -> Settings:
+    """Return the settings of the gateway in the pod: the image's, with those of the ConfigMap."""
+    return load_settings({**image_environ(), **config_map(overlay, "settings")["data"]})
+
+
+def mount_points(overlay: str) -> dict[str, str]:
+    """Return where each volume is."""
+    return {mount["name"]: mount["mountPath"] for mount in container(overlay)["volumeMounts"]}
+
+
+def volume(overlay: str, name: str) -> Object:
+    (found,) = [item for item in pod(overlay)["spec"]["volumes"] if item["name"] == name]
+    return found
+
+
+def problems_of(item: Object, version: str) -> list[str]:
+    """Return what the schema of an object's kind says against it."""
+    try:
+        if item["kind"] in SCHEMAS:
+            jsonschema.validate(item, SCHEMAS[item["kind"]])
+        else:
+            kubernetes_validate.validate(item, version, strict=True)
+    except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+        return [str(error)]
+    return []
+
+
+@OVERLAYS
+@VERSIONS
+def test_every_object_is_valid(overlay: str, version: str) -> None:
+    assert len(objects(overlay)) >= 11
+    assert [problem for item in objects(overlay) for problem in problems_of(item, version)] == []
+
+
+@VERSIONS
+@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ScaledObject", "ServiceMonitor"])
+def test_a_field_that_does_not_exist_would_be_found(kind: str, version: str) -> None:
+    item = copy.deepcopy(only("gpu", kind))
+    item["spec"]["replicaz"] = 1
+
+    assert len(problems_of(item, version)) == 1
+
+
+@pytest.mark.parametrize("left_out", ["components/monitoring", "components/autoscaling"])
+def test_a_component_can_be_left_out(left_out: str, tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    overlay = tmp_path / "kubernetes" / "overlays" / "gpu"
+    file = overlay / "kustomization.yaml"
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if left_out not in line))
+
+    assert len(kustomize(overlay)) == len(objects("gpu")) - 1
+
+
+@OVERLAYS
+def test_all_is_in_the_one_namespace_which_is_restricted(overlay: str) -> None:
+    namespace = only(overlay, "Namespace")
+
+    assert {item["metadata"].get("namespace") for item in objects(overlay) if item is not namespace} == {
+        namespace["metadata"]["name"]
+    }
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@OVERLAYS
+def test_the_pod_keeps_to_the_restricted_standard_and_writes_to_volumes_alone(overlay: str) -> None:
+    spec = pod(overlay)["spec"]
+    user = {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+
+    assert user.items() <= spec["securityContext"].items()
+    assert last_stage(DOCKERFILE)["USER"][-1].value == "{runAsUser}:{runAsGroup}".format(**user)
+    assert container(overlay)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+    assert [item for item in spec["volumes"] if "hostPath" in item] == []
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    written = {mount["mountPath"] for mount in container(overlay)["volumeMounts"] if not mount.get("readOnly")}
+    assert written == {"/tmp", *(volume.value for volume in last_stage(DOCKERFILE)["VOLUME"])}  # noqa: S108
+
+
+@OVERLAYS
+def test_every_selector_finds_the_pod(overlay: str) -> None:
+    labels = pod(overlay)["metadata"]["labels"].items()
+    deployment = only(overlay, "Deployment")
+    selectors = [
+        deployment["spec"]["selector"]["matchLabels"],
+        only(overlay, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        only(overlay, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        *(item["labelSelector"]["matchLabels"] for item in pod(overlay)["spec"]["topologySpreadConstraints"]),
+        *(service["spec"]["selector"] for service in of_kind(overlay, "Service")),
+    ]
+
+    assert [selector for selector in selectors if not selector or not selector.items() <= labels] == []
+    assert only(overlay, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert pod(overlay)["spec"]["serviceAccountName"] == only(overlay, "ServiceAccount")["metadata"]["name"]
+
+
+@OVERLAYS
+def test_ports_are_those_of_the_settings(overlay: str) -> None:
+    settings = settings_of(overlay)
+    by_name = {"http": settings.port, "admin": settings.admin_port}
+    services = [port for service in of_kind(overlay, "Service") for port in service["spec"]["ports"]]
+    policy = only(overlay, "NetworkPolicy")["spec"]["ingress"]
+
+    assert by_name == {"http": 8000, "admin": 9000}
+    assert settings.host == "0.0.0.0"  # noqa: S104
+    assert {port["name"]: port["containerPort"] for port in container(overlay)["ports"]} == by_name
+    assert {port["targetPort"]: port["port"] for port in services} == by_name
+    assert {port["port"] for rule in policy for port in rule["ports"]} == set(by_name)
+
+
+@OVERLAYS
+def test_clients_cannot_reach_the_operators_port_through_their_service(overlay: str) -> None:
+    ports = {
+        item["metadata"]["name"]: [p["name"] for p in item["spec"]["ports"]] for item in of_kind(overlay, "Service")
+    }
+
+    assert ports == {"embedding-gateway": ["http"], "embedding-gateway-admin": ["admin"]}
+
+
+@OVERLAYS
+def test_prometheus_finds_the_operators_service_alone(overlay: str) -> None:
+    spec = only(overlay, "ServiceMonitor")["spec"]
+    wanted = spec["selector"]["matchLabels"].items()
+    found = [item for item in of_kind(overlay, "Service") if wanted <= item["metadata"]["labels"].items()]
+
+    assert [item["metadata"]["name"] for item in found] == ["embedding-gateway-admin"]
+    assert {port["name"] for port in found[0]["spec"]["ports"]} == {endpoint["port"] for endpoint in spec["endpoints"]}
+    assert spec["jobLabel"] in found[0]["metadata"]["labels"]
+
+
+@OVERLAYS
+def test_what_is_probed_and_scraped_answers_on_the_operators_port(
+    overlay: str, make_model: Callable[..., Any], make_fleet: Callable[..., Any]
+) -> None:
+    probes = [container(overlay)[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+    scraped = [endpoint["path"] for endpoint in only(overlay, "ServiceMonitor")["spec"]["endpoints"]]
+    registry, fleet = make_fleet(make_model())
+    fleet.started.set()
+    client = TestClient(create_admin_app(Deployment(registry, Settings(), fleet)))
+
+    assert [probe["path"] for probe in probes] == ["/health/startup", "/health/live", "/health/ready"]
+    assert {probe["port"] for probe in probes} == {"admin"}
+    paths = [*(probe["path"] for probe in probes), *scraped]
+    assert [(path, client.get(path).status_code) for path in paths] == [(path, 200) for path in paths]
+
+
+@OVERLAYS
+def test_a_pod_has_time_to_answer_and_to_end(overlay: str) -> None:
+    settings, spec = settings_of(overlay), pod(overlay)["spec"]
+
+    # Endpoints are told of a deletion when the pod is; the gateway goes on answering while they learn of it.
+    assert settings.drain_delay_s >= 5
+    assert spec["terminationGracePeriodSeconds"] == settings.drain_delay_s + settings.shutdown_grace_s + RELEASE_S
+    startup = container(overlay)["startupProbe"]
+    assert only(overlay, "Deployment")["spec"]["progressDeadlineSeconds"] > (
+        startup["periodSeconds"] * startup["failureThreshold"]
+    )
+
+
+@OVERLAYS
+def test_the_gateway_finds_its_files(overlay: str) -> None:
+    settings, at = settings_of(overlay), mount_points(overlay)
+
+    models = config_map(overlay, "models")
+    assert volume(overlay, "models")["configMap"]["name"] == models["metadata"]["name"]
+    assert settings.models == Path(at["models"], *models["data"])
+    (item,) = volume(overlay, "keys")["secret"]["items"]
+    assert settings.api_keys_file == Path(at["keys"], item["path"])
+    (source,) = container(overlay)["envFrom"]
+    assert source["configMapRef"]["name"] == config_map(overlay, "settings")["metadata"]["name"]
+    # A file mounted by subPath is never updated.
+    assert [mount for mount in container(overlay)["volumeMounts"] if "subPath" in mount] == []
+
+
+def test_the_models_are_those_of_the_repository(tmp_path: Path) -> None:
+    theirs, ours = read_yaml(KUBERNETES / "base" / "models.yaml"), read_yaml(ROOT / "models.yaml")
+    for model in theirs["models"]:
+        if "golden" in model:
+            # From /etc/gateway/models, the image's folder is not beside the file.
+            assert model["golden"].startswith("/app/")
+            model["golden"] = model["golden"].removeprefix("/app/")
+            assert (ROOT / model["golden"]).is_file()
+
+    assert theirs == ours
+    copied = tmp_path / "models.yaml"
+    copied.write_text(yaml.safe_dump(theirs))
+    assert load_registry(copied, {}).names()
+
+
+@OVERLAYS
+def test_the_example_of_a_secret_fits_and_lets_nobody_in(overlay: str, tmp_path: Path) -> None:
+    secret = read_yaml(KUBERNETES / "secret.example.yaml")
+    kubernetes_validate.validate(secret, kubernetes_validate.latest_version(), strict=True)
+    file = tmp_path / "api-keys.yaml"
+    file.write_text(secret["stringData"]["api-keys.yaml"])
+    mounted = volume(overlay, "keys")["secret"]
+
+    assert mounted["secretName"] == secret["metadata"]["name"]
+    assert {item["key"] for item in mounted["items"]} <= secret["stringData"].keys()
+    assert secret["metadata"]["namespace"] == only(overlay, "Namespace")["metadata"]["name"]
+    (entry,) = load_key_file(file, {}).keys
+    assert entry.sha256 == ("0" * 64,)
+    # An apply of an overlay must not put the example over the real one.
+    assert of_kind(overlay, "Secret") == []
+
+
+@OVERLAYS
+def test_the_key_of_the_operator_is_optional_and_from_the_secret(overlay: str) -> None:
+    (variable,) = container(overlay)["env"]
+
+    assert variable["name"] == "GATEWAY_ADMIN_KEY"
+    reference = variable["valueFrom"]["secretKeyRef"]
+    assert reference["optional"] is True
+    assert reference["name"] == volume(overlay, "keys")["secret"]["secretName"]
+
+
+def test_one_gpu_is_asked_for_where_there_is_one() -> None:
+    asked = {name: container(name)["resources"]["limits"].get("nvidia.com/gpu") for name in ("gpu", "cpu")}
+
+    assert asked == {"gpu": "1", "cpu": None}
+    assert container("cpu")["resources"]["requests"]["cpu"] == str(settings_of("cpu").cpu_threads)
+
+
+def test_models_are_kept_for_all_replicas_where_they_are_large() -> None:
+    claim = only("gpu", "PersistentVolumeClaim")
+
+    assert volume("gpu", "cache")["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert "emptyDir" in volume("cpu", "cache")
+    assert mount_points("gpu")["cache"] == mount_points("cpu")["cache"] == "/cache"
+
+
+def test_images_are_this_version_of_their_variant() -> None:
+    tags = {name: container(name)["image"].rsplit("/", 1)[1] for name in ("gpu", "cpu")}
+
+    assert tags == {
+        "gpu": f"embedding-gateway:{__version__}-cuda",
+        "cpu": f"embedding-gateway:{__version__}-cpu",
+    }
+
+
+@OVERLAYS
+def test_the_autoscaler_asks_for_a_metric_that_exists(overlay: str) -> None:
+    spec = only(overlay, "ScaledObject")["spec"]
+    (trigger,) = spec["triggers"]
+    query = trigger["metadata"]["query"]
+
+    (metric,) = re.findall(r"gateway_\w+", query)
+    assert f"# TYPE {metric} gauge" in render().decode()
+    assert f'namespace="{only(overlay, "Namespace")["metadata"]["name"]}"' in query
+    assert 1 <= spec["minReplicaCount"] < spec["maxReplicaCount"]
+    # It sets the replicas alone: an apply would set them back.
+    assert "replicas" not in only(overlay, "Deployment")["spec"]
