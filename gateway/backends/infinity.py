@@ -45,6 +45,7 @@ class InfinityBackend:
         self._engine: Engine | None = None
         self._is_stopped = False
         self._watch: asyncio.Task[None] | None = None
+        metrics.ENGINE_RESTARTS.labels(entry.id)  # at 0: the first restart is an increase then
 
     async def plan(self) -> ModelInfo:
         self._plan = await asyncio.to_thread(self._make_plan)

@@ -103,6 +103,10 @@ SLOW_CONNECTIONS = Counter(
     ["side"],
     registry=REGISTRY,
 )
+# What an alert waits for must be seen at 0 first: the first of a kind would not be an increase.
+for _outcome in ("ok", "refused"):
+    RELOADS.labels(_outcome)
+    KEY_RELOADS.labels(_outcome)
 BATCH_TEXTS = Histogram(
     "gateway_batch_texts", "Texts in a batch.", ["model"], buckets=_POWERS_OF_TWO[:12], registry=REGISTRY
 )

@@ -1,0 +1,77 @@
+"""What the dashboard and the rules ask for, and what there is."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from gateway.telemetry import metrics
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+_SUFFIXES = {
+    "counter": ["_total"],
+    "gauge": [""],
+    "histogram": ["_bucket", "_sum", "_count"],
+}
+# What Prometheus adds to every series, and what its client library counts of the process.
+_LABELS = {"job", "instance"}
+_PROCESS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
+_WORDS = {"by", "on", "and", "or", "unless", "group_left", "group_right", "ignoring", "without", "bool"}
+_SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*(?:\{([^}]*)\})?")
+_MATCHER = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"")
+
+
+def dashboard() -> ModuleType:
+    """Import the script that writes the dashboard."""
+    path = ROOT / "deploy" / "grafana" / "dashboard.py"
+    spec = importlib.util.spec_from_file_location("dashboard", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dashboard"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def rules() -> list[dict[str, Any]]:
+    """Return the recording and alert rules, in the order of their file."""
+    content = YAML(typ="safe").load(PROMETHEUS / "rules.yml")
+    return [rule for group in content["groups"] for rule in group["rules"]]
+
+
+def series() -> dict[str, set[str]]:
+    """Return every series that can be asked for, with its labels."""
+    known = dict.fromkeys(_PROCESS, _LABELS)
+    for metric in metrics.declared():
+        for suffix in _SUFFIXES[metric._type]:
+            bucket = {"le"} if suffix == "_bucket" else set()
+            known[metric._name + suffix] = {*metric._labelnames, *bucket, *_LABELS}
+    for rule in rules():
+        if "record" in rule:
+            known[rule["record"]] = {"job"}
+    return known
+
+
+def asked(expression: str) -> Iterator[tuple[str, set[str]]]:
+    """Yield each series that an expression asks for, with the labels that it selects by."""
+    text = re.sub(r"\b(?:by|on|ignoring|without|group_left|group_right)\s*\([^)]*\)|\[[^\]]*\]", " ", expression)
+    for match in _SELECTOR.finditer(text):
+        name, selector = match[1], match[2]
+        is_function = re.match(rf"{re.escape(name)}\s*\(", text[match.start() :])
+        if selector is None and (name in _WORDS or is_function):
+            continue
+        yield name, set(_MATCHER.findall(selector or ""))
+
+
+def grouped(expression: str) -> set[str]:
+    """Return the labels that an expression sums or joins by."""
+    found = re.findall(r"\b(?:by|on|ignoring|without)\s*\(([^)]*)\)", expression)
+    return {label.strip() for labels in found for label in labels.split(",") if label.strip()}

@@ -1,0 +1,40 @@
+"""Prometheus' own tool finds the rules well-formed, and each alert to fire when it must and only then."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from observed import PROMETHEUS, rules
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed"
+)
+TESTS = sorted(PROMETHEUS.glob("*_test.yml"))
+
+
+def promtool(*arguments: str) -> str:
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("check", "rules", "rules.yml"), ("check", "config", "prometheus.yml")])
+def test_the_files_are_well_formed(arguments: tuple[str, ...]) -> None:
+    assert "SUCCESS" in promtool(*arguments)
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
+def test_alerts_fire_when_they_must_and_only_then(file: object) -> None:
+    assert "SUCCESS" in promtool("test", "rules", str(file))
+
+
+def test_every_alert_is_made_to_fire() -> None:
+    fired = "".join(file.read_text(encoding="utf-8") for file in TESTS)
+
+    for rule in rules():
+        if "alert" in rule:
+            assert f'alertname="{rule["alert"]}"' in fired

@@ -1,0 +1,86 @@
+"""The dashboard and the rules ask for what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from observed import ROOT, asked, dashboard, grouped, rules, series
+
+DASHBOARD = dashboard()
+EXPRESSIONS = [*DASHBOARD.expressions(), *(rule["expr"] for rule in rules())]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_every_series_and_label_exists(expression: str) -> None:
+    known = series()
+    found = list(asked(expression))
+
+    assert found
+    for name, labels in found:
+        assert name in known, name
+        assert labels <= known[name], name
+    assert grouped(expression) <= set().union(*(known[name] for name, _ in found))
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("gateway_made_up", [("gateway_made_up", set())]),
+        ('sum by (a, b) (rate(x_total{c="1",d=~"2"}[5m]))', [("x_total", {"c", "d"})]),
+        ("histogram_quantile(0.9, sum by (le) (rate(x_bucket[5m])))", [("x_bucket", set())]),
+        ("a:b:c > 0.5 and on (job) up == 0", [("a:b:c", set()), ("up", set())]),
+        ('absent(up{job="x"})', [("up", {"job"})]),
+    ],
+)
+def test_what_an_expression_asks_for_is_found(expression: str, expected: list[tuple[str, set[str]]]) -> None:
+    assert list(asked(expression)) == expected
+
+
+def test_every_metric_of_a_model_is_shown_or_alerts() -> None:
+    used = {name for expression in EXPRESSIONS for name, _ in asked(expression)}
+
+    unused = {
+        name.removesuffix("_total")
+        for name in series()
+        if name not in used and not name.endswith(("_sum", "_count", "_bucket"))
+    }
+    assert unused <= {"gateway_shadow_texts", "gateway_shadow_tokens", "gateway_shadow_queue"}
+
+
+def test_the_dashboard_is_up_to_date() -> None:
+    assert DASHBOARD.DASHBOARD.read_text(encoding="utf-8") == DASHBOARD.render()
+
+
+def test_no_panel_lies_over_another_or_outside_the_grid() -> None:
+    panels = json.loads(DASHBOARD.render())["panels"]
+    taken: dict[tuple[int, int], str] = {}
+
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert taken.setdefault((x, y), panel["title"]) == panel["title"]
+
+
+def test_every_alert_says_what_to_do() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w-]", "", line.lstrip("# ").lower().replace(" ", "-"))
+        for line in page.splitlines()
+        if line.startswith("#")
+    }
+    alerts = [rule for rule in rules() if "alert" in rule]
+
+    assert len(alerts) >= 13
+    for rule in alerts:
+        assert rule["labels"]["severity"] in {"page", "ticket"}
+        assert rule["annotations"]["summary"]
+        assert rule["annotations"]["description"].endswith(".")
+        file, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        assert file == "docs/operations.md"
+        assert anchor == rule["alert"].lower()
+        assert anchor in headings

@@ -1,0 +1,194 @@
+"""A real Prometheus scrapes a gateway that serves, evaluates the rules, and answers what the dashboard asks."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from observed import PROMETHEUS, dashboard
+
+from gateway.app import create_app
+from gateway.backends.base import Report
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.config.registry import ModelEntry, Registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.embedding import ModelInfo
+from gateway.errors import LoadError
+from gateway.server import server_config
+
+pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus (Debian) is not installed")
+
+# Panels that must have something to show when two models are there and one of them answers requests.
+SHOWN = {
+    "Availability",
+    "Models ready",
+    "In flight",
+    "Texts a second",
+    "Versions",
+    "Requests",
+    "Latency of requests",
+    "Tokens by model",
+    "Latency",
+    "Texts",
+    "Where the time goes",
+    "p95 of stages",
+    "State",
+    "What they are",
+    "Resident memory",
+    "CPU",
+    "Open files",
+}
+
+
+class BrokenBackend(FakeBackend):
+    """Cannot be loaded."""
+
+    async def start(self, report: Report) -> ModelInfo:
+        raise LoadError("the weights are corrupt")
+
+
+@contextmanager
+def serving() -> Iterator[tuple[str, int]]:
+    """Serve one model that answers and one that does not."""
+
+    def make_backend(entry: ModelEntry) -> FakeBackend:
+        return (BrokenBackend if entry.id == "broken" else FakeBackend)(fake_info(entry.id))
+
+    entries = tuple(ModelEntry(id=name, source="./x", enabled=True) for name in ("scraped", "broken"))
+    settings = Settings()
+    deployment = Deployment(
+        Registry(path=Path("models.yaml"), version=1, models=entries), settings, make_backend=make_backend
+    )
+    server = uvicorn.Server(server_config(create_app(deployment), settings))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        async def run() -> None:
+            await deployment.start()
+            await server.serve(sockets=[listener])
+            await deployment.stop()
+
+        thread = threading.Thread(target=asyncio.run, args=(run(),))
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def write_files(folder: Path, address: tuple[str, int]) -> None:
+    """Put our own files there, with the address of the test's gateway, and with seconds for minutes."""
+    config = (PROMETHEUS / "prometheus.yml").read_text()
+    config = config.replace("gateway:9000", f"{address[0]}:{address[1]}").replace("15s", "1s")
+    (folder / "prometheus.yml").write_text(config)
+    rules = (PROMETHEUS / "rules.yml").read_text()
+    (folder / "rules.yml").write_text(re.sub(r"for: \d+[smh]", "for: 2s", rules))
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Run a gateway under a little load, and a Prometheus that looks at it; return a client of the latter."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving() as address:
+        write_files(folder, address)
+        command = [
+            "prometheus",
+            f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=error",
+        ]
+        is_over = threading.Event()
+        load = threading.Thread(target=send_requests, args=(address, is_over))
+        load.start()
+        with (
+            subprocess.Popen(command) as process,
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+        ):
+            try:
+                yield client
+            finally:
+                is_over.set()
+                load.join()
+                process.terminate()
+
+
+def send_requests(address: tuple[str, int], is_over: threading.Event) -> None:
+    with httpx.Client(base_url=f"http://{address[0]}:{address[1]}") as client:
+        while not is_over.wait(0.05):
+            client.post("/v1/embeddings", json={"model": "scraped", "input": ["a", "b c"]}).raise_for_status()
+
+
+def ask(prometheus: httpx.Client, expression: str) -> list[dict[str, Any]]:
+    answer = prometheus.get("/api/v1/query", params={"query": expression}).json()
+    assert answer["status"] == "success", answer
+    result: list[dict[str, Any]] = answer["data"]["result"]
+    return result
+
+
+def wait_for(found: Callable[[], object], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if found():
+                return
+        except httpx.HTTPError:
+            pass  # it is still starting
+        time.sleep(0.2)
+    raise AssertionError(f"{what} did not come in {seconds} s")
+
+
+def test_the_alert_of_a_model_that_cannot_be_loaded_fires_and_no_other(prometheus: httpx.Client) -> None:
+    def firing() -> list[tuple[str, ...]]:
+        found = [result["metric"] for result in ask(prometheus, 'ALERTS{alertstate="firing"}')]
+        return [(one["alertname"], one["severity"], one.get("model", "")) for one in found]
+
+    expected = [("GatewayModelNotReady", "page", "broken")]
+    # Until the first scrape, which may take longer than the seconds that stand for minutes here, the gateway is missing too.
+    wait_for(lambda: firing() == expected, "the alert, alone")
+    time.sleep(2)
+
+    assert firing() == expected
+
+
+def test_every_rule_is_evaluated_without_an_error(prometheus: httpx.Client) -> None:
+    def rules() -> list[dict[str, Any]]:
+        groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
+
+    wait_for(lambda: all(rule["health"] != "unknown" for rule in rules()), "an evaluation")
+
+    assert {rule["health"] for rule in rules()} == {"ok"}
+    assert len(rules()) >= 25
+
+
+def test_every_panel_is_answered_and_the_main_ones_have_something_to_show(prometheus: httpx.Client) -> None:
+    wait_for(lambda: ask(prometheus, "sum(rate(gateway_texts_total[30s])) > 0"), "a rate")
+    empty = set()
+    for row in dashboard().ROWS:
+        for panel in row.panels:
+            for query in panel.queries:
+                asked = (
+                    query.expression.replace("$__rate_interval", "30s")
+                    .replace("$__range", "5m")
+                    .replace("$model", ".*")
+                )
+                result = ask(prometheus, asked)
+                empty |= {panel.title} if not result else set()
+
+    assert not empty & SHOWN
