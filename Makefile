@@ -42,7 +42,7 @@ run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev test check format docs bench image-proof lock clean
+.PHONY: install-dev test check format docs bench loadtest image-proof lock clean
 
 install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
 
@@ -63,6 +63,10 @@ format: install-dev ## Format the code and mend what the linter can
 
 docs: install-dev ## Write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
+
+loadtest: install-dev ## Load a gateway of its own with locust, or HOST=URL MODELS=a,b PROFILE=knee
+	$(BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
+	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
 
 bench: install-dev ## Measure the start, then compare with Infinity's server (ARGS=--quick)
 	$(BIN)/python -m bench.startup

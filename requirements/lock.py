@@ -16,12 +16,15 @@ from packaging.markers import Marker
 
 FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
-EXTRAS = ["bundled", "compare", "redis", "tiktoken"]
+EXTRAS = ["bundled", "compare", "redis", "tiktoken", "tracing"]
 GROUPS = ["dev", "clients"]
 
 # infinity-emb 0.0.78 asks for numpy < 2 for the sake of onnx alone, which the gateway doesn't use; numpy 1.26 has no
 # wheel for Python 3.13. This is also why the locks are installed with --no-deps.
 OVERRIDES = ["numpy>=2,<3"]
+
+# mem0ai, one of the clients that the tests run, takes no protobuf 7; what the gateway itself needs takes either.
+HELD = ["protobuf<7"]
 
 # torch has a lock of its own and is installed first, with its dependencies, so that torch itself says what it needs:
 # the build for GPUs brings these CUDA libraries, the build for the CPU none of them.
@@ -53,7 +56,8 @@ HEADERS = {
 """,
     "run": """\
 # What the gateway needs to run, but for torch and its CUDA libraries (torch.lock): the dependencies in pyproject.toml
-# with the extras bundled, compare, redis and tiktoken. For Python 3.11 to 3.13 on Linux, x86_64 and aarch64. After torch:
+# with the extras bundled, compare, redis, tiktoken and tracing. For Python 3.11 to 3.13 on Linux, x86_64 and aarch64.
+# After torch:
 #   pip install --no-deps -r requirements/run.lock
 # --no-deps because infinity-emb asks for numpy < 2 without needing it.
 """,
@@ -111,7 +115,9 @@ def main() -> None:
     groups = [f"--group={group}" for group in GROUPS]
     backend = tomllib.loads(PYPROJECT.read_text())["build-system"]["requires"]
 
-    run = compile_lock([str(PYPROJECT), *extras, *upgrade], preferred=["torch", "run"], requirements=[], constraints=[])
+    run = compile_lock(
+        [str(PYPROJECT), *extras, *upgrade], preferred=["torch", "run"], requirements=[], constraints=HELD
+    )
     pins = [line.requirement for line in run]
     both = compile_lock(
         [str(PYPROJECT), *extras, *groups, *upgrade], preferred=["dev"], requirements=[], constraints=pins
