@@ -29,7 +29,7 @@ HELD = ["protobuf<7"]
 # torch has a lock of its own and is installed first, with its dependencies, so that torch itself says what it needs:
 # the build for GPUs brings these CUDA libraries, the build for the CPU none of them.
 TORCH = re.compile(r"torch==")
-CUDA = re.compile(r"(nvidia|cuda|triton)\b")
+CUDA = re.compile(r"(nvidia(?!-ml-py)|cuda|triton)\b")  # nvidia-ml-py is none: it asks the driver how a card is
 
 # A line is kept if one of these machines needs it, and loses its marker if all of them do.
 TARGETS = [
