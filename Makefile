@@ -42,7 +42,7 @@ run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev test check format docs bench loadtest image-proof lock clean
+.PHONY: install-dev test check format docs bench loadtest soak image-proof lock clean
 
 install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
 
@@ -67,6 +67,9 @@ docs: install-dev ## Write the generated parts of the documentation
 loadtest: install-dev ## Load a gateway of its own with locust, or HOST=URL MODELS=a,b PROFILE=knee
 	$(BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
 	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
+
+soak: install-dev ## Ten minutes of load while one thing after another fails (ARGS="--seconds 3600 --update")
+	$(BIN)/python -m loadtest.soak $(ARGS)
 
 bench: install-dev ## Measure the start, then compare with Infinity's server (ARGS=--quick)
 	$(BIN)/python -m bench.startup

@@ -1,0 +1,279 @@
+"""``make soak``: a gateway under mixed load to which one thing after another happens. Counts what was lost or wrong.
+
+python -m loadtest.soak                    ten minutes
+python -m loadtest.soak --seconds 3600     an hour
+python -m loadtest.soak --update           also writes the table into docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench.machine import describe_machine
+from bench.processes import ROOT
+from bench.servers import clean_environ, free_port
+from loadtest.faults import FAULTS, MODEL, Outcome, Victim, inflict, write_registry
+from loadtest.run import locust_command
+
+PAGE = ROOT / "docs" / "reliability.md"
+_BEGIN, _END = "<!-- loadtest.soak -->", "<!-- end of loadtest.soak -->"
+_FORWARD_TIMEOUT_S = 5
+_START_S = 120.0
+_NUM_TEXTS = 100
+_COUNTED = "gateway_embed_requests_total"
+# Memory may grow by this much: a reload leaves fragments.
+MAX_GROWTH = 1.1
+_LEAST_SAMPLES = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The gateway's process at a time."""
+
+    second: float
+    memory_mib: float
+    num_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """What came of it.
+
+    Attributes:
+        answered: requests that were answered with the right vectors.
+        failures: the others, by cause; a status is an answer, ``no answer`` is not.
+        first_round_ended: when everything had happened once, by ``time.monotonic``: from then on nothing is new.
+    """
+
+    seconds: float
+    answered: int
+    failures: Counter[str]
+    outcomes: Sequence[Outcome]
+    samples: Sequence[Sample]
+    exit_code: int
+    first_round_ended: float
+
+    @property
+    def lost(self) -> int:
+        """How many requests had no answer."""
+        return sum(count for cause, count in self.failures.items() if cause.startswith(("no answer", "not sent")))
+
+    @property
+    def wrong(self) -> int:
+        """How many answers had status 200 and were not what was asked for."""
+        return sum(count for cause, count in self.failures.items() if cause.startswith("wrong answer"))
+
+    @property
+    def growth(self) -> float:
+        """Median memory of the last half over that of the first, after the first round; NaN if there was no other."""
+        memory = [sample.memory_mib for sample in self.samples if sample.second > self.first_round_ended]
+        half = len(memory) // 2
+        return (
+            statistics.median(memory[half:]) / statistics.median(memory[:half]) if half >= _LEAST_SAMPLES else math.nan
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be; empty when all is well."""
+        found = [f"{self.lost} requests had no answer"] if self.lost else []
+        found += [f"{self.wrong} answers were wrong"] if self.wrong else []
+        found += [f"not well again after: {one.name}" for one in self.outcomes if math.isnan(one.recovered_s)]
+        found += [f"exit code {self.exit_code}"] if self.exit_code else []
+        found += [f"memory grew to {self.growth:.2f} times what it was"] if self.growth > MAX_GROWTH else []
+        return found
+
+
+def soak(seconds: float, peak: int) -> Soak:
+    """Run a gateway under load for about ``seconds``, and do everything to it, again and again."""
+    with tempfile.TemporaryDirectory() as folder:
+        victim = _start(Path(folder))
+        try:
+            return _run(victim, Path(folder), seconds, peak)
+        finally:
+            victim.process.kill()
+            victim.process.communicate()
+
+
+def _start(folder: Path) -> Victim:
+    port = free_port()
+    environ = {
+        **clean_environ(),
+        "GATEWAY_PORT": str(port),
+        "GATEWAY_MODELS": str(folder / "models.yaml"),
+        "GATEWAY_LOG_LEVEL": "error",
+        "GATEWAY_FORWARD_TIMEOUT_S": str(_FORWARD_TIMEOUT_S),
+        "GATEWAY_BODY_TIMEOUT_S": "2",
+        "GATEWAY_HEADER_TIMEOUT_S": "2",
+    }
+    write_registry(folder / "models.yaml", 2048)
+    with (folder / "gateway.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loadtest.faulty_gateway"],
+            cwd=ROOT,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+        )
+    victim = Victim(process, port, folder / "models.yaml")
+    if math.isnan(victim.recover()):
+        process.kill()
+        raise RuntimeError(f"the gateway does not start:\n{(folder / 'gateway.log').read_text()[-2000:]}")
+    return victim
+
+
+def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
+    load = subprocess.Popen(
+        _load_command(victim.url, folder, seconds, peak), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    samples: list[Sample] = []
+    is_over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(victim.process.pid, samples, is_over))
+    watch.start()
+    started = time.monotonic()
+    _wait_for_load(victim)
+    outcomes: list[Outcome] = []
+    first_round_ended = math.inf
+    for fault in itertools.cycle(FAULTS):
+        outcomes.append(inflict(victim, fault))
+        first_round_ended = time.monotonic() if len(outcomes) == len(FAULTS) else first_round_ended
+        print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
+        if time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS):
+            break
+    load.send_signal(signal.SIGINT)
+    printed, _ = load.communicate(timeout=120)
+    is_over.set()
+    watch.join()
+    elapsed_s = time.monotonic() - started
+    victim.process.terminate()
+    exit_code = victim.process.wait(60)
+    results = folder / "results.json"
+    if not results.exists():
+        raise RuntimeError(f"the load test has no results:\n{printed.decode()[-2000:]}")
+    [target] = json.loads(results.read_text())["targets"]
+    return Soak(
+        elapsed_s, target["answered"], Counter(target["failures"]), outcomes, samples, exit_code, first_round_ended
+    )
+
+
+def _wait_for_load(victim: Victim) -> None:
+    """Wait until the load has begun: the vectors of all texts are asked for first."""
+    deadline = time.monotonic() + _START_S
+    with httpx.Client(base_url=victim.url) as client:
+        while time.monotonic() < deadline:
+            families = text_string_to_metric_families(client.get("/metrics").text)
+            answered = [
+                sample.value
+                for family in families
+                for sample in family.samples
+                if sample.name == _COUNTED and sample.labels["outcome"] == "ok"
+            ]
+            if sum(answered) > 1.5 * _NUM_TEXTS:
+                return
+            time.sleep(0.5)
+    raise RuntimeError("no load has come")
+
+
+def _load_command(url: str, folder: Path, seconds: float, peak: int) -> list[str]:
+    options = {
+        "--host": url,
+        "--models": MODEL,
+        "--load-profile": "soak",
+        "--workload": "mixed",
+        "--arrivals": "open",
+        "--peak": str(peak),
+        "--rounds": "1",
+        "--slot-s": str(seconds + 300),  # it is stopped when the last fault is over
+        "--fixed-texts": str(_NUM_TEXTS),
+        "--max-fail-ratio": "1",
+        "--loglevel": "WARNING",
+        "--out": str(folder),
+    }
+    return locust_command([*itertools.chain.from_iterable(options.items()), "--golden"])
+
+
+def _watch(pid: int, samples: list[Sample], is_over: threading.Event) -> None:
+    process = psutil.Process(pid)
+    while not is_over.wait(1.0):
+        samples.append(Sample(time.monotonic(), process.memory_info().rss / 2**20, process.num_fds()))
+
+
+def as_table(soak: Soak) -> str:
+    """Return the results as Markdown."""
+    by_fault: dict[str, list[Outcome]] = {}
+    for outcome in soak.outcomes:
+        by_fault.setdefault(outcome.name, []).append(outcome)
+    files = [sample.num_files for sample in soak.samples]
+    memory = [sample.memory_mib for sample in soak.samples]
+    lines = [
+        f"{describe_machine()}; {soak.seconds:.0f} s",
+        "",
+        "| counted | |",
+        "|---|---|",
+        f"| requests answered with the right vectors | {soak.answered:,} |",
+        f"| requests without an answer | {soak.lost} |",
+        f"| wrong vectors | {soak.wrong} |",
+        *(f"| answered with {cause} | {count} |" for cause, count in soak.failures.most_common() if cause[0].isdigit()),
+        f"| resident memory, MiB: first, most, last | {memory[0]:.0f}, {max(memory):.0f}, {memory[-1]:.0f} |",
+        f"| memory after everything had happened once: last half / first half | {soak.growth:.2f} |",
+        f"| open files: first, most, last | {files[0]}, {max(files)}, {files[-1]} |",
+        f"| exit code after SIGTERM | {soak.exit_code} |",
+        "",
+        "| what happened | times | lasted, s | until well again, s (worst) |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {len(found)} | {max(o.lasted_s for o in found):.1f} | {max(o.recovered_s for o in found):.1f} |"
+            for name, found in by_fault.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def update_page(table: str) -> None:
+    """Put the table into ``docs/reliability.md``."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, _, rest = text.partition(_BEGIN)
+    _, _, tail = rest.partition(_END)
+    PAGE.write_text(f"{head}{_BEGIN}\n{table}{_END}{tail}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a soak; return 1 if anything was lost, wrong, or not well again."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="how long, at least until everything has happened once"
+    )
+    parser.add_argument("--peak", type=int, default=12, help="turns a second at the top of the waves")
+    parser.add_argument("--update", action="store_true", help="write the table into docs/reliability.md")
+    options = parser.parse_args(arguments)
+    result = soak(options.seconds, options.peak)
+    table = as_table(result)
+    print(f"\n{table}")
+    for problem in result.problems:
+        print(f"FAILED  {problem}")
+    if options.update:
+        update_page(table)
+    return 1 if result.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The shortest soak: each thing that can go wrong, once, under load. `make soak` is the long one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from loadtest.faults import FAULTS, Outcome
+from loadtest.soak import Sample, Soak, as_table, soak
+
+
+@pytest.mark.timeout(400)
+def test_nothing_is_lost_or_wrong_whatever_happens() -> None:
+    result = soak(seconds=10, peak=6)
+
+    assert result.problems == []
+    assert result.answered > 100
+    assert len(result.outcomes) == len(FAULTS)
+    # What failed is what was made to fail.
+    allowed = {
+        "503 model_recovering",
+        "500 inference_failed",
+        "500 out_of_memory",
+        "429 overloaded",
+        "504 deadline_exceeded",
+    }
+    assert result.failures.keys() <= allowed
+
+
+def made(**changes: object) -> Soak:
+    samples = [Sample(float(second), 1000.0, 20) for second in range(300)]
+    fields = {
+        "seconds": 300.0,
+        "answered": 1000,
+        "failures": Counter({"503 model_recovering": 3}),
+        "outcomes": [Outcome("it fails", 1.0, 2.0)],
+        "samples": samples,
+        "exit_code": 0,
+        "first_round_ended": 60.0,
+    }
+    return Soak(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"failures": Counter({"no answer: ConnectionResetError": 1})}, "1 requests had no answer"),
+        ({"failures": Counter({"wrong answer: space": 2})}, "2 answers were wrong"),
+        ({"outcomes": [Outcome("it fails", 1.0, float("nan"))]}, "not well again after: it fails"),
+        ({"exit_code": 1}, "exit code 1"),
+        ({"samples": [Sample(float(s), 1000.0 + 3 * s, 20) for s in range(300)]}, "memory grew to 1.2"),
+    ],
+)
+def test_what_must_not_be_is_told(changes: dict[str, object], problem: str | None) -> None:
+    problems = made(**changes).problems
+
+    assert len(problems) == (problem is not None)
+    assert problem is None or problems[0].startswith(problem)
+    assert "| exit code after SIGTERM |" in as_table(made(**changes))
