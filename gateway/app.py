@@ -85,6 +85,8 @@ def _application(deployment: Deployment, keyring: Keyring) -> FastAPI:
         version=__version__,
         redoc_url=None,
         redirect_slashes=False,  # the middleware has dropped trailing slashes: it would redirect in a circle
+        # The middleware has spans and metrics of its own; the framework's would count each request twice.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(

@@ -56,19 +56,27 @@ def serve(
     models: Annotated[Path | None, typer.Option(help="The registry to serve.")] = None,
 ) -> None:
     """Serve the models of the registry over HTTP."""
-    from gateway.deployment import Deployment
-    from gateway.server import serve as serve_http
+    from gateway.config.otel import read_trace_settings
+    from gateway.telemetry import trace_export
     from gateway.telemetry.logs import configure_logs
 
     try:
         settings = load_settings(os.environ, host=host, port=port, models=models)
         registry = load_registry(settings.models, os.environ)
+        trace_settings = read_trace_settings(os.environ)
     except ConfigError as error:
         _fail(error)
+    # After the check: the web framework reads OTEL_PROPAGATORS when it is imported.
+    from gateway.deployment import Deployment
+    from gateway.server import serve as serve_http
+
     configure_logs(settings.log_level, settings.log_format)
     try:
-        deployment = Deployment(registry, settings, read_registry=lambda: load_registry(settings.models, os.environ))
-        exit_code = serve_http(deployment, _announce)
+        with trace_export.sending(trace_settings):
+            deployment = Deployment(
+                registry, settings, read_registry=lambda: load_registry(settings.models, os.environ)
+            )
+            exit_code = serve_http(deployment, _announce)
     except StartError as error:
         _fail(error)
     raise typer.Exit(exit_code)

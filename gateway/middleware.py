@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import orjson
@@ -27,7 +27,7 @@ from gateway.errors import (
     RequestError,
     Unauthorized,
 )
-from gateway.telemetry import metrics
+from gateway.telemetry import metrics, tracing
 
 log = structlog.get_logger("gateway.access")
 
@@ -40,7 +40,7 @@ _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 # For the operator alone: `api/admin` asks for a key of their own.
 _OPERATOR_PATHS = ("/admin", "/metrics")
 
-# Asked every few seconds by probes and scrapers.
+# Asked every few seconds by probes and scrapers: no line at the usual level of the log, and no span.
 _QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
@@ -53,6 +53,7 @@ class RequestContext:
         headers: further headers of the answer, whatever it will be.
         api_key: hex sha256 of the key that the request carries, also where none is asked for.
         key_owner: whose key that is: the client's name where keys are known, else the key's hash.
+        trace_ids: what joins a log line to the request's trace, if that is recorded.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class RequestContext:
     key_owner: str | None = None
     experiment: str | None = None
     arm: str | None = None
+    trace_ids: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: Request) -> RequestContext:
@@ -121,6 +123,8 @@ class GatewayMiddleware:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
+                if span is not None:
+                    span.describe(scope, context.status, context.error_code)
                 sent = MutableHeaders(scope=message)
                 sent["x-request-id"] = context.request_id
                 sent.update(context.headers)
@@ -129,14 +133,19 @@ class GatewayMiddleware:
             await send(message)
 
         body = Body(receive, headers, self._settings.max_body_bytes, self._settings.body_timeout_s)
-        with metrics.IN_FLIGHT.track_inprogress():
+        with (
+            metrics.IN_FLIGHT.track_inprogress(),
+            tracing.request_span(scope, headers, context.request_id, untraced=_QUIET_PATHS) as span,
+        ):
+            if span is not None:
+                context.trace_ids = span.log_ids
             try:
                 await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
                 context.error_code = error.code
                 await send_error(error, send_with_id, body.drain)
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
-                log.exception("unexpected_error", request_id=context.request_id)
+                log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
                 context.error_code = InternalError.code
                 if context.status:
                     raise  # the answer has begun: all that is left is to cut the connection
@@ -222,6 +231,7 @@ def _record(scope: Scope, context: RequestContext) -> None:
         path=path,
         status=context.status,
         ms=round(context.elapsed_s * 1000, 2),
+        **context.trace_ids,
         **stages,
         **{
             name: value

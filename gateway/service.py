@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -33,9 +34,9 @@ from gateway.errors import (
 )
 from gateway.evidence.counts import Evidence, Observation
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
-from gateway.routing.router import Choice, Target
+from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space, space_id
-from gateway.telemetry import metrics
+from gateway.telemetry import metrics, tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class EmbedRequest:
         expect_space: the space that the vectors must be in, if the caller says.
         timeout_s: seconds after which the caller no longer waits.
         caller: whom the work is for.
+        encoding: how the caller wants to have the vectors written, for the trace.
         attribute: looks up what the unit of an experiment can be made from.
         may_use: whether the caller may use a model that has these names.
     """
@@ -65,6 +67,7 @@ class EmbedRequest:
     outputs: Sequence[Output] = (Output.DENSE,)
     is_late_chunked: bool = False
     expect_space: str | None = None
+    encoding: str | None = None
     attribute: Attribute = no_attribute
     may_use: Callable[..., bool] = lambda *_names: True
 
@@ -114,6 +117,15 @@ class EmbeddingService:
         router, shadows = self._deployment.router, self._deployment.shadows
         choice = router.choose(request.model, request.attribute)
         _check_permission(choice, request)
+        with _embeddings_span(choice, request) as span:
+            answer = await self._answer_on_record(router, choice, request)
+            if span is not None:
+                _describe(span, answer)
+        shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
+        return answer
+
+    async def _answer_on_record(self, router: Router, choice: Choice, request: EmbedRequest) -> EmbedAnswer:
+        """Answer a request, and count what came of it."""
         started = time.monotonic()
         try:
             answer = await self._answer(router.targets(choice, request.task), choice, request)
@@ -126,7 +138,6 @@ class EmbeddingService:
             self._record_error(choice, request, error, time.monotonic() - started)
             raise
         self._record(choice, answer, time.monotonic() - started)
-        shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
         return answer
 
     async def _answer(self, targets: Sequence[Target], choice: Choice, request: EmbedRequest) -> EmbedAnswer:
@@ -187,6 +198,30 @@ class EmbeddingService:
                 error_code=error.code if error else None,
             )
         )
+
+
+def _embeddings_span(choice: Choice, request: EmbedRequest) -> AbstractContextManager[tracing.EmbeddingsSpan | None]:
+    assignment = choice.assignment
+    return tracing.embeddings_span(
+        model=choice.asked,
+        provider=choice.model.entry.backend,
+        num_texts=len(request.texts),
+        encoding=request.encoding,
+        experiment=None if assignment is None else assignment.experiment,
+        arm=None if assignment is None else assignment.arm.label,
+    )
+
+
+def _describe(span: tracing.EmbeddingsSpan, answer: EmbedAnswer) -> None:
+    span.describe(
+        model=answer.model,
+        space=answer.space,
+        task=answer.task,
+        num_tokens=answer.num_tokens,
+        num_truncated=len(answer.truncated),
+        dimensions=answer.vectors.shape[1] if answer.has_dense else None,
+        timings=answer.timings,
+    )
 
 
 def _check_permission(choice: Choice, request: EmbedRequest) -> None:

@@ -155,6 +155,7 @@ def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], tim
         is_late_chunked=bool(body.late_chunking),
         may_use=RequestContext.of(request).client.may_use,
         expect_space=request.headers.get("x-gateway-expect-space"),
+        encoding=body.wanted_encoding,
         attribute=_attribute(request, body),
     )
 

@@ -1,1 +1,1 @@
-"""Metrics and logs, each declared once: ``metrics`` for Prometheus, ``logs`` for structured lines."""
+"""Metrics, logs and traces: ``metrics`` for Prometheus, ``logs`` for structured lines, ``tracing`` for OpenTelemetry."""

@@ -47,11 +47,12 @@ class Gateway:
 
 
 @contextmanager
-def running_gateway(folder: Path, **environ: str) -> Iterator[Gateway]:
+def running_gateway(folder: Path, *launcher: str, **environ: str) -> Iterator[Gateway]:
     """Start a gateway on a free port, and end it as an orchestrator does.
 
     Args:
-        folder: where its registry and its log go.
+        folder: where its registry and its log, ``gateway.log``, go.
+        launcher: what starts it, with the gateway's command as its arguments; nothing to start it directly.
         environ: more environment variables; no ``GATEWAY_*`` of the outer environment is passed on.
 
     Raises:
@@ -60,9 +61,10 @@ def running_gateway(folder: Path, **environ: str) -> Iterator[Gateway]:
     registry, log = folder / "models.yaml", folder / "gateway.log"
     registry.write_text(_REGISTRY, encoding="utf-8")
     outer = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    command = [*launcher, sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--models", registry],
+            [*command, "--models", registry],
             env={**outer, "PYTHONUNBUFFERED": "1", **environ},
             stdout=output,
             stderr=subprocess.STDOUT,

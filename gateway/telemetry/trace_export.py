@@ -1,0 +1,126 @@
+"""Where spans go: to a tracer that is there already, or by the standard ``OTEL_*`` variables to an OTLP receiver.
+
+The SDK reads the variables itself; ``config/otel`` has checked them. Nothing of it is imported unless it is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from opentelemetry import trace
+
+from gateway import __version__
+from gateway.errors import StartError
+from gateway.telemetry import tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+log = structlog.get_logger(__name__)
+
+SERVICE_NAME: Final = "embedding-gateway"
+
+GRPC: Final = "grpc"
+HTTP: Final = "http/protobuf"
+
+_FLUSH_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSettings:
+    """What ``OTEL_*`` asks for.
+
+    Attributes:
+        exporters: ``otlp`` and ``console``, as far as wanted; empty when traces are off.
+        protocol: of ``otlp``: ``http/protobuf`` or ``grpc``.
+    """
+
+    exporters: tuple[str, ...]
+    protocol: str = HTTP
+
+
+@contextmanager
+def sending(settings: TraceSettings) -> Iterator[None]:
+    """Make and send spans, if anybody wants them, until the context ends; the last ones get a few seconds to arrive.
+
+    Raises:
+        StartError: a package is missing, or the SDK does not take its settings.
+    """
+    given = trace.get_tracer_provider()
+    provider = None
+    if not isinstance(given, trace.ProxyTracerProvider | trace.NoOpTracerProvider):
+        # Set before us: ddtrace-run or opentelemetry-instrument started this process, and sends its spans.
+        tracing.use(given)
+        log.info("tracing", by=type(given).__module__)
+    elif settings.exporters:
+        provider = _checked_provider(settings)
+        tracing.use(provider)
+        log.info("tracing", exporters=list(settings.exporters), protocol=settings.protocol)
+    try:
+        yield
+    finally:
+        tracing.use(None)
+        if provider is not None:
+            _flush(provider)
+
+
+def _flush(provider: TracerProvider) -> None:
+    """Send what waits, and stop. In a thread: the SDK takes no limit, and tries for half a minute."""
+    flushing = threading.Thread(target=provider.shutdown, name="flush-traces", daemon=True)
+    flushing.start()
+    flushing.join(_FLUSH_S)
+    if flushing.is_alive():
+        log.warning("traces_lost", reason=f"the receiver of traces did not take the last ones in {_FLUSH_S:g} s")
+
+
+def _checked_provider(settings: TraceSettings) -> TracerProvider:
+    try:
+        return _provider(settings)
+    except ImportError as error:
+        raise StartError(
+            f"OTEL_* asks for traces, but {error.name} is missing: pip install 'embedding-gateway[tracing]'"
+        ) from error
+    except Exception as error:  # whatever the SDK says of a certificate, a header or a limit that it cannot use
+        raise StartError(f"OTEL_*: traces cannot be sent: {error}") from error
+
+
+def _provider(settings: TraceSettings) -> TracerProvider:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    # Not made the global one: libraries in this process would begin to make spans of their own.
+    provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+    for name in settings.exporters:
+        provider.add_span_processor(BatchSpanProcessor(_exporter(name, settings.protocol)))
+    return provider
+
+
+def _exporter(name: str, protocol: str) -> SpanExporter:
+    if name == "console":
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+        return ConsoleSpanExporter()
+    if protocol == GRPC:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        return GrpcExporter()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+    return HttpExporter()
+
+
+def _resource() -> Resource:
+    """Return what the spans say of this process: what ``OTEL_*`` says of it, and else our defaults."""
+    from opentelemetry.sdk.resources import Resource
+
+    said = dict(Resource.create().attributes)
+    if str(said["service.name"]).startswith("unknown_service"):
+        del said["service.name"]
+    return Resource({"service.name": SERVICE_NAME, "service.version": __version__, **said})

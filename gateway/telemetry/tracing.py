@@ -1,0 +1,304 @@
+"""The spans of a request: one for the HTTP request, in it one for the embedding, in that one a stage.
+
+Off until :func:`use` gives a tracer provider; a request then costs two comparisons with ``None``. A span never holds a
+text or a key, and its name holds only names of the registry. ``trace_export`` says where spans go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import Getter
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, TracerProvider
+from opentelemetry.util.types import AttributeValue
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from gateway import __version__
+from gateway.embedding import Timings
+from gateway.errors import ClientDisconnected, InternalError, RequestError
+from gateway.telemetry import semconv
+
+# Clients make paths up; a span has the beginning.
+_MAX_PATH_CHARS = 256
+_FIRST_SERVER_ERROR = 500
+
+_OFF: AbstractContextManager[None] = nullcontext()
+
+_tracer: Tracer | None = None
+
+
+def use(provider: TracerProvider | None) -> None:
+    """Make the spans of all further requests with a provider; ``None`` for no spans."""
+    global _tracer  # noqa: PLW0603  one process, one tracer, as with the metrics
+    _tracer = None if provider is None else provider.get_tracer("gateway", __version__)
+
+
+def inject(headers: MutableMapping[str, str]) -> None:
+    """Add the current span's W3C context to the headers of an outgoing request."""
+    if _tracer is not None:
+        from opentelemetry import propagate
+
+        propagate.inject(headers)
+
+
+# ------------------------------------------------------------------------------------------------------ the request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpan:
+    """The span of an HTTP request.
+
+    Attributes:
+        is_ours: whether the gateway opened it, and not something around the gateway: ddtrace, say.
+    """
+
+    span: Span
+    is_ours: bool
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """Return what a log line needs to be found from the trace, as hex; nothing when the trace is not recorded."""
+        if not self.span.is_recording():
+            return {}
+        context = self.span.get_span_context()
+        return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
+
+    def describe(self, scope: Scope, status: int, error_code: str | None) -> None:
+        """Add what the answer is. To be called before the answer is sent: with that, ddtrace ends its span.
+
+        Args:
+            scope: of the request, after routing.
+            error_code: the code in the answer, if it is an error.
+        """
+        route = getattr(scope.get("route"), "path", None)  # the template; none when no path of ours was asked for
+        if self.is_ours:
+            self.span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, status)
+        if self.is_ours and route is not None:
+            self.span.set_attribute(semconv.HTTP_ROUTE, route)
+            self.span.update_name(f"{_name(scope)} {route}")
+        if error_code is not None:
+            self.span.set_attribute(semconv.GATEWAY_ERROR_CODE, error_code)
+        if status >= _FIRST_SERVER_ERROR:  # by the conventions, what the client did wrong is no error of the server
+            _fail(self.span, error_code or str(status))
+
+
+def request_span(
+    scope: Scope, headers: Headers, request_id: str, *, untraced: Collection[str]
+) -> AbstractContextManager[RequestSpan | None]:
+    """Return a context manager for the time of an HTTP request, which makes its span the current one.
+
+    The span's parent is the caller's, by the headers ``traceparent`` and ``tracestate``.
+
+    Args:
+        untraced: paths whose requests have no span.
+    """
+    if _tracer is None or scope["path"] in untraced:
+        return _OFF
+    return _request_span(_tracer, scope, headers, request_id)
+
+
+@contextmanager
+def _request_span(tracer: Tracer, scope: Scope, headers: Headers, request_id: str) -> Iterator[RequestSpan]:
+    outer = trace.get_current_span()
+    if outer.get_span_context().is_valid:
+        # Whoever traces the application from outside has a span for the request; a second one would count it twice.
+        outer.set_attribute(semconv.GATEWAY_REQUEST_ID, request_id)
+        yield RequestSpan(outer, is_ours=False)
+        return
+    is_known = scope["method"] in semconv.KNOWN_METHODS
+    span = tracer.start_span(
+        _name(scope),
+        context=_caller(headers),
+        kind=SpanKind.SERVER,
+        attributes={
+            semconv.HTTP_REQUEST_METHOD: scope["method"] if is_known else semconv.OTHER_METHOD,
+            semconv.URL_SCHEME: scope["scheme"],
+            semconv.URL_PATH: scope["path"][:_MAX_PATH_CHARS],
+            semconv.GATEWAY_REQUEST_ID: request_id,
+        },
+    )
+    with _current(span):
+        try:
+            yield RequestSpan(span, is_ours=True)
+        except Exception:
+            _fail(span, InternalError.code)
+            raise
+
+
+def _name(scope: Scope) -> str:
+    """Return the name of a request's span while its route is not known."""
+    method: str = scope["method"]
+    return method if method in semconv.KNOWN_METHODS else semconv.OTHER_METHOD_NAME
+
+
+def _caller(headers: Headers) -> Context:
+    from opentelemetry import propagate
+
+    return propagate.extract(headers, context=Context(), getter=_HEADERS)
+
+
+class _HeadersGetter(Getter[Headers]):
+    """Reads headers for OpenTelemetry. ``tracestate`` may come in several lines."""
+
+    def get(self, carrier: Headers, key: str) -> list[str] | None:
+        return carrier.getlist(key) or None
+
+    def keys(self, carrier: Headers) -> list[str]:
+        return carrier.keys()
+
+
+_HEADERS = _HeadersGetter()
+
+
+# ---------------------------------------------------------------------------------------------------- the embedding
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsSpan:
+    """The span of one embedding operation.
+
+    Attributes:
+        begun_ns: when it began, in nanoseconds since 1970.
+    """
+
+    tracer: Tracer
+    span: Span
+    begun_ns: int
+
+    def describe(
+        self,
+        *,
+        model: str,
+        space: str,
+        task: str | None,
+        num_tokens: int,
+        num_truncated: int,
+        dimensions: int | None,
+        timings: Timings,
+    ) -> None:
+        """Add the answer, and a span for each stage; the answer counts as finished now.
+
+        Args:
+            model: id of the model that answered.
+            dimensions: of the dense vectors, if there are any.
+        """
+        if not self.span.is_recording():
+            return
+        attributes: dict[str, AttributeValue | None] = {
+            semconv.GEN_AI_RESPONSE_MODEL: model,
+            semconv.GEN_AI_USAGE_INPUT_TOKENS: num_tokens,
+            semconv.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: dimensions,
+            semconv.GATEWAY_SPACE: space,
+            semconv.GATEWAY_TASK: task,
+            semconv.GATEWAY_NUM_TRUNCATED: num_truncated,
+        }
+        self.span.set_attributes(_given(attributes))
+        context = trace.set_span_in_context(self.span, Context())
+        for stage in stages(self.begun_ns, time.time_ns(), timings):
+            attribute = {semconv.GATEWAY_STAGE_SECONDS: stage.seconds}
+            span = self.tracer.start_span(stage.name, context, attributes=attribute, start_time=stage.begun_ns)
+            span.end(stage.ended_ns)
+
+
+def embeddings_span(
+    *,
+    model: str,
+    provider: str,
+    num_texts: int,
+    encoding: str | None,
+    experiment: str | None = None,
+    arm: str | None = None,
+) -> AbstractContextManager[EmbeddingsSpan | None]:
+    """Return a context manager for the time of an embedding, which makes its span the current one.
+
+    Args:
+        model: the name that was asked for, as the registry has it.
+        provider: what computes the vectors.
+        encoding: how the caller wants to have them written.
+    """
+    if _tracer is None:
+        return _OFF
+    attributes: dict[str, AttributeValue | None] = {
+        semconv.GEN_AI_OPERATION_NAME: semconv.EMBEDDINGS,
+        semconv.GEN_AI_PROVIDER_NAME: provider,
+        semconv.GEN_AI_REQUEST_MODEL: model,
+        semconv.GEN_AI_REQUEST_ENCODING_FORMATS: encoding and (encoding,),
+        semconv.GATEWAY_NUM_TEXTS: num_texts,
+        semconv.GATEWAY_EXPERIMENT: experiment,
+        semconv.GATEWAY_ARM: arm,
+    }
+    return _embeddings_span(_tracer, f"{semconv.EMBEDDINGS} {model}", _given(attributes))
+
+
+@contextmanager
+def _embeddings_span(tracer: Tracer, name: str, attributes: dict[str, AttributeValue]) -> Iterator[EmbeddingsSpan]:
+    # INTERNAL, as the conventions say of a model that runs in the same process.
+    begun_ns = time.time_ns()
+    span = tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=attributes, start_time=begun_ns)
+    with _current(span):
+        try:
+            yield EmbeddingsSpan(tracer, span, begun_ns)
+        except asyncio.CancelledError:
+            _fail(span, ClientDisconnected.code)
+            raise
+        except Exception as error:
+            _fail(span, error.code if isinstance(error, RequestError) else InternalError.code)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of an embedding.
+
+    Attributes:
+        begun_ns: where its span begins, in nanoseconds since 1970.
+        ended_ns: where its span ends.
+        seconds: how long it took by :class:`~gateway.embedding.Timings`.
+    """
+
+    name: str
+    begun_ns: int
+    ended_ns: int
+    seconds: float
+
+
+def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
+    """Place the stages between the beginning and the end of an embedding; of each only the length is known.
+
+    They follow one another up to the end: before tokenising, a request may have waited for a model that then failed, or
+    for the tokeniser. A request of several batches waited in the queue while its own first batches were computed: where
+    the stages are longer than the whole, the queue and the inference overlap, and each is cut at the whole's ends.
+    """
+    tokenise, queue, inference = (
+        round(seconds * 1e9) for seconds in (timings.tokenise_s, timings.queue_s, timings.inference_s)
+    )
+    tokenised = min(ended_ns, max(begun_ns, ended_ns - tokenise - queue - inference) + tokenise)
+    return [
+        Stage(semconv.TOKENISE, max(begun_ns, tokenised - tokenise), tokenised, timings.tokenise_s),
+        Stage(semconv.QUEUE, tokenised, min(ended_ns, tokenised + queue), timings.queue_s),
+        Stage(semconv.INFERENCE, max(tokenised, ended_ns - inference), ended_ns, timings.inference_s),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- both
+
+
+def _current(span: Span) -> AbstractContextManager[Span]:
+    """Make a span the current one, and end it; what an exception says is not recorded: it may quote a request."""
+    return trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
+
+
+def _fail(span: Span, error_type: str) -> None:
+    span.set_attribute(semconv.ERROR_TYPE, error_type)
+    span.set_status(StatusCode.ERROR)
+
+
+def _given(attributes: Mapping[str, AttributeValue | None]) -> dict[str, AttributeValue]:
+    return {name: value for name, value in attributes.items() if value is not None}
