@@ -176,6 +176,9 @@ class Deployment:
             if model not in fleet:
                 self._later(self._retire(model))
         ids = {model.id for model in fleet}
+        for model in old_fleet:
+            if model.id not in ids:
+                metrics.forget_model(model.id)
         return Reloaded(
             loaded=tuple(m.id for m in fleet if m not in old_fleet and m.state is ModelState.READY),
             kept=tuple(m.id for m in fleet if m in old_fleet),
@@ -184,7 +187,7 @@ class Deployment:
         )
 
     async def _retire(self, model: Model) -> None:
-        """Stop a model when its last request has ended; what was counted for it goes when its name does."""
+        """Stop a model when its last request has ended; its counts go with it, unless its name is back."""
         await model.retire(self.settings.request_timeout_s)
         if self.fleet.get(model.id) is None:
             metrics.forget_model(model.id)

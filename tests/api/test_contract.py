@@ -1008,7 +1008,7 @@ async def test_server_timing_has_every_stage_in_milliseconds(client: httpx.Async
     timing = (await embed(client)).headers["server-timing"]
 
     stages = dict(re.findall(r"(\w+);dur=(\d+\.\d+)", timing))
-    assert list(stages) == ["tokenise", "queue", "inference", "total"]
+    assert list(stages) == ["tokenise", "queue", "inference", "serialise", "total"]
     assert 0 < float(stages["total"]) < 60_000
 
 

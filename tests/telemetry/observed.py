@@ -71,7 +71,23 @@ def asked(expression: str) -> Iterator[tuple[str, set[str]]]:
         yield name, set(_MATCHER.findall(selector or ""))
 
 
-def grouped(expression: str) -> set[str]:
-    """Return the labels that an expression sums or joins by."""
-    found = re.findall(r"\b(?:by|on|ignoring|without)\s*\(([^)]*)\)", expression)
-    return {label.strip() for labels in found for label in labels.split(",") if label.strip()}
+def grouped(expression: str) -> Iterator[tuple[set[str], str]]:
+    """Yield the labels that an expression groups or joins by, each with the part whose series must have them.
+
+    That is what follows in parentheses, as in ``sum by (label) (part)``, and for a join the whole expression.
+    """
+    for match in re.finditer(r"\b(by|without|on|ignoring)\s*\(([^)]*)\)\s*", expression):
+        labels = {label.strip() for label in match[2].split(",") if label.strip()}
+        is_join = match[1] in {"on", "ignoring"}
+        yield labels, expression if is_join else _parenthesised(expression[match.end() :])
+
+
+def _parenthesised(text: str) -> str:
+    """Return what is between the parenthesis that a text begins with and its counterpart."""
+    assert text.startswith("("), f"written as `sum by (label) (part)`, not with the labels behind: {text}"
+    depth = 0
+    for end, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return text[1:end]
+    raise AssertionError(f"no closing parenthesis: {text}")

@@ -21,7 +21,9 @@ def test_every_series_and_label_exists(expression: str) -> None:
     for name, labels in found:
         assert name in known, name
         assert labels <= known[name], name
-    assert grouped(expression) <= set().union(*(known[name] for name, _ in found))
+    for labels, part in grouped(expression):
+        for name, _ in asked(part):
+            assert labels <= known[name], name
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,18 @@ def test_every_series_and_label_exists(expression: str) -> None:
 )
 def test_what_an_expression_asks_for_is_found(expression: str, expected: list[tuple[str, set[str]]]) -> None:
     assert list(asked(expression)) == expected
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("sum by (a, b) (rate(x[5m])) / sum by (a) (y)", [({"a", "b"}, "rate(x[5m])"), ({"a"}, "y")]),
+        ('max(f(x{p=~"(/v1)?/e"})) < on (job) y', [({"job"}, 'max(f(x{p=~"(/v1)?/e"})) < on (job) y')]),
+        ("sum(x)", []),
+    ],
+)
+def test_what_an_expression_groups_by_is_found(expression: str, expected: list[tuple[set[str], str]]) -> None:
+    assert list(grouped(expression)) == expected
 
 
 def test_every_metric_of_a_model_is_shown_or_alerts() -> None:
