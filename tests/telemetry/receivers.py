@@ -26,6 +26,23 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 PATIENCE_S = 30
 
+# What ddtrace sends by default. A span of version 0.5 is a list of these; texts in it are indices of a table.
+DATADOG_PATH = "/v0.5/traces"
+_DATADOG_FIELDS = (
+    "service",
+    "name",
+    "resource",
+    "trace_id",
+    "span_id",
+    "parent_id",
+    "start",
+    "duration",
+    "error",
+    "meta",
+    "metrics",
+    "type",
+)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -70,25 +87,28 @@ class Receiver:
                 for span in scope.spans
             ]
 
-    def take_datadog(self, traces: list[list[dict[str, Any]]]) -> None:
-        """Add the spans of an Agent's ``/v0.4/traces``. The upper half of a trace id is a tag of the trace's first span."""
-        for trace in traces:
-            upper = next(tags["_dd.p.tid"] for span in trace if "_dd.p.tid" in (tags := span.get("meta", {})))
+    def take_datadog(self, texts: list[str], traces: list[list[list[Any]]]) -> None:
+        """Add the spans of a request to :data:`DATADOG_PATH`. The upper half of a trace's id is a tag of its first span."""
+        for rows in traces:
+            trace = [_datadog_span(texts, row) for row in rows]
+            upper = next(span["meta"]["_dd.p.tid"] for span in trace if "_dd.p.tid" in span["meta"])
             self.spans += [
                 Span(
                     name=span["resource"],
                     trace_id=f"{upper}{span['trace_id']:016x}",
                     span_id=f"{span['span_id']:016x}",
-                    parent_id=f"{span['parent_id']:016x}" if span.get("parent_id") else "",
-                    attributes={
-                        **span.get("meta", {}),
-                        **span.get("metrics", {}),
-                        "service": span["service"],
-                        "name": span["name"],
-                    },
+                    parent_id=f"{span['parent_id']:016x}" if span["parent_id"] else "",
+                    attributes={**span["meta"], **span["metrics"], "service": span["service"], "name": span["name"]},
                 )
                 for span in trace
             ]
+
+
+def _datadog_span(texts: list[str], row: list[Any]) -> dict[str, Any]:
+    span = dict(zip(_DATADOG_FIELDS, row, strict=True))
+    span["meta"] = {texts[name]: texts[value] for name, value in span["meta"].items()}
+    span["metrics"] = {texts[name]: value for name, value in span["metrics"].items()}
+    return span | {name: texts[span[name]] for name in ("service", "name", "resource", "type")}
 
 
 def _attributes(pairs: list[KeyValue]) -> dict[str, object]:
@@ -143,9 +163,9 @@ def datadog_agent() -> Iterator[Receiver]:
 
     def answer(receiver: Receiver, path: str, body: bytes) -> bytes:
         if path == "/info":
-            return json.dumps({"version": "7.70.0", "endpoints": ["/v0.4/traces"]}).encode()
-        if path == "/v0.4/traces":
-            receiver.take_datadog(msgpack.unpackb(body))
+            return json.dumps({"version": "7.70.0", "endpoints": [DATADOG_PATH]}).encode()
+        if path == DATADOG_PATH:
+            receiver.take_datadog(*msgpack.unpackb(body, strict_map_key=False))
         return b"{}"
 
     with _http(answer) as receiver:

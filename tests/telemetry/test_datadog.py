@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from receivers import Span, datadog_agent
+from receivers import DATADOG_PATH, Span, datadog_agent
 
 from tests.clients.gateway_process import MODEL, WIDTH, running_gateway
 
@@ -41,7 +41,6 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
         environ = {
             "DD_TRACE_OTEL_ENABLED": "true",
             "DD_TRACE_AGENT_URL": agent.url,
-            "DD_TRACE_API_VERSION": "v0.4",
             "DD_SERVICE": "embedding-gateway",
             "DD_LOGS_INJECTION": "false",
             "DD_TRACE_SAMPLING_RULES": '[{"resource": "GET /health*", "sample_rate": 0}]',
@@ -107,4 +106,4 @@ def test_health_checks_are_for_the_agent_to_drop(traced: Traced) -> None:
 
 
 def test_the_agent_is_sent_nothing_but_traces(traced: Traced) -> None:
-    assert traced.paths <= {"/info", "/v0.4/traces"}
+    assert traced.paths <= {"/info", DATADOG_PATH}
