@@ -177,7 +177,8 @@ def _import_libraries() -> None:
 
 def _free_memory() -> None:
     """Give back the memory of an engine that was stopped or given up: cycles of references still hold it."""
-    from gateway.engine.devices import release_memory
+    from gateway.engine.devices import release_memory, trim_host_memory
 
     gc.collect()
     release_memory()
+    trim_host_memory()

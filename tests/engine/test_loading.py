@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import re
@@ -65,6 +66,21 @@ def test_each_stream_of_a_runtime_has_an_encoder(
     assert plan.devices == ("cpu",)
     assert len(engine.encoders) == num_encoders
     assert len({id(encoder.runtime) for encoder in engine.encoders if isinstance(encoder, TextEncoder)}) == num_encoders
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_a_model_that_was_loaded_before_leaves_nothing_behind(make_checkpoint: MakeCheckpoint, runtime: str) -> None:
+    """A gateway reloads its models for years; torch's tracer makes a class of each module and keeps them all."""
+    source = make_checkpoint()
+
+    def classes_after_loading() -> int:
+        load_engine(plan_load(entry(source, runtime=runtime, device="cpu")), Settings())
+        gc.collect()
+        return sum(issubclass(type(one), type) for one in gc.get_objects())
+
+    classes_after_loading()  # what is imported and registered the first time stays
+
+    assert classes_after_loading() == classes_after_loading()
 
 
 def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ processor's own layout, and the torch model can go. OpenVINO's threads sleep whe
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _CACHED_KERNELS = 512
 # The first batch of a new shape takes 5 to 10 ms longer, as much as a hundred tokens and more: batches of several texts
 # are padded to a multiple of this, so that shapes recur. Computing the padding costs less.
 _LENGTH_STEP = 8
+# The tracer's state is the process's: one model at a time.
+_TRACING = threading.Lock()
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 # OpenVINO fuses the gated feed-forward of these in bfloat16. With a single thread in a stream, compiling that ends the
 # process with SIGFPE, as of 2026.4 (openvinotoolkit/openvino#33300).
@@ -143,11 +146,25 @@ def _convert(model: PreTrainedModel, mask: AdapterMask | None) -> openvino.Model
     if mask is not None:
         example["adapter_mask"] = mask.rows([0, -1])[:, None, :]
         shapes["adapter_mask"] = [-1, 1, example["adapter_mask"].shape[-1]]
-    with warnings.catch_warnings():
-        # The tracer warns of each Python branch on a shape; that the result holds for other shapes is checked on load.
+    # The tracer warns of each Python branch on a shape; that the result holds for other shapes is checked on load.
+    with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return openvino.convert_model(
-            _Traced(model, mask).eval(),
-            example_input=example,
-            input=[(name, openvino.PartialShape(shape)) for name, shape in shapes.items()],
-        )
+        try:
+            return openvino.convert_model(
+                _Traced(model, mask).eval(),
+                example_input=example,
+                input=[(name, openvino.PartialShape(shape)) for name, shape in shapes.items()],
+            )
+        finally:
+            _forget_traces()
+
+
+def _forget_traces() -> None:
+    """Drop what torch's tracer keeps of each module for good.
+
+    It makes a class of each and compiles it: 17 MiB each time that a model of six layers is loaded. The remedy is torch's
+    own, for its tests: ``clear_class_registry`` in ``torch/testing/_internal/jit_utils.py``.
+    """
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
