@@ -29,12 +29,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.machine import describe_machine
 from bench.processes import ROOT
+from bench.report import update_page
 from bench.servers import clean_environ, free_port
 from loadtest.faults import FAULTS, MODEL, Outcome, Victim, inflict, write_registry
 from loadtest.run import locust_command
 
 PAGE = ROOT / "docs" / "reliability.md"
-_BEGIN, _END = "<!-- loadtest.soak -->", "<!-- end of loadtest.soak -->"
 _FORWARD_TIMEOUT_S = 5
 _START_S = 120.0
 _NUM_TEXTS = 100
@@ -248,14 +248,6 @@ def as_table(soak: Soak) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update_page(table: str) -> None:
-    """Put the table into ``docs/reliability.md``."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, _, rest = text.partition(_BEGIN)
-    _, _, tail = rest.partition(_END)
-    PAGE.write_text(f"{head}{_BEGIN}\n{table}{_END}{tail}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a soak; return 1 if anything was lost, wrong, or not well again."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -271,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in result.problems:
         print(f"FAILED  {problem}")
     if options.update:
-        update_page(table)
+        update_page("loadtest.soak", table, PAGE)
     return 1 if result.problems else 0
 
 
