@@ -89,6 +89,13 @@ def start_gateway_float32() -> Server:
     return _gateway("gateway-float32", ("--models", str(registry)))
 
 
+def start_gateway_with(name: str, registry: Path, model: str) -> Server:
+    """Start the gateway with a registry; ``model`` is what it is to be asked for."""
+    server = _gateway(name, ("--models", str(registry)))
+    server.model = model
+    return server
+
+
 def start_infinity() -> Server:
     """Start Infinity's own server with the bundled model and its defaults."""
     python = install_infinity()

@@ -22,6 +22,7 @@ from gateway import errors
 from gateway.config.api_keys import KeyEntry, KeyFile
 from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow
 from gateway.config.settings import Settings, variable
+from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable
 from gateway.telemetry import metrics
 
@@ -234,6 +235,8 @@ def configuration_page() -> str:
         _keys_table(Registry),
         "### `models[]`\n",
         _keys_table(ModelEntry),
+        "### `models[].upstream`\n",
+        _keys_table(Upstream),
         "### `aliases.NAME`\n\nEither the id of a model, or a mapping:\n",
         _keys_table(Alias),
         "### `experiments[]`\n",
@@ -328,7 +331,8 @@ def _type(field: JsonSchema, schema: JsonSchema) -> str:
     if "$ref" in field:
         field = schema["$defs"][field["$ref"].rsplit("/", 1)[-1]]
     if "anyOf" in field:
-        (field,) = (option for option in field["anyOf"] if option != {"type": "null"})
+        options = [option for option in field["anyOf"] if option != {"type": "null"}]
+        return ", ".join(_type(option, schema) for option in options)
     if "const" in field or "enum" in field:
         choices = [field["const"]] if "const" in field else field["enum"]
         return ", ".join(f"`{choice if isinstance(choice, str) else json.dumps(choice)}`" for choice in choices)

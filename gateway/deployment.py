@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import structlog
 
+from gateway.backends.base import Backend
 from gateway.backends.fleet import Fleet, MakeBackend, Model
 from gateway.backends.infinity import InfinityBackend
-from gateway.config.registry import Registry
+from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.embedding import ModelState
 from gateway.errors import ConfigError, ReloadRefused, StartError
@@ -22,6 +24,9 @@ from gateway.routing.spaces import space_id
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
+
+# Between attempts to reach servers that could not be reached when their model was loaded.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
 ReadRegistry = Callable[[], Registry]
 
@@ -40,6 +45,11 @@ class Reloaded:
     kept: tuple[str, ...]
     removed: tuple[str, ...]
     seconds: float
+
+
+def make_real_backend(entry: ModelEntry, settings: Settings) -> Backend:
+    """Return what runs a model: an engine in this process, or other servers."""
+    return UpstreamBackend(entry, settings) if entry.is_remote else InfinityBackend(entry, settings)
 
 
 class Deployment:
@@ -61,9 +71,10 @@ class Deployment:
     ) -> None:
         self.settings = settings
         self.is_draining = False
-        self._make_backend = make_backend or (lambda entry: InfinityBackend(entry, settings))
+        self._make_backend = make_backend or (lambda entry: make_real_backend(entry, settings))
         self._read_registry = read_registry or (lambda: registry)
         self._reloading = asyncio.Lock()
+        self._is_seeking = False
         self._retiring: set[asyncio.Task[None]] = set()
         # Of names that are gone as well: one may come back for another model.
         self._known_spaces: dict[str, dict[str, str]] = {}
@@ -86,6 +97,7 @@ class Deployment:
         if problems := broken_rules(self.registry, self.fleet):
             raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
         self._remember_spaces()
+        self._seek_absent()
 
     @property
     def is_ready(self) -> bool:
@@ -109,6 +121,42 @@ class Deployment:
                 device=info.device,
                 runtime=info.engine,
             )
+
+    def _seek_absent(self) -> None:
+        """Have models whose servers could not be reached loaded when they can, unless that is going on already."""
+        if self._absent() and not self._is_seeking:
+            self._is_seeking = True
+            self._later(self._seek())
+
+    def _absent(self) -> list[Model]:
+        return [model for model in self.fleet if model.entry.is_remote and model.state is ModelState.FAILED]
+
+    async def _seek(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        try:
+            while self._absent():
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                async with self._reloading:
+                    for model in self._absent():
+                        await self._try_again(model)
+        finally:
+            self._is_seeking = False
+
+    async def _try_again(self, model: Model) -> None:
+        """Load a model that had failed; it may not break a rule that could not be checked without it."""
+        await self.fleet.load_one(model)
+        if model.state is not ModelState.READY:
+            return
+        problems = [
+            *broken_rules(self.registry, self.fleet),
+            *moved_names(self._known_spaces, self.registry, self.fleet),
+        ]
+        if problems:
+            model.report(ModelState.FAILED, f"failed to load: {'; '.join(problems)}")
+            await model.backend.stop()
+            return
+        self._remember_spaces()
 
     async def reload(self) -> Reloaded:
         """Read the registry anew and serve what it says, once all of that is loaded and warm.
@@ -172,6 +220,7 @@ class Deployment:
         self._serve(registry, fleet)
         self._remember_spaces()
         self._later(old_shadows.stop())
+        self._seek_absent()
         for model in old_fleet:
             if model not in fleet:
                 self._later(self._retire(model))

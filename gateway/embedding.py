@@ -79,6 +79,7 @@ class ModelInfo:
         can_chunk_late: whether chunks of a document can be encoded together.
         default_task: the task of a request that names none; ``None`` for a model without tasks.
         instruction: what is put before a text that has no task.
+        has_raw: whether vectors can be had as they were pooled, not normalised.
     """
 
     id: str
@@ -99,6 +100,7 @@ class ModelInfo:
     tasks: Mapping[str, str] = field(default_factory=dict)
     default_task: str | None = None
     instruction: str = ""
+    has_raw: bool = True
 
 
 @dataclass(frozen=True, slots=True)

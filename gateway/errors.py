@@ -6,6 +6,7 @@
     ├── StartError                      the process or a model cannot start
     │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
     │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
+    │   │   └── NotReachable            none of the servers that run a model gives vectors
     │   └── CompareError                a comparison's data, models or gateway do not allow it
     └── RequestError                    one request failed; carries the HTTP status and the code
         ├── BadInput               400
@@ -27,11 +28,13 @@
         ├── HeadersTooLarge        431
         ├── InternalError          500
         │   ├── InferenceFailed
+        │   │   └── UpstreamFailed 502
         │   ├── OutOfMemory
         │   └── InvalidVectors
         ├── ModelNotReady          503
         │   ├── ModelUnavailable
         │   ├── ModelRecovering
+        │   ├── UpstreamUnavailable
         │   └── ShuttingDown
         ├── DeadlineExceeded       504
         └── ClientDisconnected     499  (logged; nobody is there to read it)
@@ -85,6 +88,10 @@ class ConfigError(StartError):
 
 class LoadError(StartError):
     """A model cannot be loaded: its checkpoint is missing, corrupt, not supported, or does not fit."""
+
+
+class NotReachable(LoadError):
+    """None of the servers that run a model gives vectors; they are asked again from time to time."""
 
 
 class CompareError(StartError):
@@ -238,6 +245,12 @@ class InferenceFailed(InternalError):
     code = "inference_failed"
 
 
+class UpstreamFailed(InferenceFailed):
+    """The server that runs the model failed, was too slow, or gave something that are no vectors for these texts."""
+
+    status, code = 502, "upstream_failed"
+
+
 class OutOfMemory(InternalError):
     """One text alone needs more memory than the device has left; the message names its tokens."""
 
@@ -266,6 +279,12 @@ class ModelRecovering(ModelNotReady):
     """The model hung or failed, and is being loaded anew. Retry after the seconds in ``Retry-After``."""
 
     code = "model_recovering"
+
+
+class UpstreamUnavailable(ModelNotReady):
+    """No server that runs the model can be reached. Retry after the seconds in ``Retry-After``."""
+
+    code = "upstream_unavailable"
 
 
 class ShuttingDown(ModelNotReady):

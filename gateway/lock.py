@@ -70,6 +70,8 @@ def describe_checkpoint(entry: ModelEntry) -> ModelInfo | None:
     Raises:
         LoadError: it is there and cannot be served.
     """
+    if entry.is_remote:  # there is no checkpoint, and a lock is made without asking other servers
+        return None
     from gateway.engine.loading import plan_load  # imports torch
     from gateway.engine.sources import is_at_hand
 

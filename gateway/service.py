@@ -239,6 +239,11 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
     info = target.info
     dimensions = _dimensions(target, request.dimensions)
     is_normalised = info.is_normalised if request.is_normalised is None else request.is_normalised
+    if not is_normalised and not info.has_raw:
+        raise BadInput(
+            f"`normalized` is false, but the vectors of model {info.id!r} come normalised from where it runs",
+            param="normalized",
+        )
     _check_outputs(target, request)
     space = space_id(info, target.task, dimensions, is_normalised=is_normalised)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):

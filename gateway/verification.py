@@ -1,13 +1,18 @@
-"""``gateway verify``: hold a model, as this machine runs it, against numbers that are known to be right."""
+"""``gateway verify``: hold a model, as it runs here or on other servers, against numbers that are known to be right."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.backends.upstream.probe import MIN_COSINE
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import Truncate
+from gateway.engine.golden import GoldenVector, read, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +28,15 @@ class Check:
 def record_golden(entry: ModelEntry, path: Path) -> int:
     """Compute a model's golden vectors in float32 with torch, and store them; returns how many.
 
+    Of a model that runs elsewhere, those that its servers give now are stored.
+
     Raises:
-        LoadError: the model cannot be loaded.
+        LoadError: the model cannot be loaded, or its servers do not answer.
     """
+    if entry.is_remote:
+        fingerprint, given = asyncio.run(_ask_servers(entry))
+        write(path, fingerprint, given)
+        return len(given)
     from gateway.engine import golden  # imports torch
     from gateway.engine.loading import load_reference, plan_load
 
@@ -41,6 +52,8 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
     Raises:
         LoadError: the model cannot be loaded, or its golden file is not its own.
     """
+    if entry.is_remote:
+        return _verify_servers(entry)
     from gateway.engine import golden, published  # imports torch
     from gateway.engine.loading import load_engine, load_reference, plan_load
 
@@ -79,4 +92,29 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
                     f"{plan.devices[number // num_streams]}, {one.golden.task or 'no task'}: {one.golden.text[:32]!r}"
                 )
                 checks.append(Check(what, f"{one.cosine:.6f}", f"{limit}", one.cosine >= limit))
+    return checks
+
+
+async def _ask_servers(entry: ModelEntry) -> tuple[str, Sequence[GoldenVector]]:
+    """Return the fingerprint of a model that runs elsewhere, and the vectors that all its servers give now."""
+    backend = UpstreamBackend(entry.model_copy(update={"golden": None}), Settings())
+    try:
+        await backend.plan()
+        return backend.base_fingerprint(), backend.probe
+    finally:
+        await backend.stop()
+
+
+def _verify_servers(entry: ModelEntry) -> list[Check]:
+    fingerprint, given = asyncio.run(_ask_servers(entry))
+    if entry.golden is None:
+        return []
+    known = {(one.text, one.task): one.vector for one in given}
+    checks = []
+    for one in read(Path(entry.golden), fingerprint, {one.task for one in given if one.task is not None}):
+        vector = known.get((one.text, one.task))
+        is_comparable = vector is not None and vector.shape == one.vector.shape
+        cosine = float(vector @ one.vector) if vector is not None and is_comparable else -1.0
+        what = f"{one.task or 'no task'}: {one.text[:32]!r}"
+        checks.append(Check(what, f"{cosine:.6f}", f"{MIN_COSINE}", cosine >= MIN_COSINE))
     return checks

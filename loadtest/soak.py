@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import math
-import signal
 import statistics
 import subprocess
 import sys
@@ -159,7 +158,7 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
         print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
         if time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS):
             break
-    load.send_signal(signal.SIGINT)
+    load.terminate()  # not SIGINT: a shell that runs this in the background has that one ignored
     printed, _ = load.communicate(timeout=120)
     is_over.set()
     watch.join()
@@ -213,7 +212,7 @@ def _load_command(url: str, folder: Path, seconds: float, peak: int) -> list[str
 
 def _watch(pid: int, samples: list[Sample], is_over: threading.Event) -> None:
     process = psutil.Process(pid)
-    while not is_over.wait(1.0):
+    while not is_over.wait(1.0) and process.is_running():
         samples.append(Sample(time.monotonic(), process.memory_info().rss / 2**20, process.num_fds()))
 
 

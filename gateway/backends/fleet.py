@@ -12,6 +12,7 @@ from typing import TypeAlias
 import structlog
 
 from gateway.backends.base import Backend
+from gateway.backends.same_space import adopted
 from gateway.config.registry import ModelEntry, Registry
 from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState
 from gateway.errors import LoadError, StartError
@@ -147,20 +148,25 @@ class Fleet:
 
     async def load(self) -> None:
         """Load the models that are enabled and have not been loaded."""
-        waiting = [model for model in self if model.state is ModelState.LOADING]
+        # What is compared with another model comes after all those.
+        waiting = sorted(
+            (model for model in self if model.state is ModelState.LOADING),
+            key=lambda model: model.entry.same_space_as is not None,
+        )
         for model in waiting:
             if reason := await asyncio.to_thread(why_disabled, model.entry):
                 model.report(ModelState.DISABLED, reason)
         for model in waiting:
             if model.state is ModelState.LOADING:
-                await self._load(model)
+                await self.load_one(model)
 
-    async def _load(self, model: Model) -> None:
+    async def load_one(self, model: Model) -> None:
+        """Load a model; afterwards it is ready, or failed with its reason."""
         log.info("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
             model.info = await model.backend.plan()
-            model.info = await model.backend.start(model.report)
+            model.info = await self._settled(model, await model.backend.start(model.report))
         except LoadError as error:
             model.report(ModelState.FAILED, f"failed to load: {error}")
             log.error("model_failed", model=model.id, reason=str(error))
@@ -171,6 +177,21 @@ class Fleet:
             model.created = int(time.time())
             model.report(ModelState.READY, "")
             log.info("model_ready", model=model.id, seconds=round(time.monotonic() - started, 2))
+
+    async def _settled(self, model: Model, info: ModelInfo) -> ModelInfo:
+        """Return what a model that has been started is, in the space that the registry says it is of.
+
+        Raises:
+            LoadError: it is not of that space.
+        """
+        other = model.entry.same_space_as
+        if other is None:
+            return info
+        try:
+            return await adopted(info, model.backend, self.get(other))
+        except LoadError as error:
+            await model.backend.stop()
+            raise LoadError(f"it is said to be of the space of {other}, but {error}") from error
 
     async def stop(self) -> None:
         """Stop every model; requests that still wait get an error."""
@@ -187,7 +208,7 @@ def why_disabled(entry: ModelEntry) -> str:
     """
     if entry.enabled is False:
         return _SWITCHED_OFF
-    if entry.enabled == "auto":
+    if entry.enabled == "auto" and not entry.is_remote:
         from gateway.engine.devices import has_accelerator
 
         return "" if has_accelerator() else _NO_ACCELERATOR

@@ -55,6 +55,7 @@ def find_conflicts(entries: Mapping[str, object]) -> Iterator[Conflict]:
     yield from _experiment_conflicts(entries, names)
     yield from _shadow_conflicts(entries, names)
     yield from _fallback_conflicts(entries, names)
+    yield from _same_space_conflicts(entries, names)
 
 
 def _take_model_names(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
@@ -134,6 +135,21 @@ def _fallback_conflicts(entries: Mapping[str, object], names: _Names) -> Iterato
                 yield Conflict((*path, index), "is the model itself; a fallback is another one of the same space")
             elif isinstance(other, str) and other not in names.ids.values():
                 yield Conflict((*path, index), _wrong_target(other, names))
+
+
+def _same_space_conflicts(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
+    chained = {entry.get("id") for _index, entry in _mappings(entries, "models") if entry.get("same_space_as")}
+    for index, entry in _mappings(entries, "models"):
+        other = entry.get("same_space_as")
+        path = ("models", index, "same_space_as")
+        if not isinstance(other, str):
+            continue
+        if other == entry.get("id"):
+            yield Conflict(path, "is the model itself; name the other one that has the same weights")
+        elif other not in names.ids.values():
+            yield Conflict(path, _wrong_target(other, names))
+        elif other in chained:
+            yield Conflict(path, f"must be a model whose space is its own, and {quote(other)} has that of another one")
 
 
 def _wrong_target(target: str, names: _Names) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from gateway.config.fields import (
     Device,
@@ -21,7 +21,8 @@ from gateway.config.fields import (
     Sha256,
     Source,
 )
-from gateway.config.wording import quote
+from gateway.config.upstream import Upstream
+from gateway.config.wording import enumerate_names, quote
 from gateway.embedding import Output
 
 _COMMIT = "40 lowercase hex digits such as `d18862d9a48706220815554fac3ebb4dfa46fc28`"
@@ -40,15 +41,22 @@ class ModelEntry(Frozen):
         description="The public name of the model, which clients send as `model`. Letters, digits and `._-/`; unique, "
         "whatever the case."
     )
+    backend: Literal["infinity", "openai", "tei"] = Field(
+        default="infinity",
+        description="What computes the vectors. `infinity`: an engine in this process. `openai`: other servers with "
+        "OpenAI's embeddings (vLLM, Infinity, Ollama, llama.cpp, Jina, OpenAI, another of these gateways). `tei`: Hugging "
+        "Face's text-embeddings-inference.",
+    )
     source: str = Field(
-        description="Where the checkpoint is. A hub repo `owner/name`, a folder (starts with `/`, `./`, `../` or `~`; "
-        "relative to this file), or `package:NAME/sub/folder` in an installed Python package."
+        description="Where the checkpoint is; for a model that runs elsewhere, its name there. A hub repo `owner/name`, a "
+        "folder (starts with `/`, `./`, `../` or `~`; relative to this file), or "
+        "`package:NAME/sub/folder` in an installed Python package."
     )
     revision: str | None = Field(
         default=None,
         validate_default=True,
         description="The commit of the hub repo, 40 hex digits. Required for a hub source, so that the weights cannot "
-        "change under stored vectors; not allowed for others.",
+        "change under stored vectors; not allowed for others. Of a model that runs elsewhere, for information.",
     )
     sha256: Mapping[FileName, Sha256] = Field(
         default_factory=dict,
@@ -63,7 +71,6 @@ class ModelEntry(Frozen):
         description="Whether the gateway stops when this model fails to load. Otherwise it serves the others, and "
         "answers 503 for this one.",
     )
-    backend: Literal["infinity"] = Field(default="infinity", description="What computes the vectors.")
     device: Device = Field(
         default="auto",
         description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`. `auto`: the "
@@ -111,7 +118,8 @@ class ModelEntry(Frozen):
     golden: NonEmptyText | None = Field(
         default=None,
         description="File with the model's golden vectors, relative to this file; they are checked at every start. "
-        "`gateway verify MODEL --record` writes it.",
+        "`gateway verify MODEL --record` writes it. For a model that runs elsewhere it makes sure, from one start to the "
+        "next, that the servers still run the same one.",
     )
     outputs: DistinctListed[Annotated[Output, Field(strict=False)]] = Field(
         default=(Output.DENSE,), description="What the model can return for a text."
@@ -119,6 +127,14 @@ class ModelEntry(Frozen):
     trust_remote_code: bool = Field(
         default=False,
         description="Whether Python code in the checkpoint may run. Only for a source that you have read.",
+    )
+    upstream: Upstream | None = Field(
+        default=None, description="Where the model runs, with `backend: openai` or `tei`."
+    )
+    same_space_as: Name | None = Field(
+        default=None,
+        description="The id of another model with the same weights, which may then be a fallback of this one, and this one "
+        "of it. Checked: the vectors of both must agree, or this one is not served. For `backend: openai` and `tei`.",
     )
     allow_space_change: bool = Field(
         default=False,
@@ -142,9 +158,24 @@ class ModelEntry(Frozen):
         base: Path = (info.context or {}).get("folder", Path())
         return None if text is None else str((base / text).resolve())
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model runs on other servers."""
+        return self.upstream is not None
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> ModelEntry:
+        if problem := next(_backend_problems(self), ""):
+            raise ValueError(problem)
+        return self
+
     @field_validator("source")
     @classmethod
     def _resolve_source(cls, text: str, info: ValidationInfo) -> str:
+        if info.data.get("backend", "infinity") != "infinity":
+            if not text:
+                raise ValueError("must be the name that the servers know the model by, got nothing")
+            return text
         source = Source.parse(text)
         if source.kind != "folder":
             return text
@@ -160,6 +191,10 @@ class ModelEntry(Frozen):
         if "source" not in info.data:
             return revision  # has its own problem, and what is right here depends on it
         source: str = info.data["source"]
+        if info.data.get("backend", "infinity") != "infinity":
+            if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision):
+                return revision
+            raise ValueError(f"must be a commit, {_COMMIT}, got {quote(revision)}")
         if Source.parse(source).kind != "hub":
             if revision is not None:
                 raise ValueError(f"is only for hub repos, and {quote(source)} is none; remove it, or pin with `sha256`")
@@ -174,3 +209,33 @@ class ModelEntry(Frozen):
                 "weights cannot be compared with the stored ones"
             )
         return revision
+
+
+# What says how a model is computed, which for one that runs elsewhere is not decided here.
+_ENGINE_FIELDS = (
+    "sha256",
+    "device",
+    "dtype",
+    "runtime",
+    "max_batch_tokens",
+    "fp16_accumulation",
+    "trust_remote_code",
+)
+
+
+def _backend_problems(entry: ModelEntry) -> Iterator[str]:
+    """Yield what of an entry does not go together with its backend."""
+    if entry.backend == "infinity":
+        if entry.upstream is not None:
+            yield "`upstream` is for models that run elsewhere: set `backend: openai` or `backend: tei` as well"
+        if entry.same_space_as is not None:
+            yield "`same_space_as` is for models that run elsewhere; the space of this one follows from its checkpoint"
+        return
+    if entry.upstream is None:
+        yield f"`backend: {entry.backend}` needs `upstream` with the `urls` of the servers"
+    if given := [name for name in _ENGINE_FIELDS if name in entry.model_fields_set]:
+        yield f"{enumerate_names(given)} cannot be set here for `backend: {entry.backend}`: the servers decide that"
+    if entry.outputs != (Output.DENSE,):
+        yield f"`outputs` must be `[dense]` for `backend: {entry.backend}`"
+    if entry.upstream is not None and entry.prompts and entry.upstream.tasks:
+        yield "`prompts` are put before texts here and `upstream.tasks` are applied by the servers: give one of them"

@@ -18,6 +18,7 @@ from gateway.config.fields import Distinct, DistinctListed, Listed, Name, Source
 from gateway.config.model_entry import Frozen, ModelEntry
 from gateway.config.problems import field_problems
 from gateway.config.traffic import Alias, Arm, Experiment, Shadow
+from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable, describe, unknown_key
 from gateway.config.yaml_source import Document, KeyPath, Value, read_document
 from gateway.errors import ConfigError, Problem
@@ -141,8 +142,8 @@ def _alias_entries(name: str, value: Value, document: Document) -> dict[str, Val
 def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the fields of the model that the last key of a path belongs to."""
     match path:
-        case ("models", int(), *_):
-            return ModelEntry.model_fields
+        case ("models", int(), *rest):
+            return Upstream.model_fields if rest[:1] == ["upstream"] and len(rest) > 1 else ModelEntry.model_fields
         case ("aliases", str(), _, *_):
             return Alias.model_fields
         case ("experiments", int(), "arms", int(), *_):

@@ -12,20 +12,23 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.embedding import Embeddings, EmbedJob, Truncate
-from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Item
 from gateway.errors import LoadError
 from gateway.telemetry import metrics
 
+if TYPE_CHECKING:  # imports torch, which a model that runs elsewhere does without
+    from gateway.engine.encoders.base import Encoder
+
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.9995}
 """Least cosine to the golden vector, by the number format that the model computes in."""
 
-_TEXTS = (
+TEXTS = (
     "Hello, world",
     "How do I reset my password?",
     "The treaty was signed in 1648 and ended thirty years of war in central Europe.",
@@ -55,7 +58,7 @@ class Comparison:
 
 def record(encoder: Encoder, tasks: Sequence[str | None]) -> list[GoldenVector]:
     """Compute the golden vectors of a model for each of its tasks."""
-    wanted = [(text, task) for task in tasks for text in _TEXTS]
+    wanted = [(text, task) for task in tasks for text in TEXTS]
     vectors = _encode(encoder, wanted)
     return [GoldenVector(text, task, vector) for (text, task), vector in zip(wanted, vectors, strict=True)]
 

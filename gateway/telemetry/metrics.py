@@ -143,6 +143,35 @@ FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward raised
 ENGINE_RESTARTS = Counter(
     "gateway_engine_restarts", "Attempts to load a model anew after it hung or failed.", ["model"], registry=REGISTRY
 )
+UPSTREAM_REQUESTS = Counter(
+    "gateway_upstream_requests",
+    "Requests to the servers of models that run elsewhere. `outcome`: ok, refused, overloaded, unready, unreachable, "
+    "timeout, broken, failed, wrong.",
+    ["model", "server", "outcome"],
+    registry=REGISTRY,
+)
+UPSTREAM_SECONDS = Histogram(
+    "gateway_upstream_seconds",
+    "How long a server took to answer.",
+    ["model", "server"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+UPSTREAM_RETRIES = Counter(
+    "gateway_upstream_retries",
+    "Requests that were sent again, as a server had not answered or was too busy.",
+    ["model"],
+    registry=REGISTRY,
+)
+UPSTREAM_UP = Gauge(
+    "gateway_upstream_up",
+    "1 while a server is sent requests, 0 while it is only tried from time to time.",
+    ["model", "server"],
+    registry=REGISTRY,
+)
+UPSTREAM_TEXTS = Gauge(
+    "gateway_upstream_texts", "Texts on their way to a server.", ["model", "server"], registry=REGISTRY
+)
 MODEL_READY = Gauge("gateway_model_ready", "1 when the model answers, else 0.", ["model"], registry=REGISTRY)
 MODEL_STATE = Gauge(
     "gateway_model_state",

@@ -1,0 +1,95 @@
+"""Check what the registry says of a model that runs elsewhere: that it has the very weights of another model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from gateway.backends.base import Backend
+from gateway.backends.upstream.probe import MIN_COSINE
+from gateway.embedding import EmbedJob, ModelInfo, ModelState, Truncate, Vectors
+from gateway.engine import golden
+from gateway.errors import LoadError, RequestError
+
+if TYPE_CHECKING:
+    from gateway.backends.fleet import Model
+
+_PATIENCE_S = 60.0
+
+_Known: TypeAlias = Mapping[tuple[str, str | None], Vectors]  # unit vectors by text and task
+
+
+async def adopted(info: ModelInfo, backend: Backend, other: Model | None) -> ModelInfo:
+    """Return what a model is, as one of the space of another, if both give the same vectors for a few texts.
+
+    Args:
+        backend: runs the model, which has been started.
+        other: the model that it is said to equal. Where that is not ready, its golden vectors speak for it.
+
+    Raises:
+        LoadError: it does not equal it, or that cannot be found out.
+    """
+    if other is None or other.info is None:
+        raise LoadError("what that is is not known: it has not been read")
+    theirs = other.info
+    if problem := _difference(info, theirs):
+        raise LoadError(problem)
+    try:
+        expected = await _expected(other, info.tasks)
+        given = await _ask(backend, [None, *info.tasks])
+    except RequestError as error:
+        raise LoadError(f"that could not be checked: {error.message}") from error
+    for (text, task), vector in given.items():
+        cosine = float(vector @ expected[text, task]) if (text, task) in expected else -1.0
+        if not cosine >= MIN_COSINE:
+            what = f"cosine {cosine:.6f} for {text[:40]!r} (task {task}), the least is {MIN_COSINE}"
+            raise LoadError(f"its vectors are not those of {theirs.id}: {what}")
+    return replace(
+        info,
+        fingerprint=theirs.fingerprint,
+        is_normalised=theirs.is_normalised,
+        tasks={task: theirs.tasks[task] for task in info.tasks},
+        instruction=theirs.instruction,
+    )
+
+
+def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
+    if unknown := [task for task in info.tasks if task not in theirs.tasks]:
+        return f"{theirs.id} has no task {unknown[0]!r}"
+    if info.default_task != theirs.default_task:
+        return f"its default task is {info.default_task}, and that of {theirs.id} is {theirs.default_task}"
+    if info.width != theirs.width:
+        return f"its vectors have {info.width} dimensions, and those of {theirs.id} {theirs.width}"
+    return ""
+
+
+async def _expected(other: Model, tasks: Iterable[str]) -> _Known:
+    """Return what another model gives, as it says itself or as was recorded of it.
+
+    Raises:
+        LoadError: it can do neither.
+    """
+    assert other.info is not None  # noqa: S101  the caller has looked
+    if other.state is ModelState.READY:
+        return await _ask(other.backend, [None, *tasks])
+    if other.entry.golden is None or other.entry.is_remote:
+        raise LoadError(
+            f"{other.id} is {other.state.value} and has no golden vectors: there is nothing to compare with"
+        )
+    recorded = golden.read(Path(other.entry.golden), other.info.fingerprint, other.info.tasks)
+    return {(one.text, one.task): one.vector for one in recorded}
+
+
+async def _ask(backend: Backend, tasks: Iterable[str | None]) -> _Known:
+    found: dict[tuple[str, str | None], Vectors] = {}
+    for task in tasks:
+        job = EmbedJob(golden.TEXTS, task, Truncate.END, time.monotonic() + _PATIENCE_S, caller="same space")
+        vectors = (await backend.embed(job)).vectors
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        found |= {(text, task): row for text, row in zip(golden.TEXTS, unit, strict=True)}
+    return found

@@ -1,0 +1,406 @@
+"""Models that run on other servers: what they are asked, what comes back, and what happens when they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gateway.backends.upstream import backend as backend_module
+from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.config.model_entry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.embedding import EmbedJob, ModelState, Truncate
+from gateway.errors import (
+    BadInput,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    LoadError,
+    NotReachable,
+    Overloaded,
+    RequestError,
+    UpstreamFailed,
+    UpstreamUnavailable,
+)
+from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
+
+TEXTS = [f"text number {i}" for i in range(10)]
+PATIENCE_S = 30
+
+
+def entry(*servers: StandIn, kind: str = "openai", **changes: Any) -> ModelEntry:
+    """Return an entry of the registry for a model on these servers; ``upstream`` in ``changes`` adds to its own."""
+    path = "/v1" if kind == "openai" else ""
+    upstream = {"urls": tuple(server.url + path for server in servers), "probe_interval_s": 0.1, "max_retries": 2}
+    fields: dict[str, Any] = {"id": "far", "backend": kind, "source": MODEL}
+    return ModelEntry.model_validate(
+        {**fields, **changes, "upstream": {**upstream, **changes.get("upstream", {})}}, context={}
+    )
+
+
+def job(texts: list[str] = TEXTS, seconds: float = PATIENCE_S, **changes: Any) -> EmbedJob:
+    fields: dict[str, Any] = {"task": None, "truncate": Truncate.END, "caller": "test"}
+    return EmbedJob(texts, deadline=time.monotonic() + seconds, **{**fields, **changes})
+
+
+def expected(texts: list[str] = TEXTS, weights: str = "first") -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.stack([vector_of(text, weights) for text in texts])
+
+
+class States:
+    """Takes what a backend reports."""
+
+    def __init__(self) -> None:
+        self.reported: list[tuple[ModelState, str]] = []
+
+    def __call__(self, state: ModelState, reason: str) -> None:
+        self.reported.append((state, reason))
+
+    async def wait_for(self, state: ModelState) -> str:
+        return await wait_until(
+            lambda: self.reported[-1][1] if self.reported and self.reported[-1][0] is state else None
+        )
+
+
+async def wait_until(look: Callable[[], Any]) -> Any:
+    async with asyncio.timeout(PATIENCE_S):
+        while (found := look()) is None or found is False:  # noqa: ASYNC110  what is looked at has no event
+            await asyncio.sleep(0.02)
+    return found
+
+
+@asynccontextmanager
+async def loaded(model: ModelEntry, states: States | None = None, **settings: Any) -> AsyncIterator[UpstreamBackend]:
+    backend = UpstreamBackend(model, Settings(**settings))
+    await backend.plan()
+    await backend.start(states or States())
+    try:
+        yield backend
+    finally:
+        await backend.stop()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[StandIn]:
+    async with StandIn().serving() as one:
+        yield one
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[tuple[StandIn, StandIn]]:
+    async with AsyncExitStack() as stack:
+        yield await stack.enter_async_context(StandIn().serving()), await stack.enter_async_context(StandIn().serving())
+
+
+# ---------------------------------------------------------------------------------------------- what is sent and read
+
+
+async def test_what_a_model_is_said_to_be(server: StandIn) -> None:
+    async with loaded(entry(server, dimensions=(8,))) as backend:
+        info = await backend.plan()
+
+    assert (info.id, info.source, info.width, info.dimensions, info.max_tokens) == ("far", MODEL, WIDTH, (16, 8), 512)
+    assert info.engine == f"openai at 127.0.0.1:{server.port}"
+    assert not info.has_raw
+
+
+@pytest.mark.parametrize("speaks_base64", [True, False])
+async def test_vectors_come_back_in_the_order_of_the_texts(server: StandIn, speaks_base64: bool) -> None:
+    server.speaks_base64 = speaks_base64
+    async with loaded(entry(server)) as backend:
+        embeddings = await backend.embed(job())
+
+    np.testing.assert_array_equal(embeddings.vectors, expected())
+    assert sum(embeddings.num_tokens) == 3 * len(TEXTS)
+    assert server.bodies[-1] == {"model": MODEL, "input": TEXTS, "encoding_format": "base64"}
+
+
+async def test_a_large_request_is_split_and_put_together_again(server: StandIn) -> None:
+    async with loaded(entry(server, upstream={"max_batch_texts": 4})) as backend:
+        server.bodies.clear()
+        embeddings = await backend.embed(job())
+
+    np.testing.assert_array_equal(embeddings.vectors, expected())
+    assert sorted(len(body["input"]) for body in server.bodies) == [2, 4, 4]
+
+
+async def test_long_texts_are_split_by_their_length(server: StandIn) -> None:
+    texts = ["long " * 50_000] * 3
+    async with loaded(entry(server)) as backend:
+        server.bodies.clear()
+        await backend.embed(job(texts))
+
+    assert [len(body["input"]) for body in server.bodies] == [2, 1]
+
+
+async def test_teis_own_limit_is_kept_and_its_words_are_used(server: StandIn) -> None:
+    server.max_texts = 6
+    async with loaded(entry(server, kind="tei")) as backend:
+        server.bodies.clear()
+        embeddings = await backend.embed(job(truncate=Truncate.START))
+        info = await backend.plan()
+
+    np.testing.assert_allclose(embeddings.vectors, expected(), rtol=1e-6)
+    assert sum(embeddings.num_tokens) == 3 * len(TEXTS)
+    assert sorted(len(body["inputs"]) for body in server.bodies[:2]) == [4, 6]
+    assert {name: server.bodies[0][name] for name in ("normalize", "truncate", "truncation_direction")} == {
+        "normalize": False,
+        "truncate": True,
+        "truncation_direction": "Left",
+    }
+    assert (info.max_tokens, info.dtype, info.has_raw) == (512, "float16", True)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("openai", "task"), ("tei", "prompt_name")])
+async def test_a_task_is_sent_in_the_servers_words(server: StandIn, kind: str, name: str) -> None:
+    model = entry(server, kind=kind, default_task="query", upstream={"tasks": {"query": "search"}})
+    async with loaded(model) as backend:
+        info = await backend.plan()
+        embeddings = await backend.embed(job(task="retrieval.query"))
+
+    assert (dict(info.tasks), info.default_task) == ({"retrieval.query": ""}, "retrieval.query")
+    assert server.bodies[-1][name] == "search"
+    np.testing.assert_allclose(embeddings.vectors[0], vector_of(f"[search] {TEXTS[0]}"), rtol=1e-6)
+
+
+async def test_instructions_are_put_before_the_text_for_servers_without_tasks(server: StandIn) -> None:
+    async with loaded(entry(server, prompts={"query": "find: "})) as backend:
+        await backend.embed(job(["cats"], task="retrieval.query"))
+
+    assert server.bodies[-1]["input"] == ["find: cats"]
+    assert "task" not in server.bodies[-1]
+
+
+async def test_the_key_and_further_fields_are_sent(server: StandIn) -> None:
+    server.key = "secret"
+    model = entry(server, upstream={"api_key": "secret", "extra_body": {"truncate_prompt_tokens": -1}})
+    async with loaded(model) as backend:
+        await backend.embed(job())
+
+    assert server.bodies[-1]["truncate_prompt_tokens"] == -1
+    assert "secret" not in repr(model)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+async def test_a_server_that_cannot_be_reached_is_said_so() -> None:
+    async with StandIn().serving() as server:
+        pass
+
+    with pytest.raises(NotReachable, match=rf"127.0.0.1:{server.port} cannot be reached"):
+        await UpstreamBackend(entry(server), Settings()).plan()
+
+
+async def test_a_wrong_key_is_said_so(server: StandIn) -> None:
+    server.key = "secret"
+
+    with pytest.raises(NotReachable, match="refuses the API key"):
+        await UpstreamBackend(entry(server), Settings()).plan()
+
+
+async def test_servers_with_different_models_are_refused(servers: tuple[StandIn, StandIn]) -> None:
+    servers[1].weights = "other"
+
+    with pytest.raises(LoadError, match=rf"127.0.0.1:{servers[1].port} gives other vectors than 127.0.0.1"):
+        await UpstreamBackend(entry(*servers), Settings()).plan()
+
+
+async def test_a_tei_that_serves_something_else_is_refused(server: StandIn) -> None:
+    with pytest.raises(LoadError, match=r"serves acme/embed, and not acme/other"):
+        await UpstreamBackend(entry(server, kind="tei", source="acme/other"), Settings()).plan()
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "num_requests"),
+    [
+        ("500", UpstreamFailed, 1),  # it may have failed on these very texts
+        ("502", UpstreamFailed, 3),
+        ("503", UpstreamUnavailable, 3),
+        ("429", Overloaded, 3),
+        ("400", BadInput, 1),
+        ("422", BadInput, 1),
+        ("404", UpstreamUnavailable, 1),
+        ("too long", ContextLengthExceeded, 1),
+        ("half", UpstreamFailed, 3),
+        ("garbage", UpstreamFailed, 3),
+        ("one missing", UpstreamFailed, 3),
+        ("nan", UpstreamFailed, 3),
+    ],
+)
+async def test_what_a_fault_costs_and_what_the_client_is_told(
+    server: StandIn, fault: str, error: type[RequestError], num_requests: int
+) -> None:
+    async with loaded(entry(server)) as backend:
+        server.bodies.clear()
+        server.fault = fault
+        with pytest.raises(error) as caught:
+            await backend.embed(job())
+
+    assert type(caught.value) is error
+    assert len(server.bodies) == num_requests
+
+
+@pytest.mark.parametrize("fault", ["500", "502", "503", "429", "404", "half", "garbage", "one missing", "nan"])
+async def test_another_server_answers_when_one_fails(servers: tuple[StandIn, StandIn], fault: str) -> None:
+    async with loaded(entry(*servers)) as backend:
+        servers[0].fault = fault
+        for _ in range(6):
+            embeddings = await backend.embed(job())
+            np.testing.assert_array_equal(embeddings.vectors, expected())
+
+
+async def test_a_server_says_when_it_wants_to_be_asked_again(server: StandIn) -> None:
+    async with loaded(entry(server)) as backend:
+        server.fault, server.retry_after = "429", "30"
+        server.bodies.clear()
+        with pytest.raises(Overloaded) as caught:
+            await backend.embed(job())
+
+    assert caught.value.retry_after_s == 30
+    assert len(server.bodies) == 1
+
+
+async def test_a_server_that_is_slow_is_given_up(server: StandIn) -> None:
+    async with loaded(entry(server, upstream={"timeout_s": 0.3})) as backend:
+        server.delay_s = 5
+        with pytest.raises(UpstreamFailed, match=r"has not answered within 0\.3 s"):
+            await backend.embed(job())
+
+
+async def test_nobody_waits_beyond_the_clients_own_time(server: StandIn) -> None:
+    async with loaded(entry(server)) as backend:
+        server.delay_s = 5
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await backend.embed(job(seconds=0.3))
+
+    assert time.monotonic() - started < 4
+
+
+async def test_a_server_that_fails_is_left_alone_and_let_in_again(servers: tuple[StandIn, StandIn]) -> None:
+    async with loaded(entry(*servers)) as backend:
+        servers[0].fault = "503"
+        for _ in range(8):
+            await backend.embed(job())
+        asked_meanwhile = [body for body in servers[0].bodies if body["input"] == TEXTS]
+        servers[0].fault = ""
+        await wait_until(lambda: all(one.breaker.is_closed for one in backend._servers))
+        servers[1].fault = "503"
+        embeddings = await backend.embed(job())
+
+    assert len(asked_meanwhile) <= 3  # then it was shut out, and no request was spent on it
+    np.testing.assert_array_equal(embeddings.vectors, expected())
+
+
+async def test_a_model_without_servers_recovers_when_one_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, one = States(), StandIn()
+    async with AsyncExitStack() as stack:
+        async with one.serving():
+            backend = await stack.enter_async_context(loaded(entry(one), states))
+        for _ in range(3):
+            with pytest.raises(UpstreamUnavailable):
+                await backend.embed(job())
+        reason = await states.wait_for(ModelState.RECOVERING)
+        with pytest.raises(UpstreamUnavailable, match="no server answers"):
+            await backend.embed(job())
+        async with one.serving():
+            await states.wait_for(ModelState.READY)
+            embeddings = await backend.embed(job())
+
+    assert "cannot be reached" in reason
+    np.testing.assert_array_equal(embeddings.vectors, expected())
+
+
+async def test_another_width_is_noticed_at_once(server: StandIn) -> None:
+    states = States()
+    async with loaded(entry(server), states) as backend:
+        server.width = 8
+        with pytest.raises(UpstreamFailed, match="8 dimensions, and gave 16 before: it runs another model"):
+            await backend.embed(job())
+        await states.wait_for(ModelState.RECOVERING)
+        server.width = WIDTH
+        await states.wait_for(ModelState.READY)
+
+
+async def test_another_model_behind_the_same_name_is_shut_out(server: StandIn) -> None:
+    states = States()
+    async with loaded(entry(server), states, golden_interval_s=0.2) as backend:
+        server.weights = "other"
+        reason = await states.wait_for(ModelState.RECOVERING)
+        with pytest.raises(UpstreamUnavailable):
+            await backend.embed(job())
+        server.weights = "first"
+        await states.wait_for(ModelState.READY)
+
+    assert "gives other vectors than before, and may run another model" in reason
+
+
+async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers: tuple[StandIn, StandIn]) -> None:
+    async with loaded(entry(*servers)) as backend:
+        servers[0].fault = "503"
+        for _ in range(8):
+            await backend.embed(job())
+        servers[0].fault, servers[0].weights = "", "other"
+        await wait_until(lambda: "another model" in backend._servers[0].breaker.reason)
+        for _ in range(8):
+            np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
+
+
+# --------------------------------------------------------------------------------------------------------- many at once
+
+
+async def test_requests_go_where_the_least_is_on_its_way(servers: tuple[StandIn, StandIn]) -> None:
+    async with loaded(entry(*servers)) as backend:
+        servers[0].delay_s = 0.5
+        slow = len(servers[0].bodies)
+        first = asyncio.gather(*(backend.embed(job(["one"])) for _ in range(2)))  # one on each
+        await wait_until(lambda: len(servers[0].bodies) > slow)
+        await asyncio.gather(*(backend.embed(job([f"later {i}"])) for i in range(1)))
+        for i in range(10):
+            await backend.embed(job([f"one by one {i}"]))
+        await first
+
+    assert sum(body["input"][0].startswith("one by one") for body in servers[1].bodies) >= 5
+
+
+async def test_no_more_connections_than_allowed(server: StandIn) -> None:
+    async with loaded(entry(server, upstream={"max_connections": 3})) as backend:
+        server.most_at_once, server.delay_s = 0, 0.05
+        await asyncio.gather(*(backend.embed(job([f"{i}"])) for i in range(20)))
+
+    assert server.most_at_once == 3
+
+
+async def test_too_much_at_once_is_refused(server: StandIn) -> None:
+    async with loaded(entry(server), max_queue_texts=15) as backend:
+        server.delay_s = 0.2
+        results = await asyncio.gather(*(backend.embed(job()) for _ in range(3)), return_exceptions=True)
+
+    assert [type(result) for result in results[1:]] == [Overloaded, Overloaded]
+
+
+async def test_the_first_failure_of_a_split_request_ends_it(server: StandIn) -> None:
+    async with loaded(entry(server, upstream={"max_batch_texts": 1})) as backend:
+        server.fault = "400"
+        with pytest.raises(BadInput):
+            await backend.embed(job())
+
+
+async def test_what_waits_between_attempts_is_bounded(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "_FIRST_PAUSE_S", 100.0)
+    async with loaded(entry(server, upstream={"max_retries": 50})) as backend:
+        server.fault = "502"
+        started = time.monotonic()
+        with pytest.raises(UpstreamFailed):
+            await backend.embed(job(seconds=1.0))
+
+    assert time.monotonic() - started < 5
