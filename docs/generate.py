@@ -108,6 +108,23 @@ models:
       model.safetensors: 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
     enabled: true
 
+  - id: bge-m3-vllm
+    backend: openai
+    source: BAAI/bge-m3
+    same_space_as: bge-m3
+    upstream:
+      urls: [http://gpu1:8000/v1, http://gpu2:8000/v1]
+      model: bge-m3
+      api_key: ${VLLM_API_KEY:-none}
+      max_batch_texts: 128
+      max_connections: 64
+      timeout_s: 30
+      connect_timeout_s: 1
+      max_retries: 2
+      probe_interval_s: 5
+      tasks: {retrieval.query: query}
+      extra_body: {truncate_prompt_tokens: -1}
+
   - id: bge-m3-cpu
     source: BAAI/bge-m3
     revision: 5617a9f61b028005a4858fdac845db406aefb181

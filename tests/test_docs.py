@@ -11,6 +11,7 @@ import pytest
 from gateway.config.api_keys import KeyEntry, load_key_file
 from gateway.config.registry import Alias, ModelEntry, Registry, load_registry
 from gateway.config.settings import Settings, variable
+from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable
 from gateway.errors import RequestError
 
@@ -98,6 +99,9 @@ def test_the_example_is_valid_and_uses_every_key(generate: ModuleType, tmp_path:
 
     used = {key for model in registry.models for key in model.model_fields_set}
     assert used == set(ModelEntry.model_fields)
+    upstream = registry.model("bge-m3-vllm").upstream
+    assert upstream is not None
+    assert upstream.model_fields_set == set(Upstream.model_fields)
     assert registry.model("jina-embeddings-v3").max_tokens == 8192
 
 

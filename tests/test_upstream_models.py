@@ -27,6 +27,7 @@ from gateway.embedding import EmbedJob, ModelState
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.evidence.counts import Evidence
 from gateway.lock import differences, make_lock
+from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import tracing
@@ -154,6 +155,21 @@ async def test_a_model_that_is_not_what_it_is_said_to_be_is_not_served(gateway: 
     async with gateway.serving(text) as deployment:
         assert state(deployment)[0] is ModelState.FAILED
         assert "its vectors are not those of near: cosine" in state(deployment)[1]
+
+
+async def test_a_model_that_becomes_what_it_is_said_to_be_is_served(
+    gateway: Gateway, other_gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment_module, "_FIRST_PAUSE_S", 0.05)
+    gateway.is_near_well = False  # there is nothing to compare with
+    text = NEAR + FAR % ("openai", "near", f"{other_gateway}/v1") + "    same_space_as: near\n"
+    async with gateway.serving(text) as deployment:
+        assert "that could not be checked: commanded" in state(deployment)[1]
+        gateway.is_near_well = True
+        await wait_until(lambda: state(deployment)[0] is ModelState.READY)
+        far, near = await ask(deployment, "far"), await ask(deployment, "near")
+
+    assert is_same_space(far.space, near.space)
 
 
 async def test_models_whose_servers_are_absent_are_served_when_they_come(

@@ -353,7 +353,14 @@ FIELD_CASES = [
     ),
     Case("unset default", entry(PACKAGE + "\ndtype: ${D:-}"), 5, 12, "models[0].dtype", "got nothing"),
     Case("required", entry(PACKAGE + "\nrequired: yes"), 5, 15, "models[0].required", "must be `true` or `false`, got"),
-    Case("backend", entry(PACKAGE + "\nbackend: tei"), 5, 14, "models[0].backend", "must be one of `infinity`, got"),
+    Case(
+        "backend",
+        entry(PACKAGE + "\nbackend: vllm"),
+        5,
+        14,
+        "models[0].backend",
+        "one of `infinity`, `openai`, `tei`, got",
+    ),
     Case(
         "device", entry(PACKAGE + "\ndevice: gpu"), 5, 13, "models[0].device", "`cuda:N` (such as `cuda:0`), got `gpu`"
     ),

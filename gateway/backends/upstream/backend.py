@@ -73,6 +73,7 @@ class UpstreamBackend:
 
     async def plan(self) -> ModelInfo:
         await self._close()
+        self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)
         self._servers = [Server(self._entry.id, url, self._dialect, self._upstream) for url in self._upstream.urls]
         try:
