@@ -165,7 +165,9 @@ class Fleet:
         log.info("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
-            model.info = await model.backend.plan()
+            planned = await model.backend.plan()
+            # What its space is, is not known before that has been checked.
+            model.info = planned if model.entry.same_space_as is None else None
             model.info = await self._settled(model, await model.backend.start(model.report))
         except LoadError as error:
             model.report(ModelState.FAILED, f"failed to load: {error}")
