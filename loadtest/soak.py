@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
         print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
         if time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS):
             break
-    load.terminate()  # not SIGINT: a shell that runs this in the background has that one ignored
+    load.send_signal(signal.SIGINT)  # locust writes its results then; with SIGTERM it does not
     printed, _ = load.communicate(timeout=120)
     is_over.set()
     watch.join()
@@ -256,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peak", type=int, default=12, help="turns a second at the top of the waves")
     parser.add_argument("--update", action="store_true", help="write the table into docs/reliability.md")
     options = parser.parse_args(arguments)
+    # A shell that runs this in the background has it ignored, here and in what is started from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     result = soak(options.seconds, options.peak)
     table = as_table(result)
     print(f"\n{table}")
