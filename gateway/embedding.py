@@ -29,6 +29,15 @@ class Output(StrEnum):
     MULTIVECTOR = "multivector"
 
 
+class ModelKind(StrEnum):
+    """What a model computes."""
+
+    EMBED = "embed"
+    """Vectors of texts."""
+    RERANK = "rerank"
+    """How well a text answers a query: one number a pair."""
+
+
 class Truncate(StrEnum):
     """What to do with a text that has more tokens than the model takes."""
 
@@ -79,6 +88,7 @@ class ModelInfo:
         can_chunk_late: whether chunks of a document can be encoded together.
         default_task: the task of a request that names none; ``None`` for a model without tasks.
         instruction: what is put before a text that has no task.
+        kind: what it computes; the ``width`` of a model that reranks is 1.
     """
 
     id: str
@@ -99,6 +109,7 @@ class ModelInfo:
     tasks: Mapping[str, str] = field(default_factory=dict)
     default_task: str | None = None
     instruction: str = ""
+    kind: ModelKind = ModelKind.EMBED
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +123,8 @@ class EmbedJob:
             chunk is the mean over its own tokens.
         deadline: point on ``time.monotonic()`` after which nobody waits for the answer.
         caller: whom the work is for; work of different callers shares the device fairly.
+        query: what the texts are scored against, by a model that reranks: the vector of a text is then its score.
+        max_text_tokens: where each text is cut before it is put together with the query; ``None`` for no such limit.
     """
 
     texts: Sequence[str]
@@ -121,6 +134,8 @@ class EmbedJob:
     caller: str
     outputs: frozenset[Output] = frozenset({Output.DENSE})
     is_late_chunked: bool = False
+    query: str | None = None
+    max_text_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
