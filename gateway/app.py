@@ -18,6 +18,7 @@ from gateway.api.admin import admin_router
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
 from gateway.api.openai import openai_router
+from gateway.api.rerank import rerank_router
 from gateway.api.spaces import spaces_router
 from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
@@ -31,7 +32,8 @@ _MAX_SHOWN_PATH = 200
 
 _DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
 
-Every path under `/v1` works without `/v1` too. Every error has the body `ErrorBody`.
+Every path under `/v1` works without `/v1` too (`/rerank` writes a document in another form). Every error has the body
+`ErrorBody`.
 """
 
 
@@ -51,7 +53,9 @@ def create_app(deployment: Deployment) -> FastAPI:
     evidence = Evidence(log)
     service = EmbeddingService(deployment, evidence)
     app = _application(deployment, keyring)
-    app.include_router(openai_router(service, deployment, settings, Quotas(settings.quota_storage)))
+    quotas = Quotas(settings.quota_storage)
+    app.include_router(openai_router(service, deployment, settings, quotas))
+    app.include_router(rerank_router(service, deployment, settings, quotas))
     app.include_router(experiments_router(deployment, evidence))
     app.include_router(spaces_router(deployment))
     app.include_router(health_router(deployment))

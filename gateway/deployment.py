@@ -15,7 +15,7 @@ from gateway.backends.infinity import InfinityBackend
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelState
+from gateway.embedding import ModelKind, ModelState
 from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
@@ -116,7 +116,9 @@ class Deployment:
                 info.id,
                 source=info.source,
                 revision=info.revision or "",
-                space=space_id(info, info.default_task, info.width, is_normalised=info.is_normalised),
+                space=space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
+                if info.kind is ModelKind.EMBED
+                else "",
                 dtype=info.dtype,
                 device=info.device,
                 runtime=info.engine,

@@ -29,6 +29,15 @@ class Output(StrEnum):
     MULTIVECTOR = "multivector"
 
 
+class ModelKind(StrEnum):
+    """What a model computes."""
+
+    EMBED = "embed"
+    """Vectors of texts."""
+    RERANK = "rerank"
+    """How well a text answers a query: one number a pair."""
+
+
 class Truncate(StrEnum):
     """What to do with a text that has more tokens than the model takes."""
 
@@ -80,6 +89,7 @@ class ModelInfo:
         default_task: the task of a request that names none; ``None`` for a model without tasks.
         instruction: what is put before a text that has no task.
         has_raw: whether vectors can be had as they were pooled, not normalised.
+        kind: what it computes; the ``width`` of a model that reranks is 1.
     """
 
     id: str
@@ -101,6 +111,7 @@ class ModelInfo:
     default_task: str | None = None
     instruction: str = ""
     has_raw: bool = True
+    kind: ModelKind = ModelKind.EMBED
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,8 @@ class EmbedJob:
             chunk is the mean over its own tokens.
         deadline: point on ``time.monotonic()`` after which nobody waits for the answer.
         caller: whom the work is for; work of different callers shares the device fairly.
+        query: what the texts are scored against, by a model that reranks: the vector of a text is then its score.
+        max_text_tokens: where each text is cut before it is put together with the query; ``None`` for no such limit.
     """
 
     texts: Sequence[str]
@@ -123,6 +136,8 @@ class EmbedJob:
     caller: str
     outputs: frozenset[Output] = frozenset({Output.DENSE})
     is_late_chunked: bool = False
+    query: str | None = None
+    max_text_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from gateway.backends.fleet import Fleet, why_disabled
+from gateway.backends.fleet import Fleet, Model, why_disabled
 from gateway.config.registry import Registry
-from gateway.embedding import ModelInfo, ModelState
+from gateway.embedding import ModelInfo, ModelKind, ModelState
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
 from gateway.verification import Check
@@ -34,18 +34,23 @@ def print_fleet(fleet: Fleet, base_url: str) -> None:
         console.print("[red]No model is ready; requests are answered with 503.")
         return
     console.print(f"Serving on {base_url}, documentation at {base_url}/docs. Try:\n", highlight=False)
-    console.print(_curl(base_url, ready.id), highlight=False, markup=False, soft_wrap=True)
+    console.print(_curl(base_url, ready), highlight=False, markup=False, soft_wrap=True)
 
 
 def _describe(info: ModelInfo) -> tuple[str, ...]:
+    if info.kind is ModelKind.RERANK:
+        return info.device, info.dtype, "", str(info.max_tokens), "none: reranks"
     space = space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
     return info.device, info.dtype, str(info.width), str(info.max_tokens), space
 
 
-def _curl(base_url: str, model_id: str) -> str:
+def _curl(base_url: str, model: Model) -> str:
+    is_reranker = model.info is not None and model.info.kind is ModelKind.RERANK
+    path = "rerank" if is_reranker else "embeddings"
+    asked = '"query": "a greeting", "documents": ["Hello, world"]' if is_reranker else '"input": "Hello, world"'
     return (
-        f"  curl {base_url}/v1/embeddings -H 'content-type: application/json' "
-        f"""-d '{{"model": "{model_id}", "input": "Hello, world"}}'\n"""
+        f"  curl {base_url}/v1/{path} -H 'content-type: application/json' "
+        f"""-d '{{"model": "{model.id}", {asked}}}'\n"""
     )
 
 

@@ -1,18 +1,20 @@
-"""Embed texts by a model's public name. Knows no HTTP and no YAML."""
+"""Embed texts, or score them against a query, by a model's public name. Knows no HTTP and no YAML."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TypeVar
 
 from gateway import vectors as vector_math
 from gateway.deployment import Deployment
 from gateway.embedding import (
     EmbedJob,
+    ModelKind,
     MultiVector,
     Output,
     SparseVector,
@@ -33,10 +35,14 @@ from gateway.errors import (
     UnsupportedDimensions,
 )
 from gateway.evidence.counts import Evidence, Observation
+from gateway.reranking import RerankAnswer, RerankRequest, check_kind, choose_reranker, score_on
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space, space_id
-from gateway.telemetry import metrics, tracing
+from gateway.telemetry import metrics, semconv, tracing
+
+R = TypeVar("R", "EmbedRequest", RerankRequest)
+A = TypeVar("A", "EmbedAnswer", RerankAnswer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +105,13 @@ class EmbedAnswer:
     multivectors: Sequence[MultiVector] | None = None
     assignment: Assignment | None = None
 
+    @property
+    def num_texts(self) -> int:
+        return len(self.vectors)
+
 
 class EmbeddingService:
-    """Turns texts into vectors: choose, check, embed, finish; and notes what came of it."""
+    """Turns texts into vectors or scores: choose, check, compute, finish; and notes what came of it."""
 
     def __init__(self, deployment: Deployment, evidence: Evidence) -> None:
         self._deployment = deployment
@@ -117,18 +127,37 @@ class EmbeddingService:
         router, shadows = self._deployment.router, self._deployment.shadows
         choice = router.choose(request.model, request.attribute)
         _check_permission(choice, request)
+        check_kind(self._deployment.fleet, choice, ModelKind.EMBED)
         with _embeddings_span(choice, request) as span:
-            answer = await self._answer_on_record(router, choice, request)
+            answer = await self._answer_on_record(router, choice, request, _embed_on)
             if span is not None:
-                _describe(span, answer)
+                _describe(span, answer, answer.vectors.shape[1] if answer.has_dense else None)
         shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
         return answer
 
-    async def _answer_on_record(self, router: Router, choice: Choice, request: EmbedRequest) -> EmbedAnswer:
+    async def rerank(self, request: RerankRequest) -> RerankAnswer:
+        """Score the texts of a request against its query.
+
+        Raises:
+            RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
+        """
+        router, fleet = self._deployment.router, self._deployment.fleet
+        choice = choose_reranker(router, fleet, request)
+        _check_permission(choice, request)
+        check_kind(fleet, choice, ModelKind.RERANK)
+        with _embeddings_span(choice, request) as span:
+            answer = await self._answer_on_record(router, choice, request, score_on)
+            if span is not None:
+                _describe(span, answer, None)
+        return answer
+
+    async def _answer_on_record(
+        self, router: Router, choice: Choice, request: R, answer_on: Callable[[Target, Choice, R], Awaitable[A]]
+    ) -> A:
         """Answer a request, and count what came of it."""
         started = time.monotonic()
         try:
-            answer = await self._answer(router.targets(choice, request.task), choice, request)
+            answer = await self._answer(router.targets(choice, request.task), choice, request, answer_on)
         except asyncio.CancelledError:
             # An arm that is slow must not look better for it: those who did not wait are its failures.
             gone = ClientDisconnected("the client closed the connection before the answer")
@@ -140,23 +169,29 @@ class EmbeddingService:
         self._record(choice, answer, time.monotonic() - started)
         return answer
 
-    async def _answer(self, targets: Sequence[Target], choice: Choice, request: EmbedRequest) -> EmbedAnswer:
-        """Have the first target embed, and if it turns out not to work, the next one: all are of one space."""
+    async def _answer(
+        self,
+        targets: Sequence[Target],
+        choice: Choice,
+        request: R,
+        answer_on: Callable[[Target, Choice, R], Awaitable[A]],
+    ) -> A:
+        """Have the first target answer, and if it turns out not to work, the next one: all are of one space."""
         for target, alternative in zip_longest(targets, targets[1:]):
             try:
-                return await _embed_on(target, choice, request)
+                return await answer_on(target, choice, request)
             except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
                 if alternative is None:
                     raise
                 metrics.FALLBACKS.labels(target.model.id, alternative.model.id, error.code).inc()
         raise AssertionError("there is always a target")
 
-    def _record(self, choice: Choice, answer: EmbedAnswer, elapsed_s: float) -> None:
+    def _record(self, choice: Choice, answer: EmbedAnswer | RerankAnswer, elapsed_s: float) -> None:
         arm = choice.assignment and choice.assignment.arm.label
         meters = metrics.meters(answer.model, answer.task, choice.assignment and choice.assignment.experiment, arm)
         meters.count()
         meters.seconds.observe(elapsed_s)
-        meters.texts.inc(len(answer.vectors))
+        meters.texts.inc(answer.num_texts)
         meters.tokens.inc(answer.num_tokens)
         meters.truncated.inc(len(answer.truncated))
         meters.tokenise_s.observe(answer.timings.tokenise_s)
@@ -164,7 +199,9 @@ class EmbeddingService:
         meters.inference_s.observe(answer.timings.inference_s)
         self._note(choice, elapsed_s, answer=answer)
 
-    def _record_error(self, choice: Choice, request: EmbedRequest, error: RequestError, elapsed_s: float) -> None:
+    def _record_error(
+        self, choice: Choice, request: EmbedRequest | RerankRequest, error: RequestError, elapsed_s: float
+    ) -> None:
         info = choice.model.info
         asked = choice.task or request.task or (info and info.default_task)
         # Only a task that the model has: a client can make up any other.
@@ -176,7 +213,12 @@ class EmbeddingService:
         self._note(choice, elapsed_s, error=error)
 
     def _note(
-        self, choice: Choice, elapsed_s: float, *, answer: EmbedAnswer | None = None, error: RequestError | None = None
+        self,
+        choice: Choice,
+        elapsed_s: float,
+        *,
+        answer: EmbedAnswer | RerankAnswer | None = None,
+        error: RequestError | None = None,
     ) -> None:
         """Add a request to the evidence of its experiment."""
         if (assignment := choice.assignment) is None:
@@ -192,7 +234,7 @@ class EmbeddingService:
                 model=answer.model if answer else choice.model.id,
                 space=answer.space if answer else None,
                 elapsed_s=elapsed_s,
-                num_texts=len(answer.vectors) if answer else 0,
+                num_texts=answer.num_texts if answer else 0,
                 num_tokens=answer.num_tokens if answer else 0,
                 queue_s=answer.timings.queue_s if answer else 0.0,
                 error_code=error.code if error else None,
@@ -200,9 +242,12 @@ class EmbeddingService:
         )
 
 
-def _embeddings_span(choice: Choice, request: EmbedRequest) -> AbstractContextManager[tracing.EmbeddingsSpan | None]:
+def _embeddings_span(
+    choice: Choice, request: EmbedRequest | RerankRequest
+) -> AbstractContextManager[tracing.EmbeddingsSpan | None]:
     assignment = choice.assignment
     return tracing.embeddings_span(
+        operation=semconv.EMBEDDINGS if isinstance(request, EmbedRequest) else semconv.RERANK,
         model=choice.asked,
         provider=choice.model.entry.backend,
         num_texts=len(request.texts),
@@ -212,19 +257,19 @@ def _embeddings_span(choice: Choice, request: EmbedRequest) -> AbstractContextMa
     )
 
 
-def _describe(span: tracing.EmbeddingsSpan, answer: EmbedAnswer) -> None:
+def _describe(span: tracing.EmbeddingsSpan, answer: EmbedAnswer | RerankAnswer, dimensions: int | None) -> None:
     span.describe(
         model=answer.model,
         space=answer.space,
         task=answer.task,
         num_tokens=answer.num_tokens,
         num_truncated=len(answer.truncated),
-        dimensions=answer.vectors.shape[1] if answer.has_dense else None,
+        dimensions=dimensions,
         timings=answer.timings,
     )
 
 
-def _check_permission(choice: Choice, request: EmbedRequest) -> None:
+def _check_permission(choice: Choice, request: EmbedRequest | RerankRequest) -> None:
     """Refuse a model that is not for the caller.
 
     An experiment is allowed by its own name alone: which of its models answers is not for the caller to know beforehand.

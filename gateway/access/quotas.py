@@ -97,11 +97,14 @@ class Quotas:
         return ticket
 
     @asynccontextmanager
-    async def reserve(self, ticket: Ticket, texts: Sequence[str], max_tokens: int) -> AsyncIterator[None]:
+    async def reserve(
+        self, ticket: Ticket, texts: Sequence[str], max_tokens: int, beside: str = ""
+    ) -> AsyncIterator[None]:
         """Keep about as many tokens aside as the texts have, while they are embedded.
 
         Args:
             max_tokens: where the longest model cuts a text.
+            beside: what the model reads with each text: a query.
 
         Raises:
             RateLimited: nothing is left by now, beside what the client's requests that run need.
@@ -112,7 +115,7 @@ class Quotas:
             return
         # Again: what others have used while this request's body came.
         await self._check_tokens(ticket)
-        num_tokens = sum(min(max_tokens, 1 + len(text) // _CHARACTERS_PER_TOKEN) for text in texts)
+        num_tokens = sum(min(max_tokens, 1 + (len(beside) + len(text)) // _CHARACTERS_PER_TOKEN) for text in texts)
         self._reserved[client.name] = self._reserved.get(client.name, 0) + num_tokens
         try:
             yield

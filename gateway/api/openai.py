@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway.access.quotas import Quotas
+from gateway.api.exchange import answer_headers, note_answer, timeout_s, unit_attribute, unless_disconnected
 from gateway.api.json_body import Json, describe, integral, parse_object
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
@@ -28,11 +25,10 @@ from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Timings
+from gateway.embedding import ModelKind
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
-    ClientDisconnected,
     DeadlineExceeded,
     ModelNotAllowed,
     ModelNotFound,
@@ -41,19 +37,14 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.middleware import RequestContext
-from gateway.routing.experiments import Attribute
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
-from gateway.telemetry import metrics
 from gateway.vectors import Encoding, encode
 
-# A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
-_MAX_LISTED_INDICES = 100
 _REQUEST = {
     "parameters": [EXPECT_SPACE],
     "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
 }
-T = TypeVar("T")
 
 
 def openai_router(service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> APIRouter:
@@ -68,21 +59,16 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
         body = EmbeddingsBody.parse(parse_object(await request.body()))
         texts = parse_input(body.input, settings.max_inputs, decoder)
         encoding = body.wanted_encoding
-        timeout_s = _timeout_s(request, settings.request_timeout_s)
+        patience_s = timeout_s(request, settings.request_timeout_s)
         async with quotas.reserve(ticket, texts, deployment.fleet.max_tokens):
-            wanted = _embed_request(request, body, texts, timeout_s)
-            answer = await _unless_disconnected(request, service.embed(wanted))
+            wanted = _embed_request(request, body, texts, patience_s)
+            answer = await unless_disconnected(request, service.embed(wanted))
             await quotas.charge(ticket, answer.num_tokens)
         started = time.monotonic()
         content = render_answer(answer, encoding)
         timings = replace(answer.timings, serialise_s=time.monotonic() - started)
-        context.describe(answer.model, answer.task, len(texts), answer.num_tokens, timings)
-        if answer.assignment is not None:
-            context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
-        metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialise_s.observe(
-            timings.serialise_s
-        )
-        headers = _headers(answer, timings, context.elapsed_s)
+        note_answer(context, answer, timings)
+        headers = answer_headers(answer, timings, context.elapsed_s)
         return Response(content, media_type="application/json", headers=headers)
 
     async def list_models(request: Request) -> Response:
@@ -140,12 +126,12 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
 # ------------------------------------------------------------------------------------------------------------ input
 
 
-def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], timeout_s: float) -> EmbedRequest:
+def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], patience_s: float) -> EmbedRequest:
     """Say in the gateway's own terms what a request asks for."""
     return EmbedRequest(
         texts=texts,
         model=body.model or None,
-        timeout_s=timeout_s,
+        timeout_s=patience_s,
         caller=RequestContext.of(request).caller,
         task=body.wanted_task,
         dimensions=body.wanted_dimensions,
@@ -156,24 +142,8 @@ def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], tim
         may_use=RequestContext.of(request).client.may_use,
         expect_space=request.headers.get("x-gateway-expect-space"),
         encoding=body.wanted_encoding,
-        attribute=_attribute(request, body),
+        attribute=unit_attribute(request, body.user),
     )
-
-
-def _attribute(request: Request, body: EmbeddingsBody) -> Attribute:
-    """Return what looks up the things in a request that the unit of an experiment can be made from."""
-
-    def attribute(source: str) -> str | None:
-        match source.partition(":"):
-            case ("header", _, name):
-                value = request.headers.get(name)
-            case ("body", _, "user"):
-                value = str(body.user) if isinstance(body.user, str | int) else None
-            case _:
-                value = RequestContext.of(request).key_owner
-        return value or None
-
-    return attribute
 
 
 def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
@@ -222,38 +192,6 @@ def _token_ids(items: list[Json]) -> list[int] | None:
     return ids
 
 
-def _timeout_s(request: Request, limit_s: float) -> float:
-    """Return how long the answer is of use: OpenAI's clients say how long they wait."""
-    try:
-        patience_s = float(request.headers["x-stainless-read-timeout"])
-    except (KeyError, ValueError):
-        return limit_s
-    return min(limit_s, patience_s) if patience_s > 0 else limit_s
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, and cancel it when the client goes away, so that nothing is computed for nobody.
-
-    Raises:
-        ClientDisconnected: the client went away first.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected("the client closed the connection before the answer")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 # ----------------------------------------------------------------------------------------------------------- answer
 
 
@@ -278,30 +216,6 @@ def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
     )
 
 
-def _headers(answer: EmbedAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:
-    stages = {**timings.stages, "total": elapsed_s}
-    headers = {
-        "x-gateway-model": answer.model,
-        "x-gateway-space": answer.space,
-        "server-timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
-    }
-    if answer.task is not None:
-        headers["x-gateway-task"] = quote(answer.task)  # the registry may call a task anything
-    if answer.assignment is not None:
-        headers["x-gateway-experiment"] = answer.assignment.experiment
-        headers["x-gateway-arm"] = answer.assignment.arm.label
-        headers["x-gateway-assignment"] = answer.assignment.reason.value
-    if answer.truncated:
-        headers["x-gateway-truncated"] = _list_indices(answer.truncated)
-    return headers
-
-
-def _list_indices(indices: Sequence[int]) -> str:
-    listed = ",".join(str(i) for i in indices[:_MAX_LISTED_INDICES])
-    more = len(indices) - _MAX_LISTED_INDICES
-    return f"{listed},+{more}" if more > 0 else listed
-
-
 def model_card(model: Model, registry: Registry, task: str | None = None) -> ModelCard:
     """Describe a model for ``/v1/models``.
 
@@ -312,6 +226,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
     card = ModelCard(
         id=model.id,
         object="model",
+        kind=None,
         created=model.created,
         owned_by=model.entry.backend,
         source=model.entry.source,
@@ -334,6 +249,9 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
     if info is None:
         return card
 
+    shown = {"kind": info.kind.value, "max_tokens": info.max_tokens, "device": info.device, "dtype": info.dtype}
+    if info.kind is ModelKind.RERANK:  # there are no vectors, and no space for them
+        return card.model_copy(update=shown)
     default_task = task or info.default_task
 
     def space(task: str | None) -> str:
@@ -341,16 +259,14 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
 
     return card.model_copy(
         update={
+            **shown,
             "width": info.width,
             "dimensions": list(info.dimensions),
-            "max_tokens": info.max_tokens,
             "tasks": list(info.tasks),
             "default_task": default_task,
             "is_normalised": info.is_normalised,
             "outputs": [output.value for output in info.outputs],
             "space": space(default_task),
             "spaces": {task: space(task) for task in info.tasks},
-            "device": info.device,
-            "dtype": info.dtype,
         }
     )

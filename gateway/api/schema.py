@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -47,10 +47,30 @@ T = TypeVar("T", bool, int, str)
 PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(integral)]
 
 
-class EmbeddingsBody(BaseModel):
-    """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
+class RequestBody(BaseModel):
+    """The JSON of a request. Unknown fields are ignored, and ``null`` means absent."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
+
+    @classmethod
+    def parse(cls, content: dict[str, Json]) -> Self:
+        """Validate a parsed body.
+
+        Raises:
+            BadInput: a field is missing or has a value that is not accepted; names the first such field.
+        """
+        given = {name: value for name, value in content.items() if value is not None}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            field = str(error.errors(include_url=False)[0]["loc"][0])
+        if field not in given:
+            raise BadInput(f"`{field}` is required", param=field)
+        raise BadInput(f"`{field}` must be {cls.model_fields[field].title}, got {describe(given[field])}", param=field)
+
+
+class EmbeddingsBody(RequestBody):
+    """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     model: str | None = Field(
@@ -95,29 +115,13 @@ class EmbeddingsBody(BaseModel):
         None, description="Whom the request is for: the unit of an experiment that is split by it, else ignored."
     )
 
-    @classmethod
-    def parse(cls, content: dict[str, Json]) -> EmbeddingsBody:
-        """Validate a parsed body.
-
-        Raises:
-            BadInput: a field is missing or has a value that is not accepted; names the first such field.
-        """
-        given = {name: value for name, value in content.items() if value is not None}
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            field = str(error.errors(include_url=False)[0]["loc"][0])
-        if field not in given:
-            raise BadInput(f"`{field}` is required", param=field)
-        raise BadInput(f"`{field}` must be {cls.model_fields[field].title}, got {describe(given[field])}", param=field)
-
     @property
     def wanted_dimensions(self) -> int | None:
-        return _only(dimensions=self.dimensions, output_dimension=self.output_dimension)
+        return only(dimensions=self.dimensions, output_dimension=self.output_dimension)
 
     @property
     def wanted_encoding(self) -> Encoding:
-        name = _only(
+        name = only(
             encoding_format=self.encoding_format, embedding_type=self.embedding_type, encoding_type=self.encoding_type
         )
         return Encoding(name or "float")
@@ -127,11 +131,11 @@ class EmbeddingsBody(BaseModel):
         task, input_type = self.task or None, self.input_type or None  # "" means absent
         if task and input_type and canonical_task(task) == canonical_task(input_type):
             return task
-        return _only(task=task, input_type=input_type)
+        return only(task=task, input_type=input_type)
 
     @property
     def wants_normalised(self) -> bool | None:
-        return _only(normalized=self.normalized, normalize=self.normalize)
+        return only(normalized=self.normalized, normalize=self.normalize)
 
     @property
     def wanted_truncation(self) -> Truncate:
@@ -142,7 +146,7 @@ class EmbeddingsBody(BaseModel):
         return tuple(Output(name) for name in self.outputs or ("dense",))
 
 
-def _only(**synonyms: T | None) -> T | None:
+def only(**synonyms: T | None) -> T | None:
     """Return the one value that fields of the same meaning have.
 
     Raises:
@@ -198,6 +202,7 @@ class ModelCard(BaseModel):
 
     id: str
     object: Literal["model"]
+    kind: Literal["embed", "rerank"] | None = Field(description="What it computes: embeddings, or scores of pairs.")
     created: int = Field(description="Unix time at which the model became ready; 0 before.")
     owned_by: str
     source: str
@@ -205,7 +210,7 @@ class ModelCard(BaseModel):
     state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
     reason: str | None = Field(description="Why the model is not ready.")
     aliases: list[str]
-    width: int | None = Field(description="Native dimensions.")
+    width: int | None = Field(description="Native dimensions; none for a model that reranks.")
     dimensions: list[int] = Field(description="Accepted values of `dimensions`.")
     max_tokens: int | None
     tasks: list[str]
@@ -284,10 +289,8 @@ _ERROR_HEADERS = {
     },
 }
 
-EMBEDDINGS_HEADERS = {
+RERANK_HEADERS = {
     "x-gateway-model": _header("Id of the model that answered."),
-    "x-gateway-space": _header("Identity of the vectors' space.", pattern="^[A-Za-z0-9._-]+@[0-9a-f]{12}$"),
-    "x-gateway-task": _header("The task, if the model has any.", is_required=False),
     "x-gateway-experiment": _header("The experiment, if one was asked for.", is_required=False),
     "x-gateway-arm": _header("The arm of the experiment that answered.", is_required=False),
     "x-gateway-assignment": _header(
@@ -301,6 +304,11 @@ EMBEDDINGS_HEADERS = {
     "server-timing": _header("Milliseconds of tokenise, queue, inference and total."),
 }
 
+EMBEDDINGS_HEADERS = {
+    **RERANK_HEADERS,
+    "x-gateway-space": _header("Identity of the vectors' space.", pattern="^[A-Za-z0-9._-]+@[0-9a-f]{12}$"),
+    "x-gateway-task": _header("The task, if the model has any.", is_required=False),
+}
 
 EXPECT_SPACE = {
     "name": "x-gateway-expect-space",

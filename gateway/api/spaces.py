@@ -12,7 +12,7 @@ from gateway.api.schema import responses
 from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
 from gateway.deployment import Deployment
-from gateway.embedding import ModelInfo, canonical_task
+from gateway.embedding import ModelInfo, ModelKind, canonical_task
 from gateway.middleware import RequestContext
 from gateway.routing.spaces import space_id, spaces_by_task
 
@@ -67,7 +67,7 @@ def space_cards(registry: Registry, models: Iterable[Model]) -> list[SpaceCard]:
     cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
     for model in models:
         info = model.info
-        if info is None:
+        if info is None or info.kind is not ModelKind.EMBED:
             continue
         for size in info.dimensions:
             for task in spaces_by_task(info):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from gateway.errors import ContextLengthExceeded, ModelNotReady
 
 class FakeBackend:
     """Embeds a text as ``[number of words, 1, 0, 0, …]``; a token is a word.
+
+    Its score of a text against a query is the number of its words that are in the query, less 1.
 
     Args:
         info: what it claims to be.
@@ -43,13 +45,17 @@ class FakeBackend:
             raise ModelNotReady("the fake backend is not started")
         self._on_embed(job)
         await asyncio.sleep(self._delay_s)
-        words = [len(text.split()) for text in job.texts]
+        beside = len((job.query or "").split())
+        words = [beside + len(text.split()[: job.max_text_tokens]) for text in job.texts]
         limit = self._info.max_tokens
         if job.truncate is Truncate.REFUSE and max(words) > limit:
             raise ContextLengthExceeded(f"This model's maximum context length is {limit} tokens", param="input")
         vectors = np.zeros((len(words), self._info.width), dtype=np.float32)
-        vectors[:, 0] = np.minimum(words, limit)
-        vectors[:, 1] = 1
+        if job.query is None:
+            vectors[:, 0] = np.minimum(words, limit)
+            vectors[:, 1:2] = 1
+        else:
+            vectors[:, 0] = [_num_shared(job.query, text.split()[: job.max_text_tokens]) - 1 for text in job.texts]
         return Embeddings(
             vectors=vectors,
             num_tokens=[min(n, limit) for n in words],
@@ -59,6 +65,11 @@ class FakeBackend:
 
     async def stop(self) -> None:
         self._is_running = False
+
+
+def _num_shared(query: str, words: Sequence[str]) -> int:
+    wanted = set(query.lower().split())
+    return sum(word.lower() in wanted for word in words)
 
 
 def fake_info(model_id: str = "fake", width: int = 8, **changes: object) -> ModelInfo:

@@ -131,7 +131,7 @@ class Batcher:
             InternalError: the forward failed on one of the texts, or gave no vectors that can be handed out.
             ModelNotReady: the batcher is stopping, or has been given up.
         """
-        num_tokens = self._estimate_tokens(job.texts)
+        num_tokens = self._estimate_tokens(job)
         self._admit(len(job.texts), num_tokens)
         ticket = Ticket(job.caller, job.deadline)
         work = _Work(
@@ -173,9 +173,10 @@ class Batcher:
                 retry_after_s=ceil(self._num_tokens / self._tokens_per_s) if self._tokens_per_s else 1,
             )
 
-    def _estimate_tokens(self, texts: Sequence[str]) -> int:
+    def _estimate_tokens(self, job: EmbedJob) -> int:
         longest = self._encoder.tokenizer.max_tokens
-        return sum(min(longest, len(text) // _CHARS_PER_TOKEN + 2) for text in texts)
+        beside = len(job.query or "")
+        return sum(min(longest, (beside + len(text)) // _CHARS_PER_TOKEN + 2) for text in job.texts)
 
     def _count(self, num_texts: int, num_tokens: int) -> None:
         self._num_texts += num_texts
@@ -202,7 +203,7 @@ class Batcher:
             if not ticket.is_live or work.done.done():  # has failed, or the batcher is stopping
                 return
             is_last = first + len(texts) == len(job.texts)
-            is_long = sum(len(text) for text in texts) >= _LONG_TEXT_CHARS
+            is_long = sum(len(text) for text in texts) + len(job.query or "") >= _LONG_TEXT_CHARS
             tokeniser = self._long_tokeniser if is_long else self._tokeniser
             started = time.monotonic()
             tokens = await loop.run_in_executor(tokeniser, self._tokenise, job, ticket, first, texts)
@@ -225,6 +226,10 @@ class Batcher:
             return []
         if job.is_late_chunked:
             return [self._encoder.tokenizer.tokenise_chunks(texts, self._encoder.instruction(job.task))]
+        if job.query is not None:
+            return self._encoder.tokenise_pairs(
+                job.query, texts, job.truncate, first_index=first, max_text_tokens=job.max_text_tokens
+            )
         return self._encoder.tokenise(texts, job.task, job.truncate, first)
 
     def _join(self, item: Item) -> Computation:
@@ -367,7 +372,8 @@ def _shutting_down() -> ShuttingDown:
 
 def _key(item: Item) -> Hashable:
     """Return what two items share exactly when they are the same computation."""
-    return array("q", item.tokens.ids).tobytes(), item.task, item.outputs, item.tokens.spans
+    tokens = item.tokens
+    return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second
 
 
 def _token_counts(tokens: Tokens) -> list[int]:

@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from gateway.embedding import Output, canonical_task
+from gateway.engine.classifier import Classifier, read_classifier
 from gateway.engine.json_files import Json, read_json, read_object, require_string
 from gateway.engine.sources import file_sha256
 from gateway.errors import LoadError
@@ -76,7 +77,7 @@ class Checkpoint:
     """A checkpoint's own description.
 
     Attributes:
-        width: dimensions of a dense vector.
+        width: dimensions of a dense vector; 1, the score, where there is a classifier.
         hidden_width: dimensions of a token's state.
         max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
         position_limit: longest text that the architecture can take at all.
@@ -86,9 +87,10 @@ class Checkpoint:
         adapters: folder of each task's adapter.
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
+        classifier: the head that scores a pair of texts, if the model is a cross-encoder.
         weights: files that hold the transformer's weights.
         fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
-            adapters and the activations of the dense layers.
+            adapters, the activations of the dense layers and the settings of the classifier.
     """
 
     folder: Path
@@ -109,6 +111,7 @@ class Checkpoint:
     adapters: Mapping[str, Path]
     sparse_head: Path | None
     multivector_head: Path | None
+    classifier: Classifier | None
     weights: tuple[Path, ...]
     fingerprint: str
 
@@ -136,14 +139,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     model_type = require_string(config, "model_type", folder)
     if model_type not in MODEL_TYPES:
         raise LoadError(f"{folder}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    modules = _read_modules(folder)
-    transformer = _read_transformer(folder / modules.transformer)
+    classifier = read_classifier(folder, config)
+    modules = _read_modules(folder) if classifier is None else _Modules()
+    transformer = _read_transformer(folder / modules.transformer, is_embedder=classifier is None)
     sizes = _Sizes.read(folder)
     position_limit = sizes.num_positions - _UNUSED_POSITIONS.get(model_type, 0)
     is_jina = model_type == "jina_embeddings_v3"
-    pooling = Pooling.MEAN if modules.pooling is None else _read_pooling(folder / modules.pooling)
+    if classifier is not None:
+        pooling = Pooling(classifier.pooling)
+    else:
+        pooling = Pooling.MEAN if modules.pooling is None else _read_pooling(folder / modules.pooling)
     is_lower_cased = transformer.get("do_lower_case") is True
-    prompts, default_prompt = _read_prompts(folder / "config_sentence_transformers.json")
+    prompts_file = folder / "config_sentence_transformers.json"
+    prompts, default_prompt = _read_prompts(prompts_file) if classifier is None else ({}, None)
     adapters = _find_adapters(folder)
     weights = _weights_files(folder)
     sparse_head, multivector_head = (_existing(folder / name) for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD))
@@ -151,7 +159,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(
         folder=folder,
         model_type=model_type,
-        width=_read_dense_width(dense_layers[-1]) if dense_layers else sizes.width,
+        width=1 if classifier else _read_dense_width(dense_layers[-1]) if dense_layers else sizes.width,
         hidden_width=sizes.width,
         num_layers=sizes.num_layers,
         num_heads=sizes.num_heads,
@@ -167,6 +175,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         adapters=adapters,
         sparse_head=sparse_head,
         multivector_head=multivector_head,
+        classifier=classifier,
         weights=weights,
         fingerprint="",
     )
@@ -306,13 +315,14 @@ class _Sizes:
         return sizes
 
 
-def _read_transformer(folder: Path) -> dict[str, Json]:
+def _read_transformer(folder: Path, *, is_embedder: bool) -> dict[str, Json]:
     """Return the length and lower-casing; the first releases of sentence-transformers named the file for the model."""
     for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta"):
         path = folder / f"sentence_{name}_config.json"
         config = read_object(path, optional=True)
         if config:
-            _require_plain(config, path)
+            if is_embedder:
+                _require_plain(config, path)
             return config
     return {}
 
@@ -372,6 +382,8 @@ def _with_fingerprint(checkpoint: Checkpoint) -> Checkpoint:
         for path in (*checkpoint.all_weights, *_tokenizer_files(folder))
     }
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
+    if checkpoint.classifier is not None:
+        parts["classifier"] = checkpoint.classifier.settings
     for layer in checkpoint.dense_layers:  # what the weights do not say
         parts[f"activation of {layer.name}"] = str(read_object(layer / "config.json").get("activation_function"))
     for task, adapter in checkpoint.adapters.items():

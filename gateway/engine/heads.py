@@ -1,19 +1,23 @@
-"""Heads: what is read off the token states of a text. Dense, sparse, and one vector a token."""
+"""Heads: what is read off the token states of a text. Dense, sparse, one vector a token, and the score of a pair."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 from gateway.embedding import MultiVector, SparseVector
 from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.classifier import Classifier
 from gateway.engine.states import TokenStates
 from gateway.errors import LoadError
 
@@ -94,6 +98,62 @@ class MultiVectorHead(nn.Module):
             functional.normalize(self.linear(texts[row][1:].float()), dim=-1).cpu().numpy().astype(np.float32)
             for row in rows
         ]
+
+
+class ScoreHead(nn.Module):
+    """A cross-encoder's score of a pair: transformers' classification head with one label, in float32.
+
+    Raises:
+        LoadError: the checkpoint's weights hold no such head.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, classifier: Classifier) -> None:
+        super().__init__()
+        self._pooling = checkpoint.pooling
+        try:
+            tensors = _read_tensors(checkpoint.weights, (classifier.dense, classifier.norm, classifier.output))
+            dense = _linear_of(tensors, classifier.dense)
+            output = _linear_of(tensors, classifier.output)
+            norm = nn.Identity() if classifier.norm is None else _norm_of(tensors, classifier.norm, classifier.norm_eps)
+            self.layers = nn.Sequential(dense, ACT2FN[classifier.activation], norm, output)
+        except (KeyError, OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+            what = f"no head of {classifier.architecture} that can be read"
+            raise LoadError(f"{checkpoint.folder}: {what}: {type(error).__name__}: {error}") from error
+        _require_inputs(checkpoint.folder, dense, checkpoint.hidden_width)
+        _require_inputs(checkpoint.folder, output, dense.out_features)
+        if output.out_features != 1:
+            raise LoadError(f"{checkpoint.folder}: the head gives {output.out_features} numbers, promised was 1 label")
+        self.requires_grad_(False)
+
+    def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
+        """Return the score of each pair before any sigmoid, ``(n, 1)`` float32; there are no spans here."""
+        scores: torch.Tensor = self.layers(states.pool(self._pooling))
+        return scores
+
+
+def _read_tensors(files: Sequence[Path], layers: Sequence[str | None]) -> dict[str, torch.Tensor]:
+    """Read the tensors of some layers from wherever in the weights files they are, and nothing else of the files."""
+    names = {f"{layer}.{part}" for layer in layers if layer is not None for part in ("weight", "bias")}
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+        else:
+            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found |= {name: whole[name].clone() for name in names & set(whole)}
+    return found
+
+
+def _linear_of(tensors: Mapping[str, torch.Tensor], layer: str) -> nn.Linear:
+    return _linear(tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias"))
+
+
+def _norm_of(tensors: Mapping[str, torch.Tensor], layer: str, eps: float) -> nn.LayerNorm:
+    weight, bias = tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias")
+    norm = nn.LayerNorm(len(weight), eps=eps, bias=bias is not None, dtype=torch.float32)
+    norm.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
+    return norm
 
 
 def _load_linear(path: Path, num_in: int) -> nn.Linear:

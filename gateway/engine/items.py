@@ -13,11 +13,13 @@ class Tokens:
 
     Attributes:
         spans: where the chunks of a late-chunked document are, as (first, end) positions; ``None`` for a plain text.
+        second: where the second text of a pair begins, for a model that tells the two apart; else ``None``.
     """
 
     ids: list[int]
     is_truncated: bool = False
     spans: tuple[tuple[int, int], ...] | None = None
+    second: int | None = None
 
     @property
     def num_vectors(self) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelInfo, Output, Truncate, canonical_task
+from gateway.embedding import ModelInfo, ModelKind, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
 from gateway.engine.cards import read_cards
 from gateway.engine.checkpoint import Checkpoint, Pooling, read_checkpoint
@@ -60,6 +60,10 @@ class LoadPlan:
         return self.devices[0]
 
     @property
+    def kind(self) -> ModelKind:
+        return ModelKind.EMBED if self.checkpoint.classifier is None else ModelKind.RERANK
+
+    @property
     def info(self) -> ModelInfo:
         """The model's description for the rest of the gateway."""
         return ModelInfo(
@@ -77,10 +81,13 @@ class LoadPlan:
             engine=f"infinity/{self.runtime}",
             memory_bytes=self.memory.total_bytes,
             outputs=self.entry.outputs,
-            can_chunk_late=self.checkpoint.pooling is Pooling.MEAN and Output.DENSE in self.entry.outputs,
+            can_chunk_late=self.kind is ModelKind.EMBED
+            and self.checkpoint.pooling is Pooling.MEAN
+            and Output.DENSE in self.entry.outputs,
             tasks=self.tasks,
             default_task=self.entry.default_task and canonical_task(self.entry.default_task),
             instruction=self.instruction,
+            kind=self.kind,
         )
 
     def build_options(self, device: str, threads: CpuThreads) -> BuildOptions:
@@ -106,6 +113,8 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     folder = locate(entry, may_download=may_download)
     verify_sha256(folder, entry.sha256)
     checkpoint = read_checkpoint(folder)
+    if checkpoint.classifier is not None:
+        _require_plain_reranker(entry)
     devices = choose_devices(entry.device)
     device = devices[0]
     dtype = choose_dtype(entry.dtype, device)
@@ -211,6 +220,18 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
         encoded = encoder.encode([Item(row, plan.info.default_task, outputs) for row in batch])
         if not all(np.isfinite(one.dense).all() for one in encoded):
             raise LoadError(f"{plan.checkpoint.folder}: the model returns vectors that are not finite in {plan.dtype}")
+
+
+def _require_plain_reranker(entry: ModelEntry) -> None:
+    """Refuse what the registry can ask of a model that embeds alone.
+
+    Raises:
+        LoadError: names the keys.
+    """
+    asked = [key for key in ("default_task", "prompts", "dimensions", "golden") if getattr(entry, key)]
+    asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
+    if asked:
+        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores pairs of texts, and gives no vectors")
 
 
 def _max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:

@@ -22,7 +22,12 @@ class Tokenizer:
     Args:
         tokenizer: the checkpoint's tokenizer; its own truncation and padding are switched off.
         max_tokens: the longest result, special tokens included.
+
+    Attributes:
+        has_segments: the model is to be told where the second text of a pair begins.
     """
+
+    has_segments = False
 
     def __init__(self, tokenizer: FastTokenizer, max_tokens: int) -> None:
         tokenizer.no_truncation()
@@ -53,12 +58,7 @@ class Tokenizer:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
         """
         prefixed = [instruction + text for text in texts] if instruction else texts
-        short = [text for text in prefixed if len(text) <= self._window_chars]
-        encodings = iter(self._tokenizer.encode_batch_fast(short))
-        rows = [
-            next(encodings).ids if len(text) <= self._window_chars else self._encode_enough(text, truncate)
-            for text in prefixed
-        ]
+        rows = self._rows(prefixed, truncate)
         return [
             Tokens(ids)
             if len(ids) <= self.max_tokens
@@ -103,7 +103,20 @@ class Tokenizer:
             )
         return Tokens([*ids, *self._tail], spans=tuple(spans))
 
-    def _encode_enough(self, text: str, truncate: Truncate) -> list[int]:
+    def _rows(self, texts: Sequence[str], truncate: Truncate, *, has_special: bool = True) -> list[list[int]]:
+        """Return the token ids of each text, of a long one only so many that what is kept can be cut from them.
+
+        Args:
+            has_special: put the model's special tokens around each text.
+        """
+        short = [text for text in texts if len(text) <= self._window_chars]
+        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=has_special))
+        return [
+            next(encodings).ids if len(text) <= self._window_chars else self._encode_enough(text, truncate, has_special)
+            for text in texts
+        ]
+
+    def _encode_enough(self, text: str, truncate: Truncate, has_special: bool) -> list[int]:
         """Tokenise so much of a text that the tokens that will be kept are those of the whole text.
 
         The cost of a text that is far too long stays that of what is kept. The window ends at white space where there
@@ -118,15 +131,15 @@ class Tokenizer:
             else:
                 end = text.rfind(" ", window // 2, window)
                 part = text[: end if end >= 0 else window]
-            ids = self._encode(part)
+            ids = self._encode(part, has_special)
             if len(ids) > 2 * self.max_tokens:
                 return ids
             window *= 4
-        return self._encode(text)
+        return self._encode(text, has_special)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, has_special: bool) -> list[int]:
         # `encode` holds the interpreter lock, and the event loop with it, for as long as it takes; the batch does not.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text])[0].ids
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=has_special)[0].ids
         return ids
 
     def _cut(self, ids: list[int], text: str, instruction: str, truncate: Truncate, index: int) -> Tokens:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from gateway.backends.fleet import Fleet
 from gateway.config.registry import Experiment, Registry
-from gateway.embedding import ModelInfo, canonical_task, known_task_names
+from gateway.embedding import ModelInfo, ModelKind, canonical_task, known_task_names
 from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
 
 
@@ -21,6 +21,7 @@ def broken_rules(registry: Registry, fleet: Fleet) -> list[str]:
         *_unknown_tasks(registry, fleet),
         *_foreign_fallbacks(registry, fleet),
         *(problem for experiment in registry.experiments for problem in _foreign_arms(experiment, fleet)),
+        *_mixed_kinds(registry, fleet),
     ]
 
 
@@ -71,6 +72,19 @@ def _foreign_arms(experiment: Experiment, fleet: Fleet) -> Iterator[str]:
                 f"the arms of experiment {experiment.id!r} are not of one space: {reason}; say `kind: cross_space` if "
                 "that is meant"
             )
+
+
+def _mixed_kinds(registry: Registry, fleet: Fleet) -> Iterator[str]:
+    """Yield what puts a model that embeds beside one that reranks: no request could be for both."""
+    for experiment in registry.experiments:
+        kinds = {arm.model: info.kind.value for arm in experiment.arms if (info := _info(fleet, arm.model)) is not None}
+        if len(set(kinds.values())) > 1:
+            what = ", ".join(f"{model!r} is for {kind}" for model, kind in kinds.items())
+            yield f"the arms of experiment {experiment.id!r} compute different things: {what}"
+    for shadow in registry.shadows:
+        info = _info(fleet, shadow.to)
+        if info is not None and info.kind is not ModelKind.EMBED:
+            yield f"{shadow.to!r} cannot be a shadow of {shadow.of!r}: it reranks, and only embeddings are copied"
 
 
 def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:
@@ -127,7 +141,7 @@ def _named(registry: Registry) -> dict[str, tuple[str, str | None, bool]]:
 def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
     """Return the spaces of a name by task, with that of a request without a task under the empty one."""
     info = _info(fleet, model)
-    if info is None:
+    if info is None or info.kind is not ModelKind.EMBED:  # nobody stores a score to compare it with others later
         return {}
     bare = _space(info, task)
     return {"": bare} | ({} if task else {key: space for key, space in spaces_by_task(info).items() if key})

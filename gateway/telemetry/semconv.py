@@ -33,6 +33,8 @@ GEN_AI_USAGE_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 GEN_AI_EMBEDDINGS_DIMENSION_COUNT: Final = "gen_ai.embeddings.dimension.count"
 EMBEDDINGS: Final = "embeddings"
 """The operation, which also begins the span's name: ``embeddings {model}``."""
+RERANK: Final = "rerank"
+"""The same of a request that has texts scored; OpenTelemetry names no operation of that kind."""
 
 # Our own.
 GATEWAY_REQUEST_ID: Final = "gateway.request_id"

@@ -176,7 +176,7 @@ class EmbeddingsSpan:
         self,
         *,
         model: str,
-        space: str,
+        space: str | None,
         task: str | None,
         num_tokens: int,
         num_truncated: int,
@@ -187,6 +187,7 @@ class EmbeddingsSpan:
 
         Args:
             model: id of the model that answered.
+            space: of the vectors, if there are any.
             dimensions: of the dense vectors, if there are any.
         """
         if not self.span.is_recording():
@@ -215,6 +216,7 @@ def embeddings_span(
     encoding: str | None,
     experiment: str | None = None,
     arm: str | None = None,
+    operation: str = semconv.EMBEDDINGS,
 ) -> AbstractContextManager[EmbeddingsSpan | None]:
     """Return a context manager for the time of an embedding, which makes its span the current one.
 
@@ -222,11 +224,12 @@ def embeddings_span(
         model: the name that was asked for, as the registry has it.
         provider: what computes the vectors.
         encoding: how the caller wants to have them written.
+        operation: what is computed: embeddings, or scores.
     """
     if _tracer is None:
         return _OFF
     attributes: dict[str, AttributeValue | None] = {
-        semconv.GEN_AI_OPERATION_NAME: semconv.EMBEDDINGS,
+        semconv.GEN_AI_OPERATION_NAME: operation,
         semconv.GEN_AI_PROVIDER_NAME: provider,
         semconv.GEN_AI_REQUEST_MODEL: model,
         semconv.GEN_AI_REQUEST_ENCODING_FORMATS: encoding and (encoding,),
@@ -234,7 +237,7 @@ def embeddings_span(
         semconv.GATEWAY_EXPERIMENT: experiment,
         semconv.GATEWAY_ARM: arm,
     }
-    return _embeddings_span(_tracer, f"{semconv.EMBEDDINGS} {model}", _given(attributes))
+    return _embeddings_span(_tracer, f"{operation} {model}", _given(attributes))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from gateway.embedding import Truncate
 from gateway.engine.infinity_library import BaseEmbedder
 from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.pairs import PairTokenizer
 from gateway.engine.tokenizer import Tokenizer
 
 
@@ -36,6 +37,27 @@ class Encoder(BaseEmbedder):
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
         """
         return self.tokenizer.tokenise(texts, self.instruction(task), truncate, first_index)
+
+    def tokenise_pairs(
+        self,
+        query: str,
+        texts: Sequence[str],
+        truncate: Truncate,
+        *,
+        first_index: int = 0,
+        max_text_tokens: int | None = None,
+    ) -> list[Tokens]:
+        """Tokenise each text behind the query; see :meth:`gateway.engine.pairs.PairTokenizer.tokenise_pairs`.
+
+        Raises:
+            ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
+            TypeError: the model scores no pairs.
+        """
+        if not isinstance(self.tokenizer, PairTokenizer):
+            raise TypeError("this model scores no pairs")
+        return self.tokenizer.tokenise_pairs(
+            query, texts, truncate, first_index=first_index, max_text_tokens=max_text_tokens
+        )
 
     @abstractmethod
     def instruction(self, task: str | None) -> str:

@@ -20,7 +20,8 @@ from gateway.engine.adapters import AdapterMask, install_adapters
 from gateway.engine.checkpoint import Checkpoint
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.text import Heads, TextEncoder
-from gateway.engine.heads import DenseHead, MultiVectorHead, SparseHead
+from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.pairs import PairTokenizer
 from gateway.engine.runtimes.base import Runtime
 from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
 from gateway.engine.runtimes.padded import PaddedRuntime
@@ -69,8 +70,10 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[TextEn
     tokenizer, special_ids = _load_tokenizer(checkpoint, options)
     runtimes = _build_runtimes(checkpoint, options, tokenizer)
     device = torch.device(options.device)
+    classifier = checkpoint.classifier
+    dense: DenseHead | ScoreHead = DenseHead(checkpoint) if classifier is None else ScoreHead(checkpoint, classifier)
     heads = Heads(
-        dense=DenseHead(checkpoint).to(device),
+        dense=dense.to(device),
         sparse=None
         if checkpoint.sparse_head is None
         else SparseHead(checkpoint.sparse_head, checkpoint.hidden_width, special_ids).to(device),
@@ -128,7 +131,9 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
     model, mask = _load_model(checkpoint, options, "float32")
     reference = PaddedRuntime(model, mask)
     try:
-        runtimes = OpenVinoRuntime.compile(model, mask, options.dtype, options.threads)
+        runtimes = OpenVinoRuntime.compile(
+            model, mask, options.dtype, options.threads, has_segments=tokenizer.has_segments
+        )
         cosine = _agreement(runtimes[0], reference, checkpoint, tokenizer)
     except Exception as error:  # an architecture that cannot be traced or compiled fails in a way of its own
         if options.runtime == "openvino":
@@ -160,8 +165,9 @@ def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tok
         lengths = [min(length, tokenizer.max_tokens) for length in batch]
         rows = [(ids * length)[:length] for length in lengths]
         adapters = [next(adapter) for _ in rows]
+        seconds = [length // 2 if tokenizer.has_segments else None for length in lengths]
         ours, theirs = (
-            one.forward(one.prepare(rows, adapters)).pool(checkpoint.pooling) for one in (runtime, reference)
+            one.forward(one.prepare(rows, adapters, seconds)).pool(checkpoint.pooling) for one in (runtime, reference)
         )
         cosines.append(functional.cosine_similarity(ours, theirs))
     return float(torch.cat(cosines).min())
@@ -178,7 +184,13 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
             own = [] if fast.normalizer is None else [fast.normalizer]
             fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        return Tokenizer(fast, options.max_tokens), frozenset(x for x in special if x is not None)
+        if checkpoint.classifier is None:
+            ours = Tokenizer(fast, options.max_tokens)
+        else:
+            # A tokenizer's template may mark segments that transformers does not hand to the model.
+            has_segments = checkpoint.classifier.has_segments and "token_type_ids" in tokenizer.model_input_names
+            ours = PairTokenizer(fast, options.max_tokens, has_segments=has_segments)
+        return ours, frozenset(x for x in special if x is not None)
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
 

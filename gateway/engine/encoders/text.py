@@ -10,7 +10,7 @@ import torch
 
 from gateway.embedding import Output, Truncate
 from gateway.engine.encoders.base import Encoder
-from gateway.engine.heads import DenseHead, MultiVectorHead, SparseHead
+from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.items import Encoded, Item
 from gateway.engine.runtimes.base import Runtime
 from gateway.engine.states import TokenStates
@@ -24,9 +24,9 @@ _MAX_PADDING_SHARE = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What a model can be asked for."""
+    """What a model can be asked for; the one number of a cross-encoder takes the place of a vector."""
 
-    dense: DenseHead
+    dense: DenseHead | ScoreHead
     sparse: SparseHead | None = None
     multivector: MultiVectorHead | None = None
 
@@ -88,7 +88,8 @@ class TextEncoder(Encoder):
 
     def _prepare(self, rows: list[int], items: list[Item]) -> Group:
         adapters = [-1 if item.task is None else self._adapters.get(item.task, -1) for item in items]
-        return Group(rows, items, self.runtime.prepare([item.tokens.ids for item in items], adapters))
+        seconds = [item.tokens.second for item in items]
+        return Group(rows, items, self.runtime.prepare([item.tokens.ids for item in items], adapters, seconds))
 
     @torch.inference_mode()
     def encode_core(self, features: list[Group]) -> list[tuple[Group, TokenStates]]:

@@ -20,12 +20,15 @@ class Runtime(Protocol):
     name: str
     is_packed: bool
 
-    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> Any:
+    def prepare(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+    ) -> Any:
         """Put token ids where the forward reads them.
 
         Args:
             rows: token ids of each text.
             adapters: for each text the index of its adapter, or -1 for none.
+            seconds: for each pair where its second text begins, or ``None``: only for a model that tells the two apart.
         """
 
     def forward(self, features: Any) -> TokenStates:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from gateway.engine.adapters import AdapterMask
 from gateway.engine.devices import CpuThreads
 from gateway.engine.openvino_library import openvino
-from gateway.engine.runtimes.padded import pad
+from gateway.engine.runtimes.padded import pad, pad_segments
 from gateway.engine.states import TokenStates
 
 AdapterTable: TypeAlias = npt.NDArray[np.float32]
@@ -58,11 +58,18 @@ class _Traced(nn.Module):
         self._mask = mask
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, adapter_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        adapter_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self._mask is not None and adapter_mask is not None:
             self._mask.value = adapter_mask
-        states: torch.Tensor = self._model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states: torch.Tensor = self._model(
+            input_ids=input_ids, attention_mask=attention_mask, **segments
+        ).last_hidden_state
         return states
 
 
@@ -72,20 +79,30 @@ class OpenVinoRuntime:
     name = "openvino"
     is_packed = False
 
-    def __init__(self, compiled: openvino.CompiledModel, pad_id: int, adapter_table: AdapterTable | None) -> None:
+    def __init__(
+        self, compiled: openvino.CompiledModel, pad_id: int, adapter_table: AdapterTable | None, *, has_segments: bool
+    ) -> None:
         self._request = compiled.create_infer_request()
         self._pad_id = pad_id
         self._adapter_table = adapter_table
+        self._has_segments = has_segments
 
     @classmethod
     def compile(
-        cls, model: PreTrainedModel, mask: AdapterMask | None, dtype: str, threads: CpuThreads
+        cls,
+        model: PreTrainedModel,
+        mask: AdapterMask | None,
+        dtype: str,
+        threads: CpuThreads,
+        *,
+        has_segments: bool = False,
     ) -> list[OpenVinoRuntime]:
         """Compile a model and return a runtime for each stream; they share the weights and run side by side.
 
         Args:
             model: in float32, on the CPU; not needed afterwards.
             dtype: ``float32`` or ``bfloat16``, which the processor must have.
+            has_segments: the model is told which tokens are of a pair's second text.
 
         Raises:
             RuntimeError: OpenVINO cannot compile the model.
@@ -93,7 +110,7 @@ class OpenVinoRuntime:
         if dtype == "bfloat16" and model.config.model_type in _GATED_MODEL_TYPES:
             threads = _wide_streams(threads)
         compiled = openvino.Core().compile_model(
-            _convert(model, mask),
+            _convert(model, mask, has_segments=has_segments),
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
@@ -104,9 +121,11 @@ class OpenVinoRuntime:
         )
         table = None if mask is None else mask.table.float().numpy()
         pad_id: int = model.config.pad_token_id or 0
-        return [cls(compiled, pad_id, table) for _ in range(threads.num_streams)]
+        return [cls(compiled, pad_id, table, has_segments=has_segments) for _ in range(threads.num_streams)]
 
-    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> CompiledFeatures:
+    def prepare(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+    ) -> CompiledFeatures:
         input_ids, attention_mask = pad(rows, self._pad_id, _LENGTH_STEP if len(rows) > 1 else 1)
         inputs: dict[str, npt.NDArray[np.generic]] = {
             "input_ids": input_ids.numpy(),
@@ -114,6 +133,9 @@ class OpenVinoRuntime:
         }
         if self._adapter_table is not None:
             inputs["adapter_mask"] = self._adapter_table[list(adapters)][:, None, :]
+        if self._has_segments:
+            segments = pad_segments(rows, seconds, input_ids.shape[1])
+            inputs["token_type_ids"] = (torch.zeros_like(input_ids) if segments is None else segments).numpy()
         return CompiledFeatures(inputs, [len(row) for row in rows])
 
     def forward(self, features: CompiledFeatures) -> TokenStates:
@@ -136,7 +158,7 @@ def _wide_streams(threads: CpuThreads) -> CpuThreads:
     return CpuThreads(num_streams, num_threads // num_streams)
 
 
-def _convert(model: PreTrainedModel, mask: AdapterMask | None) -> openvino.Model:
+def _convert(model: PreTrainedModel, mask: AdapterMask | None, *, has_segments: bool) -> openvino.Model:
     """Trace the model with any batch size and length."""
     example = {
         "input_ids": torch.ones(2, 8, dtype=torch.long),
@@ -146,6 +168,9 @@ def _convert(model: PreTrainedModel, mask: AdapterMask | None) -> openvino.Model
     if mask is not None:
         example["adapter_mask"] = mask.rows([0, -1])[:, None, :]
         shapes["adapter_mask"] = [-1, 1, example["adapter_mask"].shape[-1]]
+    if has_segments:
+        example["token_type_ids"] = torch.tensor([[0] * 4 + [1] * 4] * 2)
+        shapes["token_type_ids"] = [-1, -1]
     # The tracer warns of each Python branch on a shape; that the result holds for other shapes is checked on load.
     with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from gateway.engine.adapters import AdapterMask
 from gateway.engine.checkpoint import POSITION_OFFSET
+from gateway.engine.runtimes.padded import pad_segments
 from gateway.engine.states import TokenStates
 
 ATTENTION = "gateway_packed"
@@ -37,12 +38,14 @@ class PackedFeatures:
         position_ids: ``(1, total)`` int64, from the architecture's first position for each text.
         boundaries: ``(b + 1,)`` int32: where each text begins, and the end of the last.
         adapter_mask: ``(1, total, sum of ranks)``, or ``None`` for a model without adapters.
+        segments: ``(1, total)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without any.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     boundaries: torch.Tensor
     adapter_mask: torch.Tensor | None
+    segments: torch.Tensor | None
     lengths: Sequence[int]
 
 
@@ -61,18 +64,24 @@ class PackedRuntime:
             self._uncounted_id = model.config.pad_token_id
         model.set_attn_implementation(ATTENTION)
 
-    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> PackedFeatures:
+    def prepare(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+    ) -> PackedFeatures:
         lengths = [len(row) for row in rows]
         adapter_mask = None
         if self._mask is not None:
             adapter_mask = self._mask.rows(adapters).repeat_interleave(
                 self._to_device(torch.tensor(lengths)), dim=0, output_size=sum(lengths)
             )[None]
+        segments = pad_segments(rows, seconds, max(lengths))
+        if segments is not None:
+            segments = torch.cat([row[:length] for row, length in zip(segments, lengths, strict=True)])[None]
         return PackedFeatures(
             input_ids=self._to_device(torch.tensor([[token for row in rows for token in row]])),
             position_ids=self._to_device(torch.cat([self._positions(row) for row in rows])[None]),
             boundaries=self._to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
             adapter_mask=adapter_mask,
+            segments=None if segments is None else self._to_device(segments),
             lengths=lengths,
         )
 
@@ -82,6 +91,7 @@ class PackedRuntime:
         states = self._model(
             input_ids=features.input_ids,
             position_ids=features.position_ids,
+            **({} if features.segments is None else {"token_type_ids": features.segments}),
             packed_boundaries=features.boundaries,
             packed_lengths=features.lengths,
         ).last_hidden_state

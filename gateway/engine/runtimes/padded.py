@@ -21,11 +21,13 @@ class PaddedFeatures:
         attention_mask: ``(b, t)`` int64, or ``None`` when no text is shorter than ``t``: attention without a mask is
             faster.
         adapter_mask: ``(b, 1, sum of ranks)``, or ``None`` for a model without adapters.
+        segments: ``(b, t)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without any.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     adapter_mask: torch.Tensor | None
+    segments: torch.Tensor | None
     lengths: Sequence[int]
 
 
@@ -40,21 +42,28 @@ class PaddedRuntime:
         self._mask = mask
         self._pad_id = model.config.pad_token_id or 0
 
-    def prepare(self, rows: Sequence[Sequence[int]], adapters: Sequence[int]) -> PaddedFeatures:
+    def prepare(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+    ) -> PaddedFeatures:
         lengths = [len(row) for row in rows]
         input_ids, attention_mask = pad(rows, self._pad_id)
+        segments = pad_segments(rows, seconds, input_ids.shape[1])
         device = self._model.device
         return PaddedFeatures(
             input_ids=input_ids.to(device),
             attention_mask=None if min(lengths) == max(lengths) else attention_mask.to(device),
             adapter_mask=None if self._mask is None else self._mask.rows(adapters)[:, None, :],
+            segments=None if segments is None else segments.to(device),
             lengths=lengths,
         )
 
     def forward(self, features: PaddedFeatures) -> TokenStates:
         if self._mask is not None and features.adapter_mask is not None:
             self._mask.value = features.adapter_mask.to(self._model.dtype)
-        states = self._model(input_ids=features.input_ids, attention_mask=features.attention_mask).last_hidden_state
+        segments = {} if features.segments is None else {"token_type_ids": features.segments}
+        states = self._model(
+            input_ids=features.input_ids, attention_mask=features.attention_mask, **segments
+        ).last_hidden_state
         return TokenStates.from_padded(states, features.lengths)
 
 
@@ -64,3 +73,18 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
     mask = (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long()
     return ids, mask
+
+
+def pad_segments(
+    rows: Sequence[Sequence[int]], seconds: Sequence[int | None] | None, num_positions: int
+) -> torch.Tensor | None:
+    """Return 1 for each token of a pair's second text and 0 for all others, ``(b, num_positions)`` int64.
+
+    ``None`` for a batch without any second text that the model must know of.
+    """
+    if seconds is None or all(second is None for second in seconds):
+        return None
+    ends = [len(row) for row in rows]
+    starts = [end if second is None else second for end, second in zip(ends, seconds, strict=True)]
+    positions = torch.arange(num_positions)
+    return ((positions >= torch.tensor(starts)[:, None]) & (positions < torch.tensor(ends)[:, None])).long()

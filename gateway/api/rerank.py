@@ -1,0 +1,172 @@
+"""Rerank as Cohere, Jina, Infinity and TEI have it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from gateway.access.quotas import Quotas
+from gateway.api.exchange import answer_headers, note_answer, timeout_s, unit_attribute, unless_disconnected
+from gateway.api.json_body import parse_object
+from gateway.api.rerank_schema import RerankBody, RerankResult
+from gateway.api.schema import RERANK_HEADERS, responses
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.embedding import Vectors
+from gateway.errors import (
+    BadInput,
+    BodyTooLarge,
+    DeadlineExceeded,
+    ModelNotAllowed,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+)
+from gateway.middleware import RequestContext
+from gateway.reranking import RerankAnswer, RerankRequest
+from gateway.service import EmbeddingService
+
+_REQUEST = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": RerankBody.model_json_schema()}}}
+}
+_META = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What differs between the paths; no one shape serves all clients.
+
+    Attributes:
+        shows_documents: whether a result has its document when the request does not say: Jina's clients rely on it.
+        is_plain: whether a document is a string, as Infinity has it, and not an object.
+    """
+
+    path: str
+    shows_documents: bool = False
+    is_plain: bool = False
+    is_in_schema: bool = True
+
+
+DIALECTS = (
+    Dialect("/v1/rerank", shows_documents=True),
+    Dialect("/v2/rerank"),
+    Dialect("/v1/v2/rerank", is_in_schema=False),  # Cohere's client with a base URL that ends in /v1
+    Dialect("/rerank", is_plain=True),
+)
+
+
+def rerank_router(service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> APIRouter:
+    """Return the routes of each dialect."""
+    router = APIRouter(tags=["Rerank"])
+
+    def endpoint(dialect: Dialect) -> Endpoint:
+        async def rerank(request: Request) -> Response:
+            """Score texts against a query, the best first."""
+            context = RequestContext.of(request)
+            ticket = await quotas.admit(context.client, context.headers)
+            body = RerankBody.parse(parse_object(await request.body()))
+            texts = body.wanted_documents(settings.max_inputs)
+            shows_texts = body.wants_texts
+            wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
+            async with quotas.reserve(ticket, texts, deployment.fleet.max_tokens, beside=body.query):
+                answer = await unless_disconnected(request, service.rerank(wanted))
+                await quotas.charge(ticket, answer.num_tokens)
+            started = time.monotonic()
+            if shows_texts is None:
+                shows_texts = dialect.shows_documents and not body.is_tei
+            results = _results(answer.scores, texts if shows_texts else None, body, is_plain=dialect.is_plain)
+            content = orjson.dumps(
+                results if body.is_tei else _envelope(context.request_id, answer, results),
+                option=orjson.OPT_SERIALIZE_NUMPY,
+            )
+            timings = replace(answer.timings, serialise_s=time.monotonic() - started)
+            note_answer(context, answer, timings)
+            headers = answer_headers(answer, timings, context.elapsed_s)
+            return Response(content, media_type="application/json", headers=headers)
+
+        return rerank
+
+    for dialect in DIALECTS:
+        router.add_api_route(
+            dialect.path,
+            endpoint(dialect),
+            methods=["POST"],
+            responses=responses(
+                RerankResult,
+                BadInput,
+                ModelNotAllowed,
+                ModelNotFound,
+                BodyTooLarge,
+                Overloaded,
+                ModelNotReady,
+                DeadlineExceeded,
+                headers=RERANK_HEADERS,
+            ),
+            openapi_extra=_REQUEST,
+            include_in_schema=dialect.is_in_schema,
+        )
+    return router
+
+
+def _rerank_request(request: Request, body: RerankBody, texts: list[str], patience_s: float) -> RerankRequest:
+    """Say in the gateway's own terms what a request asks for."""
+    context = RequestContext.of(request)
+    return RerankRequest(
+        query=body.query,
+        texts=texts,
+        model=body.model or None,
+        timeout_s=patience_s,
+        caller=context.caller,
+        truncate=body.wanted_truncation,
+        max_text_tokens=body.max_tokens_per_doc,
+        attribute=unit_attribute(request, body.user),
+        may_use=context.client.may_use,
+    )
+
+
+def _results(
+    scores: Vectors, texts: Sequence[str] | None, body: RerankBody, *, is_plain: bool
+) -> list[dict[str, object]]:
+    """Return the results, the best first, of equal ones the first in the request.
+
+    Args:
+        scores: ``(n,)`` float32, before any sigmoid.
+        texts: what was scored, if results are to hold it.
+        is_plain: write a document as a string, and not as an object.
+    """
+    order = np.argsort(-scores, kind="stable")[: body.top_n]
+    values = scores if body.raw_scores else _sigmoid(scores)
+    results: list[dict[str, object]] = []
+    for i in order:
+        result: dict[str, object] = {"index": int(i), "score" if body.is_tei else "relevance_score": values[i]}
+        if texts is not None and body.is_tei:
+            result["text"] = texts[i]
+        elif texts is not None:
+            result["document"] = texts[i] if is_plain else {"text": texts[i]}
+        results.append(result)
+    return results
+
+
+def _sigmoid(scores: Vectors) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Return ``1 / (1 + exp(-score))`` in float64, without an overflow."""
+    probabilities: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = np.exp(
+        -np.logaddexp(0.0, -scores.astype(np.float64))
+    )
+    return probabilities
+
+
+def _envelope(request_id: str, answer: RerankAnswer, results: list[dict[str, object]]) -> dict[str, object]:
+    return {
+        "id": request_id,
+        "object": "rerank",
+        "model": answer.name,
+        "results": results,
+        "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
+        "meta": _META,
+    }

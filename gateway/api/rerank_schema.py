@@ -1,0 +1,171 @@
+"""Wire types of rerank: what is accepted, what is returned. OpenAPI is generated from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, RootModel, WithJsonSchema
+
+from gateway.api.json_body import Json, describe
+from gateway.api.schema import PositiveInteger, RequestBody, Usage, only
+from gateway.embedding import Truncate
+from gateway.errors import BadInput
+
+_TEXTS_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+        ]
+    },
+}
+
+
+class RerankBody(RequestBody):
+    """Texts to score against a query. Unknown fields are ignored, and `null` means absent.
+
+    One of `documents` and `texts` is required; with `texts`, the answer has TEI's shape.
+    """
+
+    query: str = Field(description="What the documents are scored against.", title="a string")
+    documents: Annotated[Any, WithJsonSchema(_TEXTS_SCHEMA)] = Field(
+        None, description='Up to 2,048 (configurable), each a string or `{"text": "…"}`.'
+    )
+    texts: Annotated[Any, WithJsonSchema(_TEXTS_SCHEMA)] = Field(
+        None, description="Same as `documents`, for an answer of TEI's shape."
+    )
+    model: str | None = Field(
+        None, description="Model id, alias or source; may be left out where only one model reranks.", title="a string"
+    )
+    top_n: PositiveInteger | None = Field(
+        None, description="How many results to return, the best first; all by default.", title="a positive integer"
+    )
+    return_documents: bool | None = Field(
+        None,
+        description="Whether a result has its text; by default on `/v1/rerank` only, and not with `texts`.",
+        title="true or false",
+    )
+    return_text: bool | None = Field(None, description="Same as `return_documents`.", title="true or false")
+    raw_scores: bool | None = Field(
+        None, description="Return the model's own scores, and not their sigmoid.", title="true or false"
+    )
+    truncate: bool | None = Field(
+        None,
+        description="What to do with a pair that is too long: cut the end of the document (`true`, the default), or answer "
+        "400 (`false`).",
+        title="true or false",
+    )
+    truncation_direction: Literal["right", "Right"] | None = Field(
+        None, description="Which end of a document is cut.", title="`right`: the end is what is cut"
+    )
+    max_tokens_per_doc: PositiveInteger | None = Field(
+        None, description="Where each document is cut in any case.", title="a positive integer"
+    )
+    user: Any = Field(
+        None, description="Whom the request is for: the unit of an experiment that is split by it, else ignored."
+    )
+
+    @property
+    def is_tei(self) -> bool:
+        return self.texts is not None
+
+    @property
+    def wanted_truncation(self) -> Truncate:
+        return Truncate.REFUSE if self.truncate is False else Truncate.END
+
+    @property
+    def wants_texts(self) -> bool | None:
+        """Whether results are to have their text; ``None`` if the request does not say."""
+        return only(return_documents=self.return_documents, return_text=self.return_text)
+
+    def wanted_documents(self, max_inputs: int) -> list[str]:
+        """Read the texts to score.
+
+        Raises:
+            BadInput: there are none, more than ``max_inputs``, some under both names, or one is no text.
+        """
+        if self.documents is not None and self.texts is not None:
+            raise BadInput("`documents` and `texts` mean the same: leave one out", param="texts")
+        name = "texts" if self.is_tei else "documents"
+        given: Json = self.texts if self.is_tei else self.documents
+        if given is None:
+            raise BadInput("`documents` is required", param="documents")
+        if not isinstance(given, list):
+            raise BadInput(f"`{name}` must be a list of strings, got {describe(given)}", param=name)
+        if not given:
+            raise BadInput(f"`{name}` is an empty list; send at least one text", param=name)
+        if len(given) > max_inputs:
+            raise BadInput(
+                f"`{name}` has {len(given)} items, the limit is {max_inputs}: send several requests", param=name
+            )
+        return [_text(item, name, i) for i, item in enumerate(given)]
+
+
+def _text(item: Json, name: str, index: int) -> str:
+    match item:
+        case str(text) | {"text": str(text)}:
+            return text
+        case _:
+            raise BadInput(
+                f'`{name}[{index}]` must be a string or {{"text": string}}, got {describe(item)}', param=name
+            )
+
+
+class DocumentText(BaseModel):
+    """The text of a result, as Cohere and Jina write it."""
+
+    text: str
+
+
+class Reranked(BaseModel):
+    """One text and its score."""
+
+    index: int = Field(description="Place of the text in the request.")
+    relevance_score: float = Field(description="A larger one answers the query better; 0 to 1 unless `raw_scores`.")
+    document: DocumentText | str | None = Field(
+        None, description="The text, if it is wanted; a plain string on `/rerank`, where Infinity's clients ask."
+    )
+
+
+class ApiVersion(BaseModel):
+    """Cohere's."""
+
+    version: Literal["2"]
+
+
+class BilledUnits(BaseModel):
+    """Cohere's."""
+
+    search_units: int
+
+
+class RerankMeta(BaseModel):
+    """What Cohere's clients look for."""
+
+    api_version: ApiVersion
+    billed_units: BilledUnits
+
+
+class RerankedList(BaseModel):
+    """Texts by score, the best first."""
+
+    id: str = Field(description="The request's id.")
+    object: Literal["rerank"]
+    model: str = Field(description="The name that was asked for; for an alias, the model that answered.")
+    results: list[Reranked]
+    usage: Usage = Field(description="The model's own tokens: the query counts once with each text.")
+    meta: RerankMeta
+
+
+class TeiRanked(BaseModel):
+    """One text and its score, as TEI writes it."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class RerankResult(RootModel[RerankedList | list[TeiRanked]]):
+    """The answer: a list alone when the request has `texts`."""

@@ -1,0 +1,99 @@
+"""Turn pairs of a query and a text into token ids, as a cross-encoder reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from gateway.embedding import Truncate
+from gateway.engine.items import Tokens
+from gateway.engine.tokenizer import Tokenizer
+from gateway.errors import ContextLengthExceeded
+
+
+class PairTokenizer(Tokenizer):
+    """A cross-encoder's tokenizer: ``[CLS] query [SEP] text [SEP]``, or what else the checkpoint's template says.
+
+    Args:
+        has_segments: the model is told which tokens are of the text, as BERT is, if the template marks them.
+
+    Raises:
+        ValueError: the template is none for pairs that this class knows to fill in.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, max_tokens: int, *, has_segments: bool) -> None:
+        super().__init__(tokenizer, max_tokens)
+        template = tokenizer.encode("a", "a")
+        owners, types = template.sequence_ids, template.type_ids
+        contents = [owner for owner in owners if owner is not None]
+        if set(contents) != {0, 1} or contents != sorted(contents):
+            raise ValueError("its template puts no query before a text")
+        first, second = owners.index(0), owners.index(1)
+        first_end, second_end = first + contents.count(0), second + contents.count(1)
+        self._before = template.ids[:first]
+        self._between = template.ids[first_end:second]
+        self._after = template.ids[second_end:]
+        self._room = max_tokens - len(self._before) - len(self._between) - len(self._after)
+        if self._room < 1:
+            raise ValueError(f"a pair alone takes the {max_tokens} tokens of the limit, without any text")
+        # How far behind the query the second segment begins: behind the tokens between, or before one of them.
+        self._segment_offset: int | None = None
+        if has_segments and any(types):
+            if types != sorted(types) or not first_end <= types.index(1) <= second:
+                raise ValueError("its template marks other tokens than those of the text")
+            self._segment_offset = types.index(1) - first_end
+        self.has_segments = self._segment_offset is not None
+
+    def tokenise_pairs(
+        self,
+        query: str,
+        texts: Sequence[str],
+        truncate: Truncate,
+        *,
+        first_index: int = 0,
+        max_text_tokens: int | None = None,
+    ) -> list[Tokens]:
+        """Tokenise each text behind the query.
+
+        What is too long loses the end of its text. Only where the query leaves no room for any text, it is cut as well,
+        to half of what there is.
+
+        Args:
+            first_index: place of the first text in its request, for the error message.
+            max_text_tokens: where a text is cut in any case, however much room there is.
+
+        Raises:
+            ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
+        """
+        [query_ids] = self._rows([query], Truncate.END, has_special=False)
+        rows = self._rows(texts, Truncate.END, has_special=False)
+        pairs = []
+        for i, whole in enumerate(rows):
+            wanted = whole[:max_text_tokens]
+            kept_query, kept = query_ids, wanted
+            if len(query_ids) + len(wanted) > self._room:
+                if truncate is Truncate.REFUSE:
+                    raise self._too_long(query, query_ids, texts[i], wanted, first_index + i)
+                if len(query_ids) >= self._room:
+                    kept_query = query_ids[: self._room // 2]
+                kept = wanted[: self._room - len(kept_query)]
+            is_cut = len(kept_query) < len(query_ids) or len(kept) < len(whole)
+            pairs.append(self._pair(kept_query, kept, is_cut))
+        return pairs
+
+    def _pair(self, query: list[int], text: list[int], is_cut: bool) -> Tokens:
+        ids = [*self._before, *query, *self._between, *text, *self._after]
+        second = None if self._segment_offset is None else len(self._before) + len(query) + self._segment_offset
+        return Tokens(ids, is_truncated=is_cut, second=second)
+
+    def _too_long(
+        self, query: str, query_ids: list[int], text: str, text_ids: list[int], index: int
+    ) -> ContextLengthExceeded:
+        num_tokens = self.max_tokens - self._room + len(query_ids) + len(text_ids)
+        is_window = max(len(query), len(text)) > self._window_chars
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self.max_tokens} tokens, however the query and text {index} have "
+            f"{'at least ' if is_window else ''}{num_tokens} tokens together. Shorten one of them, or leave out "
+            "truncate: false."
+        )

@@ -1,0 +1,384 @@
+"""A cross-encoder gives the scores that transformers' own class gives, however its pairs are batched and cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.embedding import EmbedJob, ModelKind, Output, Truncate
+from gateway.engine.devices import CpuThreads
+from gateway.engine.encoders.build import BuildOptions, build_encoders
+from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.items import Item
+from gateway.engine.loading import load_engine, plan_load
+from gateway.errors import ContextLengthExceeded, LoadError
+from models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
+
+EditJson = Callable[..., None]
+Copy = Callable[[Path], Path]
+MakeReranker = Callable[..., Path]
+Load = Callable[..., TextEncoder]
+Reference = Callable[[Path, str, Sequence[str]], np.ndarray]
+
+QUERY = "What is the capital of Germany?"
+LONG = "near vectors mean near texts, again and again. " * 20
+DOCUMENTS = [
+    "Berlin is the capital of Germany.",
+    "",
+    "fox",
+    LONG,
+    "The quick brown fox jumps over the lazy dog, again and again. Embeddings map a text to a vector!",
+    *SENTENCES,
+]
+TYPES = ["xlm-roberta", "bert", "modernbert"]
+RUNTIMES = [
+    *((name, "torch") for name in TYPES),
+    ("xlm-roberta", "packed"),
+    ("bert", "packed"),
+    ("xlm-roberta", "openvino"),
+    ("bert", "openvino"),
+]
+
+
+def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with the template for pairs that the checkpoints of the architecture have."""
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    single, pair = {
+        "xlm-roberta": (f"{cls} $A {sep}", f"{cls} $A {sep} {sep} $B {sep}"),
+        "modernbert": (f"{cls} $A {sep}", f"{cls} $A {sep} $B {sep}"),
+        "bert": (f"{cls}:0 $A:0 {sep}:0", f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1"),
+    }[model_type]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in (cls, sep)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_reranker(tmp_path_factory: pytest.TempPathFactory) -> MakeReranker:
+    """Return a function that makes a cross-encoder with random weights, as transformers saves it."""
+
+    @cache
+    def make(model_type: str, **changes: object) -> Path:
+        family = FAMILIES[model_type]
+        tokenizer = with_pairs(family.tokenizer(), model_type)
+        if model_type == "bert":
+            tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        torch.manual_seed(11)
+        sizes = {"type_vocab_size": 1} if model_type == "xlm-roberta" else dict(family.changes)
+        config = AutoConfig.for_model(
+            model_type,
+            **{
+                **SIZES,
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "max_position_embeddings": MAX_TOKENS + 2,
+                "num_labels": 1,
+                **sizes,
+                **changes,
+            },
+        )
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:  # what is always 0 or 1 at first would hide mistakes
+                nn.init.normal_(weight, float("norm" in name.lower() and name.endswith("weight")), 0.1)
+        folder = tmp_path_factory.mktemp(f"{model_type}-reranker")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load() -> Load:
+    """Return a function that loads the encoder of a cross-encoder with a runtime, in float32 unless told."""
+
+    @cache
+    def load(folder: Path, runtime: str, dtype: str = "float32") -> TextEncoder:
+        plan = plan_load(entry(folder))
+        options = BuildOptions("cpu", dtype, runtime, plan.max_tokens, CpuThreads(1, 1), plan.tasks, plan.instruction)
+        return build_encoders(plan.checkpoint, options)[0]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """Return the function that has transformers score each pair by itself."""
+
+    @torch.inference_mode()
+    def scores(folder: Path, query: str, texts: Sequence[str]) -> np.ndarray:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        # In lists: a single pair whose text is empty is taken for the query alone.
+        options = {"truncation": "only_second", "max_length": MAX_TOKENS, "return_tensors": "pt"}
+        rows = [model(**tokenizer([query], [text], **options)).logits for text in texts]
+        return torch.cat(rows).numpy()
+
+    return scores
+
+
+def entry(folder: Path, **changes: object) -> ModelEntry:
+    fields = {"id": "tiny", "source": str(folder), "device": "cpu", "dtype": "float32", "enabled": True, **changes}
+    return ModelEntry(**fields)
+
+
+def score(encoder: TextEncoder, query: str, texts: Sequence[str]) -> np.ndarray:
+    """Return the scores of texts in one batch."""
+    tokens = encoder.tokenise_pairs(query, texts, Truncate.END)
+    return np.concatenate([one.dense for one in encoder.encode([Item(row) for row in tokens])])
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize(("model_type", "runtime"), RUNTIMES)
+def test_scores_are_transformers_own(
+    model_type: str, runtime: str, make_reranker: MakeReranker, load: Load, reference: Reference
+) -> None:
+    folder = make_reranker(model_type)
+    encoder = load(folder, runtime)
+    expected = reference(folder, QUERY, DOCUMENTS)
+
+    batched = score(encoder, QUERY, DOCUMENTS)
+    alone = np.concatenate([score(encoder, QUERY, [text]) for text in DOCUMENTS])
+
+    assert encoder.width == 1
+    assert np.ptp(expected) > 0.1  # else any two numbers would do
+    np.testing.assert_allclose(batched, expected, atol=1e-4)
+    np.testing.assert_allclose(alone, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_query_counts(model_type: str, make_reranker: MakeReranker, load: Load) -> None:
+    encoder = load(make_reranker(model_type), "torch")
+
+    one, other = (score(encoder, query, DOCUMENTS[:3]) for query in (QUERY, "a query"))
+
+    assert np.abs(one - other).min() > 1e-4
+
+
+def test_modernbert_may_average(make_reranker: MakeReranker, load: Load, reference: Reference) -> None:
+    folder = make_reranker("modernbert", classifier_pooling="mean", classifier_bias=True, norm_bias=True)
+
+    scores = score(load(folder, "torch"), QUERY, DOCUMENTS)
+
+    np.testing.assert_allclose(scores, reference(folder, QUERY, DOCUMENTS), atol=1e-4)
+
+
+def test_modernbert_falls_back_to_torch(make_reranker: MakeReranker, load: Load, reference: Reference) -> None:
+    """What OpenVINO computes wrongly is noticed for a cross-encoder as well."""
+    folder = make_reranker("modernbert")
+
+    encoder = load(folder, "auto")
+
+    assert encoder.runtime.name == "torch"
+    np.testing.assert_allclose(score(encoder, QUERY, DOCUMENTS), reference(folder, QUERY, DOCUMENTS), atol=1e-4)
+
+
+def test_pickled_weights_give_the_same(
+    make_reranker: MakeReranker, copy: Copy, load: Load, reference: Reference
+) -> None:
+    folder = copy(make_reranker("xlm-roberta"))
+    expected = reference(folder, QUERY, DOCUMENTS)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    np.testing.assert_allclose(score(load(folder, "torch"), QUERY, DOCUMENTS), expected, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- truncation
+
+
+@pytest.fixture
+def encoder(make_reranker: MakeReranker, load: Load) -> TextEncoder:
+    return load(make_reranker("bert"), "torch")
+
+
+def test_pairs_are_the_tokenizers_own(make_reranker: MakeReranker, encoder: TextEncoder) -> None:
+    theirs = AutoTokenizer.from_pretrained(make_reranker("bert"))
+
+    tokens = encoder.tokenise_pairs(QUERY, DOCUMENTS, Truncate.END)
+
+    for row, text in zip(tokens, DOCUMENTS, strict=True):
+        expected = theirs([QUERY], [text], truncation="only_second", max_length=MAX_TOKENS)
+        assert row.ids == expected.input_ids[0]
+        assert row.second == expected.token_type_ids[0].index(1)
+    assert [i for i, row in enumerate(tokens) if row.is_truncated] == [3]
+    assert max(len(row.ids) for row in tokens) == MAX_TOKENS
+
+
+def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: TextEncoder) -> None:
+    [empty, short, long] = encoder.tokenise_pairs(LONG, ["", "fox", LONG], Truncate.END)
+
+    [whole] = encoder.tokenise([LONG], None, Truncate.END)
+    room = MAX_TOKENS - 3
+    assert long.ids[1 : 1 + room // 2] == whole.ids[1 : 1 + room // 2]
+    assert long.second == 1 + room // 2 + 1
+    assert len(long.ids) == MAX_TOKENS
+    assert len(short.ids) > len(empty.ids) == room // 2 + 3
+    assert all(row.is_truncated for row in (empty, short, long))
+
+
+def test_a_query_that_just_fits_is_whole(encoder: TextEncoder) -> None:
+    query = " ".join(["fox"] * (MAX_TOKENS - 4))
+    [plain] = encoder.tokenise_pairs("fox", ["fox"], Truncate.END)
+
+    [row] = encoder.tokenise_pairs(query, [LONG], Truncate.END)
+
+    assert len(plain.ids) == 5  # a fox is one token
+    assert row.second == MAX_TOKENS - 2
+    assert len(row.ids) == MAX_TOKENS
+
+
+def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: TextEncoder) -> None:
+    """What is far over the limit is tokenised only in part."""
+    text = "The quick brown fox jumps over the lazy dog. " * 3_000
+
+    [long, short] = encoder.tokenise_pairs(QUERY, [text, text[:2_000]], Truncate.END)
+
+    assert long.ids == short.ids
+    assert long.is_truncated
+
+
+def test_a_limit_for_each_text_cuts_it(encoder: TextEncoder) -> None:
+    [whole, cut] = (
+        encoder.tokenise_pairs(QUERY, [SENTENCES[0]], Truncate.END, max_text_tokens=limit)[0] for limit in (None, 3)
+    )
+
+    assert cut.ids == [*whole.ids[: (whole.second or 0) + 3], whole.ids[-1]]
+    assert (whole.is_truncated, cut.is_truncated) == (False, True)
+
+
+def test_too_long_is_refused_if_asked(encoder: TextEncoder) -> None:
+    with pytest.raises(ContextLengthExceeded, match=f"maximum context length is {MAX_TOKENS} tokens.* and text 7 have"):
+        encoder.tokenise_pairs(QUERY, ["fox", "fox", LONG], Truncate.REFUSE, first_index=5)
+    assert len(encoder.tokenise_pairs(QUERY, [LONG], Truncate.REFUSE, max_text_tokens=3)) == 1
+
+
+def test_a_template_without_pairs_is_refused(make_reranker: MakeReranker, copy: Copy, edit_json: EditJson) -> None:
+    folder = copy(make_reranker("xlm-roberta"))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "B", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    edit_json(folder / "tokenizer.json", post_processor=template)
+
+    with pytest.raises(LoadError, match="no query before a text"):
+        load_engine(plan_load(entry(folder, runtime="torch")), Settings(cpu_threads=1))
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_plan_says_what_it_is(
+    model_type: str, make_reranker: MakeReranker, make_family: Callable[..., Path]
+) -> None:
+    info = plan_load(entry(make_reranker(model_type))).info
+
+    assert (info.kind, info.width, info.dimensions, info.max_tokens) == (ModelKind.RERANK, 1, (1,), MAX_TOKENS)
+    assert not info.can_chunk_late
+    assert plan_load(entry(make_family(model_type))).info.kind is ModelKind.EMBED
+
+
+def test_the_head_is_part_of_the_fingerprint(make_reranker: MakeReranker, copy: Copy, edit_json: EditJson) -> None:
+    folder = copy(make_reranker("modernbert"))
+    before = plan_load(entry(folder)).info.fingerprint
+    edit_json(folder / "config.json", classifier_activation="relu")
+
+    assert plan_load(entry(folder)).info.fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"prompts": {"query": "query: "}}, "prompts"),
+        ({"default_task": "query"}, "default_task"),
+        ({"dimensions": (1,)}, "dimensions"),
+        ({"golden": "golden.json"}, "golden"),
+        ({"outputs": (Output.DENSE, Output.SPARSE)}, "outputs"),
+    ],
+)
+def test_what_only_embedding_models_have_is_refused(
+    changes: dict[str, object], key: str, make_reranker: MakeReranker
+) -> None:
+    with pytest.raises(LoadError, match=f"^{key} cannot be set: this model scores pairs"):
+        plan_load(entry(make_reranker("bert"), **changes))
+
+
+def test_several_labels_are_refused(make_reranker: MakeReranker) -> None:
+    with pytest.raises(LoadError, match="BertForSequenceClassification with 3 labels is not supported"):
+        plan_load(entry(make_reranker("bert", num_labels=3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("classifier.weight", None, "can be read: KeyError: 'classifier.weight'"),
+        ("bert.pooler.dense.weight", None, "can be read: KeyError: 'bert.pooler.dense.weight'"),
+        ("classifier.weight", (1, 32), "takes 32 numbers, but what it is to read has 64"),
+    ],
+)
+def test_a_head_that_does_not_belong_is_refused(
+    name: str, shape: tuple[int, int] | None, reason: str, make_reranker: MakeReranker, copy: Copy
+) -> None:
+    folder = copy(make_reranker("bert"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    if shape is not None:
+        tensors[name] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(LoadError, match=reason):
+        load_engine(plan_load(entry(folder, runtime="torch")), Settings(cpu_threads=1))
+
+
+def test_an_embedding_model_that_was_a_classifier_still_embeds(
+    make_family: Callable[..., Path], copy: Copy, edit_json: EditJson
+) -> None:
+    """What sentence-transformers' files pool is an embedding, whatever class the weights were saved from."""
+    folder = copy(make_family("bert"))
+    edit_json(folder / "config.json", architectures=["BertForSequenceClassification"])
+
+    assert plan_load(entry(folder)).info.kind is ModelKind.EMBED
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+async def test_an_engine_scores_mixed_requests(make_reranker: MakeReranker, reference: Reference) -> None:
+    """Loaded and warmed up as the gateway does it; a plain text, which the watchdog sends, does no harm."""
+    folder = make_reranker("bert")
+    engine = load_engine(plan_load(entry(folder)), Settings(cpu_threads=1))
+    await engine.astart()
+    try:
+        deadline = time.monotonic() + 60
+        job = EmbedJob(DOCUMENTS, None, Truncate.END, deadline, caller="someone", query=QUERY)
+        answer = await engine.submit(job)
+        plain = await engine.submit(EmbedJob(["Does it still work?"], None, Truncate.END, deadline, caller="watchdog"))
+    finally:
+        await engine.astop()
+
+    np.testing.assert_allclose(answer.vectors, reference(folder, QUERY, DOCUMENTS), atol=1e-3)
+    assert answer.truncated == [3]
+    assert answer.num_tokens[3] == MAX_TOKENS
+    assert plain.vectors.shape == (1, 1)
