@@ -20,6 +20,7 @@ from gateway.api.health import health_router
 from gateway.api.openai import openai_router
 from gateway.api.rerank import rerank_router
 from gateway.api.spaces import spaces_router
+from gateway.api.tei import tei_router
 from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.evidence.counts import Evidence
@@ -56,6 +57,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     quotas = Quotas(settings.quota_storage)
     app.include_router(openai_router(service, deployment, settings, quotas))
     app.include_router(rerank_router(service, deployment, settings, quotas))
+    app.include_router(tei_router(service, deployment, settings, quotas))
     app.include_router(experiments_router(deployment, evidence))
     app.include_router(spaces_router(deployment))
     app.include_router(health_router(deployment))

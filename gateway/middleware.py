@@ -24,6 +24,8 @@ from gateway.errors import (
     HeadersTooLarge,
     InternalError,
     MethodNotAllowed,
+    ModelNotReady,
+    Overloaded,
     RequestError,
     Unauthorized,
 )
@@ -35,6 +37,8 @@ _CONTEXT = "gateway.context"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SLASHES = re.compile(r"//+")
 # Answered without a key: probes carry none, and the documentation tells nothing that is not public.
+# Where the errors have TEI's form; so they have under /tei/.
+_TEI_PATHS = frozenset({"/embed", "/embed_sparse", "/similarity", "/info"})
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 
 # For the operator alone: `api/admin` asks for a key of their own.
@@ -143,14 +147,14 @@ class GatewayMiddleware:
                 await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
                 context.error_code = error.code
-                await send_error(error, send_with_id, body.drain)
+                await send_error(error, send_with_id, body.drain, path=scope["path"])
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
                 log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
                 context.error_code = InternalError.code
                 if context.status:
                     raise  # the answer has begun: all that is left is to cut the connection
                 message = f"internal error; the log has more under request id {context.request_id}"
-                await send_error(InternalError(message), send_with_id, body.drain)
+                await send_error(InternalError(message), send_with_id, body.drain, path=scope["path"])
         _record(scope, context)
 
     async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: Body, send: Send) -> None:
@@ -183,19 +187,13 @@ def _normalise_path(path: str) -> str:
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
-async def send_error(error: RequestError, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
+async def send_error(error: RequestError, send: Send, drain: Callable[[], Awaitable[None]], *, path: str = "") -> None:
     """Render an error: one message in the three forms that clients look for, and the headers that steer retries.
 
     Args:
         drain: awaited after the answer has been sent and before it is ended, which may close the connection.
     """
-    body = orjson.dumps(
-        {
-            "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
-            "detail": error.message,
-            "message": error.message,
-        }
-    )
+    body = orjson.dumps({**_error_body(error, path), "detail": error.message, "message": error.message})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(error.retry_after_s).encode()))
@@ -211,6 +209,20 @@ async def send_error(error: RequestError, send: Send, drain: Callable[[], Awaita
     await send({"type": "http.response.body", "body": body, "more_body": True})
     await drain()
     await send({"type": "http.response.body", "body": b""})
+
+
+def _error_body(error: RequestError, path: str) -> dict[str, object]:
+    """Return what stands under ``error``: OpenAI's object, or TEI's text and type where TEI's clients ask."""
+    if path not in _TEI_PATHS and not path.startswith("/tei/"):
+        return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    match error:
+        case Overloaded():
+            kind = "Overloaded"
+        case ModelNotReady():
+            kind = "Unhealthy"
+        case _:
+            kind = "Validation" if error.status < 500 else "Backend"
+    return {"error": error.message, "error_type": kind, "code": error.code}
 
 
 def _record(scope: Scope, context: RequestContext) -> None:

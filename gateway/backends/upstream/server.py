@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 
 from gateway.backends.upstream.breaker import Breaker
 from gateway.backends.upstream.dialects import Answer, Dialect, Facts, WrongAnswer, error_of
@@ -70,13 +70,16 @@ class Server:
         headers = {"content-type": "application/json"}
         if upstream.api_key is not None:
             headers["authorization"] = f"Bearer {upstream.api_key.get_secret_value()}"
-        self._http = httpx.AsyncClient(
+        # aiohttp, and not httpx as elsewhere: it takes 0.3 ms of a core for a request where httpx takes 1.2.
+        self._http = aiohttp.ClientSession(
             headers=headers,
-            # Slots are counted here, so that nobody queues inside httpx, whose queue grows slow when it is long.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=upstream.max_connections),
-            timeout=httpx.Timeout(None, connect=upstream.connect_timeout_s),
+            connector=aiohttp.TCPConnector(limit=0),  # slots are counted here
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=upstream.connect_timeout_s),
             trust_env=False,  # a proxy of the environment would see every text
         )
+        self._up = metrics.UPSTREAM_UP.labels(model, self.name)
+        self._texts = metrics.UPSTREAM_TEXTS.labels(model, self.name)
         self._show_state()
 
     async def facts(self) -> Facts:
@@ -86,15 +89,18 @@ class Server:
             Failure: it does not answer, or refuses.
         """
         try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await self._http.get(self._url + self._dialect.facts_path)
-        except (httpx.HTTPError, TimeoutError) as error:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._http.get(self._url + self._dialect.facts_path, allow_redirects=False) as response,
+            ):
+                status, content = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._no_answer(error) from error
-        if response.status_code in (401, 403):
-            raise Failure("refused", f"{self.name} {_OPERATOR_FAULTS[response.status_code]}", is_fatal=True)
-        if response.status_code >= 500:
-            raise Failure("failed", f"{self.name} answers {response.status_code} to {self._dialect.facts_path}")
-        return self._dialect.read_facts(response.content) if response.status_code == 200 else Facts()
+        if status in (401, 403):
+            raise Failure("refused", f"{self.name} {_OPERATOR_FAULTS[status]}", is_fatal=True)
+        if status >= 500:
+            raise Failure("failed", f"{self.name} answers {status} to {self._dialect.facts_path}")
+        return self._dialect.read_facts(content) if status == 200 else Facts()
 
     async def embed(
         self, texts: Sequence[str], task: str | None, truncate: Truncate, deadline: float, *, is_trial: bool = False
@@ -137,24 +143,21 @@ class Server:
     async def _ask(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> Answer:
         headers: dict[str, str] = {}
         tracing.inject(headers)
-        limit = asyncio.timeout(self._timeout_s)
+        body = self._dialect.body(texts, task, truncate)
         try:
-            async with limit:
-                response = await self._http.post(
-                    self._url + self._dialect.embed_path,
-                    content=self._dialect.body(texts, task, truncate),
-                    headers=headers,
-                )
-        except httpx.HTTPError as error:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._http.post(
+                    self._url + self._dialect.embed_path, data=body, headers=headers, allow_redirects=False
+                ) as response,
+            ):
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._no_answer(error) from error
-        except TimeoutError as error:
-            if not limit.expired():  # the client's own time is over
-                raise
-            raise self._no_answer(error) from error
-        if response.status_code != 200:
-            raise self._failure(response)
+        if response.status != 200:
+            raise self._failure(response.status, content, response.headers.get("retry-after"))
         try:
-            answer = self._dialect.read(response.content, response.headers, len(texts))
+            answer = self._dialect.read(content, response.headers, len(texts))
         except WrongAnswer as error:
             raise Failure("wrong", f"{self.name} gives {error}") from error
         if self.width and answer.vectors.shape[1] != self.width:
@@ -167,17 +170,16 @@ class Server:
 
     def _no_answer(self, error: Exception) -> Failure:
         match error:
+            case aiohttp.ConnectionTimeoutError() | aiohttp.ClientConnectorError():
+                return Failure("unreachable", f"{self.name} cannot be reached ({type(error).__name__})")
             case TimeoutError():
                 reason = f"{self.name} has not answered within {self._timeout_s:g} s"
                 return Failure("timeout", reason, is_worth_repeating=False)
-            case httpx.ConnectTimeout() | httpx.ConnectError():
-                return Failure("unreachable", f"{self.name} cannot be reached ({type(error).__name__})")
             case _:
                 return Failure("broken", f"{self.name} has broken the connection off ({type(error).__name__})")
 
-    def _failure(self, response: httpx.Response) -> Failure | RequestError:
-        status = response.status_code
-        message, code = error_of(response.content)
+    def _failure(self, status: int, content: bytes, retry_after: str | None) -> Failure | RequestError:
+        message, code = error_of(content)
         said = f": {message}" if message else ""
         if status in _REFUSALS:
             kind = ContextLengthExceeded if _is_about_length(code, message) else BadInput
@@ -186,7 +188,7 @@ class Server:
             reason = f"{self.name} {_OPERATOR_FAULTS[status]} ({status}){said}"
             return Failure("refused", reason, is_worth_repeating=False, is_fatal=True)
         if status in (429, 503):
-            after = _retry_after_s(response.headers.get("retry-after"))
+            after = _retry_after_s(retry_after)
             outcome = "overloaded" if status == 429 else "unready"
             return Failure(outcome, f"{self.name} is {outcome} ({status}){said}", retry_after_s=after)
         # 502 and 504 come from a proxy in between; with 500 the server itself may have failed on these very texts.
@@ -207,8 +209,8 @@ class Server:
             metrics.UPSTREAM_SECONDS.labels(self._model, self.name).observe(time.monotonic() - started)
 
     def _show_state(self) -> None:
-        metrics.UPSTREAM_UP.labels(self._model, self.name).set(self.breaker.is_closed)
-        metrics.UPSTREAM_TEXTS.labels(self._model, self.name).set(self.num_texts)
+        self._up.set(self.breaker.is_closed)
+        self._texts.set(self.num_texts)
 
     def let_in(self) -> None:
         """Send the server requests: a trial has shown that it is well."""
@@ -222,7 +224,7 @@ class Server:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._http.close()
 
 
 def _is_about_length(code: str, message: str) -> bool:
