@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Truncate
+from gateway.embedding import ModelKind, Truncate
+from gateway.errors import LoadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,14 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
     """Compute a model's golden vectors in float32 with torch, and store them; returns how many.
 
     Raises:
-        LoadError: the model cannot be loaded.
+        LoadError: the model cannot be loaded, or gives no vectors.
     """
     from gateway.engine import golden  # imports torch
     from gateway.engine.loading import load_reference, plan_load
 
     plan = plan_load(entry)
+    if plan.kind is ModelKind.RERANK:
+        raise LoadError(f"{entry.id} scores pairs of texts: it has no vectors that could be recorded")
     vectors = golden.record(load_reference(plan), [None, *plan.tasks])
     golden.write(path, plan.checkpoint.fingerprint, vectors)
     return len(vectors)
