@@ -11,8 +11,9 @@ from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.probe import MIN_COSINE
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Truncate
+from gateway.embedding import ModelKind, Truncate
 from gateway.engine.golden import GoldenVector, read, write
+from gateway.errors import LoadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
     Of a model that runs elsewhere, those that its servers give now are stored.
 
     Raises:
-        LoadError: the model cannot be loaded, or its servers do not answer.
+        LoadError: the model cannot be loaded or gives no vectors, or its servers do not answer.
     """
     if entry.is_remote:
         fingerprint, given = asyncio.run(_ask_servers(entry))
@@ -41,6 +42,8 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
     from gateway.engine.loading import load_reference, plan_load
 
     plan = plan_load(entry)
+    if plan.kind is ModelKind.RERANK:
+        raise LoadError(f"{entry.id} scores pairs of texts: it has no vectors that could be recorded")
     vectors = golden.record(load_reference(plan), [None, *plan.tasks])
     golden.write(path, plan.checkpoint.fingerprint, vectors)
     return len(vectors)

@@ -22,6 +22,7 @@ HOUSE = [
     ["http_protocol"],
     ["access"],
     ["service"],
+    ["reranking"],
     ["deployment"],
     ["routing"],
     ["evidence"],

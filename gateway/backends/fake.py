@@ -49,7 +49,8 @@ class FakeBackend:
         words = [beside + len(text.split()[: job.max_text_tokens]) for text in job.texts]
         limit = self._info.max_tokens
         if job.truncate is Truncate.REFUSE and max(words) > limit:
-            raise ContextLengthExceeded(f"This model's maximum context length is {limit} tokens", param="input")
+            param = "input" if job.query is None else None
+            raise ContextLengthExceeded(f"This model's maximum context length is {limit} tokens", param=param)
         vectors = np.zeros((len(words), self._info.width), dtype=np.float32)
         if job.query is None:
             vectors[:, 0] = np.minimum(words, limit)

@@ -39,23 +39,28 @@ ERRORS = Counter("gateway_errors", "Requests answered with an error, by its code
 _TARGET = ["model", "task", "experiment", "arm"]
 EMBED_REQUESTS = Counter(
     "gateway_embed_requests",
-    "Embedding requests that reached a model, by `ok` or the code of the error.",
+    "Requests for embeddings or scores that reached a model, by `ok` or the code of the error.",
     [*_TARGET, "outcome"],
     registry=REGISTRY,
 )
 EMBED_SECONDS = Histogram(
     "gateway_embed_duration_seconds",
-    "Time from the choice of the model to the finished vectors.",
+    "Time from the choice of the model to the finished vectors or scores.",
     _TARGET,
     buckets=_SECONDS,
     registry=REGISTRY,
 )
-TEXTS = Counter("gateway_texts", "Texts embedded.", _TARGET, registry=REGISTRY)
-TOKENS = Counter("gateway_tokens", "Tokens embedded, after truncation.", _TARGET, registry=REGISTRY)
+TEXTS = Counter("gateway_texts", "Texts embedded or scored.", _TARGET, registry=REGISTRY)
+TOKENS = Counter(
+    "gateway_tokens",
+    "Tokens embedded or scored, after truncation; a query counts once with each text.",
+    _TARGET,
+    registry=REGISTRY,
+)
 TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", _TARGET, registry=REGISTRY)
 STAGE_SECONDS = Histogram(
     "gateway_stage_duration_seconds",
-    "Time that an embedding request spent in a stage: tokenise, queue, inference, serialise.",
+    "Time that such a request spent in a stage: tokenise, queue, inference, serialise.",
     [*_TARGET, "stage"],
     buckets=_SECONDS,
     registry=REGISTRY,

@@ -136,6 +136,13 @@ async def test_a_long_text_keeps_aside_what_the_model_takes_of_it() -> None:
         await quotas.admit(one, {})
 
 
+async def test_a_query_counts_with_each_text() -> None:
+    quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
+
+    async with quotas.reserve(await quotas.admit(one, {}), ["x" * 8, "x" * 500_000], 40, beside="q" * 20):
+        assert quotas._reserved == {one.name: 8 + 40}
+
+
 async def test_what_was_used_while_a_body_came_counts(quotas: Quotas) -> None:
     """Any number of requests can be admitted before their bodies come, and then be sent one by one."""
     one = client(tokens_per_minute=10)

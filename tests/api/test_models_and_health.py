@@ -41,6 +41,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
     assert card == {
         "id": "jina",
         "object": "model",
+        "kind": "embed",
         "created": 1,
         "owned_by": "infinity",
         "source": "jinaai/jina-v3",
@@ -338,6 +339,9 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model_id}",
+        "/v1/rerank",
+        "/v2/rerank",
+        "/rerank",
         "/v1/experiments",
         "/v1/experiments/{experiment_id}",
         "/v1/spaces",

@@ -28,19 +28,28 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import ModelState
+from gateway.embedding import ModelKind, ModelState
 
 
 def make_app() -> FastAPI:
-    """Return a gateway with one model that is ready, and token ids that can be decoded."""
+    """Return a gateway with a model of each kind that is ready, and token ids that can be decoded."""
     entry = ModelEntry(id="mini", source="owner/mini", revision="0" * 40, enabled=True)
     info = fake_info("mini", dimensions=(8, 4, 2), tasks={"retrieval.query": ""}, default_task="retrieval.query")
     backend = FakeBackend(info)
     asyncio.run(backend.start())
-    fleet = Fleet([Model(entry, backend, ModelState.READY, info)])
+    ranker_entry = ModelEntry(id="ranker", source="owner/ranker", revision="0" * 40, enabled=True)
+    ranker_info = fake_info("ranker", width=1, kind=ModelKind.RERANK)
+    ranker = FakeBackend(ranker_info)
+    asyncio.run(ranker.start())
+    fleet = Fleet(
+        [Model(entry, backend, ModelState.READY, info), Model(ranker_entry, ranker, ModelState.READY, ranker_info)]
+    )
     fleet.started.set()
     registry = Registry(
-        path=Path("models.yaml"), version=1, models=(entry,), aliases={"default": Alias(name="default", model="mini")}
+        path=Path("models.yaml"),
+        version=1,
+        models=(entry, ranker_entry),
+        aliases={"default": Alias(name="default", model="mini")},
     )
     llama_index = importlib.util.find_spec("llama_index.core")
     assert llama_index is not None

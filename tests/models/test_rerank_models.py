@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
 from gateway.errors import ContextLengthExceeded, LoadError
+from gateway.verification import record_golden, verify
 from models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
 
 EditJson = Callable[..., None]
@@ -325,6 +328,12 @@ def test_what_only_embedding_models_have_is_refused(
         plan_load(entry(make_reranker("bert"), **changes))
 
 
+def test_there_are_no_golden_vectors_to_record(make_reranker: MakeReranker, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="tiny scores pairs of texts"):
+        record_golden(entry(make_reranker("bert")), tmp_path / "golden.json")
+    assert verify(entry(make_reranker("bert")), Settings(cpu_threads=1)) == []
+
+
 def test_several_labels_are_refused(make_reranker: MakeReranker) -> None:
     with pytest.raises(LoadError, match="BertForSequenceClassification with 3 labels is not supported"):
         plan_load(entry(make_reranker("bert", num_labels=3)))
@@ -362,7 +371,7 @@ def test_an_embedding_model_that_was_a_classifier_still_embeds(
     assert plan_load(entry(folder)).info.kind is ModelKind.EMBED
 
 
-# ------------------------------------------------------------------------------------------------------- the engine
+# --------------------------------------------------------------------------------------------- the engine and HTTP
 
 
 async def test_an_engine_scores_mixed_requests(make_reranker: MakeReranker, reference: Reference) -> None:
@@ -382,3 +391,48 @@ async def test_an_engine_scores_mixed_requests(make_reranker: MakeReranker, refe
     assert answer.truncated == [3]
     assert answer.num_tokens[3] == MAX_TOKENS
     assert plain.vectors.shape == (1, 1)
+
+
+async def test_over_http_the_scores_are_transformers_own(
+    connect: Callable[..., Awaitable[httpx.AsyncClient]],
+    make_reranker: MakeReranker,
+    make_family: Callable[..., Path],
+    reference: Reference,
+) -> None:
+    folder = make_reranker("xlm-roberta")
+    embedder = entry(make_family("bert")).model_copy(update={"id": "embedder"})
+    client = await connect(entry(folder, id="ranker"), embedder)
+    expected = reference(folder, QUERY, DOCUMENTS)[:, 0]
+
+    response = await client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS, "raw_scores": True})
+    refused = await client.post("/rerank", json={"query": QUERY, "texts": ["fox", LONG], "truncate": False})
+    embedded = await client.post("/v1/embeddings", json={"input": QUERY, "model": "ranker"})
+
+    results = response.json()["results"]
+    assert [result["index"] for result in results] == list(np.argsort(-expected, kind="stable"))
+    for result in results:
+        assert result["relevance_score"] == pytest.approx(expected[result["index"]], abs=1e-3)
+    assert response.headers["x-gateway-truncated"] == "3"
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "the query and text 1 have" in refused.json()["detail"]
+    assert embedded.status_code == 400
+    assert "models that embed: embedder" in embedded.json()["detail"]
+
+
+async def test_pairs_of_the_same_tokens_are_not_mixed_up(make_reranker: MakeReranker) -> None:
+    """Identical work in flight is done once: what makes a pair is its tokens and where its text begins."""
+    engine = load_engine(plan_load(entry(make_reranker("bert"), runtime="torch")), Settings(cpu_threads=1))
+    await engine.astart()
+    try:
+        jobs = [
+            EmbedJob([text], None, Truncate.END, time.monotonic() + 60, caller="someone", query=query)
+            for query, text in [("fox", "dog"), ("fox", "dog"), ("fox [SEP] dog", "fox"), ("fox", "dog [SEP] fox")]
+        ]
+        answers = await asyncio.gather(*(engine.submit(job) for job in jobs))
+    finally:
+        await engine.astop()
+
+    scores = [float(answer.vectors[0, 0]) for answer in answers]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert abs(scores[2] - scores[3]) > 1e-4
+    assert answers[2].num_tokens == answers[3].num_tokens

@@ -23,7 +23,7 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob, Timings
+from gateway.embedding import Embeddings, EmbedJob, ModelKind, Timings
 from gateway.errors import OutOfMemory
 from gateway.routing.spaces import space_id
 from gateway.telemetry import semconv, tracing
@@ -125,6 +125,26 @@ async def test_a_request_is_one_trace_with_the_embedding_and_its_stages(
     assert embeddings.kind is SpanKind.INTERNAL
     for stage in ("tokenise", "queue", "inference"):
         assert parent(spans[stage]) == embeddings.context.span_id
+
+
+async def test_scores_have_a_span_of_their_own_name(
+    exporter: InMemorySpanExporter, make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    ranks = {"width": 1, "kind": ModelKind.RERANK}
+    model = make_model("ranker", backend=FakeBackend(fake_info("ranker", **ranks)), **ranks)
+    registry, fleet = make_fleet(model)
+    await model.backend.start(model.report)
+    app = create_app(Deployment(registry, Settings(), fleet))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        answer = await client.post("/v2/rerank", json={"query": "a b", "documents": ["c", "d e"]})
+
+    assert answer.status_code == 200
+    spans = by_name(exporter)
+    assert set(spans) == {"POST /v2/rerank", "rerank ranker", "tokenise", "queue", "inference"}
+    attributes = spans["rerank ranker"].attributes
+    assert attributes[semconv.GEN_AI_OPERATION_NAME] == "rerank"
+    assert (attributes[semconv.GATEWAY_NUM_TEXTS], attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS]) == (2, 7)
+    assert semconv.GATEWAY_SPACE not in attributes
 
 
 async def test_a_request_of_nobody_else_begins_a_trace(
