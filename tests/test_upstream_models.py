@@ -127,8 +127,9 @@ async def other_gateway(tmp_path: Path) -> AsyncIterator[str]:
             await task
 
 
-async def test_a_second_gateway_is_asked_as_openai_is(gateway: Gateway, other_gateway: str) -> None:
-    async with gateway.serving(NEAR + FAR % ("openai", "near", f"{other_gateway}/v1")) as deployment:
+@pytest.mark.parametrize(("kind", "path"), [("openai", "/v1"), ("tei", "/tei/near")])
+async def test_a_second_gateway_runs_a_model(gateway: Gateway, other_gateway: str, kind: str, path: str) -> None:
+    async with gateway.serving(NEAR + FAR % (kind, "near", other_gateway + path)) as deployment:
         far, near = await ask(deployment, "far"), await ask(deployment, "near")
 
     np.testing.assert_allclose(far.vectors, near.vectors, rtol=1e-6)
