@@ -247,6 +247,16 @@ class ErrorBody(BaseModel):
     message: str
 
 
+class TeiErrorBody(BaseModel):
+    """Every error of TEI's dialect has this body: TEI's two fields, and those of the gateway."""
+
+    error: str
+    error_type: Literal["Validation", "Overloaded", "Unhealthy", "Backend"]
+    code: str
+    detail: str
+    message: str
+
+
 class Live(BaseModel):
     """The process answers."""
 
@@ -320,18 +330,22 @@ EXPECT_SPACE = {
 
 
 def responses(
-    model: type[BaseModel], *errors: type[RequestError], headers: dict[str, dict[str, Any]] | None = None
+    model: type[BaseModel],
+    *errors: type[RequestError],
+    headers: dict[str, dict[str, Any]] | None = None,
+    error_body: type[BaseModel] = ErrorBody,
 ) -> Responses:
     """Describe the answers of an operation: 200, and each error that it can end in."""
-    return {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}, **error_responses(*errors)}
+    described = error_responses(*errors, body=error_body)
+    return {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}, **described}
 
 
-def error_responses(*errors: type[RequestError]) -> Responses:
+def error_responses(*errors: type[RequestError], body: type[BaseModel] = ErrorBody) -> Responses:
     """Describe the errors that an operation can end in, and those that every operation can."""
     possible: tuple[type[RequestError], ...] = (*errors, Unauthorized, InternalError)
     return {
         error.status: {
-            "model": ErrorBody,
+            "model": body,
             "description": (error.__doc__ or "").partition("\n")[0],
             "headers": {**_REQUEST_ID, **_ERROR_HEADERS.get(error.status, {})},
         }

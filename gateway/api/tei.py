@@ -12,7 +12,7 @@ from gateway import __version__
 from gateway.access.quotas import Quotas
 from gateway.api.exchange import answer_headers, note_answer, timeout_s, unit_attribute, unless_disconnected
 from gateway.api.json_body import parse_object
-from gateway.api.schema import EMBEDDINGS_HEADERS, EXPECT_SPACE, RequestBody, Responses, responses
+from gateway.api.schema import EMBEDDINGS_HEADERS, EXPECT_SPACE, RequestBody, Responses, TeiErrorBody, responses
 from gateway.api.tei_schema import (
     Similarities,
     SimilarityBody,
@@ -202,7 +202,9 @@ def tei_router(service: EmbeddingService, deployment: Deployment, settings: Sett
         router.add_api_route(
             f"{prefix}/info",
             dialect.info if prefix else _for_default(dialect.info),
-            responses=responses(TeiInfo, BadInput, ModelNotAllowed, ModelNotFound, ModelNotReady),
+            responses=responses(
+                TeiInfo, BadInput, ModelNotAllowed, ModelNotFound, ModelNotReady, error_body=TeiErrorBody
+            ),
         )
     router.add_api_route("/tei/{model:path}/health", dialect.health, include_in_schema=False)
     return router
@@ -220,7 +222,7 @@ def _for_default(endpoint: Endpoint) -> Endpoint:
 
 
 def _responses(model: Any) -> Responses:
-    return responses(model, *_ERRORS, headers=EMBEDDINGS_HEADERS)
+    return responses(model, *_ERRORS, headers=EMBEDDINGS_HEADERS, error_body=TeiErrorBody)
 
 
 def _respond(request: Request, answer: EmbedAnswer, texts: Sequence[str], content: object) -> Response:

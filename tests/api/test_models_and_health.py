@@ -342,6 +342,11 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v1/rerank",
         "/v2/rerank",
         "/rerank",
+        *(
+            f"{prefix}/{name}"
+            for prefix in ("", "/tei/{model}")
+            for name in ("embed", "embed_sparse", "similarity", "info")
+        ),
         "/v1/experiments",
         "/v1/experiments/{experiment_id}",
         "/v1/spaces",
