@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.access.quotas import Quotas
+from gateway.api.exchange import Exchange
 from gateway.api.json_body import Json, describe, integral, parse_object
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
@@ -26,13 +21,9 @@ from gateway.api.schema import (
 from gateway.api.token_ids import TokenIdDecoder
 from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
-from gateway.config.settings import Settings
-from gateway.deployment import Deployment
-from gateway.embedding import Timings
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
-    ClientDisconnected,
     DeadlineExceeded,
     ModelNotAllowed,
     ModelNotFound,
@@ -41,49 +32,52 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.middleware import RequestContext
-from gateway.routing.experiments import Attribute
 from gateway.routing.spaces import space_id
-from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
-from gateway.telemetry import metrics
+from gateway.service import EmbedAnswer
 from gateway.vectors import Encoding, encode
 
-# A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
-_MAX_LISTED_INDICES = 100
+# Azure's, whose deployments are our models, and one for clients of TEI, which send no model.
+_PATHS_WITH_MODEL = (
+    "/openai/deployments/{model:path}/embeddings",
+    "/tei/{model:path}/v1/embeddings",
+    "/tei/{model:path}/embeddings",
+)
 _REQUEST = {
     "parameters": [EXPECT_SPACE],
     "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
 }
-T = TypeVar("T")
 
 
-def openai_router(service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> APIRouter:
+def openai_router(exchange: Exchange) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
+    deployment, settings = exchange.deployment, exchange.settings
     router = APIRouter(tags=["OpenAI"])
     decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
 
     async def embeddings(request: Request) -> Response:
         """Embed one text or many. The same path without `/v1` works as well."""
-        context = RequestContext.of(request)
-        ticket = await quotas.admit(context.client, context.headers)
+        return await embed(request, None)
+
+    async def embeddings_of(request: Request, model: str) -> Response:
+        """Embed with the model that the path names, whatever the body says: what has an address for each model."""
+        return await embed(request, model)
+
+    async def embed(request: Request, model: str | None) -> Response:
+        ticket = await exchange.admit(request)
         body = EmbeddingsBody.parse(parse_object(await request.body()))
         texts = parse_input(body.input, settings.max_inputs, decoder)
-        encoding = body.wanted_encoding
-        timeout_s = _timeout_s(request, settings.request_timeout_s)
-        async with quotas.reserve(ticket, texts, deployment.fleet.max_tokens):
-            wanted = _embed_request(request, body, texts, timeout_s)
-            answer = await _unless_disconnected(request, service.embed(wanted))
-            await quotas.charge(ticket, answer.num_tokens)
-        started = time.monotonic()
-        content = render_answer(answer, encoding)
-        timings = replace(answer.timings, serialise_s=time.monotonic() - started)
-        context.describe(answer.model, answer.task, len(texts), answer.num_tokens, timings)
-        if answer.assignment is not None:
-            context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
-        metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialise_s.observe(
-            timings.serialise_s
+        wanted = replace(
+            exchange.begin(request, texts, model or body.model or None, body.user),
+            task=body.wanted_task,
+            dimensions=body.wanted_dimensions,
+            is_normalised=body.wants_normalised,
+            truncate=body.wanted_truncation,
+            outputs=body.wanted_outputs,
+            is_late_chunked=bool(body.late_chunking),
+            encoding=body.wanted_encoding,
         )
-        headers = _headers(answer, timings, context.elapsed_s)
-        return Response(content, media_type="application/json", headers=headers)
+        answer = await exchange.embed(request, ticket, wanted)
+        return exchange.respond(request, answer, lambda: render_answer(answer, body.wanted_encoding))
 
     async def list_models(request: Request) -> Response:
         """List every model of the registry that the key is for, ready or not."""
@@ -102,6 +96,9 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
             raise ModelNotAllowed(f"this API key is not for model {model.id!r}", param="model")
         return Response(model_card(model, deployment.registry, task).model_dump_json(), media_type="application/json")
 
+    for path in _PATHS_WITH_MODEL:
+        router.add_api_route(path, embeddings_of, methods=["POST"], include_in_schema=False)
+    router.add_api_route("/openai/v1/embeddings", embeddings, methods=["POST"], include_in_schema=False)
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
             f"{prefix}/embeddings",
@@ -138,42 +135,6 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
 
 
 # ------------------------------------------------------------------------------------------------------------ input
-
-
-def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], timeout_s: float) -> EmbedRequest:
-    """Say in the gateway's own terms what a request asks for."""
-    return EmbedRequest(
-        texts=texts,
-        model=body.model or None,
-        timeout_s=timeout_s,
-        caller=RequestContext.of(request).caller,
-        task=body.wanted_task,
-        dimensions=body.wanted_dimensions,
-        is_normalised=body.wants_normalised,
-        truncate=body.wanted_truncation,
-        outputs=body.wanted_outputs,
-        is_late_chunked=bool(body.late_chunking),
-        may_use=RequestContext.of(request).client.may_use,
-        expect_space=request.headers.get("x-gateway-expect-space"),
-        encoding=body.wanted_encoding,
-        attribute=_attribute(request, body),
-    )
-
-
-def _attribute(request: Request, body: EmbeddingsBody) -> Attribute:
-    """Return what looks up the things in a request that the unit of an experiment can be made from."""
-
-    def attribute(source: str) -> str | None:
-        match source.partition(":"):
-            case ("header", _, name):
-                value = request.headers.get(name)
-            case ("body", _, "user"):
-                value = str(body.user) if isinstance(body.user, str | int) else None
-            case _:
-                value = RequestContext.of(request).key_owner
-        return value or None
-
-    return attribute
 
 
 def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
@@ -222,38 +183,6 @@ def _token_ids(items: list[Json]) -> list[int] | None:
     return ids
 
 
-def _timeout_s(request: Request, limit_s: float) -> float:
-    """Return how long the answer is of use: OpenAI's clients say how long they wait."""
-    try:
-        patience_s = float(request.headers["x-stainless-read-timeout"])
-    except (KeyError, ValueError):
-        return limit_s
-    return min(limit_s, patience_s) if patience_s > 0 else limit_s
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, and cancel it when the client goes away, so that nothing is computed for nobody.
-
-    Raises:
-        ClientDisconnected: the client went away first.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected("the client closed the connection before the answer")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 # ----------------------------------------------------------------------------------------------------------- answer
 
 
@@ -278,30 +207,6 @@ def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
     )
 
 
-def _headers(answer: EmbedAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:
-    stages = {**timings.stages, "total": elapsed_s}
-    headers = {
-        "x-gateway-model": answer.model,
-        "x-gateway-space": answer.space,
-        "server-timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
-    }
-    if answer.task is not None:
-        headers["x-gateway-task"] = quote(answer.task)  # the registry may call a task anything
-    if answer.assignment is not None:
-        headers["x-gateway-experiment"] = answer.assignment.experiment
-        headers["x-gateway-arm"] = answer.assignment.arm.label
-        headers["x-gateway-assignment"] = answer.assignment.reason.value
-    if answer.truncated:
-        headers["x-gateway-truncated"] = _list_indices(answer.truncated)
-    return headers
-
-
-def _list_indices(indices: Sequence[int]) -> str:
-    listed = ",".join(str(i) for i in indices[:_MAX_LISTED_INDICES])
-    more = len(indices) - _MAX_LISTED_INDICES
-    return f"{listed},+{more}" if more > 0 else listed
-
-
 def model_card(model: Model, registry: Registry, task: str | None = None) -> ModelCard:
     """Describe a model for ``/v1/models``.
 
@@ -314,6 +219,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         object="model",
         created=model.created,
         owned_by=model.entry.backend,
+        stats={},
         source=model.entry.source,
         revision=model.entry.revision,
         state=model.state.value,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from gateway.api.json_body import Json, describe, integral
+from gateway.api.json_body import describe, integral
+from gateway.api.request_body import RequestBody
 from gateway.embedding import Output, Truncate, canonical_task
 from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 from gateway.vectors import Encoding
@@ -47,10 +48,8 @@ T = TypeVar("T", bool, int, str)
 PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(integral)]
 
 
-class EmbeddingsBody(BaseModel):
+class EmbeddingsBody(RequestBody):
     """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     model: str | None = Field(
@@ -94,22 +93,6 @@ class EmbeddingsBody(BaseModel):
     user: Any = Field(
         None, description="Whom the request is for: the unit of an experiment that is split by it, else ignored."
     )
-
-    @classmethod
-    def parse(cls, content: dict[str, Json]) -> EmbeddingsBody:
-        """Validate a parsed body.
-
-        Raises:
-            BadInput: a field is missing or has a value that is not accepted; names the first such field.
-        """
-        given = {name: value for name, value in content.items() if value is not None}
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            field = str(error.errors(include_url=False)[0]["loc"][0])
-        if field not in given:
-            raise BadInput(f"`{field}` is required", param=field)
-        raise BadInput(f"`{field}` must be {cls.model_fields[field].title}, got {describe(given[field])}", param=field)
 
     @property
     def wanted_dimensions(self) -> int | None:
@@ -200,6 +183,7 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int = Field(description="Unix time at which the model became ready; 0 before.")
     owned_by: str
+    stats: dict[str, float] = Field(description="Always empty; clients of Infinity ask for it.")
     source: str
     revision: str | None
     state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
