@@ -264,7 +264,7 @@ def _info(target: Target, settings: Settings) -> dict[str, Any]:
     info = target.info
     return {
         "model_id": info.source,
-        "model_sha": info.revision,
+        "model_sha": target.model.entry.revision,
         "model_dtype": info.dtype,
         "served_model_name": info.id,
         "model_type": {"embedding": {"pooling": info.pooling}},

@@ -43,6 +43,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "object": "model",
         "created": 1,
         "owned_by": "infinity",
+        "stats": {},
         "source": "jinaai/jina-v3",
         "revision": "0" * 40,
         "state": "ready",
