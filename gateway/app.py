@@ -15,8 +15,10 @@ from gateway import __version__
 from gateway.access.keyring import Keyring
 from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
+from gateway.api.exchange import Exchange
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
+from gateway.api.ollama import ollama_router
 from gateway.api.openai import openai_router
 from gateway.api.rerank import rerank_router
 from gateway.api.spaces import spaces_router
@@ -54,10 +56,11 @@ def create_app(deployment: Deployment) -> FastAPI:
     evidence = Evidence(log)
     service = EmbeddingService(deployment, evidence)
     app = _application(deployment, keyring)
-    quotas = Quotas(settings.quota_storage)
-    app.include_router(openai_router(service, deployment, settings, quotas))
-    app.include_router(rerank_router(service, deployment, settings, quotas))
-    app.include_router(tei_router(service, deployment, settings, quotas))
+    exchange = Exchange(service, deployment, settings, Quotas(settings.quota_storage))
+    app.include_router(openai_router(exchange))
+    app.include_router(rerank_router(exchange))
+    app.include_router(tei_router(exchange))
+    app.include_router(ollama_router(exchange))
     app.include_router(experiments_router(deployment, evidence))
     app.include_router(spaces_router(deployment))
     app.include_router(health_router(deployment))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -182,6 +182,33 @@ class Embeddings:
     timings: Timings
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a text.
+
+    Attributes:
+        text: the part of the text that it stands for; the token's own name where it stands for none.
+        is_special: whether the model's template has put it there.
+        start, stop: where that part begins and ends, in characters; ``None`` for special tokens.
+    """
+
+    id: int
+    text: str
+    is_special: bool
+    start: int | None
+    stop: int | None
+
+
+class Vocabulary(Protocol):
+    """What turns texts into a model's tokens and back. Safe to use from several threads."""
+
+    def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
+        """Return all tokens of each text: nothing is cut, and no instruction put before it."""
+
+    def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Return the text of each row of token ids; ids that the model does not have are left out."""
 
 
 TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")

@@ -12,6 +12,8 @@
         ├── BadInput               400
         │   ├── ContextLengthExceeded
         │   ├── UnsupportedDimensions
+        │   ├── UnsupportedOutput
+        │   ├── EmptyInput
         │   ├── BodyTooSlow
         │   └── ReloadRefused
         ├── Unauthorized           401
@@ -143,6 +145,18 @@ class UnsupportedDimensions(BadInput):
     """``dimensions`` is not a size that the model can return."""
 
     code = "unsupported_dimensions"
+
+
+class UnsupportedOutput(BadInput):
+    """The model does not make what was asked for, sparse weights say. On TEI's paths a 424, as there."""
+
+    code = "unsupported_output"
+
+
+class EmptyInput(BadInput):
+    """On TEI's paths: a list without a text. 400 there too, where all else that is wrong in a request is 422."""
+
+    code = "empty_input"
 
 
 class BodyTooSlow(BadInput):

@@ -18,14 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.access.body import Body
 from gateway.access.keyring import Client, Keyring
 from gateway.config.settings import Settings
+from gateway.dialects import is_tei_probe, render_error
 from gateway.embedding import Timings
 from gateway.errors import (
     BodyTooSlow,
     HeadersTooLarge,
     InternalError,
     MethodNotAllowed,
-    ModelNotReady,
-    Overloaded,
     RequestError,
     Unauthorized,
 )
@@ -37,12 +36,13 @@ _CONTEXT = "gateway.context"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SLASHES = re.compile(r"//+")
 # Answered without a key: probes carry none, and the documentation tells nothing that is not public.
-# Where the errors have TEI's form; so they have under /tei/.
-_TEI_PATHS = frozenset({"/embed", "/embed_sparse", "/similarity", "/info"})
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 
 # For the operator alone: `api/admin` asks for a key of their own.
 _OPERATOR_PATHS = ("/admin", "/metrics")
+
+# What clients send that were given an empty key.
+_NO_KEY = ("", '""')
 
 # Asked every few seconds by probes and scrapers: no line at the usual level of the log, and no span.
 _QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics")
@@ -101,9 +101,10 @@ def _sent_key(headers: Headers) -> str | None:
     """Return the hex sha256 of the key that a request carries, if it has one."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     given = key.strip() if scheme.lower() == "bearer" else ""
-    # What clients send that were given an empty key counts as none.
+    if given in _NO_KEY:
+        given = headers.get("api-key", "").strip()  # Azure's name for it
     # As the bytes that were sent, which the framework has read as Latin-1.
-    return None if given in ("", '""') else hashlib.sha256(given.encode("latin-1")).hexdigest()
+    return None if given in _NO_KEY else hashlib.sha256(given.encode("latin-1")).hexdigest()
 
 
 class GatewayMiddleware:
@@ -147,19 +148,19 @@ class GatewayMiddleware:
                 await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
                 context.error_code = error.code
-                await send_error(error, send_with_id, body.drain, path=scope["path"])
+                await send_error(error, scope["path"], send_with_id, body.drain)
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
                 log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
                 context.error_code = InternalError.code
                 if context.status:
                     raise  # the answer has begun: all that is left is to cut the connection
                 message = f"internal error; the log has more under request id {context.request_id}"
-                await send_error(InternalError(message), send_with_id, body.drain, path=scope["path"])
+                await send_error(InternalError(message), scope["path"], send_with_id, body.drain)
         _record(scope, context)
 
     async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: Body, send: Send) -> None:
         self._check_headers(headers)
-        if not scope["path"].startswith(_OPEN_PATHS):
+        if not scope["path"].startswith(_OPEN_PATHS) and not is_tei_probe(scope["path"]):
             context.api_key = _sent_key(headers)
             if not scope["path"].startswith(_OPERATOR_PATHS):
                 context.client = await self._keyring.identify(context.api_key, context.client.name)
@@ -187,13 +188,15 @@ def _normalise_path(path: str) -> str:
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
-async def send_error(error: RequestError, send: Send, drain: Callable[[], Awaitable[None]], *, path: str = "") -> None:
-    """Render an error: one message in the three forms that clients look for, and the headers that steer retries.
+async def send_error(error: RequestError, path: str, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
+    """Render an error: in the form that clients of the path look for, with the headers that steer retries.
 
     Args:
+        path: that of the request, without doubled and trailing slashes.
         drain: awaited after the answer has been sent and before it is ended, which may close the connection.
     """
-    body = orjson.dumps({**_error_body(error, path), "detail": error.message, "message": error.message})
+    status, content = render_error(error, path)
+    body = orjson.dumps(content)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(error.retry_after_s).encode()))
@@ -205,24 +208,10 @@ async def send_error(error: RequestError, send: Send, drain: Callable[[], Awaita
         headers.append((b"allow", error.allow.encode()))
     if isinstance(error, BodyTooSlow):
         headers.append((b"connection", b"close"))  # what is still coming is not waited for
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     await drain()
     await send({"type": "http.response.body", "body": b""})
-
-
-def _error_body(error: RequestError, path: str) -> dict[str, object]:
-    """Return what stands under ``error``: OpenAI's object, or TEI's text and type where TEI's clients ask."""
-    if path not in _TEI_PATHS and not path.startswith("/tei/"):
-        return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-    match error:
-        case Overloaded():
-            kind = "Overloaded"
-        case ModelNotReady():
-            kind = "Unhealthy"
-        case _:
-            kind = "Validation" if error.status < 500 else "Backend"
-    return {"error": error.message, "error_type": kind, "code": error.code}
 
 
 def _record(scope: Scope, context: RequestContext) -> None:

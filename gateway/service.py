@@ -33,6 +33,7 @@ from gateway.errors import (
     RequestError,
     SpaceMismatch,
     UnsupportedDimensions,
+    UnsupportedOutput,
 )
 from gateway.evidence.counts import Evidence, Observation
 from gateway.reranking import RerankAnswer, RerankRequest, check_kind, choose_reranker, score_on
@@ -126,7 +127,7 @@ class EmbeddingService:
         # Both of one moment: a reload may exchange them while this request is answered.
         router, shadows = self._deployment.router, self._deployment.shadows
         choice = router.choose(request.model, request.attribute)
-        _check_permission(choice, request)
+        _check_permission(choice, request.may_use)
         check_kind(self._deployment.fleet, choice, ModelKind.EMBED)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, _embed_on)
@@ -143,13 +144,29 @@ class EmbeddingService:
         """
         router, fleet = self._deployment.router, self._deployment.fleet
         choice = choose_reranker(router, fleet, request)
-        _check_permission(choice, request)
+        _check_permission(choice, request.may_use)
         check_kind(fleet, choice, ModelKind.RERANK)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, score_on)
             if span is not None:
                 _describe(span, answer, None)
         return answer
+
+    def target(self, model: str | None, task: str | None, may_use: Callable[..., bool]) -> Target:
+        """Return what would answer a request: for what is asked of a model beside embeddings.
+
+        Args:
+            model: public name, or ``None`` for the registry's default; an experiment's stands for its control arm.
+            task: task by any of its names, or ``None`` for the model's default.
+            may_use: whether the caller may use a model that has these names.
+
+        Raises:
+            RequestError: there is none, it is not ready, or it is not for the caller.
+        """
+        router = self._deployment.router
+        choice = router.choose(model)
+        _check_permission(choice, may_use)
+        return router.targets(choice, task)[0]
 
     async def _answer_on_record(
         self, router: Router, choice: Choice, request: R, answer_on: Callable[[Target, Choice, R], Awaitable[A]]
@@ -269,13 +286,13 @@ def _describe(span: tracing.EmbeddingsSpan, answer: EmbedAnswer | RerankAnswer, 
     )
 
 
-def _check_permission(choice: Choice, request: EmbedRequest | RerankRequest) -> None:
+def _check_permission(choice: Choice, may_use: Callable[..., bool]) -> None:
     """Refuse a model that is not for the caller.
 
     An experiment is allowed by its own name alone: which of its models answers is not for the caller to know beforehand.
     """
     names = (choice.asked,) if choice.assignment is not None else (choice.asked, choice.model.id)
-    if not request.may_use(*names):
+    if not may_use(*names):
         raise ModelNotAllowed(f"this API key is not for model {choice.asked!r}", param="model")
 
 
@@ -344,7 +361,7 @@ def _check_outputs(target: Target, request: EmbedRequest) -> None:
     info = target.info
     missing = [output.value for output in request.outputs if output not in info.outputs]
     if missing:
-        raise BadInput(
+        raise UnsupportedOutput(
             f"`outputs` asks for {', '.join(missing)}, but model {info.id!r} returns only: {', '.join(info.outputs)}",
             param="outputs",
         )

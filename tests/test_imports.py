@@ -20,6 +20,7 @@ HOUSE = [
     ["api"],
     ["middleware"],
     ["http_protocol"],
+    ["dialects"],
     ["access"],
     ["service"],
     ["reranking"],

@@ -3,23 +3,116 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from fastapi import Request
+from fastapi import Request, Response
 
+from gateway.access.quotas import Quotas, Ticket
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.embedding import Timings
 from gateway.errors import ClientDisconnected
 from gateway.middleware import RequestContext
-from gateway.reranking import RerankAnswer
+from gateway.reranking import RerankAnswer, RerankRequest
 from gateway.routing.experiments import Attribute
-from gateway.service import EmbedAnswer
+from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
 
 # A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100
 T = TypeVar("T")
+
+DescribeTimes = Callable[[Timings, float], Mapping[str, str]]
+"""Makes a dialect's own headers of the stages' times and the seconds since the request came."""
+
+
+class Exchange:
+    """The steps from a request to its answer that are the same in every dialect."""
+
+    def __init__(self, service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> None:
+        self.service = service
+        self.deployment = deployment
+        self.settings = settings
+        self._quotas = quotas
+
+    async def admit(self, request: Request) -> Ticket:
+        """Count a request, before its body is read.
+
+        Raises:
+            RateLimited: the client has no request or no token left in this minute.
+        """
+        context = RequestContext.of(request)
+        return await self._quotas.admit(context.client, context.headers)
+
+    def begin(self, request: Request, texts: Sequence[str], model: str | None, user: object = None) -> EmbedRequest:
+        """Say what a request asks for, as far as that does not depend on the dialect.
+
+        Args:
+            model: public name, or ``None`` for the registry's default.
+            user: whom the request is for, by its body.
+        """
+        context = RequestContext.of(request)
+        return EmbedRequest(
+            texts=texts,
+            model=model,
+            timeout_s=timeout_s(request, self.settings.request_timeout_s),
+            caller=context.caller,
+            may_use=context.client.may_use,
+            expect_space=request.headers.get("x-gateway-expect-space"),
+            attribute=unit_attribute(request, user),
+        )
+
+    async def embed(self, request: Request, ticket: Ticket, wanted: EmbedRequest) -> EmbedAnswer:
+        """Embed the texts, and charge the client for their tokens.
+
+        Raises:
+            RequestError: one of those of :meth:`EmbeddingService.embed`.
+            ClientDisconnected: the client went away first.
+        """
+        async with self._quotas.reserve(ticket, wanted.texts, self.deployment.fleet.max_tokens):
+            answer = await unless_disconnected(request, self.service.embed(wanted))
+            await self._quotas.charge(ticket, answer.num_tokens)
+        return answer
+
+    async def rerank(self, request: Request, ticket: Ticket, wanted: RerankRequest) -> RerankAnswer:
+        """Score the texts against the query, and charge the client for the tokens of all pairs.
+
+        Raises:
+            RequestError: one of those of :meth:`EmbeddingService.rerank`.
+            ClientDisconnected: the client went away first.
+        """
+        longest = self.deployment.fleet.max_tokens
+        async with self._quotas.reserve(ticket, wanted.texts, longest, beside=wanted.query):
+            answer = await unless_disconnected(request, self.service.rerank(wanted))
+            await self._quotas.charge(ticket, answer.num_tokens)
+        return answer
+
+    def respond(
+        self,
+        request: Request,
+        answer: EmbedAnswer | RerankAnswer,
+        render: Callable[[], bytes],
+        describe_times: DescribeTimes | None = None,
+    ) -> Response:
+        """Write an answer, note what it was for the log and the metrics, and say so in its headers.
+
+        Args:
+            render: writes the answer as JSON.
+            describe_times: makes headers that only this dialect has.
+        """
+        context = RequestContext.of(request)
+        started = time.monotonic()
+        content = render()
+        timings = replace(answer.timings, serialise_s=time.monotonic() - started)
+        note_answer(context, answer, timings)
+        headers = answer_headers(answer, timings, context.elapsed_s)
+        if describe_times is not None:
+            headers |= describe_times(timings, context.elapsed_s)
+        return Response(content, media_type="application/json", headers=headers)
 
 
 def unit_attribute(request: Request, user: object) -> Attribute:

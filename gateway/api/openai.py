@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.access.quotas import Quotas
-from gateway.api.exchange import answer_headers, note_answer, timeout_s, unit_attribute, unless_disconnected
+from gateway.api.exchange import Exchange
 from gateway.api.json_body import Json, describe, integral, parse_object
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
@@ -23,8 +21,6 @@ from gateway.api.schema import (
 from gateway.api.token_ids import TokenIdDecoder
 from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
-from gateway.config.settings import Settings
-from gateway.deployment import Deployment
 from gateway.embedding import ModelKind
 from gateway.errors import (
     BadInput,
@@ -38,38 +34,51 @@ from gateway.errors import (
 )
 from gateway.middleware import RequestContext
 from gateway.routing.spaces import space_id
-from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
+from gateway.service import EmbedAnswer
 from gateway.vectors import Encoding, encode
 
+# Azure's, whose deployments are our models, and one for clients of TEI, which send no model.
+_PATHS_WITH_MODEL = (
+    "/openai/deployments/{model:path}/embeddings",
+    "/tei/{model:path}/v1/embeddings",
+    "/tei/{model:path}/embeddings",
+)
 _REQUEST = {
     "parameters": [EXPECT_SPACE],
     "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
 }
 
 
-def openai_router(service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> APIRouter:
+def openai_router(exchange: Exchange) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
+    deployment, settings = exchange.deployment, exchange.settings
     router = APIRouter(tags=["OpenAI"])
     decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
 
     async def embeddings(request: Request) -> Response:
         """Embed one text or many. The same path without `/v1` works as well."""
-        context = RequestContext.of(request)
-        ticket = await quotas.admit(context.client, context.headers)
+        return await embed(request, None)
+
+    async def embeddings_of(request: Request, model: str) -> Response:
+        """Embed with the model that the path names, whatever the body says: what has an address for each model."""
+        return await embed(request, model)
+
+    async def embed(request: Request, model: str | None) -> Response:
+        ticket = await exchange.admit(request)
         body = EmbeddingsBody.parse(parse_object(await request.body()))
         texts = parse_input(body.input, settings.max_inputs, decoder)
-        encoding = body.wanted_encoding
-        patience_s = timeout_s(request, settings.request_timeout_s)
-        async with quotas.reserve(ticket, texts, deployment.fleet.max_tokens):
-            wanted = _embed_request(request, body, texts, patience_s)
-            answer = await unless_disconnected(request, service.embed(wanted))
-            await quotas.charge(ticket, answer.num_tokens)
-        started = time.monotonic()
-        content = render_answer(answer, encoding)
-        timings = replace(answer.timings, serialise_s=time.monotonic() - started)
-        note_answer(context, answer, timings)
-        headers = answer_headers(answer, timings, context.elapsed_s)
-        return Response(content, media_type="application/json", headers=headers)
+        wanted = replace(
+            exchange.begin(request, texts, model or body.model or None, body.user),
+            task=body.wanted_task,
+            dimensions=body.wanted_dimensions,
+            is_normalised=body.wants_normalised,
+            truncate=body.wanted_truncation,
+            outputs=body.wanted_outputs,
+            is_late_chunked=bool(body.late_chunking),
+            encoding=body.wanted_encoding,
+        )
+        answer = await exchange.embed(request, ticket, wanted)
+        return exchange.respond(request, answer, lambda: render_answer(answer, body.wanted_encoding))
 
     async def list_models(request: Request) -> Response:
         """List every model of the registry that the key is for, ready or not."""
@@ -88,6 +97,9 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
             raise ModelNotAllowed(f"this API key is not for model {model.id!r}", param="model")
         return Response(model_card(model, deployment.registry, task).model_dump_json(), media_type="application/json")
 
+    for path in _PATHS_WITH_MODEL:
+        router.add_api_route(path, embeddings_of, methods=["POST"], include_in_schema=False)
+    router.add_api_route("/openai/v1/embeddings", embeddings, methods=["POST"], include_in_schema=False)
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
             f"{prefix}/embeddings",
@@ -124,26 +136,6 @@ def openai_router(service: EmbeddingService, deployment: Deployment, settings: S
 
 
 # ------------------------------------------------------------------------------------------------------------ input
-
-
-def _embed_request(request: Request, body: EmbeddingsBody, texts: list[str], patience_s: float) -> EmbedRequest:
-    """Say in the gateway's own terms what a request asks for."""
-    return EmbedRequest(
-        texts=texts,
-        model=body.model or None,
-        timeout_s=patience_s,
-        caller=RequestContext.of(request).caller,
-        task=body.wanted_task,
-        dimensions=body.wanted_dimensions,
-        is_normalised=body.wants_normalised,
-        truncate=body.wanted_truncation,
-        outputs=body.wanted_outputs,
-        is_late_chunked=bool(body.late_chunking),
-        may_use=RequestContext.of(request).client.may_use,
-        expect_space=request.headers.get("x-gateway-expect-space"),
-        encoding=body.wanted_encoding,
-        attribute=unit_attribute(request, body.user),
-    )
 
 
 def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
@@ -229,6 +221,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         kind=None,
         created=model.created,
         owned_by=model.entry.backend,
+        stats={},
         source=model.entry.source,
         revision=model.entry.revision,
         state=model.state.value,

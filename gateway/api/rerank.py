@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.access.quotas import Quotas
-from gateway.api.exchange import answer_headers, note_answer, timeout_s, unit_attribute, unless_disconnected
+from gateway.api.exchange import Exchange, timeout_s, unit_attribute
 from gateway.api.json_body import parse_object
 from gateway.api.rerank_schema import RerankBody, RerankResult
 from gateway.api.schema import RERANK_HEADERS, responses
-from gateway.config.settings import Settings
-from gateway.deployment import Deployment
 from gateway.embedding import Vectors
 from gateway.errors import (
     BadInput,
@@ -29,7 +25,6 @@ from gateway.errors import (
 )
 from gateway.middleware import RequestContext
 from gateway.reranking import RerankAnswer, RerankRequest
-from gateway.service import EmbeddingService
 
 _REQUEST = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": RerankBody.model_json_schema()}}}
@@ -61,34 +56,29 @@ DIALECTS = (
 )
 
 
-def rerank_router(service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> APIRouter:
+def rerank_router(exchange: Exchange) -> APIRouter:
     """Return the routes of each dialect."""
     router = APIRouter(tags=["Rerank"])
+    settings = exchange.settings
 
     def endpoint(dialect: Dialect) -> Endpoint:
         async def rerank(request: Request) -> Response:
             """Score texts against a query, the best first."""
-            context = RequestContext.of(request)
-            ticket = await quotas.admit(context.client, context.headers)
+            ticket = await exchange.admit(request)
             body = RerankBody.parse(parse_object(await request.body()))
             texts = body.wanted_documents(settings.max_inputs)
-            shows_texts = body.wants_texts
+            wants_texts = body.wants_texts
             wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
-            async with quotas.reserve(ticket, texts, deployment.fleet.max_tokens, beside=body.query):
-                answer = await unless_disconnected(request, service.rerank(wanted))
-                await quotas.charge(ticket, answer.num_tokens)
-            started = time.monotonic()
-            if shows_texts is None:
-                shows_texts = dialect.shows_documents and not body.is_tei
-            results = _results(answer.scores, texts if shows_texts else None, body, is_plain=dialect.is_plain)
-            content = orjson.dumps(
-                results if body.is_tei else _envelope(context.request_id, answer, results),
-                option=orjson.OPT_SERIALIZE_NUMPY,
-            )
-            timings = replace(answer.timings, serialise_s=time.monotonic() - started)
-            note_answer(context, answer, timings)
-            headers = answer_headers(answer, timings, context.elapsed_s)
-            return Response(content, media_type="application/json", headers=headers)
+            answer = await exchange.rerank(request, ticket, wanted)
+            shows_texts = dialect.shows_documents and not body.is_tei if wants_texts is None else wants_texts
+
+            def render() -> bytes:
+                results = _results(answer.scores, texts if shows_texts else None, body, is_plain=dialect.is_plain)
+                context = RequestContext.of(request)
+                content = results if body.is_tei else _envelope(context.request_id, answer, results)
+                return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+            return exchange.respond(request, answer, render)
 
         return rerank
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 
 from gateway.api.json_body import Json, describe
-from gateway.api.schema import PositiveInteger, RequestBody, Usage, only
+from gateway.api.request_body import RequestBody
+from gateway.api.schema import PositiveInteger, Usage, only
 from gateway.embedding import Truncate
 from gateway.errors import BadInput
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from gateway.api.json_body import Json, describe, integral
+from gateway.api.json_body import describe, integral
+from gateway.api.request_body import RequestBody
 from gateway.embedding import Output, Truncate, canonical_task
 from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 from gateway.vectors import Encoding
@@ -45,28 +46,6 @@ _ENCODING = "`float`, `base64`, `binary` or `ubinary`"
 EncodingName = Literal["float", "base64", "binary", "ubinary"]
 T = TypeVar("T", bool, int, str)
 PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(integral)]
-
-
-class RequestBody(BaseModel):
-    """The JSON of a request. Unknown fields are ignored, and ``null`` means absent."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    @classmethod
-    def parse(cls, content: dict[str, Json]) -> Self:
-        """Validate a parsed body.
-
-        Raises:
-            BadInput: a field is missing or has a value that is not accepted; names the first such field.
-        """
-        given = {name: value for name, value in content.items() if value is not None}
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            field = str(error.errors(include_url=False)[0]["loc"][0])
-        if field not in given:
-            raise BadInput(f"`{field}` is required", param=field)
-        raise BadInput(f"`{field}` must be {cls.model_fields[field].title}, got {describe(given[field])}", param=field)
 
 
 class EmbeddingsBody(RequestBody):
@@ -205,6 +184,7 @@ class ModelCard(BaseModel):
     kind: Literal["embed", "rerank"] | None = Field(description="What it computes: embeddings, or scores of pairs.")
     created: int = Field(description="Unix time at which the model became ready; 0 before.")
     owned_by: str
+    stats: dict[str, float] = Field(description="Always empty; clients of Infinity ask for it.")
     source: str
     revision: str | None
     state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
@@ -243,16 +223,6 @@ class ErrorBody(BaseModel):
     """Every error has this body: three forms of one message, so that each kind of client shows it."""
 
     error: ErrorDetail
-    detail: str
-    message: str
-
-
-class TeiErrorBody(BaseModel):
-    """Every error of TEI's dialect has this body: TEI's two fields, and those of the gateway."""
-
-    error: str
-    error_type: Literal["Validation", "Overloaded", "Unhealthy", "Backend"]
-    code: str
     detail: str
     message: str
 
@@ -333,19 +303,18 @@ def responses(
     model: type[BaseModel],
     *errors: type[RequestError],
     headers: dict[str, dict[str, Any]] | None = None,
-    error_body: type[BaseModel] = ErrorBody,
 ) -> Responses:
     """Describe the answers of an operation: 200, and each error that it can end in."""
-    described = error_responses(*errors, body=error_body)
+    described = error_responses(*errors)
     return {200: {"model": model, "headers": {**_REQUEST_ID, **(headers or {})}}, **described}
 
 
-def error_responses(*errors: type[RequestError], body: type[BaseModel] = ErrorBody) -> Responses:
+def error_responses(*errors: type[RequestError]) -> Responses:
     """Describe the errors that an operation can end in, and those that every operation can."""
     possible: tuple[type[RequestError], ...] = (*errors, Unauthorized, InternalError)
     return {
         error.status: {
-            "model": body,
+            "model": ErrorBody,
             "description": (error.__doc__ or "").partition("\n")[0],
             "headers": {**_REQUEST_ID, **_ERROR_HEADERS.get(error.status, {})},
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
 Report: TypeAlias = Callable[[ModelState, str], None]
 """Takes a model's new state, and the reason for it."""
@@ -36,6 +36,14 @@ class Backend(Protocol):
 
         Raises:
             RequestError: the job was refused or failed; one of the classes in ``gateway.errors``.
+        """
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the model's tokens.
+
+        Raises:
+            ModelNotReady: the model is not loaded.
+            UnsupportedOutput: this backend cannot tell them.
         """
 
     async def stop(self) -> None:

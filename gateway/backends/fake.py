@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gateway.backends.base import Report
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Truncate
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Token, Truncate
 from gateway.errors import ContextLengthExceeded, ModelNotReady
+
+
+class FakeVocabulary:
+    """A word is a token; its id is its place among the words that were seen so far. Each text begins with ``[S]``."""
+
+    def __init__(self) -> None:
+        self._words = ["[S]"]
+
+    def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
+        head = [Token(0, "[S]", is_special=True, start=None, stop=None)] if add_special_tokens else []
+        return [[*head, *(self._token(found) for found in re.finditer(r"\S+", text))] for text in texts]
+
+    def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        return [
+            " ".join(self._words[i] for i in row if i < len(self._words) and (i or not skip_special_tokens))
+            for row in rows
+        ]
+
+    def _token(self, found: re.Match[str]) -> Token:
+        word = found.group()
+        if word not in self._words:
+            self._words.append(word)
+        return Token(self._words.index(word), word, is_special=False, start=found.start(), stop=found.end())
 
 
 class FakeBackend:
@@ -31,6 +55,7 @@ class FakeBackend:
         self._delay_s = delay_s
         self._on_embed = on_embed
         self._is_running = False
+        self._vocabulary = FakeVocabulary()
 
     async def plan(self) -> ModelInfo:
         return self._info
@@ -63,6 +88,9 @@ class FakeBackend:
             truncated=[i for i, n in enumerate(words) if n > limit],
             timings=Timings(0.0, 0.0, self._delay_s),
         )
+
+    def vocabulary(self) -> FakeVocabulary:
+        return self._vocabulary
 
     async def stop(self) -> None:
         self._is_running = False

@@ -14,7 +14,7 @@ import structlog
 from gateway.backends.base import Report
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
 from gateway.errors import InternalError, LoadError, ModelNotReady, ModelRecovering, ShuttingDown
 from gateway.telemetry import metrics
 
@@ -74,11 +74,17 @@ class InfinityBackend:
         return load_engine(plan, self._settings), plan.info
 
     async def embed(self, job: EmbedJob) -> Embeddings:
+        return await self._running().submit(job)
+
+    def vocabulary(self) -> Vocabulary:
+        return self._running().encoders[0].tokenizer
+
+    def _running(self) -> Engine:
         if self._is_stopped:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=5)
         if self._engine is None:
             raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=5)
-        return await self._engine.submit(job)
+        return self._engine
 
     async def stop(self) -> None:
         self._is_stopped = True

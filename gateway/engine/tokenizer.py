@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from gateway.embedding import Truncate
+from gateway.embedding import Token, Truncate
 from gateway.engine.items import Tokens
 from gateway.errors import BadInput, ContextLengthExceeded
 
@@ -46,6 +46,28 @@ class Tokenizer:
         """Return the token ids of a sentence, special tokens included: something real to try a model on."""
         ids: list[int] = self._tokenizer.encode("The quick brown fox jumps over the lazy dog, again and again.").ids
         return ids
+
+    def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
+        """Return all tokens of each text, with their places; see :class:`gateway.embedding.Vocabulary`."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [
+            [
+                Token(id_, name, is_special=True, start=None, stop=None)
+                if is_special
+                else Token(id_, text[start:stop] or name, is_special=False, start=start, stop=stop)
+                for id_, name, is_special, (start, stop) in zip(
+                    encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+                )
+            ]
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Return the text of each row of token ids; see :class:`gateway.embedding.Vocabulary`."""
+        texts: list[str] = self._tokenizer.decode_batch(
+            [list(row) for row in rows], skip_special_tokens=skip_special_tokens
+        )
+        return texts
 
     def tokenise(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0

@@ -794,7 +794,7 @@ async def test_outputs_that_a_model_does_not_have_are_refused(
 ) -> None:
     response = await embed(client, outputs=outputs)
 
-    message = check_error(response, 400, "invalid_input", param="outputs")
+    message = check_error(response, 400, "unsupported_output", param="outputs")
     assert message.startswith(f"`outputs` asks for {missing}")
     assert message.endswith("but model 'mini' returns only: dense")
 

@@ -191,3 +191,34 @@ def test_tokenising_costs_what_is_kept_not_what_was_sent(bundled_encoder: TextEn
     bundled_encoder.tokenizer.tokenise([text], "query: ", truncate)
 
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("text", [TEXTS["empty"], TEXTS["short"], TEXTS["emoji"], TEXTS["some over"]])
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_all_tokens_of_a_text_with_their_places(
+    hugging_face: Any, bundled_tokenizer: Tokenizer, text: str, add_special_tokens: bool
+) -> None:
+    [row] = bundled_tokenizer.split([text], add_special_tokens=add_special_tokens)
+
+    assert [token.id for token in row] == hugging_face(text, add_special_tokens=add_special_tokens)["input_ids"]
+    for token in row:
+        if token.is_special:
+            assert token.text in ("[CLS]", "[SEP]")
+            assert (token.start, token.stop) == (None, None)
+        else:
+            assert token.text == text[token.start : token.stop]
+
+
+def test_token_ids_become_texts_again(bundled_tokenizer: Tokenizer) -> None:
+    rows = bundled_tokenizer.split(["hello world", "a"], add_special_tokens=True)
+    ids = [[token.id for token in row] for row in rows]
+
+    assert bundled_tokenizer.join(ids, skip_special_tokens=True) == ["hello world", "a"]
+    assert bundled_tokenizer.join(ids, skip_special_tokens=False) == ["[CLS] hello world [SEP]", "[CLS] a [SEP]"]
+    assert bundled_tokenizer.join([[2**32 - 1]], skip_special_tokens=True) == [""]
+
+
+@pytest.fixture
+def bundled_tokenizer(bundled_folder: Path) -> Tokenizer:
+    """Return the tokenizer of the model that is always at hand."""
+    return Tokenizer(AutoTokenizer.from_pretrained(bundled_folder).backend_tokenizer, 256)

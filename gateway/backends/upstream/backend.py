@@ -21,7 +21,7 @@ from gateway.backends.upstream.server import Failure, Server
 from gateway.backends.upstream.tasks import Tasks, read_tasks
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Timings, canonical_task
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Timings, Vocabulary, canonical_task
 from gateway.engine import golden
 from gateway.engine.golden import GoldenVector
 from gateway.errors import (
@@ -31,6 +31,7 @@ from gateway.errors import (
     Overloaded,
     RequestError,
     ShuttingDown,
+    UnsupportedOutput,
     UpstreamFailed,
     UpstreamUnavailable,
 )
@@ -275,6 +276,11 @@ class UpstreamBackend:
                 return UpstreamUnavailable(f"{what}, and {failure}", retry_after_s=after)
             case _:
                 return UpstreamFailed(f"{what}, and {failure}")
+
+    def vocabulary(self) -> Vocabulary:
+        raise UnsupportedOutput(
+            f"model {self._entry.id!r} runs elsewhere, and its tokenizer is not here", param="model"
+        )
 
     # -------------------------------------------------------------------------------------------------- watching
 

@@ -1,0 +1,80 @@
+"""What Ollama's clients need to embed: ``/api/embed`` and the list of models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from gateway.api.exchange import Exchange
+from gateway.api.json_body import parse_object
+from gateway.api.request_body import RequestBody
+from gateway.api.schema import PositiveInteger
+from gateway.api.tei_schema import check_batch, listed
+from gateway.embedding import ModelState, Truncate
+from gateway.middleware import RequestContext
+
+# What its clients add to a name that has no tag; with us, a task would stand there.
+_DEFAULT_TAG = ":latest"
+
+
+class OllamaEmbedBody(RequestBody):
+    """``POST /api/embed``. Ollama's ``options`` and ``keep_alive`` are about running models, and ignored."""
+
+    model: str | None = Field(None, title="a string")
+    input: str | list[str] = Field(title="a string or a list of strings")
+    truncate: bool = Field(True, title="true or false")
+    dimensions: PositiveInteger | None = Field(None, title="a positive integer")
+
+
+def ollama_router(exchange: Exchange) -> APIRouter:
+    """Return the routes of the dialect."""
+    router = APIRouter(tags=["Ollama"])
+
+    async def embed(request: Request) -> Response:
+        ticket = await exchange.admit(request)
+        body = OllamaEmbedBody.parse(parse_object(await request.body()))
+        texts = listed(body.input)
+        check_batch(len(texts), exchange.settings.max_inputs, "input")
+        wanted = replace(
+            exchange.begin(request, texts, (body.model or "").removesuffix(_DEFAULT_TAG) or None),
+            truncate=Truncate.END if body.truncate else Truncate.REFUSE,
+            dimensions=body.dimensions,
+            is_normalised=True,  # as Ollama's always are
+        )
+        answer = await exchange.embed(request, ticket, wanted)
+
+        def render() -> bytes:
+            content = {
+                "model": body.model or answer.name,
+                "embeddings": answer.vectors,
+                "total_duration": int(RequestContext.of(request).elapsed_s * 1e9),
+                "load_duration": 0,  # models are loaded before they are asked
+                "prompt_eval_count": answer.num_tokens,
+            }
+            return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+        return exchange.respond(request, answer, render)
+
+    async def tags(request: Request) -> Response:
+        client, registry = RequestContext.of(request).client, exchange.deployment.registry
+        cards = []
+        for model in exchange.deployment.fleet:
+            aliases = registry.aliases_of(model.id)
+            if model.info is None or model.state is not ModelState.READY or not client.may_use(model.id, *aliases):
+                continue
+            facts = {
+                "modified_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
+                "size": model.info.memory_bytes,
+                "digest": model.info.fingerprint,
+                "details": {"format": "safetensors", "family": "", "families": None, "parameter_size": ""},
+            }
+            cards += [{"name": name, "model": name, **facts} for name in (model.id, *aliases)]
+        return Response(orjson.dumps({"models": cards}), media_type="application/json")
+
+    router.add_api_route("/api/embed", embed, methods=["POST"], include_in_schema=False)
+    router.add_api_route("/api/tags", tags, include_in_schema=False)
+    return router

@@ -1,0 +1,282 @@
+"""The dialect of Hugging Face's text-embeddings-inference (TEI), as its release 1.9 speaks it.
+
+At the root for the registry's default model, and under ``/tei/{model}/`` for each: its clients send no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from gateway import __version__
+from gateway.api.exchange import Exchange, unless_disconnected
+from gateway.api.json_body import parse_object
+from gateway.api.tei_schema import (
+    MAX_CHARACTERS,
+    MAX_IDS,
+    Cutting,
+    DecodeBody,
+    EmbedBody,
+    EmbedSparseBody,
+    SimilarityBody,
+    SimilarityInputs,
+    TokenizeBody,
+    check_batch,
+    check_size,
+    listed,
+)
+from gateway.config.settings import Settings
+from gateway.embedding import Output, SparseVector, Timings, Token
+from gateway.errors import DeadlineExceeded, ModelNotReady, UnsupportedOutput
+from gateway.middleware import RequestContext
+from gateway.routing.router import Target
+from gateway.routing.spaces import space_id
+from gateway.service import EmbedAnswer
+
+Handler = Callable[[Request, str | None], Awaitable[Response]]
+T = TypeVar("T")
+
+
+def tei_router(exchange: Exchange) -> APIRouter:
+    """Return the routes of the dialect. ``/rerank`` is one of another room."""
+    router = APIRouter(tags=["TEI"])
+    dialect = _Dialect(exchange)
+
+    def add(name: str, handler: Handler, method: str) -> None:
+        async def of_default(request: Request) -> Response:
+            return await handler(request, None)
+
+        async def of_model(request: Request, model: str) -> Response:
+            return await handler(request, model)
+
+        router.add_api_route(f"/{name}", of_default, methods=[method], include_in_schema=False)
+        router.add_api_route(f"/tei/{{model:path}}/{name}", of_model, methods=[method], include_in_schema=False)
+
+    add("embed", dialect.embed, "POST")
+    add("embed_sparse", dialect.embed_sparse, "POST")
+    add("embed_all", dialect.embed_all, "POST")
+    add("similarity", dialect.similarity, "POST")
+    add("tokenize", dialect.tokenize, "POST")
+    add("decode", dialect.decode, "POST")
+    add("info", dialect.info, "GET")
+
+    async def health(model: str) -> Response:
+        exchange.service.target(model, None, _anybody_may)
+        if exchange.deployment.is_draining:
+            raise ModelNotReady("the gateway is shutting down", retry_after_s=5)
+        return Response()
+
+    router.add_api_route("/tei/{model:path}/health", health, include_in_schema=False)
+    return router
+
+
+class _Dialect:
+    """One method a path. ``model`` is the public name in it, or ``None`` at the root."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._settings = exchange.settings
+        # One at a time: it takes a core, which the models need more.
+        self._tokenising = asyncio.Semaphore(1)
+
+    async def embed(self, request: Request, model: str | None) -> Response:
+        """Answer one vector a text: ``[[float]]``."""
+        ticket = await self._exchange.admit(request)
+        body = EmbedBody.parse(parse_object(await request.body()))
+        texts = self._texts(body)
+        wanted = replace(
+            self._exchange.begin(request, texts, model),
+            task=body.prompt_name or None,
+            truncate=body.wanted_truncation,
+            is_normalised=body.normalize,
+            dimensions=body.dimensions,
+        )
+        answer = await self._exchange.embed(request, ticket, wanted)
+        return self._respond(request, answer, texts, answer.vectors)
+
+    async def embed_sparse(self, request: Request, model: str | None) -> Response:
+        """Answer the weights of each text's tokens: ``[[{index, value}]]``."""
+        ticket = await self._exchange.admit(request)
+        body = EmbedSparseBody.parse(parse_object(await request.body()))
+        texts = self._texts(body)
+        wanted = replace(
+            self._exchange.begin(request, texts, model),
+            task=body.prompt_name or None,
+            truncate=body.wanted_truncation,
+            outputs=(Output.SPARSE,),
+        )
+        answer = await self._exchange.embed(request, ticket, wanted)
+        return self._respond(request, answer, texts, [_sparse(one) for one in answer.sparse or ()])
+
+    async def embed_all(self, request: Request, model: str | None) -> Response:
+        """Refuse: no model here hands out the states that are pooled to its vector."""
+        await self._exchange.admit(request)
+        raise UnsupportedOutput(
+            "un-pooled token vectors are not served; of models with multi-vectors, POST /v1/embeddings with "
+            '`outputs: ["multivector"]` returns one vector a token'
+        )
+
+    async def similarity(self, request: Request, model: str | None) -> Response:
+        """Answer the cosine of one text with each of the others: ``[float]``."""
+        ticket = await self._exchange.admit(request)
+        body = SimilarityBody.parse(parse_object(await request.body()))
+        inputs, parameters = SimilarityInputs.parse(body.inputs), Cutting.parse(body.parameters)
+        if inputs.sentences:  # the source counts as well, as it does there
+            check_batch(len(inputs.sentences) + 1, self._settings.max_inputs, "inputs.sentences")
+        else:
+            check_batch(0, self._settings.max_inputs, "inputs.sentences")
+        texts = [inputs.source_sentence, *inputs.sentences]
+        wanted = replace(
+            self._exchange.begin(request, texts, model),
+            task=parameters.prompt_name or None,
+            truncate=parameters.wanted_truncation,
+            is_normalised=True,
+        )
+        answer = await self._exchange.embed(request, ticket, wanted)
+        # Rounding can take the cosine of equal texts past 1.
+        cosines = np.clip(answer.vectors[1:] @ answer.vectors[0], -1, 1)
+        return self._respond(request, answer, texts, cosines)
+
+    async def tokenize(self, request: Request, model: str | None) -> Response:
+        """Answer each text's tokens: ``[[{id, text, special, start, stop}]]``."""
+        await self._exchange.admit(request)
+        body = TokenizeBody.parse(parse_object(await request.body()))
+        texts = listed(body.inputs)
+        check_batch(len(texts), self._settings.max_inputs, "inputs")
+        check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
+        target = self._target(request, model, body.prompt_name or None)
+        if body.prompt_name and target.task is not None:
+            texts = [target.info.tasks[target.task] + text for text in texts]
+        vocabulary = target.model.backend.vocabulary()
+
+        def split() -> bytes:
+            rows = vocabulary.split(texts, add_special_tokens=body.add_special_tokens)
+            return orjson.dumps([[_token(token) for token in row] for row in rows])
+
+        return _about(target, await self._in_thread(request, split))
+
+    async def decode(self, request: Request, model: str | None) -> Response:
+        """Answer the text of each list of token ids: ``[string]``."""
+        await self._exchange.admit(request)
+        body = DecodeBody.parse(parse_object(await request.body()))
+        rows = body.rows
+        check_batch(len(rows), self._settings.max_inputs, "ids")
+        check_size(sum(map(len, rows)), MAX_IDS, "ids", "token ids")
+        target = self._target(request, model, None)
+        vocabulary = target.model.backend.vocabulary()
+
+        def join() -> bytes:
+            return orjson.dumps(vocabulary.join(rows, skip_special_tokens=body.skip_special_tokens))
+
+        return _about(target, await self._in_thread(request, join))
+
+    async def info(self, request: Request, model: str | None) -> Response:
+        """Say what the model is, and what a request may have."""
+        target = self._target(request, model, None)
+        return _about(target, orjson.dumps(_info(target, self._settings)))
+
+    def _texts(self, body: EmbedSparseBody) -> list[str]:
+        texts = listed(body.inputs)
+        check_batch(len(texts), self._settings.max_inputs, "inputs")
+        return texts
+
+    def _target(self, request: Request, model: str | None, task: str | None) -> Target:
+        context = RequestContext.of(request)
+        target = self._exchange.service.target(model, task, context.client.may_use)
+        context.model = target.model.id
+        return target
+
+    async def _in_thread(self, request: Request, work: Callable[[], T]) -> T:
+        """Do what holds a core for a while, when its turn comes.
+
+        Raises:
+            DeadlineExceeded: its turn did not come in time.
+            ClientDisconnected: the client went away first.
+        """
+        limit_s = self._settings.request_timeout_s
+
+        async def in_turn() -> T:
+            async with self._tokenising:
+                return await asyncio.to_thread(work)
+
+        try:
+            async with asyncio.timeout(limit_s):
+                return await unless_disconnected(request, in_turn())
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request was not done in {limit_s:g} s; others were before it") from None
+
+    def _respond(self, request: Request, answer: EmbedAnswer, texts: Sequence[str], content: object) -> Response:
+        def describe_times(timings: Timings, elapsed_s: float) -> dict[str, str]:
+            return {
+                "x-compute-characters": str(sum(map(len, texts))),
+                "x-compute-tokens": str(answer.num_tokens),
+                "x-total-time": _ms(elapsed_s),
+                "x-tokenization-time": _ms(timings.tokenise_s),
+                "x-queue-time": _ms(timings.queue_s),
+                "x-inference-time": _ms(timings.inference_s),
+            }
+
+        def render() -> bytes:
+            return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+        return self._exchange.respond(request, answer, render, describe_times)
+
+
+def _anybody_may(*_names: str) -> bool:
+    """Let a probe pass: it carries no key, and ``GET /health`` tells the state of every model as well."""
+    return True
+
+
+def _ms(seconds: float) -> str:
+    """Write a time as TEI does: whole milliseconds."""
+    return str(int(seconds * 1000))
+
+
+def _sparse(vector: SparseVector) -> list[dict[str, object]]:
+    return [
+        {"index": index, "value": value} for index, value in zip(vector.indices.tolist(), vector.values, strict=True)
+    ]
+
+
+def _token(token: Token) -> dict[str, object]:
+    fields = asdict(token)
+    fields["special"] = fields.pop("is_special")
+    return fields
+
+
+def _about(target: Target, content: bytes) -> Response:
+    """Answer something about a model that is no embedding."""
+    info = target.info
+    headers = {
+        "x-gateway-model": info.id,
+        "x-gateway-space": space_id(info, target.task, info.width, is_normalised=info.is_normalised),
+    }
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _info(target: Target, settings: Settings) -> dict[str, Any]:
+    info = target.info
+    return {
+        "model_id": info.source,
+        "model_sha": target.model.entry.revision,
+        "model_dtype": info.dtype,
+        "served_model_name": info.id,
+        "model_type": {"embedding": {"pooling": info.pooling}},
+        "max_concurrent_requests": settings.max_queue_texts,
+        "max_input_length": info.max_tokens,
+        # Where the registry says none, it depends on the device, and is never less than the longest text.
+        "max_batch_tokens": target.model.entry.max_batch_tokens or info.max_tokens,
+        "max_batch_requests": None,
+        "max_client_batch_size": settings.max_inputs,
+        "auto_truncate": True,
+        "tokenization_workers": 1,
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }

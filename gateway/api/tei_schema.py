@@ -1,0 +1,121 @@
+"""What requests of text-embeddings-inference (TEI) may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from gateway.api.json_body import Json
+from gateway.api.request_body import RequestBody
+from gateway.api.schema import PositiveInteger
+from gateway.embedding import Truncate
+from gateway.errors import BadInput, EmptyInput
+
+_TEXTS = "a string or a list of strings"
+_IDS = "a list of token ids, or a list of such lists"
+_BOOL = "true or false"
+# Of all texts, and of all ids, of one request: their tokens are written out one by one.
+MAX_CHARACTERS = 1_000_000
+MAX_IDS = 250_000
+
+
+def _lower(value: Json) -> Json:
+    return value.lower() if isinstance(value, str) else value
+
+
+Direction = Annotated[Literal["left", "right"], BeforeValidator(_lower)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Cutting(RequestBody):
+    """What is done with a text that is too long, and what is put before each; part of several requests."""
+
+    truncate: bool = Field(True, title=_BOOL)
+    truncation_direction: Direction = Field("right", title="`Left` or `Right`")
+    prompt_name: str | None = Field(None, title="a string")
+
+    @property
+    def wanted_truncation(self) -> Truncate:
+        if not self.truncate:
+            return Truncate.REFUSE
+        return Truncate.END if self.truncation_direction == "right" else Truncate.START
+
+
+class EmbedSparseBody(Cutting):
+    """``POST /embed_sparse``."""
+
+    inputs: str | list[str] = Field(title=_TEXTS)
+
+
+class EmbedBody(EmbedSparseBody):
+    """``POST /embed``."""
+
+    normalize: bool = Field(True, title=_BOOL)
+    dimensions: PositiveInteger | None = Field(None, title="a positive integer")
+
+
+class SimilarityInputs(RequestBody):
+    """A text, and those that it is compared with."""
+
+    source_sentence: str = Field(title="a string")
+    sentences: list[str] = Field(title="a list of strings")
+
+
+class SimilarityBody(RequestBody):
+    """``POST /similarity``."""
+
+    inputs: dict[str, Any] = Field(title="an object with `source_sentence` and `sentences`")
+    parameters: dict[str, Any] = Field(default_factory=dict, title="an object")
+
+
+class TokenizeBody(RequestBody):
+    """``POST /tokenize``."""
+
+    inputs: str | list[str] = Field(title=_TEXTS)
+    add_special_tokens: bool = Field(True, title=_BOOL)
+    prompt_name: str | None = Field(None, title="a string")
+
+
+class DecodeBody(RequestBody):
+    """``POST /decode``."""
+
+    ids: list[TokenId] | list[list[TokenId]] = Field(title=_IDS)
+    skip_special_tokens: bool = Field(True, title=_BOOL)
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The lists of ids; a single one counts as a list of one."""
+        rows = [row for row in self.ids if isinstance(row, list)]
+        ids = [id_ for id_ in self.ids if isinstance(id_, int)]
+        return [ids] if ids else rows
+
+
+def listed(inputs: str | list[str]) -> list[str]:
+    """Return the texts of ``inputs``; a single one counts as a list of one."""
+    return [inputs] if isinstance(inputs, str) else inputs
+
+
+def check_batch(num_items: int, limit: int, field: str) -> None:
+    """Refuse a batch that has nothing, or too much, in it.
+
+    Raises:
+        EmptyInput: there is nothing in it.
+        BadInput: it is larger than ``limit``; in TEI's words.
+    """
+    if num_items == 0:
+        raise EmptyInput(f"`{field}` cannot be empty: send at least one", param=field)
+    if num_items > limit:
+        raise BadInput(
+            f"batch size {num_items} > maximum allowed batch size {limit}: send several requests", param=field
+        )
+
+
+def check_size(size: int, limit: int, field: str, unit: str) -> None:
+    """Refuse a request whose answer would be too long.
+
+    Raises:
+        BadInput: it has more than ``limit`` of ``unit``.
+    """
+    if size > limit:
+        raise BadInput(f"`{field}` has {size} {unit}, the limit is {limit}: send several requests", param=field)
