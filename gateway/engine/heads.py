@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -140,7 +141,8 @@ def _read_tensors(files: Sequence[Path], layers: Sequence[str | None]) -> dict[s
             with safe_open(path, framework="pt") as tensors:
                 found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
         else:
-            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # The format before torch 1.6 is no zip file, and cannot be mapped.
+            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             found |= {name: whole[name].clone() for name in names & set(whole)}
     return found
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder
 from tokenizers import processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -194,13 +195,28 @@ def test_modernbert_falls_back_to_torch(make_reranker: MakeReranker, load: Load,
     np.testing.assert_allclose(score(encoder, QUERY, DOCUMENTS), reference(folder, QUERY, DOCUMENTS), atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_sentence_transformers_saves_gives_its_scores(
+    model_type: str, make_reranker: MakeReranker, load: Load, tmp_path: Path
+) -> None:
+    theirs = CrossEncoder(str(make_reranker(model_type)), device="cpu")
+    theirs.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    short = [text for text in DOCUMENTS if text is not LONG]
+    expected = theirs.predict([(QUERY, text) for text in short], activation_fn=nn.Identity())
+
+    scores = score(load(tmp_path / "saved", "torch"), QUERY, short)
+
+    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
 def test_pickled_weights_give_the_same(
-    make_reranker: MakeReranker, copy: Copy, load: Load, reference: Reference
+    is_zip: bool, make_reranker: MakeReranker, copy: Copy, load: Load, reference: Reference
 ) -> None:
     folder = copy(make_reranker("xlm-roberta"))
     expected = reference(folder, QUERY, DOCUMENTS)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(model.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
     (folder / "model.safetensors").unlink()
 
     np.testing.assert_allclose(score(load(folder, "torch"), QUERY, DOCUMENTS), expected, atol=1e-4)
