@@ -286,6 +286,20 @@ ROWS = [
         ],
     ),
     Row(
+        "Models that run elsewhere",
+        [
+            Panel(
+                "Requests to servers",
+                [Query(rate("gateway_upstream_requests_total", "model, server, outcome"), "{{server}} {{outcome}}")],
+                unit="reqps",
+            ),
+            Panel("Latency of servers", quantiles("gateway_upstream_seconds", "server"), unit="s"),
+            Panel("Texts on their way", [Query(f"gateway_upstream_texts{{{_MODEL}}}", "{{model}} {{server}}")]),
+            Panel("Servers that take part", [Query(f"gateway_upstream_up{{{_MODEL}}}", "{{model}} {{server}}")]),
+            Panel("Sent again", [Query(rate("gateway_upstream_retries_total", "model"), "{{model}}")], unit="reqps"),
+        ],
+    ),
+    Row(
         "Machine",
         [
             Panel("GPU memory", [Query("gateway_gpu_memory_bytes", "{{device}} {{kind}}")], unit="bytes"),

@@ -30,7 +30,7 @@ from gateway.verification import verify as verify_model
 
 MakeCheckpoint = Callable[..., Path]
 TASKS = {"query": "query: ", "passage": "passage: "}
-NUM_TEXTS = len(golden._TEXTS)
+NUM_TEXTS = len(golden.TEXTS)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_p
     back = read(path, "some fingerprint", ["retrieval.query"])
 
     assert [(one.text, one.task) for one in back] == [
-        (text, task) for task in (None, "retrieval.query") for text in golden._TEXTS
+        (text, task) for task in (None, "retrieval.query") for text in golden.TEXTS
     ]
     for one, original in zip(back, recorded, strict=True):
         assert one.vector.dtype == np.float32

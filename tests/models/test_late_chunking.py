@@ -191,7 +191,7 @@ async def test_dimensions_are_cut_and_normalised(client: httpx.AsyncClient) -> N
         ),
         pytest.param({"input": ["fox", ""]}, "invalid_input", "input[1] has no tokens", id="an empty chunk"),
         pytest.param({"model": "m3"}, "invalid_input", "needs the mean over token states", id="pools the first token"),
-        pytest.param({"outputs": ["dense", "sparse"]}, "invalid_input", "returns only: dense", id="other outputs"),
+        pytest.param({"outputs": ["dense", "sparse"]}, "unsupported_output", "returns only: dense", id="other outputs"),
     ],
 )
 async def test_what_cannot_be_is_a_400(
