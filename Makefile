@@ -42,11 +42,13 @@ run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev test check format docs bench loadtest soak image-proof lock clean
+.PHONY: install-dev install-clients test check format docs bench loadtest soak image-proof lock clean
 
 install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
 
-test: install-dev ## Run the tests
+install-clients: install-dev build/clients/.installed ## Also install clients that the tests run in environments of their own
+
+test: install-clients ## Run the tests
 	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 check: install-dev ## Check format, lint, types, imports, generated docs and the locks
@@ -100,3 +102,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed-run requirements/dev.lock
 
 build/lock/.installed: requirements/install.sh
 	@$(INSTALL) lock-tools
+
+build/clients/.installed: requirements/clients-apart.lock requirements/infinity-client.lock \
+  tests/clients/node/package-lock.json build/lock/.installed | $(VENV)/.installed-dev
+	@$(INSTALL) clients

@@ -2,6 +2,7 @@
 # Installs the gateway into .venv. Called by the Makefile, from the repository root:
 #   requirements/install.sh run         torch, run.lock and the gateway itself
 #   requirements/install.sh dev         dev.lock as well
+#   requirements/install.sh clients     further clients that the tests run, into build/clients
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
 #   requirements/install.sh lock-tools  what requirements/lock.py needs, into build/lock
 # Reads PYTHON and TORCH_INDEX, which the Makefile explains, and pip's own settings (PIP_INDEX_URL, pip.conf ...).
@@ -21,9 +22,10 @@ main() {
     case "${1:-}" in
         run) install_run ;;
         dev) install_dev ;;
+        clients) install_clients ;;
         verify) verify ;;
         lock-tools) install_lock_tools ;;
-        *) fail "usage: requirements/install.sh run | dev | verify | lock-tools" ;;
+        *) fail "usage: requirements/install.sh run | dev | clients | verify | lock-tools" ;;
     esac
 }
 
@@ -52,6 +54,26 @@ install_dev() {
     say "packages of requirements/dev.lock"
     pip_install --no-deps -r requirements/dev.lock
     end dev
+}
+
+# Clients that cannot share an environment with the gateway, nor all with each other. uv takes seconds for what takes pip
+# minutes, and here is no torch, which uv would take with CUDA.
+install_clients() {
+    mkdir -p build/clients
+    for name in clients-apart infinity-client; do
+        say "packages of requirements/$name.lock"
+        rm -rf "build/clients/$name"
+        "$VENV/bin/python" -m venv --without-pip "build/clients/$name"
+        build/lock/bin/uv pip sync --quiet --python "build/clients/$name/bin/python" "requirements/$name.lock"
+    done
+    if command -v npm >/dev/null 2>&1; then
+        say "packages of tests/clients/node/package-lock.json"
+        rm -rf build/clients/node
+        mkdir build/clients/node
+        cp tests/clients/node/package.json tests/clients/node/package-lock.json build/clients/node
+        npm ci --prefix build/clients/node --ignore-scripts --no-audit --no-fund --loglevel=error
+    fi
+    touch build/clients/.installed
 }
 
 verify() {

@@ -18,6 +18,8 @@ FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
 EXTRAS = ["bundled", "compare", "redis", "tiktoken", "tracing"]
 GROUPS = ["dev", "clients"]
+# Groups with an environment and a lock of their own, which have nothing of the gateway's in them.
+APART = ["clients-apart", "infinity-client"]
 
 # infinity-emb 0.0.78 asks for numpy < 2 for the sake of onnx alone, which the gateway doesn't use; numpy 1.26 has no
 # wheel for Python 3.13. This is also why the locks are installed with --no-deps.
@@ -69,6 +71,13 @@ HEADERS = {
 # The build backend of pyproject.toml, held still while the project itself is installed:
 #   pip install --no-deps --build-constraint requirements/build.lock -e .
 """,
+    **{
+        name: f"""\
+# Clients that the tests run in an environment of their own, build/clients/{name}: the dependency group of this name in
+# pyproject.toml. Installed by requirements/install.sh clients.
+"""
+        for name in APART
+    },
 }
 
 
@@ -109,7 +118,7 @@ class Line:
 
 
 def main() -> None:
-    """Write the four locks."""
+    """Write all locks."""
     upgrade = sys.argv[1:]
     extras = [f"--extra={extra}" for extra in EXTRAS]
     groups = [f"--group={group}" for group in GROUPS]
@@ -123,11 +132,17 @@ def main() -> None:
         [str(PYPROJECT), *extras, *groups, *upgrade], preferred=["dev"], requirements=[], constraints=pins
     )
     build = compile_lock(upgrade, preferred=["build"], requirements=backend, constraints=[])
+    apart = {
+        name: compile_lock([f"--group={PYPROJECT}:{name}", *upgrade], preferred=[name], requirements=[], constraints=[])
+        for name in APART
+    }
 
     write("torch", [line for line in run if TORCH.match(line.pin)])
     write("run", [line for line in run if not TORCH.match(line.pin)])
     write("dev", [line for line in both if line.requirement not in pins])
     write("build", build)
+    for name, lines in apart.items():
+        write(name, lines)
 
 
 def compile_lock(

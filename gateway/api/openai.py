@@ -68,7 +68,7 @@ def openai_router(exchange: Exchange) -> APIRouter:
         body = EmbeddingsBody.parse(parse_object(await request.body()))
         texts = parse_input(body.input, settings.max_inputs, decoder)
         wanted = replace(
-            exchange.begin(request, texts, model or body.model or None, body.user),
+            exchange.begin(request, texts, model or body.model, body.user),
             task=body.wanted_task,
             dimensions=body.wanted_dimensions,
             is_normalised=body.wants_normalised,

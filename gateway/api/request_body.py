@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from gateway.api.json_body import Json, describe
 from gateway.errors import BadInput
+
+# The second is what Infinity's own client sends when it is told of no model.
+_NO_MODEL = ("", "default/not-specified")
+
+ModelName: TypeAlias = Annotated[str, AfterValidator(lambda name: None if name in _NO_MODEL else name)]
+"""The name of a model; what means that none was named becomes ``None``."""
 
 
 class RequestBody(BaseModel):

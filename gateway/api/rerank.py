@@ -110,7 +110,7 @@ def _rerank_request(request: Request, body: RerankBody, texts: list[str], patien
     return RerankRequest(
         query=body.query,
         texts=texts,
-        model=body.model or None,
+        model=body.model,
         timeout_s=patience_s,
         caller=context.caller,
         truncate=body.wanted_truncation,

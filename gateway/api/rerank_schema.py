@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 
 from gateway.api.json_body import Json, describe
-from gateway.api.request_body import RequestBody
+from gateway.api.request_body import ModelName, RequestBody
 from gateway.api.schema import PositiveInteger, Usage, only
 from gateway.embedding import Truncate
 from gateway.errors import BadInput
@@ -37,7 +37,7 @@ class RerankBody(RequestBody):
     texts: Annotated[Any, WithJsonSchema(_TEXTS_SCHEMA)] = Field(
         None, description="Same as `documents`, for an answer of TEI's shape."
     )
-    model: str | None = Field(
+    model: ModelName | None = Field(
         None, description="Model id, alias or source; may be left out where only one model reranks.", title="a string"
     )
     top_n: PositiveInteger | None = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from gateway.api.json_body import describe, integral
-from gateway.api.request_body import RequestBody
+from gateway.api.request_body import ModelName, RequestBody
 from gateway.embedding import Output, Truncate, canonical_task
 from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 from gateway.vectors import Encoding
@@ -52,7 +52,7 @@ class EmbeddingsBody(RequestBody):
     """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
-    model: str | None = Field(
+    model: ModelName | None = Field(
         None, description="Model id, alias, the source's own name, or `id:task`.", title="a string"
     )
     dimensions: PositiveInteger | None = Field(

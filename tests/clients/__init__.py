@@ -1,7 +1,6 @@
 """Unmodified clients against a real gateway: its process, a socket, the bundled model.
 
-What is tested is what people install. The one client that isn't run is LiteLLM: it pins ``openai<3`` (as of 1.106.2),
-and openai-python, Mem0, LangChain and LlamaIndex are tested here with openai 3. One environment can't hold both, and
-with openai held back, the others would be tested with a library that new installations don't get. ``test_litellm.py``
-sends the request bodies that LiteLLM was recorded sending, and checks the fields that it reads.
+What is tested is what people install, in the versions that new installations get. One environment cannot hold all of it:
+LiteLLM takes no openai 3, infinity_client no httpx 0.28. ``apart`` runs those in environments of their own, and ``node`` is
+for Node.
 """

