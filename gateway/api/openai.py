@@ -97,9 +97,7 @@ def openai_router(exchange: Exchange) -> APIRouter:
             raise ModelNotAllowed(f"this API key is not for model {model.id!r}", param="model")
         return Response(model_card(model, deployment.registry, task).model_dump_json(), media_type="application/json")
 
-    for path in _PATHS_WITH_MODEL:
-        router.add_api_route(path, embeddings_of, methods=["POST"], include_in_schema=False)
-    router.add_api_route("/openai/v1/embeddings", embeddings, methods=["POST"], include_in_schema=False)
+    # Routes are tried in this order: the path that nearly every request has comes first.
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
             f"{prefix}/embeddings",
@@ -132,6 +130,9 @@ def openai_router(exchange: Exchange) -> APIRouter:
             responses=responses(ModelCard, BadInput, ModelNotAllowed, ModelNotFound),
             include_in_schema=is_shown,
         )
+    for path in _PATHS_WITH_MODEL:
+        router.add_api_route(path, embeddings_of, methods=["POST"], include_in_schema=False)
+    router.add_api_route("/openai/v1/embeddings", embeddings, methods=["POST"], include_in_schema=False)
     return router
 
 
