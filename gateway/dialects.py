@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 
 from gateway.errors import (
     BadInput,
@@ -16,6 +17,15 @@ from gateway.errors import (
     RequestError,
     UnsupportedOutput,
 )
+
+
+class ErrorForm(Enum):
+    """What an error looks like: clients of one API do not understand that of another."""
+
+    OPENAI = "openai"
+    TEI = "tei"
+    OLLAMA = "ollama"
+
 
 _TEI_ROOT_PATHS = frozenset(("/embed", "/embed_all", "/embed_sparse", "/similarity", "/tokenize", "/decode", "/info"))
 # Below /tei/ there are two paths of OpenAI's, for clients of TEI that speak that.
@@ -42,12 +52,19 @@ def is_tei_probe(path: str) -> bool:
     return _TEI_PROBE.fullmatch(path) is not None
 
 
-def render_error(error: RequestError, path: str) -> tuple[int, dict[str, object]]:
-    """Return the status and the body of an error, in the form that clients of a path look for.
+def error_form(path: str) -> ErrorForm:
+    """Return the form that clients of a path look for."""
+    if path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
+        return ErrorForm.TEI
+    return ErrorForm.OLLAMA if path in _OLLAMA_PATHS else ErrorForm.OPENAI
+
+
+def render_error(error: RequestError, form: ErrorForm) -> tuple[int, dict[str, object]]:
+    """Return the status and the body of an error.
 
     TEI's form has our own ``message`` and ``detail`` beside its two fields: its clients ignore what they do not know.
     """
-    if path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
+    if form is ErrorForm.TEI:
         status, error_type = _tei_error(error)
         return status, {
             "error": error.message,
@@ -55,7 +72,7 @@ def render_error(error: RequestError, path: str) -> tuple[int, dict[str, object]
             "message": error.message,
             "detail": error.message,
         }
-    if path in _OLLAMA_PATHS:
+    if form is ErrorForm.OLLAMA:
         return error.status, {"error": error.message}
     # One message in the three forms that clients look for.
     return error.status, {

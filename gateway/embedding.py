@@ -13,6 +13,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gateway.errors import BadInput
+
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
 
@@ -21,12 +23,22 @@ MultiVector: TypeAlias = npt.NDArray[np.float32]
 """A vector for each token of one text: shape ``(t, d)``, float32, each of L2 norm 1."""
 
 
+States: TypeAlias = npt.NDArray[np.float32]
+"""The last hidden state of each token of one text: shape ``(t, d)``, float32, special tokens included."""
+
+
 class Output(StrEnum):
     """A kind of representation that a model can return for a text."""
 
     DENSE = "dense"
     SPARSE = "sparse"
     MULTIVECTOR = "multivector"
+    STATES = "states"
+    """What is pooled to the dense vector: of every model whose ``ModelInfo.has_states``, and of TEI's clients alone."""
+
+
+PER_TOKEN = frozenset({Output.MULTIVECTOR, Output.STATES})
+"""Outputs that are as large as their text is long."""
 
 
 class ModelKind(StrEnum):
@@ -89,6 +101,7 @@ class ModelInfo:
         default_task: the task of a request that names none; ``None`` for a model without tasks.
         instruction: what is put before a text that has no task.
         has_raw: whether vectors can be had as they were pooled, not normalised.
+        has_states: whether the states of a text's tokens can be had, beside ``outputs``.
         kind: what it computes; the ``width`` of a model that reranks is 1.
     """
 
@@ -111,6 +124,7 @@ class ModelInfo:
     default_task: str | None = None
     instruction: str = ""
     has_raw: bool = True
+    has_states: bool = False
     kind: ModelKind = ModelKind.EMBED
 
 
@@ -120,13 +134,14 @@ class EmbedJob:
 
     Attributes:
         task: one of ``ModelInfo.tasks``, or ``None`` for no task.
-        outputs: what to compute for each text; some of ``ModelInfo.outputs``.
+        outputs: what to compute for each text; some of ``ModelInfo.outputs``, or ``STATES``.
         is_late_chunked: the texts are consecutive chunks of one document, which is encoded as a whole; the vector of a
             chunk is the mean over its own tokens.
         deadline: point on ``time.monotonic()`` after which nobody waits for the answer.
         caller: whom the work is for; work of different callers shares the device fairly.
         query: what the texts are scored against, by a model that reranks: the vector of a text is then its score.
         max_text_tokens: where each text is cut before it is put together with the query; ``None`` for no such limit.
+        max_total_tokens: how many tokens all texts may have together, after truncation; ``None`` for no such limit.
     """
 
     texts: Sequence[str]
@@ -138,6 +153,20 @@ class EmbedJob:
     is_late_chunked: bool = False
     query: str | None = None
     max_text_tokens: int | None = None
+    max_total_tokens: int | None = None
+
+    def check_total(self, num_tokens: int) -> None:
+        """Refuse texts that have too many tokens together.
+
+        Raises:
+            BadInput: they have more than ``max_total_tokens``.
+        """
+        if self.max_total_tokens is not None and num_tokens > self.max_total_tokens:
+            per_token = ", ".join(sorted(output.value for output in self.outputs & PER_TOKEN))
+            raise BadInput(
+                f"the texts have at least {num_tokens} tokens together, and the limit where each has a vector in the answer "
+                f"({per_token}) is {self.max_total_tokens}: send several requests"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +203,7 @@ class Embeddings:
         truncated: indices of the texts that were cut, ascending.
         sparse: token weights of each text, if they were asked for.
         multivectors: token vectors of each text, if they were asked for.
+        states: token states of each text, if they were asked for.
     """
 
     vectors: Vectors
@@ -182,6 +212,7 @@ class Embeddings:
     timings: Timings
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
+    states: Sequence[States] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.access.body import Body
 from gateway.access.keyring import Client, Keyring
 from gateway.config.settings import Settings
-from gateway.dialects import is_tei_probe, render_error
+from gateway.dialects import ErrorForm, error_form, is_tei_probe, render_error
 from gateway.embedding import Timings
 from gateway.errors import (
     BodyTooSlow,
@@ -58,6 +58,7 @@ class RequestContext:
         api_key: hex sha256 of the key that the request carries, also where none is asked for.
         key_owner: whose key that is: the client's name where keys are known, else the key's hash.
         trace_ids: what joins a log line to the request's trace, if that is recorded.
+        error_form: what an error looks like: as the path says, unless the body tells that another API's client asks.
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class RequestContext:
     experiment: str | None = None
     arm: str | None = None
     trace_ids: Mapping[str, str] = field(default_factory=dict)
+    error_form: ErrorForm = ErrorForm.OPENAI
 
     @classmethod
     def of(cls, request: Request) -> RequestContext:
@@ -124,6 +126,7 @@ class GatewayMiddleware:
         context = RequestContext(_request_id(headers), Client(scope["client"][0] if scope.get("client") else "unknown"))
         scope[_CONTEXT] = context
         scope["path"] = _normalise_path(scope["path"])
+        context.error_form = error_form(scope["path"])
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -148,14 +151,14 @@ class GatewayMiddleware:
                 await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
                 context.error_code = error.code
-                await send_error(error, scope["path"], send_with_id, body.drain)
+                await send_error(error, context.error_form, send_with_id, body.drain)
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
                 log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
                 context.error_code = InternalError.code
                 if context.status:
                     raise  # the answer has begun: all that is left is to cut the connection
                 message = f"internal error; the log has more under request id {context.request_id}"
-                await send_error(InternalError(message), scope["path"], send_with_id, body.drain)
+                await send_error(InternalError(message), context.error_form, send_with_id, body.drain)
         _record(scope, context)
 
     async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: Body, send: Send) -> None:
@@ -188,14 +191,13 @@ def _normalise_path(path: str) -> str:
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
-async def send_error(error: RequestError, path: str, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
-    """Render an error: in the form that clients of the path look for, with the headers that steer retries.
+async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
+    """Render an error: in the form that its client looks for, with the headers that steer retries.
 
     Args:
-        path: that of the request, without doubled and trailing slashes.
         drain: awaited after the answer has been sent and before it is ended, which may close the connection.
     """
-    status, content = render_error(error, path)
+    status, content = render_error(error, form)
     body = orjson.dumps(content)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.retry_after_s is not None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from gateway import vectors as vector_math
 from gateway.backends.fleet import Fleet
 from gateway.embedding import EmbedJob, ModelKind, Timings, Truncate, Vectors
-from gateway.errors import BadInput, ModelNotReady
+from gateway.errors import BadInput, ModelNotReady, UnsupportedOutput
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, Router, Target
 
@@ -96,7 +96,7 @@ def check_kind(fleet: Fleet, choice: Choice, kind: ModelKind) -> None:
     """Refuse a model that computes something else than what is asked for.
 
     Raises:
-        BadInput: names the models that would fit.
+        UnsupportedOutput: names the models that would fit.
     """
     info = choice.model.info
     if info is None or info.kind is kind:  # of a model that has not been read, the router knows what to say
@@ -106,7 +106,7 @@ def check_kind(fleet: Fleet, choice: Choice, kind: ModelKind) -> None:
         message = f"model {choice.asked!r} embeds texts and does not rerank; models that rerank: {others}"
     else:
         message = f"model {choice.asked!r} reranks texts and does not embed; models that embed: {others}"
-    raise BadInput(message, param="model")
+    raise UnsupportedOutput(message, param="model")
 
 
 async def score_on(target: Target, choice: Choice, request: RerankRequest) -> RerankAnswer:

@@ -13,11 +13,13 @@ from typing import TypeVar
 from gateway import vectors as vector_math
 from gateway.deployment import Deployment
 from gateway.embedding import (
+    PER_TOKEN,
     EmbedJob,
     ModelKind,
     MultiVector,
     Output,
     SparseVector,
+    States,
     Timings,
     Truncate,
     Vectors,
@@ -61,6 +63,7 @@ class EmbedRequest:
         encoding: how the caller wants to have the vectors written, for the trace.
         attribute: looks up what the unit of an experiment can be made from.
         may_use: whether the caller may use a model that has these names.
+        max_token_vectors: how many tokens the texts may have together, if the answer has a vector of each.
     """
 
     texts: Sequence[str]
@@ -77,6 +80,7 @@ class EmbedRequest:
     encoding: str | None = None
     attribute: Attribute = no_attribute
     may_use: Callable[..., bool] = lambda *_names: True
+    max_token_vectors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class EmbedAnswer:
     has_dense: bool = True
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
+    states: Sequence[States] | None = None
     assignment: Assignment | None = None
 
     @property
@@ -307,7 +312,9 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
             param="normalized",
         )
     _check_outputs(target, request)
-    space = space_id(info, target.task, dimensions, is_normalised=is_normalised)
+    outputs = frozenset(request.outputs)
+    output = Output.STATES if Output.STATES in outputs else Output.DENSE
+    space = space_id(info, target.task, dimensions, is_normalised=is_normalised, output=output)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):
         raise SpaceMismatch(
             f"the vectors would be in space {space}, and the request expects {request.expect_space}: they could not "
@@ -320,11 +327,12 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
             truncate=request.truncate,
             deadline=time.monotonic() + request.timeout_s,
             caller=request.caller,
-            outputs=frozenset(request.outputs),
+            outputs=outputs,
             is_late_chunked=request.is_late_chunked,
+            max_total_tokens=request.max_token_vectors if outputs & PER_TOKEN else None,
         )
     )
-    vector_math.require_finite(result.sparse or (), result.multivectors or ())
+    vector_math.require_finite(result.sparse or (), result.multivectors or (), result.states or ())
     return EmbedAnswer(
         vectors=vector_math.finish(
             result.vectors, (len(request.texts), info.width), dimensions, normalise=is_normalised
@@ -336,9 +344,10 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
         num_tokens=sum(result.num_tokens),
         truncated=result.truncated,
         timings=result.timings,
-        has_dense=Output.DENSE in request.outputs,
+        has_dense=Output.DENSE in outputs,
         sparse=result.sparse,
         multivectors=result.multivectors,
+        states=result.states,
         assignment=choice.assignment,
     )
 
@@ -359,7 +368,9 @@ def _dimensions(target: Target, wanted: int | None) -> int:
 
 def _check_outputs(target: Target, request: EmbedRequest) -> None:
     info = target.info
-    missing = [output.value for output in request.outputs if output not in info.outputs]
+    if Output.STATES in request.outputs and not info.has_states:
+        raise UnsupportedOutput(f"model {info.id!r} runs elsewhere, and its un-pooled token vectors cannot be had here")
+    missing = [output.value for output in request.outputs if output not in (*info.outputs, Output.STATES)]
     if missing:
         raise UnsupportedOutput(
             f"`outputs` asks for {', '.join(missing)}, but model {info.id!r} returns only: {', '.join(info.outputs)}",

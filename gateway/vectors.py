@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from gateway.embedding import MultiVector, SparseVector, Vectors
+from gateway.embedding import MultiVector, SparseVector, States, Vectors
 from gateway.errors import InvalidVectors
 
 
@@ -55,15 +55,17 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
     return unit
 
 
-def require_finite(sparse: Sequence[SparseVector], multivectors: Sequence[MultiVector]) -> None:
+def require_finite(
+    sparse: Sequence[SparseVector], multivectors: Sequence[MultiVector], states: Sequence[States] = ()
+) -> None:
     """Check what is handed out beside dense vectors.
 
     Raises:
         InvalidVectors: a number is not finite.
     """
-    numbers = (*(one.values for one in sparse), *multivectors)
+    numbers = (*(one.values for one in sparse), *multivectors, *states)
     if not all(np.isfinite(one).all() for one in numbers):
-        raise _invalid("a sparse or multi-vector output that is not finite (NaN or infinity)")
+        raise _invalid("an output beside the dense one that is not finite (NaN or infinity)")
 
 
 def _invalid(what: str) -> InvalidVectors:

@@ -64,6 +64,7 @@ class Exchange:
             may_use=context.client.may_use,
             expect_space=request.headers.get("x-gateway-expect-space"),
             attribute=unit_attribute(request, user),
+            max_token_vectors=self.settings.max_token_vectors,
         )
 
     async def embed(self, request: Request, ticket: Ticket, wanted: EmbedRequest) -> EmbedAnswer:

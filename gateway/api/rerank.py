@@ -1,4 +1,7 @@
-"""Rerank as Cohere, Jina, Infinity and TEI have it."""
+"""Rerank as Cohere, Jina, Infinity and TEI have it.
+
+A request with ``texts`` is one of TEI's, wherever it is sent: so are its answer and its errors.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.api.exchange import Exchange, timeout_s, unit_attribute
 from gateway.api.json_body import parse_object
-from gateway.api.rerank_schema import RerankBody, RerankResult
-from gateway.api.schema import RERANK_HEADERS, responses
+from gateway.api.rerank_schema import RerankBody, rerank_responses
+from gateway.api.schema import RERANK_HEADERS
+from gateway.api.tei_headers import describe_work
+from gateway.dialects import ErrorForm
 from gateway.embedding import Vectors
 from gateway.errors import (
     BadInput,
@@ -40,11 +45,13 @@ class Dialect:
     Attributes:
         shows_documents: whether a result has its document when the request does not say: Jina's clients rely on it.
         is_plain: whether a document is a string, as Infinity has it, and not an object.
+        is_tei: whether nothing but TEI's requests is accepted.
     """
 
     path: str
     shows_documents: bool = False
     is_plain: bool = False
+    is_tei: bool = False
     is_in_schema: bool = True
 
 
@@ -53,6 +60,7 @@ DIALECTS = (
     Dialect("/v2/rerank"),
     Dialect("/v1/v2/rerank", is_in_schema=False),  # Cohere's client with a base URL that ends in /v1
     Dialect("/rerank", is_plain=True),
+    Dialect("/tei/{model:path}/rerank", is_tei=True, is_in_schema=False),
 )
 
 
@@ -65,7 +73,12 @@ def rerank_router(exchange: Exchange) -> APIRouter:
         async def rerank(request: Request) -> Response:
             """Score texts against a query, the best first."""
             ticket = await exchange.admit(request)
-            body = RerankBody.parse(parse_object(await request.body()))
+            given = parse_object(await request.body())
+            if given.get("texts") is not None:
+                RequestContext.of(request).error_form = ErrorForm.TEI
+            elif dialect.is_tei:
+                raise BadInput("`texts` is required", param="texts")
+            body = RerankBody.parse(given)
             texts = body.wanted_documents(settings.max_inputs)
             wants_texts = body.wants_texts
             wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
@@ -78,7 +91,9 @@ def rerank_router(exchange: Exchange) -> APIRouter:
                 content = results if body.is_tei else _envelope(context.request_id, answer, results)
                 return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
-            return exchange.respond(request, answer, render)
+            num_characters = len(texts) * len(body.query) + sum(map(len, texts))
+            describe_times = describe_work(num_characters, answer.num_tokens) if body.is_tei else None
+            return exchange.respond(request, answer, render, describe_times)
 
         return rerank
 
@@ -87,8 +102,7 @@ def rerank_router(exchange: Exchange) -> APIRouter:
             dialect.path,
             endpoint(dialect),
             methods=["POST"],
-            responses=responses(
-                RerankResult,
+            responses=rerank_responses(
                 BadInput,
                 ModelNotAllowed,
                 ModelNotFound,
@@ -110,7 +124,7 @@ def _rerank_request(request: Request, body: RerankBody, texts: list[str], patien
     return RerankRequest(
         query=body.query,
         texts=texts,
-        model=body.model,
+        model=request.path_params.get("model", body.model),
         timeout_s=patience_s,
         caller=context.caller,
         truncate=body.wanted_truncation,

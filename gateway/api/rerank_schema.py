@@ -8,9 +8,10 @@ from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 
 from gateway.api.json_body import Json, describe
 from gateway.api.request_body import ModelName, RequestBody
-from gateway.api.schema import PositiveInteger, Usage, only
+from gateway.api.schema import ErrorBody, PositiveInteger, Responses, Usage, only, responses
+from gateway.api.tei_schema import Direction
 from gateway.embedding import Truncate
-from gateway.errors import BadInput
+from gateway.errors import BadInput, EmptyInput, RequestError
 
 _TEXTS_SCHEMA = {
     "type": "array",
@@ -54,12 +55,14 @@ class RerankBody(RequestBody):
     )
     truncate: bool | None = Field(
         None,
-        description="What to do with a pair that is too long: cut the end of the document (`true`, the default), or answer "
-        "400 (`false`).",
+        description="What to do with a pair that is too long: cut the document (`true`, the default), or answer 400 "
+        "(`false`).",
         title="true or false",
     )
-    truncation_direction: Literal["right", "Right"] | None = Field(
-        None, description="Which end of a document is cut.", title="`right`: the end is what is cut"
+    truncation_direction: Direction | None = Field(
+        None,
+        description="Where a document that is too long is cut: at its end (`right`, the default) or its start.",
+        title="`Left` or `Right`",
     )
     max_tokens_per_doc: PositiveInteger | None = Field(
         None, description="Where each document is cut in any case.", title="a positive integer"
@@ -74,7 +77,9 @@ class RerankBody(RequestBody):
 
     @property
     def wanted_truncation(self) -> Truncate:
-        return Truncate.REFUSE if self.truncate is False else Truncate.END
+        if self.truncate is False:
+            return Truncate.REFUSE
+        return Truncate.START if self.truncation_direction == "left" else Truncate.END
 
     @property
     def wants_texts(self) -> bool | None:
@@ -96,7 +101,8 @@ class RerankBody(RequestBody):
         if not isinstance(given, list):
             raise BadInput(f"`{name}` must be a list of strings, got {describe(given)}", param=name)
         if not given:
-            raise BadInput(f"`{name}` is an empty list; send at least one text", param=name)
+            error = EmptyInput if self.is_tei else BadInput
+            raise error(f"`{name}` is an empty list; send at least one text", param=name)
         if len(given) > max_inputs:
             raise BadInput(
                 f"`{name}` has {len(given)} items, the limit is {max_inputs}: send several requests", param=name
@@ -170,3 +176,27 @@ class TeiRanked(BaseModel):
 
 class RerankResult(RootModel[RerankedList | list[TeiRanked]]):
     """The answer: a list alone when the request has `texts`."""
+
+
+class TeiErrorBody(BaseModel):
+    """An error, as TEI writes it; with the gateway's own two fields beside its."""
+
+    error: str
+    error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer", "Empty"]
+    message: str
+    detail: str
+
+
+class RerankError(RootModel[ErrorBody | TeiErrorBody]):
+    """An error: TEI's when the request has `texts`."""
+
+
+def rerank_responses(*errors: type[RequestError], headers: dict[str, dict[str, Any]]) -> Responses:
+    """Describe the answers of a path that reranks: 200, and each error that it can end in, in either form."""
+    described = responses(RerankResult, *errors, headers=headers)
+    for status, answer in described.items():
+        if status != 200:
+            answer["model"] = RerankError
+    described[422] = {"model": RerankError, "description": "With `texts`: what is a 400 without."}
+    described[424] = {"model": RerankError, "description": "With `texts`: the model does not rerank, or failed."}
+    return described

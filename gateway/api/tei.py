@@ -17,23 +17,24 @@ from fastapi import APIRouter, Request, Response
 from gateway import __version__
 from gateway.api.exchange import Exchange, unless_disconnected
 from gateway.api.json_body import parse_object
+from gateway.api.tei_headers import describe_work
 from gateway.api.tei_schema import (
     MAX_CHARACTERS,
     MAX_IDS,
     Cutting,
     DecodeBody,
     EmbedBody,
-    EmbedSparseBody,
     SimilarityBody,
     SimilarityInputs,
+    TextsBody,
     TokenizeBody,
     check_batch,
     check_size,
     listed,
 )
 from gateway.config.settings import Settings
-from gateway.embedding import Output, SparseVector, Timings, Token
-from gateway.errors import DeadlineExceeded, ModelNotReady, UnsupportedOutput
+from gateway.embedding import ModelInfo, ModelKind, Output, SparseVector, Token
+from gateway.errors import DeadlineExceeded, ModelNotReady
 from gateway.middleware import RequestContext
 from gateway.routing.router import Target
 from gateway.routing.spaces import space_id
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 
 def tei_router(exchange: Exchange) -> APIRouter:
-    """Return the routes of the dialect. ``/rerank`` is one of another room."""
+    """Return the routes of the dialect but ``/rerank``, which ``api/rerank`` has."""
     router = APIRouter(tags=["TEI"])
     dialect = _Dialect(exchange)
 
@@ -102,25 +103,13 @@ class _Dialect:
 
     async def embed_sparse(self, request: Request, model: str | None) -> Response:
         """Answer the weights of each text's tokens: ``[[{index, value}]]``."""
-        ticket = await self._exchange.admit(request)
-        body = EmbedSparseBody.parse(parse_object(await request.body()))
-        texts = self._texts(body)
-        wanted = replace(
-            self._exchange.begin(request, texts, model),
-            task=body.prompt_name or None,
-            truncate=body.wanted_truncation,
-            outputs=(Output.SPARSE,),
-        )
-        answer = await self._exchange.embed(request, ticket, wanted)
+        answer, texts = await self._embed_as(request, model, Output.SPARSE)
         return self._respond(request, answer, texts, [_sparse(one) for one in answer.sparse or ()])
 
     async def embed_all(self, request: Request, model: str | None) -> Response:
-        """Refuse: no model here hands out the states that are pooled to its vector."""
-        await self._exchange.admit(request)
-        raise UnsupportedOutput(
-            "un-pooled token vectors are not served; of models with multi-vectors, POST /v1/embeddings with "
-            '`outputs: ["multivector"]` returns one vector a token'
-        )
+        """Answer what is pooled to each text's vector, for each of its tokens: ``[[[float]]]``."""
+        answer, texts = await self._embed_as(request, model, Output.STATES)
+        return self._respond(request, answer, texts, answer.states)
 
     async def similarity(self, request: Request, model: str | None) -> Response:
         """Answer the cosine of one text with each of the others: ``[float]``."""
@@ -181,7 +170,20 @@ class _Dialect:
         target = self._target(request, model, None)
         return _about(target, orjson.dumps(_info(target, self._settings)))
 
-    def _texts(self, body: EmbedSparseBody) -> list[str]:
+    async def _embed_as(self, request: Request, model: str | None, output: Output) -> tuple[EmbedAnswer, list[str]]:
+        """Embed the texts of a request as something else than dense vectors; return the texts as well."""
+        ticket = await self._exchange.admit(request)
+        body = TextsBody.parse(parse_object(await request.body()))
+        texts = self._texts(body)
+        wanted = replace(
+            self._exchange.begin(request, texts, model),
+            task=body.prompt_name or None,
+            truncate=body.wanted_truncation,
+            outputs=(output,),
+        )
+        return await self._exchange.embed(request, ticket, wanted), texts
+
+    def _texts(self, body: TextsBody) -> list[str]:
         texts = listed(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
         return texts
@@ -212,30 +214,16 @@ class _Dialect:
             raise DeadlineExceeded(f"the request was not done in {limit_s:g} s; others were before it") from None
 
     def _respond(self, request: Request, answer: EmbedAnswer, texts: Sequence[str], content: object) -> Response:
-        def describe_times(timings: Timings, elapsed_s: float) -> dict[str, str]:
-            return {
-                "x-compute-characters": str(sum(map(len, texts))),
-                "x-compute-tokens": str(answer.num_tokens),
-                "x-total-time": _ms(elapsed_s),
-                "x-tokenization-time": _ms(timings.tokenise_s),
-                "x-queue-time": _ms(timings.queue_s),
-                "x-inference-time": _ms(timings.inference_s),
-            }
-
         def render() -> bytes:
             return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
+        describe_times = describe_work(sum(map(len, texts)), answer.num_tokens)
         return self._exchange.respond(request, answer, render, describe_times)
 
 
 def _anybody_may(*_names: str) -> bool:
     """Let a probe pass: it carries no key, and ``GET /health`` tells the state of every model as well."""
     return True
-
-
-def _ms(seconds: float) -> str:
-    """Write a time as TEI does: whole milliseconds."""
-    return str(int(seconds * 1000))
 
 
 def _sparse(vector: SparseVector) -> list[dict[str, object]]:
@@ -253,11 +241,16 @@ def _token(token: Token) -> dict[str, object]:
 def _about(target: Target, content: bytes) -> Response:
     """Answer something about a model that is no embedding."""
     info = target.info
-    headers = {
-        "x-gateway-model": info.id,
-        "x-gateway-space": space_id(info, target.task, info.width, is_normalised=info.is_normalised),
-    }
+    headers = {"x-gateway-model": info.id}
+    if info.kind is ModelKind.EMBED:
+        headers["x-gateway-space"] = space_id(info, target.task, info.width, is_normalised=info.is_normalised)
     return Response(content, media_type="application/json", headers=headers)
+
+
+def _model_type(info: ModelInfo) -> dict[str, object]:
+    if info.kind is ModelKind.RERANK:  # it has one label, and this is what transformers calls it
+        return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+    return {"embedding": {"pooling": "last_token" if info.pooling == "last" else info.pooling}}
 
 
 def _info(target: Target, settings: Settings) -> dict[str, Any]:
@@ -267,7 +260,7 @@ def _info(target: Target, settings: Settings) -> dict[str, Any]:
         "model_sha": target.model.entry.revision,
         "model_dtype": info.dtype,
         "served_model_name": info.id,
-        "model_type": {"embedding": {"pooling": info.pooling}},
+        "model_type": _model_type(info),
         "max_concurrent_requests": settings.max_queue_texts,
         "max_input_length": info.max_tokens,
         # Where the registry says none, it depends on the device, and is never less than the longest text.

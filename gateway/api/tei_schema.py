@@ -42,13 +42,13 @@ class Cutting(RequestBody):
         return Truncate.END if self.truncation_direction == "right" else Truncate.START
 
 
-class EmbedSparseBody(Cutting):
-    """``POST /embed_sparse``."""
+class TextsBody(Cutting):
+    """``POST /embed_sparse`` and ``POST /embed_all``."""
 
     inputs: str | list[str] = Field(title=_TEXTS)
 
 
-class EmbedBody(EmbedSparseBody):
+class EmbedBody(TextsBody):
     """``POST /embed``."""
 
     normalize: bool = Field(True, title=_BOOL)

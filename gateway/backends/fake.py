@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gateway.backends.base import Report
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Token, Truncate
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Output, States, Timings, Token, Truncate
 from gateway.errors import ContextLengthExceeded, ModelNotReady
 
 
@@ -38,7 +38,7 @@ class FakeVocabulary:
 
 
 class FakeBackend:
-    """Embeds a text as ``[number of words, 1, 0, 0, …]``; a token is a word.
+    """Embeds a text as ``[number of words, 1, 0, 0, …]``; a token is a word, and its state ``[place in the text, 1]``.
 
     Its score of a text against a query is the number of its words that are in the query, less 1.
 
@@ -76,6 +76,8 @@ class FakeBackend:
         if job.truncate is Truncate.REFUSE and max(words) > limit:
             param = "input" if job.query is None else None
             raise ContextLengthExceeded(f"This model's maximum context length is {limit} tokens", param=param)
+        num_tokens = [min(n, limit) for n in words]
+        job.check_total(sum(num_tokens))
         vectors = np.zeros((len(words), self._info.width), dtype=np.float32)
         if job.query is None:
             vectors[:, 0] = np.minimum(words, limit)
@@ -84,9 +86,10 @@ class FakeBackend:
             vectors[:, 0] = [_num_shared(job.query, text.split()[: job.max_text_tokens]) - 1 for text in job.texts]
         return Embeddings(
             vectors=vectors,
-            num_tokens=[min(n, limit) for n in words],
+            num_tokens=num_tokens,
             truncated=[i for i, n in enumerate(words) if n > limit],
             timings=Timings(0.0, 0.0, self._delay_s),
+            states=[_states(n) for n in num_tokens] if Output.STATES in job.outputs else None,
         )
 
     def vocabulary(self) -> FakeVocabulary:
@@ -94,6 +97,10 @@ class FakeBackend:
 
     async def stop(self) -> None:
         self._is_running = False
+
+
+def _states(num_tokens: int) -> States:
+    return np.stack((np.arange(num_tokens), np.ones(num_tokens)), axis=1).astype(np.float32)
 
 
 def _num_shared(query: str, words: Sequence[str]) -> int:
@@ -117,5 +124,6 @@ def fake_info(model_id: str = "fake", width: int = 8, **changes: object) -> Mode
         "dtype": "float32",
         "engine": "fake",
         "memory_bytes": 0,
+        "has_states": True,
     }
     return ModelInfo(**{**fields, **changes})  # type: ignore[arg-type]

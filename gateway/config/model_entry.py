@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -24,6 +24,8 @@ from gateway.config.fields import (
 from gateway.config.upstream import Upstream
 from gateway.config.wording import enumerate_names, quote
 from gateway.embedding import Output
+
+Head = Literal[Output.DENSE, Output.SPARSE, Output.MULTIVECTOR]
 
 _COMMIT = "40 lowercase hex digits such as `d18862d9a48706220815554fac3ebb4dfa46fc28`"
 
@@ -121,9 +123,7 @@ class ModelEntry(Frozen):
         "`gateway verify MODEL --record` writes it. For a model that runs elsewhere it makes sure, from one start to the "
         "next, that the servers still run the same one.",
     )
-    outputs: DistinctListed[Annotated[Output, Field(strict=False)]] = Field(
-        default=(Output.DENSE,), description="What the model can return for a text."
-    )
+    outputs: DistinctListed[Head] = Field(default=(Output.DENSE,), description="What the model can return for a text.")
     trust_remote_code: bool = Field(
         default=False,
         description="Whether Python code in the checkpoint may run. Only for a source that you have read.",

@@ -159,6 +159,12 @@ class Settings(BaseSettings):
         default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
     )
     max_inputs: int = Field(default=2048, ge=1, description="The most texts in one request; 400 beyond.")
+    max_token_vectors: int = Field(
+        default=32_768,
+        ge=1,
+        description="The most tokens in one request that wants a vector of each: multi-vectors, or TEI's `/embed_all`; "
+        "400 beyond.",
+    )
     max_queue_texts: int = Field(
         default=16_384, ge=1, description="The most texts that wait in the queue of one model; 429 beyond."
     )

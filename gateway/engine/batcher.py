@@ -66,6 +66,7 @@ class _Work:
     num_missing: int
     encoded: dict[int, Encoded] = field(default_factory=dict)
     tokens: list[Tokens] = field(default_factory=list)
+    num_tokens: int = 0
     computations: set[Computation] = field(default_factory=set)
     tokenise_s: float = 0.0
     queue_s: float = 0.0
@@ -90,6 +91,7 @@ class _Work:
             multivectors=[row.multivector for row in rows if row.multivector is not None]
             if Output.MULTIVECTOR in outputs
             else None,
+            states=[row.states for row in rows if row.states is not None] if Output.STATES in outputs else None,
         )
 
 
@@ -127,6 +129,7 @@ class Batcher:
         Raises:
             Overloaded: too much is waiting already.
             ContextLengthExceeded: a text is too long, and the job says to refuse.
+            BadInput: the texts have more tokens together than the job says.
             DeadlineExceeded: the job's deadline passed first.
             InternalError: the forward failed on one of the texts, or gave no vectors that can be handed out.
             ModelNotReady: the batcher is stopping, or has been given up.
@@ -210,6 +213,8 @@ class Batcher:
             now = time.monotonic()
             work.tokenise_s += now - started
             work.tokens += tokens
+            work.num_tokens += sum(len(row.ids) for row in tokens)
+            job.check_total(work.num_tokens)
             for i, row in enumerate(tokens):
                 computation = self._join(Item(row, job.task, job.outputs))
                 entry = Entry(ticket, first + i, computation, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.embedding import MultiVector, Output, SparseVector, Vectors
+from gateway.embedding import MultiVector, Output, SparseVector, States, Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,10 @@ class Encoded:
         dense: ``(k, width)`` float32, not normalised: one row for the text, or one for each span of its tokens.
         sparse: weights of tokens, if asked for.
         multivector: a vector for each token, if asked for.
+        states: the state of each token, if asked for.
     """
 
     dense: Vectors
     sparse: SparseVector | None = None
     multivector: MultiVector | None = None
+    states: States | None = None

@@ -87,6 +87,7 @@ class LoadPlan:
             tasks=self.tasks,
             default_task=self.entry.default_task and canonical_task(self.entry.default_task),
             instruction=self.instruction,
+            has_states=self.kind is ModelKind.EMBED,
             kind=self.kind,
         )
 

@@ -56,8 +56,8 @@ class PairTokenizer(Tokenizer):
     ) -> list[Tokens]:
         """Tokenise each text behind the query.
 
-        What is too long loses the end of its text. Only where the query leaves no room for any text, it is cut as well,
-        to half of what there is.
+        What is too long loses the end of its text, or its start if ``truncate`` says so. Only where the query leaves no
+        room for any text, its end is cut as well, to half of what there is.
 
         Args:
             first_index: place of the first text in its request, for the error message.
@@ -67,17 +67,17 @@ class PairTokenizer(Tokenizer):
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
         """
         [query_ids] = self._rows([query], Truncate.END, has_special=False)
-        rows = self._rows(texts, Truncate.END, has_special=False)
+        rows = self._rows(texts, truncate, has_special=False)
         pairs = []
         for i, whole in enumerate(rows):
-            wanted = whole[:max_text_tokens]
+            wanted = _keep(whole, max_text_tokens, truncate)
             kept_query, kept = query_ids, wanted
             if len(query_ids) + len(wanted) > self._room:
                 if truncate is Truncate.REFUSE:
                     raise self._too_long(query, query_ids, texts[i], wanted, first_index + i)
                 if len(query_ids) >= self._room:
                     kept_query = query_ids[: self._room // 2]
-                kept = wanted[: self._room - len(kept_query)]
+                kept = _keep(wanted, self._room - len(kept_query), truncate)
             is_cut = len(kept_query) < len(query_ids) or len(kept) < len(whole)
             pairs.append(self._pair(kept_query, kept, is_cut))
         return pairs
@@ -97,3 +97,10 @@ class PairTokenizer(Tokenizer):
             f"{'at least ' if is_window else ''}{num_tokens} tokens together. Shorten one of them, or leave out "
             "truncate: false."
         )
+
+
+def _keep(ids: list[int], num: int | None, truncate: Truncate) -> list[int]:
+    """Return at most ``num`` tokens of a text: the last ones if its start is what is cut, else the first ones."""
+    if num is None or len(ids) <= num:
+        return ids
+    return ids[len(ids) - num :] if truncate is Truncate.START else ids[:num]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 
-from gateway.embedding import ModelInfo
+from gateway.embedding import ModelInfo, Output
 
 # Raise it when the gateway's own treatment of a text changes the vectors: then every space is a new one.
 PREPROCESSING_VERSION = 1
@@ -20,13 +20,18 @@ PREPROCESSING_VERSION = 1
 _FAMILIES = {"retrieval.query": "retrieval", "retrieval.passage": "retrieval"}
 
 
-def space_id(info: ModelInfo, task: str | None, dimensions: int, *, is_normalised: bool) -> str:
+def space_id(
+    info: ModelInfo, task: str | None, dimensions: int, *, is_normalised: bool, output: Output = Output.DENSE
+) -> str:
     """Return the space of vectors: ``<model id>@<12 hex>``.
 
     The hash is over everything that must be equal for vectors to be comparable: the checkpoint's fingerprint (weights,
     tokenizer, pooling), normalisation, dimensions, the family of the task with its exact instructions, and the version
     of the gateway's preprocessing. Device, dtype and engine are left out: they change a vector by less than what
     comparing it with another one could notice. The part before ``@`` is for people.
+
+    Sparse weights and multi-vectors go by the space of the dense vector that they stand beside; token states stand alone,
+    and have one of their own.
     """
     family = _FAMILIES.get(task, task) if task is not None else None
     instructions = (
@@ -34,10 +39,12 @@ def space_id(info: ModelInfo, task: str | None, dimensions: int, *, is_normalise
         if task is not None
         else {"": info.instruction}
     )
+    states = {"output": output.value} if output is Output.STATES else {}
     return _digest(
         info.id.replace("/", "-"),
         json.dumps(
-            {
+            states
+            | {
                 "fingerprint": info.fingerprint,
                 "is_normalised": is_normalised,
                 "dimensions": dimensions,

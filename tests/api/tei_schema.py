@@ -20,11 +20,22 @@ def _record(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
 
 _OR_NULL_COUNT = {"type": ["integer", "null"], "minimum": 0}
 _OR_NULL_STRING = {"type": ["string", "null"]}
-_POOLING = _record({"embedding": _record({"pooling": {"enum": ["cls", "mean", "splade", "last_token"]}})})
+_LABELS = _record({"id2label": {"type": "object"}, "label2id": {"type": "object"}})
+_MODEL_TYPE = {
+    "oneOf": [
+        _record({"embedding": _record({"pooling": {"enum": ["cls", "mean", "splade", "last_token"]}})}),
+        _record({"reranker": _LABELS}),
+    ]
+}
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "embed": _table({"type": "number"}),
+    "embed_all": {"type": "array", "items": _table({"type": "number"})},
     "embed_sparse": _table(_record({"index": _COUNT, "value": {"type": "number"}})),
+    "rerank": {
+        "type": "array",
+        "items": _record({"index": _COUNT, "score": {"type": "number"}}, text=_OR_NULL_STRING),
+    },
     "similarity": _NUMBERS,
     "tokenize": _table(
         _record(
@@ -39,7 +50,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "model_id": {"type": "string"},
             "model_dtype": {"type": "string"},
             "served_model_name": {"type": "string"},
-            "model_type": _POOLING,
+            "model_type": _MODEL_TYPE,
             "max_concurrent_requests": _COUNT,
             "max_input_length": _COUNT,
             "max_batch_tokens": _COUNT,

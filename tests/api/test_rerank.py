@@ -207,9 +207,6 @@ async def test_null_means_absent_and_unknown_fields_are_ignored(client: httpx.As
         ({"documents": [{"title": "a"}]}, "documents", "`documents[0]` must be a string"),
         ({"documents": [{"text": 3}]}, "documents", "got an object with 'text'"),
         ({"documents": ["a"] * 2049}, "documents", "`documents` has 2049 items, the limit is 2048"),
-        ({"texts": []}, "texts", "`texts` is an empty list"),
-        ({"texts": [None]}, "texts", "`texts[0]` must be a string"),
-        ({"texts": ["a"], "documents": ["a"]}, "texts", "leave one out"),
         ({"top_n": 0}, "top_n", "`top_n` must be a positive integer, got the number 0"),
         ({"top_n": -1}, "top_n", "`top_n` must be a positive integer"),
         ({"top_n": 1.5}, "top_n", "`top_n` must be a positive integer"),
@@ -218,7 +215,7 @@ async def test_null_means_absent_and_unknown_fields_are_ignored(client: httpx.As
         ({"return_documents": True, "return_text": False}, "return_documents", "they mean the same"),
         ({"raw_scores": 1}, "raw_scores", "`raw_scores` must be true or false"),
         ({"truncate": "NONE"}, "truncate", "`truncate` must be true or false"),
-        ({"truncation_direction": "Left"}, "truncation_direction", "the end is what is cut"),
+        ({"truncation_direction": "up"}, "truncation_direction", "`truncation_direction` must be `Left` or `Right`"),
         ({"max_tokens_per_doc": 0}, "max_tokens_per_doc", "`max_tokens_per_doc` must be a positive integer"),
         ({"model": 3}, "model", "`model` must be a string"),
     ],
@@ -240,16 +237,33 @@ async def test_the_limit_of_inputs_is_a_setting(connect: Connect, make_ranker: M
     client = await connect(make_ranker(), aliases={}, max_inputs=2)
 
     assert len(results_of(await rerank(client, documents=["a", "b"]))) == 2
-    assert (await rerank(client, texts=["a", "b", "c"])).status_code == 400
+    assert (await rerank(client, documents=["a", "b", "c"])).status_code == 400
 
 
 async def test_what_is_too_long_is_cut_unless_refused(client: httpx.AsyncClient, check_error: CheckError) -> None:
     assert results_of(await rerank(client, "/rerank", texts=[LONG]))
     assert results_of(await rerank(client, "/rerank", texts=[LONG], truncate=True))
 
-    refused = await rerank(client, "/rerank", texts=[LONG], truncate=False)
+    refused = await rerank(client, "/rerank", documents=[LONG], truncate=False)
 
     assert "maximum context length is 8 tokens" in check_error(refused, 400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("fields", "truncate"),
+    [
+        ({}, Truncate.END),
+        ({"truncation_direction": "Right"}, Truncate.END),
+        ({"truncation_direction": "Left"}, Truncate.START),
+        ({"truncate": False, "truncation_direction": "left"}, Truncate.REFUSE),
+    ],
+)
+async def test_what_is_cut_reaches_the_model(
+    client: httpx.AsyncClient, jobs: list[EmbedJob], fields: dict[str, Any], truncate: Truncate
+) -> None:
+    results_of(await rerank(client, **fields, documents=["a"]))
+
+    assert [job.truncate for job in jobs] == [truncate]
 
 
 async def test_a_limit_for_each_document_reaches_the_model(client: httpx.AsyncClient, jobs: list[EmbedJob]) -> None:
@@ -257,6 +271,85 @@ async def test_a_limit_for_each_document_reaches_the_model(client: httpx.AsyncCl
 
     assert response.json()["usage"]["total_tokens"] == 4
     assert [(job.query, job.max_text_tokens, job.truncate) for job in jobs] == [(QUERY, 2, Truncate.REFUSE)]
+
+
+# --------------------------------------------------------------------------------------------------------------- TEI
+
+
+@pytest.mark.parametrize("path", ["/tei/ranker/rerank", "/tei/owner/ranker/rerank", "/tei/owner%2Franker/rerank/"])
+async def test_the_path_names_the_model(
+    connect: Connect, models: list[Model], make_ranker: MakeModel, path: str
+) -> None:
+    client = await connect(*models, make_ranker(), make_ranker("other"))
+
+    response = await rerank(client, path, texts=["a red fox", "dogs"], return_text=True, model="other")
+
+    assert results_of(response) == [
+        {"index": 0, "score": pytest.approx(sigmoid(1)), "text": "a red fox"},
+        {"index": 1, "score": pytest.approx(sigmoid(-1)), "text": "dogs"},
+    ]
+    assert response.headers["x-gateway-model"] == "ranker"
+    assert response.headers["x-compute-characters"] == str(2 * len(QUERY) + len("a red foxdogs"))
+    assert response.headers["x-compute-tokens"] == "8"
+
+
+TEI_PATHS = ["/rerank", "/tei/ranker/rerank"]
+
+
+@pytest.mark.parametrize("path", TEI_PATHS)
+@pytest.mark.parametrize(
+    ("body", "status", "error_type", "message"),
+    [
+        ({"texts": []}, 400, "Empty", "`texts` is an empty list"),
+        ({"texts": [None]}, 422, "Validation", "`texts[0]` must be a string"),
+        ({"texts": "a"}, 422, "Validation", "`texts` must be a list of strings"),
+        ({"texts": ["a"] * 2049}, 422, "Validation", "the limit is 2048"),
+        ({"texts": ["a"], "documents": ["a"]}, 422, "Validation", "leave one out"),
+        ({"texts": ["a"], "query": None}, 422, "Validation", "`query` is required"),
+        ({"texts": [LONG], "truncate": False}, 422, "Validation", "maximum context length is 8 tokens"),
+    ],
+)
+async def test_errors_of_tei_s_requests_are_tei_s(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], status: int, error_type: str, message: str
+) -> None:
+    response = await rerank(client, path, **body)
+
+    assert (response.status_code, response.json()["error_type"]) == (status, error_type)
+    assert message in response.json()["error"]
+
+
+async def test_tei_s_path_takes_no_other_requests(client: httpx.AsyncClient) -> None:
+    response = await rerank(client, "/tei/ranker/rerank", documents=["a"])
+
+    assert (response.status_code, response.json()["error"]) == (422, "`texts` is required")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tei/mini/rerank", {"query": "a", "texts": ["a"]}),
+        ("/tei/ranker/embed", {"inputs": "a"}),
+        ("/tei/ranker/embed_sparse", {"inputs": "a"}),
+        ("/tei/ranker/embed_all", {"inputs": "a"}),
+        ("/tei/ranker/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}),
+    ],
+)
+async def test_a_model_of_the_other_kind_is_tei_s_424(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    response = await client.post(path, json=body)
+
+    assert (response.status_code, response.json()["error_type"]) == (424, "Backend")
+    assert "does not" in response.json()["error"]
+
+
+async def test_tei_s_description_of_a_reranker(client: httpx.AsyncClient) -> None:
+    info = await client.get("/tei/ranker/info")
+    tokens = await client.post("/tei/ranker/tokenize", json={"inputs": "a b"})
+
+    assert info.json()["model_type"] == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+    assert "x-gateway-space" not in info.headers
+    assert [token["text"] for token in tokens.json()[0]] == ["[S]", "a", "b"]
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -311,10 +404,10 @@ async def test_a_model_of_the_other_kind_names_those_that_fit(
     ranked = await rerank(client, model="mini")
     embedded = await client.post("/v1/embeddings", json={"input": "a", "model": "ranker"})
 
-    assert check_error(ranked, 400, "invalid_input", param="model") == (
+    assert check_error(ranked, 400, "unsupported_output", param="model") == (
         "model 'mini' embeds texts and does not rerank; models that rerank: ranker"
     )
-    assert check_error(embedded, 400, "invalid_input", param="model") == (
+    assert check_error(embedded, 400, "unsupported_output", param="model") == (
         "model 'ranker' reranks texts and does not embed; models that embed: mini, jina, team/small"
     )
 

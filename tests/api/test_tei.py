@@ -194,8 +194,50 @@ async def test_embed_sparse_of_a_model_without_weights_is_tei_s_424(client: http
     assert "dense" in error(await client.post("/embed_sparse", json={"inputs": "a"}), 424, "Backend")
 
 
-async def test_embed_all_is_tei_s_424(client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("path", ["/embed_all", "/tei/team/small/embed_all"])
+async def test_embed_all(client: httpx.AsyncClient, path: str) -> None:
+    response = await client.post(path, json={"inputs": ["a b", "c"]})
+
+    assert answer(response, "embed_all") == [[[0, 1], [1, 1]], [[0, 1]]]
+    assert response.headers["x-compute-tokens"] == "3"
+
+
+async def test_states_are_in_a_space_of_their_own(client: httpx.AsyncClient) -> None:
+    dense = (await client.post("/embed", json={"inputs": "a"})).headers["x-gateway-space"]
+    states = (await client.post("/embed_all", json={"inputs": "a"})).headers["x-gateway-space"]
+
+    refused = await client.post("/embed_all", json={"inputs": "a"}, headers={"x-gateway-expect-space": dense})
+    same = await client.post("/embed_all", json={"inputs": "a"}, headers={"x-gateway-expect-space": states})
+
+    assert dense != states
+    error(refused, 412, "Validation")
+    answer(same, "embed_all")
+
+
+async def test_embed_all_has_a_limit_of_its_own(connect: Connect) -> None:
+    client = await connect(max_token_vectors=4)
+
+    enough = await client.post("/embed_all", json={"inputs": ["a b", "c d"]})
+    too_many = await client.post("/embed_all", json={"inputs": ["a b", "c d", "e"]})
+    dense = await client.post("/embed", json={"inputs": ["a b", "c d", "e"]})
+
+    answer(enough, "embed_all")
+    assert "5 tokens together, and the limit" in error(too_many, 422, "Validation")
+    answer(dense, "embed")
+
+
+async def test_embed_all_of_a_model_that_runs_elsewhere_is_a_424(connect: Connect, make_model: MakeModel) -> None:
+    client = await connect(make_model("far", has_states=False), aliases={"default": "far"})
+
     assert "un-pooled" in error(await client.post("/embed_all", json={"inputs": "a"}), 424, "Backend")
+
+
+async def test_states_are_none_of_the_outputs_of_openai_s_path(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/embeddings", json={"input": "a", "outputs": ["states"]})
+
+    assert response.status_code == 400
+    cards = (await client.get("/v1/models")).json()["data"]
+    assert all("states" not in card["outputs"] for card in cards)
 
 
 @pytest.mark.parametrize("path", ["/similarity", "/tei/jina/similarity"])
@@ -321,7 +363,7 @@ async def test_health_of_a_model_needs_no_key(connect: Connect, make_model: Make
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("path", POST_PATHS[:2] + POST_PATHS[4:])
+@pytest.mark.parametrize("path", [path for path in POST_PATHS if path != "similarity"])
 async def test_an_empty_batch_is_a_400(client: httpx.AsyncClient, path: str) -> None:
     error(await client.post(f"/{path}", json={"inputs": [], "ids": []}), 400, "Empty")
 
@@ -335,6 +377,7 @@ async def test_nothing_to_compare_with_is_a_400(client: httpx.AsyncClient) -> No
     [
         ("embed", {"inputs": ["a"] * 3}),
         ("embed_sparse", {"inputs": ["a"] * 3}),
+        ("embed_all", {"inputs": ["a"] * 3}),
         ("tokenize", {"inputs": ["a"] * 3}),
         ("decode", {"ids": [[1]] * 3}),
         ("similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"] * 2}}),

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -238,7 +239,7 @@ async def connect() -> AsyncIterator[Connect]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def connect(
-            *entries: ModelEntry, aliases: Mapping[str, tuple[str, str | None]] | None = None
+            *entries: ModelEntry, aliases: Mapping[str, tuple[str, str | None]] | None = None, **settings: Any
         ) -> httpx.AsyncClient:
             registry = Registry(
                 path=Path("models.yaml"),
@@ -248,8 +249,7 @@ async def connect() -> AsyncIterator[Connect]:
                     name: Alias(name=name, model=model, task=task) for name, (model, task) in (aliases or {}).items()
                 },
             )
-            settings = Settings(cpu_threads=1)
-            deployment = Deployment(registry, settings)
+            deployment = Deployment(registry, Settings(cpu_threads=1, **settings))
             stack.push_async_callback(deployment.stop)
             await deployment.start()
             assert {model.id: model.reason for model in deployment.fleet if model.reason} == {}

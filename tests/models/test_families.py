@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from gateway.config.registry import ModelEntry
-from gateway.embedding import canonical_task
+from gateway.embedding import Output, canonical_task
 from gateway.engine.checkpoint import MODEL_TYPES
 from gateway.engine.devices import CpuThreads, choose_dtype
 from gateway.engine.loading import plan_load
@@ -81,6 +81,24 @@ def test_vectors_are_sentence_transformers_own(
     assert cosines(batched, reference(name)).min() > 0.99999
     assert cosines(alone, reference(name)).min() > 0.99999
     np.testing.assert_allclose(batched, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "runtime"), RUNTIMES)
+def test_states_are_sentence_transformers_own(name: str, runtime: str, make_family: MakeFamily, load: Load) -> None:
+    folder, texts = make_family(name), texts_of(name)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, output_value="token_embeddings")
+    model = load(folder, runtime)
+    wanted = [[Output.STATES] if i % 4 else [Output.DENSE] for i in range(len(texts))]
+
+    encoded = model.encode(texts, outputs=wanted)
+
+    for one, right, outputs in zip(encoded, theirs, wanted, strict=True):
+        assert (one.states is not None) == (Output.STATES in outputs)
+        if one.states is not None:
+            assert one.states.dtype == np.float32
+            # Nothing but the text's own states is kept.
+            assert torch.from_numpy(one.states).untyped_storage().nbytes() == one.states.nbytes
+            np.testing.assert_allclose(one.states, right.numpy(), atol=2e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -214,6 +214,35 @@ async def test_every_answer_fits_the_openapi_schema(
     jsonschema_rs.validate({**answer, "components": document["components"]}, response.json())
 
 
+async def test_un_pooled_states_are_peft_s_own(
+    client: httpx.AsyncClient, jina: Path, peft_states: PeftStates, tokenise: Tokenise
+) -> None:
+    answers = await asyncio.gather(
+        *(client.post("/tei/jina/embed_all", json={"inputs": TEXTS, "prompt_name": task}) for task in TASKS)
+    )
+
+    for task, answer in zip(TASKS, answers, strict=True):
+        for states, text in zip(answer.json(), TEXTS, strict=True):
+            expected = peft_states(tokenise(jina, INSTRUCTIONS.get(task, "") + text), task)
+            np.testing.assert_allclose(np.array(states), expected, atol=5e-4)
+        assert answer.headers["x-gateway-task"] == task
+    assert (
+        len({answer.headers["x-gateway-space"] for answer in answers}) == len(TASKS) - 1
+    )  # query and passage share one
+
+
+async def test_multivectors_have_the_limit_of_token_vectors(m3: Path, connect: Connect) -> None:
+    client = await connect(entry("m3", m3, outputs=("dense", "multivector")), max_token_vectors=12)
+
+    dense = await embed(client, TEXTS, model="m3")
+    refused = await client.post("/v1/embeddings", json={"input": TEXTS, "model": "m3", "outputs": ["multivector"]})
+
+    assert dense.json()["usage"]["total_tokens"] > 12
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_input")
+    assert "tokens together, and the limit" in refused.json()["message"]
+    assert (await embed(client, ["fox"], model="m3", outputs=["multivector"])).json()["data"]
+
+
 async def test_numbers_are_float32_in_their_shortest_form(client: httpx.AsyncClient) -> None:
     response = await embed(client, ["fox near"], model="m3", outputs=["dense", "sparse", "multivector"])
 

@@ -28,7 +28,7 @@ Load = Callable[..., Any]
 Copy = Callable[[Path], Path]
 
 RUNTIMES = ("reference", "packed", "openvino")
-ALL = tuple(Output)
+ALL = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
 SUBSETS = [subset for size in (1, 2, 3) for subset in combinations(ALL, size)]
 SPECIAL_IDS = {0, 1, 2, 3}  # <s>, <pad>, </s>, <unk>
 # Words twice, unknown letters, and special tokens that are written in the text.

@@ -230,10 +230,13 @@ def encoder(make_reranker: MakeReranker, load: Load) -> TextEncoder:
     return load(make_reranker("bert"), "torch")
 
 
-def test_pairs_are_the_tokenizers_own(make_reranker: MakeReranker, encoder: TextEncoder) -> None:
-    theirs = AutoTokenizer.from_pretrained(make_reranker("bert"))
+@pytest.mark.parametrize(("truncate", "side"), [(Truncate.END, "right"), (Truncate.START, "left")])
+def test_pairs_are_the_tokenizers_own(
+    make_reranker: MakeReranker, encoder: TextEncoder, truncate: Truncate, side: str
+) -> None:
+    theirs = AutoTokenizer.from_pretrained(make_reranker("bert"), truncation_side=side)
 
-    tokens = encoder.tokenise_pairs(QUERY, DOCUMENTS, Truncate.END)
+    tokens = encoder.tokenise_pairs(QUERY, DOCUMENTS, truncate)
 
     for row, text in zip(tokens, DOCUMENTS, strict=True):
         expected = theirs([QUERY], [text], truncation="only_second", max_length=MAX_TOKENS)
@@ -283,6 +286,9 @@ def test_a_limit_for_each_text_cuts_it(encoder: TextEncoder) -> None:
 
     assert cut.ids == [*whole.ids[: (whole.second or 0) + 3], whole.ids[-1]]
     assert (whole.is_truncated, cut.is_truncated) == (False, True)
+
+    [end] = encoder.tokenise_pairs(QUERY, [SENTENCES[0]], Truncate.START, max_text_tokens=3)
+    assert end.ids == [*whole.ids[: whole.second], *whole.ids[-4:]]
 
 
 def test_too_long_is_refused_if_asked(encoder: TextEncoder) -> None:
@@ -421,7 +427,7 @@ async def test_over_http_the_scores_are_transformers_own(
     expected = reference(folder, QUERY, DOCUMENTS)[:, 0]
 
     response = await client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS, "raw_scores": True})
-    refused = await client.post("/rerank", json={"query": QUERY, "texts": ["fox", LONG], "truncate": False})
+    refused = await client.post("/rerank", json={"query": QUERY, "documents": ["fox", LONG], "truncate": False})
     embedded = await client.post("/v1/embeddings", json={"input": QUERY, "model": "ranker"})
 
     results = response.json()["results"]

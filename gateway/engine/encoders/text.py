@@ -123,7 +123,13 @@ class TextEncoder(Encoder):
             sparse = dict(zip(wanted_sparse, self._heads.sparse(states, ids, wanted_sparse), strict=True))
         if wanted_multi and self._heads.multivector is not None:
             multi = dict(zip(wanted_multi, self._heads.multivector(states, wanted_multi), strict=True))
-        return [Encoded(next(rows).numpy(), sparse.get(i), multi.get(i)) for i in range(len(items))]
+        # Copies: a view would keep the states of the whole batch.
+        whole = {
+            i: text.to("cpu", torch.float32, copy=True).numpy()
+            for i, text in enumerate(states.texts())
+            if Output.STATES in items[i].outputs
+        }
+        return [Encoded(next(rows).numpy(), sparse.get(i), multi.get(i), whole.get(i)) for i in range(len(items))]
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
