@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from gateway.embedding import Output, canonical_task
 from gateway.engine.classifier import Classifier, read_classifier
+from gateway.engine.flash_layout import is_flash_layout
 from gateway.engine.json_files import Json, read_json, read_object, require_string
+from gateway.engine.sizes import Sizes, read_config
 from gateway.engine.sources import file_sha256
 from gateway.errors import LoadError
 
@@ -88,6 +90,7 @@ class Checkpoint:
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         classifier: the head that scores a pair of texts, if the model is a cross-encoder.
+        is_flash: whether the files have Jina's layout, which ``gateway.engine.flash_layout`` reads.
         weights: files that hold the transformer's weights.
         fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
             adapters, the activations of the dense layers and the settings of the classifier.
@@ -112,6 +115,7 @@ class Checkpoint:
     sparse_head: Path | None
     multivector_head: Path | None
     classifier: Classifier | None
+    is_flash: bool
     weights: tuple[Path, ...]
     fingerprint: str
 
@@ -135,14 +139,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
     """
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     model_type = require_string(config, "model_type", folder)
     if model_type not in MODEL_TYPES:
         raise LoadError(f"{folder}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     classifier = read_classifier(folder, config)
     modules = _read_modules(folder) if classifier is None else _Modules()
     transformer = _read_transformer(folder / modules.transformer, is_embedder=classifier is None)
-    sizes = _Sizes.read(folder)
+    sizes = Sizes.read(folder)
     position_limit = sizes.num_positions - _UNUSED_POSITIONS.get(model_type, 0)
     is_jina = model_type == "jina_embeddings_v3"
     if classifier is not None:
@@ -176,6 +180,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         sparse_head=sparse_head,
         multivector_head=multivector_head,
         classifier=classifier,
+        is_flash=is_flash_layout(read_object(folder / "config.json")),
         weights=weights,
         fingerprint="",
     )
@@ -283,36 +288,7 @@ def _find_adapters(folder: Path) -> dict[str, Path]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ sizes
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    width: int
-    num_layers: int
-    num_heads: int
-    intermediate_width: int
-    num_positions: int
-
-    @classmethod
-    def read(cls, folder: Path) -> _Sizes:
-        """Read the sizes as transformers does, which knows what each architecture calls them."""
-        from transformers import AutoConfig  # slow to import
-
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            sizes = cls(
-                width=int(config.hidden_size),
-                num_layers=int(config.num_hidden_layers),
-                num_heads=int(config.num_attention_heads),
-                intermediate_width=int(getattr(config, "intermediate_size", None) or config.hidden_dim),
-                num_positions=int(config.max_position_embeddings),
-            )
-        except Exception as error:  # transformers' validation raises errors of many classes
-            raise LoadError(f"{folder}/config.json: not a configuration that can be used: {error}") from error
-        if min(astuple(sizes)) < 1:
-            raise LoadError(f"{folder}/config.json: every size must be positive, got {sizes}")
-        return sizes
+# ----------------------------------------------------------------------------------------------------------- length
 
 
 def _read_transformer(folder: Path, *, is_embedder: bool) -> dict[str, Json]:

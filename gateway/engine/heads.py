@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -20,6 +19,7 @@ from gateway.embedding import MultiVector, SparseVector
 from gateway.engine.checkpoint import Checkpoint
 from gateway.engine.classifier import Classifier
 from gateway.engine.states import TokenStates
+from gateway.engine.weights import read_tensors
 from gateway.errors import LoadError
 
 # The classes that sentence-transformers writes into a Dense layer's configuration.
@@ -112,7 +112,9 @@ class ScoreHead(nn.Module):
         super().__init__()
         self._pooling = checkpoint.pooling
         try:
-            tensors = _read_tensors(checkpoint.weights, (classifier.dense, classifier.norm, classifier.output))
+            layers = (classifier.dense, classifier.norm, classifier.output)
+            names = {f"{layer}.{part}" for layer in layers if layer is not None for part in ("weight", "bias")}
+            tensors = read_tensors(checkpoint.weights, names)
             dense = _linear_of(tensors, classifier.dense)
             output = _linear_of(tensors, classifier.output)
             norm = nn.Identity() if classifier.norm is None else _norm_of(tensors, classifier.norm, classifier.norm_eps)
@@ -130,21 +132,6 @@ class ScoreHead(nn.Module):
         """Return the score of each pair before any sigmoid, ``(n, 1)`` float32; there are no spans here."""
         scores: torch.Tensor = self.layers(states.pool(self._pooling))
         return scores
-
-
-def _read_tensors(files: Sequence[Path], layers: Sequence[str | None]) -> dict[str, torch.Tensor]:
-    """Read the tensors of some layers from wherever in the weights files they are, and nothing else of the files."""
-    names = {f"{layer}.{part}" for layer in layers if layer is not None for part in ("weight", "bias")}
-    found: dict[str, torch.Tensor] = {}
-    for path in files:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
-        else:
-            # The format before torch 1.6 is no zip file, and cannot be mapped.
-            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-            found |= {name: whole[name].clone() for name in names & set(whole)}
-    return found
 
 
 def _linear_of(tensors: Mapping[str, torch.Tensor], layer: str) -> nn.Linear:

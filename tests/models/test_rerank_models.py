@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
@@ -47,6 +50,7 @@ DOCUMENTS = [
     *SENTENCES,
 ]
 TYPES = ["xlm-roberta", "bert", "modernbert"]
+FLASH_RUNTIMES = ["torch", "packed", "openvino"]
 RUNTIMES = [
     *((name, "torch") for name in TYPES),
     ("xlm-roberta", "packed"),
@@ -220,6 +224,101 @@ def test_pickled_weights_give_the_same(
     (folder / "model.safetensors").unlink()
 
     np.testing.assert_allclose(score(load(folder, "torch"), QUERY, DOCUMENTS), expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ Jina's own layout
+
+
+def to_flash(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a tensor of transformers' XLM-RoBERTa as Jina's files have it; query, key and value together."""
+    part = re.fullmatch(r"(roberta\.encoder\.)layer(\.\d+\.)(.+)\.(weight|bias)", name)
+    if part is None:
+        return {name.replace("embeddings.LayerNorm", "emb_ln"): tensors[name]}
+    names = {
+        "attention.self.query": "mixer.Wqkv",
+        "attention.output.dense": "mixer.out_proj",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "output.LayerNorm": "norm2",
+    }
+    if part[3] not in names:  # key and value come with the query
+        return {}
+    new = f"{part[1]}layers{part[2]}{names[part[3]]}.{part[4]}"
+    if part[3] != "attention.self.query":
+        return {new: tensors[name]}
+    return {new: torch.cat([tensors[name.replace("query", role)] for role in ("query", "key", "value")])}
+
+
+@pytest.fixture(scope="session")
+def flash(make_reranker: MakeReranker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cross-encoder in the layout of jina-reranker-v2; see ``make_reranker("xlm-roberta")`` for the same one."""
+    folder = tmp_path_factory.mktemp("flash") / "checkpoint"
+    shutil.copytree(make_reranker("xlm-roberta"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {new: tensor for name in tensors for new, tensor in to_flash(name, tensors).items()}
+    assert len(renamed) < len(tensors)
+    save_file(renamed, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
+    classes = {
+        "AutoConfig": "configuration_xlm_roberta.XLMRobertaFlashConfig",
+        "AutoModelForSequenceClassification": "modeling_xlm_roberta.XLMRobertaForSequenceClassification",
+    }
+    flash = {"auto_map": classes, "position_embedding_type": "absolute", "emb_pooler": None, "use_flash_attn": True}
+    (folder / "config.json").write_text(json.dumps({**kept, **flash}))
+    return folder
+
+
+@pytest.mark.parametrize("runtime", FLASH_RUNTIMES)
+def test_jina_s_layout_gives_the_scores_of_transformers_own(
+    runtime: str, flash: Path, make_reranker: MakeReranker, load: Load, reference: Reference
+) -> None:
+    expected = reference(make_reranker("xlm-roberta"), QUERY, DOCUMENTS)
+
+    scores = score(load(flash, runtime), QUERY, DOCUMENTS)
+
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_jina_s_layout_may_be_pickled(
+    flash: Path, copy: Copy, make_reranker: MakeReranker, load: Load, reference: Reference
+) -> None:
+    folder = copy(flash)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    scores = score(load(folder, "torch"), QUERY, DOCUMENTS)
+
+    np.testing.assert_allclose(scores, reference(make_reranker("xlm-roberta"), QUERY, DOCUMENTS), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_embedding_type": "rotary"}, "position_embedding_type 'rotary'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'"),
+        ({"lora_adaptations": ["retrieval.query"]}, "lora_adaptations"),
+    ],
+)
+def test_another_model_in_jina_s_layout_is_refused(
+    flash: Path, copy: Copy, edit_json: EditJson, changes: dict[str, object], message: str
+) -> None:
+    folder = copy(flash)
+    edit_json(folder / "config.json", **changes)
+
+    with pytest.raises(LoadError, match=message):
+        plan_load(entry(folder))
+
+
+def test_a_layer_that_is_missing_in_jina_s_layout_is_noticed(flash: Path, copy: Copy, load: Load) -> None:
+    folder = copy(flash)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["roberta.encoder.layers.0.mixer.Wqkv.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+    with pytest.raises(LoadError, match=r"missing .*attention\.self"):
+        load(folder, "torch")
 
 
 # -------------------------------------------------------------------------------------------------------- truncation

@@ -8,24 +8,28 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle
 from pickle import UnpicklingError
+from typing import Any
 
 import structlog
 import torch
 from tokenizers import normalizers
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, XLMRobertaModel
 from transformers.utils import logging as transformers_logging
 
 from gateway.engine.adapters import AdapterMask, install_adapters
 from gateway.engine.checkpoint import Checkpoint
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.text import Heads, TextEncoder
+from gateway.engine.flash_layout import rename_tensors
 from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.pairs import PairTokenizer
 from gateway.engine.runtimes.base import Runtime
 from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
 from gateway.engine.runtimes.padded import PaddedRuntime
+from gateway.engine.sizes import load_config
 from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.weights import read_tensors
 from gateway.errors import LoadError
 
 log = structlog.get_logger(__name__)
@@ -177,7 +181,10 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
     """Return the tokenizer, and the ids that BGE-M3's sparse rule leaves out: cls, eos, pad, unk."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=options.trust_remote_code
+            checkpoint.folder,
+            config=load_config(checkpoint.folder) if checkpoint.is_flash else None,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
         )
         fast = tokenizer.backend_tokenizer
         if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normaliser
@@ -209,14 +216,7 @@ def _load_model(
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, report = AutoModel.from_pretrained(
-            checkpoint.folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        model, report = _read_model(checkpoint, options, getattr(torch, dtype))
     except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
         raise LoadError(
             f"{checkpoint.folder}: the weights cannot be loaded: the file holds more than weights, and could run code"
@@ -246,3 +246,26 @@ def _load_model(
     model.to(torch.device(options.device))
     loaded: PreTrainedModel = model
     return loaded, mask
+
+
+def _read_model(checkpoint: Checkpoint, options: BuildOptions, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return the transformer, and what transformers reports of the weights that it found."""
+    if checkpoint.is_flash:
+        flash: Any = XLMRobertaModel.from_pretrained(
+            None,
+            config=load_config(checkpoint.folder),
+            state_dict=rename_tensors(read_tensors(checkpoint.weights)),
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        model, report = flash
+    else:
+        model, report = AutoModel.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    return model, report
