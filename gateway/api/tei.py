@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -90,7 +91,7 @@ class _Dialect:
         """Answer one vector a text: ``[[float]]``."""
         ticket = await self._exchange.admit(request)
         body = EmbedBody.parse(parse_object(await request.body()))
-        texts = self._texts(body)
+        texts = await self._texts(request, model, body)
         wanted = replace(
             self._exchange.begin(request, texts, model),
             task=body.prompt_name or None,
@@ -174,7 +175,7 @@ class _Dialect:
         """Embed the texts of a request as something else than dense vectors; return the texts as well."""
         ticket = await self._exchange.admit(request)
         body = TextsBody.parse(parse_object(await request.body()))
-        texts = self._texts(body)
+        texts = await self._texts(request, model, body)
         wanted = replace(
             self._exchange.begin(request, texts, model),
             task=body.prompt_name or None,
@@ -183,10 +184,20 @@ class _Dialect:
         )
         return await self._exchange.embed(request, ticket, wanted), texts
 
-    def _texts(self, body: TextsBody) -> list[str]:
-        texts = listed(body.inputs)
-        check_batch(len(texts), self._settings.max_inputs, "inputs")
-        return texts
+    async def _texts(self, request: Request, model: str | None, body: TextsBody) -> list[str]:
+        """Return the texts of a request; what it has as token ids of the model is decoded."""
+        items = body.items
+        check_batch(len(items), self._settings.max_inputs, "inputs")
+        texts = [item for item in items if isinstance(item, str)]
+        rows = [item for item in items if not isinstance(item, str)]
+        if not rows:
+            return texts
+        check_size(sum(map(len, rows)), MAX_IDS, "inputs", "token ids")
+        vocabulary = self._target(request, model, None).model.backend.vocabulary()
+        # Without special tokens: the model's template puts them around every text.
+        join = partial(vocabulary.join, rows, skip_special_tokens=True)
+        decoded, given = iter(await self._in_thread(request, join)), iter(texts)
+        return [next(given) if isinstance(item, str) else next(decoded) for item in items]
 
     def _target(self, request: Request, model: str | None, task: str | None) -> Target:
         context = RequestContext.of(request)

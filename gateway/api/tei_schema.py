@@ -13,6 +13,7 @@ from gateway.embedding import Truncate
 from gateway.errors import BadInput, EmptyInput
 
 _TEXTS = "a string or a list of strings"
+_INPUTS = "a string, a list of token ids, or a list of such"
 _IDS = "a list of token ids, or a list of such lists"
 _BOOL = "true or false"
 # Of all texts, and of all ids, of one request: their tokens are written out one by one.
@@ -26,6 +27,7 @@ def _lower(value: Json) -> Json:
 
 Direction = Annotated[Literal["left", "right"], BeforeValidator(_lower)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Inputs = Annotated[str | list[str | list[TokenId]] | list[TokenId], Field(union_mode="left_to_right")]
 
 
 class Cutting(RequestBody):
@@ -45,7 +47,16 @@ class Cutting(RequestBody):
 class TextsBody(Cutting):
     """``POST /embed_sparse`` and ``POST /embed_all``."""
 
-    inputs: str | list[str] = Field(title=_TEXTS)
+    inputs: Inputs = Field(title=_INPUTS)
+
+    @property
+    def items(self) -> list[str | list[int]]:
+        """The texts, or what stands for one: the model's own token ids. A single one counts as a list of one."""
+        if isinstance(self.inputs, str):
+            return [self.inputs]
+        items = [item for item in self.inputs if not isinstance(item, int)]
+        ids = [item for item in self.inputs if isinstance(item, int)]
+        return [ids] if ids else items
 
 
 class EmbedBody(TextsBody):

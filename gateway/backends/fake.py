@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gateway.backends.base import Report
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Output, States, Timings, Token, Truncate
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Output, SparseVector, States, Timings, Token, Truncate
 from gateway.errors import ContextLengthExceeded, ModelNotReady
+
+_SPARSE = SparseVector(np.array([3, 70_000]), np.array([0.5, 0.25], np.float32))
 
 
 class FakeVocabulary:
@@ -39,6 +41,8 @@ class FakeVocabulary:
 
 class FakeBackend:
     """Embeds a text as ``[number of words, 1, 0, 0, …]``; a token is a word, and its state ``[place in the text, 1]``.
+
+    The sparse weights of every text are 0.5 for token 3 and 0.25 for token 70,000.
 
     Its score of a text against a query is the number of its words that are in the query, less 1.
 
@@ -89,6 +93,7 @@ class FakeBackend:
             num_tokens=num_tokens,
             truncated=[i for i, n in enumerate(words) if n > limit],
             timings=Timings(0.0, 0.0, self._delay_s),
+            sparse=[_SPARSE] * len(words) if Output.SPARSE in job.outputs else None,
             states=[_states(n) for n in num_tokens] if Output.STATES in job.outputs else None,
         )
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import importlib.util
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from types import ModuleType
 
 import httpx
 import numpy as np
@@ -16,7 +12,7 @@ import pytest
 from gateway.api.tei_schema import MAX_CHARACTERS, MAX_IDS
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
-from gateway.embedding import Embeddings, EmbedJob, ModelState, Output, SparseVector
+from gateway.embedding import EmbedJob, ModelState, Output
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -26,6 +22,7 @@ from gateway.errors import (
     ShuttingDown,
     UnsupportedOutput,
 )
+from tests.tei_contract import ERROR, validate, validate_answer
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 MakeModel = Callable[..., Model]
@@ -35,44 +32,23 @@ POST_PATHS = ["embed", "embed_sparse", "embed_all", "similarity", "tokenize", "d
 LONG = "a b c d e f g h i j"  # ten words; the models take eight
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-validate = _load("tei_schema").validate
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
 def answer(response: httpx.Response, name: str) -> object:
     assert response.status_code == 200, response.text
-    validate(name, response.json())
+    validate_answer(f"/{name}", 200, response.json())
     return response.json()
 
 
 def error(response: httpx.Response, status: int, error_type: str) -> str:
     assert response.status_code == status, response.text
     body = response.json()
-    validate("error", body)
+    validate(ERROR, body)
     message = body["error"]
     assert body == {"error": message, "error_type": error_type, "message": message, "detail": message}
     return str(message)
-
-
-class SparseBackend(FakeBackend):
-    """Gives each text the same weights."""
-
-    async def embed(self, job: EmbedJob) -> Embeddings:
-        result = await super().embed(job)
-        row = SparseVector(np.array([3, 70_000]), np.array([0.5, 0.25], np.float32))
-        return dataclasses.replace(result, sparse=[row] * len(job.texts))
 
 
 class SilentBackend(FakeBackend):
@@ -85,7 +61,7 @@ class SilentBackend(FakeBackend):
 @pytest.fixture
 def sparse_model(make_model: MakeModel) -> Model:
     info = {"outputs": (Output.DENSE, Output.SPARSE)}
-    return make_model("m3", backend=SparseBackend(fake_info("m3", **info)), **info)
+    return make_model("m3", backend=FakeBackend(fake_info("m3", **info)), **info)
 
 
 # ------------------------------------------------------------------------------------------------------------ embed
@@ -98,6 +74,24 @@ async def test_embed(client: httpx.AsyncClient, vectors_of: VectorsOf, inputs: s
     vectors = answer(await client.post("/embed", json={"inputs": inputs}), "embed")
 
     np.testing.assert_allclose(vectors, unit(vectors_of(texts, 8)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["embed", "embed_all"])
+async def test_token_ids_of_the_model_stand_for_their_text(client: httpx.AsyncClient, name: str) -> None:
+    rows = (await client.post("/tokenize", json={"inputs": ["a b", "c"]})).json()
+    ab, c = ([token["id"] for token in row] for row in rows)
+
+    mixed = await client.post(f"/{name}", json={"inputs": [ab, "d", c]})
+    single = await client.post(f"/{name}", json={"inputs": ab})
+
+    texts = answer(await client.post(f"/{name}", json={"inputs": ["a b", "d", "c"]}), name)
+    assert answer(mixed, name) == texts
+    assert answer(single, name) == texts[:1]  # type: ignore[index]
+    assert mixed.headers["x-compute-characters"] == str(len("a bdc"))
+
+
+async def test_too_many_token_ids_are_refused(client: httpx.AsyncClient) -> None:
+    assert str(MAX_IDS) in error(await client.post("/embed", json={"inputs": [1] * (MAX_IDS + 1)}), 422, "Validation")
 
 
 @pytest.mark.parametrize(
@@ -396,8 +390,11 @@ async def test_a_batch_that_is_too_large(connect: Connect, path: str, body: dict
     [
         {},
         {"inputs": 1},
-        {"inputs": [1, 2]},
         {"inputs": [["a"]]},
+        {"inputs": [1, "a"]},
+        {"inputs": [-1]},
+        {"inputs": [2**32]},
+        {"inputs": {"text": "a"}},
         {"inputs": "a", "truncate": "END"},
         {"inputs": "a", "truncation_direction": "up"},
         {"inputs": "a", "normalize": 1},

@@ -7,17 +7,20 @@ import base64
 import hashlib
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import uvicorn
+from jsonschema import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.tei_contract import REQUESTS, validate, validate_answer
 
 MODEL = "acme/embed"
 WIDTH = 16
@@ -39,6 +42,7 @@ class StandIn:
         bodies: of the requests for vectors, as they came; ``headers`` likewise.
         delay_s: before an answer.
         most_at_once: requests that were there together.
+        breaches: of TEI's contract, in what was asked of ``/embed`` and what was answered; nothing that was commanded.
     """
 
     port: int = 0
@@ -53,6 +57,7 @@ class StandIn:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     most_at_once: int = 0
+    breaches: list[str] = field(default_factory=list)
     _at_once: int = 0
 
     @property
@@ -63,7 +68,7 @@ class StandIn:
         """``POST /v1/embeddings``."""
         body = await self._take(request)
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        if (response := await self._fail(texts)) is not None:
+        if (response := await self._fail(_openai_error)) is not None:
             return response
         task = body.get("task")
         data = [{"object": "embedding", "index": i, "embedding": self._write(t, task)} for i, t in enumerate(texts)]
@@ -77,21 +82,53 @@ class StandIn:
     async def embed(self, request: Request) -> Response:
         """``POST /embed``."""
         body = await self._take(request)
+        self._hold(lambda: validate(REQUESTS["/embed"], body))
+        response = await self._fail(_tei_error) or self._embed(body)
+        if self.fault not in ("half", "garbage", "nan"):
+            content = json.loads(bytes(response.body))
+            self._hold(lambda: validate_answer("/embed", response.status_code, content))
+        return response
+
+    def _embed(self, body: dict[str, Any]) -> Response:
         texts = body["inputs"]
-        if (response := await self._fail(texts)) is not None:
-            return response
         if len(texts) > self.max_texts:
-            message = f"batch size {len(texts)} > maximum allowed batch size {self.max_texts}"
-            return JSONResponse({"error": message, "error_type": "Validation"}, 422)
+            return _tei_error(422, f"batch size {len(texts)} > maximum allowed batch size {self.max_texts}")
         rows = [self._vector(text, body.get("prompt_name")).tolist() for text in texts]
-        return JSONResponse(rows, headers={"x-compute-tokens": str(sum(len(text.split()) for text in texts))})
+        if self.fault == "one missing":
+            rows.pop()
+        num_tokens = sum(len(text.split()) for text in texts)
+        headers = {"x-compute-tokens": str(num_tokens)}
+        # As there: what is no number cannot be written.
+        return Response(json.dumps(rows), headers=headers, media_type="application/json")
 
     async def models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 512}]})
 
     async def info(self, _request: Request) -> Response:
-        facts = {"model_id": MODEL, "max_input_length": 512, "max_client_batch_size": self.max_texts}
-        return JSONResponse({**facts, "model_dtype": "float16"})
+        """``GET /info``."""
+        facts = {
+            "model_id": MODEL,
+            "model_sha": None,
+            "model_dtype": "float16",
+            "served_model_name": MODEL,
+            "model_type": {"embedding": {"pooling": "mean"}},
+            "max_concurrent_requests": 512,
+            "max_input_length": 512,
+            "max_batch_tokens": 16_384,
+            "max_client_batch_size": self.max_texts,
+            "auto_truncate": True,
+            "tokenization_workers": 1,
+            "version": "1.9.3",
+        }
+        self._hold(lambda: validate_answer("/info", 200, facts))
+        return JSONResponse(facts)
+
+    def _hold(self, check: Callable[[], None]) -> None:
+        """Hold something against TEI's contract."""
+        try:
+            check()
+        except (ValidationError, AssertionError) as error:
+            self.breaches.append(str(error))
 
     async def _take(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(await request.body())
@@ -105,15 +142,16 @@ class StandIn:
             self._at_once -= 1
         return body
 
-    async def _fail(self, texts: list[str]) -> Response | None:
+    async def _fail(self, error: Callable[[int, str], Response]) -> Response | None:
+        """Do what was commanded; ``error`` writes an error as the dialect has it."""
         if self.key is not None and self.headers[-1].get("authorization") != f"Bearer {self.key}":
-            return JSONResponse({"error": {"message": "no such key"}}, 401)
+            return error(401, "no such key")
         if self.fault.isdecimal():
-            headers = {"retry-after": self.retry_after} if self.retry_after else {}
-            return JSONResponse({"error": {"message": "as was commanded"}}, int(self.fault), headers)
+            response = error(int(self.fault), "as was commanded")
+            response.headers.update({"retry-after": self.retry_after} if self.retry_after else {})
+            return response
         if self.fault == "too long":
-            message = "This model's maximum context length is 512 tokens"
-            return JSONResponse({"error": {"message": message, "code": "context_length_exceeded"}}, 400)
+            return error(*(_TOO_LONG_FOR_TEI if error is _tei_error else _TOO_LONG))
         if self.fault == "half":
             return StreamingResponse(_half(), headers={"content-length": "1000"}, media_type="application/json")
         if self.fault == "garbage":
@@ -154,6 +192,21 @@ class StandIn:
             finally:
                 server.should_exit = True
                 await task
+            assert self.breaches == []
+
+
+_TOO_LONG = (400, "This model's maximum context length is 512 tokens")
+_TOO_LONG_FOR_TEI = (422, "`inputs` must have less than 512 tokens. Given: 900")
+
+
+def _openai_error(status: int, message: str) -> Response:
+    code = "context_length_exceeded" if "context length" in message else None
+    return JSONResponse({"error": {"message": message, "code": code}}, status)
+
+
+def _tei_error(status: int, message: str) -> Response:
+    types = {400: "Empty", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
+    return JSONResponse({"error": message, "error_type": types.get(status, "Backend")}, status)
 
 
 async def _half() -> AsyncIterator[bytes]:

@@ -228,6 +228,7 @@ async def test_a_tei_that_serves_something_else_is_refused(server: StandIn) -> N
         ("429", Overloaded, 3),
         ("400", BadInput, 1),
         ("422", BadInput, 1),
+        ("424", UpstreamFailed, 1),
         ("404", UpstreamUnavailable, 1),
         ("too long", ContextLengthExceeded, 1),
         ("half", UpstreamFailed, 3),
@@ -236,10 +237,11 @@ async def test_a_tei_that_serves_something_else_is_refused(server: StandIn) -> N
         ("nan", UpstreamFailed, 3),
     ],
 )
+@pytest.mark.parametrize("kind", ["openai", "tei"])
 async def test_what_a_fault_costs_and_what_the_client_is_told(
-    server: StandIn, fault: str, error: type[RequestError], num_requests: int
+    server: StandIn, kind: str, fault: str, error: type[RequestError], num_requests: int
 ) -> None:
-    async with loaded(entry(server)) as backend:
+    async with loaded(entry(server, kind=kind)) as backend:
         server.bodies.clear()
         server.fault = fault
         with pytest.raises(error) as caught:

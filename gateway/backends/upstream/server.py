@@ -229,7 +229,7 @@ class Server:
 
 def _is_about_length(code: str, message: str) -> bool:
     return code == ContextLengthExceeded.code or (
-        "token" in message and any(words in message for words in _LENGTH_WORDS)
+        ("token" in message or "characters" in message) and any(words in message for words in _LENGTH_WORDS)
     )
 
 

@@ -1,0 +1,120 @@
+"""The paths for TEI's clients take every request that TEI's contract allows, and answer as it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from schemathesis.config import GenerationConfig, ProjectConfig, ProjectsConfig, SchemathesisConfig
+
+from gateway.app import create_app
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import Alias, ModelEntry, Registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.embedding import ModelKind, ModelState, Output
+from tests.tei_contract import ANSWERS, REQUESTS, differences, document, validate_answer
+
+
+def make_app() -> FastAPI:
+    """Return a gateway with a model that embeds in every way, and one that reranks."""
+    fields = {"outputs": (Output.DENSE, Output.SPARSE), "dimensions": (8, 4)}
+    models = []
+    for info in (fake_info("mini", **fields), fake_info("ranker", width=1, kind=ModelKind.RERANK)):
+        backend = FakeBackend(info)
+        asyncio.run(backend.start())
+        entry = ModelEntry(id=info.id, source=info.source, revision="0" * 40, enabled=True)
+        models.append(Model(entry, backend, ModelState.READY, info))
+    fleet = Fleet(models)
+    fleet.started.set()
+    registry = Registry(
+        path=Path("models.yaml"),
+        version=1,
+        models=tuple(model.entry for model in models),
+        aliases={"default": Alias(name="default", model="mini")},
+    )
+    return create_app(Deployment(registry, Settings(), fleet))
+
+
+APP = make_app()
+PLACES: dict[str, Callable[[str], str]] = {
+    "root": lambda path: path,
+    "model": lambda path: f"/tei/{'ranker' if path == '/rerank' else 'mini'}{path}",
+}
+MODES = schemathesis.GenerationMode
+generation = GenerationConfig(modes=list(MODES), deterministic=True, max_examples=60, database="none")
+CONFIG = SchemathesisConfig(projects=ProjectsConfig(default=ProjectConfig(generation=generation)), seed=1)
+bounded = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def operation(path: str, where: str) -> Any:
+    schema = schemathesis.openapi.from_dict(document(PLACES[where]), config=CONFIG)
+    schema.app = APP
+    [found] = [one for result in schema.get_all_operations() if (one := result.ok()).path == PLACES[where](path)]
+    return found
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("path", ANSWERS)
+def test_what_the_contract_allows_is_answered(path: str, where: str) -> None:
+    """Or it is refused for what only the model can tell: which sizes and prompts there are."""
+    statuses = set()
+
+    @bounded
+    @given(case=operation(path, where).as_strategy(generation_mode=MODES.POSITIVE))
+    def check(case: schemathesis.Case) -> None:
+        response = case.call()
+        statuses.add(response.status_code)
+        validate_answer(path, response.status_code, response.json())
+        # In JSON Schema 1.0 is an integer; neither TEI nor the gateway takes it for one.
+        if response.status_code == 422 and not has_float(case.body):
+            assert any(word in response.json()["error"] for word in ("`dimensions`", "task")), (
+                case.body,
+                response.text,
+            )
+
+    check()
+    assert 200 in statuses
+    assert statuses <= {200, 400, 422}
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("path", REQUESTS)
+def test_what_the_contract_does_not_allow_gets_tei_s_errors(path: str, where: str) -> None:
+    statuses = set()
+
+    @bounded
+    @given(case=operation(path, where).as_strategy(generation_mode=MODES.NEGATIVE))
+    def check(case: schemathesis.Case) -> None:
+        response = case.call()
+        if response.status_code == 405:
+            return  # another method: no request of the contract
+        if (where, path) == ("root", "/rerank") and "error_type" not in response.text:
+            return  # without `texts` it may be from any client that reranks
+        statuses.add(response.status_code)
+        validate_answer(path, response.status_code, response.json())
+
+    check()
+    assert 422 in statuses
+    # What is wrong by the contract alone may be taken: a direction in small letters, say.
+    assert statuses <= {200, 400, 422}
+
+
+def has_float(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(has_float, value.values()))
+    return any(map(has_float, value)) if isinstance(value, list) else isinstance(value, float)
+
+
+@pytest.mark.skipif("TEI_OPENAPI" not in os.environ, reason="set TEI_OPENAPI to the docs/openapi.json of TEI 1.9.3")
+def test_the_contract_is_what_tei_publishes() -> None:
+    assert differences(json.loads(Path(os.environ["TEI_OPENAPI"]).read_text())) == []

@@ -1,0 +1,233 @@
+"""TEI's HTTP contract, written by hand after the OpenAPI document that its release 1.9.3 publishes.
+
+It is held against both of the gateway's sides: the paths that it has for TEI's clients, and what it sends to, and reads
+from, a TEI that runs a model. ``describes`` compares it with the published document, where that is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+Schema = dict[str, Any]
+
+COUNT: Schema = {"type": "integer", "minimum": 0}
+STRING: Schema = {"type": "string"}
+NUMBER: Schema = {"type": "number"}
+FLAG: Schema = {"type": "boolean"}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _nullable(schema: Schema) -> Schema:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _record(required: Schema, **optional: Any) -> Schema:
+    return {"type": "object", "required": list(required), "properties": {**required, **optional}}
+
+
+IDS = _list({**COUNT, "maximum": 2**31 - 1})
+TEXTS: Schema = {"anyOf": [STRING, _list(STRING)]}
+INPUTS: Schema = {"anyOf": [STRING, IDS, _list({"anyOf": [STRING, IDS]})]}
+DIRECTION: Schema = {"enum": ["Left", "Right"]}
+CUTTING: Schema = {"truncate": _nullable(FLAG), "truncation_direction": DIRECTION}
+PROMPT: Schema = {"prompt_name": _nullable(STRING)}
+LABELS = _record({"id2label": {"type": "object"}, "label2id": {"type": "object"}})
+
+REQUESTS: dict[str, Schema] = {
+    "/embed": _record({"inputs": INPUTS}, normalize=FLAG, dimensions=_nullable(COUNT), **CUTTING, **PROMPT),
+    "/embed_all": _record({"inputs": INPUTS}, **CUTTING, **PROMPT),
+    "/embed_sparse": _record({"inputs": INPUTS}, **CUTTING, **PROMPT),
+    "/rerank": _record({"query": STRING, "texts": _list(STRING)}, raw_scores=FLAG, return_text=FLAG, **CUTTING),
+    "/similarity": _record(
+        {"inputs": _record({"source_sentence": STRING, "sentences": _list(STRING)})},
+        parameters=_nullable(_record({}, **CUTTING, **PROMPT)),
+    ),
+    "/tokenize": _record({"inputs": TEXTS}, add_special_tokens=FLAG, **PROMPT),
+    "/decode": _record({"ids": {"anyOf": [IDS, _list(IDS)]}}, skip_special_tokens=FLAG),
+}
+
+ANSWERS: dict[str, Schema] = {
+    "/embed": _list(_list(NUMBER)),
+    "/embed_all": _list(_list(_list(NUMBER))),
+    "/embed_sparse": _list(_list(_record({"index": COUNT, "value": NUMBER}))),
+    "/rerank": _list(_record({"index": COUNT, "score": NUMBER}, text=_nullable(STRING))),
+    "/similarity": _list(NUMBER),
+    "/tokenize": _list(
+        _list(_record({"id": COUNT, "text": STRING, "special": FLAG}, start=_nullable(COUNT), stop=_nullable(COUNT)))
+    ),
+    "/decode": _list(STRING),
+    "/info": _record(
+        {
+            "model_id": STRING,
+            "model_dtype": STRING,
+            "served_model_name": STRING,
+            "model_type": {
+                "anyOf": [
+                    _record({"classifier": LABELS}),
+                    _record({"embedding": _record({"pooling": STRING})}),
+                    _record({"reranker": LABELS}),
+                ]
+            },
+            "max_concurrent_requests": COUNT,
+            "max_input_length": COUNT,
+            "max_batch_tokens": COUNT,
+            "max_client_batch_size": COUNT,
+            "auto_truncate": FLAG,
+            "tokenization_workers": COUNT,
+            "version": STRING,
+        },
+        model_sha=_nullable(STRING),
+        max_batch_requests=_nullable(COUNT),
+        sha=_nullable(STRING),
+        docker_label=_nullable(STRING),
+    ),
+}
+
+ERROR = _record(
+    {
+        "error": STRING,
+        "error_type": {"enum": ["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer", "Empty"]},
+    }
+)
+# As its router maps them; a 413 for a batch that is too large is documented and never sent.
+ERROR_TYPES = {
+    400: {"Empty"},
+    413: {"Validation"},
+    422: {"Validation", "Tokenizer"},
+    424: {"Backend"},
+    429: {"Overloaded"},
+    503: {"Unhealthy"},
+}
+_OF_WORDS = {"400", "413", "422"}  # what paths that compute nothing can end in
+_OF_MODELS = {*_OF_WORDS, "424", "429"}
+ERRORS: dict[str, set[str]] = dict.fromkeys(REQUESTS, _OF_MODELS) | {
+    "/tokenize": _OF_WORDS,
+    "/decode": _OF_WORDS,
+    "/info": set(),
+}
+NOT_SERVED = {"/predict", "/metrics", "/health", "/v1/embeddings"}
+"""Paths that TEI has beside: classification is not served, and the others are not TEI's own."""
+
+
+def validate(schema: Schema, value: object) -> None:
+    """Raise ``jsonschema.ValidationError`` if a value does not have the shape of a schema."""
+    Draft202012Validator(schema).validate(value)
+
+
+def validate_answer(path: str, status: int, body: object) -> None:
+    """Hold an answer, or an error, against what TEI says of the path.
+
+    Raises:
+        jsonschema.ValidationError: it has another shape.
+        AssertionError: the status does not belong to that kind of error.
+    """
+    if status == 200:
+        validate(ANSWERS[path], body)
+        return
+    validate(ERROR, body)
+    assert isinstance(body, dict)
+    assert body["error"]
+    assert body["error_type"] in ERROR_TYPES.get(status, {"Validation", "Backend"}), (status, body)
+
+
+def document(place: Callable[[str], str] = lambda path: path) -> Schema:
+    """Return the contract as an OpenAPI document, to make requests from.
+
+    Args:
+        place: says where the server has a path of TEI's.
+    """
+    paths = {}
+    for path, answer in ANSWERS.items():
+        responses = {"200": answer, **dict.fromkeys(sorted(ERRORS[path]), ERROR)}
+        operation: Schema = {
+            "operationId": path,
+            "responses": {
+                status: {"description": status, "content": {"application/json": {"schema": schema}}}
+                for status, schema in responses.items()
+            },
+        }
+        if path in REQUESTS:
+            operation["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": REQUESTS[path]}},
+            }
+        paths[place(path)] = {"post" if path in REQUESTS else "get": operation}
+    return {"openapi": "3.1.0", "info": {"title": "TEI", "version": "1.9.3"}, "paths": paths}
+
+
+# --------------------------------------------------------------------------------------------- the published document
+
+
+def differences(published: Schema) -> list[str]:
+    """Return where this contract says something else than a document that TEI publishes; empty if nowhere."""
+    paths = published["paths"]
+    found = [f"{path}: only in one of them" for path in sorted({*ANSWERS, *NOT_SERVED} ^ set(paths))]
+    for path, answer in ANSWERS.items():
+        [operation] = paths[path].values()
+        answers = dict(operation["responses"])
+        pairs = [("answer", answers.pop("200"), answer)]
+        if set(answers) != ERRORS[path]:
+            found.append(f"{path}: errors {sorted(answers)}, here {sorted(ERRORS[path])}")
+        pairs += [(status, error, ERROR) for status, error in sorted(answers.items())]
+        if path in REQUESTS:
+            pairs.append(("request", operation["requestBody"], REQUESTS[path]))
+        for part, holder, ours in pairs:
+            theirs = holder["content"]["application/json"]["schema"]
+            found += [f"{path} {part}{where}" for where in _unlike(_plain(theirs, published), _plain(ours, {}))]
+    return found
+
+
+TABLE: Schema = {"type": "object", "nullable": False}
+"""An object whose keys are data."""
+
+
+def _plain(schema: Schema, root: Schema) -> Schema:
+    """Return a schema with its references filled in, and ``null`` written in one way, without anything for people."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return _plain(root["components"]["schemas"][name], root)
+    if "allOf" in schema:
+        [only] = schema["allOf"]
+        plain = _plain(only, root)
+        return {**plain, "nullable": True} if schema.get("nullable") else plain
+    if forms := schema.get("oneOf") or schema.get("anyOf"):
+        options: list[Schema] = []
+        for form in forms:
+            plain = _plain(form, root)
+            options += plain.get("forms", [plain])
+        return {"forms": sorted(options, key=str)}
+    if "enum" in schema:
+        return {"enum": sorted(schema["enum"])}
+    kind = schema["type"]
+    is_nullable = schema.get("nullable") is True or isinstance(kind, list)
+    result: Schema = {"type": kind[0] if isinstance(kind, list) else kind, "nullable": is_nullable}
+    if "items" in schema:
+        result["items"] = _plain(schema["items"], root)
+    if "properties" in schema:
+        result["required"] = sorted(schema.get("required", []))
+        result["properties"] = {name: _plain(value, root) for name, value in schema["properties"].items()}
+    return result
+
+
+def _unlike(theirs: Schema, ours: Schema, where: str = "") -> Iterator[str]:
+    """Yield where two plain schemas differ."""
+    if theirs == ours or (ours == TABLE and theirs["type"] == "object"):
+        return
+    if theirs.keys() != ours.keys() or "properties" not in ours:
+        yield f"{where}: {theirs}, here {ours}"
+        return
+    for key in ("type", "nullable", "required"):
+        if theirs[key] != ours[key]:
+            yield f"{where}: {key} {theirs[key]}, here {ours[key]}"
+    for name in sorted({*ours["properties"], *theirs["properties"]}):
+        pair = theirs["properties"].get(name), ours["properties"].get(name)
+        if None in pair:
+            yield f"{where}.{name}: only in one of them"
+        else:
+            yield from _unlike(*pair, f"{where}.{name}")
