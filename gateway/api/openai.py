@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import orjson
@@ -19,6 +20,7 @@ from gateway.api.schema import (
     responses,
 )
 from gateway.api.token_ids import TokenIdDecoder
+from gateway.api.token_vectors import write_token_vectors
 from gateway.backends.fleet import Model
 from gateway.config.registry import Registry
 from gateway.embedding import ModelKind
@@ -78,7 +80,8 @@ def openai_router(exchange: Exchange) -> APIRouter:
             encoding=body.wanted_encoding,
         )
         answer = await exchange.embed(request, ticket, wanted)
-        return exchange.respond(request, answer, lambda: render_answer(answer, body.wanted_encoding))
+        multivectors = await write_token_vectors(answer.multivectors or ())
+        return exchange.respond(request, answer, lambda: render_answer(answer, body.wanted_encoding, multivectors))
 
     async def list_models(request: Request) -> Response:
         """List every model of the registry that the key is for, ready or not."""
@@ -188,15 +191,19 @@ def _token_ids(items: list[Json]) -> list[int] | None:
 # ----------------------------------------------------------------------------------------------------------- answer
 
 
-def render_answer(answer: EmbedAnswer, encoding: Encoding) -> bytes:
-    """Write an answer as JSON; float32 in the shortest form that reads back exactly."""
+def render_answer(answer: EmbedAnswer, encoding: Encoding, multivectors: Sequence[orjson.Fragment] = ()) -> bytes:
+    """Write an answer as JSON; float32 in the shortest form that reads back exactly.
+
+    Args:
+        multivectors: those of each text, already written, if they were asked for.
+    """
     rows: list[dict[str, object]] = [{"object": "embedding", "index": i} for i in range(len(answer.vectors))]
     if answer.has_dense:
         for row, vector in zip(rows, encode(answer.vectors, encoding), strict=True):
             row["embedding"] = vector
     for row, sparse in zip(rows, answer.sparse or (), strict=False):
         row["sparse"] = {"indices": sparse.indices, "values": sparse.values}
-    for row, multivector in zip(rows, answer.multivectors or (), strict=False):
+    for row, multivector in zip(rows, multivectors, strict=False):
         row["multivector"] = multivector
     return orjson.dumps(
         {

@@ -33,6 +33,7 @@ from gateway.api.tei_schema import (
     check_size,
     listed,
 )
+from gateway.api.token_vectors import write_token_vectors
 from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, ModelKind, Output, SparseVector, Token
 from gateway.errors import DeadlineExceeded, ModelNotReady
@@ -110,7 +111,7 @@ class _Dialect:
     async def embed_all(self, request: Request, model: str | None) -> Response:
         """Answer what is pooled to each text's vector, for each of its tokens: ``[[[float]]]``."""
         answer, texts = await self._embed_as(request, model, Output.STATES)
-        return self._respond(request, answer, texts, answer.states)
+        return self._respond(request, answer, texts, await write_token_vectors(answer.states or ()))
 
     async def similarity(self, request: Request, model: str | None) -> Response:
         """Answer the cosine of one text with each of the others: ``[float]``."""
