@@ -16,7 +16,7 @@ from packaging.markers import Marker
 
 FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
-EXTRAS = ["bundled", "compare", "redis", "tiktoken", "tracing"]
+EXTRAS = ["bundled", "compare", "redis", "tracing"]
 GROUPS = ["dev", "clients"]
 # Groups with an environment and a lock of their own, which have nothing of the gateway's in them.
 APART = ["clients-apart", "infinity-client"]
