@@ -11,22 +11,18 @@ from pydantic import Field
 
 from gateway.api.exchange import Exchange
 from gateway.api.json_body import parse_object
-from gateway.api.request_body import RequestBody
-from gateway.api.schema import PositiveInteger
+from gateway.api.request_body import TRUNCATION, ModelName, PositiveInteger, RequestBody, Truncation, wanted_truncation
 from gateway.api.tei_schema import check_batch, listed
-from gateway.embedding import ModelState, Truncate
+from gateway.embedding import ModelState
 from gateway.middleware import RequestContext
-
-# What its clients add to a name that has no tag; with us, a task would stand there.
-_DEFAULT_TAG = ":latest"
 
 
 class OllamaEmbedBody(RequestBody):
     """``POST /api/embed``. Ollama's ``options`` and ``keep_alive`` are about running models, and ignored."""
 
-    model: str | None = Field(None, title="a string")
+    model: ModelName | None = Field(None, title="a string")
     input: str | list[str] = Field(title="a string or a list of strings")
-    truncate: bool = Field(True, title="true or false")
+    truncate: Truncation = Field(None, title=TRUNCATION)
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
 
 
@@ -40,8 +36,8 @@ def ollama_router(exchange: Exchange) -> APIRouter:
         texts = listed(body.input)
         check_batch(len(texts), exchange.settings.max_inputs, "input")
         wanted = replace(
-            exchange.begin(request, texts, (body.model or "").removesuffix(_DEFAULT_TAG) or None),
-            truncate=Truncate.END if body.truncate else Truncate.REFUSE,
+            exchange.begin(request, texts, body.model),
+            truncate=wanted_truncation(body.truncate, None),
             dimensions=body.dimensions,
             is_normalised=True,  # as Ollama's always are
         )

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, RootModel, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, RootModel, WithJsonSchema
 
 from gateway.api.json_body import Json, describe
-from gateway.api.request_body import ModelName, RequestBody
-from gateway.api.schema import ErrorBody, PositiveInteger, Responses, Usage, only, responses
-from gateway.api.tei_schema import Direction
+from gateway.api.request_body import (
+    DIRECTION,
+    TRUNCATION,
+    Direction,
+    Flag,
+    ModelName,
+    PositiveInteger,
+    RequestBody,
+    Truncation,
+    wanted_truncation,
+)
+from gateway.api.schema import ErrorBody, Responses, Usage, only, responses
 from gateway.embedding import Truncate
 from gateway.errors import BadInput, EmptyInput, RequestError
 
@@ -25,13 +34,24 @@ _TEXTS_SCHEMA = {
 }
 
 
+def _text_of(value: Json) -> Json:
+    """Read ``{"text": "…"}`` as its text: NVIDIA's clients write the query as they write documents."""
+    match value:
+        case {"text": str(text)}:
+            return text
+        case _:
+            return value
+
+
 class RerankBody(RequestBody):
     """Texts to score against a query. Unknown fields are ignored, and `null` means absent.
 
     One of `documents` and `texts` is required; with `texts`, the answer has TEI's shape.
     """
 
-    query: str = Field(description="What the documents are scored against.", title="a string")
+    query: Annotated[str, BeforeValidator(_text_of)] = Field(
+        description="What the documents are scored against.", title="a string"
+    )
     documents: Annotated[Any, WithJsonSchema(_TEXTS_SCHEMA)] = Field(
         None, description='Up to 2,048 (configurable), each a string or `{"text": "…"}`.'
     )
@@ -44,25 +64,25 @@ class RerankBody(RequestBody):
     top_n: PositiveInteger | None = Field(
         None, description="How many results to return, the best first; all by default.", title="a positive integer"
     )
-    return_documents: bool | None = Field(
+    return_documents: Flag | None = Field(
         None,
         description="Whether a result has its text; by default on `/v1/rerank` only, and not with `texts`.",
         title="true or false",
     )
-    return_text: bool | None = Field(None, description="Same as `return_documents`.", title="true or false")
-    raw_scores: bool | None = Field(
+    return_text: Flag | None = Field(None, description="Same as `return_documents`.", title="true or false")
+    raw_scores: Flag | None = Field(
         None, description="Return the model's own scores, and not their sigmoid.", title="true or false"
     )
-    truncate: bool | None = Field(
+    truncate: Truncation = Field(
         None,
-        description="What to do with a pair that is too long: cut the document (`true`, the default), or answer 400 "
-        "(`false`).",
-        title="true or false",
+        description="What to do with a pair that is too long: cut the end of the document (`true`, `END`, `right`; the "
+        "default) or its start (`START`, `left`), or answer 400 (`false`, `NONE`).",
+        title=TRUNCATION,
     )
-    truncation_direction: Direction | None = Field(
+    truncation_direction: Direction = Field(
         None,
         description="Where a document that is too long is cut: at its end (`right`, the default) or its start.",
-        title="`Left` or `Right`",
+        title=DIRECTION,
     )
     max_tokens_per_doc: PositiveInteger | None = Field(
         None, description="Where each document is cut in any case.", title="a positive integer"
@@ -77,9 +97,7 @@ class RerankBody(RequestBody):
 
     @property
     def wanted_truncation(self) -> Truncate:
-        if self.truncate is False:
-            return Truncate.REFUSE
-        return Truncate.START if self.truncation_direction == "left" else Truncate.END
+        return wanted_truncation(self.truncate, self.truncation_direction)
 
     @property
     def wants_texts(self) -> bool | None:

@@ -6,8 +6,19 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from gateway.api.json_body import describe, integral
-from gateway.api.request_body import ModelName, RequestBody
+from gateway.api.json_body import Json, describe
+from gateway.api.request_body import (
+    DIRECTION,
+    IN_ANY_CASE,
+    TRUNCATION,
+    Direction,
+    Flag,
+    ModelName,
+    PositiveInteger,
+    RequestBody,
+    Truncation,
+    wanted_truncation,
+)
 from gateway.embedding import Output, Truncate, canonical_task
 from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
 from gateway.vectors import Encoding
@@ -33,19 +44,15 @@ _INPUT_SCHEMA = {
     ],
 }
 
-_TRUNCATIONS = {
-    True: Truncate.END,
-    False: Truncate.REFUSE,
-    "END": Truncate.END,
-    "right": Truncate.END,
-    "START": Truncate.START,
-    "left": Truncate.START,
-    "NONE": Truncate.REFUSE,
-}
 _ENCODING = "`float`, `base64`, `binary` or `ubinary`"
-EncodingName = Literal["float", "base64", "binary", "ubinary"]
+EncodingName = Annotated[Literal["float", "base64", "binary", "ubinary"], IN_ANY_CASE]
+OutputName = Annotated[Literal["dense", "sparse", "multivector"], IN_ANY_CASE]
 T = TypeVar("T", bool, int, str)
-PositiveInteger = Annotated[int, Field(ge=1), BeforeValidator(integral)]
+
+
+def _listed(value: Json) -> Json:
+    """Read one name as a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 class EmbeddingsBody(RequestBody):
@@ -72,20 +79,25 @@ class EmbeddingsBody(RequestBody):
         title="a string",
     )
     input_type: str | None = Field(None, description="Same as `task`.", title="a string")
-    normalized: bool | None = Field(
+    normalized: Flag | None = Field(
         None, description="Whether vectors have L2 norm 1; by default as the model does.", title="true or false"
     )
-    normalize: bool | None = Field(None, description="Same as `normalized`.", title="true or false")
-    truncate: bool | Literal["NONE", "END", "START", "left", "right"] | None = Field(
+    normalize: Flag | None = Field(None, description="Same as `normalized`.", title="true or false")
+    truncate: Truncation = Field(
         None,
         description="What to do with texts that are too long: keep the start (`true`, `END`, `right`; the default), keep "
         "the end (`START`, `left`), or answer 400 (`false`, `NONE`).",
-        title="true, false, `END`, `START`, `NONE`, `right` or `left`",
+        title=TRUNCATION,
     )
-    late_chunking: bool | None = Field(
+    truncation_direction: Direction = Field(
+        None,
+        description="Where texts that are too long are cut: at their end (`right`, the default) or their start.",
+        title=DIRECTION,
+    )
+    late_chunking: Flag | None = Field(
         None, description="Embed the inputs as chunks of one document.", title="true or false"
     )
-    outputs: Annotated[list[Literal["dense", "sparse", "multivector"]], Field(min_length=1)] | None = Field(
+    outputs: Annotated[list[OutputName], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         None,
         description="What to return for each text; `dense` by default.",
         title="a list of `dense`, `sparse`, `multivector`",
@@ -118,7 +130,7 @@ class EmbeddingsBody(RequestBody):
 
     @property
     def wanted_truncation(self) -> Truncate:
-        return Truncate.END if self.truncate is None else _TRUNCATIONS[self.truncate]
+        return wanted_truncation(self.truncate, self.truncation_direction)
 
     @property
     def wanted_outputs(self) -> tuple[Output, ...]:

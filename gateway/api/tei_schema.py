@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from gateway.api.json_body import Json
-from gateway.api.request_body import RequestBody
-from gateway.api.schema import PositiveInteger
+from gateway.api.request_body import (
+    DIRECTION,
+    TRUNCATION,
+    Direction,
+    Flag,
+    PositiveInteger,
+    RequestBody,
+    Truncation,
+    wanted_truncation,
+)
 from gateway.embedding import Truncate
 from gateway.errors import BadInput, EmptyInput
 
@@ -21,11 +28,6 @@ MAX_CHARACTERS = 1_000_000
 MAX_IDS = 250_000
 
 
-def _lower(value: Json) -> Json:
-    return value.lower() if isinstance(value, str) else value
-
-
-Direction = Annotated[Literal["left", "right"], BeforeValidator(_lower)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Inputs = Annotated[str | list[str | list[TokenId]] | list[TokenId], Field(union_mode="left_to_right")]
 
@@ -33,15 +35,13 @@ Inputs = Annotated[str | list[str | list[TokenId]] | list[TokenId], Field(union_
 class Cutting(RequestBody):
     """What is done with a text that is too long, and what is put before each; part of several requests."""
 
-    truncate: bool = Field(True, title=_BOOL)
-    truncation_direction: Direction = Field("right", title="`Left` or `Right`")
+    truncate: Truncation = Field(None, title=TRUNCATION)
+    truncation_direction: Direction = Field(None, title=DIRECTION)
     prompt_name: str | None = Field(None, title="a string")
 
     @property
     def wanted_truncation(self) -> Truncate:
-        if not self.truncate:
-            return Truncate.REFUSE
-        return Truncate.END if self.truncation_direction == "right" else Truncate.START
+        return wanted_truncation(self.truncate, self.truncation_direction)
 
 
 class TextsBody(Cutting):
@@ -62,7 +62,7 @@ class TextsBody(Cutting):
 class EmbedBody(TextsBody):
     """``POST /embed``."""
 
-    normalize: bool = Field(True, title=_BOOL)
+    normalize: Flag = Field(True, title=_BOOL)
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
 
 
@@ -84,7 +84,7 @@ class TokenizeBody(RequestBody):
     """``POST /tokenize``."""
 
     inputs: str | list[str] = Field(title=_TEXTS)
-    add_special_tokens: bool = Field(True, title=_BOOL)
+    add_special_tokens: Flag = Field(True, title=_BOOL)
     prompt_name: str | None = Field(None, title="a string")
 
 
@@ -92,7 +92,7 @@ class DecodeBody(RequestBody):
     """``POST /decode``."""
 
     ids: list[TokenId] | list[list[TokenId]] = Field(title=_IDS)
-    skip_special_tokens: bool = Field(True, title=_BOOL)
+    skip_special_tokens: Flag = Field(True, title=_BOOL)
 
     @property
     def rows(self) -> list[list[int]]:

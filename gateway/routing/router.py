@@ -50,6 +50,10 @@ class Choice:
     assignment: Assignment | None = None
 
 
+# What Ollama's clients, and those of its OpenAI paths, add to a name without a tag; it is no task.
+_DEFAULT_TAG = "latest"
+
+
 class Router:
     """Resolves names. Everything it knows is fixed by the registry; only the state of the models changes."""
 
@@ -180,7 +184,9 @@ class Router:
 def _readings(name: str) -> Sequence[tuple[str, str | None]]:
     """Return the ways to read a name: as it is (a source may hold a colon), or as ``name:task``."""
     known, colon, task = name.rpartition(":")
-    return ((name, None), (known, task)) if colon else ((name, None),)
+    if not colon:
+        return ((name, None),)
+    return ((name, None), (known, None if task == _DEFAULT_TAG else task))
 
 
 def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:

@@ -1,0 +1,267 @@
+"""A value that can mean only one thing is taken for it, in every body and in every dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import httpx
+import pytest
+
+from gateway.api.ollama import OllamaEmbedBody
+from gateway.api.request_body import RequestBody
+from gateway.api.rerank_schema import RerankBody
+from gateway.api.schema import EmbeddingsBody
+from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, SimilarityInputs, TextsBody, TokenizeBody
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Model
+from gateway.embedding import EmbedJob, ModelKind, Output, Truncate
+
+Connect = Callable[..., Awaitable[httpx.AsyncClient]]
+MakeModel = Callable[..., Model]
+
+LEAST: dict[type[RequestBody], dict[str, Any]] = {
+    EmbeddingsBody: {"input": "a"},
+    RerankBody: {"query": "a", "documents": ["a"]},
+    TextsBody: {"inputs": "a"},
+    EmbedBody: {"inputs": "a"},
+    SimilarityBody: {"inputs": {}},
+    SimilarityInputs: {"source_sentence": "a", "sentences": ["a"]},
+    TokenizeBody: {"inputs": "a"},
+    DecodeBody: {"ids": [1]},
+    OllamaEmbedBody: {"input": "a"},
+}
+
+
+def bodies(root: type[RequestBody] = RequestBody) -> Iterator[type[RequestBody]]:
+    for body in root.__subclasses__():
+        yield body
+        yield from bodies(body)
+
+
+def kinds(annotation: object) -> set[object]:
+    """Return the types that a field may have, outside containers."""
+    if get_origin(annotation) is Annotated:
+        return kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(kinds, get_args(annotation)))
+    return {annotation}
+
+
+FIELDS = [
+    pytest.param(body, name, kind, id=f"{body.__name__}.{name}")
+    for body in LEAST
+    for name, field in body.model_fields.items()
+    for kind in (bool, int, Truncate)
+    if kind in kinds(field.annotation)
+]
+
+
+def test_every_body_is_tried() -> None:
+    assert set(bodies()) - {TextsBody.__mro__[1]} == set(LEAST)
+    assert len(FIELDS) > 20
+
+
+def read(body: type[RequestBody], name: str, value: object) -> object:
+    return getattr(body.parse({**LEAST[body], name: value}), name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("body", "name", "kind"), FIELDS)
+def test_a_value_that_is_written_as_a_string_means_what_it_says(
+    body: type[RequestBody], name: str, kind: object
+) -> None:
+    if kind is bool:
+        assert [read(body, name, value) for value in ("true", "True", "TRUE", "1", 1, " true ")] == [True] * 6
+        assert [read(body, name, value) for value in ("false", "False", "0", 0, 0.0)] == [False] * 5
+    elif kind is int:
+        assert [read(body, name, value) for value in ("512", "512.0", 512.0, " 512 ", "+512")] == [512] * 5
+    else:
+        direction = {"END": Truncate.END, "end": Truncate.END, "Right": Truncate.END, "RIGHT": Truncate.END}
+        direction |= {"START": Truncate.START, "start": Truncate.START, "Left": Truncate.START, "left": Truncate.START}
+        assert {value: read(body, name, value) for value in direction} == direction
+
+
+@pytest.mark.parametrize("body", LEAST)
+def test_an_empty_string_is_absent_where_a_field_may_be(body: type[RequestBody]) -> None:
+    optional = {name: "" for name, field in body.model_fields.items() if not field.is_required()}
+    if body is RerankBody:
+        del optional["documents"]
+
+    assert body.parse({**LEAST[body], **optional}) == body.parse(LEAST[body])
+
+
+def test_an_empty_text_is_a_text() -> None:
+    assert EmbeddingsBody.parse({"input": ""}).input == ""
+    assert RerankBody.parse({"query": "", "documents": [""]}).query == ""
+    assert EmbedBody.parse({"inputs": ""}).items == [""]
+
+
+@pytest.fixture
+def jobs() -> list[EmbedJob]:
+    """What the models were asked."""
+    return []
+
+
+@pytest.fixture
+async def client(connect: Connect, make_model: MakeModel, jobs: list[EmbedJob]) -> httpx.AsyncClient:
+    """Return a client of a gateway with a model of each kind."""
+    embeds: dict[str, Any] = {"dimensions": (8, 4), "outputs": (Output.DENSE, Output.SPARSE)}
+    ranks: dict[str, Any] = {"width": 1, "dimensions": (1,), "kind": ModelKind.RERANK}
+    return await connect(
+        make_model("mini", backend=FakeBackend(fake_info("mini", **embeds), on_embed=jobs.append), **embeds),
+        make_model("ranker", backend=FakeBackend(fake_info("ranker", **ranks), on_embed=jobs.append), **ranks),
+        aliases={"default": "mini"},
+    )
+
+
+RERANK_PATHS = ["/v1/rerank", "/v2/rerank", "/v1/v2/rerank", "/rerank"]
+
+
+@pytest.mark.parametrize("path", RERANK_PATHS)
+async def test_what_ragflow_sends_to_a_reranker(client: httpx.AsyncClient, path: str) -> None:
+    body = {"model": "ranker", "query": "fox", "documents": ["a fox", "b"]}
+    asked = {"return_documents": "true", "return_len": "true", "top_n": "1"}
+
+    response = await client.post(path, json={**body, **asked})
+
+    assert response.status_code == 200, response.text
+    [result] = response.json()["results"]
+    assert result["document"] in ("a fox", {"text": "a fox"})
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/tei/ranker/rerank"])
+async def test_what_forms_send_to_tei_s_rerank(client: httpx.AsyncClient, path: str) -> None:
+    body = {"query": "fox", "texts": ["fox", "b"]}
+    raw = await client.post(path, json={**body, "raw_scores": "True", "return_text": "1", "truncate": "true"})
+    plain = await client.post(path, json={**body, "raw_scores": "False", "return_text": "0", "truncate": ""})
+
+    assert [result["text"] for result in raw.json()] == ["fox", "b"]
+    assert all("text" not in result for result in plain.json())
+    assert [result["score"] for result in raw.json()] == [0, -1]  # the words that are shared, minus 1
+    assert plain.json()[0]["score"] == 0.5
+
+
+TRUNCATIONS = [
+    ("END", Truncate.END),
+    ("end", Truncate.END),
+    ("right", Truncate.END),
+    ("START", Truncate.START),
+    ("Left", Truncate.START),
+    ("NONE", Truncate.REFUSE),
+    ("none", Truncate.REFUSE),
+    ("False", Truncate.REFUSE),
+    (1, Truncate.END),
+    (0, Truncate.REFUSE),
+    ("", Truncate.END),
+]
+
+
+@pytest.mark.parametrize(("truncate", "expected"), TRUNCATIONS)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *((path, {"model": "ranker", "query": "a", "documents": ["b"]}) for path in RERANK_PATHS),
+        ("/rerank", {"query": "a", "texts": ["b"]}),
+        ("/tei/ranker/rerank", {"query": "a", "texts": ["b"]}),
+        ("/v1/embeddings", {"input": "a"}),
+        ("/embed", {"inputs": "a"}),
+        ("/tei/mini/embed_sparse", {"inputs": "a"}),
+        ("/api/embed", {"model": "mini", "input": "a"}),
+    ],
+)
+async def test_the_words_of_every_api_for_texts_that_are_too_long(
+    client: httpx.AsyncClient,
+    jobs: list[EmbedJob],
+    path: str,
+    body: dict[str, Any],
+    truncate: object,
+    expected: Truncate,
+) -> None:
+    response = await client.post(path, json={**body, "truncate": truncate})
+
+    assert response.status_code == 200, response.text
+    assert [job.truncate for job in jobs] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"truncation_direction": "LEFT"}, Truncate.START),
+        ({"truncation_direction": "start", "truncate": "true"}, Truncate.START),
+        ({"truncation_direction": "right", "truncate": "END"}, Truncate.END),
+        ({"truncation_direction": "left", "truncate": "NONE"}, Truncate.REFUSE),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "a"}),
+        ("/tei/mini/embed", {"inputs": "a"}),
+        ("/v1/rerank", {"model": "ranker", "query": "a", "documents": ["b"]}),
+    ],
+)
+async def test_the_direction_of_tei(
+    client: httpx.AsyncClient,
+    jobs: list[EmbedJob],
+    path: str,
+    body: dict[str, Any],
+    fields: dict[str, str],
+    expected: Truncate,
+) -> None:
+    response = await client.post(path, json={**body, **fields})
+
+    assert response.status_code == 200, response.text
+    assert [job.truncate for job in jobs] == [expected]
+
+
+async def test_two_ends_of_a_text_contradict_each_other(client: httpx.AsyncClient) -> None:
+    body = {"input": "a", "truncate": "END", "truncation_direction": "Left"}
+
+    response = await client.post("/v1/embeddings", json=body)
+
+    assert response.status_code == 400
+    assert "name different ends of a text" in response.json()["message"]
+
+
+async def test_embeddings_take_numbers_flags_and_names_as_forms_send_them(client: httpx.AsyncClient) -> None:
+    fields = {"dimensions": "4.0", "normalized": "True", "late_chunking": "false", "outputs": "Dense"}
+
+    response = await client.post(
+        "/v1/embeddings", json={"input": "a", **fields, "encoding_format": "Float", "task": "", "user": "", "model": ""}
+    )
+
+    assert response.status_code == 200, response.text
+    [row] = response.json()["data"]
+    assert len(row["embedding"]) == 4
+
+
+@pytest.mark.parametrize("size", ["4", "4.0", 4.0])
+async def test_tei_and_ollama_take_dimensions_as_forms_send_them(client: httpx.AsyncClient, size: object) -> None:
+    tei = await client.post("/embed", json={"inputs": "a", "dimensions": size, "normalize": "true"})
+    ollama = await client.post("/api/embed", json={"model": "mini", "input": "a", "dimensions": size})
+
+    assert len(tei.json()[0]) == len(ollama.json()["embeddings"][0]) == 4
+
+
+async def test_the_query_may_be_written_like_a_document(client: httpx.AsyncClient) -> None:
+    """As NVIDIA's clients do."""
+    body = {"query": {"text": "fox"}, "documents": [{"text": "a fox"}], "truncate": "END"}
+
+    assert (await client.post("/v1/rerank", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "a"}),
+        ("/api/embed", {"input": "a"}),
+    ],
+)
+async def test_the_default_tag_of_ollama_is_no_task(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+    response = await client.post(path, json={**body, "model": "mini:latest"})
+
+    assert response.status_code == 200, response.text
+    assert response.headers["x-gateway-model"] == "mini"
+    assert (await client.get("/v1/models/mini:latest")).json()["id"] == "mini"
+    assert (await client.post("/tei/mini:latest/embed", json={"inputs": "a"})).status_code == 200
