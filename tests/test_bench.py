@@ -14,6 +14,9 @@ import orjson
 import pytest
 
 from bench.load import Group, Load, make_load
+from bench.mutants.equivalents import read_equivalents, reason_for, unmatched
+from bench.mutants.operators import mutants_of
+from bench.processes import ROOT
 from bench.report import Goal, goals_table, number, update_page
 from bench.stats import median_ratio, percentile
 from bench.texts import MAX_WORDS, MIN_WORDS, Sentences, docstring_sentences
@@ -158,6 +161,120 @@ async def test_an_answer_with_too_few_vectors_is_a_failure():
 
     assert sample.num_texts == 0
     assert sample.failures == {"wrong answer": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------- mutants
+
+
+def changes(source: str) -> set[tuple[str, str]]:
+    return {(mutant.operator, mutant.after) for mutant in mutants_of("m.py", source)}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a = b < c", {("comparison", "a = (b <= c)"), ("comparison", "a = (b >= c)")}),
+        ("a = b[1]", {("off by one", "a = b[2]")}),
+        ("a = not b", {("not dropped", "a = b")}),
+        ("a += b", {("statement dropped", "pass"), ("arithmetic", "a -= b")}),
+        ("a = b and c", {("and/or", "a = (b or c)"), ("operand dropped", "a = c"), ("operand dropped", "a = b")}),
+        ("f(a, b)", {("statement dropped", "pass"), ("arguments swapped", "f(b, a)")}),
+        ("raise E", {("raise dropped", "pass")}),
+        ("def f(): return a", {("return value dropped", "def f(): return None")}),
+        (
+            "if a: b()",
+            {("condition", "if True: b()"), ("condition", "if False: b()"), ("statement dropped", "if a: pass")},
+        ),
+        ("a = 'key'", {("constant", "a = 'key~'")}),
+    ],
+)
+def test_a_mutant_is_one_small_change(source, expected):
+    assert changes(source) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""A docstring."""',
+        "a: Literal['x']",
+        "def f(a: 'int') -> 'str': ...",
+        "__all__ = ['a']",
+        "log.info('started', port=1)",
+        "a = 'prose, which has spaces'",
+        "@route('/path', status=200)\ndef f(): ...",
+    ],
+)
+def test_what_is_no_behavior_is_left_alone(source):
+    assert changes(source) == set()
+
+
+def test_every_mutant_of_the_gateway_is_python():
+    for path in ROOT.glob("gateway/**/*.py"):
+        for mutant in mutants_of(path.name, path.read_text(encoding="utf-8")):
+            compile(mutant.source, path.name, "exec")
+
+
+def test_the_same_change_is_in_the_sample_wherever_its_line_is():
+    [*mutants] = mutants_of("m.py", "a = b < c\nd = e + 1\n")
+    [*moved] = mutants_of("m.py", "import x\n\na = b < c\nd = e + 1\n")
+
+    assert [mutant.order(0) for mutant in mutants] == [mutant.order(0) for mutant in moved]
+    assert mutants[0].order(0) != mutants[0].order(1)
+
+
+def test_an_equivalent_change_is_known_by_its_text_and_an_old_entry_is_reported(tmp_path):
+    path = tmp_path / "equivalent.toml"
+    entry = '[[equivalent]]\nmodule = "m.py"\nbefore = "{}"\nafter = "{}"\nreason = "why"\n'
+    path.write_text(entry.format("a = b < c", "a = (b <= c)") + entry.format("gone", "*"))
+    entries = read_equivalents(path)
+    mutants = mutants_of("m.py", "import x\na = b < c\n")
+
+    assert [reason_for(mutant, entries) for mutant in mutants] == ["why", None]
+    assert [stale.before for stale in unmatched(mutants, entries)] == ["gone"]
+
+
+TOY = '''
+def clamp(value, low, high):
+    """Return a value between two others."""
+    if value < low:
+        return low
+    return min(value, high)
+
+
+def never_tested(a):
+    return a + 1
+'''
+TOY_TESTS = """
+import subprocess, sys
+from gateway.toy import clamp
+
+def test_low():
+    assert clamp(1, 3, 5) == 3
+
+def test_high_in_a_process_of_its_own():
+    code = "from gateway.toy import clamp; assert clamp(9, 3, 5) == 5"
+    subprocess.run([sys.executable, "-c", code], check=True)
+"""
+
+
+def test_the_mutants_that_no_test_notices_are_printed(tmp_path):
+    for name, text in {"gateway/__init__.py": "", "gateway/toy.py": TOY, "tests/test_toy.py": TOY_TESTS}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    equivalent = tmp_path / "equivalent.toml"
+    equivalent.write_text(
+        '[[equivalent]]\nmodule = "gateway/toy.py"\nbefore = "if value < low:"\n'
+        'after = "if (value <= low):"\nreason = "the same value"\n'
+    )
+
+    command = ["bench.mutants", "toy", "--sample", "0", "--project", str(tmp_path), "--equivalent", str(equivalent)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=240, check=False)
+
+    assert done.returncode == 1, done.stderr
+    survivors = {line.removeprefix("  + ") for line in done.stdout.splitlines() if line.startswith("  + ")}
+    assert survivors == {"return (a - 1)", "return a + 2", "return None"}
+    assert "| toy | 10 | 6 | 3 | 1 | 67 % |" in done.stdout
+    assert (tmp_path / "gateway" / "toy.py").read_text() == TOY
 
 
 # ---------------------------------------------------------------------------------------------------------- commands

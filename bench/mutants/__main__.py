@@ -1,0 +1,75 @@
+"""Change modules in small ways, one at a time, and say which changes no test notices.
+
+python -m bench.mutants --record                 # once: which test runs which lines (20 minutes)
+python -m bench.mutants                          # a sample of each module of the core
+python -m bench.mutants access/quotas --sample 0 # every change of one module
+python -m bench.mutants --update                 # and write the table into docs/testing.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.mutants.equivalents import FILE, read_equivalents
+from bench.mutants.records import Records, all_tests
+from bench.mutants.report import load_results, print_result, save_result, table_of, write_page
+from bench.mutants.running import preload, workspaces
+from bench.mutants.scoring import CORE, ModuleResult, Options, record, score
+from bench.processes import RESULTS, ROOT
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    project: Path = arguments.project.resolve()
+    folder = RESULTS / "mutants" if project == ROOT else project / "results"
+    modules = [_path_of(project, name) for name in arguments.modules or CORE]
+    options = Options(arguments.sample, arguments.seed, arguments.budget, is_own_only=arguments.own)
+    records = Records(project, folder / "records")
+    results: list[ModuleResult] = []
+    with workspaces(arguments.jobs, project) as copies:
+        preload(copies[0], all_tests(project))
+        if arguments.record:
+            record(copies, records, all_tests(project), is_forced=True)
+        if arguments.modules or not arguments.record:
+            for module in modules:
+                result = score(copies, records, project, module, options, read_equivalents(arguments.equivalent))
+                print_result(result)
+                save_result(folder, result)
+                results.append(result)
+    print(f"\n{table_of(results)}")
+    if arguments.update:
+        write_page(load_results(folder))
+    return 1 if any(result.survivors for result in results) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="for example access/quotas; default: the core")
+    parser.add_argument("--sample", type=int, default=40, help="changes per module, 0 for all (default 40)")
+    parser.add_argument("--seed", type=int, default=0, help="which changes are in the sample (default 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default 2)")
+    parser.add_argument(
+        "--budget", type=float, default=40.0, help="seconds of tests for a change, own and others each (default 40)"
+    )
+    parser.add_argument("--own", action="store_true", help="run only the module's own tests")
+    parser.add_argument("--record", action="store_true", help="record what all tests run, even where it is known")
+    parser.add_argument("--update", action="store_true", help="write the table into docs/testing.md")
+    parser.add_argument("--project", type=Path, default=ROOT, help="root of a project (default: this one)")
+    parser.add_argument("--equivalent", type=Path, default=FILE, help="changes that change no behavior")
+    return parser
+
+
+def _path_of(project: Path, name: str) -> str:
+    """Return the path of a module: ``access/quotas`` is ``gateway/access/quotas.py``."""
+    for path in (name, f"{name}.py", f"gateway/{name}", f"gateway/{name}.py"):
+        if path.endswith(".py") and (project / path).is_file():
+            return path
+    raise SystemExit(f"{name}: there is no such module")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Small faults that are put into a module, one at a time.
+
+Only what can change behavior is touched: docstrings, prose (a text with a space in it), log calls, the texts of errors,
+annotations, decorators and ``__all__`` are left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+_COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+_OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+_LOG_METHODS = {"debug", "info", "warning", "error", "exception"}
+_LOGS = {"log", "_log", "logger", "_logger"}
+_COMMUTATIVE = {"max", "min", "gcd"}
+# One more or less of a number above it is no fault that a test should find.
+_MAX_STEPPED = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change of a module.
+
+    Attributes:
+        module: path of the file, from the project's root.
+        line: first line that changes, from 1.
+        lines: first and last line of the statement (of its head, if it has a body): a test that runs none of them
+            can't notice.
+        operator: what kind of change it is.
+        before: source lines that change, joined and stripped.
+        after: the same lines with the change.
+        source: the whole module with the change.
+    """
+
+    module: str
+    line: int
+    lines: tuple[int, int]
+    operator: str
+    before: str
+    after: str
+    source: str
+
+    def order(self, seed: int) -> str:
+        """Return a key to sort by: random, but the same for the same change wherever the line moves to."""
+        text = f"{seed}\0{self.module}\0{self.operator}\0{self.before}\0{self.after}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def mutants_of(module: str, source: str) -> list[Mutant]:
+    """Return every mutant of a module, in the order of the file."""
+    collector = _Collector()
+    collector.visit(ast.parse(source))
+    found: dict[tuple[int, str], Mutant] = {}
+    for change in collector.changes:
+        mutant = _apply(module, source, change)
+        if mutant.before != mutant.after:
+            found.setdefault((mutant.line, mutant.source), mutant)
+    return sorted(found.values(), key=lambda mutant: mutant.line)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    operator: str
+    node: ast.expr | ast.stmt
+    new: str
+    statement: ast.stmt
+
+
+def _apply(module: str, source: str, change: _Change) -> Mutant:
+    lines = source.encode().splitlines(keepends=True)
+    node = change.node
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    head, tail = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+    new = head + change.new.encode() + tail
+    mutated = b"".join([*lines[:first], new, *lines[last + 1 :]]).decode()
+    before = b" ".join(line.strip() for line in lines[first : last + 1]).decode()
+    statement = change.statement
+    body = getattr(statement, "body", None)
+    end = statement.end_lineno or statement.lineno
+    if isinstance(body, list) and body and not isinstance(statement, ast.Match):
+        end = max(statement.lineno, min(end, body[0].lineno - 1))
+    return Mutant(module, node.lineno, (statement.lineno, end), change.operator, before, new.decode().strip(), mutated)
+
+
+class _Collector(ast.NodeVisitor):
+    """Walks a module and collects the changes."""
+
+    def __init__(self) -> None:
+        self.changes: list[_Change] = []
+        self._statements: list[ast.stmt] = []
+        self._is_error = False
+
+    # ---------------------------------------------------------------------------------------------------- walking
+
+    def visit(self, node: ast.AST) -> None:
+        if isinstance(node, ast.stmt):
+            self._statements.append(node)
+            self._visit_statement(node)
+            self._statements.pop()
+        elif isinstance(node, ast.JoinedStr):
+            return  # Python 3.11 gives wrong places for what is inside
+        else:
+            if isinstance(node, ast.expr):
+                self._mutate_expression(node)
+            super().visit(node)
+
+    def _visit_statement(self, node: ast.stmt) -> None:
+        if _is_left_alone(node):
+            return
+        self._mutate_statement(node)
+        super().visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._visit_function(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self._visit_function(node)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        self.visit(node.body)
+
+    def _visit_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        was, self._is_error = self._is_error, True
+        self.generic_visit(node)
+        self._is_error = was
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id in ("cast", "TypeVar", "getLogger"):
+            for argument in node.args[1:]:
+                self.visit(argument)
+        elif not _is_log_call(node):
+            self.generic_visit(node)
+
+    def visit_MatchValue(self, node: ast.MatchValue) -> None:
+        """Leave patterns alone: they are no expressions that can be in parentheses."""
+
+    # --------------------------------------------------------------------------------------------------- changing
+
+    def _add(self, operator: str, node: ast.expr | ast.stmt, new: str | ast.expr) -> None:
+        if isinstance(new, ast.expr):
+            text = ast.unparse(new)
+            new = text if isinstance(new, ast.Constant | ast.Name | ast.Call | ast.Attribute) else f"({text})"
+        self.changes.append(_Change(operator, node, new, self._statements[-1]))
+
+    def _mutate_statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Expr(value=ast.Call() | ast.Await()) | ast.Delete() | ast.Continue() | ast.Break():
+                self._add("statement dropped", node, "pass")
+            case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+                self._add("statement dropped", node, "pass")
+            case ast.AugAssign(op=op):
+                self._add("statement dropped", node, "pass")
+                if (other := _ARITHMETIC.get(type(op))) is not None:
+                    new = ast.AugAssign(node.target, other(), node.value)
+                    self._add("arithmetic", node, ast.unparse(new))
+            case ast.Raise():
+                self._add("raise dropped", node, "pass")
+            case ast.Return(value=ast.expr() as value) if not _is_constant(value, None):
+                self._add("return value dropped", node, "return None")
+            case ast.If():
+                self._add("condition", node.test, "True")
+                self._add("condition", node.test, "False")
+            case ast.While() if not isinstance(node.test, ast.Constant):
+                self._add("condition", node.test, "False")
+
+    def _mutate_expression(self, node: ast.expr) -> None:
+        for kind, mutate in _EXPRESSIONS.items():
+            if isinstance(node, kind):
+                for operator, new in mutate(node):
+                    if not (self._is_error and isinstance(node, ast.Constant)):
+                        self._add(operator, node, new)
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            for test in (test for generator in node.generators for test in generator.ifs):
+                self._add("condition", test, "True")
+
+
+def _is_left_alone(node: ast.stmt) -> bool:
+    match node:
+        case ast.Expr(value=ast.Constant()):  # a docstring
+            return True
+        case ast.Expr(value=ast.Call() as call) | ast.Expr(value=ast.Await(value=ast.Call() as call)):
+            return _is_log_call(call)
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Import() | ast.ImportFrom() | ast.Assert():
+            return True
+        case ast.Assign(targets=[ast.Name(id="__all__" | "__slots__")]):
+            return True
+        case ast.Assign(value=ast.Subscript(value=ast.Name(id="Literal" | "Annotated"))):
+            return True
+    return False
+
+
+def _is_log_call(node: ast.Call) -> bool:
+    match node.func:
+        case ast.Attribute(value=ast.Name(id=name), attr=method):
+            return name in _LOGS and method in _LOG_METHODS
+    return False
+
+
+def _is_constant(node: ast.expr, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+_Changes = Iterator[tuple[str, ast.expr]]
+
+
+def _comparison(node: ast.Compare) -> _Changes:
+    for i, op in enumerate(node.ops):
+        for other in _COMPARISONS.get(type(op), ()):
+            ops = [*node.ops[:i], other(), *node.ops[i + 1 :]]
+            yield "comparison", ast.Compare(node.left, ops, node.comparators)
+
+
+def _boolean(node: ast.BoolOp) -> _Changes:
+    other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    yield "and/or", ast.BoolOp(other, node.values)
+    for i in range(len(node.values)):
+        left = [*node.values[:i], *node.values[i + 1 :]]
+        yield "operand dropped", left[0] if len(left) == 1 else ast.BoolOp(node.op, left)
+
+
+def _unary(node: ast.UnaryOp) -> _Changes:
+    if isinstance(node.op, ast.Not):
+        yield "not dropped", node.operand
+    elif isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        yield "sign dropped", node.operand
+
+
+def _binary(node: ast.BinOp) -> _Changes:
+    is_text = any(isinstance(side, ast.JoinedStr) or _is_text(side) for side in (node.left, node.right))
+    if not is_text and (other := _ARITHMETIC.get(type(node.op))) is not None:
+        yield "arithmetic", ast.BinOp(node.left, other(), node.right)
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+
+
+def _constant(node: ast.Constant) -> _Changes:
+    value = node.value
+    if isinstance(value, bool):
+        yield "constant", ast.Constant(not value)
+    elif isinstance(value, int) and value > _MAX_STEPPED:
+        yield "constant", ast.Constant(value * 2)
+    elif isinstance(value, int):
+        yield "off by one", ast.Constant(value + 1)
+        if value > 1:
+            yield "off by one", ast.Constant(value - 1)
+    elif isinstance(value, float):
+        yield "constant", ast.Constant(value * 2 or 1.0)
+    elif isinstance(value, str) and " " not in value:
+        yield "constant", ast.Constant(value + "~" if value else "mutant")
+
+
+def _choice(node: ast.IfExp) -> _Changes:
+    yield "condition", node.body
+    yield "condition", node.orelse
+
+
+def _call(node: ast.Call) -> _Changes:
+    if len(node.args) >= 2 and not any(isinstance(argument, ast.Starred) for argument in node.args[:2]):
+        first, second, *others = node.args
+        is_commutative = isinstance(node.func, ast.Name) and node.func.id in _COMMUTATIVE
+        if not (is_commutative or _is_log_call(node) or ast.dump(first) == ast.dump(second)):
+            yield "arguments swapped", ast.Call(node.func, [second, first, *others], node.keywords)
+    if isinstance(node.func, ast.Name) and node.func.id in _OPPOSITES:
+        yield "opposite", ast.Call(ast.Name(_OPPOSITES[node.func.id]), node.args, node.keywords)
+
+
+_EXPRESSIONS: dict[type[ast.expr], Callable[..., _Changes]] = {
+    ast.Compare: _comparison,
+    ast.BoolOp: _boolean,
+    ast.UnaryOp: _unary,
+    ast.BinOp: _binary,
+    ast.Constant: _constant,
+    ast.IfExp: _choice,
+    ast.Call: _call,
+}

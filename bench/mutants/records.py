@@ -1,0 +1,181 @@
+"""Which test runs which lines, remembered from run to run in ``bench/results/mutants``.
+
+A record is of one file of tests. It stays good while that file is the same: where the gateway has changed since, lines are
+found again by their text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+
+import orjson
+
+from bench.mutants.operators import Mutant
+from bench.mutants.plugin import IMPORT, Trace
+
+# They run for minutes, in environments of their own, or look at no code.
+NOT_RECORDED = ("tests/clients", "tests/loadtest", "tests/deploy", "tests/test_bench.py", "tests/test_imports.py")
+_MAX_OTHER_FILES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A test that runs a line that is changed."""
+
+    test: str
+    file: str
+    duration_s: float
+
+
+def own_tests(project: Path, module: str) -> list[str]:
+    """Return the files of tests that are named for a module, or else all tests of the folder that is named for its own."""
+    path = Path(module)
+    folder = Path("tests", *path.parts[1:-1])
+    stem = path.parent.name if path.stem == "__init__" else path.stem
+    named = [file for file in all_tests(project) if Path(file).stem.removeprefix("test_").startswith(stem)]
+    if same_folder := [file for file in named if Path(file).parent == folder]:
+        return same_folder
+    return named or [
+        file for file in all_tests(project) if Path(file).is_relative_to(folder) and folder.name != "tests"
+    ]
+
+
+def all_tests(project: Path) -> list[str]:
+    """Return the files of tests that are recorded."""
+    files = sorted(str(path.relative_to(project)) for path in project.glob("tests/**/test_*.py"))
+    return [file for file in files if not file.startswith(NOT_RECORDED)]
+
+
+class Records:
+    """Records of files of tests.
+
+    Args:
+        project: the project's root.
+        folder: where they are kept.
+    """
+
+    def __init__(self, project: Path, folder: Path) -> None:
+        self._project = project
+        self._folder = folder
+        self._loaded: dict[str, _Record | None] = {}
+
+    def has(self, file: str) -> bool:
+        """Whether there is a record, and the file has not changed since."""
+        return self._load(file) is not None
+
+    def save(self, file: str, traces: Mapping[str, Trace]) -> None:
+        """Keep what tests ran, with the sources as they are now."""
+        sources = {name: (self._project / name).read_bytes() for trace in traces.values() for name in trace.lines}
+        for source in sources.values():
+            path = self._folder / "sources" / _hash(source)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(source)
+        rows = {
+            test: (
+                trace.outcome,
+                round(trace.duration_s, 3),
+                {name: _bits(lines) for name, lines in trace.lines.items()},
+            )
+            for test, trace in traces.items()
+        }
+        content = {
+            "file": _hash((self._project / file).read_bytes()),
+            "sources": {name: _hash(source) for name, source in sources.items()},
+            "tests": rows,
+        }
+        self._path(file).write_bytes(orjson.dumps(content))
+        self._loaded.pop(file, None)
+
+    def failed(self, file: str) -> list[str]:
+        """Return the tests that failed without any change: they are left out."""
+        record = self._load(file)
+        return [] if record is None else [test for test, (outcome, *_) in record.tests.items() if outcome == "failed"]
+
+    def candidates(self, mutant: Mutant, files: Iterable[str], budget_s: float) -> list[Candidate]:
+        """Return tests that run a line of what is changed, from each file the quick ones first, as many as fit."""
+        by_file = [found for file in files if (found := self._candidates_in(file, mutant))]
+        chosen: list[Candidate] = []
+        left_s = budget_s
+        for turn in zip_longest(*by_file):
+            for candidate in turn:
+                if candidate is not None and (candidate.duration_s <= left_s or not chosen):
+                    left_s -= candidate.duration_s
+                    chosen.append(candidate)
+        return chosen
+
+    def others(self, mutant: Mutant, own: Sequence[str]) -> list[str]:
+        """Return other files of tests that run a line of what is changed: those in which most tests do."""
+        counts = {file: len(self._candidates_in(file, mutant)) for file in all_tests(self._project) if file not in own}
+        return sorted((file for file in counts if counts[file]), key=lambda file: -counts[file])[:_MAX_OTHER_FILES]
+
+    def _candidates_in(self, file: str, mutant: Mutant) -> list[Candidate]:
+        record = self._load(file)
+        if record is None or mutant.module not in record.sources:
+            return []
+        old = (self._folder / "sources" / record.sources[mutant.module]).read_text(encoding="utf-8")
+        new = (self._project / mutant.module).read_text(encoding="utf-8")
+        wanted = _bits(old_lines(old, new, *mutant.lines))
+        at_import = record.tests.get(IMPORT, ("", 0.0, {}))[2].get(mutant.module, "0")
+        # What runs at the import of the module can be noticed by any test that uses the module.
+        is_of_import = not int(wanted, 16) or bool(int(at_import, 16) & int(wanted, 16))
+        found = [
+            Candidate(test, file, duration_s)
+            for test, (outcome, duration_s, lines) in record.tests.items()
+            if outcome == "passed"
+            and test != IMPORT
+            and (ran := int(lines.get(mutant.module, "0"), 16))
+            and (is_of_import or ran & int(wanted, 16))
+        ]
+        return sorted(found, key=lambda candidate: candidate.duration_s)
+
+    def _load(self, file: str) -> _Record | None:
+        if file not in self._loaded:
+            path = self._path(file)
+            record = None
+            if path.exists():
+                content = orjson.loads(path.read_bytes())
+                if content["file"] == _hash((self._project / file).read_bytes()):
+                    record = _Record(content["sources"], content["tests"])
+            self._loaded[file] = record
+        return self._loaded[file]
+
+    def _path(self, file: str) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder / f"{file.replace('/', '+')}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    sources: Mapping[str, str]
+    tests: Mapping[str, tuple[str, float, Mapping[str, str]]]
+
+
+@lru_cache(maxsize=4096)
+def old_lines(old: str, new: str, first: int, last: int) -> frozenset[int]:
+    """Return the numbers that lines ``first`` to ``last`` of ``new`` have in ``old``; empty if they are not there."""
+    if old == new:
+        return frozenset(range(first, last + 1))
+    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
+    return frozenset(
+        block.a + line - block.b
+        for block in _blocks(matcher)
+        for line in range(max(first, block.b + 1), min(last, block.b + block.size) + 1)
+    )
+
+
+def _blocks(matcher: difflib.SequenceMatcher[str]) -> list[difflib.Match]:
+    return matcher.get_matching_blocks()
+
+
+def _bits(lines: Iterable[int]) -> str:
+    return f"{sum(1 << line for line in set(lines)):x}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

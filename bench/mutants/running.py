@@ -1,0 +1,248 @@
+"""Runs pytest next to a change: in a copy of the project, in a process forked from one that has the libraries loaded.
+
+The parent never imports the gateway, so a child imports it with the change in place; and it starts no threads, so that
+forking is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bench.mutants import child_trace
+from bench.mutants.plugin import Recorder, Selection
+from bench.processes import ROOT
+
+_POLL_S = 0.02
+_ARGUMENTS = [
+    "-x",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "-p",
+    "no:ddtrace",
+    # The parent has imported pytest's plugins already.
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+]
+_OURS = ("gateway", "tests", "bench", "conftest", "loadtest", "docs", "deploy", "clients", "examples")
+_NEVER_PRELOADED = ("__main__", "gevent", "locust", "ddtrace")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a run of pytest.
+
+    Attributes:
+        status: that of pytest: 0 passed, 5 no test was run, others failed; -1 took too long.
+        detail: the test that failed, or the end of what was printed.
+    """
+
+    status: int
+    detail: str
+
+
+class Workspace:
+    """A copy of the project without what git ignores; ``.venv`` and ``build`` are links."""
+
+    def __init__(self, folder: Path, source: Path = ROOT) -> None:
+        self.root = folder / "project"
+        self.folder = folder
+        self.temporary = folder / "temporary"
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=source, capture_output=True, check=False
+        )
+        if listed.returncode == 0:
+            names = [Path(name) for name in listed.stdout.decode().split("\0") if name]
+        else:
+            names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+        for name in names:
+            if (source / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source / name, self.root / name)
+        for linked in (".venv", "build"):
+            if (source / linked).exists() and not (self.root / linked).exists():
+                (self.root / linked).symlink_to((source / linked).resolve())
+        shutil.copy2(child_trace.__file__, self.root / "sitecustomize.py")
+        self._num_changes = 0
+        self._original: tuple[Path, bytes, float] | None = None
+
+    def change(self, path: Path, source: str) -> None:
+        """Put other text into a file, until :meth:`restore`."""
+        modified_s = path.stat().st_mtime
+        self._original = path, path.read_bytes(), modified_s
+        self._num_changes += 1
+        path.write_text(source, encoding="utf-8")
+        # Compiled files are told apart by whole seconds.
+        os.utime(path, (modified_s, modified_s + 10 * self._num_changes))
+
+    def restore(self) -> None:
+        """Put the file back as it was."""
+        if self._original is not None:
+            path, content, modified_s = self._original
+            path.write_bytes(content)
+            os.utime(path, (modified_s, modified_s))
+            self._original = None
+
+
+def preload(workspace: Workspace, files: Sequence[str]) -> None:
+    """Import into this process what the tests in ``files`` import, less what is the project's."""
+
+    def collect() -> Mapping[str, object]:
+        import pytest
+
+        pytest.main(["--collect-only", *_ARGUMENTS, *files])
+        return {"modules": list(sys.modules)}
+
+    os.environ["DO_NOT_TRACK"] = "1"  # Infinity would start a thread that reports its use
+    child = Child(workspace, collect, timeout_s=300)
+    result = child.wait()
+    modules = result.get("modules", [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in modules if isinstance(modules, list) else []:
+            if name.partition(".")[0] not in (*_OURS, *_NEVER_PRELOADED) and not name.startswith("test_"):
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+    # A collection in a child would touch, and so copy, every page that it shares with this process.
+    gc.collect()
+    gc.freeze()
+
+
+class Child:
+    """A forked process that runs a function in a workspace and returns a dictionary; it is killed after a time."""
+
+    def __init__(self, workspace: Workspace, work: Callable[[], Mapping[str, object]], timeout_s: float) -> None:
+        self.workspace = workspace
+        self._result = workspace.folder / "result"
+        self._log = workspace.folder / "log"
+        self._result.unlink(missing_ok=True)
+        self._deadline = time.monotonic() + timeout_s
+        self._status: int | None = None
+        sys.stdout.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._run(work)
+
+    def _run(self, work: Callable[[], Mapping[str, object]]) -> None:
+        status = 1
+        try:
+            os.setsid()
+            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            root = str(self.workspace.root)
+            os.chdir(root)
+            sys.path[:] = [root, *(path for path in sys.path if path not in ("", str(ROOT)))]
+            os.environ["PYTHONPATH"] = root
+            self._result.write_bytes(pickle.dumps(work()))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; after its time it is killed with its children."""
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._status = status
+                self._kill([])
+            elif time.monotonic() > self._deadline:
+                self._kill(psutil.Process(self._pid).children(recursive=True))
+                os.waitpid(self._pid, 0)
+                self._status = -1
+        return self._status is not None
+
+    def wait(self) -> Mapping[str, object]:
+        """Return what the function returned; empty if it took too long or ended otherwise."""
+        while not self.has_ended():
+            time.sleep(_POLL_S)
+        return self.result()
+
+    def result(self) -> Mapping[str, object]:
+        if not self._result.exists():
+            return {}
+        result: Mapping[str, object] = pickle.loads(self._result.read_bytes())  # noqa: S301  our own child wrote it
+        return result
+
+    @property
+    def took_too_long(self) -> bool:
+        return self._status == -1
+
+    def log_tail(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+
+    def _kill(self, children: Sequence[psutil.Process]) -> None:
+        """Kill the child's process group, which outlives it, and children that made a group of their own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def run_tests(workspace: Workspace, files: Sequence[str], tests: frozenset[str] | None) -> Mapping[str, object]:
+    """Run tests in this process, and return ``status`` and ``failed``: pytest's status, and the first that failed."""
+    import pytest
+
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    selection = Selection(tests)
+    status = pytest.main([*_ARGUMENTS, f"--basetemp={workspace.temporary}", *files], plugins=[selection])
+    return {"status": int(status), "failed": selection.failed}
+
+
+def record_tests(workspace: Workspace, file: str) -> Mapping[str, object]:
+    """Run all tests of a file in this process, and return ``traces``: the :class:`Trace` of each."""
+    import pytest
+
+    recorder = Recorder(workspace.root, workspace.folder / "child_lines")
+    (workspace.folder / "child_lines").unlink(missing_ok=True)
+    arguments = [argument for argument in _ARGUMENTS if argument != "-x"]
+    recorder.start()
+    try:
+        pytest.main([*arguments, f"--basetemp={workspace.temporary}", file], plugins=[recorder])
+    finally:
+        recorder.stop()
+    return {"traces": recorder.traces}
+
+
+def outcome_of(child: Child) -> Outcome:
+    """Return what became of :func:`run_tests` in a child."""
+    if child.took_too_long:
+        return Outcome(-1, "took too long")
+    result = child.result()
+    status, failed = result.get("status"), result.get("failed")
+    if not isinstance(status, int):
+        return Outcome(1, f"the process ended: {child.log_tail()}")
+    return Outcome(status, str(failed) if failed else child.log_tail())
+
+
+@contextlib.contextmanager
+def workspaces(number: int, source: Path = ROOT) -> Iterator[list[Workspace]]:
+    """Make copies of the project, and remove them in the end."""
+    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
+        yield [Workspace(Path(folder) / str(i), source) for i in range(number)]
