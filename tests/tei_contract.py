@@ -1,12 +1,12 @@
 """TEI's HTTP contract, written by hand after the OpenAPI document that its release 1.9.3 publishes.
 
 It is held against both of the gateway's sides: the paths that it has for TEI's clients, and what it sends to, and reads
-from, a TEI that runs a model. ``describes`` compares it with the published document, where that is at hand.
+from, a TEI that runs a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -111,8 +111,6 @@ ERRORS: dict[str, set[str]] = dict.fromkeys(REQUESTS, _OF_MODELS) | {
     "/decode": _OF_WORDS,
     "/info": set(),
 }
-NOT_SERVED = {"/predict", "/metrics", "/health", "/v1/embeddings"}
-"""Paths that TEI has beside: classification is not served, and the others are not TEI's own."""
 
 
 def validate(schema: Schema, value: object) -> None:
@@ -159,75 +157,3 @@ def document(place: Callable[[str], str] = lambda path: path) -> Schema:
             }
         paths[place(path)] = {"post" if path in REQUESTS else "get": operation}
     return {"openapi": "3.1.0", "info": {"title": "TEI", "version": "1.9.3"}, "paths": paths}
-
-
-# --------------------------------------------------------------------------------------------- the published document
-
-
-def differences(published: Schema) -> list[str]:
-    """Return where this contract says something else than a document that TEI publishes; empty if nowhere."""
-    paths = published["paths"]
-    found = [f"{path}: only in one of them" for path in sorted({*ANSWERS, *NOT_SERVED} ^ set(paths))]
-    for path, answer in ANSWERS.items():
-        [operation] = paths[path].values()
-        answers = dict(operation["responses"])
-        pairs = [("answer", answers.pop("200"), answer)]
-        if set(answers) != ERRORS[path]:
-            found.append(f"{path}: errors {sorted(answers)}, here {sorted(ERRORS[path])}")
-        pairs += [(status, error, ERROR) for status, error in sorted(answers.items())]
-        if path in REQUESTS:
-            pairs.append(("request", operation["requestBody"], REQUESTS[path]))
-        for part, holder, ours in pairs:
-            theirs = holder["content"]["application/json"]["schema"]
-            found += [f"{path} {part}{where}" for where in _unlike(_plain(theirs, published), _plain(ours, {}))]
-    return found
-
-
-TABLE: Schema = {"type": "object", "nullable": False}
-"""An object whose keys are data."""
-
-
-def _plain(schema: Schema, root: Schema) -> Schema:
-    """Return a schema with its references filled in, and ``null`` written in one way, without anything for people."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return _plain(root["components"]["schemas"][name], root)
-    if "allOf" in schema:
-        [only] = schema["allOf"]
-        plain = _plain(only, root)
-        return {**plain, "nullable": True} if schema.get("nullable") else plain
-    if forms := schema.get("oneOf") or schema.get("anyOf"):
-        options: list[Schema] = []
-        for form in forms:
-            plain = _plain(form, root)
-            options += plain.get("forms", [plain])
-        return {"forms": sorted(options, key=str)}
-    if "enum" in schema:
-        return {"enum": sorted(schema["enum"])}
-    kind = schema["type"]
-    is_nullable = schema.get("nullable") is True or isinstance(kind, list)
-    result: Schema = {"type": kind[0] if isinstance(kind, list) else kind, "nullable": is_nullable}
-    if "items" in schema:
-        result["items"] = _plain(schema["items"], root)
-    if "properties" in schema:
-        result["required"] = sorted(schema.get("required", []))
-        result["properties"] = {name: _plain(value, root) for name, value in schema["properties"].items()}
-    return result
-
-
-def _unlike(theirs: Schema, ours: Schema, where: str = "") -> Iterator[str]:
-    """Yield where two plain schemas differ."""
-    if theirs == ours or (ours == TABLE and theirs["type"] == "object"):
-        return
-    if theirs.keys() != ours.keys() or "properties" not in ours:
-        yield f"{where}: {theirs}, here {ours}"
-        return
-    for key in ("type", "nullable", "required"):
-        if theirs[key] != ours[key]:
-            yield f"{where}: {key} {theirs[key]}, here {ours[key]}"
-    for name in sorted({*ours["properties"], *theirs["properties"]}):
-        pair = theirs["properties"].get(name), ours["properties"].get(name)
-        if None in pair:
-            yield f"{where}.{name}: only in one of them"
-        else:
-            yield from _unlike(*pair, f"{where}.{name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,13 @@ def ready(model: str) -> float | None:
     return metrics.REGISTRY.get_sample_value("gateway_model_ready", {"model": model})
 
 
+async def becomes(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  what makes it hold tells nobody
+            await asyncio.sleep(0)
+
+
 JOB = EmbedJob(["a text"], None, Truncate.END, deadline=time.monotonic() + 3600, caller="me")
 
 # ---------------------------------------------------------------------------------------------------------- changes
@@ -153,8 +161,7 @@ async def test_requests_in_flight_end_on_the_old_model(gateway: Gateway) -> None
     assert not old.backend.is_stopped
     old.backend.gate.set()
     assert (await running).num_tokens == [2]
-    await asyncio.sleep(0.01)
-    assert old.backend.is_stopped
+    await becomes(lambda: old.backend.is_stopped)
 
 
 async def test_a_model_that_nobody_waits_for_is_stopped_after_the_switch(gateway: Gateway) -> None:
@@ -164,9 +171,8 @@ async def test_a_model_that_nobody_waits_for_is_stopped_after_the_switch(gateway
     assert isinstance(old.backend, Backend)
 
     await gateway.reload(models(one="a"))
-    await asyncio.sleep(0.01)
 
-    assert old.backend.is_stopped
+    await becomes(lambda: old.backend.is_stopped)
 
 
 async def test_a_model_that_failed_gets_another_chance_and_may_fail_again(gateway: Gateway) -> None:
@@ -309,9 +315,14 @@ async def test_an_alias_may_move_inside_its_space(gateway: Gateway) -> None:
 async def test_another_task_of_the_same_family_is_no_move(gateway: Gateway) -> None:
     """Queries and passages share a space; an alias that goes from one to the other stays comparable."""
     text = models(one="a-tasks") + "aliases:\n  name: {model: one, task: %s}\n"
-    await gateway.start(text % "query")
+    deployment = await gateway.start(text % "query")
+    before = deployment.router.resolve("name", None)
 
     await gateway.reload(text % "passage")
+
+    after = deployment.router.resolve("name", None)
+    assert (before.task, after.task) == ("retrieval.query", "retrieval.passage")
+    assert before.info == after.info
 
 
 # ------------------------------------------------------------------------------------------------- rules at the start
@@ -367,4 +378,9 @@ async def test_a_registry_that_mixes_spaces_does_not_start_and_is_not_loaded(
 
 
 async def test_models_of_one_space_may_stand_in_and_be_split(gateway: Gateway) -> None:
-    await gateway.start(models(one="a", two="a") + SAME_SPACE + "fallbacks: {one: [two], two: [one]}\n")
+    deployment = await gateway.start(models(one="a", two="a") + SAME_SPACE + "fallbacks: {one: [two], two: [one]}\n")
+
+    router = deployment.router
+    targets = {name: router.targets(router.choose(name), None) for name in ("one", "two")}
+    assert [target.info.id for target in targets["one"]] == ["one", "two"]
+    assert [target.info.id for target in targets["two"]] == ["two", "one"]

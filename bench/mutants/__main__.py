@@ -9,6 +9,7 @@ python -m bench.mutants --update                 # and write the table into docs
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bench.processes import RESULTS, ROOT
 
 def main() -> int:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the copies are removed, and what runs is ended
     project: Path = arguments.project.resolve()
     folder = RESULTS / "mutants" if project == ROOT else project / "results"
     modules = [_path_of(project, name) for name in arguments.modules or CORE]

@@ -171,10 +171,14 @@ class Child:
                 self._status = status
                 self._kill([])
             elif time.monotonic() > self._deadline:
-                self._kill(psutil.Process(self._pid).children(recursive=True))
-                os.waitpid(self._pid, 0)
-                self._status = -1
+                self.kill()
         return self._status is not None
+
+    def kill(self) -> None:
+        """End the process and its children."""
+        self._kill(psutil.Process(self._pid).children(recursive=True))
+        os.waitpid(self._pid, 0)
+        self._status = -1
 
     def wait(self) -> Mapping[str, object]:
         """Return what the function returned; empty if it took too long or ended otherwise."""

@@ -169,12 +169,16 @@ def _in_parallel(
     """Start a child for each piece of work, as many side by side as there are workspaces."""
     left, free = list(work)[::-1], list(copies)
     running: list[tuple[Child, T]] = []
-    while left or running:
-        while left and free:
-            piece = left.pop()
-            running.append((start(free.pop(), piece), piece))
-        time.sleep(_POLL_S)
-        for child, piece in [pair for pair in running if pair[0].has_ended()]:
-            running.remove((child, piece))
-            end(child, piece)
-            free.append(child.workspace)
+    try:
+        while left or running:
+            while left and free:
+                piece = left.pop()
+                running.append((start(free.pop(), piece), piece))
+            time.sleep(_POLL_S)
+            for child, piece in [pair for pair in running if pair[0].has_ended()]:
+                running.remove((child, piece))
+                end(child, piece)
+                free.append(child.workspace)
+    finally:
+        for child, _piece in running:
+            child.kill()

@@ -118,7 +118,10 @@ async def test_azure_s_newer_path(client: httpx.AsyncClient) -> None:
 
 
 async def test_cards_have_what_infinity_s_clients_need(client: httpx.AsyncClient) -> None:
-    for card in (await client.get("/models")).json()["data"]:
+    cards = (await client.get("/models")).json()["data"]
+
+    assert {"mini", "jina"} <= {card["id"] for card in cards}
+    for card in cards:
         assert card["stats"] == {}
         assert card["owned_by"] == "infinity"
         assert card["object"] == "model"

@@ -12,6 +12,7 @@ import pytest
 from clients.apart.environment import ENVIRONMENTS, ClientError, Environment, running
 from clients.gateway_process import MODEL, PROMPTED, RERANKER, SHORT_WIDTH, WIDTH, Gateway, more_models, running_gateway
 from clients.reranker import save_reranker
+from tests.peers import is_missing
 
 TEXTS = ["hello world", "日本 😀", "two\nlines", ""]
 QUERY = "Which city is the capital of Germany?"
@@ -41,7 +42,7 @@ def infinity_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Enviro
 
 def started(name: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if not (ENVIRONMENTS / name).exists():
-        pytest.skip("the clients are not installed: make install-clients")
+        is_missing("the clients are not installed: make install-clients")
     return running(name, tmp_path_factory.mktemp(name))
 
 

@@ -16,6 +16,7 @@ import pytest
 from clients.apart.environment import ENVIRONMENTS
 from clients.conftest import KEY
 from clients.gateway_process import HUB_NAME, MODEL, Gateway
+from tests.peers import is_missing
 
 Embed = Callable[..., np.ndarray]
 AssertSame = Callable[..., None]
@@ -27,7 +28,7 @@ TEXTS = ["hello world", "日本 😀", "two\nlines", ""]
 def ask(gateway: Gateway, call: str, *, key: str = "any", **fields: object) -> Any:
     """Have Node do something; returns what came back, or what was thrown as ``{"error": …}``."""
     if shutil.which("node") is None or not _FOLDER.exists():
-        pytest.skip("Node and its clients are not installed: install Node, then make install-clients")
+        is_missing("Node and its clients are not installed: install Node, then make install-clients")
     done = subprocess.run(
         ["node", "--input-type=module", "--eval", _SCRIPT.read_text()],
         input=json.dumps({"call": call, "baseURL": gateway.base_url, "apiKey": key, **fields}),

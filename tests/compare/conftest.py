@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import subprocess
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,6 +25,7 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, ModelState
+from tests.peers import find
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -168,9 +168,7 @@ Browse = Callable[[str], tuple[str, str]]
 @pytest.fixture
 def browse(tmp_path: Path) -> Browse:
     """Return a function that opens a page in Chromium and returns what became of it, and what it complained about."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium")
+    chromium = find("chromium", "chromium")
 
     def open_page(html: str) -> tuple[str, str]:
         path = tmp_path / "page.html"

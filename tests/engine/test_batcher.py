@@ -599,12 +599,10 @@ async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
     requests = [asyncio.create_task(answer(batcher.submit(make_job(str(n))))) for n in range(20)]
     await gate.reached()
     assert await becomes(lambda: len(batcher._inbox._queue._requests) >= 19)
-    started = time.monotonic()
 
     batcher.give_up(recovering)
-    answers = await asyncio.gather(*requests)
+    answers = await asyncio.gather(*requests)  # the gate is closed: the forward hangs still
 
-    assert time.monotonic() - started < 1
     assert {type(error) for error in answers} == {ModelRecovering}
     assert len(set(map(id, answers))) == 20
     assert isinstance(await answer(batcher.submit(make_job("1"))), ModelRecovering)
@@ -638,6 +636,8 @@ async def test_stopping_twice_is_harmless(start_batcher: StartBatcher) -> None:
 
     await batcher.shutdown()
     await batcher.shutdown()
+
+    assert not threads_of("numbers")
 
 
 def test_the_end_of_the_event_loop_during_a_forward_is_no_error(

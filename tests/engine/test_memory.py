@@ -101,8 +101,11 @@ def test_a_weights_file_that_was_cut_short_is_refused(checkpoint: Checkpoint, tm
 PLAN = MemoryPlan(weights_bytes=2 * 2**30, batch_bytes=100 * 2**20)
 
 
-def test_a_model_that_just_fits_is_taken() -> None:
+def test_a_model_that_just_fits_is_taken_and_one_byte_less_is_too_little() -> None:
     require_memory(PLAN, PLAN.total_bytes, "cpu")
+
+    with pytest.raises(LoadError, match="too little memory on cpu"):
+        require_memory(PLAN, PLAN.total_bytes - 1, "cpu")
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_sizes_and_the_remedy() -> None:

@@ -70,6 +70,10 @@ def test_files_with_their_pinned_hashes_pass(tmp_path: Path) -> None:
 
     verify_sha256(tmp_path, {"sub/weights": hashlib.sha256(b"abc").hexdigest()})
 
+    (tmp_path / "sub" / "weights").write_bytes(b"abd")
+    with pytest.raises(LoadError, match="sub/weights: its sha256 is "):
+        verify_sha256(tmp_path, {"sub/weights": hashlib.sha256(b"abc").hexdigest()})
+
 
 @pytest.mark.parametrize(
     ("name", "message"),

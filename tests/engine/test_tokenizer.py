@@ -186,11 +186,11 @@ def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: TextEncoder, t
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
 def test_tokenising_costs_what_is_kept_not_what_was_sent(bundled_encoder: TextEncoder, truncate: Truncate) -> None:
     text = LOREM * 100_000  # 5.7 million characters: some 4 s if it were tokenised whole
-    started = time.monotonic()
+    started = time.process_time()  # what others do on this machine does not count
 
     bundled_encoder.tokenizer.tokenise([text], "query: ", truncate)
 
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("text", [TEXTS["empty"], TEXTS["short"], TEXTS["emoji"], TEXTS["some over"]])

@@ -178,11 +178,15 @@ def test_memory_is_given_back_when_the_error_no_longer_holds_it(monkeypatch: pyt
 
 
 def test_memory_is_not_given_back_for_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "release_memory", no_fault)
+    released: list[None] = []
+    monkeypatch.setattr(worker_module, "release_memory", lambda: released.append(None))
     encoder = NumberEncoder()
     encoder.on_forward = raise_for(1, RuntimeError("broken"))
 
-    run_one(encoder, computations(range(4)))
+    batch = run_one(encoder, computations(range(4)))
+
+    assert sum(not isinstance(result, Encoded) for result in batch.results) == 1
+    assert released == []
 
 
 def test_the_requests_of_guilty_texts_end_before_the_next_batch_is_taken() -> None:

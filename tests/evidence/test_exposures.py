@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from structlog.testing import capture_logs
 
@@ -198,8 +199,16 @@ def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> No
 
 
 def test_a_log_that_is_let_go_closes_its_file(tmp_path: Path) -> None:
-    log = open_log(tmp_path / "x.jsonl")
+    path = tmp_path / "x.jsonl"
+    log = open_log(path)
     log.write(FIRST)
+    assert path.name in open_files()
 
     del log
-    gc.collect()  # an open file would be warned of, and warnings are errors
+    gc.collect()  # an open file would be warned of as well, and warnings are errors
+
+    assert path.name not in open_files()
+
+
+def open_files() -> set[str]:
+    return {Path(file.path).name for file in psutil.Process().open_files()}

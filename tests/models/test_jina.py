@@ -400,6 +400,7 @@ def test_the_checkpoint_has_no_unused_weights(jina: Path) -> None:
     model = AutoModel.from_pretrained(jina)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
 
+    assert checkpoint.adapters.keys() == set(TASKS)
     for folder in checkpoint.adapters.values():
         keys = load_file(folder / "adapter_model.safetensors")
         assert {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys} == layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,9 @@ import httpx
 import pytest
 from observed import PROMETHEUS, dashboard
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus (Debian) is not installed")
+from tests.peers import needs
+
+pytestmark = needs("prometheus", "prometheus")
 
 WAIT_S = 120
 

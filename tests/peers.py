@@ -1,0 +1,32 @@
+"""Programs that tests hold the gateway against. A developer may do without them; CI may not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import NoReturn
+
+import pytest
+
+IS_CI = os.environ.get("CI", "") not in ("", "0", "false")
+
+
+def needs(command: str, package: str) -> pytest.MarkDecorator:
+    """Return a mark that skips a test where a command is missing; in CI it runs, and fails for want of it."""
+    is_there = shutil.which(command) is not None
+    return pytest.mark.skipif(not is_there and not IS_CI, reason=f"{command} (Debian: {package}) is not installed")
+
+
+def find(command: str, package: str) -> str:
+    """Return the path of a command; where it is missing, skip the test, or fail it in CI."""
+    path = shutil.which(command)
+    if path is None:
+        is_missing(f"{command} (Debian: {package}) is not installed")
+    return path
+
+
+def is_missing(what: str) -> NoReturn:
+    """Skip a test for want of something, or fail it in CI."""
+    if IS_CI:
+        pytest.fail(what)
+    pytest.skip(what)
