@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from gateway.embedding import Truncate
 from gateway.engine.items import Tokens
-from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.tokenizer import Prefixed, Row, Steps, Tokenizer, at_once
 from gateway.errors import ContextLengthExceeded
 
 
@@ -54,6 +54,26 @@ class PairTokenizer(Tokenizer):
         first_index: int = 0,
         max_text_tokens: int | None = None,
     ) -> list[Tokens]:
+        """Tokenise pairs in one go: :meth:`read_pairs`, which says what it raises."""
+        query_row = at_once(self.read_query(query))
+        return at_once(
+            self.read_pairs(query_row, texts, truncate, first_index=first_index, max_text_tokens=max_text_tokens)
+        )
+
+    def read_query(self, query: str) -> Steps[Row]:
+        """Tokenise the query of pairs, which is the same for all of them."""
+        [row] = yield from self._rows([Prefixed("", query)], Truncate.END, has_special=False)
+        return row
+
+    def read_pairs(
+        self,
+        query: Row,
+        texts: Sequence[str],
+        truncate: Truncate,
+        *,
+        first_index: int = 0,
+        max_text_tokens: int | None = None,
+    ) -> Steps[list[Tokens]]:
         """Tokenise each text behind the query.
 
         What is too long loses the end of its text, or its start if ``truncate`` says so. Only where the query leaves no
@@ -66,35 +86,33 @@ class PairTokenizer(Tokenizer):
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
         """
-        [query_ids] = self._rows([query], Truncate.END, has_special=False)
-        rows = self._rows(texts, truncate, has_special=False)
-        pairs = []
-        for i, whole in enumerate(rows):
-            wanted = _keep(whole, max_text_tokens, truncate)
-            kept_query, kept = query_ids, wanted
-            if len(query_ids) + len(wanted) > self._room:
-                if truncate is Truncate.REFUSE:
-                    raise self._too_long(query, query_ids, texts[i], wanted, first_index + i)
-                if len(query_ids) >= self._room:
-                    kept_query = query_ids[: self._room // 2]
-                kept = _keep(wanted, self._room - len(kept_query), truncate)
-            is_cut = len(kept_query) < len(query_ids) or len(kept) < len(whole)
-            pairs.append(self._pair(kept_query, kept, is_cut))
-        return pairs
+        rows = yield from self._rows([Prefixed("", text) for text in texts], truncate, has_special=False)
+        return [self._cut_pair(query, row, truncate, max_text_tokens, i) for i, row in enumerate(rows, first_index)]
+
+    def _cut_pair(self, query: Row, text: Row, truncate: Truncate, max_text_tokens: int | None, index: int) -> Tokens:
+        wanted = _keep(text.ids, max_text_tokens, truncate)
+        kept_query, kept = query.ids, wanted
+        if len(query.ids) + len(wanted) > self._room:
+            if truncate is Truncate.REFUSE:
+                raise self._too_long(query, text, len(wanted), index)
+            if len(query.ids) >= self._room:
+                kept_query = query.ids[: self._room // 2]
+            kept = _keep(wanted, self._room - len(kept_query), truncate)
+        is_cut = len(kept_query) < len(query.ids) or len(kept) < len(text.ids)
+        return self._pair(kept_query, kept, is_cut)
 
     def _pair(self, query: list[int], text: list[int], is_cut: bool) -> Tokens:
         ids = [*self._before, *query, *self._between, *text, *self._after]
         second = None if self._segment_offset is None else len(self._before) + len(query) + self._segment_offset
         return Tokens(ids, is_truncated=is_cut, second=second)
 
-    def _too_long(
-        self, query: str, query_ids: list[int], text: str, text_ids: list[int], index: int
-    ) -> ContextLengthExceeded:
-        num_tokens = self.max_tokens - self._room + len(query_ids) + len(text_ids)
-        is_window = max(len(query), len(text)) > self._window_chars
+    def _too_long(self, query: Row, text: Row, num_text_tokens: int, index: int) -> ContextLengthExceeded:
+        num_tokens = self.max_tokens - self._room + len(query.ids) + num_text_tokens
+        # A text that is cut in any case counts with what is left of it.
+        is_exact = query.is_whole and (text.is_whole or num_text_tokens < len(text.ids))
         return ContextLengthExceeded(
             f"This model's maximum context length is {self.max_tokens} tokens, however the query and text {index} have "
-            f"{'at least ' if is_window else ''}{num_tokens} tokens together. Shorten one of them, or leave out "
+            f"{'' if is_exact else 'at least '}{num_tokens} tokens together. Shorten one of them, or leave out "
             "truncate: false."
         )
 

@@ -18,7 +18,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from gateway.engine.items import Item
 
@@ -68,7 +68,20 @@ class Entry:
         return self.computation.item.num_tokens
 
 
+class Waiting(Protocol):
+    """What can wait in a :class:`FairQueue`."""
+
+    @property
+    def ticket(self) -> Ticket:
+        """Whose it is."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How much work it is: in tokens, or whatever else the queue is to share out."""
+
+
 T = TypeVar("T")
+W = TypeVar("W", bound=Waiting)
 
 
 @dataclass(order=True, slots=True)
@@ -108,34 +121,44 @@ class _FairHeap(Generic[T]):
 
 
 @dataclass(eq=False, slots=True)
-class _Request:
+class _Request(Generic[W]):
     ticket: Ticket
-    entries: deque[Entry] = field(default_factory=deque)
+    entries: deque[W] = field(default_factory=deque)
 
 
 @dataclass(eq=False, slots=True)
-class _Caller:
+class _Caller(Generic[W]):
     name: str
     num_waiting: int = 0  # requests with entries; one without is kept for its virtual time until that is reached
-    requests: _FairHeap[_Request] = field(default_factory=_FairHeap)
+    requests: _FairHeap[_Request[W]] = field(default_factory=_FairHeap)
 
 
-class FairQueue:
+class FairQueue(Generic[W]):
     """Entries that wait, in the order in which fairness serves them. Not safe across threads: guard it."""
 
     def __init__(self) -> None:
-        self._order: _FairHeap[_Caller] = _FairHeap()
-        self._callers: dict[str, _Caller] = {}
-        self._requests: dict[Ticket, _Request] = {}
+        self._order: _FairHeap[_Caller[W]] = _FairHeap()
+        self._callers: dict[str, _Caller[W]] = {}
+        self._requests: dict[Ticket, _Request[W]] = {}
         self._num_waiting = 0  # callers with entries
         self.num_tokens = 0
         """Tokens of everything that waits, wanted or not."""
+
+    @property
+    def num_callers(self) -> int:
+        """How many callers have something that waits, wanted or not."""
+        return self._num_waiting
+
+    @property
+    def num_entries(self) -> int:
+        """How many entries wait, wanted or not."""
+        return sum(len(request.entries) for request in self._requests.values())
 
     def __bool__(self) -> bool:
         """Whether anything waits; what waits may turn out to be unwanted."""
         return bool(self._order)
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Iterable[W]) -> None:
         """Queue entries; those of one ticket are served in the order in which they were added."""
         for entry in entries:
             request = self._requests.get(entry.ticket) or self._join(entry.ticket)
@@ -146,8 +169,9 @@ class FairQueue:
             request.entries.append(entry)
             self.num_tokens += entry.num_tokens
 
-    def _join(self, ticket: Ticket) -> _Request:
-        request = self._requests[ticket] = _Request(ticket)
+    def _join(self, ticket: Ticket) -> _Request[W]:
+        request: _Request[W] = _Request(ticket)
+        self._requests[ticket] = request
         caller = self._callers.get(ticket.caller)
         if caller is None:
             caller = self._callers[ticket.caller] = _Caller(ticket.caller)
@@ -155,7 +179,7 @@ class FairQueue:
         caller.requests.join(request)
         return request
 
-    def peek(self, now: float) -> Entry | None:
+    def peek(self, now: float) -> W | None:
         """Return the entry that is served next, dropping on the way those that nobody wants any more."""
         while self._order:
             caller = self._order.first()
@@ -172,7 +196,7 @@ class FairQueue:
             del self._callers[caller.name]
         return None
 
-    def pop(self, num_tokens: int) -> Entry:
+    def pop(self, num_tokens: int) -> W:
         """Remove and return the entry that :meth:`peek` returned just before, at a price of ``num_tokens``."""
         caller = self._order.first()
         request = caller.requests.first()
@@ -184,12 +208,12 @@ class FairQueue:
             self._end_wait(caller)
         return entry
 
-    def _end_wait(self, caller: _Caller) -> None:
+    def _end_wait(self, caller: _Caller[W]) -> None:
         caller.num_waiting -= 1
         self._num_waiting -= not caller.num_waiting
 
 
-def take(queue: FairQueue, max_batch_tokens: int, now: float) -> list[Computation]:
+def take(queue: FairQueue[Entry], max_batch_tokens: int, now: float) -> list[Computation]:
     """Remove and return the next batch: what to compute in fair order, up to ``max_batch_tokens`` tokens together.
 
     An entry that is larger than the budget on its own is a batch by itself. Entries whose ticket has gone or is past

@@ -1,19 +1,80 @@
-"""Turn texts into token ids: instruction, true counts, truncation."""
+"""Turn texts into token ids: instruction, true counts, truncation.
+
+Reading is done in steps, so that texts of several callers can take turns: each method named ``read_…`` is a generator
+that yields how many characters it will read next, and returns its result. :func:`at_once` runs one to its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from gateway.embedding import Token, Truncate
 from gateway.engine.items import Tokens
+from gateway.engine.long_runs import LongRuns, chunks
 from gateway.errors import BadInput, ContextLengthExceeded
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Sized)
+Steps: TypeAlias = Generator[int, None, T]
+"""Reads texts step by step: yields the characters of the next step, returns the result."""
 
 # A window of this many characters for each token of the limit holds enough tokens of almost any text.
 _WINDOW_CHARS_PER_TOKEN = 16
 # Half of it is longer than the longest word that WordPiece takes apart (100 letters; longer ones are one unknown token).
 _MIN_WINDOW_CHARS = 1024
+# How many texts, with how many characters together, are read in one step: some 20 ms at most.
+_STEP_TEXTS = 64
+_STEP_CHARS = 16_000
+
+
+def at_once(steps: Steps[T]) -> T:
+    """Run all steps, one after the other."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def slices(texts: Sequence[S]) -> Iterator[tuple[int, Sequence[S]]]:
+    """Cut texts into runs that are read in one step, each with the index of its first; a long text is one by itself."""
+    first = num_chars = 0
+    for i, text in enumerate(texts):
+        num_chars += len(text)
+        if i > first and (num_chars > _STEP_CHARS or i - first == _STEP_TEXTS):
+            yield first, texts[first:i]
+            first, num_chars = i, len(text)
+    if texts:
+        yield first, texts[first:]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixed:
+    """An instruction and a text as one text; they are not joined, as the text may have megabytes."""
+
+    instruction: str
+    text: str
+
+    def __len__(self) -> int:
+        return len(self.instruction) + len(self.text)
+
+    def part(self, start: int, stop: int) -> str:
+        """Return the characters from ``start`` to before ``stop``."""
+        before = len(self.instruction)
+        return self.instruction[start:stop] + self.text[max(0, start - before) : max(0, stop - before)]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids of the beginning or the end of a text, or of all of it."""
+
+    ids: list[int]
+    is_whole: bool = True
 
 
 class Tokenizer:
@@ -33,6 +94,7 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._long_runs = LongRuns(tokenizer)
         self.max_tokens = max_tokens
         self._window_chars = max(max_tokens * _WINDOW_CHARS_PER_TOKEN, _MIN_WINDOW_CHARS)
         # The model's template puts special tokens before and after every text: [CLS] text [SEP].
@@ -72,6 +134,12 @@ class Tokenizer:
     def tokenise(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
     ) -> list[Tokens]:
+        """Tokenise texts in one go: :meth:`read`, which says what it raises."""
+        return at_once(self.read(texts, instruction, truncate, first_index))
+
+    def read(
+        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+    ) -> Steps[list[Tokens]]:
         """Tokenise texts with ``instruction`` put before each.
 
         ``first_index`` is the place of the first text in its request, for the error message.
@@ -79,110 +147,141 @@ class Tokenizer:
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
         """
-        prefixed = [instruction + text for text in texts] if instruction else texts
-        rows = self._rows(prefixed, truncate)
+        prefixed = [Prefixed(instruction, text) for text in texts]
+        rows = yield from self._rows(prefixed, truncate)
         return [
-            Tokens(ids)
-            if len(ids) <= self.max_tokens
-            else self._cut(ids, prefixed[i], instruction, truncate, first_index + i)
-            for i, ids in enumerate(rows)
+            Tokens(row.ids)
+            if len(row.ids) <= self.max_tokens
+            else self._cut(row, prefixed[i], truncate, first_index + i)
+            for i, row in enumerate(rows)
         ]
 
     def tokenise_chunks(self, chunks: Sequence[str], instruction: str) -> Tokens:
+        """Tokenise chunks in one go: :meth:`read_chunks`, which says what it raises."""
+        return at_once(self.read_chunks(chunks, instruction))
+
+    def read_chunks(self, chunks: Sequence[str], instruction: str) -> Steps[Tokens]:
         """Tokenise the chunks of one document for late chunking (Günther et al., arXiv:2409.04701).
 
         The chunks' own tokens stand one behind the other between the model's special tokens, after the instruction. The
         first chunk's span takes in what stands before it, the last one's what stands behind it: pooled over all
-        chunks, the document's own vector comes out.
+        chunks, the document's own vector comes out. Nothing is read beyond the chunk that makes them too many.
 
         Raises:
             ContextLengthExceeded: together they are longer than the model takes; a chunk cannot be cut away.
             BadInput: a chunk has no tokens, so there is nothing to take the mean of.
         """
-        own = [piece.ids for piece in self._tokenizer.encode_batch_fast(list(chunks), add_special_tokens=False)]
-        if [] in own:
-            raise BadInput(
-                f"input[{own.index([])}] has no tokens; late_chunking needs some in each chunk", param="input"
-            )
-        if instruction:  # with its text, as it is before a text that is no chunk: the two may share a token
-            [own[0]] = [
-                piece.ids
-                for piece in self._tokenizer.encode_batch_fast([instruction + chunks[0]], add_special_tokens=False)
-            ]
         ids = list(self._head)
         spans = []
-        first = 0
-        for piece in own:
-            ids += piece
-            spans.append((first, len(ids)))
-            first = len(ids)
+        start = 0
+        is_whole = True
+        for first, some in slices([Prefixed("", chunk) for chunk in chunks]):
+            rows = yield from self._rows(some, Truncate.END, has_special=False)
+            for i, row in enumerate(rows, first):
+                if not row.ids:
+                    raise BadInput(f"input[{i}] has no tokens; late_chunking needs some in each chunk", param="input")
+                own = row
+                if i == 0 and instruction:  # as before a text that is no chunk: the two may share a token
+                    prefixed = [Prefixed(instruction, chunks[0])]
+                    [own] = yield from self._rows(prefixed, Truncate.END, has_special=False)
+                ids += own.ids
+                is_whole = is_whole and own.is_whole
+                spans.append((start, len(ids)))
+                start = len(ids)
+            num_tokens = len(ids) + len(self._tail)
+            if num_tokens > self.max_tokens:
+                is_whole = is_whole and first + len(some) == len(chunks)
+                raise ContextLengthExceeded(
+                    f"This model's maximum context length is {self.max_tokens} tokens, however the chunks have "
+                    f"{'' if is_whole else 'at least '}{num_tokens} tokens together, and late_chunking cannot cut any of "
+                    "them away.",
+                    param="input",
+                )
         spans[-1] = (spans[-1][0], len(ids) + len(self._tail))
-        if len(ids) + len(self._tail) > self.max_tokens:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.max_tokens} tokens, however the chunks have "
-                f"{len(ids) + len(self._tail)} tokens together, and late_chunking cannot cut any of them away.",
-                param="input",
-            )
         return Tokens([*ids, *self._tail], spans=tuple(spans))
 
-    def _rows(self, texts: Sequence[str], truncate: Truncate, *, has_special: bool = True) -> list[list[int]]:
+    def _rows(self, texts: Sequence[Prefixed], truncate: Truncate, *, has_special: bool = True) -> Steps[list[Row]]:
         """Return the token ids of each text, of a long one only so many that what is kept can be cut from them.
 
         Args:
             has_special: put the model's special tokens around each text.
         """
-        short = [text for text in texts if len(text) <= self._window_chars]
+        window = self._window_chars
+        yield sum(min(len(text), window) for text in texts)
+        short = [text.part(0, window) for text in texts if len(text) <= window]
         encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=has_special))
-        return [
-            next(encodings).ids if len(text) <= self._window_chars else self._encode_enough(text, truncate, has_special)
-            for text in texts
-        ]
+        rows = []
+        for text in texts:
+            if len(text) <= window:
+                rows.append(Row(next(encodings).ids))
+            else:
+                rows.append((yield from self._read_enough(text, truncate, has_special)))
+        return rows
 
-    def _encode_enough(self, text: str, truncate: Truncate, has_special: bool) -> list[int]:
+    def _read_enough(self, text: Prefixed, truncate: Truncate, has_special: bool) -> Steps[Row]:
         """Tokenise so much of a text that the tokens that will be kept are those of the whole text.
 
-        The cost of a text that is far too long stays that of what is kept. The window ends at white space where there
-        is any, as no usual tokenizer joins across it, and holds at least twice the limit, so that what the cut does to
-        the tokens next to it does not reach the ones that are kept.
+        The cost of a text that is far too long stays that of what is kept. A window ends at white space where there is
+        any, as no usual tokenizer joins across it, and holds at least twice the limit of tokens, so that what the cut does
+        to those next to it does not reach the ones that are kept. Where the first window holds too few, what makes few
+        tokens is cut out of the text, chunk by chunk, until a longer window holds enough.
         """
+        is_from_end = truncate is Truncate.START
         window = self._window_chars
-        while window < len(text):
-            if truncate is Truncate.START:
-                start = text.find(" ", len(text) - window, len(text) - window // 2)
-                part = text[start if start >= 0 else len(text) - window :]
-            else:
-                end = text.rfind(" ", window // 2, window)
-                part = text[: end if end >= 0 else window]
-            ids = self._encode(part, has_special)
-            if len(ids) > 2 * self.max_tokens:
-                return ids
-            window *= 4
-        return self._encode(text, has_special)
+        ids = self._encode(_window(text, window, is_from_end), has_special)
+        if len(ids) > 2 * self.max_tokens:
+            return Row(ids, is_whole=False)
+        kept: list[str] = []
+        num_kept = 0
+        for start, stop in chunks(len(text), is_from_end=is_from_end):
+            yield min(len(text), stop - start)
+            kept.append(self._long_runs.shortened(text.part(start, stop)))
+            num_kept += len(kept[-1])
+            while num_kept > 4 * window:
+                window *= 4
+                yield window
+                whole = Prefixed("", "".join(reversed(kept) if is_from_end else kept))
+                ids = self._encode(_window(whole, window, is_from_end), has_special)
+                if len(ids) > 2 * self.max_tokens:
+                    return Row(ids, is_whole=False)
+        yield num_kept
+        return Row(self._encode("".join(reversed(kept) if is_from_end else kept), has_special))
 
     def _encode(self, text: str, has_special: bool) -> list[int]:
         # `encode` holds the interpreter lock, and the event loop with it, for as long as it takes; the batch does not.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=has_special)[0].ids
         return ids
 
-    def _cut(self, ids: list[int], text: str, instruction: str, truncate: Truncate, index: int) -> Tokens:
-        room = self.max_tokens - len(self._tail)
+    def _cut(self, row: Row, text: Prefixed, truncate: Truncate, index: int) -> Tokens:
+        ids, room = row.ids, self.max_tokens - len(self._tail)
         if truncate is Truncate.END:
             return Tokens([*ids[:room], *self._tail], is_truncated=True)
         if truncate is Truncate.START:
-            head = self._head_ids(text, instruction)[:room]
+            head = self._head_ids(text)[:room]
             return Tokens([*head, *ids[len(ids) - (self.max_tokens - len(head)) :]], is_truncated=True)
         raise ContextLengthExceeded(
             f"This model's maximum context length is {self.max_tokens} tokens, however input[{index}] has "
-            f"{'at least ' if len(text) > self._window_chars else ''}{len(ids)} tokens. "
-            "Shorten it, or leave out truncate: false.",
+            f"{'' if row.is_whole else 'at least '}{len(ids)} tokens. Shorten it, or leave out truncate: false.",
             param="input",
         )
 
-    def _head_ids(self, text: str, instruction: str) -> list[int]:
+    def _head_ids(self, text: Prefixed) -> list[int]:
         """Return the tokens that stay when the text loses its first ones: the instruction belongs to the task."""
-        if not instruction:
+        before = len(text.instruction)
+        if not before:
             return self._head
-        [encoding] = self._tokenizer.encode_batch([text[: len(instruction) + self._window_chars]])
-        kept = sum(1 for start, end in encoding.offsets if start < end <= len(instruction))
+        [encoding] = self._tokenizer.encode_batch([text.part(0, before + self._window_chars)])
+        kept = sum(1 for start, end in encoding.offsets if start < end <= before)
         ids: list[int] = encoding.ids[: len(self._head) + kept]
         return ids
+
+
+def _window(text: Prefixed, size: int, is_from_end: bool) -> str:
+    """Return the first or last ``size`` characters of a longer text, cut at white space if there is any in a half of it."""
+    if is_from_end:
+        part = text.part(len(text) - size, len(text))
+        start = part.find(" ", 0, size - size // 2)
+        return part[max(0, start) :]
+    part = text.part(0, size)
+    end = part.rfind(" ", size // 2, size)
+    return part[: end if end >= 0 else size]

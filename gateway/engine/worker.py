@@ -29,7 +29,7 @@ class Inbox:
 
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._queue = FairQueue()
+        self._queue: FairQueue[Entry] = FairQueue()
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_idle = 0  # threads that wait for a batch, or are about to be given one

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gateway.embedding import Truncate
+from gateway.embedding import EmbedJob, Truncate
 from gateway.engine.infinity_library import BaseEmbedder
 from gateway.engine.items import Encoded, Item, Tokens
 from gateway.engine.pairs import PairTokenizer
-from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.tokenizer import Row, Steps, Tokenizer
 
 
 class Encoder(BaseEmbedder):
@@ -27,6 +27,8 @@ class Encoder(BaseEmbedder):
     width: int
     num_padding = 0
     """Tokens of padding that have been computed so far."""
+    progressed_at = 0.0
+    """When a part of the batch in hand was last done, on ``time.monotonic()``: it is not hung then."""
 
     def tokenise(
         self, texts: Sequence[str], task: str | None, truncate: Truncate, first_index: int = 0
@@ -53,11 +55,45 @@ class Encoder(BaseEmbedder):
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
             TypeError: the model scores no pairs.
         """
-        if not isinstance(self.tokenizer, PairTokenizer):
-            raise TypeError("this model scores no pairs")
-        return self.tokenizer.tokenise_pairs(
+        return self._pairs.tokenise_pairs(
             query, texts, truncate, first_index=first_index, max_text_tokens=max_text_tokens
         )
+
+    def read_query(self, query: str) -> Steps[Row]:
+        """Tokenise the query of pairs; see :meth:`gateway.engine.pairs.PairTokenizer.read_query`.
+
+        Raises:
+            TypeError: the model scores no pairs.
+        """
+        return self._pairs.read_query(query)
+
+    def read(self, job: EmbedJob, first: int, texts: Sequence[str], query: Row | None) -> Steps[list[Tokens]]:
+        """Tokenise some of the texts of a job, step by step; see :mod:`gateway.engine.tokenizer`.
+
+        Args:
+            first: place of the first of the texts in the job.
+            query: what :meth:`read_query` made of the job's query, if it has one.
+
+        Raises:
+            BadInput: a text is too long, and the job says to refuse, or a chunk is of no use.
+            TypeError: the job has a query, and the model scores no pairs.
+        """
+        if query is not None:
+            limit = job.max_text_tokens
+            return self._pairs.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
+        if job.is_late_chunked:
+            return self._read_document(texts, job.task)
+        return self.tokenizer.read(texts, self.instruction(job.task), job.truncate, first)
+
+    def _read_document(self, chunks: Sequence[str], task: str | None) -> Steps[list[Tokens]]:
+        document = yield from self.tokenizer.read_chunks(chunks, self.instruction(task))
+        return [document]
+
+    @property
+    def _pairs(self) -> PairTokenizer:
+        if not isinstance(self.tokenizer, PairTokenizer):
+            raise TypeError("this model scores no pairs")
+        return self.tokenizer
 
     @abstractmethod
     def instruction(self, task: str | None) -> str:

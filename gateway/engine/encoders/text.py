@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,10 @@ class TextEncoder(Encoder):
     @torch.inference_mode()
     def encode_core(self, features: list[Group]) -> list[tuple[Group, TokenStates]]:
         """Run the transformer on each group."""
-        computed = [(group, self.runtime.forward(group.features)) for group in features]
+        computed = []
+        for group in features:
+            computed.append((group, self.runtime.forward(group.features)))
+            self.progressed_at = time.monotonic()
         self.num_padding += sum(states.num_padding for _group, states in computed)
         return computed
 

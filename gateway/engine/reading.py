@@ -1,0 +1,161 @@
+"""The threads that tokenise for one model, and the fair queues in front of them.
+
+Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
+then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.tokenizer`), and a request that has
+another step to go waits for its turn again. So a short text waits for the step in hand and not for the work of others,
+however many long texts they have sent. Steps of many characters have a thread of their own: none of them can be
+interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gateway.engine.scheduler import FairQueue, Ticket
+from gateway.engine.tokenizer import Steps
+
+T = TypeVar("T")
+
+# From so many characters on, a step goes to the thread for long ones; up to here it takes some 20 ms.
+LONG_STEP_CHARS = 20_000
+
+
+@dataclass(eq=False, slots=True)
+class Reading:
+    """One text, or a few short ones, on their way through the tokenizer.
+
+    Attributes:
+        done: gets the result of the steps, or their error.
+        num_tokens: characters of the next step (the queue's word for how much work it is).
+        spans: when its steps were run, as (start, end) on ``time.monotonic()``.
+    """
+
+    ticket: Ticket
+    steps: Steps[Any]
+    done: asyncio.Future[Any]
+    num_tokens: int = 0
+    spans: list[tuple[float, float]] = field(default_factory=list)
+
+
+class _Desk:
+    """A thread with a fair queue in front of it."""
+
+    def __init__(self, name: str, read: Callable[[Reading], None]) -> None:
+        self._read = read
+        self._queue: FairQueue[Reading] = FairQueue()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add(self, reading: Reading) -> None:
+        with self._changed:
+            self._queue.add((reading,))
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def join(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        with self._changed:
+            return self._queue.num_entries
+
+    def _run(self) -> None:
+        while (reading := self._next()) is not None:
+            self._read(reading)
+            del reading  # or its texts would stay until the next one comes
+
+    def _next(self) -> Reading | None:
+        with self._changed:
+            while not self._is_closed:
+                if (reading := self._queue.peek(time.monotonic())) is not None:
+                    return self._queue.pop(reading.num_tokens)
+                self._changed.wait()
+        return None
+
+
+class ReadingRoom:
+    """Runs the steps of readings in two threads, in fair order.
+
+    Args:
+        loop: the event loop that waits for the results.
+    """
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._short = _Desk(f"{name}-tokenise", self._read)
+        self._long = _Desk(f"{name}-tokenise-long", self._read)
+
+    def start(self) -> None:
+        for desk in (self._short, self._long):
+            desk.start()
+
+    def begin(self, ticket: Ticket, steps: Steps[Any]) -> Reading:
+        """Have steps run when their turn comes. Call it on the event loop.
+
+        What is still in the queue when its ticket ends is dropped, and ``done`` is then never set.
+        """
+        reading = Reading(ticket, steps, self._loop.create_future())
+        self._go_on(reading, started=None)
+        return reading
+
+    def close(self) -> None:
+        """Let the threads end after the step in hand; what still waits is dropped."""
+        for desk in (self._short, self._long):
+            desk.close()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the threads to end, and tell whether they did."""
+        have_ended = [desk.join(timeout_s) for desk in (self._short, self._long)]
+        return all(have_ended)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many readings wait for their turn, wanted or not."""
+        return self._short.num_waiting + self._long.num_waiting
+
+    def _read(self, reading: Reading) -> None:
+        self._go_on(reading, started=time.monotonic())
+
+    def _go_on(self, reading: Reading, started: float | None) -> None:
+        """Run the next step: up to the point from which it is known how much comes then."""
+        result, error = None, None
+        try:
+            reading.num_tokens = next(reading.steps)
+        except StopIteration as end:
+            result = end.value
+        except BaseException as raised:  # a tokenizer may raise anything, and its caller must get an answer
+            error = raised
+        else:
+            if started is not None:
+                reading.spans.append((started, time.monotonic()))
+            (self._long if reading.num_tokens > LONG_STEP_CHARS else self._short).add(reading)
+            return
+        if started is not None:
+            reading.spans.append((started, time.monotonic()))
+        with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
+            self._loop.call_soon_threadsafe(_finish, reading.done, result, error)
+
+
+def _finish(done: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    if done.done():  # its caller has gone
+        return
+    if error is None:
+        done.set_result(result)
+    else:
+        done.set_exception(error)
