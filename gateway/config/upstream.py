@@ -6,31 +6,47 @@ from collections.abc import Mapping
 from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from gateway.config.fields import DistinctListed, NonEmptyText, Positive
 from gateway.config.wording import describe, quote
 
 
 def _check_url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"must be a URL such as `http://gpu:8080` or `http://gpu:8000/v1`, got {quote(text)}")
+    wrong = ValueError(f"must be a URL such as `http://gpu:8080` or `http://gpu:8000/v1`, got {quote(text)}")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # a port beyond 65535, brackets that do not close
+        raise wrong from None
     if parts.username or parts.password:
         raise ValueError("must not hold a user or a password; use `api_key`")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0 or parts.query or parts.fragment:
+        raise wrong
+    if not text.isprintable() or " " in text:
+        raise wrong
     return text.rstrip("/")
 
 
 def _hide(value: object) -> object:
     # In strict mode pydantic takes no text for a secret.
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must be text, such as `${{VLLM_API_KEY}}`, got {describe(value) if value else 'nothing'}")
-    return SecretStr(value)
+    key = value.strip()  # a secret that was mounted as a file often ends with a line break
+    if not key.isascii() or not key.isprintable():
+        raise ValueError("must be printable ASCII, as it is sent in a header; it holds another character")
+    return SecretStr(key)
 
 
 BaseUrl: TypeAlias = Annotated[str, AfterValidator(_check_url)]
 Secret: TypeAlias = Annotated[SecretStr, BeforeValidator(_hide)]
 PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Extra: TypeAlias = str | int | float | bool | None
+"""The value of a further field of each request; ``None``: a field that is left out."""
+
+# The gateway writes these itself.
+_OWN_FIELDS = ("model", "input", "inputs")
+_ENCODINGS = ("base64", "float", None)
 
 
 class Upstream(BaseModel):
@@ -71,14 +87,36 @@ class Upstream(BaseModel):
     )
     tasks: Mapping[NonEmptyText, NonEmptyText] = Field(
         default_factory=dict,
-        description="For each task that the servers know, what they call it. It is sent as `task` (TEI: `prompt_name`). For "
-        "servers without tasks, give the instructions in the model's `prompts` instead.",
+        description="For each task that the servers know, what they call it. Checked at the start: two names that give the "
+        "same vectors are refused. For servers without tasks, give the instructions in the model's `prompts` instead.",
     )
-    extra_body: Mapping[NonEmptyText, str | int | float | bool] = Field(
+    task_field: NonEmptyText | None = Field(
+        default=None,
+        description="The field in which the servers read the task: `input_type` for Cohere, Voyage and NVIDIA NIM. By "
+        "default `task`; with `backend: tei`, `prompt_name`.",
+    )
+    extra_body: Mapping[NonEmptyText, Extra] = Field(
         default_factory=dict,
-        description="Further fields of each request, for what a server has of its own: "
-        "`{truncate_prompt_tokens: -1}` lets vLLM cut long texts.",
+        description="Further fields of each request, for those that only some servers have: "
+        "`{truncate_prompt_tokens: -1}` lets vLLM cut long texts. `null` leaves a field out that is sent otherwise: "
+        "`{encoding_format: null}`.",
     )
     probe_interval_s: PositiveSeconds = Field(
         default=10.0, description="Seconds after which a server that does not work is asked whether it does again."
     )
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Upstream:
+        for name in _OWN_FIELDS:
+            if name in self.extra_body:
+                raise ValueError(f"`extra_body` must not hold `{name}`, which the gateway sends itself")
+            if name == self.task_field:
+                raise ValueError(f"`task_field` must not be `{name}`, in which the gateway sends something else")
+        if self.task_field is not None and not self.tasks:
+            raise ValueError("`task_field` needs `tasks`: what the servers call each task")
+        if (encoding := self.extra_body.get("encoding_format")) not in _ENCODINGS:
+            raise ValueError(
+                f"`extra_body.encoding_format` must be `base64`, `float` or `null`, got {describe(encoding)}: vectors are "
+                "read as float32"
+            )
+        return self

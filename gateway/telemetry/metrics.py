@@ -151,7 +151,7 @@ ENGINE_RESTARTS = Counter(
 UPSTREAM_REQUESTS = Counter(
     "gateway_upstream_requests",
     "Requests to the servers of models that run elsewhere. `outcome`: ok, refused, overloaded, unready, unreachable, "
-    "timeout, broken, failed, wrong.",
+    "timeout, broken, failed, wrong, abandoned (by a client).",
     ["model", "server", "outcome"],
     registry=REGISTRY,
 )

@@ -39,6 +39,12 @@ class StandIn:
     Attributes:
         weights: of the model it runs; another name is another model behind the same one.
         fault: what happens to a request for vectors; nothing when empty.
+        fault_on: the fault happens to requests with this word in one of their texts, and to no others; to all when empty.
+        task_field: in which it reads the task; ``""``: in none.
+        encodings: what it takes as ``encoding_format``; ``None``: a request without it.
+        refused: texts that it refuses, with the whole request.
+        rewrite: changes an answer, parsed, before it is sent.
+        respond: makes the answer to a request for vectors, if it does not return ``None``.
         bodies: of the requests for vectors, as they came; ``headers`` likewise.
         delay_s: before an answer.
         most_at_once: requests that were there together.
@@ -49,6 +55,13 @@ class StandIn:
     weights: str = "first"
     width: int = WIDTH
     fault: str = ""
+    fault_on: str = ""
+    task_field: str | None = None
+    encodings: tuple[str | None, ...] = ("base64", "float", None)
+    refused: tuple[str, ...] = ()
+    rewrite: Callable[[Any], Any] | None = None
+    respond: Callable[[dict[str, Any]], Response | None] | None = None
+    models_response: Response | None = None
     retry_after: str | None = None
     delay_s: float = 0.0
     key: str | None = None
@@ -68,23 +81,26 @@ class StandIn:
         """``POST /v1/embeddings``."""
         body = await self._take(request)
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        if (response := await self._fail(_openai_error)) is not None:
+        if (response := self._refuse(body, texts, _openai_error)) is not None:
             return response
-        task = body.get("task")
+        if (response := await self._fail(texts, _openai_error)) is not None:
+            return response
+        task = body.get("task" if self.task_field is None else self.task_field)
         data = [{"object": "embedding", "index": i, "embedding": self._write(t, task)} for i, t in enumerate(texts)]
-        if self.fault == "one missing":
+        if self._is_short(texts):
             data.pop()
         # Out of order: what counts is `index`.
         num_tokens = sum(len(text.split()) for text in texts)
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        return JSONResponse({"object": "list", "data": data[::-1], "model": body["model"], "usage": usage})
+        return self._written({"object": "list", "data": data[::-1], "model": body["model"], "usage": usage})
 
     async def embed(self, request: Request) -> Response:
         """``POST /embed``."""
         body = await self._take(request)
         self._hold(lambda: validate(REQUESTS["/embed"], body))
-        response = await self._fail(_tei_error) or self._embed(body)
-        if self.fault not in ("half", "garbage", "nan"):
+        texts = body["inputs"]
+        response = self._refuse(body, texts, _tei_error) or await self._fail(texts, _tei_error) or self._embed(body)
+        if self.fault not in ("half", "garbage", "nan") and self.rewrite is None and self.respond is None:
             content = json.loads(bytes(response.body))
             self._hold(lambda: validate_answer("/embed", response.status_code, content))
         return response
@@ -93,16 +109,24 @@ class StandIn:
         texts = body["inputs"]
         if len(texts) > self.max_texts:
             return _tei_error(422, f"batch size {len(texts)} > maximum allowed batch size {self.max_texts}")
-        rows = [self._vector(text, body.get("prompt_name")).tolist() for text in texts]
-        if self.fault == "one missing":
+        task = body.get("prompt_name" if self.task_field is None else self.task_field)
+        rows = [self._vector(text, task).tolist() for text in texts]
+        if self._is_short(texts):
             rows.pop()
         num_tokens = sum(len(text.split()) for text in texts)
         headers = {"x-compute-tokens": str(num_tokens)}
-        # As there: what is no number cannot be written.
-        return Response(json.dumps(rows), headers=headers, media_type="application/json")
+        response = self._written(rows)
+        response.headers.update(headers)
+        return response
+
+    def _written(self, answer: Any) -> Response:
+        # NaN is written as Python does: JSON has no word for it.
+        return Response(json.dumps(self.rewrite(answer) if self.rewrite else answer), media_type="application/json")
 
     async def models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 512}]})
+        return self.models_response or JSONResponse(
+            {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 512}]}
+        )
 
     async def info(self, _request: Request) -> Response:
         """``GET /info``."""
@@ -142,8 +166,20 @@ class StandIn:
             self._at_once -= 1
         return body
 
-    async def _fail(self, error: Callable[[int, str], Response]) -> Response | None:
+    def _is_short(self, texts: list[str]) -> bool:
+        return self.fault == "one missing" and any(self.fault_on in text for text in texts)
+
+    def _refuse(self, body: dict[str, Any], texts: list[str], error: Callable[[int, str], Response]) -> Response | None:
+        if (encoding := body.get("encoding_format")) not in self.encodings:
+            return error(400, f"encoding_format {encoding!r} is not supported")
+        if refused := [text for text in texts if text in self.refused]:
+            return error(400 if error is _openai_error else 422, f"cannot be {refused[0]!r}")
+        return self.respond(body) if self.respond else None
+
+    async def _fail(self, texts: list[str], error: Callable[[int, str], Response]) -> Response | None:
         """Do what was commanded; ``error`` writes an error as the dialect has it."""
+        if not any(self.fault_on in text for text in texts):
+            return None
         if self.key is not None and self.headers[-1].get("authorization") != f"Bearer {self.key}":
             return error(401, "no such key")
         if self.fault.isdecimal():
@@ -152,15 +188,13 @@ class StandIn:
             return response
         if self.fault == "too long":
             return error(*(_TOO_LONG_FOR_TEI if error is _tei_error else _TOO_LONG))
-        if self.fault == "half":
-            return StreamingResponse(_half(), headers={"content-length": "1000"}, media_type="application/json")
-        if self.fault == "garbage":
-            return Response(b"<html>It works!</html>")
-        return None
+        half = StreamingResponse(_half(), headers={"content-length": "1000"}, media_type="application/json")
+        return {"half": half, "garbage": Response(b"<html>It works!</html>")}.get(self.fault)
 
     def _vector(self, text: str, task: str | None) -> np.ndarray[Any, np.dtype[np.float32]]:
         vector = vector_of(f"[{task}] {text}" if task else text, self.weights, self.width)
-        return vector * np.float32(np.nan) if self.fault == "nan" else vector
+        is_bad = self.fault == "nan" and self.fault_on in text
+        return vector * np.float32(np.nan) if is_bad else vector
 
     def _write(self, text: str, task: str | None) -> object:
         vector = self._vector(text, task)
@@ -181,18 +215,39 @@ class StandIn:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", self.port))
             self.port = listener.getsockname()[1]
-            config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-            server = uvicorn.Server(config)
-            server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            server = _Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
             task = asyncio.create_task(server.serve(sockets=[listener]))
-            while not server.started:  # noqa: ASYNC110  it has no event
-                await asyncio.sleep(0.01)
+            await server.begun.wait()
             try:
                 yield self
             finally:
-                server.should_exit = True
+                server.ended.set()
                 await task
             assert self.breaches == []
+
+
+class _Server(uvicorn.Server):
+    """Begins and ends at once, where uvicorn looks every tenth of a second, and ends what is being answered."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.begun, self.ended = asyncio.Event(), asyncio.Event()
+
+    def install_signal_handlers(self) -> None:
+        pass
+
+    async def main_loop(self) -> None:
+        self.begun.set()
+        await self.ended.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        await asyncio.gather(*self.server_state.tasks, return_exceptions=True)
 
 
 _TOO_LONG = (400, "This model's maximum context length is 512 tokens")

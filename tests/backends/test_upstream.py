@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
 
 from gateway.backends.upstream import backend as backend_module
 from gateway.backends.upstream.backend import UpstreamBackend
-from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, ModelState, Truncate
+from gateway.embedding import ModelState, Truncate
 from gateway.errors import (
     BadInput,
     ContextLengthExceeded,
@@ -27,75 +24,8 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamUnavailable,
 )
+from tests.backends.remote import PATIENCE_S, TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
-
-TEXTS = [f"text number {i}" for i in range(10)]
-PATIENCE_S = 30
-
-
-def entry(*servers: StandIn, kind: str = "openai", **changes: Any) -> ModelEntry:
-    """Return an entry of the registry for a model on these servers; ``upstream`` in ``changes`` adds to its own."""
-    path = "/v1" if kind == "openai" else ""
-    upstream = {"urls": tuple(server.url + path for server in servers), "probe_interval_s": 0.1, "max_retries": 2}
-    fields: dict[str, Any] = {"id": "far", "backend": kind, "source": MODEL}
-    return ModelEntry.model_validate(
-        {**fields, **changes, "upstream": {**upstream, **changes.get("upstream", {})}}, context={}
-    )
-
-
-def job(texts: list[str] = TEXTS, seconds: float = PATIENCE_S, **changes: Any) -> EmbedJob:
-    fields: dict[str, Any] = {"task": None, "truncate": Truncate.END, "caller": "test"}
-    return EmbedJob(texts, deadline=time.monotonic() + seconds, **{**fields, **changes})
-
-
-def expected(texts: list[str] = TEXTS, weights: str = "first") -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.stack([vector_of(text, weights) for text in texts])
-
-
-class States:
-    """Takes what a backend reports."""
-
-    def __init__(self) -> None:
-        self.reported: list[tuple[ModelState, str]] = []
-
-    def __call__(self, state: ModelState, reason: str) -> None:
-        self.reported.append((state, reason))
-
-    async def wait_for(self, state: ModelState) -> str:
-        return await wait_until(
-            lambda: self.reported[-1][1] if self.reported and self.reported[-1][0] is state else None
-        )
-
-
-async def wait_until(look: Callable[[], Any]) -> Any:
-    async with asyncio.timeout(PATIENCE_S):
-        while (found := look()) is None or found is False:  # noqa: ASYNC110  what is looked at has no event
-            await asyncio.sleep(0.02)
-    return found
-
-
-@asynccontextmanager
-async def loaded(model: ModelEntry, states: States | None = None, **settings: Any) -> AsyncIterator[UpstreamBackend]:
-    backend = UpstreamBackend(model, Settings(**settings))
-    await backend.plan()
-    await backend.start(states or States())
-    try:
-        yield backend
-    finally:
-        await backend.stop()
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[StandIn]:
-    async with StandIn().serving() as one:
-        yield one
-
-
-@pytest.fixture
-async def servers() -> AsyncIterator[tuple[StandIn, StandIn]]:
-    async with AsyncExitStack() as stack:
-        yield await stack.enter_async_context(StandIn().serving()), await stack.enter_async_context(StandIn().serving())
-
 
 # ---------------------------------------------------------------------------------------------- what is sent and read
 
@@ -234,7 +164,7 @@ async def test_a_tei_that_serves_something_else_is_refused(server: StandIn) -> N
         ("half", UpstreamFailed, 3),
         ("garbage", UpstreamFailed, 3),
         ("one missing", UpstreamFailed, 3),
-        ("nan", UpstreamFailed, 3),
+        ("nan", UpstreamFailed, 1),  # it would give the same again
     ],
 )
 @pytest.mark.parametrize("kind", ["openai", "tei"])
@@ -349,7 +279,7 @@ async def test_another_model_behind_the_same_name_is_shut_out(server: StandIn) -
 async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
         servers[0].fault = "503"
-        for _ in range(8):
+        while backend._servers[0].breaker.is_closed:
             await backend.embed(job())
         servers[0].fault, servers[0].weights = "", "other"
         await wait_until(lambda: "another model" in backend._servers[0].breaker.reason)

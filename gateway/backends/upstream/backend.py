@@ -7,24 +7,28 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
-from math import ceil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import structlog
 
 from gateway.backends.base import Report
-from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, Answer, Facts, make_dialect
+from gateway.backends.upstream.answers import MAX_COUNT, Answer
+from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, Facts, make_dialect
+from gateway.backends.upstream.failures import RETRY_AFTER_S, Failure, TooLarge, unavailable
 from gateway.backends.upstream.probe import Probe, agree
-from gateway.backends.upstream.server import Failure, Server
+from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks, read_tasks
+from gateway.backends.upstream.watch import Watch
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Timings, Vocabulary, canonical_task
+from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary, canonical_task
 from gateway.engine import golden
 from gateway.engine.golden import GoldenVector
 from gateway.errors import (
+    BadInput,
     DeadlineExceeded,
     LoadError,
     ModelNotReady,
@@ -32,8 +36,6 @@ from gateway.errors import (
     RequestError,
     ShuttingDown,
     UnsupportedOutput,
-    UpstreamFailed,
-    UpstreamUnavailable,
 )
 from gateway.telemetry import metrics
 
@@ -42,8 +44,10 @@ log = structlog.get_logger(__name__)
 # TEI takes bodies of 2 MB by default.
 _MAX_BATCH_CHARS = 500_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
-_RETRY_AFTER_S = 5
-_WATCH_S = 0.5
+# English has four characters to a token; as the batcher estimates them.
+_CHARS_PER_TOKEN = 4
+# More numbers in one answer would take more than 50 ms to read, during which nothing else happens.
+_MAX_NUMBERS = 131_072
 _DEFAULT_MAX_TOKENS = 8192
 
 
@@ -61,14 +65,14 @@ class UpstreamBackend:
         self._upstream = entry.upstream
         self._settings = settings
         self._dialect = make_dialect(entry, entry.upstream)
-        self._tasks = Tasks({}, {})
+        self._tasks = Tasks({}, {}, "")
         self._servers: list[Server] = []
         self._max_batch_texts = DEFAULT_BATCH_TEXTS
-        self._num_texts = 0
+        self._num_texts = self._num_chars = 0
         self._probe: Probe | None = None
         self._info: ModelInfo | None = None
         self._is_stopped = False
-        self._watch: asyncio.Task[None] | None = None
+        self._watch: Watch | None = None
 
     # -------------------------------------------------------------------------------------------------- loading
 
@@ -76,7 +80,11 @@ class UpstreamBackend:
         await self._close()
         self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)
-        self._servers = [Server(self._entry.id, url, self._dialect, self._upstream) for url in self._upstream.urls]
+        names = _server_names(self._upstream.urls)
+        self._servers = [
+            Server(self._entry.id, name, url, self._dialect, self._upstream)
+            for name, url in zip(names, self._upstream.urls, strict=True)
+        ]
         try:
             facts = await self._learn_facts()
             recorded = self._read_golden()
@@ -86,17 +94,20 @@ class UpstreamBackend:
             await self._close()
             raise
         self._max_batch_texts = self._upstream.max_batch_texts or facts.max_batch_texts or DEFAULT_BATCH_TEXTS
+        if any(server.quirks is not None and server.quirks.has_numbers for server in self._servers):
+            self._max_batch_texts = max(1, min(self._max_batch_texts, _MAX_NUMBERS // self._probe.width))
         for server in self._servers:
             server.width = self._probe.width
         return self._info
 
     async def start(self, report: Report) -> ModelInfo:
         info = self._info or await self.plan()
-        self._watch = asyncio.create_task(self._watch_servers(report))
+        assert self._probe is not None  # noqa: S101  it has been planned
+        self._watch = Watch(self._entry.id, self._servers, self._probe, self._settings.golden_interval_s, report)
         return info
 
     async def _learn_facts(self) -> Facts:
-        """Ask every server what it is, shut out those that do not answer, and return what the first says.
+        """Ask every server what it is, shut out those that do not answer, and return what holds for all.
 
         Raises:
             LoadError: one serves something else.
@@ -111,12 +122,15 @@ class UpstreamBackend:
             else:
                 self._check_model(server, result)
                 found.append(result)
-        return found[0] if found else Facts()
+        return Facts(
+            max_tokens=min((facts.max_tokens for facts in found if facts.max_tokens), default=None),
+            max_batch_texts=min((facts.max_batch_texts for facts in found if facts.max_batch_texts), default=None),
+            dtype=next((facts.dtype for facts in found if facts.dtype), None),
+        )
 
     def _check_model(self, server: Server, facts: Facts) -> None:
         wanted = self._upstream.model or self._entry.source
-        # Ollama calls a model without a tag `:latest`; a gateway answers to a model's source and aliases as well.
-        known = {name.casefold().removesuffix(":latest") for name in facts.models}
+        known = {name.casefold() for name in facts.models}
         if self._entry.backend == "tei" and known and wanted.casefold() not in known:
             raise LoadError(
                 f"{server.name} serves {', '.join(facts.models)}, and not {wanted}; say what it calls the model in "
@@ -135,12 +149,12 @@ class UpstreamBackend:
         return None
 
     def base_fingerprint(self) -> str:
-        """Return what identifies the model but for its vectors: its name, and what is sent beside a text."""
-        content = [
-            self._upstream.model or self._entry.source,
-            dict(self._tasks.names),
-            dict(self._upstream.extra_body),
-        ]
+        """Return what identifies the model but for its vectors: its name, and what is sent next to a text."""
+        # How vectors are written does not change them.
+        extra = {name: value for name, value in self._upstream.extra_body.items() if name != "encoding_format"}
+        content: list[object] = [self._upstream.model or self._entry.source, dict(self._tasks.names), extra]
+        if self._upstream.task_field is not None:
+            content.append(self._upstream.task_field)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -177,22 +191,22 @@ class UpstreamBackend:
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         if self._is_stopped:
-            raise ShuttingDown("the gateway is shutting down", retry_after_s=_RETRY_AFTER_S)
+            raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
         if self._info is None:
-            raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=_RETRY_AFTER_S)
+            raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=RETRY_AFTER_S)
         self._admit(len(job.texts))
-        self._num_texts += len(job.texts)
+        self._count_waiting(job, 1)
         started = time.monotonic()
         try:
-            answers = await self._embed_slices(job)
+            answers = await self._embed_slices(job, _slices(job.texts, self._max_batch_texts))
         finally:
-            self._num_texts -= len(job.texts)
-            metrics.QUEUE_TEXTS.labels(self._entry.id).set(self._num_texts)
+            self._count_waiting(job, -1)
         vectors = np.concatenate([answer.vectors for answer in answers]) if len(answers) > 1 else answers[0].vectors
+        # Servers say how many tokens a request had, not each text.
+        num_tokens = min(sum(answer.num_tokens for answer in answers), MAX_COUNT)
         return Embeddings(
             vectors=vectors,
-            # Servers say how many tokens a request had, not each text.
-            num_tokens=[sum(answer.num_tokens for answer in answers), *[0] * (len(job.texts) - 1)],
+            num_tokens=[num_tokens, *[0] * (len(job.texts) - 1)],
             truncated=[],
             timings=Timings(0.0, 0.0, time.monotonic() - started),
         )
@@ -206,48 +220,94 @@ class UpstreamBackend:
                 retry_after_s=1,
             )
 
-    async def _embed_slices(self, job: EmbedJob) -> list[Answer]:
-        """Embed a job in as many requests as the servers' limits ask for, side by side; the first failure ends all."""
-        slices = list(_slices(job.texts, self._max_batch_texts))
-        if len(slices) == 1:
-            return [await self._embed_slice(job, slices[0])]
+    def _count_waiting(self, job: EmbedJob, sign: int) -> None:
+        """Add the texts of a job to those that wait for servers, or take them away."""
+        self._num_texts += sign * len(job.texts)
+        self._num_chars += sign * sum(map(len, job.texts))
+        metrics.QUEUE_TEXTS.labels(self._entry.id).set(self._num_texts)
+        metrics.QUEUE_TOKENS.labels(self._entry.id).set(self._num_chars // _CHARS_PER_TOKEN)
+
+    async def _embed_slices(self, job: EmbedJob, slices: Iterable[range]) -> list[Answer]:
+        """Embed slices of a job in a request each, side by side; the first failure ends all."""
         tasks: list[asyncio.Task[Answer]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks += [group.create_task(self._embed_slice(job, texts)) for texts in slices]
+                tasks += [group.create_task(self._embed_slice(job, one)) for one in slices]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _embed_slice(self, job: EmbedJob, texts: Sequence[str]) -> Answer:
-        """Embed texts on one server, and if it does not answer, on another one, or on it again."""
+    async def _embed_slice(self, job: EmbedJob, places: range) -> Answer:
+        """Embed some texts of a job on one server, and if it does not answer, on another one, or on it again.
+
+        Args:
+            places: where the texts are in the job.
+        """
+        texts = job.texts[places.start : places.stop]
         prepared, name = self._tasks.prepare(texts, job.task)
-        failed: list[Server] = []
+        failures: dict[Server, Failure] = {}
         failure: Failure | None = None
         for attempt in range(self._upstream.max_retries + 1):
-            server = self._choose(failed, failure)
+            server = self._choose(failures)
             if server is None:
                 break
-            if failure is not None and not await self._pause(attempt, failure, server in failed, job.deadline):
+            if failure is not None and not await self._pause(attempt, failure, server in failures, job.deadline):
                 break
+            self._check_blank(server, prepared, places)
             try:
-                return await server.embed(prepared, name, job.truncate, job.deadline)
+                answer = await server.embed(prepared, name, job.truncate, job.deadline)
             except TimeoutError:
-                raise DeadlineExceeded(
-                    f"not done within the time limit: {server.name} had not answered yet"
-                ) from failure
+                self._note(server, Failure("timeout", f"{server.name} had not answered yet"))
+                reason = f"not done within the time limit: {server.name} had not answered yet"
+                raise DeadlineExceeded(reason) from failure
+            except TooLarge as error:
+                return await self._embed_halves(job, places, error)
             except Failure as error:
-                failure = error
-                failed.append(server)
-        raise self._given_up(failure)
+                if server not in failures:  # several attempts are one failed request
+                    self._note(server, error)
+                failures[server] = failure = error
+            else:
+                server.note_success()
+                return answer
+        raise self._given_up(failure, places)
 
-    def _choose(self, failed: Sequence[Server], failure: Failure | None) -> Server | None:
-        """Return the server with the fewest texts on their way, one that has not failed yet if there is one."""
+    async def _embed_halves(self, job: EmbedJob, places: range, error: TooLarge) -> Answer:
+        """Embed texts that were too many for a server in two requests."""
+        if len(places) == 1:
+            raise error.refusal
+        half = (len(places) + 1) // 2
+        if error.is_number:
+            self._max_batch_texts = min(self._max_batch_texts, half)
+        answers = await self._embed_slices(job, [places[:half], places[half:]])
+        return Answer(np.concatenate([one.vectors for one in answers]), sum(one.num_tokens for one in answers))
+
+    def _note(self, server: Server, failure: Failure) -> None:
+        """Take note of a failure; if it makes the server suspect, that is looked into at once."""
+        server.note(failure)
+        if server.breaker.is_suspect and self._watch is not None:
+            self._watch.look()
+
+    def _check_blank(self, server: Server, prepared: Sequence[str], places: range) -> None:
+        if server.quirks is not None and (refused := server.quirks.first_refused(prepared)) is not None:
+            raise BadInput(
+                f"text {places[refused]} is blank, and {server.name}, where model {self._entry.id!r} runs, takes no blank "
+                "texts: leave it out",
+                param="input",
+            )
+
+    def _choose(self, failures: Mapping[Server, Failure]) -> Server | None:
+        """Return the server to ask: one that has not failed yet if there is one, and of those one that is not suspect.
+
+        Of several, that with the fewest texts on their way.
+        """
         working = [server for server in self._servers if server.breaker.is_closed]
-        fresh = [server for server in working if server not in failed]
-        if not fresh and failure is not None and not failure.is_worth_repeating:
-            return None
-        return min(fresh or working, key=lambda server: (server.num_texts, random.random()), default=None)  # noqa: S311
+        fresh = [server for server in working if server not in failures]
+        again = [server for server in working if server in failures and failures[server].is_worth_repeating]
+        return min(
+            fresh or again,
+            key=lambda server: (server.breaker.is_suspect, server.num_texts, random.random()),  # noqa: S311
+            default=None,
+        )
 
     async def _pause(self, attempt: int, failure: Failure, is_same_server: bool, deadline: float) -> bool:
         """Wait before the next attempt; tell whether there is time for one."""
@@ -262,68 +322,21 @@ class UpstreamBackend:
         await asyncio.sleep(pause_s)
         return True
 
-    def _given_up(self, failure: Failure | None) -> RequestError:
+    def _given_up(self, failure: Failure | None, places: range) -> RequestError:
         """Return what the client is told when no server has answered."""
         what = f"model {self._entry.id!r} runs elsewhere"
-        if failure is None:
-            reasons = "; ".join(server.breaker.reason for server in self._servers)
-            return UpstreamUnavailable(f"{what}, and no server answers: {reasons}", retry_after_s=_RETRY_AFTER_S)
-        after = _RETRY_AFTER_S if failure.retry_after_s is None else ceil(failure.retry_after_s)
-        match failure.outcome:
-            case "overloaded":
-                return Overloaded(f"{what}, and {failure}", retry_after_s=after)
-            case "unready" | "unreachable" | "refused":
-                return UpstreamUnavailable(f"{what}, and {failure}", retry_after_s=after)
-            case _:
-                return UpstreamFailed(f"{what}, and {failure}")
+        if failure is not None:
+            return failure.error(what, places)
+        reasons = "; ".join(server.breaker.reason for server in self._servers)
+        is_permanent = all(server.is_refusing for server in self._servers)
+        return unavailable(f"{what}, and no server answers: {reasons}", RETRY_AFTER_S, is_permanent=is_permanent)
 
     def vocabulary(self) -> Vocabulary:
         raise UnsupportedOutput(
             f"model {self._entry.id!r} runs elsewhere, and its tokenizer is not here", param="model"
         )
 
-    # -------------------------------------------------------------------------------------------------- watching
-
-    async def _watch_servers(self, report: Report) -> None:
-        """Try the servers that are shut out, hold all others against the probe from time to time, and report."""
-        was_ready = True
-        next_check = time.monotonic() + self._settings.golden_interval_s
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            now = time.monotonic()
-            is_check_due = now >= next_check
-            if is_check_due:
-                next_check = now + self._settings.golden_interval_s
-            due = [
-                server
-                for server in self._servers
-                if server.breaker.is_trial_due(now) or (is_check_due and server.breaker.is_closed)
-            ]
-            await asyncio.gather(*(self._try(server) for server in due))
-            is_ready = any(server.breaker.is_closed for server in self._servers)
-            if is_ready != was_ready:
-                reasons = "; ".join(server.breaker.reason for server in self._servers)
-                report(ModelState.READY if is_ready else ModelState.RECOVERING, "" if is_ready else reasons)
-                log.warning("upstream_state", model=self._entry.id, is_ready=is_ready, reasons=reasons)
-                was_ready = is_ready
-
-    async def _try(self, server: Server) -> None:
-        """Let a server in, or shut it out, by whether it gives the vectors that it must give."""
-        assert self._probe is not None  # noqa: S101  it has been planned
-        try:
-            problem = await self._probe.compare(server)
-        except Failure as failure:
-            if server.breaker.is_closed:
-                server.note(failure)
-            else:
-                server.shut_out(str(failure))
-        except Exception as error:  # nothing that a server does may be the end of the watch
-            server.shut_out(f"{server.name} does not give the vectors that it is known for: {error!r}")
-        else:
-            if problem:
-                server.shut_out(f"{server.name} gives other vectors than before, and may run another model: {problem}")
-            else:
-                server.let_in()
+    # -------------------------------------------------------------------------------------------------------- end
 
     async def stop(self) -> None:
         self._is_stopped = True
@@ -331,19 +344,26 @@ class UpstreamBackend:
 
     async def _close(self) -> None:
         if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait((self._watch,))
+            await self._watch.stop()
             self._watch = None
         for server in self._servers:
             await server.close()
 
 
-def _slices(texts: Sequence[str], max_texts: int) -> Iterator[Sequence[str]]:
+def _server_names(urls: Sequence[str]) -> list[str]:
+    """Return what to call each server: host and port, and the path where several share those."""
+    hosts = [urlsplit(url).netloc for url in urls]
+    return [
+        host if hosts.count(host) == 1 else host + urlsplit(url).path for host, url in zip(hosts, urls, strict=True)
+    ]
+
+
+def _slices(texts: Sequence[str], max_texts: int) -> Iterator[range]:
     """Cut texts into runs that a server takes in one request."""
     first = num_chars = 0
     for i, text in enumerate(texts):
         num_chars += len(text)
         if i > first and (i - first == max_texts or num_chars > _MAX_BATCH_CHARS):
-            yield texts[first:i]
+            yield range(first, i)
             first, num_chars = i, len(text)
-    yield texts[first:]
+    yield range(first, len(texts))

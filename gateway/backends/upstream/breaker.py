@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import random
 
-_FAILURES_TO_OPEN = 3
+_FAILURES_TO_SUSPECT = 3
+_LEAST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
 
 class Breaker:
-    """Closed while the server works; open after failures in a row, with growing pauses between the trials.
+    """Closed while the server works; open after a trial has failed, with growing pauses between further trials.
 
-    What is open is tried with a text of the gateway's own, whose vector is known: no client's request is spent on finding
-    out whether a server is well, and a server that came back with another model is not let in.
+    A trial asks for vectors of texts of the gateway's own, which are known. Failures of clients' requests never open it:
+    they make the server suspect, so that a trial is due at once. A text on which a server fails thus costs its own request
+    and nobody else's. No client's request is spent on finding out whether a server works again either, and a server that
+    comes back with another model is not let in.
 
     Args:
         pause_s: how long after it opened the first trial is due.
 
     Attributes:
         reason: why it is open; empty while it is closed.
+        is_suspect: whether requests have failed in a way that calls for a trial.
     """
 
     def __init__(self, pause_s: float) -> None:
         self._first_pause_s = self._pause_s = pause_s
         self._num_failures = 0
-        self._trial_at = 0.0
+        self._trial_at = -math.inf
         self.reason = ""
+        self.is_suspect = False
 
     @property
     def is_closed(self) -> bool:
@@ -33,23 +39,33 @@ class Breaker:
         return not self.reason
 
     def note_success(self) -> None:
-        """Take note of a right answer; closes."""
-        self._num_failures, self._pause_s, self.reason = 0, self._first_pause_s, ""
+        """Take note of a right answer to a client's request."""
+        self._num_failures = 0
 
-    def note_failure(self, reason: str, now: float) -> None:
-        """Take note of a failure; opens after some in a row."""
+    def note_failure(self, *, is_grave: bool) -> None:
+        """Take note of a failed request: one that is grave, or some in a row, make the server suspect."""
+        if not self.is_closed:
+            return  # it was on its way when the breaker opened
         self._num_failures += 1
-        if self._num_failures >= _FAILURES_TO_OPEN or not self.is_closed:
-            self.open(reason, now)
+        self.is_suspect = self.is_suspect or is_grave or self._num_failures >= _FAILURES_TO_SUSPECT
+
+    def close(self, now: float) -> None:
+        """Close: a trial has shown that the server works."""
+        self._num_failures, self._pause_s, self.reason, self.is_suspect = 0, self._first_pause_s, "", False
+        self._trial_at = now + _LEAST_PAUSE_S
+
+    def postpone(self, now: float) -> None:
+        """Leave it as it is: a trial has shown nothing. The next one is due after a pause."""
+        self._trial_at = now + _LEAST_PAUSE_S
 
     def open(self, reason: str, now: float) -> None:
-        """Open, whatever there was before; open already, wait twice as long as the last time."""
+        """Open: a trial has failed. If it is open already, wait twice as long as the last time."""
         if not self.is_closed:
             self._pause_s = min(2 * self._pause_s, max(_LONGEST_PAUSE_S, self._first_pause_s))
-        self.reason = reason
+        self.reason, self.is_suspect = reason, False
         # Gateways that lost the same server at the same time do not all come back at once.
         self._trial_at = now + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311  not for secrets
 
     def is_trial_due(self, now: float) -> bool:
-        """Tell whether an open breaker's server is to be tried."""
-        return not self.is_closed and now >= self._trial_at
+        """Tell whether the server is to be tried: it is open, or suspect, and the last trial was long enough ago."""
+        return (self.is_suspect or not self.is_closed) and now >= self._trial_at

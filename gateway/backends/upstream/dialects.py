@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import orjson
 
+from gateway.backends.upstream.answers import (
+    Answer,
+    WrongAnswer,
+    in_order,
+    read_count,
+    read_json,
+    read_limit,
+    read_vectors,
+    require_no_error,
+)
 from gateway.config.model_entry import ModelEntry
-from gateway.config.upstream import Upstream
-from gateway.embedding import Truncate, Vectors
+from gateway.config.upstream import Extra, Upstream
+from gateway.embedding import Truncate
 
 DEFAULT_BATCH_TEXTS = 256
 
-
-class WrongAnswer(Exception):
-    """An answer with status 200 that is not what was asked for; says how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a server gave for some texts.
-
-    Attributes:
-        vectors: ``(n, d)`` float32, in the order of the texts.
-        num_tokens: of all texts together; 0 if the server does not say.
-    """
-
-    vectors: Vectors
-    num_tokens: int
+Encoding: TypeAlias = str | None
+"""What is sent as ``encoding_format``; ``None``: the field is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +48,27 @@ class Dialect(Protocol):
     Attributes:
         embed_path: where vectors are asked for, after the base URL; so for the others.
         gives_raw: whether vectors come as they were pooled, and are normalised here.
+        encodings: how vectors may be asked for, the best first; not every server takes each.
     """
 
     embed_path: str
     facts_path: str
     gives_raw: bool
+    encodings: Sequence[Encoding]
 
-    def body(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> bytes:
+    def body(self, texts: Sequence[str], task: str | None, truncate: Truncate, encoding: Encoding) -> bytes:
         """Write a request.
 
         Args:
             task: what the server calls it, or ``None``.
+            encoding: one of ``encodings``.
         """
 
     def read(self, content: bytes, headers: Mapping[str, str], num_texts: int) -> Answer:
         """Read an answer.
 
         Raises:
-            WrongAnswer: it is none, or not for so many texts.
+            WrongAnswer: it does not have a vector for each of so many texts.
         """
 
     def read_facts(self, content: bytes) -> Facts:
@@ -84,31 +80,39 @@ class OpenAi:
 
     embed_path, facts_path, gives_raw = "/embeddings", "/models", False
 
-    def __init__(self, model: str, extra: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, task_field: str, extra: Mapping[str, Extra]) -> None:
         self._model = model
+        self._task_field = task_field
         self._extra = extra
+        # Base64 is a third of the bytes, and read in a hundredth of the time; many that do not know it send numbers, and
+        # some refuse it, or the field.
+        self.encodings: Sequence[Encoding] = (None,) if "encoding_format" in extra else ("base64", "float", None)
 
-    def body(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> bytes:
-        # Base64 is a third of the bytes, and read in a hundredth of the time; who does not know it sends numbers.
-        body: dict[str, Any] = {"model": self._model, "input": texts, "encoding_format": "base64", **self._extra}
+    def body(self, texts: Sequence[str], task: str | None, truncate: Truncate, encoding: Encoding) -> bytes:
+        body: dict[str, Any] = {"model": self._model, "input": texts, "encoding_format": encoding, **self._extra}
         if task is not None:
-            body["task"] = task
+            body[self._task_field] = task
         if truncate is not Truncate.END:  # what OpenAI has no word for is said in those of the gateway itself
             body["truncate"] = False if truncate is Truncate.REFUSE else "START"
-        return orjson.dumps(body)
+        return _written(body, self._extra)
 
     def read(self, content: bytes, headers: Mapping[str, str], num_texts: int) -> Answer:
-        try:
-            answer = orjson.loads(content)
-            items = sorted(answer["data"], key=lambda item: int(item["index"]))
-            if [item["index"] for item in items] != list(range(num_texts)):
-                raise WrongAnswer(f"{len(items)} vectors for {num_texts} texts")
-            rows = [_row(item["embedding"]) for item in items]
-            usage = answer.get("usage") or {}
-            num_tokens = int(usage.get("total_tokens") or usage.get("prompt_tokens") or 0)
-        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
-            raise WrongAnswer(f"not an answer of OpenAI's embeddings ({type(error).__name__})") from error
-        return Answer(_stack(rows), num_tokens)
+        answer = read_json(content)
+        items = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(answer, dict) or not isinstance(items, list):
+            require_no_error(answer)
+            raise WrongAnswer("an answer without a list `data`")
+        if not all(isinstance(item, dict) and "embedding" in item for item in items):
+            raise WrongAnswer("an entry of `data` without `embedding`")
+        items, has_index = in_order(items, num_texts)
+        usage = answer.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        return Answer(
+            read_vectors([item["embedding"] for item in items]),
+            read_count(usage.get("total_tokens")) or read_count(usage.get("prompt_tokens")),
+            has_numbers=isinstance(items[0]["embedding"], list),
+            has_index=has_index,
+        )
 
     def read_facts(self, content: bytes) -> Facts:
         try:
@@ -116,19 +120,24 @@ class OpenAi:
         except (ValueError, KeyError, TypeError):
             return Facts()
         card = cards.get(self._model, {})
-        longest = card.get("max_model_len") or card.get("max_tokens")  # vLLM; another of these gateways
-        return Facts(tuple(map(str, cards)), max_tokens=longest if isinstance(longest, int) else None)
+        # vLLM's word, and that of another of these gateways.
+        return Facts(
+            tuple(map(str, cards)),
+            max_tokens=read_limit(card.get("max_model_len")) or read_limit(card.get("max_tokens")),
+        )
 
 
 class Tei:
     """``POST /embed`` of text-embeddings-inference."""
 
     embed_path, facts_path, gives_raw = "/embed", "/info", True
+    encodings: Sequence[Encoding] = (None,)
 
-    def __init__(self, extra: Mapping[str, Any]) -> None:
+    def __init__(self, task_field: str, extra: Mapping[str, Extra]) -> None:
+        self._task_field = task_field
         self._extra = extra
 
-    def body(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> bytes:
+    def body(self, texts: Sequence[str], task: str | None, truncate: Truncate, encoding: Encoding) -> bytes:
         body: dict[str, Any] = {
             "inputs": texts,
             "normalize": False,
@@ -137,69 +146,54 @@ class Tei:
             **self._extra,
         }
         if task is not None:
-            body["prompt_name"] = task
-        return orjson.dumps(body)
+            body[self._task_field] = task
+        return _written(body, self._extra)
 
     def read(self, content: bytes, headers: Mapping[str, str], num_texts: int) -> Answer:
-        try:
-            rows = [_row(row) for row in orjson.loads(content)]
-        except (ValueError, TypeError) as error:
-            raise WrongAnswer(f"not an answer of TEI's /embed ({type(error).__name__})") from error
+        rows = read_json(content)
+        if not isinstance(rows, list):
+            require_no_error(rows)
+            raise WrongAnswer("an answer that is not a list of vectors")
         if len(rows) != num_texts:
             raise WrongAnswer(f"{len(rows)} vectors for {num_texts} texts")
-        tokens = headers.get("x-compute-tokens", "")
-        return Answer(_stack(rows), int(tokens) if tokens.isdecimal() else 0)
+        return Answer(read_vectors(rows), read_count(headers.get("x-compute-tokens")), has_numbers=True)
 
     def read_facts(self, content: bytes) -> Facts:
         try:
             info = orjson.loads(content)
-            names = {str(info[key]) for key in ("model_id", "served_model_name") if info.get(key)}
-            return Facts(
-                tuple(sorted(names)),
-                max_tokens=info.get("max_input_length"),
-                max_batch_texts=info.get("max_client_batch_size"),
-                dtype=info.get("model_dtype"),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             return Facts()
+        if not isinstance(info, dict):
+            return Facts()
+        names = {str(info[key]) for key in ("model_id", "served_model_name") if info.get(key)}
+        return Facts(
+            tuple(sorted(names)),
+            max_tokens=read_limit(info.get("max_input_length")),
+            max_batch_texts=read_limit(info.get("max_client_batch_size")),
+            dtype=str(info["model_dtype"])[:40] if info.get("model_dtype") else None,
+        )
+
+
+def _written(body: Mapping[str, Any], extra: Mapping[str, Extra]) -> bytes:
+    """Write a body without what ``extra_body`` leaves out, and without an encoding that is not asked for."""
+    left_out = {name for name, value in extra.items() if value is None}
+    return orjson.dumps(
+        {
+            name: value
+            for name, value in body.items()
+            if name not in left_out and (name != "encoding_format" or value is not None)
+        }
+    )
 
 
 def make_dialect(entry: ModelEntry, upstream: Upstream) -> Dialect:
     """Return how a model's servers are asked."""
+    field = task_field(entry, upstream)
     if entry.backend == "tei":
-        return Tei(upstream.extra_body)
-    return OpenAi(upstream.model or entry.source, upstream.extra_body)
+        return Tei(field, upstream.extra_body)
+    return OpenAi(upstream.model or entry.source, field, upstream.extra_body)
 
 
-def error_of(content: bytes) -> tuple[str, str]:
-    """Return the message and the code of an error's body, whichever server wrote it; empty where there is none."""
-    try:
-        body = orjson.loads(content)
-    except ValueError:
-        return content[:200].decode(errors="replace").strip(), ""
-    if not isinstance(body, dict):
-        return "", ""
-    error = body.get("error")
-    inner = error if isinstance(error, dict) else body
-    message = inner.get("message") or (error if isinstance(error, str) else body.get("detail")) or ""
-    code = inner.get("code") or inner.get("error_type") or inner.get("type") or ""
-    return str(message)[:500], str(code)
-
-
-def _row(embedding: Any) -> Vectors:
-    if isinstance(embedding, str):
-        return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
-    row: Vectors = np.asarray(embedding, dtype=np.float32)
-    if row.ndim != 1:
-        raise ValueError("a vector is a list of numbers")
-    return row
-
-
-def _stack(rows: Sequence[Vectors]) -> Vectors:
-    widths = {len(row) for row in rows}
-    if len(widths) != 1:
-        raise WrongAnswer(f"vectors of {', '.join(map(str, sorted(widths)))} dimensions in one answer")
-    vectors = np.stack(rows)
-    if not np.isfinite(vectors).all():
-        raise WrongAnswer("a vector that is not finite (NaN or infinity)")
-    return vectors
+def task_field(entry: ModelEntry, upstream: Upstream) -> str:
+    """Return the field in which a model's servers are told the task."""
+    return upstream.task_field or ("prompt_name" if entry.backend == "tei" else "task")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
-from gateway.backends.upstream.server import Failure, Server
+from gateway.backends.upstream.answers import Answer
+from gateway.backends.upstream.failures import Failure, TooLarge
+from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks
 from gateway.embedding import Embeddings, EmbedJob, Timings, Truncate, Vectors
 from gateway.engine.golden import TEXTS, GoldenCheck, GoldenVector
@@ -16,7 +19,10 @@ from gateway.errors import LoadError, NotReachable, RequestError
 MIN_COSINE = 0.999
 """What two vectors of a text must agree in to be of the same model, whatever computes them, in whatever number format."""
 
-_PATIENCE_S = 30.0
+# A server that is slow is told by its own time limit before this.
+_PATIENCE_S = 3600.0
+# Neither the shortest nor the longest text, nor at an end or in the middle: sorted or turned round, it is elsewhere.
+_TEXT_ALONE = 2
 
 
 class Probe:
@@ -38,14 +44,19 @@ class Probe:
     async def compare(self, server: Server) -> str:
         """Hold a server against the probe; say what is wrong, if anything is.
 
+        One that was shut out, and may be another than before, is first asked what it takes.
+
         Raises:
             Failure: it does not answer.
+            TooLarge: it does not take the texts together.
             RequestError: it refuses the texts.
         """
+        if server.quirks is None or not server.breaker.is_closed:
+            await server.learn()
 
         async def embed(job: EmbedJob) -> Embeddings:
-            vectors = await _embed(server, self._tasks, job.texts, job.task)
-            return Embeddings(vectors, [0] * len(job.texts), [], Timings(0, 0, 0))
+            answer = await _embed(server, self._tasks, job.texts, job.task)
+            return Embeddings(answer.vectors, [0] * len(job.texts), [], Timings(0, 0, 0))
 
         return await self._check.recheck(embed, _PATIENCE_S)
 
@@ -57,7 +68,7 @@ async def agree(model: str, tasks: Tasks, servers: Sequence[Server], recorded: S
 
     Raises:
         NotReachable: no server gives vectors.
-        LoadError: a server gives others.
+        LoadError: a server gives others, or the same ones for different tasks.
     """
     probe = None if recorded is None else Probe(model, tasks, recorded)
     giver = "its golden file says"
@@ -71,28 +82,77 @@ async def agree(model: str, tasks: Tasks, servers: Sequence[Server], recorded: S
                 probe, giver = Probe(model, tasks, await _take(server, tasks)), f"{server.name} gives"
             elif problem := await probe.compare(server):
                 raise LoadError(f"{server.name} gives other vectors than {giver}: {problem}")
-        except (Failure, RequestError, TimeoutError) as error:
-            reasons.append(str(error) or f"{server.name} has not answered within {_PATIENCE_S:g} s")
-            server.shut_out(reasons[-1])
+        except (Failure, TooLarge, RequestError) as error:
+            reasons.append(str(error))
+            server.shut_out(str(error), is_refusing=isinstance(error, Failure) and error.outcome == "refused")
     if probe is None or not any(server.breaker.is_closed for server in servers):
         raise NotReachable("; ".join(reasons))
     return probe
 
 
 async def _take(server: Server, tasks: Tasks) -> list[GoldenVector]:
-    """Ask a server for the vectors of all texts, without a task and with each."""
+    """Ask a server for the vectors of all texts, without a task and with each.
+
+    Raises:
+        Failure: it does not answer.
+        RequestError: it refuses the texts.
+        LoadError: it does not tell the tasks or the texts apart.
+    """
+    await server.learn()
     found: list[GoldenVector] = []
+    units: dict[str | None, Vectors] = {}
     for task in (None, *tasks.instructions):
-        vectors = await _embed(server, tasks, TEXTS, task)
-        with np.errstate(all="ignore"):  # a vector of zeros becomes NaN
-            unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not np.isfinite(unit).all():
-            raise LoadError(f"{server.name} gives a vector of zeros, which has no direction")
+        answer = await _embed(server, tasks, TEXTS, task)
+        unit = units[task] = _unit(answer.vectors)
+        if not answer.has_index:
+            await _check_order(server, tasks, task, unit)
         found += [GoldenVector(text, task, vector) for text, vector in zip(TEXTS, unit, strict=True)]
+    if problem := _ignored_tasks(tasks, units):
+        raise LoadError(f"{server.name} {problem}")
     return found
 
 
-async def _embed(server: Server, tasks: Tasks, texts: Sequence[str], task: str | None) -> Vectors:
+async def _check_order(server: Server, tasks: Tasks, task: str | None, unit: Vectors) -> None:
+    """Check that vectors which do not say which text they are for come in the order of the texts."""
+    alone = _unit((await _embed(server, tasks, TEXTS[_TEXT_ALONE : _TEXT_ALONE + 1], task)).vectors)
+    if alone.shape[1] != unit.shape[1] or not float(alone[0] @ unit[_TEXT_ALONE]) >= MIN_COSINE:
+        raise LoadError(
+            f"{server.name} gives vectors without `index`, and not in the order of the texts: the vector of a text alone is "
+            "not the one in its place among several"
+        )
+
+
+def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
+    """Say which tasks make no difference to a server that is told them, although they have different names there."""
+    by_name = {name: units[task] for task, name in tasks.names.items()}
+    pairs = list(combinations(by_name, 2))
+    for one, other in pairs:
+        if _is_same(by_name[one], by_name[other]):
+            return (
+                f"gives the same vectors for the tasks {one!r} and {other!r}, sent as `{tasks.field}`: it ignores that "
+                "field, or does not know these names. Set `upstream.task_field` to the field that it reads; if the two are "
+                "one task there, give them one name in `upstream.tasks`"
+            )
+    if not pairs and by_name:
+        [name] = by_name
+        if _is_same(by_name[name], units[None]):
+            return (
+                f"gives the same vectors with the task {name!r}, sent as `{tasks.field}`, and without a task: it ignores "
+                "that field, or does not know this name. Set `upstream.task_field` to the field that it reads, or leave "
+                "`upstream.tasks` out"
+            )
+    return ""
+
+
+def _is_same(one: Vectors, other: Vectors) -> bool:
+    return one.shape == other.shape and bool((np.einsum("ij,ij->i", one, other) >= MIN_COSINE).all())
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
+
+
+async def _embed(server: Server, tasks: Tasks, texts: Sequence[str], task: str | None) -> Answer:
     prepared, name = tasks.prepare(texts, task)
-    deadline = time.monotonic() + _PATIENCE_S
-    return (await server.embed(prepared, name, Truncate.END, deadline, is_trial=True)).vectors
+    return await server.embed(prepared, name, Truncate.END, time.monotonic() + _PATIENCE_S, is_trial=True)

@@ -5,47 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit
+from contextlib import nullcontext
 
 import aiohttp
 
+from gateway.backends.upstream.answers import Answer, BadVectors, ErrorAnswer, WrongAnswer, read_retry_after_s
 from gateway.backends.upstream.breaker import Breaker
-from gateway.backends.upstream.dialects import Answer, Dialect, Facts, WrongAnswer, error_of
+from gateway.backends.upstream.dialects import Dialect, Facts
+from gateway.backends.upstream.failures import Failure, TooLarge, failure_of
+from gateway.backends.upstream.quirks import Quirks, learn
 from gateway.config.upstream import Upstream
 from gateway.embedding import Truncate
-from gateway.errors import BadInput, ContextLengthExceeded, RequestError
+from gateway.errors import BadInput, RequestError
 from gateway.telemetry import metrics, tracing
 
-_REFUSALS = {400, 413, 422}
-_OPERATOR_FAULTS = {401: "refuses the API key", 403: "refuses the API key", 404: "knows no such path or model"}
-_LENGTH_WORDS = ("context length", "maximum length", "max_model_len", "less than")
-
-
-class Failure(Exception):
-    """A server has not answered as it should; another one, or the same one later, may.
-
-    Attributes:
-        outcome: in one word, for the metrics.
-        retry_after_s: when the server wants to be asked again, if it says so.
-        is_worth_repeating: whether the same server may be asked again; otherwise only another one.
-        is_fatal: the server is to be left alone at once, as it gives vectors that must not be used, or none to anybody.
-    """
-
-    def __init__(
-        self,
-        outcome: str,
-        reason: str,
-        *,
-        retry_after_s: float | None = None,
-        is_worth_repeating: bool = True,
-        is_fatal: bool = False,
-    ) -> None:
-        super().__init__(reason)
-        self.outcome = outcome
-        self.retry_after_s = retry_after_s
-        self.is_worth_repeating = is_worth_repeating
-        self.is_fatal = is_fatal
+# An answer is as large as its vectors: 32 bytes hold a number however it is written, and no known model has wider ones. What
+# else a server says, and texts that it repeats, come on top.
+_BYTES_PER_NUMBER = 32
+_WIDEST = 16_384
+_BYTES_PER_TEXT = 1024
+_BYTES_BESIDE = 64 * 1024
+_MAX_ERROR_BYTES = 64 * 1024
+_MAX_FACTS_BYTES = 4 * 1024 * 1024  # some list hundreds of models
 
 
 class Server:
@@ -55,21 +36,28 @@ class Server:
         name: host and port, for metrics and messages.
         num_texts: on their way to it.
         width: of the vectors that it must give; 0 while that is not known.
+        quirks: what it does not take; ``None`` while that is not known.
+        answered_at: when it last answered a client's request right, on ``time.monotonic()``.
+        is_refusing: whether it is shut out because it refuses every request: a wrong key, say.
     """
 
-    def __init__(self, model: str, url: str, dialect: Dialect, upstream: Upstream) -> None:
-        self.name = urlsplit(url).netloc
+    def __init__(self, model: str, name: str, url: str, dialect: Dialect, upstream: Upstream) -> None:
+        self.name = name
         self.breaker = Breaker(upstream.probe_interval_s)
         self.num_texts = 0
         self.width = 0
+        self.quirks: Quirks | None = None
+        self.answered_at = 0.0
+        self.is_refusing = False
         self._model = model
         self._url = url
         self._dialect = dialect
         self._timeout_s = upstream.timeout_s
         self._slots = asyncio.Semaphore(upstream.max_connections)
         headers = {"content-type": "application/json"}
-        if upstream.api_key is not None:
-            headers["authorization"] = f"Bearer {upstream.api_key.get_secret_value()}"
+        self._key = "" if upstream.api_key is None else upstream.api_key.get_secret_value()
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
         # aiohttp, and not httpx as elsewhere: it takes 0.3 ms of a core for a request where httpx takes 1.2.
         self._http = aiohttp.ClientSession(
             headers=headers,
@@ -83,67 +71,88 @@ class Server:
         self._show_state()
 
     async def facts(self) -> Facts:
-        """Ask the server what it is.
+        """Ask the server what it is. One that does not say, or refuses to, may give vectors all the same.
 
         Raises:
-            Failure: it does not answer, or refuses.
+            Failure: it does not answer.
         """
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
                 self._http.get(self._url + self._dialect.facts_path, allow_redirects=False) as response,
             ):
-                status, content = response.status, await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
+                content, is_whole = await _read(response, _MAX_FACTS_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._no_answer(error) from error
-        if status in (401, 403):
-            raise Failure("refused", f"{self.name} {_OPERATOR_FAULTS[status]}", is_fatal=True)
-        if status >= 500:
-            raise Failure("failed", f"{self.name} answers {status} to {self._dialect.facts_path}")
-        return self._dialect.read_facts(content) if status == 200 else Facts()
+        return self._dialect.read_facts(content) if response.status == 200 and is_whole else Facts()
+
+    async def learn(self) -> None:
+        """Find out how the server is asked.
+
+        Raises:
+            Failure: it does not answer.
+            RequestError: it does not take any request.
+        """
+
+        async def ask(texts: Sequence[str], quirks: Quirks) -> Answer:
+            return await self._counted(texts, None, Truncate.END, quirks, is_trial=True)
+
+        self.quirks = await learn(ask, self._dialect.encodings)
 
     async def embed(
         self, texts: Sequence[str], task: str | None, truncate: Truncate, deadline: float, *, is_trial: bool = False
     ) -> Answer:
-        """Have the server embed texts, and take note of how that went.
+        """Have the server embed texts.
 
         Args:
             task: what the server calls it, or ``None``.
             deadline: on ``time.monotonic()``.
-            is_trial: whether the caller decides by the vectors what this says of the server, and it is not noted here.
+            is_trial: whether this is to find out if the server works. That does not wait for clients' requests.
 
         Raises:
             Failure: see there.
+            TooLarge: the server takes fewer texts in one request.
             RequestError: the server refuses the texts: no server would take them.
             TimeoutError: the deadline has passed.
         """
+        quirks = self.quirks or Quirks(self._dialect.encodings[0])
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await self._counted(quirks.applied(texts), task, truncate, quirks, is_trial=is_trial)
+
+    async def _counted(
+        self, texts: Sequence[str], task: str | None, truncate: Truncate, quirks: Quirks, *, is_trial: bool
+    ) -> Answer:
+        """Ask, and count what came of it."""
         self.num_texts += len(texts)
-        started = time.monotonic()
+        self._show_state()
         try:
-            async with asyncio.timeout(deadline - started), self._slots:
+            async with nullcontext() if is_trial else self._slots:
                 started = time.monotonic()
-                answer = await self._ask(texts, task, truncate)
-        except Failure as failure:
-            self._count(failure.outcome, None)
-            if not is_trial:
-                self.note(failure)
-            raise
-        except RequestError:
-            self._count("refused", started)
-            raise
-        else:
-            self._count("ok", started)
-            if not is_trial:
-                self.breaker.note_success()
-            return answer
+                outcome = "abandoned"  # by a client that went away, or whose time was up
+                try:
+                    answer = await self._ask(texts, task, truncate, quirks)
+                    outcome = "ok"
+                except Failure as failure:
+                    outcome = failure.outcome
+                    raise
+                except (TooLarge, RequestError):
+                    outcome = "refused"
+                    raise
+                finally:
+                    metrics.UPSTREAM_REQUESTS.labels(self._model, self.name, outcome).inc()
+                    if outcome in ("ok", "refused"):
+                        metrics.UPSTREAM_SECONDS.labels(self._model, self.name).observe(time.monotonic() - started)
+                return answer
         finally:
             self.num_texts -= len(texts)
             self._show_state()
 
-    async def _ask(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> Answer:
+    async def _ask(self, texts: Sequence[str], task: str | None, truncate: Truncate, quirks: Quirks) -> Answer:
         headers: dict[str, str] = {}
         tracing.inject(headers)
-        body = self._dialect.body(texts, task, truncate)
+        body = self._dialect.body(texts, task, truncate, quirks.encoding)
+        per_text = _BYTES_PER_NUMBER * (self.width or _WIDEST) + _BYTES_PER_TEXT
+        limit = _BYTES_BESIDE + len(body) + per_text * len(texts)
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
@@ -151,22 +160,47 @@ class Server:
                     self._url + self._dialect.embed_path, data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
-                content = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
+                is_ok = response.status == 200
+                content, is_whole = await _read(response, limit if is_ok else _MAX_ERROR_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._no_answer(error) from error
-        if response.status != 200:
-            raise self._failure(response.status, content, response.headers.get("retry-after"))
+        if not is_ok:
+            raise self._failure(response, response.status, content)
+        if not is_whole:
+            raise self._wrong(f"an answer of more than {limit} bytes for {len(texts)} texts")
         try:
             answer = self._dialect.read(content, response.headers, len(texts))
+        except ErrorAnswer as error:
+            if error.status:
+                raise self._failure(response, error.status, content) from error
+            raise self._wrong(self._without_key(str(error))) from error
+        except BadVectors as error:
+            raise self._wrong(str(error), error.indices) from error
         except WrongAnswer as error:
             raise Failure("wrong", f"{self.name} gives {error}") from error
         if self.width and answer.vectors.shape[1] != self.width:
-            reason = (
-                f"{self.name} gives vectors of {answer.vectors.shape[1]} dimensions, and gave {self.width} before: it "
-                "runs another model"
+            raise self._wrong(
+                f"vectors of {answer.vectors.shape[1]} dimensions, and gave {self.width} before: it runs another model"
             )
-            raise Failure("wrong", reason, is_worth_repeating=False, is_fatal=True)
         return answer
+
+    def _wrong(self, what: str, bad_texts: Sequence[int] = ()) -> Failure:
+        """Return the failure of an answer that the same server would give again."""
+        return Failure(
+            "wrong",
+            f"{self.name} gives {what}",
+            is_worth_repeating=False,
+            is_grave=True,
+            is_permanent=bool(bad_texts),
+            bad_texts=bad_texts,
+        )
+
+    def _failure(self, response: aiohttp.ClientResponse, status: int, content: bytes) -> Failure | BadInput | TooLarge:
+        after = read_retry_after_s(response.headers.get("retry-after"), time.time())
+        return failure_of(self.name, self._model, status, content, after, self._key)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "…") if self._key else text
 
     def _no_answer(self, error: Exception) -> Failure:
         match error:
@@ -178,48 +212,30 @@ class Server:
             case _:
                 return Failure("broken", f"{self.name} has broken the connection off ({type(error).__name__})")
 
-    def _failure(self, status: int, content: bytes, retry_after: str | None) -> Failure | RequestError:
-        message, code = error_of(content)
-        said = f": {message}" if message else ""
-        if status in _REFUSALS:
-            kind = ContextLengthExceeded if _is_about_length(code, message) else BadInput
-            return kind(f"the server of model {self._model!r} refuses the request{said}", param="input")
-        if status in _OPERATOR_FAULTS:
-            reason = f"{self.name} {_OPERATOR_FAULTS[status]} ({status}){said}"
-            return Failure("refused", reason, is_worth_repeating=False, is_fatal=True)
-        if status in (429, 503):
-            after = _retry_after_s(retry_after)
-            outcome = "overloaded" if status == 429 else "unready"
-            return Failure(outcome, f"{self.name} is {outcome} ({status}){said}", retry_after_s=after)
-        # 502 and 504 come from a proxy in between; with 500 the server itself may have failed on these very texts.
-        return Failure("failed", f"{self.name} answers {status}{said}", is_worth_repeating=status in (502, 504))
-
     def note(self, failure: Failure) -> None:
-        """Take note of a failure: some in a row, or one that is fatal, shut the server out."""
-        now = time.monotonic()
-        if failure.is_fatal:
-            self.breaker.open(str(failure), now)
-        elif failure.outcome != "overloaded":  # then it works, and says so
-            self.breaker.note_failure(str(failure), now)
-        self._show_state()
+        """Take note that a client's request has failed here. One that was too much for a server says that it works."""
+        if failure.outcome != "overloaded":
+            self.breaker.note_failure(is_grave=failure.is_grave)
 
-    def _count(self, outcome: str, started: float | None) -> None:
-        metrics.UPSTREAM_REQUESTS.labels(self._model, self.name, outcome).inc()
-        if started is not None:
-            metrics.UPSTREAM_SECONDS.labels(self._model, self.name).observe(time.monotonic() - started)
+    def note_success(self) -> None:
+        """Take note that a client's request was answered."""
+        self.answered_at = time.monotonic()
+        self.breaker.note_success()
 
     def _show_state(self) -> None:
         self._up.set(self.breaker.is_closed)
         self._texts.set(self.num_texts)
 
     def let_in(self) -> None:
-        """Send the server requests: a trial has shown that it is well."""
-        self.breaker.note_success()
+        """Send the server requests: a trial has shown that it works."""
+        self.breaker.close(time.monotonic())
+        self.is_refusing = False
         self._show_state()
 
-    def shut_out(self, reason: str) -> None:
-        """Send the server nothing until a trial shows that it is well."""
+    def shut_out(self, reason: str, *, is_refusing: bool = False) -> None:
+        """Send the server nothing until a trial shows that it works."""
         self.breaker.open(reason, time.monotonic())
+        self.is_refusing = is_refusing
         self._show_state()
 
     async def close(self) -> None:
@@ -227,21 +243,11 @@ class Server:
         await self._http.close()
 
 
-def _is_about_length(code: str, message: str) -> bool:
-    return code == ContextLengthExceeded.code or (
-        ("token" in message or "characters" in message) and any(words in message for words in _LENGTH_WORDS)
-    )
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """Read ``Retry-After``: seconds, or a date."""
-    if not value:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+async def _read(response: aiohttp.ClientResponse, limit: int) -> tuple[bytes, bool]:
+    """Read an answer, but no more of it than ``limit`` bytes, unpacked; tell whether that is all of it."""
+    content = bytearray()
+    async for piece in response.content.iter_any():
+        content += piece
+        if len(content) > limit:
+            return bytes(content[:limit]), False
+    return bytes(content), True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gateway.backends.upstream.dialects import task_field
 from gateway.config.model_entry import ModelEntry
 from gateway.config.upstream import Upstream
 from gateway.embedding import canonical_task
@@ -18,10 +19,12 @@ class Tasks:
     Attributes:
         instructions: as in :attr:`gateway.embedding.ModelInfo.tasks`.
         names: what the servers call the tasks, where they apply them.
+        field: in which they are told the name.
     """
 
     instructions: Mapping[str, str]
     names: Mapping[str, str]
+    field: str
 
     def prepare(self, texts: Sequence[str], task: str | None) -> tuple[Sequence[str], str | None]:
         """Return what is sent for texts with a task: the texts, and the name of the task."""
@@ -33,13 +36,24 @@ def read_tasks(entry: ModelEntry, upstream: Upstream) -> Tasks:
     """Return the tasks of an entry.
 
     Raises:
-        LoadError: its default task is none of them.
+        LoadError: two names are one task, and mean different things; or its default task is none of them.
     """
-    names = {canonical_task(task): name for task, name in upstream.tasks.items()}
-    prompts = {canonical_task(task): text for task, text in entry.prompts.items()}
-    tasks = Tasks(prompts or dict.fromkeys(names, ""), names)
+    names = _by_task(upstream.tasks, "upstream.tasks")
+    prompts = _by_task(entry.prompts, "prompts")
+    tasks = Tasks(prompts or dict.fromkeys(names, ""), names, task_field(entry, upstream))
     default = entry.default_task
     if default is not None and canonical_task(default) not in tasks.instructions:
         known = ", ".join(tasks.instructions) or "none"
         raise LoadError(f"default_task is {default!r}, but the model's tasks are: {known}")
     return tasks
+
+
+def _by_task(values: Mapping[str, str], key: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        task = canonical_task(name)
+        if found.setdefault(task, value) != value:
+            raise LoadError(
+                f"`{key}` has two different values for the task {task!r}, of which {name!r} is another name"
+            )
+    return found

@@ -1,0 +1,155 @@
+"""What it means that a server has not given vectors: for the request, for the server, and for the client. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import ceil
+
+from gateway.backends.upstream.answers import error_of
+from gateway.errors import (
+    BadInput,
+    ContextLengthExceeded,
+    Overloaded,
+    RequestError,
+    UpstreamFailed,
+    UpstreamUnavailable,
+)
+
+RETRY_AFTER_S = 5
+
+_MAX_SHOWN = 5
+_REFUSALS = {400, 413, 422}
+_OPERATOR_FAULTS = {
+    401: "refuses the API key",
+    402: "wants to be paid",
+    403: "refuses the API key",
+    404: "knows no such path or model",
+    405: "knows no such path",
+    410: "has no such model any more",
+}
+_LENGTH_WORDS = ("context length", "maximum length", "max_model_len", "less than")
+# OpenAI counts the tokens of all texts of a request as well.
+_BATCH_WORDS = re.compile(
+    r"batch.?size|in one batch|too many (inputs|texts)|array too long|(number of|total) (inputs|texts)|"
+    r"per request|(inputs|texts|requests) at once",
+    re.IGNORECASE,
+)
+
+
+class Failure(Exception):
+    """A server has not answered as it should; another one, or the same one later, may.
+
+    Attributes:
+        outcome: in one word, for the metrics.
+        retry_after_s: when the server wants to be asked again, if it says so.
+        is_worth_repeating: whether the same server may be asked again; otherwise only another one.
+        is_grave: whether this alone makes the server suspect, and not only several in a row: it gave something that must not
+            be used, or refuses what may be everything.
+        is_permanent: whether the client would get the same again.
+        bad_texts: indices of the texts for which the server gave a vector that cannot be used, if it is that.
+    """
+
+    def __init__(
+        self,
+        outcome: str,
+        reason: str,
+        *,
+        retry_after_s: float | None = None,
+        is_worth_repeating: bool = True,
+        is_grave: bool = False,
+        is_permanent: bool = False,
+        bad_texts: Sequence[int] = (),
+    ) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.retry_after_s = retry_after_s
+        self.is_worth_repeating = is_worth_repeating
+        self.is_grave = is_grave
+        self.is_permanent = is_permanent
+        self.bad_texts = tuple(bad_texts)
+
+    def error(self, what: str, places: Sequence[int]) -> RequestError:
+        """Return what the client is told when no other server has answered either.
+
+        Args:
+            what: the beginning of the message.
+            places: for each text that the server was sent, where it is in the client's request.
+        """
+        after = RETRY_AFTER_S if self.retry_after_s is None else ceil(self.retry_after_s)
+        match self.outcome:
+            case "overloaded":
+                return Overloaded(f"{what}, and {self}", retry_after_s=after)
+            case "unready" | "unreachable" | "refused":
+                return unavailable(f"{what}, and {self}", after, is_permanent=self.is_permanent)
+            case _:
+                return UpstreamFailed(f"{what}, and {self}{self._where(places)}", is_permanent=self.is_permanent)
+
+    def _where(self, places: Sequence[int]) -> str:
+        if not self.bad_texts:
+            return ""
+        numbers = [str(places[i]) for i in self.bad_texts]
+        more = f" and {len(numbers) - _MAX_SHOWN} more" if len(numbers) > _MAX_SHOWN else ""
+        return f" for text{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:_MAX_SHOWN])}{more} (counted from 0)"
+
+
+class TooLarge(Exception):
+    """A server does not take so many texts in one request, and may take them in several.
+
+    Attributes:
+        refusal: what the client is told where there is only one.
+        is_number: whether it was too many texts, and not too many bytes.
+    """
+
+    def __init__(self, refusal: BadInput, *, is_number: bool) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+        self.is_number = is_number
+
+
+def unavailable(message: str, retry_after_s: int, *, is_permanent: bool) -> UpstreamUnavailable:
+    """Return the error of a model whose servers do not answer; where they refuse, a client need not try again."""
+    after = None if is_permanent else retry_after_s
+    return UpstreamUnavailable(message, retry_after_s=after, is_permanent=is_permanent)
+
+
+def failure_of(
+    server: str, model: str, status: int, content: bytes, retry_after_s: float | None, hidden: str
+) -> Failure | BadInput | TooLarge:
+    """Return what an answer with another status than 200 is.
+
+    Args:
+        server: its name, for messages; likewise the model.
+        retry_after_s: as the answer says.
+        hidden: the API key, which some servers repeat in the error; "" for none.
+    """
+    message, code = error_of(content)
+    if hidden:
+        message = message.replace(hidden, "…")
+    said = f": {message}" if message else ""
+    if status in _REFUSALS:
+        is_too_long = _is_about_length(code, message)
+        is_number = _BATCH_WORDS.search(message) is not None
+        kind = ContextLengthExceeded if is_too_long and not is_number else BadInput
+        refusal = kind(f"the server of model {model!r} refuses the request{said}", param="input")
+        if is_number or (status == 413 and not is_too_long):
+            return TooLarge(refusal, is_number=is_number)
+        return refusal
+    if status in _OPERATOR_FAULTS:
+        reason = f"{server} {_OPERATOR_FAULTS[status]} ({status}){said}"
+        return Failure("refused", reason, is_worth_repeating=False, is_grave=True, is_permanent=True)
+    if 300 <= status < 400:
+        reason = f"{server} redirects ({status}), which is not followed: put the address of the API itself into `urls`"
+        return Failure("refused", reason, is_worth_repeating=False, is_grave=True, is_permanent=True)
+    if status in (429, 503):
+        outcome = "overloaded" if status == 429 else "unready"
+        return Failure(outcome, f"{server} is {outcome} ({status}){said}", retry_after_s=retry_after_s)
+    # 502 and 504 come from a proxy in between; with 500 the server itself may have failed on these very texts.
+    is_proxys = status in (408, 502, 504)
+    return Failure("failed", f"{server} answers {status}{said}", is_worth_repeating=is_proxys, is_grave=not is_proxys)
+
+
+def _is_about_length(code: str, message: str) -> bool:
+    return code == ContextLengthExceeded.code or (
+        ("token" in message or "characters" in message) and any(words in message for words in _LENGTH_WORDS)
+    )

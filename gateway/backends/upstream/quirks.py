@@ -1,0 +1,90 @@
+"""What a server does not take, although others of its kind do: found out by asking it, before any client's text is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gateway.backends.upstream.answers import Answer
+from gateway.backends.upstream.dialects import Encoding
+from gateway.backends.upstream.failures import Failure
+from gateway.errors import RequestError
+
+_TEXT = "Hello, world"
+# With these it has understood the request, and does not take it. With others nothing is known.
+_UNFIT = ("failed", "wrong", "broken")
+
+
+@dataclass(frozen=True, slots=True)
+class Quirks:
+    """How a server is asked.
+
+    Attributes:
+        encoding: what is sent as ``encoding_format``.
+        empty: what is sent for an empty text; ``None`` where the server takes no text that is blank.
+        has_numbers: whether it writes vectors as numbers, whatever it was asked for.
+    """
+
+    encoding: Encoding
+    empty: str | None = ""
+    has_numbers: bool = False
+
+    def first_refused(self, texts: Sequence[str]) -> int | None:
+        """Return the index of the first text that the server does not take, if there is one."""
+        if self.empty is not None:
+            return None
+        return next((i for i, text in enumerate(texts) if not text.strip()), None)
+
+    def applied(self, texts: Sequence[str]) -> Sequence[str]:
+        """Return texts as they are sent."""
+        return [text or self.empty or "" for text in texts] if self.empty else texts
+
+
+_Ask: TypeAlias = Callable[[Sequence[str], Quirks], Awaitable[Answer]]
+
+
+async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
+    """Find out how a server is asked.
+
+    Args:
+        ask: asks it for vectors.
+        encodings: to be tried, the best first.
+
+    Raises:
+        Failure: it does not answer.
+        RequestError: it does not take any request.
+    """
+    quirks, width = await _first_accepted(ask, encodings)
+    for empty in ("", " "):
+        if await _takes(ask, empty, quirks, width):
+            return Quirks(quirks.encoding, empty, quirks.has_numbers)
+    return Quirks(quirks.encoding, None, quirks.has_numbers)
+
+
+async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Quirks, int]:
+    first: Failure | RequestError | None = None
+    for encoding in encodings:
+        try:
+            answer = await ask([_TEXT], Quirks(encoding))
+        except (Failure, RequestError) as error:
+            if isinstance(error, Failure) and error.outcome not in _UNFIT:
+                raise
+            first = first or error
+        else:
+            return Quirks(encoding, has_numbers=answer.has_numbers), answer.vectors.shape[1]
+    assert first is not None  # noqa: S101  there is an encoding to try
+    raise first
+
+
+async def _takes(ask: _Ask, text: str, quirks: Quirks, width: int) -> bool:
+    """Tell whether a server gives a vector for a blank text."""
+    try:
+        answer = await ask([text], quirks)
+    except RequestError:
+        return False
+    except Failure as failure:
+        if failure.outcome not in _UNFIT:
+            raise
+        return False
+    return bool(answer.vectors.shape[1] == width)

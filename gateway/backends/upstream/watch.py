@@ -1,0 +1,111 @@
+"""Watch over a model's servers: try those that are shut out or suspect, and hold all others against the probe at times."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import structlog
+
+from gateway.backends.base import Report
+from gateway.backends.upstream.failures import Failure
+from gateway.backends.upstream.probe import Probe
+from gateway.backends.upstream.server import Server
+from gateway.embedding import ModelState
+
+log = structlog.get_logger(__name__)
+
+_LOOK_S = 0.5
+_SETTLE_S = 0.05  # what fails at the same moment calls for one trial
+
+
+class Watch:
+    """Decides which servers are sent requests, by whether they give the vectors that they must give.
+
+    Args:
+        check_interval_s: after which a server that works is checked again.
+        report: takes the state of the model when it changes.
+    """
+
+    def __init__(
+        self, model: str, servers: Sequence[Server], probe: Probe, check_interval_s: float, report: Report
+    ) -> None:
+        self._model = model
+        self._servers = servers
+        self._probe = probe
+        self._check_interval_s = check_interval_s
+        self._report = report
+        self._was_ready = True
+        self._suspicion = asyncio.Event()
+        self._on_trial: set[Server] = set()
+        self._task = asyncio.create_task(self._run())
+
+    def look(self) -> None:
+        """Look now whether a server is suspect, rather than a moment later."""
+        self._suspicion.set()
+
+    async def stop(self) -> None:
+        """Watch no longer."""
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+
+    async def _run(self) -> None:
+        next_check = time.monotonic() + self._check_interval_s
+        async with asyncio.TaskGroup() as trials:
+            while True:
+                now = time.monotonic()
+                is_check_due = now >= next_check
+                if is_check_due:
+                    next_check = now + self._check_interval_s
+                for server in self._servers:
+                    is_due = server.breaker.is_trial_due(now) or (is_check_due and server.breaker.is_closed)
+                    if is_due and server not in self._on_trial:
+                        self._on_trial.add(server)
+                        trials.create_task(self._try(server))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._suspicion.wait()
+                        await asyncio.sleep(_SETTLE_S)
+                self._suspicion.clear()
+
+    async def _try(self, server: Server) -> None:
+        """Let a server in, or shut it out, by whether it gives the vectors that it must give."""
+        started = time.monotonic()
+        try:
+            problem = await self._probe.compare(server)
+        except Failure as failure:
+            self._judge(server, failure, started)
+        except Exception as error:  # nothing that a server does may be the end of the watch
+            server.shut_out(
+                f"{server.name} does not give the vectors that it is known for: {str(error) or repr(error)}"
+            )
+        else:
+            if problem:
+                server.shut_out(f"{server.name} gives other vectors than before, and may run another model: {problem}")
+            else:
+                server.let_in()
+        finally:
+            self._on_trial.discard(server)
+        self._show_state()
+
+    def _judge(self, server: Server, failure: Failure, started: float) -> None:
+        """Decide about a server that has not answered the probe."""
+        breaker = server.breaker
+        is_busy = failure.outcome == "overloaded" or (failure.outcome == "timeout" and server.answered_at > started)
+        if breaker.is_closed and is_busy:
+            breaker.postpone(time.monotonic())  # it works, for others
+        elif breaker.is_closed and not breaker.is_suspect:
+            server.note(failure)  # as good a reason to suspect it as a client's request
+        else:
+            server.shut_out(str(failure), is_refusing=failure.outcome == "refused")
+
+    def _show_state(self) -> None:
+        is_ready = any(server.breaker.is_closed for server in self._servers)
+        if is_ready == self._was_ready:
+            return
+        self._was_ready = is_ready
+        reasons = "; ".join(server.breaker.reason for server in self._servers)
+        self._report(ModelState.READY if is_ready else ModelState.RECOVERING, "" if is_ready else reasons)
+        log.warning("upstream_state", model=self._model, is_ready=is_ready, reasons=reasons)
