@@ -40,7 +40,7 @@ def main() -> None:
     registry = Registry(path=settings.models, version=1, models=(entry,), aliases={})
     configure_logs(settings.log_level, settings.log_format)
     deployment = Deployment(registry, settings, make_backend=lambda _entry: RandomBackend())
-    sys.exit(serve(deployment, lambda _fleet, _base_url: None))
+    serve(deployment, lambda _addresses, _has_keys: None)
 
 
 if __name__ == "__main__":

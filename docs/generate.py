@@ -199,9 +199,9 @@ _QUERIES = (
 KEYS_INTRODUCTION = """\
 ## API keys
 
-The file named by `GATEWAY_API_KEYS_FILE`: YAML as above. It holds no key, only hashes; `gateway key NAME` makes a key and
-prints its entry. It is read anew within a second of a change; a file that became wrong changes nothing, and the log says
-why. `gateway check` checks it too.
+The file named by `GATEWAY_API_KEYS_FILE`: YAML as above. It holds no key, only hashes; `gateway key NAME --file keys.yaml`
+makes a key and adds its entry, or makes the file. The gateway looks at the file every second and reads it again when it has
+changed; a file that has become wrong changes nothing, and the log says why. `gateway check` checks it too.
 """
 
 KEYS_EXAMPLE = """\

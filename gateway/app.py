@@ -56,6 +56,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     evidence = Evidence(log)
     service = EmbeddingService(deployment, evidence)
     app = _application(deployment, keyring)
+    app.state.keyring = keyring
     exchange = Exchange(service, deployment, settings, Quotas(settings.quota_storage))
     app.include_router(openai_router(exchange))
     app.include_router(rerank_router(exchange))
@@ -65,7 +66,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     app.include_router(spaces_router(deployment))
     app.include_router(health_router(deployment))
     if settings.admin_port is None:
-        app.include_router(admin_router(deployment, are_metrics_open=not keyring and settings.admin_key is None))
+        app.include_router(admin_router(deployment, are_metrics_open=not keyring))
     if settings.cors_origins:
         # Outermost: also an answer of the middleware, a 401 say, must be readable for the page.
         app.add_middleware(
@@ -78,9 +79,13 @@ def create_app(deployment: Deployment) -> FastAPI:
     return app
 
 
-def create_admin_app(deployment: Deployment) -> FastAPI:
-    """Return the application for the operator's port: health, metrics, and what is under ``/admin``."""
-    app = _application(deployment, Keyring(deployment.settings))
+def create_admin_app(deployment: Deployment, keyring: Keyring | None = None) -> FastAPI:
+    """Return the application for the operator's port: health, metrics, and what is under ``/admin``.
+
+    Args:
+        keyring: that of the clients' application, which one look at the file keeps up to date for both.
+    """
+    app = _application(deployment, keyring or Keyring(deployment.settings))
     app.include_router(health_router(deployment))
     app.include_router(admin_router(deployment, are_metrics_open=True))
     return app

@@ -6,6 +6,7 @@ A command imports what it needs inside itself, so that ``--help`` and ``check`` 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,15 +16,17 @@ from gateway import __version__
 from gateway.config.registry import Registry, load_registry
 from gateway.config.settings import load_settings
 from gateway.errors import ConfigError, StartError
+from gateway.telemetry.console import is_colored
 
 if TYPE_CHECKING:
-    from gateway.backends.fleet import Fleet
+    from gateway.lock import CheckpointInfos
 
 app = typer.Typer(
     name="gateway",
     help="Several embedding models behind one OpenAI-style endpoint.",
     no_args_is_help=True,
-    add_completion=False,
+    # Plain text: a bracket in a help text is no markup.
+    rich_markup_mode=None,
     # Its tracebacks show local variables, and with them API keys.
     pretty_exceptions_enable=False,
 )
@@ -51,11 +54,18 @@ def _gateway(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    models: Annotated[Path | None, typer.Option(help="The registry to serve.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. By default GATEWAY_HOST, or 127.0.0.1.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. By default GATEWAY_PORT, or 8000.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="The models to serve. By default GATEWAY_MODELS, or models.yaml.")
+    ] = None,
 ) -> None:
-    """Serve the models of the registry over HTTP."""
+    """Serve the models over HTTP.
+
+    All settings are environment variables, GATEWAY_*: docs/configuration.md lists them.
+    """
     from gateway.config.otel import read_trace_settings
     from gateway.telemetry import trace_export
     from gateway.telemetry.logs import configure_logs
@@ -68,33 +78,45 @@ def serve(
         _fail(error)
     # After the check: the web framework reads OTEL_PROPAGATORS when it is imported.
     from gateway.deployment import Deployment
+    from gateway.reports import print_serving
     from gateway.server import serve as serve_http
 
     configure_logs(settings.log_level, settings.log_format)
+    deployment = Deployment(registry, settings, read_registry=lambda: load_registry(settings.models, os.environ))
     try:
         with trace_export.sending(trace_settings):
-            deployment = Deployment(
-                registry, settings, read_registry=lambda: load_registry(settings.models, os.environ)
-            )
-            exit_code = serve_http(deployment, _announce)
+            serve_http(deployment, lambda addresses, has_keys: print_serving(deployment, addresses, has_keys=has_keys))
     except StartError as error:
         _fail(error)
-    raise typer.Exit(exit_code)
 
 
 @app.command()
 def check(
-    file: Annotated[Path | None, typer.Argument(help="The registry to check. By default GATEWAY_MODELS.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="The file to check. By default GATEWAY_MODELS, or models.yaml.")
+    ] = None,
     locked: Annotated[
-        bool, typer.Option("--locked", help="Also fail when a name would stand for another space than in its lock.")
+        bool,
+        typer.Option(
+            "--locked",
+            help="Also read the checkpoints on this machine, and fail when a name would get another space than in "
+            "models.lock.json.",
+        ),
     ] = False,
 ) -> None:
-    """Check models.yaml: print every problem with its line and column, and exit 1 if there is one."""
+    """Check models.yaml and the API keys.
+
+    Prints every problem with its line and column, and exits 1 if there is one.
+    """
     path, registry = _read_registry(file)
     _check_keys(registry)
-    if locked:
-        _check_lock(registry)
+    absent = _check_lock(registry) if locked else None
     typer.echo(f"{path}: ok, {_summary(registry)}")
+    if absent is None:
+        typer.echo("Not looked at: checkpoints, devices and memory (see `gateway models`), and other servers.")
+    else:
+        what = f"the checkpoints of {', '.join(absent)}, which are not on this machine; " if absent else ""
+        typer.echo(f"Not looked at: {what}devices and memory (see `gateway models`), and other servers.")
 
 
 def _check_keys(registry: Registry) -> None:
@@ -111,45 +133,101 @@ def _check_keys(registry: Registry) -> None:
 
 @app.command()
 def key(
-    name: Annotated[str, typer.Argument(help="What the client is to be called in logs and metrics.")],
+    name: Annotated[str, typer.Argument(help="What the client is called in logs and metrics.")],
+    file: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys to add the entry to; made if it is not there. Without it, it is printed."),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(help="Models, aliases and experiments that it may use, comma-separated. By default all."),
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="By default GATEWAY_REQUESTS_PER_MINUTE.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="By default GATEWAY_TOKENS_PER_MINUTE.")] = None,
+    expires: Annotated[str | None, typer.Option(help="When the key stops working, such as 2027-01-01.")] = None,
 ) -> None:
-    """Make an API key, and its entry for the file that GATEWAY_API_KEYS_FILE names. The key is shown this once."""
+    """Make an API key.
+
+    Its entry, without the key itself, is for the file that GATEWAY_API_KEYS_FILE names. The key is shown this once.
+    """
     from gateway.access.keyring import key_digest, make_key
+    from gateway.config.api_keys import add_key, entry_lines, make_entry
 
     made = make_key()
-    typer.echo(f"The key, for the client:\n{made}\n\nIts entry, for `keys:` in the file of API keys:", err=True)
-    typer.echo(f'  - name: {name}\n    sha256: "{key_digest(made)}"')
+    try:
+        entry = make_entry(
+            name=name,
+            sha256=key_digest(made),
+            models=None if models is None else tuple(model.strip() for model in models.split(",")),
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            expires=expires,
+        )
+        if file is not None:
+            add_key(file, entry, os.environ)
+    except StartError as error:
+        _fail(error)
+    typer.echo(f"The key, for the client; it is not stored and not shown again:\n{made}", err=True)
+    if file is None:
+        typer.echo("\nIts entry, for `keys:` in the file of API keys (--file FILE adds it):", err=True)
+        typer.echo(entry_lines(entry), nl=False)
+    else:
+        typer.echo(f"\n{file}: {name} added", err=True)
 
 
 @app.command()
 def lock(
-    file: Annotated[Path | None, typer.Argument(help="The registry to lock. By default GATEWAY_MODELS.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="The file to lock. By default GATEWAY_MODELS, or models.yaml.")
+    ] = None,
 ) -> None:
-    """Write models.lock.json beside the registry: the weights and spaces of every name, for `check --locked`."""
-    from gateway.lock import lock_path, make_lock, read_lock, write_lock
+    """Write models.lock.json.
+
+    It holds the weights and the spaces of every name, for `gateway check --locked`, and lies next to models.yaml.
+    """
+    from gateway.lock import CheckpointInfos, lock_path, make_lock, read_lock, write_lock
 
     _path, registry = _read_registry(file)
     target = lock_path(registry)
     try:
-        made = make_lock(registry, read_lock(target))
+        infos = CheckpointInfos()
+        made = make_lock(registry, read_lock(target), infos.describe)
+        _check_rules(registry, infos)
+        write_lock(target, made)
     except StartError as error:
         _fail(error)
-    write_lock(target, made)
     typer.echo(f"{target}: {_count(len(made.models), 'model', 'models')}")
     for name, model in made.models.items():
         if model.fingerprint is None:
             typer.echo(f"{name}: its checkpoint is not on this machine; the lock holds its source and revision only")
 
 
-def _check_lock(registry: Registry) -> None:
-    from gateway.lock import differences, lock_path, read_lock
+def _check_rules(registry: Registry, infos: CheckpointInfos) -> None:
+    """Check what must hold between the models whose checkpoints are at hand.
+
+    Raises:
+        StartError: something does not: the gateway would not start.
+    """
+    from gateway.routing.rules import broken_rules
+
+    if broken := broken_rules(registry, infos):
+        raise StartError("\n".join(f"{registry.path}: {problem}" for problem in broken))
+
+
+def _check_lock(registry: Registry) -> list[str]:
+    """Hold a registry against its lock; returns the models whose checkpoints could not be read, as they are not here."""
+    from gateway.lock import CheckpointInfos, differences, lock_path, read_lock
 
     target = lock_path(registry)
+    infos = CheckpointInfos()
     try:
         made = read_lock(target)
         found = (
-            [f"{target} does not exist; write it with `gateway lock`"] if made is None else differences(registry, made)
+            [f"{target} does not exist; write it with `gateway lock`"]
+            if made is None
+            else differences(registry, made, infos.describe)
         )
+        _check_rules(registry, infos)
     except StartError as error:
         _fail(error)
     if found:
@@ -158,29 +236,43 @@ def _check_lock(registry: Registry) -> None:
             "`gateway lock`"
         )
         _fail(StartError("\n".join([*found, *([advice] if made else [])])))
+    return [entry.id for entry in registry.models if not entry.is_remote and infos.describe(entry) is None]
 
 
 @app.command()
 def models(
-    file: Annotated[Path | None, typer.Argument(help="The registry to read. By default GATEWAY_MODELS.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="The file to read. By default GATEWAY_MODELS, or models.yaml.")
+    ] = None,
 ) -> None:
-    """List what would load: each model, where, in how much memory. Loads and downloads nothing."""
-    from gateway.reports import print_plan
+    """List what would load here.
+
+    Each model: where, how, in how much memory, and what would be downloaded for it. Loads and downloads nothing. Exits 1
+    if a model that is enabled would not load, or the models would not be served together.
+    """
+    from gateway.reports import make_plans, print_plans
 
     _path, registry = _read_registry(file)
-    print_plan(registry)
+    plans = make_plans(registry)
+    print_plans(plans)
+    raise typer.Exit(0 if plans.is_sound else 1)
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="Id of a model of the registry.")],
-    models: Annotated[Path | None, typer.Option(help="The registry. By default GATEWAY_MODELS.")] = None,
+    model: Annotated[str, typer.Argument(help="Id of a model of models.yaml.")],
+    models: Annotated[
+        Path | None, typer.Option(help="The file of models. By default GATEWAY_MODELS, or models.yaml.")
+    ] = None,
     record: Annotated[
         bool,
         typer.Option("--record", help="Store the model's golden vectors, computed in float32, in its `golden` file."),
     ] = False,
 ) -> None:
-    """Check that this machine computes a model right: golden vectors, and published numbers where there are any."""
+    """Check that a model is computed right.
+
+    Compares it with its golden vectors, and with published numbers where there are any; exits 1 where they differ.
+    """
     from gateway.reports import print_checks
     from gateway.verification import record_golden
     from gateway.verification import verify as verify_model
@@ -202,7 +294,7 @@ def verify(
     if not checks:
         _fail(
             StartError(
-                f"{model}: nothing to check: set `golden` in the registry and run `gateway verify {model} --record`"
+                f"{model}: nothing to check: set `golden` in models.yaml and run `gateway verify {model} --record`"
             )
         )
     print_checks(model, checks)
@@ -221,7 +313,9 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     api_key_env: Annotated[
         str, typer.Option(help="Environment variable with the key for the gateway.")
     ] = "EMBEDDINGS_API_KEY",
-    models: Annotated[Path | None, typer.Option(help="The registry, without --url. By default GATEWAY_MODELS.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="The file of models, without --url. By default GATEWAY_MODELS, or models.yaml.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder to keep vectors in. By default ~/.cache/embedding-gateway/compare.")
@@ -233,7 +327,10 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     resamples: Annotated[int, typer.Option(min=100, help="How many, for intervals and p-values.")] = 10_000,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
 ) -> None:
-    """Compare models on your own texts: quality, difference, cost; as a table, JSON, run files and a page with plots."""
+    """Compare models on your own texts.
+
+    Quality, difference and cost, as a table, JSON, run files and a page with plots.
+    """
     try:
         from gateway.compare.command import OwnModels, RunningGateway, default_cache, run_comparison
         from gateway.compare.comparison import CompareRequest
@@ -264,7 +361,9 @@ def experiments(
     experiment: Annotated[
         str | None, typer.Argument(metavar="ID", help="Which experiment to show. By default all are listed.")
     ] = None,
-    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More files of --exposures.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE", help="Only with --exposures: more exposure logs.")
+    ] = None,
     url: Annotated[str, typer.Option(help="The gateway to ask.")] = "http://127.0.0.1:8000",
     api_key_env: Annotated[
         str, typer.Option(help="Environment variable with the key for the gateway.")
@@ -274,10 +373,14 @@ def experiments(
         typer.Option(metavar="FILE...", help="Ask no gateway; count the units in these exposure logs, together."),
     ] = None,
     models: Annotated[
-        Path | None, typer.Option(help="The registry with the weights, for --exposures. By default GATEWAY_MODELS.")
+        Path | None,
+        typer.Option(help="models.yaml with the weights, for --exposures. By default GATEWAY_MODELS, or models.yaml."),
     ] = None,
 ) -> None:
-    """Show the arms of an experiment side by side: requests, latency, errors, and whether the split is as it should be."""
+    """Show how an experiment is going.
+
+    Its arms side by side: requests, latency, errors, and whether the split is as it should be.
+    """
     from gateway.experiment_report import (
         ask_evidence,
         ask_experiments,
@@ -312,14 +415,8 @@ def _read_registry(file: Path | None) -> tuple[Path, Registry]:
 
 
 def _fail(error: StartError) -> NoReturn:
-    typer.echo(str(error), err=True)
+    typer.secho(str(error), fg="red" if is_colored(sys.stderr) else None, err=True)
     raise typer.Exit(1)
-
-
-def _announce(fleet: Fleet, base_url: str) -> None:
-    from gateway.reports import print_fleet
-
-    print_fleet(fleet, base_url)
 
 
 def _summary(registry: Registry) -> str:

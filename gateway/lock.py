@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,9 +17,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.embedding import ModelInfo, canonical_task
 from gateway.errors import StartError
+from gateway.files import read_bounded, write_whole
 from gateway.routing.spaces import PREPROCESSING_VERSION, space_id, spaces_by_task
 
 VERSION = 1
+_MAX_BYTES = 16 * 1024 * 1024
 
 Describe: TypeAlias = Callable[[ModelEntry], ModelInfo | None]
 """Says what a model is, or ``None`` where its checkpoint is not at hand."""
@@ -78,6 +81,28 @@ def describe_checkpoint(entry: ModelEntry) -> ModelInfo | None:
     return plan_load(entry, may_download=False).info if is_at_hand(entry) else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Described:
+    info: ModelInfo | None
+
+
+class CheckpointInfos:
+    """What the checkpoints on this machine are, each read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Described] = {}
+
+    def describe(self, entry: ModelEntry) -> ModelInfo | None:
+        """Read a model's checkpoint, or recall it; see :func:`describe_checkpoint`."""
+        if entry.id not in self._known:
+            self._known[entry.id] = _Described(describe_checkpoint(entry))
+        return self._known[entry.id].info
+
+    def get(self, model_id: str) -> _Described | None:
+        """Return what has been read of a model; a model that is switched off takes part in no rule all the same."""
+        return self._known.get(model_id)
+
+
 def make_lock(registry: Registry, before: Lock | None, describe: Describe = describe_checkpoint) -> Lock:
     """Return the lock of a registry as it is now.
 
@@ -93,7 +118,7 @@ def make_lock(registry: Registry, before: Lock | None, describe: Describe = desc
     for entry in registry.models:
         locked = (before.models if before else {}).get(entry.id)
         info = infos[entry.id]
-        is_still_right = locked is not None and before is not None and not [*_changes(entry, locked, before)]
+        is_still_right = locked is not None and not [*_changes(entry, locked, None)]
         models[entry.id] = locked if info is None and is_still_right and locked else _locked(entry, info)
     return Lock(
         version=VERSION,
@@ -109,7 +134,7 @@ def make_lock(registry: Registry, before: Lock | None, describe: Describe = desc
 
 def _locked(entry: ModelEntry, info: ModelInfo | None) -> LockedModel:
     return LockedModel(
-        source=entry.source,
+        source=entry.written_source,
         revision=entry.revision,
         prompts=dict(entry.prompts),
         default_task=entry.default_task,
@@ -141,7 +166,8 @@ def differences(registry: Registry, lock: Lock, describe: Describe = describe_ch
         )
     for entry in registry.models:
         locked = lock.models.get(entry.id)
-        found += ["models: " + entry.id + " is not in the lock"] if locked is None else _changes(entry, locked, lock)
+        fingerprint = now.models[entry.id].fingerprint
+        found += [f"models: {entry.id} is not in the lock"] if locked is None else _changes(entry, locked, fingerprint)
         if locked is not None and locked.fingerprint is not None:
             found += _moved(f"models: {entry.id}", locked.spaces, now.models[entry.id].spaces)
     known = {entry.id for entry in registry.models}
@@ -152,14 +178,25 @@ def differences(registry: Registry, lock: Lock, describe: Describe = describe_ch
     return found
 
 
-def _changes(entry: ModelEntry, locked: LockedModel, lock: Lock) -> Iterator[str]:
-    """Yield what the registry says otherwise than the lock, of all that settles a model's spaces."""
-    for name, was, is_now in (
-        ("source", locked.source, entry.source),
-        ("revision", locked.revision, entry.revision),
+def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) -> Iterator[str]:
+    """Yield what the registry says otherwise than the lock, of all that settles a model's spaces.
+
+    Args:
+        fingerprint: of the checkpoint that is at hand. Where it is the locked one, the weights are the same wherever they
+            came from.
+    """
+    compared: list[tuple[str, object, object]] = [
         ("prompts", locked.prompts, dict(entry.prompts)),
         ("default_task", locked.default_task, entry.default_task),
-    ):
+    ]
+    # Locks that were written before hold folders as absolute paths.
+    has_moved = locked.source not in {entry.written_source, entry.source}
+    is_same_checkpoint = fingerprint is not None and fingerprint == locked.fingerprint
+    if has_moved and not is_same_checkpoint:
+        compared.insert(0, ("source", locked.source, entry.written_source))
+    if not (has_moved and is_same_checkpoint):
+        compared.insert(1 if has_moved else 0, ("revision", locked.revision, entry.revision))
+    for name, was, is_now in compared:
         if was != is_now:
             yield f"models: {entry.id}: {name} is {is_now!r}, and the lock says {was!r}"
 
@@ -179,18 +216,18 @@ def read_lock(path: Path) -> Lock | None:
         StartError: the file is not a lock.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, _MAX_BYTES)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise StartError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         lock = Lock.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise StartError(
-            f"{path}: is not a lock: {where}: {first['msg']}; write it anew with `gateway lock`"
+            f"{path}: is not a lock: {where}: {first['msg']}; write it again with `gateway lock`"
         ) from error
     if lock.version != VERSION:
         raise StartError(f"{path}: is a lock of version {lock.version}, and this gateway reads version {VERSION}")
@@ -198,5 +235,12 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def write_lock(path: Path, lock: Lock) -> None:
-    """Write a lock, such that a change of one model is a change of few lines."""
-    path.write_text(json.dumps(lock.model_dump(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a lock, such that a change of one model is a change of few lines.
+
+    Raises:
+        StartError: it cannot be written; the one that there was stays.
+    """
+    try:
+        write_whole(path, json.dumps(lock.model_dump(), indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise StartError(f"{path}: cannot be written: {error.strerror}") from error

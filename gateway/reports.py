@@ -1,97 +1,224 @@
-"""Tables for people at a terminal: what is served, and what would be."""
+"""Lists for people at a terminal: what is served, and what would be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from gateway.backends.fleet import Fleet, Model, why_disabled
-from gateway.config.registry import Registry
+from gateway.backends.fleet import Model, why_disabled
+from gateway.config.registry import Arm, ModelEntry, Registry
+from gateway.deployment import Deployment
 from gateway.embedding import ModelInfo, ModelKind, ModelState
 from gateway.errors import LoadError
+from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import space_id
+from gateway.server import Addresses
+from gateway.terminal import make_console, make_table, say
 from gateway.verification import Check
 
+if TYPE_CHECKING:
+    from gateway.engine.forecast import Forecast, Forecaster
+
 _STYLES = {ModelState.READY: "green", ModelState.FAILED: "red", ModelState.DISABLED: "dim"}
-# Wide enough for a line of the table where the output is no terminal.
-_PIPE_WIDTH = 160
+_KEY_PLACEHOLDER = "YOUR_KEY"
 
 
-def print_fleet(fleet: Fleet, base_url: str) -> None:
-    """Print what each model has become, and a command to try the first one that is ready."""
-    table = Table("model", "state", "device", "dtype", "width", "max tokens", "space, or why not")
-    for model in fleet:
-        state = f"[{_STYLES.get(model.state, 'default')}]{model.state.value}"
-        info = model.info
-        columns = _describe(info) if info else ("", "", "", "", model.reason)
-        table.add_row(model.id, state, *columns)
-    console = _console()
+def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: bool) -> None:
+    """Print what each model has become, the names that lead to them, and a command to try one that is ready."""
+    console = make_console()
+    console.print()
+    table = make_table("model", "state", "space, or why not", has_header=False)
+    for model in deployment.fleet:
+        state = Text(model.state.value, style=_STYLES.get(model.state, ""))
+        table.add_row(model.id, state, "\n".join(_described(model)))
     console.print(table)
-    ready = next((model for model in fleet if model.state is ModelState.READY), None)
+    names = make_table("what", "names", has_header=False)
+    for what, lines in _configured(deployment.registry, addresses, has_keys=has_keys):
+        names.add_row(what, "\n".join(lines))
+    console.print(names)
+    ready = next((model for model in deployment.fleet if model.state is ModelState.READY), None)
     if ready is None:
-        console.print("[red]No model is ready; requests are answered with 503.")
+        say(console, "No model is ready; requests are answered with 503.", "red")
         return
-    console.print(f"Serving on {base_url}, documentation at {base_url}/docs. Try:\n", highlight=False)
-    console.print(_curl(base_url, ready), highlight=False, markup=False, soft_wrap=True)
+    url = addresses.clients
+    say(console, f"\nServing on {url}, documentation at {url}/docs. Try:\n")
+    console.print(_curl(url, ready, has_keys=has_keys), soft_wrap=True)
 
 
-def _describe(info: ModelInfo) -> tuple[str, ...]:
+def _described(model: Model) -> Iterator[str]:
+    info = model.info
+    if info is None or model.state in {ModelState.FAILED, ModelState.DISABLED}:
+        yield model.reason
+        return
+    yield ", ".join(_run(info))
+    yield _space(info)
+
+
+def _run(info: ModelInfo) -> list[str]:
+    """Return where and how a model runs, and what it takes and gives."""
+    width = [f"{info.width} dimensions"] if info.kind is ModelKind.EMBED else []
+    return [info.device, info.dtype, runtime(info), *width, f"{info.max_tokens} tokens"]
+
+
+def runtime(info: ModelInfo) -> str:
+    """Return what runs the forward, in a word."""
+    return info.engine.removeprefix("infinity/")
+
+
+def _space(info: ModelInfo) -> str:
     if info.kind is ModelKind.RERANK:
-        return info.device, info.dtype, "", str(info.max_tokens), "none: reranks"
-    space = space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
-    return info.device, info.dtype, str(info.width), str(info.max_tokens), space
+        return "no space: it reranks"
+    return space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
 
 
-def _curl(base_url: str, model: Model) -> str:
+def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what the registry and the settings say besides the models, each with its lines."""
+    if registry.aliases:
+        yield "aliases", [f"{alias.name} → {_target(alias.model, alias.task)}" for alias in registry.aliases.values()]
+    if registry.experiments:
+        yield (
+            "experiments",
+            [f"{one.id} ({one.kind}): {', '.join(map(_arm, one.arms))}" for one in registry.experiments],
+        )
+    if registry.shadows:
+        yield "shadows", [f"{one.sample:.2%} of {one.of} → {one.to}" for one in registry.shadows]
+    if registry.fallbacks:
+        yield "fallbacks", [f"{model} → {', '.join(others)}" for model, others in registry.fallbacks.items()]
+    if addresses.admin:
+        yield "admin", [f"{addresses.admin} (/metrics, /admin)"]
+    yield "API keys", ["required" if has_keys else "none: anyone who reaches the port may use it"]
+
+
+def _target(model: str, task: str | None) -> str:
+    return f"{model}:{task}" if task else model
+
+
+def _arm(arm: Arm) -> str:
+    target = _target(arm.model, arm.task)
+    return f"{arm.label} {arm.weight:g}" + ("" if arm.label == target else f" ({target})")
+
+
+def _curl(base_url: str, model: Model, *, has_keys: bool) -> str:
     is_reranker = model.info is not None and model.info.kind is ModelKind.RERANK
     path = "rerank" if is_reranker else "embeddings"
     asked = '"query": "a greeting", "documents": ["Hello, world"]' if is_reranker else '"input": "Hello, world"'
+    key = f"-H 'authorization: Bearer {_KEY_PLACEHOLDER}' " if has_keys else ""
     return (
-        f"  curl {base_url}/v1/{path} -H 'content-type: application/json' "
+        f"  curl {base_url}/v1/{path} {key}-H 'content-type: application/json' "
         f"""-d '{{"model": "{model.id}", {asked}}}'\n"""
     )
 
 
-def print_plan(registry: Registry) -> None:
-    """Print what would load on this machine, one model after the other. Loads and downloads nothing."""
-    from gateway.engine.devices import available_bytes  # imports torch
-    from gateway.engine.loading import plan_load
-    from gateway.engine.memory import format_bytes, require_memory
-
-    table = Table("model", "loads", "device", "dtype", "width", "max tokens", "weights", "largest batch", "total")
-    free: dict[str, int] = {}
-    for entry in registry.models:
-        if reason := why_disabled(entry):
-            table.add_row(entry.id, f"[dim]no: {reason}")
-            continue
-        try:
-            plan = plan_load(entry, may_download=False)
-            for device in plan.devices:
-                free.setdefault(device, available_bytes(device))
-                require_memory(plan.memory, free[device], device)
-                free[device] -= plan.memory.total_bytes
-        except LoadError as error:
-            table.add_row(entry.id, f"[red]no: {error}")
-            continue
-        memory = plan.memory
-        sizes = (memory.weights_bytes, memory.batch_bytes, memory.total_bytes)
-        table.add_row(entry.id, "[green]yes", *_describe(plan.info)[:4], *(format_bytes(size) for size in sizes))
-    _console().print(table)
-
-
 def print_checks(model: str, checks: Sequence[Check]) -> None:
-    """Print each comparison of a verification, and the verdict."""
-    table = Table("compared", "measured", "limit", "")
-    for check in checks:
-        table.add_row(check.what, check.measured, check.limit, "[green]ok" if check.is_passed else "[red]off")
-    console = _console()
-    console.print(table)
+    """Print each comparison of a verification, a table for each quantity, and the verdict."""
+    console = make_console()
+    for quantity, group in groupby(checks, key=lambda check: check.quantity):
+        table = make_table("compared", quantity, "limit", "")
+        for check in group:
+            verdict = Text("ok", style="green") if check.is_passed else Text("off", style="red")
+            table.add_row(check.what, check.measured, check.limit, verdict)
+        console.print(table)
     num_failed = sum(not check.is_passed for check in checks)
-    console.print(f"[red]{model}: {num_failed} of {len(checks)} are off" if num_failed else f"[green]{model}: pass")
+    if num_failed:
+        say(console, f"{model}: {num_failed} of {len(checks)} are off", "red")
+    else:
+        say(console, f"{model}: pass", "green")
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
+# ------------------------------------------------------------------------------------------------ what would load
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What would become of one model.
+
+    Attributes:
+        verdict: ``yes``, ``no``, ``off`` or ``elsewhere``, or ``after a download``.
+        lines: how it would run, or why it would not.
+        info: what it is, where its checkpoint could be read.
+    """
+
+    model: str
+    verdict: str
+    lines: Sequence[str]
+    info: ModelInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """What would load on this machine, and which rules between the models are broken."""
+
+    models: Sequence[Plan]
+    broken: Sequence[str]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether everything that is enabled would load, and may be served together."""
+        return not self.broken and all(plan.verdict != "no" for plan in self.models)
+
+    def get(self, model_id: str) -> Plan | None:
+        """Return the plan of a model."""
+        return next((plan for plan in self.models if plan.model == model_id), None)
+
+
+def make_plans(registry: Registry) -> Plans:
+    """Find out what would load, one model after the other. Loads and downloads nothing."""
+    from gateway.engine.forecast import Forecaster  # imports torch
+
+    forecaster = Forecaster()
+    plans = Plans([_plan(entry, forecaster) for entry in registry.models], ())
+    return Plans(plans.models, broken_rules(registry, plans))
+
+
+def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
+    if reason := why_disabled(entry):
+        return Plan(entry.id, "off", [reason])
+    if entry.upstream is not None:
+        return Plan(entry.id, "elsewhere", [", ".join(entry.upstream.urls), "not asked"])
+    try:
+        forecast = forecaster.forecast(entry)
+    except LoadError as error:
+        return Plan(entry.id, "no", [str(error)])
+    return Plan(entry.id, "yes" if forecast.info else "after a download", list(_lines(forecast)), forecast.info)
+
+
+def _lines(forecast: Forecast) -> Iterator[str]:
+    from gateway.engine.memory import format_bytes
+
+    if forecast.info is not None:
+        yield ", ".join(_run(forecast.info))
+    else:
+        yield ", ".join([*forecast.devices, forecast.dtype, forecast.runtime])
+        yield _download(forecast)
+    if (memory := forecast.memory) is None:
+        yield "memory: known after the download"
+        return
+    total, weights, batch = map(format_bytes, (memory.total_bytes, memory.weights_bytes, memory.batch_bytes))
+    is_rough = "" if forecast.info else "about "
+    yield f"memory: {is_rough}{total} ({weights} weights, {batch} for the largest batch)"
+
+
+def _download(forecast: Forecast) -> str:
+    if forecast.download_bytes is None:
+        return f"download: of unknown size; {forecast.download_note}"
+    size = f"{forecast.download_bytes / 1e9:.1f} GB"
+    return f"download: about {size}; {forecast.download_note}" if forecast.download_note else f"download: {size}"
+
+
+_VERDICT_STYLES = {"yes": "green", "after a download": "yellow", "no": "red"}
+
+
+def print_plans(plans: Plans) -> None:
+    """Print what would load, and what is wrong."""
+    console = make_console()
+    table = make_table("model", "loads", "how, or why not", has_header=False)
+    for plan in plans.models:
+        style = _VERDICT_STYLES.get(plan.verdict, "dim")
+        table.add_row(plan.model, Text(plan.verdict, style=style), "\n".join(plan.lines))
+    console.print(table)
+    for problem in plans.broken:
+        say(console, problem, "red")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import ipaddress
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.loops.auto import auto_loop_factory
 
+from gateway.access.keyring import Keyring
 from gateway.app import create_admin_app, create_app
-from gateway.backends.fleet import Fleet
 from gateway.config.settings import Settings, variable
 from gateway.deployment import Deployment
 from gateway.errors import ReloadRefused, StartError
@@ -23,7 +26,24 @@ from gateway.http_protocol import bounded
 log = structlog.get_logger(__name__)
 
 
-def serve(deployment: Deployment, announce: Callable[[Fleet, str], None]) -> int:
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a gateway can be reached.
+
+    Attributes:
+        clients: base URL of the port that clients use.
+        admin: that of the operator's port, if it is another one.
+    """
+
+    clients: str
+    admin: str | None = None
+
+
+Announce = Callable[[Addresses, bool], None]
+"""Says where a gateway can be reached, and whether it asks for API keys."""
+
+
+def serve(deployment: Deployment, announce: Announce) -> None:
     """Serve until a signal says to stop.
 
     The server answers at once, with 503 for models that are still loading, so that probes see a living process while
@@ -31,23 +51,21 @@ def serve(deployment: Deployment, announce: Callable[[Fleet, str], None]) -> int
 
     Args:
         deployment: what is served; started and stopped here.
-        announce: called with the fleet and the base URL once all models are ready or have failed.
-
-    Returns:
-        The exit code: 0 after a clean stop, 1 when a required model could not be loaded.
+        announce: called once the models have been loaded and may be served; not after a start that failed.
 
     Raises:
-        StartError: an address is in use or not this machine's, or the file of API keys is wrong.
+        StartError: an address is in use or not this machine's, the file of API keys is wrong, or the models cannot be
+            served: a required one could not be loaded, say.
     """
     settings = deployment.settings
     app = create_app(deployment)
     listeners = [_bind(settings.host, settings.port, "port")]
     admin_app = None
     if settings.admin_port is not None:
-        admin_app = create_admin_app(deployment)
+        admin_app = create_admin_app(deployment, app.state.keyring)
         listeners.append(_bind(settings.host, settings.admin_port, "admin_port"))
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        return runner.run(_serve(deployment, app, admin_app, listeners, announce))
+        runner.run(_serve(deployment, app, admin_app, listeners, announce))
 
 
 async def _serve(
@@ -55,20 +73,24 @@ async def _serve(
     app: FastAPI,
     admin_app: FastAPI | None,
     listeners: Sequence[socket.socket],
-    announce: Callable[[Fleet, str], None],
-) -> int:
+    announce: Announce,
+) -> None:
+    keyring: Keyring = app.state.keyring
+    keyring.watch()
+    addresses = Addresses(*map(_base_url, listeners))
+    _warn_if_open(deployment.settings, keyring)
     server = _Server(server_config(app, deployment.settings), deployment)
     with _reloading_on_hangup(deployment):
-        loading = asyncio.create_task(
-            _load(deployment, server, lambda: announce(deployment.fleet, _base_url(listeners[0])))
-        )
+        loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
         async with _serving_operator(admin_app, deployment.settings, listeners[1:]):
             await server.serve(sockets=[listeners[0]])
     if not loading.done():
         loading.cancel()
     await asyncio.wait((loading,))
+    await keyring.close()
     await deployment.stop()
-    return 0 if loading.cancelled() or loading.result() else 1
+    if not loading.cancelled() and (reason := loading.result()):
+        raise StartError(reason)  # at the very end, so that it is the last thing that is read
 
 
 @asynccontextmanager
@@ -166,18 +188,28 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(delay_s, self.handle_exit, number, None)
 
 
-async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> bool:
-    """Load the models; stop the server if that is fatal. Returns whether all is well."""
+async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> str:
+    """Load the models; stop the server if that is fatal. Returns why it is, or nothing."""
     try:
         await deployment.start()
     except StartError as error:
         log.error("start_failed", reason=str(error))
         server.should_exit = True
-        return False
-    finally:
-        if deployment.fleet.started.is_set():
-            announce()
-    return True
+        return str(error)
+    announce()
+    return ""
+
+
+def _warn_if_open(settings: Settings, keyring: Keyring) -> None:
+    """Warn when other machines can reach a gateway that asks for no key."""
+    with suppress(ValueError):  # a name rather than an address
+        if not keyring and not ipaddress.ip_address(settings.host).is_loopback:
+            log.warning(
+                "no_api_keys",
+                host=settings.host,
+                reason="anyone who reaches this address can use the gateway; set GATEWAY_API_KEYS_FILE, or GATEWAY_HOST to "
+                "127.0.0.1",
+            )
 
 
 def _bind(host: str, port: int, setting: str) -> socket.socket:
@@ -191,11 +223,14 @@ def _bind(host: str, port: int, setting: str) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Set another port with {variable(setting)}"
-            + (" or --port" if setting == "port" else "")
-        ) from error
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}. {_advice(error, setting)}") from error
     return listener
+
+
+def _advice(error: OSError, setting: str) -> str:
+    is_port = error.errno in {errno.EADDRINUSE, errno.EACCES, errno.EPERM}
+    what, name = ("port", setting) if is_port else ("address", "host")
+    return f"Set another {what} with {variable(name)}" + ("" if name == "admin_port" else f" or --{name}")
 
 
 def _base_url(listener: socket.socket) -> str:

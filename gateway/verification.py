@@ -18,9 +18,14 @@ from gateway.errors import LoadError
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison: what was compared, by how much it is off, and whether that is within the limit."""
+    """One comparison: what was compared, by how much it is off, and whether that is within the limit.
+
+    Attributes:
+        quantity: what was measured: ``cosine``, ``tokens`` or ``deviation``.
+    """
 
     what: str
+    quantity: str
     measured: str
     limit: str
     is_passed: bool
@@ -67,7 +72,8 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
         ids = reference.tokenise([published.TEXT], None, Truncate.END)[0].ids
         checks.append(
             Check(
-                "tokens of the published text",
+                "the published text",
+                "tokens",
                 str(len(ids)),
                 str(published.NUM_TOKENS),
                 len(ids) == published.NUM_TOKENS,
@@ -78,8 +84,9 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
             checks.append(
                 Check(
                     f"published states, {task or 'no adapter'}",
+                    "deviation",
                     f"{deviation:.6f}",
-                    f"{published.TOLERANCE}",
+                    f"at most {published.TOLERANCE}",
                     deviation <= published.TOLERANCE,
                 )
             )
@@ -87,15 +94,22 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
         vectors = golden.read(Path(entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         # Not checked on load, which would refuse the model where this is to say by how much it is off.
         engine = load_engine(plan, settings, checks_golden=False)
-        limit = golden.MIN_COSINE[plan.dtype]
         num_streams = len(engine.encoders) // len(plan.devices)
+        worst: dict[tuple[str | None, str], tuple[float, str]] = {}
         for number, encoder in enumerate(engine.encoders):
+            device = plan.devices[number // num_streams]
             for one in golden.compare(encoder, vectors):
-                what = (
-                    f"{plan.devices[number // num_streams]}, {one.golden.task or 'no task'}: {one.golden.text[:32]!r}"
-                )
-                checks.append(Check(what, f"{one.cosine:.6f}", f"{limit}", one.cosine >= limit))
+                key = one.golden.task, one.golden.text
+                worst[key] = min((one.cosine, device), worst.get(key, (2.0, "")))
+        for (task, text), (cosine, device) in worst.items():
+            where = f", worst on {device}" if len(plan.devices) > 1 else ""
+            checks.append(_cosine_check(task, text, cosine, golden.MIN_COSINE[plan.dtype], where))
     return checks
+
+
+def _cosine_check(task: str | None, text: str, cosine: float, limit: float, where: str = "") -> Check:
+    what = f"{task or 'no task'}: {text[:32]!r}{where}"
+    return Check(what, "cosine", f"{cosine:.6f}", f"at least {limit}", cosine >= limit)
 
 
 async def _ask_servers(entry: ModelEntry) -> tuple[str, Sequence[GoldenVector]]:
@@ -118,6 +132,5 @@ def _verify_servers(entry: ModelEntry) -> list[Check]:
         vector = known.get((one.text, one.task))
         is_comparable = vector is not None and vector.shape == one.vector.shape
         cosine = float(vector @ one.vector) if vector is not None and is_comparable else -1.0
-        what = f"{one.task or 'no task'}: {one.text[:32]!r}"
-        checks.append(Check(what, f"{cosine:.6f}", f"{MIN_COSINE}", cosine >= MIN_COSINE))
+        checks.append(_cosine_check(one.task, one.text, cosine, MIN_COSINE))
     return checks

@@ -75,7 +75,8 @@ def main() -> int:
     def read() -> Any:
         return load_registry(settings.models, os.environ)
 
-    return serve(Deployment(read(), settings, read_registry=read), lambda _fleet, _url: None)
+    serve(Deployment(read(), settings, read_registry=read), lambda _addresses, _has_keys: None)
+    return 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ entry = ModelEntry(id="mini", source="./mini", enabled=True, required=True)
 registry = Registry(path=Path("models.yaml"), version=1, models=(entry,))
 backend = FakeBackend(fake_info("mini"), delay_s=float(os.environ["DELAY_S"]))
 deployment = Deployment(registry, load_settings(os.environ), make_backend=lambda _entry: backend)
-sys.exit(serve(deployment, lambda _fleet, url: print(url, flush=True)))
+serve(deployment, lambda addresses, _has_keys: print(addresses.clients, flush=True))
 """
 ROOT = Path(__file__).parents[1]
 

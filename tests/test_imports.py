@@ -33,6 +33,8 @@ HOUSE = [
     ["config"],
     ["telemetry"],
     ["embedding"],
+    ["terminal"],
+    ["files"],
     ["errors"],
 ]
 FLOOR = {name: level for level, names in enumerate(HOUSE) for name in names}

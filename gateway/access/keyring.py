@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import os
 import secrets
-import time
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +22,12 @@ from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# How often the file is looked at, at most: one `stat`, which takes microseconds.
+# How often the file is looked at: one `stat`, which takes microseconds.
 _LOOK_EVERY_S = 1.0
+
+# So that scanners for leaked secrets know ours. Then letters and digits alone: a double click takes all of it.
+KEY_PREFIX = "egw_"
+_KEY_CHARACTERS = 43  # 256 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,8 @@ class Client:
 class Keyring:
     """The keys that may be used; without any, no key is asked for.
 
-    A file of keys is read anew when it has changed, so that keys are exchanged without a restart. A file that has become
-    wrong, or has gone, changes nothing.
+    A file of keys is read again within a second of a change, in the background, so that keys are exchanged without a
+    restart and without a request that waits for it. A file that has become wrong, or has gone, changes nothing.
 
     Raises:
         ConfigError: the file of keys cannot be read, or is wrong.
@@ -70,7 +74,7 @@ class Keyring:
         }
         self._file: Path | None = settings.api_keys_file
         self._seen: tuple[int, ...] = ()
-        self._next_look = 0.0
+        self._watching: asyncio.Task[None] | None = None
         self._clients = self._from_settings
         if self._file is not None:
             self._seen = _look(self._file)
@@ -91,7 +95,7 @@ class Keyring:
         """
         if not self:
             return self._client(address)
-        await self._read_if_changed()
+        self.watch()
         if digest is None:
             raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
         client = self._clients.get(self._place(digest))
@@ -101,18 +105,33 @@ class Keyring:
             raise Unauthorized(f"the API key of {client.name} has expired on {client.expires:%Y-%m-%d}")
         return client
 
-    async def _read_if_changed(self) -> None:
-        now = time.monotonic()
-        if self._file is None or now < self._next_look:
-            return
-        self._next_look = now + _LOOK_EVERY_S
-        seen = _look(self._file)
+    def watch(self) -> None:
+        """Look at the file every second from now on, for as long as the running event loop lasts or until `close`."""
+        if self._file is not None and (self._watching is None or self._watching.done()):
+            self._watching = asyncio.get_running_loop().create_task(self._keep_looking(self._file))
+
+    async def close(self) -> None:
+        """Stop looking at the file."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
+
+    async def _keep_looking(self, path: Path) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            try:
+                await self._read_if_changed(path)
+            except Exception:  # it must go on: a key that was revoked would otherwise work until a restart
+                log.exception("api_keys_not_looked_at")
+
+    async def _read_if_changed(self, path: Path) -> None:
+        seen = await asyncio.to_thread(_look, path)
         if seen == self._seen:
             return
-        self._seen = seen  # also if it is wrong: told once, not every second
+        self._seen = seen  # also if it is wrong: logged once, not every second
         try:
-            # In a thread: a file of thousands of keys takes a second, in which others go on with what was before.
-            self._clients = await asyncio.to_thread(self._read, self._file)
+            # In a thread: a file of thousands of keys takes seconds, in which requests go on with the keys before.
+            self._clients = await asyncio.to_thread(self._read, path)
         except ConfigError as error:
             metrics.KEY_RELOADS.labels("refused").inc()
             log.error("api_keys_refused", reason=str(error))
@@ -151,8 +170,9 @@ def key_digest(key: str) -> str:
 
 
 def make_key() -> str:
-    """Return a new key: 256 random bits, in letters that need no quoting anywhere."""
-    return f"sk-{secrets.token_urlsafe(32)}"
+    """Return a new key: 256 random bits, in letters and digits that need no quoting anywhere."""
+    alphabet = string.ascii_letters + string.digits
+    return KEY_PREFIX + "".join(secrets.choice(alphabet) for _ in range(_KEY_CHARACTERS))
 
 
 def _look(path: Path) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ log = structlog.get_logger(__name__)
 MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
 """Makes the backend that an entry of the registry asks for."""
 
-_NO_ACCELERATOR = "no accelerator is present (`enabled: true` in the registry runs it on the CPU)"
-_SWITCHED_OFF = "switched off in the registry (`enabled: false`)"
+_NO_ACCELERATOR = "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)"
+_SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 
 
 @dataclass(eq=False, slots=True)

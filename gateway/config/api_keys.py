@@ -6,18 +6,29 @@ bits (``gateway key`` makes them), which nobody can try out as one can passwords
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from gateway.config.fields import Distinct, DistinctListed, Name, NonEmptyText, Positive, Sha256, Time, Version
 from gateway.config.model_entry import Frozen
 from gateway.config.problems import field_problems
-from gateway.config.wording import describe, did_you_mean, quote
-from gateway.config.yaml_source import Document, KeyPath, read_document
-from gateway.errors import ConfigError, Problem
+from gateway.config.wording import describe, did_you_mean, explain, quote
+from gateway.config.yaml_source import Document, FileKind, KeyPath, compose, read_document, read_text
+from gateway.errors import ConfigError, Problem, StartError
+from gateway.files import write_whole
+
+# Enough for a file of a megabyte: about 8,000 clients with limits and models of their own.
+_KEY_FILE = FileKind("`version: 1` and `keys:`", "GATEWAY_API_KEYS_FILE or --file names it", max_values=100_000)
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # of which YAML makes text without quotes, but for a few words
 
 
 class KeyEntry(Frozen):
@@ -52,16 +63,17 @@ class KeyFile(Frozen):
     keys: Distinct[KeyEntry] = Field(description="The clients. An empty list lets nobody in.")
 
 
-def load_key_file(path: Path, environ: Mapping[str, str]) -> KeyFile:
+def load_key_file(path: Path, environ: Mapping[str, str], text: str | None = None) -> KeyFile:
     """Read and check a file of API keys.
 
     Args:
         environ: what ``${NAME}`` in its values stands for.
+        text: what the file is about to hold, where that is to be checked before it is written.
 
     Raises:
         ConfigError: the file cannot be read, or holds anything that is not right; lists every problem.
     """
-    document = read_document(path, environ)
+    document = read_document(path, environ, _KEY_FILE, text)
     if not isinstance(document.root, dict):
         message = f"the file must be a mapping with `version` and `keys`, got {describe(document.root)}"
         raise ConfigError([document.value_problem((), message)])
@@ -90,6 +102,117 @@ def unknown_models(keys: KeyFile, names: Iterable[str]) -> list[str]:
         for name in entry.models or ()
         if name not in known
     ]
+
+
+# ------------------------------------------------------------------------------------------------------- add a key
+
+
+def make_entry(**options: object) -> KeyEntry:
+    """Return an entry made of command-line options; ``None`` leaves a field out.
+
+    Raises:
+        ConfigError: an option is not what the file takes.
+    """
+    try:
+        return KeyEntry.model_validate({name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        problems = [(str(detail["loc"][0]), explain(detail, KeyEntry.model_fields)) for detail in details]
+        raise ConfigError(
+            [
+                Problem("command line", 0, 0, "NAME" if field == "name" else f"--{field.replace('_', '-')}", message)
+                for field, message in problems
+            ]
+        ) from error
+
+
+def entry_lines(entry: KeyEntry, indent: str = "  ") -> str:
+    """Return an entry as YAML, a line for each key that it has, as an item of a list."""
+    lines = [f"{key}: {value}\n" for key, value in _entry_yaml(entry).items()]
+    return "".join(f"{indent}{'  ' if number else '- '}{line}" for number, line in enumerate(lines))
+
+
+def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
+    """Add an entry to a file of API keys, or make the file; everything else in it stays as it is, comments included.
+
+    Raises:
+        ConfigError: the file that there is cannot be read, or is wrong.
+        StartError: the name is taken, the entry cannot be put in, or the file cannot be written.
+    """
+    try:
+        with _locked(path):
+            if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+                write_whole(path, f"version: 1\n\nkeys:\n{entry_lines(entry)}", 0o600)
+                return
+            before = load_key_file(path, environ)
+            if entry.name.casefold() in {one.name.casefold() for one in before.keys}:
+                raise StartError(f"{path}: the name {quote(entry.name)} is taken; choose another, or remove its entry")
+            text = _extended(read_text(path, _KEY_FILE), path, entry)
+            if text is None or not _holds(path, environ, text, (*before.keys, entry)):
+                raise StartError(f"{path}: its `keys` are not a plain list; add by hand:\n{entry_lines(entry)}")
+            write_whole(path, text)
+    except OSError as error:
+        raise StartError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _holds(path: Path, environ: Mapping[str, str], text: str, wanted: tuple[KeyEntry, ...]) -> bool:
+    try:
+        return load_key_file(path, environ, text).keys == wanted
+    except ConfigError:
+        return False
+
+
+def _entry_yaml(entry: KeyEntry) -> dict[str, str]:
+    is_plain = _PLAIN_NAME.fullmatch(entry.name) and entry.name.lower() not in {"true", "false", "null"}
+    values = {"name": entry.name if is_plain else json.dumps(entry.name), "sha256": f'"{entry.sha256[0]}"'}
+    if entry.models is not None:
+        values["models"] = json.dumps(entry.models)
+    for limit in ("requests_per_minute", "tokens_per_minute"):
+        if (value := getattr(entry, limit)) is not None:
+            values[limit] = str(value)
+    if entry.expires is not None:
+        values["expires"] = f'"{entry.expires.isoformat()}"'
+    return values
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time change the file: of two that add a key at once, each would lose the other's."""
+    folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flock(folder, LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _extended(text: str, path: Path, entry: KeyEntry) -> str | None:
+    """Return the text of a file of keys with one more entry; ``None`` where its keys are an anchor's, say."""
+    _yaml, root = compose(text, str(path), _KEY_FILE)
+    keys = _value_of(root, "keys")
+    if not isinstance(keys, SequenceNode):
+        return None
+    if keys.flow_style:
+        one = ", ".join(f"{key}: {value}" for key, value in _entry_yaml(entry).items())
+        end = keys.end_mark.index - 1  # before the bracket
+        before = text[:end].rstrip().removesuffix(",")
+        return f"{before}{', ' if keys.value else ''}{{{one}}}{text[end:]}"
+    end = _end_of_block(text, keys)
+    line_break = "" if text[:end].endswith("\n") else "\n"
+    return text[:end] + line_break + entry_lines(entry, " " * keys.start_mark.column) + text[end:]
+
+
+def _value_of(root: Node, wanted: str) -> Node | None:
+    pairs = root.value if isinstance(root, MappingNode) else ()
+    return next((value for key, value in pairs if key.value == wanted), None)
+
+
+def _end_of_block(text: str, keys: SequenceNode) -> int:
+    """Return where a block of keys ends: behind its last line that is no comment, whose line break is there."""
+    lines = text[: keys.end_mark.index].splitlines(keepends=True)
+    while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith("#")):
+        lines.pop()
+    return sum(map(len, lines))
 
 
 def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gateway.config.fields import (
     Device,
@@ -136,11 +145,25 @@ class ModelEntry(Frozen):
         description="The id of another model with the same weights, which may then be a fallback of this one, and this one "
         "of it. Checked: the vectors of both must agree, or this one is not served. For `backend: openai` and `tei`.",
     )
+    _written_source: str | None = PrivateAttr(None)
     allow_space_change: bool = Field(
         default=False,
         description="Whether a reload may bring vectors of another space under this id. Only when nothing is stored "
         "under the old one.",
     )
+
+    @property
+    def written_source(self) -> str:
+        """``source`` as it stands in the file: a folder as it was written, so that it means the same on other machines."""
+        return self._written_source or self.source
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_written_source(cls, value: object, read: ModelWrapValidatorHandler[Self]) -> Self:
+        entry = read(value)
+        if isinstance(value, Mapping) and isinstance(written := value.get("source"), str):
+            entry._written_source = written
+        return entry
 
     @property
     def parsed_source(self) -> Source:

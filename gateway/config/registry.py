@@ -20,10 +20,13 @@ from gateway.config.problems import field_problems
 from gateway.config.traffic import Alias, Arm, Experiment, Shadow
 from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable, describe, unknown_key
-from gateway.config.yaml_source import Document, KeyPath, Value, read_document
+from gateway.config.yaml_source import Document, FileKind, KeyPath, Value, read_document
 from gateway.errors import ConfigError, Problem
 
 __all__ = ["Alias", "Arm", "Experiment", "ModelEntry", "Registry", "Shadow", "Source", "load_registry"]
+
+
+_MODELS_FILE = FileKind("`version: 1` and `models:`", "name another with GATEWAY_MODELS or on the command line")
 
 
 class Registry(Frozen):
@@ -92,7 +95,7 @@ def load_registry(path: Path, environ: Mapping[str, str]) -> Registry:
     Raises:
         ConfigError: the file cannot be read, or holds anything that is not right; lists every problem.
     """
-    document = read_document(path, environ)
+    document = read_document(path, environ, _MODELS_FILE)
     root = document.root
     if not isinstance(root, dict):
         message = f"the file must be a mapping with `version` and `models`, got {describe(root)}"

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -28,7 +36,7 @@ ENV_PREFIX: Final = "GATEWAY_"
 
 # Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
-_LEAST_ADMIN_KEY: Final = 8
+_LEAST_KEY: Final = 8
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICE_LINK_HINT = (
     "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
@@ -42,6 +50,9 @@ def _split_keys(value: object) -> object:
     keys = tuple(key.strip() for key in value.split(","))
     if not all(keys):
         raise ValueError("has an empty key before, between or after its commas; leave it unset to turn keys off")
+    for number, key in enumerate(keys, start=1):
+        if len(key) < _LEAST_KEY:
+            raise ValueError(f"key {number} must have {_LEAST_KEY} characters or more, got {len(key)}")
     return keys
 
 
@@ -68,8 +79,8 @@ def _split_networks(value: object) -> object:
 
 
 def _check_admin_key(key: SecretStr) -> SecretStr:
-    if len(key.get_secret_value()) < _LEAST_ADMIN_KEY:
-        raise ValueError(f"must have {_LEAST_ADMIN_KEY} characters or more, got {len(key.get_secret_value())}")
+    if len(key.get_secret_value()) < _LEAST_KEY:
+        raise ValueError(f"must have {_LEAST_KEY} characters or more, got {len(key.get_secret_value())}")
     return key
 
 
@@ -94,8 +105,8 @@ class Settings(BaseSettings):
     )
     api_keys_file: Path | None = Field(
         default=None,
-        description="File of API keys, with the models and the requests and tokens a minute of each; read anew when it "
-        "changes. `gateway key NAME` makes a key and its entry.",
+        description="File of API keys, with the models and the requests and tokens per minute of each; read again within a "
+        "second of a change. `gateway key NAME --file FILE` makes a key and adds its entry.",
     )
     requests_per_minute: int = Field(
         default=0,
@@ -114,7 +125,7 @@ class Settings(BaseSettings):
     )
     admin_key: Annotated[SecretStr, AfterValidator(_check_admin_key)] | None = Field(
         default=None,
-        description="Key of the operator, for the paths under `/admin`, and for `/metrics` where keys are asked for. "
+        description="Key of the operator, for the paths under `/admin`, and for `/metrics` where API keys are set. "
         "Without it `/admin` answers 403.",
     )
     admin_port: int | None = Field(
@@ -122,7 +133,7 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
         description="Port of `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` asks for no "
-        "key there. Without it they are on the port of the clients.",
+        "key there. Must differ from `port`. Without it they are on the port of the clients.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
         default=(),
@@ -221,6 +232,16 @@ class Settings(BaseSettings):
         description="Folder with tiktoken's vocabularies, to decode inputs that are sent as token ids. Without it such "
         "inputs are refused.",
     )
+
+    @field_validator("admin_port")
+    @classmethod
+    def _check_admin_port(cls, admin_port: int | None, info: ValidationInfo) -> int | None:
+        if admin_port and admin_port == info.data.get("port"):
+            raise ValueError(
+                f"must differ from the port of the clients ({variable('port')}), got {admin_port} for both; "
+                "leave it unset to have the operator's paths on that port"
+            )
+        return admin_port
 
     @classmethod
     def settings_customise_sources(

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from gateway.config.wording import quote
 from gateway.errors import ConfigError, Problem
+from gateway.files import UnsuitableFile, read_bounded
 
 MAX_FILE_BYTES = 1024 * 1024
-MAX_VALUES = 100_000
-"""Values after anchors are expanded: a small file of nested anchors can expand to billions ("billion laughs")."""
+MAX_VALUES = 20_000
+"""Values and keys while they are parsed, which takes seconds for a megabyte of them, and values again after anchors are
+expanded: a small file of nested anchors can expand to billions ("billion laughs")."""
 MAX_DEPTH = 32
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | dict[str, Value] | None"
@@ -90,39 +93,94 @@ def dotted(path: KeyPath) -> str:
     return text
 
 
-def read_document(path: Path, environ: Mapping[str, str]) -> Document:
+@dataclass(frozen=True, slots=True)
+class FileKind:
+    """What one kind of configuration file must be like.
+
+    Attributes:
+        keys: what stands at its top level, for a message.
+        hint: what says where the file is, for a message.
+        max_values: the most values and keys.
+    """
+
+    keys: str
+    hint: str
+    max_values: int = MAX_VALUES
+
+
+def read_document(path: Path, environ: Mapping[str, str], kind: FileKind, text: str | None = None) -> Document:
     """Read one YAML document and substitute ``${NAME}`` and ``${NAME:-default}`` in its values.
 
     A plain (unquoted) value is typed after the substitution, so ``${X:-8192}`` is a number; a quoted one stays text.
 
+    Args:
+        text: what the file is about to hold, where that is to be checked before it is written.
+
     Raises:
-        ConfigError: nothing can be read: the file is missing, too large, not UTF-8, not YAML, or empty. Problems with
-            single values are in ``Document.problems`` instead.
+        ConfigError: nothing can be read: the file is missing, not a regular file, too large, not UTF-8, not YAML, or
+            empty. Problems with single values are in ``Document.problems`` instead.
     """
     file = str(path)
-    yaml = YAML(typ="safe", pure=True)
-    yaml.max_depth = MAX_DEPTH
-    # YAML allows an anchor to be defined again; the default is a Python warning, which nobody would see.
-    yaml.composer.warn_double_anchors = False
-    root = _compose(yaml, _read_text(path), file)
-    if root is None or (isinstance(root, ScalarNode) and root.value == ""):
-        raise ConfigError([Problem(file, 0, 0, "", "the file is empty; it needs `version: 1` and `models:`")])
-    reader = _NodeReader(Document(file), yaml, environ)
+    yaml, root = compose(read_text(path, kind) if text is None else text, file, kind)
+    reader = _NodeReader(Document(file), yaml, environ, kind)
     reader.document.root = reader.read(root, ())
     return reader.document
 
 
-def _read_text(path: Path) -> str:
+def compose(text: str, file: str, kind: FileKind) -> tuple[YAML, Node]:
+    """Parse one YAML document into nodes, and say with which parser.
+
+    Raises:
+        ConfigError: it is not YAML, has more values than the kind allows, or is empty.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = MAX_DEPTH
+    yaml.Composer = _CountingComposer
+    yaml.composer.max_nodes = kind.max_values
+    # YAML allows an anchor to be defined again; the default is a Python warning, which nobody would see.
+    yaml.composer.warn_double_anchors = False
+    root = _compose(yaml, text, file)
+    if root is None or (isinstance(root, ScalarNode) and root.value == ""):
+        raise ConfigError([Problem(file, 0, 0, "", f"the file is empty; it needs {kind.keys}")])
+    return yaml, root
+
+
+class _TooManyNodes(MarkedYAMLError):
+    pass
+
+
+class _CountingComposer(Composer):
+    """The library's composer, which stops at a number of nodes rather than read a megabyte of them."""
+
+    max_nodes = MAX_VALUES
+    num_nodes = 0
+
+    def compose_node(self, parent: Node | None, index: Node | int | None) -> Node:
+        self.num_nodes += 1
+        if self.num_nodes > self.max_nodes:
+            raise _TooManyNodes(problem_mark=self.parser.peek_event().start_mark)
+        node: Node = super().compose_node(parent, index)
+        return node
+
+
+def read_text(path: Path, kind: FileKind) -> str:
+    """Read a file of at most ``MAX_FILE_BYTES`` in UTF-8.
+
+    Raises:
+        ConfigError: it cannot be read, is not a regular file, or is not UTF-8.
+    """
     file = str(path)
     try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
+        content = read_bounded(path, MAX_FILE_BYTES)
     except FileNotFoundError:
-        raise ConfigError([Problem(file, 0, 0, "", "the file does not exist")]) from None
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        message = f"the file does not exist{where}; {kind.hint}"
+        raise ConfigError([Problem(file, 0, 0, "", message)]) from None
+    except UnsuitableFile as error:
+        raise ConfigError([Problem(file, 0, 0, "", f"the file {error.strerror}; {kind.hint}")]) from None
     except OSError as error:
-        raise ConfigError([Problem(file, 0, 0, "", f"the file cannot be read: {error.strerror}")]) from error
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError([Problem(file, 0, 0, "", f"the file is larger than {MAX_FILE_BYTES} bytes")])
+        message = f"the file cannot be read: {error.strerror}; {kind.hint}"
+        raise ConfigError([Problem(file, 0, 0, "", message)]) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -144,6 +202,9 @@ def _compose(yaml: YAML, text: str, file: str) -> Node | None:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(mark.line + 1, mark.column + 1) if mark else Place(0, 0)
+        if isinstance(error, _TooManyNodes):
+            message = f"the file has more than {yaml.composer.max_nodes:,} values and keys"
+            raise ConfigError([Problem(file, *place, "", message)]) from None
         problem = " ".join(str(part) for part in (error.context, error.problem) if part)
         raise ConfigError([Problem(file, *place, "", f"is not valid YAML: {problem}")]) from error
     except (YAMLError, ValueError) as error:
@@ -158,6 +219,7 @@ class _NodeReader:
     document: Document
     yaml: YAML
     environ: Mapping[str, str]
+    kind: FileKind
     num_values: int = 0
 
     def read(self, node: Node, path: KeyPath) -> Value:
@@ -181,8 +243,9 @@ class _NodeReader:
 
     def _count(self, node: Node, depth: int) -> None:
         self.num_values += 1
-        if self.num_values > MAX_VALUES or depth > MAX_DEPTH:
-            limit = f"{MAX_VALUES} values" if self.num_values > MAX_VALUES else f"{MAX_DEPTH} levels"
+        max_values = self.kind.max_values
+        if self.num_values > max_values or depth > MAX_DEPTH:
+            limit = f"{max_values:,} values" if self.num_values > max_values else f"{MAX_DEPTH} levels"
             message = f"the file has more than {limit} once its anchors are expanded"
             raise ConfigError([Problem(self.document.file, *_place(node), "", message)])
 

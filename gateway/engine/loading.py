@@ -29,7 +29,7 @@ from gateway.errors import LoadError
 from gateway.telemetry import metrics
 
 # On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
-_MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     dtype = choose_dtype(entry.dtype, device)
     runtime = choose_runtime(entry.runtime, device, checkpoint.model_type)
     max_tokens = _max_tokens(entry, checkpoint)
-    max_batch_tokens = entry.max_batch_tokens or _MAX_BATCH_TOKENS[device.partition(":")[0]]
+    max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[device.partition(":")[0]]
     tasks = _tasks(entry, checkpoint)
     missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
     if missing:

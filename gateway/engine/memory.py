@@ -28,8 +28,36 @@ class MemoryPlan:
         return self.weights_bytes + self.batch_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the memory of a model depends on.
+
+    Attributes:
+        num_weights: how many numbers its weights are.
+        hidden_width: width of a layer's input.
+        intermediate_width: width inside a layer's feed-forward.
+        num_heads: heads of its attention.
+    """
+
+    num_weights: int
+    hidden_width: int
+    intermediate_width: int
+    num_heads: int
+
+
 def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
-    """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``.
+    """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``."""
+    shape = Shape(
+        sum(_num_weights(path) for path in checkpoint.all_weights),
+        checkpoint.hidden_width,
+        checkpoint.intermediate_width,
+        checkpoint.num_heads,
+    )
+    return estimate_memory(shape, dtype, runtime, max_tokens, max_batch_tokens)
+
+
+def estimate_memory(shape: Shape, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
+    """Estimate the memory of a model of some shape.
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
     context, and the feed-forward's input before and after its activation: T * (6 * width + 2 * intermediate) numbers,
@@ -37,12 +65,11 @@ def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: in
     """
     size = DTYPE_BYTES[dtype]
     tokens = max(max_batch_tokens, max_tokens)
-    activations = tokens * (6 * checkpoint.hidden_width + 2 * checkpoint.intermediate_width)
-    scores = 0 if runtime == "torch-packed" else checkpoint.num_heads * max_tokens**2
+    activations = tokens * (6 * shape.hidden_width + 2 * shape.intermediate_width)
+    scores = 0 if runtime == "torch-packed" else shape.num_heads * max_tokens**2
     return MemoryPlan(
         # OpenVINO packs a copy from torch's float32 weights, which are there until it is done.
-        weights_bytes=sum(_num_weights(path) for path in checkpoint.all_weights)
-        * (size + DTYPE_BYTES["float32"] if runtime == "openvino" else size),
+        weights_bytes=shape.num_weights * (size + DTYPE_BYTES["float32"] if runtime == "openvino" else size),
         batch_bytes=(activations + scores) * size,
     )
 

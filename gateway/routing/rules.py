@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from gateway.backends.fleet import Fleet
 from gateway.config.registry import Experiment, Registry
@@ -11,7 +12,20 @@ from gateway.embedding import ModelInfo, ModelKind, canonical_task, known_task_n
 from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
 
 
-def broken_rules(registry: Registry, fleet: Fleet) -> list[str]:
+class Described(Protocol):
+    """A model whose checkpoint has been read, or not yet."""
+
+    @property
+    def info(self) -> ModelInfo | None: ...
+
+
+class Models(Protocol):
+    """A fleet, or what is known of one without loading it."""
+
+    def get(self, model_id: str) -> Described | None: ...
+
+
+def broken_rules(registry: Registry, fleet: Models) -> list[str]:
     """Return every rule that a registry breaks, in plain words.
 
     A model that is disabled or whose checkpoint cannot be read takes part in nothing that could break one: it is not
@@ -25,7 +39,7 @@ def broken_rules(registry: Registry, fleet: Fleet) -> list[str]:
     ]
 
 
-def _unknown_tasks(registry: Registry, fleet: Fleet) -> Iterator[str]:
+def _unknown_tasks(registry: Registry, fleet: Models) -> Iterator[str]:
     named = [(f"the alias {alias.name!r}", alias.model, alias.task) for alias in registry.aliases.values()]
     named += [
         (f"arm {arm.label!r} of the experiment {experiment.id!r}", arm.model, arm.task)
@@ -41,7 +55,7 @@ def _unknown_tasks(registry: Registry, fleet: Fleet) -> Iterator[str]:
             yield f"{what} names the task {task!r}, and model {model!r} knows only: {', '.join(allowed)}"
 
 
-def _foreign_fallbacks(registry: Registry, fleet: Fleet) -> Iterator[str]:
+def _foreign_fallbacks(registry: Registry, fleet: Models) -> Iterator[str]:
     for model, others in registry.fallbacks.items():
         for other in others:
             info, other_info = _info(fleet, model), _info(fleet, other)
@@ -49,7 +63,7 @@ def _foreign_fallbacks(registry: Registry, fleet: Fleet) -> Iterator[str]:
                 yield f"{other!r} cannot be a fallback of {model!r}: {reason}"
 
 
-def _foreign_arms(experiment: Experiment, fleet: Fleet) -> Iterator[str]:
+def _foreign_arms(experiment: Experiment, fleet: Models) -> Iterator[str]:
     if experiment.kind != "same_space":
         return
     control = experiment.control
@@ -74,7 +88,7 @@ def _foreign_arms(experiment: Experiment, fleet: Fleet) -> Iterator[str]:
             )
 
 
-def _mixed_kinds(registry: Registry, fleet: Fleet) -> Iterator[str]:
+def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
     """Yield what puts a model that embeds beside one that reranks: no request could be for both."""
     for experiment in registry.experiments:
         kinds = {arm.model: info.kind.value for arm in experiment.arms if (info := _info(fleet, arm.model)) is not None}
@@ -152,6 +166,6 @@ def _space(info: ModelInfo, task: str | None) -> str:
     return space_id(info, wanted, info.width, is_normalised=info.is_normalised)
 
 
-def _info(fleet: Fleet, model_id: str) -> ModelInfo | None:
+def _info(fleet: Models, model_id: str) -> ModelInfo | None:
     model = fleet.get(model_id)
     return None if model is None else model.info

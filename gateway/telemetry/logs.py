@@ -8,8 +8,10 @@ import sys
 import structlog
 from structlog.typing import Processor
 
+from gateway.telemetry.console import ConsoleRenderer, is_colored
+
 # Libraries whose INFO lines are about their own insides.
-_QUIET = ("infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "torch")
+_QUIET = ("infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "torch", "uvicorn.error")
 
 
 def configure_logs(level: str, style: str) -> None:
@@ -37,8 +39,7 @@ def configure_logs(level: str, style: str) -> None:
     )
     is_console = style == "console" or (style == "auto" and sys.stderr.isatty())
     rendering: list[Processor] = (
-        # The default prints local variables with a traceback: texts and keys.
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [ConsoleRenderer(has_colors=is_colored(sys.stderr))]
         if is_console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import structlog
 
 from gateway.access import keyring as keyring_module
 from gateway.access.keyring import Client, Keyring, key_digest, make_key
 from gateway.config.api_keys import KeyFile, load_key_file
 from gateway.config.settings import Settings
 from gateway.errors import ConfigError, Unauthorized
+from gateway.telemetry import metrics
 
 
 def write(path: Path, *entries: str) -> None:
@@ -27,9 +32,24 @@ def entry(name: str, key: str, more: str = "") -> str:
 
 
 @pytest.fixture
-def look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the file be looked at with every request."""
-    monkeypatch.setattr(keyring_module, "_LOOK_EVERY_S", 0.0)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the file be looked at a hundred times a second."""
+    monkeypatch.setattr(keyring_module, "_LOOK_EVERY_S", 0.01)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110  the keyring announces nothing
+            await asyncio.sleep(0.005)
+
+
+async def knows(keyring: Keyring, key: str) -> bool:
+    try:
+        await keyring.identify(key_digest(key), "")
+    except Unauthorized:
+        return False
+    return True
 
 
 async def test_without_keys_a_client_is_its_address() -> None:
@@ -47,7 +67,7 @@ async def test_several_keys_of_the_environment_and_the_file(tmp_path: Path) -> N
         entry("search", "one", ", models: [bge-m3], requests_per_minute: 60"),
         f"name: ingest, sha256: [{key_digest('two')}, {key_digest('three')}]",
     )
-    keyring = Keyring(Settings(api_keys="four,five", api_keys_file=path, tokens_per_minute=9))
+    keyring = Keyring(Settings(api_keys=["four", "five"], api_keys_file=path, tokens_per_minute=9))
 
     async def name_of(key: str) -> str:
         return (await keyring.identify(key_digest(key), "10.0.0.1")).name
@@ -82,31 +102,96 @@ async def test_a_key_ends_when_it_expires(tmp_path: Path) -> None:
         await keyring.identify(key_digest("one"), "")
 
 
-@pytest.mark.usefixtures("look_at_once")
-async def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("looks_often")
+async def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
     keyring = Keyring(Settings(api_keys_file=path))
+    assert await knows(keyring, "one")
 
     write(path, entry("a", "two"))
 
-    assert (await keyring.identify(key_digest("two"), "")).name == "a"
-    with pytest.raises(Unauthorized):
-        await keyring.identify(key_digest("one"), "")
+    await until(lambda: knows(keyring, "two"))
+    assert not await knows(keyring, "one")
+    await keyring.close()
 
 
-@pytest.mark.usefixtures("look_at_once")
-async def test_a_file_that_became_wrong_or_went_away_changes_nothing(tmp_path: Path) -> None:
+def reloads(outcome: str) -> float:
+    return metrics.KEY_RELOADS.labels(outcome)._value.get()
+
+
+@pytest.mark.usefixtures("looks_often")
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (write, "the file must be a mapping"),
+        (lambda path: path.unlink(), "the file does not exist"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "the file must be a regular file, and is a named pipe"),
+        (lambda path: (path.unlink(), path.mkdir()), "the file must be a regular file, and is a folder"),
+        (lambda path: path.write_bytes(b"#" * 2_000_000), "the file has 2,000,000 bytes, the limit is 1,048,576"),
+    ],
+    ids=["wrong", "gone", "named pipe", "folder", "huge"],
+)
+async def test_a_file_that_became_wrong_changes_nothing_and_is_told_once_without_a_request(
+    tmp_path: Path, spoil: Callable[[Path], object], reason: str
+) -> None:
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
     keyring = Keyring(Settings(api_keys_file=path))
+    refused, read = reloads("refused"), reloads("ok")
 
-    write(path)
-    assert (await keyring.identify(key_digest("one"), "")).name == "a"
-    path.unlink()
-    assert (await keyring.identify(key_digest("one"), "")).name == "a"
+    async def is_refused() -> bool:
+        return reloads("refused") > refused
+
+    with structlog.testing.capture_logs() as logged:
+        keyring.watch()
+        spoil(path)
+        await until(is_refused)
+        await asyncio.sleep(0.1)  # several more looks
+    assert reloads("refused") == refused + 1
+    (line,) = [one for one in logged if one["event"] == "api_keys_refused"]
+    assert reason in line["reason"]
+    assert "GATEWAY_API_KEYS_FILE" in line["reason"] or reason == "the file must be a mapping"
+    assert await knows(keyring, "one")
+
+    if path.is_dir():
+        path.rmdir()
     write(path, entry("b", "two"))
-    assert (await keyring.identify(key_digest("two"), "")).name == "b"
+    await until(lambda: knows(keyring, "two"))
+    assert reloads("ok") == read + 1
+    await keyring.close()
+
+
+async def test_a_named_pipe_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    os.mkfifo(path)
+
+    with pytest.raises(ConfigError, match="must be a regular file, and is a named pipe; GATEWAY_API_KEYS_FILE"):
+        Keyring(Settings(api_keys_file=path))
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_it_goes_on_looking_whatever_a_look_ran_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that was revoked would otherwise work until a restart."""
+    path = tmp_path / "keys.yaml"
+    write(path, entry("a", "one"))
+    keyring = Keyring(Settings(api_keys_file=path))
+    has_failed = asyncio.Event()
+
+    async def fail(_path: Path) -> None:
+        has_failed.set()
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as context, structlog.testing.capture_logs() as logged:
+        context.setattr(keyring, "_read_if_changed", fail)
+        keyring.watch()
+        await has_failed.wait()
+        await asyncio.sleep(0)
+    write(path, entry("a", "two"))
+
+    await until(lambda: knows(keyring, "two"))
+    assert "api_keys_not_looked_at" in {one["event"] for one in logged}
+    await keyring.close()
 
 
 def test_a_wrong_file_is_told_at_the_start(tmp_path: Path) -> None:
@@ -118,7 +203,7 @@ def test_keys_are_long_and_differ() -> None:
     keys = {make_key() for _ in range(100)}
 
     assert len(keys) == 100
-    assert min(map(len, keys)) == 46
+    assert set(map(len, keys)) == {47}
 
 
 def test_what_a_client_may_use() -> None:
@@ -127,23 +212,36 @@ def test_what_a_client_may_use() -> None:
     assert not Client("a", frozenset({"mem0"})).may_use("default", "bge-m3")
 
 
-@pytest.mark.usefixtures("look_at_once")
-async def test_others_go_on_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("looks_often")
+async def test_no_request_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
     keyring = Keyring(Settings(api_keys_file=path))
-    write(path, entry("b", "two"))
     begun, may_end = threading.Event(), threading.Event()
 
     def read_slowly(*arguments: object) -> KeyFile:
         begun.set()
-        assert may_end.wait(10)
+        assert may_end.wait(30)
         return load_key_file(path, {})
 
     monkeypatch.setattr(keyring_module, "load_key_file", read_slowly)
-    reader = asyncio.create_task(keyring.identify(key_digest("two"), ""))
-    await asyncio.to_thread(begun.wait, 10)
+    write(path, entry("b", "two"))
+    assert await knows(keyring, "one")  # which begins to look
+    assert await asyncio.to_thread(begun.wait, 30)
 
-    assert (await keyring.identify(key_digest("one"), "")).name == "a"
+    assert await knows(keyring, "one")
+    assert not await knows(keyring, "two")
     may_end.set()
-    assert (await reader).name == "b"
+    await until(lambda: knows(keyring, "two"))
+    await keyring.close()
+
+
+async def test_the_last_day_of_a_key_ends_at_its_moment(tmp_path: Path) -> None:
+    """At the moment itself the key has expired."""
+    path = tmp_path / "keys.yaml"
+    moment = datetime.now(UTC)
+    write(path, entry("old", "one", f", expires: '{moment.isoformat()}'"))
+    keyring = Keyring(Settings(api_keys_file=path))
+
+    assert not await knows(keyring, "one")
+    await keyring.close()

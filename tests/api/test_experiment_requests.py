@@ -304,7 +304,7 @@ async def test_metrics_have_the_experiment_and_the_arm(client: httpx.AsyncClient
 def test_the_command_asks_a_gateway_that_is_served(serve: Serve) -> None:
     """Over a real socket; how it prints what it hears is tested apart."""
     num_new = sum(arm_of(unit) == "new" for unit in UNITS)
-    with serve(experiments=[experiment()], api_keys="key-1") as (host, port):
+    with serve(experiments=[experiment()], api_keys=["key-1"]) as (host, port):
         url = f"http://{host}:{port}"
         for unit in UNITS:
             headers = {"authorization": "Bearer key-1", "x-unit": unit}

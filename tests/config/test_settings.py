@@ -53,9 +53,9 @@ def test_a_variable_sets_its_field(name: str, text: str, value: object) -> None:
 
 
 def test_api_keys_are_split_at_commas_and_not_shown() -> None:
-    settings = load_settings({"GATEWAY_API_KEYS": "alpha, beta"})
+    settings = load_settings({"GATEWAY_API_KEYS": "alpha-alpha, beta-beta"})
 
-    assert [key.get_secret_value() for key in settings.api_keys] == ["alpha", "beta"]
+    assert [key.get_secret_value() for key in settings.api_keys] == ["alpha-alpha", "beta-beta"]
     assert "alpha" not in repr(settings)
 
 
@@ -136,6 +136,34 @@ def test_an_empty_api_key_is_refused_without_showing_the_others(text: str) -> No
     assert problem.key == "GATEWAY_API_KEYS"
     assert "has an empty key" in problem.message
     assert "secret" not in problem.message
+
+
+def test_a_short_api_key_is_refused_without_showing_it() -> None:
+    (problem,) = problems_of({"GATEWAY_API_KEYS": "long-enough,short"})
+
+    assert problem.message == "key 2 must have 8 characters or more, got 5"
+
+
+@pytest.mark.parametrize(
+    ("environ", "overrides"),
+    [
+        ({"GATEWAY_PORT": "9000", "GATEWAY_ADMIN_PORT": "9000"}, {}),
+        ({"GATEWAY_ADMIN_PORT": "8000"}, {}),
+        ({"GATEWAY_ADMIN_PORT": "9001"}, {"port": 9001}),
+    ],
+)
+def test_the_operators_port_must_be_another_one(environ: dict[str, str], overrides: dict[str, int]) -> None:
+    """Both would be listened on, and the clients' would answer everything."""
+    (problem,) = problems_of(environ, **overrides)
+
+    assert problem.key == "GATEWAY_ADMIN_PORT"
+    assert "must differ from the port of the clients (GATEWAY_PORT), got " in problem.message
+
+
+def test_two_ports_that_are_any_free_ones_differ() -> None:
+    settings = load_settings({"GATEWAY_PORT": "0", "GATEWAY_ADMIN_PORT": "0"})
+
+    assert (settings.port, settings.admin_port) == (0, 0)
 
 
 def test_every_problem_is_told_at_once() -> None:

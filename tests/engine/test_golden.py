@@ -19,8 +19,9 @@ from gateway.cli import app
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import golden, loading
+from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.golden import MIN_COSINE, GoldenCheck, GoldenVector, compare, read, record, write
+from gateway.engine.golden import MIN_COSINE, Comparison, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import load_engine, load_reference, plan_load
 from gateway.errors import LoadError
@@ -410,11 +411,25 @@ def test_verify_tells_by_how_much_a_model_is_off(registry: Path, file: Path) -> 
     assert re.search(r"^tiny: [12] of (18|36) are off$", result.stdout, re.MULTILINE), result.stdout
 
 
-def test_every_stream_is_verified(entry: ModelEntry, file: Path) -> None:
-    checks = verify_model(entry, Settings(cpu_threads=2))
+def test_every_text_is_verified_once_by_the_worst_of_the_streams(
+    entry: ModelEntry, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
 
-    assert len(checks) == 2 * 3 * NUM_TEXTS
-    assert all(one.is_passed and one.what.startswith("cpu, ") for one in checks)
+    def compare_second_wrong(encoder: Encoder, vectors: Sequence[GoldenVector]) -> list[Comparison]:
+        seen.append(id(encoder))
+        found = compare(encoder, vectors)
+        return [replace(one, cosine=0.5) for one in found] if len(seen) == 2 else found
+
+    honest = verify_model(entry, Settings(cpu_threads=2))
+    monkeypatch.setattr("gateway.engine.golden.compare", compare_second_wrong)
+    broken = verify_model(entry, Settings(cpu_threads=2))
+
+    assert len(set(seen)) == 2
+    assert len({one.what for one in honest}) == len(honest) == 3 * NUM_TEXTS
+    assert all(one.is_passed and one.quantity == "cosine" for one in honest)
+    assert [one.measured for one in broken] == ["0.500000"] * len(honest)
+    assert not any(one.is_passed for one in broken)
 
 
 def test_verify_without_anything_to_check_fails(registry: Path) -> None:
@@ -422,7 +437,7 @@ def test_verify_without_anything_to_check_fails(registry: Path) -> None:
 
     assert result.exit_code == 1
     assert result.stderr == (
-        "unchecked: nothing to check: set `golden` in the registry and run `gateway verify unchecked --record`\n"
+        "unchecked: nothing to check: set `golden` in models.yaml and run `gateway verify unchecked --record`\n"
     )
 
 

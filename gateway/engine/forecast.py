@@ -1,0 +1,105 @@
+"""What would become of a model here, without loading or downloading anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.config.registry import ModelEntry
+from gateway.embedding import ModelInfo
+from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
+from gateway.engine.encoders.build import choose_runtime
+from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
+from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
+from gateway.engine.sources import download_bytes, is_at_hand
+from gateway.errors import LoadError
+
+_HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How a model would run, as far as that is known.
+
+    Attributes:
+        info: what it is; ``None`` before its checkpoint has been downloaded.
+        runtime: what would run the forward.
+        memory: what it would need on each of its devices; ``None`` where that is known after the download only.
+        download_bytes: what would be downloaded, 0 for nothing; ``None`` where the hub does not say.
+        download_note: why the size is not the hub's own, where it is not.
+    """
+
+    devices: tuple[str, ...]
+    dtype: str
+    runtime: str
+    info: ModelInfo | None = None
+    memory: MemoryPlan | None = None
+    download_bytes: int | None = 0
+    download_note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a checkpoint that has not been downloaded: sizes as published, rounded."""
+
+    shape: Shape
+    model_type: str
+    max_tokens: int
+    download_bytes: int
+
+
+# The two of `models.yaml` that come from the hub.
+_KNOWN = {
+    "jinaai/jina-embeddings-v3-hf": _Known(
+        Shape(572_000_000, 1024, 4096, 16), "jina_embeddings_v3", 8192, 1_200_000_000
+    ),
+    "BAAI/bge-m3": _Known(Shape(568_000_000, 1024, 4096, 16), "xlm-roberta", 8192, 2_300_000_000),
+}
+
+
+class Forecaster:
+    """Foretells one model after the other, each with the memory that those before leave."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, int] = {}
+
+    def forecast(self, entry: ModelEntry) -> Forecast:
+        """Return how a model of this process would run here.
+
+        Raises:
+            LoadError: it would not: its checkpoint cannot be served, or does not fit.
+        """
+        found = _planned(entry) if is_at_hand(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
+        if found.memory is not None:
+            for device in found.devices:
+                require_memory(found.memory, self.free_bytes(device), device)
+            for device in found.devices:
+                self._free[device] -= found.memory.total_bytes
+        return found
+
+    def free_bytes(self, device: str) -> int:
+        """Return the memory of a device that no model has been given yet."""
+        if device not in self._free:
+            self._free[device] = available_bytes(device)
+        return self._free[device]
+
+
+def _planned(entry: ModelEntry) -> Forecast:
+    plan = plan_load(entry, may_download=False)
+    return Forecast(plan.devices, plan.dtype, plan.runtime, plan.info, plan.memory)
+
+
+def _not_downloaded(entry: ModelEntry) -> Forecast:
+    known = _KNOWN.get(entry.source)
+    size, note = None if known is None else known.download_bytes, ""
+    try:
+        size = download_bytes(entry.source, entry.revision, _HUB_TIMEOUT_S)
+    except LoadError as error:
+        note = f"the model hub does not answer: {error}"
+    devices = choose_devices(entry.device)
+    dtype = choose_dtype(entry.dtype, devices[0])
+    runtime = choose_runtime(entry.runtime, devices[0], known.model_type if known else "")
+    memory = None
+    if known is not None:
+        max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
+        memory = estimate_memory(known.shape, dtype, runtime, entry.max_tokens or known.max_tokens, max_batch_tokens)
+    return Forecast(devices, dtype, runtime, memory=memory, download_bytes=size, download_note=note)

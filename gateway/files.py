@@ -1,0 +1,91 @@
+"""Read and write small files safely: a read never hangs, and a write never leaves half a file behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class UnsuitableFile(OSError):
+    """The path is there, and is not a file that can be read: a folder, a pipe, or too large. ``strerror`` says which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(0, reason)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, through links too; anything else is refused without waiting for it.
+
+    Raises:
+        UnsuitableFile: it is a named pipe, say, whose reader would wait forever for a writer.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UnsuitableFile(f"must be a regular file, and is {_KINDS.get(kind, 'something else')}")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a whole file of at most ``max_bytes``.
+
+    Raises:
+        UnsuitableFile: it is larger, or not a regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            size = os.fstat(file.fileno()).st_size
+            raise UnsuitableFile(f"has {size:,} bytes, the limit is {max_bytes:,}")
+    return content
+
+
+def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -> None:
+    """Write a file beside its place and rename it there: a reader, or a crash, sees the old one or the new one.
+
+    A file that is replaced passes its permissions and its owner on; where the path is a link, the file behind it is
+    replaced.
+
+    Args:
+        mode: permissions of a new file, less the process's umask.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path = path.resolve()
+    before = path.stat() if path.exists() else None
+    if before is not None and not stat.S_ISREG(before.st_mode):
+        raise UnsuitableFile(
+            f"must be a regular file, and is {_KINDS.get(stat.S_IFMT(before.st_mode), 'something else')}"
+        )
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if before is not None:
+                with suppress(PermissionError):  # only the owner's to give away
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+            file.writelines([content.encode()] if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(descriptor)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
