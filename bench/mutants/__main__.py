@@ -27,16 +27,18 @@ def main() -> int:
     project: Path = arguments.project.resolve()
     folder = RESULTS / "mutants" if project == ROOT else project / "results"
     modules = [_path_of(project, name) for name in arguments.modules or CORE]
+    entries = read_equivalents(arguments.equivalent)
     options = Options(arguments.sample, arguments.seed, arguments.budget, is_own_only=arguments.own)
-    records = Records(project, folder / "records")
     results: list[ModuleResult] = []
-    with workspaces(arguments.jobs, project) as copies:
-        preload(copies[0], all_tests(project))
+    with workspaces(arguments.jobs + 1, project) as (snapshot, *copies):
+        # The checkout may change meanwhile: what is read, and what runs, is as it was at the start.
+        records = Records(snapshot.root, folder / "records")
+        preload(snapshot, all_tests(snapshot.root))
         if arguments.record:
-            record(copies, records, all_tests(project), is_forced=True)
+            record(copies, records, all_tests(snapshot.root), is_forced=True)
         if arguments.modules or not arguments.record:
             for module in modules:
-                result = score(copies, records, project, module, options, read_equivalents(arguments.equivalent))
+                result = score(copies, records, snapshot.root, module, options, entries)
                 print_result(result)
                 save_result(folder, result)
                 results.append(result)

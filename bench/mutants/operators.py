@@ -36,9 +36,12 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 _OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 _LOG_METHODS = {"debug", "info", "warning", "error", "exception"}
 _LOGS = {"log", "_log", "logger", "_logger"}
-_COMMUTATIVE = {"max", "min", "gcd"}
-# One more or less of a number above it is no fault that a test should find.
+_COMMUTATIVE = {"max", "min", "suppress"}
+_ENCODINGS = {"utf-8", "ascii"}  # Python takes nearly any spelling
+# One more or less of a number above it is no fault that a test should find; nor is a little more of a figure that was
+# tuned, which a constant of a module is.
 _MAX_STEPPED = 100
+_MUCH = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,9 @@ class _Collector(ast.NodeVisitor):
         if isinstance(node.func, ast.Name) and node.func.id in ("cast", "TypeVar", "getLogger"):
             for argument in node.args[1:]:
                 self.visit(argument)
+        elif isinstance(node.func, ast.Name) and node.func.id == "zip":
+            for argument in node.args:  # and not `strict`, which is an assertion
+                self.visit(argument)
         elif not _is_log_call(node):
             self.generic_visit(node)
 
@@ -207,10 +213,21 @@ class _Collector(ast.NodeVisitor):
             if isinstance(node, kind):
                 for operator, new in mutate(node):
                     if not (self._is_error and isinstance(node, ast.Constant)):
-                        self._add(operator, node, new)
+                        self._add(operator, node, self._as_constant(node, new))
         if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
             for test in (test for generator in node.generators for test in generator.ifs):
                 self._add("condition", test, "True")
+
+    def _as_constant(self, node: ast.expr, new: ast.expr) -> ast.expr:
+        """Return what a number that is tuned becomes: that of a module's constant, which has capital letters."""
+        match self._statements[-1], node, new:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Constant(value=float() | int() as value),
+                ast.Constant(),
+            ) if name.isupper() and not isinstance(value, bool):
+                return ast.Constant(value * _MUCH or _MUCH)
+        return new
 
 
 def _is_left_alone(node: ast.stmt) -> bool:
@@ -286,7 +303,7 @@ def _constant(node: ast.Constant) -> _Changes:
             yield "off by one", ast.Constant(value - 1)
     elif isinstance(value, float):
         yield "constant", ast.Constant(value * 2 or 1.0)
-    elif isinstance(value, str) and " " not in value:
+    elif isinstance(value, str) and " " not in value and value not in _ENCODINGS:
         yield "constant", ast.Constant(value + "~" if value else "mutant")
 
 

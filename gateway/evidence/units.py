@@ -68,6 +68,6 @@ class LatencyHistogram:
         seen = 0
         for bucket, count in enumerate(self._counts):
             seen += count
-            if count and seen >= wanted:
+            if seen >= wanted:
                 return self._LEAST_S * math.exp((bucket - 0.5) * self._GROWTH) if bucket else self._LEAST_S
         return None

@@ -6,33 +6,54 @@ import asyncio
 import contextlib
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from gateway.access.keyring import Client
 from gateway.access.quotas import Quotas, Ticket
-from gateway.access.windows import ProcessStorage
 from gateway.errors import ClientDisconnected, ConfigError, RateLimited
 from gateway.telemetry import metrics
 from tests.peers import find
 
 
+@dataclass(frozen=True, slots=True)
+class Redis:
+    """Where a Redis listens."""
+
+    uri: str
+    socket: Path
+
+
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run a Redis, and return where it is."""
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """Run a Redis, and return where it listens."""
     server = find("redis-server", "redis-server")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("redis")
     command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    command += ["--unixsocket", str(folder / "socket")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             _wait_until_it_listens(port)
-            yield f"redis://127.0.0.1:{port}/0"
+            yield Redis(f"redis://127.0.0.1:{port}/0", folder / "socket")
         finally:
             process.terminate()
+
+
+@pytest.fixture
+def redis(redis_server: Redis) -> str:
+    return redis_server.uri
+
+
+@pytest.fixture
+def redis_socket(redis_server: Redis) -> Path:
+    return redis_server.socket
 
 
 def _wait_until_it_listens(port: int) -> None:
@@ -107,8 +128,12 @@ async def test_tokens_are_charged_as_they_were_used(quotas: Quotas) -> None:
     assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("100", "40")
     headers = await use(quotas, one, 60)  # what one request takes may go over
     assert headers["x-ratelimit-remaining-tokens"] == "0"
-    with pytest.raises(RateLimited, match="may use 100 tokens a minute"):
-        await quotas.admit(one, {})
+    refused: dict[str, str] = {}
+    with pytest.raises(RateLimited, match="100 tokens a minute, and those of this minute are used: wait") as caught:
+        await quotas.admit(one, refused)
+    assert caught.value.retry_after_s is not None
+    assert 50 < caught.value.retry_after_s <= 60
+    assert refused["x-ratelimit-remaining-tokens"] == "0"
 
 
 async def test_requests_that_run_keep_tokens_aside() -> None:
@@ -225,21 +250,33 @@ async def test_a_storage_that_hangs_holds_one_request_up_and_no_other(connect: C
     assert time.monotonic() - started < 20  # a hundred time-outs would be 50 s
 
 
-async def test_counters_in_this_process_end_and_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr("gateway.access.windows.time.time", lambda: now)
-    storage = ProcessStorage()
+async def test_redis_may_listen_at_a_socket_of_the_file_system(
+    connect: Callable[[str], Quotas], redis_socket: Path
+) -> None:
+    quotas, one = connect(f"unix://{redis_socket}"), client(requests_per_minute=2)
 
-    assert [await storage.incr(f"{number}", 60) for number in range(1000)] == [1] * 1000
-    assert await storage.incr("0", 60, amount=4) == 5
-    assert (await storage.get("0"), await storage.get_expiry("0")) == (5, 1060.0)
-    now = 1061.0
-    assert (await storage.get("0"), await storage.get_expiry("0")) == (0, 1061.0)
-    assert await storage.incr("0", 60) == 1
-    assert len(storage) == 1
+    assert [(await use(quotas, one))["x-ratelimit-remaining-requests"] for _ in range(2)] == ["1", "0"]
+    with pytest.raises(RateLimited):
+        await quotas.admit(one, {})
+
+
+async def test_a_client_without_a_limit_of_tokens_keeps_none_aside(quotas: Quotas) -> None:
+    ticket = await quotas.admit(client(requests_per_minute=2), {})
+
+    async with quotas.reserve(ticket, ["x" * 200], 512):
+        await quotas.charge(ticket, 10**9)
+
+    assert set(ticket.headers) == {f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset")}
 
 
 @pytest.mark.parametrize("uri", ["nowhere://", "redis", "etcd://127.0.0.1:2379", ""])
 def test_a_storage_that_there_is_not_is_told_at_the_start(uri: str) -> None:
-    with pytest.raises(ConfigError, match="GATEWAY_QUOTA_STORAGE"):
+    with pytest.raises(ConfigError, match=r"^environment: GATEWAY_QUOTA_STORAGE: must be `memory://` or begin with "):
         Quotas(uri)
+
+
+def test_a_package_that_is_not_installed_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+
+    with pytest.raises(ConfigError, match=r"^environment: GATEWAY_QUOTA_STORAGE: .* pip install 'embedding-gateway\[r"):
+        Quotas("redis://127.0.0.1/0")

@@ -145,6 +145,18 @@ def test_units_survive_a_restart_and_requests_do_not(
     assert len(list(read_exposures(log.files()))) == 6
 
 
+def test_units_are_hashes_of_sixty_four_bits(
+    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    log = open_log(tmp_path)
+    evidence = Evidence(log)
+    for unit in (0, 2**64 - 1, 0xFEDCBA9876543210, 2**64 - 1):
+        evidence.record(make_observation(unit))
+
+    assert units(evidence.report(make_experiment(1, 1), GENERATION)) == [3, 0]
+    assert units(Evidence(log).report(make_experiment(1, 1), GENERATION)) == [3, 0]
+
+
 def test_the_units_of_several_logs_are_united(
     tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
 ) -> None:

@@ -198,6 +198,40 @@ def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> No
     assert list(read_exposures([path])) == [FIRST]
 
 
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+def test_lines_that_are_lost_are_told_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 1000.0
+    monkeypatch.setattr("gateway.evidence.exposures.time.monotonic", lambda: seconds)
+    (tmp_path / "x.jsonl").symlink_to(FULL_DISK)
+    log = open_log(tmp_path / "x.jsonl")
+
+    with capture_logs() as lines:
+        for seconds in (1000.0, 1059.0, 1061.0, 1100.0, 1122.0):  # noqa: B007  the clock reads it
+            log.write(FIRST)
+
+    assert [line["event"] for line in lines] == ["exposure_not_written"] * 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\n"])
+def test_a_file_that_was_hardly_begun_is_continued(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+
+    open_log(path).write(FIRST)
+
+    assert list(read_exposures([path])) == [FIRST]
+
+
+def test_a_log_that_is_closed_closes_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    log = open_log(path)
+    log.write(FIRST)
+
+    log.close()
+
+    assert path.name not in open_files()
+
+
 def test_a_log_that_is_let_go_closes_its_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     log = open_log(path)

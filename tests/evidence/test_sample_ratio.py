@@ -44,6 +44,8 @@ def test_an_arm_that_loses_a_twentieth_of_its_units_is_found() -> None:
     assert ratio.is_mismatch
     assert ratio.p is not None
     assert ratio.p < 1e-6
+    assert ratio.chi2 is not None
+    assert (ratio.degrees, ratio.chi2 > 20) == (1, True)
     assert ratio.verdict.startswith("sample ratio mismatch (p = ")
     assert "do not trust a comparison of the arms" in ratio.verdict
 
@@ -55,11 +57,14 @@ def test_honest_splits_are_hardly_ever_called_a_mismatch() -> None:
     assert not any(check_sample_ratio([num, 1_000 - num], [0.3, 0.7]).is_mismatch for num in splits)
 
 
-@pytest.mark.parametrize("units", [[0, 0], [9, 0], [5, 4]])
-def test_below_five_expected_units_in_an_arm_nothing_is_told(units: list[int]) -> None:
-    ratio = check_sample_ratio(units, [0.5, 0.5])
+@pytest.mark.parametrize(
+    ("units", "shares"),
+    [([0, 0], [0.5, 0.5]), ([9, 0], [0.5, 0.5]), ([5, 4], [0.5, 0.5]), ([96, 3], [0.96, 0.04])],
+)
+def test_below_five_expected_units_in_an_arm_nothing_is_told(units: list[int], shares: list[float]) -> None:
+    ratio = check_sample_ratio(units, shares)
 
-    assert (ratio.p, ratio.chi2, ratio.is_mismatch) == (None, None, False)
+    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.is_mismatch) == (None, None, 1, False)
     assert ratio.verdict == f"too few units to tell: {sum(units)}"
 
 
@@ -74,14 +79,14 @@ def test_an_arm_without_weight_and_units_is_left_out() -> None:
 def test_a_unit_in_an_arm_without_weight_is_a_mismatch() -> None:
     ratio = check_sample_ratio([50, 50, 1], [0.5, 0.5, 0.0])
 
-    assert (ratio.is_mismatch, ratio.p) == (True, 0.0)
+    assert (ratio.is_mismatch, ratio.p, ratio.chi2, ratio.degrees) == (True, 0.0, None, 0)
     assert "an arm of weight 0 has units" in ratio.verdict
 
 
 def test_a_single_arm_with_weight_needs_no_test() -> None:
     ratio = check_sample_ratio([100, 0], [1.0, 0.0])
 
-    assert (ratio.p, ratio.is_mismatch) == (None, False)
+    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.is_mismatch) == (None, None, 0, False)
     assert "nothing to test" in ratio.verdict
 
 
@@ -101,6 +106,5 @@ def test_counts_as_the_weights_ask_are_no_mismatch(arms: list[tuple[int, float]]
 def test_an_arm_whose_count_has_ended_is_no_mismatch() -> None:
     ratio = check_sample_ratio([MAX_UNITS, MAX_UNITS // 2], [0.9, 0.1])
 
-    assert not ratio.is_mismatch
-    assert ratio.p is None
+    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.is_mismatch) == (None, None, 1, False)
     assert "counted up to 8,000,000" in ratio.verdict

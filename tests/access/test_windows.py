@@ -1,0 +1,90 @@
+"""The counters that end by themselves, as ``limits`` uses them."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.access.windows import ProcessStorage
+
+
+class Clock:
+    """What ``time.time`` says."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("gateway.access.windows.time.time", clock)
+    return clock
+
+
+async def test_a_counter_adds_up_until_its_end_and_then_begins_again(clock: Clock) -> None:
+    storage = ProcessStorage()
+
+    assert await storage.incr("a", 60) == 1
+    clock.now = 1059.0
+    assert await storage.incr("a", 60, amount=4) == 5
+    assert (await storage.get("a"), await storage.get_expiry("a")) == (5, 1060.0)
+    clock.now = 1060.0
+    assert (await storage.get("a"), await storage.get_expiry("a")) == (0, 1060.0)
+    assert await storage.incr("a", 60) == 1
+    assert await storage.get_expiry("a") == 1120.0
+
+
+async def test_a_counter_that_ends_while_others_are_kept_begins_again(clock: Clock) -> None:
+    """Between two sweeps it is still there."""
+    storage = ProcessStorage()
+    await storage.incr("a", 10, amount=7)
+
+    clock.now = 1010.0
+
+    assert await storage.incr("a", 10) == 1
+    assert await storage.get_expiry("a") == 1020.0
+
+
+async def test_what_was_never_counted_is_zero_and_ends_now(clock: Clock) -> None:
+    storage = ProcessStorage()
+
+    assert (await storage.get("a"), await storage.get_expiry("a")) == (0, 1000.0)
+    assert len(storage) == 0
+
+
+async def test_counters_that_have_ended_are_thrown_away_twice_a_minute_at_most(clock: Clock) -> None:
+    """To go through all of them at each request is what ``limits``' own storage does."""
+    storage = ProcessStorage()
+    for number in range(100):
+        await storage.incr(f"{number}", 10)
+
+    clock.now = 1029.0
+    await storage.incr("new", 60)
+    assert len(storage) == 101
+    clock.now = 1030.0
+    await storage.incr("new", 60)
+    assert len(storage) == 1
+    await storage.incr("short", 10)
+    clock.now = 1059.0
+    await storage.incr("new", 60)
+    assert len(storage) == 2
+    clock.now = 1060.0
+    await storage.incr("new", 60)
+    assert (len(storage), await storage.get("new")) == (1, 4)
+
+
+async def test_counters_can_be_ended_one_by_one_and_all_at_once(clock: Clock) -> None:
+    storage = ProcessStorage()
+    for name in "abc":
+        await storage.incr(name, 60)
+
+    await storage.clear("a")
+    await storage.clear("never counted")
+
+    assert [await storage.get(name) for name in "abc"] == [0, 1, 1]
+    assert await storage.reset() == 2
+    assert len(storage) == 0
+    assert await storage.check() is True
+    assert await storage.incr("a", 60) == 1
