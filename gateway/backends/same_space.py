@@ -35,7 +35,7 @@ async def adopted(info: ModelInfo, backend: Backend, other: Model | None) -> Mod
         LoadError: it does not equal it, or that cannot be found out.
     """
     if other is None or other.info is None:
-        raise LoadError("what that is is not known: it has not been read")
+        raise LoadError("the model it refers to has not been loaded, so there is nothing to compare with")
     theirs = other.info
     if problem := _difference(info, theirs):
         raise LoadError(problem)
@@ -65,6 +65,8 @@ def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
         return f"its default task is {info.default_task}, and that of {theirs.id} is {theirs.default_task}"
     if info.width != theirs.width:
         return f"its vectors have {info.width} dimensions, and those of {theirs.id} {theirs.width}"
+    if not theirs.is_normalised and not info.has_raw:
+        return f"{theirs.id} does not normalize its vectors, and the vectors of this model come normalized"
     return ""
 
 
@@ -90,6 +92,7 @@ async def _ask(backend: Backend, tasks: Iterable[str | None]) -> _Known:
     for task in tasks:
         job = EmbedJob(golden.TEXTS, task, Truncate.END, time.monotonic() + _PATIENCE_S, caller="same space")
         vectors = (await backend.embed(job)).vectors
-        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        with np.errstate(all="ignore"):  # a vector of zeros becomes NaN, which no cosine agrees with
+            unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         found |= {(text, task): row for text, row in zip(golden.TEXTS, unit, strict=True)}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
@@ -38,10 +39,16 @@ def _hide(value: object) -> object:
     return SecretStr(key)
 
 
+def _check_extra(value: object) -> object:
+    if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not isfinite(value)):
+        raise ValueError(f"must be text, a number, `true`, `false` or `null`, got {describe(value)}")
+    return value
+
+
 BaseUrl: TypeAlias = Annotated[str, AfterValidator(_check_url)]
 Secret: TypeAlias = Annotated[SecretStr, BeforeValidator(_hide)]
 PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Extra: TypeAlias = str | int | float | bool | None
+Extra: TypeAlias = Annotated[str | int | float | bool | None, BeforeValidator(_check_extra)]
 """The value of a further field of each request; ``None``: a field that is left out."""
 
 # The gateway writes these itself.

@@ -1,0 +1,191 @@
+"""Where a model runs elsewhere: what may stand in an entry's ``upstream``, and what is said of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.config.registry import load_registry
+from gateway.config.upstream import Upstream
+from gateway.errors import ConfigError
+
+URL = "http://gpu:8000/v1"
+
+
+def read(tmp_path: Path, lines: str, backend: str = "openai", more: str = "", **environ: str) -> Upstream:
+    """Read a file whose only model has this ``upstream``, in YAML's short form."""
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        f"version: 1\nmodels:\n  - id: far\n    backend: {backend}\n    source: acme/embed\n    upstream: {lines}\n{more}"
+    )
+    upstream = load_registry(path, environ).model("far").upstream
+    assert upstream is not None
+    return upstream
+
+
+def problem(tmp_path: Path, lines: str, backend: str = "openai", more: str = "", **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, lines, backend, more, **environ)
+    [found] = caught.value.problems
+    assert found.line >= 3
+    return f"{found.key}: {found.message}"
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        (URL, URL),
+        (f"{URL}/", URL),
+        ("https://api.example.com", "https://api.example.com"),
+        ("http://[::1]:8080/a/b", "http://[::1]:8080/a/b"),
+        ("HTTP://gpu:8000", "HTTP://gpu:8000"),
+    ],
+)
+def test_a_base_url_is_kept_without_its_last_slash(tmp_path: Path, url: str, kept: str) -> None:
+    assert read(tmp_path, f'{{urls: ["{url}"]}}').urls == (kept,)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gpu:8000",
+        "gpu",
+        "",
+        "ftp://gpu",
+        "http://",
+        "http://:8000",
+        "http://gpu:99999",
+        "http://gpu:0",
+        "http://gpu:x",
+        "http://[::1",
+        "http://gpu/v1?key=1",
+        "http://gpu/v1#x",
+        "http://g pu/v1",
+    ],
+)
+def test_what_is_not_a_base_url_is_refused(tmp_path: Path, url: str) -> None:
+    found = problem(tmp_path, f'{{urls: ["{url}"]}}')
+
+    assert "must be a URL such as `http://gpu:8080` or `http://gpu:8000/v1`, got" in found
+    assert found.startswith("models[0].upstream.urls[0]")
+
+
+@pytest.mark.parametrize("user", ["user:secret", "user", ":secret"])
+def test_a_password_in_a_url_is_refused_and_not_shown(tmp_path: Path, user: str) -> None:
+    found = problem(tmp_path, f'{{urls: ["http://{user}@gpu:8000"]}}')
+
+    assert "must not hold a user or a password; use `api_key`" in found
+    assert "secret" not in found
+
+
+def test_servers_are_distinct_and_there_is_one(tmp_path: Path) -> None:
+    assert "at least one" in problem(tmp_path, "{urls: []}")
+    assert "twice" in problem(tmp_path, f"{{urls: [{URL}, {URL}/]}}")
+
+
+def test_a_key_is_kept_from_sight(tmp_path: Path) -> None:
+    upstream = read(tmp_path, f"{{urls: [{URL}], api_key: '${{KEY}}'}}", KEY="sk-secret\n")
+
+    assert upstream.api_key is not None
+    assert upstream.api_key.get_secret_value() == "sk-secret"  # a mounted secret ends with a line break
+    assert "sk-secret" not in repr(upstream)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("''", "must be text, such as `${VLLM_API_KEY}`, got nothing"),
+        ("'  '", "must be text"),
+        ("17", "must be text, such as `${VLLM_API_KEY}`, got the number `17`"),
+        ("[a]", "must be text"),
+        ('"a\\nb"', "must be printable ASCII"),
+        ("'schlüssel'", "must be printable ASCII"),
+    ],
+)
+def test_what_cannot_be_a_key_is_refused(tmp_path: Path, key: str, message: str) -> None:
+    found = problem(tmp_path, f"{{urls: [{URL}], api_key: {key}}}")
+
+    assert message in found
+    assert "schlüssel" not in found
+    assert found.startswith("models[0].upstream.api_key")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("extra_body: {model: x}", "`extra_body` must not hold `model`, which the gateway sends itself"),
+        ("extra_body: {input: x}", "`extra_body` must not hold `input`"),
+        ("extra_body: {inputs: x}", "`extra_body` must not hold `inputs`"),
+        (
+            "extra_body: {encoding_format: binary}",
+            "`extra_body.encoding_format` must be `base64`, `float` or `null`, got",
+        ),
+        ("extra_body: {encoding_format: 8}", "got the number `8`"),
+        ("extra_body: {a: [1]}", "extra_body.a: must be text, a number, `true`, `false` or `null`, got a list"),
+        (
+            "extra_body: {a: .nan}",
+            "extra_body.a: must be text, a number, `true`, `false` or `null`, got the number `nan`",
+        ),
+        ("task_field: input_type", "`task_field` needs `tasks`"),
+        ("task_field: input, tasks: {query: q}", "`task_field` must not be `input`"),
+        ("task_field: '', tasks: {query: q}", "task_field"),
+        ("timeout_s: 0", "timeout_s"),
+        ("max_retries: -1", "max_retries"),
+        ("max_batch_texts: 0", "max_batch_texts"),
+        ("tasks: {query: ''}", "tasks"),
+        ("retries: 3", "retries"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["openai", "tei"])
+def test_what_cannot_be_sent_is_refused(tmp_path: Path, backend: str, lines: str, message: str) -> None:
+    assert message in problem(tmp_path, f"{{urls: [{URL}], {lines}}}", backend)
+
+
+def test_fields_may_be_set_left_out_and_named(tmp_path: Path) -> None:
+    lines = (
+        f"{{urls: [{URL}], task_field: input_type, tasks: {{query: q}}, "
+        "extra_body: {encoding_format: null, truncate: true, dimensions: 256, input_type: passage}}"
+    )
+    upstream = read(tmp_path, lines)
+
+    assert dict(upstream.extra_body) == {
+        "encoding_format": None,
+        "truncate": True,
+        "dimensions": 256,
+        "input_type": "passage",
+    }
+    assert (upstream.task_field, dict(upstream.tasks)) == ("input_type", {"query": "q"})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            "    prompts: {query: 'q: '}\n",
+            "`prompts` are put before texts here and `upstream.tasks` are applied by",
+        ),
+        ("    device: cpu\n", "`device` cannot be set here for `backend: openai`: the servers decide that"),
+        ("    outputs: [sparse]\n", "`outputs` must be `[dense]` for `backend: openai`"),
+        ("    revision: main\n", "must be a commit, 40 lowercase hex digits"),
+    ],
+)
+def test_what_of_an_entry_the_servers_decide_is_refused(tmp_path: Path, more: str, message: str) -> None:
+    assert message in problem(tmp_path, f"{{urls: [{URL}], tasks: {{query: q}}}}", more=more)
+
+
+def test_a_backend_and_its_upstream_belong_together(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    for lines, message in [
+        ("backend: openai, source: acme/embed", "`backend: openai` needs `upstream` with the `urls` of the servers"),
+        (f"source: ./near, upstream: {{urls: [{URL}]}}", "`upstream` is for models that run elsewhere"),
+        ("source: ./near, same_space_as: other", "`same_space_as` is for models that run elsewhere"),
+        (
+            f"backend: tei, source: '', upstream: {{urls: [{URL}]}}",
+            "must be the name that the servers know the model by",
+        ),
+    ]:
+        path.write_text(f"version: 1\nmodels:\n  - {{id: far, {lines}}}\n  - {{id: other, source: ./other}}\n")
+        with pytest.raises(ConfigError, match="models") as caught:
+            load_registry(path, {})
+        assert message in str(caught.value)
