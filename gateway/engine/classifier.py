@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gateway.engine.json_files import Json, read_json
+from gateway.engine.json_files import Json
 from gateway.errors import LoadError
 
 # transformers' numbers of labels and segments where a configuration says nothing.
@@ -49,18 +49,21 @@ class Classifier:
 
 
 def read_classifier(folder: Path, config: Mapping[str, Json]) -> Classifier | None:
-    """Return the head of a checkpoint that scores pairs; ``None`` for a model that embeds.
+    """Return the head of a checkpoint that scores pairs; ``None`` if its class is not one of those that are known.
 
     Args:
-        config: what ``config.json`` holds.
+        config: what ``config.json`` holds, in transformers' words.
 
     Raises:
-        LoadError: the model classifies into several labels.
+        LoadError: the model classifies into several labels, or with code of its own.
     """
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(name, str) or name not in ARCHITECTURES or _has_pooling(folder / "modules.json"):
+    name = architecture(config)
+    if name not in ARCHITECTURES:
         return None
+    if own_class(config, "AutoModelForSequenceClassification") is not None:
+        raise LoadError(
+            f"{folder}: {name} has code of its own (auto_map), and may score in another way than transformers'"
+        )
     labels = config.get("id2label")
     num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", _DEFAULT_LABELS)
     if num_labels != 1:
@@ -68,7 +71,7 @@ def read_classifier(folder: Path, config: Mapping[str, Json]) -> Classifier | No
             f"{folder}: {name} with {num_labels} labels is not supported: a model that reranks has 1, the score of a pair"
         )
     if name != "ModernBertForSequenceClassification":
-        return replace(ARCHITECTURES[name], has_segments=config.get("type_vocab_size", _DEFAULT_SEGMENTS) != 1)
+        return replace(ARCHITECTURES[name], has_segments=config.get("type_vocab_size", _DEFAULT_SEGMENTS) not in (0, 1))
     pooling, eps = config.get("classifier_pooling", "cls"), config.get("norm_eps", _DEFAULT_NORM_EPS)
     if pooling not in ("cls", "mean") or not isinstance(eps, int | float):
         raise LoadError(f"{folder}/config.json: classifier_pooling {pooling!r} or norm_eps {eps!r} is not supported")
@@ -89,8 +92,17 @@ ARCHITECTURES = {
 """The heads that are known, by transformers' class; ModernBERT's differs with its configuration."""
 
 
-def _has_pooling(modules: Path) -> bool:
-    """Tell whether sentence-transformers' files make vectors of what transformers' class would classify."""
-    rows = read_json(modules) if modules.exists() else None
-    kinds = [str(row.get("type")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return any(kind.rsplit(".", 1)[-1] == "Pooling" for kind in kinds)
+def architecture(config: Mapping[str, Json]) -> str | None:
+    """Return transformers' class of the whole model; ``None`` where the configuration names none."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    return name if isinstance(name, str) and name else None
+
+
+def own_class(config: Mapping[str, Json], auto_class: str) -> str | None:
+    """Return the name of the checkpoint's own class for one of transformers' ``Auto`` classes."""
+    classes = config.get("auto_map")
+    value = classes.get(auto_class) if isinstance(classes, dict) else None
+    if isinstance(value, list):  # a tokenizer's, slow and fast
+        value = next((name for name in value if name), None)
+    return value.rpartition(".")[2] if isinstance(value, str) else None

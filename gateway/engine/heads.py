@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,7 +9,6 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
@@ -18,6 +16,8 @@ from transformers.activations import ACT2FN
 from gateway.embedding import MultiVector, SparseVector
 from gateway.engine.checkpoint import Checkpoint
 from gateway.engine.classifier import Classifier
+from gateway.engine.files import weights_files
+from gateway.engine.modules import read_dense
 from gateway.engine.states import TokenStates
 from gateway.engine.weights import read_tensors
 from gateway.errors import LoadError
@@ -27,7 +27,10 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.
 
 
 class DenseHead(nn.Module):
-    """Pooling, then the checkpoint's linear layers, if it has any; all in float32."""
+    """Pooling, then the checkpoint's linear layers, if it has any, then a cut to its width; all in float32.
+
+    The cut is sentence-transformers' ``truncate_dim``: all but the first dimensions go.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -38,10 +41,7 @@ class DenseHead(nn.Module):
             linear, activation = _load_dense(folder, width)
             self.layers.append(nn.Sequential(linear, activation))
             width = linear.out_features
-        if width != checkpoint.width:
-            raise LoadError(
-                f"{checkpoint.folder}: the vectors have {width} dimensions, promised are {checkpoint.width}"
-            )
+        self._cut_to = checkpoint.width if checkpoint.width < width else None
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
         """Return the vectors of a batch, ``(n, width)`` float32: one a text, or one for each of its spans."""
@@ -54,7 +54,7 @@ class DenseHead(nn.Module):
             ]
             pooled = states.pool_spans(whole)
         vectors: torch.Tensor = self.layers(pooled)
-        return vectors
+        return vectors if self._cut_to is None else vectors[:, : self._cut_to]
 
 
 class SparseHead(nn.Module):
@@ -163,26 +163,27 @@ def _require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
 
 def _load_dense(folder: Path, num_in: int) -> tuple[nn.Linear, nn.Module]:
     """Load one of sentence-transformers' ``Dense`` modules."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = {str(config.get(f"module_{end}_name") or "sentence_embedding") for end in ("input", "output")}
-    if config.get("use_residual") or names != {"sentence_embedding"}:
+    config = read_dense(folder)
+    if config.activation not in _ACTIVATIONS:
         raise LoadError(
-            f"{folder}: only a plain layer behind the pooling is supported: no use_residual, no other names"
+            f"{folder}: activation {config.activation} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
-    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
-    if activation not in _ACTIVATIONS:
-        raise LoadError(f"{folder}: activation {activation} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     try:
-        path = folder / "model.safetensors"
-        if path.exists():
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        tensors = read_tensors(weights_files(folder))
         linear = _linear(tensors["linear.weight"], tensors.get("linear.bias"))
+    except LoadError:
+        raise
     except Exception as error:  # as above
         raise LoadError(f"{folder}: not a Dense layer that can be read: {error}") from error
+    expected = {"linear.weight", "linear.bias"} if config.has_bias else {"linear.weight"}
+    if tensors.keys() != expected:
+        raise LoadError(
+            f"{folder}: holds {', '.join(sorted(tensors))}, but its configuration {', '.join(sorted(expected))}"
+        )
     _require_inputs(folder, linear, num_in)
-    return linear, _ACTIVATIONS[activation]()
+    if linear.out_features != config.width:
+        raise LoadError(f"{folder}: the vectors have {linear.out_features} dimensions, promised are {config.width}")
+    return linear, _ACTIVATIONS[config.activation]()
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

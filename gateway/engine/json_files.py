@@ -11,14 +11,17 @@ from gateway.errors import LoadError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+
 
 def read_json(path: Path) -> Json:
     try:
         content: Json = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LoadError(f"{path}: no such file; is this a checkpoint folder?") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not readable as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        what = "a Git LFS pointer in place of the file" if is_lfs_pointer(path) else "not readable as JSON"
+        raise LoadError(f"{path}: {what}: {error}") from error
     return content
 
 
@@ -36,3 +39,12 @@ def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
     if not isinstance(value, str):
         raise LoadError(f"{where}: {key} must be a string, got {value!r}")
     return value
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether a file was checked out without Git LFS: then a few lines stand in its place that name it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_START)) == _LFS_START
+    except OSError:
+        return False

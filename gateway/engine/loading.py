@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, ModelKind, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
 from gateway.engine.cards import read_cards
-from gateway.engine.checkpoint import Checkpoint, Pooling, read_checkpoint
+from gateway.engine.checkpoint import Checkpoint, read_checkpoint
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.build import BuildOptions, build_encoders, choose_runtime
@@ -22,8 +23,10 @@ from gateway.engine.engine import Engine
 from gateway.engine.golden import MIN_COSINE, GoldenCheck
 from gateway.engine.golden import read as read_golden
 from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
-from gateway.engine.items import Item
+from gateway.engine.items import Encoded, Item
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
+from gateway.engine.modules import Pooling
+from gateway.engine.prompts import tasks_of
 from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
 from gateway.telemetry import metrics
@@ -113,7 +116,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     """
     folder = locate(entry, may_download=may_download)
     verify_sha256(folder, entry.sha256)
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, trust_remote_code=entry.trust_remote_code)
     if checkpoint.classifier is not None:
         _require_plain_reranker(entry)
     devices = choose_devices(entry.device)
@@ -138,7 +141,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         max_batch_tokens=max_batch_tokens,
         dimensions=_dimensions(entry, checkpoint),
         tasks=tasks,
-        instruction=checkpoint.prompts.get(checkpoint.default_prompt or "", ""),
+        instruction=_instruction(checkpoint, tasks),
         memory=plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens),
     )
 
@@ -219,8 +222,33 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
     outputs = frozenset(plan.entry.outputs)
     for batch in (tokens[:1], tokens[1:]):
         encoded = encoder.encode([Item(row, plan.info.default_task, outputs) for row in batch])
-        if not all(np.isfinite(one.dense).all() for one in encoded):
-            raise LoadError(f"{plan.checkpoint.folder}: the model returns vectors that are not finite in {plan.dtype}")
+        for row, one in zip(batch, encoded, strict=True):
+            _require_promised(one, len(row.ids), plan)
+
+
+def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None:
+    """Hold what a model gives for one text against what its description promises.
+
+    Raises:
+        LoadError: an output has another shape, or is not finite.
+    """
+    folder, width = plan.checkpoint.folder, plan.checkpoint.width
+    if encoded.dense.shape != (1, width):
+        raise LoadError(f"{folder}: the model gives {encoded.dense.shape[-1]} numbers, promised are {width}")
+    found = {Output.DENSE: encoded.dense}
+    if encoded.sparse is not None:
+        found[Output.SPARSE] = encoded.sparse.values
+    if encoded.multivector is not None:
+        found[Output.MULTIVECTOR] = encoded.multivector
+        if len(encoded.multivector) != num_tokens - 1:
+            raise LoadError(f"{folder}: the model gives {len(encoded.multivector)} vectors for {num_tokens} tokens")
+    missing = [output for output in plan.entry.outputs if output not in found]
+    if missing:
+        raise LoadError(f"{folder}: the model gives no {', '.join(missing)}")
+    for output, numbers in found.items():
+        if not np.isfinite(numbers).all():
+            what = "vectors" if output is Output.DENSE else f"{output} vectors"
+            raise LoadError(f"{folder}: the model returns {what} that are not finite in {plan.dtype}")
 
 
 def _require_plain_reranker(entry: ModelEntry) -> None:
@@ -251,13 +279,8 @@ def _dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own.
-
-    sentence-transformers writes empty prompts for query and document into every checkpoint: if all are empty, the
-    model has no tasks.
-    """
-    prompts = {canonical_task(name): text for name, text in {**checkpoint.prompts, **entry.prompts}.items()}
-    tasks = prompts if any(prompts.values()) or checkpoint.adapters else {}
+    """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own."""
+    tasks = tasks_of(checkpoint.prompts, entry.prompts, checkpoint.adapters)
     if checkpoint.adapters:
         bare = [task for task in tasks if task not in checkpoint.adapters]
         if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for
@@ -266,3 +289,9 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     if default is not None and canonical_task(default) not in tasks:
         raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")
     return tasks
+
+
+def _instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
+    """Return what is put before a text without a task: the default prompt, as the registry may have changed it."""
+    name = checkpoint.default_prompt
+    return "" if name is None else tasks.get(canonical_task(name), "")

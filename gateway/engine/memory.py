@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.headers import read_shapes
 from gateway.errors import LoadError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -110,10 +111,4 @@ def _num_weights(path: Path) -> int:
     """Return how many numbers a weights file holds, from its header alone where it has one."""
     if path.suffix != ".safetensors":
         return path.stat().st_size // 4  # a pickled state dict has no header; the usual ones hold float32
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118  not a dict
-    except SafetensorError as error:
-        raise LoadError(f"{path}: corrupt or cut short: {error}") from error
+    return sum(prod(shape) for shape in read_shapes([path]).values())

@@ -25,6 +25,7 @@ class PairTokenizer(Tokenizer):
     def __init__(self, tokenizer: FastTokenizer, max_tokens: int, *, has_segments: bool) -> None:
         super().__init__(tokenizer, max_tokens)
         template = tokenizer.encode("a", "a")
+        self.largest_id = max([self.largest_id, *template.ids])
         owners, types = template.sequence_ids, template.type_ids
         contents = [owner for owner in owners if owner is not None]
         if set(contents) != {0, 1} or contents != sorted(contents):

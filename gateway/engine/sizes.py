@@ -2,52 +2,124 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway.engine.flash_layout import as_xlm_roberta, is_flash_layout
+from gateway.engine.headers import Shapes
 from gateway.engine.json_files import Json, read_object
+from gateway.engine.nomic_layout import as_nomic_bert, is_nomic_layout
 from gateway.errors import LoadError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig  # slow to import
 
+# RoBERTa and its kin count positions from behind the padding id; MPNet and Jina v3 leave two out, whatever that is.
+OFFSET_BY_PADDING = frozenset({"roberta", "xlm-roberta", "camembert"})
+_UNUSED_POSITIONS = {"mpnet": 2, "jina_embeddings_v3": 2}
+
+_NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
+_WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens)\.weight")
+_POSITIONS = re.compile(r"(?:^|\.)position_embeddings\.weight")
+_SEGMENTS = re.compile(r"(?:^|\.)token_type_embeddings\.weight")
+# The last layer of a feed-forward, by the names of all architectures that are served.
+_FEED_FORWARD = re.compile(r"(?:^|\.)layers?\.0\.(?:output\.dense|ffn\.lin2|mlp\.(?:Wo|fc2|down_proj))\.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What follows from them is how long a text may be, and how much memory a model takes."""
+    """What follows from them is how long a text may be, and how much memory a model takes.
+
+    Attributes:
+        num_positions: positions that a text's tokens can have: what the table or the configuration has, less those
+            that the architecture leaves out.
+    """
 
     width: int
     num_layers: int
     num_heads: int
     intermediate_width: int
     num_positions: int
+    vocab_size: int
 
     @classmethod
-    def read(cls, folder: Path) -> Sizes:
+    def read(cls, folder: Path, shapes: Shapes | None = None) -> Sizes:
         """Read the sizes of the checkpoint in ``folder``.
 
+        Args:
+            shapes: of its weights, which must bear the sizes out; ``None`` where code of the checkpoint's own knows
+                what they are.
+
         Raises:
-            LoadError: the configuration makes no sense.
+            LoadError: the configuration makes no sense, or is not that of the weights.
         """
+        where = folder / "config.json"
+        if shapes is not None:
+            given = read_object(where)
+            # First of all: a configuration of a million layers takes transformers minutes.
+            for name in _NUM_LAYERS:
+                _require_layers(name, given.get(name), shapes, where)
         try:
             config = load_config(folder)
-            sizes = cls(
-                width=int(config.hidden_size),
-                num_layers=int(config.num_hidden_layers),
-                num_heads=int(config.num_attention_heads),
-                intermediate_width=int(getattr(config, "intermediate_size", None) or config.hidden_dim),
-                num_positions=int(config.max_position_embeddings),
-            )
+            sizes = cls._of(config)
         except LoadError:
             raise
         except Exception as error:  # transformers' validation raises errors of many classes
-            raise LoadError(f"{folder}/config.json: not a configuration that can be used: {error}") from error
-        if min(astuple(sizes)) < 1:
-            raise LoadError(f"{folder}/config.json: every size must be positive, got {sizes}")
+            raise LoadError(f"{where}: not a configuration that can be used: {error}") from error
+        if min(sizes.width, sizes.num_layers, sizes.num_heads, sizes.intermediate_width, sizes.num_positions) < 1:
+            raise LoadError(f"{where}: every size must be positive, got {sizes}")
+        if shapes is not None:
+            _require_layers("num_hidden_layers", sizes.num_layers, shapes, where)
+            _require_tables(config, sizes, shapes, where)
         return sizes
+
+    @classmethod
+    def _of(cls, config: PreTrainedConfig) -> Sizes:
+        unused = _UNUSED_POSITIONS.get(config.model_type, 0)
+        if config.model_type in OFFSET_BY_PADDING:
+            unused = int(config.pad_token_id) + 1
+        return cls(
+            width=int(config.hidden_size),
+            num_layers=int(config.num_hidden_layers),
+            num_heads=int(config.num_attention_heads),
+            intermediate_width=int(
+                config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
+            ),
+            num_positions=int(config.max_position_embeddings) - unused,
+            vocab_size=int(config.vocab_size),
+        )
+
+
+def _require_layers(name: str, given: object, shapes: Shapes, where: Path) -> None:
+    found = {int(match[1]) for tensor in shapes if (match := _LAYER.search(tensor))}
+    if found and isinstance(given, int) and given >= 1 and given != len(found):
+        raise LoadError(f"{where}: {name} is {given}, but the weights hold {len(found)} layers")
+
+
+def _require_tables(config: PreTrainedConfig, sizes: Sizes, shapes: Shapes, where: Path) -> None:
+    """Hold the sizes against the tensors that have them; what is left is transformers' to compare."""
+    columns = ("embedding_size", int(config.embedding_size)) if hasattr(config, "embedding_size") else None
+    width = ("hidden_size", sizes.width)
+    expected = {
+        _WORDS: (("vocab_size", sizes.vocab_size), columns or width),
+        _POSITIONS: (("max_position_embeddings", int(config.max_position_embeddings)), columns or width),
+        _SEGMENTS: (("type_vocab_size", int(getattr(config, "type_vocab_size", 0))), columns or width),
+        _FEED_FORWARD: (width, ("intermediate_size", sizes.intermediate_width)),
+    }
+    for tensor, shape in shapes.items():
+        for pattern, dimensions in expected.items():
+            if not pattern.search(tensor) or len(shape) != len(dimensions):
+                continue
+            for (name, size), actual in zip(dimensions, shape, strict=True):
+                if size != actual:
+                    raise LoadError(
+                        f"{where}: {name} is {size}, but the weights do not belong to this configuration: {tensor} has "
+                        f"the shape {list(shape)}"
+                    )
 
 
 def read_config(folder: Path) -> dict[str, Json]:
@@ -57,7 +129,9 @@ def read_config(folder: Path) -> dict[str, Json]:
         LoadError: it cannot be read, or is of a layout whose model is not supported.
     """
     config = read_object(folder / "config.json")
-    return as_xlm_roberta(config, folder) if is_flash_layout(config) else config
+    if is_flash_layout(config):
+        return as_xlm_roberta(config, folder)
+    return as_nomic_bert(config, folder) if is_nomic_layout(config) else config
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -67,11 +141,14 @@ def load_config(folder: Path) -> PreTrainedConfig:
         LoadError: as :func:`read_config`.
         Exception: whatever transformers raises for one that makes no sense.
     """
-    from transformers import AutoConfig, XLMRobertaConfig  # slow to import
+    from transformers import AutoConfig, NomicBertConfig, XLMRobertaConfig  # slow to import
 
     config: Mapping[str, Json] = read_object(folder / "config.json")
+    own: PreTrainedConfig
     if is_flash_layout(config):
-        flash: PreTrainedConfig = XLMRobertaConfig.from_dict(as_xlm_roberta(config, folder))
-        return flash
-    own: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        own = XLMRobertaConfig.from_dict(as_xlm_roberta(config, folder))
+    elif is_nomic_layout(config):
+        own = NomicBertConfig.from_dict(as_nomic_bert(config, folder))
+    else:
+        own = AutoConfig.from_pretrained(folder, local_files_only=True)
     return own

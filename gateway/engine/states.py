@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from gateway.engine.checkpoint import Pooling
+from gateway.engine.modules import Pooling
 
 
 @dataclass(frozen=True, slots=True)

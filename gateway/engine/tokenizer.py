@@ -86,6 +86,7 @@ class Tokenizer:
 
     Attributes:
         has_segments: the model is to be told where the second text of a pair begins.
+        largest_id: no token has a larger id.
     """
 
     has_segments = False
@@ -103,6 +104,8 @@ class Tokenizer:
         num_content = template.special_tokens_mask.count(0)
         self._head = template.ids[:content]
         self._tail = template.ids[content + num_content :]
+        # A template brings ids of its own, whatever the vocabulary says of its tokens.
+        self.largest_id = max([*tokenizer.get_vocab(with_added_tokens=True).values(), *template.ids], default=-1)
 
     def sample_ids(self) -> list[int]:
         """Return the token ids of a sentence, special tokens included: something real to try a model on."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import re
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
+
+from gateway.engine.checkpoint import Checkpoint
 
 
 def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> dict[str, torch.Tensor]:
@@ -31,3 +34,33 @@ def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> 
             whole = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             found |= {name: whole[name].clone() for name in whole if names is None or name in names}
     return found
+
+
+# Tensors that no embedding needs: the pooler over the first token, the heads of pretraining, and tables of constants
+# that older releases of transformers wrote.
+_UNUSED = re.compile(
+    r"(?:^|\.)(?:pooler|lm_head|mlm_head|cls|generator_predictions|generator_lm_head|discriminator_predictions"
+    r"|vocab_transform|vocab_layer_norm|vocab_projector)\."
+    r"|(?:^|\.)(?:position_ids|token_type_ids|inv_freq|masked_bias)$"
+)
+_MODERNBERT_UNUSED = re.compile(r"^(?:head|decoder)\.")
+# Heads of transformers' classes. Where sentence-transformers' modules pool the states, they are left out.
+_TASK_HEADS = re.compile(r"^(?:classifier|score|qa_outputs|pre_classifier)\.")
+
+
+def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    """Return the names of tensors that transformers does not know what to do with, less those that change nothing.
+
+    What is left changes vectors: a projection behind the transformer, say, or layers that the configuration denies.
+    """
+    classifier = checkpoint.classifier
+    head = () if classifier is None else (classifier.dense, classifier.norm, classifier.output)
+    known = tuple(f"{layer}." for layer in head if layer is not None)
+    patterns = [_UNUSED]
+    if classifier is None and checkpoint.has_pooling_module:
+        patterns.append(_TASK_HEADS)
+    if checkpoint.model_type == "modernbert":
+        patterns.append(_MODERNBERT_UNUSED)
+    return sorted(
+        name for name in unexpected if not name.startswith(known) and not any(one.search(name) for one in patterns)
+    )

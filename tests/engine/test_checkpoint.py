@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from gateway.embedding import Output
-from gateway.engine.checkpoint import MODEL_TYPES, Checkpoint, Pooling, read_checkpoint
+from gateway.engine.checkpoint import Checkpoint, read_checkpoint
+from gateway.engine.classes import MODEL_TYPES
+from gateway.engine.modules import Pooling
 from gateway.errors import LoadError
 
 MakeCheckpoint = Callable[..., Path]
@@ -133,7 +135,7 @@ def test_modules_are_known_under_the_names_of_all_releases(make_checkpoint: Make
 def test_every_form_of_pooling_is_read(
     make_checkpoint: MakeCheckpoint, pooling: dict[str, object], expected: Pooling
 ) -> None:
-    assert read_checkpoint(make_checkpoint(pooling=pooling or {"any": 1})).pooling is expected
+    assert read_checkpoint(make_checkpoint(pooling=pooling or {"include_prompt": True})).pooling is expected
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprint
@@ -279,7 +281,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         insert_dense({"out_features": 0}),
         "2_Dense/config.json: out_features must be a positive integer, got 0",
     ),
-    "a dense layer without weights": (insert_dense({"out_features": 8}), "2_Dense: no weights: neither *.safetensors"),
+    "a dense layer without weights": (
+        insert_dense({"out_features": 8}),
+        "2_Dense: no weights: neither model.safetensors",
+    ),
     "no pooling file": (remove("1_Pooling/config.json"), "1_Pooling/config.json: no such file"),
     "an unknown pooling": (
         change_json("1_Pooling/config.json", pooling_mode="attention"),
@@ -306,7 +311,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         "default_prompt_name is 'passage', but the prompts are: query",
     ),
     "no tokenizer": (remove("tokenizer.json"), "no tokenizer: neither tokenizer.json nor vocab.* nor *.model"),
-    "no weights": (remove("model.safetensors"), "no weights: neither *.safetensors nor pytorch_model*.bin"),
+    "no weights": (remove("model.safetensors"), "no weights: neither model.safetensors nor pytorch_model.bin"),
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from gateway.backends.fleet import Fleet, Model
 from gateway.backends.infinity import InfinityBackend
@@ -183,6 +183,24 @@ def change_config(**changes: object) -> Callable[[Path], None]:
     return apply
 
 
+def add_tokens_up_to(num: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"<ent{i}>" for i in range(num - len(tokenizer))])
+        tokenizer.save_pretrained(folder)
+
+    return apply
+
+
+def make_template_put(id_: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["post_processor"]["special_tokens"]["</s>"]["ids"] = [id_]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    return apply
+
+
 LOAD_REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "tokenizer is no JSON": (
         lambda folder: (folder / "tokenizer.json").write_text("{") and None,
@@ -199,14 +217,28 @@ LOAD_REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a layer is missing": (
         change_weights(lambda weights: {name: t for name, t in weights.items() if ".layer.1." not in name}),
-        "the weights do not belong to this configuration: missing ['encoder.layer.1.",
+        "config.json: num_hidden_layers is 2, but the weights hold 1 layers",
     ),
-    "a layer more in the configuration": (
-        change_config(num_hidden_layers=3),
-        "the weights do not belong to this configuration: missing ['encoder.layer.2.",
+    "a part of a layer is missing": (
+        change_weights(lambda weights: {name: t for name, t in weights.items() if ".layer.1.output" not in name}),
+        "the weights do not belong to this configuration: missing ['encoder.layer.1.output.",
     ),
-    "another width": (change_config(hidden_size=64), "the weights "),
-    "a vocabulary too small": (change_config(vocab_size=100), "the weights "),
+    "a part of another shape": (
+        change_weights(lambda weights: {name: t[:16] if ".key." in name else t for name, t in weights.items()}),
+        "the weights ",
+    ),
+    "a projection behind the transformer": (
+        change_weights(lambda weights: {**weights, "linear.weight": torch.ones(16, 32)}),
+        "the weights hold ['linear.weight'] (1 in all), which BertModel does not use",
+    ),
+    "a tokenizer with more tokens than the model": (
+        add_tokens_up_to(301),
+        "the tokenizer has token ids up to 300, but the model's table of words has 300 rows",
+    ),
+    "a template with a token that the model does not have": (
+        make_template_put(777),
+        "the tokenizer has token ids up to 777, but the model's table of words has 300 rows",
+    ),
     "heads that do not divide the width": (change_config(num_attention_heads=5), "the weights cannot be loaded: "),
     "an unknown activation": (change_config(hidden_act="nonsense"), "the weights cannot be loaded: "),
     "weights that are not finite": (
@@ -236,11 +268,33 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(monkey
         load_engine(plan_load(entry(BUNDLED)), Settings())
 
 
-def test_a_model_without_a_pooler_is_served(make_checkpoint: MakeCheckpoint) -> None:
+def test_a_model_without_a_pooler_gives_the_same_vectors(
+    make_checkpoint: MakeCheckpoint, load_checkpoint: Callable[..., TextEncoder]
+) -> None:
     folder = make_checkpoint()
+    texts = ["A cat sits on the mat.", "the birds in the old garden"]
+
+    def vectors() -> np.ndarray:
+        encoder = load_checkpoint(folder, runtime="torch")
+        return np.concatenate(
+            [one.dense for one in encoder.encode_post(encoder.encode_core(encoder.encode_pre(texts)))]
+        )
+
+    before = vectors()
     change_weights(lambda weights: {name: t for name, t in weights.items() if "pooler" not in name})(folder)
 
-    load_engine(plan_load(entry(folder)), Settings())
+    np.testing.assert_array_equal(vectors(), before)
+
+
+def test_a_tokenizer_that_fills_the_table_of_words_is_served(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    add_tokens_up_to(300)(folder)
+
+    [encoder, *_others] = load_engine(plan_load(entry(folder, runtime="torch")), Settings()).encoders
+
+    last = encoder.tokenise(["<ent0>"], None, Truncate.END)[0].ids[1]
+    assert encoder.tokenizer.largest_id == 299
+    assert last <= 299
 
 
 def test_the_registrys_limits_reach_the_engine(make_checkpoint: MakeCheckpoint) -> None:
@@ -287,34 +341,89 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(
         assert victim.exists()
 
 
-def test_python_code_in_a_checkpoint_does_not_run_unless_trusted(
-    make_checkpoint: MakeCheckpoint,
-    tmp_path: Path,
-    load_checkpoint: Callable[..., TextEncoder],
-    monkeypatch: pytest.MonkeyPatch,
+TRAP = (
+    "from pathlib import Path\n"
+    "Path({victim!r}).touch()\n"
+    "from transformers import BertConfig, BertModel, PreTrainedTokenizerFast\n"
+    "class TrapConfig(BertConfig): pass\n"
+    "class TrapModel(BertModel): config_class = TrapConfig\n"
+    "class TrapTokenizer(PreTrainedTokenizerFast): pass\n"
+)
+
+
+@pytest.fixture
+def victim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file that the code in a checkpoint would make, whose cache is thrown away."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path / "victim"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        pytest.param(
+            {"config": {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}},
+            r"code of its own \(TrapModel, in auto_map\) that would change what 'bert' computes",
+            id="model",
+        ),
+        pytest.param({"tokenizer": {"AutoTokenizer": ["trap.TrapTokenizer", None]}}, "TrapTokenizer", id="tokenizer"),
+        pytest.param({"tokenizer": {"AutoTokenizer": [None, "trap.TrapTokenizer"]}}, "TrapTokenizer", id="fast one"),
+        pytest.param(
+            {"config": {"AutoTokenizer": "other--trap.TrapTokenizer"}}, "TrapTokenizer", id="tokenizer's model"
+        ),
+    ],
+)
+def test_code_in_a_checkpoint_does_not_run_unless_trusted(
+    make_checkpoint: MakeCheckpoint, victim: Path, files: dict[str, Any], message: str
 ) -> None:
-    victim = tmp_path / "victim"
-    auto_map = {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}
-    folder = make_checkpoint(
-        config={"auto_map": auto_map}, tokenizer={"auto_map": {"AutoTokenizer": ["trap.TrapTokenizer", None]}}
-    )
-    (folder / "trap.py").write_text(
-        "from pathlib import Path\n"
-        f"Path({str(victim)!r}).touch()\n"
-        "from transformers import BertConfig, BertModel, PreTrainedTokenizerFast\n"
-        "class TrapConfig(BertConfig): pass\n"
-        "class TrapModel(BertModel): pass\n"
-        "class TrapTokenizer(PreTrainedTokenizerFast): pass\n"
-    )
+    folder = make_checkpoint(**{name: {"auto_map": classes} for name, classes in files.items()})
+    (folder / "trap.py").write_text(TRAP.format(victim=str(victim)))
+
+    with pytest.raises(LoadError, match=message):
+        plan_load(entry(folder))
+
+    assert not victim.exists()
+
+
+def test_a_configuration_of_its_own_code_is_read_as_transformers_own(
+    make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., TextEncoder]
+) -> None:
+    folder = make_checkpoint(config={"auto_map": {"AutoConfig": "trap.TrapConfig"}})
+    (folder / "trap.py").write_text(TRAP.format(victim=str(victim)))
 
     encoder = load_checkpoint(folder)
 
     assert not victim.exists()
     assert np.isfinite(encoder.encode([Item(encoder.tokenise(["hello"], None, Truncate.END)[0])])[0].dense).all()
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the trap is armed
     assert victim.exists()
+
+
+def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
+    make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., TextEncoder]
+) -> None:
+    folder = make_checkpoint(config={"auto_map": {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}})
+    code = TRAP.format(victim=str(victim))
+    (folder / "trap.py").write_text(code)
+    encoder = load_checkpoint(folder, trust_remote_code=True, runtime="torch")
+    assert victim.exists()
+    assert encoder.encode([Item(encoder.tokenise(["hello"], None, Truncate.END)[0])])[0].dense.shape == (1, 32)
+    (folder / "trap.py").write_text(
+        code.replace(
+            "class TrapModel(BertModel): config_class = TrapConfig\n",
+            "import torch\n"
+            "class TrapModel(BertModel):\n"
+            "    config_class = TrapConfig\n"
+            "    def forward(self, **inputs):\n"
+            "        states = super().forward(**inputs)\n"
+            "        states.last_hidden_state = torch.cat([states.last_hidden_state] * 2, dim=-1)\n"
+            "        return states\n",
+        )
+    )
+
+    with pytest.raises(LoadError, match="the model gives 64 numbers, promised are 32"):
+        load_checkpoint(folder, trust_remote_code=True, runtime="torch")
 
 
 # ------------------------------------------------------------------------------------------------------------- fleet
@@ -350,10 +459,10 @@ async def test_a_model_that_fails_leaves_the_others_serving(make_checkpoint: Mak
 async def test_an_error_that_nobody_foresaw_fails_its_own_model_alone(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(folder: Path) -> Any:
+    def read(folder: Path, **options: Any) -> Any:
         if folder.name == "roberta":
             raise KeyError("unforeseen")
-        return real(folder)
+        return real(folder, **options)
 
     real = loading.read_checkpoint
     monkeypatch.setattr(loading, "read_checkpoint", read)

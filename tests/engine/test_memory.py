@@ -35,9 +35,9 @@ def test_openvino_needs_the_float32_weights_beside_its_own(checkpoint: Checkpoin
 
 def test_adapters_layers_and_heads_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
     adapter, layer, head = tmp_path / "separation", tmp_path / "2_Dense", tmp_path / "sparse_linear.pt"
-    for folder in (adapter, layer):
-        folder.mkdir()
-        safetensors.numpy.save_file({"w": np.zeros((10, 10), np.float32)}, folder / "model.safetensors")
+    for path in (adapter / "adapter_model.safetensors", layer / "model.safetensors"):
+        path.parent.mkdir()
+        safetensors.numpy.save_file({"w": np.zeros((10, 10), np.float32)}, path)
     head.write_bytes(b"x" * 400)
     with_all = replace(checkpoint, adapters={"separation": adapter}, dense_layers=(layer,), sparse_head=head)
 

@@ -31,6 +31,7 @@ from gateway.engine.encoders.build import BuildOptions, build_encoders
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import plan_load
+from models import plain
 from models.checkpoints import (
     FAMILIES,
     JINA_TASKS,
@@ -112,6 +113,16 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         model.save(str(folder), create_model_card=False)
         shutil.rmtree(transformer)
         return folder
+
+    return make
+
+
+@pytest.fixture
+def make_plain(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that makes a checkpoint of one of transformers' classes, without sentence-transformers' files."""
+
+    def make(model_type: str, head: str | None = None, **changes: object) -> Path:
+        return plain.make_plain(tmp_path / model_type, model_type, head, **changes)
 
     return make
 

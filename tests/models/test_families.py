@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from gateway.config.registry import ModelEntry
 from gateway.embedding import Output, canonical_task
-from gateway.engine.checkpoint import MODEL_TYPES
+from gateway.engine.classes import MODEL_TYPES
 from gateway.engine.devices import CpuThreads, choose_dtype
 from gateway.engine.loading import plan_load
 from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES

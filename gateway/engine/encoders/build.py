@@ -29,7 +29,7 @@ from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
 from gateway.engine.runtimes.padded import PaddedRuntime
 from gateway.engine.sizes import load_config
 from gateway.engine.tokenizer import Tokenizer
-from gateway.engine.weights import read_tensors
+from gateway.engine.weights import read_tensors, unknown_tensors
 from gateway.errors import LoadError
 
 log = structlog.get_logger(__name__)
@@ -181,8 +181,8 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
     """Return the tokenizer, and the ids that BGE-M3's sparse rule leaves out: cls, eos, pad, unk."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder,
-            config=load_config(checkpoint.folder) if checkpoint.is_flash else None,
+            checkpoint.transformer,
+            config=load_config(checkpoint.transformer) if checkpoint.is_flash else None,
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
         )
@@ -197,9 +197,14 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
             # A tokenizer's template may mark segments that transformers does not hand to the model.
             has_segments = checkpoint.classifier.has_segments and "token_type_ids" in tokenizer.model_input_names
             ours = PairTokenizer(fast, options.max_tokens, has_segments=has_segments)
-        return ours, frozenset(x for x in special if x is not None)
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
+    if ours.largest_id >= checkpoint.vocab_size:
+        raise LoadError(
+            f"{checkpoint.folder}: the tokenizer has token ids up to {ours.largest_id}, but the model's table of words has "
+            f"{checkpoint.vocab_size} rows: tokens were added, and the model was not resized for them"
+        )
+    return ours, frozenset(x for x in special if x is not None)
 
 
 def _has_growing_rope(config: PreTrainedConfig) -> bool:
@@ -231,6 +236,11 @@ def _load_model(
             f"{checkpoint.folder}: the weights do not belong to this configuration: missing "
             f"{missing[:3] or 'none'} ({len(missing)} in all), of the wrong shape: {len(report['mismatched_keys'])}"
         )
+    if unknown := unknown_tensors(report["unexpected_keys"], checkpoint):
+        raise LoadError(
+            f"{checkpoint.folder}: the weights hold {unknown[:3]} ({len(unknown)} in all), which {type(model).__name__} "
+            "does not use: the checkpoint computes something else, or more"
+        )
     if _has_growing_rope(model.config):
         raise LoadError(
             f"{checkpoint.folder}: rotary positions that change with the longest text of a batch (rope_type dynamic or "
@@ -253,7 +263,7 @@ def _read_model(checkpoint: Checkpoint, options: BuildOptions, dtype: torch.dtyp
     if checkpoint.is_flash:
         flash: Any = XLMRobertaModel.from_pretrained(
             None,
-            config=load_config(checkpoint.folder),
+            config=load_config(checkpoint.transformer),
             state_dict=rename_tensors(read_tensors(checkpoint.weights)),
             dtype=dtype,
             output_loading_info=True,
@@ -261,7 +271,8 @@ def _read_model(checkpoint: Checkpoint, options: BuildOptions, dtype: torch.dtyp
         model, report = flash
     else:
         model, report = AutoModel.from_pretrained(
-            checkpoint.folder,
+            checkpoint.transformer,
+            config=None if checkpoint.has_own_code else load_config(checkpoint.transformer),
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,

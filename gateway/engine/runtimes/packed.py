@@ -20,8 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from gateway.engine.adapters import AdapterMask
-from gateway.engine.checkpoint import POSITION_OFFSET
 from gateway.engine.runtimes.padded import pad_segments
+from gateway.engine.sizes import OFFSET_BY_PADDING
 from gateway.engine.states import TokenStates
 
 ATTENTION = "gateway_packed"
@@ -60,7 +60,7 @@ class PackedRuntime:
         self._mask = mask
         # RoBERTa's kind counts from behind the padding id, and does not count a padding token that a text contains.
         self._uncounted_id: int | None = None
-        if model.config.model_type in POSITION_OFFSET:
+        if model.config.model_type in OFFSET_BY_PADDING:
             self._uncounted_id = model.config.pad_token_id
         model.set_attn_implementation(ATTENTION)
 

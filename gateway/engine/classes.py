@@ -1,0 +1,141 @@
+"""What a checkpoint's class says: a model that embeds, a reranker that is served, or something that is neither.
+
+sentence-transformers would pool the token states of any of them: its caller asks for that with ``SentenceTransformer(…)``.
+Here only the checkpoint can say what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gateway.engine.classifier import ARCHITECTURES, architecture, own_class
+from gateway.engine.json_files import Json, read_object, require_string
+from gateway.engine.modules import MULTI_VECTOR
+from gateway.errors import LoadError
+
+MODEL_TYPES = {
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "camembert": "CamembertModel",
+    "distilbert": "DistilBertModel",
+    "electra": "ElectraModel",
+    "mpnet": "MPNetModel",
+    "modernbert": "ModernBertModel",
+    "nomic_bert": "NomicBertModel",
+    "gte": "GteModel",
+    "qwen3": "Qwen3Model",
+    "jina_embeddings_v3": "JinaEmbeddingsV3Model",
+}
+"""``model_type`` of the architectures that are served, those whose forward gives one state per token, and the class of
+transformers that is the model without a head."""
+
+# Same mathematics under another name, so that transformers' own class gives the same numbers: `model_type`, and the
+# class in the checkpoint's code. Jina's flash layout is read by `gateway.engine.flash_layout`.
+_SAME_MATHEMATICS = {("nomic_bert", "NomicBertModel"), ("gte", "GteModel"), ("gte", "NewModel")}
+# facebook/contriever: BERT whose class takes the mean, as is done here without one.
+_SAME_CLASSES = {("bert", "Contriever"), ("gte", "NewModel")}
+
+_REASONS = {
+    "new": (
+        "This is GTE as it was published, with code of its own; transformers has the model as model_type 'gte': take a "
+        "repository in that form, such as alibaba-nlp-community/gte-multilingual-base"
+    ),
+    "jina_embeddings_v5": "Take one of its repositories for a single task, whose adapter is merged",
+}
+_HEADS = {
+    "ForTokenClassification": "labels each token (named entities, say)",
+    "ForMaskedLM": "predicts masked words: a sparse encoder (SPLADE), or a pretrained model that was not trained to embed",
+    "ForCausalLM": "writes text: an LLM reranker, or a model that was not trained to embed",
+    "LMHeadModel": "writes text: a model that was not trained to embed",
+    "ForConditionalGeneration": "writes text: a model that was not trained to embed",
+    "ForQuestionAnswering": "finds an answer in a text",
+    "ForMultipleChoice": "chooses among texts",
+    "ForNextSentencePrediction": "a pretrained model that was not trained to embed",
+    "ForPreTraining": "a pretrained model that was not trained to embed",
+    "ForRanking": "a reranker of a kind that is not supported",
+    "ForRetrieval": MULTI_VECTOR,
+}
+
+
+def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
+    """Return the ``model_type`` of a checkpoint.
+
+    Raises:
+        LoadError: it is not supported.
+    """
+    model_type = require_string(config, "model_type", folder / "config.json")
+    if model_type not in MODEL_TYPES:
+        reason = _REASONS.get(model_type)
+        raise LoadError(
+            f"{folder}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
+            + (f". {reason}" if reason else "")
+        )
+    if model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
+        positions = config.get("position_embedding_type")
+        if positions not in (None, "absolute"):
+            code = "; it has code of its own for that" if own_class(config, "AutoModel") else ""
+            alibi = " (ALiBi, as Jina v2 has it)" if positions == "alibi" else ""
+            raise LoadError(f"{folder}: position_embedding_type {positions!r}{alibi} is not supported{code}")
+    return model_type
+
+
+def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str, *, trust_remote_code: bool) -> bool:
+    """Refuse a checkpoint whose code would compute something else than transformers' class of its ``model_type``.
+
+    Returns:
+        Whether the checkpoint's own class of the model is what runs.
+
+    Raises:
+        LoadError: there is such code, and it is not trusted.
+    """
+    name = own_class(config, "AutoModel")
+    if name is not None:
+        if trust_remote_code:
+            return True
+        if (model_type, name) not in _SAME_MATHEMATICS:
+            raise LoadError(
+                f"{folder}: it has code of its own ({name}, in auto_map) that would change what {model_type!r} computes: "
+                "without that code its vectors would be wrong. If you trust the code: trust_remote_code: true"
+            )
+    tokenizer = own_class(config, "AutoTokenizer") or own_class(
+        read_object(folder / "tokenizer_config.json", optional=True), "AutoTokenizer"
+    )
+    if tokenizer is not None and not trust_remote_code:
+        raise LoadError(
+            f"{folder}: its tokenizer has code of its own ({tokenizer}, in auto_map): without that code texts might become "
+            "other tokens. If you trust the code: trust_remote_code: true"
+        )
+    return False
+
+
+def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, *, has_own_code: bool) -> None:
+    """Refuse a checkpoint without a pooling module whose class is not a model without a head.
+
+    Raises:
+        LoadError: names the class, and says what it is.
+    """
+    name = architecture(config)
+    if name is None or name == MODEL_TYPES[model_type] or (model_type, name) in _SAME_CLASSES:
+        return
+    what = _what_class_is(name, config)
+    if not what and has_own_code:
+        return
+    what = what or f"it is not the class of transformers for {model_type!r}"
+    raise LoadError(
+        f"{folder}: {name} is no model that embeds: {what}. There is no modules.json with a Pooling that says how its token "
+        "states become the vector of a text"
+    )
+
+
+def _what_class_is(name: str, config: Mapping[str, Json]) -> str:
+    if name.endswith("ForSequenceClassification"):
+        labels = config.get("id2label")
+        num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+        if num_labels != 1:
+            return f"a classifier with {num_labels} labels"
+        return f"a reranker (cross-encoder) of a class that is not supported; supported: {', '.join(ARCHITECTURES)}"
+    if "colbert" in name.lower():
+        return MULTI_VECTOR
+    return next((what for head, what in _HEADS.items() if name.endswith(head)), "")

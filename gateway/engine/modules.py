@@ -1,0 +1,352 @@
+"""Read sentence-transformers' files: the modules that make a vector, their settings, and how long a text may be.
+
+What changes a vector is read or refused; what does not is passed over. The lists below name every key that
+sentence-transformers 6.2 knows, so that a key of a later release is refused until somebody has looked at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+from gateway.engine.json_files import Json, read_json, read_object, require_string
+from gateway.errors import LoadError
+
+MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, which is not supported"
+SPARSE = "a sparse encoder (SPLADE), which is not supported"
+RERANKER = "a reranker of a kind that is not supported"
+
+# What a module says about the model that it is part of.
+_KINDS = {
+    "MultiVectorMask": MULTI_VECTOR,
+    "TokenPooling": MULTI_VECTOR,
+    "SpladePooling": SPARSE,
+    "MLMTransformer": SPARSE,
+    "SparseAutoEncoder": SPARSE,
+    "SparseStaticEmbedding": SPARSE,
+    "LogitScore": RERANKER,
+    "StaticEmbedding": "static embeddings: a table of token vectors without a transformer, which is not supported",
+    "WordEmbeddings": "word embeddings without a transformer, which is not supported",
+    "BoW": "a bag of words without a transformer, which is not supported",
+    "CLIPModel": "a model of images and texts (CLIP), which is not supported",
+    "Router": "a router with different modules for queries and documents, which is not supported",
+    "Asym": "a router with different modules for queries and documents, which is not supported",
+}
+# sentence-transformers' class of the whole model, in `config_sentence_transformers.json`.
+_MODEL_TYPES = {
+    "SparseEncoder": SPARSE,
+    "CrossEncoder": RERANKER,
+    "MultiVectorEncoder": MULTI_VECTOR,
+    "ColBERT": MULTI_VECTOR,  # PyLate's
+}
+_POOLING_FLAGS = {
+    "cls": "cls_token",
+    "max": "max_tokens",
+    "mean": "mean_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
+_POOLING_KEYS = {"embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt"} | {
+    f"pooling_mode_{flag}" for flag in _POOLING_FLAGS.values()
+}
+_DENSE_KEYS = {
+    "in_features",
+    "out_features",
+    "bias",
+    "activation_function",
+    "module_input_name",
+    "module_output_name",
+    "use_residual",
+}
+# The arguments that sentence-transformers puts into calls of transformers, by their names before release 5.4.
+_OLD_NAMES = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "config_args": "config_kwargs"}
+# Those of them that leave vectors as they are; and the length, which is read.
+_HARMLESS_ARGUMENTS = {
+    "model_kwargs": {
+        "torch_dtype",
+        "dtype",
+        "attn_implementation",
+        "add_pooling_layer",
+        "device_map",
+        "use_safetensors",
+    },
+    "processor_kwargs": {"model_max_length", "use_fast", "padding_side"},
+    "config_kwargs": {"use_cache", "torch_dtype", "dtype"},
+}
+_HARMLESS_KEYS = {"max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend", "cache_dir"}
+
+
+class Pooling(StrEnum):
+    """How the states of a text's tokens become one vector."""
+
+    MEAN = "mean"
+    """Mean over all tokens, special tokens included."""
+    CLS = "cls"
+    """State of the first token."""
+    MAX = "max"
+    """Maximum over all tokens, for each dimension."""
+    LAST = "lasttoken"
+    """State of the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """The folder of each of sentence-transformers' modules, relative to the checkpoint.
+
+    Attributes:
+        pooling: ``None`` if there is none: what comes out of the transformer is no vector of a text.
+        own_code: classes of the checkpoint that are named in place of sentence-transformers'.
+    """
+
+    transformer: str = ""
+    pooling: str | None = None
+    dense: tuple[str, ...] = ()
+    is_normalised: bool = False
+    own_code: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """A linear layer behind the pooling, as its configuration describes it.
+
+    Attributes:
+        activation: torch's class of what follows it, without its module.
+    """
+
+    width: int
+    activation: str
+    has_bias: bool
+
+
+def read_modules(folder: Path) -> Modules | None:
+    """Return the modules that ``modules.json`` lists; ``None`` for a plain transformers checkpoint.
+
+    Raises:
+        LoadError: it cannot be read, or lists modules that are not supported; says what kind of model they make.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        return None
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise LoadError(f"{path}: must hold a list, got {type(rows).__name__}")
+    types, folders = [], []
+    for row in rows:
+        if not isinstance(row, dict):
+            raise LoadError(f"{path}: each entry must be an object, got {row!r}")
+        types.append(require_string(row, "type", path))
+        folders.append(_inside(require_string(row, "path", path), path))
+    # The classes moved between releases; the last part of the name has stayed.
+    kinds = [type_.rsplit(".", 1)[-1] for type_ in types]
+    dense = [at for kind, at in zip(kinds, folders, strict=True) if kind == "Dense"]
+    for kind, at in zip(kinds, folders, strict=True):
+        if kind == "Normalize":
+            _require_sentences(folder / at / "config.json")
+    # One transformer, one pooling, any linear layers, at the end perhaps a normalization.
+    expected = ["Transformer", "Pooling", *["Dense"] * len(dense), *["Normalize"] * kinds.count("Normalize")]
+    if not kinds or kinds != expected[: len(kinds)] or kinds.count("Normalize") > 1:
+        what = _what_modules_make(kinds, types, [folder / at / "config.json" for at in dense])
+        raise LoadError(
+            f"{path}: the modules {', '.join(kinds) or 'none'} are not supported{what and f': {what}'}; supported: "
+            "Transformer, Pooling, then optionally Dense layers, then optionally Normalize"
+        )
+    return Modules(
+        transformer=folders[0],
+        pooling=folders[1] if len(folders) > 1 else None,
+        dense=tuple(dense),
+        is_normalised="Normalize" in kinds,
+        own_code=tuple(type_ for type_ in types if not type_.startswith("sentence_transformers.")),
+    )
+
+
+def _inside(place: str, path: Path) -> str:
+    """Return the folder of a module, which must be part of the checkpoint."""
+    parts = PurePosixPath(place)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise LoadError(f"{path}: the path {place!r} leads out of the checkpoint's folder")
+    return place
+
+
+def _what_modules_make(kinds: Sequence[str], types: Sequence[str], dense: Iterable[Path]) -> str:
+    """Say what kind of model a list of unsupported modules is; empty if that is not known."""
+    known = [_KINDS[kind] for kind in kinds if kind in _KINDS]
+    if known:
+        return known[0]
+    if any(type_.startswith("pylate.") for type_ in types):
+        return MULTI_VECTOR
+    outputs = [_output_of(read_object(path, optional=True)) for path in dense]
+    if "scores" in outputs:
+        return RERANKER
+    if "token_embeddings" in outputs or ("Dense" in kinds and "Pooling" not in kinds):
+        return MULTI_VECTOR
+    return ""
+
+
+def _output_of(config: Mapping[str, Json]) -> str:
+    return str(config.get("module_output_name") or config.get("module_input_name") or "sentence_embedding")
+
+
+def _require_sentences(path: Path) -> None:
+    """Refuse a normalization of token vectors."""
+    config = read_object(path, optional=True)
+    names = [config.get(f"module_{end}_name") or "sentence_embedding" for end in ("input", "output")]
+    if names != ["sentence_embedding"] * 2:
+        raise LoadError(f"{path}: normalizes {names[0]!r}, not the vector of a text: {MULTI_VECTOR}")
+
+
+def read_pooling(folder: Path) -> Pooling:
+    """Read the configuration of a ``Pooling`` module.
+
+    Raises:
+        LoadError: it pools in a way that is not supported.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    _require_known(config, _POOLING_KEYS, path)
+    if config.get("include_prompt") is False:
+        raise LoadError(f"{path}: include_prompt: false is not supported: prompt tokens are always pooled")
+    mode = config.get("pooling_mode")
+    if mode is None:  # the form until sentence-transformers 5: one flag per mode
+        active = [name for name, flag in _POOLING_FLAGS.items() if config.get(f"pooling_mode_{flag}") is True]
+        mode = [*active] or "mean"
+    if isinstance(mode, list) and len(mode) == 1:
+        mode = mode[0]
+    if not isinstance(mode, str) or mode not in set(Pooling):
+        raise LoadError(f"{path}: pooling {mode!r} is not supported; supported: {', '.join(Pooling)}")
+    return Pooling(mode)
+
+
+def read_dense(folder: Path) -> DenseLayer:
+    """Read the configuration of a ``Dense`` module.
+
+    Raises:
+        LoadError: it is more than a linear layer over the pooled vector.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    _require_known(config, _DENSE_KEYS, path)
+    if _output_of(config) == "scores":
+        raise LoadError(f"{path}: gives scores: {RERANKER}")
+    names = {str(config.get(f"module_{end}_name") or "sentence_embedding") for end in ("input", "output")}
+    if config.get("use_residual") or names != {"sentence_embedding"}:
+        raise LoadError(f"{path}: only a plain layer behind the pooling is supported: no use_residual, no other names")
+    width = config.get("out_features")
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise LoadError(f"{path}: out_features must be a positive integer, got {width!r}")
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if not isinstance(activation, str) or not activation.startswith("torch."):
+        raise LoadError(f"{path}: activation_function must be a class of torch's, got {activation!r}")
+    return DenseLayer(width, activation.rsplit(".", 1)[-1], config.get("bias") is not False)
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSettings:
+    """How sentence-transformers calls the tokenizer.
+
+    Attributes:
+        max_tokens: longest text that the file names, if it names one.
+    """
+
+    max_tokens: int | None
+    is_lower_cased: bool
+
+
+def read_transformer(folder: Path, *, is_embedder: bool) -> TransformerSettings:
+    """Read the length and lower-casing; the first releases of sentence-transformers named the file for the model.
+
+    Raises:
+        LoadError: the file asks for another treatment of texts than the one here.
+    """
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
+        path = folder / f"sentence_{name}_config.json"
+        config = read_object(path, optional=True)
+        if config:
+            config = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
+            _require_plain(config, path, is_embedder=is_embedder)
+            arguments = config.get("processor_kwargs")
+            given = arguments.get("model_max_length") if isinstance(arguments, dict) else None
+            length = as_length(given) or as_length(config.get("max_seq_length"))
+            _require_one_length(config, length, path)
+            return TransformerSettings(length, config.get("do_lower_case") is True)
+    return TransformerSettings(None, is_lower_cased=False)
+
+
+def as_length(value: Json) -> int | None:
+    """Return a number of tokens as it stands in a checkpoint's file; ``None`` for what is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(min(value, 2**62)) if is_number and value >= 1 else None  # type: ignore[type-var,operator,arg-type]
+
+
+def _require_plain(config: Mapping[str, Json], path: Path, *, is_embedder: bool) -> None:
+    """Refuse what makes sentence-transformers call the tokenizer or the model in a way of its own.
+
+    Raises:
+        LoadError: names the setting.
+    """
+    task, output = ("feature-extraction", "token_embeddings") if is_embedder else ("sequence-classification", "scores")
+    state = "last_hidden_state" if is_embedder else "logits"
+    match config.get("modality_config"):
+        case {"text": {"method_output_name": str(name)}} if name != state:
+            raise LoadError(f"{path}: method_output_name {name!r} is not supported, only {state!r}")
+        case {"text": {"method": str(name)}} if name != "forward":
+            raise LoadError(f"{path}: method {name!r} is not supported, only 'forward'")
+    for key, expected in (("transformer_task", task), ("module_output_name", output)):
+        if config.get(key) not in (None, expected):
+            raise LoadError(f"{path}: {key} {config[key]!r} is not supported, only {expected!r}")
+    for key, harmless in _HARMLESS_ARGUMENTS.items():
+        arguments = config.get(key)
+        strange = [name for name in arguments if name not in harmless] if isinstance(arguments, dict) else []
+        if strange:
+            raise LoadError(f"{path}: {key}: {', '.join(strange)} is not supported")
+    known = {*_HARMLESS_KEYS, *_HARMLESS_ARGUMENTS, "transformer_task", "module_output_name"}
+    known |= {"query_length", "document_length"}  # looked at with the length
+    _require_known({key: value for key, value in config.items() if value not in (None, {}, [])}, known, path)
+
+
+def _require_one_length(config: Mapping[str, Json], length: int | None, path: Path) -> None:
+    for key in ("query_length", "document_length"):
+        if config.get(key) is not None and as_length(config[key]) != length:
+            raise LoadError(
+                f"{path}: {key} {config[key]!r} is not supported: queries and documents are cut at the same length"
+                + (f", here {length}" if length else "")
+            )
+
+
+def _require_known(config: Mapping[str, Json], known: Iterable[str], path: Path) -> None:
+    unknown = [key for key in config if key not in known]
+    if unknown:
+        raise LoadError(
+            f"{path}: {', '.join(unknown)} is not supported: it is not known whether it changes the vectors"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the model as a whole
+
+
+def require_sentence_transformer(config: Mapping[str, Json], path: Path) -> None:
+    """Refuse a model that ``config_sentence_transformers.json`` says to be no embedder.
+
+    Raises:
+        LoadError: says what it is.
+    """
+    what = _MODEL_TYPES.get(str(config.get("model_type")))
+    if what is not None:
+        raise LoadError(f"{path}: model_type {config['model_type']!r}: {what}")
+
+
+def read_truncated_width(config: Mapping[str, Json], path: Path) -> int | None:
+    """Return the dimensions to which ``config_sentence_transformers.json`` cuts every vector, if it does.
+
+    Raises:
+        LoadError: that is no number of dimensions.
+    """
+    width = config.get("truncate_dim")
+    if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width < 1):
+        raise LoadError(f"{path}: truncate_dim must be a positive integer, got {width!r}")
+    return width

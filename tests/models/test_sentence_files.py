@@ -1,0 +1,429 @@
+"""sentence-transformers' files are read as it reads them, or refused; what stands in place of a model is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from gateway.engine.loading import plan_load
+from gateway.errors import LoadError
+from models.checkpoints import MAX_TOKENS, TEXTS
+from models.plain import entry, load_whole
+
+Copy = Callable[[Path], Path]
+Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
+EditJson = Callable[..., None]
+Load = Callable[..., Any]
+MakeFamily = Callable[..., Path]
+MakePlain = Callable[..., Path]
+
+
+# ------------------------------------------------------------ sentence-transformers' files
+
+
+@pytest.fixture
+def dense(make_family: MakeFamily, copy: Copy) -> Path:
+    return copy(make_family("distilbert"))
+
+
+@pytest.mark.parametrize(("width", "expected"), [(32, 32), (48, 48), (500, 48)])
+@pytest.mark.parametrize("name", ["distilbert", "bert"])
+def test_vectors_are_cut_where_the_checkpoint_says_so(
+    name: str,
+    width: int,
+    expected: int,
+    make_family: MakeFamily,
+    copy: Copy,
+    edit_json: EditJson,
+    load: Load,
+    cosines: Cosines,
+) -> None:
+    folder = copy(make_family(name))
+    expected = expected if name == "distilbert" else min(width, 64)
+    before = plan_load(entry(folder)).checkpoint.fingerprint
+    edit_json(folder / "config_sentence_transformers.json", truncate_dim=width)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS))
+
+    plan = plan_load(entry(folder))
+    vectors = load(folder, "torch").vectors(TEXTS)
+
+    assert plan.info.width == plan.info.dimensions[0] == expected == theirs.shape[1]
+    assert cosines(vectors, theirs).min() > 0.99999
+    assert plan.checkpoint.fingerprint != before
+
+
+@pytest.mark.parametrize("width", [0, -1, "32", 3.5, True])
+def test_a_width_that_is_none_is_refused(width: object, dense: Path, edit_json: EditJson) -> None:
+    edit_json(dense / "config_sentence_transformers.json", truncate_dim=width)
+
+    with pytest.raises(LoadError, match="truncate_dim must be a positive integer, got "):
+        plan_load(entry(dense))
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_a_transformer_may_have_a_folder(
+    is_pickled: bool, make_family: MakeFamily, copy: Copy, load: Load, cosines: Cosines
+) -> None:
+    """The layout of sentence-transformers before release 2."""
+    folder = copy(make_family("distilbert"))
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), normalize_embeddings=True)
+    (folder / "0_Transformer").mkdir()
+    for path in [*folder.iterdir()]:
+        if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json"):
+            path.rename(folder / "0_Transformer" / path.name)
+    rows = json.loads((folder / "modules.json").read_text())
+    rows[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(rows))
+    if is_pickled:
+        weights = folder / "0_Transformer" / "model.safetensors"
+        torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+
+    plan = plan_load(entry(folder))
+
+    assert plan.max_tokens == MAX_TOKENS
+    assert cosines(load(folder, "torch").vectors(TEXTS), theirs).min() > 0.99999
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b"])
+def test_modules_stay_in_the_folder_of_their_checkpoint(path: str, dense: Path) -> None:
+    rows = json.loads((dense / "modules.json").read_text())
+    rows[1]["path"] = path
+    (dense / "modules.json").write_text(json.dumps(rows))
+
+    with pytest.raises(LoadError, match="leads out of the checkpoint's folder"):
+        plan_load(entry(dense))
+
+
+TRANSFORMER_SETTINGS = [
+    ({"query_length": 32}, "query_length 32 is not supported"),
+    ({"document_length": 32}, "document_length 32 is not supported"),
+    ({"query_expansion": {"strategy": "fixed", "length": 32}}, "query_expansion is not supported"),
+    ({"transformer_task": "fill-mask"}, "transformer_task 'fill-mask' is not supported"),
+    ({"module_output_name": "scores"}, "module_output_name 'scores' is not supported"),
+    ({"model_args": {"rope_scaling": {"factor": 2}}}, "model_kwargs: rope_scaling is not supported"),
+    ({"config_kwargs": {"num_hidden_layers": 1}}, "config_kwargs: num_hidden_layers is not supported"),
+    ({"tokenizer_args": {"do_lower_case": True}}, "processor_kwargs: do_lower_case is not supported"),
+    ({"tokenizer_name_or_path": "other"}, "tokenizer_name_or_path is not supported"),
+    ({"query_prefix": "q: "}, "query_prefix is not supported"),
+    ({"of_a_later_release": 1}, "of_a_later_release is not supported"),
+    ({"modality_config": {"text": {"method": "encode", "method_output_name": "last_hidden_state"}}}, "method 'encode'"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), TRANSFORMER_SETTINGS)
+def test_a_setting_that_would_change_vectors_is_refused(
+    change: dict[str, object], reason: str, dense: Path, edit_json: EditJson
+) -> None:
+    edit_json(dense / "sentence_bert_config.json", **change)
+
+    with pytest.raises(LoadError, match=re.escape(reason)):
+        plan_load(entry(dense))
+
+
+@pytest.mark.parametrize(
+    ("change", "max_tokens"),
+    [
+        ({"max_seq_length": None, "query_length": None, "document_length": None, "query_expansion": None}, MAX_TOKENS),
+        ({"max_seq_length": 32, "query_length": 32}, 32),
+        ({"unpad_inputs": False, "model_args": {"attn_implementation": "sdpa"}, "config_args": {}}, MAX_TOKENS),
+        ({"processor_kwargs": {"model_max_length": 20}, "max_seq_length": 32}, 20),
+    ],
+)
+def test_a_setting_that_changes_no_vector_is_passed_over(
+    change: dict[str, object],
+    max_tokens: int,
+    dense: Path,
+    edit_json: EditJson,
+    load: Load,
+    cosines: Cosines,
+) -> None:
+    edit_json(dense / "sentence_bert_config.json", **change)
+    edit_json(dense / "config_sentence_transformers.json", similarity_fn_name="dot", prompts=None, requirements={})
+
+    assert plan_load(entry(dense)).max_tokens == max_tokens
+    edit_json(dense / "config_sentence_transformers.json", prompts={})  # they cannot read null
+    theirs = SentenceTransformer(str(dense), device="cpu").encode(list(TEXTS))
+    assert cosines(load(dense, "torch").vectors(TEXTS), theirs).min() > 0.99999
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "reason"),
+    [
+        ("1_Pooling", {"of_a_later_release": 1}, "of_a_later_release is not supported"),
+        ("2_Dense", {"of_a_later_release": 1}, "of_a_later_release is not supported"),
+        (
+            "2_Dense",
+            {"activation_function": "my.own.Tanh"},
+            "activation_function must be a class of torch's, got 'my.own.Tanh'",
+        ),
+        ("2_Dense", {"activation_function": None}, "activation_function must be a class of torch's, got None"),
+        ("2_Dense", {"module_output_name": "scores"}, "gives scores: a reranker"),
+        ("2_Dense", {"bias": False}, "holds linear.bias, linear.weight, but its configuration linear.weight"),
+    ],
+)
+def test_a_module_with_settings_that_are_not_known_is_refused(
+    path: str, change: dict[str, object], reason: str, dense: Path, edit_json: EditJson
+) -> None:
+    edit_json(dense / path / "config.json", **change)
+
+    with pytest.raises(LoadError, match=re.escape(reason)):
+        load_whole(dense)
+
+
+def test_a_residual_layer_is_not_passed_over(dense: Path) -> None:
+    path = dense / "2_Dense" / "model.safetensors"
+    save_file({**load_file(path), "residual.weight": torch.ones(48, 64)}, path)
+
+    with pytest.raises(LoadError, match=r"holds linear\.bias, linear\.weight, residual\.weight, but"):
+        load_whole(dense)
+
+
+def test_a_normalization_of_token_vectors_is_refused(make_family: MakeFamily, copy: Copy) -> None:
+    folder = copy(make_family("bert"))
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+    (folder / "2_Normalize" / "config.json").write_text(json.dumps({"module_input_name": "token_embeddings"}))
+
+    with pytest.raises(
+        LoadError, match="normalizes 'token_embeddings', not the vector of a text: a multi-vector model"
+    ):
+        plan_load(entry(folder))
+
+
+# ------------------------------------------------------------ modules of other models
+
+MODULES = "sentence_transformers.models"
+OTHER_MODULES = {
+    "SPLADE": ([f"{MODULES}.Transformer", f"{MODULES}.SpladePooling"], "a sparse encoder (SPLADE)"),
+    "SPLADE, release 5": (
+        [
+            "sentence_transformers.sparse_encoder.models.MLMTransformer",
+            "sentence_transformers.sparse_encoder.models.SpladePooling",
+        ],
+        "a sparse encoder (SPLADE)",
+    ),
+    "PyLate": (
+        ["pylate.models.Transformer.Transformer", "pylate.models.Dense.Dense"],
+        "a multi-vector model (ColBERT)",
+    ),
+    "multi-vector, release 6": (
+        [
+            f"{MODULES}.Transformer",
+            f"{MODULES}.Dense",
+            "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+        ],
+        "a multi-vector model (ColBERT)",
+    ),
+    "Dense without Pooling": ([f"{MODULES}.Transformer", f"{MODULES}.Dense"], "a multi-vector model (ColBERT)"),
+    "LLM reranker, release 6": (
+        [f"{MODULES}.Transformer", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"],
+        "a reranker of a kind that is not supported",
+    ),
+    "static": ([f"{MODULES}.StaticEmbedding", f"{MODULES}.Normalize"], "static embeddings"),
+    "CLIP": ([f"{MODULES}.CLIPModel"], "a model of images and texts (CLIP)"),
+    "Router": ([f"{MODULES}.Router", f"{MODULES}.SpladePooling"], "a router with different modules"),
+    "words": ([f"{MODULES}.WordEmbeddings", f"{MODULES}.Pooling"], "word embeddings without a transformer"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODULES)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_modules_of_another_kind_of_model_are_named(name: str, has_config: bool, dense: Path) -> None:
+    types, what = OTHER_MODULES[name]
+    rows = [{"idx": i, "name": str(i), "path": f"{i}_x" if i else "", "type": type_} for i, type_ in enumerate(types)]
+    (dense / "modules.json").write_text(json.dumps(rows))
+    if not has_config:  # some have no transformer, and no configuration of one
+        (dense / "config.json").unlink()
+
+    with pytest.raises(LoadError, match=re.escape(f" are not supported: {what}")):
+        plan_load(entry(dense))
+
+
+def test_a_reranker_of_modules_is_named(dense: Path) -> None:
+    """Ettin's layout: the layers behind the pooling give a score."""
+    kinds = ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
+    rows = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{MODULES}.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (dense / "modules.json").write_text(json.dumps(rows))
+    (dense / "4_Dense").mkdir()
+    config = {"in_features": 48, "out_features": 1, "module_output_name": "scores"}
+    (dense / "4_Dense" / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(LoadError, match="Dense, LayerNorm, Dense are not supported: a reranker"):
+        plan_load(entry(dense))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "what"),
+    [
+        ("SparseEncoder", "a sparse"),
+        ("CrossEncoder", "a reranker"),
+        ("MultiVectorEncoder", "a multi"),
+        ("ColBERT", "a multi"),
+    ],
+)
+def test_what_sentence_transformers_calls_otherwise_is_refused(
+    model_type: str, what: str, dense: Path, edit_json: EditJson
+) -> None:
+    edit_json(dense / "config_sentence_transformers.json", model_type=model_type)
+
+    with pytest.raises(LoadError, match=f"model_type '{model_type}': {what}"):
+        plan_load(entry(dense))
+
+
+def test_a_module_of_its_own_code_is_refused(dense: Path) -> None:
+    rows = json.loads((dense / "modules.json").read_text())
+    rows[0]["type"] = "custom_st.Transformer"
+    (dense / "modules.json").write_text(json.dumps(rows))
+
+    with pytest.raises(LoadError, match=r"modules.json: custom_st.Transformer is code of its own"):
+        plan_load(entry(dense))
+
+
+def test_modules_without_a_pooling_make_no_vector(dense: Path) -> None:
+    rows = json.loads((dense / "modules.json").read_text())
+    (dense / "modules.json").write_text(json.dumps(rows[:1]))
+
+    with pytest.raises(LoadError, match=r"lists a Transformer and no Pooling"):
+        plan_load(entry(dense))
+
+
+def test_a_reranker_with_a_prompt_is_refused(make_plain: MakePlain) -> None:
+    folder = make_plain("bert", "SequenceClassification", num_labels=1)
+    plan_load(entry(folder))
+    config = {"model_type": "CrossEncoder", "prompts": {"query": "Find: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+
+    with pytest.raises(LoadError, match="default_prompt_name 'query' is not supported: a reranker has no prompts"):
+        plan_load(entry(folder))
+
+
+# ------------------------------------------------------------ what is there instead
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 133466304\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "2_Dense/model.safetensors"])
+def test_a_git_lfs_pointer_is_named(name: str, dense: Path) -> None:
+    (dense / name).write_bytes(LFS)
+
+    with pytest.raises(LoadError, match=rf"{re.escape(name)}: a Git LFS pointer in place of the file"):
+        plan_load(entry(dense))
+
+
+def only(folder: Path, **files: str) -> Path:
+    """Make a folder with nothing but these files."""
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (
+            {"adapter_config_dot_json": '{"base_model_name_or_path": "org/base"}'},
+            "holds a PEFT adapter .* of org/base: merge it",
+        ),
+        (
+            {"adapter_config_dot_json": "{}", "config_dot_json": "{}"},
+            "holds a PEFT adapter .* of a model that it does not name",
+        ),
+        (
+            {"model-Q4_K_M_dot_gguf": "GGUF"},
+            "config.json: no such file.* GGUF, llama.cpp's form of a model is not supported",
+        ),
+        ({"onnx__model_dot_onnx": ""}, "It holds onnx/model.onnx: ONNX is not supported"),
+        (
+            {"config_dot_json": '{"model_type": "bert"}', "model_dot_onnx": ""},
+            "no weights: .* It holds model.onnx: ONNX is not",
+        ),
+        (
+            {"config_dot_json": '{"model_type": "bert"}', "openvino__openvino_model_dot_xml": ""},
+            "no weights: .*OpenVINO's form",
+        ),
+        (
+            {"config_dot_json": '{"model_type": "bert"}', "tf_model_dot_h5": ""},
+            "no weights: .* TensorFlow's form of a model",
+        ),
+        (
+            {"config_dot_json": '{"model_type": "bert"}', "pt__model_dot_safetensors": ""},
+            "no weights: .* There is one in pt/",
+        ),
+        ({"0_Transformer__config_dot_json": "{}"}, "config.json: no such file.* There is one in 0_Transformer/"),
+        ({"snapshots__abc__config_dot_json": "{}"}, "entry of the hub's cache: take .*/snapshots/abc"),
+        ({"README_dot_md": ""}, "config.json: no such file; is this a checkpoint folder\\?$"),
+        (
+            {"config_dot_json": '{"model_type": "new"}'},
+            "model_type 'new' is not supported.* This is GTE as it was published",
+        ),
+        ({"config_dot_json": '{"model_type": 5}'}, "model_type must be a string, got 5"),
+        ({"config_dot_json": "[1]"}, "must hold a JSON object, got list"),
+        ({"config_dot_json": '{"a":' * 100_000}, "config.json: not readable as JSON"),
+    ],
+)
+def test_what_is_there_in_place_of_a_model_is_named(files: dict[str, str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=reason):
+        plan_load(entry(only(tmp_path / "model", **files)))
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_a_missing_part_of_the_weights_is_named(form: str, make_plain: MakePlain, load: Load) -> None:
+    folder = make_plain("bert")
+    tensors = load_file(folder / "model.safetensors")
+    before = load(folder, "torch").vectors(TEXTS)
+    (folder / "model.safetensors").unlink()
+    stem, _, ending = form.partition(".")
+    parts = {f"{stem}-{i}-of-2.{ending}": dict(sorted(tensors.items())[i - 1 :: 2]) for i in (1, 2)}
+    for name, part in parts.items():
+        if ending == "bin":
+            torch.save(part, folder / name)
+        else:
+            save_file(part, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {tensor: name for name, part in parts.items() for tensor in part}}
+    (folder / f"{form}.index.json").write_text(json.dumps(index))
+    load.cache_clear()
+    np.testing.assert_array_equal(load(folder, "torch").vectors(TEXTS), before)
+    last = [*parts][1]
+    (folder / last).unlink()
+
+    with pytest.raises(LoadError, match=re.escape(f"lists 2 files with weights, and 1 are missing: {last}")):
+        plan_load(entry(folder))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, -100])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_pickled_weights_that_were_cut_short_are_refused(num_bytes: int, is_zip: bool, make_plain: MakePlain) -> None:
+    folder = make_plain("bert")
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path, _use_new_zipfile_serialization=is_zip)
+    (folder / "model.safetensors").unlink()
+    load_whole(folder)
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+    with pytest.raises(LoadError, match=r"pytorch_model\.bin: (corrupt or cut short|the weights cannot be loaded): "):
+        load_whole(folder)
+
+
+def test_weights_that_transformers_would_not_read_are_not_taken_for_the_models(make_plain: MakePlain) -> None:
+    folder = make_plain("bert")
+    before = plan_load(entry(folder)).checkpoint.fingerprint
+    save_file({"other": torch.ones(3)}, folder / "consolidated.safetensors")
+    assert plan_load(entry(folder)).checkpoint.fingerprint == before
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(LoadError, match=r"no weights: neither model\.safetensors"):
+        plan_load(entry(folder))
