@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,9 +17,6 @@ from gateway.config.registry import Registry, load_registry
 from gateway.config.settings import load_settings
 from gateway.errors import ConfigError, StartError
 from gateway.telemetry.console import is_colored
-
-if TYPE_CHECKING:
-    from gateway.lock import CheckpointInfos
 
 app = typer.Typer(
     name="gateway",
@@ -110,13 +107,17 @@ def check(
     """
     path, registry = _read_registry(file)
     _check_keys(registry)
-    absent = _check_lock(registry) if locked else None
-    typer.echo(f"{path}: ok, {_summary(registry)}")
-    if absent is None:
-        typer.echo("Not looked at: checkpoints, devices and memory (see `gateway models`), and other servers.")
-    else:
+    what = "checkpoints, "
+    if locked:
+        from gateway.lock import check_lock
+
+        try:
+            absent = check_lock(registry)
+        except StartError as error:
+            _fail(error)
         what = f"the checkpoints of {', '.join(absent)}, which are not on this machine; " if absent else ""
-        typer.echo(f"Not looked at: {what}devices and memory (see `gateway models`), and other servers.")
+    typer.echo(f"{path}: ok, {_summary(registry)}")
+    typer.echo(f"Not looked at: {what}devices and memory (see `gateway models`), and other servers.")
 
 
 def _check_keys(registry: Registry) -> None:
@@ -185,14 +186,14 @@ def lock(
 
     It holds the weights and the spaces of every name, for `gateway check --locked`, and lies next to models.yaml.
     """
-    from gateway.lock import CheckpointInfos, lock_path, make_lock, read_lock, write_lock
+    from gateway.lock import CheckpointInfos, check_rules, lock_path, make_lock, read_lock, write_lock
 
     _path, registry = _read_registry(file)
     target = lock_path(registry)
     try:
         infos = CheckpointInfos()
         made = make_lock(registry, read_lock(target), infos.describe)
-        _check_rules(registry, infos)
+        check_rules(registry, infos)
         write_lock(target, made)
     except StartError as error:
         _fail(error)
@@ -200,43 +201,6 @@ def lock(
     for name, model in made.models.items():
         if model.fingerprint is None:
             typer.echo(f"{name}: its checkpoint is not on this machine; the lock holds its source and revision only")
-
-
-def _check_rules(registry: Registry, infos: CheckpointInfos) -> None:
-    """Check what must hold between the models whose checkpoints are at hand.
-
-    Raises:
-        StartError: something does not: the gateway would not start.
-    """
-    from gateway.routing.rules import broken_rules
-
-    if broken := broken_rules(registry, infos):
-        raise StartError("\n".join(f"{registry.path}: {problem}" for problem in broken))
-
-
-def _check_lock(registry: Registry) -> list[str]:
-    """Hold a registry against its lock; returns the models whose checkpoints could not be read, as they are not here."""
-    from gateway.lock import CheckpointInfos, differences, lock_path, read_lock
-
-    target = lock_path(registry)
-    infos = CheckpointInfos()
-    try:
-        made = read_lock(target)
-        found = (
-            [f"{target} does not exist; write it with `gateway lock`"]
-            if made is None
-            else differences(registry, made, infos.describe)
-        )
-        _check_rules(registry, infos)
-    except StartError as error:
-        _fail(error)
-    if found:
-        advice = (
-            "Vectors that are stored under these names could not be compared with new ones. If that is meant: "
-            "`gateway lock`"
-        )
-        _fail(StartError("\n".join([*found, *([advice] if made else [])])))
-    return [entry.id for entry in registry.models if not entry.is_remote and infos.describe(entry) is None]
 
 
 @app.command()

@@ -11,9 +11,6 @@ from urllib.parse import quote
 import httpx
 import orjson
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gateway.api.experiments import ArmEvidence, ExperimentEvidence, ExperimentList, present
 from gateway.config.registry import Registry
@@ -21,9 +18,8 @@ from gateway.errors import StartError
 from gateway.evidence.counts import Evidence
 from gateway.evidence.exposures import Exposure, read_exposures
 from gateway.routing.experiments import Split
+from gateway.terminal import make_console, make_table, say
 
-# Where the output is no terminal, wide enough for the columns of several arms.
-_PIPE_WIDTH = 160
 _TIMEOUT_S = 10.0
 _NOTHING = "-"
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -115,15 +111,15 @@ def _message(answer: httpx.Response) -> str:
 
 def print_experiments(experiments: ExperimentList) -> None:
     """Print which experiments there are, and how they split their requests."""
-    console = _console()
+    console = make_console()
     if not experiments.data:
-        _say(console, "there are no experiments; they are declared under `experiments` in models.yaml")
+        say(console, "there are no experiments; they are declared under `experiments` in models.yaml")
         return
-    table = Table("experiment", "kind", "runs", "start", "end", "arms: weight")
+    table = make_table("experiment", "kind", "runs", "start", "end", "arms: weight")
     for one in experiments.data:
         arms = ", ".join(f"{arm.arm}: {arm.weight:g}" for arm in one.arms)
         runs = "yes" if one.is_running else "no"
-        table.add_row(*_cells(one.id, one.kind, runs, one.start or _NOTHING, one.end or _NOTHING, arms))
+        table.add_row(one.id, one.kind, runs, one.start or _NOTHING, one.end or _NOTHING, arms)
     console.print(table)
 
 
@@ -133,24 +129,24 @@ def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> N
     Args:
         has_requests: whether requests were counted, and not units alone.
     """
-    console = _console()
+    console = make_console()
     state = "runs" if shown.is_running else "does not run"
-    _say(console, f"{shown.id} ({shown.kind}) {state}; arms, weights and salt: {shown.generation}")
+    say(console, f"{shown.id} ({shown.kind}) {state}; arms, weights and salt: {shown.generation}")
     units_since = f"units since {shown.units_since}" if shown.units_since else "no units yet"
-    _say(console, f"requests since {shown.since}, {units_since}" if has_requests else units_since)
-    table = Table("")
+    say(console, f"requests since {shown.since}, {units_since}" if has_requests else units_since)
+    table = make_table("")
     for arm in shown.evidence:
-        table.add_column(Text(arm.arm), justify="right", overflow="fold")
+        table.add_column(arm.arm, justify="right", overflow="fold")
     num_units = sum(arm.units for arm in shown.evidence)
     for name, figure in [*_unit_rows(num_units), *(_REQUEST_ROWS if has_requests else ())]:
-        table.add_row(*_cells(name, *(figure(arm) for arm in shown.evidence)))
+        table.add_row(name, *(figure(arm) for arm in shown.evidence))
     console.print(table)
     if shown.uncounted:
-        _say(console, f"not counted: {', '.join(f'{reason} {num:,}' for reason, num in shown.uncounted.items())}")
+        say(console, f"not counted: {', '.join(f'{reason} {num:,}' for reason, num in shown.uncounted.items())}")
     ratio = shown.sample_ratio
     style = "bold red" if ratio.is_mismatch else "yellow" if ratio.p is None else "green"
     chi2 = "" if ratio.chi2 is None else f" (chi-square {ratio.chi2:.2f}, degrees of freedom {ratio.degrees})"
-    _say(console, f"split of the units: {ratio.verdict}{chi2}", style)
+    say(console, f"split of the units: {ratio.verdict}{chi2}", style)
 
 
 Figure = Callable[[ArmEvidence], str]
@@ -184,17 +180,3 @@ def _milliseconds(seconds: float | None) -> str:
     if seconds is None:
         return _NOTHING
     return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else f"{seconds * 1000:,.0f} ms"
-
-
-def _cells(*texts: str) -> list[Text]:
-    # Names are shown as they are: a bracket in them is no markup.
-    return [Text(text) for text in texts]
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style=style), highlight=False, soft_wrap=not console.is_terminal)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPE_WIDTH)

@@ -18,6 +18,7 @@ from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.embedding import ModelInfo, canonical_task
 from gateway.errors import StartError
 from gateway.files import read_bounded, write_whole
+from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import PREPROCESSING_VERSION, space_id, spaces_by_task
 
 VERSION = 1
@@ -176,6 +177,35 @@ def differences(registry: Registry, lock: Lock, describe: Describe = describe_ch
     ]
     found += _moved("aliases:", lock.aliases, now.aliases)
     return found
+
+
+def check_rules(registry: Registry, infos: CheckpointInfos) -> None:
+    """Check what must hold between the models whose checkpoints have been read.
+
+    Raises:
+        StartError: something does not: the gateway would not start.
+    """
+    if broken := broken_rules(registry, infos):
+        raise StartError("\n".join(f"{registry.path}: {problem}" for problem in broken))
+
+
+def check_lock(registry: Registry) -> list[str]:
+    """Hold a registry against its lock and its own rules; returns the models whose checkpoints are not on this machine.
+
+    Raises:
+        StartError: it differs from its lock, breaks a rule, or has no lock; a checkpoint that is here cannot be served.
+    """
+    path = lock_path(registry)
+    lock = read_lock(path)
+    if lock is None:
+        raise StartError(f"{path} does not exist; write it with `gateway lock`")
+    infos = CheckpointInfos()
+    found = differences(registry, lock, infos.describe)
+    check_rules(registry, infos)
+    if found:
+        advice = "Vectors that are stored under these names could not be compared with new ones. If that is meant: "
+        raise StartError("\n".join([*found, f"{advice}`gateway lock`"]))
+    return [entry.id for entry in registry.models if not entry.is_remote and infos.describe(entry) is None]
 
 
 def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) -> Iterator[str]:

@@ -34,6 +34,9 @@ log = structlog.get_logger("gateway.access")
 
 _CONTEXT = "gateway.context"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+# What a message quotes of a request may be a text, which no log line has.
+_QUOTED = re.compile(r"(the string|an object with|refuses the request:) .*", re.DOTALL)
+_MAX_REASON, _MAX_NAME = 300, 100
 _SLASHES = re.compile(r"//+")
 # Answered without a key: probes carry none, and the documentation tells nothing that is not public.
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
@@ -55,6 +58,8 @@ class RequestContext:
     Attributes:
         client: whom the request is from.
         headers: further headers of the answer, whatever it will be.
+        reason: why the request was refused, without what it quotes of the client's texts; `param` is the field at fault.
+        asked: the model as the client named it, for the log of a request that no model answered.
         api_key: hex sha256 of the key that the request carries, also where none is asked for.
         key_owner: whose key that is: the client's name where keys are known, else the key's hash.
         trace_ids: what joins a log line to the request's trace, if that is recorded.
@@ -67,6 +72,9 @@ class RequestContext:
     started: float = field(default_factory=time.monotonic)
     status: int = 0
     error_code: str | None = None
+    reason: str | None = None
+    param: str | None = None
+    asked: str | None = None
     model: str | None = None
     task: str | None = None
     num_texts: int | None = None
@@ -92,6 +100,11 @@ class RequestContext:
     def caller(self) -> str:
         """Whom the work is for, in logs and where several share a queue."""
         return self.client.name
+
+    def refuse(self, error: RequestError) -> None:
+        """Add why the request is refused."""
+        self.error_code, self.param = error.code, error.param
+        self.reason = _QUOTED.sub(r"\1 …", error.message)[:_MAX_REASON]
 
     def describe(self, model: str, task: str | None, num_texts: int, num_tokens: int, timings: Timings) -> None:
         """Add what was embedded."""
@@ -150,7 +163,7 @@ class GatewayMiddleware:
             try:
                 await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
-                context.error_code = error.code
+                context.refuse(error)
                 await send_error(error, context.error_form, send_with_id, body.drain)
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
                 log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
@@ -224,6 +237,7 @@ def _record(scope: Scope, context: RequestContext) -> None:
     if context.error_code is not None:
         metrics.ERRORS.labels(context.error_code).inc()
     write = log.debug if path in _QUIET_PATHS else log.info
+    model = context.model or context.asked or scope.get("path_params", {}).get("model")
     timings = context.timings
     stages = {} if timings is None else {f"{name}_ms": round(s * 1000, 2) for name, s in timings.stages.items()}
     write(
@@ -235,10 +249,11 @@ def _record(scope: Scope, context: RequestContext) -> None:
         status=context.status,
         ms=round(context.elapsed_s * 1000, 2),
         **context.trace_ids,
+        **({} if model is None else {"model": model[:_MAX_NAME]}),
         **stages,
         **{
             name: value
-            for name in ("model", "task", "experiment", "arm", "num_texts", "num_tokens", "error_code")
+            for name in ("task", "experiment", "arm", "num_texts", "num_tokens", "error_code", "param", "reason")
             if (value := getattr(context, name)) is not None
         },
     )

@@ -74,6 +74,7 @@ class Exchange:
             RequestError: one of those of :meth:`EmbeddingService.embed`.
             ClientDisconnected: the client went away first.
         """
+        RequestContext.of(request).asked = wanted.model
         async with self._quotas.reserve(ticket, wanted.texts, self.deployment.fleet.max_tokens):
             answer = await unless_disconnected(request, self.service.embed(wanted))
             await self._quotas.charge(ticket, answer.num_tokens)
@@ -86,6 +87,7 @@ class Exchange:
             RequestError: one of those of :meth:`EmbeddingService.rerank`.
             ClientDisconnected: the client went away first.
         """
+        RequestContext.of(request).asked = wanted.model
         longest = self.deployment.fleet.max_tokens
         async with self._quotas.reserve(ticket, wanted.texts, longest, beside=wanted.query):
             answer = await unless_disconnected(request, self.service.rerank(wanted))

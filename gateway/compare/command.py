@@ -20,7 +20,7 @@ from gateway.compare.client import GatewayClient
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.in_process import in_process_client
-from gateway.compare.outputs import write_results
+from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import progress_on
 from gateway.compare.results import Comparison
@@ -29,10 +29,9 @@ from gateway.compare.table import print_comparison
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.errors import CompareError
+from gateway.files import write_whole
 from gateway.telemetry.logs import configure_logs
-
-# Where the output is no terminal, wide enough for the tables.
-_PIPE_WIDTH = 180
+from gateway.terminal import make_console
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,12 @@ def run_comparison(request: CompareRequest, gateway: RunningGateway | OwnModels,
     """
     folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     _check_folder(folder)
-    console, progress = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
+    console, progress = make_console(), make_console(is_error=True)
     comparison, rankings = asyncio.run(_compare(request, gateway, progress))
     print_comparison(comparison, console)
     written = [*write_results(comparison, rankings, folder), _write_page(comparison, folder)]
-    _say(console, "\nWritten:", *(f"  {path}" for path in written))
+    for line in ("\nWritten:", *(f"  {path}" for path in written)):
+        console.print(line, soft_wrap=True)
 
 
 async def _compare(
@@ -112,7 +110,15 @@ def _base_url(text: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that the results can be written, before they are computed."""
+    """Check that the results can be written, before they are computed, and replace no others.
+
+    Raises:
+        CompareError: the folder holds the results of another comparison, or cannot be written.
+    """
+    if (folder / RESULTS).exists():
+        raise CompareError(
+            f"--out {folder}: holds the results of another comparison; name another folder, or remove this one"
+        )
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise CompareError(f"--out {folder}: {there} is not a folder")
@@ -123,15 +129,10 @@ def _check_folder(folder: Path) -> None:
 def _write_page(comparison: Comparison, folder: Path) -> Path:
     path = folder / "report.html"
     try:
-        path.write_text(render_page(comparison), encoding="utf-8")
+        write_whole(path, render_page(comparison))
     except OSError as error:
         raise CompareError(f"{path} cannot be written: {error.strerror}") from error
     return path
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:

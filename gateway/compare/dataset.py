@@ -22,6 +22,7 @@ import orjson
 
 from gateway.compare.results import DatasetSummary
 from gateway.errors import CompareError
+from gateway.files import open_regular
 
 HEADER = "query-id\tcorpus-id\tscore"
 
@@ -134,7 +135,7 @@ def _qrels_path(folder: Path, split: str | None) -> Path | None:
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the lines that are not blank, each with its ``file:line``."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, start=1):
                 # Some editors put a byte order mark in front.
                 content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")

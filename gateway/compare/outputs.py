@@ -14,7 +14,9 @@ import orjson
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking, without_ties
 from gateway.errors import CompareError
+from gateway.files import write_whole
 
+RESULTS = "results.json"
 _MAX_NAME = 100
 # Windows takes no file of these names, whatever the ending.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
@@ -44,15 +46,14 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
     whole = {field.name: getattr(comparison, field.name) for field in fields(comparison) if field.name != "queries"}
     names = file_names(rankings)
     contents: list[tuple[Path, Iterable[bytes]]] = [
-        (folder / "results.json", [_json(whole, orjson.OPT_INDENT_2)]),
+        (folder / RESULTS, [_json(whole, orjson.OPT_INDENT_2)]),
         (folder / "queries.jsonl", (_json(query) for query in comparison.queries)),
         *((folder / "runs" / f"{names[arm]}.trec", _run_lines(arm, rankings[arm])) for arm in rankings),
     ]
     for path, lines in contents:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.writelines(lines)
+            write_whole(path, lines)
         except OSError as error:
             raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
     return [path for path, _ in contents]

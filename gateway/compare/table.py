@@ -24,6 +24,7 @@ from gateway.compare.wording import (
     significant,
     verdict_sentence,
 )
+from gateway.terminal import say
 
 _NOTHING = "-"
 _NAMES = ("arm", "space")
@@ -33,13 +34,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print what was compared, the tables, a sentence for each arm, and the notes."""
     dataset = comparison.dataset
     split = f", split {dataset.split}" if dataset.split else ""
-    _say(
+    say(
         console,
         f"{dataset.folder}{split}: {dataset.num_documents:,} documents, {dataset.num_queries:,} queries, "
         f"{dataset.num_judgements:,} judgements",
     )
     if not comparison.has_judgements:
-        _say(
+        say(
             console,
             "\nThere are no judgements: how the rankings differ can be told, and not which are better. "
             "This is a difference, not a quality.",
@@ -50,14 +51,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             console.print()
             console.print(made)
     for sentence in _sentences(comparison):
-        _say(console, f"\n{sentence}")
+        say(console, f"\n{sentence}")
     for note in comparison.notes:
-        _say(console, f"\nNote: {note}")
-
-
-def _say(console: Console, text: str) -> None:
-    # Names and notes are shown as they are: a bracket in them is no markup, and a number no reason for a colour.
-    console.print(Text(text), highlight=False, soft_wrap=not console.is_terminal)
+        say(console, f"\nNote: {note}")
 
 
 def _quality_table(comparison: Comparison) -> Table:
@@ -149,5 +145,5 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         justify: Literal["left", "right"] = "left" if is_name or column == "verdict" else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_name)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, row))  # whatever console it is printed on
     return table

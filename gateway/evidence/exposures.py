@@ -20,6 +20,7 @@ import orjson
 import structlog
 
 from gateway.errors import StartError
+from gateway.files import open_regular
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -61,6 +62,7 @@ class ExposureLog:
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_unread_pipe(path)
             self._file = _File(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
         except OSError as error:
             raise StartError(f"the exposure log {path} cannot be written: {error.strerror}") from error
@@ -92,6 +94,16 @@ class ExposureLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _refuse_unread_pipe(path: Path) -> None:
+    """Refuse a named pipe without a reader: to open it for writing is to wait for one.
+
+    Raises:
+        OSError: it has none.
+    """
+    if path.is_fifo():
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
 
 class _File(RotatingFileHandler):
@@ -128,7 +140,7 @@ def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
     for path in paths:
         num_unread = 0
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 for line in file:
                     if (exposure := _parse(line)) is not None:
                         yield exposure

@@ -38,22 +38,22 @@ class ConsoleRenderer:
         status = int(event["status"])
         color = _RED if status >= 500 else _YELLOW if status >= 400 else _GREEN
         parts = [
-            f"{event['method']} {event['path']}",
+            _plain(f"{event['method']} {event['path']}"),
             self._paint(str(status), color),
             f"{event['ms']:.0f} ms" if event["ms"] >= 10 else f"{event['ms']:.1f} ms",
-            *_subject(event),
-            *(str(event[key]) for key in ("error_code", "reason") if key in event),
-            self._paint(str(event.get("caller", "")), _DIM),
+            *(_plain(part) for part in _subject(event)),
+            *(_plain(event[key]) for key in ("error_code", "reason") if key in event),
+            self._paint(_plain(event.get("caller", "")), _DIM),
         ]
-        return " ".join(_one_line(part) for part in parts if part)
+        return " ".join(part for part in parts if part)
 
     def _other(self, event: EventDict) -> str:
         level = str(event.get("level", "info"))
-        text = str(event.get("event", ""))
-        name = self._paint(text, _LEVEL_COLORS.get(level, ""))
-        values = [f"{key}={value}" for key, value in event.items() if key not in _LEFT_OUT and value not in (None, "")]
-        shown = f"{level}: {name}" if level in _LEVEL_COLORS else name
-        return " ".join([shown, *values])
+        name = self._paint(_plain(event.get("event", "")), _LEVEL_COLORS.get(level, ""))
+        values = [
+            f"{key}={_lines(value)}" for key, value in event.items() if key not in _LEFT_OUT and value not in (None, "")
+        ]
+        return " ".join([f"{level}: {name}" if level in _LEVEL_COLORS else name, *values])
 
     def _paint(self, text: str, color: str) -> str:
         return f"{color}{text}{_RESET}" if self._has_colors and color and text else text
@@ -76,8 +76,20 @@ def _clock(timestamp: object) -> str:
         return str(timestamp or "")
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\n", " ")
+def _plain(value: object) -> str:
+    """Return a value in one line without what could steer the terminal: some of it comes from clients."""
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _lines(value: object) -> str:
+    """Return a value, of several lines each below the other: nine problems of a file, say."""
+    lines = [_plain(line) for line in str(value).split("\n")]
+    return lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
 
 
 def _trace(event: EventDict) -> str:
@@ -87,5 +99,6 @@ def _trace(event: EventDict) -> str:
     if isinstance(given, BaseException):
         given = (type(given), given, given.__traceback__)
     if isinstance(given, tuple) and given[0] is not None:
-        return "\n" + "".join(traceback.format_exception(*given)).rstrip("\n")
+        lines = "".join(traceback.format_exception(*given)).rstrip("\n").split("\n")
+        return "".join(f"\n{_plain(line)}" for line in lines)
     return f"\n{event['exception']}" if event.get("exception") else ""

@@ -1,0 +1,138 @@
+"""The log at a terminal: a line that people read, in colors where those are wanted, and JSON that has not changed."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import orjson
+import pytest
+
+from gateway.telemetry.console import ConsoleRenderer, is_colored
+
+MOMENT = datetime(2026, 11, 25, 9, 36, 23, 965288, tzinfo=UTC)
+CLOCK = MOMENT.astimezone().strftime("%H:%M:%S")
+REQUEST = {
+    "event": "request",
+    "level": "info",
+    "timestamp": MOMENT.isoformat().replace("+00:00", "Z"),
+    "request_id": "req-1",
+    "caller": "search",
+    "method": "POST",
+    "path": "/v1/embeddings",
+    "status": 200,
+    "ms": 23.84,
+    "model": "mini",
+    "num_texts": 1,
+    "num_tokens": 1205,
+    "tokenise_ms": 0.2,
+}
+
+
+def rendered(event: Mapping[str, object], *, has_colors: bool = False) -> str:
+    return ConsoleRenderer(has_colors=has_colors)(None, "info", dict(event))
+
+
+def test_a_request_is_a_short_line() -> None:
+    assert rendered(REQUEST) == f"{CLOCK} POST /v1/embeddings 200 24 ms mini 1 text 1,205 tokens search"
+
+
+def test_a_refused_request_says_what_was_asked_for_and_why() -> None:
+    refused = {**REQUEST, "status": 404, "ms": 1.23, "model": "minni", "error_code": "model_not_found"}
+    refused |= {"reason": "no model 'minni'; there are: mini", "num_texts": None, "num_tokens": None}
+
+    assert rendered(refused) == (
+        f"{CLOCK} POST /v1/embeddings 404 1.2 ms minni model_not_found no model 'minni'; there are: mini search"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "color"), [(200, "32"), (302, "32"), (404, "33"), (499, "33"), (500, "31"), (503, "31")]
+)
+def test_the_status_has_the_color_of_its_kind(status: int, color: str) -> None:
+    assert f"\x1b[{color}m{status}\x1b[0m" in rendered({**REQUEST, "status": status}, has_colors=True)
+    assert "\x1b" not in rendered({**REQUEST, "status": status})
+
+
+def test_another_event_has_its_values_and_is_marked_when_it_is_a_warning() -> None:
+    event = {"event": "model_ready", "level": "info", "model": "mini", "seconds": 3.2, "logger": "gateway.fleet"}
+    event |= {"timestamp": REQUEST["timestamp"]}
+
+    assert rendered(event) == f"{CLOCK} model_ready model=mini seconds=3.2"
+    assert rendered({**event, "level": "warning"}) == f"{CLOCK} warning: model_ready model=mini seconds=3.2"
+
+
+def test_what_a_client_sent_cannot_steer_the_terminal() -> None:
+    line = rendered({**REQUEST, "model": "\x1b[2J\x07evil\r\n09:00:00 POST"})
+
+    assert "\x1b" not in line
+    assert len(line.splitlines()) == 1
+    assert "\\x1b[2J\\x07evil\\r\\n09:00:00 POST" in line
+
+
+def test_a_traceback_follows_its_line_without_the_values_of_variables() -> None:
+    try:
+        secret = "a text of a client"
+        raise ValueError(len(secret))
+    except ValueError as error:
+        shown = rendered({"event": "unexpected_error", "level": "error", "exc_info": error})
+
+    assert shown.splitlines()[1] == "Traceback (most recent call last):"
+    assert shown.splitlines()[-1] == "ValueError: 18"
+    assert "a text of a client" not in shown
+    assert "raise ValueError(len(secret))" in shown
+
+
+def test_problems_of_a_file_stand_below_each_other() -> None:
+    shown = rendered({"event": "reload_refused", "level": "error", "reason": "a.yaml:1:1: one\na.yaml:2:1: two"})
+
+    assert shown.splitlines()[-2:] == ["  a.yaml:1:1: one", "  a.yaml:2:1: two"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_colors_are_for_a_terminal_that_wants_them(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    leader, follower = pty.openpty()
+
+    with os.fdopen(follower, "w") as terminal:
+        assert is_colored(terminal) is expected
+    os.close(leader)
+    assert not is_colored(io.StringIO())
+
+
+LOG_ONE = """
+import structlog
+from gateway.telemetry.logs import configure_logs
+configure_logs("info", {style!r})
+structlog.get_logger("gateway.access").info("request", method="GET", path="/x", status=503, ms=1.0, caller="a")
+"""
+
+
+@pytest.mark.parametrize("style", ["console", "json", "auto"])
+def test_no_escape_reaches_a_file(style: str) -> None:
+    written = subprocess.run(
+        [sys.executable, "-c", LOG_ONE.format(style=style)], capture_output=True, check=True, timeout=60
+    ).stderr
+
+    assert b"\x1b" not in written
+    if style != "console":
+        line = orjson.loads(written)
+        assert (line["event"], line["status"], line["level"], line["logger"]) == (
+            "request",
+            503,
+            "info",
+            "gateway.access",
+        )
