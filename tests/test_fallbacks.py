@@ -23,6 +23,8 @@ from gateway.errors import (
     OutOfMemory,
     Overloaded,
     RequestError,
+    UpstreamFailed,
+    UpstreamUnavailable,
 )
 from gateway.evidence.counts import Evidence
 from gateway.routing.spaces import is_same_space
@@ -97,6 +99,8 @@ async def test_the_model_itself_answers_while_it_can(gateway: Gateway) -> None:
         OutOfMemory("too large"),
         ModelRecovering("anew", retry_after_s=5),
         ModelNotReady("no"),
+        UpstreamFailed("NaN for text 0", is_permanent=True),  # in vain there, and not here
+        UpstreamUnavailable("wrong key", is_permanent=True),
     ],
 )
 async def test_when_it_fails_at_a_request_the_next_one_answers(gateway: Gateway, error: RequestError) -> None:

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 import uvicorn
 from opentelemetry.sdk.trace import TracerProvider
+from starlette.responses import Response
+from structlog.testing import capture_logs
 
 from gateway import deployment as deployment_module
 from gateway.app import create_app
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.registry import ModelEntry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
-from gateway.embedding import EmbedJob, ModelState
+from gateway.embedding import EmbedJob, ModelInfo, ModelState
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.evidence.counts import Evidence
 from gateway.lock import differences, make_lock
@@ -188,6 +191,34 @@ async def test_models_whose_servers_are_absent_are_served_when_they_come(
 
     expected = np.stack([vector_of(text, width=16) for text in ("a b", "c")])
     np.testing.assert_allclose(answer.vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-5)
+
+
+async def test_a_model_that_stays_wrong_is_said_to_be_once_and_when_that_changes(
+    gateway: Gateway, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(deployment_module, "_LONGEST_PAUSE_S", 0.02)
+    attempts: list[ModelEntry] = []
+    plan = UpstreamBackend.plan
+
+    async def counted(backend: UpstreamBackend) -> ModelInfo:
+        attempts.append(backend._entry)
+        return await plan(backend)
+
+    monkeypatch.setattr(UpstreamBackend, "plan", counted)
+    with capture_logs() as lines:
+        async with gateway.serving(NEAR + FAR % ("tei", "acme/other", server.url)) as deployment:
+            await wait_until(lambda: len(attempts) >= 4)
+            assert "serves acme/embed, and not acme/other" in state(deployment)[1]
+            server.info_response = Response(b'{"model_id": "acme/third"}')
+            await wait_until(lambda: "serves acme/third, and not acme/other" in state(deployment)[1])
+            num_attempts = len(attempts)
+            await wait_until(lambda: len(attempts) >= num_attempts + 3)
+
+    of_far = [(line["event"], line["log_level"]) for line in lines if line.get("model") == "far"]
+    assert of_far.count(("model_failed", "error")) == 2
+    assert of_far.count(("model_loading", "info")) == 1
+    assert of_far.count(("upstream_not_pinned", "warning")) <= 1
 
 
 async def test_a_late_model_may_not_break_a_rule(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,9 @@ class Fleet:
 
     async def load_one(self, model: Model) -> None:
         """Load a model; afterwards it is ready, or failed with its reason."""
-        log.info("model_loading", model=model.id, source=model.entry.source)
+        # A model whose servers are absent or wrong is loaded again and again: that is said once, and then when it changes.
+        said = model.reason if model.state is ModelState.FAILED else None
+        (log.info if said is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
             planned = await model.backend.plan()
@@ -171,10 +173,10 @@ class Fleet:
             model.info = await self._settled(model, await model.backend.start(model.report))
         except LoadError as error:
             model.report(ModelState.FAILED, f"failed to load: {error}")
-            log.error("model_failed", model=model.id, reason=str(error))
+            (log.debug if model.reason == said else log.error)("model_failed", model=model.id, reason=str(error))
         except Exception as error:  # a checkpoint can make the libraries raise anything; the others must still serve
             model.report(ModelState.FAILED, f"failed to load: {type(error).__name__}: {error}")
-            log.exception("model_failed", model=model.id)
+            (log.debug if model.reason == said else log.error)("model_failed", model=model.id, exc_info=True)
         else:
             model.created = int(time.time())
             model.report(ModelState.READY, "")

@@ -45,6 +45,7 @@ class StandIn:
         refused: texts that it refuses, with the whole request.
         rewrite: changes an answer, parsed, before it is sent.
         respond: makes the answer to a request for vectors, if it does not return ``None``.
+        models_response: the answer to ``GET /models``; ``info_response`` likewise.
         bodies: of the requests for vectors, as they came; ``headers`` likewise.
         delay_s: before an answer.
         most_at_once: requests that were there together.
@@ -62,6 +63,7 @@ class StandIn:
     rewrite: Callable[[Any], Any] | None = None
     respond: Callable[[dict[str, Any]], Response | None] | None = None
     models_response: Response | None = None
+    info_response: Response | None = None
     retry_after: str | None = None
     delay_s: float = 0.0
     key: str | None = None
@@ -130,6 +132,8 @@ class StandIn:
 
     async def info(self, _request: Request) -> Response:
         """``GET /info``."""
+        if self.info_response is not None:
+            return self.info_response
         facts = {
             "model_id": MODEL,
             "model_sha": None,

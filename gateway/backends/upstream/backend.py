@@ -72,6 +72,7 @@ class UpstreamBackend:
         self._probe: Probe | None = None
         self._info: ModelInfo | None = None
         self._is_stopped = False
+        self._has_warned = False
         self._watch: Watch | None = None
 
     # -------------------------------------------------------------------------------------------------- loading
@@ -140,12 +141,14 @@ class UpstreamBackend:
     def _read_golden(self) -> Sequence[GoldenVector] | None:
         if self._entry.golden is not None:
             return golden.read(Path(self._entry.golden), self.base_fingerprint(), self._tasks.instructions)
-        log.warning(
-            "upstream_not_pinned",
-            model=self._entry.id,
-            hint="another model behind the same name is noticed while this process runs, and not from one start to the "
-            "next: set `golden`, and write it with gateway verify MODEL --record",
-        )
+        if not self._has_warned:
+            self._has_warned = True  # servers that are absent are looked for again and again
+            log.warning(
+                "upstream_not_pinned",
+                model=self._entry.id,
+                hint="another model behind the same name is noticed while this process runs, and not from one start to the "
+                "next: set `golden`, and write it with gateway verify MODEL --record",
+            )
         return None
 
     def base_fingerprint(self) -> str:
