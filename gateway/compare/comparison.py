@@ -56,11 +56,11 @@ class CompareRequest:
     arms: Sequence[str]
     data: Path
     cache: Path
+    num_resamples: int
+    measures_cost: bool
     split: str | None = None
     max_documents: int | None = None
     seed: int = 0
-    num_resamples: int = 10_000
-    measures_cost: bool = True
 
 
 async def compare(

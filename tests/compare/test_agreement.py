@@ -24,6 +24,12 @@ def by_equation_32(one: list[str], other: list[str], p: float) -> float:
     return (1 - p) / p * (seen + beyond_shorter) + ((x(l) - x(s)) / l + x(s) / s) * p**l
 
 
+def test_overlap_is_of_the_first_ten() -> None:
+    one = [f"d{place}" for place in range(20)]
+    assert overlap(one, [*one[:9], "x", one[10]]) == 0.9
+    assert overlap(one, [*one[:10], "x"]) == 1.0
+
+
 @pytest.mark.parametrize(
     ("one", "other", "p", "value"),
     [

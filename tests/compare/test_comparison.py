@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import ir_measures
@@ -16,7 +16,7 @@ from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.outputs import write_results
 from gateway.compare.page import render_page
-from gateway.compare.progress import Silent
+from gateway.compare.progress import Silent, Step
 from gateway.compare.results import MEASURES, Comparison, Verdict
 from gateway.compare.search import Ranking
 from gateway.errors import CompareError
@@ -67,6 +67,29 @@ async def test_what_is_told_of_each_arm(gateway: FakeGateway, write_data: WriteD
     assert found.contrasts[0].verdict == Verdict.TOO_FEW_QUERIES
     assert found.source == "http://gateway"
     assert {"gateway", "numpy", "ir-measures"} <= found.versions.keys()
+
+
+async def test_the_first_hundred_are_ranked_and_the_first_ten_shown(
+    gateway: FakeGateway, write_data: WriteData
+) -> None:
+    found, rankings = await run(gateway, request_for(write_data(**many_queries(120)), "plain", "tasks"))
+    assert {len(ranking) for of_arm in rankings.values() for ranking in of_arm.values()} == {100}
+    shown = [ranking for query in found.queries for ranking in query.rankings.values()]
+    assert {len(ranking) for ranking in shown} == {10}
+    assert [hit.document for hit in shown[0]] == [document for document, _ in rankings["plain"]["q0"][:10]]
+
+
+async def test_each_step_is_told(gateway: FakeGateway, write_data: WriteData) -> None:
+    class Told(Silent):
+        steps: ClassVar[list[str]] = []
+
+        def step(self, what: str, total: int) -> Step:
+            self.steps.append(what)
+            return self
+
+    request = request_for(write_data(), "plain", "tasks", measures_cost=True)
+    await compare(request, read_dataset(request.data, None, None, 0), gateway.client, Told())
+    assert Told.steps == ["plain: documents", "plain: queries", "tasks: documents", "tasks: queries", "cost, in turns"]
 
 
 async def test_the_words_of_a_query_find_its_document(gateway: FakeGateway, write_data: WriteData) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +84,27 @@ async def test_both_arms_are_asked_the_same_in_turns(client: SteadyClient) -> No
     firsts = [model for model, task, *_ in client.asked if task == "retrieval.passage"][2:]
     # A round is two batches of passages.
     assert firsts == ["quick"] * 2 + ["slow"] * 4 + ["quick"] * 4 + ["slow"] * 4 + ["quick"] * 4 + ["slow"] * 2
+
+
+async def test_latencies_are_those_of_the_queries(client: SteadyClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 queries, each slower than the one before; 20 of them are drawn each round."""
+    taken: list[float] = []
+    embed = client.embed
+
+    async def slower_and_slower(
+        model: str, texts: Sequence[str], task: str | None, *args: Any, **more: Any
+    ) -> Embedded:
+        answer = await embed(model, texts, task, *args, **more)
+        if task == "retrieval.query":
+            taken.append(0.01 * (len(taken) + 1))
+            return replace(answer, elapsed_s=taken[-1])
+        return answer
+
+    monkeypatch.setattr(client, "embed", slower_and_slower)
+    costs = await measure_costs(client, [arm("quick")], QUERIES, DOCUMENTS, 0, Silent())
+    assert len(taken) == 1 + 5 * 20
+    assert costs["quick"].p50_s == pytest.approx(np.median(taken[1:]))
+    assert costs["quick"].p95_s == pytest.approx(np.quantile(taken[1:], 0.95))
 
 
 async def test_each_side_is_asked_as_it_is_embedded(client: SteadyClient) -> None:

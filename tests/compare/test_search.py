@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -73,8 +74,32 @@ def test_zeros_of_both_signs_are_equal() -> None:
     assert indices.tolist() == [[0, 1, 2]]
 
 
+def test_small_scores_are_told_apart() -> None:
+    documents = np.arange(1, 101, dtype=np.float32)[:, None] * np.float32(1e-9)
+    indices, _ = search(np.ones((1, 1), dtype=np.float32), documents, 1)
+    assert indices.tolist() == [[99]]
+
+
+def test_memory_is_bounded_whatever_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores at once, with what goes with them, would be 40 MB."""
+    monkeypatch.setattr(search_module, "_MAX_BYTES", 2**20)
+    dice = np.random.default_rng(6)
+    documents = dice.normal(size=(20_000, 4)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        search(documents[:64], documents, 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
 def test_refuses_what_does_not_fit() -> None:
     vectors = np.ones((2, 3), dtype=np.float32)
+    with pytest.raises(
+        ValueError, match=r"at most 4,294,967,294 documents can be searched, and there are 4,294,967,295"
+    ):
+        search(vectors, np.broadcast_to(vectors[:1], (2**32 - 1, 3)))
     with pytest.raises(ValueError, match="depth must be at least 1, and is 0"):
         search(vectors, vectors, 0)
     with pytest.raises(ValueError, match=r"excluded must be as long as the queries \(2\), and is 1"):
@@ -95,6 +120,11 @@ def test_scores_without_ties_fall_and_keep_the_order(scores: list[float]) -> Non
     single = [np.float32(score) for _, score in lowered]
     assert all(one > after for one, after in pairwise(single))
     assert all(new <= old for (_, new), (_, old) in zip(lowered, ranking, strict=True))
+
+
+def test_equal_scores_about_zero_become_far_enough_apart_for_any_tool() -> None:
+    """The next number below 0 is 1e-45, which some take for 0."""
+    assert without_ties([("a", 0.0), ("b", 0.0)]) == [("a", 0.0), ("b", pytest.approx(-1e-9))]
 
 
 def test_scores_that_are_not_equal_stay_as_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
-from gateway.compare.statistics import MIN_QUERIES, contrast, estimate, holm, randomisation_p, with_holm
+from gateway.compare.statistics import ALPHA, MIN_QUERIES, TIE, contrast, estimate, holm, randomisation_p, with_holm
 
 
 def compared(
@@ -119,6 +120,20 @@ def test_batches_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compared(differences) == whole
 
 
+def test_memory_does_not_grow_with_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, their indices and values would be 32 MB, and as much for the signs."""
+    monkeypatch.setattr("gateway.compare.statistics._MAX_BATCH_BYTES", 2**20)
+    values = np.random.default_rng(1).normal(0.02, 0.2, 1_000)
+    for compute in (estimate, randomisation_p):
+        tracemalloc.start()
+        try:
+            compute(values, 1_999, 0)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 8 * 2**20
+
+
 # ------------------------------------------------------------------------------------------------------------- Holm
 
 
@@ -149,10 +164,16 @@ def test_holm_keeps_the_order_and_begins_as_bonferroni(ps: list[float]) -> None:
 
 
 def test_wins_ties_and_losses() -> None:
-    found = compared([0.1, 0.2, 1e-10, -1e-10, 0.0, -0.3])
-    assert (found.wins, found.ties, found.losses) == (2, 3, 1)
+    found = compared([0.1, 0.2, 1e-10, -1e-10, 0.0, -0.3, 1e-8, -1e-8])
+    assert (found.wins, found.ties, found.losses) == (3, 3, 2)
     assert found.difference.mean == pytest.approx(0)
     assert (found.p_holm, found.verdict) == (found.p, None)
+
+
+def test_values_that_differ_by_the_least_that_counts_are_a_tie() -> None:
+    values = {"above": TIE, "below": -TIE, "equal": 0.0}
+    found = contrast("new", "old", "R@10", values, dict.fromkeys(values, 0.0), 99, 0)
+    assert (found.wins, found.ties, found.losses) == (0, 3, 0)
 
 
 def test_queries_are_paired_by_their_ids() -> None:
@@ -187,8 +208,9 @@ def test_verdict_needs_p_after_holm_and_the_interval() -> None:
     near = replace(clear, p=0.03)
     assert [one.verdict for one in with_holm([near])] == [Verdict.BETTER]
     assert [one.verdict for one in with_holm([near, near])] == [Verdict.INCONCLUSIVE] * 2
-    wide = replace(clear, difference=Estimate(0.1, -0.01, 0.2))
-    assert [one.verdict for one in with_holm([wide])] == [Verdict.INCONCLUSIVE]
+    for difference in (Estimate(0.1, -0.01, 0.2), Estimate(0.1, 0.0, 0.2), Estimate(-0.1, -0.2, 0.0)):
+        assert [one.verdict for one in with_holm([replace(clear, difference=difference)])] == [Verdict.INCONCLUSIVE]
+    assert [one.verdict for one in with_holm([replace(clear, p=ALPHA)])] == [Verdict.INCONCLUSIVE]
 
 
 def test_verdict_is_of_the_primary_measure_alone() -> None:
