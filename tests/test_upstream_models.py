@@ -265,6 +265,24 @@ async def test_raw_vectors_cannot_be_had_where_they_come_normalised(gateway: Gat
     assert "come normalised from where it runs" in response.json()["message"]
 
 
+async def test_a_text_that_a_server_cannot_embed_is_named_and_costs_no_one_else(
+    gateway: Gateway, server: StandIn
+) -> None:
+    server.fault, server.fault_on = "nan", "bad"
+    async with gateway.serving(NEAR + FAR % ("openai", "acme/embed", f"{server.url}/v1")) as deployment:
+        transport = httpx.ASGITransport(create_app(deployment))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for _ in range(5):
+                poisoned = await client.post("/v1/embeddings", json={"model": "far", "input": ["a", "bad"]})
+                innocent = await client.post("/v1/embeddings", json={"model": "far", "input": ["innocent"]})
+                assert innocent.status_code == 200
+
+    assert poisoned.status_code == 502
+    assert poisoned.json()["error"]["code"] == "upstream_failed"
+    assert "not finite (NaN or infinity) for text 1 (counted from 0)" in poisoned.json()["message"]
+    assert poisoned.headers["x-should-retry"] == "false"
+
+
 async def test_the_trace_goes_on_at_the_server(gateway: Gateway, server: StandIn) -> None:
     provider = TracerProvider()
     tracing.use(provider)

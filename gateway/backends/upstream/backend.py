@@ -193,8 +193,7 @@ class UpstreamBackend:
     # ------------------------------------------------------------------------------------------------ a request
 
     async def embed(self, job: EmbedJob) -> Embeddings:
-        if self._is_stopped:
-            raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
+        self._require_running()
         if self._info is None:
             raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=RETRY_AFTER_S)
         self._admit(len(job.texts))
@@ -213,6 +212,10 @@ class UpstreamBackend:
             truncated=[],
             timings=Timings(0.0, 0.0, time.monotonic() - started),
         )
+
+    def _require_running(self) -> None:
+        if self._is_stopped:
+            raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
 
     def _admit(self, num_texts: int) -> None:
         limit = self._settings.max_queue_texts
@@ -256,6 +259,7 @@ class UpstreamBackend:
                 break
             if failure is not None and not await self._pause(attempt, failure, server in failures, job.deadline):
                 break
+            self._require_running()
             self._check_blank(server, prepared, places)
             try:
                 answer = await server.embed(prepared, name, job.truncate, job.deadline)
@@ -272,6 +276,7 @@ class UpstreamBackend:
             else:
                 server.note_success()
                 return answer
+        self._require_running()
         raise self._given_up(failure, places)
 
     async def _embed_halves(self, job: EmbedJob, places: range, error: TooLarge) -> Answer:

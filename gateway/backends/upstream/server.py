@@ -148,6 +148,8 @@ class Server:
             self._show_state()
 
     async def _ask(self, texts: Sequence[str], task: str | None, truncate: Truncate, quirks: Quirks) -> Answer:
+        if self._http.closed:  # while this waited for a slot
+            raise Failure("broken", f"the connections to {self.name} have been closed")
         headers: dict[str, str] = {}
         tracing.inject(headers)
         body = self._dialect.body(texts, task, truncate, quirks.encoding)

@@ -241,6 +241,7 @@ def test_what_is_not_an_answer_of_teis_is_refused(content: bytes, problem: str) 
         ({"message": "slow down", "code": 429}, "slow down", 429),
         ({"message": "slow down", "code": "429"}, "slow down", 429),
         ({"message": "no", "status": 503}, "no", 503),
+        ({"message": "no", "status_code": 500}, "no", 500),
         ({"message": "no", "code": "quota"}, "no", 0),
         ({"message": "no", "code": 200}, "no", 0),
         ({"message": "no", "code": 99999}, "no", 0),
@@ -329,6 +330,10 @@ def test_teis_count_of_tokens_may_be_absent_or_odd(header: str, expected: int) -
 
     assert TEI.read(content, {"x-compute-tokens": header}, 3).num_tokens == expected
     assert TEI.read(content, {}, 3).num_tokens == 0
+
+
+def test_the_largest_count_is_exact_in_every_json_parser() -> None:
+    assert MAX_COUNT == 9007199254740992
 
 
 NOW = datetime(2026, 11, 1, 12, 0, 0, tzinfo=UTC)

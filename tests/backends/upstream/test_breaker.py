@@ -50,10 +50,11 @@ def test_failures_count_only_in_a_row() -> None:
     assert not breaker.is_suspect
 
 
-def test_a_suspicion_is_not_lifted_by_another_clients_success() -> None:
+def test_a_suspicion_is_not_lifted_by_other_clients_requests() -> None:
     breaker = Breaker(10.0)
     breaker.note_failure(is_grave=True)
     breaker.note_success()
+    breaker.note_failure(is_grave=False)
 
     assert breaker.is_trial_due(0.0)
 

@@ -21,7 +21,15 @@ from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, ModelState, Truncate
 from gateway.engine import golden
-from gateway.errors import BadInput, LoadError, NotReachable, Overloaded, RequestError, UpstreamFailed
+from gateway.errors import (
+    BadInput,
+    LoadError,
+    NotReachable,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    UpstreamFailed,
+)
 from tests.backends.remote import TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
 
@@ -636,3 +644,34 @@ async def test_a_wait_for_a_server_can_be_ended(server: StandIn) -> None:
 
     with pytest.raises(RequestError, match="is shutting down"):
         await backend.embed(job())
+
+
+async def test_what_waits_for_a_server_when_the_gateway_stops_is_told(server: StandIn) -> None:
+    backend = UpstreamBackend(entry(server, upstream={"max_connections": 1}), Settings())
+    await backend.plan()
+    await backend.start(States())
+    server.delay_s = 60
+    server.bodies.clear()
+    waiting = [asyncio.create_task(backend.embed(job())) for _ in range(3)]  # one at the server, two for its turn
+    await wait_until(lambda: len(server.bodies) > 0)
+    await backend.stop()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert [type(result) for result in results] == [ShuttingDown] * 3
+
+
+async def test_a_request_between_two_attempts_when_the_gateway_stops_is_told(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.backends.upstream.backend.random.uniform", lambda _least, _most: 0.5)
+    backend = UpstreamBackend(entry(server), Settings())
+    await backend.plan()
+    await backend.start(States())
+    server.fault = "502"
+    server.bodies.clear()
+    waiting = asyncio.create_task(backend.embed(job()))
+    await wait_until(lambda: len(server.bodies) > 0 and backend._servers[0].num_texts == 0)
+    await backend.stop()
+
+    with pytest.raises(ShuttingDown):
+        await waiting
