@@ -79,7 +79,7 @@ async def _serve(
     keyring.watch()
     addresses = Addresses(*map(_base_url, listeners))
     _warn_if_open(deployment.settings, keyring)
-    server = _Server(server_config(app, deployment.settings), deployment)
+    server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
     with _reloading_on_hangup(deployment):
         loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
         async with _serving_operator(admin_app, deployment.settings, listeners[1:]):
@@ -162,9 +162,14 @@ class _BackgroundServer(uvicorn.Server):
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops, and does not end its process with the signal that asked for it."""
 
-    def __init__(self, config: uvicorn.Config, deployment: Deployment) -> None:
+    def __init__(self, config: uvicorn.Config, deployment: Deployment, url: str) -> None:
         super().__init__(config)
         self._deployment = deployment
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        log.info("listening", url=self._url, models=[model.id for model in self._deployment.fleet])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -196,13 +197,17 @@ def test_a_required_model_that_fails_ends_it_with_exit_code_1(tmp_path: Path) ->
 
 @pytest.mark.parametrize("key", [None, "secret-key"], ids=["open", "with keys"])
 def test_others_are_warned_of_only_where_no_key_is_asked_for(tmp_path: Path, key: str | None) -> None:
-    environ = {"GATEWAY_LOG_LEVEL": "warning", "GATEWAY_HOST": "0.0.0.0", "GATEWAY_PORT": "0"}  # noqa: S104
+    environ = {"GATEWAY_LOG_LEVEL": "info", "GATEWAY_HOST": "0.0.0.0", "GATEWAY_PORT": "0"}  # noqa: S104
     environ |= {"GATEWAY_API_KEYS": key} if key else {}
     missing = "\n  - {id: lost, source: ./nowhere, enabled: true, required: true}\n"
     with gateway(write_registry(tmp_path, missing), **environ) as process:
         _printed, logged = process.communicate(timeout=TIMEOUT_S)
 
     assert ("no_api_keys" in logged) == (key is None)
+    events = {(line := json.loads(text))["event"]: line for text in logged.splitlines() if text.startswith("{")}
+    assert events["listening"]["models"] == ["lost"]  # said before anything is loaded
+    assert (events["models_loading"]["number"], events["models_loading"]["of"]) == (1, 1)
+    assert [*events].index("listening") < [*events].index("model_failed")
 
 
 def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
@@ -222,8 +227,14 @@ def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
         (("--port", "70000"), {}, "--port"),
         ((), {"GATEWAY_PORT": "eighty"}, "GATEWAY_PORT"),
         ((), {"GATEWAY_PROT": "8000"}, "did you mean"),
+        ((), {"GATEWAY_HOST": "no.such.host.invalid"}, ". Set another address with GATEWAY_HOST or --host"),
+        (
+            (),
+            {"GATEWAY_PORT": "8000", "GATEWAY_ADMIN_PORT": "8000"},
+            "GATEWAY_ADMIN_PORT: must differ from the port of the",
+        ),
     ],
-    ids=["option", "variable", "typo"],
+    ids=["option", "variable", "typo", "host", "two ports"],
 )
 def test_a_wrong_setting_is_told_without_a_traceback(
     tmp_path: Path, options: tuple[str, ...], environ: dict[str, str], message: str

@@ -156,9 +156,11 @@ class Fleet:
         for model in waiting:
             if reason := await asyncio.to_thread(why_disabled, model.entry):
                 model.report(ModelState.DISABLED, reason)
-        for model in waiting:
-            if model.state is ModelState.LOADING:
-                await self.load_one(model)
+        loading = [model for model in waiting if model.state is ModelState.LOADING]
+        if loading:
+            log.info("models_loading", number=len(loading), of=len(self._models))
+        for model in loading:
+            await self.load_one(model)
 
     async def load_one(self, model: Model) -> None:
         """Load a model; afterwards it is ready, or failed with its reason."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
@@ -37,6 +38,8 @@ def configure_logs(level: str, style: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    # A bar among the lines: the libraries draw one for each download and for the weights. Read when they are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     is_console = style == "console" or (style == "auto" and sys.stderr.isatty())
     rendering: list[Processor] = (
         [ConsoleRenderer(has_colors=is_colored(sys.stderr))]

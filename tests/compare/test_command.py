@@ -76,6 +76,20 @@ def test_what_is_wrong_is_one_line(write_data: WriteData, arguments: list[str], 
     assert "Traceback" not in result.stderr
 
 
+def test_results_of_another_comparison_are_not_replaced(tmp_path: Path, write_data: WriteData) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("of before")
+
+    result = compare("a", "b", "--data", str(write_data()), "--url", "http://127.0.0.1:1", "--out", str(out))
+
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"--out {out}: holds the results of another comparison; name another folder, or remove this one\n"
+    )
+    assert (out / "results.json").read_text() == "of before"
+
+
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in sys.modules if name.startswith("gateway.compare.")]:
         monkeypatch.delitem(sys.modules, name)

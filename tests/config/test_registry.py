@@ -276,6 +276,35 @@ def test_a_huge_file_is_not_parsed(tmp_path: Path) -> None:
     assert problem.message.startswith(f"the file has {MAX_FILE_BYTES + len(VALID):,} bytes, the limit is 1,048,576; ")
 
 
+@pytest.mark.parametrize("item", ["1", "a: 1", "{a: 1}", "[]"])
+def test_half_a_million_values_are_not_parsed_to_the_end(tmp_path: Path, item: str) -> None:
+    """That would take ten seconds; what is wrong behind the limit is therefore not found."""
+    (problem,) = problems_of(tmp_path, f"version: 1\nmodels: [{f'{item},' * (900_000 // (len(item) + 1))} ]]]")
+
+    assert problem.message == "the file has more than 20,000 values and keys"
+    assert problem.line == 2
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    os.mkfifo(path)
+
+    with pytest.raises(ConfigError, match=r"models\.yaml: the file must be a regular file, and is a named pipe"):
+        load_registry(path, {})
+
+
+def test_a_relative_file_that_is_missing_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError) as caught:
+        load_registry(Path("models.yaml"), {})
+    assert str(caught.value) == (
+        f"models.yaml: the file does not exist in {tmp_path}; name another with GATEWAY_MODELS or on the command line"
+    )
+
+
 @pytest.mark.parametrize("kind", ["values", "merge keys"])
 def test_anchors_cannot_expand_without_limit(tmp_path: Path, kind: str) -> None:
     lines = ["a0: &a0 {x: 1}"]

@@ -246,3 +246,13 @@ def test_a_log_that_is_let_go_closes_its_file(tmp_path: Path) -> None:
 
 def open_files() -> set[str]:
     return {Path(file.path).name for file in psutil.Process().open_files()}
+
+
+def test_a_named_pipe_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "exposures.jsonl"
+    os.mkfifo(path)
+
+    with pytest.raises(StartError, match="cannot be written: No such device or address"):
+        ExposureLog(path, 1024, 1)
+    with pytest.raises(StartError, match="cannot be read: must be a regular file, and is a named pipe"):
+        list(read_exposures([path]))

@@ -1,0 +1,84 @@
+"""The log line of a refused request says what was asked for and why it was refused, and never a text."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+Connect = Callable[..., Awaitable[httpx.AsyncClient]]
+Line = MutableMapping[str, Any]
+
+
+async def logged(client: httpx.AsyncClient, path: str, body: object) -> Line:
+    with capture_logs() as lines:
+        await client.post(path, json=body)
+    (line,) = [line for line in lines if line["event"] == "request"]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"model": "minni", "input": "a"}),
+        ("/v1/rerank", {"model": "minni", "query": "a", "documents": ["b"]}),
+        ("/api/embed", {"model": "minni", "input": "a"}),
+        ("/tei/minni/embed", {"inputs": "a"}),
+        ("/tei/minni/tokenize", {"inputs": "a"}),
+    ],
+)
+async def test_the_model_is_named_as_it_was_asked_for(connect: Connect, path: str, body: object) -> None:
+    line = await logged(await connect(), path, body)
+
+    assert line["model"] == "minni"
+    assert line["error_code"] == "model_not_found"
+    assert "'minni'" in line["reason"]
+
+
+async def test_a_long_name_is_cut(connect: Connect) -> None:
+    line = await logged(await connect(), "/v1/embeddings", {"model": "m" * 5000, "input": "a"})
+
+    assert line["model"] == "m" * 100
+    assert len(line["reason"]) <= 300
+
+
+async def test_the_field_at_fault_is_named(connect: Connect) -> None:
+    line = await logged(await connect(), "/v1/embeddings", {"model": "mini", "input": "a", "dimensions": 7})
+
+    assert (line["param"], line["error_code"], line["model"]) == ("dimensions", "unsupported_dimensions", "mini")
+    assert "7" in line["reason"]
+
+
+async def test_a_path_that_is_not_there_is_told(connect: Connect) -> None:
+    line = await logged(await connect(), "/v1/embeding", {})
+
+    assert line["path"] == "other"  # which metrics go by
+    assert "no such path: /v1/embeding" in line["reason"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", "a secret text"),
+        ("/v1/embeddings", {"model": "mini", "input": {"a secret text": 1}}),
+        ("/v1/embeddings", {"model": "mini", "input": "x", "dimensions": "a secret text"}),
+        ("/v1/rerank", {"model": "mini", "query": "q", "documents": "a secret text"}),
+        ("/v1/embeddings", {"model": "mini", "input": ["x", {"a secret text": 1}]}),
+    ],
+)
+async def test_no_text_is_in_the_reason(connect: Connect, path: str, body: object) -> None:
+    line = await logged(await connect(), path, body)
+
+    assert line["status"] == 400
+    assert line["reason"]
+    assert "secret" not in str(line)
+
+
+async def test_an_answered_request_has_no_reason(connect: Connect) -> None:
+    line = await logged(await connect(), "/v1/embeddings", {"input": "a"})
+
+    assert line["model"] == "mini"
+    assert not {"reason", "param", "error_code"} & line.keys()
