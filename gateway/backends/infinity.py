@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from gateway.backends.base import Report
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
-from gateway.errors import InternalError, LoadError, ModelNotReady, ModelRecovering, ShuttingDown
+from gateway.errors import InternalError, LoadError, ModelNotReady, ModelRecovering, RequestError, ShuttingDown
 from gateway.telemetry import metrics
 
 if TYPE_CHECKING:
@@ -27,13 +27,15 @@ log = structlog.get_logger(__name__)
 # A poisoned request can fail a few batches by itself; from here on the model is asked whether it still works.
 _SUSPICIOUS_FAILURES = 3
 _LONGEST_BACKOFF_S = 60.0
+# The watchdog asks the first of these that the model has embedded at its start: some model may fail on any one text.
+_QUESTIONS = ("Does it still work?", "The quick brown fox jumps over the lazy dog.", "1", "a")
 
 
 class InfinityBackend:
     """The :class:`~gateway.backends.base.Backend` of a model that runs here.
 
-    A watchdog looks at the engine. When a forward takes longer than ``forward_timeout_s``, or the model fails on a text
-    that it should know, everybody who waits gets a 503, and the model is loaded anew, with growing pauses between
+    A watchdog looks at the engine. When a forward takes longer than ``forward_timeout_s``, or a replica fails on a text
+    that it has embedded before, everybody who waits gets a 503, and the model is loaded anew, with growing pauses between
     attempts that fail; until then it is ``recovering``.
     """
 
@@ -42,6 +44,7 @@ class InfinityBackend:
         self._settings = settings
         self._plan: LoadPlan | None = None
         self._fingerprint = ""
+        self._question = ""
         self._engine: Engine | None = None
         self._is_stopped = False
         self._watch: asyncio.Task[None] | None = None
@@ -53,7 +56,7 @@ class InfinityBackend:
 
     async def start(self, report: Report) -> ModelInfo:
         engine, info = await asyncio.to_thread(self._load)
-        await engine.astart()
+        await self._start_engine(engine)
         self._engine = engine
         self._fingerprint = info.fingerprint
         self._watch = asyncio.create_task(self._watch_engine(report))
@@ -71,7 +74,31 @@ class InfinityBackend:
 
         # Taken once: an engine that is loaded anew reads the checkpoint anew.
         plan, self._plan = self._plan or self._make_plan(), None
+        if self._fingerprint and plan.info.fingerprint != self._fingerprint:  # before gigabytes are loaded in vain
+            raise LoadError(
+                "the checkpoint's files have changed: these would be vectors of another space. Put the files back, or "
+                "restart the gateway"
+            )
         return load_engine(plan, self._settings), plan.info
+
+    async def _start_engine(self, engine: Engine) -> None:
+        """Start an engine, and find a text that it can embed: the one that the watchdog asks.
+
+        Raises:
+            LoadError: it fails on every text.
+        """
+        await engine.astart()
+        try:
+            for self._question in _QUESTIONS:
+                if not (problem := await self._try(engine, 0)):
+                    return
+            raise LoadError(problem)
+        except RequestError as error:
+            await engine.astop()
+            raise LoadError(f"it does not embed {self._question!r}: {error.message}") from error
+        except BaseException:
+            await engine.astop()
+            raise
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         return await self._running().submit(job)
@@ -99,44 +126,57 @@ class InfinityBackend:
     # ------------------------------------------------------------------------------------------------- watchdog
 
     async def _watch_engine(self, report: Report) -> None:
-        interval_s = min(1.0, self._settings.forward_timeout_s / 4)
-        next_recheck = time.monotonic() + self._settings.golden_interval_s
         while self._engine is not None:
-            await asyncio.sleep(interval_s)
-            reason = await self._what_is_wrong(self._engine)
-            if not reason and time.monotonic() >= next_recheck:
-                reason = await self._ask(self._engine.recheck(self._settings.forward_timeout_s))
-            if reason:
-                await self._replace(self._engine, reason, report)
-            if time.monotonic() >= next_recheck:
-                next_recheck = time.monotonic() + self._settings.golden_interval_s
+            reason = await self._until_wrong(self._engine)
+            await self._replace(self._engine, reason, report)
 
-    async def _what_is_wrong(self, engine: Engine) -> str:
-        """Return why the engine has to be replaced; empty if it need not be."""
-        busy_s = engine.busy_s()
-        if busy_s > self._settings.forward_timeout_s:
-            return (
-                f"a forward has been running for {busy_s:.0f} s, the limit is {self._settings.forward_timeout_s:.0f} s"
-            )
-        if engine.num_failed_in_a_row() < _SUSPICIOUS_FAILURES:
-            return ""
-        return await self._ask(self._try(engine))
+    async def _until_wrong(self, engine: Engine) -> str:
+        """Watch an engine until it has to be replaced, and return why. While it is asked something, the watch goes on."""
+        limit_s = self._settings.forward_timeout_s
+        interval_s = min(1.0, limit_s / 4)
+        stopwatch = _Stopwatch(2 * interval_s, time.monotonic())
+        next_recheck = time.monotonic() + self._settings.golden_interval_s
+        question: asyncio.Task[str] | None = None
+        try:
+            while True:
+                await asyncio.sleep(interval_s)
+                replicas, now = range(engine.num_replicas), time.monotonic()
+                busy_s = stopwatch.look([engine.busy_since(replica) for replica in replicas], now)
+                if busy_s > limit_s:
+                    return f"a forward has been running for {busy_s:.0f} s, the limit is {limit_s:.0f} s"
+                if question is not None and question.done():
+                    if reason := question.result():
+                        return reason
+                    question = None
+                if question is not None:
+                    continue
+                suspects = [one for one in replicas if engine.num_failed_in_a_row(one) >= _SUSPICIOUS_FAILURES]
+                if suspects:
+                    question = asyncio.create_task(self._ask(self._try(engine, one) for one in suspects))
+                elif now >= next_recheck:
+                    next_recheck = now + self._settings.golden_interval_s
+                    question = asyncio.create_task(self._ask(engine.recheck(limit_s, one) for one in replicas))
+        finally:
+            if question is not None:
+                question.cancel()
 
-    async def _try(self, engine: Engine) -> str:
+    async def _try(self, engine: Engine, replica: int) -> str:
         deadline = time.monotonic() + self._settings.forward_timeout_s
         try:
-            await engine.submit(EmbedJob(["Does it still work?"], None, Truncate.END, deadline, caller="watchdog"))
+            await engine.submit(EmbedJob([self._question], None, Truncate.END, deadline, caller="watchdog"), replica)
         except InternalError as error:
             return f"it fails on every text: {error.message}"
         return ""
 
-    async def _ask(self, question: Awaitable[str]) -> str:
-        """Return what a question to the model found wrong; nothing if the model could not be asked."""
-        try:
-            return await question
-        except Exception as error:  # a full queue, say: tells nothing about the model, and must not end the watch
-            log.warning("watchdog_not_answered", model=self._entry.id, error=repr(error))
-            return ""
+    async def _ask(self, questions: Iterable[Awaitable[str]]) -> str:
+        """Return what the first question that found something wrong has found; a model that cannot be asked is well."""
+        for question in questions:
+            try:
+                if reason := await question:
+                    return reason
+            except Exception as error:  # a full queue, say: tells nothing about the model, and must not end the watch
+                log.warning("watchdog_not_answered", model=self._entry.id, error=repr(error))
+        return ""
 
     async def _replace(self, engine: Engine, reason: str, report: Report) -> None:
         """Load the model anew, until that succeeds."""
@@ -152,10 +192,8 @@ class InfinityBackend:
         while True:
             metrics.ENGINE_RESTARTS.labels(self._entry.id).inc()
             try:
-                replacement, info = await asyncio.to_thread(self._load)
-                if info.fingerprint != self._fingerprint:
-                    raise LoadError("the checkpoint's files have changed: these would be vectors of another space")
-                await replacement.astart()
+                replacement, _info = await asyncio.to_thread(self._load)
+                await self._start_engine(replacement)
             except Exception as error:  # loading may raise anything; the next attempt may find the device well again
                 log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)
                 report(ModelState.RECOVERING, f"{reason}; loading it anew failed: {error}")
@@ -166,6 +204,35 @@ class InfinityBackend:
                 report(ModelState.READY, "")
                 log.info("engine_restarted", model=self._entry.id)
                 return
+
+
+class _Stopwatch:
+    """Measures for how long the same forwards have been running, in time that the watchdog has seen pass.
+
+    A process that was stopped, or a machine that was asleep, has not computed meanwhile: between two looks no more than
+    ``longest_look_s`` counts, whatever the clock says.
+    """
+
+    def __init__(self, longest_look_s: float, now: float) -> None:
+        self._longest_look_s = longest_look_s
+        self._looked_at = now
+        self._seen: dict[int, tuple[float, float]] = {}  # when a replica's forward began, and how long it was seen
+
+    def look(self, busy_since: Sequence[float | None], now: float) -> float:
+        """Return the seconds of the forward that has been running longest; 0 if none is.
+
+        Args:
+            busy_since: when each replica's forward began.
+        """
+        elapsed_s = min(now - self._looked_at, self._longest_look_s)
+        self._looked_at = now
+        before, self._seen = self._seen, {}
+        for replica, started in enumerate(busy_since):
+            if started is not None:
+                last_started, seen_s = before.get(replica, (None, 0.0))
+                is_same = last_started == started
+                self._seen[replica] = (started, seen_s + elapsed_s if is_same else min(now - started, elapsed_s))
+        return max((seen_s for _started, seen_s in self._seen.values()), default=0.0)
 
 
 @cache

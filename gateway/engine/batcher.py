@@ -12,31 +12,29 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 import numpy as np
 import structlog
 
-from gateway.embedding import Embeddings, EmbedJob, Output, Timings, Truncate
+from gateway.embedding import Embeddings, EmbedJob, Output, Truncate
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.infinity_library import OverloadStatus
 from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.reading import ReadingRoom
 from gateway.engine.scheduler import Computation, Entry, Ticket
+from gateway.engine.timeline import Stage, Timeline
+from gateway.engine.tokenizer import Steps, slices
 from gateway.engine.worker import FinishedBatch, Inbox, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, Overloaded, RequestError, ShuttingDown
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# What is tokenised in one go: so little that a request of one text never waits long behind a large one.
-_SLICE_TEXTS = 64
-_SLICE_CHARS = 100_000
-# The tokenizer cannot stop inside a text; from this length on, texts have a thread of their own to wait for.
-_LONG_TEXT_CHARS = 200_000
 # How long a stop waits for the batch in hand.
 _STOP_S = 10.0
 # How much the newest batch counts in the measured rate.
@@ -46,11 +44,16 @@ _CHARS_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one model takes: tokens in a batch, texts and (estimated) tokens that may wait."""
+    """How much one model takes: tokens in a batch, texts and (estimated) tokens that may wait.
+
+    Attributes:
+        shared_batch_s: how long a batch may take while several callers wait; ``None``: as long as it takes.
+    """
 
     max_batch_tokens: int
     max_queue_texts: int
     max_queue_tokens: int
+    shared_batch_s: float | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -58,19 +61,21 @@ class _Work:
     """A request on its way through: filled batch by batch, then done.
 
     Attributes:
+        text_name: what its texts are called in an error.
+        reading: what of it is being tokenised.
         encoded: result of each of its items, as far as they have come.
         computations: what it waits for.
     """
 
     done: asyncio.Future[None]
     num_missing: int
+    text_name: str
+    reading: asyncio.Future[Any] | None = None
     encoded: dict[int, Encoded] = field(default_factory=dict)
     tokens: list[Tokens] = field(default_factory=list)
     num_tokens: int = 0
     computations: set[Computation] = field(default_factory=set)
-    tokenise_s: float = 0.0
-    queue_s: float = 0.0
-    inference_s: float = 0.0
+    timeline: Timeline = field(default_factory=Timeline)
     error: RequestError | None = None
     admitted_at: float = field(default_factory=time.monotonic)
 
@@ -78,6 +83,8 @@ class _Work:
         if not self.done.done():
             self.error = error
             self.done.set_result(None)
+        if self.reading is not None and not self.reading.done():  # its turn will not come
+            self.reading.set_result([])
 
     def embeddings(self, outputs: frozenset[Output], width: int) -> Embeddings:
         rows = [self.encoded[i] for i in range(len(self.encoded))]
@@ -86,7 +93,7 @@ class _Work:
             vectors=np.concatenate([row.dense for row in rows]) if rows else np.zeros((0, width), np.float32),
             num_tokens=num_tokens,
             truncated=[i for i, tokens in enumerate(self.tokens) if tokens.is_truncated],
-            timings=Timings(self.tokenise_s, self.queue_s, self.inference_s),
+            timings=self.timeline.timings(),
             sparse=[row.sparse for row in rows if row.sparse is not None] if Output.SPARSE in outputs else None,
             multivectors=[row.multivector for row in rows if row.multivector is not None]
             if Output.MULTIVECTOR in outputs
@@ -98,7 +105,7 @@ class _Work:
 class Batcher:
     """Batches the texts of all requests for one model.
 
-    Everything but the threads' own work happens on the event loop that called :meth:`spawn`.
+    Everything but the threads' own work happens on the event loop in which it is made.
 
     Args:
         encoders: the replicas of the model, one for each device; they share one queue.
@@ -114,17 +121,23 @@ class Batcher:
         self._num_tokens = 0  # estimated: admission comes before tokenising
         self._tokens_per_s: float | None = None
         self._refusal: Callable[[], RequestError] | None = None
-        self._inbox = Inbox(limits.max_batch_tokens)
-        self._workers = [Worker(model, encoder, self._inbox, self._finished, self._faulted) for encoder in encoders]
-        self._tokeniser = ThreadPoolExecutor(1, f"{model}-tokenise")
-        self._long_tokeniser = ThreadPoolExecutor(1, f"{model}-tokenise-long")
+        self._loop = asyncio.get_running_loop()
+        self._room = ReadingRoom(model, self._loop)
+        self._inbox = Inbox(limits.max_batch_tokens, limits.shared_batch_s)
+        self._workers = [
+            Worker(model, encoder, self._inbox, self._finished, self._faulted, replica)
+            for replica, encoder in enumerate(encoders)
+        ]
 
     # ---------------------------------------------------------------------------------------------- one request
 
-    async def submit(self, job: EmbedJob) -> Embeddings:
+    async def submit(self, job: EmbedJob, replica: int | None = None) -> Embeddings:
         """Embed the texts of a job; return when the last vector is there.
 
         Cancelling the caller drops what is still queued.
+
+        Args:
+            replica: the one that is to compute it, next; ``None`` for whichever is free first.
 
         Raises:
             Overloaded: too much is waiting already.
@@ -140,6 +153,7 @@ class Batcher:
         work = _Work(
             done=asyncio.get_running_loop().create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
+            text_name="input" if job.query is None else "documents",
         )
         self._works[ticket] = work
         self._count(len(job.texts), num_tokens)
@@ -147,7 +161,7 @@ class Batcher:
             work.end()
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
-                await self._enqueue(job, ticket, work)
+                await self._enqueue(job, ticket, work, replica)
                 await work.done
         except TimeoutError:
             raise DeadlineExceeded(
@@ -194,65 +208,76 @@ class Batcher:
         for computation in work.computations:  # empty unless the request ended early
             computation.entries = [entry for entry in computation.entries if entry.ticket is not ticket]
             if not computation.entries and not computation.is_taken:
-                self._computations.pop(_key(computation.item), None)
+                self._computations.pop(_key(computation), None)
 
     # ------------------------------------------------------------------------------------------------ tokenising
 
-    async def _enqueue(self, job: EmbedJob, ticket: Ticket, work: _Work) -> None:
+    async def _enqueue(self, job: EmbedJob, ticket: Ticket, work: _Work, replica: int | None) -> None:
         """Tokenise in slices, and queue each slice at once: the device starts while the rest is tokenised."""
-        loop = asyncio.get_running_loop()
         entries: list[Entry] = []
-        for first, texts in [(0, job.texts)] if job.is_late_chunked else _slices(job.texts):
-            if not ticket.is_live or work.done.done():  # has failed, or the batcher is stopping
+        query = None
+        if job.query is not None:
+            query = await self._read(ticket, work, self._encoder.read_query(job.query))
+        for first, texts in [(0, job.texts)] if job.is_late_chunked else slices(job.texts):
+            if work.done.done():  # has failed, or the batcher is stopping
                 return
-            is_last = first + len(texts) == len(job.texts)
-            is_long = sum(len(text) for text in texts) + len(job.query or "") >= _LONG_TEXT_CHARS
-            tokeniser = self._long_tokeniser if is_long else self._tokeniser
-            started = time.monotonic()
-            tokens = await loop.run_in_executor(tokeniser, self._tokenise, job, ticket, first, texts)
+            tokens: list[Tokens] = await self._read(ticket, work, self._encoder.read(job, first, texts, query))
             now = time.monotonic()
-            work.tokenise_s += now - started
             work.tokens += tokens
             work.num_tokens += sum(len(row.ids) for row in tokens)
             job.check_total(work.num_tokens)
             for i, row in enumerate(tokens):
-                computation = self._join(Item(row, job.task, job.outputs))
+                computation = self._join(Computation(Item(row, job.task, job.outputs), replica=replica))
                 entry = Entry(ticket, first + i, computation, now)
                 computation.entries.append(entry)
                 work.computations.add(computation)
                 if not computation.is_taken:
                     entries.append(entry)
+            is_last = first + len(texts) == len(job.texts)
             if is_last or job.truncate is not Truncate.REFUSE:  # what may yet be refused is not begun
-                self._inbox.add(entries)
+                self._inbox.add(entries, replica)
                 entries = []
 
-    def _tokenise(self, job: EmbedJob, ticket: Ticket, first: int, texts: Sequence[str]) -> list[Tokens]:
-        if not ticket.is_live:  # while this waited for the thread
+    async def _read(self, ticket: Ticket, work: _Work, steps: Steps[Any]) -> Any:
+        """Have the steps run in their turn, and return what comes of them; an empty list if the request has ended."""
+        if work.done.done():
             return []
-        if job.is_late_chunked:
-            return [self._encoder.tokenizer.tokenise_chunks(texts, self._encoder.instruction(job.task))]
-        if job.query is not None:
-            return self._encoder.tokenise_pairs(
-                job.query, texts, job.truncate, first_index=first, max_text_tokens=job.max_text_tokens
-            )
-        return self._encoder.tokenise(texts, job.task, job.truncate, first)
+        begun = time.monotonic()
+        reading = self._room.begin(ticket, steps)
+        work.reading = reading.done
+        try:
+            return await reading.done
+        finally:
+            work.timeline.add(Stage.TURN, begun, time.monotonic())
+            for start, end in list(reading.spans):
+                work.timeline.add(Stage.TOKENISE, start, end)
 
-    def _join(self, item: Item) -> Computation:
-        """Return the computation of an identical item that is in flight, or a new one."""
-        key = _key(item)
-        computation = self._computations.get(key)
-        if computation is None:
-            computation = self._computations[key] = Computation(item)
-        return computation
+    def _join(self, computation: Computation) -> Computation:
+        """Return the computation of an identical item that is in flight, or this one."""
+        return self._computations.setdefault(_key(computation), computation)
 
     # --------------------------------------------------------------------------------------------------- results
 
     def _finished(self, batch: FinishedBatch) -> None:
         self._call_soon(lambda: self._deliver(batch))
 
-    def _faulted(self) -> None:
-        self._inbox.clear()
-        self._call_soon(lambda: self._end_all(self._inference_failed))
+    def _faulted(self, lost: Sequence[Computation]) -> None:
+        """Answer for what a computing thread has lost; what others have in hand is theirs."""
+        safe = {one for worker in self._workers for one in worker.in_hand}
+        if not lost:
+            self._inbox.clear()
+        self._call_soon(lambda: self._end_lost(lost, safe))
+
+    def _end_lost(self, lost: Sequence[Computation], safe: set[Computation]) -> None:
+        if not lost:
+            safe = safe | {one for worker in self._workers for one in worker.in_hand}
+            lost = [one for one in self._computations.values() if one not in safe]
+        for computation in lost:
+            self._computations.pop(_key(computation), None)
+            for entry in computation.entries:
+                entry.ticket.is_live = False
+                if (work := self._works.get(entry.ticket)) is not None:
+                    work.end(InferenceFailed(f"model {self._model!r} failed while it computed this request"))
 
     def _call_soon(self, callback: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
@@ -271,23 +296,25 @@ class Batcher:
         metrics.COMPUTED_TOKENS.labels(self._model).inc(num_tokens + batch.num_padding)
         served: set[Ticket] = set()
         for computation, result in zip(batch.computations, batch.results, strict=True):
-            self._computations.pop(_key(computation.item), None)
+            self._computations.pop(_key(computation), None)
             for entry in computation.entries:
                 work = self._works.get(entry.ticket)
                 if work is None:  # its caller has gone meanwhile
                     continue
                 work.computations.discard(computation)
-                work.queue_s = max(work.queue_s, batch.started - entry.queued_at)
-                if entry.ticket not in served:
+                if entry.ticket not in served:  # the first of a request's texts in a batch has waited longest
                     served.add(entry.ticket)
-                    work.inference_s += seconds
+                    work.timeline.add(Stage.QUEUE, entry.queued_at, batch.started)
+                    work.timeline.add(Stage.INFERENCE, max(entry.queued_at, batch.started), batch.ended)
                 self._fill(entry, work, result)
 
     @staticmethod
     def _fill(entry: Entry, work: _Work, result: Encoded | RequestError) -> None:
         if isinstance(result, RequestError):
             # An error belongs to one request: raising it for two would mix their tracebacks.
-            work.end(type(result)(result.message, is_permanent=result.is_permanent))
+            is_document = entry.computation.item.tokens.spans is not None
+            place = "" if is_document else f"{work.text_name}[{entry.index}]: "
+            work.end(type(result)(f"{place}{result.message}", is_permanent=result.is_permanent))
             return
         work.encoded[entry.index] = result
         work.num_missing -= 1
@@ -301,9 +328,6 @@ class Batcher:
             ticket.is_live = False
             work.end(error())
 
-    def _inference_failed(self) -> InferenceFailed:
-        return InferenceFailed(f"model {self._model!r} failed while it computed this request")
-
     # ---------------------------------------------------------------------------------------------------- health
 
     def oldest_s(self) -> float:
@@ -311,29 +335,37 @@ class Batcher:
         oldest = next(iter(self._works.values()), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
-    def busy_s(self) -> float:
-        """Return how long the oldest batch in hand has been running, 0 if there is none."""
-        now = time.monotonic()
-        return max(worker.busy_s(now) for worker in self._workers)
+    @property
+    def num_queued(self) -> int:
+        """How many texts wait for a computing thread, wanted or not."""
+        return self._inbox.num_waiting
 
-    def num_failed_in_a_row(self) -> int:
-        """Return how many batches in a row have given nothing but errors, on the worst replica."""
-        return max(worker.num_failed_in_a_row for worker in self._workers)
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left of any request, queued, counted or in hand."""
+        is_counted = self._works or self._computations or self._num_texts or self._num_tokens
+        return not is_counted and self._inbox.is_empty and self._room.is_empty
+
+    def busy_since(self, replica: int) -> float | None:
+        """Return when a replica's forward in hand began (``time.monotonic()``); ``None`` if there is none."""
+        return self._workers[replica].busy_since
+
+    def num_failed_in_a_row(self, replica: int) -> int:
+        """Return how many batches in a row have given nothing but errors on a replica."""
+        return self._workers[replica].num_failed_in_a_row
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
         """Answer everybody, now and later, with an error, and let go of the threads: one of them may hang for ever."""
         self._refusal = error
         self._inbox.close()
+        self._room.close()
         self._end_all(error)
-        for tokeniser in (self._tokeniser, self._long_tokeniser):
-            # What waits there ends by itself; cancelled, it would look as if its client had gone.
-            tokeniser.shutdown(wait=False)
 
     # --------------------------------------------------------------- what Infinity's AsyncEmbeddingEngine calls
 
     async def spawn(self) -> None:
-        self._loop = asyncio.get_running_loop()
         metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(self.oldest_s)
+        self._room.start()
         for worker in self._workers:
             worker.start()
 
@@ -341,12 +373,13 @@ class Batcher:
         """Stop after the batch in hand; whoever still waits gets :class:`ShuttingDown`."""
         self._refusal = _shutting_down
         self._inbox.close()
+        self._room.close()
         for worker in self._workers:
             if not await asyncio.to_thread(worker.join, _STOP_S):
                 log.error("batch_hangs", model=self._model, seconds=_STOP_S)
         self._end_all(_shutting_down)
-        for tokeniser in (self._tokeniser, self._long_tokeniser):
-            await asyncio.to_thread(tokeniser.shutdown)
+        if not await asyncio.to_thread(self._room.join, _STOP_S):
+            log.error("tokenizer_hangs", model=self._model, seconds=_STOP_S)
 
     async def embed(
         self, sentences: Sequence[str], matryoshka_dim: int | None = None
@@ -375,24 +408,13 @@ def _shutting_down() -> ShuttingDown:
     return ShuttingDown("the gateway is shutting down", retry_after_s=5)
 
 
-def _key(item: Item) -> Hashable:
-    """Return what two items share exactly when they are the same computation."""
+def _key(computation: Computation) -> Hashable:
+    """Return what two computations share exactly when they are the same."""
+    item = computation.item
     tokens = item.tokens
-    return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second
+    return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second, computation.replica
 
 
 def _token_counts(tokens: Tokens) -> list[int]:
     """Return the tokens of each vector that will come of ``tokens``."""
     return [len(tokens.ids)] if tokens.spans is None else [end - first for first, end in tokens.spans]
-
-
-def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    """Cut texts into runs of bounded size, each with the index of its first; a long text is one by itself."""
-    first = num_chars = 0
-    for i, text in enumerate(texts):
-        num_chars += len(text)
-        if i > first and (num_chars > _SLICE_CHARS or i - first == _SLICE_TEXTS):
-            yield first, texts[first:i]
-            first, num_chars = i, len(text)
-    if texts:
-        yield first, texts[first:]

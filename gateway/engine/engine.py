@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from gateway.embedding import Embeddings, EmbedJob
 from gateway.engine.batcher import Batcher, Limits
@@ -49,31 +50,45 @@ class Engine(AsyncEmbeddingEngine):
             self.running = False
             await self._batcher.shutdown()
 
-    async def submit(self, job: EmbedJob) -> Embeddings:
+    async def submit(self, job: EmbedJob, replica: int | None = None) -> Embeddings:
         """Embed a job: :meth:`Batcher.submit`, which says what it raises.
 
         Raises:
             ModelNotReady: the engine was never started.
         """
-        if self._batcher is None:
-            raise ModelNotReady(f"model {self.engine_args.served_model_name!r} is not started", retry_after_s=5)
-        return await self._batcher.submit(job)
+        return await self._started().submit(job, replica)
 
-    async def recheck(self, timeout_s: float) -> str:
-        """Hold the model against its golden vectors again; say what is wrong, if anything is.
+    async def recheck(self, timeout_s: float, replica: int) -> str:
+        """Hold a replica against the golden vectors again; say what is wrong, if anything is.
 
         Raises:
             RequestError: it could not be asked; one of those of :meth:`Batcher.submit`.
         """
-        return "" if self._golden is None else await self._golden.recheck(self.submit, timeout_s)
+        if self._golden is None:
+            return ""
+        return await self._golden.recheck(partial(self.submit, replica=replica), timeout_s)
 
-    def busy_s(self) -> float:
-        """Return how long the oldest batch in hand has been running, in seconds; 0 if there is none."""
-        return 0.0 if self._batcher is None else self._batcher.busy_s()
+    @property
+    def num_replicas(self) -> int:
+        return len(self.encoders)
 
-    def num_failed_in_a_row(self) -> int:
-        """Return how many batches in a row have given nothing but errors."""
-        return 0 if self._batcher is None else self._batcher.num_failed_in_a_row()
+    @property
+    def num_queued(self) -> int:
+        """How many texts wait for a computing thread."""
+        return 0 if self._batcher is None else self._batcher.num_queued
+
+    def busy_since(self, replica: int) -> float | None:
+        """Return when a replica's forward in hand began (``time.monotonic()``); ``None`` if there is none."""
+        return None if self._batcher is None else self._batcher.busy_since(replica)
+
+    def num_failed_in_a_row(self, replica: int) -> int:
+        """Return how many batches in a row have given nothing but errors on a replica."""
+        return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)
+
+    def _started(self) -> Batcher:
+        if self._batcher is None:
+            raise ModelNotReady(f"model {self.engine_args.served_model_name!r} is not started", retry_after_s=5)
+        return self._batcher
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
         """Answer everybody, now and later, with an error, and let go of the threads: one of them may hang for ever."""

@@ -71,9 +71,9 @@ class _Desk:
         return not self._thread.is_alive()
 
     @property
-    def num_waiting(self) -> int:
+    def is_empty(self) -> bool:
         with self._changed:
-            return self._queue.num_entries
+            return not self._queue
 
     def _run(self) -> None:
         while (reading := self._next()) is not None:
@@ -125,9 +125,9 @@ class ReadingRoom:
         return all(have_ended)
 
     @property
-    def num_waiting(self) -> int:
-        """How many readings wait for their turn, wanted or not."""
-        return self._short.num_waiting + self._long.num_waiting
+    def is_empty(self) -> bool:
+        """Whether nothing waits for its turn, wanted or not."""
+        return self._short.is_empty and self._long.is_empty
 
     def _read(self, reading: Reading) -> None:
         self._go_on(reading, started=time.monotonic())

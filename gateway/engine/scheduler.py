@@ -47,11 +47,15 @@ class Computation:
 
     Each of the ``entries`` waits in the queue in a place of its own, so that nobody is later for having company. The one
     that is served first has it computed for all; the others then cost nothing.
+
+    Attributes:
+        replica: the one that is to compute it; ``None`` for any.
     """
 
     item: Item
     entries: list[Entry] = field(default_factory=list)
     is_taken: bool = False
+    replica: int | None = None
 
 
 @dataclass(eq=False, slots=True)

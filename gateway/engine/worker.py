@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -11,6 +12,7 @@ from math import ceil
 import numpy as np
 import structlog
 
+from gateway.embedding import Output
 from gateway.engine.devices import is_out_of_memory, release_memory
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Encoded, Item
@@ -22,30 +24,50 @@ log = structlog.get_logger(__name__)
 
 # Less than this is not shared out between idle threads: a forward costs about as much before it has computed anything.
 _LEAST_SHARE_TOKENS = 64
+# A batch is made no smaller than this for the sake of other callers: forwards of less are clearly slower per token.
+_LEAST_SHARED_TOKENS = 256
+# How much the newest batch counts in the measured rate.
+_RATE_WEIGHT = 0.1
 
 
 class Inbox:
-    """The fair queue, shared between the event loop and the computing threads."""
+    """The fair queue, shared between the event loop and the computing threads.
 
-    def __init__(self, max_batch_tokens: int) -> None:
+    Args:
+        shared_batch_s: how long a batch may take, at the rate of late, while several callers wait. ``None``: as long as
+            it takes.
+    """
+
+    def __init__(self, max_batch_tokens: int, shared_batch_s: float | None = None) -> None:
         self._max_batch_tokens = max_batch_tokens
+        self._shared_batch_s = shared_batch_s
         self._queue: FairQueue[Entry] = FairQueue()
+        self._pinned: defaultdict[int, FairQueue[Entry]] = defaultdict(FairQueue)
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_idle = 0  # threads that wait for a batch, or are about to be given one
+        self._tokens_per_s: float | None = None
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Iterable[Entry], replica: int | None = None) -> None:
+        """Queue entries, for whichever thread is free first or for that of one replica."""
         with self._changed:
-            self._queue.add(entries)
-            self._changed.notify()
+            if replica is None:
+                self._queue.add(entries)
+                self._changed.notify()
+            else:
+                self._pinned[replica].add(entries)
+                self._changed.notify_all()
 
-    def next_batch(self) -> list[Computation]:
+    def next_batch(self, replica: int = 0) -> list[Computation]:
         """Wait for work and return a batch of it; an empty batch means that the inbox is closed."""
         with self._changed:
             self._num_idle += 1
             try:
                 while not self._is_closed:
-                    if batch := take(self._queue, self._budget(), time.monotonic()):
+                    now = time.monotonic()
+                    if batch := take(self._pinned[replica], self._max_batch_tokens, now):
+                        return batch
+                    if batch := take(self._queue, self._budget(), now):
                         if self._queue:  # for the next thread that waits: `add` has woken one alone
                             self._changed.notify()
                         return batch
@@ -57,12 +79,35 @@ class Inbox:
     def _budget(self) -> int:
         """Return how many tokens one thread may take: no more than its share when others are idle as well."""
         share = max(_LEAST_SHARE_TOKENS, ceil(self._queue.num_tokens / self._num_idle))
-        return min(self._max_batch_tokens, share)
+        most = self._max_batch_tokens
+        if self._shared_batch_s is not None and self._tokens_per_s is not None and self._queue.num_callers > 1:
+            most = min(most, max(_LEAST_SHARED_TOKENS, round(self._tokens_per_s * self._shared_batch_s)))
+        return min(most, share)
+
+    def note_rate(self, num_tokens: int, seconds: float) -> None:
+        """Learn how fast one thread computes from a batch; a small one says little: it has cost what a forward costs."""
+        if num_tokens >= _LEAST_SHARED_TOKENS:
+            rate = num_tokens / max(seconds, 1e-6)
+            with self._changed:
+                self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many texts wait for a thread, wanted or not."""
+        with self._changed:
+            return self._queue.num_entries + sum(queue.num_entries for queue in self._pinned.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left of anything that was queued."""
+        with self._changed:
+            return not self._queue and not any(self._pinned.values())
 
     def clear(self) -> None:
         """Forget everything that is queued."""
         with self._changed:
             self._queue = FairQueue()
+            self._pinned.clear()
 
     def close(self) -> None:
         with self._changed:
@@ -90,7 +135,9 @@ class Worker:
 
     Args:
         deliver: called in the thread with each finished batch.
-        on_fault: called in the thread when its own code, not the model, has failed; the batch in hand is lost.
+        on_fault: called in the thread when its own code, not the model, has failed, with the batch in hand, which is
+            lost. Without one it was the queue that failed: what had been in it may be lost.
+        replica: which of the model's replicas this is.
     """
 
     def __init__(
@@ -99,15 +146,18 @@ class Worker:
         encoder: Encoder,
         inbox: Inbox,
         deliver: Callable[[FinishedBatch], None],
-        on_fault: Callable[[], None],
+        on_fault: Callable[[Sequence[Computation]], None],
+        replica: int = 0,
     ) -> None:
         self._model = name
         self._encoder = encoder
         self._inbox = inbox
         self._deliver = deliver
         self._on_fault = on_fault
+        self._replica = replica
         self._thread = threading.Thread(target=self._run, name=f"{name}-compute", daemon=True)
-        self._started: float | None = None
+        self._forward_started: float | None = None
+        self.in_hand: Sequence[Computation] = ()
         self.num_failed_in_a_row = 0
 
     def start(self) -> None:
@@ -118,42 +168,55 @@ class Worker:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def busy_s(self, now: float) -> float:
-        """Return how long the batch in hand has been running, 0 if there is none."""
-        started = self._started  # the thread may clear it at any time
-        return 0.0 if started is None else now - started
+    @property
+    def busy_since(self) -> float | None:
+        """When the forward in hand began, or last got on with a part of its batch; ``None`` if there is none."""
+        started = self._forward_started  # the thread may clear it at any time
+        return None if started is None else max(started, self._encoder.progressed_at)
 
     def _run(self) -> None:
         while True:
             try:
-                while batch := self._inbox.next_batch():
+                while batch := self._inbox.next_batch(self._replica):
+                    self.in_hand = batch
                     self._deliver(self._compute(batch))
+                    self.in_hand = ()
             except BaseException:  # a fault of our own, which must not be the end of the model: begin anew
-                self._on_fault()
-                log.exception("worker_failed", model=self._model)
+                lost, self.in_hand = self.in_hand, ()
+                self.num_failed_in_a_row += 1
+                metrics.WORKER_FAULTS.labels(self._model).inc()
+                log.exception("worker_failed", model=self._model, replica=self._replica, texts=len(lost))
+                self._on_fault(lost)
             else:
                 return
 
     def _compute(self, batch: list[Computation]) -> FinishedBatch:
         padding_before = self._encoder.num_padding
-        started = self._started = time.monotonic()
+        started = time.monotonic()
         try:
             results = self._encode([computation.item for computation in batch])
         finally:
-            self._started = None
+            self._forward_started = None
+        ended = time.monotonic()
         has_result = False
         for computation, result in zip(batch, results, strict=True):
             if isinstance(result, Encoded):
                 has_result = True
                 continue
+            indices = [entry.index for entry in computation.entries]
+            log.warning("text_failed", model=self._model, index=indices[:1], error=result.message)
             for entry in computation.entries:  # now: the next batch is taken before the event loop hears of this
                 entry.ticket.is_live = False
-        self.num_failed_in_a_row = 0 if has_result else self.num_failed_in_a_row + 1
+        if has_result:
+            self._inbox.note_rate(sum(one.item.num_tokens for one in batch), ended - started)
         num_padding = self._encoder.num_padding - padding_before
-        return FinishedBatch(batch, results, started, time.monotonic(), num_padding)
+        finished = FinishedBatch(batch, results, started, ended, num_padding)
+        self.num_failed_in_a_row = 0 if has_result else self.num_failed_in_a_row + 1
+        return finished
 
     def _encode(self, items: Sequence[Item]) -> list[Encoded | RequestError]:
         """Encode items. When that fails, halve the batch and try again, until only the guilty text is left to fail."""
+        self._forward_started = time.monotonic()  # each half is progress
         try:
             encoded = self._encoder.encode(items)
             if len(encoded) != len(items):
@@ -176,11 +239,19 @@ class Worker:
     def _checked(self, item: Item, encoded: Encoded) -> Encoded | RequestError:
         expected = (item.tokens.num_vectors, self._encoder.width)
         if encoded.dense.shape != expected:
-            return InvalidVectors(
-                f"the model returned vectors of shape {encoded.dense.shape}, promised were {expected}"
-            )
-        if not np.isfinite(encoded.dense).all():
-            return InvalidVectors("the model returned a vector that is not finite (NaN or infinity)")
+            return _invalid(f"the model returned vectors of shape {encoded.dense.shape}, promised were {expected}")
+        is_finite = np.isfinite(encoded.dense).all(axis=1)
+        if not is_finite.all():
+            chunk = "" if item.tokens.spans is None else f"input[{int(np.argmin(is_finite))}]: "
+            return _invalid(f"{chunk}the model returned a vector that is not finite (NaN or infinity)")
+        beside = {
+            Output.SPARSE: None if encoded.sparse is None else encoded.sparse.values,
+            Output.MULTIVECTOR: encoded.multivector,
+            Output.STATES: encoded.states,
+        }
+        for output, numbers in beside.items():
+            if numbers is not None and not np.isfinite(numbers).all():
+                return _invalid(f"the model returned a {output} output that is not finite (NaN or infinity)")
         return encoded
 
     def _failure(self, item: Item, *, is_memory: bool) -> RequestError:
@@ -191,3 +262,7 @@ class Worker:
                 is_permanent=True,
             )
         return InferenceFailed(f"model {self._model!r} failed while it computed this request")
+
+
+def _invalid(message: str) -> InvalidVectors:
+    return InvalidVectors(message, is_permanent=True)  # the same text would give the same vector

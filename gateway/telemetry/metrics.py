@@ -145,6 +145,12 @@ QUEUE_OLDEST_SECONDS = Gauge(
     registry=REGISTRY,
 )
 FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward raised.", ["model"], registry=REGISTRY)
+WORKER_FAULTS = Counter(
+    "gateway_worker_faults",
+    "Faults of the gateway's own code in a computing thread; the batch in its hands is lost. Report them.",
+    ["model"],
+    registry=REGISTRY,
+)
 ENGINE_RESTARTS = Counter(
     "gateway_engine_restarts", "Attempts to load a model anew after it hung or failed.", ["model"], registry=REGISTRY
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import threading
 import time
@@ -20,17 +21,20 @@ import uvicorn
 from gateway.app import create_app
 from gateway.backends.fake import fake_info
 from gateway.backends.fleet import Fleet
-from gateway.backends.infinity import InfinityBackend
+from gateway.backends.infinity import InfinityBackend, _Stopwatch
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import EmbedJob, ModelState, Truncate
+from gateway.engine import loading
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.engine import Engine
 from gateway.engine.items import Encoded, Item
+from gateway.engine.sources import locate
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,
+    InvalidVectors,
     LoadError,
     ModelNotReady,
     ModelRecovering,
@@ -186,7 +190,6 @@ async def test_a_fault_costs_no_other_request_in_the_same_batch(
 ) -> None:
     model = fleet.get("minilm")
     assert model is not None
-    queue = engine_of(model.backend)._batcher._inbox._queue  # type: ignore[union-attr]
     num_streams = len(engine_of(model.backend).encoders)
     forward.gate.clear()
     first = []
@@ -195,7 +198,7 @@ async def test_a_fault_costs_no_other_request_in_the_same_batch(
         await until(lambda: len(forward.batches) == len(first))
     texts = ["poison", "one", "another", "one more"]
     rest = [asyncio.create_task(post(text)) for text in texts]
-    await until(lambda: sum(len(request.entries) for request in queue._requests.values()) == len(texts))
+    await until(lambda: engine_of(model.backend).num_queued == len(texts))
     forward.gate.set()
 
     answers = [await task for task in rest]
@@ -228,23 +231,35 @@ async def test_faults_among_many_requests_cost_nobody_else(post: Post, forward: 
 
 
 class SteeredEngine:
-    """Says how it is, and answers the watchdog's question, as it is told to.
+    """Says how its two replicas are, and answers the watchdog's questions, as it is told to.
 
     Attributes:
+        since: when each replica's forward in hand began.
+        failures: of each replica in a row.
         answer: what a request gets: raised if it is an error.
-        questions: the texts that were submitted.
+        bad_texts: what it fails on.
+        is_silent: questions are not answered at all.
+        questions: the texts that were submitted since it was started, each with its replica.
+        rechecks: the replicas that were held against golden vectors.
     """
 
+    num_replicas = 2
+
     def __init__(self) -> None:
-        self.busy = 0.0
-        self.failures = 0
+        self.since: list[float | None] = [None, None]
+        self.failures = [0, 0]
         self.answer: Exception | None = None
-        self.questions: list[str] = []
+        self.bad_texts: set[str] = set()
+        self.is_silent = False
+        self.questions: list[tuple[str, int | None]] = []
         self.given_up: RequestError | None = None
         self.start_error: Exception | None = None
         self.drift = ""
-        self.num_rechecks = 0
+        self.rechecks: list[int] = []
         self.is_stopped = False
+
+    def hang(self) -> None:
+        self.since[1] = time.monotonic()
 
     async def astart(self) -> None:
         if self.start_error is not None:
@@ -253,23 +268,30 @@ class SteeredEngine:
     async def astop(self) -> None:
         self.is_stopped = True
 
-    def busy_s(self) -> float:
-        return self.busy
+    def busy_since(self, replica: int) -> float | None:
+        return self.since[replica]
 
-    def num_failed_in_a_row(self) -> int:
-        return self.failures
+    def num_failed_in_a_row(self, replica: int) -> int:
+        return self.failures[replica]
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
         self.given_up = error()
 
-    async def recheck(self, timeout_s: float) -> str:
-        self.num_rechecks += 1
-        if self.answer is not None:
-            raise self.answer
+    async def recheck(self, timeout_s: float, replica: int) -> str:
+        self.rechecks.append(replica)
+        await self._answer()
         return self.drift
 
-    async def submit(self, job: EmbedJob) -> None:
-        self.questions += job.texts
+    async def submit(self, job: EmbedJob, replica: int | None = None) -> None:
+        assert job.deadline > time.monotonic()  # or it would tell nothing
+        self.questions += [(text, replica) for text in job.texts]
+        if self.bad_texts.intersection(job.texts):
+            raise InvalidVectors("not finite")
+        await self._answer()
+
+    async def _answer(self) -> None:
+        if self.is_silent:
+            await asyncio.sleep(PATIENCE_S)
         if self.answer is not None:
             raise self.answer
 
@@ -306,20 +328,23 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
 
 
 async def test_an_engine_that_is_well_is_left_alone(watched: Watched) -> None:
-    watched.engines[0].failures = 2
-    watched.engines[0].busy = 0.019
-    await asyncio.sleep(0.05)
+    watched.engines[0].failures = [2, 2]
+    watched.engines[0].questions.clear()
+    for _ in range(20):  # never the same forward for long
+        watched.engines[0].hang()
+        await asyncio.sleep(0.005)
 
     assert watched.engines[0].questions == []
     assert watched.reports == []
     assert len(watched.engines) == 1
 
 
-async def test_an_engine_is_held_against_its_golden_vectors_again_and_again(watched: Watched) -> None:
+async def test_each_replica_is_held_against_its_golden_vectors_again_and_again(watched: Watched) -> None:
     started = asyncio.get_running_loop().time()
-    await until(lambda: watched.engines[0].num_rechecks == 3)
+    await until(lambda: len(watched.engines[0].rechecks) >= 6)
 
     assert asyncio.get_running_loop().time() - started > 0.06
+    assert watched.engines[0].rechecks[:6] == [0, 1] * 3
     assert watched.reports == []
 
     watched.engines[0].drift = "golden vectors: cosine 0.9"
@@ -330,13 +355,13 @@ async def test_an_engine_is_held_against_its_golden_vectors_again_and_again(watc
 
 async def test_a_recheck_that_is_not_answered_says_nothing_of_the_model(watched: Watched) -> None:
     watched.engines[0].answer = Overloaded("full", retry_after_s=1)
-    await until(lambda: watched.engines[0].num_rechecks == 3)
+    await until(lambda: len(watched.engines[0].rechecks) >= 6)
 
     assert watched.reports == []
 
 
 async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
-    watched.engines[0].busy = 0.5
+    watched.engines[0].hang()
     await until(lambda: len(watched.reports) == 2)
 
     assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING, ModelState.READY]
@@ -346,21 +371,77 @@ async def test_an_engine_that_hangs_is_replaced(watched: Watched) -> None:
     assert watched.engine is watched.engines[1]
 
 
+@pytest.mark.parametrize("is_recheck", [True, False], ids=["golden vectors", "does it still work"])
+async def test_an_engine_that_hangs_while_it_is_asked_something_is_replaced(
+    watched: Watched, *, is_recheck: bool
+) -> None:
+    """The question is behind what hangs."""
+    engine = watched.engines[0]
+    engine.is_silent = True
+    if is_recheck:
+        await until(lambda: bool(engine.rechecks))
+    else:
+        engine.questions.clear()
+        engine.failures[0] = 3
+        await until(lambda: bool(engine.questions))
+
+    engine.hang()
+    await until(lambda: len(watched.reports) == 2)
+
+    assert watched.reports[0][1].startswith("a forward has been running for ")
+    assert watched.engine is watched.engines[1]
+
+
 async def test_an_engine_that_fails_in_a_row_is_asked_and_kept_when_it_answers(watched: Watched) -> None:
-    watched.engines[0].failures = 3
+    watched.engines[0].questions.clear()
+    watched.engines[0].failures[1] = 3
     await until(lambda: len(watched.engines[0].questions) > 2)
 
+    assert {replica for _text, replica in watched.engines[0].questions} == {1}  # the one that fails
     assert watched.reports == []
     assert len(watched.engines) == 1
 
 
 async def test_an_engine_that_fails_the_question_too_is_replaced(watched: Watched) -> None:
+    watched.engines[0].questions.clear()
     watched.engines[0].answer = InferenceFailed("it failed")
-    watched.engines[0].failures = 3
+    watched.engines[0].failures[0] = 3
     await until(lambda: len(watched.reports) == 2)
 
     assert watched.reports[0] == (ModelState.RECOVERING, "it fails on every text: it failed")
     assert len(watched.engines[0].questions) == 1
+
+
+async def test_a_model_is_asked_what_it_could_answer_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may fail on any one text: that must not pass for a broken engine."""
+    engine = SteeredEngine()
+    engine.bad_texts = {"Does it still work?"}
+    monkeypatch.setattr(InfinityBackend, "_load", lambda _backend: (engine, fake_info()))
+    backend = InfinityBackend(MINILM, Settings(forward_timeout_s=0.02))
+    await backend.start(no_report)
+    engine.questions.clear()
+
+    engine.failures[0] = 3
+    await until(lambda: len(engine.questions) > 2)
+    await backend.stop()
+
+    assert "Does it still work?" not in [text for text, _replica in engine.questions]
+
+
+@pytest.mark.parametrize(
+    "error", [InferenceFailed("it failed"), DeadlineExceeded("late"), ValueError("no text")], ids=repr
+)
+async def test_a_model_that_embeds_nothing_does_not_start(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    engine = SteeredEngine()
+    engine.answer = error
+    monkeypatch.setattr(InfinityBackend, "_load", lambda _backend: (engine, fake_info()))
+    backend = InfinityBackend(MINILM, Settings(forward_timeout_s=0.02))
+
+    with pytest.raises((LoadError, ValueError), match=str(error)):
+        await backend.start(no_report)
+
+    assert engine.is_stopped
+    await backend.stop()
 
 
 @pytest.mark.parametrize(
@@ -371,13 +452,31 @@ async def test_an_engine_that_fails_the_question_too_is_replaced(watched: Watche
 async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watched: Watched, error: Exception) -> None:
     """A full queue least of all: the model is at work on it. And the watch goes on."""
     watched.engines[0].answer = error
-    watched.engines[0].failures = 3
-    await until(lambda: len(watched.engines[0].questions) > 2)
+    watched.engines[0].failures[0] = 3
+    await until(lambda: len(watched.engines[0].questions) > 3)
 
     assert watched.reports == []
-    watched.engines[0].busy = 0.5
+    watched.engines[0].hang()
     await until(lambda: len(watched.reports) == 2)
     assert len(watched.engines) == 2
+
+
+def test_a_process_that_was_stopped_has_not_been_computing() -> None:
+    stopwatch = _Stopwatch(longest_look_s=2.0, now=0.0)
+
+    assert stopwatch.look([0.5, None], now=1.0) == 0.5
+    assert stopwatch.look([0.5, None], now=2.0) == 1.5
+    assert stopwatch.look([0.5, None], now=1000.0) == 3.5  # stopped meanwhile: no more than a look's time counts
+    assert stopwatch.look([0.5, 1000.5], now=1001.0) == 4.5
+    assert stopwatch.look([1001.0, 1000.5], now=1002.0) == 1.5  # another forward
+    assert stopwatch.look([None, 1000.5], now=1003.0) == 2.5
+    assert stopwatch.look([None, None], now=1004.0) == 0
+
+
+def test_a_forward_that_began_while_the_process_was_stopped_is_new() -> None:
+    stopwatch = _Stopwatch(longest_look_s=2.0, now=0.0)
+
+    assert stopwatch.look([10.0], now=100.0) == 2.0
 
 
 async def test_a_replacement_that_cannot_be_loaded_is_tried_again(
@@ -399,7 +498,7 @@ async def test_a_replacement_that_cannot_be_loaded_is_tried_again(
 
     monkeypatch.setattr("gateway.backends.infinity.asyncio.sleep", sleep)
     monkeypatch.setattr(InfinityBackend, "_load", load)
-    watched.engines[0].busy = 0.5
+    watched.engines[0].hang()
     await until(lambda: bool(watched.reports) and watched.reports[-1][0] is ModelState.READY)
 
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
@@ -415,8 +514,53 @@ async def test_a_stop_during_a_replacement_ends(watched: Watched, monkeypatch: p
         raise LoadError("never again")
 
     monkeypatch.setattr(InfinityBackend, "_load", load)
-    watched.engines[0].busy = 0.5
+    watched.engines[0].hang()
     await until(lambda: len(watched.reports) == 2)
 
     async with asyncio.timeout(1):
         await watched.backend.stop()
+
+
+# ------------------------------------------------------------------------------------------- files that have changed
+
+
+async def test_a_model_whose_files_have_changed_is_not_loaded_in_place_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vectors would be of another space; and its weights are not even read."""
+    folder = tmp_path / "model"
+    shutil.copytree(locate(MINILM), folder)
+    backend = InfinityBackend(
+        MINILM.model_copy(update={"source": str(folder)}), Settings(forward_timeout_s=0.2, request_timeout_s=PATIENCE_S)
+    )
+    reports: list[tuple[ModelState, str]] = []
+    await backend.start(lambda state, reason: reports.append((state, reason)))
+    loads: list[object] = []
+    real_load_engine = loading.load_engine
+    monkeypatch.setattr(
+        loading, "load_engine", lambda plan, settings: loads.append(plan) or real_load_engine(plan, settings)
+    )
+    tokenizer = folder / "tokenizer.json"
+    original = tokenizer.read_text(encoding="utf-8")
+    tokenizer.write_text(original.replace('"fox"', '"f0x"'), encoding="utf-8")
+    is_open = threading.Event()
+    for encoder in engine_of(backend).encoders:
+        monkeypatch.setattr(encoder, "encode", lambda _items: is_open.wait(PATIENCE_S) and [])
+
+    hung = asyncio.create_task(backend.embed(job("hello")))
+    await until(lambda: len(reports) >= 3)
+
+    with pytest.raises(ModelRecovering):
+        await hung
+    assert {state for state, _reason in reports} == {ModelState.RECOVERING}
+    assert "the checkpoint's files have changed" in reports[1][1]
+    assert not loads
+    with pytest.raises(ModelNotReady):
+        await backend.embed(job("hello"))
+
+    tokenizer.write_text(original, encoding="utf-8")
+    await until(lambda: reports[-1][0] is ModelState.READY)
+    assert len(loads) == 1
+    assert (await backend.embed(job("hello"))).num_tokens == [3]
+    is_open.set()
+    await backend.stop()

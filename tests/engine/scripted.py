@@ -13,6 +13,7 @@ from gateway.embedding import Embeddings, EmbedJob, Truncate
 from gateway.engine.batcher import Batcher
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, RequestError
 
 MakeJob = Callable[..., EmbedJob]
@@ -27,9 +28,10 @@ class NumberTokenizer:
         self.max_tokens = max_tokens
         self.on_tokenise: Callable[[Sequence[str]], None] = lambda _texts: None
 
-    def tokenise(
+    def read(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
-    ) -> list[Tokens]:
+    ) -> Steps[list[Tokens]]:
+        yield sum(map(len, texts))
         self.on_tokenise(texts)
         rows = [[int(word) for word in (instruction + text).split()] for text in texts]
         if truncate is Truncate.REFUSE and any(len(ids) > self.max_tokens for ids in rows):
@@ -104,16 +106,6 @@ class Gate:
 
 def threads_of(model: str) -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(f"{model}-")]
-
-
-def is_empty(batcher: Batcher) -> bool:
-    return (
-        not batcher._works
-        and not batcher._computations
-        and not batcher._inbox._queue._requests
-        and not batcher._inbox._queue._callers
-        and batcher._num_texts == batcher._num_tokens == 0
-    )
 
 
 async def becomes(condition: Callable[[], bool]) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 
-from gateway.embedding import Embeddings, Truncate
+from gateway.embedding import Embeddings, SparseVector, Truncate
 from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
 from gateway.engine.batcher import Batcher, Limits
@@ -29,15 +31,14 @@ from gateway.errors import (
     RequestError,
     ShuttingDown,
 )
+from gateway.telemetry import metrics
 from tests.engine.scripted import (
-    PATIENCE_S,
     Gate,
     MakeJob,
     NumberEncoder,
     StartBatcher,
     answer,
     becomes,
-    is_empty,
     raise_for,
     texts_of,
     threads_of,
@@ -71,7 +72,7 @@ async def test_each_of_many_callers_gets_its_own_vectors_in_order(
         assert embeddings.vectors.tolist() == [[n, min(size, 64)] for n, size in request]
         assert embeddings.num_tokens == [min(size, 64) for _n, size in request]
         assert embeddings.truncated == [i for i, (_n, size) in enumerate(request) if size > 64]
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)
 
 
 async def test_the_task_reaches_the_tokens(start_batcher: StartBatcher, make_job: MakeJob) -> None:
@@ -106,7 +107,9 @@ async def test_a_job_without_texts_is_done_at_once(start_batcher: StartBatcher, 
     assert embeddings.vectors.shape == (0, 2)
 
 
-async def test_the_timings_add_up(start_batcher: StartBatcher, make_job: MakeJob, encoder: Any) -> None:
+async def test_the_stages_of_a_request_are_parts_of_its_time(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
     encoder.on_forward = lambda _batch: time.sleep(0.05)
     encoder.numbers.on_tokenise = lambda _texts: time.sleep(0.05)
     batcher = await start_batcher(max_batch_tokens=1)
@@ -117,8 +120,45 @@ async def test_the_timings_add_up(start_batcher: StartBatcher, make_job: MakeJob
     total_s = time.monotonic() - started
     assert timings.tokenise_s >= 0.05
     assert timings.inference_s >= 0.15
-    assert timings.queue_s >= 0.1
-    assert timings.tokenise_s + timings.inference_s <= total_s
+    assert timings.queue_s < 0.05  # its texts waited, but while others of its own were computed
+    assert sum(timings.stages.values()) <= total_s
+
+
+async def test_what_runs_on_two_devices_at_once_is_not_counted_twice(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    other = NumberEncoder()
+    for one in (encoder, other):
+        one.on_forward = lambda _batch: time.sleep(0.01)
+    batcher = await start_batcher(max_batch_tokens=4, others=[other])
+    started = time.monotonic()
+
+    timings = (await batcher.submit(make_job(*texts_of(range(300))))).timings
+
+    total_s = time.monotonic() - started
+    assert other.batches
+    assert encoder.batches
+    assert timings.inference_s >= 0.3
+    assert sum(timings.stages.values()) <= total_s
+
+
+async def test_waiting_behind_others_is_queue_and_their_inference_is_not_one_s_own(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=1)
+    encoder.on_forward = gate
+    first = asyncio.create_task(batcher.submit(make_job("1")))
+    await gate.reached()
+    second = asyncio.create_task(batcher.submit(make_job("2")))
+    assert await becomes(lambda: batcher.num_queued == 1)
+    await asyncio.sleep(0.05)
+    gate.open()
+
+    timings = (await second).timings
+
+    assert timings.queue_s >= 0.05
+    assert timings.inference_s < timings.queue_s
+    assert (await first).timings.inference_s >= 0.05
 
 
 # --------------------------------------------------------------------------------------------------- a forward fails
@@ -150,7 +190,7 @@ async def test_a_forward_that_raises_fails_its_own_request_alone(
     await gate.reached()
     encoder.on_forward = raise_for(13, error)
     rest = [asyncio.create_task(answer(batcher.submit(make_job(str(n), caller=str(n))))) for n in (13, 1, 2, 3)]
-    assert await becomes(lambda: len(batcher._inbox._queue._requests) == 4)
+    assert await becomes(lambda: batcher.num_queued == 4)
     gate.open()
 
     failed, *others = await asyncio.gather(*rest)
@@ -160,7 +200,7 @@ async def test_a_forward_that_raises_fails_its_own_request_alone(
     assert type(failed) is expected
     assert [one.vectors.tolist() for one in others if isinstance(one, Embeddings)] == [[[1, 1]], [[2, 1]], [[3, 1]]]
     assert (await batcher.submit(make_job("4"))).vectors.tolist() == [[4, 1]]
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)
 
 
 async def test_out_of_memory_names_the_tokens_of_the_text_and_is_permanent(
@@ -187,7 +227,7 @@ async def test_what_a_failed_request_still_has_in_the_queue_is_not_computed(
 
     assert isinstance(failed, InferenceFailed)
     assert encoder.computed == [0, 1000]
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +261,7 @@ async def test_a_vector_that_cannot_be_handed_out_fails_its_own_request_alone(
         lambda rows: [Encoded(vectors) if ids == [13] else one for ids, one in zip(rows, real_post(rows), strict=True)],
     )
     rest = [asyncio.create_task(answer(batcher.submit(make_job(str(n), caller=str(n))))) for n in (1, 13, 2)]
-    assert await becomes(lambda: len(batcher._inbox._queue._requests) == 3)
+    assert await becomes(lambda: batcher.num_queued == 3)
     gate.open()
 
     answers = await asyncio.gather(*rest)
@@ -229,7 +269,7 @@ async def test_a_vector_that_cannot_be_handed_out_fails_its_own_request_alone(
     await first
     assert [type(one) for one in answers] == [Embeddings, InvalidVectors, Embeddings]
     assert encoder.batches == [[[0]], [[1], [13], [2]]]  # nothing is computed again
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)
 
 
 @pytest.mark.parametrize("num_results", [None, 0, 3], ids=["nothing", "too few", "too many"])
@@ -263,7 +303,60 @@ async def test_a_batch_with_a_result_missing_is_computed_again_in_halves(
     assert embeddings.vectors.tolist() == [[1, 1], [2, 1], [3, 1]]
 
 
-async def test_a_fault_of_the_scheduler_answers_everybody_and_ends(
+@pytest.mark.parametrize("output", ["sparse", "multivector", "states"])
+async def test_an_output_that_is_not_finite_fails_its_own_request_and_names_the_text(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = await start_batcher()
+    broken = np.array([[np.nan, 1]], np.float32)
+    beside: dict[str, Any] = {output: SparseVector(np.array([1]), broken[0, :1]) if output == "sparse" else broken}
+    real_post = encoder.encode_post
+    monkeypatch.setattr(
+        encoder,
+        "encode_post",
+        lambda rows: [
+            replace(one, **beside) if ids == [13] else one for ids, one in zip(rows, real_post(rows), strict=True)
+        ],
+    )
+
+    with structlog.testing.capture_logs() as logs:
+        failed, good = await asyncio.gather(
+            *(answer(batcher.submit(make_job(*texts))) for texts in (["1", "2", "13"], ["1", "2"]))
+        )
+
+    assert isinstance(good, Embeddings)
+    assert isinstance(failed, InvalidVectors)
+    assert failed.message == f"input[2]: the model returned a {output} output that is not finite (NaN or infinity)"
+    assert failed.is_permanent
+    [line] = [line for line in logs if line["event"] == "text_failed"]
+    assert (line["model"], line["index"]) == ("numbers", [2])
+    assert "13" not in str(line)
+
+
+async def test_each_of_those_who_share_a_text_that_fails_hears_of_its_own_index(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher()
+    encoder.on_forward = gate
+    first = asyncio.create_task(batcher.submit(make_job("0")))
+    await gate.reached()
+    encoder.on_forward = raise_for(13, RuntimeError("broken"))
+    requests = [["13"], ["1", "2", "13"], ["1", "2"]]
+    waiting = [asyncio.create_task(answer(batcher.submit(make_job(*texts, caller=str(texts))))) for texts in requests]
+    assert await becomes(lambda: batcher.num_queued == 6)
+    gate.open()
+
+    one, other, good = await asyncio.gather(*waiting)
+
+    await first
+    assert isinstance(one, InferenceFailed)
+    assert isinstance(other, InferenceFailed)
+    assert isinstance(good, Embeddings)
+    assert (one.message.split(":")[0], other.message.split(":")[0]) == ("input[0]", "input[2]")
+    assert not other.is_permanent  # a device that fails may be well again
+
+
+async def test_a_fault_of_the_scheduler_answers_who_waits_and_ends(
     start_batcher: StartBatcher,
     make_job: MakeJob,
     monkeypatch: pytest.MonkeyPatch,
@@ -284,8 +377,104 @@ async def test_a_fault_of_the_scheduler_answers_everybody_and_ends(
 
     assert {type(error) for error in failed} == {InferenceFailed}
     assert (await batcher.submit(make_job("3"))).vectors.tolist() == [[3, 1]]
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)
     assert not loop_errors
+
+
+async def test_a_fault_of_the_scheduler_costs_nothing_that_is_computed(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = NumberEncoder()
+    batcher = await start_batcher(max_batch_tokens=1, others=[other])
+    encoder.on_forward = other.on_forward = gate
+    in_hand = asyncio.create_task(answer(batcher.submit(make_job("1"))))
+    await gate.reached()
+    real_take = worker_module.take
+
+    def take(*args: Any) -> Any:
+        if args[0]:
+            monkeypatch.setattr(worker_module, "take", real_take)
+            raise KeyError("a bug")
+        return real_take(*args)
+
+    monkeypatch.setattr(worker_module, "take", take)
+
+    lost = await answer(batcher.submit(make_job("2")))
+    gate.open()
+
+    assert isinstance(lost, InferenceFailed)
+    assert isinstance(await in_hand, Embeddings)
+    assert await becomes(lambda: batcher.is_idle)
+
+
+async def test_a_fault_in_one_replica_s_thread_costs_the_batch_in_its_hands_alone(
+    start_batcher: StartBatcher,
+    make_job: MakeJob,
+    encoder: Any,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    loop_errors: list[dict[str, Any]],
+) -> None:
+    """Another one goes on with what it holds, and what is queued stays there."""
+    other, second = NumberEncoder(), Gate()
+    batcher = await start_batcher(max_batch_tokens=1, others=[other])
+    held = {"1": gate, "2": second}
+    for one in (encoder, other):
+        one.on_forward = lambda batch: held[str(batch[0][0])](batch) if str(batch[0][0]) in held else None
+    requests = {}
+    for text, its_gate in held.items():
+        requests[text] = asyncio.create_task(answer(batcher.submit(make_job(text, caller=text))))
+        await its_gate.reached()
+    queued = [asyncio.create_task(answer(batcher.submit(make_job(text, caller="q")))) for text in ("3", "4", "5")]
+    assert await becomes(lambda: batcher.num_queued == 3)
+    faults = metrics.REGISTRY.get_sample_value("gateway_worker_faults_total", {"model": "numbers"}) or 0
+    real_finished = worker_module.FinishedBatch
+
+    def fail_once(*args: Any) -> Any:
+        monkeypatch.setattr(worker_module, "FinishedBatch", real_finished)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(worker_module, "FinishedBatch", fail_once)
+    gate.open()
+
+    lost = await requests["1"]
+    assert isinstance(lost, InferenceFailed)
+    assert [type(one) for one in await asyncio.gather(*queued)] == [Embeddings] * 3
+    second.open()
+    assert isinstance(await requests["2"], Embeddings)
+    assert metrics.REGISTRY.get_sample_value("gateway_worker_faults_total", {"model": "numbers"}) == faults + 1
+    assert await becomes(lambda: batcher.is_idle)
+    assert not loop_errors
+
+
+async def test_a_question_goes_to_the_replica_that_is_asked(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
+) -> None:
+    others = [NumberEncoder(), NumberEncoder()]
+    batcher = await start_batcher(others=others)
+
+    for _ in range(5):
+        await batcher.submit(make_job("7"), replica=1)
+
+    assert [one.computed for one in (encoder, *others)] == [[], [7] * 5, []]
+
+
+async def test_a_question_to_a_replica_is_not_answered_by_what_another_computes(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    """Identical texts are computed once, but a broken replica would then seem well."""
+    other = NumberEncoder()
+    batcher = await start_batcher(others=[other])
+    encoder.on_forward = other.on_forward = gate
+    first = asyncio.create_task(batcher.submit(make_job("7")))
+    await gate.reached()
+    idle = 1 if encoder.batches else 0
+
+    question = asyncio.create_task(batcher.submit(make_job("7"), replica=idle))
+    assert await becomes(lambda: bool(encoder.batches and other.batches))
+    gate.open()
+
+    await asyncio.gather(first, question)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenise
@@ -301,7 +490,7 @@ async def test_an_error_in_tokenising_fails_its_own_request_alone(
     )
 
     assert [type(a).__name__ for a in answers] == ["Embeddings", "ValueError", "Embeddings"]
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
 
 
 async def test_refuse_computes_nothing_when_any_text_is_too_long(
@@ -385,7 +574,7 @@ async def test_past_its_deadline_a_request_ends_and_what_it_had_queued_is_not_co
     assert isinstance(error, DeadlineExceeded)
     assert "2 of 2 texts" in error.message
     assert encoder.computed == [0, 3]
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0])
@@ -419,7 +608,7 @@ async def test_a_cancelled_request_leaves_the_queue(
     blocking = asyncio.create_task(batcher.submit(make_job("0")))
     await gate.reached()
     leaving = asyncio.create_task(batcher.submit(make_job(*texts_of(range(1, 100)))))
-    assert await becomes(lambda: bool(batcher._inbox._queue))
+    assert await becomes(lambda: batcher.num_queued > 0)
 
     leaving.cancel()
     await asyncio.wait({leaving})
@@ -428,7 +617,7 @@ async def test_a_cancelled_request_leaves_the_queue(
     await batcher.submit(make_job("1000"))
 
     assert encoder.computed == [0, 1000]
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
     assert not loop_errors
 
 
@@ -442,7 +631,7 @@ async def test_a_request_cancelled_during_its_forward_does_not_disturb_the_rest_
     await blocker.reached()
     encoder.on_forward = gate
     leaving, staying = (asyncio.create_task(batcher.submit(make_job(text))) for text in ("1", "2"))
-    assert await becomes(lambda: len(batcher._inbox._queue._requests) == 2)
+    assert await becomes(lambda: batcher.num_queued == 2)
     blocker.open()
     await gate.reached()
 
@@ -452,7 +641,7 @@ async def test_a_request_cancelled_during_its_forward_does_not_disturb_the_rest_
     assert (await staying).vectors.tolist() == [[2, 1]]
     assert encoder.batches == [[[0]], [[1], [2]]]
     await blocking
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
     assert not loop_errors
 
 
@@ -539,7 +728,7 @@ async def test_a_stop_answers_everybody(
     in_hand = asyncio.create_task(answer(batcher.submit(make_job("0"))))
     await gate.reached()
     queued = [asyncio.create_task(answer(batcher.submit(make_job(str(n))))) for n in range(1, 20)]
-    assert await becomes(lambda: len(batcher._inbox._queue._requests) == 19)
+    assert await becomes(lambda: batcher.num_queued == 19)
 
     stopping = asyncio.create_task(batcher.shutdown())
     await asyncio.sleep(0)
@@ -551,7 +740,7 @@ async def test_a_stop_answers_everybody(
     assert encoder.computed == [0]
     assert isinstance(await answer(batcher.submit(make_job("1"))), ShuttingDown)
     assert not threads_of("numbers")
-    assert not batcher._works
+    assert batcher.overload_status().results_absolute == 0
     assert not loop_errors
 
 
@@ -598,7 +787,7 @@ async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
     encoder.on_forward = gate
     requests = [asyncio.create_task(answer(batcher.submit(make_job(str(n))))) for n in range(20)]
     await gate.reached()
-    assert await becomes(lambda: len(batcher._inbox._queue._requests) >= 19)
+    assert await becomes(lambda: batcher.num_queued >= 19)
 
     batcher.give_up(recovering)
     answers = await asyncio.gather(*requests)  # the gate is closed: the forward hangs still
@@ -607,11 +796,9 @@ async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
     assert len(set(map(id, answers))) == 20
     assert isinstance(await answer(batcher.submit(make_job("1"))), ModelRecovering)
     gate.open()  # what comes back now comes to nobody
-    assert all(worker.join(PATIENCE_S) for worker in batcher._workers)
-    await asyncio.sleep(0)
+    assert await becomes(lambda: not threads_of("numbers"))
     assert encoder.computed == [0]
-    assert not batcher._works
-    assert not batcher._computations
+    assert batcher.overload_status().results_absolute == 0
     assert not loop_errors
 
 
@@ -644,19 +831,19 @@ def test_the_end_of_the_event_loop_during_a_forward_is_no_error(
     encoder: Any, make_job: MakeJob, gate: Gate, recwarn: pytest.WarningsRecorder
 ) -> None:
     encoder.on_forward = gate
-    batcher = Batcher("numbers", [encoder], Limits(64, 100, 1000))
 
-    async def leave_during_a_forward() -> None:
+    async def leave_during_a_forward() -> Batcher:
+        batcher = Batcher("numbers", [encoder], Limits(64, 100, 1000))
         await batcher.spawn()
         request = asyncio.create_task(batcher.submit(make_job("1")))
         await gate.reached()
         request.cancel()
+        return batcher
 
-    asyncio.run(leave_during_a_forward())
+    batcher = asyncio.run(leave_during_a_forward())
     gate.open()
-    batcher._inbox.close()
-    assert all(worker.join(PATIENCE_S) for worker in batcher._workers)
-    batcher._tokeniser.shutdown()
+    batcher.give_up(recovering)
+    assert asyncio.run(becomes(lambda: not threads_of("numbers")))
 
     assert not recwarn.list
 
@@ -724,7 +911,7 @@ async def test_nothing_is_left_after_2000_requests_of_all_kinds(
     assert outcomes <= {(kind, outcome) for kind, possible in OUTCOMES.items() for outcome in possible}
     assert {kind for kind, _outcome in outcomes} == set(OUTCOMES)
     assert {("gone", "CancelledError"), ("late", "DeadlineExceeded")} <= outcomes
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
     assert not loop_errors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from gateway.embedding import Embeddings, Output, Truncate
 from gateway.engine.batcher import Batcher
 from gateway.engine.items import Tokens
+from gateway.engine.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, DeadlineExceeded, InferenceFailed, RequestError
 from tests.engine.scripted import (
     Gate,
@@ -21,7 +22,6 @@ from tests.engine.scripted import (
     StartBatcher,
     answer,
     becomes,
-    is_empty,
     raise_for,
     texts_of,
 )
@@ -39,9 +39,9 @@ class Blocked:
 
     async def queue(self, job: Any) -> asyncio.Task[Embeddings | RequestError]:
         """Submit a job, and return when each of its texts is in the queue."""
-        num_requests = len(self.batcher._inbox._queue._requests)
+        num_queued = self.batcher.num_queued
         task = asyncio.create_task(answer(self.batcher.submit(job)))
-        assert await becomes(lambda: len(self.batcher._inbox._queue._requests) == num_requests + 1)
+        assert await becomes(lambda: self.batcher.num_queued > num_queued)
         return task
 
     def open(self) -> None:
@@ -64,7 +64,7 @@ async def blocked(
     yield Blocked(batcher, encoder, gate)
     gate.open()
     await first
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +103,7 @@ async def test_equal_texts_in_one_request_are_computed_once(blocked: Blocked, ma
 async def test_equal_texts_in_two_slices_of_one_request_are_computed_once(blocked: Blocked, make_job: MakeJob) -> None:
     texts = [str(n % 50) for n in range(1000, 1200)]
     task = await blocked.queue(make_job(*texts))
-    waiting = blocked.batcher._inbox._queue._requests.values()
-    assert await becomes(lambda: sum(len(one.entries) for one in waiting) == 200 - texts.count("0"))
+    assert await becomes(lambda: blocked.batcher.num_queued == 200 - texts.count("0"))
 
     blocked.open()
 
@@ -116,7 +115,7 @@ async def test_a_duplicate_that_comes_while_its_twin_is_computed_gets_its_result
     blocked: Blocked, make_job: MakeJob
 ) -> None:
     duplicate = asyncio.create_task(answer(blocked.batcher.submit(make_job("0", "5", caller="late"))))
-    assert await becomes(lambda: bool(blocked.batcher._inbox._queue))
+    assert await becomes(lambda: blocked.batcher.num_queued > 0)
 
     blocked.open()
 
@@ -134,7 +133,7 @@ async def test_what_was_computed_before_is_computed_again(
         await batcher.submit(make_job("7"))
 
     assert encoder.computed == [7, 7, 7]
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)
 
 
 async def test_each_caller_counts_its_own_tokens_and_cuts(blocked: Blocked, make_job: MakeJob) -> None:
@@ -203,9 +202,12 @@ async def test_chunks_are_not_shared_with_the_same_tokens_in_one_piece(
         "7  7 7": ((0, 3),),
         "7 7  7": ((0, 2), (2, 3)),
     }
-    monkeypatch.setattr(
-        blocked.encoder.numbers, "tokenise", lambda texts, *_: [Tokens([7, 7, 7], spans=spans[text]) for text in texts]
-    )
+
+    def read(texts: Sequence[str], *_: object) -> Steps[list[Tokens]]:
+        yield 1
+        return [Tokens([7, 7, 7], spans=spans[text]) for text in texts]
+
+    monkeypatch.setattr(blocked.encoder.numbers, "read", read)
     real_pre = blocked.encoder.encode_pre
     items: list[Any] = []
     monkeypatch.setattr(blocked.encoder, "encode_pre", lambda batch: items.extend(batch) or real_pre(batch))
@@ -261,7 +263,7 @@ async def test_the_twin_gets_its_result_when_the_first_owner_is_cancelled_during
 
     assert (await second).vectors.tolist() == [[7, 1]]
     assert encoder.computed == [7]
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
 
 
 async def test_a_newcomer_joins_what_is_computed_for_nobody_any_more(
@@ -280,7 +282,7 @@ async def test_a_newcomer_joins_what_is_computed_for_nobody_any_more(
 
     assert (await newcomer).vectors.tolist() == [[7, 1]]
     assert encoder.computed == [7]
-    assert await becomes(lambda: is_empty(batcher))
+    assert await becomes(lambda: batcher.is_idle)
 
 
 async def test_the_twin_still_waits_when_the_first_owner_has_expired(blocked: Blocked, make_job: MakeJob) -> None:
@@ -379,7 +381,7 @@ async def test_a_duplicate_that_comes_while_its_twin_fails_fails_too(
     assert encoder.computed == [13]
     encoder.on_forward = lambda _batch: None
     assert (await batcher.submit(make_job("13"))).vectors.tolist() == [[13, 1]]  # the failure is not kept
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)
 
 
 # ----------------------------------------------------------------------------------------------------------- over time
@@ -402,4 +404,4 @@ async def test_many_equal_texts_of_many_callers_over_a_while(
     for i, embeddings in enumerate(answers):
         assert embeddings.vectors.tolist() == [[(i + n) % 30, 1] for n in range(num_texts)]
     assert len(encoder.computed) < num_requests * num_texts / 10
-    assert is_empty(batcher)
+    assert await becomes(lambda: batcher.is_idle)

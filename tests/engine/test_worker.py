@@ -63,7 +63,7 @@ def delivered() -> Delivered:
     return Delivered()
 
 
-def no_fault() -> None:
+def no_fault(*_lost: object) -> None:
     raise AssertionError("the worker's own code failed")
 
 
@@ -75,8 +75,10 @@ def start(delivered: Delivered) -> Iterator[Start]:
     """Return a function that starts a worker; each is stopped in the end."""
     started: list[tuple[Worker, Inbox]] = []
 
-    def start(encoder: NumberEncoder, inbox: Inbox, on_fault: Callable[[], None] = no_fault) -> Worker:
-        worker = Worker("numbers", encoder, inbox, delivered, on_fault)
+    def start(
+        encoder: NumberEncoder, inbox: Inbox, on_fault: Callable[..., None] = no_fault, replica: int = 0
+    ) -> Worker:
+        worker = Worker("numbers", encoder, inbox, delivered, on_fault, replica)
         worker.start()
         started.append((worker, inbox))
         return worker
@@ -246,6 +248,7 @@ def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest
     [result] = worker._compute(computations([1])).results
 
     assert isinstance(result, InvalidVectors)
+    assert result.is_permanent
     assert "shape (1, 2), promised were (1, 3)" in result.message
     assert worker.num_failed_in_a_row == 1
 
@@ -348,7 +351,7 @@ def test_a_replica_that_hangs_does_not_stop_the_other(start: Start, delivered: D
     delivered.wait(100)
 
     assert delivered.texts == list(range(100))
-    assert stuck.busy_s(time.monotonic()) > 0
+    assert stuck.busy_since is not None
     assert not stuck.join(0.01)
     gate.open()
     delivered.wait(101)
@@ -376,25 +379,64 @@ def test_a_replica_that_fails_everything_counts_its_own_failures(start: Start, d
     assert [worker.num_failed_in_a_row for worker in workers] == [3, 0]
 
 
-def test_busy_s_is_the_time_of_the_batch_in_hand(start: Start, delivered: Delivered) -> None:
+def test_busy_since_is_when_the_forward_in_hand_began(start: Start, delivered: Delivered) -> None:
     inbox = Inbox(max_batch_tokens=1)
     encoder, gate = NumberEncoder(), Gate()
     encoder.on_forward = gate
     worker = start(encoder, inbox)
-    assert worker.busy_s(time.monotonic()) == 0
+    assert worker.busy_since is None
 
     before = time.monotonic()
     inbox.add(entries(computations([1])))
     assert gate.wait_reached()
     reached = time.monotonic()
 
-    assert 5 <= worker.busy_s(reached + 5) <= 5 + (reached - before)
+    assert worker.busy_since is not None
+    assert before <= worker.busy_since <= reached
     gate.open()
     delivered.wait(1)
     deadline = time.monotonic() + PATIENCE_S
-    while worker.busy_s(time.monotonic()) and time.monotonic() < deadline:
+    while worker.busy_since is not None and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert worker.busy_s(time.monotonic() + 100) == 0
+    assert worker.busy_since is None
+
+
+def test_each_half_of_a_batch_that_failed_is_progress() -> None:
+    """A batch that is out of memory may be halved many times: slow, and not hung."""
+    encoder = NumberEncoder()
+    worker = Worker("numbers", encoder, Inbox(100), lambda _batch: None, no_fault)
+    seen: list[float | None] = []
+
+    def on_forward(batch: list[list[int]]) -> None:
+        seen.append(worker.busy_since)
+        time.sleep(0.002)
+        if len(batch) > 1:
+            raise RuntimeError("broken")
+
+    encoder.on_forward = on_forward
+
+    worker._compute(computations(range(4)))
+
+    assert len(seen) == 7
+    assert None not in seen
+    assert seen == sorted(set(seen), key=lambda since: since or 0)
+
+
+def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
+    encoder = NumberEncoder()
+    worker = Worker("numbers", encoder, Inbox(100), lambda _batch: None, no_fault)
+    seen: list[float | None] = []
+
+    def on_forward(_batch: object) -> None:
+        seen.append(worker.busy_since)
+        encoder.progressed_at = time.monotonic() + 1
+        seen.append(worker.busy_since)
+
+    encoder.on_forward = on_forward
+
+    worker._compute(computations([1]))
+
+    assert seen[1] == encoder.progressed_at != seen[0]
 
 
 def test_a_closed_inbox_ends_its_threads_and_leaves_what_is_queued(start: Start, delivered: Delivered) -> None:
@@ -437,7 +479,8 @@ def test_a_fault_of_the_workers_own_code_is_told_and_the_thread_goes_on(
             raise KeyError("a bug")
         return real_take(queue, *args)
 
-    def on_fault() -> None:
+    def on_fault(lost: Sequence[Computation]) -> None:
+        assert not lost  # it was the queue
         faults.append(threading.current_thread().name)
         inbox.clear()
 
@@ -453,3 +496,65 @@ def test_a_fault_of_the_workers_own_code_is_told_and_the_thread_goes_on(
 
     assert faults == ["numbers-compute"]
     assert delivered.texts == [2]
+
+
+def test_a_fault_that_recurs_is_a_failure_of_its_replica(
+    start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the watchdog asks that replica whether it still works."""
+    inbox = Inbox(max_batch_tokens=1)
+    lost: list[Sequence[Computation]] = []
+
+    def fail(*_args: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(worker_module, "FinishedBatch", fail)
+    worker = start(NumberEncoder(), inbox, lost.append)
+    batch = computations(range(3))
+    inbox.add(entries(batch))
+    deadline = time.monotonic() + PATIENCE_S
+    while len(lost) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+    assert lost == [[one] for one in batch]
+    assert worker.num_failed_in_a_row == 3
+
+
+# ----------------------------------------------------------------------------------------------------- shared batches
+
+
+def served(shared_batch_s: float | None, callers: Sequence[str], tokens_per_s: float) -> list[int]:
+    """Return the tokens of the batches that one thread is given while these callers have a backlog."""
+    inbox = Inbox(max_batch_tokens=4000, shared_batch_s=shared_batch_s)
+    inbox.note_rate(4000, 4000 / tokens_per_s)
+    for caller in callers:
+        inbox.add(entries(computations(range(800), length=10, ticket=Ticket(caller, math.inf))))
+    return [sum(one.item.num_tokens for one in inbox.next_batch()) for _ in range(4)]
+
+
+def test_while_several_callers_wait_a_batch_is_so_small_that_it_takes_no_longer_than_it_may() -> None:
+    assert served(0.1, "ab", tokens_per_s=10_000) == [1000] * 4
+    assert served(0.1, "ab", tokens_per_s=20_000) == [2000] * 4
+
+
+def test_one_caller_alone_gets_whole_batches() -> None:
+    assert served(0.1, "aa", tokens_per_s=10_000) == [4000] * 4
+
+
+def test_a_device_that_needs_large_batches_has_them() -> None:
+    assert served(None, "ab", tokens_per_s=10_000) == [4000] * 4
+
+
+def test_no_batch_is_made_so_small_that_it_is_slow() -> None:
+    assert served(0.1, "ab", tokens_per_s=10) == [250] * 4
+
+
+def test_small_batches_say_nothing_of_the_rate() -> None:
+    inbox = Inbox(max_batch_tokens=4000, shared_batch_s=0.1)
+    inbox.note_rate(4000, 0.4)
+    for _ in range(100):
+        inbox.note_rate(5, 0.004)
+    for caller in "ab":
+        inbox.add(entries(computations(range(800), length=10, ticket=Ticket(caller, math.inf))))
+
+    assert sum(one.item.num_tokens for one in inbox.next_batch()) == 1000

@@ -1,0 +1,61 @@
+"""Divide the time of one request among its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+from itertools import pairwise
+from typing import TypeAlias
+
+from gateway.embedding import Timings
+
+Span: TypeAlias = tuple[float, float]
+"""When something began and ended, on ``time.monotonic()``."""
+
+
+class Stage(IntEnum):
+    """What a request may be doing, and several of them at once; of these, the first in this order counts."""
+
+    INFERENCE = 0
+    """A batch that holds one of its texts is being computed."""
+    QUEUE = 1
+    """A text of it waits for a batch."""
+    TOKENISE = 2
+    """A text of it is being tokenised."""
+    TURN = 3
+    """It waits for its turn to be tokenised."""
+
+
+class Timeline:
+    """When a request did what.
+
+    Its stages overlap: while the first texts are computed, others wait, and the rest is still being tokenised. Each
+    moment is counted once, so that the parts add up to no more than the time that has passed, however many batches ran
+    side by side.
+    """
+
+    def __init__(self) -> None:
+        self._spans: dict[Stage, list[Span]] = {stage: [] for stage in Stage}
+
+    def add(self, stage: Stage, start: float, end: float) -> None:
+        if end > start:
+            self._spans[stage].append((start, end))
+
+    def timings(self) -> Timings:
+        """Return the seconds of each stage; waiting for the tokenizer is waiting in a queue as well."""
+        spans: list[Span] = []
+        covered = [0.0]
+        for stage in Stage:
+            spans += self._spans[stage]
+            covered.append(covered_s(spans))
+        inference_s, queue_s, tokenise_s, turn_s = (after - before for before, after in pairwise(covered))
+        return Timings(tokenise_s=tokenise_s, queue_s=queue_s + turn_s, inference_s=inference_s)
+
+
+def covered_s(spans: Iterable[Span]) -> float:
+    """Return how many seconds lie in at least one of the spans."""
+    seconds, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        seconds += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return seconds

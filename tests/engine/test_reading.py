@@ -1,0 +1,225 @@
+"""Tokenising is shared out between callers as the device is: one text waits for a step of others, not for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from gateway.engine.reading import LONG_STEP_CHARS, Reading, ReadingRoom
+from gateway.engine.scheduler import Ticket
+from gateway.engine.tokenizer import Steps
+from gateway.errors import DeadlineExceeded, RequestError
+from gateway.telemetry import metrics
+from tests.engine.scripted import PATIENCE_S, Gate, MakeJob, NumberEncoder, StartBatcher, answer, becomes
+
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
+Begin = Callable[..., Reading]
+
+
+class Readings:
+    """Steps that note when they are run, in a room whose short texts' thread is held at first."""
+
+    def __init__(self, room: ReadingRoom) -> None:
+        self._room = room
+        self.order: list[str] = []
+
+    def begin(self, name: str, caller: str, sizes: list[int], ticket: Ticket | None = None) -> Reading:
+        return self._room.begin(ticket or Ticket(caller, math.inf), self._steps(name, sizes))
+
+    def _steps(self, name: str, sizes: list[int]) -> Steps[str]:
+        for size in sizes:
+            yield size
+            self.order.append(name)
+        return name
+
+
+@pytest.fixture
+async def held(gate: Gate) -> AsyncIterator[Readings]:
+    room = ReadingRoom("numbers", asyncio.get_running_loop())
+    room.start()
+
+    def hold() -> Steps[None]:
+        yield 1
+        gate(None)
+
+    first = room.begin(Ticket("first", math.inf), hold())
+    await gate.reached()
+    yield Readings(room)
+    gate.open()
+    await first.done
+    assert await becomes(lambda: room.is_empty)
+    room.close()
+    assert await asyncio.to_thread(room.join, PATIENCE_S)
+
+
+async def test_one_text_behind_many_requests_of_another_caller_waits_for_one_of_them(
+    held: Readings, gate: Gate
+) -> None:
+    bulk = [held.begin(f"bulk {i}", "bulk", [15_000]) for i in range(40)]
+    single = held.begin("single", "other", [20])
+
+    gate.open()
+
+    assert await single.done == "single"
+    assert held.order.index("single") <= 1
+    await asyncio.gather(*(reading.done for reading in bulk))
+
+
+async def test_a_text_of_many_steps_waits_for_its_turn_after_each(held: Readings, gate: Gate) -> None:
+    endless = held.begin("endless", "bulk", [10_000] * 30)
+    singles = [held.begin(f"single {i}", f"caller {i}", [10]) for i in range(5)]
+
+    gate.open()
+
+    await asyncio.gather(*(reading.done for reading in singles))
+    assert held.order.index("single 4") <= 6
+    assert await endless.done == "endless"
+
+
+async def test_callers_with_a_backlog_get_the_same_characters(held: Readings, gate: Gate) -> None:
+    """Not the same number of requests: whose are long gets fewer of them read."""
+    readings = [held.begin("long", "a", [10_000]) for _ in range(20)]
+    readings += [held.begin("short", "b", [1_000]) for _ in range(200)]
+
+    gate.open()
+
+    await asyncio.gather(*(reading.done for reading in readings))
+    until = held.order[:110]
+    assert abs(10_000 * until.count("long") - 1_000 * until.count("short")) <= 11_000
+
+
+async def test_a_step_of_many_characters_holds_no_short_one_up(held: Readings, gate: Gate) -> None:
+    long = held.begin("long", "a", [LONG_STEP_CHARS + 1])
+
+    assert await long.done == "long"  # though the thread for short ones is held
+
+
+async def test_what_nobody_wants_is_not_read(held: Readings, gate: Gate) -> None:
+    gone, late = Ticket("gone", math.inf), Ticket("late", 0.0)
+    for ticket in (gone, late):
+        held.begin(ticket.caller, ticket.caller, [10], ticket)
+    gone.is_live = False
+
+    gate.open()
+
+    assert await held.begin("next", "other", [10]).done == "next"
+    assert held.order == ["next"]
+
+
+async def test_what_a_step_raises_is_raised_for_who_waits(held: Readings, gate: Gate) -> None:
+    def fail() -> Steps[None]:
+        yield 1
+        raise SystemExit(3)
+
+    failing = held._room.begin(Ticket("a", math.inf), fail())
+    gate.open()
+
+    with pytest.raises(BaseException, match="3") as caught:
+        await failing.done
+    assert isinstance(caught.value, SystemExit)
+    assert await held.begin("next", "a", [10]).done == "next"
+
+
+# ------------------------------------------------------------------------------------------------------ in the batcher
+
+
+async def test_one_text_is_embedded_while_forty_long_ones_of_another_wait_to_be_read(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
+) -> None:
+    batcher = await start_batcher()
+    num_read: list[str] = []
+
+    def on_tokenise(texts: Any) -> None:
+        num_read.append(texts[0][:5])
+        gate(texts)
+
+    encoder.numbers.on_tokenise = on_tokenise
+    bulk = [asyncio.create_task(batcher.submit(make_job(f"{i} " * 3_000, caller="bulk"))) for i in range(1000, 1040)]
+    await gate.reached()
+    single = asyncio.create_task(batcher.submit(make_job("7", caller="other")))
+    await asyncio.sleep(0)
+    gate.open()
+
+    assert (await single).vectors.tolist() == [[7, 1]]
+    assert num_read.index("7") <= 2
+    await asyncio.gather(*bulk)
+
+
+async def test_a_request_that_ends_while_it_waits_to_be_read_leaves_nothing(
+    start_batcher: StartBatcher,
+    make_job: MakeJob,
+    encoder: NumberEncoder,
+    gate: Gate,
+    loop_errors: list[dict[str, Any]],
+) -> None:
+    batcher = await start_batcher()
+    encoder.numbers.on_tokenise = gate
+    first = asyncio.create_task(batcher.submit(make_job("1")))
+    await gate.reached()
+    cancelled = asyncio.create_task(batcher.submit(make_job("2")))
+    late = asyncio.create_task(answer(batcher.submit(make_job("3", timeout_s=0.05))))
+    await asyncio.sleep(0)
+
+    cancelled.cancel()
+    assert isinstance(await late, DeadlineExceeded)
+    gate.open()
+
+    assert (await first).vectors.tolist() == [[1, 1]]
+    assert cancelled.cancelled() or await asyncio.wait({cancelled})
+    assert await becomes(lambda: batcher.is_idle)
+    assert encoder.computed == [1]
+    for gauge in ("gateway_queue_texts", "gateway_queue_tokens"):
+        assert metrics.REGISTRY.get_sample_value(gauge, {"model": "numbers"}) == 0
+    assert not loop_errors
+
+
+async def test_a_request_whose_first_texts_fail_does_not_wait_for_the_rest_to_be_read(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder
+) -> None:
+    batcher = await start_batcher()
+    second = Gate()
+
+    def on_tokenise(texts: Any) -> None:
+        if "99" in texts:
+            second(texts)
+
+    def fail(_batch: object) -> None:
+        raise RuntimeError("broken")
+
+    encoder.numbers.on_tokenise = on_tokenise
+    encoder.on_forward = fail
+    failing = asyncio.create_task(answer(batcher.submit(make_job(*map(str, range(64)), *["99"] * 10))))
+
+    try:
+        error = await failing
+        assert isinstance(error, RequestError)
+        assert error.code == "inference_failed"
+    finally:
+        second.open()
+    assert await becomes(lambda: batcher.is_idle)
+
+
+async def test_the_oldest_request_is_on_the_board_until_it_is_answered(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
+) -> None:
+    def oldest_s() -> float:
+        return metrics.REGISTRY.get_sample_value("gateway_queue_oldest_seconds", {"model": "numbers"}) or 0.0
+
+    batcher = await start_batcher()
+    encoder.numbers.on_tokenise = gate
+    assert oldest_s() == 0
+    request = asyncio.create_task(batcher.submit(make_job("1")))
+    await gate.reached()
+
+    first = oldest_s()
+    await asyncio.sleep(0.01)
+
+    assert oldest_s() > first > 0
+    gate.open()
+    await request
+    assert oldest_s() == 0
