@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import numpy as np
 import orjson
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from gateway.embedding import SparseVector
 from gateway.errors import InvalidVectors
-from gateway.vectors import Encoding, encode, finish
+from gateway.vectors import Encoding, encode, finish, require_finite
 
 RANDOM = np.random.default_rng(7).standard_normal((5, 20)).astype(np.float32)
 
@@ -121,6 +123,29 @@ def test_a_retry_does_not_mend_invalid_vectors() -> None:
         finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalise=True)
 
     assert caught.value.is_permanent
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_a_vector_of_any_length_is_normalised(factor: float) -> None:
+    unit = finish(RANDOM * np.float32(factor), (5, 20), 20, normalise=True)
+
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("output", ["sparse", "multivectors", "states"])
+def test_what_is_handed_out_beside_the_vectors_is_finite_too(output: str, bad: float) -> None:
+    outputs: dict[str, list[Any]] = {
+        "sparse": [SparseVector(np.arange(3), np.ones(3, np.float32)) for _ in range(2)],
+        "multivectors": [np.ones((2, 4), np.float32) for _ in range(2)],
+        "states": [np.ones((2, 4), np.float32) for _ in range(2)],
+    }
+    require_finite(**outputs)
+    numbers = outputs[output][1]
+    (numbers.values if output == "sparse" else numbers).flat[-1] = bad
+
+    with pytest.raises(InvalidVectors, match="an output beside the dense one that is not finite"):
+        require_finite(**outputs)
 
 
 @given(arrays(np.float32, (3, 16), elements=st.floats(-1e6, 1e6, width=32).filter(lambda x: abs(x) > 1e-6)))

@@ -190,9 +190,8 @@ def _connect(uri: str) -> tuple[Storage, ConnectionPool | None]:
     except ValueError as error:
         raise ConfigError([Problem("environment", 0, 0, "GATEWAY_QUOTA_STORAGE", str(error))]) from error
     options: dict[str, Any] = {"connection_pool": pool}
-    # Without "redis" in its scheme, a path to a socket means Valkey to `limits`.
-    scheme = "async+redis+" if uri.startswith("unix://") else "async+"
-    return RedisStorage(f"{scheme}{uri}", wrap_exceptions=True, implementation="redispy", **options), pool
+    # The pool connects; `limits` reads no more of the address than which server it is, and takes a socket's for Valkey's.
+    return RedisStorage(f"async+redis+{uri}", wrap_exceptions=True, implementation="redispy", **options), pool
 
 
 def _limited(client: Client, what: str, limit: int, stats: WindowStats) -> RateLimited:

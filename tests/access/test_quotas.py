@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import redis.asyncio as asyncio_redis
 
 from gateway.access.keyring import Client
 from gateway.access.quotas import Quotas, Ticket
@@ -213,6 +214,16 @@ async def test_many_at_once_get_no_more(quotas: Quotas) -> None:
 
     assert sum(isinstance(result, Ticket) for result in results) == 50
     assert sum(isinstance(result, RateLimited) for result in results) == 150
+
+
+async def test_many_at_once_share_a_few_connections(connect: Callable[[str], Quotas], redis: str) -> None:
+    quotas, one = connect(redis), client(requests_per_minute=1000)
+    async with asyncio_redis.from_url(redis) as operator:
+        before = (await operator.info("stats"))["total_connections_received"]
+
+        await asyncio.gather(*(quotas.admit(one, {}) for _ in range(300)))
+
+        assert (await operator.info("stats"))["total_connections_received"] - before <= 16
 
 
 async def test_replicas_count_together_in_redis(connect: Callable[[str], Quotas], redis: str) -> None:

@@ -145,6 +145,20 @@ def test_units_survive_a_restart_and_requests_do_not(
     assert len(list(read_exposures(log.files()))) == 6
 
 
+def test_the_first_unit_is_since_when_they_are_counted(
+    monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    times = iter(["the start", "first", "second"])
+    monkeypatch.setattr("gateway.evidence.counts.now", lambda: next(times))
+    evidence = Evidence(None)
+    for unit in (1, 2):
+        evidence.record(make_observation(unit))
+
+    report = evidence.report(make_experiment(1, 1), GENERATION)
+
+    assert (report.since, report.units_since) == ("the start", "first")
+
+
 def test_units_are_hashes_of_sixty_four_bits(
     tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
 ) -> None:
