@@ -235,6 +235,9 @@ class UpstreamBackend:
 
     async def _embed_slices(self, job: EmbedJob, slices: Iterable[range]) -> list[Answer]:
         """Embed slices of a job in a request each, side by side; the first failure ends all."""
+        slices = list(slices)
+        if len(slices) == 1:
+            return [await self._embed_slice(job, slices[0])]
         tasks: list[asyncio.Task[Answer]] = []
         try:
             async with asyncio.TaskGroup() as group:

@@ -114,18 +114,15 @@ def unavailable(message: str, retry_after_s: int, *, is_permanent: bool) -> Upst
 
 
 def failure_of(
-    server: str, model: str, status: int, content: bytes, retry_after_s: float | None, hidden: str
+    server: str, model: str, status: int, content: bytes, retry_after_s: float | None
 ) -> Failure | BadInput | TooLarge:
     """Return what an answer with another status than 200 is.
 
     Args:
         server: its name, for messages; likewise the model.
         retry_after_s: as the answer says.
-        hidden: the API key, which some servers repeat in the error; "" for none.
     """
     message, code = error_of(content)
-    if hidden:
-        message = message.replace(hidden, "…")
     said = f": {message}" if message else ""
     if status in _REFUSALS:
         is_too_long = _is_about_length(code, message)

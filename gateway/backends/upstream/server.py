@@ -175,11 +175,11 @@ class Server:
         except ErrorAnswer as error:
             if error.status:
                 raise self._failure(response, error.status, content) from error
-            raise self._wrong(self._without_key(str(error))) from error
+            raise self._wrong(self._without_key(error, content)) from error
         except BadVectors as error:
             raise self._wrong(str(error), error.indices) from error
         except WrongAnswer as error:
-            raise Failure("wrong", f"{self.name} gives {error}") from error
+            raise Failure("wrong", f"{self.name} gives {self._without_key(error, content)}") from error
         if self.width and answer.vectors.shape[1] != self.width:
             raise self._wrong(
                 f"vectors of {answer.vectors.shape[1]} dimensions, and gave {self.width} before: it runs another model"
@@ -199,10 +199,13 @@ class Server:
 
     def _failure(self, response: aiohttp.ClientResponse, status: int, content: bytes) -> Failure | BadInput | TooLarge:
         after = read_retry_after_s(response.headers.get("retry-after"), time.time())
-        return failure_of(self.name, self._model, status, content, after, self._key)
+        if self._key:  # some servers repeat it
+            content = content.replace(self._key.encode(), "…".encode())
+        return failure_of(self.name, self._model, status, content, after)
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "…") if self._key else text
+    def _without_key(self, error: WrongAnswer, content: bytes) -> str:
+        is_repeated = self._key and self._key.encode() in content
+        return "something other than vectors, with the API key in it" if is_repeated else str(error)
 
     def _no_answer(self, error: Exception) -> Failure:
         match error:
