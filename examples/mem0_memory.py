@@ -71,6 +71,14 @@ def ask_gateway(options: argparse.Namespace) -> Model:
         sys.exit(f"No gateway answers at {options.base_url}. Start it with `make run`, or say where it is: --base-url")
     except APIStatusError as error:
         sys.exit(f"The gateway at {options.base_url} refuses: {error.message}")
+    if card.kind == "experiment" and card.space is None:
+        arms = "".join(f"\n  --model {arm['model']}   (space {arm['space'] or 'not known yet'})" for arm in card.arms)
+        sys.exit(
+            f"{card.id} is an experiment between spaces: who asks decides which model answers, and vectors of two models "
+            f"can't be compared. Mem0 writes all of them into one collection, so give it one of the models:{arms}"
+        )
+    if card.kind == "rerank":
+        sys.exit(f"{card.id} reranks texts and returns no vectors; --model wants one that embeds")
     if card.state != "ready":
         sys.exit(f"Model {card.id} is {card.state}: {card.reason or 'try again soon'}")
     return card

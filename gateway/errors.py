@@ -201,6 +201,12 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class ModelDisabled(ModelNotFound):
+    """The registry has the model, and does not enable it here."""
+
+    code = "model_disabled"
+
+
 class ExperimentNotFound(NotFound):
     """No experiment has that id."""
 

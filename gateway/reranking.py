@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from gateway import vectors as vector_math
 from gateway.backends.fleet import Fleet
 from gateway.embedding import EmbedJob, ModelKind, Timings, Truncate, Vectors
-from gateway.errors import BadInput, ModelNotReady, UnsupportedOutput
+from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
-from gateway.routing.router import Choice, Router, Target
+from gateway.routing.router import Choice, MayUse, Router, Target, everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class RerankRequest:
         caller: whom the work is for.
         truncate: what to do with a query and a text that are too long together; the end of the text is cut, if any.
         max_text_tokens: where each text is cut in any case; ``None`` for no such limit.
+        may_use: whether the caller may use something that has these names.
         attribute: looks up what the unit of an experiment can be made from.
-        may_use: whether the caller may use a model that has these names.
     """
 
     task: ClassVar[None] = None
@@ -37,10 +37,10 @@ class RerankRequest:
     model: str | None
     timeout_s: float
     caller: str
+    may_use: MayUse
     truncate: Truncate = Truncate.END
     max_text_tokens: int | None = None
     attribute: Attribute = no_attribute
-    may_use: Callable[..., bool] = lambda *_names: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,31 +77,34 @@ def choose_reranker(router: Router, fleet: Fleet, request: RerankRequest) -> Cho
 
     Raises:
         ModelNotFound: nothing has that name.
+        ModelNotAllowed: it is not for the caller; without a name, none of those that rerank is.
         ModelNotReady: no name, and the models that rerank are not known yet.
         BadInput: no name, and none or several that rerank.
     """
     if request.model is not None:
-        return router.choose(request.model, request.attribute)
-    names = _names_of(fleet, ModelKind.RERANK)
+        return router.choose(request.model, request.may_use, request.attribute)
+    names = _names_of(router, ModelKind.RERANK, request.may_use)
     if len(names) == 1:
-        return router.choose(names[0], request.attribute)
+        return router.choose(names[0], request.may_use, request.attribute)
     if not fleet.started.is_set():
         raise ModelNotReady("the models are still loading; try again, or name one in `model`", retry_after_s=5)
     if names:
         raise BadInput(f"`model` is required, as several models rerank: {', '.join(names)}", param="model")
+    if _names_of(router, ModelKind.RERANK, everything):
+        raise ModelNotAllowed("this API key is for no model that reranks", param="model")
     raise BadInput("no model here reranks: the registry has none that scores pairs of texts", param="model")
 
 
-def check_kind(fleet: Fleet, choice: Choice, kind: ModelKind) -> None:
+def check_kind(router: Router, choice: Choice, kind: ModelKind, may_use: MayUse) -> None:
     """Refuse a model that computes something else than what is asked for.
 
     Raises:
-        UnsupportedOutput: names the models that would fit.
+        UnsupportedOutput: names the models that would fit, of those that the caller may use.
     """
     info = choice.model.info
     if info is None or info.kind is kind:  # of a model that has not been read, the router knows what to say
         return
-    others = ", ".join(_names_of(fleet, kind)) or "none"
+    others = ", ".join(_names_of(router, kind, may_use)) or "none"
     if kind is ModelKind.RERANK:
         message = f"model {choice.asked!r} embeds texts and does not rerank; models that rerank: {others}"
     else:
@@ -138,6 +141,10 @@ async def score_on(target: Target, choice: Choice, request: RerankRequest) -> Re
     )
 
 
-def _names_of(fleet: Fleet, kind: ModelKind) -> list[str]:
-    """Return the ids of the models of a kind, as far as they have been read."""
-    return [model.id for model in fleet if model.info is not None and model.info.kind is kind]
+def _names_of(router: Router, kind: ModelKind, may_use: MayUse) -> list[str]:
+    """Return the names of the models of a kind that a caller may use, as far as they have been read."""
+    return [
+        choice.asked
+        for choice in router.listed(may_use)
+        if choice.experiment is None and choice.model.info is not None and choice.model.info.kind is kind
+    ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
@@ -23,13 +23,14 @@ from gateway.embedding import (
     Timings,
     Truncate,
     Vectors,
+    Vocabulary,
     canonical_task,
 )
 from gateway.errors import (
     BadInput,
     ClientDisconnected,
     InferenceFailed,
-    ModelNotAllowed,
+    InternalError,
     ModelNotReady,
     OutOfMemory,
     RequestError,
@@ -40,7 +41,7 @@ from gateway.errors import (
 from gateway.evidence.counts import Evidence, Observation
 from gateway.reranking import RerankAnswer, RerankRequest, check_kind, choose_reranker, score_on
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
-from gateway.routing.router import Choice, Router, Target
+from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.routing.spaces import is_same_space, space_id
 from gateway.telemetry import metrics, semconv, tracing
 
@@ -60,9 +61,9 @@ class EmbedRequest:
         expect_space: the space that the vectors must be in, if the caller says.
         timeout_s: seconds after which the caller no longer waits.
         caller: whom the work is for.
+        may_use: whether the caller may use something that has these names.
         encoding: how the caller wants to have the vectors written, for the trace.
         attribute: looks up what the unit of an experiment can be made from.
-        may_use: whether the caller may use a model that has these names.
         max_token_vectors: how many tokens the texts may have together, if the answer has a vector of each.
     """
 
@@ -70,6 +71,7 @@ class EmbedRequest:
     model: str | None
     timeout_s: float
     caller: str
+    may_use: MayUse
     task: str | None = None
     dimensions: int | None = None
     is_normalised: bool | None = None
@@ -79,7 +81,6 @@ class EmbedRequest:
     expect_space: str | None = None
     encoding: str | None = None
     attribute: Attribute = no_attribute
-    may_use: Callable[..., bool] = lambda *_names: True
     max_token_vectors: int | None = None
 
 
@@ -131,9 +132,8 @@ class EmbeddingService:
         """
         # Both of one moment: a reload may exchange them while this request is answered.
         router, shadows = self._deployment.router, self._deployment.shadows
-        choice = router.choose(request.model, request.attribute)
-        _check_permission(choice, request.may_use)
-        check_kind(self._deployment.fleet, choice, ModelKind.EMBED)
+        choice = router.choose(request.model, request.may_use, request.attribute)
+        check_kind(router, choice, ModelKind.EMBED, request.may_use)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, _embed_on)
             if span is not None:
@@ -149,34 +149,80 @@ class EmbeddingService:
         """
         router, fleet = self._deployment.router, self._deployment.fleet
         choice = choose_reranker(router, fleet, request)
-        _check_permission(choice, request.may_use)
-        check_kind(fleet, choice, ModelKind.RERANK)
+        check_kind(router, choice, ModelKind.RERANK, request.may_use)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, score_on)
             if span is not None:
                 _describe(span, answer, None)
         return answer
 
-    def target(self, model: str | None, task: str | None, may_use: Callable[..., bool]) -> Target:
-        """Return what would answer a request: for what is asked of a model beside embeddings.
+    def target(self, model: str | None, task: str | None, may_use: MayUse) -> Target:
+        """Resolve a name to a ready target, for anything other than embedding.
 
         Args:
-            model: public name, or ``None`` for the registry's default; an experiment's stands for its control arm.
+            model: public name, or ``None`` for the registry's default.
             task: task by any of its names, or ``None`` for the model's default.
-            may_use: whether the caller may use a model that has these names.
+            may_use: whether the caller may use something that has these names.
 
         Raises:
+            BadInput: an experiment between spaces has that name; no one model is what it stands for.
             RequestError: there is none, it is not ready, or it is not for the caller.
         """
         router = self._deployment.router
-        choice = router.choose(model)
-        _check_permission(choice, may_use)
+        choice = router.choose(model, may_use)
+        if choice.experiment is not None and choice.experiment.kind == "cross_space":
+            arms = ", ".join(f"{arm.label} (model {arm.model!r})" for arm in choice.experiment.arms)
+            raise BadInput(
+                f"{choice.asked!r} is an experiment between spaces: its models have tokens and limits of their own. Name a "
+                f"model; the arms are: {arms}",
+                param="model",
+            )
         return router.targets(choice, task)[0]
+
+    def check_ready(self, model: str) -> None:
+        """Check that requests under a name are answered: of an experiment, those in each of its arms.
+
+        Raises:
+            RequestError: nothing has that name, or what it stands for is not ready.
+        """
+        router = self._deployment.router
+        choice = router.choose(model, everything)  # for probes, which carry no key
+        if choice.experiment is None:
+            router.targets(choice, None)
+            return
+        for arm, arm_model, task in router.arms(choice):
+            if arm.weight or arm is choice.experiment.control:
+                router.targets(Choice(arm_model, task, asked=arm.model, name=arm.model), None)
+
+    @contextmanager
+    def vocabulary(self, target: Target, operation: str) -> Iterator[Vocabulary]:
+        """Give the tokens of a target's model, which is not stopped before the context ends; count how that went.
+
+        Args:
+            operation: what they are used for: ``tokenize`` or ``decode``.
+
+        Raises:
+            ModelNotReady: the model is not loaded.
+            UnsupportedOutput: its tokens are not known here.
+        """
+        outcome = InternalError.code
+        try:
+            with target.model.in_use():
+                yield target.model.backend.vocabulary()
+            outcome = "ok"
+        except asyncio.CancelledError:
+            outcome = ClientDisconnected.code
+            raise
+        except RequestError as error:
+            outcome = error.code
+            raise
+        finally:
+            metrics.TOKENIZER_REQUESTS.labels(target.model.id, operation, outcome).inc()
 
     async def _answer_on_record(
         self, router: Router, choice: Choice, request: R, answer_on: Callable[[Target, Choice, R], Awaitable[A]]
     ) -> A:
-        """Answer a request, and count what came of it."""
+        """Answer a request, and count what came of it: an arm that fails in whatever way must not look unused."""
         started = time.monotonic()
         try:
             answer = await self._answer(router.targets(choice, request.task), choice, request, answer_on)
@@ -185,8 +231,9 @@ class EmbeddingService:
             gone = ClientDisconnected("the client closed the connection before the answer")
             self._record_error(choice, request, gone, time.monotonic() - started)
             raise
-        except RequestError as error:
-            self._record_error(choice, request, error, time.monotonic() - started)
+        except Exception as error:
+            known = error if isinstance(error, RequestError) else InternalError(f"unexpected {type(error).__name__}")
+            self._record_error(choice, request, known, time.monotonic() - started)
             raise
         self._record(choice, answer, time.monotonic() - started)
         return answer
@@ -199,13 +246,17 @@ class EmbeddingService:
         answer_on: Callable[[Target, Choice, R], Awaitable[A]],
     ) -> A:
         """Have the first target answer, and if it turns out not to work, the next one: all are of one space."""
-        for target, alternative in zip_longest(targets, targets[1:]):
-            try:
-                return await answer_on(target, choice, request)
-            except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
-                if alternative is None:
-                    raise
-                metrics.FALLBACKS.labels(target.model.id, alternative.model.id, error.code).inc()
+        with ExitStack() as in_use:
+            # The others as well: a reload must not stop one before its turn comes.
+            for target in targets:
+                in_use.enter_context(target.model.in_use())
+            for target, alternative in zip_longest(targets, targets[1:]):
+                try:
+                    return await answer_on(target, choice, request)
+                except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
+                    if alternative is None:
+                        raise
+                    metrics.FALLBACKS.labels(target.model.id, alternative.model.id, error.code).inc()
         raise AssertionError("there is always a target")
 
     def _record(self, choice: Choice, answer: EmbedAnswer | RerankAnswer, elapsed_s: float) -> None:
@@ -289,16 +340,6 @@ def _describe(span: tracing.EmbeddingsSpan, answer: EmbedAnswer | RerankAnswer, 
         dimensions=dimensions,
         timings=answer.timings,
     )
-
-
-def _check_permission(choice: Choice, may_use: Callable[..., bool]) -> None:
-    """Refuse a model that is not for the caller.
-
-    An experiment is allowed by its own name alone: which of its models answers is not for the caller to know beforehand.
-    """
-    names = (choice.asked,) if choice.assignment is not None else (choice.asked, choice.model.id)
-    if not may_use(*names):
-        raise ModelNotAllowed(f"this API key is not for model {choice.asked!r}", param="model")
 
 
 async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> EmbedAnswer:

@@ -15,7 +15,10 @@ from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, Reloaded
 from gateway.embedding import EmbedJob, ModelInfo, ModelState, Truncate
-from gateway.errors import LoadError, ReloadRefused, StartError
+from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
+from gateway.evidence.counts import Evidence
+from gateway.routing.router import everything
+from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
 
 TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
@@ -33,6 +36,7 @@ class Backend(FakeBackend):
             kind |= {"max_tokens": 16}
         self.is_stopped = False
         self.gate = asyncio.Event()
+        self.error: Exception | None = None
         super().__init__(fake_info(entry.id, **kind))
 
     async def start(self, report: Report = lambda _state, _reason: None) -> ModelInfo:
@@ -43,6 +47,8 @@ class Backend(FakeBackend):
     async def embed(self, job: EmbedJob) -> object:  # type: ignore[override]
         if self.weights == "slow":
             await self.gate.wait()
+        if self.error is not None:
+            raise self.error
         return await super().embed(job)
 
     async def stop(self) -> None:
@@ -96,6 +102,13 @@ def models(**weights: str) -> str:
     return "models:\n" + "".join(
         f"  - {{id: {name}, source: ./{source}, enabled: true}}\n" for name, source in weights.items()
     )
+
+
+def backend_of(deployment: Deployment, model_id: str) -> Backend:
+    model = deployment.fleet.get(model_id)
+    assert model is not None
+    assert isinstance(model.backend, Backend)
+    return model.backend
 
 
 def ready(model: str) -> float | None:
@@ -162,6 +175,42 @@ async def test_requests_in_flight_end_on_the_old_model(gateway: Gateway) -> None
     old.backend.gate.set()
     assert (await running).num_tokens == [2]
     await becomes(lambda: old.backend.is_stopped)
+
+
+async def test_a_fallback_that_a_reload_replaces_still_stands_in_for_requests_before_it(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="slow", two="slow") + "fallbacks: {one: [two]}\n")
+    one, two = (backend_of(deployment, name) for name in ("one", "two"))
+    one.error = InferenceFailed("broken")
+    two.gate.set()
+    request = EmbedRequest(["a b"], "one", timeout_s=60.0, caller="me", may_use=everything)
+    running = asyncio.create_task(EmbeddingService(deployment, Evidence(None)).embed(request))
+    await asyncio.sleep(0)
+
+    await gateway.reload(
+        models(one="slow", two="slow").replace("two,", "two, dtype: float32,") + "fallbacks: {one: [two]}\n"
+    )
+    await asyncio.sleep(0.01)
+    assert backend_of(deployment, "two") is not two
+    one.gate.set()
+
+    assert (await running).model == "two"
+    await asyncio.sleep(0.01)
+    assert two.is_stopped
+
+
+async def test_a_model_whose_tokens_are_used_is_not_stopped_meanwhile(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a", two="b"))
+    backend = backend_of(deployment, "two")
+    service = EmbeddingService(deployment, Evidence(None))
+
+    with service.vocabulary(service.target("two", None, everything), "tokenize") as vocabulary:
+        await gateway.reload(models(one="a"))
+        await asyncio.sleep(0.01)
+        assert not backend.is_stopped
+        assert [len(row) for row in vocabulary.split(["a b"], add_special_tokens=False)] == [2]
+
+    await asyncio.sleep(0.01)
+    assert backend.is_stopped
 
 
 async def test_a_model_that_nobody_waits_for_is_stopped_after_the_switch(gateway: Gateway) -> None:

@@ -17,6 +17,7 @@ from gateway.deployment import Deployment
 from gateway.embedding import Embeddings, EmbedJob, Output, Timings, Truncate
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
 from gateway.evidence.counts import Evidence
+from gateway.routing.router import everything
 from gateway.routing.spaces import space_id
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
@@ -63,7 +64,7 @@ def make_service(make_model: MakeModel, make_fleet: MakeFleet) -> Callable[..., 
 
 
 def request(**changes: object) -> EmbedRequest:
-    fields = {"texts": ["a", "b", "c"], "model": "jina", "timeout_s": 10.0, "caller": "me"}
+    fields = {"texts": ["a", "b", "c"], "model": "jina", "timeout_s": 10.0, "caller": "me", "may_use": everything}
     return EmbedRequest(**{**fields, **changes})
 
 

@@ -30,6 +30,7 @@ from gateway.embedding import EmbedJob, ModelInfo, ModelState
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.evidence.counts import Evidence
 from gateway.lock import differences, make_lock
+from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
 from gateway.service import EmbeddingService, EmbedRequest
@@ -87,7 +88,8 @@ class Gateway:
 
 
 async def ask(deployment: Deployment, model: str, **fields: Any) -> Any:
-    request = EmbedRequest(texts=["a b", "c"], model=model, timeout_s=PATIENCE_S, caller="test", **fields)
+    who = {"caller": "test", "may_use": everything}
+    request = EmbedRequest(texts=["a b", "c"], model=model, timeout_s=PATIENCE_S, **who, **fields)
     return await EmbeddingService(deployment, Evidence(None)).embed(request)
 
 

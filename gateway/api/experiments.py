@@ -102,11 +102,12 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
         # The test of the split needs it, and its first import takes a second, in which nobody would be answered. First
         # of all, so that no reload comes between what follows.
         await asyncio.to_thread(importlib.import_module, "scipy.stats")
+        may_use = RequestContext.of(request).client.may_use
         experiment = deployment.registry.experiment(experiment_id)
         if experiment is None:
-            known = ", ".join(one.id for one in deployment.registry.experiments) or "none"
+            known = ", ".join(one.id for one in deployment.registry.experiments if may_use(one.id)) or "none"
             raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
-        if not RequestContext.of(request).client.may_use(experiment.id):
+        if not may_use(experiment.id):
             raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
         return present(experiment, evidence.report(experiment, deployment.router.generation(experiment.id)))
 

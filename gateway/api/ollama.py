@@ -15,6 +15,7 @@ from gateway.api.request_body import TRUNCATION, ModelName, PositiveInteger, Req
 from gateway.api.tei_schema import check_batch, listed
 from gateway.embedding import ModelState
 from gateway.middleware import RequestContext
+from gateway.routing.router import Choice, Router
 
 
 class OllamaEmbedBody(RequestBody):
@@ -56,21 +57,35 @@ def ollama_router(exchange: Exchange) -> APIRouter:
         return exchange.respond(request, answer, render)
 
     async def tags(request: Request) -> Response:
-        client, registry = RequestContext.of(request).client, exchange.deployment.registry
-        cards = []
-        for model in exchange.deployment.fleet:
-            aliases = registry.aliases_of(model.id)
-            if model.info is None or model.state is not ModelState.READY or not client.may_use(model.id, *aliases):
-                continue
-            facts = {
-                "modified_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
-                "size": model.info.memory_bytes,
-                "digest": model.info.fingerprint,
-                "details": {"format": "safetensors", "family": "", "families": None, "parameter_size": ""},
-            }
-            cards += [{"name": name, "model": name, **facts} for name in (model.id, *aliases)]
+        may_use, router = RequestContext.of(request).client.may_use, exchange.deployment.router
+        cards = [
+            _tag(choice) for name in router.names(may_use) if _is_ready(choice := router.choose(name, may_use), router)
+        ]
         return Response(orjson.dumps({"models": cards}), media_type="application/json")
 
     router.add_api_route("/api/embed", embed, methods=["POST"], include_in_schema=False)
     router.add_api_route("/api/tags", tags, include_in_schema=False)
     return router
+
+
+def _is_ready(choice: Choice, router: Router) -> bool:
+    models = [choice.model] if choice.experiment is None else [model for _arm, model, _task in router.arms(choice)]
+    return all(model.info is not None and model.state is ModelState.READY for model in models)
+
+
+def _tag(choice: Choice) -> dict[str, object]:
+    """Describe what a name stands for; an experiment has no weights of its own, and so no digest of them."""
+    info = None if choice.experiment is not None else choice.model.info
+    return {
+        "name": choice.asked,
+        "model": choice.asked,
+        "modified_at": datetime.fromtimestamp(choice.model.created, UTC).isoformat(),
+        "size": info.memory_bytes if info else 0,
+        "digest": info.fingerprint if info else "",
+        "details": {
+            "format": "safetensors" if info else "experiment",
+            "family": "",
+            "families": None,
+            "parameter_size": "",
+        },
+    }

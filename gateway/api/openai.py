@@ -10,20 +10,18 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.api.exchange import Exchange
 from gateway.api.json_body import Json, describe, integral, parse_object
+from gateway.api.model_cards import find_card, list_cards
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
     EXPECT_SPACE,
+    AnyModelCard,
     EmbeddingsAnswer,
     EmbeddingsBody,
-    ModelCard,
     ModelList,
     responses,
 )
 from gateway.api.token_ids import TokenIdDecoder
 from gateway.api.token_vectors import write_token_vectors
-from gateway.backends.fleet import Model
-from gateway.config.registry import Registry
-from gateway.embedding import ModelKind
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -35,7 +33,6 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.middleware import RequestContext
-from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer
 from gateway.vectors import Encoding, encode
 
@@ -84,21 +81,16 @@ def openai_router(exchange: Exchange) -> APIRouter:
         return exchange.respond(request, answer, lambda: render_answer(answer, body.wanted_encoding, multivectors))
 
     async def list_models(request: Request) -> Response:
-        """List every model of the registry that the key is for, ready or not."""
-        client, registry = RequestContext.of(request).client, deployment.registry
-        cards = [
-            model_card(model, registry).model_dump()
-            for model in deployment.fleet
-            if client.may_use(model.id, *registry.aliases_of(model.id))
-        ]
-        return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
+        """List every model and experiment that the key may use, ready or not."""
+        cards = list_cards(deployment.router, deployment.registry, RequestContext.of(request).client.may_use)
+        content = {"object": "list", "data": [card.model_dump() for card in cards]}
+        return Response(orjson.dumps(content), media_type="application/json")
 
     async def retrieve_model(request: Request, model_id: str) -> Response:
-        """Describe one model, by any name that embeds; if the name holds a task, with that as its default."""
-        model, task = deployment.router.find(model_id)
-        if not RequestContext.of(request).client.may_use(model.id, *deployment.registry.aliases_of(model.id)):
-            raise ModelNotAllowed(f"this API key is not for model {model.id!r}", param="model")
-        return Response(model_card(model, deployment.registry, task).model_dump_json(), media_type="application/json")
+        """Describe what a name stands for, by any name that embeds; if it holds a task, with that as its default."""
+        may_use = RequestContext.of(request).client.may_use
+        card = find_card(model_id, deployment.router, deployment.registry, may_use)
+        return Response(card.model_dump_json(), media_type="application/json")
 
     # Routes are tried in this order: the path that nearly every request has comes first.
     for prefix, is_shown in (("/v1", True), ("", False)):
@@ -130,7 +122,7 @@ def openai_router(exchange: Exchange) -> APIRouter:
         router.add_api_route(
             f"{prefix}/models/{{model_id:path}}",
             retrieve_model,
-            responses=responses(ModelCard, BadInput, ModelNotAllowed, ModelNotFound),
+            responses=responses(AnyModelCard, BadInput, ModelNotAllowed, ModelNotFound),
             include_in_schema=is_shown,
         )
     for path in _PATHS_WITH_MODEL:
@@ -213,61 +205,4 @@ def render_answer(answer: EmbedAnswer, encoding: Encoding, multivectors: Sequenc
             "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
-    )
-
-
-def model_card(model: Model, registry: Registry, task: str | None = None) -> ModelCard:
-    """Describe a model for ``/v1/models``.
-
-    Args:
-        task: the task of the name that was asked for, if that is not the model's default.
-    """
-    info = model.info
-    card = ModelCard(
-        id=model.id,
-        object="model",
-        kind=None,
-        created=model.created,
-        owned_by=model.entry.backend,
-        stats={},
-        source=model.entry.source,
-        revision=model.entry.revision,
-        state=model.state.value,
-        reason=model.reason or None,
-        aliases=registry.aliases_of(model.id),
-        is_normalised=None,
-        width=None,
-        dimensions=[],
-        max_tokens=None,
-        tasks=[],
-        default_task=None,
-        outputs=[],
-        space=None,
-        spaces={},
-        device=None,
-        dtype=None,
-    )
-    if info is None:
-        return card
-
-    shown = {"kind": info.kind.value, "max_tokens": info.max_tokens, "device": info.device, "dtype": info.dtype}
-    if info.kind is ModelKind.RERANK:  # there are no vectors, and no space for them
-        return card.model_copy(update=shown)
-    default_task = task or info.default_task
-
-    def space(task: str | None) -> str:
-        return space_id(info, task, info.width, is_normalised=info.is_normalised)
-
-    return card.model_copy(
-        update={
-            **shown,
-            "width": info.width,
-            "dimensions": list(info.dimensions),
-            "tasks": list(info.tasks),
-            "default_task": default_task,
-            "is_normalised": info.is_normalised,
-            "outputs": [output.value for output in info.outputs],
-            "space": space(default_task),
-            "spaces": {task: space(task) for task in info.tasks},
-        }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -10,10 +10,10 @@ from pydantic import BaseModel, Field
 
 from gateway.api.schema import responses
 from gateway.backends.fleet import Model
-from gateway.config.registry import Registry
 from gateway.deployment import Deployment
 from gateway.embedding import ModelInfo, ModelKind, canonical_task
 from gateway.middleware import RequestContext
+from gateway.routing.router import Choice, MayUse, Router
 from gateway.routing.spaces import space_id, spaces_by_task
 
 
@@ -24,6 +24,9 @@ class SpaceMember(BaseModel):
     task: str | None
     state: str
     names: list[str] = Field(description="What a client can send as `model` to get there.")
+    experiments: list[str] = Field(
+        description="Experiments some of whose requests get there: by their arm, or with the task."
+    )
 
 
 class SpaceCard(BaseModel):
@@ -50,10 +53,9 @@ def spaces_router(deployment: Deployment) -> APIRouter:
     router = APIRouter(tags=["Spaces"])
 
     async def list_spaces(request: Request) -> SpaceList:
-        """List the spaces that vectors can be in, and the names that lead there; of the models that the key is for."""
-        client, registry = RequestContext.of(request).client, deployment.registry
-        models = [model for model in deployment.fleet if client.may_use(model.id, *registry.aliases_of(model.id))]
-        return SpaceList(object="list", data=space_cards(registry, models))
+        """List the spaces that vectors can be in, and the names that lead there; of what the key may use."""
+        may_use = RequestContext.of(request).client.may_use
+        return SpaceList(object="list", data=space_cards(deployment.router, deployment.fleet, may_use))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -62,39 +64,77 @@ def spaces_router(deployment: Deployment) -> APIRouter:
     return router
 
 
-def space_cards(registry: Registry, models: Iterable[Model]) -> list[SpaceCard]:
-    """Describe every space, in the order of the registry; with the vectors' usual normalisation."""
+def space_cards(router: Router, models: Iterable[Model], may_use: MayUse) -> list[SpaceCard]:
+    """Describe every space that a caller can get vectors of, in the order of the registry; with the usual normalisation."""
+    choices = [router.choose(name, may_use) for name in router.names(may_use)]
     cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
     for model in models:
         info = model.info
         if info is None or info.kind is not ModelKind.EMBED:
             continue
+        members = [
+            member for task in spaces_by_task(info) if (member := _member(choices, router, model, task, may_use))
+        ]
         for size in info.dimensions:
-            for task in spaces_by_task(info):
-                space = space_id(info, task, size, is_normalised=info.is_normalised)
-                card = cards.setdefault(
-                    space.rpartition("@")[2],
-                    SpaceCard(
-                        id=space,
-                        object="space",
-                        dimensions=size,
-                        is_normalised=info.is_normalised,
-                        pooling=info.pooling,
-                        fingerprint=info.fingerprint,
-                        members=[],
-                    ),
-                )
-                names = _names(registry, info, task)
-                card.members.append(SpaceMember(model=model.id, task=task, state=model.state.value, names=names))
+            for member in members:
+                space = space_id(info, member.task, size, is_normalised=info.is_normalised)
+                card = cards.setdefault(space.rpartition("@")[2], _card(space, info, size))
+                card.members.append(member)
     return list(cards.values())
 
 
-def _names(registry: Registry, info: ModelInfo, task: str | None) -> list[str]:
-    names = [info.id] if task == info.default_task else []
-    names += [f"{info.id}:{task}"] if task is not None else []
-    for alias in registry.aliases.values():
-        if alias.model == info.id:
-            # For a model without tasks, that of the alias has no effect.
-            asked = canonical_task(alias.task) if alias.task and info.tasks else info.default_task
-            names += [alias.name] if asked == task else []
-    return names
+def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
+    return SpaceCard(
+        id=space,
+        object="space",
+        dimensions=size,
+        is_normalised=info.is_normalised,
+        pooling=info.pooling,
+        fingerprint=info.fingerprint,
+        members=[],
+    )
+
+
+def _member(
+    choices: Sequence[Choice], router: Router, model: Model, task: str | None, may_use: MayUse
+) -> SpaceMember | None:
+    """Describe a model with a task, if any of the choices leads there."""
+    names: list[str] = []
+    experiments: list[str] = []
+    for choice in choices:
+        if choice.experiment is None:
+            names += _names(choice, model, task, may_use)
+        elif _reaches(router, choice, model, task):
+            # Where its arms share a space, an experiment is a name for that.
+            is_name = choice.experiment.kind == "same_space" and task == router.task_of(choice)
+            (names if is_name else experiments).append(choice.asked)
+    if not names and not experiments:
+        return None
+    return SpaceMember(model=model.id, task=task, state=model.state.value, names=names, experiments=experiments)
+
+
+def _names(choice: Choice, model: Model, task: str | None, may_use: MayUse) -> Iterator[str]:
+    """Yield what to send as ``model`` to have a model with a task; nothing if the name does not lead there."""
+    if choice.model is not model or model.info is None:
+        return
+    pinned = _pinned(choice.task, model.info)
+    if task == (pinned or model.info.default_task):
+        yield choice.asked
+    is_other_name = choice.asked != model.id and may_use(model.id)
+    if task is not None and pinned is None and not is_other_name:
+        yield f"{choice.asked}:{task}"
+
+
+def _reaches(router: Router, choice: Choice, model: Model, task: str | None) -> bool:
+    """Tell whether requests under an experiment's name can be answered by a model with a task."""
+    pinned = [
+        _pinned(arm.task, model.info)
+        for arm, arm_model, _task in router.arms(choice)
+        if arm_model is model and model.info is not None
+    ]
+    return any(one is None or one == task for one in pinned)
+
+
+def _pinned(task: str | None, info: ModelInfo) -> str | None:
+    """Return the task that a name stands for; for a model without tasks it has no effect."""
+    return canonical_task(task) if task and info.tasks else None

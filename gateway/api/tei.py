@@ -70,7 +70,7 @@ def tei_router(exchange: Exchange) -> APIRouter:
     add("info", dialect.info, "GET")
 
     async def health(model: str) -> Response:
-        exchange.service.target(model, None, _anybody_may)
+        exchange.service.check_ready(model)
         if exchange.deployment.is_draining:
             raise ModelNotReady("the gateway is shutting down", retry_after_s=5)
         return Response()
@@ -144,13 +144,13 @@ class _Dialect:
         target = self._target(request, model, body.prompt_name or None)
         if body.prompt_name and target.task is not None:
             texts = [target.info.tasks[target.task] + text for text in texts]
-        vocabulary = target.model.backend.vocabulary()
+        with self._exchange.service.vocabulary(target, "tokenize") as vocabulary:
 
-        def split() -> bytes:
-            rows = vocabulary.split(texts, add_special_tokens=body.add_special_tokens)
-            return orjson.dumps([[_token(token) for token in row] for row in rows])
+            def split() -> bytes:
+                rows = vocabulary.split(texts, add_special_tokens=body.add_special_tokens)
+                return orjson.dumps([[_token(token) for token in row] for row in rows])
 
-        return _about(target, await self._in_thread(request, split))
+            return _about(target, await self._in_thread(request, split))
 
     async def decode(self, request: Request, model: str | None) -> Response:
         """Answer the text of each list of token ids: ``[string]``."""
@@ -160,12 +160,12 @@ class _Dialect:
         check_batch(len(rows), self._settings.max_inputs, "ids")
         check_size(sum(map(len, rows)), MAX_IDS, "ids", "token ids")
         target = self._target(request, model, None)
-        vocabulary = target.model.backend.vocabulary()
+        with self._exchange.service.vocabulary(target, "decode") as vocabulary:
 
-        def join() -> bytes:
-            return orjson.dumps(vocabulary.join(rows, skip_special_tokens=body.skip_special_tokens))
+            def join() -> bytes:
+                return orjson.dumps(vocabulary.join(rows, skip_special_tokens=body.skip_special_tokens))
 
-        return _about(target, await self._in_thread(request, join))
+            return _about(target, await self._in_thread(request, join))
 
     async def info(self, request: Request, model: str | None) -> Response:
         """Say what the model is, and what a request may have."""
@@ -194,10 +194,10 @@ class _Dialect:
         if not rows:
             return texts
         check_size(sum(map(len, rows)), MAX_IDS, "inputs", "token ids")
-        vocabulary = self._target(request, model, None).model.backend.vocabulary()
-        # Without special tokens: the model's template puts them around every text.
-        join = partial(vocabulary.join, rows, skip_special_tokens=True)
-        decoded, given = iter(await self._in_thread(request, join)), iter(texts)
+        with self._exchange.service.vocabulary(self._target(request, model, None), "decode") as vocabulary:
+            # Without special tokens: the model's template puts them around every text.
+            join = partial(vocabulary.join, rows, skip_special_tokens=True)
+            decoded, given = iter(await self._in_thread(request, join)), iter(texts)
         return [next(given) if isinstance(item, str) else next(decoded) for item in items]
 
     def _target(self, request: Request, model: str | None, task: str | None) -> Target:
@@ -231,11 +231,6 @@ class _Dialect:
 
         describe_times = describe_work(sum(map(len, texts)), answer.num_tokens)
         return self._exchange.respond(request, answer, render, describe_times)
-
-
-def _anybody_may(*_names: str) -> bool:
-    """Let a probe pass: it carries no key, and ``GET /health`` tells the state of every model as well."""
-    return True
 
 
 def _sparse(vector: SparseVector) -> list[dict[str, object]]:

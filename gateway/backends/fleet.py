@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -59,10 +59,16 @@ class Model:
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         """Have the backend embed the texts of a job; see :meth:`gateway.backends.base.Backend.embed`."""
+        with self.in_use():
+            return await self.backend.embed(job)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the backend from being stopped by a reload while the context lasts."""
         self._num_in_flight += 1
         self._is_idle.clear()
         try:
-            return await self.backend.embed(job)
+            yield
         finally:
             self._num_in_flight -= 1
             if self._num_in_flight == 0:
@@ -72,7 +78,7 @@ class Model:
         """Stop the backend when its last request has ended, or after a time."""
         try:
             if self._num_in_flight:
-                with contextlib.suppress(TimeoutError):
+                with suppress(TimeoutError):
                     await asyncio.wait_for(self._is_idle.wait(), grace_s)
         finally:
             await self.backend.stop()

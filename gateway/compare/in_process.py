@@ -13,7 +13,7 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import ModelState
 from gateway.errors import BadInput, CompareError, ModelNotFound
-from gateway.routing.router import Router
+from gateway.routing.router import Router, everything
 
 _PATIENCE_S = 86_400.0
 
@@ -49,10 +49,10 @@ def _narrowed(registry: Registry, settings: Settings, names: Iterable[str]) -> R
     wanted = set()
     for name in names:
         try:
-            choice = router.choose(name)
+            choice = router.choose(name, everything)
         except (ModelNotFound, BadInput) as error:
             raise CompareError(f"{registry.path}: {error.message}") from error
-        if registry.experiment(choice.asked) is not None:
+        if choice.experiment is not None:
             raise CompareError(f"{name} is an experiment, which answers with several models: name those")
         wanted.add(choice.model.id)
     return registry.model_copy(

@@ -41,8 +41,8 @@ class KeyEntry(Frozen):
     )
     models: DistinctListed[NonEmptyText] | None = Field(
         default=None,
-        description="Names that the client may send as `model`: ids, aliases, experiments. A model may be asked for by "
-        "any of its names. Left out: all.",
+        description="Names that the client may send as `model`. The id of a model allows it by all of its names; an "
+        "alias or an experiment allows that name alone. What a client may use is what it sees. Left out: all.",
     )
     requests_per_minute: Positive | None = Field(default=None, description="Requests a minute; 429 beyond.")
     tokens_per_minute: Positive | None = Field(

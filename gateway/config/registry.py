@@ -7,6 +7,7 @@ generated from the field descriptions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from gateway.config.conflicts import find_conflicts
-from gateway.config.fields import Distinct, DistinctListed, Listed, Name, Source, Version
+from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Listed, Name, Source, Version
 from gateway.config.model_entry import Frozen, ModelEntry
 from gateway.config.problems import field_problems
 from gateway.config.traffic import Alias, Arm, Experiment, Shadow
@@ -70,6 +71,22 @@ class Registry(Frozen):
     def aliases_of(self, model_id: str) -> list[str]:
         """Return the other names of a model."""
         return [alias.name for alias in self.aliases.values() if alias.model == model_id]
+
+    def source_names(self) -> dict[str, str]:
+        """Return the model of each source that names one, and of each other name that its weights are known by.
+
+        A source that two models share names neither of them.
+        """
+        count = Counter(entry.source for entry in self.models)
+        names = {entry.source: entry.id for entry in self.models if count[entry.source] == 1}
+        # A name that the registry itself gives to something means that.
+        taken = {*count, *self.names()}
+        known_by = {name: names[source] for name, source in KNOWN_BY.items() if source in names and name not in taken}
+        return known_by | names
+
+    def source_names_of(self, model_id: str) -> list[str]:
+        """Return the names of :meth:`source_names` that stand for one model."""
+        return [name for name, owner in self.source_names().items() if owner == model_id]
 
     def names(self) -> list[str]:
         """Return every name that a request may use, except sources and tasks."""

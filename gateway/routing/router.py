@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from difflib import get_close_matches
+from typing import TypeAlias
 
 from gateway.backends.fleet import Fleet, Model
-from gateway.config.registry import Registry
+from gateway.config.registry import Arm, Experiment, Registry
 from gateway.embedding import ModelInfo, ModelState, canonical_task, known_task_names
-from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelRecovering, ModelUnavailable
+from gateway.errors import (
+    BadInput,
+    ModelDisabled,
+    ModelNotAllowed,
+    ModelNotFound,
+    ModelNotReady,
+    ModelRecovering,
+    ModelUnavailable,
+)
 from gateway.routing.experiments import Assignment, Attribute, Split
 from gateway.routing.spaces import why_no_stand_in
 
 DEFAULT_ALIAS = "default"
 _MAX_SHOWN = 100
+
+MayUse: TypeAlias = Callable[..., bool]
+"""Tells whether a caller may use something that has these names."""
+
+
+def everything(*_names: str) -> bool:
+    """Allow every name: for the gateway's own work, which no client asks for."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,7 @@ class Choice:
         asked: the model, alias or experiment that was asked for, as the registry calls it.
         name: what the answer says in ``model``: the name that was asked for if that is a model's, else the model's id.
         assignment: the arm that the request is in, if an experiment was asked for.
+        experiment: what was asked for, if that is an experiment; without an assignment, ``model`` is the control arm's.
     """
 
     model: Model
@@ -48,6 +67,7 @@ class Choice:
     asked: str
     name: str
     assignment: Assignment | None = None
+    experiment: Experiment | None = None
 
 
 # What Ollama's clients, and those of its OpenAI paths, add to a name without a tag; it is no task.
@@ -62,35 +82,43 @@ class Router:
         self._aliases = registry.aliases
         self._splits = {experiment.id: Split(experiment) for experiment in registry.experiments}
         self._fallbacks = registry.fallbacks
-        sources: dict[str, list[str]] = {}
-        for entry in registry.models:
-            sources.setdefault(entry.source, []).append(entry.id)
-        # A source that two models share names neither of them.
-        self._sources = {source: ids[0] for source, ids in sources.items() if len(ids) == 1}
+        self._sources = registry.source_names()
 
-    def names(self) -> list[str]:
-        """Return every name that a request may use, except sources and tasks."""
-        return [*(model.id for model in self._fleet), *self._aliases, *self._splits]
+    def names(self, may_use: MayUse) -> list[str]:
+        """Return every name that a caller may use, except sources and tasks."""
+        known = [*(model.id for model in self._fleet), *self._aliases, *self._splits]
+        return [name for name in known if may_use(*self._granting(name))]
 
-    def choose(self, name: str | None, attribute: Attribute | None = None) -> Choice:
+    def listed(self, may_use: MayUse) -> list[Choice]:
+        """Return what a caller may use, each thing once.
+
+        Models and experiments are under their ids; an alias is among them only where its model's id is not for the
+        caller.
+        """
+        choices = [self.choose(name, may_use) for name in self.names(may_use)]
+        return [one for one in choices if one.experiment or one.asked == one.model.id or not may_use(one.model.id)]
+
+    def choose(self, name: str | None, may_use: MayUse, attribute: Attribute | None = None) -> Choice:
         """Find the model that a name stands for.
 
         Args:
             name: an id, an alias, an experiment, a model's source, or one of these with a task, ``name:task``; ``None``
                 for the registry's default.
-            attribute: looks up what the unit of an experiment can be made from; ``None`` when nobody in particular asks,
-                who gets the control arm.
+            may_use: whether the caller may use something that has these names.
+            attribute: looks up what the unit of an experiment can be made from; ``None`` for no request in particular,
+                which gets the control arm and no assignment.
 
         Raises:
             ModelNotFound: nothing has that name.
+            ModelNotAllowed: the caller may not use it.
             BadInput: no name and no default; two tasks that differ; or an arm is forced that there is not.
         """
         if name is None:
             if DEFAULT_ALIAS not in self._aliases:
-                raise BadInput(f"`model` is required; one of: {', '.join(self.names())}", param="model")
+                raise BadInput(f"`model` is required; one of: {', '.join(self.names(may_use))}", param="model")
             name = DEFAULT_ALIAS
         for known, task in _readings(name):
-            choice = self._choose_known(known, attribute)
+            choice = self._choose_known(known, may_use, attribute)
             if choice is None:
                 continue
             if task is None:
@@ -102,7 +130,7 @@ class Router:
                     param="model",
                 )
             return replace(choice, task=task, name=name if choice.name == known else choice.name)
-        raise ModelNotFound(f"no model is called {_cut(name)!r}; there are: {', '.join(self.names())}", param="model")
+        raise self._not_found(name, may_use)
 
     def targets(self, choice: Choice, task: str | None) -> list[Target]:
         """Return what can answer a request: the chosen model, and then its fallbacks, as far as they are ready.
@@ -127,21 +155,31 @@ class Router:
         return targets
 
     def resolve(self, name: str | None, task: str | None, attribute: Attribute | None = None) -> Target:
-        """Return the first of the :meth:`targets` of a name; for its arguments and errors see :meth:`choose` as well."""
-        return self.targets(self.choose(name, attribute), task)[0]
+        """Return the first of the :meth:`targets` of a name, for the gateway's own work, which may use all of them."""
+        return self.targets(self.choose(name, everything, attribute), task)[0]
 
-    def find(self, name: str) -> tuple[Model, str | None]:
-        """Return the model of a name, ready or not, and the task that the name stands for.
-
-        Args:
-            name: as for ``resolve``; an experiment's stands for its control arm.
+    def task_of(self, choice: Choice) -> str | None:
+        """Return the task of a request under a name that says none itself; ``None`` before the model has been read.
 
         Raises:
-            ModelNotFound: nothing has that name.
             BadInput: the name holds a task that the model does not know.
         """
-        choice = self.choose(name)
-        return choice.model, _resolve_task(choice.model.info, choice.task, None) if choice.model.info else None
+        return _resolve_task(choice.model.info, choice.task, None) if choice.model.info else None
+
+    def arms(self, choice: Choice) -> list[tuple[Arm, Model, str | None]]:
+        """Return the arms of the experiment that was asked for, each with its model and its task.
+
+        Raises:
+            BadInput: the name holds a task that an arm does not know, or that is not the arm's own.
+        """
+        assert choice.experiment is not None  # noqa: S101  the caller has looked
+        # What the choice has as its task is the name's where the control arm has none.
+        of_name = None if choice.experiment.control.task else choice.task
+        found = []
+        for arm in choice.experiment.arms:
+            model = self._model(arm.model)
+            found.append((arm, model, _resolve_task(model.info, arm.task, of_name) if model.info else None))
+        return found
 
     def generation(self, experiment_id: str) -> str:
         """Return the generation of an experiment; see :class:`gateway.routing.experiments.Assignment`."""
@@ -163,17 +201,43 @@ class Router:
             ):
                 yield other, other.info
 
-    def _choose_known(self, name: str, attribute: Attribute | None) -> Choice | None:
+    def _granting(self, asked: str) -> tuple[str, ...]:
+        """Return the names of which a caller must have one: this is the rule on what a key is for.
+
+        A key that has the id of a model may use it by all of its names. One that has an alias may use that alias alone,
+        and one that has an experiment the experiment: which model answers is not for the caller to choose.
+        """
+        alias = self._aliases.get(asked)
+        return (asked,) if alias is None else (asked, alias.model)
+
+    def _choose_known(self, name: str, may_use: MayUse, attribute: Attribute | None) -> Choice | None:
         """Return what a name without a task stands for, if it is one."""
-        if (alias := self._aliases.get(name)) is not None:
-            return Choice(self._model(alias.model), alias.task, asked=name, name=alias.model)
-        if (split := self._splits.get(name)) is not None:
-            assignment = split.assign(attribute, datetime.now(UTC)) if attribute else None
-            arm = assignment.arm if assignment else split.experiment.control
-            return Choice(self._model(arm.model), arm.task, asked=name, name=arm.model, assignment=assignment)
+        alias, split = self._aliases.get(name), self._splits.get(name)
         # An id comes first: a model may be called like the repo that another one was made from.
         model = self._fleet.get(name) or self._fleet.get(self._sources.get(name, ""))
+        if alias is None and split is None and model is None:
+            return None
+        asked = name if alias is not None or split is not None or model is None else model.id
+        # Before an arm is chosen: the names of the arms are for those who may use the experiment.
+        if not may_use(*self._granting(asked)):
+            raise ModelNotAllowed(f"this API key is not for model {asked!r}", param="model")
+        if alias is not None:
+            return Choice(self._model(alias.model), alias.task, asked=name, name=alias.model)
+        if split is not None:
+            assignment = split.assign(attribute, datetime.now(UTC)) if attribute else None
+            arm = assignment.arm if assignment else split.experiment.control
+            return Choice(self._model(arm.model), arm.task, name, arm.model, assignment, split.experiment)
         return None if model is None else Choice(model, None, asked=model.id, name=name)
+
+    def _not_found(self, name: str, may_use: MayUse) -> ModelNotFound:
+        """Say that nothing has a name, and which one may be meant; of the names that the caller may use alone."""
+        names = self.names(may_use)
+        sources = [source for source, model_id in self._sources.items() if may_use(model_id)]
+        guess = _similar(name, [*names, *sources])
+        hint = f" (did you mean {guess!r}?)" if guess else ""
+        return ModelNotFound(
+            f"no model is called {_cut(name)!r}{hint}; there are: {', '.join(names) or 'none'}", param="model"
+        )
 
     def _model(self, model_id: str) -> Model:
         model = self._fleet.get(model_id)
@@ -193,7 +257,7 @@ def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
     """Say why a model does not answer."""
     match model.state:
         case ModelState.DISABLED:
-            return ModelNotFound(f"model {model.id!r} is disabled: {model.reason}", param="model")
+            return ModelDisabled(f"model {model.id!r} is disabled: {model.reason}", param="model")
         case ModelState.LOADING | ModelState.READY:
             return ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
         case ModelState.RECOVERING:
@@ -224,6 +288,25 @@ def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -
             f"unknown task {_cut(given[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
         )
     return asked[0] if info.tasks else None
+
+
+def _similar(name: str, names: Sequence[str]) -> str | None:
+    """Return the one of the names that another one may be meant for, if there is one.
+
+    Clients of other servers write names in another case, put a provider before it, ``openai/NAME``, or a tag behind it,
+    ``NAME:latest``.
+    """
+    if len(name) > _MAX_SHOWN:
+        return None
+    folded = {known.casefold(): known for known in reversed(names)}
+    last_parts = {known.rpartition("/")[2]: whole for known, whole in folded.items()}
+    asked = name.casefold()
+    bare = asked.partition(":")[0]
+    for form in (asked, bare, asked.partition("/")[2], bare.partition("/")[2], bare.rpartition("/")[2]):
+        if (meant := folded.get(form) or last_parts.get(form)) is not None:
+            return meant
+    close = get_close_matches(bare, folded, n=1, cutoff=0.75)
+    return folded[close[0]] if close else None
 
 
 def _cut(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -136,11 +135,10 @@ def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, flee
 
 def _named(registry: Registry) -> dict[str, tuple[str, str | None, bool]]:
     """Return each name that stands for one space, with its model, its task, and whether the space may change."""
-    names: dict[str, tuple[str, str | None, bool]] = {}
-    sources = Counter(entry.source for entry in registry.models)
-    for entry in registry.models:
-        if sources[entry.source] == 1:  # one that two models share names neither of them
-            names[entry.source] = (entry.id, None, entry.allow_space_change)
+    names: dict[str, tuple[str, str | None, bool]] = {
+        source: (model_id, None, registry.model(model_id).allow_space_change)
+        for source, model_id in registry.source_names().items()
+    }
     names |= {entry.id: (entry.id, None, entry.allow_space_change) for entry in registry.models}
     for experiment in registry.experiments:
         if experiment.kind == "same_space":

@@ -71,6 +71,12 @@ FALLBACKS = Counter(
     ["model", "fallback", "code"],
     registry=REGISTRY,
 )
+TOKENIZER_REQUESTS = Counter(
+    "gateway_tokenizer_requests",
+    "Requests to tokenize texts or decode token ids, by `ok` or the code of the error.",
+    ["model", "operation", "outcome"],
+    registry=REGISTRY,
+)
 SHADOW_REQUESTS = Counter(
     "gateway_shadow_requests",
     "Copied requests, by `ok`, `dropped` or the code of the error.",

@@ -565,14 +565,23 @@ async def test_a_body_without_model_is_refused_where_there_is_no_default(
 
 
 @pytest.mark.parametrize(
-    "name", ["text-embedding-3-small", "MINI", "mini ", "jina-queries:query", "\u202emini", "x" * 100]
+    ("name", "hint"),
+    [
+        ("text-embedding-3-small", ""),
+        ("MINI", " (did you mean 'mini'?)"),
+        ("mini ", " (did you mean 'mini'?)"),
+        ("openai/jina", " (did you mean 'jina'?)"),
+        ("jina-queries:query", " (did you mean 'jina-query'?)"),
+        ("\u202emini", " (did you mean 'mini'?)"),
+        ("x" * 100, ""),
+    ],
 )
 async def test_an_unknown_model_is_told_all_names(
-    client: httpx.AsyncClient, check_error: CheckError, name: str
+    client: httpx.AsyncClient, check_error: CheckError, name: str, hint: str
 ) -> None:
     message = check_error(await embed(client, model=name), 404, "model_not_found", param="model")
 
-    assert message == f"no model is called {name!r}; there are: mini, jina, team/small, default, jina-query"
+    assert message == f"no model is called {name!r}{hint}; there are: mini, jina, team/small, default, jina-query"
 
 
 # ---------------------------------------------------------------------------------------------------- 6: dimensions

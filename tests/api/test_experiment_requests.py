@@ -11,10 +11,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
+from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
-from gateway.embedding import ModelState
+from gateway.embedding import EmbedJob, ModelKind, ModelState
 from gateway.errors import StartError
 from gateway.evidence.exposures import read_exposures
 from gateway.experiment_report import ask_evidence, ask_experiments
@@ -326,3 +328,70 @@ def test_the_command_asks_a_gateway_that_is_served(serve: Serve) -> None:
 
     assert [(arm.arm, arm.units) for arm in shown.evidence] == [("mini", len(UNITS) - num_new), ("new", num_new)]
     assert shown.sample_ratio.p is not None
+
+
+# --------------------------------------------------------------------------------------------------------- crashes
+
+
+def num_requests(model: str, arm: str, outcome: str) -> float:
+    name, labels = "gateway_embed_requests_total", {"model": model, "task": "", "experiment": "exp", "arm": arm}
+    samples = [
+        metrics.REGISTRY.get_sample_value(name, {**labels, "task": task, "outcome": outcome})
+        for task in ("", "text-matching")
+    ]
+    return sum(sample or 0 for sample in samples)
+
+
+@pytest.mark.parametrize("crash", [RuntimeError("of the library"), MemoryError(), KeyError("x")])
+@pytest.mark.parametrize("is_rerank", [False, True])
+async def test_an_arm_that_crashes_is_not_taken_for_one_that_is_not_asked(
+    connect: Connect, make_model: MakeModel, check_error: CheckError, crash: Exception, is_rerank: bool
+) -> None:
+    def raise_it(_job: EmbedJob) -> None:
+        raise crash
+
+    info = {"kind": ModelKind.RERANK, "width": 1} if is_rerank else {}
+    broken = make_model("jina", backend=FakeBackend(fake_info("jina", **info), on_embed=raise_it), **info)
+    client = await connect(make_model("mini", **info), broken, aliases={}, experiments=[experiment()])
+    before = num_requests("jina", "new", "internal_error")
+    body = {"query": "q", "documents": ["a"]} if is_rerank else {"input": "a"}
+    path = "/v1/rerank" if is_rerank else "/v1/embeddings"
+
+    with capture_logs():  # else the traceback is drawn, which takes seconds
+        for _ in range(3):
+            answer = await client.post(path, json={"model": "exp", **body}, headers={"x-unit": unit_in("new")})
+            check_error(answer, 500, "internal_error", type_="server_error")
+
+    found = await evidence_of(client, "new")
+    assert (found["requests"], found["errors"], found["error_rate"], found["units"]) == (3, 3, 1.0, 0)
+    assert num_requests("jina", "new", "internal_error") - before == 3
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [(ModelState.LOADING, "model_not_ready"), (ModelState.DISABLED, "model_disabled")]
+)
+async def test_so_is_one_that_is_not_ready(
+    connect: Connect, make_model: MakeModel, state: ModelState, code: str
+) -> None:
+    models = [make_model("mini"), make_model("jina", state=state)]
+    client = await connect(*models, aliases={}, experiments=[experiment()])
+    before = num_requests("jina", "new", code)
+
+    answer = await embed(client, {"x-unit": unit_in("new")})
+
+    assert answer.json()["error"]["code"] == code
+    found = await evidence_of(client, "new")
+    assert (found["requests"], found["errors"]) == (1, 1)
+    assert num_requests("jina", "new", code) - before == 1
+
+
+async def test_and_one_whose_vectors_are_none(connect: Connect, make_model: MakeModel) -> None:
+    """Found out after the model has answered."""
+    narrow = make_model("jina", backend=FakeBackend(fake_info("jina", width=4)), width=8)
+    client = await connect(make_model("mini"), narrow, aliases={}, experiments=[experiment()])
+
+    answer = await embed(client, {"x-unit": unit_in("new")})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "invalid_vectors")
+    found = await evidence_of(client, "new")
+    assert (found["requests"], found["errors"]) == (1, 1)

@@ -34,6 +34,14 @@ async def test_models_are_listed_in_the_order_of_the_registry(client: httpx.Asyn
     assert [card["id"] for card in body["data"]] == ["mini", "jina", "team/small"]
 
 
+async def test_models_that_are_ready_are_listed_first(connect: Connect, make_model: MakeModel) -> None:
+    """Clients that fill a menu from the list offer its first entries."""
+    off, late = make_model("off", state=ModelState.DISABLED), make_model("late", state=ModelState.LOADING)
+    client = await connect(off, make_model("a"), late, make_model("b"), aliases={})
+
+    assert [card["id"] for card in (await client.get("/v1/models")).json()["data"]] == ["a", "b", "off", "late"]
+
+
 async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.AsyncClient) -> None:
     card = (await client.get("/v1/models/jina")).json()
 
@@ -149,7 +157,7 @@ async def test_a_model_that_is_not_ready_is_shown_with_its_reason(
 
     assert (card["state"], card["reason"], card["created"]) == (state.value, reason or None, 0)
     assert (card["width"], card["space"], card["dimensions"], card["spaces"]) == (None, None, [], {})
-    assert [card["state"] for card in (await client.get("/v1/models")).json()["data"]] == [state.value, "ready"]
+    assert [card["state"] for card in (await client.get("/v1/models")).json()["data"]] == ["ready", state.value]
     assert (await client.get("/health/ready")).json()["models"] == [
         {"id": "late", "state": state.value, "reason": reason or None},
         {"id": "mini", "state": "ready", "reason": None},
@@ -203,7 +211,7 @@ async def test_a_disabled_model_is_not_there_and_says_why(
 
     response = await client.post("/v1/embeddings", json={"input": "a"})
 
-    message = check_error(response, 404, "model_not_found", param="model")
+    message = check_error(response, 404, "model_disabled", param="model")
     assert message == "model 'late' is disabled: no accelerator is present"
 
 

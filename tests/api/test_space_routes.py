@@ -60,7 +60,7 @@ async def test_a_card_tells_what_the_vectors_are(client: httpx.AsyncClient) -> N
         "dimensions": 8,
         "is_normalised": True,
         "pooling": "mean",
-        "members": [{"model": "mini", "task": None, "state": "ready", "names": ["mini", "default"]}],
+        "members": [{"model": "mini", "task": None, "state": "ready", "names": ["mini", "default"], "experiments": []}],
     }
     assert (last["dimensions"], last["is_normalised"]) == (10, False)
 

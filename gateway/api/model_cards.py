@@ -1,0 +1,176 @@
+"""The cards of ``/v1/models``: what each name that a client may use stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
+
+from gateway.api.schema import ArmModelCard, ExperimentModelCard, ModelCard
+from gateway.backends.fleet import Model
+from gateway.config.fields import KNOWN_BY
+from gateway.config.registry import Arm, Registry
+from gateway.embedding import ModelInfo, ModelKind, ModelState
+from gateway.routing.router import Choice, MayUse, Router
+from gateway.routing.spaces import space_id
+
+T = TypeVar("T")
+ArmOf: TypeAlias = tuple[Arm, Model, str | None]
+KnownArm: TypeAlias = tuple[Arm, ModelInfo, str | None]
+
+
+def list_cards(router: Router, registry: Registry, may_use: MayUse) -> list[ModelCard]:
+    """Describe everything that a caller may use; what is ready comes first, otherwise in the registry's order."""
+    cards = [_card(choice, None, router, registry, may_use) for choice in router.listed(may_use)]
+    return sorted(cards, key=lambda card: card.state != ModelState.READY.value)
+
+
+def find_card(name: str, router: Router, registry: Registry, may_use: MayUse) -> ModelCard:
+    """Describe what a name stands for; if the name holds a task, with that as its default.
+
+    Raises:
+        ModelNotFound: nothing has that name.
+        ModelNotAllowed: it is not for the caller.
+        BadInput: the name holds a task that the model does not know.
+    """
+    choice = router.choose(name, may_use)
+    return _card(choice, router.task_of(choice), router, registry, may_use)
+
+
+def _card(choice: Choice, task: str | None, router: Router, registry: Registry, may_use: MayUse) -> ModelCard:
+    if choice.experiment is not None:
+        return _experiment_card(choice, router.arms(choice))
+    model = choice.model
+    if may_use(model.id):
+        return model_card(model, registry, task)
+    return _alias_card(choice, model_card(model, registry, router.task_of(choice)))
+
+
+def model_card(model: Model, registry: Registry, task: str | None = None) -> ModelCard:
+    """Describe a model.
+
+    Args:
+        task: the task of the name that was asked for, if that is not the model's default.
+    """
+    info = model.info
+    known_by = [name for name in registry.source_names_of(model.id) if name in KNOWN_BY]
+    card = ModelCard(
+        id=model.id,
+        object="model",
+        kind=None,
+        created=model.created,
+        owned_by=model.entry.backend,
+        stats={},
+        source=model.entry.source,
+        revision=model.entry.revision,
+        state=model.state.value,
+        reason=model.reason or None,
+        aliases=[*registry.aliases_of(model.id), *known_by],
+        is_normalised=None,
+        width=None,
+        dimensions=[],
+        max_tokens=None,
+        tasks=[],
+        default_task=None,
+        outputs=[],
+        space=None,
+        spaces={},
+        device=None,
+        dtype=None,
+    )
+    if info is None:
+        return card
+
+    shown = {"kind": info.kind.value, "max_tokens": info.max_tokens, "device": info.device, "dtype": info.dtype}
+    if info.kind is ModelKind.RERANK:  # there are no vectors, and no space for them
+        return card.model_copy(update=shown)
+    default_task = task or info.default_task
+    return card.model_copy(
+        update={
+            **shown,
+            "width": info.width,
+            "dimensions": list(info.dimensions),
+            "tasks": list(info.tasks),
+            "default_task": default_task,
+            "is_normalised": info.is_normalised,
+            "outputs": [output.value for output in info.outputs],
+            "space": _space(info, default_task),
+            "spaces": {task: _space(info, task) for task in info.tasks},
+        }
+    )
+
+
+def _alias_card(choice: Choice, card: ModelCard) -> ModelCard:
+    """Narrow the card of a model to one alias of it: to what a caller gets who may use no other name."""
+    update: dict[str, object] = {"id": choice.asked, "aliases": []}
+    if choice.task is not None and card.default_task is not None:
+        task = card.default_task
+        update |= {"tasks": [task], "spaces": {task: card.spaces[task]}}
+    return card.model_copy(update=update)
+
+
+def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCard:
+    """Describe an experiment. What its arms do not agree on is not known before one is chosen, and is left out."""
+    assert choice.experiment is not None  # noqa: S101  the caller has looked
+    infos = [(arm, model.info, task) for arm, model, task in arms if model.info is not None]
+    vectors = [(arm, info, task) for arm, info, task in infos if info.kind is ModelKind.EMBED]
+
+    def common(value: Callable[[Arm, ModelInfo, str | None], T], of: Sequence[KnownArm] = vectors) -> T | None:
+        values = [value(*known) for known in of]
+        return values[0] if len(values) == len(arms) and all(other == values[0] for other in values) else None
+
+    tasks = common(lambda arm, info, task: (task,) if arm.task else tuple(info.tasks)) or ()
+    is_one_space = choice.experiment.kind == "same_space"
+    state, reason = _state(arms)
+    return ExperimentModelCard(
+        id=choice.asked,
+        object="model",
+        kind="experiment",
+        experiment=choice.experiment.kind,
+        arms=[_arm_card(*arm) for arm in arms],
+        created=max((model.created for _arm, model, _task in arms), default=0) if state is ModelState.READY else 0,
+        owned_by="gateway",
+        stats={},
+        source=None,
+        revision=None,
+        state=state.value,
+        reason=reason,
+        aliases=[],
+        is_normalised=common(lambda _arm, info, _task: info.is_normalised),
+        width=common(lambda _arm, info, _task: info.width),
+        dimensions=list(common(lambda _arm, info, _task: info.dimensions) or ()),
+        max_tokens=common(lambda _arm, info, _task: info.max_tokens, infos),
+        tasks=[task for task in tasks if task is not None],
+        default_task=common(lambda _arm, _info, task: task),
+        outputs=[output.value for output in common(lambda _arm, info, _task: info.outputs) or ()],
+        space=_space(*vectors[0][1:]) if is_one_space and vectors else None,
+        spaces={task: _space(vectors[0][1], task) for task in tasks if task is not None} if is_one_space else {},
+        device=common(lambda _arm, info, _task: info.device, infos),
+        dtype=common(lambda _arm, info, _task: info.dtype, infos),
+    )
+
+
+def _arm_card(arm: Arm, model: Model, task: str | None) -> ArmModelCard:
+    info = model.info
+    has_vectors = info is not None and info.kind is ModelKind.EMBED
+    return ArmModelCard(
+        arm=arm.label,
+        model=arm.model,
+        task=task,
+        weight=arm.weight,
+        state=model.state.value,
+        width=info.width if info and has_vectors else None,
+        max_tokens=info.max_tokens if info else None,
+        space=_space(info, task) if info and has_vectors else None,
+    )
+
+
+def _state(arms: Sequence[ArmOf]) -> tuple[ModelState, str | None]:
+    """Return the state of an experiment: that of its first arm that is not ready, with the reason."""
+    for number, (arm, model, _task) in enumerate(arms):
+        if model.state is not ModelState.READY and (arm.weight or number == 0):
+            return model.state, f"arm {arm.label!r} is {model.state.value}: {model.reason or 'its model loads'}"
+    return ModelState.READY, None
+
+
+def _space(info: ModelInfo, task: str | None) -> str:
+    return space_id(info, task, info.width, is_normalised=info.is_normalised)
