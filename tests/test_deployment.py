@@ -430,6 +430,6 @@ async def test_models_of_one_space_may_stand_in_and_be_split(gateway: Gateway) -
     deployment = await gateway.start(models(one="a", two="a") + SAME_SPACE + "fallbacks: {one: [two], two: [one]}\n")
 
     router = deployment.router
-    targets = {name: router.targets(router.choose(name), None) for name in ("one", "two")}
+    targets = {name: router.targets(router.choose(name, everything), None) for name in ("one", "two")}
     assert [target.info.id for target in targets["one"]] == ["one", "two"]
     assert [target.info.id for target in targets["two"]] == ["two", "one"]

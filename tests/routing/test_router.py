@@ -265,7 +265,6 @@ def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_flee
     [
         pytest.param("MINI", "mini", id="case"),
         pytest.param("openai/mini", "mini", id="provider before it"),
-        pytest.param("mini:latest", None, id="a task, not a tag"),
         pytest.param("openai/mini:latest", "mini", id="provider and tag"),
         pytest.param("OpenAI/Jina-Query", "jina-query", id="alias"),
         pytest.param("small", "team/small", id="without its owner"),
