@@ -48,7 +48,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def redis(redis_server: Redis) -> str:
+def redis(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the address of a Redis that has time to answer, however busy the machine is."""
+    monkeypatch.setattr("gateway.access.quotas._STORAGE_TIMEOUT_S", 30.0)
     return redis_server.uri
 
 
