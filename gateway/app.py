@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -15,6 +16,7 @@ from gateway import __version__
 from gateway.access.keyring import Keyring
 from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
+from gateway.api.documentation import document
 from gateway.api.exchange import Exchange
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
@@ -109,6 +111,7 @@ def _application(deployment: Deployment, keyring: Keyring) -> FastAPI:
         keyring=keyring,
         is_draining=lambda: deployment.is_draining,
     )
+    document(app, deployment, needs_key=bool(keyring))
     return app
 
 
@@ -120,7 +123,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         allow = (error.headers or {}).get("Allow", "")
         raise MethodNotAllowed(f"{request.method} is not allowed on {path}; use {allow}", allow=allow)
     if error.status_code == 404:
-        near = difflib.get_close_matches(path, request.app.openapi()["paths"], n=1)
+        shown = [route.path for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+        near = difflib.get_close_matches(path, shown, n=1)
         hint = f"did you mean {near[0]}?" if near else "embeddings are at POST /v1/embeddings, models at GET /v1/models"
         raise NotFound(f"no such path: {path}; {hint}")
     raise InternalError(f"unexpected status {error.status_code} from the framework")

@@ -81,12 +81,14 @@ async def _serve(
     _warn_if_open(deployment.settings, keyring)
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
     with _reloading_on_hangup(deployment):
+        # Once, in a thread: whoever looks at the documentation would else stop everybody for a moment.
+        describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
         loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
         async with _serving_operator(admin_app, deployment.settings, listeners[1:]):
             await server.serve(sockets=[listeners[0]])
     if not loading.done():
         loading.cancel()
-    await asyncio.wait((loading,))
+    await asyncio.wait((loading, describing))
     await keyring.close()
     await deployment.stop()
     if not loading.cancelled() and (reason := loading.result()):

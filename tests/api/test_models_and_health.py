@@ -344,7 +344,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
     schema = (await client.get("/openapi.json")).json()
 
     assert schema["openapi"].startswith("3.1")
-    assert list(schema["paths"]) == [
+    assert [path for path in schema["paths"] if not path.startswith(("/tei/", "/api/", "/openai/"))] == [
         "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model_id}",

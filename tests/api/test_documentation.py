@@ -1,0 +1,70 @@
+"""The page at ``/docs``: what it suggests works here, with keys too, and other APIs' paths are on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+Connect = Callable[..., Awaitable[httpx.AsyncClient]]
+OPERATOR = {"api_keys": ["client-key"], "admin_key": "operator-key"}
+
+
+async def schema_of(client: httpx.AsyncClient) -> dict[str, Any]:
+    answer: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return answer
+
+
+async def test_every_example_is_answered(connect: Connect) -> None:
+    """Also of other APIs: what the page fills in when one presses "Try it out"."""
+    client = await connect()
+    tried = []
+    for path, operations in (await schema_of(client))["paths"].items():
+        for method, operation in operations.items():
+            parameters = {one["name"]: one["schema"].get("example") for one in operation.get("parameters", ())}
+            if path.startswith("/tei/") and path.rsplit("/", 1)[1] in {"embed_sparse", "tokenize", "decode"}:
+                continue  # which the models of these tests do not have
+            url = path.format_map(parameters)
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            bodies = [one["value"] for one in content.get("examples", {}).values()]
+            bodies += [content["example"]] if "example" in content else []
+            for body in bodies:
+                answer = await client.request(method, url, json=body)
+                assert answer.status_code == 200, (path, body, answer.text)
+                tried.append(path)
+
+    assert tried.count("/v1/embeddings") >= 3
+    assert {"/tei/{model}/embed", "/api/embed", "/openai/deployments/{model}/embeddings"} <= set(tried)
+
+
+async def test_each_path_of_another_api_is_a_route(connect: Connect) -> None:
+    client = await connect()
+    others = [path for path in (await schema_of(client))["paths"] if path.startswith(("/tei/", "/api/", "/openai/"))]
+
+    assert len(others) == 10
+    for path in others:
+        answer = await client.options(path.format(model="mini"))
+        assert answer.status_code == 405, path  # and not 404
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "method", "needed"),
+    [
+        ({}, "/v1/embeddings", "post", []),
+        ({}, "/metrics", "get", []),
+        ({}, "/admin/reload", "post", [{"Operator's key": []}]),
+        (OPERATOR, "/v1/embeddings", "post", [{"API key": []}]),
+        (OPERATOR, "/tei/{model}/embed", "post", [{"API key": []}]),
+        (OPERATOR, "/metrics", "get", [{"Operator's key": []}]),
+        (OPERATOR, "/health/ready", "get", []),
+    ],
+)
+async def test_the_page_has_a_field_for_the_key_that_a_path_needs(
+    connect: Connect, settings: dict[str, Any], path: str, method: str, needed: list[dict[str, list[str]]]
+) -> None:
+    schema = await schema_of(await connect(**settings))
+
+    assert schema["paths"][path][method]["security"] == needed
+    assert {one["scheme"] for one in schema["components"]["securitySchemes"].values()} == {"bearer"}
