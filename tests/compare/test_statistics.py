@@ -174,6 +174,8 @@ def test_values_that_differ_by_the_least_that_counts_are_a_tie() -> None:
     values = {"above": TIE, "below": -TIE, "equal": 0.0}
     found = contrast("new", "old", "R@10", values, dict.fromkeys(values, 0.0), 99, 0)
     assert (found.wins, found.ties, found.losses) == (0, 3, 0)
+    assert estimate([0.0, TIE], 99, 0) == Estimate(TIE / 2, TIE / 2, TIE / 2)
+    assert randomisation_p([TIE] * 8, 999, 0) == 1
 
 
 def test_queries_are_paired_by_their_ids() -> None:
@@ -210,7 +212,8 @@ def test_verdict_needs_p_after_holm_and_the_interval() -> None:
     assert [one.verdict for one in with_holm([near, near])] == [Verdict.INCONCLUSIVE] * 2
     for difference in (Estimate(0.1, -0.01, 0.2), Estimate(0.1, 0.0, 0.2), Estimate(-0.1, -0.2, 0.0)):
         assert [one.verdict for one in with_holm([replace(clear, difference=difference)])] == [Verdict.INCONCLUSIVE]
-    assert [one.verdict for one in with_holm([replace(clear, p=ALPHA)])] == [Verdict.INCONCLUSIVE]
+    for unclear in (replace(clear, p=ALPHA), replace(compared([-0.1, -0.2] * 30), p=ALPHA)):
+        assert [one.verdict for one in with_holm([unclear])] == [Verdict.INCONCLUSIVE]
 
 
 def test_verdict_is_of_the_primary_measure_alone() -> None:
