@@ -37,6 +37,8 @@ help: ## Show this list
 	  'GATEWAY_*' 'settings of the gateway: make run GATEWAY_PORT=8080'
 
 install: $(VENV)/.installed-run ## Put the gateway and what it needs to run into .venv
+	@if [ -n "$(TORCH_INDEX)" ] && [ "$$(cat $(VENV)/.torch-index 2>/dev/null)" != "$(TORCH_INDEX)" ]; then \
+	  echo "TORCH_INDEX is ignored: $(VENV) has its torch already; run \`make clean\` first to change it" >&2; fi
 
 run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)

@@ -1,5 +1,6 @@
 """Give Mem0 a memory whose embeddings come from the gateway.
 
+    pip install mem0ai qdrant-client                # or, for --store milvus: mem0ai pymilvus milvus-lite
     make run                                        # in one terminal
     python examples/mem0_memory.py --store qdrant   # in another
 
@@ -19,7 +20,10 @@ from typing import Any
 # Mem0 reports usage unless this is set, and reads it when it is imported.
 os.environ["MEM0_TELEMETRY"] = "False"
 
-from mem0 import Memory
+try:
+    from mem0 import Memory
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed: pip install mem0ai qdrant-client, or mem0ai pymilvus milvus-lite")
 from openai import APIConnectionError, APIStatusError, OpenAI
 from openai.types import Model
 

@@ -38,6 +38,7 @@ install_run() {
     pip_install "pip==$PIP_VERSION"
     say "$(grep -o '^torch==[^ ]*' requirements/torch.lock)${TORCH_INDEX:+ from $TORCH_INDEX}"
     pip_install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements/torch.lock -c requirements/run.lock
+    printf %s "${TORCH_INDEX:-}" >"$VENV/.torch-index"
     say "packages of requirements/run.lock"
     pip_install --no-deps -r requirements/run.lock
     say "the gateway"

@@ -214,7 +214,9 @@ class Settings(BaseSettings):
         default="info", description="The least severe events that are logged."
     )
     log_format: Literal["auto", "json", "console"] = Field(
-        default="auto", description="`json`: one object a line. `auto`: `console` on a terminal, else `json`."
+        default="auto",
+        description="`json`: one object per line. `console`: a short line for people, in color on a terminal unless `NO_COLOR` "
+        "is set. `auto`: `console` on a terminal, else `json`.",
     )
     exposure_log: Path | None = Field(
         default=None,
