@@ -11,6 +11,9 @@ from gateway.backends.upstream.dialects import Encoding
 from gateway.backends.upstream.failures import Failure
 from gateway.errors import RequestError
 
+BLANKS = ("", " ", ".")
+"""What may be sent for an empty text. A full stop says as little as a text can where a server takes none that is blank."""
+
 _TEXT = "Hello, world"
 # With these it has understood the request, and does not take it. With others nothing is known.
 _UNFIT = ("failed", "wrong", "broken")
@@ -22,23 +25,30 @@ class Quirks:
 
     Attributes:
         encoding: what is sent as ``encoding_format``.
-        empty: what is sent for an empty text; ``None`` where the server takes no text that is blank.
+        blank: what is sent for a text that the server does not take as it is, one of ``BLANKS``; ``None`` where it takes
+            none of them.
         has_numbers: whether it writes vectors as numbers, whatever it was asked for.
     """
 
     encoding: Encoding
-    empty: str | None = ""
+    blank: str | None = ""
     has_numbers: bool = False
 
     def first_refused(self, texts: Sequence[str]) -> int | None:
         """Return the index of the first text that the server does not take, if there is one."""
-        if self.empty is not None:
+        if self.blank is not None:
             return None
         return next((i for i, text in enumerate(texts) if not text.strip()), None)
 
     def applied(self, texts: Sequence[str]) -> Sequence[str]:
         """Return texts as they are sent."""
-        return [text or self.empty or "" for text in texts] if self.empty else texts
+        match self.blank:
+            case "" | None:
+                return texts
+            case " ":
+                return [text or " " for text in texts]
+            case stand_in:
+                return [text if text.strip() else stand_in for text in texts]
 
 
 _Ask: TypeAlias = Callable[[Sequence[str], Quirks], Awaitable[Answer]]
@@ -56,9 +66,9 @@ async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
         RequestError: it does not take any request.
     """
     quirks, width = await _first_accepted(ask, encodings)
-    for empty in ("", " "):
-        if await _takes(ask, empty, quirks, width):
-            return Quirks(quirks.encoding, empty, quirks.has_numbers)
+    for blank in BLANKS:
+        if await _takes(ask, blank, quirks, width):
+            return Quirks(quirks.encoding, blank, quirks.has_numbers)
     return Quirks(quirks.encoding, None, quirks.has_numbers)
 
 
@@ -78,7 +88,7 @@ async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Qui
 
 
 async def _takes(ask: _Ask, text: str, quirks: Quirks, width: int) -> bool:
-    """Tell whether a server gives a vector for a blank text."""
+    """Tell whether a server gives a vector for a text that says nothing."""
     try:
         answer = await ask([text], quirks)
     except RequestError:

@@ -60,7 +60,7 @@ class Watch:
                 if is_check_due:
                     next_check = now + self._check_interval_s
                 for server in self._servers:
-                    is_due = server.breaker.is_trial_due(now) or (is_check_due and server.breaker.is_closed)
+                    is_due = is_check_due or server.breaker.is_trial_due(now)
                     if is_due and server not in self._on_trial:
                         self._on_trial.add(server)
                         trials.create_task(self._try(server))

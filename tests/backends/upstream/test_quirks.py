@@ -268,9 +268,8 @@ async def test_a_server_that_comes_back_is_asked_again_what_it_takes(server: Sta
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = "500"
-        for _ in range(3):
-            with pytest.raises(UpstreamFailed):
-                await backend.embed(job())
+        with pytest.raises(UpstreamFailed):
+            await backend.embed(job())
         await states.wait_for(ModelState.RECOVERING)
         server.fault, server.encodings, server.refused = "", ("float",), ("",)
         await states.wait_for(ModelState.READY)
@@ -355,7 +354,7 @@ async def test_a_server_that_takes_no_empty_text_is_sent_a_space(
 
 @pytest.mark.parametrize("kind", ["openai", "tei"])
 async def test_where_no_blank_text_is_taken_the_text_is_named_before_it_is_sent(server: StandIn, kind: str) -> None:
-    server.refused = ("", " ")
+    server.refused = ("", " ", ".")
     states = States()
     async with loaded(entry(server, kind=kind, upstream={"max_batch_texts": 4}), states) as backend:
         server.bodies.clear()
@@ -369,6 +368,33 @@ async def test_where_no_blank_text_is_taken_the_text_is_named_before_it_is_sent(
 
     assert all(text.strip() for text in sent)
     assert states.reported == []
+
+
+@pytest.mark.parametrize("kind", ["openai", "tei"])
+@pytest.mark.parametrize("spoil", [None, [0.0] * WIDTH, []])
+async def test_a_server_that_takes_no_blank_text_is_sent_a_full_stop(
+    server: StandIn, kind: str, spoil: list[float] | None
+) -> None:
+    """It refuses them, or gives zeros or nothing for them."""
+    name = "inputs" if kind == "tei" else "input"
+
+    def refuse(body: dict[str, Any]) -> Response | None:
+        return Response(status_code=400) if not all(text.strip() for text in body[name]) else None
+
+    def rewrite(answer: Any) -> Any:
+        texts = server.bodies[-1][name]
+        if kind == "tei":
+            return [row if text.strip() else spoil for text, row in zip(texts, answer, strict=True)]
+        for item in answer["data"]:
+            if not texts[item["index"]].strip():
+                item["embedding"] = spoil
+        return answer
+
+    server.respond, server.rewrite = (refuse, None) if spoil is None else (None, rewrite)
+    async with loaded(entry(server, kind=kind)) as backend:
+        embeddings = await backend.embed(job(["a", "", " \n", "\u3000", " b "]))
+
+    np.testing.assert_allclose(embeddings.vectors, expected(["a", ".", ".", ".", " b "]), rtol=1e-6)
 
 
 async def test_an_empty_text_with_an_instruction_is_not_blank(server: StandIn) -> None:
