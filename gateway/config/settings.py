@@ -215,8 +215,8 @@ class Settings(BaseSettings):
     )
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto",
-        description="`json`: one object per line. `console`: a short line for people, in color on a terminal unless `NO_COLOR` "
-        "is set. `auto`: `console` on a terminal, else `json`.",
+        description="`json`: one object per line. `console`: a short line for people, in color on a terminal unless "
+        "`NO_COLOR` is set. `auto`: `console` on a terminal, else `json`.",
     )
     exposure_log: Path | None = Field(
         default=None,
