@@ -79,7 +79,8 @@ class InfinityBackend:
                 "the checkpoint's files have changed: these would be vectors of another space. Put the files back, or "
                 "restart the gateway"
             )
-        return load_engine(plan, self._settings), plan.info
+        engine = load_engine(plan, self._settings)
+        return engine, plan.as_loaded(engine).info
 
     async def _start_engine(self, engine: Engine) -> None:
         """Start an engine, and find a text that it can embed: the one that the watchdog asks.

@@ -53,7 +53,11 @@ def as_xlm_roberta(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     ]
     wrong += [f"{key} {config[key]!r}" for key in ("lora_adaptations", "emb_pooler") if config.get(key)]
     if wrong:
-        raise LoadError(f"{folder}/config.json: {_CONFIG_CLASS} with {', '.join(wrong)} is not supported")
+        same = ". Jina v3 is supported as jinaai/jina-embeddings-v3-hf, the same model in transformers' form"
+        raise LoadError(
+            f"{folder}/config.json: {_CONFIG_CLASS} with {', '.join(wrong)} is not supported"
+            + (same if config.get("lora_adaptations") else "")
+        )
     return {**{key: value for key, value in config.items() if key != "auto_map"}, "model_type": "xlm-roberta"}
 
 

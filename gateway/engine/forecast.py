@@ -10,7 +10,7 @@ from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
 from gateway.engine.encoders.build import choose_runtime
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
-from gateway.engine.sources import download_bytes, is_at_hand
+from gateway.engine.sources import download_bytes, is_at_hand, require_readable
 from gateway.errors import LoadError
 
 _HUB_TIMEOUT_S = 5.0
@@ -68,6 +68,7 @@ class Forecaster:
         Raises:
             LoadError: it would not: its checkpoint cannot be served, or does not fit.
         """
+        require_readable(entry)
         found = _planned(entry) if is_at_hand(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
         if found.memory is not None:
             for device in found.devices:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from gateway.embedding import Embeddings, EmbedJob, Truncate
 from gateway.engine.items import Item
 from gateway.errors import LoadError
+from gateway.files import write_whole
 from gateway.telemetry import metrics
 
 if TYPE_CHECKING:  # imports torch, which a model that runs elsewhere does without
@@ -112,7 +113,7 @@ class GoldenCheck:
 
 
 def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
-    """Store golden vectors."""
+    """Store golden vectors: a reader, or a crash, sees the old file or the new one, and never half of it."""
     content = {
         "version": _VERSION,
         "fingerprint": fingerprint,
@@ -126,7 +127,7 @@ def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVector]:
@@ -137,11 +138,10 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        golden = [
-            GoldenVector(row["text"], row["task"], np.frombuffer(base64.b64decode(row["vector"]), dtype="<f4"))
-            for row in content["vectors"]
-        ]
-        recorded = content["fingerprint"]
+        golden = [_golden_vector(row) for row in content["vectors"]]
+        version, recorded = content["version"], str(content["fingerprint"])
+        if version != _VERSION:
+            raise ValueError(f"version {version!r}, known is {_VERSION}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path}: not golden vectors that can be read: {error!r}") from error
     if recorded != fingerprint or not golden:
@@ -156,6 +156,13 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
             "Record anew with `gateway verify MODEL --record`"
         )
     return golden
+
+
+def _golden_vector(row: Mapping[str, object]) -> GoldenVector:
+    match row:
+        case {"text": str(text), "task": (str() | None) as task, "vector": str(vector)}:
+            return GoldenVector(text, task, np.frombuffer(base64.b64decode(vector, validate=True), dtype="<f4"))
+    raise ValueError(f"not a golden vector: {str(row)[:80]}")
 
 
 def _compare(vectors: Iterable[npt.NDArray[np.float32]], golden: Sequence[GoldenVector]) -> list[Comparison]:

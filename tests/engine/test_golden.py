@@ -185,23 +185,68 @@ def test_each_number_format_has_its_own_tolerance(bundled_encoder: TextEncoder, 
 # --------------------------------------------------------------------------------------------------------------- file
 
 ROW = {"text": "a", "task": None, "vector": "AACAPwAAAAA="}
+
+
+def content(**changes: object) -> str:
+    """Return a file that can be read, but for these changes; a key that is None is left out."""
+    whole = {"version": 1, "fingerprint": "f", "vectors": [ROW], **changes}
+    return json.dumps({key: value for key, value in whole.items() if value is not None})
+
+
 MALFORMED: dict[str, str | bytes] = {
     "no JSON": "{",
     "no text": b"\xff\xfe",
     "a list": "[]",
-    "no vectors": json.dumps({"fingerprint": "f"}),
-    "no fingerprint": json.dumps({"vectors": [ROW]}),
-    "vectors is a number": json.dumps({"fingerprint": "f", "vectors": 1}),
-    "a row without a text": json.dumps({"fingerprint": "f", "vectors": [{"task": None, "vector": ROW["vector"]}]}),
-    "a vector that is no base64": json.dumps({"fingerprint": "f", "vectors": [{**ROW, "vector": "A"}]}),
-    "a vector cut short": json.dumps({"fingerprint": "f", "vectors": [{**ROW, "vector": "AACAPwAA"}]}),
+    "no vectors": content(vectors=None),
+    "no fingerprint": content(fingerprint=None),
+    "no version": content(version=None),
+    "a later version": content(version=2),
+    "vectors is a number": content(vectors=1),
+    "a row that is a number": content(vectors=[1]),
+    "a row without a text": content(vectors=[{"task": None, "vector": ROW["vector"]}]),
+    "a text that is a number": content(vectors=[{**ROW, "text": 1}]),
+    "a task that is a number": content(vectors=[{**ROW, "task": 1}]),
+    "a vector of numbers": content(vectors=[{**ROW, "vector": [1.0, 0.0]}]),
+    "a vector that is no base64": content(vectors=[{**ROW, "vector": "A"}]),
+    "a vector with what is no base64 in it": content(vectors=[{**ROW, "vector": "AACA PwAAAAA="}]),
+    "a vector cut short": content(vectors=[{**ROW, "vector": "AACAPwAA"}]),
 }
+
+
+def test_the_file_that_the_malformed_ones_are_made_of_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "golden.json").write_text(content())
+
+    [one] = read(tmp_path / "golden.json", "f", ())
+
+    assert (one.text, one.task, one.vector.tolist()) == ("a", None, [1.0, 0.0])
+
+
+@pytest.mark.parametrize("fails_at", ["os.fsync", "pathlib.Path.replace"])
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
+    fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "golden.json"
+    write(path, "old", [GoldenVector("a", None, np.ones(2, np.float32))])
+    before = path.read_bytes()
+
+    def fail(*_arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fails_at, fail)
+        with pytest.raises(OSError, match="no space left"):
+            write(path, "new", [GoldenVector("b", None, np.ones(2, np.float32))])
+
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["golden.json"]
+    write(path, "new", [GoldenVector("b", None, np.ones(2, np.float32))])
+    assert read(path, "new", ())[0].text == "b"
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_file_is_refused(tmp_path: Path, name: str) -> None:
-    path, content = tmp_path / "golden.json", MALFORMED[name]
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path, malformed = tmp_path / "golden.json", MALFORMED[name]
+    path.write_bytes(malformed if isinstance(malformed, bytes) else malformed.encode())
 
     with pytest.raises(LoadError, match=r"golden\.json: not golden vectors that can be read: "):
         read(path, "f", ())

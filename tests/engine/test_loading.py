@@ -480,7 +480,7 @@ async def test_an_error_that_nobody_foresaw_fails_its_own_model_alone(
     ("changes", "message"),
     [
         ({"source": "/no/such/folder"}, "needed is required, but failed to load: no such folder"),
-        ({"enabled": False}, "needed is required, but switched off in the registry"),
+        ({"enabled": False}, "needed is required, but switched off in models.yaml"),
     ],
     ids=["failed", "disabled"],
 )
@@ -497,12 +497,12 @@ async def test_a_required_model_that_is_not_ready_stops_the_start(changes: dict[
 @pytest.mark.parametrize(
     ("enabled", "has_accelerator", "state", "reason"),
     [
-        (False, True, ModelState.DISABLED, "switched off in the registry (`enabled: false`)"),
+        (False, True, ModelState.DISABLED, "switched off in models.yaml (`enabled: false`)"),
         (
             "auto",
             False,
             ModelState.DISABLED,
-            "no accelerator is present (`enabled: true` in the registry runs it on the CPU)",
+            "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)",
         ),
         ("auto", True, ModelState.READY, ""),
         (True, False, ModelState.READY, ""),

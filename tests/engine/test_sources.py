@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from gateway.config.registry import ModelEntry
 from gateway.engine import sources
+from gateway.engine.forecast import Forecaster
 from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
 
@@ -67,12 +68,13 @@ def test_what_is_not_there_is_said(source: str, message: str) -> None:
 def test_files_with_their_pinned_hashes_pass(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "weights").write_bytes(b"abc")
+    right = hashlib.sha256(b"abc").hexdigest()
 
-    verify_sha256(tmp_path, {"sub/weights": hashlib.sha256(b"abc").hexdigest()})
+    verify_sha256(tmp_path, {"sub/weights": right})
 
     (tmp_path / "sub" / "weights").write_bytes(b"abd")
     with pytest.raises(LoadError, match="sub/weights: its sha256 is "):
-        verify_sha256(tmp_path, {"sub/weights": hashlib.sha256(b"abc").hexdigest()})
+        verify_sha256(tmp_path, {"sub/weights": right})
 
 
 @pytest.mark.parametrize(
@@ -165,17 +167,33 @@ def test_nothing_is_downloaded_where_that_is_not_wanted() -> None:
         locate(hub_entry(), may_download=False)
 
 
+@pytest.mark.parametrize("source", ["jinaai/jina-embeddings-v3", "jinaai/Jina-Embeddings-v3"])
+@pytest.mark.parametrize("may_download", [True, False])
+def test_a_repository_that_only_its_own_code_can_read_names_the_one_to_take(source: str, may_download: bool) -> None:
+    """Nothing is asked of the hub: there is none here, and nothing says so."""
+    for refused in (
+        lambda: locate(entry(source, COMMIT), may_download=may_download),
+        lambda: Forecaster().forecast(entry(source, COMMIT)),
+    ):
+        with pytest.raises(LoadError, match="take source: jinaai/jina-embeddings-v3-hf, the same model"):
+            refused()
+
+
 def cached_snapshot(cache: Path, *names: str) -> Path:
     folder = cache / "models--nobody--nothing" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     return folder
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_complete_copy_in_the_cache_is_taken_without_asking_the_hub(empty_cache: Path, weights: str) -> None:
-    folder = cached_snapshot(empty_cache, "config.json", weights)
+@pytest.mark.parametrize("root", ["", "0_Transformer/"])
+def test_a_complete_copy_in_the_cache_is_taken_without_asking_the_hub(
+    empty_cache: Path, root: str, weights: str
+) -> None:
+    folder = cached_snapshot(empty_cache, f"{root}config.json", f"{root}{weights}")
 
     assert locate(hub_entry(), may_download=False) == folder
 
@@ -187,6 +205,10 @@ def test_a_complete_copy_in_the_cache_is_taken_without_asking_the_hub(empty_cach
         pytest.param(["config.json"], id="no weights"),
         pytest.param(
             ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"], id="perhaps not all"
+        ),
+        pytest.param(
+            ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+            id="perhaps not all .bin",
         ),
     ],
 )

@@ -322,6 +322,18 @@ def test_a_git_lfs_pointer_is_named(name: str, dense: Path) -> None:
         plan_load(entry(dense))
 
 
+JINA_V3 = {
+    "architectures": ["XLMRobertaModel"],
+    "auto_map": {
+        "AutoConfig": "jinaai/xlm-roberta-flash-implementation--configuration_xlm_roberta.XLMRobertaFlashConfig",
+        "AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_lora.XLMRobertaLoRA",
+    },
+    "hidden_act": "gelu",
+    "lora_adaptations": ["retrieval.query", "retrieval.passage"],
+    "position_embedding_type": "rotary",
+}
+
+
 def only(folder: Path, **files: str) -> Path:
     """Make a folder with nothing but these files."""
     for name, content in files.items():
@@ -369,6 +381,10 @@ def only(folder: Path, **files: str) -> Path:
         (
             {"config_dot_json": '{"model_type": "new"}'},
             "model_type 'new' is not supported.* This is GTE as it was published",
+        ),
+        (
+            {"config_dot_json": json.dumps(JINA_V3)},
+            "lora_adaptations .*not supported. Jina v3 is supported as jinaai/jina-embeddings-v3-hf, the same model",
         ),
         ({"config_dot_json": '{"model_type": 5}'}, "model_type must be a string, got 5"),
         ({"config_dot_json": "[1]"}, "must hold a JSON object, got list"),

@@ -70,6 +70,7 @@ class TextEncoder(Encoder):
         self.tokenizer = tokenizer
         self.width = width
         self.runtime = runtime
+        self.runtime_name = runtime.name
         self._heads = heads
         self._tasks = tasks
         self._adapters = adapters
