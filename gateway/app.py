@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from gateway import __version__
 from gateway.access.keyring import Keyring
+from gateway.access.memory import MemoryBudget
 from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
 from gateway.api.documentation import document
@@ -31,6 +32,7 @@ from gateway.evidence.counts import Evidence
 from gateway.evidence.exposures import ExposureLog
 from gateway.middleware import GatewayMiddleware
 from gateway.service import EmbeddingService
+from gateway.telemetry import metrics
 
 # Clients make paths up; what is searched for a similar one, and comes back in the answer, is a line.
 _MAX_SHOWN_PATH = 200
@@ -57,7 +59,10 @@ def create_app(deployment: Deployment) -> FastAPI:
     )
     evidence = Evidence(log)
     service = EmbeddingService(deployment, evidence)
-    app = _application(deployment, keyring)
+    memory = MemoryBudget(settings.memory_budget_bytes)
+    metrics.MEMORY_BUDGET.set(memory.max_bytes)
+    metrics.MEMORY_RESERVED.set_function(lambda: memory.num_bytes)
+    app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
     exchange = Exchange(service, deployment, settings, Quotas(settings.quota_storage))
     app.include_router(openai_router(exchange))
@@ -87,13 +92,14 @@ def create_admin_app(deployment: Deployment, keyring: Keyring | None = None) -> 
     Args:
         keyring: that of the clients' application, which one look at the file keeps up to date for both.
     """
-    app = _application(deployment, keyring or Keyring(deployment.settings))
+    memory = MemoryBudget(deployment.settings.memory_budget_bytes)
+    app = _application(deployment, keyring or Keyring(deployment.settings), memory)
     app.include_router(health_router(deployment))
     app.include_router(admin_router(deployment, are_metrics_open=True))
     return app
 
 
-def _application(deployment: Deployment, keyring: Keyring) -> FastAPI:
+def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> FastAPI:
     """Return an application with what every one has."""
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",
@@ -110,6 +116,7 @@ def _application(deployment: Deployment, keyring: Keyring) -> FastAPI:
         settings=deployment.settings,
         keyring=keyring,
         is_draining=lambda: deployment.is_draining,
+        memory=memory,
     )
     document(app, deployment, needs_key=bool(keyring))
     return app

@@ -5,7 +5,7 @@ Pure values: no torch, no HTTP, no YAML.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
@@ -39,6 +39,10 @@ class Output(StrEnum):
 
 PER_TOKEN = frozenset({Output.MULTIVECTOR, Output.STATES})
 """Outputs that are as large as their text is long."""
+
+
+TOKEN_BYTES = 56
+"""What a token takes while its text waits: an integer in a list, and once more in the key that finds equal texts."""
 
 
 class ModelKind(StrEnum):
@@ -142,6 +146,7 @@ class EmbedJob:
         query: what the texts are scored against, by a model that reranks: the vector of a text is then its score.
         max_text_tokens: where each text is cut before it is put together with the query; ``None`` for no such limit.
         max_total_tokens: how many tokens all texts may have together, after truncation; ``None`` for no such limit.
+        on_tokens: told how many they have, as far as is known, before they are computed; may refuse them.
     """
 
     texts: Sequence[str]
@@ -154,12 +159,14 @@ class EmbedJob:
     query: str | None = None
     max_text_tokens: int | None = None
     max_total_tokens: int | None = None
+    on_tokens: Callable[[int], None] = lambda _num_tokens: None
 
     def check_total(self, num_tokens: int) -> None:
-        """Refuse texts that have too many tokens together.
+        """Refuse texts that have too many tokens together, by the limit or by the memory that there is.
 
         Raises:
             BadInput: they have more than ``max_total_tokens``.
+            RequestError: what ``on_tokens`` raises.
         """
         if self.max_total_tokens is not None and num_tokens > self.max_total_tokens:
             per_token = ", ".join(sorted(output.value for output in self.outputs & PER_TOKEN))
@@ -167,6 +174,7 @@ class EmbedJob:
                 f"the texts have at least {num_tokens} tokens together, and the limit where each has a vector in the answer "
                 f"({per_token}) is {self.max_total_tokens}: send several requests"
             )
+        self.on_tokens(num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

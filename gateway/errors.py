@@ -25,8 +25,11 @@
         ├── MethodNotAllowed       405
         ├── SpaceMismatch          412
         ├── BodyTooLarge           413
+        │   └── TooMuchMemory
+        ├── UnsupportedEncoding    415
         ├── Overloaded             429
-        │   └── RateLimited
+        │   ├── RateLimited
+        │   └── MemoryFull         503
         ├── HeadersTooLarge        431
         ├── InternalError          500
         │   ├── InferenceFailed
@@ -235,6 +238,18 @@ class BodyTooLarge(RequestError):
     status, type, code = 413, "invalid_request_error", "body_too_large"
 
 
+class TooMuchMemory(BodyTooLarge):
+    """The request alone, with its answer, would need more memory than one may have. Send it in parts."""
+
+    code = "too_much_memory"
+
+
+class UnsupportedEncoding(RequestError):
+    """The body has a ``Content-Encoding`` that the gateway does not decode; the message names those that it does."""
+
+    status, type, code = 415, "invalid_request_error", "unsupported_encoding"
+
+
 class Overloaded(RequestError):
     """The model's queue is full; nothing was computed. Retry after the seconds in ``Retry-After``."""
 
@@ -245,6 +260,12 @@ class RateLimited(Overloaded):
     """The client has used its requests or tokens of this minute. ``x-ratelimit-*`` say how much there is and when again."""
 
     code = "rate_limit_exceeded"
+
+
+class MemoryFull(Overloaded):
+    """The memory for requests is taken; nothing was computed. Retry after the seconds in ``Retry-After``."""
+
+    status, type, code = 503, "server_error", "memory_full"
 
 
 class HeadersTooLarge(RequestError):

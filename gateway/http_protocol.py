@@ -47,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _has_message_ended = False
     _num_bytes = 0
     _num_unsent = 0
+    _has_taken = False
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
 
@@ -122,9 +123,18 @@ class BoundedProtocol(HttpToolsProtocol):
         if is_current and self._is_in_message and not self.transport.is_closing():
             self._num_bytes = 0
             self._start_timer()
-        if self._send_timer is None and self._unsent() > 0:
-            self._num_unsent = self._unsent()
-            self._send_timer = self.loop.call_later(self.send_timeout_s, self._check_sent)
+        self._has_taken = self._has_taken or not self._unsent()
+        self._watch_sending()
+
+    def pause_writing(self) -> None:
+        """Expect the client to take something of the answer, which is written no further until then."""
+        super().pause_writing()
+        self._watch_sending()
+
+    def resume_writing(self) -> None:
+        """Note that the client has taken what was waiting, however much of the answer waits after it."""
+        super().resume_writing()
+        self._has_taken = True
 
     def send_400_response(self, msg: str) -> None:
         """Say what is wrong with what is not even a request, in the body that all errors have, and hang up."""
@@ -159,19 +169,21 @@ class BoundedProtocol(HttpToolsProtocol):
             log.info("connection_too_slow", caller=self._caller, what="receive")
             self.transport.close()
 
+    def _watch_sending(self) -> None:
+        """Look after a while whether the client takes what waits for it."""
+        if self._send_timer is None and self._unsent() > 0:
+            self._num_unsent, self._has_taken = self._unsent(), False
+            self._send_timer = self.loop.call_later(self.send_timeout_s, self._check_sent)
+
     def _check_sent(self) -> None:
         """Cut the connection of a client that has taken nothing of its answer since the last look."""
         self._send_timer = None
-        unsent = self._unsent()
-        if unsent == 0:
-            return
-        if unsent >= self._num_unsent:
+        if self._unsent() >= self._num_unsent and not self._has_taken:
             metrics.SLOW_CONNECTIONS.labels("send").inc()
             log.info("connection_too_slow", caller=self._caller, what="send")
             self.transport.abort()
         else:
-            self._num_unsent = unsent
-            self._send_timer = self.loop.call_later(self.send_timeout_s, self._check_sent)
+            self._watch_sending()
 
     def _unsent(self) -> int:
         return self.transport.get_write_buffer_size()

@@ -17,11 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.access.body import Body
 from gateway.access.keyring import Client, Keyring
+from gateway.access.memory import MemoryBudget, Reservation
 from gateway.config.settings import Settings
 from gateway.dialects import ErrorForm, error_form, is_tei_probe, render_error
 from gateway.embedding import Timings
 from gateway.errors import (
     BodyTooSlow,
+    ClientDisconnected,
     HeadersTooLarge,
     InternalError,
     MethodNotAllowed,
@@ -64,10 +66,12 @@ class RequestContext:
         key_owner: whose key that is: the client's name where keys are known, else the key's hash.
         trace_ids: what joins a log line to the request's trace, if that is recorded.
         error_form: what an error looks like: as the path says, unless the body tells that another API's client asks.
+        memory: what the request holds of the budget; released when it ends, however that is.
     """
 
     request_id: str
     client: Client
+    memory: Reservation
     headers: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     status: int = 0
@@ -125,8 +129,16 @@ def _sent_key(headers: Headers) -> str | None:
 class GatewayMiddleware:
     """Wraps the application: everything that is the same for all paths."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, keyring: Keyring, is_draining: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keyring: Keyring,
+        is_draining: Callable[[], bool],
+        memory: MemoryBudget,
+    ) -> None:
         self._app = app
+        self._memory = memory
         self._settings = settings
         self._keyring = keyring
         self._is_draining = is_draining
@@ -136,7 +148,8 @@ class GatewayMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        context = RequestContext(_request_id(headers), Client(scope["client"][0] if scope.get("client") else "unknown"))
+        client = Client(scope["client"][0] if scope.get("client") else "unknown")
+        context = RequestContext(_request_id(headers), client, self._memory.open(client.name))
         scope[_CONTEXT] = context
         scope["path"] = _normalise_path(scope["path"])
         context.error_form = error_form(scope["path"])
@@ -163,8 +176,7 @@ class GatewayMiddleware:
             try:
                 await self._answer(scope, headers, context, body, send_with_id)
             except RequestError as error:
-                context.refuse(error)
-                await send_error(error, context.error_form, send_with_id, body.drain)
+                await _refuse(error, context, send_with_id, body.drain)
             except Exception:  # the last resort: whatever went wrong, the client gets an answer
                 log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
                 context.error_code = InternalError.code
@@ -172,6 +184,8 @@ class GatewayMiddleware:
                     raise  # the answer has begun: all that is left is to cut the connection
                 message = f"internal error; the log has more under request id {context.request_id}"
                 await send_error(InternalError(message), context.error_form, send_with_id, body.drain)
+            finally:
+                context.memory.release()
         _record(scope, context)
 
     async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: Body, send: Send) -> None:
@@ -182,7 +196,8 @@ class GatewayMiddleware:
                 context.client = await self._keyring.identify(context.api_key, context.client.name)
                 # A client stays the same unit of an experiment when its key is exchanged.
                 context.key_owner = context.client.name if self._keyring else context.api_key
-        body.check_declared_size()
+        context.memory.caller = context.caller
+        body.admit(context.memory)
         await self._app(scope, body.receive, send)
 
     def _check_headers(self, headers: Headers) -> None:
@@ -202,6 +217,20 @@ def _request_id(headers: Headers) -> str:
 def _normalise_path(path: str) -> str:
     """Drop doubled and trailing slashes: clients put a base URL and a path together in every way."""
     return _SLASHES.sub("/", path).rstrip("/") or "/"
+
+
+async def _refuse(
+    error: RequestError, context: RequestContext, send: Send, drain: Callable[[], Awaitable[None]]
+) -> None:
+    """Answer with an error, unless an answer has begun: all that is left then is to cut the connection."""
+    context.refuse(error)
+    # The frames of its traceback hold the body, and the rest of that may take a while to come.
+    error.__traceback__ = error.__context__ = None
+    context.memory.release()
+    if not context.status:
+        await send_error(error, context.error_form, send, drain)
+    elif not isinstance(error, ClientDisconnected):
+        raise error
 
 
 async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Callable[[], Awaitable[None]]) -> None:

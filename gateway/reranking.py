@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from gateway import vectors as vector_math
 from gateway.backends.fleet import Fleet
-from gateway.embedding import EmbedJob, ModelKind, Timings, Truncate, Vectors
+from gateway.embedding import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
@@ -27,6 +27,7 @@ class RerankRequest:
         max_text_tokens: where each text is cut in any case; ``None`` for no such limit.
         may_use: whether the caller may use something that has these names.
         attribute: looks up what the unit of an experiment can be made from.
+        reserve: told how many bytes the work needs, before it does; refuses what there is no room for.
     """
 
     task: ClassVar[None] = None
@@ -41,6 +42,7 @@ class RerankRequest:
     truncate: Truncate = Truncate.END
     max_text_tokens: int | None = None
     attribute: Attribute = no_attribute
+    reserve: Callable[[int], None] = lambda _num_bytes: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,11 @@ class RerankAnswer:
     @property
     def num_texts(self) -> int:
         return len(self.scores)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the arrays take."""
+        return self.scores.nbytes
 
 
 def choose_reranker(router: Router, fleet: Fleet, request: RerankRequest) -> Choice:
@@ -127,6 +134,7 @@ async def score_on(target: Target, choice: Choice, request: RerankRequest) -> Re
             caller=request.caller,
             query=request.query,
             max_text_tokens=request.max_text_tokens,
+            on_tokens=lambda num_tokens: request.reserve(num_tokens * TOKEN_BYTES),
         )
     )
     scores = vector_math.finish(result.vectors, (len(request.texts), 1), 1, normalise=False)

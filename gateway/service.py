@@ -14,7 +14,9 @@ from gateway import vectors as vector_math
 from gateway.deployment import Deployment
 from gateway.embedding import (
     PER_TOKEN,
+    TOKEN_BYTES,
     EmbedJob,
+    ModelInfo,
     ModelKind,
     MultiVector,
     Output,
@@ -45,6 +47,11 @@ from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.routing.spaces import is_same_space, space_id
 from gateway.telemetry import metrics, semconv, tracing
 
+_FLOAT_BYTES = 4
+# Dense vectors are there three times while they are finished: as they were computed, cut, and normalised.
+_DENSE_COPIES = 3
+# An index of 8 bytes, a weight of 4.
+_SPARSE_BYTES = 12
 R = TypeVar("R", "EmbedRequest", RerankRequest)
 A = TypeVar("A", "EmbedAnswer", RerankAnswer)
 
@@ -65,6 +72,8 @@ class EmbedRequest:
         encoding: how the caller wants to have the vectors written, for the trace.
         attribute: looks up what the unit of an experiment can be made from.
         max_token_vectors: how many tokens the texts may have together, if the answer has a vector of each.
+        reserve: told how many bytes the work and its answer need, before they do, and again when more is known; refuses
+            with a :class:`RequestError` what there is no room for.
     """
 
     texts: Sequence[str]
@@ -82,6 +91,7 @@ class EmbedRequest:
     encoding: str | None = None
     attribute: Attribute = no_attribute
     max_token_vectors: int | None = None
+    reserve: Callable[[int], None] = lambda _num_bytes: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,13 @@ class EmbedAnswer:
     @property
     def num_texts(self) -> int:
         return len(self.vectors)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the arrays take."""
+        arrays = (self.vectors, *(self.multivectors or ()), *(self.states or ()))
+        sparse = sum(one.indices.nbytes + one.values.nbytes for one in self.sparse or ())
+        return sparse + sum(array.nbytes for array in arrays)
 
 
 class EmbeddingService:
@@ -361,6 +378,9 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
             f"the vectors would be in space {space}, and the request expects {request.expect_space}: they could not "
             "be compared with the stored ones"
         )
+    dense_bytes = _DENSE_COPIES * _FLOAT_BYTES * len(request.texts) * info.width
+    token_bytes = TOKEN_BYTES + _output_bytes(info, outputs)
+    request.reserve(dense_bytes)
     result = await target.model.embed(
         EmbedJob(
             texts=request.texts,
@@ -371,6 +391,7 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
             outputs=outputs,
             is_late_chunked=request.is_late_chunked,
             max_total_tokens=request.max_token_vectors if outputs & PER_TOKEN else None,
+            on_tokens=lambda num_tokens: request.reserve(dense_bytes + num_tokens * token_bytes),
         )
     )
     vector_math.require_finite(result.sparse or (), result.multivectors or (), result.states or ())
@@ -391,6 +412,12 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
         states=result.states,
         assignment=choice.assignment,
     )
+
+
+def _output_bytes(info: ModelInfo, outputs: frozenset[Output]) -> int:
+    """Return how many bytes of output a token has, at most."""
+    num_vectors = len(outputs & PER_TOKEN)
+    return num_vectors * _FLOAT_BYTES * info.width + (_SPARSE_BYTES if Output.SPARSE in outputs else 0)
 
 
 def _dimensions(target: Target, wanted: int | None) -> int:

@@ -1,4 +1,4 @@
-"""A request's body on its way in: not larger than allowed, not slower, and read to its end also when nobody wants it."""
+"""A request's body on its way in: decoded, not too large, not too slow, and read to its end also when it is not wanted."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import contextlib
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
+from gateway.access.decoding import Decoder, decoder_for
+from gateway.access.memory import Reservation
 from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected
 
 # How much of a body is read that nobody wants: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
+# What a body is taken to be before more is known; and the step in which one grows that does not say its size.
+_STEP_BYTES = 64 * 1024
 
 
 class Body:
     """Stands between the server, which receives, and the application.
 
     Args:
-        max_bytes: the largest body.
+        max_bytes: the largest body, as it comes and as it is once decoded.
         timeout_s: seconds that it may take to come, counted from when it is first asked for.
     """
 
@@ -28,28 +32,43 @@ class Body:
         self._timeout_s = timeout_s
         self._deadline: float | None = None
         self._num_bytes = 0
+        self._num_decoded = 0
         self._has_ended = False
         self._is_too_slow = False
+        self._decoder: Decoder | None = None
+        self._memory: Reservation | None = None
+        self._content_encoding = headers.get("content-encoding", "")
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
         # uvicorn says "100 Continue" when a body is first asked for; until then such a client sends nothing.
         self._is_coming = "expect" not in headers
 
-    def check_declared_size(self) -> None:
-        """Refuse a body before it comes.
+    def admit(self, memory: Reservation) -> None:
+        """Refuse a body before it comes, or set aside the memory for it.
+
+        Args:
+            memory: what the request holds; grows with the body.
 
         Raises:
             BodyTooLarge: more bytes are announced than are allowed.
+            UnsupportedEncoding: it is encoded in a way that cannot be decoded here.
+            MemoryFull: there is no room for it now.
         """
         self._check_size(self._declared_bytes)
+        self._decoder = decoder_for(self._content_encoding)
+        self._memory = memory
+        if self._declared_bytes:
+            self._reserve(self._declared_bytes)
 
     async def receive(self) -> Message:
         """Pass a message on to the application.
 
         Raises:
+            BadInput: the body is not encoded as it is said to be.
             BodyTooLarge: more bytes have come than are allowed.
             BodyTooSlow: the body has not come in time.
             ClientDisconnected: the client has gone before its request was complete.
+            MemoryFull: there is no room for more of it.
         """
         self._is_coming = True
         if self._has_ended:  # all that can still come is that the client goes
@@ -58,6 +77,10 @@ class Body:
         if message["type"] == "http.disconnect":
             raise ClientDisconnected("the client closed the connection before its request was complete")
         self._check_size(self._num_bytes)
+        if self._decoder is not None:
+            message["body"] = await self._decoded(message.get("body", b""))
+        else:
+            self._reserve(self._num_bytes)
         return message
 
     async def drain(self) -> None:
@@ -92,6 +115,29 @@ class Body:
         self._num_bytes += len(message.get("body", b""))
         self._has_ended = not message.get("more_body", False)
         return message
+
+    async def _decoded(self, data: bytes) -> bytes:
+        """Decode what has come, and let others go on meanwhile."""
+        assert self._decoder is not None  # noqa: S101
+        pieces = []
+        for piece in self._decoder.feed(data):
+            self._num_decoded += len(piece)
+            self._check_size(self._num_decoded)
+            self._reserve(self._num_decoded)
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        if self._has_ended and self._num_bytes:
+            self._decoder.finish()
+        return b"".join(pieces)
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Have ``num_bytes`` of the body set aside, in steps: most bodies need one."""
+        if self._memory is None:
+            return
+        held = 0 if self._decoder is None else self._decoder.memory_bytes
+        needed = held + max(num_bytes, self._declared_bytes)
+        if needed > self._memory.num_bytes:
+            self._memory.resize(-(-needed // _STEP_BYTES) * _STEP_BYTES)
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:

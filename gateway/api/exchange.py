@@ -1,21 +1,28 @@
-"""What every endpoint that computes does around the one service call: patience, clients that leave, headers."""
+"""What every endpoint that computes does around the one service call: bodies, patience, clients that leave, answers."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
+from email.message import Message
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from gateway.access.quotas import Quotas, Ticket
+from gateway.access.turns import Turns
+from gateway.api.json_body import SMALL_BYTES, Json, parse_object
+from gateway.api.pieces import PIECE_BYTES, in_pieces
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.embedding import Timings
-from gateway.errors import ClientDisconnected
+from gateway.errors import ClientDisconnected, DeadlineExceeded
 from gateway.middleware import RequestContext
 from gateway.reranking import RerankAnswer, RerankRequest
 from gateway.routing.experiments import Attribute
@@ -24,7 +31,13 @@ from gateway.telemetry import metrics
 
 # A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100
+# Numbers of an answer that are written at once, on the event loop: in less than a millisecond.
+_SMALL_ANSWER_BYTES = 64 * 1024
+_MAX_SHOWN_CHARSET = 40
 T = TypeVar("T")
+
+Parts = Callable[[], Iterator[bytes]]
+"""Writes an answer as JSON, part by part. May be called several times."""
 
 DescribeTimes = Callable[[Timings, float], Mapping[str, str]]
 """Makes a dialect's own headers of the stages' times and the seconds since the request came."""
@@ -38,6 +51,7 @@ class Exchange:
         self.deployment = deployment
         self.settings = settings
         self._quotas = quotas
+        self._turns = Turns("json")
 
     async def admit(self, request: Request) -> Ticket:
         """Count a request, before its body is read.
@@ -48,12 +62,51 @@ class Exchange:
         context = RequestContext.of(request)
         return await self._quotas.admit(context.client, context.headers)
 
+    async def read(self, request: Request, parse: Callable[[dict[str, Json]], T]) -> T:
+        """Read a request's body; a large one is parsed in a thread.
+
+        Args:
+            parse: makes of its JSON what the dialect needs.
+
+        Raises:
+            BadInput: it is no JSON object, or ``parse`` does not accept it.
+            RequestError: one of those of :meth:`gateway.access.body.Body.receive`.
+        """
+        charset = _charset(request)
+        received = [await _receive_all(request)]
+        num_bytes = len(received[0])
+        if num_bytes <= SMALL_BYTES:
+            return parse(parse_object(received.pop(), charset))
+        return await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset)))
+
+    async def in_turn(self, request: Request, cost: int, work: Callable[[], T], turns: Turns | None = None) -> T:
+        """Do what would hold up the event loop in a thread, when its client's turn comes.
+
+        Args:
+            cost: about how many bytes are read or written.
+            turns: the thread; by default the one that reads and writes JSON.
+
+        Raises:
+            DeadlineExceeded: its turn did not come in time.
+            ClientDisconnected: the client went away first.
+        """
+        limit_s = self.settings.request_timeout_s
+        caller = RequestContext.of(request).caller
+        try:
+            async with asyncio.timeout(limit_s):
+                return await unless_disconnected(request, (turns or self._turns).run(caller, cost, work))
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request was not done in {limit_s:g} s; others were before it") from None
+
     def begin(self, request: Request, texts: Sequence[str], model: str | None, user: object = None) -> EmbedRequest:
         """Say what a request asks for, as far as that does not depend on the dialect.
 
         Args:
             model: public name, or ``None`` for the registry's default.
             user: whom the request is for, by its body.
+
+        Raises:
+            MemoryFull: there is no room for the texts, which can be larger in memory than they were in the body.
         """
         context = RequestContext.of(request)
         return EmbedRequest(
@@ -65,6 +118,7 @@ class Exchange:
             expect_space=request.headers.get("x-gateway-expect-space"),
             attribute=unit_attribute(request, user),
             max_token_vectors=self.settings.max_token_vectors,
+            reserve=reserve_beside(request, texts),
         )
 
     async def embed(self, request: Request, ticket: Ticket, wanted: EmbedRequest) -> EmbedAnswer:
@@ -94,28 +148,139 @@ class Exchange:
             await self._quotas.charge(ticket, answer.num_tokens)
         return answer
 
-    def respond(
+    async def respond(
         self,
         request: Request,
         answer: EmbedAnswer | RerankAnswer,
-        render: Callable[[], bytes],
+        parts: Parts,
         describe_times: DescribeTimes | None = None,
+        *,
+        num_bytes: int | None = None,
+        has_length: bool = False,
     ) -> Response:
         """Write an answer, note what it was for the log and the metrics, and say so in its headers.
 
         Args:
-            render: writes the answer as JSON.
             describe_times: makes headers that only this dialect has.
+            num_bytes: how much memory the answer holds, if that is not just its arrays.
+            has_length: tell the length beforehand also of a long answer; it is written twice then.
         """
         context = RequestContext.of(request)
-        started = time.monotonic()
-        content = render()
-        timings = replace(answer.timings, serialise_s=time.monotonic() - started)
-        note_answer(context, answer, timings)
+        num_bytes = answer.num_bytes if num_bytes is None else num_bytes
+        content = None
+        timings = answer.timings
+        if num_bytes <= _SMALL_ANSWER_BYTES:
+            started = time.monotonic()
+            content = b"".join(parts())
+            timings = replace(timings, serialise_s=time.monotonic() - started)
         headers = answer_headers(answer, timings, context.elapsed_s)
         if describe_times is not None:
             headers |= describe_times(timings, context.elapsed_s)
-        return Response(content, media_type="application/json", headers=headers)
+        if content is not None:
+            note_answer(context, answer, timings)
+            context.memory.shrink(len(content))
+            return Response(content, media_type="application/json", headers=headers)
+
+        def note(serialise_s: float) -> None:
+            note_answer(context, answer, replace(timings, serialise_s=serialise_s))
+
+        return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
+
+    async def stream(
+        self,
+        request: Request,
+        parts: Parts,
+        num_bytes: int,
+        headers: Mapping[str, str],
+        note: Callable[[float], None] = lambda _seconds: None,
+        *,
+        has_length: bool = False,
+    ) -> Response:
+        """Answer with what is written piece by piece, each when the client has taken the one before.
+
+        Args:
+            num_bytes: how much memory ``parts`` holds.
+            note: told at the end, however that comes, how many seconds it took to write.
+            has_length: tell the length beforehand, for which everything is written once more.
+        """
+        RequestContext.of(request).memory.shrink(num_bytes + 3 * PIECE_BYTES)
+        answer = _Streamed(request, self._turns, parts, headers, note)
+        if has_length or request.scope["http_version"] == "1.0":  # which has no chunks
+            answer.headers["content-length"] = str(sum([len(piece) async for piece in answer.pieces()]))
+        return answer
+
+
+class _Streamed(StreamingResponse):
+    """An answer that is written while it is sent, in turns with other clients' work, until its client goes away."""
+
+    def __init__(
+        self,
+        request: Request,
+        turns: Turns,
+        parts: Parts,
+        headers: Mapping[str, str],
+        note: Callable[[float], None],
+    ) -> None:
+        super().__init__(self.pieces(), media_type="application/json", headers=headers)
+        self._request = request
+        self._turns = turns
+        self._parts = parts
+        self._note = note
+        self._written_s = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(self._request, self.stream_response(send))
+        finally:
+            self._note(self._written_s)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield the answer, written in the thread."""
+        caller = RequestContext.of(self._request).caller
+        pieces = in_pieces(self._parts())
+
+        def write() -> bytes:
+            started = time.monotonic()
+            piece = next(pieces, b"")
+            self._written_s += time.monotonic() - started
+            return piece
+
+        while piece := await self._turns.run(caller, PIECE_BYTES, write):
+            yield piece
+
+
+async def _receive_all(request: Request) -> bytearray:
+    """Receive a body, without the framework, which would keep it as long as the request."""
+    body = bytearray()
+    has_more = True
+    while has_more:
+        message = await request.receive()
+        body += message.get("body", b"")
+        has_more = message.get("more_body", False)
+    return body
+
+
+def _charset(request: Request) -> str | None:
+    """Return the charset that a request's content type names, if it names one."""
+    content_type = request.headers.get("content-type", "")
+    if "charset" not in content_type.lower():
+        return None
+    header = Message()
+    header["content-type"] = content_type
+    found = header.get_param("charset")
+    return found[:_MAX_SHOWN_CHARSET] if isinstance(found, str) else None
+
+
+def reserve_beside(request: Request, texts: Sequence[str]) -> Callable[[int], None]:
+    """Set aside the memory of the texts, and return what sets aside as many bytes as it is told beside them.
+
+    Raises:
+        MemoryFull: there is no room.
+    """
+    memory = RequestContext.of(request).memory
+    num_bytes = sum(map(sys.getsizeof, texts))
+    memory.resize(num_bytes)
+    return lambda more: memory.resize(num_bytes + more)
 
 
 def unit_attribute(request: Request, user: object) -> Attribute:

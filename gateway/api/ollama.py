@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -10,9 +11,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from gateway.api.exchange import Exchange
-from gateway.api.json_body import parse_object
+from gateway.api.pieces import object_around, vector_list
 from gateway.api.request_body import TRUNCATION, ModelName, PositiveInteger, RequestBody, Truncation, wanted_truncation
-from gateway.api.tei_schema import check_batch, listed
+from gateway.api.tei_schema import Texts, check_batch, listed
 from gateway.embedding import ModelState
 from gateway.middleware import RequestContext
 from gateway.routing.router import Choice, Router
@@ -22,7 +23,7 @@ class OllamaEmbedBody(RequestBody):
     """``POST /api/embed``. Ollama's ``options`` and ``keep_alive`` are about running models, and ignored."""
 
     model: ModelName | None = Field(None, title="a string")
-    input: str | list[str] = Field(title="a string or a list of strings")
+    input: str | Texts = Field(title="a string or a list of strings")
     truncate: Truncation = Field(None, title=TRUNCATION)
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
 
@@ -33,7 +34,7 @@ def ollama_router(exchange: Exchange) -> APIRouter:
 
     async def embed(request: Request) -> Response:
         ticket = await exchange.admit(request)
-        body = OllamaEmbedBody.parse(parse_object(await request.body()))
+        body = await exchange.read(request, OllamaEmbedBody.parse)
         texts = listed(body.input)
         check_batch(len(texts), exchange.settings.max_inputs, "input")
         wanted = replace(
@@ -44,17 +45,17 @@ def ollama_router(exchange: Exchange) -> APIRouter:
         )
         answer = await exchange.embed(request, ticket, wanted)
 
-        def render() -> bytes:
-            content = {
-                "model": body.model or answer.name,
-                "embeddings": answer.vectors,
-                "total_duration": int(RequestContext.of(request).elapsed_s * 1e9),
-                "load_duration": 0,  # models are loaded before they are asked
-                "prompt_eval_count": answer.num_tokens,
-            }
-            return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        before = {"model": body.model or answer.name}
+        after = {
+            "total_duration": int(RequestContext.of(request).elapsed_s * 1e9),
+            "load_duration": 0,  # models are loaded before they are asked
+            "prompt_eval_count": answer.num_tokens,
+        }
 
-        return exchange.respond(request, answer, render)
+        def parts() -> Iterator[bytes]:
+            return object_around(before, "embeddings", vector_list(answer.vectors), after)
+
+        return await exchange.respond(request, answer, parts)
 
     async def tags(request: Request) -> Response:
         may_use, router = RequestContext.of(request).client.may_use, exchange.deployment.router

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
+from typing import TypeAlias
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway.api.exchange import Exchange
-from gateway.api.json_body import Json, describe, integral, parse_object
+from gateway.api.json_body import Json, describe, integral
 from gateway.api.model_cards import find_card, list_cards
+from gateway.api.pieces import dumps, nested_list, object_around, vector_list
 from gateway.api.schema import (
     EMBEDDINGS_HEADERS,
     EXPECT_SPACE,
@@ -20,8 +23,7 @@ from gateway.api.schema import (
     ModelList,
     responses,
 )
-from gateway.api.token_ids import TokenIdDecoder
-from gateway.api.token_vectors import write_token_vectors
+from gateway.api.token_ids import MAX_IDS, TokenIds
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -42,6 +44,10 @@ _PATHS_WITH_MODEL = (
     "/tei/{model:path}/v1/embeddings",
     "/tei/{model:path}/embeddings",
 )
+Item: TypeAlias = str | TokenIds
+"""One input: a text, or the token ids of one."""
+
+_BYTES_PER_ID = 8
 _REQUEST = {
     "parameters": [EXPECT_SPACE],
     "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
@@ -50,9 +56,8 @@ _REQUEST = {
 
 def openai_router(exchange: Exchange) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
-    deployment, settings = exchange.deployment, exchange.settings
+    deployment = exchange.deployment
     router = APIRouter(tags=["OpenAI"])
-    decoder = TokenIdDecoder(settings.tiktoken_cache_dir)
 
     async def embeddings(request: Request) -> Response:
         """Embed one text or many. The same path without `/v1` works as well."""
@@ -64,8 +69,7 @@ def openai_router(exchange: Exchange) -> APIRouter:
 
     async def embed(request: Request, model: str | None) -> Response:
         ticket = await exchange.admit(request)
-        body = EmbeddingsBody.parse(parse_object(await request.body()))
-        texts = parse_input(body.input, settings.max_inputs, decoder)
+        body, texts = await _read(exchange, request)
         wanted = replace(
             exchange.begin(request, texts, model or body.model, body.user),
             task=body.wanted_task,
@@ -77,8 +81,10 @@ def openai_router(exchange: Exchange) -> APIRouter:
             encoding=body.wanted_encoding,
         )
         answer = await exchange.embed(request, ticket, wanted)
-        multivectors = await write_token_vectors(answer.multivectors or ())
-        return exchange.respond(request, answer, lambda: render_answer(answer, body.wanted_encoding, multivectors))
+        encoding = body.wanted_encoding
+        return await exchange.respond(
+            request, answer, lambda: answer_parts(answer, encoding), has_length=encoding is not Encoding.FLOAT
+        )
 
     async def list_models(request: Request) -> Response:
         """List every model and experiment that the key may use, ready or not."""
@@ -134,7 +140,23 @@ def openai_router(exchange: Exchange) -> APIRouter:
 # ------------------------------------------------------------------------------------------------------------ input
 
 
-def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[str]:
+async def _read(exchange: Exchange, request: Request) -> tuple[EmbeddingsBody, list[str]]:
+    """Read the body of a request, and the texts in it."""
+
+    def parse(content: dict[str, Json]) -> tuple[EmbeddingsBody, list[Item]]:
+        body = EmbeddingsBody.parse(content)
+        items = parse_input(body.input, exchange.settings.max_inputs)
+        body.input = None  # token ids are kept no longer than until they are decoded
+        return body, items
+
+    body, items = await exchange.read(request, parse)
+    num_ids = sum(len(item.ids) for item in items if not isinstance(item, str))
+    if not num_ids:
+        return body, decode_items(items)
+    return body, await exchange.in_turn(request, _BYTES_PER_ID * num_ids, lambda: decode_items(items))
+
+
+def parse_input(value: Json, max_inputs: int) -> list[Item]:
     """Read the union that ``input`` is: a text, texts, ``{"text": …}`` objects, or token ids.
 
     Raises:
@@ -146,23 +168,21 @@ def parse_input(value: Json, max_inputs: int, decoder: TokenIdDecoder) -> list[s
         raise BadInput(f"`input` must be a string or a list of strings, got {describe(value)}", param="input")
     if not value:
         raise BadInput("`input` is an empty list; send at least one text", param="input")
-    if (ids := _token_ids(value)) is not None:
-        return [decoder.decode(ids, "`input`")]
+    if (ids := _token_ids(value, "`input`")) is not None:
+        return [ids]
     if len(value) > max_inputs:
         raise BadInput(
             f"`input` has {len(value)} items, the limit is {max_inputs}: send several requests", param="input"
         )
-    return [
-        item if isinstance(item, str) else _parse_item(item, f"`input[{i}]`", decoder) for i, item in enumerate(value)
-    ]
+    return [item if isinstance(item, str) else _parse_item(item, f"`input[{i}]`") for i, item in enumerate(value)]
 
 
-def _parse_item(item: Json, where: str, decoder: TokenIdDecoder) -> str:
+def _parse_item(item: Json, where: str) -> Item:
     match item:
         case {"text": str(text)}:
             return text
-        case [_, *_] if (ids := _token_ids(item)) is not None:
-            return decoder.decode(ids, where)
+        case [_, *_] if (ids := _token_ids(item, where)) is not None:
+            return ids
         case _:
             raise BadInput(
                 f'{where} must be a string, {{"text": string}} or a list of token ids, got {describe(item)}',
@@ -170,39 +190,55 @@ def _parse_item(item: Json, where: str, decoder: TokenIdDecoder) -> str:
             )
 
 
-def _token_ids(items: list[Json]) -> list[int] | None:
-    """Return the items as token ids if all are integers; a bool is none."""
+def _token_ids(items: list[Json], where: str) -> TokenIds | None:
+    """Return the items as token ids if all are integers; a bool is none.
+
+    Raises:
+        BadInput: there are more than a text may have.
+    """
+    if isinstance(items[0], bool) or not isinstance(items[0], int | float):
+        return None
+    if len(items) > MAX_IDS:
+        raise BadInput(
+            f"{where} holds {len(items)} numbers, the limit is {MAX_IDS} token ids: send texts", param="input"
+        )
     ids: list[int] = []
     for item in map(integral, items):
         if isinstance(item, bool) or not isinstance(item, int):
             return None
         ids.append(item)
-    return ids
+    return TokenIds(ids, where)
+
+
+def decode_items(items: Iterable[Item]) -> list[str]:
+    """Return the texts of items, some of which are token ids.
+
+    Raises:
+        BadInput: they cannot be decoded.
+    """
+    return [item if isinstance(item, str) else item.decode() for item in items]
 
 
 # ----------------------------------------------------------------------------------------------------------- answer
 
 
-def render_answer(answer: EmbedAnswer, encoding: Encoding, multivectors: Sequence[orjson.Fragment] = ()) -> bytes:
-    """Write an answer as JSON; float32 in the shortest form that reads back exactly.
+def answer_parts(answer: EmbedAnswer, encoding: Encoding) -> Iterator[bytes]:
+    """Write an answer as JSON, part by part; float32 in the shortest form that reads back exactly."""
+    usage = {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens}
+    rows = nested_list(_rows(answer, encoding))
+    return object_around({"object": "list"}, "data", rows, {"model": answer.name, "usage": usage})
 
-    Args:
-        multivectors: those of each text, already written, if they were asked for.
-    """
-    rows: list[dict[str, object]] = [{"object": "embedding", "index": i} for i in range(len(answer.vectors))]
-    if answer.has_dense:
-        for row, vector in zip(rows, encode(answer.vectors, encoding), strict=True):
-            row["embedding"] = vector
-    for row, sparse in zip(rows, answer.sparse or (), strict=False):
-        row["sparse"] = {"indices": sparse.indices, "values": sparse.values}
-    for row, multivector in zip(rows, multivectors, strict=False):
-        row["multivector"] = multivector
-    return orjson.dumps(
-        {
-            "object": "list",
-            "data": rows,
-            "model": answer.name,
-            "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+
+def _rows(answer: EmbedAnswer, encoding: Encoding) -> Iterator[Iterable[bytes]]:
+    """Write what there is of each text."""
+    for i in range(answer.num_texts):
+        row: dict[str, object] = {"object": "embedding", "index": i}
+        if answer.has_dense:
+            [row["embedding"]] = encode(answer.vectors[i : i + 1], encoding)
+        if answer.sparse is not None:
+            row["sparse"] = {"indices": answer.sparse[i].indices, "values": answer.sparse[i].values}
+        written = dumps(row)
+        if answer.multivectors is None:
+            yield (written,)
+        else:
+            yield chain((written[:-1], b',"multivector":'), vector_list(answer.multivectors[i]), (b"}",))

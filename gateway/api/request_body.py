@@ -8,7 +8,7 @@ Anything else is a 400, with one message for all fields.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -19,6 +19,7 @@ from gateway.errors import BadInput
 # The second is what Infinity's own client sends when it is told of no model.
 _NO_MODEL = ("", "default/not-specified")
 
+MAX_USER_CHARS = 1_000
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
 # The words of Cohere, NVIDIA, Jina and TEI. ``True`` does not say where a text is cut.
@@ -61,6 +62,16 @@ def _direction(value: Json) -> Json:
 
 ModelName: TypeAlias = Annotated[str, AfterValidator(lambda name: None if name in _NO_MODEL else name)]
 """The name of a model; what means that none was named becomes ``None``."""
+
+
+def _short(value: Json) -> Json:
+    if isinstance(value, str) and len(value) > MAX_USER_CHARS:
+        raise ValueError
+    return value
+
+
+User: TypeAlias = Annotated[Any, AfterValidator(_short)]
+"""Whom a request is for, of any type; what is no string or number means nothing."""
 
 Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag)]
 """A boolean, also written as ``"True"``, ``"0"`` or ``1``."""

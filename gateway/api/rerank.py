@@ -5,15 +5,16 @@ A request with ``texts`` is one of TEI's, wherever it is sent: so are its answer
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.exchange import Exchange, timeout_s, unit_attribute
-from gateway.api.json_body import parse_object
+from gateway.api.exchange import Exchange, reserve_beside, timeout_s, unit_attribute
+from gateway.api.json_body import Json
+from gateway.api.pieces import object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
 from gateway.api.schema import RERANK_HEADERS
 from gateway.api.tei_headers import describe_work
@@ -72,28 +73,34 @@ def rerank_router(exchange: Exchange) -> APIRouter:
     def endpoint(dialect: Dialect) -> Endpoint:
         async def rerank(request: Request) -> Response:
             """Score texts against a query, the best first."""
+
+            def read(given: dict[str, Json]) -> tuple[RerankBody, list[str]]:
+                if given.get("texts") is not None:
+                    RequestContext.of(request).error_form = ErrorForm.TEI
+                elif dialect.is_tei:
+                    raise BadInput("`texts` is required", param="texts")
+                body = RerankBody.parse(given)
+                return body, body.wanted_documents(settings.max_inputs)
+
             ticket = await exchange.admit(request)
-            given = parse_object(await request.body())
-            if given.get("texts") is not None:
-                RequestContext.of(request).error_form = ErrorForm.TEI
-            elif dialect.is_tei:
-                raise BadInput("`texts` is required", param="texts")
-            body = RerankBody.parse(given)
-            texts = body.wanted_documents(settings.max_inputs)
+            body, texts = await exchange.read(request, read)
             wants_texts = body.wants_texts
             wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
             answer = await exchange.rerank(request, ticket, wanted)
             shows_texts = dialect.shows_documents and not body.is_tei if wants_texts is None else wants_texts
+            shown = texts if shows_texts else None
 
-            def render() -> bytes:
-                results = _results(answer.scores, texts if shows_texts else None, body, is_plain=dialect.is_plain)
-                context = RequestContext.of(request)
-                content = results if body.is_tei else _envelope(context.request_id, answer, results)
-                return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+            def parts() -> Iterator[bytes]:
+                results = value_list(_results(answer.scores, shown, body, is_plain=dialect.is_plain))
+                if body.is_tei:
+                    return results
+                before, after = _envelope(RequestContext.of(request).request_id, answer)
+                return object_around(before, "results", results, after)
 
             num_characters = len(texts) * len(body.query) + sum(map(len, texts))
             describe_times = describe_work(num_characters, answer.num_tokens) if body.is_tei else None
-            return exchange.respond(request, answer, render, describe_times)
+            num_bytes = answer.num_bytes + sum(map(sys.getsizeof, shown or ()))
+            return await exchange.respond(request, answer, parts, describe_times, num_bytes=num_bytes)
 
         return rerank
 
@@ -131,13 +138,14 @@ def _rerank_request(request: Request, body: RerankBody, texts: list[str], patien
         max_text_tokens=body.max_tokens_per_doc,
         attribute=unit_attribute(request, body.user),
         may_use=context.client.may_use,
+        reserve=reserve_beside(request, [body.query, *texts]),
     )
 
 
 def _results(
     scores: Vectors, texts: Sequence[str] | None, body: RerankBody, *, is_plain: bool
-) -> list[dict[str, object]]:
-    """Return the results, the best first, of equal ones the first in the request.
+) -> Iterator[dict[str, object]]:
+    """Yield the results, the best first, of equal ones the first in the request.
 
     Args:
         scores: ``(n,)`` float32, before any sigmoid.
@@ -146,15 +154,13 @@ def _results(
     """
     order = np.argsort(-scores, kind="stable")[: body.top_n]
     values = scores if body.raw_scores else _sigmoid(scores)
-    results: list[dict[str, object]] = []
     for i in order:
         result: dict[str, object] = {"index": int(i), "score" if body.is_tei else "relevance_score": values[i]}
         if texts is not None and body.is_tei:
             result["text"] = texts[i]
         elif texts is not None:
             result["document"] = texts[i] if is_plain else {"text": texts[i]}
-        results.append(result)
-    return results
+        yield result
 
 
 def _sigmoid(scores: Vectors) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -165,12 +171,8 @@ def _sigmoid(scores: Vectors) -> np.ndarray[tuple[int, ...], np.dtype[np.float64
     return probabilities
 
 
-def _envelope(request_id: str, answer: RerankAnswer, results: list[dict[str, object]]) -> dict[str, object]:
-    return {
-        "id": request_id,
-        "object": "rerank",
-        "model": answer.name,
-        "results": results,
-        "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
-        "meta": _META,
-    }
+def _envelope(request_id: str, answer: RerankAnswer) -> tuple[dict[str, object], dict[str, object]]:
+    """Return what stands before the results, and what after them."""
+    before: dict[str, object] = {"id": request_id, "object": "rerank", "model": answer.name}
+    usage = {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens}
+    return before, {"usage": usage, "meta": _META}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, RootModel, WithJsonSchem
 from gateway.api.json_body import Json, describe
 from gateway.api.request_body import (
     DIRECTION,
+    MAX_USER_CHARS,
     TRUNCATION,
     Direction,
     Flag,
@@ -16,6 +17,7 @@ from gateway.api.request_body import (
     PositiveInteger,
     RequestBody,
     Truncation,
+    User,
     wanted_truncation,
 )
 from gateway.api.schema import ErrorBody, Responses, Usage, only, responses
@@ -87,8 +89,10 @@ class RerankBody(RequestBody):
     max_tokens_per_doc: PositiveInteger | None = Field(
         None, description="Where each document is cut in any case.", title="a positive integer"
     )
-    user: Any = Field(
-        None, description="Whom the request is for: the unit of an experiment that is split by it, else ignored."
+    user: User = Field(
+        None,
+        description="Whom the request is for: the unit of an experiment that is split by it, else ignored.",
+        title=f"of at most {MAX_USER_CHARS} characters",
     )
 
     @property

@@ -10,6 +10,7 @@ from gateway.api.json_body import Json, describe
 from gateway.api.request_body import (
     DIRECTION,
     IN_ANY_CASE,
+    MAX_USER_CHARS,
     TRUNCATION,
     Direction,
     Flag,
@@ -17,6 +18,7 @@ from gateway.api.request_body import (
     PositiveInteger,
     RequestBody,
     Truncation,
+    User,
     wanted_truncation,
 )
 from gateway.embedding import Output, Truncate, canonical_task
@@ -47,6 +49,7 @@ _INPUT_SCHEMA = {
 _ENCODING = "`float`, `base64`, `binary` or `ubinary`"
 EncodingName = Annotated[Literal["float", "base64", "binary", "ubinary"], IN_ANY_CASE]
 OutputName = Annotated[Literal["dense", "sparse", "multivector"], IN_ANY_CASE]
+OutputNames = Annotated[list[OutputName], Field(min_length=1, max_length=16, fail_fast=True)]
 T = TypeVar("T", bool, int, str)
 
 
@@ -97,13 +100,15 @@ class EmbeddingsBody(RequestBody):
     late_chunking: Flag | None = Field(
         None, description="Embed the inputs as chunks of one document.", title="true or false"
     )
-    outputs: Annotated[list[OutputName], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
+    outputs: Annotated[OutputNames, BeforeValidator(_listed)] | None = Field(
         None,
         description="What to return for each text; `dense` by default.",
         title="a list of `dense`, `sparse`, `multivector`",
     )
-    user: Any = Field(
-        None, description="Whom the request is for: the unit of an experiment that is split by it, else ignored."
+    user: User = Field(
+        None,
+        description="Whom the request is for: the unit of an experiment that is split by it, else ignored.",
+        title=f"of at most {MAX_USER_CHARS} characters",
     )
 
     @property

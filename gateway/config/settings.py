@@ -169,6 +169,12 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
     )
+    memory_budget_bytes: int = Field(
+        default=512 * 1024 * 1024,
+        ge=64 * 1024 * 1024,
+        description="Bytes that all requests may hold together: bodies on their way in, texts and tokens that wait, answers "
+        "that have not been read; 503 beyond. One request may have half of it; 413 beyond.",
+    )
     max_inputs: int = Field(default=2048, ge=1, description="The most texts in one request; 400 beyond.")
     max_token_vectors: int = Field(
         default=32_768,
@@ -228,11 +234,6 @@ class Settings(BaseSettings):
     )
     exposure_log_backups: int = Field(
         default=5, ge=1, description="How many rotated exposure logs are kept; all of them are read at the start."
-    )
-    tiktoken_cache_dir: Path | None = Field(
-        default=None,
-        description="Folder with tiktoken's vocabularies, to decode inputs that are sent as token ids. Without it such "
-        "inputs are refused.",
     )
 
     @field_validator("admin_port")

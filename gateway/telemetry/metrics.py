@@ -114,6 +114,16 @@ SLOW_CONNECTIONS = Counter(
     ["side"],
     registry=REGISTRY,
 )
+MEMORY_RESERVED = Gauge(
+    "gateway_memory_reserved_bytes",
+    "Memory that requests hold, or are about to: bodies, texts and tokens that wait, answers that have not been read.",
+    registry=REGISTRY,
+)
+MEMORY_BUDGET = Gauge(
+    "gateway_memory_budget_bytes",
+    "How much they may hold together (`GATEWAY_MEMORY_BUDGET_BYTES`); requests beyond are refused (`memory_full`).",
+    registry=REGISTRY,
+)
 # What an alert waits for must be seen at 0 first: the first of a kind would not be an increase.
 for _outcome in ("ok", "refused"):
     RELOADS.labels(_outcome)

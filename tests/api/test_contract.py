@@ -6,14 +6,16 @@ import base64
 import json
 import re
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import tiktoken
 
+from gateway.api import token_ids
 from gateway.backends.fleet import Model
 from gateway.embedding import Truncate
 
@@ -210,7 +212,7 @@ async def test_every_text_that_json_can_hold_is_embedded(
         pytest.param(b'{"input": "a", "x": NaN}', "not valid JSON", id="NaN"),
         pytest.param(b'{"input": "a", "x": Infinity}', "not valid JSON", id="Infinity"),
         pytest.param(b'{"input": "a", "x": -Infinity}', "not valid JSON", id="-Infinity"),
-        pytest.param(rb'{"input": "\ud83d", "x": NaN}', "NaN is not a JSON number", id="NaN and a lone surrogate"),
+        pytest.param(rb'{"input": "\ud83d", "x": NaN}', "not valid JSON", id="NaN and a lone surrogate"),
         pytest.param(b'{"input": "a", "dimensions": 1e999}', "not valid JSON", id="a number beyond double"),
         pytest.param(b'{"input": ' + b"9" * 5000 + b"}", "not valid JSON", id="5,000 digits"),
         pytest.param(
@@ -220,8 +222,9 @@ async def test_every_text_that_json_can_hold_is_embedded(
         pytest.param(b'{"input": "\xed\xa0\xbd"}', "UTF-8", id="a surrogate as bytes"),
         pytest.param(b'{"input": "\xff \\ud83d"}', "UTF-8: byte 11 is 0xff", id="latin-1 and a lone surrogate"),
         pytest.param('{"input": "a"}'.encode("utf-16"), "UTF-8", id="UTF-16"),
-        pytest.param(b'{"input": ' + b"[" * 100_000, "not valid JSON", id="100,000 lists deep"),
-        pytest.param(rb'{"input": "\ud83d", "x": ' + b"[" * 100_000, "nested too deep", id="deep, surrogate"),
+        pytest.param(b'{"input": ' + b"[" * 100_000, "50000 lists and objects", id="100,000 lists deep"),
+        pytest.param(b'{"input": ' + b"[" * 2_000, "nested too deep", id="2,000 lists deep"),
+        pytest.param(rb'{"input": "\ud83d", "x": ' + b"[" * 2_000, "nested too deep", id="deep, surrogate"),
         pytest.param(
             rb'{"a": "\ud83d", "x": ' + b"[" * 200 + b"]" * 200 + b"}", "`input` is required", id="200 lists deep"
         ),
@@ -334,9 +337,9 @@ async def test_the_number_of_inputs_can_be_limited(connect: Connect, check_error
     ],
 )
 async def test_token_ids_are_decoded_where_the_vocabulary_is_at_hand(
-    connect: Connect, tiktoken_cache_dir: Path, vectors_of: VectorsOf, value: Any, texts: list[str]
+    connect: Connect, vectors_of: VectorsOf, value: Any, texts: list[str]
 ) -> None:
-    client = await connect(tiktoken_cache_dir=tiktoken_cache_dir)
+    client = await connect()
 
     response = await embed(client, input=value)
 
@@ -358,9 +361,9 @@ async def test_token_ids_are_decoded_where_the_vocabulary_is_at_hand(
     ],
 )
 async def test_ids_outside_of_the_vocabulary_are_refused(
-    connect: Connect, tiktoken_cache_dir: Path, check_error: CheckError, value: Any, where: str
+    connect: Connect, check_error: CheckError, value: Any, where: str
 ) -> None:
-    client = await connect(tiktoken_cache_dir=tiktoken_cache_dir)
+    client = await connect()
 
     message = check_error(await embed(client, input=value), 400, "invalid_input", param="input")
 
@@ -368,31 +371,49 @@ async def test_ids_outside_of_the_vocabulary_are_refused(
     assert "check_embedding_ctx_length=False" in message
 
 
+@pytest.fixture(params=["missing", "damaged"])
+def no_vocabulary(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put another package in the place of the one with the vocabulary."""
+    package = tmp_path / "another_vocabulary"
+    (package / "data").mkdir(parents=True)
+    if request.param == "damaged":
+        (package / "data" / "cl100k_base.tiktoken").write_bytes(b"IQ== 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(token_ids, "_PACKAGE", package.name)
+    token_ids._load.cache_clear()
+    yield
+    token_ids._load.cache_clear()
+
+
+@pytest.mark.usefixtures("no_vocabulary")
 @pytest.mark.parametrize("value", [[15339, 1917], [[15339, 1917]], ["a", [15339]], [-1]])
 async def test_token_ids_are_refused_without_the_vocabulary(
-    connect: Connect, tmp_path: Path, check_error: CheckError, value: Any
+    client: httpx.AsyncClient, check_error: CheckError, value: Any
 ) -> None:
     """They are never taken for ids of the served model."""
-    client = await connect(tiktoken_cache_dir=tmp_path)
-
     message = check_error(await embed(client, input=value), 400, "invalid_input", param="input")
 
-    assert "the cl100k_base vocabulary that they belong to is not at hand" in message
+    assert "the cl100k_base vocabulary that they belong to is not installed" in message
     assert "check_embedding_ctx_length=False" in message
 
 
-async def test_a_damaged_vocabulary_is_as_good_as_none(
-    connect: Connect, tmp_path: Path, check_error: CheckError
+def test_ids_are_decoded_as_tiktoken_does(tiktoken_cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tiktoken_cache_dir))
+    reference = tiktoken.get_encoding("cl100k_base")
+    ids = [*range(100_256), 100_257, 100_258, 100_259, 100_260, 100_276]
+
+    assert token_ids.TokenIds(ids, "").decode() == reference.decode(ids)
+    assert [token_ids.TokenIds([i], "").decode() for i in ids[::97]] == [reference.decode([i]) for i in ids[::97]]
+
+
+async def test_more_ids_than_a_text_may_have_are_refused_before_they_are_looked_at(
+    client: httpx.AsyncClient, check_error: CheckError
 ) -> None:
-    """tiktoken would delete the file, and download another."""
-    vocabulary = tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
-    vocabulary.write_bytes(b"IQ== 0\n")
-    client = await connect(tiktoken_cache_dir=tmp_path)
+    message = check_error(await embed(client, input=[1] * 100_000 + ["a"]), 400, "invalid_input", param="input")
+    assert message == "`input` holds 100001 numbers, the limit is 100000 token ids: send texts"
 
-    message = check_error(await embed(client, input=[15339]), 400, "invalid_input", param="input")
-
-    assert "is not at hand" in message
-    assert vocabulary.read_bytes() == b"IQ== 0\n"
+    message = check_error(await embed(client, input=["a", [1] * 100_001]), 400, "invalid_input", param="input")
+    assert message == "`input[1]` holds 100001 numbers, the limit is 100000 token ids: send texts"
 
 
 # ------------------------------------------------------------------------------------------------- fields: wrong types

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import middleware
 from gateway.access.keyring import Keyring
+from gateway.access.memory import MemoryBudget
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
@@ -425,7 +426,11 @@ async def test_an_answer_that_has_begun_is_cut_off_rather_than_mended(log_of_err
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise RuntimeError(SECRET)
 
-    transport = httpx.ASGITransport(middleware.GatewayMiddleware(half, Settings(), Keyring(Settings()), lambda: False))
+    settings = Settings()
+    guarded = middleware.GatewayMiddleware(
+        half, settings, Keyring(settings), lambda: False, MemoryBudget(settings.memory_budget_bytes)
+    )
+    transport = httpx.ASGITransport(guarded)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         with pytest.raises(RuntimeError, match=SECRET):
             await client.get("/v1/models")

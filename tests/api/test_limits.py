@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.http_protocol import BoundedProtocol
 
 Serve = Callable[..., AbstractContextManager[tuple[str, int]]]
 GET = b"GET /health/live HTTP/1.1\r\nhost: gateway\r\n"
@@ -132,6 +133,17 @@ def test_a_body_that_does_not_come_in_time_is_told_so(connections: Callable[...,
     error = json.loads(body)["error"]
     assert error["code"] == "body_timeout"
     assert error["message"].startswith(f"{len(sent)} bytes of the request body have come in 0.3 s")
+
+
+def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_any(
+    connections: Callable[..., socket.socket],
+) -> None:
+    slow = connections(body_timeout_s=0.5)
+    slow.sendall(POST)
+
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        send_slowly(slow, b" " * 200)  # ten seconds' worth
+    assert is_served(connections())
 
 
 def test_two_hundred_slow_clients_do_not_hold_up_another(connections: Callable[..., socket.socket]) -> None:
@@ -292,18 +304,32 @@ def test_an_answer_that_is_not_read_is_not_kept(serve: Serve, make_model: Callab
             answer_of(deaf)
 
 
-def test_an_answer_that_is_read_slowly_is_sent_to_its_end(serve: Serve, make_model: Callable[..., object]) -> None:
-    texts = json.dumps({"input": ["a"] * 256, "model": "mini"}).encode()
+def test_an_answer_that_is_read_slowly_is_sent_to_its_end(
+    serve: Serve, make_model: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is larger than what the sockets hold, so that the gateway has to wait for its client, and looks again and again."""
+    looks: list[int] = []
+    check_sent = BoundedProtocol._check_sent
+
+    def look(protocol: BoundedProtocol) -> None:
+        looks.append(protocol._unsent())
+        check_sent(protocol)
+
+    monkeypatch.setattr(BoundedProtocol, "_check_sent", look)
+    texts = json.dumps({"input": ["a"] * 2048, "model": "mini"}).encode()
     post = POST.replace(b"%d" % len(BODY), b"%d" % len(texts))
-    with serve(make_model("mini", width=1024), send_timeout_s=0.5) as address, socket.socket() as slow:
+    with serve(make_model("mini", width=2048), send_timeout_s=1) as address, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         slow.connect(address)
         slow.sendall(post + texts)
         answer = http.client.HTTPResponse(slow)
         answer.begin()
-        size, received = answer.length, 0
-        while chunk := answer.read(20_000):
-            received += len(chunk)
-            time.sleep(0.02)
+        received = []
+        while chunk := answer.read(400_000):
+            received.append(chunk)
+            if len(looks) < 2:
+                time.sleep(0.05)
 
-    assert received == size > 500_000
+    assert len(json.loads(b"".join(received))["data"]) == 2048
+    assert len(looks) >= 2
+    assert max(looks) > 0

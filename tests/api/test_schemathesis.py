@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,7 @@ def make_app() -> FastAPI:
         models=(entry, ranker_entry),
         aliases={"default": Alias(name="default", model="mini")},
     )
-    llama_index = importlib.util.find_spec("llama_index.core")
-    assert llama_index is not None
-    assert llama_index.origin is not None
-    vocabularies = Path(llama_index.origin).parent / "_static" / "tiktoken_cache"
-    return create_app(Deployment(registry, Settings(tiktoken_cache_dir=vocabularies), fleet))
+    return create_app(Deployment(registry, Settings(), fleet))
 
 
 def configure(*modes: schemathesis.GenerationMode, expected_statuses: list[str]) -> SchemathesisConfig:

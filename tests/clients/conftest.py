@@ -65,22 +65,15 @@ def _only_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway as `make run` starts it: no key, and no vocabulary for token ids."""
-    folder = tmp_path_factory.mktemp("gateway")
-    (folder / "empty").mkdir()
-    # Without it, the vocabulary would be looked for where tiktoken may have put it on this machine.
-    with running_gateway(folder, GATEWAY_TIKTOKEN_CACHE_DIR=str(folder / "empty")) as gateway:
+    """A gateway as `make run` starts it."""
+    with running_gateway(tmp_path_factory.mktemp("gateway")) as gateway:
         yield gateway
 
 
 @pytest.fixture(scope="session")
-def furnished_gateway(
-    _quiet_clients: None, tmp_path_factory: pytest.TempPathFactory, vocabulary: Path
-) -> Iterator[Gateway]:
-    """A gateway that asks for ``KEY`` and can read cl100k_base token ids."""
-    with running_gateway(
-        tmp_path_factory.mktemp("furnished"), GATEWAY_API_KEYS=KEY, GATEWAY_TIKTOKEN_CACHE_DIR=str(vocabulary)
-    ) as gateway:
+def furnished_gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway that asks for ``KEY``."""
+    with running_gateway(tmp_path_factory.mktemp("furnished"), GATEWAY_API_KEYS=KEY) as gateway:
         yield gateway
 
 

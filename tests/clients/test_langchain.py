@@ -1,4 +1,4 @@
-"""LangChain's OpenAIEmbeddings: as it comes, sending token ids, and with the setting that makes it send texts."""
+"""LangChain's OpenAIEmbeddings: as it comes, when it sends token ids, and with the setting that makes it send texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENTS = ["hello world", "", "日本 😀", "two\nlines"]
 
 @pytest.fixture
 def make_embeddings(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OpenAIEmbeddings]:
-    """Return a function that makes embeddings; LangChain has the vocabulary, which it would download otherwise."""
+    """Return a function that makes embeddings; LangChain would download the vocabulary."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabulary))
 
     def make(gateway: Gateway, **settings: Any) -> OpenAIEmbeddings:
@@ -37,7 +37,7 @@ def make_embeddings(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture
 def embeddings(gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings]) -> OpenAIEmbeddings:
-    return make_embeddings(gateway, check_embedding_ctx_length=False)
+    return make_embeddings(gateway)
 
 
 def test_texts_give_the_gateways_vectors(
@@ -65,46 +65,33 @@ def test_a_task_can_be_sent_with_a_call(embeddings: OpenAIEmbeddings) -> None:
 def test_dimensions_of_the_model_pass_and_others_do_not(
     gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings]
 ) -> None:
-    native = make_embeddings(gateway, check_embedding_ctx_length=False, dimensions=WIDTH)
-    other = make_embeddings(gateway, check_embedding_ctx_length=False, dimensions=512)
+    native = make_embeddings(gateway, dimensions=WIDTH)
+    other = make_embeddings(gateway, dimensions=512)
 
     assert len(native.embed_query("hello")) == WIDTH
     with pytest.raises(openai.BadRequestError, match="`dimensions` is 512"):
         other.embed_query("hello")
 
 
-def test_as_it_comes_it_is_told_what_to_set(gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings]) -> None:
-    """It sends token ids of a vocabulary that this gateway does not have."""
-    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
-        make_embeddings(gateway).embed_query("hello world")
-
-
-def test_as_it_comes_it_works_with_a_gateway_that_has_the_vocabulary(
-    furnished_gateway: Gateway,
-    make_embeddings: Callable[..., OpenAIEmbeddings],
-    assert_same_vectors: Callable[..., None],
+async def test_ids_give_the_vectors_that_texts_give(
+    gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings], assert_same_vectors: Callable[..., None]
 ) -> None:
-    as_ids = make_embeddings(furnished_gateway)
-    as_texts = make_embeddings(furnished_gateway, check_embedding_ctx_length=False)
+    as_ids, as_texts = make_embeddings(gateway), make_embeddings(gateway, check_embedding_ctx_length=False)
 
     assert_same_vectors(as_ids.embed_documents(DOCUMENTS), as_texts.embed_documents(DOCUMENTS))
-    assert_same_vectors([as_ids.embed_query("hello world")], [as_texts.embed_query("hello world")])
+    assert_same_vectors(await as_ids.aembed_documents(DOCUMENTS), as_texts.embed_documents(DOCUMENTS))
 
 
-async def test_async_as_it_comes_it_works_with_a_gateway_that_has_the_vocabulary(
-    furnished_gateway: Gateway,
-    make_embeddings: Callable[..., OpenAIEmbeddings],
-    assert_same_vectors: Callable[..., None],
-) -> None:
-    as_ids = make_embeddings(furnished_gateway)
-    as_texts = make_embeddings(furnished_gateway, check_embedding_ctx_length=False)
+def test_long_documents_work_as_well(gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings]) -> None:
+    """They come in several inputs of 8,191 ids each, whose vectors LangChain averages."""
+    [vector] = make_embeddings(gateway).embed_documents(["a long document, word by word " * 5_000])
 
-    assert_same_vectors(await as_ids.aembed_documents(DOCUMENTS), await as_texts.aembed_documents(DOCUMENTS))
+    assert len(vector) == WIDTH
 
 
-def test_ids_outside_of_the_vocabulary_are_a_bad_request(furnished_gateway: Gateway) -> None:
+def test_ids_outside_of_the_vocabulary_are_a_bad_request(gateway: Gateway) -> None:
     with (
-        openai.OpenAI(base_url=furnished_gateway.base_url, api_key=KEY) as client,
+        openai.OpenAI(base_url=gateway.base_url, api_key=KEY) as client,
         pytest.raises(openai.BadRequestError, match=r"not in the cl100k_base vocabulary \(0 to 100276\)"),
     ):
         client.embeddings.create(model=MODEL, input=[[15339, 1_000_000]])

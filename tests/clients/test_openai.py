@@ -144,12 +144,12 @@ def test_late_chunking_gives_each_chunk_a_vector_of_its_own(client: OpenAI) -> N
     assert together.data[1].embedding != apart.data[1].embedding  # the second chunk has seen the first
 
 
-@pytest.mark.parametrize("ids", [[15339, 1917], [[15339, 1917], [9080]]])
-def test_token_ids_without_a_vocabulary_are_a_bad_request_that_says_what_to_set(client: OpenAI, ids: list[int]) -> None:
-    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False") as caught:
-        client.embeddings.create(model=MODEL, input=ids)
+def test_token_ids_are_read_as_those_of_openai(client: OpenAI) -> None:
+    by_ids = client.embeddings.create(model=MODEL, input=[[15339, 1917], [9080]])
+    by_texts = client.embeddings.create(model=MODEL, input=["hello world", "日"])
 
-    assert caught.value.param == "input"
+    assert by_ids.usage == by_texts.usage
+    assert by_ids.data[0].embedding == pytest.approx(by_texts.data[0].embedding, abs=1e-3)
 
 
 def test_an_empty_list_is_a_bad_request_rather_than_an_answer_that_the_client_cannot_read(client: OpenAI) -> None:

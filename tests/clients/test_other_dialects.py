@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,8 +71,13 @@ def test_azure_openai(
 # LangChain has no way to close its connections.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_langchain_s_azure_embeddings(
-    furnished_gateway: Gateway, truth: Callable[[Sequence[str]], np.ndarray], assert_same_vectors: AssertSame
+    furnished_gateway: Gateway,
+    truth: Callable[[Sequence[str]], np.ndarray],
+    assert_same_vectors: AssertSame,
+    vocabulary: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabulary))
     from langchain_openai import AzureOpenAIEmbeddings
 
     embeddings = AzureOpenAIEmbeddings(
@@ -79,7 +85,6 @@ def test_langchain_s_azure_embeddings(
         azure_deployment=MODEL,
         api_key=KEY,
         api_version=AZURE_VERSION,
-        check_embedding_ctx_length=False,
     )
 
     assert_same_vectors(np.array(embeddings.embed_documents(DOCUMENTS)), truth(DOCUMENTS))

@@ -26,7 +26,6 @@ def test_nothing_set_gives_the_defaults() -> None:
     assert (settings.request_timeout_s, settings.shutdown_grace_s, settings.cpu_threads) == (300.0, 30.0, 0)
     assert (settings.log_level, settings.log_format) == ("info", "auto")
     assert settings.api_keys == ()
-    assert settings.tiktoken_cache_dir is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,6 @@ def test_nothing_set_gives_the_defaults() -> None:
         ("cpu_threads", "4", 4),
         ("log_level", "DEBUG", "debug"),
         ("log_format", "json", "json"),
-        ("tiktoken_cache_dir", "/var/cache/tiktoken", Path("/var/cache/tiktoken")),
     ],
 )
 def test_a_variable_sets_its_field(name: str, text: str, value: object) -> None:

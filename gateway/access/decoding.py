@@ -1,0 +1,129 @@
+"""Decode a request's body that came compressed, piece by piece, so that a small body cannot become a huge one at once."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import zstandard
+
+from gateway.errors import BadInput, UnsupportedEncoding
+
+SUPPORTED = ("gzip", "deflate", "zstd")
+_NO_CODING = frozenset(("", "identity"))
+_PIECE_BYTES = 256 * 1024
+# zstd cannot be told how much to put out. 4 bytes can stand for 128 KiB, so that this many stand for 16 MiB at most.
+_ZSTD_INPUT_BYTES = 512
+# The largest window that a zstd body may ask for, by RFC 9659.
+_ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
+
+
+class Decoder(Protocol):
+    """Turns what has come into what was meant."""
+
+    memory_bytes: int
+    """The most that it holds itself."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield what comes of further bytes, in pieces.
+
+        Raises:
+            BadInput: they are not what they are said to be.
+        """
+
+    def finish(self) -> None:
+        """Note that nothing more comes.
+
+        Raises:
+            BadInput: something is missing.
+        """
+
+
+def decoder_for(content_encoding: str) -> Decoder | None:
+    """Return what decodes a body; ``None`` for one that came as it is.
+
+    Args:
+        content_encoding: the header.
+
+    Raises:
+        UnsupportedEncoding: it names something else than what is supported, or several codings.
+    """
+    codings = [coding for part in content_encoding.split(",") if (coding := part.strip().lower()) not in _NO_CODING]
+    match codings:
+        case []:
+            return None
+        case ["gzip" | "x-gzip" | "deflate" as name]:
+            return _Zlib(name)
+        case ["zstd"]:
+            return _Zstd()
+        case _:
+            raise UnsupportedEncoding(
+                f"`Content-Encoding: {content_encoding[:100]}` is not supported; one of {', '.join(SUPPORTED)} is, or none"
+            )
+
+
+class _Zlib:
+    """gzip, and deflate with zlib's frame, as RFC 9110 has it, or without, as some clients send it."""
+
+    memory_bytes = 64 * 1024
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._begin = b""
+        self._inflater = None if name == "deflate" else zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        if self._inflater is None:
+            self._begin += data
+            if len(self._begin) < 2:
+                return
+            # A zlib frame: method 8, and a header that is a multiple of 31 (RFC 1950, section 2.2).
+            has_frame = self._begin[0] & 0x0F == 8 and int.from_bytes(self._begin[:2], "big") % 31 == 0
+            self._inflater = zlib.decompressobj(zlib.MAX_WBITS if has_frame else -zlib.MAX_WBITS)
+            data, self._begin = self._begin, b""
+        inflater = self._inflater
+        has_more = bool(data)
+        while has_more and not inflater.eof:
+            try:
+                piece = inflater.decompress(data, _PIECE_BYTES)
+            except zlib.error as error:
+                raise _broken(self._name, str(error)) from None
+            data = inflater.unconsumed_tail
+            has_more = bool(data) or len(piece) == _PIECE_BYTES  # all may be taken in, and not all put out
+            if piece:
+                yield piece
+        if data or inflater.unused_data:
+            raise _broken(self._name, "something follows its end")
+
+    def finish(self) -> None:
+        if self._inflater is None or not self._inflater.eof:
+            raise _broken(self._name, "it is cut short")
+
+
+class _Zstd:
+    memory_bytes = _ZSTD_WINDOW_BYTES
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        for first in range(0, len(data), _ZSTD_INPUT_BYTES):
+            if self._frame.eof:
+                raise _broken("zstd", "something follows its end")
+            try:
+                piece = self._frame.decompress(data[first : first + _ZSTD_INPUT_BYTES])
+            except zstandard.ZstdError as error:
+                raise _broken("zstd", str(error)) from None
+            if piece:
+                yield piece
+        if self._frame.unused_data:
+            raise _broken("zstd", "something follows its end")
+
+    def finish(self) -> None:
+        if not self._frame.eof:
+            raise _broken("zstd", "it is cut short")
+
+
+def _broken(name: str, why: str) -> BadInput:
+    return BadInput(f"the request body is not valid {name}, which `Content-Encoding` says it is: {why}")

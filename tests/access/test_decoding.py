@@ -1,0 +1,105 @@
+"""Compressed bodies are decoded piece by piece; what cannot be is said."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import zlib
+from collections.abc import Callable
+
+import pytest
+import zstandard
+
+from gateway.access.decoding import decoder_for
+from gateway.errors import BadInput, UnsupportedEncoding
+
+TEXT = b'{"input": "' + bytes(random.Random(3).choices(range(32, 127), k=300_000)) + b'"}'
+
+
+def raw_deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return compressor.compress(data) + compressor.flush()
+
+
+CODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "GZIP": gzip.compress,
+    "deflate": zlib.compress,
+    " deflate, identity": raw_deflate,
+    "zstd": zstandard.compress,
+}
+
+
+def decoded(coding: str, data: bytes, step: int = 1 << 16) -> bytes:
+    decoder = decoder_for(coding)
+    assert decoder is not None
+    pieces = [piece for first in range(0, len(data), step) for piece in decoder.feed(data[first : first + step])]
+    decoder.finish()
+    return b"".join(pieces)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("step", [1, 7, 1000, 1 << 20])
+def test_what_was_compressed_comes_back(coding: str, step: int) -> None:
+    text = TEXT if step > 7 else TEXT[:5000]
+
+    assert decoded(coding, CODINGS[coding](text), step) == text
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("text", [b"", b"a", b"a" * (256 * 1024), b"a" * (256 * 1024 + 1)])
+def test_it_ends_where_it_ends(coding: str, text: bytes) -> None:
+    assert decoded(coding, CODINGS[coding](text)) == text
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "zstd"])
+def test_a_bomb_comes_in_pieces(coding: str) -> None:
+    bomb = CODINGS[coding](bytes(200_000_000))
+    decoder = decoder_for(coding)
+    assert decoder is not None
+
+    pieces = decoder.feed(bomb)
+
+    assert max(len(next(pieces)) for _ in range(3)) <= 17_000_000
+    assert len(bomb) < 300_000
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "cut short"),
+        (lambda data: data[:1], "cut short"),
+        (lambda data: data + b"{}", "something follows its end"),
+        (lambda data: data + data, "something follows its end"),
+        (lambda data: b"{" + data, "is not valid"),
+        (lambda _data: TEXT, "is not valid"),
+    ],
+)
+def test_what_is_broken_is_said_to_be(coding: str, damage: Callable[[bytes], bytes], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        decoded(coding, damage(CODINGS[coding](TEXT)))
+
+
+def test_a_frame_that_asks_for_a_large_window_is_refused() -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    data = compressor.compress(TEXT) + compressor.flush()
+
+    with pytest.raises(BadInput, match="not valid zstd"):
+        decoded("zstd", data)
+
+
+@pytest.mark.parametrize("coding", ["", "identity", "Identity", ",", "identity, identity"])
+def test_no_coding_is_none(coding: str) -> None:
+    assert decoder_for(coding) is None
+
+
+@pytest.mark.parametrize("coding", ["br", "compress", "gzip, gzip", "gzip, zstd", "utf-8", "x" * 1000])
+def test_others_are_refused_with_those_that_are_supported(coding: str) -> None:
+    with pytest.raises(UnsupportedEncoding, match="one of gzip, deflate, zstd is, or none") as raised:
+        decoder_for(coding)
+
+    assert raised.value.status == 415
+    assert len(raised.value.message) < 300

@@ -1,0 +1,123 @@
+"""One thread does the work of all clients, a piece at a time, and no client waits for all of another's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from gateway.access.turns import Turns
+
+
+@pytest.fixture
+def turns() -> Turns:
+    return Turns("test")
+
+
+class Recorder:
+    """Work that waits until it may go on, and notes in which order it was done."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self.done: list[str] = []
+        self.may_go_on = threading.Event()
+
+    async def hold(self) -> asyncio.Task[None]:
+        """Take the thread, so that what comes after it has to wait."""
+        task = asyncio.create_task(self._turns.run("holder", 1, lambda: self.may_go_on.wait(10) and None))
+        await asyncio.sleep(0)
+        return task
+
+    def add(self, name: str, cost: int) -> asyncio.Task[None]:
+        return asyncio.create_task(self._turns.run(name[0], cost, lambda: self.done.append(name)))
+
+
+async def test_it_returns_what_the_work_returns_and_raises_what_it_raises(turns: Turns) -> None:
+    assert await turns.run("a", 1, threading.current_thread) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        await turns.run("a", 1, lambda: 1 // 0)
+    assert await turns.run("a", 1, lambda: 5) == 5
+
+
+async def test_clients_take_turns(turns: Turns) -> None:
+    work = Recorder(turns)
+    held = await work.hold()
+    tasks = [work.add(name, 10) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+
+    await asyncio.gather(held, *tasks)
+
+    assert work.done == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+
+
+async def test_a_client_with_large_work_waits_for_those_with_small(turns: Turns) -> None:
+    work = Recorder(turns)
+    held = await work.hold()
+    tasks = [work.add(name, cost) for name, cost in (("a1", 100), ("a2", 100), *((f"b{i}", 30) for i in range(4)))]
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+
+    await asyncio.gather(held, *tasks)
+
+    assert work.done == ["a1", "b0", "b1", "b2", "b3", "a2"]
+
+
+async def test_who_comes_late_is_not_served_for_the_time_that_it_was_away(turns: Turns) -> None:
+    work, later = Recorder(turns), Recorder(turns)
+    held = await work.hold()
+    tasks = [work.add(f"a{i}", 10) for i in range(5)]
+    tasks.append(asyncio.create_task(turns.run("a", 10, lambda: later.may_go_on.wait(10) and None)))
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+    await asyncio.gather(held, *tasks[:5])
+    late = [later.add(name, 10) for name in ("b0", "b1", "b2", "a7", "a8", "a9")]
+    await asyncio.sleep(0)
+    later.may_go_on.set()
+
+    await asyncio.gather(tasks[5], *late)
+
+    assert later.done == ["b0", "b1", "a7", "b2", "a8", "a9"]
+
+
+async def test_who_has_gone_has_no_turn_and_keeps_nobody_waiting(turns: Turns) -> None:
+    work = Recorder(turns)
+    held = await work.hold()
+    tasks = [work.add(name, 1) for name in ("a1", "b1", "c1")]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+
+    await asyncio.gather(held, *tasks, return_exceptions=True)
+
+    assert work.done == ["a1", "c1"]
+    assert await turns.run("d", 1, lambda: 1) == 1
+
+
+async def test_a_turn_that_comes_as_its_client_goes_is_passed_on(turns: Turns) -> None:
+    work = Recorder(turns)
+    held = await work.hold()
+    tasks = [work.add(name, 1) for name in ("a1", "b1")]
+    await asyncio.sleep(0)
+    held.add_done_callback(lambda _held: tasks[0].cancel())
+    work.may_go_on.set()
+
+    await asyncio.gather(held, *tasks, return_exceptions=True)
+
+    assert work.done[-1] == "b1"
+    assert await turns.run("d", 1, lambda: 1) == 1
+
+
+async def test_clients_that_came_once_are_forgotten(turns: Turns) -> None:
+    work = Recorder(turns)
+    held = await work.hold()
+    tasks = [work.add(chr(1000 + i), 1) for i in range(500)]
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+    await asyncio.gather(held, *tasks)
+
+    assert len(work.done) == 500
+    assert not turns._given
+    assert not turns._waiting
