@@ -468,6 +468,17 @@ CONFLICT_CASES = [
         "aliases",
         "must be a mapping of keys to values, got a list",
     ),
+    Case(
+        "a space at third hand",
+        "version: 1\nmodels:\n"
+        "  - {id: a, source: package:v}\n"
+        "  - {id: b, source: n, backend: tei, upstream: {urls: [http://b]}, same_space_as: a}\n"
+        "  - {id: c, source: n, backend: tei, upstream: {urls: [http://c]}, same_space_as: b}\n",
+        5,
+        83,
+        "models[2].same_space_as",
+        "must be a model whose space is its own, and `b` has that of another one",
+    ),
     Case("unset target", VALID + "  x: ${X}\n", 17, 6, "aliases.x", "variable `X` is not set"),
 ]
 

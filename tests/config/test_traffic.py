@@ -142,6 +142,7 @@ E = "experiments[0]"
             ("two, weight: 10", "one, weight: 10"), f"6:7 {E}.arms: has two arms called `one`; give", id="same arms"
         ),
         pytest.param(("90}", "0}"), None, id="a weight of 0 is fine"),
+        pytest.param((EXPERIMENT[-60:], EXPERIMENT[-60:].replace("90", "0.5").replace("10", "0.5")), None, id="halves"),
         pytest.param(("weight: 90", "weight: -1"), f"6:30 {E}.arms[0].weight: must be at least 0", id="negative"),
         pytest.param(
             ("weight: 90", "weight: .inf"), f"6:30 {E}.arms[0].weight: must be a finite number", id="infinite"
@@ -155,6 +156,11 @@ E = "experiments[0]"
         ),
         pytest.param(
             ("model: two", "model: 'two:query'"), f"7:17 {E}.arms[1].model: must be a model id alone", id="id:task"
+        ),
+        pytest.param(
+            ("model: two", "model: 'deux:query'"),
+            f"7:17 {E}.arms[1].model: is not a model of this file, got `deux:query`",
+            id="task of no model",
         ),
     ],
 )
@@ -181,6 +187,11 @@ def test_what_is_wrong_with_an_experiment_is_told_with_its_place(
             EXPERIMENT + EXPERIMENT.partition("\n")[2], "8:9 experiments[1].id: must be unique", id="id twice"
         ),
         pytest.param("shadows:\n  - {of: on, to: two}\n", "2:10 shadows[0].of: is no model, alias or", id="of"),
+        pytest.param(
+            "shadows:\n  - {of: zzzz, to: two}\n",
+            "2:10 shadows[0].of: is no model, alias or experiment, got `zzzz`; names: `one`",
+            id="of nothing like a name",
+        ),
         pytest.param("shadows:\n  - {of: one, to: named}\n", "2:19 shadows[0].to: must be a model id", id="to"),
         pytest.param("shadows:\n  - {of: default, to: one}\n", "2:23 shadows[0].to: is the model that", id="itself"),
         pytest.param(
@@ -208,6 +219,15 @@ def test_an_alias_cannot_stand_for_an_experiment(tmp_path: Path) -> None:
     path.write_text(MODELS + "  chained: exp\n" + EXPERIMENT, encoding="utf-8")
 
     with pytest.raises(ConfigError, match=r"aliases\.chained: must be a model id, and `exp` is an experiment"):
+        load_registry(path, {})
+
+
+def test_an_experiment_cannot_be_called_as_the_source_of_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    hub = MODELS.replace("source: ./one", f"source: owner/one, revision: {'0' * 40}")
+    path.write_text(hub + EXPERIMENT.replace("id: exp", "id: Owner/One"), encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=r"experiments\[0\]\.id: is the source of `one`, which answers to it already"):
         load_registry(path, {})
 
 

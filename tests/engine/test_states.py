@@ -44,6 +44,7 @@ def test_padding_is_dropped(lengths: list[int]) -> None:
     assert [text.shape[0] for text in states.texts()] == lengths
     assert all(torch.equal(a, b) for a, b in zip(states.texts(), texts_of(lengths), strict=True))
     assert states.starts == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert states.num_padding == len(lengths) * max(lengths) - sum(lengths)
 
 
 def test_a_batch_that_is_padded_beyond_its_longest_text() -> None:

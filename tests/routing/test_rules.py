@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from gateway.backends.fleet import Fleet, Model
-from gateway.config.registry import Arm, Experiment, Registry, Shadow
-from gateway.embedding import ModelKind
-from gateway.routing.rules import broken_rules, name_spaces
+from gateway.config.registry import Alias, Arm, Experiment, Registry, Shadow
+from gateway.embedding import ModelKind, ModelState
+from gateway.routing.rules import broken_rules, moved_names, name_spaces
 
 MakeModel = Callable[..., Model]
 Put = Callable[..., tuple[Registry, Fleet]]
@@ -66,6 +67,131 @@ def test_a_model_of_the_other_kind_is_no_fallback(put: Put) -> None:
     [problem] = broken_rules(*put(fallbacks={"ranker": ("mini",)}))
 
     assert problem.startswith("'mini' cannot be a fallback of 'ranker': ")
+
+
+def test_a_model_that_embeds_may_shadow_another(put: Put) -> None:
+    assert broken_rules(*put(shadows=[Shadow(of="mini", to="other", sample=1.0)])) == []
+
+
+# -------------------------------------------------------------------------------------------- arms, aliases and names
+
+TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: ", "separation": "s: "}
+Tasks = tuple[str | None, str | None]
+ALIASES = (Alias(name="both", model="two"), Alias(name="apart", model="two", task="separation"))
+
+
+@pytest.fixture
+def split(make_model: MakeModel) -> Put:
+    """Return a function that makes an experiment of kind ``same_space``, by default of twins; ``more`` is of ``two``."""
+    twin = {"fingerprint": "a" * 64, "tasks": TASKS, "default_task": "retrieval.query"}
+
+    def split(
+        arm_tasks: Tasks = (None, None), arms: str = "one two", aliases: Sequence[Alias] = (), **more: object
+    ) -> tuple[Registry, Fleet]:
+        models = [make_model("one", **twin), make_model("two", **{**twin, **more})]
+        models.append(make_model("unread", state=ModelState.FAILED))
+        known = tuple(
+            Arm(name=f"arm-{i}", model=model, task=task, weight=1)
+            for i, (model, task) in enumerate(zip(arms.split(), arm_tasks, strict=True))
+        )
+        registry = Registry(
+            path=Path("models.yaml"),
+            version=1,
+            models=tuple(model.entry for model in models),
+            experiments=(Experiment(id="exp", kind="same_space", arms=known),),
+            aliases={alias.name: alias for alias in aliases},
+        )
+        return registry, Fleet(models)
+
+    return split
+
+
+@pytest.mark.parametrize(
+    ("tasks", "arms"),
+    [
+        ((None, None), "one two"),
+        (("retrieval.query", "retrieval.passage"), "one two"),
+        ((None, "retrieval.passage"), "one two"),
+        (("separation", None), "one unread"),
+        ((None, "separation"), "unread one"),
+    ],
+)
+def test_arms_of_one_space_are_fine(split: Put, tasks: Tasks, arms: str) -> None:
+    """Queries and passages share one; what cannot be read breaks nothing yet."""
+    assert broken_rules(*split(tasks, arms)) == []
+
+
+@pytest.mark.parametrize("tasks", [("separation", "retrieval.query"), ("separation", None), (None, "separation")])
+@pytest.mark.parametrize("arms", ["one two", "one one"])
+def test_arms_with_tasks_of_different_spaces_are_not_of_one_space(split: Put, tasks: Tasks, arms: str) -> None:
+    [problem] = broken_rules(*split(tasks, arms))
+
+    assert re.fullmatch(
+        r"the arms of experiment 'exp' are not of one space: arm-0 is in space one@\w{12}, and arm-1 in \w{3}@\w{12}; say "
+        "`kind: cross_space` if that is meant",
+        problem,
+    )
+
+
+def test_an_arm_that_would_cut_the_texts_of_the_control_is_told(split: Put) -> None:
+    assert broken_rules(*split(max_tokens=512)) == []
+    [problem] = broken_rules(*split(max_tokens=100))
+
+    assert "two would cut texts to 100 tokens, and one to 256" in problem
+
+
+def test_a_longer_model_may_be_a_fallback_and_a_shorter_one_not(make_model: MakeModel) -> None:
+    models = [make_model("long", fingerprint="a" * 64), make_model("short", fingerprint="a" * 64, max_tokens=16)]
+
+    def broken(fallbacks: dict[str, tuple[str, ...]]) -> list[str]:
+        entries = tuple(model.entry for model in models)
+        registry = Registry(path=Path("models.yaml"), version=1, models=entries, fallbacks=fallbacks)
+        return broken_rules(registry, Fleet(models))
+
+    assert broken({"short": ("long",)}) == []
+    assert broken({"long": ("short",)}) == [
+        "'short' cannot be a fallback of 'long': short would cut texts to 16 tokens, and long to 256"
+    ]
+
+
+def moved(before: tuple[Registry, Fleet], after: tuple[Registry, Fleet]) -> dict[str, str]:
+    """Return why each name that moved is refused, by the name."""
+    problems = moved_names(name_spaces(*before), *after)
+    return {problem.split("'")[1]: problem for problem in problems}
+
+
+def test_a_name_moves_when_any_of_its_tasks_does(split: Put) -> None:
+    """The instruction of one task changes, which is not the default one."""
+    before = split(aliases=ALIASES)
+    assert moved(before, before) == {}
+
+    found = moved(before, split(aliases=ALIASES, tasks={**TASKS, "separation": "apart: "}))
+
+    assert found.keys() == {"two", "owner/two", "both", "apart"}
+    assert "(task separation): vectors stored under" in found["both"]
+    assert "(task" not in found["apart"]
+    assert "set `allow_space_change: true` on it" in found["two"]
+
+
+def test_a_name_that_may_move_moves(split: Put) -> None:
+    allowed = [alias.model_copy(update={"allow_space_change": True}) for alias in ALIASES]
+
+    found = moved(split(aliases=ALIASES), split(aliases=allowed, fingerprint="b" * 64))
+
+    assert found.keys() == {"two", "owner/two"}
+
+
+def test_an_experiment_of_one_space_moves_with_its_control(split: Put) -> None:
+    found = moved(split(arms="two one"), split(arms="two one", fingerprint="b" * 64))
+
+    assert found.keys() == {"two", "owner/two", "exp"}
+
+
+def test_tasks_that_come_or_go_move_no_name(split: Put) -> None:
+    more = {**TASKS, "classification": "c: "}
+
+    assert moved(split(), split(tasks=more)) == {}
+    assert moved(split(tasks=more), split()) == {}
 
 
 def test_a_reranker_has_no_space_to_keep(put: Put) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gateway.backends.fake import fake_info
 from gateway.embedding import ModelInfo, Output
-from gateway.routing.spaces import is_same_space, space_id
+from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
 
 TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": "match: ", "separation": ""}
 JINA = fake_info("jina", width=32, dimensions=(32, 16), tasks=TASKS, default_task="text-matching")
@@ -107,3 +107,76 @@ def test_the_instruction_of_a_model_without_tasks_changes_its_space() -> None:
 def test_only_the_hash_decides_whether_spaces_are_the_same(one: str, other: str, expected: bool) -> None:
     assert is_same_space(one, other) is expected
     assert is_same_space(other, one) is expected
+
+
+# ------------------------------------------------------------------------------------------------------- standing in
+
+
+def changed(info: ModelInfo = JINA, **changes: object) -> ModelInfo:
+    return dataclasses.replace(info, id="other", **changes)  # type: ignore[arg-type]
+
+
+def test_each_task_has_its_space_and_a_request_without_one_that_of_the_default() -> None:
+    assert spaces_by_task(JINA) == {task: space(JINA, task) for task in TASKS}
+    assert spaces_by_task(dataclasses.replace(JINA, default_task=None)).keys() == {*TASKS, None}
+    assert spaces_by_task(PLAIN) == {None: space(PLAIN, None, 8)}
+
+
+@pytest.mark.parametrize("info", [JINA, PLAIN], ids=["tasks", "no tasks"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"max_tokens": 512},
+        {"outputs": (Output.DENSE, Output.SPARSE)},
+        {"dimensions": (32, 16, 8, 4)},
+        {"device": "cuda:0", "dtype": "float16"},
+    ],
+    ids=["the same", "longer texts", "more outputs", "more dimensions", "elsewhere"],
+)
+def test_what_can_do_as_much_may_stand_in(info: ModelInfo, more: dict[str, object]) -> None:
+    assert why_no_stand_in(info, changed(info, **more)) == ""
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        pytest.param(
+            changed(tasks={"retrieval.query": "query: ", "retrieval.passage": "passage: "}, default_task=None),
+            "other has no task 'text-matching'",
+            id="a task less",
+        ),
+        pytest.param(
+            changed(tasks={**TASKS, "separation": "apart: "}),
+            rf"jina is in space {space(JINA, 'separation')}, and other in other@[0-9a-f]{{12}} \(separation\)",
+            id="another instruction",
+        ),
+        pytest.param(
+            changed(default_task="separation"),
+            "the default task of jina is text-matching, and that of other is separation",
+            id="another default",
+        ),
+        pytest.param(
+            changed(max_tokens=255), "other would cut texts to 255 tokens, and jina to 256", id="shorter texts"
+        ),
+        pytest.param(changed(dimensions=(32,)), "other does not allow vectors of 16 dimensions", id="fewer dimensions"),
+    ],
+)
+def test_what_differs_is_why_a_model_may_not_stand_in(other: ModelInfo, reason: str) -> None:
+    assert re.fullmatch(reason, why_no_stand_in(JINA, other))
+
+
+def test_a_model_without_tasks_cannot_stand_in_for_one_with_them_nor_the_other_way_round() -> None:
+    assert why_no_stand_in(JINA, PLAIN) == "plain has no task 'retrieval.query'"
+    assert why_no_stand_in(PLAIN, JINA) == "jina has tasks, and plain has none"
+    other = changed(PLAIN, fingerprint="0" * 64)
+    one, two = space(PLAIN, None, 8), space(other, None, 8)
+    assert why_no_stand_in(PLAIN, other) == f"plain is in space {one}, and other in {two}"
+
+
+def test_a_model_that_returns_less_cannot_stand_in() -> None:
+    outputs = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
+    info = dataclasses.replace(JINA, outputs=outputs)
+
+    assert why_no_stand_in(info, changed(outputs=outputs[:1])) == "other does not return sparse, multivector"
+    assert why_no_stand_in(changed(outputs=outputs[:1]), info) == ""
