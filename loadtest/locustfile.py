@@ -26,6 +26,7 @@ from loadtest.texts import Texts, read_sentences
 from loadtest.users import Run, make_user_classes
 
 log = logging.getLogger("loadtest")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each look at the metrics
 
 _KNEE_FIRST, _KNEE_STEP_S = 4, 12.0
 _STOP_TIMEOUT_S = 60

@@ -101,7 +101,10 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
     dimensions = name.dimensions or card.width
     if dimensions not in card.dimensions:
         sizes = ", ".join(str(size) for size in card.dimensions)
-        raise CompareError(f"{name.text}: {name.model} returns vectors of {sizes} dimensions, not of {dimensions}")
+        raise CompareError(
+            f"{name.text}: {name.model} returns vectors of {sizes} dimensions, not of {dimensions}; if it was trained for "
+            f"{dimensions}, list that under its `dimensions` in models.yaml"
+        )
     queries = await _plan_side(client, name, card, QUERY_TASK, dimensions)
     passages = await _plan_side(client, name, card, PASSAGE_TASK, dimensions)
     # Many models have an instruction for queries and none for documents; those without one are in a space of their own.

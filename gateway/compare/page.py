@@ -15,6 +15,7 @@ from gateway.compare.plots import make_plots
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast, Estimate, Hit, QueryResult
 from gateway.compare.wording import (
     agreement_sentence,
+    bottom_line,
     cost_sentence,
     fixed,
     interval,
@@ -101,6 +102,7 @@ def render_page(comparison: Comparison) -> str:
         verdicts=[contrast for contrast in comparison.contrasts if contrast.measure == PRIMARY_MEASURE],
         say_verdict=lambda contrast: verdict_sentence(comparison, contrast),
         say_agreement=agreement_sentence,
+        conclusion=bottom_line(comparison),
         costs={arm.name: cost_sentence(arm, comparison.baseline) for arm in comparison.arms},
         table=list(_table(comparison)),
         plots=plots,

@@ -13,6 +13,7 @@ from rich.text import Text
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast
 from gateway.compare.wording import (
     agreement_sentence,
+    bottom_line,
     cost_sentence,
     fixed,
     interval,
@@ -52,6 +53,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             console.print(made)
     for sentence in _sentences(comparison):
         say(console, f"\n{sentence}")
+    if conclusion := bottom_line(comparison):
+        say(console, f"\n{conclusion}")
     for note in comparison.notes:
         say(console, f"\nNote: {note}")
 

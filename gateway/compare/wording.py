@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.compare.results import Agreement, Arm, Comparison, Contrast, Estimate, Verdict
+from gateway.compare.results import PRIMARY_MEASURE, Agreement, Arm, Comparison, Contrast, Estimate, Verdict
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -63,6 +63,20 @@ def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
                 f"{measure} lies between {signed(contrast.difference.low)} and {signed(contrast.difference.high)} "
                 f"(95 % interval; mean {mean}, {tests}{_beyond_interval(contrast)}"
             )
+
+
+def bottom_line(comparison: Comparison) -> str:
+    """Say what to do, as far as the judgements tell; empty without any."""
+    verdicts = {one.arm: one.verdict for one in comparison.contrasts if one.measure == PRIMARY_MEASURE}
+    if not verdicts:
+        return ""
+    baseline = comparison.baseline.name
+    better = [arm for arm, verdict in verdicts.items() if verdict is Verdict.BETTER]
+    if better:
+        return f"Better than {baseline} on these queries: {', '.join(better)}."
+    if Verdict.TOO_FEW_QUERIES in verdicts.values():
+        return f"These queries are too few to say whether to leave {baseline}."
+    return f"Nothing here is shown to be better than {baseline}: stay with it."
 
 
 def _beyond_interval(contrast: Contrast) -> str:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from gateway.compare.page import render_page
 from gateway.compare.results import PRIMARY_MEASURE, Comparison
 from gateway.compare.table import print_comparison
-from gateway.compare.wording import fixed, interval, signed, significant
-from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, make_comparison
+from gateway.compare.wording import bottom_line, fixed, interval, signed, significant
+from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, Likeness, make_comparison
 
 
 def printed(comparison: Comparison, width: int = 160) -> str:
@@ -58,6 +59,30 @@ def test_says_the_verdict_in_a_sentence_and_the_notes() -> None:
     assert "These queries do not tell whether jina-embeddings-v3@256 is better" in text
     assert "Note: 12 queries were left out" in text
     assert "difference, not a quality" not in text
+
+
+@pytest.mark.parametrize(
+    ("likenesses", "num_queries", "conclusion"),
+    [
+        ((JINA, BGE, MINILM), 200, "Better than jina-embeddings-v3 on these queries: bge-m3."),
+        ((JINA, MINILM), 200, "Nothing here is shown to be better than jina-embeddings-v3: stay with it."),
+        ((JINA, MINILM), 8, "These queries are too few to say whether to leave jina-embeddings-v3."),
+    ],
+)
+def test_the_conclusion_is_on_the_terminal_and_on_the_page(
+    likenesses: tuple[Likeness, ...], num_queries: int, conclusion: str
+) -> None:
+    comparison = make_comparison(*likenesses, num_queries=num_queries)
+
+    assert conclusion in printed(comparison).splitlines()
+    assert conclusion in render_page(comparison)
+
+
+def test_without_judgements_there_is_no_conclusion() -> None:
+    comparison = make_comparison(JINA, MINILM, has_judgements=False)
+
+    assert not bottom_line(comparison)
+    assert "stay with it" not in render_page(comparison)
 
 
 def test_without_judgements_it_speaks_of_a_difference_alone() -> None:

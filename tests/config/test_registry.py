@@ -317,6 +317,63 @@ def test_anchors_cannot_expand_without_limit(tmp_path: Path, kind: str) -> None:
     assert "more than 20,000 values once its anchors are expanded" in problem.message
 
 
+# ------------------------------------------------------------------------------------------ models that go together
+
+REMOTE = "{id: %s, backend: openai, source: a/b, upstream: {urls: ['http://gpu1:8000/v1']}%s}"
+
+
+def two_models(first: str, second: str) -> str:
+    return f"version: 1\nmodels:\n  - {REMOTE % ('one', first)}\n  - {REMOTE % ('two', second)}\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key", "part"),
+    [
+        (", same_space_as: one", "", "models[0].same_space_as", "is the model itself; name the other one"),
+        (", same_space_as: tow", "", "models[0].same_space_as", "tow"),
+        (
+            ", same_space_as: two",
+            ", same_space_as: three",
+            "models[0].same_space_as",
+            "must be a model whose space is its own, and `two` has that of another one",
+        ),
+    ],
+)
+def test_whose_space_a_model_shares_must_be_clear(tmp_path: Path, first: str, second: str, key: str, part: str) -> None:
+    found = [problem for problem in problems_of(tmp_path, two_models(first, second)) if problem.key == key]
+
+    assert len(found) == 1
+    assert part in found[0].message
+
+
+def test_an_experiment_may_not_be_called_like_a_models_source(tmp_path: Path) -> None:
+    (problem,) = problems_of(
+        tmp_path,
+        two_models("", "").replace("source: a/b", "source: c/d", 1)
+        + "experiments:\n  - {id: C/D, kind: same_space, arms: [{model: one, weight: 1}, {model: two, weight: 1}]}\n",
+    )
+
+    assert problem.key == "experiments[0].id"
+    assert problem.message == "is the source of `one`, which answers to it already"
+
+
+def test_the_folder_of_a_user_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, "version: 1\nmodels:\n  - {id: a, source: ~no-such-user/weights}\n")
+
+    assert problem.key == "models[0].source"
+    assert "is a folder that cannot be resolved: " in problem.message
+
+
+def test_a_source_is_remembered_as_it_was_written(tmp_path: Path) -> None:
+    """For what holds on other machines too: the lock."""
+    text = "version: 1\nmodels:\n  - {id: a, source: '${WHERE}/e5'}\n  - {id: b, source: package:w}\n"
+    registry = load(tmp_path, text, WHERE="./weights")
+
+    assert registry.model("a").written_source == "./weights/e5"
+    assert registry.model("a").source == str(tmp_path.resolve() / "weights" / "e5")
+    assert registry.model("b").written_source == "package:w"
+
+
 # ------------------------------------------------------------------------------------------------------- its values
 
 

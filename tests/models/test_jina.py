@@ -19,13 +19,16 @@ from torch import nn
 from transformers import AutoModel
 
 from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
 from gateway.embedding import Truncate
+from gateway.engine import published
 from gateway.engine.adapters import install_adapters
 from gateway.engine.checkpoint import read_checkpoint
 from gateway.engine.devices import choose_dtype
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
+from gateway.verification import verify
 from models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
 from models.checkpoints import unigram_tokenizer as jina_tokenizer
 
@@ -59,6 +62,55 @@ def reference(jina: Path, peft_states: PeftStates, tokenise: Tokenise) -> Refere
 def mixed(reference: Reference) -> np.ndarray:
     """Compute the vectors of :data:`MIXED`."""
     return np.stack([reference(text, task) for text, task in MIXED])
+
+
+# ------------------------------------------------------------------------------------------------ published numbers
+
+
+@pytest.fixture
+def published_model(
+    jina: Path, monkeypatch: pytest.MonkeyPatch, peft_states: PeftStates, tokenise: Tokenise
+) -> ModelEntry:
+    """Return a model whose published numbers are PEFT's, as Jina's are those of transformers."""
+    ids = tokenise(jina, published.TEXT)
+    numbers = {task: tuple(peft_states(ids, task)[1, 1:5].tolist()) for task in (None, *TASKS)}
+    monkeypatch.setattr(published, "SOURCE", str(jina))
+    monkeypatch.setattr(published, "NUM_TOKENS", len(ids))
+    monkeypatch.setattr(published, "STATES", numbers)
+    return ModelEntry(id="jina", source=str(jina), enabled=True, device="cpu", dtype="float32")
+
+
+def test_a_model_that_gives_the_published_numbers_is_verified(published_model: ModelEntry) -> None:
+    checks = verify(published_model, Settings())
+
+    assert [check.what for check in checks] == [
+        "the published text",
+        *(f"published states, {task or 'no adapter'}" for task in (None, *TASKS)),
+    ]
+    assert [check.quantity for check in checks] == ["tokens", *["deviation"] * 6]
+    assert all(check.is_passed for check in checks), checks
+
+
+@pytest.mark.parametrize("task", [None, "separation"])
+def test_a_published_number_that_is_missed_is_told_of_its_task_alone(
+    published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch, task: str | None
+) -> None:
+    first, *rest = published.STATES[task]
+    monkeypatch.setitem(published.STATES, task, (first + 2 * published.TOLERANCE, *rest))
+
+    wrong = [check for check in verify(published_model, Settings()) if not check.is_passed]
+
+    assert [check.what for check in wrong] == [f"published states, {task or 'no adapter'}"]
+    assert wrong[0].measured.startswith("0.0002")
+    assert wrong[0].limit == "at most 0.0001"
+
+
+def test_another_number_of_tokens_is_told(published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "NUM_TOKENS", published.NUM_TOKENS + 1)
+
+    assert [check.what for check in verify(published_model, Settings()) if not check.is_passed] == [
+        "the published text"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- vectors
