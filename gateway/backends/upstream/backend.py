@@ -113,21 +113,22 @@ class UpstreamBackend:
         Raises:
             LoadError: one serves something else.
         """
-        found: list[Facts] = []
-        results = await asyncio.gather(*(server.facts() for server in self._servers), return_exceptions=True)
-        for server, result in zip(self._servers, results, strict=True):
-            if isinstance(result, Failure):
-                server.shut_out(str(result))
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                self._check_model(server, result)
-                found.append(result)
+        answers = await asyncio.gather(*(self._ask_facts(server) for server in self._servers))
+        found = [facts for facts in answers if facts is not None]
         return Facts(
             max_tokens=min((facts.max_tokens for facts in found if facts.max_tokens), default=None),
             max_batch_texts=min((facts.max_batch_texts for facts in found if facts.max_batch_texts), default=None),
             dtype=next((facts.dtype for facts in found if facts.dtype), None),
         )
+
+    async def _ask_facts(self, server: Server) -> Facts | None:
+        try:
+            facts = await server.facts()
+        except Failure as failure:
+            server.shut_out(str(failure))
+            return None
+        self._check_model(server, facts)
+        return facts
 
     def _check_model(self, server: Server, facts: Facts) -> None:
         wanted = self._upstream.model or self._entry.source

@@ -81,6 +81,19 @@ async def test_a_server_that_fails_at_the_probe_as_well_is_shut_out(server: Stan
     assert "no server answers" in refusal.message
 
 
+@pytest.mark.parametrize("fault", ["nan", "500", "404", "narrow"])
+async def test_one_grave_failure_is_looked_into_at_once(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(watch_module, "_LOOK_S", 1000.0)  # only when it is called for
+    states = States()
+    async with loaded(entry(server), states) as backend:
+        server.fault = fault
+        server.width = 8 if fault == "narrow" else WIDTH
+        await fail(backend, RequestError, ["any"])
+        await states.wait_for(ModelState.RECOVERING)
+
+
 async def test_the_probe_is_not_asked_more_than_once_a_second(server: StandIn) -> None:
     async with loaded(entry(server)) as backend:
         server.fault, server.fault_on = "nan", POISON

@@ -204,6 +204,15 @@ async def test_a_golden_file_of_other_extra_fields_is_refused(server: StandIn, t
         await backend.stop()
 
 
+async def test_golden_vectors_alone_do_not_serve(server: StandIn, tmp_path: Path) -> None:
+    path = tmp_path / "far.json"
+    async with loaded(entry(server)) as backend:
+        golden.write(path, backend.base_fingerprint(), backend.probe)
+    server.fault = "503"
+    with pytest.raises(NotReachable, match=r"is unready \(503\)"):
+        await UpstreamBackend(entry(server, golden=str(path)), Settings()).plan()
+
+
 # ------------------------------------------------------------------------------------------------------------ encodings
 
 
@@ -420,7 +429,9 @@ def without_index(*, is_reversed: bool = False, is_turned: bool = False) -> Call
 
 async def test_vectors_without_an_index_are_taken_in_order(server: StandIn) -> None:
     server.rewrite = without_index()
-    async with loaded(entry(server)) as backend:
+    async with loaded(entry(server, upstream={"tasks": TASKS})) as backend:
+        # What it takes, then all texts with each task, and once each alone.
+        assert sorted(len(body["input"]) for body in server.bodies) == [1] * (2 + 6) + [6] * 3
         np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
 
 
@@ -504,13 +515,16 @@ async def test_an_answer_is_read_up_to_what_vectors_can_need(server: StandIn, ma
         server.respond = lambda body: response if body["input"] == TEXTS else None
         tracemalloc.start()
         try:
-            with pytest.raises(UpstreamFailed, match=r"gives an answer of more than \d+ bytes for 10 texts"):
+            with pytest.raises(UpstreamFailed, match=r"gives an answer of more than \d+ bytes for 10 texts") as caught:
                 await backend.embed(job())
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         await backend.embed(job(["other"]))
 
+    limit = int(caught.value.message.split("more than ")[1].split(" bytes")[0])
+    vectors = len(TEXTS) * (1024 + 32 * WIDTH)
+    assert 0 < limit - 64 * 1024 - vectors < 1000  # the rest is the size of the request
     assert peak < 20 * MEGABYTE
     assert states.reported == []
 

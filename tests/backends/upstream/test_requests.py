@@ -18,6 +18,7 @@ from gateway.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     LoadError,
+    ModelNotReady,
     NotReachable,
     Overloaded,
     RequestError,
@@ -86,6 +87,28 @@ async def test_teis_own_limit_is_kept_and_its_words_are_used(server: StandIn) ->
     assert (info.max_tokens, info.dtype, info.has_raw) == (512, "float16", True)
 
 
+@pytest.mark.parametrize(
+    ("truncate", "expected_fields"),
+    [(Truncate.END, (True, "Right")), (Truncate.START, (True, "Left")), (Truncate.REFUSE, (False, "Right"))],
+)
+async def test_tei_is_told_where_to_cut(server: StandIn, truncate: Truncate, expected_fields: object) -> None:
+    async with loaded(entry(server, kind="tei")) as backend:
+        await backend.embed(job(truncate=truncate))
+
+    assert (server.bodies[-1]["truncate"], server.bodies[-1]["truncation_direction"]) == expected_fields
+    assert "prompt_name" not in server.bodies[-1]
+
+
+@pytest.mark.parametrize(("truncate", "sent"), [(Truncate.END, {}), (Truncate.START, {"truncate": "START"})])
+async def test_a_gateway_is_told_where_to_cut(server: StandIn, truncate: Truncate, sent: dict[str, str]) -> None:
+    async with loaded(entry(server)) as backend:
+        await backend.embed(job(truncate=truncate))
+        body = {"model": MODEL, "input": TEXTS, "encoding_format": "base64"}
+        assert server.bodies[-1] == body | sent
+        await backend.embed(job(truncate=Truncate.REFUSE))
+        assert server.bodies[-1] == body | {"truncate": False}
+
+
 @pytest.mark.parametrize(("kind", "name"), [("openai", "task"), ("tei", "prompt_name")])
 async def test_a_task_is_sent_in_the_servers_words(server: StandIn, kind: str, name: str) -> None:
     model = entry(server, kind=kind, default_task="query", upstream={"tasks": {"query": "search"}})
@@ -125,6 +148,29 @@ async def test_a_server_that_cannot_be_reached_is_said_so() -> None:
 
     with pytest.raises(NotReachable, match=rf"127.0.0.1:{server.port} cannot be reached"):
         await UpstreamBackend(entry(server), Settings()).plan()
+
+
+async def test_without_a_key_none_is_sent(server: StandIn) -> None:
+    async with loaded(entry(server)) as backend:
+        await backend.embed(job())
+
+    assert all("authorization" not in headers for headers in server.headers)
+
+
+async def test_nothing_is_known_of_a_model_before_it_is_planned(server: StandIn) -> None:
+    backend = UpstreamBackend(entry(server), Settings())
+
+    assert backend.probe == ()
+    with pytest.raises(ModelNotReady, match="model 'far' is not loaded"):
+        await backend.embed(job())
+    await backend.stop()
+
+
+async def test_an_openai_server_may_call_its_models_what_it_likes(server: StandIn) -> None:
+    async with loaded(entry(server, source="acme/other")) as backend:
+        await backend.embed(job())
+
+    assert server.bodies[-1]["model"] == "acme/other"
 
 
 async def test_a_wrong_key_is_said_so(server: StandIn) -> None:
