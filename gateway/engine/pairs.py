@@ -41,7 +41,7 @@ class PairTokenizer(Tokenizer):
         # How far behind the query the second segment begins: behind the tokens between, or before one of them.
         self._segment_offset: int | None = None
         if has_segments and any(types):
-            if types != sorted(types) or not first_end <= types.index(1) <= second:
+            if types != sorted(types) or set(types) != {0, 1} or not first_end <= types.index(1) <= second:
                 raise ValueError("its template marks other tokens than those of the text")
             self._segment_offset = types.index(1) - first_end
         self.has_segments = self._segment_offset is not None

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.embedding import EmbedJob, ModelState, Output, Truncate
 from gateway.engine import loading
+from gateway.engine.devices import CpuThreads
+from gateway.engine.encoders.build import build_encoders
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.infinity_library import EngineArgs
 from gateway.engine.items import Item
@@ -409,6 +412,10 @@ def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
     encoder = load_checkpoint(folder, trust_remote_code=True, runtime="torch")
     assert victim.exists()
     assert encoder.encode([Item(encoder.tokenise(["hello"], None, Truncate.END)[0])])[0].dense.shape == (1, 32)
+    plan = plan_load(entry(folder, trust_remote_code=True))
+    options = replace(plan.build_options("cpu", CpuThreads(1, 1)), runtime="packed")
+    with pytest.raises(LoadError, match="TrapModel, which is code of its own, cannot be packed"):
+        build_encoders(plan.checkpoint, options)
     (folder / "trap.py").write_text(
         code.replace(
             "class TrapModel(BertModel): config_class = TrapConfig\n",

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.config.registry import ModelEntry
 from gateway.engine.loading import LoadPlan, plan_load
-from gateway.engine.prompts import tasks_of
+from gateway.engine.prompts import jina_prompts, tasks_of
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id, spaces_by_task
 
@@ -154,3 +154,31 @@ def test_a_query_and_a_passage_without_a_prompt_are_in_one_space(plan: Plan) -> 
 
 def test_tasks_of_adapters_are_those_of_the_adapters_alone() -> None:
     assert tasks_of({"retrieval.query": "q: "}, {}, ["retrieval.query"]) == {"retrieval.query": "q: "}
+
+
+JINA = ["retrieval.query", "retrieval.passage", "text-matching"]
+QUERY = "Represent the query for retrieving evidence documents: "
+PASSAGE = "Represent the document for retrieval: "
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query", "passage", "matching"),
+    [
+        pytest.param({}, QUERY, PASSAGE, "", id="none"),
+        pytest.param(
+            {"query": "", "document": ""}, QUERY, PASSAGE, "", id="sentence-transformers' empty ones say nothing"
+        ),
+        pytest.param({"query": "q: "}, "q: ", PASSAGE, "", id="another name of the task"),
+        pytest.param({"retrieval.query": "q: ", "document": "d: "}, "q: ", "d: ", "", id="both names"),
+        pytest.param({"retrieval.query": "", "document": ""}, "", PASSAGE, "", id="empty under the task's own name"),
+        pytest.param(
+            {"text-matching": "t: ", "clustering": "c: "}, QUERY, PASSAGE, "t: ", id="a task without an adapter"
+        ),
+    ],
+)
+def test_jinas_instructions_are_the_published_ones_unless_the_checkpoint_has_others(
+    prompts: Mapping[str, str], query: str, passage: str, matching: str
+) -> None:
+    tasks = tasks_of(jina_prompts(JINA, prompts), {}, JINA)
+
+    assert tasks == {"retrieval.query": query, "retrieval.passage": passage, "text-matching": matching}

@@ -207,6 +207,19 @@ def test_only_some_architectures_can_be_packed(make_family: MakeFamily, load: Lo
         load(make_family("mpnet"), "packed")
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert"])
+def test_one_way_attention_is_computed_but_not_packed(
+    name: str, make_family: MakeFamily, load: Load, cosines: Cosines
+) -> None:
+    """In one row each token would see those behind it, and no shape would be wrong."""
+    folder = make_family(name, is_decoder=True)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts_of(name), normalize_embeddings=True)
+
+    assert cosines(load(folder, "torch").vectors(texts_of(name)), theirs).min() > 0.99999
+    with pytest.raises(LoadError, match=r"one-way attention \(is_decoder: true\) cannot be packed"):
+        load(folder, "packed")
+
+
 # ----------------------------------------------------------------------------------------------------------- refused
 
 
@@ -293,6 +306,18 @@ def test_a_transformer_that_is_called_in_another_way_is_refused(
 
     with pytest.raises(LoadError, match=reason):
         plan_load(ModelEntry(id="tiny", source=str(distilbert), device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "bert"])
+def test_a_tokenizer_that_gives_an_empty_text_no_tokens_is_refused(
+    name: str, make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load
+) -> None:
+    """In a batch its vector would be read off the state of the text before it, or the one behind it."""
+    folder = copy(make_family(name))
+    edit_json(folder / "tokenizer.json", post_processor=None)
+
+    with pytest.raises(LoadError, match="the tokenizer gives an empty text no tokens"):
+        load(folder, "torch")
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -121,11 +121,22 @@ def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: To
         if runtimes:
             return runtimes
     model, mask = _load_model(checkpoint, options, options.dtype)
-    can_pack = checkpoint.model_type in PACKED_MODEL_TYPES
-    if options.runtime == "packed" and not can_pack:
-        raise LoadError(f"{checkpoint.folder}: model_type {checkpoint.model_type!r} cannot be packed")
-    is_packed = options.runtime == "packed" or (options.runtime != "reference" and options.device != "cpu" and can_pack)
+    obstacle = _why_not_packed(checkpoint, model)
+    if options.runtime == "packed" and obstacle:
+        raise LoadError(f"{checkpoint.folder}: {obstacle} cannot be packed")
+    is_packed = options.runtime == "packed" or (
+        options.runtime != "reference" and options.device != "cpu" and not obstacle
+    )
     return [PackedRuntime(model, mask) if is_packed else PaddedRuntime(model, mask)]
+
+
+def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
+    """Say what about a model keeps texts from being computed in one row; empty if nothing does."""
+    if checkpoint.model_type not in PACKED_MODEL_TYPES:
+        return f"model_type {checkpoint.model_type!r}"
+    if checkpoint.has_own_code:  # its attention may not be the one that keeps to a text
+        return f"{type(model).__name__}, which is code of its own,"
+    return "one-way attention (is_decoder: true)" if getattr(model.config, "is_decoder", False) else ""
 
 
 def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
@@ -199,6 +210,11 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
             ours = PairTokenizer(fast, options.max_tokens, has_segments=has_segments)
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
+    if not fast.encode("").ids:  # of a row without tokens there is nothing to pool: another text's state would be taken
+        raise LoadError(
+            f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so it could have no vector: its template "
+            "adds no special token"
+        )
     if ours.largest_id >= checkpoint.vocab_size:
         raise LoadError(
             f"{checkpoint.folder}: the tokenizer has token ids up to {ours.largest_id}, but the model's table of words has "

@@ -1,0 +1,125 @@
+"""A pair is put together as the checkpoint's template says; a template that says something else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from gateway.embedding import Truncate
+from gateway.engine.pairs import PairTokenizer
+from gateway.errors import ContextLengthExceeded
+
+WORDS = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "q": 3, "r": 4, "s": 5, "a": 6, "b": 7, "c": 8, "d": 9}
+
+
+def tokenizer(pair: str, **special: int) -> Tokenizer:
+    made = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = [(name, {"CLS": 1, "SEP": 2, **special}[name.strip("[]")]) for name in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=tokens)
+    return made
+
+
+BERT = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+ROBERTA = "[CLS] $A [SEP] [SEP] $B [SEP]"
+
+
+def pairs(
+    query: str,
+    texts: Sequence[str],
+    max_tokens: int = 20,
+    *,
+    template: str = BERT,
+    has_segments: bool = True,
+    truncate: Truncate = Truncate.END,
+    max_text_tokens: int | None = None,
+) -> list[tuple[list[int], int | None, bool]]:
+    made = PairTokenizer(tokenizer(template), max_tokens, has_segments=has_segments)
+    rows = made.tokenise_pairs(query, texts, truncate, max_text_tokens=max_text_tokens)
+    return [(row.ids, row.second, row.is_truncated) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("template", "has_segments", "ids", "second"),
+    [
+        pytest.param(BERT, True, [1, 3, 4, 2, 6, 7, 2], 4, id="segments"),
+        pytest.param(BERT, False, [1, 3, 4, 2, 6, 7, 2], None, id="segments that the model is not told"),
+        pytest.param(ROBERTA, True, [1, 3, 4, 2, 2, 6, 7, 2], None, id="a template without segments"),
+        pytest.param("[CLS]:0 $A:0 [SEP]:1 $B:1 [SEP]:1", True, [1, 3, 4, 2, 6, 7, 2], 3, id="segment before the text"),
+        pytest.param("$A:0 $B:1", True, [3, 4, 6, 7], 2, id="nothing around them"),
+    ],
+)
+def test_a_pair_is_what_the_template_says(
+    template: str, has_segments: bool, ids: list[int], second: int | None
+) -> None:
+    assert pairs("q r", ["a b"], template=template, has_segments=has_segments) == [(ids, second, False)]
+
+
+@pytest.mark.parametrize(
+    ("template", "max_tokens", "reason"),
+    [
+        ("[CLS] $B [SEP] $A [SEP]", 20, "puts no query before a text"),
+        ("[CLS] $A [SEP] $B [SEP] $A", 20, "puts no query before a text"),
+        (BERT, 3, "a pair alone takes the 3 tokens of the limit"),
+        (BERT, 2, "a pair alone takes the 2 tokens of the limit"),
+        ("[CLS]:1 $A:1 [SEP]:1 $B:0 [SEP]:0", 20, "marks other tokens than those of the text"),
+        ("[CLS]:0 $A:1 [SEP]:1 $B:1 [SEP]:1", 20, "marks other tokens than those of the text"),
+        ("[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:1", 20, "marks other tokens than those of the text"),
+        ("[CLS]:0 $A:0 [SEP]:0 $B:2 [SEP]:2", 20, "marks other tokens than those of the text"),
+        ("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:2", 20, "marks other tokens than those of the text"),
+    ],
+)
+def test_a_template_that_is_none_for_pairs_is_refused(template: str, max_tokens: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        PairTokenizer(tokenizer(template), max_tokens, has_segments=True)
+
+
+def test_a_limit_of_one_token_more_than_the_template_is_taken() -> None:
+    assert pairs("", ["a b"], 4) == [([1, 2, 6, 2], 2, True)]
+
+
+def test_the_largest_id_may_be_one_of_the_template() -> None:
+    assert PairTokenizer(tokenizer(BERT), 20, has_segments=True).largest_id == 9
+    assert PairTokenizer(tokenizer(BERT, SEP=777), 20, has_segments=True).largest_id == 777
+
+
+@pytest.mark.parametrize(
+    ("query", "text", "max_tokens", "truncate", "ids", "is_cut"),
+    [
+        pytest.param("q", "a b c", 7, Truncate.END, [1, 3, 2, 6, 7, 8, 2], False, id="just fits"),
+        pytest.param("q", "a b c d", 7, Truncate.END, [1, 3, 2, 6, 7, 8, 2], True, id="the end of the text goes"),
+        pytest.param("q", "a b c d", 7, Truncate.START, [1, 3, 2, 7, 8, 9, 2], True, id="the start of the text goes"),
+        pytest.param(
+            "q r s", "a b", 7, Truncate.END, [1, 3, 4, 5, 2, 6, 2], True, id="the query leaves room for a token"
+        ),
+        pytest.param("q r s q", "a b c", 7, Truncate.END, [1, 3, 4, 2, 6, 7, 2], True, id="the query leaves no room"),
+        pytest.param("q r s q", "", 7, Truncate.END, [1, 3, 4, 5, 3, 2, 2], False, id="a query alone fills it"),
+        pytest.param("q r s q r", "", 7, Truncate.END, [1, 3, 4, 2, 2], True, id="a query alone is too long"),
+    ],
+)
+def test_what_is_too_long_is_cut(
+    query: str, text: str, max_tokens: int, truncate: Truncate, ids: list[int], is_cut: bool
+) -> None:
+    [(got, _second, was_cut)] = pairs(query, [text], max_tokens, truncate=truncate)
+
+    assert (got, was_cut) == (ids, is_cut)
+
+
+def test_each_text_is_cut_where_the_request_says() -> None:
+    rows = pairs("q", ["a b c", "a", "a b"], max_text_tokens=2)
+
+    assert [(ids, is_cut) for ids, _second, is_cut in rows] == [
+        ([1, 3, 2, 6, 7, 2], True),
+        ([1, 3, 2, 6, 2], False),
+        ([1, 3, 2, 6, 7, 2], False),
+    ]
+
+
+def test_a_pair_that_may_not_be_cut_is_refused_with_its_length_and_place() -> None:
+    made = PairTokenizer(tokenizer(BERT), 7, has_segments=True)
+    assert len(made.tokenise_pairs("q", ["a b c"], Truncate.REFUSE)) == 1
+
+    with pytest.raises(ContextLengthExceeded, match="is 7 tokens, however the query and text 5 have 8 tokens together"):
+        made.tokenise_pairs("q", ["a", "a b c d"], Truncate.REFUSE, first_index=4)
