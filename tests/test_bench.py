@@ -208,10 +208,18 @@ def test_what_is_no_behavior_is_left_alone(source):
     assert changes(source) == set()
 
 
-def test_every_mutant_of_the_gateway_is_python():
-    for path in ROOT.glob("gateway/**/*.py"):
-        for mutant in mutants_of(path.name, path.read_text(encoding="utf-8")):
-            compile(mutant.source, path.name, "exec")
+def test_the_mutants_of_the_gateway_are_python():
+    """One in fifty is read; there are some 14,000."""
+    mutants = [
+        mutant
+        for path in sorted(ROOT.glob("gateway/**/*.py"))
+        for mutant in mutants_of(path.name, path.read_text(encoding="utf-8"))
+    ]
+    chosen = sorted(mutants, key=lambda mutant: mutant.order(0))[::50]
+
+    assert len(chosen) > 100
+    for mutant in chosen:
+        compile(mutant.source, mutant.module, "exec")
 
 
 def test_the_same_change_is_in_the_sample_wherever_its_line_is():

@@ -193,7 +193,26 @@ ROWS = [
                 unit="percentunit",
                 width=6,
             ),
-            Panel("Batches that failed", [Query(rate("gateway_failed_batches_total", "model"), "{{model}}")]),
+            Panel(
+                "Batches that failed",
+                [
+                    Query(rate("gateway_failed_batches_total", "model"), "{{model}}"),
+                    Query(rate("gateway_worker_faults_total", "model"), "{{model}} by a fault of the gateway"),
+                ],
+            ),
+            Panel(
+                "Memory of requests",
+                [
+                    Query("sum(gateway_memory_reserved_bytes)", "held"),
+                    Query("sum(gateway_memory_budget_bytes)", "budget"),
+                ],
+                unit="bytes",
+            ),
+            Panel(
+                "Requests to tokenize or decode",
+                [Query(rate("gateway_tokenizer_requests_total", "model, outcome"), "{{model}} {{outcome}}")],
+                unit="reqps",
+            ),
         ],
     ),
     Row(
