@@ -58,13 +58,16 @@ def create_app(deployment: Deployment) -> FastAPI:
         else None
     )
     evidence = Evidence(log)
+    deployment.resources.callback(evidence.close)
+    quotas = Quotas(settings.quota_storage)
+    deployment.resources.push_async_callback(quotas.close)
     service = EmbeddingService(deployment, evidence)
     memory = MemoryBudget(settings.memory_budget_bytes)
     metrics.MEMORY_BUDGET.set(memory.max_bytes)
     metrics.MEMORY_RESERVED.set_function(lambda: memory.num_bytes)
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
-    exchange = Exchange(service, deployment, settings, Quotas(settings.quota_storage))
+    exchange = Exchange(service, deployment, settings, quotas)
     app.include_router(openai_router(exchange))
     app.include_router(rerank_router(exchange))
     app.include_router(tei_router(exchange))

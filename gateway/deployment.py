@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import structlog
@@ -12,11 +13,14 @@ import structlog
 from gateway.backends.base import Backend
 from gateway.backends.fleet import Fleet, MakeBackend, Model
 from gateway.backends.infinity import InfinityBackend
-from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.backends.upstream.backend import UpstreamBackend, server_names
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.embedding import ModelKind, ModelState
 from gateway.errors import ConfigError, ReloadRefused, StartError
+from gateway.evidence.exposures import now
+from gateway.routing.changes import changed_aliases, changed_experiments
+from gateway.routing.experiments import Split
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
@@ -39,11 +43,15 @@ class Reloaded:
         loaded: ids of the models that were loaded for it.
         kept: ids of those that went on as they were.
         removed: ids of those that are gone.
+        aliases: what has changed of each alias that leads elsewhere now, or is new, or gone.
+        experiments: what has changed of each experiment.
     """
 
     loaded: tuple[str, ...]
     kept: tuple[str, ...]
     removed: tuple[str, ...]
+    aliases: dict[str, str]
+    experiments: dict[str, str]
     seconds: float
 
 
@@ -59,6 +67,10 @@ class Deployment:
         fleet: the models of ``registry``, where they are not to be made from it.
         read_registry: reads the registry anew, for a reload.
         make_backend: makes what runs a model; by default an embedded Infinity engine.
+
+    Attributes:
+        resources: what is closed once everything has stopped, connections and files, say.
+        counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
     """
 
     def __init__(
@@ -74,13 +86,22 @@ class Deployment:
         self._make_backend = make_backend or (lambda entry: make_real_backend(entry, settings))
         self._read_registry = read_registry or (lambda: registry)
         self._reloading = asyncio.Lock()
-        self._is_seeking = False
+        self._sought: set[Model] = set()
+        self.resources = AsyncExitStack()
+        self.counting_since: dict[str, str] = {}
+        self._generations: dict[str, str] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         # Of names that are gone as well: one may come back for another model.
         self._known_spaces: dict[str, dict[str, str]] = {}
         self._serve(registry, fleet or Fleet.from_registry(registry, self._make_backend))
 
     def _serve(self, registry: Registry, fleet: Fleet) -> None:
+        generations = {one.id: Split(one).generation for one in registry.experiments}
+        self.counting_since = {
+            name: self.counting_since[name] if self._generations.get(name) == generation else now()
+            for name, generation in generations.items()
+        }
+        self._generations = generations
         self.registry = registry
         self.fleet = fleet
         self.router = Router(registry, fleet)
@@ -126,28 +147,32 @@ class Deployment:
 
     def _seek_absent(self) -> None:
         """Have models whose servers could not be reached loaded when they can, unless that is going on already."""
-        if self._absent() and not self._is_seeking:
-            self._is_seeking = True
-            self._later(self._seek())
+        for model in self.fleet:
+            if self._is_absent(model) and model not in self._sought:
+                self._sought.add(model)
+                self._later(self._seek(model))
 
-    def _absent(self) -> list[Model]:
-        return [model for model in self.fleet if model.entry.is_remote and model.state is ModelState.FAILED]
+    def _is_absent(self, model: Model) -> bool:
+        return model in self.fleet and model.entry.is_remote and model.state is ModelState.FAILED
 
-    async def _seek(self) -> None:
+    async def _seek(self, model: Model) -> None:
+        """Try again and again, beside reloads: servers that hang must not hold up one."""
         pause_s = _FIRST_PAUSE_S
         try:
-            while self._absent():
+            while self._is_absent(model):
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                async with self._reloading:
-                    for model in self._absent():
-                        await self._try_again(model)
+                if self._is_absent(model):
+                    await self._try_again(model)
         finally:
-            self._is_seeking = False
+            self._sought.discard(model)
 
     async def _try_again(self, model: Model) -> None:
         """Load a model that had failed; it may not break a rule that could not be checked without it."""
         await self.fleet.load_one(model)
+        if model not in self.fleet:  # a reload has replaced or removed it meanwhile
+            await model.retire(0)
+            return
         if model.state is not ModelState.READY:
             return
         problems = [
@@ -181,9 +206,20 @@ class Deployment:
                 if isinstance(error, ReloadRefused):
                     raise
                 raise ReloadRefused(str(error)) from error
+            except Exception:
+                metrics.RELOADS.labels("refused").inc()
+                log.exception("reload_failed")
+                raise
             reloaded = self._exchange(registry, fleet, started)
             metrics.RELOADS.labels("ok").inc()
-            log.info("reloaded", loaded=reloaded.loaded, kept=reloaded.kept, removed=reloaded.removed)
+            log.info(
+                "reloaded",
+                loaded=reloaded.loaded,
+                kept=reloaded.kept,
+                removed=reloaded.removed,
+                aliases=reloaded.aliases,
+                experiments=reloaded.experiments,
+            )
             return reloaded
 
     async def _prepare(self, registry: Registry) -> Fleet:
@@ -201,7 +237,7 @@ class Deployment:
                 raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
         except BaseException:
             for model in new:
-                await model.backend.stop()
+                await model.retire(0)
                 if (old := self.fleet.get(model.id)) is not None:
                     old.report(old.state, old.reason)  # the gauge of this id showed the new one's state
             raise
@@ -217,11 +253,11 @@ class Deployment:
 
     def _exchange(self, registry: Registry, fleet: Fleet, started: float) -> Reloaded:
         """Switch over; nothing awaits in here, so that each request sees either the old or the new."""
-        old_fleet, old_shadows = self.fleet, self.shadows
+        old_registry, old_fleet, old_shadows = self.registry, self.fleet, self.shadows
         fleet.take_over(registry)
         self._serve(registry, fleet)
         self._remember_spaces()
-        self._later(old_shadows.stop())
+        self._later(self._retire_names(old_registry, old_shadows))
         self._seek_absent()
         for model in old_fleet:
             if model not in fleet:
@@ -234,14 +270,39 @@ class Deployment:
             loaded=tuple(m.id for m in fleet if m not in old_fleet and m.state is ModelState.READY),
             kept=tuple(m.id for m in fleet if m in old_fleet),
             removed=tuple(m.id for m in old_fleet if m.id not in ids),
+            aliases=changed_aliases(old_registry, registry),
+            experiments=changed_experiments(old_registry, registry),
             seconds=time.monotonic() - started,
         )
 
     async def _retire(self, model: Model) -> None:
         """Stop a model when its last request has ended; its counts go with it, unless its name is back."""
         await model.retire(self.settings.request_timeout_s)
-        if self.fleet.get(model.id) is None:
+        present = self.fleet.get(model.id)
+        if present is None:
             metrics.forget_model(model.id)
+            return
+        for server in _servers(model) - _servers(present):
+            metrics.forget_server(model.id, server)
+
+    async def _retire_names(self, registry: Registry, shadows: Shadows) -> None:
+        """Stop the shadows of before, and remove the metrics of names that are gone, also those of their last requests."""
+        await shadows.stop()
+        for of, to in shadows.pairs - self.shadows.pairs:
+            metrics.forget_shadow(of, to)
+        self._forget_arms(registry)
+        await asyncio.sleep(self.settings.request_timeout_s)
+        self._forget_arms(registry)
+
+    def _forget_arms(self, registry: Registry) -> None:
+        """Remove the metrics of experiments and arms that another registry has and the present one has not."""
+        for experiment in registry.experiments:
+            present = self.registry.experiment(experiment.id)
+            if present is None:
+                metrics.forget_experiment(experiment.id)
+                continue
+            for label in {arm.label for arm in experiment.arms} - {arm.label for arm in present.arms}:
+                metrics.forget_experiment(experiment.id, label)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -249,9 +310,16 @@ class Deployment:
         task.add_done_callback(self._retiring.discard)
 
     async def stop(self) -> None:
-        """Stop every model; requests that still wait get an error."""
-        await self.shadows.stop()
-        for task in list(self._retiring):
-            task.cancel()
-        await asyncio.gather(*self._retiring, return_exceptions=True)
-        await self.fleet.stop()
+        """Stop every model, and close what is open; requests that still wait get an error."""
+        async with self.resources:
+            await self.shadows.stop()
+            for task in list(self._retiring):
+                task.cancel()
+            await asyncio.gather(*self._retiring, return_exceptions=True)
+            await self.fleet.stop()
+
+
+def _servers(model: Model) -> set[str]:
+    """Return the names of the servers that run a model, as its metrics have them."""
+    upstream = model.entry.upstream
+    return set() if upstream is None else set(server_names(upstream.urls))

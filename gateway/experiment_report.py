@@ -143,6 +143,8 @@ def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> N
     console.print(table)
     if shown.uncounted:
         say(console, f"not counted: {', '.join(f'{reason} {num:,}' for reason, num in shown.uncounted.items())}")
+    if shown.warning:
+        say(console, shown.warning, "bold red")
     ratio = shown.sample_ratio
     style = "bold red" if ratio.is_mismatch else "yellow" if ratio.p is None else "green"
     chi2 = "" if ratio.chi2 is None else f" (chi-square {ratio.chi2:.2f}, degrees of freedom {ratio.degrees})"

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from gateway.access.quotas import Quotas
+from gateway.app import create_app
 from gateway.backends.base import Report
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry, load_registry
@@ -17,6 +20,7 @@ from gateway.deployment import Deployment, Reloaded
 from gateway.embedding import EmbedJob, ModelInfo, ModelState, Truncate
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
 from gateway.evidence.counts import Evidence
+from gateway.evidence.exposures import ExposureLog
 from gateway.routing.router import everything
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
@@ -61,6 +65,7 @@ class Gateway:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "models.yaml"
+        self.settings = Settings()
         self.deployment: Deployment
 
     def read(self) -> Registry:
@@ -68,7 +73,7 @@ class Gateway:
 
     async def start(self, text: str) -> Deployment:
         self.write(text)
-        self.deployment = Deployment(self.read(), Settings(), read_registry=self.read, make_backend=Backend)
+        self.deployment = Deployment(self.read(), self.settings, read_registry=self.read, make_backend=Backend)
         await self.deployment.start()
         return self.deployment
 
@@ -109,6 +114,12 @@ def backend_of(deployment: Deployment, model_id: str) -> Backend:
     assert model is not None
     assert isinstance(model.backend, Backend)
     return model.backend
+
+
+async def wait_until(look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not look():  # noqa: ASYNC110  what is looked at has no event
+            await asyncio.sleep(0.005)
 
 
 def ready(model: str) -> float | None:
@@ -433,3 +444,230 @@ async def test_models_of_one_space_may_stand_in_and_be_split(gateway: Gateway) -
     targets = {name: router.targets(router.choose(name, everything), None) for name in ("one", "two")}
     assert [target.info.id for target in targets["one"]] == ["one", "two"]
     assert [target.info.id for target in targets["two"]] == ["two", "one"]
+
+
+# ------------------------------------------------------------------------------------------------- what a reload tells
+
+
+def split(*weights: int, more: str = "", name: str = "e") -> str:
+    arms = ", ".join(
+        f"{{model: {model}, weight: {weight}}}" for model, weight in zip(("one", "two"), weights, strict=True)
+    )
+    return f"  - {{id: {name}, kind: cross_space, unit: [api_key], arms: [{arms}]{more}}}\n"
+
+
+async def test_a_reload_tells_which_aliases_and_experiments_have_changed(gateway: Gateway) -> None:
+    text = models(one="a", two="b-tasks")
+    await gateway.start(
+        text
+        + "aliases: {same: one, gone: one, moved: one}\nexperiments:\n"
+        + split(1, 1)
+        + split(1, 1, name="kept")
+        + split(1, 1, name="ended")
+        + split(1, 1, name="dated")
+    )
+
+    with capture_logs() as lines:
+        reloaded = await gateway.reload(
+            text
+            + "aliases: {same: one, moved: {model: two, task: query, allow_space_change: true}, new: two}\nexperiments:\n"
+            + split(9, 1)
+            + split(1, 1, name="kept")
+            + split(1, 1, name="begun")
+            + split(1, 1, name="dated", more=", end: 2099-01-01")
+        )
+
+    assert reloaded.aliases == {"gone": "one -> none", "moved": "one -> two:query", "new": "none -> two"}
+    assert reloaded.experiments == {
+        "e": "one 1, two 1 -> one 9, two 1; counts begin again",
+        "ended": "removed",
+        "dated": "changed; counts go on",
+        "begun": "added",
+    }
+    [line] = [line for line in lines if line["event"] == "reloaded"]
+    assert (line["aliases"], line["experiments"]) == (reloaded.aliases, reloaded.experiments)
+
+
+async def test_an_experiment_is_counted_since_it_was_served_with_its_weights(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter("123456789")
+    monkeypatch.setattr("gateway.deployment.now", lambda: next(times))
+    text = models(one="a", two="b") + "experiments:\n"
+    deployment = await gateway.start(text + split(1, 1) + split(1, 1, name="other"))
+    assert deployment.counting_since == {"e": "1", "other": "2"}
+
+    await gateway.reload(text + split(9, 1) + split(1, 1, name="other"))
+    assert deployment.counting_since == {"e": "3", "other": "2"}
+
+    await gateway.reload(text + split(9, 1, more=", end: 2099-01-01"))
+    assert deployment.counting_since == {"e": "3"}
+
+
+def num_reloads(outcome: str) -> float:
+    return metrics.REGISTRY.get_sample_value("gateway_reloads_total", {"outcome": outcome}) or 0
+
+
+async def test_reloads_are_counted_by_how_they_ended(gateway: Gateway) -> None:
+    await gateway.start(models(one="a"))
+    before = {outcome: num_reloads(outcome) for outcome in ("ok", "refused")}
+
+    await gateway.reload(models(one="a"))
+    assert {outcome: num_reloads(outcome) - was for outcome, was in before.items()} == {"ok": 1, "refused": 0}
+    await gateway.is_refused("models: []\n")
+    assert {outcome: num_reloads(outcome) - was for outcome, was in before.items()} == {"ok": 1, "refused": 1}
+
+
+async def test_a_reload_that_fails_in_a_way_that_nobody_foresaw_is_logged_and_counted(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = await gateway.start(models(one="a"))
+    before, served = num_reloads("refused"), deployment.fleet
+
+    def read() -> Registry:
+        raise RuntimeError("a library is broken")
+
+    monkeypatch.setattr(deployment, "_read_registry", read)
+    with capture_logs() as lines, pytest.raises(RuntimeError):
+        await deployment.reload()
+
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["reload_failed"]
+    assert num_reloads("refused") - before == 1
+    assert deployment.fleet is served
+
+
+async def test_a_reload_waits_for_the_start(gateway: Gateway) -> None:
+    """Else both would load the same models, and the file's new state would be overwritten by the old."""
+    gateway.write(models(one="a"))
+    deployment = Deployment(gateway.read(), Settings(), read_registry=gateway.read, make_backend=Backend)
+    reloading = asyncio.create_task(deployment.reload())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not reloading.done()
+
+    await deployment.start()
+
+    assert (await reloading).kept == ("one",)
+
+
+async def test_a_required_model_may_not_stay_failed(gateway: Gateway) -> None:
+    await gateway.start(models(one="a", two="broken"))
+
+    message = await gateway.is_refused(models(one="a", two="broken").replace("two,", "two, required: true,"))
+
+    assert message.endswith("two failed to load: the weights are torn")
+
+
+# ------------------------------------------------------------------------------------------------ metrics of what is gone
+
+
+def labels_in(name: str, **labels: str) -> list[dict[str, str]]:
+    return [
+        sample.labels
+        for family in metrics.REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith(name) and labels.items() <= sample.labels.items()
+    ]
+
+
+THIN = "  - {id: thin-exp, kind: same_space, arms: [{name: x, model: one, weight: 1}, {name: %s, model: one, weight: 1}]}\n"
+
+
+async def test_metrics_of_experiments_arms_and_shadows_that_are_gone_go_away(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    gateway.settings = Settings(request_timeout_s=0.05)
+    text = models(one="a", two="b")
+    deployment = await gateway.start(
+        text + "experiments:\n" + split(1, 1, name="gone-exp") + THIN % "y" + "shadows:\n  - {of: one, to: two}\n"
+    )
+    service = EmbeddingService(deployment, Evidence(None))
+    for name in ("gone-exp", *["thin-exp"] * 30):
+        await service.embed(
+            EmbedRequest(["a b"], name, 5.0, caller="me", may_use=everything, attribute=lambda _source: None)
+        )
+    assert labels_in("gateway_", experiment="gone-exp")
+    assert labels_in("gateway_", experiment="thin-exp", arm="y")
+    assert labels_in("gateway_shadow", of="one", to="two")
+
+    await gateway.reload(text + "experiments:\n" + THIN % "z")
+    await asyncio.sleep(0)
+    late = metrics.meters("one", None, "gone-exp", "one")  # of a request that was on its way
+    late.count()
+    await wait_until(lambda: not labels_in("gateway_", experiment="gone-exp"))
+
+    assert not labels_in("gateway_", experiment="thin-exp", arm="y")
+    assert labels_in("gateway_", experiment="thin-exp", arm="x")
+    assert not labels_in("gateway_shadow", of="one", to="two")
+
+
+async def test_a_model_that_was_replaced_no_longer_moves_the_gauges_of_its_id(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(one="a"))
+    old = deployment.fleet.get("one")
+    assert old is not None
+    await gateway.reload(models(one="a").replace("one,", "one, dtype: float32,"))
+    await asyncio.sleep(0.01)
+
+    old.report(ModelState.RECOVERING, "late news")
+
+    assert ready("one") == 1.0
+
+
+async def test_metrics_of_a_server_that_runs_a_model_no_more_go_away(gateway: Gateway) -> None:
+    remote = "models:\n  - {id: far, backend: tei, source: a, upstream: {urls: [%s]}}\n"
+    await gateway.start(remote % "http://one:80, http://two:80")
+    for server in ("one:80", "two:80"):
+        metrics.UPSTREAM_UP.labels("far", server).set(0)
+    assert {labels["server"] for labels in labels_in("gateway_upstream_up", model="far")} == {"one:80", "two:80"}
+
+    await gateway.reload(remote % "http://two:80")
+    await wait_until(lambda: len(labels_in("gateway_upstream_up", model="far")) == 1)
+
+    assert labels_in("gateway_upstream_up", model="far")[0]["server"] == "two:80"
+
+
+# ----------------------------------------------------------------------------------------------- servers that hang, the end
+
+
+async def test_servers_that_hang_while_they_are_sought_hold_up_no_reload(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.deployment._FIRST_PAUSE_S", 0.001)
+    remote = "  - {id: far, backend: tei, source: broken, upstream: {urls: ['http://far:80']}}\n"
+    deployment = await gateway.start(models(one="a") + remote)
+    far = backend_of(deployment, "far")
+    has_begun = asyncio.Event()
+
+    async def hang(_report: Report) -> ModelInfo:
+        has_begun.set()
+        await far.gate.wait()
+        return far._info
+
+    monkeypatch.setattr(far, "start", hang)
+    await asyncio.wait_for(has_begun.wait(), 30)
+
+    reloaded = await asyncio.wait_for(gateway.reload(models(one="a", two="b")), 30)
+    assert (reloaded.loaded, reloaded.removed) == (("two",), ("far",))
+    far.is_stopped = False
+    far.gate.set()
+    await wait_until(lambda: far.is_stopped)
+
+    assert ready("far") is None
+    await deployment.stop()
+
+
+async def test_what_is_open_is_closed_at_the_end(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.settings = Settings(exposure_log=tmp_path / "exposures.jsonl", quota_storage="redis://127.0.0.1:9/0")
+    deployment = await gateway.start(models(one="a"))
+    closed = []
+
+    async def close(_self: Quotas) -> None:
+        closed.append("quotas")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quotas, "close", close)
+        patch.setattr(ExposureLog, "close", lambda _self: closed.append("exposures"))
+        create_app(deployment)
+        assert closed == []
+        await deployment.stop()
+
+    assert sorted(closed) == ["exposures", "quotas"]

@@ -24,6 +24,10 @@ class ReloadAnswer(BaseModel):
     loaded: list[str] = Field(description="Models that were loaded for it.")
     kept: list[str] = Field(description="Models that went on as they were.")
     removed: list[str] = Field(description="Models that are gone.")
+    aliases: dict[str, str] = Field(description="What has changed of each alias: `mini -> jina:retrieval.query`.")
+    experiments: dict[str, str] = Field(
+        description="What has changed of each experiment, and whether its counts go on."
+    )
     seconds: float
 
 
@@ -64,6 +68,8 @@ def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter
             loaded=list(reloaded.loaded),
             kept=list(reloaded.kept),
             removed=list(reloaded.removed),
+            aliases=reloaded.aliases,
+            experiments=reloaded.experiments,
             seconds=round(reloaded.seconds, 3),
         )
 

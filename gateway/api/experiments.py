@@ -80,11 +80,14 @@ class ExperimentEvidence(ExperimentCard):
     """An experiment and what came of it, under its present arms and weights."""
 
     generation: str = Field(description="Stands for salt, arms and weights; counts begin anew with each.")
-    since: str = Field(description="When this process began to count requests.")
+    since: str = Field(description="When this process began to count requests under these arms and weights.")
     units_since: str | None = Field(description="When the first of the units was seen.")
     evidence: list[ArmEvidence]
     uncounted: dict[str, int] = Field(description="Requests that were not part of the split, by reason.")
     sample_ratio: SampleRatioCard
+    warning: str | None = Field(
+        description="Why the figures tell nothing, where that is known: no request has a unit, say."
+    )
 
 
 def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
@@ -109,7 +112,8 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
             raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
         if not may_use(experiment.id):
             raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
-        return present(experiment, evidence.report(experiment, deployment.router.generation(experiment.id)))
+        generation, since = deployment.router.generation(experiment.id), deployment.counting_since[experiment.id]
+        return present(experiment, evidence.report(experiment, generation, since))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -138,6 +142,7 @@ def present(experiment: Experiment, report: ExperimentReport) -> ExperimentEvide
             "evidence": [asdict(arm) for arm in report.arms],
             "uncounted": dict(report.uncounted),
             "sample_ratio": asdict(report.sample_ratio),
+            "warning": report.warning,
         }
     )
 

@@ -44,6 +44,7 @@ class Model:
     reason: str = ""
     created: int = 0
     _num_in_flight: int = 0
+    _is_retired: bool = False
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -53,6 +54,8 @@ class Model:
     def report(self, state: ModelState, reason: str) -> None:
         """Take note of a new state."""
         self.state, self.reason = state, reason
+        if self._is_retired:  # by now the metrics of this id are another model's, or gone
+            return
         metrics.MODEL_READY.labels(self.id).set(state is ModelState.READY)
         for one in ModelState:
             metrics.MODEL_STATE.labels(self.id, one.value).set(one is state)
@@ -76,6 +79,7 @@ class Model:
 
     async def retire(self, grace_s: float) -> None:
         """Stop the backend when its last request has ended, or after a time."""
+        self._is_retired = True
         try:
             if self._num_in_flight:
                 with suppress(TimeoutError):
@@ -139,7 +143,7 @@ class Fleet:
         return self.started.is_set() and any(is_ready.values()) and all(is_ready[name] for name in required)
 
     async def start(self) -> None:
-        """Load the enabled models, one after the other, so that each sees the memory that the others left.
+        """Load the enabled models.
 
         A model that cannot be loaded is ``failed`` with its reason, and the others serve.
 
@@ -153,20 +157,34 @@ class Fleet:
             raise StartError("\n".join(f"{model.id} is required, but {model.reason}" for model in lost))
 
     async def load(self) -> None:
-        """Load the models that are enabled and have not been loaded."""
-        # What is compared with another model comes after all those.
-        waiting = sorted(
-            (model for model in self if model.state is ModelState.LOADING),
-            key=lambda model: model.entry.same_space_as is not None,
-        )
+        """Load the models that are enabled and have not been loaded.
+
+        Those of this process come one after the other, so that each sees the memory that the others left; those on other
+        servers need none, and are all asked at once. A model that is compared with another one waits for that.
+        """
+        waiting = [model for model in self if model.state is ModelState.LOADING]
         for model in waiting:
             if reason := await asyncio.to_thread(why_disabled, model.entry):
                 model.report(ModelState.DISABLED, reason)
         loading = [model for model in waiting if model.state is ModelState.LOADING]
         if loading:
             log.info("models_loading", number=len(loading), of=len(self._models))
-        for model in loading:
-            await self.load_one(model)
+        has_loaded = {model.id: asyncio.Event() for model in loading}
+
+        async def load(*models: Model) -> None:
+            for model in models:
+                if (other := has_loaded.get(model.entry.same_space_as or "")) is not None:
+                    await other.wait()
+                try:
+                    await self.load_one(model)
+                finally:
+                    has_loaded[model.id].set()
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load(*(model for model in loading if not model.entry.is_remote)))
+            for model in loading:
+                if model.entry.is_remote:
+                    tasks.create_task(load(model))
 
     async def load_one(self, model: Model) -> None:
         """Load a model; afterwards it is ready, or failed with its reason."""

@@ -6,12 +6,16 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 
 from gateway.config.registry import Experiment
 from gateway.evidence.exposures import Exposure, ExposureLog, now, read_exposures
 from gateway.evidence.sample_ratio import SampleRatio, check_sample_ratio
 from gateway.evidence.units import LatencyHistogram, UnitSet
 
+# Where the log cannot be written for long, further exposures are lost: about 30 MB.
+_MAX_UNWRITTEN = 100_000
+_MAX_WRITTEN_AT_ONCE = 100
 # What was counted under earlier weights is kept for a while: a reload may be taken back.
 _MAX_GENERATIONS = 4
 
@@ -50,9 +54,10 @@ class ExperimentReport:
     """An experiment in figures.
 
     Attributes:
-        since: when this process began to count requests, ISO 8601.
+        since: when this process began to count requests under the present weights, ISO 8601.
         units_since: when the first unit was seen: earlier, if there is an exposure log; ``None`` before the first one.
         uncounted: requests that were not part of the split, by reason.
+        warning: what keeps the experiment from telling anything; ``None`` where nothing is known to.
     """
 
     experiment: str
@@ -63,6 +68,7 @@ class ExperimentReport:
     arms: Sequence[ArmReport]
     uncounted: Mapping[str, int]
     sample_ratio: SampleRatio
+    warning: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,7 @@ class _Arm:
 
 @dataclass(slots=True)
 class _Generation:
+    since: str
     arms: defaultdict[str, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
     uncounted: Counter[str] = field(default_factory=Counter)
     units_since: str | None = None
@@ -124,7 +131,8 @@ class Evidence:
 
     def __init__(self, log: ExposureLog | None) -> None:
         self._log = log
-        self._since = now()
+        # What could not be written when it was due, by all that an exposure is known by.
+        self._unwritten: dict[tuple[str, str, str, str], Exposure] = {}
         self._experiments: defaultdict[str, OrderedDict[str, _Generation]] = defaultdict(OrderedDict)
         if log is not None:
             self.add(read_exposures(log.files()))
@@ -150,18 +158,48 @@ class Evidence:
             arm.seconds += seen.elapsed_s
             arm.latency.observe(seen.elapsed_s)
             arm.queue.observe(seen.queue_s)
-        if seen.unit is not None and seen.space is not None and arm.units.add(int(seen.unit, 16)):
+        if seen.unit is not None and seen.space is not None:
+            self._expose(seen, seen.unit, seen.space, generation, is_new=arm.units.add(int(seen.unit, 16)))
+
+    def _expose(self, seen: Observation, unit: str, space: str, generation: _Generation, *, is_new: bool) -> None:
+        """Write the first answer of a unit to the log; if that failed before, try again."""
+        key = (seen.experiment, seen.generation, seen.arm, unit)
+        if is_new:
             time = now()
             generation.units_since = generation.units_since or time
-            if self._log is not None:
-                self._log.write(
-                    Exposure(time, seen.experiment, seen.generation, seen.arm, seen.unit, seen.model, seen.space)
-                )
+            exposure = Exposure(time, seen.experiment, seen.generation, seen.arm, unit, seen.model, space)
+        elif key in self._unwritten:
+            exposure = self._unwritten.pop(key)
+        else:
+            return
+        if self._log is None:
+            return
+        if self._log.write(exposure):
+            self._write_rest(self._log)
+        elif len(self._unwritten) < _MAX_UNWRITTEN:
+            self._unwritten[key] = exposure
 
-    def report(self, experiment: Experiment, generation: str) -> ExperimentReport:
-        """Return what has been seen of an experiment under its present weights."""
+    def _write_rest(self, log: ExposureLog, num_most: int = _MAX_WRITTEN_AT_ONCE) -> None:
+        """Write what could not be written before; beside a request, which waits for it, a few at a time."""
+        for key in list(islice(self._unwritten, num_most)):
+            if not log.write(self._unwritten[key]):
+                return
+            del self._unwritten[key]
+
+    def close(self) -> None:
+        """Write what still can be written to the log, and close it."""
+        if self._log is not None:
+            self._write_rest(self._log, len(self._unwritten))
+            self._log.close()
+
+    def report(self, experiment: Experiment, generation: str, since: str | None = None) -> ExperimentReport:
+        """Return what has been seen of an experiment under its present weights.
+
+        Args:
+            since: when it was first served with them; ``None`` for the first time that it was counted.
+        """
         generations = self._experiments.get(experiment.id, OrderedDict())
-        seen = generations.get(generation, _Generation())
+        seen = generations.get(generation) or _Generation(since or now())
         total = sum(arm.weight for arm in experiment.arms)
         arms = [
             _report(arm.label, arm.model, arm.weight, arm.weight / total, seen.arms.get(arm.label, _Arm()))
@@ -171,17 +209,18 @@ class Evidence:
             experiment=experiment.id,
             kind=experiment.kind,
             generation=generation,
-            since=self._since,
+            since=min(since or seen.since, seen.since),
             units_since=seen.units_since,
             arms=arms,
             uncounted=dict(seen.uncounted),
             sample_ratio=check_sample_ratio([arm.units for arm in arms], [arm.share for arm in arms]),
+            warning=_warning(experiment, sum(arm.requests for arm in arms), seen.uncounted),
         )
 
     def _generation(self, experiment: str, generation: str) -> _Generation:
         generations = self._experiments[experiment]
         if generation not in generations:
-            generations[generation] = _Generation()
+            generations[generation] = _Generation(now())
             if len(generations) > _MAX_GENERATIONS:
                 generations.popitem(last=False)
         generations.move_to_end(generation)
@@ -206,6 +245,19 @@ def _report(label: str, model: str, weight: float, share: float, arm: _Arm) -> A
         p95_s=arm.latency.quantile(0.95),
         p99_s=arm.latency.quantile(0.99),
         queue_p95_s=arm.queue.quantile(0.95),
+    )
+
+
+def _warning(experiment: Experiment, num_counted: int, uncounted: Mapping[str, int]) -> str | None:
+    """Say that requests bring no unit, where that is so of most: the control arm answers them, and nothing is split."""
+    num_without = uncounted.get("no_unit", 0)
+    if not num_without or num_without < num_counted:
+        return None
+    how_many = f"all {num_without:,}" if not num_counted else f"{num_without:,} of {num_without + num_counted:,}"
+    sources = ", ".join(f"`{source}`" for source in experiment.unit)
+    return (
+        f"{how_many} requests had no unit, so the control arm {experiment.control.label!r} answered them and they are not "
+        f"counted: a unit is made from {sources}, and they have none of these"
     )
 
 

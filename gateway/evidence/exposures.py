@@ -68,8 +68,8 @@ class ExposureLog:
             raise StartError(f"the exposure log {path} cannot be written: {error.strerror}") from error
         weakref.finalize(self, self._file.close)
 
-    def write(self, exposure: Exposure) -> None:
-        """Append an exposure. A full disk costs the line, which is counted, and not the request."""
+    def write(self, exposure: Exposure) -> bool:
+        """Append an exposure, and return whether it was; a full disk costs the line, which is counted, and no request."""
         line = orjson.dumps(exposure).decode()
         try:
             self._file.emit(logging.makeLogRecord({"msg": line}))
@@ -81,6 +81,8 @@ class ExposureLog:
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
                 self._warned_at = time.monotonic()
                 log.error("exposure_not_written", path=str(self._path), reason=str(error))
+            return False
+        return True
 
     def files(self) -> list[Path]:
         """Return the files that there are, oldest first.

@@ -45,39 +45,54 @@ class ShadowQueue:
         self._router = router
         self._waiting: deque[_Copy] = deque()
         self._num_characters = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._num_working = 0
+        self._is_stopped = False
         self._labels = (shadow.of, shadow.to)
 
     def offer(self, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float) -> None:
         """Take a copy of a request, or drop it; returns at once."""
         size = sum(map(len, texts))
-        if len(self._waiting) >= self.shadow.max_queue or self._num_characters + size > _MAX_QUEUED_CHARACTERS:
+        is_full = len(self._waiting) >= self.shadow.max_queue or self._num_characters + size > _MAX_QUEUED_CHARACTERS
+        if is_full or self._is_stopped:
             metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc()
             return
         self._waiting.append(_Copy(texts, task, truncate, timeout_s, size))
         self._num_characters += size
-        metrics.SHADOW_QUEUE.labels(*self._labels).set(len(self._waiting))
-        if len(self._tasks) < _MAX_CONCURRENT:
+        # Counted up and down: at a reload, the queue before and the one after it have the same gauge.
+        metrics.SHADOW_QUEUE.labels(*self._labels).inc()
+        if self._num_working < _MAX_CONCURRENT:
+            # Counted here and not by the tasks: one that is about to end takes no further copy.
+            self._num_working += 1
             worker = asyncio.create_task(self._work())
-            self._tasks.add(worker)
-            worker.add_done_callback(self._tasks.discard)
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
 
     async def stop(self) -> None:
-        """Drop what waits, and what is being worked on."""
-        metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc(len(self._waiting) + len(self._tasks))
+        """Drop what waits, and what is being worked on; whatever is offered from now on is dropped as well."""
+        self._is_stopped = True
+        metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc(len(self._waiting))
+        metrics.SHADOW_QUEUE.labels(*self._labels).dec(len(self._waiting))
         self._waiting.clear()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        metrics.SHADOW_QUEUE.labels(*self._labels).set(0)
+        self._num_characters = 0
+        workers = list(self._workers)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
 
     async def _work(self) -> None:
-        while self._waiting:
-            copy = self._waiting.popleft()
-            self._num_characters -= copy.num_characters
-            metrics.SHADOW_QUEUE.labels(*self._labels).set(len(self._waiting))
-            metrics.SHADOW_REQUESTS.labels(*self._labels, await self._embed(copy)).inc()
+        try:
+            while self._waiting:
+                copy = self._waiting.popleft()
+                self._num_characters -= copy.num_characters
+                metrics.SHADOW_QUEUE.labels(*self._labels).dec()
+                outcome = "dropped"
+                try:
+                    outcome = await self._embed(copy)
+                finally:
+                    metrics.SHADOW_REQUESTS.labels(*self._labels, outcome).inc()
+        finally:
+            self._num_working -= 1
 
     async def _embed(self, copy: _Copy) -> str:
         """Have the second model embed a copy, and return how that ended."""
@@ -119,6 +134,11 @@ class Shadows:
             is_meant = shadow.of in (choice.asked, choice.model.id) and shadow.to != choice.model.id
             if is_meant and random.random() < shadow.sample:  # noqa: S311  a sample, not a secret
                 queue.offer(texts, choice.task or task, truncate, timeout_s)
+
+    @property
+    def pairs(self) -> set[tuple[str, str]]:
+        """Each name whose traffic is copied, with the model that gets the copy."""
+        return {(queue.shadow.of, queue.shadow.to) for queue in self._queues}
 
     async def stop(self) -> None:
         """Drop everything that waits."""

@@ -265,10 +265,33 @@ def describe_model(model: str, **facts: str) -> None:
 
 def forget_model(model: str) -> None:
     """Remove everything under the name of a model that is no more."""
+    _forget(model=model)
+    _forget(fallback=model)
+
+
+def forget_server(model: str, server: str) -> None:
+    """Remove everything under the name of a server that runs a model no more."""
+    _forget(model=model, server=server)
+
+
+def forget_experiment(experiment: str, arm: str | None = None) -> None:
+    """Remove everything under the name of an experiment, or of one of its arms, that is no more."""
+    if arm is None:
+        _forget(experiment=experiment)
+    else:
+        _forget(experiment=experiment, arm=arm)
+
+
+def forget_shadow(of: str, to: str) -> None:
+    """Remove everything under the names of a shadow that is no more."""
+    _forget(of=of, to=to)
+
+
+def _forget(**labels: str) -> None:
     meters.cache_clear()
     for metric in declared():
-        if "model" in metric._labelnames:
-            metric.remove_by_labels({"model": model})
+        if set(labels) <= set(metric._labelnames):
+            metric.remove_by_labels(labels)
 
 
 def render() -> bytes:

@@ -53,7 +53,14 @@ async def test_the_operators_key_passes(connect: Connect, settings: dict[str, st
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body.pop("seconds") >= 0
-    assert body == {"status": "reloaded", "loaded": [], "kept": ["mini", "jina", "team/small"], "removed": []}
+    assert body == {
+        "status": "reloaded",
+        "loaded": [],
+        "kept": ["mini", "jina", "team/small"],
+        "removed": [],
+        "aliases": {},
+        "experiments": {},
+    }
 
 
 async def test_the_operators_key_opens_nothing_else(connect: Connect, check_error: CheckError) -> None:

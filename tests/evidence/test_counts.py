@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.config.registry import Experiment
 from gateway.evidence.counts import ArmReport, Evidence, ExperimentReport, Observation, is_running
@@ -235,3 +236,96 @@ def test_an_experiment_runs_between_start_and_end(
     make_experiment: MakeExperiment, start: datetime | None, end: datetime | None, runs: bool
 ) -> None:
     assert is_running(make_experiment(1, 1, start=start, end=end)) is runs
+
+
+# ------------------------------------------------------------------------------------------------- since when, and for what
+
+
+def test_each_set_of_weights_is_counted_since_it_came(
+    monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_observation: MakeObservation
+) -> None:
+    times = iter(["t1", "t2", "t3", "t4", "t5"])
+    monkeypatch.setattr("gateway.evidence.counts.now", lambda: next(times))
+    experiment = make_experiment(1, 1)
+    evidence = Evidence(None)
+    evidence.record(make_observation(None, generation="p"))
+    evidence.record(make_observation(None, generation="q"))
+
+    assert evidence.report(experiment, "p", "t0").since == "t0"  # served before the first request came
+    assert evidence.report(experiment, "q", "t9").since == "t2"  # a reload was taken back: the counts went on
+    assert evidence.report(experiment, "never asked", "t8").since == "t8"
+
+
+@pytest.mark.parametrize(
+    ("num_without", "num_with", "warning"),
+    [
+        (0, 0, None),
+        (0, 5, None),
+        (3, 4, None),
+        (1000, 0, "all 1,000 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is "
+                  "made from `header:x-unit`, and they have none of these"),
+        (4, 4, "4 of 8 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is made "
+               "from `header:x-unit`, and they have none of these"),
+    ],
+)  # fmt: skip
+def test_an_experiment_whose_requests_have_no_unit_is_told(
+    make_experiment: MakeExperiment,
+    make_observation: MakeObservation,
+    num_without: int,
+    num_with: int,
+    warning: str | None,
+) -> None:
+    evidence = Evidence(None)
+    for _ in range(num_without):
+        evidence.record(make_observation(None, reason="no_unit", is_counted=False))
+    for unit in range(num_with):
+        evidence.record(make_observation(unit))
+
+    assert evidence.report(make_experiment(1, 1), GENERATION).warning == warning
+
+
+# ------------------------------------------------------------------------------------------------------------ a full disk
+
+FULL_DISK = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("who", ["a unit that was not written", "another unit", "the end"])
+def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
+    tmp_path: Path, make_observation: MakeObservation, who: str
+) -> None:
+    path = tmp_path / "exposures.jsonl"
+    path.symlink_to(FULL_DISK)
+    evidence = Evidence(open_log(tmp_path))
+    with capture_logs():
+        for unit in (1, 2, 1):
+            evidence.record(make_observation(unit))
+    path.unlink()
+
+    if who == "the end":
+        evidence.close()
+    else:
+        evidence.record(make_observation(1 if who == "a unit that was not written" else 3))
+
+    written = [int(exposure.unit, 16) for exposure in read_exposures([path])]
+    assert sorted(written) == ([1, 2] if who != "another unit" else [1, 2, 3])
+    evidence.record(make_observation(2))
+    assert len(list(read_exposures([path]))) == len(written)
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+def test_what_waits_for_room_has_a_limit(
+    tmp_path: Path, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.evidence.counts._MAX_UNWRITTEN", 3)
+    path = tmp_path / "exposures.jsonl"
+    path.symlink_to(FULL_DISK)
+    evidence = Evidence(open_log(tmp_path))
+    with capture_logs():
+        for unit in range(10):
+            evidence.record(make_observation(unit))
+    path.unlink()
+
+    evidence.close()
+
+    assert len(list(read_exposures([path]))) == 3

@@ -198,3 +198,46 @@ def test_a_reranker_has_no_space_to_keep(put: Put) -> None:
     spaces = name_spaces(*put())
 
     assert {name for name in spaces if "/" not in name} == {"mini", "other"}
+
+
+def test_a_shadow_of_which_nothing_is_known_yet_is_fine(put: Put) -> None:
+    registry, fleet = put(shadows=[Shadow(of="mini", to="ranker", sample=1.0)])
+    ranker = fleet.get("ranker")
+    assert ranker is not None
+    ranker.info = None
+
+    assert broken_rules(registry, fleet) == []
+
+
+def test_every_name_of_a_model_has_its_spaces(make_model: MakeModel) -> None:
+    model = make_model("jina", source="jinaai/jina-embeddings-v3-hf", tasks=TASKS, default_task="separation")
+    registry = Registry(path=Path("models.yaml"), version=1, models=(model.entry,))
+
+    spaces = name_spaces(registry, Fleet([model]))
+
+    assert set(spaces) == {"jina", "jinaai/jina-embeddings-v3-hf", "jinaai/jina-embeddings-v3"}
+    for of_name in spaces.values():
+        assert set(of_name) == {"", *TASKS}
+        assert of_name[""] == of_name["separation"] != of_name["retrieval.query"] == of_name["retrieval.passage"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "name"),
+    [
+        (("owner/a", "owner/b"), "owner/a"),
+        (("jinaai/jina-embeddings-v3-hf", "owner/b"), "jinaai/jina-embeddings-v3"),
+    ],
+)
+def test_a_name_that_is_a_source_stays_in_its_space(make_model: MakeModel, sources: tuple[str, str], name: str) -> None:
+    """Vectors are stored under it as under any other name."""
+    old = [make_model("one", source=sources[0]), make_model("two", source=sources[1])]
+    new = [make_model("one", source=sources[1]), make_model("two", source=sources[0])]
+    before, after = (
+        Registry(path=Path("models.yaml"), version=1, models=tuple(model.entry for model in models))
+        for models in (old, new)
+    )
+    known = {key: value for key, value in name_spaces(before, Fleet(old)).items() if "/" in key}
+
+    moved = moved_names(known, after, Fleet(new))
+
+    assert [one.partition(" would move")[0] for one in moved if one.startswith(repr(name))] == [repr(name)]

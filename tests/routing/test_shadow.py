@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -222,3 +223,143 @@ async def test_stopping_drops_what_waits(
 
     assert counted("dropped") == 6
     assert counted("ok") == 0
+
+
+# --------------------------------------------------------------------------------------------- as long as it serves
+
+
+def queued(of: str = "default") -> float:
+    return metrics.REGISTRY.get_sample_value("gateway_shadow_queue", {"of": of, "to": "second"}) or 0
+
+
+async def test_after_a_lull_copies_are_taken_up_again(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    """More often than there are workers: each of them has ended and made room."""
+    router, shadows = make_shadows()
+    second.gate.set()
+
+    for _ in range(20):
+        offer(router, shadows)
+        await settle()
+
+    assert (counted("ok"), counted("dropped")) == (20, 0)
+
+
+async def test_a_burst_in_the_turn_in_which_the_workers_end_is_taken_up(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    """A worker that has run out of copies takes no more, though its task is not done yet."""
+    router, shadows = make_shadows()
+    for _ in range(4):
+        offer(router, shadows)
+    await settle()
+    assert len(second.jobs) == 4
+
+    # Called in the turn after the gate has opened: behind the last steps of the workers, before their tasks' callbacks.
+    second.gate.set()
+    loop = asyncio.get_running_loop()
+    for turn in range(6):
+        loop.call_soon(lambda: None)
+        await asyncio.sleep(0)
+        if counted("ok") == 4:
+            break
+        assert turn < 5
+    offer(router, shadows)
+    await settle()
+
+    assert (counted("ok"), len(second.jobs)) == (5, 5)
+
+
+async def test_room_for_long_texts_is_given_back(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows(max_queue=1000)
+    second.gate.set()
+
+    for _ in range(10):
+        offer(router, shadows, texts=("x" * 15_000_000,))
+        await settle()
+
+    assert (counted("ok"), counted("dropped")) == (10, 0)
+
+
+async def test_the_queue_is_shown_while_it_waits(make_shadows: MakeShadows, second: Second) -> None:
+    before = queued()
+    router, shadows = make_shadows()
+    for _ in range(4):
+        offer(router, shadows)
+        await settle()
+    for _ in range(3):
+        offer(router, shadows)
+
+    assert queued() - before == 3
+    second.gate.set()
+    await settle()
+    assert queued() == before
+
+
+async def test_a_copy_has_the_task_the_patience_and_a_caller_of_its_own(
+    make_shadows: MakeShadows, second: Second
+) -> None:
+    names = ("gateway_shadow_texts_total", "gateway_shadow_duration_seconds_count")
+    labels = {"of": "default", "to": "second"}
+    before = [metrics.REGISTRY.get_sample_value(name, labels) or 0 for name in names]
+    router, shadows = make_shadows()
+    second.gate.set()
+    started = time.monotonic()
+
+    offer(router, shadows, texts=("a", "b", "c"))
+    await settle()
+
+    [job] = second.jobs
+    assert job.caller == "shadow"
+    assert started + 5 <= job.deadline <= time.monotonic() + 5
+    after = [metrics.REGISTRY.get_sample_value(name, labels) or 0 for name in names]
+    assert [now - was for now, was in zip(after, before, strict=True)] == [3, 1]
+
+
+async def test_after_a_stop_nothing_is_taken_up(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    """A request that began before a reload ends after it."""
+    router, shadows = make_shadows()
+    for _ in range(6):
+        offer(router, shadows)
+    await settle()
+    await shadows.stop()
+    second.gate.set()
+
+    offer(router, shadows)
+    await settle()
+
+    assert len(second.jobs) == 4
+    assert counted("dropped") == 7
+    assert queued() == 0
+
+
+async def test_what_was_offered_just_before_a_stop_is_dropped_once(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows()
+    offer(router, shadows)
+
+    await shadows.stop()
+
+    assert (counted("dropped"), len(second.jobs)) == (1, 0)
+
+
+async def test_the_queue_after_a_reload_has_the_gauge_for_itself(make_shadows: MakeShadows, second: Second) -> None:
+    router, old = make_shadows()
+    _router, new = make_shadows()
+    for shadows in (old, new):
+        for _ in range(4):
+            offer(router, shadows)
+            await settle()
+        for _ in range(2):
+            offer(router, shadows)
+    assert queued() == 4
+
+    await old.stop()
+
+    assert queued() == 2

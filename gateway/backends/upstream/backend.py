@@ -81,7 +81,7 @@ class UpstreamBackend:
         await self._close()
         self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)
-        names = _server_names(self._upstream.urls)
+        names = server_names(self._upstream.urls)
         self._servers = [
             Server(self._entry.id, name, url, self._dialect, self._upstream)
             for name, url in zip(names, self._upstream.urls, strict=True)
@@ -362,7 +362,7 @@ class UpstreamBackend:
             await server.close()
 
 
-def _server_names(urls: Sequence[str]) -> list[str]:
+def server_names(urls: Sequence[str]) -> list[str]:
     """Return what to call each server: host and port, and the path where several share those."""
     hosts = [urlsplit(url).netloc for url in urls]
     return [

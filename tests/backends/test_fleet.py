@@ -1,0 +1,168 @@
+"""Models do not wait for each other without need, and one that is not what it is said to be is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.backends.base import Report
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.fleet import Fleet, Model
+from gateway.config.registry import ModelEntry
+from gateway.embedding import ModelInfo, ModelState
+from gateway.errors import LoadError
+
+PATIENCE_S = 30
+
+
+class Backend(FakeBackend):
+    """A fake that starts when its gate opens, and remembers what happened to it."""
+
+    def __init__(self, info: ModelInfo, order: list[str]) -> None:
+        super().__init__(info)
+        self.gate = asyncio.Event()
+        self.has_begun = asyncio.Event()
+        self.error: Exception | None = None
+        self.num_stops = 0
+        self._order = order
+
+    async def start(self, report: Report = lambda _state, _reason: None) -> ModelInfo:
+        self._order.append(self._info.id)
+        self.has_begun.set()
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return await super().start(report)
+
+    async def stop(self) -> None:
+        self.num_stops += 1
+        await super().stop()
+
+
+class Models:
+    """A fleet whose models are made one by one."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.models: list[Model] = []
+
+    def add(self, name: str, *, is_remote: bool = True, same_space_as: str | None = None, **info: object) -> Backend:
+        where = {"backend": "tei", "upstream": {"urls": ("http://127.0.0.1:9",)}} if is_remote else {}
+        entry = ModelEntry.model_validate(
+            {"id": name, "source": f"./{name}", "enabled": True, "same_space_as": same_space_as, **where},
+            context={"folder": Path()},
+        )
+        backend = Backend(fake_info(name, **info), self.order)
+        self.models.append(Model(entry, backend))
+        return backend
+
+    def fleet(self) -> Fleet:
+        return Fleet(self.models)
+
+    def states(self) -> dict[str, str]:
+        return {model.id: model.state.value for model in self.models}
+
+
+@pytest.fixture
+def made() -> Models:
+    return Models()
+
+
+async def wait_until(look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not look():  # noqa: ASYNC110  what is looked at has no event
+            await asyncio.sleep(0.01)
+
+
+async def test_servers_that_hang_hold_up_no_other_model(made: Models) -> None:
+    hung, other, here = made.add("hung"), made.add("other"), made.add("here", is_remote=False)
+    other.gate.set()
+    here.gate.set()
+    fleet = made.fleet()
+    loading = asyncio.create_task(fleet.start())
+
+    await wait_until(lambda: list(made.states().values()) == ["loading", "ready", "ready"])
+    assert hung.has_begun.is_set()
+    assert not fleet.started.is_set()
+    hung.error = LoadError("no answer")
+    hung.gate.set()
+    await loading
+
+    assert list(made.states().values()) == ["failed", "ready", "ready"]
+
+
+async def test_models_of_this_process_are_loaded_one_after_the_other(made: Models) -> None:
+    """Each must see the memory that the others left."""
+    first, second = made.add("first", is_remote=False), made.add("second", is_remote=False)
+    loading = asyncio.create_task(made.fleet().start())
+    await asyncio.wait_for(first.has_begun.wait(), PATIENCE_S)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not second.has_begun.is_set()
+
+    first.gate.set()
+    second.gate.set()
+    await loading
+
+    assert made.order == ["first", "second"]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_a_model_is_compared_with_one_that_comes_later_in_the_file(made: Models, is_remote: bool) -> None:
+    far = made.add("far", same_space_as="near", max_tokens=64)
+    near = made.add("near", is_remote=is_remote)
+    last = made.add("last", is_remote=False)
+    for backend in (far, near, last):
+        backend.gate.set()
+
+    await made.fleet().start()
+
+    assert made.order.index("near") < made.order.index("far")
+    assert set(made.states().values()) == {"ready"}
+    infos = {model.id: model.info for model in made.models}
+    assert infos["far"] is not None
+    assert infos["near"] is not None
+    assert infos["far"].fingerprint == infos["near"].fingerprint
+
+
+async def test_a_model_that_is_not_of_the_space_it_claims_is_stopped(made: Models) -> None:
+    made.add("near", is_remote=False).gate.set()
+    far = made.add("far", same_space_as="near", width=16, dimensions=(16,))
+    far.gate.set()
+
+    await made.fleet().start()
+
+    assert made.states() == {"near": "ready", "far": "failed"}
+    assert "its vectors have 16 dimensions, and those of near 8" in made.models[1].reason
+    assert made.models[1].info is None
+    assert far.num_stops == 1
+
+
+async def test_a_model_whose_other_cannot_be_loaded_fails_and_does_not_hang(made: Models) -> None:
+    far, near = made.add("far", same_space_as="near"), made.add("near", is_remote=False)
+    near.error = LoadError("torn")
+    for backend in (far, near):
+        backend.gate.set()
+
+    async with asyncio.timeout(PATIENCE_S):
+        await made.fleet().start()
+
+    assert made.states() == {"far": "failed", "near": "failed"}
+    assert far.num_stops == 1
+
+
+async def test_loading_that_is_given_up_leaves_no_task_behind(made: Models) -> None:
+    hung = made.add("hung")
+    loading = asyncio.create_task(made.fleet().start())
+    await asyncio.wait_for(hung.has_begun.wait(), PATIENCE_S)
+    num_tasks = len(asyncio.all_tasks())
+
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+
+    assert len(asyncio.all_tasks()) < num_tasks
+    assert made.models[0].state is ModelState.LOADING
