@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 from limits import RateLimitItem, RateLimitItemPerMinute, WindowStats
 from limits.aio.storage import RedisStorage, Storage
-from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import StorageError
 
 from gateway.access.keyring import Client
@@ -39,6 +38,8 @@ _CHARACTERS_PER_TOKEN: Final = 4
 _REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _MAX_CONNECTIONS: Final = 16
 _STORAGE_TIMEOUT_S: Final = 0.5
+# How many windows' ends are remembered; forgotten ones are asked for again.
+_MAX_ENDS: Final = 10_000
 # A storage that hangs costs one request its time-out, not each.
 _SILENCE_S: Final = 5.0
 T = TypeVar("T")
@@ -71,7 +72,9 @@ class Quotas:
 
     def __init__(self, storage: str) -> None:
         connected, self._connections = _connect(storage)
-        self._limiter = FixedWindowRateLimiter(connected)
+        self._storage = connected
+        # When each window ends, by `time.monotonic`: asked once a window rather than at each request.
+        self._ends: dict[str, float] = {}
         self._reserved: dict[str, int] = {}
         self._silent_until = 0.0
 
@@ -87,10 +90,9 @@ class Quotas:
         ticket = Ticket(client, headers)
         if client.requests_per_minute:
             item = RateLimitItemPerMinute(client.requests_per_minute, namespace="requests")
-            is_within = await self._hit(item, client, 1)
-            stats = await self._stats(item, client)
+            num_requests, stats = await self._count(item, client, 1)
             headers |= _headers("requests", item.amount, stats)
-            if not is_within:
+            if num_requests > item.amount:
                 raise _limited(client, "requests", item.amount, stats)
         if client.tokens_per_minute:
             await self._check_tokens(ticket)
@@ -132,8 +134,8 @@ class Quotas:
         client = ticket.client
         if client.tokens_per_minute:
             item = RateLimitItemPerMinute(client.tokens_per_minute, namespace="tokens")
-            await self._hit(item, client, num_tokens)
-            ticket.headers |= _headers("tokens", item.amount, await self._stats(item, client))
+            _num_tokens, stats = await self._count(item, client, num_tokens)
+            ticket.headers |= _headers("tokens", item.amount, stats)
 
     async def close(self) -> None:
         """Close the connections to the storage."""
@@ -143,7 +145,7 @@ class Quotas:
     async def _check_tokens(self, ticket: Ticket) -> None:
         client = ticket.client
         item = RateLimitItemPerMinute(client.tokens_per_minute, namespace="tokens")
-        stats = await self._stats(item, client)
+        _num_tokens, stats = await self._count(item, client, 0)
         ticket.headers |= _headers("tokens", item.amount, stats)
         if stats.remaining <= 0:
             raise _limited(client, "tokens", item.amount, stats)
@@ -154,12 +156,25 @@ class Quotas:
                 retry_after_s=1,
             )
 
-    async def _hit(self, item: RateLimitItem, client: Client, cost: int) -> bool:
-        return await self._ask(lambda: self._limiter.hit(item, client.name, cost=cost), True)
+    async def _count(self, item: RateLimitItem, client: Client, cost: int) -> tuple[int, WindowStats]:
+        """Add to a client's window, or just look at it where ``cost`` is 0; return its count, and what is left."""
+        key = item.key_for(client.name)
 
-    async def _stats(self, item: RateLimitItem, client: Client) -> WindowStats:
-        untouched = WindowStats(reset_time=time.time(), remaining=item.amount)
-        return await self._ask(lambda: self._limiter.get_window_stats(item, client.name), untouched)
+        async def count() -> tuple[int, WindowStats]:
+            num = await (self._storage.incr(key, item.get_expiry(), cost) if cost else self._storage.get(key))
+            left_s = await self._left_s(key) if num else 0.0
+            return num, WindowStats(time.time() + left_s, max(0, item.amount - num))
+
+        return await self._ask(count, (0, WindowStats(time.time(), item.amount)))
+
+    async def _left_s(self, key: str) -> float:
+        """Return for how many seconds a window goes on."""
+        now = time.monotonic()
+        if self._ends.get(key, 0.0) <= now:
+            if len(self._ends) >= _MAX_ENDS:
+                self._ends.clear()
+            self._ends[key] = now + await self._storage.get_expiry(key) - time.time()
+        return max(0.0, self._ends[key] - now)
 
     async def _ask(self, question: Callable[[], Awaitable[T]], otherwise: T) -> T:
         """Ask the storage, unless it has not answered a moment ago."""

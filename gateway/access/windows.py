@@ -22,7 +22,8 @@ class ProcessStorage(Storage):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: dict[str, tuple[int, float]] = {}  # count, end by `time.time`
+        # Count, and end by `time.monotonic`: when the clock is set, no window becomes longer or shorter.
+        self._counts: dict[str, tuple[int, float]] = {}
         self._next_sweep = 0.0
 
     @property
@@ -34,7 +35,7 @@ class ProcessStorage(Storage):
 
     async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
         """Add to a counter, which begins and ends ``expiry`` seconds later if there is none."""
-        now = time.time()
+        now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + _SWEEP_EVERY_S
             self._counts = {key: entry for key, entry in self._counts.items() if entry[1] > now}
@@ -47,11 +48,11 @@ class ProcessStorage(Storage):
     async def get(self, key: str) -> int:
         """Return what a counter has, 0 if there is none."""
         count, end = self._counts.get(key, (0, 0.0))
-        return count if end > time.time() else 0
+        return count if end > time.monotonic() else 0
 
     async def get_expiry(self, key: str) -> float:
         """Return when a counter ends, in seconds since the epoch; now if there is none."""
-        return max(time.time(), self._counts.get(key, (0, 0.0))[1])
+        return time.time() + max(0.0, self._counts.get(key, (0, 0.0))[1] - time.monotonic())
 
     async def check(self) -> bool:
         """Return whether it works."""

@@ -293,3 +293,64 @@ def test_a_package_that_is_not_installed_is_told_at_the_start(monkeypatch: pytes
 
     with pytest.raises(ConfigError, match=r"^environment: GATEWAY_QUOTA_STORAGE: .* pip install 'embedding-gateway\[r"):
         Quotas("redis://127.0.0.1/0")
+
+
+async def test_replicas_share_the_tokens_of_a_minute(connect: Callable[[str], Quotas], redis: str) -> None:
+    """What one has charged the other knows; each keeps aside for itself what its own requests may need."""
+    first, second = connect(redis), connect(redis)
+    one = client(tokens_per_minute=100)
+    tickets = [await replica.admit(one, {}) for replica in (first, second)]
+
+    async with first.reserve(tickets[0], ["x" * 200], 512):
+        async with second.reserve(tickets[1], ["x" * 200], 512):
+            await second.charge(tickets[1], 60)
+        await first.charge(tickets[0], 50)
+
+    assert tickets[1].headers["x-ratelimit-remaining-tokens"] == "40"
+    assert tickets[0].headers["x-ratelimit-remaining-tokens"] == "0"
+    for replica in (first, second):
+        with pytest.raises(RateLimited, match="100 tokens a minute, and those of this minute are used"):
+            await replica.admit(one, {})
+
+
+async def test_a_request_asks_redis_four_times(
+    connect: Callable[[str], Quotas], redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request and its tokens: counted, looked at twice, charged. When the minute ends is known by then."""
+    from redis.asyncio.connection import AbstractConnection
+
+    quotas, one = connect(redis), client(requests_per_minute=100, tokens_per_minute=1000)
+
+    async def whole_request() -> dict[str, str]:
+        ticket = await quotas.admit(one, {})
+        async with quotas.reserve(ticket, ["a text"], 512):
+            await quotas.charge(ticket, 3)
+        return ticket.headers
+
+    await whole_request()
+    num_sent = 0
+    send = AbstractConnection.send_packed_command
+
+    async def count(*args: object, **options: object) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        await send(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", count)
+    headers = await whole_request()
+
+    assert num_sent == 4
+    assert (headers["x-ratelimit-remaining-requests"], headers["x-ratelimit-remaining-tokens"]) == ("98", "994")
+    for what in ("requests", "tokens"):
+        assert 30 < float(headers[f"x-ratelimit-reset-{what}"].removesuffix("s")) <= 60
+
+
+async def test_no_more_ends_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.access.quotas._MAX_ENDS", 3)
+    quotas = Quotas("memory://")
+    clients = [Client(f"c{number}", requests_per_minute=5) for number in range(10)]
+
+    left = [(await use(quotas, one))["x-ratelimit-remaining-requests"] for one in (*clients, *clients)]
+
+    assert left == ["4"] * 10 + ["3"] * 10
+    assert len(quotas._ends) <= 3

@@ -8,18 +8,22 @@ from gateway.access.windows import ProcessStorage
 
 
 class Clock:
-    """What ``time.time`` says."""
+    """What both of ``time``'s clocks say, unless one of them is set."""
 
     now = 1000.0
+    was_set_by = 0.0
 
-    def __call__(self) -> float:
+    def time(self) -> float:
+        return self.now + self.was_set_by
+
+    def monotonic(self) -> float:
         return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("gateway.access.windows.time.time", clock)
+    monkeypatch.setattr("gateway.access.windows.time", clock)
     return clock
 
 
@@ -87,4 +91,19 @@ async def test_counters_can_be_ended_one_by_one_and_all_at_once(clock: Clock) ->
     assert await storage.reset() == 2
     assert len(storage) == 0
     assert await storage.check() is True
+    assert await storage.incr("a", 60) == 1
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_clock_that_is_set_makes_no_window_longer_or_shorter(clock: Clock, hours: int) -> None:
+    storage = ProcessStorage()
+    await storage.incr("a", 60)
+
+    clock.was_set_by = hours * 3600.0
+    clock.now += 59
+
+    assert await storage.get("a") == 1
+    assert await storage.get_expiry("a") == clock.time() + 1
+    clock.now += 1
+    assert await storage.get("a") == 0
     assert await storage.incr("a", 60) == 1
