@@ -417,6 +417,14 @@ FIELD_CASES = [
     Case(
         "pin of a package", entry(f"{PACKAGE}\nrevision: {COMMIT}"), 5, 15, "models[0].revision", "only for hub repos"
     ),
+    Case(
+        "no file",
+        entry(f'{PACKAGE}\nsha256: {{"": {SHA256}}}'),
+        5,
+        14,
+        'models[0].sha256[""]',
+        "must be the name of a file inside the checkpoint, got",
+    ),
     Case("short hash", entry(PACKAGE + "\nsha256: {f: abc}"), 5, 17, "models[0].sha256.f", "64 lowercase hex digits"),
     Case(
         "file name",

@@ -187,6 +187,14 @@ def test_an_experiment_of_one_space_moves_with_its_control(split: Put) -> None:
     assert found.keys() == {"two", "owner/two", "exp"}
 
 
+def test_a_task_that_a_model_does_not_have_makes_no_space(split: Put) -> None:
+    """A model without tasks ignores those that are known anywhere."""
+    spaces = name_spaces(*split(aliases=ALIASES, tasks={}, default_task=None))
+
+    assert spaces["apart"] == spaces["both"] == spaces["two"]
+    assert spaces["two"].keys() == {""}
+
+
 def test_tasks_that_come_or_go_move_no_name(split: Put) -> None:
     more = {**TASKS, "classification": "c: "}
 
