@@ -133,16 +133,16 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     model_type = require_model_type(config, folder)
     has_own_code = require_known_code(root, config, model_type, trust_remote_code=trust_remote_code)
     classifier = None if modules is not None and modules.pooling is not None else read_classifier(folder, config)
-    if classifier is None:
+    adapters = _find_adapters(folder)
+    is_jina = model_type == "jina_embeddings_v3"
+    if classifier is None and not (is_jina and adapters):  # adapters for tasks of retrieval are an embedder's
         _require_embedder(folder, config, modules, model_type, has_own_code=has_own_code)
     settings = read_transformer(root, is_embedder=classifier is None)
     prompts, truncated_width = _read_sentence_config(folder, classifier)
     weights = weights_files(root)
     sizes = Sizes.read(root, None if has_own_code else read_shapes(weights))
     dense_layers = tuple(folder / path for path in modules.dense) if modules is not None else ()
-    adapters = _find_adapters(folder)
     sparse_head, multivector_head = (_existing(folder / name) for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD))
-    is_jina = model_type == "jina_embeddings_v3"
     checkpoint = Checkpoint(
         folder=folder,
         transformer=root,
@@ -184,7 +184,7 @@ def _require_embedder(
         return
     if modules.pooling is None:
         raise LoadError(f"{folder}/modules.json: lists a Transformer and no Pooling: nothing makes a vector of a text")
-    if modules.own_code and model_type != "jina_embeddings_v3":  # Jina's calls the model that is built in here
+    if modules.own_code:
         raise LoadError(f"{folder}/modules.json: {modules.own_code[0]} is code of its own, which is not run")
 
 

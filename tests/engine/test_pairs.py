@@ -17,7 +17,7 @@ WORDS = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "q": 3, "r": 4, "s": 5, "a": 6, "b"
 def tokenizer(pair: str, **special: int) -> Tokenizer:
     made = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = [(name, {"CLS": 1, "SEP": 2, **special}[name.strip("[]")]) for name in ("[CLS]", "[SEP]")]
+    tokens = [(f"[{name}]", id_) for name, id_ in {"CLS": 1, "SEP": 2, **special}.items()]
     made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=tokens)
     return made
 
@@ -54,7 +54,12 @@ def pairs(
 def test_a_pair_is_what_the_template_says(
     template: str, has_segments: bool, ids: list[int], second: int | None
 ) -> None:
-    assert pairs("q r", ["a b"], template=template, has_segments=has_segments) == [(ids, second, False)]
+    made = PairTokenizer(tokenizer(template), 20, has_segments=has_segments)
+
+    [row] = made.tokenise_pairs("q r", ["a b"], Truncate.END)
+
+    assert (row.ids, row.second, row.is_truncated) == (ids, second, False)
+    assert made.has_segments == (second is not None)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +88,8 @@ def test_a_limit_of_one_token_more_than_the_template_is_taken() -> None:
 def test_the_largest_id_may_be_one_of_the_template() -> None:
     assert PairTokenizer(tokenizer(BERT), 20, has_segments=True).largest_id == 9
     assert PairTokenizer(tokenizer(BERT, SEP=777), 20, has_segments=True).largest_id == 777
+    between = tokenizer("[CLS] $A [MID] $B [SEP]", MID=778)  # one that no single text has
+    assert PairTokenizer(between, 20, has_segments=True).largest_id == 778
 
 
 @pytest.mark.parametrize(
@@ -123,3 +130,22 @@ def test_a_pair_that_may_not_be_cut_is_refused_with_its_length_and_place() -> No
 
     with pytest.raises(ContextLengthExceeded, match="is 7 tokens, however the query and text 5 have 8 tokens together"):
         made.tokenise_pairs("q", ["a", "a b c d"], Truncate.REFUSE, first_index=4)
+
+
+@pytest.mark.parametrize(
+    ("query", "text", "max_text_tokens", "length"),
+    [
+        pytest.param("q", "a " * 5, None, "have 9 tokens", id="all is read"),
+        pytest.param("q", "a " * 5000, None, r"have at least \d+ tokens", id="not all of the text"),
+        pytest.param("q " * 5000, "a", None, r"have at least \d+ tokens", id="not all of the query"),
+        pytest.param("q " * 5, "a " * 5000, 2, "have 10 tokens", id="as much of the text as is wanted"),
+        pytest.param("q " * 5000, "a " * 5000, 2, r"have at least \d+ tokens", id="but not all of the query"),
+    ],
+)
+def test_a_length_is_exact_where_everything_was_read(
+    query: str, text: str, max_text_tokens: int | None, length: str
+) -> None:
+    made = PairTokenizer(tokenizer(BERT), 7, has_segments=True)
+
+    with pytest.raises(ContextLengthExceeded, match=length):
+        made.tokenise_pairs(query, [text], Truncate.REFUSE, max_text_tokens=max_text_tokens)

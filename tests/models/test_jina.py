@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gateway.engine.adapters import install_adapters
 from gateway.engine.checkpoint import read_checkpoint
 from gateway.engine.devices import choose_dtype
 from gateway.engine.loading import plan_load
+from gateway.engine.modules import Pooling
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
 from gateway.verification import verify
@@ -33,6 +35,7 @@ from models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_tr
 from models.checkpoints import unigram_tokenizer as jina_tokenizer
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Copy = Callable[[Path], Path]
 Tokenise = Callable[..., list[int]]
 Load = Callable[..., Any]
 EditJson = Callable[..., None]
@@ -456,3 +459,23 @@ def test_the_checkpoint_has_no_unused_weights(jina: Path) -> None:
     for folder in checkpoint.adapters.values():
         keys = load_file(folder / "adapter_model.safetensors")
         assert {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys} == layers
+
+
+def test_adapters_for_tasks_make_an_embedder_of_any_class(jina: Path, copy: Copy, edit_json: EditJson) -> None:
+    folder = copy(jina)
+    edit_json(folder / "config.json", architectures=["JinaEmbeddingsV3ForMaskedLM"])
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "custom_st.Transformer"}]
+    modules += [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    assert len(read_checkpoint(folder).adapters) == len(JINA_TASKS)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    assert read_checkpoint(folder).pooling is Pooling.MEAN
+
+    for name in JINA_TASKS:
+        shutil.rmtree(folder / name)
+    with pytest.raises(LoadError, match=r"custom_st\.Transformer is code of its own"):
+        read_checkpoint(folder)
+    (folder / "modules.json").unlink()
+    with pytest.raises(LoadError, match="JinaEmbeddingsV3ForMaskedLM is no model that embeds"):
+        read_checkpoint(folder)
