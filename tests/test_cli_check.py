@@ -88,3 +88,25 @@ app({arguments!r})
     )
 
     assert result.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("serve", ["GATEWAY_HOST, or", "127.0.0.1", "GATEWAY_PORT, or 8000", "GATEWAY_MODELS, or models.yaml"]),
+        ("key", ["--file", "--models", "--requests-per-minute", "--tokens-per-minute", "--expires"]),
+        ("experiments", ["Only with --exposures: more exposure logs"]),
+    ],
+)
+def test_help_tells_the_defaults_in_plain_text(command: str, parts: list[str]) -> None:
+    text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
+
+    assert all(part in text for part in parts)
+    assert "<bool>" not in text
+
+
+def test_every_command_is_told_in_a_sentence_that_is_not_cut() -> None:
+    text = CliRunner().invoke(app, ["--help"], terminal_width=80).stdout
+
+    assert "--install-completion" in text
+    assert "..." not in text.partition("Commands:")[2]
