@@ -175,7 +175,14 @@ def differences(registry: Registry, lock: Lock, describe: Describe = describe_ch
     found += [
         f"models: {name} is in the lock, and no longer in the registry" for name in lock.models if name not in known
     ]
-    found += _moved("aliases:", lock.aliases, now.aliases)
+    # What was not known when the lock was written cannot have moved.
+    unread = {name for name, model in lock.models.items() if model.fingerprint is None}
+    aliases = {
+        name: space
+        for name, space in now.aliases.items()
+        if name in lock.aliases or registry.aliases[name].model not in unread
+    }
+    found += _moved("aliases:", lock.aliases, aliases)
     return found
 
 
@@ -215,17 +222,18 @@ def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) ->
         fingerprint: of the checkpoint that is at hand. Where it is the locked one, the weights are the same wherever they
             came from.
     """
-    compared: list[tuple[str, object, object]] = [
-        ("prompts", locked.prompts, dict(entry.prompts)),
-        ("default_task", locked.default_task, entry.default_task),
-    ]
     # Locks that were written before hold folders as absolute paths.
     has_moved = locked.source not in {entry.written_source, entry.source}
     is_same_checkpoint = fingerprint is not None and fingerprint == locked.fingerprint
+    compared: list[tuple[str, object, object]] = []
     if has_moved and not is_same_checkpoint:
-        compared.insert(0, ("source", locked.source, entry.written_source))
+        compared.append(("source", locked.source, entry.written_source))
     if not (has_moved and is_same_checkpoint):
-        compared.insert(1 if has_moved else 0, ("revision", locked.revision, entry.revision))
+        compared.append(("revision", locked.revision, entry.revision))
+    compared += [
+        ("prompts", locked.prompts, dict(entry.prompts)),
+        ("default_task", locked.default_task, entry.default_task),
+    ]
     for name, was, is_now in compared:
         if was != is_now:
             yield f"models: {entry.id}: {name} is {is_now!r}, and the lock says {was!r}"

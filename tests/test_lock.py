@@ -273,15 +273,29 @@ def test_a_lock_of_before_with_an_absolute_folder_is_still_read(tmp_path: Path) 
 
 def test_an_alias_of_a_model_without_a_checkpoint_has_the_space_of_its_default_task(tmp_path: Path) -> None:
     """The task of the alias, else the model's default: what the lock already says of that task."""
-    text = REGISTRY.replace("queries: {model: jina, task: query}", "plain: jina\n  queries: {model: jina, task: query}")
+    more = "plain: jina\n  tasked: {model: mini, task: query}\n  queries: {model: jina, task: query}"
+    text = REGISTRY.replace("queries: {model: jina, task: query}", more)
     registry = registry_in(tmp_path / "here", text)
     lock = make_lock(registry, None, describe())
 
-    again = make_lock(registry, lock, describe({"mini": AT_HAND["mini"]}))
+    again = make_lock(registry, lock, describe({}))
 
     assert again.aliases["plain"] == lock.models["jina"].spaces["text-matching"]
     assert again.aliases["queries"] == lock.models["jina"].spaces["retrieval.query"]
+    assert again.aliases["default"] == again.aliases["tasked"] == lock.models["mini"].spaces[""]
     assert again == lock
+
+
+def test_a_checkpoint_that_has_come_changes_nothing_that_was_locked(tmp_path: Path) -> None:
+    without = {"mini": AT_HAND["mini"]}
+
+    assert changes(tmp_path, locked=without) == []
+
+
+def test_a_source_and_a_revision_that_differ_are_told_in_this_order(tmp_path: Path) -> None:
+    found = changes(tmp_path, (f"owner/jina, revision: {COMMIT}", f"owner/other, revision: {'a' * 40}"), checkpoints={})
+
+    assert [line.split()[2] for line in found[:2]] == ["source", "revision"]
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -245,3 +245,29 @@ async def test_the_last_day_of_a_key_ends_at_its_moment(tmp_path: Path) -> None:
 
     assert not await knows(keyring, "one")
     await keyring.close()
+
+
+async def test_one_task_looks_at_the_file_until_it_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    write(path, entry("a", "one"))
+    keyring = Keyring(Settings(api_keys_file=path))
+    before = asyncio.all_tasks()
+
+    keyring.watch()
+    keyring.watch()
+    assert await knows(keyring, "one")
+
+    (looking,) = asyncio.all_tasks() - before
+    await keyring.close()
+    assert looking.cancelled()
+
+
+async def test_without_a_file_nothing_is_looked_at() -> None:
+    keyring = Keyring(Settings(api_keys=["one"]))
+    before = asyncio.all_tasks()
+
+    keyring.watch()
+    assert await knows(keyring, "one")
+
+    assert asyncio.all_tasks() == before
+    await keyring.close()
