@@ -63,18 +63,13 @@ _DENSE_KEYS = {
 }
 # The arguments that sentence-transformers puts into calls of transformers, by their names before release 5.4.
 _OLD_NAMES = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "config_args": "config_kwargs"}
-# Those of them that leave vectors as they are; and the length, which is read.
+# Those of them that leave vectors as they are; and the length, which is read. What code may run is the registry's to say.
+_HARMLESS_ANYWHERE = {"trust_remote_code", "revision", "code_revision"}
+_HARMLESS_MEMORY = {"torch_dtype", "dtype", "attn_implementation", "use_memory_efficient_attention", "unpad_inputs"}
 _HARMLESS_ARGUMENTS = {
-    "model_kwargs": {
-        "torch_dtype",
-        "dtype",
-        "attn_implementation",
-        "add_pooling_layer",
-        "device_map",
-        "use_safetensors",
-    },
-    "processor_kwargs": {"model_max_length", "use_fast", "padding_side"},
-    "config_kwargs": {"use_cache", "torch_dtype", "dtype"},
+    "model_kwargs": {"add_pooling_layer", "device_map", "use_safetensors", *_HARMLESS_MEMORY, *_HARMLESS_ANYWHERE},
+    "processor_kwargs": {"model_max_length", "use_fast", "padding_side", *_HARMLESS_ANYWHERE},
+    "config_kwargs": {"use_cache", *_HARMLESS_MEMORY, *_HARMLESS_ANYWHERE},
 }
 _HARMLESS_KEYS = {"max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend", "cache_dir"}
 

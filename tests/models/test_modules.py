@@ -136,6 +136,7 @@ def test_a_setting_that_would_change_vectors_is_refused(
         ({"max_seq_length": None, "query_length": None, "document_length": None, "query_expansion": None}, MAX_TOKENS),
         ({"max_seq_length": 32, "query_length": 32}, 32),
         ({"unpad_inputs": False, "model_args": {"attn_implementation": "sdpa"}, "config_args": {}}, MAX_TOKENS),
+        ({f"{name}_args": {"trust_remote_code": True} for name in ("model", "tokenizer", "config")}, MAX_TOKENS),
         ({"processor_kwargs": {"model_max_length": 20}, "max_seq_length": 32}, 20),
     ],
 )
