@@ -179,10 +179,10 @@ class EmbedJob:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How long the stages of one request took, in seconds.
+    """How long the stages of one request took, in seconds of wall-clock: parts of its time that do not overlap.
 
-    ``queue_s`` is the wait of the text that waited longest; ``inference_s`` the sum over the batches that held one of
-    the request's texts; ``serialise_s`` is known once the answer has been written.
+    ``inference_s``: one of its texts was being computed. ``queue_s``: none was, and one waited. ``tokenise_s``: neither,
+    and one was being tokenized. ``serialise_s`` is known once the answer has been written.
     """
 
     tokenise_s: float

@@ -45,12 +45,14 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
     with np.errstate(over="ignore"):  # told by an error of our own
         kept = np.ascontiguousarray(vectors[:, :dimensions], dtype=np.float32)
         norms: Vectors = np.linalg.norm(kept, axis=1, keepdims=True)
-    if not (np.isfinite(vectors).all() and np.isfinite(kept).all()):
-        raise _invalid("a vector that is not finite (NaN or infinity)")
+    is_finite = np.logical_and(np.isfinite(vectors).all(axis=1), np.isfinite(kept).all(axis=1))
+    if not is_finite.all():
+        raise _invalid("a vector that is not finite (NaN or infinity)", is_finite)
     if not normalise:
         return kept
-    if not (norms > 0).all() or not np.isfinite(norms).all():
-        raise _invalid("a vector that cannot be normalised: its length is zero or overflows")
+    has_length = np.logical_and(norms > 0, np.isfinite(norms))[:, 0]
+    if not has_length.all():
+        raise _invalid("a vector that cannot be normalised: its length is zero or overflows", has_length)
     unit: Vectors = kept / norms
     return unit
 
@@ -68,9 +70,10 @@ def require_finite(
         raise _invalid("an output beside the dense one that is not finite (NaN or infinity)")
 
 
-def _invalid(what: str) -> InvalidVectors:
+def _invalid(what: str, is_good: npt.NDArray[np.bool_] | None = None) -> InvalidVectors:
+    place = "" if is_good is None else f"input[{int(np.argmin(is_good))}]: "
     # The same texts would give the same vectors.
-    return InvalidVectors(f"the model returned {what}", is_permanent=True)
+    return InvalidVectors(f"{place}the model returned {what}", is_permanent=True)
 
 
 def encode(vectors: Vectors, encoding: Encoding) -> Sequence[npt.NDArray[np.float32 | np.int8 | np.uint8] | str]:

@@ -132,7 +132,7 @@ def _plots(results: Results) -> dict[str, dict[str, Any]]:
         },
         "latency": {"title": "Latency, from when a request was due", "data": latency, "y": "ms", "log": True},
         "stages": {
-            "title": "Where the time goes, mean of a request (batches that run side by side add up)",
+            "title": "Where the time goes, mean of a request",
             "data": _stages(results),
             "y": "ms",
             "log": False,

@@ -44,16 +44,11 @@ _CHARS_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one model takes: tokens in a batch, texts and (estimated) tokens that may wait.
-
-    Attributes:
-        shared_batch_s: how long a batch may take while several callers wait; ``None``: as long as it takes.
-    """
+    """How much one model takes: tokens in a batch, texts and (estimated) tokens that may wait."""
 
     max_batch_tokens: int
     max_queue_texts: int
     max_queue_tokens: int
-    shared_batch_s: float | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -123,7 +118,7 @@ class Batcher:
         self._refusal: Callable[[], RequestError] | None = None
         self._loop = asyncio.get_running_loop()
         self._room = ReadingRoom(model, self._loop)
-        self._inbox = Inbox(limits.max_batch_tokens, limits.shared_batch_s)
+        self._inbox = Inbox(limits.max_batch_tokens)
         self._workers = [
             Worker(model, encoder, self._inbox, self._finished, self._faulted, replica)
             for replica, encoder in enumerate(encoders)

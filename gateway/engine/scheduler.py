@@ -128,6 +128,8 @@ class _FairHeap(Generic[T]):
 class _Request(Generic[W]):
     ticket: Ticket
     entries: deque[W] = field(default_factory=deque)
+    num_tokens: int = 0  # of its entries
+    is_begun: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -171,6 +173,7 @@ class FairQueue(Generic[W]):
                 self._num_waiting += not caller.num_waiting
                 caller.num_waiting += 1
             request.entries.append(entry)
+            request.num_tokens += entry.num_tokens
             self.num_tokens += entry.num_tokens
 
     def _join(self, ticket: Ticket) -> _Request[W]:
@@ -193,18 +196,25 @@ class FairQueue(Generic[W]):
                     return request.entries[0]
                 if request.entries:
                     self._end_wait(caller)
-                    self.num_tokens -= sum(entry.num_tokens for entry in request.entries)
+                    self.num_tokens -= request.num_tokens
                 caller.requests.leave()
                 del self._requests[request.ticket]
             self._order.leave()
             del self._callers[caller.name]
         return None
 
+    def is_small(self, max_tokens: int) -> bool:
+        """Whether the request that is served next is a new one, and has at most so many tokens waiting."""
+        request = self._order.first().requests.first()
+        return not request.is_begun and request.num_tokens <= max_tokens
+
     def pop(self, num_tokens: int) -> W:
         """Remove and return the entry that :meth:`peek` returned just before, at a price of ``num_tokens``."""
         caller = self._order.first()
         request = caller.requests.first()
         entry = request.entries.popleft()
+        request.is_begun = True
+        request.num_tokens -= entry.num_tokens
         self.num_tokens -= entry.num_tokens
         caller.requests.charge(num_tokens, caller.num_waiting)
         self._order.charge(num_tokens, self._num_waiting)
@@ -217,24 +227,37 @@ class FairQueue(Generic[W]):
         self._num_waiting -= not caller.num_waiting
 
 
-def take(queue: FairQueue[Entry], max_batch_tokens: int, now: float) -> list[Computation]:
+def take(
+    queue: FairQueue[Entry], max_batch_tokens: int, now: float, max_shared_tokens: int | None = None
+) -> list[Computation]:
     """Remove and return the next batch: what to compute in fair order, up to ``max_batch_tokens`` tokens together.
 
     An entry that is larger than the budget on its own is a batch by itself. Entries whose ticket has gone or is past
     its deadline are dropped, and so are those that have been computed for somebody else meanwhile. The result is empty
     exactly when nothing is left that anybody wants computed.
+
+    Args:
+        max_shared_tokens: a request that fits whole into so many tokens is small. A batch with a small request in it
+            takes no more than so many tokens of larger ones: the small one waits until the whole batch is done.
     """
     batch: list[Computation] = []
-    num_tokens = 0
+    small: set[Ticket] = set()
+    num_tokens = num_large_tokens = 0
     while (entry := queue.peek(now)) is not None:
         computation = entry.computation
         if computation.is_taken:
             queue.pop(0)
             continue
+        is_small = max_shared_tokens is not None and (entry.ticket in small or queue.is_small(max_shared_tokens))
         num_tokens += entry.num_tokens
-        if batch and num_tokens > max_batch_tokens:
+        num_large_tokens += 0 if is_small else entry.num_tokens
+        is_full = num_tokens > max_batch_tokens
+        is_shared = max_shared_tokens is not None and bool(small) and num_large_tokens > max_shared_tokens
+        if batch and (is_full or (is_shared and not is_small)):
             break
         queue.pop(entry.num_tokens)
         computation.is_taken = True
         batch.append(computation)
+        if is_small:
+            small.add(entry.ticket)
     return batch

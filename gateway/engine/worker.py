@@ -24,23 +24,21 @@ log = structlog.get_logger(__name__)
 
 # Less than this is not shared out between idle threads: a forward costs about as much before it has computed anything.
 _LEAST_SHARE_TOKENS = 64
-# A batch is made no smaller than this for the sake of other callers: forwards of less are clearly slower per token.
-_LEAST_SHARED_TOKENS = 256
+# A batch takes no longer than this if it can be helped: whoever comes meanwhile waits for it.
+_LONGEST_BATCH_S = 0.5
+# No batch is made smaller than this for that: forwards of fewer tokens are clearly slower per token.
+_FULL_FORWARD_TOKENS = 256
+# This part of a batch may be of large requests when a small one waits for it as well.
+_SHARED_PART = 4
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
 
 
 class Inbox:
-    """The fair queue, shared between the event loop and the computing threads.
+    """The fair queue, shared between the event loop and the computing threads."""
 
-    Args:
-        shared_batch_s: how long a batch may take, at the rate of late, while several callers wait. ``None``: as long as
-            it takes.
-    """
-
-    def __init__(self, max_batch_tokens: int, shared_batch_s: float | None = None) -> None:
+    def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._shared_batch_s = shared_batch_s
         self._queue: FairQueue[Entry] = FairQueue()
         self._pinned: defaultdict[int, FairQueue[Entry]] = defaultdict(FairQueue)
         self._changed = threading.Condition()
@@ -67,7 +65,7 @@ class Inbox:
                     now = time.monotonic()
                     if batch := take(self._pinned[replica], self._max_batch_tokens, now):
                         return batch
-                    if batch := take(self._queue, self._budget(), now):
+                    if batch := take(self._queue, self._budget(), now, self._largest_batch() // _SHARED_PART):
                         if self._queue:  # for the next thread that waits: `add` has woken one alone
                             self._changed.notify()
                         return batch
@@ -79,14 +77,17 @@ class Inbox:
     def _budget(self) -> int:
         """Return how many tokens one thread may take: no more than its share when others are idle as well."""
         share = max(_LEAST_SHARE_TOKENS, ceil(self._queue.num_tokens / self._num_idle))
-        most = self._max_batch_tokens
-        if self._shared_batch_s is not None and self._tokens_per_s is not None and self._queue.num_callers > 1:
-            most = min(most, max(_LEAST_SHARED_TOKENS, round(self._tokens_per_s * self._shared_batch_s)))
-        return min(most, share)
+        return min(self._largest_batch(), share)
+
+    def _largest_batch(self) -> int:
+        """Return the limit of tokens: fewer than configured where so many would take long, as a newcomer waits for them."""
+        if self._tokens_per_s is None:
+            return self._max_batch_tokens
+        return min(self._max_batch_tokens, max(_FULL_FORWARD_TOKENS, round(self._tokens_per_s * _LONGEST_BATCH_S)))
 
     def note_rate(self, num_tokens: int, seconds: float) -> None:
         """Learn how fast one thread computes from a batch; a small one says little: it has cost what a forward costs."""
-        if num_tokens >= _LEAST_SHARED_TOKENS:
+        if num_tokens >= _FULL_FORWARD_TOKENS:
             rate = num_tokens / max(seconds, 1e-6)
             with self._changed:
                 self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)

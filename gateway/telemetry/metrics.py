@@ -60,7 +60,8 @@ TOKENS = Counter(
 TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", _TARGET, registry=REGISTRY)
 STAGE_SECONDS = Histogram(
     "gateway_stage_duration_seconds",
-    "Time that such a request spent in a stage: tokenise, queue, inference, serialise.",
+    "Wall-clock time that such a request spent in a stage: tokenise, queue, inference, serialise. Each moment counts once: "
+    "the stages of a request add up to at most its duration, however many batches ran side by side.",
     [*_TARGET, "stage"],
     buckets=_SECONDS,
     registry=REGISTRY,

@@ -275,9 +275,8 @@ class Stage:
 def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
     """Place the stages between the beginning and the end of an embedding; of each only the length is known.
 
-    They follow one another up to the end: before tokenising, a request may have waited for a model that then failed, or
-    for the tokeniser. A request of several batches waited in the queue while its own first batches were computed: where
-    the stages are longer than the whole, the queue and the inference overlap, and each is cut at the whole's ends.
+    They follow one another up to the end: before tokenizing, a request may have waited for a model that then failed. What
+    an upstream says of its own time may be longer than the whole: each is cut at the whole's ends.
     """
     tokenise, queue, inference = (
         round(seconds * 1e9) for seconds in (timings.tokenise_s, timings.queue_s, timings.inference_s)

@@ -48,6 +48,48 @@ def sizes_of(batch: Iterable[Entry]) -> list[int]:
     return [entry.num_tokens for entry in batch]
 
 
+# ------------------------------------------------------------------------------------------- small and large requests
+
+
+def taken(queue: FairQueue[Entry], budget: int, shared: int) -> list[tuple[str, int]]:
+    """Return the caller and the size of each text of the next batch."""
+    batch = scheduler.take(queue, budget, 0.0, shared)
+    return [(one.entries[0].ticket.caller, one.item.num_tokens) for one in batch]
+
+
+def test_a_small_request_is_computed_with_no_more_than_its_share_of_large_ones() -> None:
+    queue = queue_of(entries(ticket("bulk"), [5] * 40))
+    assert taken(queue, 100, 25) == [("bulk", 5)] * 20
+
+    queue.add(entries(ticket("other"), [3, 3]))
+
+    assert Counter(taken(queue, 100, 25)) == {("other", 3): 2, ("bulk", 5): 5}
+    assert taken(queue, 100, 25) == [("bulk", 5)] * 15
+
+
+def test_small_requests_fill_a_batch() -> None:
+    queue = queue_of(*(entries(ticket(str(i)), [5]) for i in range(30)))
+
+    assert len(taken(queue, 100, 25)) == 20
+    assert len(taken(queue, 100, 25)) == 10
+
+
+def test_a_request_is_small_if_all_of_it_is() -> None:
+    """Else the texts that a large one has left at its end would make small batches of everything."""
+    queue = queue_of(*(entries(ticket(str(i)), [5] * 8) for i in range(4)))
+
+    assert [len(taken(queue, 100, 25)) for _ in range(2)] == [20, 12]
+
+
+def test_the_first_text_of_a_batch_is_taken_whatever_its_size() -> None:
+    queue = queue_of(entries(ticket("bulk"), [200, 200]), entries(ticket("other"), [3]))
+
+    batches = [taken(queue, 100, 25) for _ in range(3)]
+
+    assert sorted(one for batch in batches for one in batch) == [("bulk", 200)] * 2 + [("other", 3)]
+    assert all(len(batch) == 1 for batch in batches)
+
+
 # ------------------------------------------------------------------------------------------------------ one batch
 
 

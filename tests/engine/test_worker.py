@@ -520,41 +520,52 @@ def test_a_fault_that_recurs_is_a_failure_of_its_replica(
     assert worker.num_failed_in_a_row == 3
 
 
-# ----------------------------------------------------------------------------------------------------- shared batches
+# ------------------------------------------------------------------------------------------------ how large a batch is
 
 
-def served(shared_batch_s: float | None, callers: Sequence[str], tokens_per_s: float) -> list[int]:
-    """Return the tokens of the batches that one thread is given while these callers have a backlog."""
-    inbox = Inbox(max_batch_tokens=4000, shared_batch_s=shared_batch_s)
+def sizes_of(inbox: Inbox, number: int) -> list[int]:
+    return [sum(one.item.num_tokens for one in inbox.next_batch()) for _ in range(number)]
+
+
+@pytest.mark.parametrize(("tokens_per_s", "size"), [(100_000, 4000), (6_000, 3000), (1_000, 500), (10, 250)], ids=str)
+def test_a_batch_is_so_small_that_it_takes_half_a_second_at_most(tokens_per_s: int, size: int) -> None:
+    """But not so small that it is slow: the smallest forward costs as much as one of some hundred tokens."""
+    inbox = Inbox(max_batch_tokens=4000)
     inbox.note_rate(4000, 4000 / tokens_per_s)
-    for caller in callers:
-        inbox.add(entries(computations(range(800), length=10, ticket=Ticket(caller, math.inf))))
-    return [sum(one.item.num_tokens for one in inbox.next_batch()) for _ in range(4)]
+    inbox.add(entries(computations(range(2000), length=10)))
 
-
-def test_while_several_callers_wait_a_batch_is_so_small_that_it_takes_no_longer_than_it_may() -> None:
-    assert served(0.1, "ab", tokens_per_s=10_000) == [1000] * 4
-    assert served(0.1, "ab", tokens_per_s=20_000) == [2000] * 4
-
-
-def test_one_caller_alone_gets_whole_batches() -> None:
-    assert served(0.1, "aa", tokens_per_s=10_000) == [4000] * 4
-
-
-def test_a_device_that_needs_large_batches_has_them() -> None:
-    assert served(None, "ab", tokens_per_s=10_000) == [4000] * 4
-
-
-def test_no_batch_is_made_so_small_that_it_is_slow() -> None:
-    assert served(0.1, "ab", tokens_per_s=10) == [250] * 4
+    assert sizes_of(inbox, 4) == [size] * 4
 
 
 def test_small_batches_say_nothing_of_the_rate() -> None:
-    inbox = Inbox(max_batch_tokens=4000, shared_batch_s=0.1)
-    inbox.note_rate(4000, 0.4)
+    inbox = Inbox(max_batch_tokens=4000)
+    inbox.note_rate(4000, 2.0)
     for _ in range(100):
-        inbox.note_rate(5, 0.004)
-    for caller in "ab":
-        inbox.add(entries(computations(range(800), length=10, ticket=Ticket(caller, math.inf))))
+        inbox.note_rate(5, 0.1)
+    inbox.add(entries(computations(range(800), length=10)))
 
-    assert sum(one.item.num_tokens for one in inbox.next_batch()) == 1000
+    assert sizes_of(inbox, 2) == [1000] * 2
+
+
+def test_the_rate_is_learned_from_what_is_computed(start: Start, delivered: Delivered) -> None:
+    inbox = Inbox(max_batch_tokens=1000)
+    encoder = NumberEncoder()
+    encoder.on_forward = lambda _batch: time.sleep(1.0)
+    inbox.add(entries(computations(range(300), length=10)))
+    start(encoder, inbox)
+    delivered.wait(100)
+    encoder.on_forward = lambda _batch: None
+    delivered.wait(300)
+
+    assert len(delivered.batches[0].computations) == 100
+    assert len(delivered.batches[1].computations) < 60
+
+
+def test_a_small_request_waits_for_a_quarter_of_a_batch_of_others() -> None:
+    inbox = Inbox(max_batch_tokens=4000)
+    inbox.add(entries(computations(range(2000), length=10, ticket=Ticket("bulk", math.inf))))
+    assert sizes_of(inbox, 1) == [4000]
+
+    inbox.add(entries(computations([7], length=10, ticket=Ticket("other", math.inf))))
+
+    assert sizes_of(inbox, 3) == [1010, 4000, 4000]
