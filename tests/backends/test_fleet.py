@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.backends.base import Report
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
+from gateway.backends.fleet import Fleet, Model, why_disabled
 from gateway.config.registry import ModelEntry
 from gateway.embedding import ModelInfo, ModelState
-from gateway.errors import LoadError
+from gateway.errors import LoadError, StartError
 
 PATIENCE_S = 30
 
@@ -166,3 +167,141 @@ async def test_loading_that_is_given_up_leaves_no_task_behind(made: Models) -> N
 
     assert len(asyncio.all_tasks()) < num_tasks
     assert made.models[0].state is ModelState.LOADING
+
+
+# ---------------------------------------------------------------------------------------------------------------- a model
+
+
+async def test_a_model_that_is_ready_says_since_when(made: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.backends.fleet.time.time", lambda: 1_234.9)
+    made.add("here", is_remote=False).gate.set()
+
+    await made.fleet().start()
+
+    assert (made.models[0].created, made.models[0].reason) == (1234, "")
+
+
+async def test_loading_is_told_in_the_log(made: Models) -> None:
+    made.add("here", is_remote=False).gate.set()
+    far = made.add("far")
+    far.error = LoadError("no answer")
+    far.gate.set()
+    fleet = made.fleet()
+
+    with capture_logs() as lines:
+        await fleet.start()
+        first = lines.copy()
+        await fleet.load_one(made.models[1])
+        again = lines[len(first) :]
+        far.error = RuntimeError("another reason")
+        await fleet.load_one(made.models[1])
+        changed = lines[len(first) + len(again) :]
+        await fleet.load()  # nothing is left to load
+
+    assert sorted((line["event"], line["log_level"], line.get("model")) for line in first) == [
+        ("model_failed", "error", "far"),
+        ("model_loading", "info", "far"),
+        ("model_loading", "info", "here"),
+        ("model_ready", "info", "here"),
+        ("models_loading", "info", None),
+    ]
+    # A model that stays wrong is told of when its reason changes.
+    assert [(line["event"], line["log_level"]) for line in again] == [
+        ("model_loading", "debug"),
+        ("model_failed", "debug"),
+    ]
+    assert [line["log_level"] for line in changed if line["event"] == "model_failed"] == ["error"]
+    assert made.models[1].reason == "failed to load: RuntimeError: another reason"
+    assert not lines[len(first) + len(again) + len(changed) :]
+
+
+async def test_a_required_model_that_fails_ends_the_start(made: Models) -> None:
+    far = made.add("far")
+    far.error = LoadError("no answer")
+    far.gate.set()
+    made.models[0].entry = made.models[0].entry.model_copy(update={"required": True})
+    fleet = made.fleet()
+
+    with pytest.raises(StartError, match="far is required, but failed to load: no answer"):
+        await fleet.start()
+
+    assert fleet.started.is_set()
+    assert not fleet.is_ready
+
+
+async def test_the_fleet_is_ready_when_one_model_and_all_required_ones_are(made: Models) -> None:
+    for name in ("one", "two"):
+        made.add(name, is_remote=False, max_tokens={"one": 64, "two": 512}[name]).gate.set()
+    fleet = made.fleet()
+    assert (fleet.is_ready, fleet.max_tokens) == (False, 0)
+
+    await fleet.start()
+    assert (fleet.is_ready, fleet.max_tokens) == (True, 512)
+    made.models[0].report(ModelState.FAILED, "of this test")
+    assert fleet.is_ready
+    made.models[0].entry = made.models[0].entry.model_copy(update={"required": True})
+    assert not fleet.is_ready
+    made.models[1].report(ModelState.FAILED, "of this test")
+    assert not fleet.is_ready
+
+
+async def test_what_was_ready_is_stopped_at_the_end_and_what_had_failed_stays_so(made: Models) -> None:
+    well, torn = made.add("well", is_remote=False), made.add("torn", is_remote=False)
+    torn.error = LoadError("torn")
+    for backend in (well, torn):
+        backend.gate.set()
+    fleet = made.fleet()
+    await fleet.start()
+
+    await fleet.stop()
+
+    assert made.states() == {"well": "stopped", "torn": "failed"}
+    assert made.models[0].reason == "the gateway is shutting down"
+    assert (well.num_stops, torn.num_stops) == (1, 1)
+
+
+async def test_a_model_is_retired_when_its_last_user_has_gone(made: Models) -> None:
+    backend = made.add("here", is_remote=False)
+    model = made.models[0]
+    with model.in_use():
+        with model.in_use():
+            retiring = asyncio.create_task(model.retire(PATIENCE_S))
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        assert backend.num_stops == 0
+
+    await retiring
+
+    assert backend.num_stops == 1
+
+
+async def test_a_user_that_does_not_go_holds_up_a_model_for_the_grace_alone(made: Models) -> None:
+    backend = made.add("here", is_remote=False)
+
+    with made.models[0].in_use():
+        async with asyncio.timeout(PATIENCE_S):
+            await made.models[0].retire(0.01)
+
+    assert backend.num_stops == 1
+
+
+@pytest.mark.parametrize(
+    ("enabled", "has_accelerator", "reason"),
+    [
+        (True, False, ""),
+        (False, True, "switched off in models.yaml (`enabled: false`)"),
+        ("auto", True, ""),
+        ("auto", False, "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)"),
+    ],
+)
+def test_a_model_is_enabled_as_the_registry_says(
+    made: Models, monkeypatch: pytest.MonkeyPatch, enabled: object, has_accelerator: bool, reason: str
+) -> None:
+    monkeypatch.setattr("gateway.engine.devices.has_accelerator", lambda: has_accelerator)
+    made.add("here", is_remote=False)
+    made.add("far")
+
+    here, far = (model.entry.model_copy(update={"enabled": enabled}) for model in made.models)
+
+    assert why_disabled(here) == reason
+    assert why_disabled(far) == (reason if enabled is False else "")  # no card is needed here
