@@ -195,10 +195,10 @@ async def test_a_server_that_answers_others_meanwhile_is_not_taken_for_hung(serv
 
 
 async def test_the_probe_does_not_wait_for_clients(server: StandIn) -> None:
-    async with loaded(entry(server, upstream={"max_connections": 1})) as backend:
-        server.delay_s = 60
+    async with loaded(entry(server, upstream={"max_connections": 1, "timeout_s": 600.0})) as backend:
+        server.delay_s = 600
         server.bodies.clear()
-        task = asyncio.create_task(backend.embed(job()))
+        task = asyncio.create_task(backend.embed(job(seconds=600)))
         await wait_until(lambda: len(server.bodies) > 0)
         server.delay_s = 0.0
         backend._servers[0].breaker.note_failure(is_grave=True)
