@@ -23,6 +23,8 @@ def test_a_text_that_breaks_the_forward_costs_its_own_request_only(
             broken = gateway.embed("a good text", text)
             assert broken.status_code == 500
             assert broken.json()["error"]["code"] == code
+            assert broken.json()["error"]["message"].startswith("input[1]: ")
+            assert broken.headers.get("x-should-retry") == ("false" if code == "invalid_vectors" else None)
             assert gateway.embed("a good text").status_code == 200
 
     assert len(bystanders.statuses) > 20
@@ -61,10 +63,9 @@ def test_a_hung_forward_is_answered_and_the_engine_replaced(gateway: Gateway, by
     hung = gateway.backend.encoder
     hung.is_hanging.set()
     with bystanders, ThreadPoolExecutor() as pool:
-        started = time.monotonic()
         waiting = [pool.submit(gateway.embed, "please hang"), pool.submit(gateway.embed, "behind it")]
         answers = [one.result() for one in waiting]
-        answered_s = time.monotonic() - started
+        assert not hung.let_go.is_set()  # the answer came while the forward was hanging
         gateway.wait_for(lambda: gateway.state() == "ready" and gateway.backend.num_loads == 2)
         after = gateway.embed("a good text")
 
@@ -72,7 +73,6 @@ def test_a_hung_forward_is_answered_and_the_engine_replaced(gateway: Gateway, by
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["code"] == "model_recovering"
     assert 1 <= int(answers[0].headers["retry-after"]) <= 120
-    assert answered_s < 5  # the watchdog waits half a second
     assert after.status_code == 200
     assert set(bystanders.statuses) == {200, 503}
     assert bystanders.statuses[-1] == 200

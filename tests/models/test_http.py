@@ -18,6 +18,7 @@ import torch
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.embedding import Embeddings, EmbedJob, Output, SparseVector, Timings
+from gateway.telemetry import metrics
 from models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
 
 Connect = Callable[..., Any]
@@ -266,11 +267,18 @@ async def test_requests_for_different_outputs_share_batches(client: httpx.AsyncC
         rows: list[dict[str, Any]] = (await embed(client, model="m3", outputs=list(outputs))).json()["data"]
         return rows
 
-    whole = await ask(SUBSETS[-1])
-    answers = await asyncio.gather(*(ask(outputs) for outputs in SUBSETS * 2))
+    def num_batches() -> float:
+        return metrics.REGISTRY.get_sample_value("gateway_batch_texts_count", {"model": "m3"}) or 0.0
 
-    for rows in answers:
+    whole = await ask(SUBSETS[-1])
+    before = num_batches()
+    answers = await asyncio.gather(*(ask(outputs) for outputs in SUBSETS * 4))
+
+    assert 0 < num_batches() - before < len(answers) / 2
+    names = {"dense": "embedding", "sparse": "sparse", "multivector": "multivector"}
+    for outputs, rows in zip(SUBSETS * 4, answers, strict=True):
         for row, full in zip(rows, whole, strict=True):
+            assert set(row) - {"object", "index"} == {names[output] for output in outputs}
             if "embedding" in row:
                 np.testing.assert_allclose(row["embedding"], full["embedding"], atol=5e-5)
             if "sparse" in row:
