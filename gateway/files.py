@@ -7,8 +7,8 @@ import secrets
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -25,8 +25,11 @@ class UnsuitableFile(OSError):
     def __init__(self, reason: str) -> None:
         super().__init__(0, reason)
 
+    def __str__(self) -> str:
+        return str(self.strerror)
 
-def open_regular(path: Path) -> BinaryIO:
+
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, through links too; anything else is refused without waiting for it.
 
     Raises:

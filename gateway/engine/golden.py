@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gateway.embedding import Embeddings, EmbedJob, Truncate
 from gateway.engine.items import Item
 from gateway.errors import LoadError
-from gateway.files import write_whole
+from gateway.files import read_bounded, write_whole
 from gateway.telemetry import metrics
 
 if TYPE_CHECKING:  # imports torch, which a model that runs elsewhere does without
@@ -37,6 +37,7 @@ TEXTS = (
     "def mean(values):\n    return sum(values) / len(values)",
     " ".join(["A longer text repeats itself, so that positions far from the start are computed as well."] * 12),
 )
+_MAX_BYTES = 64 * 2**20
 _VERSION = 1
 
 
@@ -137,7 +138,7 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
         LoadError: the file is missing, malformed, or belongs to another checkpoint or to tasks that are no more.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, _MAX_BYTES))
         golden = [_golden_vector(row) for row in content["vectors"]]
         version, recorded = content["version"], str(content["fingerprint"])
         if version != _VERSION:

