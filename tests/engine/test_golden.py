@@ -341,13 +341,13 @@ async def test_a_model_that_serves_is_held_against_its_vectors_again(entry: Mode
     engine = load_engine(plan_load(entry.model_copy(update={"runtime": "torch"})), Settings(cpu_threads=1))
     await engine.astart()
     try:
-        well = await engine.recheck(timeout_s=60)
+        well = await engine.recheck(timeout_s=60, replica=0)
         best = shown("gateway_golden_min_cosine")
         with torch.inference_mode():
             parameters = list(engine.encoders[0].runtime._model.parameters())
             parameters[-1].add_(0.5 * torch.randn_like(parameters[-1], generator=torch.Generator().manual_seed(1)))
             parameters[0].mul_(-1)
-        broken = await engine.recheck(timeout_s=60)
+        broken = await engine.recheck(timeout_s=60, replica=0)
     finally:
         await engine.astop()
 
