@@ -265,12 +265,12 @@ async def test_a_model_is_retired_when_its_last_user_has_gone(made: Models) -> N
     model = made.models[0]
     with model.in_use():
         with model.in_use():
-            retiring = asyncio.create_task(model.retire(PATIENCE_S))
+            retiring = asyncio.create_task(model.retire(3600))
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)
         assert backend.num_stops == 0
 
-    await retiring
+    await asyncio.wait_for(retiring, PATIENCE_S)
 
     assert backend.num_stops == 1
 
@@ -305,3 +305,14 @@ def test_a_model_is_enabled_as_the_registry_says(
 
     assert why_disabled(here) == reason
     assert why_disabled(far) == (reason if enabled is False else "")  # no card is needed here
+
+
+async def test_a_model_that_is_switched_off_is_not_loaded(made: Models) -> None:
+    backend = made.add("off", is_remote=False)
+    backend.gate.set()
+    made.models[0].entry = made.models[0].entry.model_copy(update={"enabled": False})
+
+    await made.fleet().start()
+
+    assert made.states() == {"off": "disabled"}
+    assert made.order == []

@@ -21,6 +21,9 @@ MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
 
 
+TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
+
+
 class Second(FakeBackend):
     """The second model: waits at its gate, and remembers its jobs."""
 
@@ -53,7 +56,9 @@ async def make_shadows(
 
     def make(**fields: object) -> tuple[Router, Shadows]:
         registry, fleet = make_fleet(
-            make_model("first"), make_model("second", backend=second), aliases={"default": "first", "other": "first"}
+            make_model("first"),
+            make_model("second", backend=second, tasks=TASKS),
+            aliases={"default": "first", "other": "first"},
         )
         shadow = Shadow.model_validate({"of": "default", "to": "second", **fields})
         registry = registry.model_copy(update={"shadows": (shadow,)})
@@ -313,7 +318,7 @@ async def test_a_copy_has_the_task_the_patience_and_a_caller_of_its_own(
     await settle()
 
     [job] = second.jobs
-    assert job.caller == "shadow"
+    assert (job.caller, job.task) == ("shadow", "retrieval.query")
     assert started + 5 <= job.deadline <= time.monotonic() + 5
     after = [metrics.REGISTRY.get_sample_value(name, labels) or 0 for name in names]
     assert [now - was for now, was in zip(after, before, strict=True)] == [3, 1]
@@ -363,3 +368,34 @@ async def test_the_queue_after_a_reload_has_the_gauge_for_itself(make_shadows: M
     await old.stop()
 
     assert queued() == 2
+
+
+async def test_no_more_than_four_are_ever_worked_on(make_shadows: MakeShadows, second: Second) -> None:
+    """Also after workers have come and gone."""
+    router, shadows = make_shadows()
+    second.gate.set()
+    for _ in range(8):
+        offer(router, shadows)
+        await settle()
+    second.gate.clear()
+    num_before = len(second.jobs)
+
+    for _ in range(20):
+        offer(router, shadows)
+        await settle()
+
+    assert len(second.jobs) - num_before == 4
+
+
+async def test_texts_may_fill_the_room_to_its_end(
+    make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
+) -> None:
+    router, shadows = make_shadows()
+    second.gate.set()
+
+    offer(router, shadows, texts=("x" * 16_000_000,))
+    await settle()
+    offer(router, shadows, texts=("x" * 16_000_001,))
+    await settle()
+
+    assert (counted("ok"), counted("dropped")) == (1, 1)
