@@ -62,6 +62,7 @@ def test_a_base_url_is_kept_without_its_last_slash(tmp_path: Path, url: str, kep
         "http://gpu/v1?key=1",
         "http://gpu/v1#x",
         "http://g pu/v1",
+        "http://gpu/v\u200b1",
     ],
 )
 def test_what_is_not_a_base_url_is_refused(tmp_path: Path, url: str) -> None:
@@ -77,6 +78,15 @@ def test_a_password_in_a_url_is_refused_and_not_shown(tmp_path: Path, user: str)
 
     assert "must not hold a user or a password; use `api_key`" in found
     assert "secret" not in found
+
+
+def test_what_is_not_set_has_its_default(tmp_path: Path) -> None:
+    upstream = read(tmp_path, f"{{urls: [{URL}]}}")
+
+    assert (upstream.timeout_s, upstream.connect_timeout_s, upstream.probe_interval_s) == (60.0, 2.0, 10.0)
+    assert (upstream.max_connections, upstream.max_retries, upstream.max_batch_texts) == (32, 2, None)
+    assert (upstream.model, upstream.api_key, upstream.task_field) == (None, None, None)
+    assert (dict(upstream.tasks), dict(upstream.extra_body)) == ({}, {})
 
 
 def test_servers_are_distinct_and_there_is_one(tmp_path: Path) -> None:
@@ -131,6 +141,7 @@ def test_what_cannot_be_a_key_is_refused(tmp_path: Path, key: str, message: str)
         ("task_field: input, tasks: {query: q}", "`task_field` must not be `input`"),
         ("task_field: '', tasks: {query: q}", "task_field"),
         ("timeout_s: 0", "timeout_s"),
+        ("timeout_s: .inf", "timeout_s"),
         ("max_retries: -1", "max_retries"),
         ("max_batch_texts: 0", "max_batch_texts"),
         ("tasks: {query: ''}", "tasks"),
