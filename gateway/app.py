@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -30,7 +31,7 @@ from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.evidence.counts import Evidence
 from gateway.evidence.exposures import ExposureLog
-from gateway.middleware import GatewayMiddleware
+from gateway.middleware import GatewayMiddleware, RequestContext
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 
@@ -68,15 +69,18 @@ def create_app(deployment: Deployment) -> FastAPI:
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
     exchange = Exchange(service, deployment, settings, quotas)
-    app.include_router(openai_router(exchange))
-    app.include_router(rerank_router(exchange))
-    app.include_router(tei_router(exchange))
-    app.include_router(ollama_router(exchange))
-    app.include_router(experiments_router(deployment, evidence))
-    app.include_router(spaces_router(deployment))
-    app.include_router(health_router(deployment))
+    routers = [
+        openai_router(exchange),
+        rerank_router(exchange),
+        tei_router(exchange),
+        ollama_router(exchange),
+        experiments_router(deployment, evidence),
+        spaces_router(deployment),
+        health_router(deployment),
+    ]
     if settings.admin_port is None:
-        app.include_router(admin_router(deployment, are_metrics_open=not keyring))
+        routers.append(admin_router(deployment, are_metrics_open=not keyring))
+    _include(app, routers)
     if settings.cors_origins:
         # Outermost: also an answer of the middleware, a 401 say, must be readable for the page.
         app.add_middleware(
@@ -97,9 +101,16 @@ def create_admin_app(deployment: Deployment, keyring: Keyring | None = None) -> 
     """
     memory = MemoryBudget(deployment.settings.memory_budget_bytes)
     app = _application(deployment, keyring or Keyring(deployment.settings), memory)
-    app.include_router(health_router(deployment))
-    app.include_router(admin_router(deployment, are_metrics_open=True))
+    _include(app, [health_router(deployment), admin_router(deployment, are_metrics_open=True)])
     return app
+
+
+def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Serve the routes, and remember the documented paths: the OpenAPI document takes a tenth of a second to make."""
+    for router in routers:
+        app.include_router(router)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.state.shown_paths = [route.path for route in routes if route.include_in_schema]
 
 
 def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> FastAPI:
@@ -128,13 +139,14 @@ def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget)
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Turn what the framework raises for a wrong path or method into our own errors, for the one exit."""
     assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
-    path = request.url.path[:_MAX_SHOWN_PATH]
-    if error.status_code == 405:
+    context = RequestContext.of(request)
+    path = context.path[:_MAX_SHOWN_PATH]
+    is_root = path == "/" and context.method in ("GET", "HEAD")  # a person looks what is there; TEI's clients post
+    if error.status_code == 405 and not is_root:
         allow = (error.headers or {}).get("Allow", "")
-        raise MethodNotAllowed(f"{request.method} is not allowed on {path}; use {allow}", allow=allow)
-    if error.status_code == 404:
-        shown = [route.path for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-        near = difflib.get_close_matches(path, shown, n=1)
+        raise MethodNotAllowed(f"{context.method} is not allowed on {path}; use {allow}", allow=allow)
+    if error.status_code in (404, 405):
+        near = difflib.get_close_matches(path, request.app.state.shown_paths, n=1)
         hint = f"did you mean {near[0]}?" if near else "embeddings are at POST /v1/embeddings, models at GET /v1/models"
         raise NotFound(f"no such path: {path}; {hint}")
     raise InternalError(f"unexpected status {error.status_code} from the framework")

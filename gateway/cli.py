@@ -6,9 +6,14 @@ A command imports what it needs inside itself, so that ``--help`` and ``check`` 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
+
+if "serve" in sys.argv[1:2]:
+    # First of all: what follows takes a second, in which a SIGHUP would end the process. It is taken when that serves.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 import typer
 
@@ -65,7 +70,7 @@ def serve(
     """
     from gateway.config.otel import read_trace_settings
     from gateway.telemetry import trace_export
-    from gateway.telemetry.logs import configure_logs
+    from gateway.telemetry.logs import configure_logs, flush_logs
 
     try:
         settings = load_settings(os.environ, host=host, port=port, models=models)
@@ -76,6 +81,7 @@ def serve(
     # After the check: the web framework reads OTEL_PROPAGATORS when it is imported.
     from gateway.deployment import Deployment
     from gateway.reports import print_serving
+    from gateway.server import leave_stuck_threads
     from gateway.server import serve as serve_http
 
     configure_logs(settings.log_level, settings.log_format)
@@ -84,7 +90,10 @@ def serve(
         with trace_export.sending(trace_settings):
             serve_http(deployment, lambda addresses, has_keys: print_serving(deployment, addresses, has_keys=has_keys))
     except StartError as error:
+        flush_logs()
         _fail(error)
+    flush_logs()
+    leave_stuck_threads()
 
 
 @app.command()

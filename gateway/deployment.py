@@ -206,7 +206,7 @@ class Deployment:
                 if isinstance(error, ReloadRefused):
                     raise
                 raise ReloadRefused(str(error)) from error
-            except Exception:
+            except Exception:  # a broken disk or library can raise anything; what is served goes on
                 metrics.RELOADS.labels("refused").inc()
                 log.exception("reload_failed")
                 raise

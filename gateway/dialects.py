@@ -28,7 +28,9 @@ class ErrorForm(Enum):
     OLLAMA = "ollama"
 
 
-_TEI_ROOT_PATHS = frozenset(("/embed", "/embed_all", "/embed_sparse", "/similarity", "/tokenize", "/decode", "/info"))
+_TEI_ROOT_PATHS = frozenset(
+    ("/embed", "/embed_all", "/embed_sparse", "/similarity", "/tokenize", "/decode", "/info", "/invocations")
+)
 # Below /tei/ there are two paths of OpenAI's, for clients of TEI that speak that.
 _TEI_MODEL_PATH = re.compile(r"/tei/(?!.*/embeddings$)")
 _TEI_PROBE = re.compile(r"/tei/.+/health")
@@ -54,9 +56,9 @@ def is_tei_probe(path: str) -> bool:
     return _TEI_PROBE.fullmatch(path) is not None
 
 
-def error_form(path: str) -> ErrorForm:
-    """Return the form that clients of a path look for."""
-    if path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
+def error_form(path: str, method: str = "POST") -> ErrorForm:
+    """Return the form that clients of a path look for. Clients of TEI post to its root; browsers get it."""
+    if (path == "/" and method == "POST") or path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
         return ErrorForm.TEI
     return ErrorForm.OLLAMA if path in _OLLAMA_PATHS else ErrorForm.OPENAI
 

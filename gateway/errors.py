@@ -15,6 +15,7 @@
         │   ├── UnsupportedOutput
         │   ├── EmptyInput
         │   ├── BodyTooSlow
+        │   ├── InvalidHttp
         │   └── ReloadRefused
         ├── Unauthorized           401
         ├── Forbidden              403
@@ -36,6 +37,7 @@
         │   │   └── UpstreamFailed 502
         │   ├── OutOfMemory
         │   └── InvalidVectors
+        ├── UnsupportedTransferCoding 501
         ├── ModelNotReady          503
         │   ├── ModelUnavailable
         │   ├── ModelRecovering
@@ -166,6 +168,12 @@ class BodyTooSlow(BadInput):
     """The request's body did not come within the time that it has. Not 408: clients would send it again, as slowly."""
 
     code = "body_timeout"
+
+
+class InvalidHttp(BadInput):
+    """What came is not a request of HTTP/1.1, or breaks one of its rules: it has no `Host` header, say, or two."""
+
+    code = "invalid_http"
 
 
 class ReloadRefused(BadInput):
@@ -302,6 +310,12 @@ class InvalidVectors(InternalError):
     """The model returned vectors that are not finite or not of the promised width; none is handed out."""
 
     code = "invalid_vectors"
+
+
+class UnsupportedTransferCoding(RequestError):
+    """`Transfer-Encoding` names more than `chunked`. 501 as RFC 9112 has it, with `x-should-retry: false`."""
+
+    status, type, code = 501, "invalid_request_error", "unsupported_transfer_encoding"
 
 
 class ModelNotReady(RequestError):

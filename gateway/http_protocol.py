@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any, cast
+from typing import Final, cast
 
+import httptools
 import orjson
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config.settings import Settings
+from gateway.dialects import ErrorForm, render_error
+from gateway.errors import InvalidHttp, RequestError, UnsupportedTransferCoding
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-_HEAD_END = b"\r\n\r\n"
+REFUSED: Final = "gateway.refused"
+"""Where a scope has the error of a request that the application must not answer otherwise."""
+
+_ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+# What an idle connection gets when the process stops: a request that is on its way is still answered.
+_LINGER_S = 1.0
+# How much is read, and thrown away, of what comes behind an error.
+_MAX_IGNORED_BYTES = 256 * 1024
+# When a client that has sent its last byte is asked whether it is still there, and how long it has to say no.
+_FIRST_PROBE_S, _SECOND_PROBE_S = 1.5, 0.75
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -36,11 +50,17 @@ class BoundedProtocol(HttpToolsProtocol):
         max_header_bytes: how many bytes may come in that time, or between two pieces of a body, and of trailers; the exact
             limit of headers, with its own answer, is the middleware's.
         send_timeout_s: seconds in which a client must take something of an answer that waits for it.
+        linger_s: seconds that an idle connection stays open when the server stops.
     """
 
     header_timeout_s: float
     max_header_bytes: int
     send_timeout_s: float
+    linger_s: float
+    _running: RequestResponseCycle | None = None
+    _last_words: bytes | None = None
+    _is_parting = False
+    _is_offer = False
     _is_in_head = False
     _is_in_message = False
     _has_body_come = False
@@ -50,24 +70,34 @@ class BoundedProtocol(HttpToolsProtocol):
     _has_taken = False
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
+    _probe_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Expect a request's head."""
         super().connection_made(cast(asyncio.Transport, transport))
+        metrics.CONNECTIONS.inc()
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing any more."""
+        """Expect nothing any more, and let the application know."""
+        metrics.CONNECTIONS.dec()
         self._stop_timer()
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
+        for timer in (self._send_timer, self._probe_timer):
+            if timer is not None:
+                timer.cancel()
+        self._send_timer = self._probe_timer = None
+        self._disconnect()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come, and see what is not complete after it."""
+        if self._last_words is not None:
+            self._num_bytes += len(data)
+            if self._num_bytes > _MAX_IGNORED_BYTES:
+                self.transport.close()
+            return
         self._has_body_come = self._has_message_ended = False
-        super().data_received(data if self._is_in_message else _without_upgrade(data))
+        self._feed(data)
         if self.transport.is_closing():
             return
         if self._has_message_ended:
@@ -86,6 +116,34 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._timer is None and not self.transport.is_closing():
                 self._start_timer()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's returns nothing, asyncio's may
+        """Go on answering a client that has merely sent all that it will send.
+
+        One that has left looks the same, until it is written to: what is computed for it is cancelled a little later.
+        """
+        if self._is_in_message and self.cycle is not self._running:
+            self.pipeline.popleft()  # will never be complete; what came before it is
+        elif self._is_in_message or not self._is_answering:
+            return None
+        self._stop_timer()
+        self._close_when_answered()
+        self._probe_timer = self.loop.call_later(_FIRST_PROBE_S, self._probe, True)
+        return True
+
+    def shutdown(self) -> None:
+        """Answer what has begun, and what is on its way to an idle connection."""
+        self._is_parting = True
+        if self._is_in_head:
+            return  # the answer says that it is the last
+        if self._is_answering:
+            self._close_when_answered()
+        elif self._is_in_message:
+            self.transport.close()
+        else:
+            self.loop.call_later(self.linger_s, self._close_idle)
+
+    # ---------------------------------------------------------------------------------------------------------- parser
+
     def on_message_begin(self) -> None:
         """Expect the rest of a head."""
         super().on_message_begin()
@@ -99,10 +157,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Let the application have the request."""
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            self._is_offer = True
+            return
         self._is_in_head, self._is_in_message = False, True
         self._num_bytes = 0
+        self.url = _path_of(self.url)
+        if (refused := _why_refused(self.headers, self.parser.get_http_version())) is not None:
+            cast(dict[str, object], self.scope)[REFUSED] = refused
         super().on_headers_complete()
-        if self.parser.should_upgrade():  # nothing can come behind it
+        if method == b"CONNECT" or self._is_parting:  # nothing can come behind it
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -112,6 +177,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Expect the next head."""
+        if self._is_offer:
+            return
         self._is_in_message = False
         self._has_message_ended = True
         super().on_message_complete()
@@ -120,6 +187,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Expect the rest of a message that nobody reads any more to come soon, and the answer to be taken."""
         is_current = not self.pipeline
         super().on_response_complete()
+        if is_current and self._last_words is not None and not self.transport.is_closing():
+            self._hang_up(self._last_words)
         if is_current and self._is_in_message and not self.transport.is_closing():
             self._num_bytes = 0
             self._start_timer()
@@ -137,15 +206,110 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_taken = True
 
     def send_400_response(self, msg: str) -> None:
-        """Say what is wrong with what is not even a request, in the body that all errors have, and hang up."""
-        error: dict[str, Any] = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-        body = orjson.dumps({"error": error, "detail": msg, "message": msg})
-        if not (self._is_in_message and self.cycle.response_started):
-            self.transport.write(
-                b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-                b"content-length: %d\r\n\r\n%s" % (len(body), body)
-            )
-        self.transport.close()
+        """Say what is wrong with what is not even a request, in the body that all errors have, and hang up.
+
+        What was asked before it on the connection is answered first.
+        """
+        error = InvalidHttp(msg)
+        metrics.REQUESTS.labels("other", error.status).inc()
+        metrics.ERRORS.labels(error.code).inc()
+        log.info("invalid_http", caller=self._caller, status=error.status, error_code=error.code, reason=msg)
+        body = orjson.dumps(render_error(error, ErrorForm.OPENAI)[1])
+        content = (
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        if self._is_answering and not (self._is_in_message and self.cycle is self._running):
+            self._last_words = content
+        elif self._is_in_message and self.cycle.response_started:
+            self.transport.close()
+        else:
+            self._hang_up(content)
+
+    def _hang_up(self, last_words: bytes) -> None:
+        """Write an answer and close the connection once the client has had time to read it.
+
+        Closed at once, with bytes that have come and were not read, it would be reset, and the answer lost.
+        """
+        self._disconnect()
+        self._stop_timer()
+        self._last_words, self._num_bytes = last_words, 0
+        self.transport.write(last_words)
+        self.transport.write_eof()
+        self.loop.call_later(self.linger_s, self.transport.close)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _feed(self, data: bytes) -> None:
+        """Have the parser read, past any offer of another protocol.
+
+        Java's HTTP client offers HTTP/2 with every request. A server may decline by answering as if there were no offer, but
+        the parser takes what follows for the other protocol, and the request would lose its body: the parser reads the head
+        once more, without the offer.
+        """
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    if not self._is_offer:
+                        return  # CONNECT: what follows is not for us
+                    rest = rest[offer.args[0] :]
+                    self._read_again()
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _read_again(self) -> None:
+        """Read the head that the parser has just read, without its offer of another protocol."""
+        self._is_offer = False
+        start = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [
+            b"%s: %s\r\n" % (b"x-declined-upgrade" if name == b"upgrade" else name, value)
+            for name, value in self.headers
+        ]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets them
+        self.parser.feed_data(b"".join((start, *lines, b"\r\n")))
+
+    # ---------------------------------------------------------------------------------------------------------- bounds
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
+    def _close_when_answered(self) -> None:
+        """Close the connection behind the last request that has come; at once if there is none."""
+        if not self._is_answering:
+            self.transport.close()
+        elif self.pipeline:
+            self.pipeline[0][0].keep_alive = False
+        elif self._running is not None:
+            self._running.keep_alive = False
+
+    def _close_idle(self) -> None:
+        if not (self._is_in_head or self._is_answering or self.transport.is_closing()):
+            self.transport.close()
+
+    def _disconnect(self) -> None:
+        """Tell every request of the connection that its client has gone; uvicorn tells the last that came alone."""
+        for cycle in (self._running, *(cycle for cycle, _app in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+    def _probe(self, is_first: bool) -> None:
+        """Write something that every client of HTTP/1.1 skips: to one that has gone it fails, at the second time."""
+        cycle = self._running
+        if cycle is None or cycle.response_started or cycle.scope["http_version"] != "1.1":
+            return
+        self.transport.write(_PROBE)
+        if is_first:
+            self._probe_timer = self.loop.call_later(_SECOND_PROBE_S, self._probe, False)
 
     def _count_bytes(self, num_bytes: int) -> None:
         """Count what has come that the application does not see: headers, trailers, what is between, what is too late."""
@@ -167,7 +331,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             metrics.SLOW_CONNECTIONS.labels("receive").inc()
             log.info("connection_too_slow", caller=self._caller, what="receive")
-            self.transport.close()
+            self._close_when_answered()
 
     def _watch_sending(self) -> None:
         """Look after a while whether the client takes what waits for it."""
@@ -181,6 +345,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._unsent() >= self._num_unsent and not self._has_taken:
             metrics.SLOW_CONNECTIONS.labels("send").inc()
             log.info("connection_too_slow", caller=self._caller, what="send")
+            self._disconnect()
             self.transport.abort()
         else:
             self._watch_sending()
@@ -193,16 +358,32 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.client[0] if self.client else "unknown"
 
 
-def _without_upgrade(data: bytes) -> bytes:
-    """Take the offer of another protocol out of a head.
+def _path_of(target: bytes) -> bytes:
+    """Return a request's target as a path: without the address in front of it, where it has one (RFC 9112, 3.2)."""
+    if target.startswith(b"/"):
+        return target
+    path = _ABSOLUTE_FORM.sub(b"", target, count=1)
+    return path if path.startswith(b"/") else b"/" + path if path.startswith((b"?", b"#")) or path == b"*" else b"/"
 
-    Java's HTTP client offers HTTP/2 with every request. A server may decline by answering as if there were no offer, but the
-    parser takes what follows for the other protocol, and the request would lose its body.
-    """
-    if b"pgrade:" not in data and b"PGRADE:" not in data:
-        return data
-    head, end, rest = data.partition(_HEAD_END)
-    return _UPGRADE.sub(b"\r\nx-declined-upgrade:", head) + end + rest
+
+def _why_refused(headers: list[tuple[bytes, bytes]], version: str) -> RequestError | None:
+    """Return what is wrong with a head that the parser has taken (RFC 9112, 3.2 and 6.1)."""
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        return InvalidHttp(f"a request has exactly one `Host` header, this one has {len(hosts)}")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        return InvalidHttp("the `Host` header is not an address")
+    values = [value for name, value in headers if name == b"transfer-encoding"]
+    codings = [coding.strip().lower() for coding in b",".join(values).split(b",") if coding.strip()]
+    if codings in ([], [b"chunked"]):
+        return None
+    if codings[-1] != b"chunked" or codings.count(b"chunked") > 1:
+        return InvalidHttp("`Transfer-Encoding` must end with `chunked`, once")
+    named = b", ".join(codings).decode("latin-1")[:100]
+    return UnsupportedTransferCoding(
+        f"`Transfer-Encoding: {named}` is not supported, only `chunked`; announce a compressed body by `Content-Encoding`",
+        is_permanent=True,
+    )
 
 
 def bounded(settings: Settings) -> type[BoundedProtocol]:
@@ -211,5 +392,6 @@ def bounded(settings: Settings) -> type[BoundedProtocol]:
         "header_timeout_s": settings.header_timeout_s,
         "max_header_bytes": settings.max_header_bytes,
         "send_timeout_s": settings.send_timeout_s,
+        "linger_s": min(_LINGER_S, settings.shutdown_grace_s / 2),
     }
     return type("BoundedProtocol", (BoundedProtocol,), bounds)

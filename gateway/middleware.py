@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import binascii
 import hashlib
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import orjson
@@ -18,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.access.body import Body
 from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget, Reservation
-from gateway.config.settings import Settings
+from gateway.config.settings import PREFIX, Settings
 from gateway.dialects import ErrorForm, error_form, is_tei_probe, render_error
 from gateway.embedding import Timings
 from gateway.errors import (
@@ -28,8 +32,10 @@ from gateway.errors import (
     InternalError,
     MethodNotAllowed,
     RequestError,
+    ShuttingDown,
     Unauthorized,
 )
+from gateway.http_protocol import REFUSED
 from gateway.telemetry import metrics, tracing
 
 log = structlog.get_logger("gateway.access")
@@ -46,6 +52,10 @@ _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 # For the operator alone: `api/admin` asks for a key of their own.
 _OPERATOR_PATHS = ("/admin", "/metrics")
 
+_MAX_PREFIX = 200
+# What is left for the answer of a request that is ended as the process stops.
+_LAST_ANSWER_S = 1.0
+
 # What clients send that were given an empty key.
 _NO_KEY = ("", '""')
 
@@ -59,6 +69,7 @@ class RequestContext:
 
     Attributes:
         client: whom the request is from.
+        path: without doubled slashes, and without the prefix that a proxy serves the gateway under.
         headers: further headers of the answer, whatever it will be.
         reason: why the request was refused, without what it quotes of the client's texts; `param` is the field at fault.
         asked: the model as the client named it, for the log of a request that no model answered.
@@ -72,6 +83,8 @@ class RequestContext:
     request_id: str
     client: Client
     memory: Reservation
+    method: str = "GET"
+    path: str = "/"
     headers: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     status: int = 0
@@ -117,13 +130,31 @@ class RequestContext:
 
 
 def _sent_key(headers: Headers) -> str | None:
-    """Return the hex sha256 of the key that a request carries, if it has one."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    given = key.strip() if scheme.lower() == "bearer" else ""
-    if given in _NO_KEY:
-        given = headers.get("api-key", "").strip()  # Azure's name for it
+    """Return the hex sha256 of the key that a request carries, if it has one.
+
+    The key is what follows `Bearer`, or all of `Authorization` where that is one word, or in `x-api-key` (Anthropic's,
+    and many proxies') or `api-key` (Azure's), or the password or, without one, the user of `Basic`: the first that is there.
+    """
+    scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
+    scheme_name = scheme.lower()
+    is_bare = not credentials and scheme_name not in ("bearer", "basic")
+    given = (
+        credentials if scheme_name == "bearer" else scheme if is_bare else "",
+        headers.get("x-api-key", ""),
+        headers.get("api-key", ""),
+        _basic_key(credentials) if scheme_name == "basic" else "",
+    )
+    key = next((key for one in given if (key := one.strip()) not in _NO_KEY), None)
     # As the bytes that were sent, which the framework has read as Latin-1.
-    return None if given in _NO_KEY else hashlib.sha256(given.encode("latin-1")).hexdigest()
+    return None if key is None else hashlib.sha256(key.encode("latin-1")).hexdigest()
+
+
+def _basic_key(credentials: str) -> str:
+    try:
+        user, _, password = base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")
+    except (binascii.Error, ValueError):
+        return ""
+    return password or user
 
 
 class GatewayMiddleware:
@@ -149,50 +180,77 @@ class GatewayMiddleware:
             return
         headers = Headers(scope=scope)
         client = Client(scope["client"][0] if scope.get("client") else "unknown")
-        context = RequestContext(_request_id(headers), client, self._memory.open(client.name))
+        context = RequestContext(_request_id(headers), client, self._memory.open(client.name), scope["method"])
+        if context.method == "HEAD":  # answered as GET; in a copy, as the server must still know that there is no body
+            scope = {**scope, "method": "GET"}
         scope[_CONTEXT] = context
-        scope["path"] = _normalise_path(scope["path"])
-        context.error_form = error_form(scope["path"])
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                context.status = message["status"]
-                if span is not None:
-                    span.describe(scope, context.status, context.error_code)
-                sent = MutableHeaders(scope=message)
-                sent["x-request-id"] = context.request_id
-                sent.update(context.headers)
-                if self._is_draining():
-                    sent["connection"] = "close"  # so that the client's next request goes to another replica
-            await send(message)
-
+        context.path = _place(scope, headers, self._settings.root_path)
+        context.error_form = error_form(context.path, context.method)
+        untraced = (scope["path"],) if context.path in _QUIET_PATHS else ()
         body = Body(receive, headers, self._settings.max_body_bytes, self._settings.body_timeout_s)
         with (
             metrics.IN_FLIGHT.track_inprogress(),
-            tracing.request_span(scope, headers, context.request_id, untraced=_QUIET_PATHS) as span,
+            tracing.request_span(scope, headers, context.request_id, untraced=untraced) as span,
         ):
             if span is not None:
                 context.trace_ids = span.log_ids
+
+            async def send_with_id(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    context.status = message["status"]
+                    if span is not None:
+                        span.describe(scope, context.status, context.error_code)
+                    self._complete(message, context)
+                elif context.method == "HEAD":
+                    message = {**message, "body": b""}
+                await send(message)
+
             try:
-                await self._answer(scope, headers, context, body, send_with_id)
-            except RequestError as error:
-                await _refuse(error, context, send_with_id, body.drain)
-            except Exception:  # the last resort: whatever went wrong, the client gets an answer
-                log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
-                context.error_code = InternalError.code
-                if context.status:
-                    raise  # the answer has begun: all that is left is to cut the connection
-                message = f"internal error; the log has more under request id {context.request_id}"
-                await send_error(InternalError(message), context.error_form, send_with_id, body.drain)
+                await self._answer_or_fail(scope, headers, context, body, send_with_id)
             finally:
                 context.memory.release()
-        _record(scope, context)
+                _record(scope, context)
+
+    def _complete(self, message: Message, context: RequestContext) -> None:
+        """Add the headers that every answer has."""
+        sent = MutableHeaders(scope=message)
+        sent["x-request-id"] = context.request_id
+        sent.update(context.headers)
+        if self._is_draining():
+            sent["connection"] = "close"  # so that the client's next request goes to another replica
+
+    async def _answer_or_fail(
+        self, scope: Scope, headers: Headers, context: RequestContext, body: Body, send: Send
+    ) -> None:
+        """Have a request answered; whatever goes wrong, its client gets an answer, and the context says what it was."""
+        try:
+            await self._answer(scope, headers, context, body, send)
+        except RequestError as error:
+            await _refuse(error, context, send, body.drain)
+        except asyncio.CancelledError:
+            if self._is_draining():  # the request has had its time
+                stopping = ShuttingDown("the gateway is stopping, and this request took too long", retry_after_s=5)
+                context.refuse(stopping)
+                if not context.status:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_LAST_ANSWER_S):
+                            await send_error(stopping, context.error_form, send, _at_once)
+            raise
+        except Exception:  # the last resort
+            log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
+            context.error_code = InternalError.code
+            if context.status:
+                raise  # the answer has begun: all that is left is to cut the connection
+            message = f"internal error; the log has more under request id {context.request_id}"
+            await send_error(InternalError(message), context.error_form, send, body.drain)
 
     async def _answer(self, scope: Scope, headers: Headers, context: RequestContext, body: Body, send: Send) -> None:
+        if (refused := scope.get(REFUSED)) is not None:
+            raise refused
         self._check_headers(headers)
-        if not scope["path"].startswith(_OPEN_PATHS) and not is_tei_probe(scope["path"]):
+        if not context.path.startswith(_OPEN_PATHS) and not is_tei_probe(context.path):
             context.api_key = _sent_key(headers)
-            if not scope["path"].startswith(_OPERATOR_PATHS):
+            if not context.path.startswith(_OPERATOR_PATHS):
                 context.client = await self._keyring.identify(context.api_key, context.client.name)
                 # A client stays the same unit of an experiment when its key is exchanged.
                 context.key_owner = context.client.name if self._keyring else context.api_key
@@ -214,6 +272,24 @@ def _request_id(headers: Headers) -> str:
     return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
 
 
+def _place(scope: Scope, headers: Headers, root_path: str) -> str:
+    """Tell the framework under which prefix a proxy serves the gateway, and return the path without it.
+
+    A proxy may have taken the prefix off the path, or not: both are routed alike.
+    """
+    path = _normalise_path(scope["path"])
+    prefix = root_path or scope.get("root_path", "").rstrip("/") or _forwarded_prefix(headers)
+    if prefix and (path == prefix or path.startswith(f"{prefix}/")):
+        path = path[len(prefix) :] or "/"
+    scope["root_path"], scope["path"] = prefix, prefix + path
+    return path
+
+
+def _forwarded_prefix(headers: Headers) -> str:
+    given = headers.get("x-forwarded-prefix", "").rstrip("/")
+    return given if len(given) <= _MAX_PREFIX and PREFIX.fullmatch(given) else ""
+
+
 def _normalise_path(path: str) -> str:
     """Drop doubled and trailing slashes: clients put a base URL and a path together in every way."""
     return _SLASHES.sub("/", path).rstrip("/") or "/"
@@ -231,6 +307,10 @@ async def _refuse(
         await send_error(error, context.error_form, send, drain)
     elif not isinstance(error, ClientDisconnected):
         raise error
+
+
+async def _at_once() -> None:
+    """Wait for nothing more of a request."""
 
 
 async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
@@ -259,6 +339,9 @@ async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Ca
 
 
 def _record(scope: Scope, context: RequestContext) -> None:
+    if not context.status:  # nothing was sent, as there is nobody to send it to
+        context.status = ClientDisconnected.status
+        context.error_code = context.error_code or ClientDisconnected.code
     route = scope.get("route")
     path = getattr(route, "path", "other")  # never the path itself: clients make those up
     metrics.REQUESTS.labels(path, context.status).inc()
@@ -273,7 +356,7 @@ def _record(scope: Scope, context: RequestContext) -> None:
         "request",
         request_id=context.request_id,
         caller=context.caller,
-        method=scope["method"],
+        method=context.method,
         path=path,
         status=context.status,
         ms=round(context.elapsed_s * 1000, 2),

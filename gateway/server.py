@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import os
+import resource
 import signal
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import cast
 
 import structlog
 import uvicorn
@@ -20,10 +26,17 @@ from gateway.access.keyring import Keyring
 from gateway.app import create_admin_app, create_app
 from gateway.config.settings import Settings, variable
 from gateway.deployment import Deployment
-from gateway.errors import ReloadRefused, StartError
+from gateway.errors import StartError
 from gateway.http_protocol import bounded
+from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
+
+_ANNOUNCE = "announce"
+# How long the end of the process waits for threads that may be about to end.
+_LAST_WAIT_S = 1.0
+# Between two lines of the log that say that no file descriptor is left.
+_LIMIT_LOG_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +64,24 @@ def serve(deployment: Deployment, announce: Announce) -> None:
 
     Args:
         deployment: what is served; started and stopped here.
-        announce: called once the models have been loaded and may be served; not after a start that failed.
+        announce: called once the models have been loaded and may be served; not after a start that failed. In a thread,
+            as standard output may be a pipe that nobody reads.
 
     Raises:
         StartError: an address is in use or not this machine's, the file of API keys is wrong, or the models cannot be
-            served: a required one could not be loaded, say.
+            served: a required one could not be loaded, say. Also when anything unexpected ended the start or the service;
+            the log has its traceback.
     """
+    try:
+        _serve_apps(deployment, announce)
+    except StartError:
+        raise
+    except Exception as error:  # whatever it is, it must not end the process without a word
+        log.exception("serve_failed")
+        raise StartError(f"ended by an unexpected error: {type(error).__name__}: {error}") from error
+
+
+def _serve_apps(deployment: Deployment, announce: Announce) -> None:
     settings = deployment.settings
     app = create_app(deployment)
     listeners = [_bind(settings.host, settings.port, "port")]
@@ -79,20 +104,31 @@ async def _serve(
     keyring.watch()
     addresses = Addresses(*map(_base_url, listeners))
     _warn_if_open(deployment.settings, keyring)
+    asyncio.get_running_loop().set_default_executor(_Threads())
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
-    with _reloading_on_hangup(deployment):
-        # Once, in a thread: whoever looks at the documentation would else stop everybody for a moment.
-        describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
-        loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
-        async with _serving_operator(admin_app, deployment.settings, listeners[1:]):
+    # Once, in a thread: whoever looks at the documentation would else stop everybody for a moment.
+    describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
+    loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
+    try:
+        async with (
+            _reloading_on_hangup(deployment),
+            _serving_operator(admin_app, deployment.settings, listeners[1:]),
+        ):
             await server.serve(sockets=[listeners[0]])
-    if not loading.done():
+    finally:
         loading.cancel()
-    await asyncio.wait((loading, describing))
-    await keyring.close()
-    await deployment.stop()
+        await asyncio.wait((loading, describing))
+        await keyring.close()
+        await deployment.stop()
     if not loading.cancelled() and (reason := loading.result()):
         raise StartError(reason)  # at the very end, so that it is the last thing that is read
+
+
+class _Threads(ThreadPoolExecutor):
+    """The loop's threads; the end of the loop does not wait for one that downloads or loads gigabytes."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
 
 
 @asynccontextmanager
@@ -105,6 +141,7 @@ async def _serving_operator(
         return
     server = _BackgroundServer(server_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=list(listeners)))
+    serving.add_done_callback(_log_failure)
     log.info("operator_port", url=_base_url(listeners[0]))
     try:
         yield
@@ -125,17 +162,18 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=list(settings.trusted_proxies),
         lifespan="off",
+        timeout_keep_alive=cast(int, settings.keep_alive_s),  # handed to `call_later`, which takes fractions
         timeout_graceful_shutdown=round(settings.shutdown_grace_s),
     )
 
 
-@contextmanager
-def _reloading_on_hangup(deployment: Deployment) -> Iterator[None]:
-    """Reload on SIGHUP, which would otherwise end the process."""
+@asynccontextmanager
+async def _reloading_on_hangup(deployment: Deployment) -> AsyncIterator[None]:
+    """Reload on SIGHUP, which would otherwise end the process; before and after, it has to wait."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
-        with suppress(ReloadRefused):  # the log has told why
+        with suppress(Exception):  # the deployment has logged and counted it
             await deployment.reload()
 
     def on_hangup() -> None:
@@ -145,12 +183,20 @@ def _reloading_on_hangup(deployment: Deployment) -> Iterator[None]:
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         loop.remove_signal_handler(signal.SIGHUP)
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _log_failure(serving: asyncio.Task[None]) -> None:
+    if not serving.cancelled() and (error := serving.exception()) is not None:
+        log.error("operator_port_failed", exc_info=error)
 
 
 class _BackgroundServer(uvicorn.Server):
@@ -168,6 +214,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._deployment = deployment
         self._url = url
+        self._next_limit_log = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -184,6 +231,27 @@ class _Server(uvicorn.Server):
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look, ten times a second, whether connections can still be accepted."""
+        self._look_at_files()
+        return await super().on_tick(counter)
+
+    def _look_at_files(self) -> None:
+        """Say when no file descriptor is left: the event loop then resets new connections without a word."""
+        try:
+            os.close(os.open("/", os.O_RDONLY))
+        except OSError as error:
+            metrics.FILE_LIMIT_REACHED.inc()
+            now = asyncio.get_running_loop().time()
+            if now >= self._next_limit_log:
+                self._next_limit_log = now + _LIMIT_LOG_S
+                log.error(
+                    "no_file_descriptor_left",
+                    reason=error.strerror,
+                    num_connections=len(self.server_state.connections),
+                    limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                )
 
     def _on_signal(self, number: signal.Signals) -> None:
         """Be not ready at once, and stop after a while; a second signal skips the while, a third what still runs."""
@@ -203,8 +271,30 @@ async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callab
         log.error("start_failed", reason=str(error))
         server.should_exit = True
         return str(error)
-    announce()
+    except Exception as error:  # a broken driver or library can raise anything
+        log.exception("start_failed", reason=str(error))
+        server.should_exit = True
+        return f"the start was ended by an unexpected error: {type(error).__name__}: {error}"
+    threading.Thread(target=_announce, args=(announce,), name=_ANNOUNCE, daemon=True).start()
     return ""
+
+
+def _announce(announce: Callable[[], None]) -> None:
+    try:
+        announce()
+    except Exception:  # a terminal that has gone, say: what is served does not depend on it
+        log.exception("announce_failed")
+
+
+def leave_stuck_threads() -> None:
+    """End the process with 0 if Python would wait for a thread: one that loads a model, or writes where nobody reads."""
+    deadline = time.monotonic() + _LAST_WAIT_S
+    for thread in threading.enumerate():
+        if thread is threading.main_thread() or (thread.daemon and thread.name != _ANNOUNCE):
+            continue
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            os._exit(0)
 
 
 def _warn_if_open(settings: Settings, keyring: Keyring) -> None:

@@ -26,11 +26,16 @@ def health_router(deployment: Deployment) -> APIRouter:
         """Say whether requests are answered: 503 while models load, when none could be loaded, and when stopping."""
         return _tell(response, deployment, is_fine=deployment.is_ready)
 
+    async def whole_server() -> Response:
+        """Answer `OPTIONS *`, which asks what the server as a whole can do (RFC 9110, 9.3.7)."""
+        return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
+
     not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "Not ready."}}
     router.add_api_route("/health/live", live)
     router.add_api_route("/health/ready", ready, responses=not_ready)
     router.add_api_route("/health", ready, responses=not_ready, operation_id="health")
     router.add_api_route("/health/startup", started, responses=not_ready)
+    router.add_api_route("/*", whole_server, methods=["OPTIONS"], include_in_schema=False)
     return router
 
 

@@ -37,6 +37,9 @@ ENV_PREFIX: Final = "GATEWAY_"
 # Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
 _LEAST_KEY: Final = 8
+PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
+"""A path that a proxy serves the gateway under; empty for none."""
+
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICE_LINK_HINT = (
     "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
@@ -76,6 +79,13 @@ def _split_networks(value: object) -> object:
         except ValueError:
             raise ValueError(f"must be addresses or networks such as `10.0.0.0/8`, got {quote(network)}") from None
     return networks
+
+
+def _check_prefix(prefix: str) -> str:
+    prefix = prefix.rstrip("/")
+    if not PREFIX.fullmatch(prefix):
+        raise ValueError(f"must be a path such as `/embeddings-gateway`, got {quote(prefix)}")
+    return prefix
 
 
 def _check_admin_key(key: SecretStr) -> SecretStr:
@@ -145,6 +155,11 @@ class Settings(BaseSettings):
         description="Addresses or networks of proxies, comma-separated, whose `X-Forwarded-For` is believed, in logs and in "
         "quotas by address: `10.0.0.0/8`. Empty: a client's address is that of its connection.",
     )
+    root_path: Annotated[str, AfterValidator(_check_prefix)] = Field(
+        default="",
+        description="Path under which a proxy serves the gateway, `/ai/embed` say, for the documentation's links and the "
+        "OpenAPI document. Requests may come with it or without. By default what `X-Forwarded-Prefix` says.",
+    )
     max_header_bytes: int = Field(
         default=64 * 1024, ge=1024, description="The largest headers of a request in bytes; 431 beyond."
     )
@@ -153,6 +168,13 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds that a request's headers may take to come; the connection is closed then.",
+    )
+    keep_alive_s: float = Field(
+        default=75.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for which an idle connection is kept. Longer than a load balancer in front keeps one, which is "
+        "60 s with most: it would send a request on a connection that is just being closed.",
     )
     body_timeout_s: float = Field(
         default=60.0,

@@ -1,18 +1,33 @@
-"""Structured logs on standard error: one line an event, as JSON or for a terminal. Never a text, never a key."""
+"""Structured logs on standard error: one line per event, as JSON or for a terminal. Never a text, never a key.
+
+Lines are formatted where the event happens and written by a thread: a reader that stands still (a paused ``| jq``, a log
+driver that is stuck) must not stop the event loop with it. What does not fit in the queue is dropped, counted, and
+reported when the reader comes back.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
+import threading
+from collections import deque
+from typing import Final, TextIO
 
 import structlog
 from structlog.typing import Processor
 
+from gateway.telemetry import metrics
 from gateway.telemetry.console import ConsoleRenderer, is_colored
 
 # Libraries whose INFO lines are about their own insides.
 _QUIET = ("infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "torch", "uvicorn.error")
+
+MAX_QUEUED_BYTES: Final = 8 * 1024 * 1024
+_WRITE_BYTES: Final = 64 * 1024
+# How long the end of the process waits for the last lines to be read.
+_FLUSH_S: Final = 2.0
 
 
 def configure_logs(level: str, style: str) -> None:
@@ -46,7 +61,7 @@ def configure_logs(level: str, style: str) -> None:
         if is_console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
-    handler = logging.StreamHandler()
+    handler = QueuedHandler(sys.stderr, MAX_QUEUED_BYTES)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -61,3 +76,108 @@ def configure_logs(level: str, style: str) -> None:
         logger.setLevel(level.upper())
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)  # Python prints them to standard error itself, and would wait there
+
+
+def flush_logs() -> None:
+    """Wait until the lines so far are written, for two seconds at most."""
+    for handler in logging.getLogger("gateway").handlers:
+        handler.flush()
+
+
+class QueuedHandler(logging.Handler):
+    """Formats a record at once and leaves the writing to a thread, in order.
+
+    The thread is a daemon, and writes to the descriptor itself: a write that never returns can hold up neither the end of
+    the process nor the lock of Python's own buffer. ``logging`` flushes the handler at exit, which is bounded in time.
+
+    Args:
+        stream: what is written to, through its file descriptor. One in memory, which nothing can hold up, is written to at
+            once.
+        max_bytes: how much may wait; what comes then is dropped and counted.
+    """
+
+    def __init__(self, stream: TextIO, max_bytes: int) -> None:
+        super().__init__()
+        self._stream = stream
+        self._descriptor = _descriptor_of(stream)
+        self._max_bytes = max_bytes
+        self._lines: deque[bytes] = deque()
+        self._num_bytes = 0
+        self._num_dropped = 0
+        self._is_writing = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Format a record and queue its line. Never waits for the reader, and never raises."""
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+        except Exception:  # as in every handler of the library: a line that cannot be made must not fail the request
+            self.handleError(record)
+            return
+        if self._descriptor is None:
+            self._write(line)
+            return
+        with self._changed:
+            if self._num_bytes + len(line) > self._max_bytes:
+                self._num_dropped += 1
+                metrics.LOG_LINES_DROPPED.inc()
+                return
+            self._lines.append(line)
+            self._num_bytes += len(line)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until everything is written, for two seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines and not self._is_writing, _FLUSH_S)
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._lines)
+                self._is_writing = True
+                content = self._take()
+            self._write(content)
+            with self._changed:
+                self._num_bytes -= len(content)
+                num_dropped, self._num_dropped = self._num_dropped, 0
+            if num_dropped:
+                structlog.get_logger(__name__).warning("log_lines_dropped", num_lines=num_dropped)
+
+    def _take(self) -> bytes:
+        """Return the lines that are written at once."""
+        taken = [self._lines.popleft()]
+        size = len(taken[0])
+        while self._lines and size + len(self._lines[0]) <= _WRITE_BYTES:
+            taken.append(self._lines.popleft())
+            size += len(taken[-1])
+        return b"".join(taken)
+
+    def _write(self, content: bytes) -> None:
+        try:
+            if self._descriptor is None:
+                self._stream.write(content.decode())
+                self._stream.flush()
+                return
+            while content:
+                try:
+                    content = content[os.write(self._descriptor, content) :]
+                except BlockingIOError:  # another process has made the pipe non-blocking
+                    select.select((), (self._descriptor,), ())
+        except (OSError, ValueError):  # closed: nobody will ever read this
+            metrics.LOG_LINES_DROPPED.inc(content.count(b"\n"))
+
+
+def _descriptor_of(stream: TextIO) -> int | None:
+    """Return the file descriptor of a stream, or ``None`` for one in memory."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None

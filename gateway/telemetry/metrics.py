@@ -125,6 +125,21 @@ MEMORY_BUDGET = Gauge(
     "How much they may hold together (`GATEWAY_MEMORY_BUDGET_BYTES`); requests beyond are refused (`memory_full`).",
     registry=REGISTRY,
 )
+CONNECTIONS = Gauge(
+    "gateway_connections",
+    "Open connections of clients. Each takes a file descriptor, of which there are `process_max_fds`.",
+    registry=REGISTRY,
+)
+FILE_LIMIT_REACHED = Counter(
+    "gateway_file_limit_reached",
+    "Looks at which no file descriptor was left: new connections are reset until some are closed.",
+    registry=REGISTRY,
+)
+LOG_LINES_DROPPED = Counter(
+    "gateway_log_lines_dropped",
+    "Lines of the log that were dropped because standard error was not read, or is closed.",
+    registry=REGISTRY,
+)
 # What an alert waits for must be seen at 0 first: the first of a kind would not be an increase.
 for _outcome in ("ok", "refused"):
     RELOADS.labels(_outcome)

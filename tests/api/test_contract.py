@@ -970,6 +970,38 @@ async def test_each_configured_key_is_accepted(connect: Connect, authorization: 
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": KEY},
+        {"authorization": f" {KEY} "},
+        {"x-api-key": KEY},
+        {"X-API-KEY": KEY, "authorization": "Bearer"},
+        {"api-key": KEY, "x-api-key": '""'},
+        {"authorization": f"Basic {base64.b64encode(f'anybody:{KEY}'.encode()).decode()}"},
+        {"authorization": f"basic {base64.b64encode(f'{KEY}:'.encode()).decode()}"},
+        # A proxy that asks for a password of its own passes that on; the key is the other one.
+        {"authorization": f"Basic {base64.b64encode(b'ann:secret').decode()}", "x-api-key": KEY},
+    ],
+    ids=str,
+)
+async def test_a_key_is_found_wherever_clients_put_it(connect: Connect, headers: dict[str, str]) -> None:
+    client = await connect(api_keys=KEY)
+
+    assert (await client.get("/v1/models", headers=headers)).status_code == 200
+    assert (await client.post("/v1/embeddings", json={"input": "a"}, headers=headers)).status_code == 200
+    assert (await client.post("/api/embed", json={"model": "mini", "input": "a"}, headers=headers)).status_code == 200
+    assert (await client.post("/tei/mini/embed", json={"inputs": "a"}, headers=headers)).status_code == 200
+
+
+async def test_bearer_counts_before_the_other_headers(connect: Connect) -> None:
+    client = await connect(api_keys=KEY)
+
+    wrong = await client.get("/v1/models", headers={"authorization": "Bearer sk-wrong", "x-api-key": KEY})
+
+    assert wrong.status_code == 401
+
+
+@pytest.mark.parametrize(
     ("headers", "message"),
     [
         pytest.param({}, "an API key is required: send `Authorization: Bearer KEY`", id="missing"),
@@ -977,7 +1009,10 @@ async def test_each_configured_key_is_accepted(connect: Connect, authorization: 
         pytest.param({"authorization": "Bearer"}, "an API key is required", id="empty"),
         pytest.param({"authorization": "Bearer "}, "an API key is required", id="empty, with a space"),
         pytest.param({"authorization": 'Bearer ""'}, "an API key is required", id="empty, in quotes"),
-        pytest.param({"authorization": KEY}, "an API key is required", id="without Bearer"),
+        pytest.param({"authorization": "Basic"}, "an API key is required", id="Basic, empty"),
+        pytest.param({"authorization": "Digest abc"}, "an API key is required", id="another scheme"),
+        pytest.param({"authorization": "sk-wrong"}, "the API key is not known here", id="wrong, without Bearer"),
+        pytest.param({"x-api-key": "sk-wrong"}, "the API key is not known here", id="wrong x-api-key"),
         pytest.param({"authorization": f"Basic {KEY}"}, "an API key is required", id="Basic"),
         pytest.param({"authorization": "Bearer sk-wrong"}, "the API key is not known here", id="wrong"),
         pytest.param({"authorization": f"Bearer {KEY}x"}, "the API key is not known here", id="longer"),

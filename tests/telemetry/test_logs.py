@@ -1,0 +1,266 @@
+"""The log: whole lines, in order, and never a reason to wait for its reader."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx
+import pytest
+import structlog
+
+from gateway.telemetry import metrics
+from gateway.telemetry.logs import QueuedHandler, configure_logs
+from tests.test_drain import PROGRAM
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 20
+MANY = 10_000_000
+
+
+def dropped() -> float:
+    return metrics.REGISTRY.get_sample_value("gateway_log_lines_dropped_total") or 0
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, TextIO]]:
+    """Return a pipe: the descriptor to read from, and the stream to write to."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        yield reader, stream
+    os.close(reader)
+
+
+def read_lines(reader: int, number: int) -> list[str]:
+    content = b""
+    while content.count(b"\n") < number:
+        assert select.select((reader,), (), (), PATIENCE_S)[0], content[-1000:]
+        content += os.read(reader, 65536)
+    return content.decode().splitlines()
+
+
+def record(message: str) -> logging.LogRecord:
+    return logging.LogRecord("test", logging.INFO, __file__, 1, message, None, None)
+
+
+def fill(stream: TextIO) -> int:
+    """Write until the pipe takes no more; return how many bytes that were."""
+    os.set_blocking(stream.fileno(), False)
+    size = 0
+    for piece in (4096, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                size += os.write(stream.fileno(), b"." * piece)
+    os.set_blocking(stream.fileno(), True)
+    return size
+
+
+def drain(reader: int, size: int) -> None:
+    while size:
+        size -= len(os.read(reader, size))
+
+
+def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_others_come_in_order(
+    pipe: tuple[int, TextIO],
+) -> None:
+    reader, stream = pipe
+    handler = QueuedHandler(stream, max_bytes=1000)
+    before, size = dropped(), fill(stream)
+
+    for number in range(100):
+        handler.emit(record(f"line {number:05}"))  # 11 bytes with its end; would block for ever
+
+    num_dropped = dropped() - before
+    assert num_dropped == 100 - 1000 // 11
+    drain(reader, size)
+    lines = read_lines(reader, int(100 - num_dropped))
+    assert lines == [f"line {number:05}" for number in range(len(lines))]
+
+
+def test_when_the_reader_is_back_it_is_told_how_many_lines_are_missing(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, stream = pipe
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("gateway.telemetry.logs.MAX_QUEUED_BYTES", 2000)
+    configure_logs("info", "json")
+    before, size = dropped(), fill(stream)
+
+    for number in range(100):
+        structlog.get_logger("gateway.test").info("hello", number=number)
+    num_dropped = dropped() - before
+    drain(reader, size)
+
+    lines = [json.loads(line) for line in read_lines(reader, int(100 - num_dropped) + 1)]
+    assert [line["number"] for line in lines[:-1]] == list(range(len(lines) - 1))
+    assert {name: lines[-1][name] for name in ("event", "level", "num_lines")} == {
+        "event": "log_lines_dropped",
+        "level": "warning",
+        "num_lines": num_dropped,
+    }
+
+
+def test_a_flush_waits_for_the_reader_but_not_for_ever(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.telemetry.logs._FLUSH_S", 0.3)
+    reader, stream = pipe
+    handler = QueuedHandler(stream, MANY)
+    handler.emit(record("read"))
+    handler.flush()
+    assert os.read(reader, 100) == b"read\n"  # is there, and nothing has to be waited for
+
+    size = fill(stream)
+    handler.emit(record("stuck"))
+    ended = threading.Event()
+
+    def flush() -> None:
+        handler.flush()
+        ended.set()
+
+    threading.Thread(target=flush, daemon=True).start()
+    assert ended.wait(PATIENCE_S)
+    drain(reader, size)
+
+
+def test_a_pipe_that_another_process_made_non_blocking_loses_nothing(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    handler = QueuedHandler(stream, MANY)
+    size = fill(stream)
+    os.set_blocking(stream.fileno(), False)
+    before = dropped()
+
+    for number in range(1000):
+        handler.emit(record(f"{number:04} {'x' * 100}"))
+    drain(reader, size)
+
+    assert [line[:4] for line in read_lines(reader, 1000)] == [f"{number:04}" for number in range(1000)]
+    assert dropped() == before
+
+
+def test_a_log_that_is_closed_counts_as_dropped(pipe: tuple[int, TextIO]) -> None:
+    handler = QueuedHandler(pipe[1], MANY)
+    reader = os.dup(pipe[0])
+    os.close(reader)
+    closed = os.open(os.devnull, os.O_RDONLY)  # cannot be written to
+    os.dup2(closed, pipe[1].fileno())
+    os.close(closed)
+    before = dropped()
+
+    handler.emit(record("lost"))
+    handler.flush()
+
+    assert dropped() == before + 1
+
+
+def test_every_library_s_lines_exceptions_and_warnings_come_in_one_form(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, stream = pipe
+    monkeypatch.setattr(sys, "stderr", stream)
+    configure_logs("info", "json")
+
+    try:
+        raise ValueError("spilled")
+    except ValueError:
+        structlog.get_logger("gateway.test").exception("broken", request_id="r1")
+    logging.getLogger("uvicorn.error").warning("Shutting down")
+    logging.getLogger("some.library").warning("a %s", "lone \ud83d surrogate")
+    # Under pytest, which records warnings by the same means, the hook is called by hand.
+    logging._showwarning(UserWarning("old"), UserWarning, "a file", 3)  # type: ignore[attr-defined]
+
+    lines = [json.loads(line) for line in read_lines(reader, 4)]
+    assert [line["event"] for line in lines[:2]] == ["broken", "Shutting down"]
+    assert "ValueError: spilled" in lines[0]["exception"]
+    assert (lines[0]["request_id"], lines[1]["logger"]) == ("r1", "uvicorn.error")
+    assert "UserWarning: old" in lines[3]["event"]
+
+
+def test_a_stream_in_memory_has_its_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    handler = QueuedHandler(stream, MANY)
+
+    handler.emit(record("there"))
+
+    assert stream.getvalue() == "there\n"
+
+
+def test_a_record_that_cannot_be_formatted_raises_nothing(pipe: tuple[int, TextIO], capsys: Any) -> None:
+    handler = QueuedHandler(pipe[1], MANY)
+
+    handler.emit(logging.LogRecord("test", logging.INFO, __file__, 1, "%d", ("text",), None))
+
+    assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stuck_gateway() -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """Serve fake models with a log that nobody reads; give the process, its address and the log's reader."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.replace('"error", "json"', '"info", "json"')],
+        env={"GATEWAY_PORT": "0", "DELAY_S": "0"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        text=True,
+    )
+    os.close(writer)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip(), reader
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(reader)
+
+
+def embed(client: httpx.Client, url: str) -> int:
+    return client.post(f"{url}/v1/embeddings", json={"input": "a b", "model": "mini"}, timeout=PATIENCE_S).status_code
+
+
+def test_a_log_that_nobody_reads_stops_neither_requests_nor_probes_nor_the_end(
+    stuck_gateway: tuple[subprocess.Popen[str], str, int],
+) -> None:
+    process, url, _reader = stuck_gateway
+    with httpx.Client() as client:
+        assert {embed(client, url) for _ in range(600)} == {200}  # 200 kB of lines; the pipe holds 64
+        assert client.get(f"{url}/health/live", timeout=PATIENCE_S).status_code == 200
+        assert "gateway_log_lines_dropped_total 0.0" in client.get(f"{url}/metrics").text
+
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(PATIENCE_S) == 0
+
+
+def test_every_line_is_there_when_the_reader_comes_late(stuck_gateway: tuple[subprocess.Popen[str], str, int]) -> None:
+    process, url, reader = stuck_gateway
+    with httpx.Client() as client:
+        assert {embed(client, url) for _ in range(300)} == {200}
+    content = bytearray()
+
+    def read() -> None:
+        while chunk := os.read(reader, 65536):
+            content.extend(chunk)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+    reading.join(PATIENCE_S)
+
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert sum(line["event"] == "request" for line in lines) == 300
+    assert [line["timestamp"] for line in lines] == sorted(line["timestamp"] for line in lines)
+    assert lines[-1]["event"] == "stopping"
