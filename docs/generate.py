@@ -123,6 +123,7 @@ models:
       max_retries: 2
       probe_interval_s: 5
       tasks: {retrieval.query: query}
+      task_field: input_type
       extra_body: {truncate_prompt_tokens: -1}
 
   - id: bge-m3-cpu
