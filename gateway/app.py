@@ -26,7 +26,7 @@ from gateway.api.ollama import ollama_router
 from gateway.api.openai import openai_router
 from gateway.api.rerank import rerank_router
 from gateway.api.spaces import spaces_router
-from gateway.api.tei import tei_router
+from gateway.api.tei import TEI_ADDRESS, tei_router
 from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.evidence.counts import Evidence
@@ -141,8 +141,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
     context = RequestContext.of(request)
     path = context.path[:_MAX_SHOWN_PATH]
-    is_root = path == "/" and context.method in ("GET", "HEAD")  # a person looks what is there; TEI's clients post
-    if error.status_code == 405 and not is_root:
+    # There TEI's clients post; whoever reads looks what there is.
+    is_address = getattr(request.scope.get("route"), "path", None) in ("/", TEI_ADDRESS)
+    is_nowhere = is_address and context.method in ("GET", "HEAD")
+    if error.status_code == 405 and not is_nowhere:
         allow = (error.headers or {}).get("Allow", "")
         raise MethodNotAllowed(f"{context.method} is not allowed on {path}; use {allow}", allow=allow)
     if error.status_code in (404, 405):

@@ -68,46 +68,10 @@ DIALECTS = (
 def rerank_router(exchange: Exchange) -> APIRouter:
     """Return the routes of each dialect."""
     router = APIRouter(tags=["Rerank"])
-    settings = exchange.settings
-
-    def endpoint(dialect: Dialect) -> Endpoint:
-        async def rerank(request: Request) -> Response:
-            """Score texts against a query, the best first."""
-
-            def read(given: dict[str, Json]) -> tuple[RerankBody, list[str]]:
-                if given.get("texts") is not None:
-                    RequestContext.of(request).error_form = ErrorForm.TEI
-                elif dialect.is_tei:
-                    raise BadInput("`texts` is required", param="texts")
-                body = RerankBody.parse(given)
-                return body, body.wanted_documents(settings.max_inputs)
-
-            ticket = await exchange.admit(request)
-            body, texts = await exchange.read(request, read)
-            wants_texts = body.wants_texts
-            wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
-            answer = await exchange.rerank(request, ticket, wanted)
-            shows_texts = dialect.shows_documents and not body.is_tei if wants_texts is None else wants_texts
-            shown = texts if shows_texts else None
-
-            def parts() -> Iterator[bytes]:
-                results = value_list(_results(answer.scores, shown, body, is_plain=dialect.is_plain))
-                if body.is_tei:
-                    return results
-                before, after = _envelope(RequestContext.of(request).request_id, answer)
-                return object_around(before, "results", results, after)
-
-            num_characters = len(texts) * len(body.query) + sum(map(len, texts))
-            describe_times = describe_work(num_characters, answer.num_tokens) if body.is_tei else None
-            num_bytes = answer.num_bytes + sum(map(sys.getsizeof, shown or ()))
-            return await exchange.respond(request, answer, parts, describe_times, num_bytes=num_bytes)
-
-        return rerank
-
     for dialect in DIALECTS:
         router.add_api_route(
             dialect.path,
-            endpoint(dialect),
+            rerank_endpoint(exchange, dialect),
             methods=["POST"],
             responses=rerank_responses(
                 BadInput,
@@ -123,6 +87,44 @@ def rerank_router(exchange: Exchange) -> APIRouter:
             include_in_schema=dialect.is_in_schema,
         )
     return router
+
+
+def rerank_endpoint(exchange: Exchange, dialect: Dialect) -> Endpoint:
+    """Return what answers the requests of a dialect."""
+    settings = exchange.settings
+
+    async def rerank(request: Request) -> Response:
+        """Score texts against a query, the best first."""
+
+        def read(given: dict[str, Json]) -> tuple[RerankBody, list[str]]:
+            if given.get("texts") is not None:
+                RequestContext.of(request).error_form = ErrorForm.TEI
+            elif dialect.is_tei:
+                raise BadInput("`texts` is required", param="texts")
+            body = RerankBody.parse(given)
+            return body, body.wanted_documents(settings.max_inputs)
+
+        ticket = await exchange.admit(request)
+        body, texts = await exchange.read(request, read)
+        wants_texts = body.wants_texts
+        wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
+        answer = await exchange.rerank(request, ticket, wanted)
+        shows_texts = dialect.shows_documents and not body.is_tei if wants_texts is None else wants_texts
+        shown = texts if shows_texts else None
+
+        def parts() -> Iterator[bytes]:
+            results = value_list(_results(answer.scores, shown, body, is_plain=dialect.is_plain))
+            if body.is_tei:
+                return results
+            before, after = _envelope(RequestContext.of(request).request_id, answer)
+            return object_around(before, "results", results, after)
+
+        num_characters = len(texts) * len(body.query) + sum(map(len, texts))
+        describe_times = describe_work(num_characters, answer.num_tokens) if body.is_tei else None
+        num_bytes = answer.num_bytes + sum(map(sys.getsizeof, shown or ()))
+        return await exchange.respond(request, answer, parts, describe_times, num_bytes=num_bytes)
+
+    return rerank
 
 
 def _rerank_request(request: Request, body: RerankBody, texts: list[str], patience_s: float) -> RerankRequest:

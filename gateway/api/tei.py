@@ -18,6 +18,8 @@ from gateway import __version__
 from gateway.access.turns import Turns
 from gateway.api.exchange import Exchange, Parts
 from gateway.api.pieces import dumps, nested_list, value_list, vector_list
+from gateway.api.rerank import Dialect as RerankDialect
+from gateway.api.rerank import rerank_endpoint
 from gateway.api.tei_headers import describe_work
 from gateway.api.tei_schema import (
     MAX_CHARACTERS,
@@ -35,9 +37,9 @@ from gateway.api.tei_schema import (
 )
 from gateway.config.settings import Settings
 from gateway.embedding import ModelInfo, ModelKind, Output, SparseVector, Token
-from gateway.errors import ModelNotReady
+from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
 from gateway.middleware import RequestContext
-from gateway.routing.router import Target
+from gateway.routing.router import DEFAULT_ALIAS, Target
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer
 
@@ -46,6 +48,10 @@ _BYTES_PER_TOKEN = 400
 # As many as are written in less than a millisecond.
 _FEW_TOKENS = 500
 Handler = Callable[[Request, str | None], Awaitable[Response]]
+TEI_ADDRESS = "/tei/{model:path}"
+"""The address of one model, for clients that have no path."""
+# Of a path that is no model's address, what may be asked with GET alone.
+_ONLY_READ = ("info", "health")
 
 
 def tei_router(exchange: Exchange) -> APIRouter:
@@ -69,6 +75,7 @@ def tei_router(exchange: Exchange) -> APIRouter:
     add("similarity", dialect.similarity, "POST")
     add("tokenize", dialect.tokenize, "POST")
     add("decode", dialect.decode, "POST")
+    add("invocations", dialect.compute, "POST")  # SageMaker's
     add("info", dialect.info, "GET")
 
     async def health(model: str) -> Response:
@@ -77,7 +84,18 @@ def tei_router(exchange: Exchange) -> APIRouter:
             raise ModelNotReady("the gateway is shutting down", retry_after_s=5)
         return Response()
 
+    async def of_root(request: Request) -> Response:
+        return await dialect.compute(request, None)
+
+    async def of_address(request: Request, model: str) -> Response:
+        dialect.check_address(request, model)
+        return await dialect.compute(request, model)
+
     router.add_api_route("/tei/{model:path}/health", health, include_in_schema=False)
+    router.add_api_route("/", of_root, methods=["POST"], include_in_schema=False)
+    router.add_api_route(
+        TEI_ADDRESS, of_address, methods=["POST"], include_in_schema=False
+    )  # the last: it fits all others
     return router
 
 
@@ -89,6 +107,44 @@ class _Dialect:
         self._settings = exchange.settings
         # One at a time: it takes a core, which the models need more.
         self._tokenising = Turns("tokens")
+        self._rerank = rerank_endpoint(exchange, RerankDialect(TEI_ADDRESS, is_tei=True))
+
+    async def compute(self, request: Request, model: str | None) -> Response:
+        """Embed or rerank, as the model is: what clients ask that have nothing but an address."""
+        if self._kind(request, model) is ModelKind.RERANK:
+            return await self._rerank(request)
+        return await self.embed(request, model)
+
+    def _kind(self, request: Request, model: str | None) -> ModelKind:
+        deployment = self._exchange.deployment
+        if model is None and DEFAULT_ALIAS not in deployment.registry.aliases:
+            kinds = {one.info.kind for one in deployment.fleet if one.info is not None}
+            return ModelKind.RERANK if kinds == {ModelKind.RERANK} else ModelKind.EMBED
+        info = deployment.router.choose(model, RequestContext.of(request).client.may_use).model.info
+        return ModelKind.EMBED if info is None else info.kind
+
+    def check_address(self, request: Request, address: str) -> None:
+        """Refuse what is behind `/tei/` and is no model's name, but a model's and a path that there is not.
+
+        Raises:
+            NotFound: no such path.
+            MethodNotAllowed: the path is asked with GET.
+        """
+        model, _, path = address.rpartition("/")
+        if not model or self._is_name(request, address) or not self._is_name(request, model):
+            return
+        if path in _ONLY_READ:
+            raise MethodNotAllowed(f"POST is not allowed on /tei/{address}; use GET", allow="GET")
+        raise NotFound(f"no such path: /tei/{address}; embeddings are at POST /tei/{model}/embed")
+
+    def _is_name(self, request: Request, name: str) -> bool:
+        try:
+            self._exchange.deployment.router.choose(name, RequestContext.of(request).client.may_use)
+        except ModelNotFound:
+            return False
+        except RequestError:  # it is one, and not to be used like that
+            return True
+        return True
 
     async def embed(self, request: Request, model: str | None) -> Response:
         """Answer one vector a text: ``[[float]]``."""
@@ -250,7 +306,7 @@ def _headers_about(target: Target) -> dict[str, str]:
 def _model_type(info: ModelInfo) -> dict[str, object]:
     if info.kind is ModelKind.RERANK:  # it has one label, and this is what transformers calls it
         return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
-    return {"embedding": {"pooling": "last_token" if info.pooling == "last" else info.pooling}}
+    return {"embedding": {"pooling": "last_token" if info.pooling == "lasttoken" else info.pooling}}
 
 
 def _info(target: Target, settings: Settings) -> dict[str, Any]:

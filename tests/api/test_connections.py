@@ -438,8 +438,8 @@ def test_every_form_of_a_target_is_answered(connect: Callable[..., socket.socket
 
 
 def test_the_server_as_a_whole_says_what_it_can(connect: Callable[..., socket.socket]) -> None:
-    connection = connect(api_keys=["right"])
-    connection.sendall(b"OPTIONS * HTTP/1.1\r\nhost: gateway\r\nx-api-key: right\r\n\r\n")
+    connection = connect(api_keys=["sk-right-key"])
+    connection.sendall(b"OPTIONS * HTTP/1.1\r\nhost: gateway\r\nx-api-key: sk-right-key\r\n\r\n")
     answer = http.client.HTTPResponse(connection)
     answer.begin()
 

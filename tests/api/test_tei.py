@@ -12,7 +12,7 @@ import pytest
 from gateway.api.tei_schema import MAX_CHARACTERS, MAX_IDS
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
-from gateway.embedding import EmbedJob, ModelState, Output
+from gateway.embedding import EmbedJob, ModelKind, ModelState, Output
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -484,3 +484,81 @@ async def test_openai_s_form_below_a_model_s_path(client: httpx.AsyncClient) -> 
     assert response.json()["model"] == "team/small"
     wrong = await client.post("/tei/team/small/v1/embeddings", json={})
     assert wrong.json()["error"]["code"] == "invalid_input"
+
+
+# --------------------------------------------------------------------------------------------------- the root, SageMaker
+
+
+@pytest.fixture
+async def mixed(connect: Connect, models: list[Model], make_model: MakeModel) -> httpx.AsyncClient:
+    """Return a client of a gateway with models that embed, and one that reranks."""
+    ranks = {"width": 1, "dimensions": (1,), "max_tokens": 8, "kind": ModelKind.RERANK}
+    return await connect(*models, make_model("team/ranker", backend=FakeBackend(fake_info("r", **ranks)), **ranks))
+
+
+@pytest.mark.parametrize("path", ["/", "/invocations", "/tei/mini", "/tei/mini/", "/tei/mini/invocations"])
+async def test_the_address_alone_embeds(mixed: httpx.AsyncClient, vectors_of: VectorsOf, path: str) -> None:
+    """As `HuggingFaceEndpointEmbeddings(model="http://host:8080")` asks, and SageMaker."""
+    vectors = answer(await mixed.post(path, json={"inputs": ["a", "b c"], "normalize": True}), "embed")
+
+    np.testing.assert_allclose(vectors, unit(vectors_of(["a", "b c"], 8)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/tei/team/ranker", "/tei/team%2Franker", "/tei/team/ranker/invocations"])
+async def test_the_address_of_a_reranker_reranks(mixed: httpx.AsyncClient, path: str) -> None:
+    body = {"query": "fox", "texts": ["dog", "a fox"], "return_text": True}
+
+    results = answer(await mixed.post(path, json=body), "rerank")
+
+    assert [result["text"] for result in results] == ["a fox", "dog"]  # type: ignore[attr-defined]
+
+
+async def test_the_root_of_a_gateway_that_only_reranks_reranks(connect: Connect, make_model: MakeModel) -> None:
+    ranks = {"width": 1, "dimensions": (1,), "kind": ModelKind.RERANK}
+    ranker = make_model("ranker", backend=FakeBackend(fake_info("r", **ranks)), **ranks)
+    client = await connect(ranker, aliases={})
+
+    assert len(answer(await client.post("/", json={"query": "a", "texts": ["b", "c"]}), "rerank")) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/", {}, 422, "`inputs` is required"),
+        ("/", {"inputs": []}, 400, "cannot be empty"),
+        ("/invocations", {"query": "a", "texts": ["b"]}, 422, "`inputs` is required"),
+        ("/tei/team/ranker", {"inputs": "a"}, 422, "`texts` is required"),
+        ("/tei/nothing", {"inputs": "a"}, 404, "no model is called 'nothing'"),
+        ("/tei/mini/predict", {"inputs": "a"}, 404, "no such path: /tei/mini/predict"),
+        ("/tei/mini/info", {"inputs": "a"}, 405, "use GET"),
+    ],
+)
+async def test_errors_of_an_address_are_tei_s(
+    mixed: httpx.AsyncClient, path: str, body: dict, status: int, message: str
+) -> None:
+    response = await mixed.post(path, json=body)
+
+    assert response.status_code == status, response.text
+    validate(ERROR, response.json())
+    assert message in response.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/tei/mini", "/tei/mini/nothing"])
+async def test_who_reads_an_address_is_told_what_there_is(mixed: httpx.AsyncClient, path: str) -> None:
+    assert (await mixed.get(path)).status_code == 404
+
+
+async def test_a_key_is_asked_for_at_an_address_too(connect: Connect) -> None:
+    client = await connect(api_keys="sk-right-key")
+
+    for path in ("/", "/invocations", "/tei/mini"):
+        error(await client.post(path, json={"inputs": "a"}), 401, "Validation")
+        answer(await client.post(path, json={"inputs": "a"}, headers={"x-api-key": "sk-right-key"}), "embed")
+
+
+async def test_the_last_token_s_pooling_has_tei_s_name(connect: Connect, make_model: MakeModel) -> None:
+    client = await connect(make_model("mini", pooling="lasttoken"), aliases={})
+
+    body = answer(await client.get("/tei/mini/info"), "info")
+
+    assert body["model_type"] == {"embedding": {"pooling": "last_token"}}  # type: ignore[index]
