@@ -84,10 +84,10 @@ def _make(folder: Path, file: str, max_bytes: int) -> bool:
         folder.mkdir()
     except OSError:
         return False
-    try:
-        (folder / file).write_text(str(max_bytes))
-    except OSError:
-        with suppress(OSError):
-            folder.rmdir()
-        return False
-    return True
+    with suppress(OSError):
+        if (folder / file).exists():  # else it is a folder like any other
+            (folder / file).write_text(str(max_bytes))
+            return True
+    with suppress(OSError):
+        folder.rmdir()
+    return False
