@@ -10,6 +10,7 @@ import httptools
 import orjson
 import structlog
 from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config.settings import Settings
@@ -31,6 +32,21 @@ _MAX_IGNORED_BYTES = 256 * 1024
 # When a client that has sent its last byte is asked whether it is still there, and how long it has to say no.
 _FIRST_PROBE_S, _SECOND_PROBE_S = 1.5, 0.75
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# As many requests may wait for the answer of the one before them. What comes is parsed in slices of a few hundred at most.
+_MAX_PIPELINED = 16
+_SLICE_BYTES = 16 * 1024
+
+
+class _Flow(FlowControl):
+    """Reads nothing while what has come is not taken yet: uvicorn itself reads on with each request and each answer."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__(protocol.transport)
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        if not self._protocol.has_held:
+            super().resume_reading()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -71,11 +87,19 @@ class BoundedProtocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _probe_timer: asyncio.TimerHandle | None = None
+    _held = b""
+    _is_end_due = False
+
+    @property
+    def has_held(self) -> bool:
+        """Whether something has come that is not taken yet, as too many requests wait already."""
+        return bool(self._held)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Expect a request's head."""
         super().connection_made(cast(asyncio.Transport, transport))
         metrics.CONNECTIONS.inc()
+        self.flow = _Flow(self)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -90,7 +114,25 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come, and see what is not complete after it."""
+        """Take what has come; of requests that wait for the answer of another one, only a few at a time."""
+        self._held = self._held + data if self._held else data
+        self._take_held()
+
+    def _take_held(self) -> None:
+        data, first = self._held, 0
+        while first < len(data) and len(self.pipeline) < _MAX_PIPELINED and not self.transport.is_closing():
+            self._take(data[first : first + _SLICE_BYTES])
+            first += _SLICE_BYTES
+        self._held = b"" if self.transport.is_closing() else data[first:]
+        if self._held:
+            self.flow.pause_reading()
+        elif self._is_end_due:
+            self._is_end_due = False
+            if not self.eof_received():
+                self.transport.close()
+
+    def _take(self, data: bytes) -> None:
+        """Parse what has come, and see what is not complete after it."""
         if self._last_words is not None:
             self._num_bytes += len(data)
             if self._num_bytes > _MAX_IGNORED_BYTES:
@@ -121,6 +163,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
         One that has left looks the same, until it is written to: what is computed for it is cancelled a little later.
         """
+        if self._held:
+            self._is_end_due = True
+            return True
         if self._is_in_message and self.cycle is not self._running:
             self.pipeline.popleft()  # will never be complete; what came before it is
         elif self._is_in_message or not self._is_answering:
@@ -194,6 +239,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_timer()
         self._has_taken = self._has_taken or not self._unsent()
         self._watch_sending()
+        if self._held:
+            self._take_held()
+            self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         """Expect the client to take something of the answer, which is written no further until then."""

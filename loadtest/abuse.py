@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,7 @@ MAX_ABOVE_READY_BYTES = 1024 * MIB
 MAX_TIMES_ALONE = 5.0
 MAX_VICTIM_S = 0.5
 MAX_HEALTH_S = 0.1
-QUICK = ("states", "bodies", "numbers", "compressed", "long")
+QUICK = ("states", "bodies", "numbers", "compressed")
 _START_S = 180.0
 _PAUSE_S = 0.02
 # How long an attacker may take to make what it sends, and to end.
@@ -145,8 +145,8 @@ def abuse(names: Sequence[str], seconds: float) -> Abuse:
     """Start a gateway, and attack it in one way after another, for about ``seconds`` each."""
     with tempfile.TemporaryDirectory() as folder, limited_memory(LIMIT_BYTES) as limit:
         with _running(Path(folder), limit, has_reranker="pairs" in names) as (process, port):
-            _ask_for(port, 3.0)  # what the first requests allocate is not an attack's
-            alone, _health = _ask_for(port, 3.0)
+            _ask_for(port, min(3.0, seconds))  # what the first requests allocate is not an attack's
+            alone, _health = _ask_for(port, min(3.0, seconds))
             ready_bytes = process.memory_info().rss
             outcomes = [_attack(name, process, port, seconds, ready_bytes) for name in names]
         return Abuse(limit.name, ready_bytes, alone, outcomes)
@@ -199,8 +199,10 @@ def _save_reranker(folder: Path) -> None:
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
-        with suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(HOST, port, timeout=10)
+        with (
+            suppress(OSError, http.client.HTTPException),
+            closing(http.client.HTTPConnection(HOST, port, timeout=10)) as connection,
+        ):
             connection.request("GET", "/health/startup")
             if connection.getresponse().status == 200:
                 return
