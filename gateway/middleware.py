@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.access.body import Body
 from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget, Reservation
+from gateway.access.pace import Pace
 from gateway.config.settings import PREFIX, Settings
 from gateway.dialects import ErrorForm, error_form, is_tei_probe, render_error
 from gateway.embedding import Timings
@@ -170,6 +171,7 @@ class GatewayMiddleware:
     ) -> None:
         self._app = app
         self._memory = memory
+        self._pace = Pace()
         self._settings = settings
         self._keyring = keyring
         self._is_draining = is_draining
@@ -187,7 +189,7 @@ class GatewayMiddleware:
         context.path = _place(scope, headers, self._settings.root_path)
         context.error_form = error_form(context.path, context.method)
         untraced = (scope["path"],) if context.path in _QUIET_PATHS else ()
-        body = Body(receive, headers, self._settings.max_body_bytes, self._settings.body_timeout_s)
+        body = Body(receive, headers, self._pace, self._settings.max_body_bytes, self._settings.body_timeout_s)
         with (
             metrics.IN_FLIGHT.track_inprogress(),
             tracing.request_span(scope, headers, context.request_id, untraced=untraced) as span,

@@ -10,24 +10,28 @@ from starlette.types import Message, Receive
 
 from gateway.access.decoding import Decoder, decoder_for
 from gateway.access.memory import Reservation
+from gateway.access.pace import Pace
 from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected
 
 # How much of a body is read that nobody wants: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
 # What a body is taken to be before more is known; and the step in which one grows that does not say its size.
 _STEP_BYTES = 64 * 1024
+_LARGE_BYTES = 256 * 1024
 
 
 class Body:
     """Stands between the server, which receives, and the application.
 
     Args:
+        pace: what large bodies wait for; that of all requests.
         max_bytes: the largest body, as it comes and as it is once decoded.
         timeout_s: seconds that it may take to come, counted from when it is first asked for.
     """
 
-    def __init__(self, receive: Receive, headers: Headers, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, receive: Receive, headers: Headers, pace: Pace, max_bytes: int, timeout_s: float) -> None:
         self._receive = receive
+        self._pace = pace
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._deadline: float | None = None
@@ -81,6 +85,7 @@ class Body:
             message["body"] = await self._decoded(message.get("body", b""))
         else:
             self._reserve(self._num_bytes)
+            await self._keep_pace(self._num_bytes, len(message.get("body", b"")))
         return message
 
     async def drain(self) -> None:
@@ -95,7 +100,8 @@ class Body:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 while not self._has_ended and self._num_bytes < most:
-                    await self._next()
+                    message = await self._next()
+                    await self._keep_pace(self._num_bytes, len(message.get("body", b"")))
 
     async def _next_in_time(self) -> Message:
         now = asyncio.get_running_loop().time()
@@ -125,10 +131,15 @@ class Body:
             self._check_size(self._num_decoded)
             self._reserve(self._num_decoded)
             pieces.append(piece)
-            await asyncio.sleep(0)
+            await self._keep_pace(self._num_decoded, len(piece))
         if self._has_ended and self._num_bytes:
             self._decoder.finish()
         return b"".join(pieces)
+
+    async def _keep_pace(self, num_bytes: int, num_new: int) -> None:
+        """Let others go on, once the body has turned out to be a large one."""
+        if num_bytes > _LARGE_BYTES:
+            await self._pace.take(num_new)
 
     def _reserve(self, num_bytes: int) -> None:
         """Have ``num_bytes`` of the body set aside, in steps: most bodies need one."""

@@ -40,6 +40,9 @@ _STOP_S = 10.0
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
 _CHARS_PER_TOKEN = 4
+# So many texts of a caller get in although others have filled the queue.
+_NEWCOMER_TEXTS = 32
+_NEWCOMERS_SHARE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ class Batcher:
             ModelNotReady: the batcher is stopping, or has been given up.
         """
         num_tokens = self._estimate_tokens(job)
-        self._admit(len(job.texts), num_tokens)
+        self._admit(job.caller, len(job.texts), num_tokens)
         ticket = Ticket(job.caller, job.deadline)
         work = _Work(
             done=asyncio.get_running_loop().create_future(),
@@ -169,7 +172,7 @@ class Batcher:
             raise work.error
         return work.embeddings(job.outputs, self._encoder.width)
 
-    def _admit(self, num_texts: int, num_tokens: int) -> None:
+    def _admit(self, caller: str, num_texts: int, num_tokens: int) -> None:
         if self._refusal is not None:
             raise self._refusal()
         limits = self._limits
@@ -177,13 +180,22 @@ class Batcher:
             self._num_texts + num_texts > limits.max_queue_texts
             or self._num_tokens + num_tokens > limits.max_queue_tokens
         )
-        if is_full and self._num_texts:  # an idle model takes any request: none may be impossible for ever
+        # An idle model takes any request: none may be impossible for ever.
+        if is_full and self._num_texts and not self._is_newcomer(caller, num_texts):
             raise Overloaded(
                 f"model {self._model!r} is full: {self._num_texts} texts (about {self._num_tokens} tokens) are waiting, "
                 f"this request has {num_texts} (about {num_tokens}); the limits are {limits.max_queue_texts} texts and "
                 f"{limits.max_queue_tokens} tokens",
                 retry_after_s=ceil(self._num_tokens / self._tokens_per_s) if self._tokens_per_s else 1,
             )
+
+    def _is_newcomer(self, caller: str, num_texts: int) -> bool:
+        """Return whether a few texts are those of a caller who has none waiting: others must not fill the queue for all."""
+        return (
+            num_texts <= _NEWCOMER_TEXTS
+            and self._num_texts + num_texts <= _NEWCOMERS_SHARE * self._limits.max_queue_texts
+            and all(ticket.caller != caller for ticket in self._works)
+        )
 
     def _estimate_tokens(self, job: EmbedJob) -> int:
         longest = self._encoder.tokenizer.max_tokens

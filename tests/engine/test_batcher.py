@@ -672,6 +672,30 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(
     assert isinstance(await answer(batcher.submit(make_job(*texts_of(range(6))))), Embeddings)
 
 
+async def test_a_queue_that_others_have_filled_has_room_for_a_few_texts_of_a_caller_with_none(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
+) -> None:
+    batcher = await start_batcher(max_queue_texts=100)
+    encoder.on_forward = gate
+    waiting = asyncio.create_task(batcher.submit(make_job(*texts_of(range(100)), caller="bulk")))
+    await gate.reached()
+
+    refused = [
+        await answer(batcher.submit(make_job("one more", caller="bulk"))),
+        await answer(batcher.submit(make_job(*texts_of(range(33)), caller="large"))),
+    ]
+    few = [
+        asyncio.create_task(batcher.submit(make_job(*texts_of(range(25)), caller=caller))) for caller in ("ann", "ben")
+    ]
+    await asyncio.sleep(0)
+    late = await answer(batcher.submit(make_job("one too many", caller="cid")))
+    gate.open()
+
+    assert all(isinstance(error, Overloaded) for error in (*refused, late))
+    assert [len((await task).vectors) for task in few] == [25, 25]
+    await waiting
+
+
 @pytest.mark.parametrize(("tokens_per_s", "retry_after_s"), [(1e9, 1), (10.0, 3), (0.01, 120)])
 async def test_retry_after_is_the_time_to_drain_the_queue(
     start_batcher: StartBatcher,

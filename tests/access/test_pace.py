@@ -1,0 +1,41 @@
+"""Large bodies are taken in at a bounded rate, in the order in which they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from gateway.access.pace import Pace
+
+
+async def test_no_more_passes_in_a_second_than_may() -> None:
+    pace = Pace(1_000_000)
+    started = time.monotonic()
+
+    await asyncio.gather(*(pace.take(10_000) for _ in range(20)))
+
+    assert time.monotonic() - started >= 0.19
+
+
+async def test_they_pass_in_their_order() -> None:
+    pace = Pace(1_000_000)
+    passed: list[int] = []
+
+    async def take(i: int) -> None:
+        await pace.take(5_000)
+        passed.append(i)
+
+    await asyncio.gather(*(take(i) for i in range(10)))
+
+    assert passed == list(range(10))
+
+
+async def test_what_was_not_used_is_not_saved_up() -> None:
+    pace = Pace(1_000_000)
+    await pace.take(1_000)
+    await asyncio.sleep(0.2)
+    started = time.monotonic()
+
+    await pace.take(100_000)
+
+    assert time.monotonic() - started >= 0.09
