@@ -27,7 +27,7 @@ _LEAST_SHARE_TOKENS = 64
 # A batch takes no longer than this if it can be helped: whoever comes meanwhile waits for it.
 _LONGEST_BATCH_S = 0.5
 # No batch is made smaller than this for that: forwards of fewer tokens are clearly slower per token.
-_FULL_FORWARD_TOKENS = 256
+_FULL_FORWARD_TOKENS = 512
 # This part of a batch may be of large requests when a small one waits for it as well.
 _SHARED_PART = 4
 # How much the newest batch counts in the measured rate.
