@@ -169,7 +169,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 @asynccontextmanager
 async def _reloading_on_hangup(deployment: Deployment) -> AsyncIterator[None]:
-    """Reload on SIGHUP, which would otherwise end the process; before and after, it has to wait."""
+    """Reload on SIGHUP, which would otherwise end the process; one that came before is taken now, one after is ignored."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
@@ -187,8 +187,8 @@ async def _reloading_on_hangup(deployment: Deployment) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for all threads; the process is about to end
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import signal
 import socket
@@ -130,7 +131,108 @@ def test_requests_in_flight_end_within_the_grace_time() -> None:
 
         assert process.wait(timeout=20) == 0
     assert [answer.status_code for answer in answers] == [200]
-    assert answers[0].headers["connection"] == "close"
+
+
+def test_while_it_drains_an_answer_sends_the_client_elsewhere() -> None:
+    with gateway(drain_delay_s=60) as (process, url), httpx.Client() as client:
+        before = embed(client, url)
+        process.send_signal(signal.SIGTERM)
+        while client.get(f"{url}/health/ready").status_code == 200:
+            time.sleep(0.02)
+
+        during = embed(client, url)
+
+    assert (before.status_code, during.status_code) == (200, 200)
+    assert "connection" not in before.headers
+    assert during.headers["connection"] == "close"
+
+
+class Kept(threading.Thread):
+    """A client on one kept connection, with pauses, which goes when the server says so."""
+
+    def __init__(self, url: str, number: int) -> None:
+        super().__init__()
+        self.url = url
+        self.pause_s = 0.001 * number
+        self.num_answers = 0
+        self.lost: list[str] = []
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
+        connection.connect()
+        while True:
+            try:
+                connection.request("POST", "/v1/embeddings", b'{"input": "a b", "model": "mini"}')
+                answer = connection.getresponse()
+                answer.read()
+            except OSError as error:
+                self.lost.append(repr(error))
+                return
+            except http.client.HTTPException as error:
+                self.lost.append(repr(error))
+                return
+            self.num_answers += 1
+            if answer.status != 200:
+                self.lost.append(str(answer.status))
+            if answer.will_close:
+                return
+            time.sleep(self.pause_s)
+
+
+@pytest.mark.parametrize("run", range(5))
+def test_a_stop_with_default_settings_loses_no_request_on_a_kept_connection(run: int) -> None:
+    """uvicorn closes an idle connection at once, also one whose next request is on its way."""
+    with gateway(delay_s=0.003 * run) as (process, url):
+        clients = [Kept(url, number) for number in range(24)]
+        for client in clients:
+            client.start()
+        while min(client.num_answers for client in clients) < 3 and all(client.is_alive() for client in clients):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for client in clients:
+            client.join(timeout=30)
+        assert process.wait(timeout=30) == 0
+
+    assert [client.lost for client in clients if client.lost] == []
+    assert all(client.num_answers > 3 for client in clients)
+
+
+def test_half_a_head_is_waited_for_when_it_stops() -> None:
+    with gateway() as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nho")
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(2)  # longer than an idle connection has
+            connection.sendall(b"st: x\r\n\r\n")
+            connection.settimeout(20)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_request_that_outlives_the_grace_time_is_told_to_come_back() -> None:
+    with gateway(delay_s=60.0, shutdown_grace_s=1) as (process, url), httpx.Client() as client:
+        answers: list[httpx.Response] = []
+        request = threading.Thread(target=lambda: answers.append(embed(client, url)))
+        request.start()
+        wait_for_requests(url, 1)
+        process.send_signal(signal.SIGTERM)
+        request.join(timeout=20)
+
+        assert process.wait(timeout=20) == 0
+    assert [answer.status_code for answer in answers] == [503]
+    assert answers[0].json()["error"]["code"] == "shutting_down"
+    assert answers[0].headers["retry-after"]
+
+
+def wait_for_requests(url: str, number: int) -> None:
+    """Wait until so many requests are being answered, this question left out."""
+    while f"gateway_requests_in_flight {number + 1}.0" not in httpx.get(f"{url}/metrics").text:
+        time.sleep(0.02)
 
 
 def test_what_takes_longer_than_the_grace_time_does_not_hold_the_stop_up() -> None:
