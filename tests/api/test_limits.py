@@ -147,6 +147,22 @@ def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_any(
     assert is_served(connections())
 
 
+def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time(connections: Callable[..., socket.socket]) -> None:
+    """Its time counts from the first byte, and not from each anew."""
+    slow = connections(body_timeout_s=0.5)
+    slow.sendall(POST.replace(b"%d" % len(BODY), b"100000"))
+    slow.settimeout(0.1)
+    received, num_sent = b"", 0
+    while not received and num_sent < 100:  # 10 s
+        slow.sendall(b" ")
+        num_sent += 1
+        with contextlib.suppress(TimeoutError):
+            received = slow.recv(65536)
+
+    assert received.startswith(b"HTTP/1.1 400 "), num_sent
+    assert b"body_timeout" in received + receive(slow)
+
+
 def test_two_hundred_slow_clients_do_not_hold_up_another(connections: Callable[..., socket.socket]) -> None:
     slow = [connections(header_timeout_s=60, body_timeout_s=60) for _ in range(200)]
     for index, connection in enumerate(slow):
