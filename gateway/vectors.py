@@ -65,9 +65,10 @@ def require_finite(
     Raises:
         InvalidVectors: a number is not finite.
     """
-    numbers = (*(one.values for one in sparse), *multivectors, *states)
-    if not all(np.isfinite(one).all() for one in numbers):
-        raise _invalid("an output beside the dense one that is not finite (NaN or infinity)")
+    for numbers in ([one.values for one in sparse], multivectors, states):
+        is_finite = np.array([np.isfinite(one).all() for one in numbers], dtype=np.bool_)
+        if not is_finite.all():
+            raise _invalid("an output beside the dense one that is not finite (NaN or infinity)", is_finite)
 
 
 def _invalid(what: str, is_good: npt.NDArray[np.bool_] | None = None) -> InvalidVectors:

@@ -144,7 +144,9 @@ def test_what_is_handed_out_beside_the_vectors_is_finite_too(output: str, bad: f
     numbers = outputs[output][1]
     (numbers.values if output == "sparse" else numbers).flat[-1] = bad
 
-    with pytest.raises(InvalidVectors, match="an output beside the dense one that is not finite"):
+    with pytest.raises(
+        InvalidVectors, match=r"input\[1\]: the model returned an output beside the dense one that is not finite"
+    ):
         require_finite(**outputs)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gateway.embedding import Output
 from gateway.engine.classes import require_embedder, require_known_code, require_model_type
-from gateway.engine.classifier import Classifier, read_classifier
+from gateway.engine.classifier import Classifier, architecture, read_classifier
 from gateway.engine.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
 from gateway.engine.flash_layout import is_flash_layout
 from gateway.engine.headers import read_shapes
@@ -70,6 +70,7 @@ class Checkpoint:
         is_flash: whether the files have Jina's layout, which ``gateway.engine.flash_layout`` reads.
         has_own_code: whether the checkpoint brings, in place of transformers' class, code that is trusted.
         has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
+        is_named: whether ``config.json`` names the class of the model.
         weights: files that hold the transformer's weights.
         fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
             adapters, the activations of the dense layers, the settings of the classifier, and what vectors are cut to.
@@ -99,6 +100,7 @@ class Checkpoint:
     is_flash: bool
     has_own_code: bool
     has_pooling_module: bool
+    is_named: bool
     weights: tuple[Path, ...]
     fingerprint: str
 
@@ -168,6 +170,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         is_flash=is_flash_layout(read_object(root / "config.json")),
         has_own_code=has_own_code,
         has_pooling_module=modules is not None and modules.pooling is not None,
+        is_named=architecture(config) is not None,
         weights=weights,
         fingerprint="",
     )
@@ -181,6 +184,11 @@ def _require_embedder(
     if modules is None or modules.pooling is None:
         require_embedder(folder, config, model_type, has_own_code=has_own_code)
     if modules is None:
+        if heads := [name for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD) if (folder / name).exists()]:
+            raise LoadError(
+                f"{folder}: has BGE-M3's {' and '.join(heads)}, but no modules.json: BGE-M3 pools the first token, and "
+                "without that file the mean would be taken. Copy modules.json and 1_Pooling from BAAI/bge-m3"
+            )
         return
     if modules.pooling is None:
         raise LoadError(f"{folder}/modules.json: lists a Transformer and no Pooling: nothing makes a vector of a text")

@@ -72,6 +72,13 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
             f"{folder}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
             + (f". {reason}" if reason else "")
         )
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
+        raise LoadError(
+            f"{folder}: quantized weights (quantization_config, {name}) are not supported: take the repository with the "
+            "weights in float16, bfloat16 or float32"
+        )
     if model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         positions = config.get("position_embedding_type")
         if positions not in (None, "absolute"):

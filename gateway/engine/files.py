@@ -97,8 +97,17 @@ def _first(paths: Iterable[Path]) -> Path | None:
     return min(paths, default=None)
 
 
+def require_content(path: Path) -> None:
+    """Refuse a file that was checked out without Git LFS.
+
+    Raises:
+        LoadError: it is a Git LFS pointer.
+    """
+    if is_lfs_pointer(path):
+        raise LoadError(f"{path}: {_LFS}")
+
+
 def _present(files: list[Path]) -> tuple[Path, ...]:
     for path in files:
-        if is_lfs_pointer(path):
-            raise LoadError(f"{path}: {_LFS}")
+        require_content(path)
     return tuple(files)

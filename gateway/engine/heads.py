@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from gateway.embedding import MultiVector, SparseVector
 from gateway.engine.checkpoint import Checkpoint
 from gateway.engine.classifier import Classifier
-from gateway.engine.files import weights_files
+from gateway.engine.files import require_content, weights_files
 from gateway.engine.modules import read_dense
 from gateway.engine.states import TokenStates
 from gateway.engine.weights import read_tensors
@@ -80,7 +80,7 @@ class SparseHead(nn.Module):
             is_kept = ~torch.isin(tokens, self._special_ids)
             unique, place = torch.unique(tokens[is_kept], return_inverse=True)
             largest = torch.zeros(len(unique)).scatter_reduce_(0, place, weights[is_kept], "amax")
-            positive = largest > 0
+            positive = ~(largest <= 0)  # what is not a number stays, and is told
             sparse.append(SparseVector(unique[positive].numpy(), largest[positive].numpy()))
         return sparse
 
@@ -147,11 +147,16 @@ def _norm_of(tensors: Mapping[str, torch.Tensor], layer: str, eps: float) -> nn.
 
 def _load_linear(path: Path, num_in: int) -> nn.Linear:
     """Load a single linear layer from a pickled state dict, without running any code in it."""
+    require_content(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         layer = _linear(tensors["weight"], tensors.get("bias"))
+    except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
+        raise LoadError(
+            f"{path}: not a linear layer that can be read: the file holds more than weights, and could run code"
+        ) from error
     except Exception as error:  # a pickle can be broken in as many ways as there are classes of errors
-        raise LoadError(f"{path}: not a linear layer that can be read: {error}") from error
+        raise LoadError(f"{path}: not a linear layer that can be read: {type(error).__name__}: {error}") from error
     _require_inputs(path, layer, num_in)
     return layer
 

@@ -227,7 +227,11 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
     tokens = encoder.tokenise(texts, plan.info.default_task, Truncate.END)
     outputs = frozenset(plan.entry.outputs)
     for batch in (tokens[:1], tokens[1:]):
-        encoded = encoder.encode([Item(row, plan.info.default_task, outputs) for row in batch])
+        try:
+            encoded = encoder.encode([Item(row, plan.info.default_task, outputs) for row in batch])
+        except Exception as error:  # a configuration that makes no sense can make a model raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
         for row, one in zip(batch, encoded, strict=True):
             _require_promised(one, len(row.ids), plan)
 
@@ -255,6 +259,8 @@ def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None
         if not np.isfinite(numbers).all():
             what = "vectors" if output is Output.DENSE else f"{output} vectors"
             raise LoadError(f"{folder}: the model returns {what} that are not finite in {plan.dtype}")
+    if plan.kind is ModelKind.EMBED and not encoded.dense.any():
+        raise LoadError(f"{folder}: the model returns vectors of zeros: are its weights all zero?")
 
 
 def _require_plain_reranker(entry: ModelEntry) -> None:

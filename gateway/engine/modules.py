@@ -41,6 +41,12 @@ _MODEL_TYPES = {
     "MultiVectorEncoder": MULTI_VECTOR,
     "ColBERT": MULTI_VECTOR,  # PyLate's
 }
+# Modules that do nothing but in training.
+_IN_TRAINING = {
+    "sentence_transformers.models.Dropout",
+    "sentence_transformers.sentence_transformer.modules.dropout.Dropout",
+    "sentence_transformers.sentence_transformer.modules.Dropout",
+}
 _POOLING_FLAGS = {
     "cls": "cls_token",
     "max": "max_tokens",
@@ -132,8 +138,10 @@ def read_modules(folder: Path) -> Modules | None:
     for row in rows:
         if not isinstance(row, dict):
             raise LoadError(f"{path}: each entry must be an object, got {row!r}")
-        types.append(require_string(row, "type", path))
-        folders.append(_inside(require_string(row, "path", path), path))
+        type_, folder_ = require_string(row, "type", path), _inside(require_string(row, "path", path), path)
+        if type_ not in _IN_TRAINING:
+            types.append(type_)
+            folders.append(folder_)
     # The classes moved between releases; the last part of the name has stayed.
     kinds = [type_.rsplit(".", 1)[-1] for type_ in types]
     dense = [at for kind, at in zip(kinds, folders, strict=True) if kind == "Dense"]
@@ -203,6 +211,9 @@ def read_pooling(folder: Path) -> Pooling:
     _require_known(config, _POOLING_KEYS, path)
     if config.get("include_prompt") is False:
         raise LoadError(f"{path}: include_prompt: false is not supported: prompt tokens are always pooled")
+    flags = {f"pooling_mode_{flag}" for flag in _POOLING_FLAGS.values()}
+    if odd := [key for key in flags if not isinstance(config.get(key, False), bool)]:
+        raise LoadError(f"{path}: {odd[0]} must be true or false, got {config[odd[0]]!r}")
     mode = config.get("pooling_mode")
     if mode is None:  # the form until sentence-transformers 5: one flag per mode
         active = [name for name, flag in _POOLING_FLAGS.items() if config.get(f"pooling_mode_{flag}") is True]

@@ -151,4 +151,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         own = NomicBertConfig.from_dict(as_nomic_bert(config, folder))
     else:
         own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # How its trainer ran the model, which no number of a vector depends on: the package for that may not be here.
+    own._attn_implementation = None
+    own.chunk_size_feed_forward = 0
+    own.return_dict = True
     return own

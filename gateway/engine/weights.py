@@ -36,12 +36,13 @@ def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> 
     return found
 
 
-# Tensors that no embedding needs: the pooler over the first token, the heads of pretraining, and tables of constants
-# that older releases of transformers wrote.
-_UNUSED = re.compile(
-    r"(?:^|\.)(?:pooler|lm_head|mlm_head|cls|generator_predictions|generator_lm_head|discriminator_predictions"
+# Tensors that no embedding needs: the pooler over the first token, and tables of constants that older releases of
+# transformers wrote.
+_UNUSED = re.compile(r"(?:^|\.)pooler\.|(?:^|\.)(?:position_ids|token_type_ids|inv_freq|masked_bias)$")
+# The heads of pretraining. Where nothing says what the model is, they do: it predicts words.
+_PRETRAINING = re.compile(
+    r"(?:^|\.)(?:lm_head|mlm_head|cls|generator_predictions|generator_lm_head|discriminator_predictions"
     r"|vocab_transform|vocab_layer_norm|vocab_projector)\."
-    r"|(?:^|\.)(?:position_ids|token_type_ids|inv_freq|masked_bias)$"
 )
 _MODERNBERT_UNUSED = re.compile(r"^(?:head|decoder)\.")
 # Heads of transformers' classes. Where sentence-transformers' modules pool the states, they are left out.
@@ -59,8 +60,10 @@ def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[s
     patterns = [_UNUSED]
     if classifier is None and checkpoint.has_pooling_module:
         patterns.append(_TASK_HEADS)
-    if checkpoint.model_type == "modernbert":
-        patterns.append(_MODERNBERT_UNUSED)
+    if checkpoint.has_pooling_module or checkpoint.is_named:
+        patterns.append(_PRETRAINING)
+        if checkpoint.model_type == "modernbert":
+            patterns.append(_MODERNBERT_UNUSED)
     return sorted(
         name for name in unexpected if not name.startswith(known) and not any(one.search(name) for one in patterns)
     )

@@ -228,6 +228,20 @@ def test_a_tensor_that_nothing_uses_is_refused_and_named(name: str, has_modules:
         load_whole(folder)
 
 
+@pytest.mark.parametrize("names", [None, []])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "distilbert"])
+def test_a_model_that_predicts_words_and_names_no_class_is_refused(
+    model_type: str, names: list[str] | None, make_plain: MakePlain, edit_json: EditJson
+) -> None:
+    folder = make_plain(model_type, "MaskedLM")
+    edit_json(folder / "config.json", architectures=names)
+
+    with pytest.raises(LoadError, match=r"which .* does not use: the checkpoint computes something else"):
+        load_whole(folder)
+    save_modules(folder)
+    load_whole(folder)
+
+
 @pytest.mark.parametrize("name", ["classifier.weight", "score.weight", "qa_outputs.weight"])
 def test_a_head_without_its_class_is_refused_unless_a_pooling_says_what_a_vector_is(
     name: str, make_plain: MakePlain

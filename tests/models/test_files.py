@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.items import Encoded
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
 from models.checkpoints import TEXTS
-from models.plain import entry, load_whole
+from models.plain import entry, load_whole, save_modules
 
 Copy = Callable[[Path], Path]
 EditJson = Callable[..., None]
@@ -162,3 +164,70 @@ def test_weights_that_transformers_would_not_read_are_not_taken_for_the_models(m
 
     with pytest.raises(LoadError, match=r"no weights: neither model\.safetensors"):
         plan_load(entry(folder))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "of a later release"])
+def test_quantized_weights_are_named(method: str, make_plain: MakePlain, edit_json: EditJson) -> None:
+    """transformers asks for a package, or passes over what it does not know."""
+    folder = make_plain("qwen3")
+    save_modules(folder, pooling="lasttoken")
+    edit_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+
+    with pytest.raises(LoadError, match=rf"quantized weights \(quantization_config, {method}\) are not supported"):
+        plan_load(entry(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_weights_without_their_scales_are_refused(dtype: torch.dtype, is_pickled: bool, make_plain: MakePlain) -> None:
+    folder = make_plain("bert")
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) if "dense.weight" in name else tensor for name, tensor in load_file(path).items()}
+    if is_pickled:
+        path.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, path)
+
+    with pytest.raises(LoadError, match=r"dense\.weight is quantized \(.*8.*\), which is not supported"):
+        plan_load(entry(folder))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"return_dict": False},
+        {"chunk_size_feed_forward": 7},
+        {"_attn_implementation": "flash_attention_2"},
+        {"output_attentions": True},
+        {"torchscript": True},
+    ],
+)
+def test_how_a_model_was_run_by_its_trainer_does_not_matter(
+    how: dict[str, object], make_plain: MakePlain, edit_json: EditJson, load: Load
+) -> None:
+    folder = make_plain("bert")
+    before = load(folder, "torch").vectors(TEXTS)
+    edit_json(folder / "config.json", **how)
+    load.cache_clear()  # type: ignore[attr-defined]
+
+    np.testing.assert_array_equal(load(folder, "torch").vectors(TEXTS), before)
+
+
+def test_a_model_of_zeros_is_refused(make_plain: MakePlain) -> None:
+    folder = make_plain("bert")
+    path = folder / "model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+
+    with pytest.raises(LoadError, match="the model returns vectors of zeros"):
+        load_whole(folder)
+
+
+def test_a_model_that_cannot_be_run_says_why(make_plain: MakePlain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(self: TextEncoder, items: object) -> list[Encoded]:
+        raise ValueError("the dimension to be chunked 7 has to be a multiple of 2")
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+
+    with pytest.raises(LoadError, match="the model cannot be run: ValueError: the dimension to be chunked"):
+        load_whole(make_plain("bert"))

@@ -21,6 +21,7 @@ from gateway.engine.items import Encoded
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
 from models.checkpoints import TEXTS, linear_head
+from models.plain import entry, load_whole
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Tokenise = Callable[..., list[int]]
@@ -200,6 +201,31 @@ def test_a_broken_head_is_refused(broken_head: Path, load: Load, content: bytes)
 
     with pytest.raises(LoadError, match="not a linear layer that can be read"):
         load(broken_head.parent, "reference")
+
+
+def test_a_git_lfs_pointer_in_place_of_a_head_is_named(broken_head: Path, load: Load) -> None:
+    broken_head.write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 3\n")
+
+    with pytest.raises(LoadError, match=r"_linear\.pt: a Git LFS pointer in place of the file"):
+        load(broken_head.parent, "reference")
+
+
+def test_a_weight_that_is_not_a_number_is_not_passed_over(m3: Path, copy: Copy) -> None:
+    """The largest weight of a token is above 0 or not: NaN is neither."""
+    folder = copy(m3)
+    torch.save({name: part * torch.nan for name, part in linear_head(64, 1).items()}, folder / "sparse_linear.pt")
+
+    with pytest.raises(LoadError, match="the model returns sparse vectors that are not finite"):
+        load_whole(folder, outputs=ALL)
+
+
+def test_heads_without_a_pooling_are_refused(m3: Path, copy: Copy) -> None:
+    """A folder without modules is pooled by the mean, and BGE-M3 is trained for the first token."""
+    folder = copy(m3)
+    (folder / "modules.json").unlink()
+
+    with pytest.raises(LoadError, match=r"has BGE-M3's sparse_linear\.pt and colbert_linear\.pt, but no modules\.json"):
+        plan_load(entry(folder))
 
 
 def test_a_head_for_another_width_is_refused(broken_head: Path, load: Load) -> None:

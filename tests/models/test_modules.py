@@ -181,6 +181,37 @@ def test_a_module_with_settings_that_are_not_known_is_refused(
         load_whole(dense)
 
 
+def test_a_flag_of_the_pooling_is_true_or_false(dense: Path, edit_json: EditJson) -> None:
+    """Read as false, the mean would be taken where sentence-transformers takes the first token."""
+    (dense / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 64, "pooling_mode_cls_token": "true"})
+    )
+
+    with pytest.raises(LoadError, match="pooling_mode_cls_token must be true or false, got 'true'"):
+        plan_load(entry(dense))
+
+
+@pytest.mark.parametrize("type_", ["models.Dropout", "sentence_transformer.modules.dropout.Dropout"])
+def test_a_dropout_does_nothing(type_: str, dense: Path, load: Load) -> None:
+    before = load(dense, "torch").vectors(TEXTS)
+    rows = json.loads((dense / "modules.json").read_text())
+    rows.insert(2, {"idx": 2, "name": "2", "path": "2_Dropout", "type": f"sentence_transformers.{type_}"})
+    (dense / "modules.json").write_text(json.dumps(rows))
+    load.cache_clear()  # type: ignore[attr-defined]
+
+    np.testing.assert_array_equal(load(dense, "torch").vectors(TEXTS), before)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_text_that_is_cut_at_its_beginning_is_refused(file: str, dense: Path, edit_json: EditJson) -> None:
+    """sentence-transformers keeps the end of a long text then."""
+    truncation = {"direction": "Left", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    edit_json(dense / file, **({"truncation": truncation} if file == "tokenizer.json" else {"truncation_side": "left"}))
+
+    with pytest.raises(LoadError, match="truncation_side 'left' is not supported: what is too long is cut at its end"):
+        load_whole(dense)
+
+
 def test_a_residual_layer_is_not_passed_over(dense: Path) -> None:
     path = dense / "2_Dense" / "model.safetensors"
     save_file({**load_file(path), "residual.weight": torch.ones(48, 64)}, path)

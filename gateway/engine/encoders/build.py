@@ -197,6 +197,11 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
         )
+        if tokenizer.truncation_side != "right":
+            raise LoadError(
+                f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: what is too long is "
+                "cut at its end"
+            )
         fast = tokenizer.backend_tokenizer
         if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normaliser
             own = [] if fast.normalizer is None else [fast.normalizer]
@@ -208,6 +213,8 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
             # A tokenizer's template may mark segments that transformers does not hand to the model.
             has_segments = checkpoint.classifier.has_segments and "token_type_ids" in tokenizer.model_input_names
             ours = PairTokenizer(fast, options.max_tokens, has_segments=has_segments)
+    except LoadError:
+        raise
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
     if not fast.encode("").ids:  # of a row without tokens there is nothing to pool: another text's state would be taken
