@@ -32,9 +32,10 @@ _MAX_IGNORED_BYTES = 256 * 1024
 # When a client that has sent its last byte is asked whether it is still there, and how long it has to say no.
 _FIRST_PROBE_S, _SECOND_PROBE_S = 1.5, 0.75
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# As many requests may wait for the answer of the one before them. What comes is parsed in slices of a few hundred at most.
+# As many requests may wait for the answer of the one before them. What comes is parsed in slices of eighty at most, which
+# takes some milliseconds: other connections want their turn.
 _MAX_PIPELINED = 16
-_SLICE_BYTES = 16 * 1024
+_SLICE_BYTES = 2 * 1024
 
 
 class _Flow(FlowControl):
@@ -376,7 +377,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close_slow(self) -> None:
         self._timer = None
-        if not self.transport.is_closing():
+        if self.flow.read_paused:  # the rest may have come: it is not the client that takes its time
+            self._start_timer()
+        elif not self.transport.is_closing():
             metrics.SLOW_CONNECTIONS.labels("receive").inc()
             log.info("connection_too_slow", caller=self._caller, what="receive")
             self._close_when_answered()

@@ -316,6 +316,21 @@ def test_a_slow_head_behind_a_request_does_not_cost_that_its_answer(
     assert connection.recv(1) == b""
 
 
+def test_a_head_that_is_not_read_on_is_not_slow(
+    connect: Callable[..., socket.socket], backend: HeldBackend
+) -> None:
+    connection = connect(header_timeout_s=0.2)
+    connection.sendall(SLOW)
+    assert backend.has_begun.wait(PATIENCE_S)
+    connection.sendall(LIVE + LIVE[:20])  # nothing more is read before the first is answered
+    time.sleep(0.1)
+    connection.sendall(LIVE[20:])
+    time.sleep(0.5)
+    backend.let_go.set()
+
+    assert answers_of(connection, 3) == [200, 200, 200]
+
+
 def test_a_client_that_never_reads_fills_neither_the_log_nor_its_connection(
     serve: Serve, make_model: MakeModel, caplog: pytest.LogCaptureFixture
 ) -> None:
