@@ -14,6 +14,8 @@ from typing import Annotated, NoReturn
 if "serve" in sys.argv[1:2]:
     # First of all: what follows takes a second, in which a SIGHUP would end the process. It is taken when that serves.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    # Ctrl-C in that second ends it as well, but without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import typer
 
@@ -36,7 +38,25 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    _open_standard_streams()
     app()
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null where the process was started without a standard stream.
+
+    Its number would go to the next thing that is opened, a socket say, and every warning be written there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  as long as the process
 
 
 def _print_version(is_asked: bool) -> None:

@@ -231,6 +231,8 @@ class _Server(uvicorn.Server):
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
+                # What is left to close takes seconds at most. A signal that came meanwhile would end the process in it.
+                signal.signal(number, signal.SIG_IGN)
 
     async def on_tick(self, counter: int) -> bool:
         """Look, ten times a second, whether connections can still be accepted."""

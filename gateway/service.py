@@ -52,6 +52,8 @@ _FLOAT_BYTES = 4
 _DENSE_COPIES = 3
 # An index of 8 bytes, a weight of 4.
 _SPARSE_BYTES = 12
+# How much a message quotes of what a client sent.
+_MAX_SHOWN = 100
 R = TypeVar("R", "EmbedRequest", RerankRequest)
 A = TypeVar("A", "EmbedAnswer", RerankAnswer)
 
@@ -374,8 +376,9 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
     output = Output.STATES if Output.STATES in outputs else Output.DENSE
     space = space_id(info, target.task, dimensions, is_normalised=is_normalised, output=output)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):
+        expected = request.expect_space[:_MAX_SHOWN]  # a header can have 64 KiB
         raise SpaceMismatch(
-            f"the vectors would be in space {space}, and the request expects {request.expect_space}: they could not "
+            f"the vectors would be in space {space}, and the request expects {expected}: they could not "
             "be compared with the stored ones"
         )
     dense_bytes = _DENSE_COPIES * _FLOAT_BYTES * len(request.texts) * info.width

@@ -273,6 +273,15 @@ def test_a_third_signal_does_not_wait_for_what_still_runs() -> None:
         assert process.wait(timeout=10) == 0
 
 
+def test_however_many_signals_come_it_ends_with_exit_code_0() -> None:
+    with gateway() as (process, _url):
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.005)
+
+        assert process.returncode == 0
+
+
 def test_the_operators_port_is_apart_and_stays_until_the_end() -> None:
     port = free_port()
     with gateway(delay_s=1.5, admin_port=port, admin_key="operator-key", api_keys="client-key") as (process, url):

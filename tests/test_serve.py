@@ -166,6 +166,31 @@ def test_a_signal_while_it_loads_stops_it_with_exit_code_0(tmp_path: Path) -> No
         assert process.wait(TIMEOUT_S) == 0
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_it_serves_without_standard_streams(tmp_path: Path, closed: str) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "gateway.cli", "serve", "--models", str(write_registry(tmp_path, BUNDLED))]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command, "--port", str(port)])
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        status = 0
+        while status != 200 and process.poll() is None and time.monotonic() < deadline:
+            try:
+                answer = httpx.post(
+                    f"http://127.0.0.1:{port}/v1/embeddings", json={"model": "minilm", "input": "hello"}
+                )
+                status = answer.status_code
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        assert status == 200
+        assert Path(f"/proc/{process.pid}/fd/2").readlink() == Path(os.devnull)
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_model_that_fails_leaves_the_others_serving(tmp_path: Path) -> None:
     missing = f"{BUNDLED}  - id: lost\n    source: ./nowhere\n    enabled: true\n"
     port = free_port()

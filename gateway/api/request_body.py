@@ -20,6 +20,7 @@ from gateway.errors import BadInput
 _NO_MODEL = ("", "default/not-specified")
 
 MAX_USER_CHARS = 1_000
+_MAX_NAME_CHARS = 10_000
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
 # The words of Cohere, NVIDIA, Jina and TEI. ``True`` does not say where a text is cut.
@@ -60,7 +61,10 @@ def _direction(value: Json) -> Json:
     return known if known in (Truncate.START, Truncate.END) else value
 
 
-ModelName: TypeAlias = Annotated[str, AfterValidator(lambda name: None if name in _NO_MODEL else name)]
+Name: TypeAlias = Annotated[str, AfterValidator(lambda name: name[:_MAX_NAME_CHARS])]
+"""The name of a task, say. Of one that is longer than any the beginning is kept: looking it up would cost the event loop."""
+
+ModelName: TypeAlias = Annotated[Name, AfterValidator(lambda name: None if name in _NO_MODEL else name)]
 """The name of a model; what means that none was named becomes ``None``."""
 
 

@@ -15,6 +15,7 @@ from gateway.api.request_body import (
     Direction,
     Flag,
     ModelName,
+    Name,
     PositiveInteger,
     RequestBody,
     Truncation,
@@ -76,12 +77,12 @@ class EmbeddingsBody(RequestBody):
     )
     embedding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
     encoding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
-    task: str | None = Field(
+    task: Name | None = Field(
         None,
         description="What the vectors are for, such as `retrieval.query`; ignored by models without tasks.",
         title="a string",
     )
-    input_type: str | None = Field(None, description="Same as `task`.", title="a string")
+    input_type: Name | None = Field(None, description="Same as `task`.", title="a string")
     normalized: Flag | None = Field(
         None, description="Whether vectors have L2 norm 1; by default as the model does.", title="true or false"
     )

@@ -11,6 +11,7 @@ from gateway.api.request_body import (
     TRUNCATION,
     Direction,
     Flag,
+    Name,
     PositiveInteger,
     RequestBody,
     Truncation,
@@ -43,7 +44,7 @@ class Cutting(RequestBody):
 
     truncate: Truncation = Field(None, title=TRUNCATION)
     truncation_direction: Direction = Field(None, title=DIRECTION)
-    prompt_name: str | None = Field(None, title="a string")
+    prompt_name: Name | None = Field(None, title="a string")
 
     @property
     def wanted_truncation(self) -> Truncate:
@@ -90,7 +91,7 @@ class TokenizeBody(RequestBody):
 
     inputs: str | Texts = Field(title=_TEXTS)
     add_special_tokens: Flag = Field(True, title=_BOOL)
-    prompt_name: str | None = Field(None, title="a string")
+    prompt_name: Name | None = Field(None, title="a string")
 
 
 class DecodeBody(RequestBody):

@@ -22,6 +22,10 @@ import pytest
 import zstandard
 
 from gateway.api import exchange, json_body
+from gateway.api.request_body import RequestBody
+from gateway.api.rerank_schema import RerankBody
+from gateway.api.schema import EmbeddingsBody
+from gateway.api.tei_schema import EmbedBody, TokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.embedding import EmbedJob, ModelKind, Output
 from gateway.telemetry import metrics
@@ -351,6 +355,23 @@ async def test_large_bodies_are_parsed_in_the_thread_and_small_ones_are_not(
         for size in (10, 100_000):
             assert (await client.post(path, json={"model": "mini", field: "a" * size})).status_code == 200
     assert threads == ["MainThread", "json"] * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (EmbeddingsBody, "model"),
+        (EmbeddingsBody, "task"),
+        (EmbeddingsBody, "input_type"),
+        (RerankBody, "model"),
+        (EmbedBody, "prompt_name"),
+        (TokenizeBody, "prompt_name"),
+    ],
+)
+def test_of_a_name_no_more_is_looked_up_than_a_name_may_have(body: type[RequestBody], field: str) -> None:
+    given = {"input": "a", "inputs": "a", "query": "a", field: "n" * MIB}
+
+    assert len(getattr(body.parse(given), field)) == 10_000
 
 
 BOMBS = {

@@ -316,9 +316,7 @@ def test_a_slow_head_behind_a_request_does_not_cost_that_its_answer(
     assert connection.recv(1) == b""
 
 
-def test_a_head_that_is_not_read_on_is_not_slow(
-    connect: Callable[..., socket.socket], backend: HeldBackend
-) -> None:
+def test_a_head_that_is_not_read_on_is_not_slow(connect: Callable[..., socket.socket], backend: HeldBackend) -> None:
     connection = connect(header_timeout_s=0.2)
     connection.sendall(SLOW)
     assert backend.has_begun.wait(PATIENCE_S)

@@ -1144,6 +1144,14 @@ async def test_vectors_of_another_space_are_refused(
     assert f"the vectors would be in space {its_space}, and the request expects {space}" in message
 
 
+async def test_a_space_that_is_long_is_not_all_repeated(client: httpx.AsyncClient, check_error: CheckError) -> None:
+    response = await client.post(
+        "/v1/embeddings", json={"input": "a", "model": "mini"}, headers={"x-gateway-expect-space": "s" * 60_000}
+    )
+
+    assert len(check_error(response, 412, "space_mismatch")) < 400
+
+
 # -------------------------------------------------------------------------------------------------- 12, 13: the answer
 
 
