@@ -182,23 +182,19 @@ class Timings:
     """How long the stages of one request took, in seconds of wall-clock: parts of its time that do not overlap.
 
     ``inference_s``: one of its texts was being computed. ``queue_s``: none was, and one waited. ``tokenise_s``: neither,
-    and one was being tokenized. ``serialise_s`` is known once the answer has been written.
+    and one was being tokenized. ``serialise_s`` is None until the answer has been written.
     """
 
     tokenise_s: float
     queue_s: float
     inference_s: float
-    serialise_s: float = 0.0
+    serialise_s: float | None = None
 
     @property
     def stages(self) -> dict[str, float]:
         """Return the seconds by the name of the stage, in the order in which a request goes through them."""
-        return {
-            "tokenise": self.tokenise_s,
-            "queue": self.queue_s,
-            "inference": self.inference_s,
-            "serialise": self.serialise_s,
-        }
+        known = {"tokenise": self.tokenise_s, "queue": self.queue_s, "inference": self.inference_s}
+        return known if self.serialise_s is None else {**known, "serialise": self.serialise_s}
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> 
             [f"{one.id} ({one.kind}): {', '.join(map(_arm, one.arms))}" for one in registry.experiments],
         )
     if registry.shadows:
-        yield "shadows", [f"{one.sample:.2%} of {one.of} → {one.to}" for one in registry.shadows]
+        yield "shadows", [f"{100 * one.sample:g}% of {one.of} → {one.to}" for one in registry.shadows]
     if registry.fallbacks:
         yield "fallbacks", [f"{model} → {', '.join(others)}" for model, others in registry.fallbacks.items()]
     if addresses.admin:

@@ -58,7 +58,7 @@ HEADERS = {
 """,
     "run": """\
 # What the gateway needs to run, but for torch and its CUDA libraries (torch.lock): the dependencies in pyproject.toml
-# with the extras bundled, compare, redis, tiktoken and tracing. For Python 3.11 to 3.13 on Linux, x86_64 and aarch64.
+# with the extras bundled, compare, redis and tracing. For Python 3.11 to 3.13 on Linux, x86_64 and aarch64.
 # After torch:
 #   pip install --no-deps -r requirements/run.lock
 # --no-deps because infinity-emb asks for numpy < 2 without needing it.

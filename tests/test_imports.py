@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,14 @@ def test_imports_point_down(path: Path) -> None:
 def test_every_module_has_its_place_in_the_house() -> None:
     rooms = {path.relative_to(ROOT / "gateway").parts[0].removesuffix(".py") for path in MODULES}
     assert rooms - {"__init__", "__main__"} == set(FLOOR)
+
+
+def test_the_map_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    # The modules of a comparison are named by what they do, in their order.
+    paths = [path for path in MODULES if path.stem != "__init__" and path.parent.name != "compare"]
+    unnamed = {str(path.relative_to(ROOT)) for path in paths if not re.search(rf"\b{path.stem}\b", page)}
+    assert not unnamed
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

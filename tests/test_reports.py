@@ -204,7 +204,7 @@ async def test_everything_that_was_configured_is_listed_and_the_command_has_a_ke
         "mini@",
         "aliases default → mini queries → other",
         "experiments search-exp (cross_space): mini 90, new 10 (other)",
-        "shadows 5.00% of default → other",
+        "shadows 5% of default → other",
         "admin http://127.0.0.1:9000 (/metrics, /admin)",
         "API keys required",
         "Serving on http://127.0.0.1:8000, documentation at http://127.0.0.1:8000/docs",

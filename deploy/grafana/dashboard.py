@@ -283,6 +283,20 @@ ROWS = [
                 width=12,
             ),
             Panel(
+                "Connections of clients",
+                [Query("gateway_connections", "{{instance}}")],
+                description="Each takes a file descriptor; process_max_fds says how many there are.",
+            ),
+            Panel(
+                "File limit, and log lines dropped",
+                [
+                    Query("sum(rate(gateway_file_limit_reached_total[$__rate_interval]))", "no file descriptor left"),
+                    Query("sum(rate(gateway_log_lines_dropped_total[$__rate_interval]))", "lines of the log dropped"),
+                ],
+                description="New connections are reset while no file descriptor is left. Lines of the log are dropped "
+                "while standard error is not read.",
+            ),
+            Panel(
                 "Slow connections closed",
                 [Query("sum by (side) (rate(gateway_slow_connections_total[$__rate_interval]))", "{{side}}")],
             ),

@@ -172,17 +172,18 @@ class Exchange:
         if num_bytes <= _SMALL_ANSWER_BYTES:
             started = time.monotonic()
             content = b"".join(parts())
-            timings = replace(timings, serialise_s=time.monotonic() - started)
+            written_s = time.monotonic() - started
+            timings = replace(timings, serialise_s=written_s)
         headers = answer_headers(answer, timings, context.elapsed_s)
         if describe_times is not None:
             headers |= describe_times(timings, context.elapsed_s)
         if content is not None:
-            note_answer(context, answer, timings)
+            note_answer(context, answer, written_s)
             context.memory.shrink(len(content))
             return Response(content, media_type="application/json", headers=headers)
 
         def note(serialise_s: float) -> None:
-            note_answer(context, answer, replace(timings, serialise_s=serialise_s))
+            note_answer(context, answer, serialise_s)
 
         return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
 
@@ -335,12 +336,13 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, timings: Timings) -> None:
+def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, serialise_s: float) -> None:
     """Add what was computed to the log line, and the time of writing it to the metrics."""
+    timings = replace(answer.timings, serialise_s=serialise_s)
     context.describe(answer.model, answer.task, answer.num_texts, answer.num_tokens, timings)
     if answer.assignment is not None:
         context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
-    metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialise_s.observe(timings.serialise_s)
+    metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialise_s.observe(serialise_s)
 
 
 def answer_headers(answer: EmbedAnswer | RerankAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:

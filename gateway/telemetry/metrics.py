@@ -95,7 +95,9 @@ SHADOW_SECONDS = Histogram(
 )
 SHADOW_QUEUE = Gauge("gateway_shadow_queue", "Copied requests that wait.", ["of", "to"], registry=REGISTRY)
 DROPPED_EXPOSURES = Counter(
-    "gateway_exposures_dropped", "Lines of the exposure log that could not be written.", registry=REGISTRY
+    "gateway_exposures_dropped",
+    "Failed attempts to write a line of the exposure log. The line is written when there is room again.",
+    registry=REGISTRY,
 )
 RELOADS = Counter("gateway_reloads", "Reloads of the registry, by `ok` or `refused`.", ["outcome"], registry=REGISTRY)
 KEY_RELOADS = Counter(
@@ -132,7 +134,7 @@ CONNECTIONS = Gauge(
 )
 FILE_LIMIT_REACHED = Counter(
     "gateway_file_limit_reached",
-    "Looks at which no file descriptor was left: new connections are reset until some are closed.",
+    "Checks that found no file descriptor left: new connections are reset until some are closed.",
     registry=REGISTRY,
 )
 LOG_LINES_DROPPED = Counter(

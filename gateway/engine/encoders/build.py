@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -241,8 +240,7 @@ def _load_model(
     checkpoint: Checkpoint, options: BuildOptions, dtype: str
 ) -> tuple[PreTrainedModel, AdapterMask | None]:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters is checked below
-    if not sys.stderr.isatty():  # a progress bar in a log file is noise
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write over our own lines
     try:
         model, report = _read_model(checkpoint, options, getattr(torch, dtype))
     except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
