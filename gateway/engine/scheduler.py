@@ -149,6 +149,8 @@ class FairQueue(Generic[W]):
         self._num_waiting = 0  # callers with entries
         self.num_tokens = 0
         """Tokens of everything that waits, wanted or not."""
+        self.num_small = 0
+        """Small requests of which :func:`take` has taken the first entry, so far."""
 
     @property
     def num_callers(self) -> int:
@@ -228,7 +230,11 @@ class FairQueue(Generic[W]):
 
 
 def take(
-    queue: FairQueue[Entry], max_batch_tokens: int, now: float, max_shared_tokens: int | None = None
+    queue: FairQueue[Entry],
+    max_batch_tokens: int,
+    now: float,
+    max_shared_tokens: int | None = None,
+    is_shared: bool = False,
 ) -> list[Computation]:
     """Remove and return the next batch: what to compute in fair order, up to ``max_batch_tokens`` tokens together.
 
@@ -239,6 +245,7 @@ def take(
     Args:
         max_shared_tokens: a request that fits whole into so many tokens is small. A batch with a small request in it
             takes no more than so many tokens of larger ones: the small one waits until the whole batch is done.
+        is_shared: takes no more of larger ones in any case, as a small request may come at any moment.
     """
     batch: list[Computation] = []
     small: set[Ticket] = set()
@@ -252,12 +259,13 @@ def take(
         num_tokens += entry.num_tokens
         num_large_tokens += 0 if is_small else entry.num_tokens
         is_full = num_tokens > max_batch_tokens
-        is_shared = max_shared_tokens is not None and bool(small) and num_large_tokens > max_shared_tokens
-        if batch and (is_full or (is_shared and not is_small)):
+        is_over_share = max_shared_tokens is not None and num_large_tokens > max_shared_tokens
+        if batch and (is_full or (is_over_share and not is_small and (is_shared or small))):
             break
         queue.pop(entry.num_tokens)
         computation.is_taken = True
         batch.append(computation)
-        if is_small:
+        if is_small and entry.ticket not in small:
             small.add(entry.ticket)
+            queue.num_small += 1
     return batch

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 import numpy as np
 import structlog
@@ -28,8 +28,12 @@ _LEAST_SHARE_TOKENS = 64
 _LONGEST_BATCH_S = 0.5
 # No batch is made smaller than this for that: forwards of fewer tokens are clearly slower per token.
 _FULL_FORWARD_TOKENS = 512
-# This part of a batch may be of large requests when a small one waits for it as well.
+# This part of a batch may be of large requests when a small one waits for it as well, and for a while after the last
+# small one: the next one will wait for the batch that runs when it comes.
 _SHARED_PART = 4
+_SHARED_S = 1.0
+# After a fault in the code around the model, which may come again at once, and fill the log.
+_FAULT_PAUSE_S = 0.05
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
 
@@ -45,6 +49,7 @@ class Inbox:
         self._is_closed = False
         self._num_idle = 0  # threads that wait for a batch, or are about to be given one
         self._tokens_per_s: float | None = None
+        self._shared_until = -inf
 
     def add(self, entries: Iterable[Entry], replica: int | None = None) -> None:
         """Queue entries, for whichever thread is free first or for that of one replica."""
@@ -65,7 +70,7 @@ class Inbox:
                     now = time.monotonic()
                     if batch := take(self._pinned[replica], self._max_batch_tokens, now):
                         return batch
-                    if batch := take(self._queue, self._budget(), now, self._largest_batch() // _SHARED_PART):
+                    if batch := self._take(now):
                         if self._queue:  # for the next thread that waits: `add` has woken one alone
                             self._changed.notify()
                         return batch
@@ -73,6 +78,14 @@ class Inbox:
             finally:
                 self._num_idle -= 1
         return []
+
+    def _take(self, now: float) -> list[Computation]:
+        num_small = self._queue.num_small
+        max_shared = self._largest_batch() // _SHARED_PART
+        batch = take(self._queue, self._budget(), now, max_shared, now < self._shared_until)
+        if self._queue.num_small != num_small:
+            self._shared_until = now + _SHARED_S
+        return batch
 
     def _budget(self) -> int:
         """Return how many tokens one thread may take: no more than its share when others are idle as well."""
@@ -188,6 +201,7 @@ class Worker:
                 metrics.WORKER_FAULTS.labels(self._model).inc()
                 log.exception("worker_failed", model=self._model, replica=self._replica, texts=len(lost))
                 self._on_fault(lost)
+                time.sleep(_FAULT_PAUSE_S)
             else:
                 return
 

@@ -67,6 +67,13 @@ def test_a_small_request_is_computed_with_no_more_than_its_share_of_large_ones()
     assert taken(queue, 100, 25) == [("bulk", 5)] * 15
 
 
+def test_where_small_requests_are_expected_others_keep_to_their_share() -> None:
+    queue = queue_of(entries(ticket("bulk"), [5] * 40))
+
+    assert len(scheduler.take(queue, 100, 0.0, 25, True)) == 5
+    assert queue.num_small == 0
+
+
 def test_small_requests_fill_a_batch() -> None:
     queue = queue_of(*(entries(ticket(str(i)), [5]) for i in range(30)))
 

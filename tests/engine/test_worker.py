@@ -302,7 +302,10 @@ def test_what_is_little_is_not_shared_out(start: Start, delivered: Delivered) ->
     assert sorted(len(encoder.computed) for encoder in encoders) == [0, 0, 16]
 
 
-def test_a_thread_that_is_idle_alone_takes_all_that_fits(start: Start, delivered: Delivered) -> None:
+def test_a_thread_that_is_idle_alone_takes_all_that_fits(
+    start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_SHARED_S", 0.0)  # no small request is expected after the first ones
     inbox = Inbox(max_batch_tokens=100)
     busy, idle = NumberEncoder(), NumberEncoder()
     gate, second = Gate(), Gate()
@@ -568,4 +571,17 @@ def test_a_small_request_waits_for_a_quarter_of_a_batch_of_others() -> None:
 
     inbox.add(entries(computations([7], length=10, ticket=Ticket("other", math.inf))))
 
-    assert sizes_of(inbox, 3) == [1010, 4000, 4000]
+    assert sizes_of(inbox, 1) == [1010]
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(3600.0, 1000), (0.0, 4000)])
+def test_the_next_small_request_will_not_wait_for_a_large_batch_either(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, size: int
+) -> None:
+    """For a while after the last one, batches of others stay small."""
+    monkeypatch.setattr(worker_module, "_SHARED_S", seconds)
+    inbox = Inbox(max_batch_tokens=4000)
+    inbox.add(entries(computations(range(2000), length=10, ticket=Ticket("bulk", math.inf))))
+    inbox.add(entries(computations([7], length=10, ticket=Ticket("other", math.inf))))
+
+    assert sizes_of(inbox, 3)[1:] == [size, size]
