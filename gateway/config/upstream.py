@@ -54,6 +54,14 @@ Extra: TypeAlias = Annotated[str | int | float | bool | None, BeforeValidator(_c
 # The gateway writes these itself.
 _OWN_FIELDS = ("model", "input", "inputs")
 _ENCODINGS = ("base64", "float", None)
+# How vectors are written: by Voyage, by Jina and NVIDIA NIM, by vLLM.
+_AS_FLOAT32 = {
+    "encoding_format": _ENCODINGS,
+    "output_dtype": ("float", None),
+    "embedding_type": ("float", "base64", None),
+    "embed_dtype": ("float32", None),
+    "endianness": ("little", "native", None),
+}
 
 
 class Upstream(BaseModel):
@@ -121,9 +129,10 @@ class Upstream(BaseModel):
                 raise ValueError(f"`task_field` must not be `{name}`, in which the gateway sends something else")
         if self.task_field is not None and not self.tasks:
             raise ValueError("`task_field` needs `tasks`: what the servers call each task")
-        if (encoding := self.extra_body.get("encoding_format")) not in _ENCODINGS:
-            raise ValueError(
-                f"`extra_body.encoding_format` must be `base64`, `float` or `null`, got {describe(encoding)}: vectors are "
-                "read as float32"
-            )
+        for name, allowed in _AS_FLOAT32.items():
+            if (given := self.extra_body.get(name)) not in allowed:
+                words = " or ".join([", ".join(f"`{one}`" for one in allowed[:-1]), "`null`"])
+                raise ValueError(
+                    f"`extra_body.{name}` must be {words}, got {describe(given)}: vectors are read as float32"
+                )
         return self

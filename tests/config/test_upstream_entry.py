@@ -132,6 +132,16 @@ def test_what_cannot_be_a_key_is_refused(tmp_path: Path, key: str, message: str)
             "`extra_body.encoding_format` must be `base64`, `float` or `null`, got",
         ),
         ("extra_body: {encoding_format: 8}", "got the number `8`"),
+        (
+            "extra_body: {output_dtype: int8}",
+            "`extra_body.output_dtype` must be `float` or `null`, got the text `int8`",
+        ),
+        (
+            "extra_body: {embedding_type: ubinary}",
+            "`extra_body.embedding_type` must be `float`, `base64` or `null`, got",
+        ),
+        ("extra_body: {embed_dtype: float16}", "`extra_body.embed_dtype` must be `float32` or `null`, got"),
+        ("extra_body: {endianness: big}", "`extra_body.endianness` must be `little`, `native` or `null`, got"),
         ("extra_body: {a: [1]}", "extra_body.a: must be text, a number, `true`, `false` or `null`, got a list"),
         (
             "extra_body: {a: .nan}",

@@ -64,13 +64,11 @@ class Answer:
         vectors: ``(n, d)`` float32, in the order of the texts; each finite, with a length above 0.
         num_tokens: of all texts together; 0 if the server does not say.
         has_numbers: whether the vectors were written as numbers, which take a hundred times as long to read as base64.
-        has_index: whether each vector said which text it is for.
     """
 
     vectors: Vectors
     num_tokens: int
     has_numbers: bool = False
-    has_index: bool = True
 
 
 def read_json(content: bytes) -> object:
@@ -125,8 +123,8 @@ def _message_of(body: _Object) -> tuple[str, str]:
     return str(message)[:500], str(code)[:100]
 
 
-def in_order(items: Sequence[_Object], num_texts: int) -> tuple[Sequence[_Object], bool]:
-    """Return the items of an answer in the order of the texts, and whether their ``index`` says that it is theirs.
+def in_order(items: Sequence[_Object], num_texts: int) -> Sequence[_Object]:
+    """Return the items of an answer in the order of the texts.
 
     Where no item has an index, the order is that of the answer. One alone that has none is the first: writers that leave out
     what is 0 leave out that one.
@@ -138,7 +136,7 @@ def in_order(items: Sequence[_Object], num_texts: int) -> tuple[Sequence[_Object
         raise WrongAnswer(f"{len(items)} vectors for {num_texts} texts")
     indices = [item.get("index") for item in items]
     if all(index is None for index in indices):
-        return items, False
+        return items
     by_index: dict[int, _Object] = {}
     for index, item in zip(indices, items, strict=True):
         place = 0 if index is None else index
@@ -149,7 +147,7 @@ def in_order(items: Sequence[_Object], num_texts: int) -> tuple[Sequence[_Object
         if place in by_index:
             raise WrongAnswer(f"the index {place} twice, or left out of two vectors")
         by_index[place] = item
-    return [by_index[place] for place in range(num_texts)], True
+    return [by_index[place] for place in range(num_texts)]
 
 
 def read_vectors(embeddings: Sequence[object]) -> Vectors:

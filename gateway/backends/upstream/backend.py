@@ -29,6 +29,7 @@ from gateway.engine import golden
 from gateway.engine.golden import GoldenVector
 from gateway.errors import (
     BadInput,
+    ContextLengthExceeded,
     DeadlineExceeded,
     LoadError,
     ModelNotReady,
@@ -266,11 +267,7 @@ class UpstreamBackend:
             self._require_running()
             self._check_blank(server, prepared, places)
             try:
-                answer = await server.embed(prepared, name, job.truncate, job.deadline)
-            except TimeoutError:
-                self._note(server, Failure("timeout", f"{server.name} had not answered yet"))
-                reason = f"not done within the time limit: {server.name} had not answered yet"
-                raise DeadlineExceeded(reason) from failure
+                answer = await self._ask(server, prepared, name, job)
             except TooLarge as error:
                 return await self._embed_halves(job, places, error)
             except Failure as error:
@@ -282,6 +279,20 @@ class UpstreamBackend:
                 return answer
         self._require_running()
         raise self._given_up(failure, places)
+
+    async def _ask(self, server: Server, texts: Sequence[str], task: str | None, job: EmbedJob) -> Answer:
+        """Ask a server; take note where the client is told at once, and it may be the server that is at fault."""
+        try:
+            return await server.embed(texts, task, job.truncate, job.deadline)
+        except TimeoutError as error:
+            self._note(server, Failure("timeout", f"{server.name} had not answered yet"))
+            reason = f"not done within the time limit: {server.name} had not answered yet"
+            raise DeadlineExceeded(reason) from error
+        except ContextLengthExceeded:
+            raise
+        except BadInput as error:  # some say so of a model that they no longer have, or of a key that has ended
+            self._note(server, Failure("refused", error.message))
+            raise
 
     async def _embed_halves(self, job: EmbedJob, places: range, error: TooLarge) -> Answer:
         """Embed texts that were too many for a server in two requests."""

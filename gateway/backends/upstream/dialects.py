@@ -104,14 +104,13 @@ class OpenAi:
             raise WrongAnswer("an answer without a list `data`")
         if not all(isinstance(item, dict) and "embedding" in item for item in items):
             raise WrongAnswer("an entry of `data` without `embedding`")
-        items, has_index = in_order(items, num_texts)
+        items = in_order(items, num_texts)
         usage = answer.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         return Answer(
             read_vectors([item["embedding"] for item in items]),
             read_count(usage.get("total_tokens")) or read_count(usage.get("prompt_tokens")),
             has_numbers=isinstance(items[0]["embedding"], list),
-            has_index=has_index,
         )
 
     def read_facts(self, content: bytes) -> Facts:

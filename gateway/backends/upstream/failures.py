@@ -28,6 +28,8 @@ _OPERATOR_FAULTS = {
     405: "knows no such path",
     410: "has no such model any more",
 }
+# llama.cpp's words for one text: its "physical batch" is of tokens, and it says so with status 500.
+_TEXT_WORDS = re.compile(r"context size|too large to process", re.IGNORECASE)
 _LENGTH_WORDS = ("context length", "maximum length", "max_model_len", "less than")
 # OpenAI counts the tokens of all texts of a request as well.
 _BATCH_WORDS = re.compile(
@@ -124,13 +126,15 @@ def failure_of(
     """
     message, code = error_of(content)
     said = f": {message}" if message else ""
-    if status in _REFUSALS:
-        is_too_long = _is_about_length(code, message)
-        is_number = _BATCH_WORDS.search(message) is not None
+    is_of_a_text = _TEXT_WORDS.search(message) is not None
+    if status in _REFUSALS or (status == 500 and is_of_a_text):
+        is_too_long = is_of_a_text or _is_about_length(code, message)
+        is_number = _BATCH_WORDS.search(message) is not None and not is_of_a_text
         kind = ContextLengthExceeded if is_too_long and not is_number else BadInput
         refusal = kind(f"the server of model {model!r} refuses the request{said}", param="input")
         if is_number or (status == 413 and not is_too_long):
-            return TooLarge(refusal, is_number=is_number)
+            # How many tokens a request has, depends on its texts: that limits no other client's.
+            return TooLarge(refusal, is_number=is_number and "token" not in message.lower())
         return refusal
     if status in _OPERATOR_FAULTS:
         reason = f"{server} {_OPERATOR_FAULTS[status]} ({status}){said}"

@@ -102,27 +102,37 @@ async def _take(server: Server, tasks: Tasks) -> list[GoldenVector]:
     for task in (None, *tasks.instructions):
         answer = await _embed(server, tasks, TEXTS, task)
         unit = units[task] = _unit(answer.vectors)
-        if task is None and not answer.has_index:
-            await _check_order(server, tasks, unit)
+        if task is None:
+            await _check_texts(server, tasks, unit)
         found += [GoldenVector(text, task, vector) for text, vector in zip(TEXTS, unit, strict=True)]
     if problem := _ignored_tasks(tasks, units):
         raise LoadError(f"{server.name} {problem}")
     return found
 
 
-async def _check_order(server: Server, tasks: Tasks, unit: Vectors) -> None:
-    """Check that vectors which do not say which text they are for come in the order of the texts: ask for each alone."""
+async def _check_texts(server: Server, tasks: Tasks, unit: Vectors) -> None:
+    """Check that each text has a vector that is its own, by asking for each alone.
+
+    An order or an ``index`` that is not that of the texts would give texts the vectors of others, and nothing would show it.
+    """
+    if (unit @ unit.T >= MIN_COSINE).all():
+        raise LoadError(f"{server.name} gives the same vector for every text")
     for text, vector in zip(TEXTS, unit, strict=True):
         alone = _unit((await _embed(server, tasks, [text], None)).vectors)[0]
         if alone.shape != vector.shape or not float(alone @ vector) >= MIN_COSINE:
             raise LoadError(
-                f"{server.name} gives vectors without `index`, and not in the order of the texts: {text[:40]!r} alone has "
-                "another vector than in its place among several"
+                f"{server.name} gives {text[:40]!r} another vector alone than among several texts: vectors do not come in "
+                "the order of the texts, or a text has not always the same one"
             )
 
 
 def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
-    """Say which tasks make no difference to a server that is told them, although they have different names there."""
+    """Say which tasks make no difference to a server that is told them, although they have different names there.
+
+    Tasks whose vectors are not of one width are no tasks of one model.
+    """
+    if len(widths := sorted({one.shape[1] for one in units.values()})) > 1:
+        return f"gives vectors of {' and '.join(map(str, widths))} dimensions for different tasks"
     by_name = {name: units[task] for task, name in tasks.names.items()}
     pairs = list(combinations(by_name, 2))
     for one, other in pairs:

@@ -6,15 +6,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.dialects import Encoding
 from gateway.backends.upstream.failures import Failure
+from gateway.embedding import Vectors
 from gateway.errors import RequestError
 
 BLANKS = ("", " ", ".")
 """What may be sent for an empty text. A full stop says as little as a text can where a server takes none that is blank."""
 
 _TEXT = "Hello, world"
+_MIN_COSINE = 0.999  # as `gateway.backends.upstream.probe` has it
 # With these it has understood the request, and does not take it. With others nothing is known.
 _UNFIT = ("failed", "wrong", "broken")
 
@@ -65,14 +69,39 @@ async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
         Failure: it does not answer.
         RequestError: it does not take any request.
     """
-    quirks, width = await _first_accepted(ask, encodings)
+    quirks, answer = await _first_accepted(ask, encodings)
+    if not answer.has_numbers and "float" in encodings:
+        quirks, answer = await _if_it_says_the_same(ask, quirks, answer)
+    width = answer.vectors.shape[1]
     for blank in BLANKS:
         if await _takes(ask, blank, quirks, width):
             return Quirks(quirks.encoding, blank, quirks.has_numbers)
     return Quirks(quirks.encoding, None, quirks.has_numbers)
 
 
-async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Quirks, int]:
+async def _if_it_says_the_same(ask: _Ask, quirks: Quirks, answer: Answer) -> tuple[Quirks, Answer]:
+    """Return how numbers are asked for, if those that a server gives are not the ones that it writes in base64.
+
+    What stands in base64 may be of another type than float32, and nothing in it says so.
+    """
+    try:
+        numbers = await ask([_TEXT], Quirks("float"))
+    except (Failure, RequestError) as error:
+        if isinstance(error, Failure) and error.outcome not in _UNFIT:
+            raise
+        return quirks, answer
+    if not numbers.has_numbers or _agree(numbers.vectors[0], answer.vectors[0]):
+        return quirks, answer
+    return Quirks("float", has_numbers=True), numbers
+
+
+def _agree(one: Vectors, other: Vectors) -> bool:
+    if one.shape != other.shape:
+        return False
+    return float(one @ other) >= _MIN_COSINE * float(np.linalg.norm(one) * np.linalg.norm(other))
+
+
+async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Quirks, Answer]:
     first: Failure | RequestError | None = None
     for encoding in encodings:
         try:
@@ -82,7 +111,7 @@ async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Qui
                 raise
             first = first or error
         else:
-            return Quirks(encoding, has_numbers=answer.has_numbers), answer.vectors.shape[1]
+            return Quirks(encoding, has_numbers=answer.has_numbers), answer
     assert first is not None  # noqa: S101  there is an encoding to try
     raise first
 

@@ -162,7 +162,7 @@ class Server:
                     self._url + self._dialect.embed_path, data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
-                is_ok = response.status == 200
+                is_ok = 200 <= response.status < 300  # some frameworks answer a POST with 201
                 content, is_whole = await _read(response, limit if is_ok else _MAX_ERROR_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._no_answer(error) from error

@@ -133,13 +133,61 @@ async def test_a_suspect_server_is_passed_over_while_there_is_another(servers: t
 
 async def test_a_request_that_was_refused_says_nothing_of_the_server(server: StandIn) -> None:
     async with loaded(entry(server)) as backend:
-        server.fault = "400"
+        server.fault, server.fault_on = "too long", POISON
         for _ in range(10):
-            await fail(backend, BadInput, ["any"])
+            await fail(backend, BadInput, [POISON])
         assert not backend._servers[0].breaker.is_suspect
-        server.fault = "429"
+        server.fault, server.fault_on = "400", POISON
+        for _ in range(10):
+            await fail(backend, BadInput, [POISON])
+            await backend.embed(job(["any"]))
+        assert not backend._servers[0].breaker.is_suspect
+        server.fault, server.fault_on = "429", ""
         for _ in range(10):
             await fail(backend, Overloaded, ["any"])
+        assert not backend._servers[0].breaker.is_suspect
+
+
+async def test_texts_that_are_refused_again_and_again_shut_no_server_out(server: StandIn) -> None:
+    """The probe is asked, and is not refused."""
+    states = States()
+    async with loaded(entry(server), states) as backend:
+        server.fault, server.fault_on = "400", POISON
+        server.bodies.clear()
+        for _ in range(10):
+            await fail(backend, BadInput, [POISON])
+        await wait_until(lambda: any(POISON not in body["input"] for body in server.bodies))
+        await wait_until(lambda: not backend._servers[0].breaker.is_suspect)
+
+        await backend.embed(job(["any"]))
+    assert states.reported == []
+
+
+async def test_a_server_that_refuses_everything_is_shut_out_and_no_client_is_blamed(server: StandIn) -> None:
+    """Some answer 400 for a model that they no longer have, or a key that has ended."""
+    states = States()
+    async with loaded(entry(server), states) as backend:
+        server.fault = "400"
+        for _ in range(3):
+            await fail(backend, BadInput, ["any"])
+        assert "as was commanded" in await states.wait_for(ModelState.RECOVERING)
+
+        await fail(backend, UpstreamUnavailable, ["any"])
+
+
+async def test_one_text_that_is_too_long_does_not_make_everyones_requests_small(server: StandIn) -> None:
+    """llama.cpp speaks of its batch of tokens, with one status or the other."""
+    message = "input (600 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
+    async with loaded(entry(server)) as backend:
+        for status in (400, 500):
+            error = JSONResponse({"error": {"message": message}}, status)
+            server.respond = lambda body, error=error: error if POISON in body["input"] else None  # type: ignore[misc]
+            found = await fail(backend, ContextLengthExceeded, ["a", "b", POISON])
+            assert "too large to process" in found.message
+        server.bodies.clear()
+        await backend.embed(job())
+
+        assert [len(body["input"]) for body in server.bodies] == [len(TEXTS)]
         assert not backend._servers[0].breaker.is_suspect
 
 
@@ -363,9 +411,8 @@ async def test_too_many_texts_for_a_server_are_sent_in_parts(server: StandIn, st
 
     np.testing.assert_array_equal(embeddings.vectors, expected())
     assert sum(embeddings.num_tokens) == 3 * len(TEXTS)
-    assert refused == (
-        3 if "html" in message else 0
-    )  # what one client's long texts need says nothing of the next one's
+    # What one client's long texts need says nothing of the next one's.
+    assert refused == (3 if "html" in message or "tokens" in message else 0)
 
 
 async def test_one_text_that_is_too_large_for_a_server_is_refused(server: StandIn) -> None:

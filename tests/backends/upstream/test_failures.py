@@ -65,6 +65,7 @@ def test_the_servers_words_are_passed_on_if_there_are_any(status: int) -> None:
         ("`inputs` must have less than 512 tokens. Given: 900", "", ContextLengthExceeded),
         ("at least 9 characters more than max_model_len", "", ContextLengthExceeded),
         ("any", "context_length_exceeded", ContextLengthExceeded),
+        ("the request exceeds the available context size", "", ContextLengthExceeded),
         ("an unknown token in the middle", "", BadInput),
         ("`dimensions` must be less than 512", "", BadInput),
         ("batch size 40 > maximum allowed batch size 32", "", TooLarge),

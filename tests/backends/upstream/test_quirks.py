@@ -431,7 +431,7 @@ async def test_vectors_without_an_index_are_taken_in_order(server: StandIn) -> N
     server.rewrite = without_index()
     async with loaded(entry(server, upstream={"tasks": TASKS})) as backend:
         # What it takes, then all texts with each task, and once each alone.
-        assert sorted(len(body["input"]) for body in server.bodies) == [1] * (2 + 6) + [6] * 3
+        assert sorted(len(body["input"]) for body in server.bodies) == [1] * (3 + 6) + [6] * 3
         np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
 
 
@@ -448,11 +448,60 @@ async def test_a_server_that_leaves_out_the_index_0_is_understood(server: StandI
 
 
 @pytest.mark.parametrize("disorder", [{"is_reversed": True}, {"is_turned": True}])
-async def test_a_server_without_index_and_without_order_is_refused(server: StandIn, disorder: dict[str, bool]) -> None:
-    server.rewrite = without_index(**disorder)
+@pytest.mark.parametrize("has_index", [False, True])
+@pytest.mark.parametrize("kind", ["openai", "tei"])
+async def test_a_server_that_gives_texts_the_vectors_of_others_is_refused(
+    server: StandIn, kind: str, has_index: bool, disorder: dict[str, bool]
+) -> None:
+    """An ``index`` can say what is not so; TEI's answer has none."""
+
+    def rewrite(answer: Any) -> Any:
+        if kind == "tei":
+            return answer[::-1] if disorder.get("is_reversed") else [*answer[1:], *answer[:1]]
+        items = without_index(**disorder)(answer)["data"]
+        return {**answer, "data": [{**item, "index": i} for i, item in enumerate(items)] if has_index else items}
+
+    server.rewrite = rewrite
+    reason = await why_not_loaded(UpstreamBackend(entry(server, kind=kind), Settings()))
+
+    assert "another vector alone than among several texts" in reason
+
+
+@pytest.mark.parametrize("is_constant", [True, False])
+async def test_vectors_that_say_nothing_of_a_text_are_refused(server: StandIn, is_constant: bool) -> None:
+    def rewrite(answer: Any) -> Any:
+        for item in answer["data"]:
+            random = np.random.default_rng().normal(size=WIDTH).tolist()
+            item["embedding"] = [1.0, *[0.5] * (WIDTH - 1)] if is_constant else random
+        return answer
+
+    server.rewrite = rewrite
     reason = await why_not_loaded(UpstreamBackend(entry(server), Settings()))
 
-    assert "without `index`, and not in the order of the texts" in reason
+    assert ("the same vector for every text" if is_constant else "another vector alone than among several") in reason
+
+
+async def test_tasks_of_different_widths_are_refused(server: StandIn) -> None:
+    def respond(body: dict[str, Any]) -> Response:
+        width = 24 if body.get("task") == "passage" else WIDTH
+        rows = [vector_of(f"{body.get('task')} {text}", width=width).tolist() for text in body["input"]]
+        return JSONResponse({"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]})
+
+    server.respond = respond
+    reason = await why_not_loaded(UpstreamBackend(entry(server, upstream={"tasks": TASKS}), Settings()))
+
+    assert "gives vectors of 16 and 24 dimensions for different tasks" in reason
+
+
+@pytest.mark.parametrize("status", [201, 203])
+async def test_an_answer_with_another_status_of_success_is_one(server: StandIn, status: int) -> None:
+    def respond(body: dict[str, Any]) -> Response:
+        rows = [vector_of(text).tolist() for text in body["input"]]
+        return JSONResponse({"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]}, status)
+
+    server.respond = respond
+    async with loaded(entry(server)) as backend:
+        np.testing.assert_allclose((await backend.embed(job())).vectors, expected(), rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- what it says
