@@ -38,7 +38,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    from gateway.telemetry.logs import configure_logs
+
     _open_standard_streams()
+    # To standard error, as standard output is for results. `serve` then does as its settings say.
+    configure_logs("warning", "console")
     app()
 
 

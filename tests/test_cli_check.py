@@ -110,3 +110,17 @@ def test_every_command_is_told_in_a_sentence_that_is_not_cut() -> None:
 
     assert "--install-completion" in text
     assert "..." not in text.partition("Commands:")[2]
+
+
+def test_warnings_of_a_command_go_to_standard_error() -> None:
+    code = (
+        "import sys; sys.argv = ['gateway', '--version']\n"
+        "import structlog; from gateway import cli\n"
+        "try: cli.main()\n"
+        "finally: structlog.get_logger('gateway.x').warning('seen', by='people')"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert result.stdout == f"gateway {__version__}\n"
+    assert result.stderr.endswith(" warning: seen by=people\n")

@@ -143,7 +143,11 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
         version, recorded = content["version"], str(content["fingerprint"])
         if version != _VERSION:
             raise ValueError(f"version {version!r}, known is {_VERSION}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise LoadError(f"{path}: there is no such file; write it with `gateway verify MODEL --record`") from error
+    except OSError as error:
+        raise LoadError(f"{path}: golden vectors cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path}: not golden vectors that can be read: {error!r}") from error
     if recorded != fingerprint or not golden:
         raise LoadError(

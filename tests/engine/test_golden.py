@@ -254,7 +254,9 @@ def test_a_malformed_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"none\.json: not golden vectors that can be read: FileNotFoundError"):
+    with pytest.raises(
+        LoadError, match=r"none\.json: there is no such file; write it with `gateway verify MODEL --record`"
+    ):
         read(tmp_path / "none.json", "f", ())
 
 
@@ -495,7 +497,7 @@ def test_verify_records(registry: Path, entry: ModelEntry) -> None:
     passed = verify(registry, "tiny")
 
     assert missing.exit_code == 1
-    assert "not golden vectors that can be read" in missing.stderr
+    assert "there is no such file; write it with" in missing.stderr
     assert recorded.exit_code == 0, recorded.output
     assert recorded.stdout == f"{entry.golden}: {3 * NUM_TEXTS} golden vectors\n"
     assert passed.exit_code == 0, passed.output

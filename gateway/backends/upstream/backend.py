@@ -105,6 +105,14 @@ class UpstreamBackend:
     async def start(self, report: Report) -> ModelInfo:
         info = self._info or await self.plan()
         assert self._probe is not None  # noqa: S101  it has been planned
+        if self._entry.golden is None and not self._has_warned:
+            self._has_warned = True  # servers that are absent are looked for again and again
+            log.warning(
+                "upstream_not_pinned",
+                model=self._entry.id,
+                hint="another model behind the same name is noticed while this process runs, and not from one start to the "
+                f"next: set `golden`, and write it with `gateway verify {self._entry.id} --record`",
+            )
         self._watch = Watch(self._entry.id, self._servers, self._probe, self._settings.golden_interval_s, report)
         return info
 
@@ -143,14 +151,6 @@ class UpstreamBackend:
     def _read_golden(self) -> Sequence[GoldenVector] | None:
         if self._entry.golden is not None:
             return golden.read(Path(self._entry.golden), self.base_fingerprint(), self._tasks.instructions)
-        if not self._has_warned:
-            self._has_warned = True  # servers that are absent are looked for again and again
-            log.warning(
-                "upstream_not_pinned",
-                model=self._entry.id,
-                hint="another model behind the same name is noticed while this process runs, and not from one start to the "
-                "next: set `golden`, and write it with gateway verify MODEL --record",
-            )
         return None
 
     def base_fingerprint(self) -> str:
