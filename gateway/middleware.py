@@ -230,14 +230,15 @@ class GatewayMiddleware:
         except RequestError as error:
             await _refuse(error, context, send, body.drain)
         except asyncio.CancelledError:
-            if self._is_draining():  # the request has had its time
-                stopping = ShuttingDown("the gateway is stopping, and this request took too long", retry_after_s=5)
-                context.refuse(stopping)
-                if not context.status:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(_LAST_ANSWER_S):
-                            await send_error(stopping, context.error_form, send, _at_once)
-            raise
+            if not self._is_draining():
+                raise
+            # The request has had its time. It ends here: the server would log a traceback of where it was.
+            stopping = ShuttingDown("the gateway is stopping, and this request took too long", retry_after_s=5)
+            context.refuse(stopping)
+            if not context.status:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_ANSWER_S):
+                        await send_error(stopping, context.error_form, send, _at_once)
         except Exception:  # the last resort
             log.exception("unexpected_error", request_id=context.request_id, **context.trace_ids)
             context.error_code = InternalError.code

@@ -252,6 +252,25 @@ def test_what_takes_longer_than_the_grace_time_does_not_hold_the_stop_up() -> No
         assert ended.wait(timeout=10)
 
 
+def test_what_is_ended_by_the_stop_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    with gateway(delay_s=60.0, shutdown_grace_s=1) as (process, url), socket.socket() as half_sent:
+        half_sent.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        half_sent.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: gateway\r\ncontent-length: 100\r\n\r\n{")
+        answers: list[int] = []
+        with httpx.Client() as client:
+            waiting = threading.Thread(target=lambda: answers.append(embed(client, url).status_code))
+            waiting.start()
+            time.sleep(0.4)
+            process.send_signal(signal.SIGTERM)
+            waiting.join(timeout=20)
+        assert process.wait(timeout=20) == 0
+        half_sent.settimeout(20)
+
+        assert answers == [503]
+        assert half_sent.recv(1000).startswith(b"HTTP/1.1 503")
+        assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_second_signal_does_not_wait_for_the_load_balancer() -> None:
     with gateway(drain_delay_s=60) as (process, _url):
         process.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ At the root for the registry's default model, and under ``/tei/{model}/`` for ea
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -285,9 +285,14 @@ def _sparse(vector: SparseVector) -> list[dict[str, object]]:
 
 
 def _token(token: Token) -> dict[str, object]:
-    fields = asdict(token)
-    fields["special"] = fields.pop("is_special")
-    return fields
+    # Field by field: `asdict` takes ten times as long, and there are a quarter of a million.
+    return {
+        "id": token.id,
+        "text": token.text,
+        "special": token.is_special,
+        "start": token.start,
+        "stop": token.stop,
+    }
 
 
 def _about(target: Target, content: bytes) -> Response:
