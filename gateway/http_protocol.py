@@ -25,6 +25,9 @@ REFUSED: Final = "gateway.refused"
 
 _ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+MAX_HEADERS: Final = 500
+"""The most headers of a request. An empty one takes 4 bytes on the wire, and 150 here."""
+
 # What an idle connection gets when the process stops: a request that is on its way is still answered.
 _LINGER_S = 1.0
 # How much is read, and thrown away, of what comes behind an error.
@@ -365,6 +368,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_bytes += num_bytes
         if self._num_bytes > self.max_header_bytes:
             self.send_400_response(f"The request's headers or trailers have more than {self.max_header_bytes} bytes.")
+        elif self._is_in_head and len(self.headers) > MAX_HEADERS:
+            self.send_400_response(f"The request has more than {MAX_HEADERS} headers.")
 
     def _start_timer(self) -> None:
         self._stop_timer()

@@ -36,7 +36,7 @@ from gateway.errors import (
     ShuttingDown,
     Unauthorized,
 )
-from gateway.http_protocol import REFUSED
+from gateway.http_protocol import MAX_HEADERS, REFUSED
 from gateway.telemetry import metrics, tracing
 
 log = structlog.get_logger("gateway.access")
@@ -262,6 +262,8 @@ class GatewayMiddleware:
         await self._app(scope, body.receive, send)
 
     def _check_headers(self, headers: Headers) -> None:
+        if len(headers.raw) > MAX_HEADERS:
+            raise HeadersTooLarge(f"the request has {len(headers.raw)} headers, the limit is {MAX_HEADERS}")
         num_bytes = sum(len(name) + len(value) for name, value in headers.raw)
         if num_bytes > self._settings.max_header_bytes:
             raise HeadersTooLarge(

@@ -493,6 +493,23 @@ def test_a_head_that_is_too_large_is_told_so_though_more_is_coming(connect: Call
     assert "4096 bytes" in json.loads(body)["message"]
 
 
+@pytest.mark.parametrize(("number", "status"), [(499, 200), (500, 431)])
+def test_a_request_has_a_number_of_headers(connect: Callable[..., socket.socket], number: int, status: int) -> None:
+    connection = connect()
+    connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: gateway\r\n" + b"a:\r\n" * number + b"\r\n")
+
+    assert answer_of(connection)[0] == status
+
+
+def test_headers_without_end_are_not_collected(connect: Callable[..., socket.socket]) -> None:
+    connection = connect()
+    connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: gateway\r\n" + b"a:\r\n" * 1500)
+
+    status, body = answer_of(connection)
+    assert status == 400
+    assert "more than 500 headers" in json.loads(body)["message"]
+
+
 @pytest.mark.parametrize("size", [99_999_999, 10**30])
 def test_who_asks_before_sending_too_much_is_refused_and_may_go_on(
     connect: Callable[..., socket.socket], size: int
