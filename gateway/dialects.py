@@ -34,7 +34,8 @@ _TEI_ROOT_PATHS = frozenset(
 # Below /tei/ there are two paths of OpenAI's, for clients of TEI that speak that.
 _TEI_MODEL_PATH = re.compile(r"/tei/(?!.*/embeddings$)")
 _TEI_PROBE = re.compile(r"/tei/.+/health")
-_OLLAMA_PATHS = frozenset(("/api/embed", "/api/tags"))
+# Also where there is nothing: its clients ask for /api/pull, say, and print `error` as text.
+_OLLAMA_PREFIX = "/api/"
 
 # From the special to the general: the first that an error is one of. ``None`` keeps the status.
 _TEI_ERRORS: tuple[tuple[type[RequestError], int | None, str], ...] = (
@@ -60,7 +61,7 @@ def error_form(path: str, method: str = "POST") -> ErrorForm:
     """Return the form that clients of a path look for. Clients of TEI post to its root; browsers get it."""
     if (path == "/" and method == "POST") or path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
         return ErrorForm.TEI
-    return ErrorForm.OLLAMA if path in _OLLAMA_PATHS else ErrorForm.OPENAI
+    return ErrorForm.OLLAMA if path.startswith(_OLLAMA_PREFIX) else ErrorForm.OPENAI
 
 
 def render_error(error: RequestError, form: ErrorForm) -> tuple[int, dict[str, object]]:

@@ -171,7 +171,7 @@ class BodyTooSlow(BadInput):
 
 
 class InvalidHttp(BadInput):
-    """What came is not a request of HTTP/1.1, or breaks one of its rules: it has no `Host` header, say, or two."""
+    """The bytes are not an HTTP/1.1 request, or break one of its rules: no `Host` header, for example, or two of them."""
 
     code = "invalid_http"
 
@@ -247,7 +247,7 @@ class BodyTooLarge(RequestError):
 
 
 class TooMuchMemory(BodyTooLarge):
-    """The request alone, with its answer, would need more memory than one may have. Send it in parts."""
+    """The request and its answer would need more memory than a single request may use. Send it in parts."""
 
     code = "too_much_memory"
 
@@ -271,7 +271,7 @@ class RateLimited(Overloaded):
 
 
 class MemoryFull(Overloaded):
-    """The memory for requests is taken; nothing was computed. Retry after the seconds in ``Retry-After``."""
+    """The memory for requests is in use; nothing was computed. Retry after the seconds in ``Retry-After``."""
 
     status, type, code = 503, "server_error", "memory_full"
 
@@ -295,7 +295,7 @@ class InferenceFailed(InternalError):
 
 
 class UpstreamFailed(InferenceFailed):
-    """The server that runs the model failed, was too slow, or gave something that are no vectors for these texts."""
+    """The server that runs the model failed, was too slow, or its answer did not hold vectors for these texts."""
 
     status, code = 502, "upstream_failed"
 

@@ -59,7 +59,8 @@ def decoder_for(content_encoding: str) -> Decoder | None:
             return _Zstd()
         case _:
             raise UnsupportedEncoding(
-                f"`Content-Encoding: {content_encoding[:100]}` is not supported; one of {', '.join(SUPPORTED)} is, or none"
+                f"`Content-Encoding: {content_encoding[:100]}` is not supported: send the body uncompressed, or as one of "
+                f"{', '.join(SUPPORTED)}"
             )
 
 

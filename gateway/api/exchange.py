@@ -96,7 +96,9 @@ class Exchange:
             async with asyncio.timeout(limit_s):
                 return await unless_disconnected(request, (turns or self._turns).run(caller, cost, work))
         except TimeoutError:
-            raise DeadlineExceeded(f"the request was not done in {limit_s:g} s; others were before it") from None
+            raise DeadlineExceeded(
+                f"the request was not done in {limit_s:g} s: other requests were ahead of it"
+            ) from None
 
     def begin(self, request: Request, texts: Sequence[str], model: str | None, user: object = None) -> EmbedRequest:
         """Say what a request asks for, as far as that does not depend on the dialect.

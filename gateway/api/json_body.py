@@ -133,7 +133,7 @@ def _check_encoding(body: bytes | bytearray, charset: str | None) -> None:
         place = error.start
     if place is not None:
         raise BadInput(
-            f"the request body is not valid UTF-8: byte {place} is {body[place]:#04x}{says}: JSON is sent in UTF-8"
+            f"the request body is not valid UTF-8: byte {place} is {body[place]:#04x}{says}. Send it in UTF-8"
         )
 
 

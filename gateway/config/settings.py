@@ -111,7 +111,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any that is free.")
     models: Path = Field(default=Path("models.yaml"), description="The registry of models.")
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
-        default=(), description="Keys that clients may send, comma-separated. Empty: no key is asked for."
+        default=(),
+        description="Keys that clients may send, comma-separated, of 8 characters or more. Empty: no key is asked for.",
     )
     api_keys_file: Path | None = Field(
         default=None,
@@ -125,7 +126,7 @@ class Settings(BaseSettings):
         "no keys are asked for; 429 beyond. 0: no limit.",
     )
     tokens_per_minute: int = Field(
-        default=0, ge=0, description="Tokens a minute, as `requests_per_minute`; 429 beyond. 0: no limit."
+        default=0, ge=0, description="Tokens a minute, as `GATEWAY_REQUESTS_PER_MINUTE`; 429 beyond. 0: no limit."
     )
     quota_storage: str = Field(
         default="memory://",
@@ -143,7 +144,7 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
         description="Port of `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` asks for no "
-        "key there. Must differ from `port`. Without it they are on the port of the clients.",
+        "key there. Must differ from `GATEWAY_PORT`. Without it they are on the port of the clients.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
         default=(),
@@ -173,8 +174,8 @@ class Settings(BaseSettings):
         default=75.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds for which an idle connection is kept. Longer than a load balancer in front keeps one, which is "
-        "60 s with most: it would send a request on a connection that is just being closed.",
+        description="Seconds for which an idle connection is kept. Set it longer than the load balancer in front does (60 s "
+        "for most): otherwise the balancer may send a request just as the gateway closes the connection.",
     )
     body_timeout_s: float = Field(
         default=60.0,
@@ -194,8 +195,8 @@ class Settings(BaseSettings):
     memory_budget_bytes: int = Field(
         default=512 * 1024 * 1024,
         ge=64 * 1024 * 1024,
-        description="Bytes that all requests may hold together: bodies on their way in, texts and tokens that wait, answers "
-        "that have not been read; 503 beyond. One request may have half of it; 413 beyond.",
+        description="Bytes that all requests together may hold: bodies being received, texts and tokens that wait, answers "
+        "not yet read; 503 beyond that. A single request may use half of it; 413 beyond that.",
     )
     max_inputs: int = Field(default=2048, ge=1, description="The most texts in one request; 400 beyond.")
     max_token_vectors: int = Field(

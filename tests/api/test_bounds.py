@@ -527,7 +527,7 @@ async def test_a_body_that_is_not_what_it_is_said_to_be_is_a_bad_request(
         (
             '{"input": "é"}'.encode("latin-1"),
             'application/json; charset="ISO-8859-1"',
-            "byte 11 is 0xe9; its content type says ISO-8859-1: JSON is sent in UTF-8",
+            "byte 11 is 0xe9; its content type says ISO-8859-1. Send it in UTF-8",
         ),
     ],
 )

@@ -125,3 +125,13 @@ async def test_cards_have_what_infinity_s_clients_need(client: httpx.AsyncClient
         assert card["stats"] == {}
         assert card["owned_by"] == "infinity"
         assert card["object"] == "model"
+
+
+@pytest.mark.parametrize("path", ["/api/pull", "/api/embeddings", "/api/show"])
+async def test_what_ollama_has_and_the_gateway_does_not_is_refused_in_ollamas_form(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    response = await client.post(path, json={"model": "mini"})
+
+    assert response.status_code == 404
+    assert response.json()["error"].startswith(f"no such path: {path}; ")
