@@ -121,13 +121,13 @@ def test_every_option_is_in_the_entry(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     options = ["--models", "mini, team/b", "--requests-per-minute", "60", "--tokens-per-minute", "9000"]
 
-    made = add(file, "a", *options, "--expires", "2027-01-01")
+    made = add(file, "a", *options, "--expires", "2127-01-01")
 
     assert made.exit_code == 0, made.stderr
     (entry,) = load_key_file(file, {}).keys
     assert (entry.models, entry.requests_per_minute, entry.tokens_per_minute) == (("mini", "team/b"), 60, 9000)
     assert entry.expires is not None
-    assert entry.expires.isoformat() == "2027-01-01T00:00:00+00:00"
+    assert entry.expires.isoformat() == "2127-01-01T00:00:00+00:00"
 
 
 LAYOUTS = {
@@ -194,6 +194,7 @@ def test_a_name_that_is_taken_is_refused_and_the_file_left_alone(tmp_path: Path)
         (["a b"], "command line: NAME: must be made of letters"),
         (["a", "--requests-per-minute", "0"], "command line: --requests-per-minute: must be at least 1, got `0`"),
         (["a", "--expires", "soon"], "command line: --expires: must be a time with its zone"),
+        (["a", "--expires", "2020-01-01"], "command line: --expires: must be in the future, got `2020-01-01`"),
         (["a", "--models", ""], "command line: --models: must be a text that is not empty"),
     ],
 )

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def make_entry(**options: object) -> KeyEntry:
         ConfigError: an option is not what the file takes.
     """
     try:
-        return KeyEntry.model_validate({name: value for name, value in options.items() if value is not None})
+        entry = KeyEntry.model_validate({name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
         details = error.errors(include_url=False)
         problems = [(str(detail["loc"][0]), explain(detail, KeyEntry.model_fields)) for detail in details]
@@ -124,6 +125,12 @@ def make_entry(**options: object) -> KeyEntry:
                 for field, message in problems
             ]
         ) from error
+    # In a file it is right: the entry of a key that has ended may stay there.
+    if entry.expires is not None and entry.expires <= datetime.now(UTC):
+        raise ConfigError(
+            [Problem("command line", 0, 0, "--expires", f"must be in the future, got {quote(str(options['expires']))}")]
+        )
+    return entry
 
 
 def entry_lines(entry: KeyEntry, indent: str = "  ") -> str:
