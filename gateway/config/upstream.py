@@ -103,7 +103,8 @@ class Upstream(BaseModel):
     tasks: Mapping[NonEmptyText, NonEmptyText] = Field(
         default_factory=dict,
         description="For each task that the servers know, what they call it. Checked at the start: two names that give the "
-        "same vectors are refused. For servers without tasks, give the instructions in the model's `prompts` instead.",
+        "same vectors are refused. Queries and passages are taken in any case: without a name here, as texts without a "
+        "task. For servers without tasks, give the instructions in the model's `prompts` instead.",
     )
     task_field: NonEmptyText | None = Field(
         default=None,

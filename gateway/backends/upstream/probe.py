@@ -70,6 +70,8 @@ async def agree(model: str, tasks: Tasks, servers: Sequence[Server], recorded: S
     """
     probe = None if recorded is None else Probe(model, tasks, recorded)
     giver = "its golden file says"
+    if recorded is not None and (problem := _ignored_tasks(tasks, _units_of(recorded))):
+        raise LoadError(f"its golden file was recorded from a server that {problem}")
     reasons = []
     for server in servers:
         if not server.breaker.is_closed:
@@ -133,7 +135,7 @@ def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
     """
     if len(widths := sorted({one.shape[1] for one in units.values()})) > 1:
         return f"gives vectors of {' and '.join(map(str, widths))} dimensions for different tasks"
-    by_name = {name: units[task] for task, name in tasks.names.items()}
+    by_name = {name: units[task] for task, name in tasks.names.items() if task in units}
     pairs = list(combinations(by_name, 2))
     for one, other in pairs:
         if _is_same(by_name[one], by_name[other]):
@@ -142,7 +144,7 @@ def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
                 "field, or does not know these names. Set `upstream.task_field` to the field that it reads; if the two are "
                 "one task there, give them one name in `upstream.tasks`"
             )
-    if not pairs and by_name:
+    if not pairs and by_name and None in units:
         [name] = by_name
         if _is_same(by_name[name], units[None]):
             return (
@@ -151,6 +153,11 @@ def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
                 "`upstream.tasks` out"
             )
     return ""
+
+
+def _units_of(recorded: Sequence[GoldenVector]) -> dict[str | None, Vectors]:
+    tasks = dict.fromkeys(one.task for one in recorded)
+    return {task: _unit(np.stack([one.vector for one in recorded if one.task == task])) for task in tasks}
 
 
 def _is_same(one: Vectors, other: Vectors) -> bool:

@@ -9,6 +9,7 @@ from gateway.backends.upstream.dialects import task_field
 from gateway.config.model_entry import ModelEntry
 from gateway.config.upstream import Upstream
 from gateway.embedding import canonical_task
+from gateway.engine.prompts import RETRIEVAL
 from gateway.errors import LoadError
 
 
@@ -35,12 +36,18 @@ class Tasks:
 def read_tasks(entry: ModelEntry, upstream: Upstream) -> Tasks:
     """Return the tasks of an entry.
 
+    A model with a task takes queries and passages too, as one in this process does: without a prompt or a name for them,
+    texts are sent as they are.
+
     Raises:
         LoadError: two names are one task, and mean different things; or its default task is none of them.
     """
     names = _by_task(upstream.tasks, "upstream.tasks")
     prompts = _by_task(entry.prompts, "prompts")
-    tasks = Tasks(prompts or dict.fromkeys(names, ""), names, task_field(entry, upstream))
+    instructions = prompts or dict.fromkeys(names, "")
+    if any(prompts.values()) or names:
+        instructions |= {task: "" for task in RETRIEVAL if task not in instructions}
+    tasks = Tasks(instructions, names, task_field(entry, upstream))
     default = entry.default_task
     if default is not None and canonical_task(default) not in tasks.instructions:
         known = ", ".join(tasks.instructions) or "none"

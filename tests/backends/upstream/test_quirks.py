@@ -157,7 +157,26 @@ async def test_two_names_of_a_task_that_say_different_things_are_refused(server:
     assert "has two different values for the task 'retrieval.query'" in reason
     same = {"query": "a", "search_query": "a"}
     changes = {"prompts": same} if key == "prompts" else {"upstream": {"tasks": same}}
-    assert list((await info_of(entry(server, **changes))).tasks) == ["retrieval.query"]
+    assert list((await info_of(entry(server, **changes))).tasks) == ["retrieval.query", "retrieval.passage"]
+
+
+@pytest.mark.parametrize("changes", [{"prompts": {"query": "find: "}}, {"upstream": {"tasks": {"query": "search"}}}])
+@pytest.mark.parametrize("kind", ["openai", "tei"])
+async def test_a_model_with_a_task_for_queries_alone_takes_documents_as_they_are(
+    server: StandIn, kind: str, changes: dict[str, Any]
+) -> None:
+    """As one in this process does, and sentence-transformers: an A/B by the name of the model works."""
+    async with loaded(entry(server, kind=kind, **changes)) as backend:
+        assert (await backend.plan()).tasks.get("retrieval.passage") == ""
+        await backend.embed(job(["a"], task="retrieval.passage"))
+
+    body = server.bodies[-1]
+    assert (body["input"] if kind == "openai" else body["inputs"]) == ["a"]
+    assert not {"task", "prompt_name"} & body.keys()
+
+
+async def test_empty_prompts_are_no_tasks_but_their_own(server: StandIn) -> None:
+    assert list((await info_of(entry(server, prompts={"query": ""}))).tasks) == ["retrieval.query"]
 
 
 async def test_a_default_task_that_the_model_does_not_have_is_refused(server: StandIn) -> None:
@@ -202,6 +221,28 @@ async def test_a_golden_file_of_other_extra_fields_is_refused(server: StandIn, t
         else:
             assert "recorded from another checkpoint" in await why_not_loaded(backend)
         await backend.stop()
+
+
+@pytest.mark.parametrize("tasks", [TASKS, {"retrieval.query": "query"}])
+async def test_a_golden_file_of_a_server_that_ignored_tasks_is_refused(
+    server: StandIn, tmp_path: Path, tasks: dict[str, str]
+) -> None:
+    """It may have been recorded before that was looked at."""
+    path = tmp_path / "far.json"
+    model = entry(server, golden=str(path), upstream={"tasks": tasks})
+    async with loaded(entry(server, upstream={"tasks": tasks})) as backend:
+        bare = [one.vector for one in backend.probe if one.task is None]
+        rows = [(text, task, bare[i]) for task in (None, *tasks) for i, text in enumerate(golden.TEXTS)]
+        fingerprint = backend.base_fingerprint()
+        golden.write(path, fingerprint, backend.probe)
+        async with loaded(model):
+            pass
+        golden.write(path, fingerprint, [golden.GoldenVector(*row) for row in rows])
+    server.task_field = ""
+
+    reason = await why_not_loaded(UpstreamBackend(model, Settings()))
+
+    assert "its golden file was recorded from a server that gives the same vectors" in reason
 
 
 async def test_golden_vectors_alone_do_not_serve(server: StandIn, tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ async def test_a_task_is_sent_in_the_servers_words(server: StandIn, kind: str, n
         info = await backend.plan()
         embeddings = await backend.embed(job(task="retrieval.query"))
 
-    assert (dict(info.tasks), info.default_task) == ({"retrieval.query": ""}, "retrieval.query")
+    assert (dict(info.tasks), info.default_task) == (
+        {"retrieval.query": "", "retrieval.passage": ""},
+        "retrieval.query",
+    )
     assert server.bodies[-1][name] == "search"
     np.testing.assert_allclose(embeddings.vectors[0], vector_of(f"[search] {TEXTS[0]}"), rtol=1e-6)
 
