@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Final, cast
 
 import httptools
@@ -15,7 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from gateway.config.settings import Settings
 from gateway.dialects import ErrorForm, render_error
-from gateway.errors import InvalidHttp, RequestError, UnsupportedTransferCoding
+from gateway.errors import InvalidHttp
+from gateway.http_head import path_of, why_refused, without_offer
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -23,8 +23,6 @@ log = structlog.get_logger(__name__)
 REFUSED: Final = "gateway.refused"
 """Where a scope has the error of a request that the application must not answer otherwise."""
 
-_ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
-_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 MAX_HEADERS: Final = 500
 """The most headers of a request. An empty one takes 4 bytes on the wire, and 150 here."""
 
@@ -212,8 +210,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._is_in_head, self._is_in_message = False, True
         self._num_bytes = 0
-        self.url = _path_of(self.url)
-        if (refused := _why_refused(self.headers, self.parser.get_http_version())) is not None:
+        self.url = path_of(self.url)
+        if (refused := why_refused(self.headers, self.parser.get_http_version())) is not None:
             cast(dict[str, object], self.scope)[REFUSED] = refused
         super().on_headers_complete()
         if method == b"CONNECT" or self._is_parting:  # nothing can come behind it
@@ -319,14 +317,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _read_again(self) -> None:
         """Read the head that the parser has just read, without its offer of another protocol."""
         self._is_offer = False
-        start = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
-        lines = [
-            b"%s: %s\r\n" % (b"x-declined-upgrade" if name == b"upgrade" else name, value)
-            for name, value in self.headers
-        ]
+        head = without_offer(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets them
-        self.parser.feed_data(b"".join((start, *lines, b"\r\n")))
+        self.parser.feed_data(head)
 
     # ---------------------------------------------------------------------------------------------------------- bounds
 
@@ -412,34 +406,6 @@ class BoundedProtocol(HttpToolsProtocol):
     @property
     def _caller(self) -> str:
         return self.client[0] if self.client else "unknown"
-
-
-def _path_of(target: bytes) -> bytes:
-    """Return a request's target as a path: without the address in front of it, where it has one (RFC 9112, 3.2)."""
-    if target.startswith(b"/"):
-        return target
-    path = _ABSOLUTE_FORM.sub(b"", target, count=1)
-    return path if path.startswith(b"/") else b"/" + path if path.startswith((b"?", b"#")) or path == b"*" else b"/"
-
-
-def _why_refused(headers: list[tuple[bytes, bytes]], version: str) -> RequestError | None:
-    """Return what is wrong with a head that the parser has taken (RFC 9112, 3.2 and 6.1)."""
-    hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) > 1 or (not hosts and version == "1.1"):
-        return InvalidHttp(f"a request has exactly one `Host` header, this one has {len(hosts)}")
-    if hosts and not _HOST.fullmatch(hosts[0]):
-        return InvalidHttp("the `Host` header is not an address")
-    values = [value for name, value in headers if name == b"transfer-encoding"]
-    codings = [coding.strip().lower() for coding in b",".join(values).split(b",") if coding.strip()]
-    if codings in ([], [b"chunked"]):
-        return None
-    if codings[-1] != b"chunked" or codings.count(b"chunked") > 1:
-        return InvalidHttp("`Transfer-Encoding` must end with `chunked`, once")
-    named = b", ".join(codings).decode("latin-1")[:100]
-    return UnsupportedTransferCoding(
-        f"`Transfer-Encoding: {named}` is not supported, only `chunked`; announce a compressed body by `Content-Encoding`",
-        is_permanent=True,
-    )
 
 
 def bounded(settings: Settings) -> type[BoundedProtocol]:

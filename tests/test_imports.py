@@ -21,6 +21,7 @@ HOUSE = [
     ["api"],
     ["middleware"],
     ["http_protocol"],
+    ["http_head"],
     ["dialects"],
     ["access"],
     ["service"],
