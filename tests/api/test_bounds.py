@@ -529,7 +529,7 @@ async def test_a_body_that_is_not_what_it_is_said_to_be_is_a_bad_request(
             'application/json; charset="ISO-8859-1"',
             "byte 11 is 0xe9; its content type says ISO-8859-1. Send it in UTF-8",
         ),
-        ('{"input": "é"}'.encode("latin-1"), "a/b" + "; c=d" * 200 + "; charset=latin-1", "byte 11 is 0xe9: JSON is"),
+        ('{"input": "é"}'.encode("latin-1"), "a/b" + "; c=d" * 200 + "; charset=latin-1", "byte 11 is 0xe9. Send it"),
     ],
 )
 async def test_another_encoding_than_utf_8_is_named(
