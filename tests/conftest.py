@@ -19,6 +19,22 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+# The files that take longest. They come first, so that no worker is left with one of them when the others are done.
+_LONGEST = (
+    "loadtest/",
+    "test_clients_apart",
+    "test_bench",
+    "test_serve",
+    "test_contract",
+    "test_bounds",
+    "test_loading",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in _LONGEST))
+
+
 @pytest.fixture
 def make_model() -> Callable[..., Model]:
     """Return a function that makes one model of a fleet, ready by default; its backend is not started."""

@@ -613,16 +613,16 @@ async def test_a_model_that_was_replaced_no_longer_moves_the_gauges_of_its_id(ga
 
 
 async def test_metrics_of_a_server_that_runs_a_model_no_more_go_away(gateway: Gateway) -> None:
-    remote = "models:\n  - {id: far, backend: tei, source: a, upstream: {urls: [%s]}}\n"
+    remote = "models:\n  - {id: moved, backend: tei, source: a, upstream: {urls: [%s]}}\n"
     await gateway.start(remote % "http://one:80, http://two:80")
     for server in ("one:80", "two:80"):
-        metrics.UPSTREAM_UP.labels("far", server).set(0)
-    assert {labels["server"] for labels in labels_in("gateway_upstream_up", model="far")} == {"one:80", "two:80"}
+        metrics.UPSTREAM_UP.labels("moved", server).set(0)
+    assert {labels["server"] for labels in labels_in("gateway_upstream_up", model="moved")} == {"one:80", "two:80"}
 
     await gateway.reload(remote % "http://two:80")
-    await wait_until(lambda: len(labels_in("gateway_upstream_up", model="far")) == 1)
+    await wait_until(lambda: len(labels_in("gateway_upstream_up", model="moved")) == 1)
 
-    assert labels_in("gateway_upstream_up", model="far")[0]["server"] == "two:80"
+    assert labels_in("gateway_upstream_up", model="moved")[0]["server"] == "two:80"
 
 
 # ----------------------------------------------------------------------------------------------- servers that hang, the end

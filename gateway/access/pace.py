@@ -6,6 +6,8 @@ import asyncio
 
 # The event loop needs a third of its time to receive so much, and the parser a third of the interpreter's.
 BYTES_PER_S = 100_000_000
+# The loop's timers are no finer than a millisecond: a wait for each small piece would add up to many times the pace.
+_LEAST_WAIT_S = 0.005
 
 
 class Pace:
@@ -23,4 +25,5 @@ class Pace:
         """Wait until ``num_bytes`` may pass."""
         now = asyncio.get_running_loop().time()
         self._free_at = max(self._free_at, now) + num_bytes / self._bytes_per_s
-        await asyncio.sleep(self._free_at - now)
+        wait_s = self._free_at - now
+        await asyncio.sleep(wait_s if wait_s >= _LEAST_WAIT_S else 0)

@@ -39,3 +39,17 @@ async def test_what_was_not_used_is_not_saved_up() -> None:
     await pace.take(100_000)
 
     assert time.monotonic() - started >= 0.09
+
+
+async def test_small_pieces_are_not_slowed_down_by_the_grain_of_timers() -> None:
+    """Each wait takes a millisecond at least: ten thousand of them took ten seconds for a hundredth of one's bytes."""
+    pace = Pace(100_000_000)
+    loop = asyncio.get_running_loop()
+    waits: list[float] = []
+    call_later = loop.call_later
+    loop.call_later = lambda delay, *args, **kwargs: waits.append(delay) or call_later(delay, *args, **kwargs)  # type: ignore[method-assign]
+
+    for _ in range(10_000):
+        await pace.take(100)
+
+    assert len(waits) < 10

@@ -560,7 +560,7 @@ async def test_requests_are_counted_by_server_and_by_what_came_of_them(
 ) -> None:
     monkeypatch.setattr(watch_module, "_LOOK_S", 1000.0)
     monkeypatch.setattr(watch_module, "_SETTLE_S", 1000.0)  # trials would count as well
-    async with loaded(entry(server, id="counted", upstream={"timeout_s": 0.5, "max_retries": 0})) as backend:
+    async with loaded(entry(server, id="counted", upstream={"timeout_s": 3.0, "max_retries": 0})) as backend:
         labels = {"model": "counted", "server": f"127.0.0.1:{server.port}"}
 
         def count(outcome: str) -> float:
