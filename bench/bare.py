@@ -70,9 +70,9 @@ class _Gateway:
     def __init__(self, num_threads: int) -> None:
         from gateway.config.registry import load_registry
         from gateway.config.settings import Settings
-        from gateway.embedding import Truncate
         from gateway.engine.devices import choose_cpu_threads
         from gateway.engine.loading import load_engine, plan_load
+        from gateway.types import Truncate
 
         registry = load_registry(ROOT / "models.yaml", {})
         plan = plan_load(next(entry for entry in registry.models if entry.id == MODEL))

@@ -14,9 +14,9 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob
 from gateway.server import serve
 from gateway.telemetry.logs import configure_logs
+from gateway.types import Embeddings, EmbedJob
 
 MODEL = "fake"
 WIDTH = 1024

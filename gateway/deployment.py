@@ -16,7 +16,6 @@ from gateway.backends.infinity import InfinityBackend
 from gateway.backends.upstream.backend import UpstreamBackend, server_names
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelKind, ModelState
 from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.evidence.exposures import now
 from gateway.routing.changes import changed_aliases, changed_experiments
@@ -26,6 +25,7 @@ from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
 from gateway.routing.spaces import space_id
 from gateway.telemetry import metrics
+from gateway.types import ModelKind, ModelState
 
 log = structlog.get_logger(__name__)
 

@@ -15,11 +15,11 @@ from typing import TypeAlias
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gateway.config.registry import Alias, ModelEntry, Registry
-from gateway.embedding import ModelInfo, canonical_task
 from gateway.errors import StartError
 from gateway.files import read_bounded, write_whole
 from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import PREPROCESSING_VERSION, space_id, spaces_by_task
+from gateway.types import ModelInfo, canonical_task
 
 VERSION = 1
 _MAX_BYTES = 16 * 1024 * 1024

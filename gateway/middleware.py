@@ -25,7 +25,6 @@ from gateway.access.memory import MemoryBudget, Reservation
 from gateway.access.pace import Pace
 from gateway.config.settings import PREFIX, Settings
 from gateway.dialects import ErrorForm, error_form, is_tei_probe, render_error
-from gateway.embedding import Timings
 from gateway.errors import (
     BodyTooSlow,
     ClientDisconnected,
@@ -38,6 +37,7 @@ from gateway.errors import (
 )
 from gateway.http_protocol import MAX_HEADERS, REFUSED
 from gateway.telemetry import metrics, tracing
+from gateway.types import Timings
 
 log = structlog.get_logger("gateway.access")
 

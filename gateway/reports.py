@@ -12,12 +12,12 @@ from rich.text import Text
 from gateway.backends.fleet import Model, why_disabled
 from gateway.config.registry import Arm, ModelEntry, Registry
 from gateway.deployment import Deployment
-from gateway.embedding import ModelInfo, ModelKind, ModelState
 from gateway.errors import LoadError
 from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import space_id
 from gateway.server import Addresses
 from gateway.terminal import make_console, make_table, say
+from gateway.types import ModelInfo, ModelKind, ModelState
 from gateway.verification import Check
 
 if TYPE_CHECKING:

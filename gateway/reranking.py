@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from gateway import vectors as vector_math
 from gateway.backends.fleet import Fleet
-from gateway.embedding import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
+from gateway.types import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors
 
 
 @dataclass(frozen=True, slots=True)

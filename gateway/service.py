@@ -12,22 +12,6 @@ from typing import TypeVar
 
 from gateway import vectors as vector_math
 from gateway.deployment import Deployment
-from gateway.embedding import (
-    PER_TOKEN,
-    TOKEN_BYTES,
-    EmbedJob,
-    ModelInfo,
-    ModelKind,
-    MultiVector,
-    Output,
-    SparseVector,
-    States,
-    Timings,
-    Truncate,
-    Vectors,
-    Vocabulary,
-    canonical_task,
-)
 from gateway.errors import (
     BadInput,
     ClientDisconnected,
@@ -46,6 +30,22 @@ from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.routing.spaces import is_same_space, space_id
 from gateway.telemetry import metrics, semconv, tracing
+from gateway.types import (
+    PER_TOKEN,
+    TOKEN_BYTES,
+    EmbedJob,
+    ModelInfo,
+    ModelKind,
+    MultiVector,
+    Output,
+    SparseVector,
+    States,
+    Timings,
+    Truncate,
+    Vectors,
+    Vocabulary,
+    canonical_task,
+)
 
 _FLOAT_BYTES = 4
 # Dense vectors are there three times while they are finished: as they were computed, cut, and normalised.

@@ -9,8 +9,8 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from gateway.embedding import MultiVector, SparseVector, States, Vectors
 from gateway.errors import InvalidVectors
+from gateway.types import MultiVector, SparseVector, States, Vectors
 
 
 class Encoding(StrEnum):

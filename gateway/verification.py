@@ -11,9 +11,9 @@ from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.probe import MIN_COSINE
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelKind, Truncate
 from gateway.engine.golden import GoldenVector, read, write
 from gateway.errors import LoadError
+from gateway.types import ModelKind, Truncate
 
 
 @dataclass(frozen=True, slots=True)

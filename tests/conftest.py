@@ -12,7 +12,7 @@ from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, Experiment, ModelEntry, Registry, Source
-from gateway.embedding import ModelState
+from gateway.types import ModelState
 
 # A machine that is busy is no failure.
 settings.register_profile("patient", deadline=None)

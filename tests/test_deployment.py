@@ -17,13 +17,13 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, Reloaded
-from gateway.embedding import EmbedJob, ModelInfo, ModelState, Truncate
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
 from gateway.evidence.counts import Evidence
 from gateway.evidence.exposures import ExposureLog
 from gateway.routing.router import everything
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
+from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
 
 TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
 

@@ -11,7 +11,6 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import EmbedJob, ModelState
 from gateway.errors import (
     BadInput,
     DeadlineExceeded,
@@ -31,6 +30,7 @@ from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
+from gateway.types import EmbedJob, ModelState
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]

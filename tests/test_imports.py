@@ -34,7 +34,7 @@ HOUSE = [
     ["vectors"],
     ["config"],
     ["telemetry"],
-    ["embedding"],
+    ["types"],
     ["terminal"],
     ["files"],
     ["errors"],

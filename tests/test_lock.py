@@ -14,9 +14,9 @@ from gateway import lock as lock_module
 from gateway.backends.fake import fake_info
 from gateway.cli import app
 from gateway.config.registry import ModelEntry, Registry, load_registry
-from gateway.embedding import ModelInfo
 from gateway.errors import StartError
 from gateway.lock import Describe, Lock, differences, lock_path, make_lock, read_lock, write_lock
+from gateway.types import ModelInfo
 
 COMMIT = "5617a9f61b028005a4858fdac845db406aefb181"
 REGISTRY = f"""\

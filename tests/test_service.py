@@ -14,13 +14,13 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob, Output, Timings, Truncate
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
 from gateway.evidence.counts import Evidence
 from gateway.routing.router import everything
 from gateway.routing.spaces import space_id
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, Output, Timings, Truncate
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]

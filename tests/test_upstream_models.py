@@ -26,7 +26,6 @@ from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.registry import ModelEntry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
-from gateway.embedding import EmbedJob, ModelInfo, ModelState
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.evidence.counts import Evidence
 from gateway.lock import differences, make_lock
@@ -35,6 +34,7 @@ from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import tracing
+from gateway.types import EmbedJob, ModelInfo, ModelState
 from gateway.verification import record_golden, verify
 from tests.backends.stand_in import StandIn, vector_of
 

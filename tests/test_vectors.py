@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gateway.embedding import SparseVector
 from gateway.errors import InvalidVectors
+from gateway.types import SparseVector
 from gateway.vectors import Encoding, encode, finish, require_finite
 
 RANDOM = np.random.default_rng(7).standard_normal((5, 20)).astype(np.float32)

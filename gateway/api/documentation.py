@@ -13,7 +13,7 @@ from gateway.api.request_body import RequestBody
 from gateway.api.schema import EmbeddingsBody
 from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, TextsBody, TokenizeBody
 from gateway.deployment import Deployment
-from gateway.embedding import ModelInfo, ModelKind, ModelState, Output
+from gateway.types import ModelInfo, ModelKind, ModelState, Output
 
 Schema = dict[str, Any]
 """JSON, as it is sent."""

@@ -21,13 +21,13 @@ from gateway.api.json_body import SMALL_BYTES, Json, parse_object
 from gateway.api.pieces import PIECE_BYTES, in_pieces
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Timings
 from gateway.errors import ClientDisconnected, DeadlineExceeded
 from gateway.middleware import RequestContext
 from gateway.reranking import RerankAnswer, RerankRequest
 from gateway.routing.experiments import Attribute
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
+from gateway.types import Timings
 
 # A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100

@@ -9,9 +9,9 @@ from gateway.api.schema import ArmModelCard, ExperimentModelCard, ModelCard
 from gateway.backends.fleet import Model
 from gateway.config.fields import KNOWN_BY
 from gateway.config.registry import Arm, Registry
-from gateway.embedding import ModelInfo, ModelKind, ModelState
 from gateway.routing.router import Choice, MayUse, Router
 from gateway.routing.spaces import space_id
+from gateway.types import ModelInfo, ModelKind, ModelState
 
 T = TypeVar("T")
 ArmOf: TypeAlias = tuple[Arm, Model, str | None]

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Self, TypeAlias
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gateway.api.json_body import Json, describe, integral
-from gateway.embedding import Truncate
 from gateway.errors import BadInput
+from gateway.types import Truncate
 
 # The second is what Infinity's own client sends when it is told of no model.
 _NO_MODEL = ("", "default/not-specified")

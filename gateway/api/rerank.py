@@ -19,7 +19,6 @@ from gateway.api.rerank_schema import RerankBody, rerank_responses
 from gateway.api.schema import RERANK_HEADERS
 from gateway.api.tei_headers import describe_work
 from gateway.dialects import ErrorForm
-from gateway.embedding import Vectors
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -31,6 +30,7 @@ from gateway.errors import (
 )
 from gateway.middleware import RequestContext
 from gateway.reranking import RerankAnswer, RerankRequest
+from gateway.types import Vectors
 
 _REQUEST = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": RerankBody.model_json_schema()}}}

@@ -21,8 +21,8 @@ from gateway.api.request_body import (
     wanted_truncation,
 )
 from gateway.api.schema import ErrorBody, Responses, Usage, only, responses
-from gateway.embedding import Truncate
 from gateway.errors import BadInput, EmptyInput, RequestError
+from gateway.types import Truncate
 
 _TEXTS_SCHEMA = {
     "type": "array",

@@ -22,8 +22,8 @@ from gateway.api.request_body import (
     User,
     wanted_truncation,
 )
-from gateway.embedding import Output, Truncate, canonical_task
 from gateway.errors import BadInput, InternalError, RequestError, Unauthorized
+from gateway.types import Output, Truncate, canonical_task
 from gateway.vectors import Encoding
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 100_276}, "minItems": 1}

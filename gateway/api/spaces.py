@@ -11,10 +11,10 @@ from pydantic import BaseModel, Field
 from gateway.api.schema import responses
 from gateway.backends.fleet import Model
 from gateway.deployment import Deployment
-from gateway.embedding import ModelInfo, ModelKind, canonical_task
 from gateway.middleware import RequestContext
 from gateway.routing.router import Choice, MayUse, Router
 from gateway.routing.spaces import space_id, spaces_by_task
+from gateway.types import ModelInfo, ModelKind, canonical_task
 
 
 class SpaceMember(BaseModel):

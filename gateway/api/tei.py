@@ -36,12 +36,12 @@ from gateway.api.tei_schema import (
     listed,
 )
 from gateway.config.settings import Settings
-from gateway.embedding import ModelInfo, ModelKind, Output, SparseVector, Token
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
 from gateway.middleware import RequestContext
 from gateway.routing.router import DEFAULT_ALIAS, Target
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer
+from gateway.types import ModelInfo, ModelKind, Output, SparseVector, Token
 
 # What a token takes as an object, and was in the tokenizer.
 _BYTES_PER_TOKEN = 400

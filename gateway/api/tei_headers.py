@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.api.exchange import DescribeTimes
-from gateway.embedding import Timings
+from gateway.types import Timings
 
 
 def describe_work(num_characters: int, num_tokens: int) -> DescribeTimes:

@@ -17,8 +17,8 @@ from gateway.api.request_body import (
     Truncation,
     wanted_truncation,
 )
-from gateway.embedding import Truncate
 from gateway.errors import BadInput, EmptyInput
+from gateway.types import Truncate
 
 _TEXTS = "a string or a list of strings"
 _INPUTS = "a string, a list of token ids, or a list of such"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
 Report: TypeAlias = Callable[[ModelState, str], None]
 """Takes a model's new state, and the reason for it."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gateway.backends.base import Report
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Output, SparseVector, States, Timings, Token, Truncate
 from gateway.errors import ContextLengthExceeded, ModelNotReady
+from gateway.types import Embeddings, EmbedJob, ModelInfo, Output, SparseVector, States, Timings, Token, Truncate
 
 _SPARSE = SparseVector(np.array([3, 70_000]), np.array([0.5, 0.25], np.float32))
 

@@ -14,9 +14,9 @@ import structlog
 from gateway.backends.base import Backend
 from gateway.backends.same_space import adopted
 from gateway.config.registry import ModelEntry, Registry
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState
 from gateway.errors import LoadError, StartError
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
 

@@ -14,9 +14,9 @@ import structlog
 from gateway.backends.base import Report
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
 from gateway.errors import InternalError, LoadError, ModelNotReady, ModelRecovering, RequestError, ShuttingDown
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
 
 if TYPE_CHECKING:
     from gateway.engine.engine import Engine

@@ -12,9 +12,9 @@ import numpy as np
 
 from gateway.backends.base import Backend
 from gateway.backends.upstream.probe import MIN_COSINE
-from gateway.embedding import EmbedJob, ModelInfo, ModelState, Truncate, Vectors
 from gateway.engine import golden
 from gateway.errors import LoadError, RequestError
+from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate, Vectors
 
 if TYPE_CHECKING:
     from gateway.backends.fleet import Model

@@ -13,8 +13,8 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from gateway.embedding import Vectors
 from gateway.errors import CompareError
+from gateway.types import Vectors
 
 _KEY_BYTES = 16
 

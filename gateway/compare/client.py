@@ -15,8 +15,8 @@ import httpx
 import numpy as np
 import orjson
 
-from gateway.embedding import Vectors
 from gateway.errors import CompareError
+from gateway.types import Vectors
 
 _PATIENCE_S = 600.0
 _FIRST_PAUSE_S = 1.0

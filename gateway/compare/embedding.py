@@ -9,9 +9,9 @@ from gateway.compare.arms import PlannedArm, Side
 from gateway.compare.cache import VectorCache, VectorFile
 from gateway.compare.client import GatewayClient, Refused
 from gateway.compare.progress import Reporter, Step
-from gateway.embedding import Vectors
 from gateway.errors import CompareError
 from gateway.routing.spaces import is_same_space
+from gateway.types import Vectors
 from gateway.vectors import finish
 
 _MAX_TEXTS = 64

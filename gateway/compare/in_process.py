@@ -11,9 +11,9 @@ from gateway.app import create_app
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import ModelState
 from gateway.errors import BadInput, CompareError, ModelNotFound
 from gateway.routing.router import Router, everything
+from gateway.types import ModelState
 
 _PATIENCE_S = 86_400.0
 

@@ -32,7 +32,7 @@ from gateway.config.fields import (
 )
 from gateway.config.upstream import Upstream
 from gateway.config.wording import enumerate_names, quote
-from gateway.embedding import Output
+from gateway.types import Output
 
 Head = Literal[Output.DENSE, Output.SPARSE, Output.MULTIVECTOR]
 

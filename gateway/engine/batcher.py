@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import structlog
 
-from gateway.embedding import Embeddings, EmbedJob, Output, Truncate
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.infinity_library import OverloadStatus
 from gateway.engine.items import Encoded, Item, Tokens
@@ -32,6 +31,7 @@ from gateway.engine.tokenizer import Steps, slices
 from gateway.engine.worker import FinishedBatch, Inbox, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, Overloaded, RequestError, ShuttingDown
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, Output, Truncate
 
 log = structlog.get_logger(__name__)
 

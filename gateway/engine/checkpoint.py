@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gateway.embedding import Output
 from gateway.engine.classes import require_embedder, require_known_code, require_model_type
 from gateway.engine.classifier import Classifier, architecture, read_classifier
 from gateway.engine.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
@@ -37,6 +36,7 @@ from gateway.engine.prompts import Prompts, jina_prompts, read_prompts
 from gateway.engine.sizes import Sizes, read_config
 from gateway.engine.sources import file_sha256
 from gateway.errors import LoadError
+from gateway.types import Output
 
 _ADAPTER_TASKS = {
     "retrieval_query": "retrieval.query",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from gateway.embedding import Embeddings, EmbedJob
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.golden import GoldenCheck
 from gateway.engine.infinity_library import AsyncEmbeddingEngine, EngineArgs
 from gateway.errors import ModelNotReady, RequestError
+from gateway.types import Embeddings, EmbedJob
 
 
 class Engine(AsyncEmbeddingEngine):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
-from gateway.embedding import ModelInfo
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
 from gateway.engine.encoders.build import choose_runtime
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
 from gateway.engine.sources import download_bytes, is_at_hand, require_readable
 from gateway.errors import LoadError
+from gateway.types import ModelInfo
 
 _HUB_TIMEOUT_S = 5.0
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from gateway.embedding import Embeddings, EmbedJob, Truncate
 from gateway.engine.items import Item
 from gateway.errors import LoadError
 from gateway.files import read_bounded, write_whole
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, Truncate
 
 if TYPE_CHECKING:  # imports torch, which a model that runs elsewhere does without
     from gateway.engine.encoders.base import Encoder

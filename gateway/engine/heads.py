@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from gateway.embedding import MultiVector, SparseVector
 from gateway.engine.checkpoint import Checkpoint
 from gateway.engine.classifier import Classifier
 from gateway.engine.files import require_content, weights_files
@@ -21,6 +20,7 @@ from gateway.engine.modules import read_dense
 from gateway.engine.states import TokenStates
 from gateway.engine.weights import read_tensors
 from gateway.errors import LoadError
+from gateway.types import MultiVector, SparseVector
 
 # The classes that sentence-transformers writes into a Dense layer's configuration.
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh, "GELU": nn.GELU, "ReLU": nn.ReLU}

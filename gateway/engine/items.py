@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.embedding import MultiVector, Output, SparseVector, States, Vectors
+from gateway.types import MultiVector, Output, SparseVector, States, Vectors
 
 
 @dataclass(frozen=True, slots=True)

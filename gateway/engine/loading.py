@@ -11,7 +11,6 @@ import torch
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelInfo, ModelKind, Output, Truncate, canonical_task
 from gateway.engine.batcher import Limits
 from gateway.engine.cards import read_cards
 from gateway.engine.checkpoint import Checkpoint, read_checkpoint
@@ -30,6 +29,7 @@ from gateway.engine.prompts import tasks_of
 from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
 from gateway.telemetry import metrics
+from gateway.types import ModelInfo, ModelKind, Output, Truncate, canonical_task
 
 # On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from gateway.embedding import Truncate
 from gateway.engine.items import Tokens
 from gateway.engine.tokenizer import Prefixed, Row, Steps, Tokenizer, at_once
 from gateway.errors import ContextLengthExceeded
+from gateway.types import Truncate
 
 
 class PairTokenizer(Tokenizer):

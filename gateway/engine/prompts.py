@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gateway.embedding import canonical_task
 from gateway.engine.json_files import Json
 from gateway.errors import LoadError
+from gateway.types import canonical_task
 
 RETRIEVAL = ("retrieval.query", "retrieval.passage")
 

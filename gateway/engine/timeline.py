@@ -7,7 +7,7 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import TypeAlias
 
-from gateway.embedding import Timings
+from gateway.types import Timings
 
 Span: TypeAlias = tuple[float, float]
 """When something began and ended, on ``time.monotonic()``."""

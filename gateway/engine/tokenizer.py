@@ -12,10 +12,10 @@ from typing import TypeAlias, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from gateway.embedding import Token, Truncate
 from gateway.engine.items import Tokens
 from gateway.engine.long_runs import LongRuns, chunks
 from gateway.errors import BadInput, ContextLengthExceeded
+from gateway.types import Token, Truncate
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Sized)
@@ -113,7 +113,7 @@ class Tokenizer:
         return ids
 
     def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
-        """Return all tokens of each text, with their places; see :class:`gateway.embedding.Vocabulary`."""
+        """Return all tokens of each text, with their places; see :class:`gateway.types.Vocabulary`."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [
             [
@@ -128,7 +128,7 @@ class Tokenizer:
         ]
 
     def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
-        """Return the text of each row of token ids; see :class:`gateway.embedding.Vocabulary`."""
+        """Return the text of each row of token ids; see :class:`gateway.types.Vocabulary`."""
         texts: list[str] = self._tokenizer.decode_batch(
             [list(row) for row in rows], skip_special_tokens=skip_special_tokens
         )

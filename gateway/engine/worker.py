@@ -12,13 +12,13 @@ from math import ceil, inf
 import numpy as np
 import structlog
 
-from gateway.embedding import Output
 from gateway.engine.devices import is_out_of_memory, release_memory
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Encoded, Item
 from gateway.engine.scheduler import Computation, Entry, FairQueue, take
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory, RequestError
 from gateway.telemetry import metrics
+from gateway.types import Output
 
 log = structlog.get_logger(__name__)
 

@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Arm, Experiment, Registry
-from gateway.embedding import ModelInfo, ModelState, canonical_task, known_task_names
 from gateway.errors import (
     BadInput,
     ModelDisabled,
@@ -22,6 +21,7 @@ from gateway.errors import (
 )
 from gateway.routing.experiments import Assignment, Attribute, Split
 from gateway.routing.spaces import why_no_stand_in
+from gateway.types import ModelInfo, ModelState, canonical_task, known_task_names
 
 DEFAULT_ALIAS = "default"
 _MAX_SHOWN = 100

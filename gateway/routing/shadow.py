@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import structlog
 
 from gateway.config.registry import Registry, Shadow
-from gateway.embedding import EmbedJob, Truncate
 from gateway.errors import RequestError
 from gateway.routing.router import Choice, Router
 from gateway.telemetry import metrics
+from gateway.types import EmbedJob, Truncate
 
 log = structlog.get_logger(__name__)
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 
-from gateway.embedding import ModelInfo, Output
+from gateway.types import ModelInfo, Output
 
 # Raise it when the gateway's own treatment of a text changes the vectors: then every space is a new one.
 PREPROCESSING_VERSION = 1

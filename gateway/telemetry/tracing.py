@@ -21,9 +21,9 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from gateway import __version__
-from gateway.embedding import Timings
 from gateway.errors import ClientDisconnected, InternalError, RequestError
 from gateway.telemetry import semconv
+from gateway.types import Timings
 
 # Clients make paths up; a span has the beginning.
 _MAX_PATH_CHARS = 256
@@ -263,7 +263,7 @@ class Stage:
     Attributes:
         begun_ns: where its span begins, in nanoseconds since 1970.
         ended_ns: where its span ends.
-        seconds: how long it took by :class:`~gateway.embedding.Timings`.
+        seconds: how long it took by :class:`~gateway.types.Timings`.
     """
 
     name: str

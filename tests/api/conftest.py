@@ -22,8 +22,8 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob, ModelState
 from gateway.server import server_config
+from gateway.types import Embeddings, EmbedJob, ModelState
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]

@@ -27,8 +27,8 @@ from gateway.api.rerank_schema import RerankBody
 from gateway.api.schema import EmbeddingsBody
 from gateway.api.tei_schema import EmbedBody, TokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.embedding import EmbedJob, ModelKind, Output
 from gateway.telemetry import metrics
+from gateway.types import EmbedJob, ModelKind, Output
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 Serve = Callable[..., AbstractContextManager[tuple[str, int]]]

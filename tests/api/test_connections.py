@@ -16,8 +16,8 @@ import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
-from gateway.embedding import Embeddings, EmbedJob
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob
 
 Serve = Callable[..., AbstractContextManager[tuple[str, int]]]
 MakeModel = Callable[..., Model]

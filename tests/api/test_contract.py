@@ -17,7 +17,7 @@ import tiktoken
 
 from gateway.api import token_ids
 from gateway.backends.fleet import Model
-from gateway.embedding import Truncate
+from gateway.types import Truncate
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]

@@ -27,7 +27,6 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, Timings
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -36,6 +35,7 @@ from gateway.errors import (
     ShuttingDown,
 )
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, Timings
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]

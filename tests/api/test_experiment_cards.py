@@ -11,7 +11,7 @@ import pytest
 
 from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
-from gateway.embedding import ModelKind, ModelState
+from gateway.types import ModelKind, ModelState
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 MakeModel = Callable[..., Model]

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.backends.fleet import Model
-from gateway.embedding import ModelState, Output
+from gateway.types import ModelState, Output
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gateway.backends.fleet import Model
-from gateway.embedding import ModelState
+from gateway.types import ModelState
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]

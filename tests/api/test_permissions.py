@@ -14,7 +14,7 @@ import pytest
 from gateway.access.keyring import key_digest
 from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
-from gateway.embedding import ModelKind
+from gateway.types import ModelKind
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 MakeModel = Callable[..., Model]

@@ -8,8 +8,8 @@ import pytest
 
 from gateway.api import pieces
 from gateway.api.openai import answer_parts
-from gateway.embedding import SparseVector, Timings
 from gateway.service import EmbedAnswer
+from gateway.types import SparseVector, Timings
 from gateway.vectors import Encoding
 
 

@@ -14,8 +14,8 @@ from gateway.access.keyring import key_digest
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Model
 from gateway.config.registry import Arm, Experiment
-from gateway.embedding import EmbedJob, ModelKind, ModelState, Truncate
 from gateway.errors import InferenceFailed
+from gateway.types import EmbedJob, ModelKind, ModelState, Truncate
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 CheckError = Callable[..., str]

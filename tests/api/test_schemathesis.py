@@ -28,7 +28,7 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import ModelKind, ModelState
+from gateway.types import ModelKind, ModelState
 
 
 def make_app() -> FastAPI:

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from gateway.backends.fleet import Model
-from gateway.embedding import ModelState
 from gateway.routing.spaces import is_same_space
+from gateway.types import ModelState
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]
 MakeModel = Callable[..., Model]

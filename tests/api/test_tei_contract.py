@@ -19,7 +19,7 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import ModelKind, ModelState, Output
+from gateway.types import ModelKind, ModelState, Output
 from tests.tei_contract import ANSWERS, REQUESTS, document, validate_answer
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, ModelState, Truncate
+from gateway.types import EmbedJob, ModelState, Truncate
 from tests.backends.stand_in import MODEL, StandIn, vector_of
 
 TEXTS = [f"text number {i}" for i in range(10)]

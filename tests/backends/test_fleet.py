@@ -13,8 +13,8 @@ from gateway.backends.base import Report
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model, why_disabled
 from gateway.config.registry import ModelEntry
-from gateway.embedding import ModelInfo, ModelState
 from gateway.errors import LoadError, StartError
+from gateway.types import ModelInfo, ModelState
 
 PATIENCE_S = 30
 

@@ -25,7 +25,6 @@ from gateway.backends.infinity import InfinityBackend, _Stopwatch
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import EmbedJob, ModelState, Truncate
 from gateway.engine import loading
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.engine import Engine
@@ -42,6 +41,7 @@ from gateway.errors import (
     RequestError,
     ShuttingDown,
 )
+from gateway.types import EmbedJob, ModelState, Truncate
 
 # A batch of at most 64 tokens: few enough that a test can say what is in one.
 MINILM = ModelEntry(

@@ -16,9 +16,9 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.backends.same_space import adopted
 from gateway.config.model_entry import ModelEntry
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, ModelState, Vectors
 from gateway.engine import golden
 from gateway.errors import LoadError, ModelNotReady, Overloaded
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vectors
 from tests.backends.stand_in import vector_of
 
 WIDTH = 8

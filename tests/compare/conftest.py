@@ -24,7 +24,7 @@ from gateway.compare.client import GatewayClient
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob, ModelState
+from gateway.types import Embeddings, EmbedJob, ModelState
 from tests.peers import find
 
 MakeModel = Callable[..., Model]

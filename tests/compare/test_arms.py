@@ -8,8 +8,8 @@ import re
 import pytest
 
 from gateway.compare.arms import ArmName, parse_arms, plan_arm
-from gateway.embedding import ModelState
 from gateway.errors import CompareError
+from gateway.types import ModelState
 from tests.compare.conftest import RETRIEVAL_TASKS, MakeModel, StartGateway
 
 

@@ -16,8 +16,8 @@ from gateway.compare.arms import PlannedArm, parse_arms, plan_arm
 from gateway.compare.cache import VectorCache
 from gateway.compare.embedding import _batches, embed_side
 from gateway.compare.progress import Silent
-from gateway.embedding import Vectors
 from gateway.errors import CompareError
+from gateway.types import Vectors
 from tests.compare.conftest import FakeGateway, StartGateway, word_vectors
 
 TEXTS = [f"{'word ' * (i % 7)}number {i}" for i in range(300)]

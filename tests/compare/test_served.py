@@ -28,7 +28,7 @@ from gateway.backends.fleet import Model
 from gateway.cli import app
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob
+from gateway.types import Embeddings, EmbedJob
 from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
 
 EVIL = """</script><b onclick='x'>"&amp; %{x}"""

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from gateway.config.registry import Alias, ModelEntry, Registry, Source, load_registry
 from gateway.config.yaml_source import MAX_FILE_BYTES
-from gateway.embedding import Output
 from gateway.errors import ConfigError, Problem
+from gateway.types import Output
 
 COMMIT = "5617a9f61b028005a4858fdac845db406aefb181"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, Output, Truncate
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.loading import LoadPlan, load_engine, plan_load
+from gateway.types import EmbedJob, Output, Truncate
 from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, StartBatcher, threads_of
 
 

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import numpy as np
 
-from gateway.embedding import Embeddings, EmbedJob, Truncate
 from gateway.engine.batcher import Batcher
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.items import Encoded, Item, Tokens
 from gateway.engine.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, RequestError
+from gateway.types import Embeddings, EmbedJob, Truncate
 
 MakeJob = Callable[..., EmbedJob]
 StartBatcher = Callable[..., Awaitable[Batcher]]

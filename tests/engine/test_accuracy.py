@@ -12,10 +12,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from gateway.embedding import Truncate, Vectors
 from gateway.engine.devices import choose_dtype
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.items import Item
+from gateway.types import Truncate, Vectors
 
 SAME = 0.99999
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import structlog
 
-from gateway.embedding import Embeddings, SparseVector, Truncate
 from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
 from gateway.engine.batcher import Batcher, Limits
@@ -32,6 +31,7 @@ from gateway.errors import (
     ShuttingDown,
 )
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, SparseVector, Truncate
 from tests.engine.scripted import (
     Gate,
     MakeJob,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gateway.embedding import Output
 from gateway.engine.checkpoint import Checkpoint, read_checkpoint
 from gateway.engine.classes import MODEL_TYPES
 from gateway.engine.modules import Pooling
 from gateway.errors import LoadError
+from gateway.types import Output
 
 MakeCheckpoint = Callable[..., Path]
 

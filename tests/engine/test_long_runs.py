@@ -14,11 +14,11 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from gateway.embedding import Truncate
 from gateway.engine.long_runs import LongRuns
 from gateway.engine.pairs import PairTokenizer
 from gateway.engine.tokenizer import Tokenizer, at_once
 from gateway.errors import ContextLengthExceeded
+from gateway.types import Truncate
 
 NUM_CHARS = 200_000
 LITTLE = {

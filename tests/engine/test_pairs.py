@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from gateway.embedding import Truncate
 from gateway.engine.pairs import PairTokenizer
 from gateway.errors import ContextLengthExceeded
+from gateway.types import Truncate
 
 WORDS = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "q": 3, "r": 4, "s": 5, "a": 6, "b": 7, "c": 8, "d": 9}
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gateway.embedding import Truncate
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ContextLengthExceeded
+from gateway.types import Truncate
 
 LOREM = "Lorem ipsum dolor sit amet, consectetur adipiscing elit. "
 

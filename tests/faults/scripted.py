@@ -18,13 +18,13 @@ from gateway.backends.fleet import Fleet
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelInfo
 from gateway.engine.batcher import Limits
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.engine import Engine
 from gateway.engine.infinity_library import EngineArgs
 from gateway.engine.items import Encoded, Item
 from gateway.engine.tokenizer import Tokenizer
+from gateway.types import ModelInfo
 
 WIDTH = 4
 PATIENCE_S = 20.0

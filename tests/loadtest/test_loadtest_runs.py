@@ -22,9 +22,9 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob
 from gateway.errors import InferenceFailed
 from gateway.server import server_config
+from gateway.types import Embeddings, EmbedJob
 from loadtest.run import locust_command
 
 SENTENCES = "".join(f"sentence {'x' * (number % 9 + 1)} tells of some matter and then ends\n" for number in range(40))

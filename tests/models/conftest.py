@@ -25,12 +25,12 @@ from gateway.app import create_app
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Output, Truncate
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.build import BuildOptions, build_encoders
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import plan_load
+from gateway.types import Output, Truncate
 from models import plain
 from models.checkpoints import (
     FAMILIES,

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from gateway.config.registry import ModelEntry
-from gateway.embedding import Output, canonical_task
 from gateway.engine.classes import MODEL_TYPES
 from gateway.engine.devices import CpuThreads, choose_dtype
 from gateway.engine.loading import plan_load
 from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES
 from gateway.errors import LoadError
+from gateway.types import Output, canonical_task
 from models.checkpoints import FAMILIES, MAX_TOKENS, TEXTS, linear_head
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -17,8 +17,8 @@ import torch
 
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
-from gateway.embedding import Embeddings, EmbedJob, Output, SparseVector, Timings
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, Output, SparseVector, Timings
 from models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
 
 Connect = Callable[..., Any]

@@ -21,7 +21,6 @@ from transformers import AutoModel
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Truncate
 from gateway.engine import published
 from gateway.engine.adapters import install_adapters
 from gateway.engine.checkpoint import read_checkpoint
@@ -30,6 +29,7 @@ from gateway.engine.loading import plan_load
 from gateway.engine.modules import Pooling
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
+from gateway.types import Truncate
 from gateway.verification import verify
 from models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
 from models.checkpoints import unigram_tokenizer as jina_tokenizer

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModel
 
 from gateway.config.registry import ModelEntry
-from gateway.embedding import Output
 from gateway.engine.devices import choose_dtype
 from gateway.engine.items import Encoded
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
+from gateway.types import Output
 from models.checkpoints import TEXTS, linear_head
 from models.plain import entry, load_whole
 

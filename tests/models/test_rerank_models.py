@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import EmbedJob, ModelKind, Output, Truncate
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.build import BuildOptions, build_encoders
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
 from gateway.errors import ContextLengthExceeded, LoadError
+from gateway.types import EmbedJob, ModelKind, Output, Truncate
 from gateway.verification import record_golden, verify
 from models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
 

@@ -8,9 +8,9 @@ import pytest
 
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
-from gateway.embedding import ModelState
 from gateway.errors import BadInput, ModelDisabled, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
 from gateway.routing.router import Router, everything
+from gateway.types import ModelState
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]

@@ -10,8 +10,8 @@ import pytest
 
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, Arm, Experiment, Registry, Shadow
-from gateway.embedding import ModelKind, ModelState
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
+from gateway.types import ModelKind, ModelState
 
 MakeModel = Callable[..., Model]
 Put = Callable[..., tuple[Registry, Fleet]]

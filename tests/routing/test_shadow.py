@@ -11,11 +11,11 @@ import pytest
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry, Shadow
-from gateway.embedding import Embeddings, EmbedJob, ModelState, Truncate
 from gateway.errors import InferenceFailed
 from gateway.routing.router import Router, everything
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, ModelState, Truncate
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]

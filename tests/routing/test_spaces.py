@@ -8,8 +8,8 @@ import re
 import pytest
 
 from gateway.backends.fake import fake_info
-from gateway.embedding import ModelInfo, Output
 from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
+from gateway.types import ModelInfo, Output
 
 TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": "match: ", "separation": ""}
 JINA = fake_info("jina", width=32, dimensions=(32, 16), tasks=TASKS, default_task="text-matching")

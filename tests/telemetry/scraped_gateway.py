@@ -18,9 +18,9 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import ModelInfo
 from gateway.errors import LoadError
 from gateway.server import server_config
+from gateway.types import ModelInfo
 
 
 class BrokenBackend(FakeBackend):

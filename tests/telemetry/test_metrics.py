@@ -17,8 +17,8 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Registry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import ModelState
 from gateway.telemetry import metrics
+from gateway.types import ModelState
 
 
 def samples(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:

@@ -23,10 +23,10 @@ from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.embedding import Embeddings, EmbedJob, ModelKind, Timings
 from gateway.errors import OutOfMemory
 from gateway.routing.spaces import space_id
 from gateway.telemetry import semconv, tracing
+from gateway.types import Embeddings, EmbedJob, ModelKind, Timings
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.embedding import Timings
 from gateway.telemetry import tracing
+from gateway.types import Timings
 
 SECONDS = st.floats(0, 100)
 

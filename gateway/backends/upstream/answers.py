@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from gateway.embedding import Vectors
+from gateway.types import Vectors
 
 MAX_COUNT = 2**53
 """The largest number that is taken from a server: every whole number up to it is exact in JSON."""

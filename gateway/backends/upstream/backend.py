@@ -24,7 +24,6 @@ from gateway.backends.upstream.tasks import Tasks, read_tasks
 from gateway.backends.upstream.watch import Watch
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary, canonical_task
 from gateway.engine import golden
 from gateway.engine.golden import GoldenVector
 from gateway.errors import (
@@ -39,6 +38,7 @@ from gateway.errors import (
     UnsupportedOutput,
 )
 from gateway.telemetry import metrics
+from gateway.types import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary, canonical_task
 
 log = structlog.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from gateway.backends.upstream.answers import (
 )
 from gateway.config.model_entry import ModelEntry
 from gateway.config.upstream import Extra, Upstream
-from gateway.embedding import Truncate
+from gateway.types import Truncate
 
 DEFAULT_BATCH_TEXTS = 256
 

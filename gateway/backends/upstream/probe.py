@@ -12,9 +12,9 @@ from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.failures import Failure, TooLarge
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks
-from gateway.embedding import Embeddings, EmbedJob, Timings, Truncate, Vectors
 from gateway.engine.golden import TEXTS, GoldenCheck, GoldenVector
 from gateway.errors import LoadError, NotReachable, RequestError
+from gateway.types import Embeddings, EmbedJob, Timings, Truncate, Vectors
 
 MIN_COSINE = 0.999
 """What two vectors of a text must agree in to be of the same model, whatever computes them, in whatever number format."""

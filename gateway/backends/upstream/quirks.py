@@ -11,8 +11,8 @@ import numpy as np
 from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.dialects import Encoding
 from gateway.backends.upstream.failures import Failure
-from gateway.embedding import Vectors
 from gateway.errors import RequestError
+from gateway.types import Vectors
 
 BLANKS = ("", " ", ".")
 """What may be sent for an empty text. A full stop says as little as a text can where a server takes none that is blank."""

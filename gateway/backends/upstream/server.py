@@ -15,9 +15,9 @@ from gateway.backends.upstream.dialects import Dialect, Facts
 from gateway.backends.upstream.failures import Failure, TooLarge, failure_of
 from gateway.backends.upstream.quirks import Quirks, learn
 from gateway.config.upstream import Upstream
-from gateway.embedding import Truncate
 from gateway.errors import BadInput, RequestError
 from gateway.telemetry import metrics, tracing
+from gateway.types import Truncate
 
 # An answer is as large as its vectors: 32 bytes hold a number however it is written, and no known model has wider ones. What
 # else a server says, and texts that it repeats, come on top.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from gateway.backends.upstream.dialects import task_field
 from gateway.config.model_entry import ModelEntry
 from gateway.config.upstream import Upstream
-from gateway.embedding import canonical_task
 from gateway.engine.prompts import RETRIEVAL
 from gateway.errors import LoadError
+from gateway.types import canonical_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Tasks:
     """What is done for each task: an instruction is put before the text here, or a name is sent.
 
     Attributes:
-        instructions: as in :attr:`gateway.embedding.ModelInfo.tasks`.
+        instructions: as in :attr:`gateway.types.ModelInfo.tasks`.
         names: what the servers call the tasks, where they apply them.
         field: in which they are told the name.
     """

@@ -13,7 +13,7 @@ from gateway.backends.base import Report
 from gateway.backends.upstream.failures import Failure
 from gateway.backends.upstream.probe import Probe
 from gateway.backends.upstream.server import Server
-from gateway.embedding import ModelState
+from gateway.types import ModelState
 
 log = structlog.get_logger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gateway.embedding import EmbedJob, Truncate
 from gateway.engine.infinity_library import BaseEmbedder
 from gateway.engine.items import Encoded, Item, Tokens
 from gateway.engine.pairs import PairTokenizer
 from gateway.engine.tokenizer import Row, Steps, Tokenizer
+from gateway.types import EmbedJob, Truncate
 
 
 class Encoder(BaseEmbedder):

@@ -14,7 +14,6 @@ from structlog.testing import capture_logs
 from gateway.backends.upstream import watch as watch_module
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.settings import Settings
-from gateway.embedding import ModelState, Truncate
 from gateway.errors import (
     BadInput,
     ContextLengthExceeded,
@@ -26,6 +25,7 @@ from gateway.errors import (
     UpstreamUnavailable,
 )
 from gateway.telemetry import metrics
+from gateway.types import ModelState, Truncate
 from tests.backends.remote import TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
 

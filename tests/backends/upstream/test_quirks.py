@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.embedding import ModelInfo, ModelState, Truncate
 from gateway.engine import golden
 from gateway.errors import (
     BadInput,
@@ -30,6 +29,7 @@ from gateway.errors import (
     ShuttingDown,
     UpstreamFailed,
 )
+from gateway.types import ModelInfo, ModelState, Truncate
 from tests.backends.remote import TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
 

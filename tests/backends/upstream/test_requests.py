@@ -12,7 +12,6 @@ import pytest
 from gateway.backends.upstream import backend as backend_module
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.settings import Settings
-from gateway.embedding import ModelState, Truncate
 from gateway.errors import (
     BadInput,
     ContextLengthExceeded,
@@ -25,6 +24,7 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamUnavailable,
 )
+from gateway.types import ModelState, Truncate
 from tests.backends.remote import PATIENCE_S, TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
 
