@@ -31,7 +31,7 @@ from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.evidence.counts import Evidence
 from gateway.evidence.exposures import ExposureLog
-from gateway.middleware import GatewayMiddleware, RequestContext
+from gateway.http.middleware import GatewayMiddleware, RequestContext
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 

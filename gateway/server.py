@@ -27,7 +27,7 @@ from gateway.app import create_admin_app, create_app
 from gateway.config.settings import Settings, variable
 from gateway.deployment import Deployment
 from gateway.errors import StartError
-from gateway.http_protocol import bounded
+from gateway.http.protocol import bounded
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)

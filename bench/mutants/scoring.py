@@ -15,8 +15,8 @@ from bench.mutants.records import Candidate, Records, own_tests
 from bench.mutants.running import Child, Workspace, outcome_of, record_tests, run_tests
 
 _CORE = """
-vectors service deployment reranking lock http_head http_protocol middleware
-access/body access/keyring access/quotas access/windows
+vectors service deployment reranking lock http/head http/protocol http/middleware
+http/body access/keyring access/quotas access/windows
 api/exchange api/openai api/schema api/token_ids
 backends/fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects

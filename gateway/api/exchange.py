@@ -16,13 +16,13 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.access.quotas import Quotas, Ticket
-from gateway.access.turns import Turns
 from gateway.api.json_body import SMALL_BYTES, Json, parse_object
 from gateway.api.pieces import PIECE_BYTES, in_pieces
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import ClientDisconnected, DeadlineExceeded
-from gateway.middleware import RequestContext
+from gateway.http.middleware import RequestContext
+from gateway.http.turns import Turns
 from gateway.reranking import RerankAnswer, RerankRequest
 from gateway.routing.experiments import Attribute
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
@@ -72,7 +72,7 @@ class Exchange:
 
         Raises:
             BadInput: it is no JSON object, or ``parse`` does not accept it.
-            RequestError: one of those of :meth:`gateway.access.body.Body.receive`.
+            RequestError: one of those of :meth:`gateway.http.body.Body.receive`.
         """
         charset = _charset(request)
         received = [await _receive_all(request)]

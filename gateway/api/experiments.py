@@ -15,7 +15,7 @@ from gateway.config.registry import Experiment
 from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound, ModelNotAllowed
 from gateway.evidence.counts import Evidence, ExperimentReport, is_running
-from gateway.middleware import RequestContext
+from gateway.http.middleware import RequestContext
 
 
 class ArmCard(BaseModel):

@@ -14,7 +14,7 @@ from gateway.api.exchange import Exchange
 from gateway.api.pieces import object_around, vector_list
 from gateway.api.request_body import TRUNCATION, ModelName, PositiveInteger, RequestBody, Truncation, wanted_truncation
 from gateway.api.tei_schema import Texts, check_batch, listed
-from gateway.middleware import RequestContext
+from gateway.http.middleware import RequestContext
 from gateway.routing.router import Choice, Router
 from gateway.types import ModelState
 

@@ -34,7 +34,7 @@ from gateway.errors import (
     Overloaded,
     SpaceMismatch,
 )
-from gateway.middleware import RequestContext
+from gateway.http.middleware import RequestContext
 from gateway.service import EmbedAnswer
 from gateway.vectors import Encoding, encode
 

@@ -18,7 +18,6 @@ from gateway.api.pieces import object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
 from gateway.api.schema import RERANK_HEADERS
 from gateway.api.tei_headers import describe_work
-from gateway.dialects import ErrorForm
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -28,7 +27,8 @@ from gateway.errors import (
     ModelNotReady,
     Overloaded,
 )
-from gateway.middleware import RequestContext
+from gateway.http.error_forms import ErrorForm
+from gateway.http.middleware import RequestContext
 from gateway.reranking import RerankAnswer, RerankRequest
 from gateway.types import Vectors
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from gateway.api.schema import responses
 from gateway.backends.fleet import Model
 from gateway.deployment import Deployment
-from gateway.middleware import RequestContext
+from gateway.http.middleware import RequestContext
 from gateway.routing.router import Choice, MayUse, Router
 from gateway.routing.spaces import space_id, spaces_by_task
 from gateway.types import ModelInfo, ModelKind, canonical_task

@@ -15,7 +15,6 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway import __version__
-from gateway.access.turns import Turns
 from gateway.api.exchange import Exchange, Parts
 from gateway.api.pieces import dumps, nested_list, value_list, vector_list
 from gateway.api.rerank import Dialect as RerankDialect
@@ -37,7 +36,8 @@ from gateway.api.tei_schema import (
 )
 from gateway.config.settings import Settings
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
-from gateway.middleware import RequestContext
+from gateway.http.middleware import RequestContext
+from gateway.http.turns import Turns
 from gateway.routing.router import DEFAULT_ALIAS, Target
 from gateway.routing.spaces import space_id
 from gateway.service import EmbedAnswer

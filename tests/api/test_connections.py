@@ -206,8 +206,8 @@ def test_a_client_that_has_only_finished_sending_gets_its_answer(
 def test_it_gets_it_however_long_that_takes(
     connect: Callable[..., socket.socket], backend: HeldBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.http_protocol._FIRST_PROBE_S", 0.1)
-    monkeypatch.setattr("gateway.http_protocol._SECOND_PROBE_S", 0.1)
+    monkeypatch.setattr("gateway.http.protocol._FIRST_PROBE_S", 0.1)
+    monkeypatch.setattr("gateway.http.protocol._SECOND_PROBE_S", 0.1)
     connection = connect()
     connection.sendall(SLOW)
     connection.shutdown(socket.SHUT_WR)
@@ -224,7 +224,7 @@ def test_it_gets_it_however_long_that_takes(
 def test_a_client_of_http_1_0_gets_nothing_that_it_does_not_know(
     connect: Callable[..., socket.socket], backend: HeldBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.http_protocol._FIRST_PROBE_S", 0.05)
+    monkeypatch.setattr("gateway.http.protocol._FIRST_PROBE_S", 0.05)
     connection = connect()
     connection.sendall(SLOW.replace(b"HTTP/1.1", b"HTTP/1.0"))
     connection.shutdown(socket.SHUT_WR)

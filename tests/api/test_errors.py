@@ -20,7 +20,6 @@ import pytest
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from gateway import middleware
 from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.backends.fake import FakeBackend, fake_info
@@ -34,6 +33,7 @@ from gateway.errors import (
     RequestError,
     ShuttingDown,
 )
+from gateway.http import middleware
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Timings
 

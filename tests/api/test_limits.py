@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.http_protocol import BoundedProtocol
+from gateway.http.protocol import BoundedProtocol
 
 Serve = Callable[..., AbstractContextManager[tuple[str, int]]]
 GET = b"GET /health/live HTTP/1.1\r\nhost: gateway\r\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from gateway.access.pace import Pace
+from gateway.http.pace import Pace
 
 
 async def test_no_more_passes_in_a_second_than_may() -> None:

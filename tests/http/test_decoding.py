@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import zstandard
 
-from gateway.access.decoding import decoder_for
 from gateway.errors import BadInput, UnsupportedEncoding
+from gateway.http.decoding import decoder_for
 
 TEXT = b'{"input": "' + bytes(random.Random(3).choices(range(32, 127), k=300_000)) + b'"}'
 

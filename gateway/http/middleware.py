@@ -19,12 +19,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.access.body import Body
 from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget, Reservation
-from gateway.access.pace import Pace
 from gateway.config.settings import PREFIX, Settings
-from gateway.dialects import ErrorForm, error_form, is_tei_probe, render_error
 from gateway.errors import (
     BodyTooSlow,
     ClientDisconnected,
@@ -35,7 +32,10 @@ from gateway.errors import (
     ShuttingDown,
     Unauthorized,
 )
-from gateway.http_protocol import MAX_HEADERS, REFUSED
+from gateway.http.body import Body
+from gateway.http.error_forms import ErrorForm, error_form, is_tei_probe, render_error
+from gateway.http.pace import Pace
+from gateway.http.protocol import MAX_HEADERS, REFUSED
 from gateway.telemetry import metrics, tracing
 from gateway.types import Timings
 

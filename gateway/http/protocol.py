@@ -13,9 +13,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config.settings import Settings
-from gateway.dialects import ErrorForm, render_error
 from gateway.errors import InvalidHttp
-from gateway.http_head import path_of, why_refused, without_offer
+from gateway.http.error_forms import ErrorForm, render_error
+from gateway.http.head import path_of, why_refused, without_offer
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)

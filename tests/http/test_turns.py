@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gateway.access.turns import Turns
+from gateway.http.turns import Turns
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import contextlib
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
-from gateway.access.decoding import Decoder, decoder_for
 from gateway.access.memory import Reservation
-from gateway.access.pace import Pace
 from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected
+from gateway.http.decoding import Decoder, decoder_for
+from gateway.http.pace import Pace
 
 # How much of a body is read that nobody wants: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
