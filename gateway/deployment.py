@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import structlog
 
 from gateway.backends.base import Backend
-from gateway.backends.fleet import Fleet, MakeBackend, Model
 from gateway.backends.infinity import InfinityBackend
 from gateway.backends.upstream.backend import UpstreamBackend, server_names
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.evidence.exposures import now
+from gateway.fleet import Fleet, MakeBackend, Model
 from gateway.routing.changes import changed_aliases, changed_experiments
 from gateway.routing.experiments import Split
 from gateway.routing.router import Router

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from gateway.backends.fleet import Model, why_disabled
 from gateway.config.registry import Arm, ModelEntry, Registry
 from gateway.deployment import Deployment
 from gateway.errors import LoadError
+from gateway.fleet import Model, why_disabled
 from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import space_id
 from gateway.server import Addresses

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gateway import vectors as vector_math
-from gateway.backends.fleet import Fleet
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
+from gateway.fleet import Fleet
 from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.types import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors

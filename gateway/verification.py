@@ -11,8 +11,8 @@ from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.probe import MIN_COSINE
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine.golden import GoldenVector, read, write
 from gateway.errors import LoadError
+from gateway.golden import GoldenVector, read, write
 from gateway.types import ModelKind, Truncate
 
 
@@ -43,13 +43,13 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
         fingerprint, given = asyncio.run(_ask_servers(entry))
         write(path, fingerprint, given)
         return len(given)
-    from gateway.engine import golden  # imports torch
+    from gateway import golden  # imports torch
     from gateway.engine.loading import load_reference, plan_load
 
     plan = plan_load(entry)
     if plan.kind is ModelKind.RERANK:
         raise LoadError(f"{entry.id} scores pairs of texts: it has no vectors that could be recorded")
-    vectors = golden.record(load_reference(plan), [None, *plan.tasks])
+    vectors = golden.record(load_reference(plan).embed, [None, *plan.tasks])
     golden.write(path, plan.checkpoint.fingerprint, vectors)
     return len(vectors)
 
@@ -62,7 +62,8 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
     """
     if entry.is_remote:
         return _verify_servers(entry)
-    from gateway.engine import golden, published  # imports torch
+    from gateway import golden  # imports torch
+    from gateway.engine import published
     from gateway.engine.loading import load_engine, load_reference, plan_load
 
     plan = plan_load(entry)
@@ -98,7 +99,7 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
         worst: dict[tuple[str | None, str], tuple[float, str]] = {}
         for number, encoder in enumerate(engine.encoders):
             device = plan.devices[number // num_streams]
-            for one in golden.compare(encoder, vectors):
+            for one in golden.compare(encoder.embed, vectors):
                 key = one.golden.task, one.golden.text
                 worst[key] = min((one.cosine, device), worst.get(key, (2.0, "")))
         for (task, text), (cosine, device) in worst.items():

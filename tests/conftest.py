@@ -10,8 +10,8 @@ from hypothesis import settings
 
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, Experiment, ModelEntry, Registry, Source
+from gateway.fleet import Fleet, Model
 from gateway.types import ModelState
 
 # A machine that is busy is no failure.

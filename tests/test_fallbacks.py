@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
@@ -26,6 +25,7 @@ from gateway.errors import (
     UpstreamUnavailable,
 )
 from gateway.evidence.counts import Evidence
+from gateway.fleet import Fleet, Model
 from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
 from gateway.service import EmbeddingService, EmbedRequest

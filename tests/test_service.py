@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
 from gateway.evidence.counts import Evidence
+from gateway.fleet import Fleet, Model
 from gateway.routing.router import everything
 from gateway.routing.spaces import space_id
 from gateway.service import EmbeddingService, EmbedRequest

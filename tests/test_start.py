@@ -39,10 +39,10 @@ gateway.deployment.make_real_backend = lambda entry, settings: Backend(fake_info
 gateway.cli.main()
 """
 BREAK_FLEET = """
-import gateway.backends.fleet
+import gateway.fleet
 def why_disabled(entry):
     raise OSError("libcuda.so.1: cannot open shared object file")
-gateway.backends.fleet.why_disabled = why_disabled
+gateway.fleet.why_disabled = why_disabled
 """
 BREAK_SERVER = """
 import gateway.server

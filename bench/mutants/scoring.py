@@ -18,11 +18,11 @@ _CORE = """
 vectors service deployment reranking lock http/head http/protocol http/middleware
 http/body access/keyring access/quotas access/windows
 api/exchange api/openai api/schema api/token_ids
-backends/fleet backends/infinity backends/same_space
+fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
 backends/upstream/probe backends/upstream/server
 compare/cache compare/comparison compare/cost compare/quality compare/search compare/statistics
-engine/adapters engine/batcher engine/golden engine/heads engine/memory engine/pairs engine/scheduler
+engine/adapters engine/batcher golden engine/heads engine/memory engine/pairs engine/scheduler
 engine/states engine/tokenizer engine/worker
 evidence/counts evidence/exposures evidence/sample_ratio evidence/units
 routing/experiments routing/router routing/rules routing/shadow routing/spaces

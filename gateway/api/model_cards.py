@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 from gateway.api.schema import ArmModelCard, ExperimentModelCard, ModelCard
-from gateway.backends.fleet import Model
 from gateway.config.fields import KNOWN_BY
 from gateway.config.registry import Arm, Registry
+from gateway.fleet import Model
 from gateway.routing.router import Choice, MayUse, Router
 from gateway.routing.spaces import space_id
 from gateway.types import ModelInfo, ModelKind, ModelState

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from gateway.api.schema import responses
-from gateway.backends.fleet import Model
 from gateway.deployment import Deployment
+from gateway.fleet import Model
 from gateway.http.middleware import RequestContext
 from gateway.routing.router import Choice, MayUse, Router
 from gateway.routing.spaces import space_id, spaces_by_task

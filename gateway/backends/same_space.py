@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
+from gateway import golden
 from gateway.backends.base import Backend
 from gateway.backends.upstream.probe import MIN_COSINE
-from gateway.engine import golden
 from gateway.errors import LoadError, RequestError
-from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate, Vectors
-
-if TYPE_CHECKING:
-    from gateway.backends.fleet import Model
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vectors
 
 _PATIENCE_S = 60.0
 
 _Known: TypeAlias = Mapping[tuple[str, str | None], Vectors]  # unit vectors by text and task
 
 
-async def adopted(info: ModelInfo, backend: Backend, other: Model | None) -> ModelInfo:
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The model whose space another one is said to be of.
+
+    Attributes:
+        golden: the file with its golden vectors, which speak for it where it is not ready.
+        embed: have it embed the texts of a job.
+    """
+
+    info: ModelInfo
+    state: ModelState
+    golden: Path | None
+    embed: Callable[[EmbedJob], Awaitable[Embeddings]]
+
+
+async def verify_same_space(info: ModelInfo, backend: Backend, reference: Reference | None) -> ModelInfo:
     """Return what a model is, as one of the space of another, if both give the same vectors for a few texts.
 
     Args:
         backend: runs the model, which has been started.
-        other: the model that it is said to equal. Where that is not ready, its golden vectors speak for it.
+        reference: the model that it is said to equal, if that has been read.
 
     Raises:
         LoadError: it does not equal it, or that cannot be found out.
     """
-    if other is None or other.info is None:
+    if reference is None:
         raise LoadError("the model it refers to has not been loaded, so there is nothing to compare with")
-    theirs = other.info
+    theirs = reference.info
     if problem := _difference(info, theirs):
         raise LoadError(problem)
     try:
-        expected = await _expected(other, info.tasks)
-        given = await _ask(backend, [None, *info.tasks])
+        expected = await _expected(reference, info.tasks)
+        given = await _ask(backend.embed, [None, *info.tasks])
     except RequestError as error:
         raise LoadError(f"that could not be checked: {error.message}") from error
     for (text, task), vector in given.items():
@@ -70,28 +82,26 @@ def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
     return ""
 
 
-async def _expected(other: Model, tasks: Iterable[str]) -> _Known:
+async def _expected(reference: Reference, tasks: Iterable[str]) -> _Known:
     """Return what another model gives, as it says itself or as was recorded of it.
 
     Raises:
         LoadError: it can do neither.
     """
-    assert other.info is not None  # noqa: S101  the caller has looked
-    if other.state is ModelState.READY:
-        return await _ask(other.backend, [None, *tasks])
-    if other.entry.golden is None or other.entry.is_remote:
-        raise LoadError(
-            f"{other.id} is {other.state.value} and has no golden vectors: there is nothing to compare with"
-        )
-    recorded = golden.read(Path(other.entry.golden), other.info.fingerprint, other.info.tasks)
+    info, state = reference.info, reference.state
+    if state is ModelState.READY:
+        return await _ask(reference.embed, [None, *tasks])
+    if reference.golden is None:
+        raise LoadError(f"{info.id} is {state.value} and has no golden vectors: there is nothing to compare with")
+    recorded = golden.read(reference.golden, info.fingerprint, info.tasks)
     return {(one.text, one.task): one.vector for one in recorded}
 
 
-async def _ask(backend: Backend, tasks: Iterable[str | None]) -> _Known:
+async def _ask(embed: Callable[[EmbedJob], Awaitable[Embeddings]], tasks: Iterable[str | None]) -> _Known:
     found: dict[tuple[str, str | None], Vectors] = {}
     for task in tasks:
         job = EmbedJob(golden.TEXTS, task, Truncate.END, time.monotonic() + _PATIENCE_S, caller="same space")
-        vectors = (await backend.embed(job)).vectors
+        vectors = (await embed(job)).vectors
         with np.errstate(all="ignore"):  # a vector of zeros becomes NaN, which no cosine agrees with
             unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         found |= {(text, task): row for text, row in zip(golden.TEXTS, unit, strict=True)}

@@ -7,9 +7,9 @@ from functools import partial
 
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.encoders.base import Encoder
-from gateway.engine.golden import GoldenCheck
 from gateway.engine.infinity_library import AsyncEmbeddingEngine, EngineArgs
 from gateway.errors import ModelNotReady, RequestError
+from gateway.golden import GoldenCheck
 from gateway.types import Embeddings, EmbedJob
 
 

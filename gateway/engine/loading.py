@@ -19,8 +19,6 @@ from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.build import BuildOptions, build_encoders, choose_runtime
 from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.engine import Engine
-from gateway.engine.golden import MIN_COSINE, GoldenCheck
-from gateway.engine.golden import read as read_golden
 from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
 from gateway.engine.items import Encoded, Item
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
@@ -28,6 +26,8 @@ from gateway.engine.modules import Pooling
 from gateway.engine.prompts import tasks_of
 from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
+from gateway.golden import MIN_COSINE, GoldenCheck
+from gateway.golden import read as read_golden
 from gateway.telemetry import metrics
 from gateway.types import ModelInfo, ModelKind, Output, Truncate, canonical_task
 
@@ -174,7 +174,7 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads)):
             _warm_up(encoder, plan)
             if golden is not None:
-                golden.check(encoder)
+                golden.check(encoder.embed)
             encoders.append(encoder)
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     if plan.device != "cpu":

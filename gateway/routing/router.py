@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import TypeAlias
 
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Arm, Experiment, Registry
 from gateway.errors import (
     BadInput,
@@ -19,6 +18,7 @@ from gateway.errors import (
     ModelRecovering,
     ModelUnavailable,
 )
+from gateway.fleet import Fleet, Model
 from gateway.routing.experiments import Assignment, Attribute, Split
 from gateway.routing.spaces import why_no_stand_in
 from gateway.types import ModelInfo, ModelState, canonical_task, known_task_names

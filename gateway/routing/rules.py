@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from gateway.backends.fleet import Fleet
 from gateway.config.registry import Experiment, Registry
+from gateway.fleet import Fleet
 from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
 from gateway.types import ModelInfo, ModelKind, canonical_task, known_task_names
 

@@ -18,10 +18,10 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.fleet import Fleet, Model
 from gateway.server import server_config
 from gateway.types import Embeddings, EmbedJob, ModelState
 

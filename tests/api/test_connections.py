@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Model
+from gateway.fleet import Model
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob
 

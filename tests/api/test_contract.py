@@ -16,7 +16,7 @@ import pytest
 import tiktoken
 
 from gateway.api import token_ids
-from gateway.backends.fleet import Model
+from gateway.fleet import Model
 from gateway.types import Truncate
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

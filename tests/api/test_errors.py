@@ -23,7 +23,6 @@ from starlette.types import Receive, Scope, Send
 from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
 from gateway.config.settings import Settings
 from gateway.errors import (
@@ -33,6 +32,7 @@ from gateway.errors import (
     RequestError,
     ShuttingDown,
 )
+from gateway.fleet import Model
 from gateway.http import middleware
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Timings

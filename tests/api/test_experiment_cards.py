@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
+from gateway.fleet import Model
 from gateway.types import ModelKind, ModelState
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

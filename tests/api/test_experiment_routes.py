@@ -12,11 +12,11 @@ import pytest
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Arm, Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.evidence.exposures import read_exposures
+from gateway.fleet import Fleet, Model
 
 CheckError = Callable[..., str]
 GatewayWith = Callable[..., Awaitable[httpx.AsyncClient]]

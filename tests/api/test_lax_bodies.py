@@ -15,7 +15,7 @@ from gateway.api.rerank_schema import RerankBody
 from gateway.api.schema import EmbeddingsBody
 from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, SimilarityInputs, TextsBody, TokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Model
+from gateway.fleet import Model
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.backends.fleet import Model
+from gateway.fleet import Model
 from gateway.types import ModelState, Output
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

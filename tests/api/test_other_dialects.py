@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from gateway.backends.fleet import Model
+from gateway.fleet import Model
 from gateway.types import ModelState
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from gateway.access.keyring import key_digest
-from gateway.backends.fleet import Model
 from gateway.config.registry import Experiment
+from gateway.fleet import Model
 from gateway.types import ModelKind
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

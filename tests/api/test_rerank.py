@@ -12,9 +12,9 @@ import pytest
 
 from gateway.access.keyring import key_digest
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Model
 from gateway.config.registry import Arm, Experiment
 from gateway.errors import InferenceFailed
+from gateway.fleet import Model
 from gateway.types import EmbedJob, ModelKind, ModelState, Truncate
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

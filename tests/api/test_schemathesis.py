@@ -24,10 +24,10 @@ from schemathesis.specs.openapi.checks import negative_data_rejection
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.fleet import Fleet, Model
 from gateway.types import ModelKind, ModelState
 
 

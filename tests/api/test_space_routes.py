@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.backends.fleet import Model
+from gateway.fleet import Model
 from gateway.routing.spaces import is_same_space
 from gateway.types import ModelState
 

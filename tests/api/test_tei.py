@@ -11,7 +11,6 @@ import pytest
 
 from gateway.api.tei_schema import MAX_CHARACTERS, MAX_IDS
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Model
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -21,6 +20,7 @@ from gateway.errors import (
     ShuttingDown,
     UnsupportedOutput,
 )
+from gateway.fleet import Model
 from gateway.types import EmbedJob, ModelKind, ModelState, Output
 from tests.tei_contract import ERROR, validate, validate_answer
 

@@ -20,7 +20,6 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.backends.fake import fake_info
-from gateway.backends.fleet import Fleet
 from gateway.backends.infinity import InfinityBackend, _Stopwatch
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
@@ -41,6 +40,7 @@ from gateway.errors import (
     RequestError,
     ShuttingDown,
 )
+from gateway.fleet import Fleet
 from gateway.types import EmbedJob, ModelState, Truncate
 
 # A batch of at most 64 tokens: few enough that a test can say what is in one.

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gateway import golden
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
-from gateway.backends.same_space import adopted
+from gateway.backends.same_space import verify_same_space
 from gateway.config.model_entry import ModelEntry
-from gateway.engine import golden
 from gateway.errors import LoadError, ModelNotReady, Overloaded
+from gateway.fleet import Fleet, Model
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vectors
 from tests.backends.stand_in import vector_of
 
@@ -90,7 +90,7 @@ async def adopt(other: Model | None, turn: Turn = right, **changes: Any) -> Mode
     info = fake_info("far", **{**mine, **changes})
     backend = Turned(info, turn)
     await backend.start()
-    return await adopted(info, backend, other)
+    return await verify_same_space(info, backend, None if other is None else other.as_reference())
 
 
 ANGLE = float(np.arccos(0.999))
@@ -132,7 +132,7 @@ async def test_both_are_asked_for_all_texts_with_each_task() -> None:
     info = fake_info("far", width=WIDTH, tasks=dict.fromkeys(TASKS, ""), default_task="retrieval.passage")
     backend = Turned(info)
     await backend.start()
-    await adopted(info, backend, other)
+    await verify_same_space(info, backend, None if other is None else other.as_reference())
 
     assert isinstance(other.backend, Turned)
     for asked in (backend.jobs, other.backend.jobs):
@@ -252,7 +252,7 @@ async def test_a_model_that_does_not_answer_is_not_compared(which: str) -> None:
         await other.backend.start(lambda _state, _reason: None)
 
     with pytest.raises(LoadError, match=f"that could not be checked: {'full' if which == 'far' else 'not yet'}"):
-        await adopted(info, backend, other)
+        await verify_same_space(info, backend, None if other is None else other.as_reference())
 
 
 # -------------------------------------------------------------------------------------------------- as it is loaded

@@ -18,12 +18,12 @@ import pytest
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.compare.arms import _PROBE
 from gateway.compare.client import GatewayClient
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.fleet import Fleet, Model
 from gateway.types import Embeddings, EmbedJob, ModelState
 from tests.peers import find
 

@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 
 from gateway.app import create_app
 from gateway.backends.fake import fake_info
-from gateway.backends.fleet import Model
 from gateway.cli import app
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.fleet import Model
 from gateway.types import Embeddings, EmbedJob
 from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
 

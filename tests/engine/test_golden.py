@@ -16,16 +16,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from gateway import golden
 from gateway.cli import app
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine import golden, loading
-from gateway.engine.encoders.base import Encoder
+from gateway.engine import loading
 from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.golden import MIN_COSINE, Comparison, GoldenCheck, GoldenVector, compare, read, record, write
-from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import load_engine, load_reference, plan_load
 from gateway.errors import LoadError
+from gateway.golden import MIN_COSINE, Comparison, Embed, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.telemetry import metrics
 from gateway.verification import record_golden
 from gateway.verification import verify as verify_model
@@ -62,7 +61,7 @@ def file(entry: ModelEntry) -> Path:
 
 
 def check(encoder: TextEncoder, vectors: Sequence[GoldenVector], dtype: str) -> None:
-    GoldenCheck("tiny", vectors, MIN_COSINE[dtype]).check(encoder)
+    GoldenCheck("tiny", vectors, MIN_COSINE[dtype]).check(encoder.embed)
 
 
 def change(path: Path, number: int, changed: Callable[[Any], Any]) -> None:
@@ -89,7 +88,7 @@ def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_p
     reference = load_reference(plan)
     path = tmp_path / "new" / "folder" / "tiny.json"
 
-    recorded = record(reference, [None, "retrieval.query"])
+    recorded = record(reference.embed, [None, "retrieval.query"])
     write(path, "some fingerprint", recorded)
     back = read(path, "some fingerprint", ["retrieval.query"])
 
@@ -100,13 +99,13 @@ def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_p
         assert one.vector.dtype == np.float32
         assert np.array_equal(one.vector, original.vector)
         assert np.linalg.norm(one.vector) == pytest.approx(1, abs=1e-6)
-    assert min(one.cosine for one in compare(reference, back)) == pytest.approx(1, abs=1e-6)
+    assert min(one.cosine for one in compare(reference.embed, back)) == pytest.approx(1, abs=1e-6)
     check(reference, back, "float32")
 
 
 def test_the_texts_are_told_apart(bundled_encoder: TextEncoder) -> None:
     """Golden vectors that are near each other would not show that texts are mixed up."""
-    vectors = np.stack([one.vector for one in record(bundled_encoder, [None])])
+    vectors = np.stack([one.vector for one in record(bundled_encoder.embed, [None])])
 
     assert (vectors @ vectors.T - 2 * np.eye(NUM_TEXTS)).max() < 0.9
 
@@ -116,22 +115,9 @@ def test_the_runtime_that_serves_agrees_with_the_one_that_records(entry: ModelEn
     assert plan.runtime == "openvino"
 
     for encoder in load_engine(plan, Settings()).encoders:
-        compared = compare(encoder, read(file, plan.checkpoint.fingerprint, plan.tasks))
+        compared = compare(encoder.embed, read(file, plan.checkpoint.fingerprint, plan.tasks))
         assert {one.golden.task for one in compared} == {None, "retrieval.query", "retrieval.passage"}
         assert min(one.cosine for one in compared) >= MIN_COSINE["float32"]
-
-
-class ConstantEncoder:
-    """Gives every text the same vector."""
-
-    def __init__(self, vector: Sequence[float]) -> None:
-        self._vector = np.array([vector], np.float32)
-
-    def tokenise(self, texts: Sequence[str], *_: object) -> list[None]:
-        return [None for _text in texts]
-
-    def encode(self, items: Sequence[Item]) -> list[Encoded]:
-        return [Encoded(self._vector) for _item in items]
 
 
 @pytest.mark.parametrize(
@@ -151,16 +137,15 @@ class ConstantEncoder:
 )
 def test_the_cosine_to_a_golden_vector(vector: Sequence[float], expected: Sequence[float], cosine: float) -> None:
     one = GoldenVector("text", None, np.array(expected, np.float32))
-    encoder: Any = ConstantEncoder(vector)
 
-    [compared] = compare(encoder, [one])
+    [compared] = compare(lambda texts: [np.array(vector, np.float32) for _text in texts], [one])
 
     assert compared.golden is one
     assert compared.cosine == pytest.approx(cosine, abs=1e-6)
 
 
 def test_the_worst_vector_decides(bundled_encoder: TextEncoder) -> None:
-    vectors = record(bundled_encoder, [None])
+    vectors = record(bundled_encoder.embed, [None])
     off = [replace(one, vector=turned(one.vector, 0.99) if i == 2 else one.vector) for i, one in enumerate(vectors)]
 
     with pytest.raises(
@@ -171,7 +156,7 @@ def test_the_worst_vector_decides(bundled_encoder: TextEncoder) -> None:
 
 @pytest.mark.parametrize("dtype", MIN_COSINE)
 def test_each_number_format_has_its_own_tolerance(bundled_encoder: TextEncoder, dtype: str) -> None:
-    vectors = record(bundled_encoder, [None])
+    vectors = record(bundled_encoder.embed, [None])
     margin = (1 - MIN_COSINE[dtype]) / 10
     within, beyond = (
         [replace(one, vector=turned(one.vector, MIN_COSINE[dtype] + sign * margin)) for one in vectors]
@@ -327,12 +312,12 @@ def test_a_prompt_that_has_changed_is_refused_at_load(entry: ModelEntry, file: P
 
 def test_every_stream_is_checked(entry: ModelEntry, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[object] = []
-    monkeypatch.setattr(GoldenCheck, "check", lambda _self, encoder: checked.append(encoder))
+    monkeypatch.setattr(GoldenCheck, "check", lambda _self, embed: checked.append(embed))
 
     engine = load_engine(plan_load(entry), Settings(cpu_threads=2))
 
     assert len(engine.encoders) == 2
-    assert checked == list(engine.encoders)
+    assert checked == [encoder.embed for encoder in engine.encoders]
 
 
 # -------------------------------------------------------------------------------------------------- while it serves
@@ -462,18 +447,19 @@ def test_verify_tells_by_how_much_a_model_is_off(registry: Path, file: Path) -> 
 def test_every_text_is_verified_once_by_the_worst_of_the_streams(
     entry: ModelEntry, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
+    seen: list[Embed] = []
 
-    def compare_second_wrong(encoder: Encoder, vectors: Sequence[GoldenVector]) -> list[Comparison]:
-        seen.append(id(encoder))
-        found = compare(encoder, vectors)
+    def compare_second_wrong(embed: Embed, vectors: Sequence[GoldenVector]) -> list[Comparison]:
+        seen.append(embed)
+        found = compare(embed, vectors)
         return [replace(one, cosine=0.5) for one in found] if len(seen) == 2 else found
 
     honest = verify_model(entry, Settings(cpu_threads=2))
-    monkeypatch.setattr("gateway.engine.golden.compare", compare_second_wrong)
+    monkeypatch.setattr("gateway.golden.compare", compare_second_wrong)
     broken = verify_model(entry, Settings(cpu_threads=2))
 
-    assert len(set(seen)) == 2
+    assert len(seen) == 2
+    assert seen[0] != seen[1]
     assert len({one.what for one in honest}) == len(honest) == 3 * NUM_TEXTS
     assert all(one.is_passed and one.quantity == "cosine" for one in honest)
     assert [one.measured for one in broken] == ["0.500000"] * len(honest)

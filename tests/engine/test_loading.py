@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from gateway.backends.fleet import Fleet, Model
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
@@ -31,6 +30,7 @@ from gateway.engine.infinity_library import EngineArgs
 from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
 from gateway.errors import LoadError, ModelNotReady, StartError
+from gateway.fleet import Fleet, Model
 from gateway.types import EmbedJob, ModelState, Output, Truncate
 
 MakeCheckpoint = Callable[..., Path]

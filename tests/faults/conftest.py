@@ -12,10 +12,10 @@ import pytest
 import uvicorn
 
 from gateway.app import create_app
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
+from gateway.fleet import Fleet, Model
 from tests.faults.scripted import PATIENCE_S, Bystanders, Gateway, ScriptedBackend
 
 

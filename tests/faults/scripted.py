@@ -14,7 +14,6 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from gateway.backends.fake import fake_info
-from gateway.backends.fleet import Fleet
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
@@ -24,6 +23,7 @@ from gateway.engine.engine import Engine
 from gateway.engine.infinity_library import EngineArgs
 from gateway.engine.items import Encoded, Item
 from gateway.engine.tokenizer import Tokenizer
+from gateway.fleet import Fleet
 from gateway.types import ModelInfo
 
 WIDTH = 4

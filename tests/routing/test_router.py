@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry
 from gateway.errors import BadInput, ModelDisabled, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
+from gateway.fleet import Fleet, Model
 from gateway.routing.router import Router, everything
 from gateway.types import ModelState
 

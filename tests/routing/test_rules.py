@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Alias, Arm, Experiment, Registry, Shadow
+from gateway.fleet import Fleet, Model
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.types import ModelKind, ModelState
 

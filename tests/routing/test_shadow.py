@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Registry, Shadow
 from gateway.errors import InferenceFailed
+from gateway.fleet import Fleet, Model
 from gateway.routing.router import Router, everything
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics

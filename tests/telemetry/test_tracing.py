@@ -19,11 +19,11 @@ from structlog.typing import EventDict
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model
 from gateway.config.registry import Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import OutOfMemory
+from gateway.fleet import Fleet, Model
 from gateway.routing.spaces import space_id
 from gateway.telemetry import semconv, tracing
 from gateway.types import Embeddings, EmbedJob, ModelKind, Timings

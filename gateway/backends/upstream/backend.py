@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import structlog
 
+from gateway import golden
 from gateway.backends.base import Report
 from gateway.backends.upstream.answers import MAX_COUNT, Answer
 from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, Facts, make_dialect
@@ -24,8 +25,6 @@ from gateway.backends.upstream.tasks import Tasks, read_tasks
 from gateway.backends.upstream.watch import Watch
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine import golden
-from gateway.engine.golden import GoldenVector
 from gateway.errors import (
     BadInput,
     ContextLengthExceeded,
@@ -37,6 +36,7 @@ from gateway.errors import (
     ShuttingDown,
     UnsupportedOutput,
 )
+from gateway.golden import GoldenVector
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary, canonical_task
 

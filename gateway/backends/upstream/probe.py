@@ -12,8 +12,8 @@ from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.failures import Failure, TooLarge
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks
-from gateway.engine.golden import TEXTS, GoldenCheck, GoldenVector
 from gateway.errors import LoadError, NotReachable, RequestError
+from gateway.golden import TEXTS, GoldenCheck, GoldenVector
 from gateway.types import Embeddings, EmbedJob, Timings, Truncate, Vectors
 
 MIN_COSINE = 0.999

@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gateway.engine.infinity_library import BaseEmbedder
@@ -105,6 +107,11 @@ class Encoder(BaseEmbedder):
         """Encode tokenised texts, in order. Runs in one thread at a time."""
         with torch.inference_mode():
             return self.encode_post(self.encode_core(self.encode_pre(list(items))))
+
+    def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
+        """Return the vector of each text for its task, ``(width,)``, cut at the longest that the model reads."""
+        items = [Item(self.tokenise([text], task, Truncate.END)[0], task) for text, task in texts]
+        return [encoded.dense[0] for encoded in self.encode(items)]
 
     @abstractmethod
     def encode_post(self, embedding: Any, skip_quanitzation: bool = True) -> list[Encoded]:  # type: ignore[override]

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from gateway import golden
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine import golden
 from gateway.errors import (
     BadInput,
     LoadError,

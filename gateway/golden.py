@@ -12,19 +12,18 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from gateway.engine.items import Item
 from gateway.errors import LoadError
 from gateway.files import read_bounded, write_whole
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Truncate
 
-if TYPE_CHECKING:  # imports torch, which a model that runs elsewhere does without
-    from gateway.engine.encoders.base import Encoder
+Embed: TypeAlias = Callable[[Sequence[tuple[str, str | None]]], Sequence[npt.NDArray[np.float32]]]
+"""Returns a vector of ``(width,)`` for each text and its task, computed in this thread and now."""
 
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.9995}
 """Least cosine to the golden vector, by the number format that the model computes in."""
@@ -58,16 +57,16 @@ class Comparison:
     cosine: float
 
 
-def record(encoder: Encoder, tasks: Sequence[str | None]) -> list[GoldenVector]:
+def record(embed: Embed, tasks: Sequence[str | None]) -> list[GoldenVector]:
     """Compute the golden vectors of a model for each of its tasks."""
     wanted = [(text, task) for task in tasks for text in TEXTS]
-    vectors = _encode(encoder, wanted)
+    vectors = [_unit(vector) for vector in embed(wanted)]
     return [GoldenVector(text, task, vector) for (text, task), vector in zip(wanted, vectors, strict=True)]
 
 
-def compare(encoder: Encoder, golden: Sequence[GoldenVector]) -> list[Comparison]:
-    """Compute the golden texts anew and return the cosine to each golden vector; NaN, or another width, counts as -1."""
-    return _compare(_encode(encoder, [(one.text, one.task) for one in golden]), golden)
+def compare(embed: Embed, golden: Sequence[GoldenVector]) -> list[Comparison]:
+    """Compute the golden texts again and return the cosine to each golden vector; NaN, or another width, counts as -1."""
+    return _compare(embed([(one.text, one.task) for one in golden]), golden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +81,13 @@ class GoldenCheck:
     vectors: Sequence[GoldenVector]
     min_cosine: float
 
-    def check(self, encoder: Encoder) -> None:
-        """Hold an encoder against the golden vectors.
+    def check(self, embed: Embed) -> None:
+        """Hold a model that has just been loaded against the golden vectors.
 
         Raises:
             LoadError: one is off by more than the number format explains.
         """
-        if problem := self._judge(compare(encoder, self.vectors)):
+        if problem := self._judge(compare(embed, self.vectors)):
             raise LoadError(f"{problem}: this machine does not compute the model right")
 
     async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
@@ -182,9 +181,7 @@ def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
     return cosine if np.isfinite(cosine) else -1.0
 
 
-def _encode(encoder: Encoder, texts: Sequence[tuple[str, str | None]]) -> npt.NDArray[np.float32]:
-    items = [Item(encoder.tokenise([text], task, Truncate.END)[0], task) for text, task in texts]
-    vectors = np.concatenate([one.dense for one in encoder.encode(items)])
+def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     with np.errstate(all="ignore"):  # a vector of zeros becomes NaN
-        unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        unit: npt.NDArray[np.float32] = vector / np.linalg.norm(vector)
     return unit

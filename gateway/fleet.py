@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 import structlog
 
 from gateway.backends.base import Backend
-from gateway.backends.same_space import adopted
+from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LoadError, StartError
 from gateway.telemetry import metrics
@@ -64,6 +65,13 @@ class Model:
         """Have the backend embed the texts of a job; see :meth:`gateway.backends.base.Backend.embed`."""
         with self.in_use():
             return await self.backend.embed(job)
+
+    def as_reference(self) -> Reference | None:
+        """Return what other models of its space are compared with; None until its checkpoint has been read."""
+        if self.info is None:
+            return None
+        golden = None if self.entry.golden is None or self.entry.is_remote else Path(self.entry.golden)
+        return Reference(self.info, self.state, golden, self.embed)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -218,7 +226,9 @@ class Fleet:
         if other is None:
             return info
         try:
-            return await adopted(info, model.backend, self.get(other))
+            model_of_space = self.get(other)
+            reference = None if model_of_space is None else model_of_space.as_reference()
+            return await verify_same_space(info, model.backend, reference)
         except LoadError as error:
             await model.backend.stop()
             raise LoadError(f"it is said to be of the space of {other}, but {error}") from error

@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 
 from gateway.backends.base import Report
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.backends.fleet import Fleet, Model, why_disabled
 from gateway.config.registry import ModelEntry
 from gateway.errors import LoadError, StartError
+from gateway.fleet import Fleet, Model, why_disabled
 from gateway.types import ModelInfo, ModelState
 
 PATIENCE_S = 30
@@ -173,7 +173,7 @@ async def test_loading_that_is_given_up_leaves_no_task_behind(made: Models) -> N
 
 
 async def test_a_model_that_is_ready_says_since_when(made: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.backends.fleet.time.time", lambda: 1_234.9)
+    monkeypatch.setattr("gateway.fleet.time.time", lambda: 1_234.9)
     made.add("here", is_remote=False).gate.set()
 
     await made.fleet().start()
