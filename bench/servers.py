@@ -126,7 +126,7 @@ def _gateway(name: str, options: Sequence[str]) -> Server:
     port = free_port()
     return Server(
         name,
-        [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port), *options],
+        [sys.executable, "-m", "gateway", "serve", "--port", str(port), *options],
         port=port,
         ready="/health/ready",
         path="/v1/embeddings",

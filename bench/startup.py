@@ -53,7 +53,7 @@ def measure() -> Run:
     base_url = f"http://127.0.0.1:{port}"
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port)],
+        [sys.executable, "-m", "gateway", "serve", "--port", str(port)],
         env={**os.environ, "GATEWAY_LOG_LEVEL": "error"},
         stdout=subprocess.DEVNULL,
     )

@@ -17,8 +17,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gateway.config.files import read_bounded, write_whole
 from gateway.errors import LoadError
-from gateway.files import read_bounded, write_whole
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Truncate
 

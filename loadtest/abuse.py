@@ -174,7 +174,7 @@ def _running(folder: Path, limit: MemoryLimit, *, has_reranker: bool) -> Iterato
     }
     with (folder / "gateway.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "serve"], cwd=ROOT, env=environ, stdout=log, stderr=log
+            [sys.executable, "-m", "gateway", "serve"], cwd=ROOT, env=environ, stdout=log, stderr=log
         )
     try:
         limit.add(process.pid)

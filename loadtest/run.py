@@ -29,7 +29,7 @@ def locust_command(arguments: Sequence[str]) -> list[str]:
 def own_gateway() -> Iterator[str]:
     """Serve ``models.yaml`` on a free port while the context lasts; gives the URL."""
     port = free_port()
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "gateway", "serve", "--port", str(port)]
     environ = {"GATEWAY_LOG_LEVEL": "warning"}
     with Server(
         "loadtest-gateway",

@@ -76,7 +76,16 @@ def running(folder: Path, checkpoint: Path, registry: str, **environ: str) -> It
     folder.mkdir(exist_ok=True)
     (folder / "checkpoint").symlink_to(checkpoint)
     (folder / "models.yaml").write_text(registry, encoding="utf-8")
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", "0", "--models", str(folder / "models.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "gateway.cli.main",
+        "serve",
+        "--port",
+        "0",
+        "--models",
+        str(folder / "models.yaml"),
+    ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command,

@@ -35,7 +35,7 @@ def write_registry(folder: Path, models: str) -> Path:
 @contextmanager
 def gateway(registry: Path, *options: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "gateway.cli", "serve", "--models", str(registry), *options],
+        [sys.executable, "-m", "gateway", "serve", "--models", str(registry), *options],
         env={"GATEWAY_LOG_LEVEL": "error", **os.environ, **environ},  # a pipe that nobody reads must not fill up
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -169,7 +169,7 @@ def test_a_signal_while_it_loads_stops_it_with_exit_code_0(tmp_path: Path) -> No
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_it_serves_without_standard_streams(tmp_path: Path, closed: str) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--models", str(write_registry(tmp_path, BUNDLED))]
+    command = [sys.executable, "-m", "gateway", "serve", "--models", str(write_registry(tmp_path, BUNDLED))]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command, "--port", str(port)])
     try:
         deadline = time.monotonic() + TIMEOUT_S
@@ -278,7 +278,7 @@ def test_models_lists_what_would_load(tmp_path: Path) -> None:
     registry = write_registry(tmp_path, BUNDLED + lost + off)
 
     result = subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "models", str(registry)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "gateway", "models", str(registry)], capture_output=True, text=True, check=False
     )
 
     listed = words(result.stdout)

@@ -24,7 +24,7 @@ PATIENCE_S = 60
 PROGRAM = """
 import os, sys, time
 sys.argv = ["gateway", "serve", "--port", "0", "--models", os.environ["MODELS"]]
-import gateway.cli
+import gateway.cli.main
 import gateway.deployment
 from gateway.backends.fake import FakeBackend, fake_info
 
@@ -187,9 +187,7 @@ def test_a_stop_does_not_wait_for_a_load_that_never_ends(tmp_path: Path) -> None
 
 
 def test_a_table_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
-    before = (
-        "import gateway.reports\ngateway.reports.print_serving = lambda *_a, **_k: print('x' * 1_000_000, flush=True)"
-    )
+    before = "import gateway.cli.tables as t\nt.print_serving = lambda *_a, **_k: print('x' * 1_000_000, flush=True)"
     with gateway(tmp_path, before) as (process, log):
         url = url_of(log)
         wait_for(log, "model_ready")

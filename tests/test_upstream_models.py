@@ -23,19 +23,19 @@ from gateway.app import create_app
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.cli.lock import differences, make_lock
+from gateway.cli.verify import record_golden, verify
 from gateway.config.registry import ModelEntry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.evidence.counts import Evidence
-from gateway.lock import differences, make_lock
 from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import tracing
 from gateway.types import EmbedJob, ModelInfo, ModelState
-from gateway.verification import record_golden, verify
 from tests.backends.stand_in import StandIn, vector_of
 
 PATIENCE_S = 30

@@ -15,7 +15,7 @@ from bench.mutants.records import Candidate, Records, own_tests
 from bench.mutants.running import Child, Workspace, outcome_of, record_tests, run_tests
 
 _CORE = """
-vectors service deployment reranking lock http/head http/protocol http/middleware
+vectors service deployment reranking cli/lock http/head http/protocol http/middleware
 http/body access/keyring access/quotas access/windows
 api/exchange api/openai api/schema api/token_ids
 fleet backends/infinity backends/same_space

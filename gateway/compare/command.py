@@ -15,6 +15,7 @@ import httpx
 from rich.console import Console
 from rich.text import Text
 
+from gateway.cli.console import make_console
 from gateway.compare.arms import parse_arms
 from gateway.compare.client import GatewayClient
 from gateway.compare.comparison import CompareRequest, compare
@@ -26,12 +27,11 @@ from gateway.compare.progress import progress_on
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking
 from gateway.compare.table import print_comparison
+from gateway.config.files import write_whole
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.errors import CompareError
-from gateway.files import write_whole
 from gateway.telemetry.logs import configure_logs
-from gateway.terminal import make_console
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ import numpy as np
 import orjson
 
 from gateway.compare.results import DatasetSummary
+from gateway.config.files import open_regular
 from gateway.errors import CompareError
-from gateway.files import open_regular
 
 HEADER = "query-id\tcorpus-id\tscore"
 

@@ -13,8 +13,8 @@ import orjson
 
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking, without_ties
+from gateway.config.files import write_whole
 from gateway.errors import CompareError
-from gateway.files import write_whole
 
 RESULTS = "results.json"
 _MAX_NAME = 100

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gateway.cli.console import say
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast
 from gateway.compare.wording import (
     agreement_sentence,
@@ -25,7 +26,6 @@ from gateway.compare.wording import (
     significant,
     verdict_sentence,
 )
-from gateway.terminal import say
 
 _NOTHING = "-"
 _NAMES = ("arm", "space")

@@ -20,12 +20,12 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from gateway.config.fields import Distinct, DistinctListed, Name, NonEmptyText, Positive, Sha256, Time, Version
+from gateway.config.files import write_whole
 from gateway.config.model_entry import Frozen
 from gateway.config.problems import field_problems
 from gateway.config.wording import describe, did_you_mean, explain, quote
 from gateway.config.yaml_source import Document, FileKind, KeyPath, compose, read_document, read_text
 from gateway.errors import ConfigError, Problem, StartError
-from gateway.files import write_whole
 
 # Enough for a file of a megabyte: about 8,000 clients with limits and models of their own.
 _KEY_FILE = FileKind("`version: 1` and `keys:`", "GATEWAY_API_KEYS_FILE or --file names it", max_values=100_000)

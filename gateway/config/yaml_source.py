@@ -19,9 +19,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
+from gateway.config.files import UnsuitableFile, read_bounded
 from gateway.config.wording import quote
 from gateway.errors import ConfigError, Problem
-from gateway.files import UnsuitableFile, read_bounded
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_VALUES = 20_000

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from gateway.config.files import open_regular, read_bounded
 from gateway.errors import LoadError
-from gateway.files import open_regular, read_bounded
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.config.files import open_regular
 from gateway.config.registry import ModelEntry, Source
 from gateway.errors import LoadError
-from gateway.files import open_regular
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -19,8 +19,8 @@ from pathlib import Path
 import orjson
 import structlog
 
+from gateway.config.files import open_regular
 from gateway.errors import StartError
-from gateway.files import open_regular
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)

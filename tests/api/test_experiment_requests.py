@@ -14,10 +14,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.cli.experiments import ask_evidence, ask_experiments
 from gateway.config.registry import Experiment
 from gateway.errors import StartError
 from gateway.evidence.exposures import read_exposures
-from gateway.experiment_report import ask_evidence, ask_experiments
 from gateway.fleet import Model
 from gateway.routing.experiments import Split
 from gateway.telemetry import metrics

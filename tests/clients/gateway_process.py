@@ -90,7 +90,7 @@ def running_gateway(folder: Path, *launcher: str, models: str = "", **environ: s
     registry, log = folder / "models.yaml", folder / "gateway.log"
     registry.write_text(_REGISTRY.format(models=models), encoding="utf-8")
     outer = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    command = [*launcher, sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
+    command = [*launcher, sys.executable, "-m", "gateway", "serve", "--host", "127.0.0.1", "--port", "0"]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--models", registry],

@@ -10,7 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from clients.gateway_process import MODEL, Gateway
-from gateway.cli import app
+from gateway.cli.main import app
 from tests.compare.stdlib_data import write_dataset
 
 REGISTRY = f"""

@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from gateway.cli import app
+from gateway.cli.main import app
 from gateway.compare.command import default_cache
 from gateway.compare.in_process import in_process_client
 from gateway.config.registry import load_registry

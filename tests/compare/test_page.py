@@ -315,7 +315,7 @@ def test_arms_are_told_apart_by_colour_and_shape() -> None:
 
 
 def test_the_command_line_starts_without_it() -> None:
-    code = "import gateway.cli, sys; sys.exit(bool({'plotly', 'jinja2.environment'} & {*sys.modules}))"
+    code = "import gateway.cli.main, sys; sys.exit(bool({'plotly', 'jinja2.environment'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from gateway.app import create_app
 from gateway.backends.fake import fake_info
-from gateway.cli import app
+from gateway.cli.main import app
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.fleet import Model
@@ -191,7 +191,7 @@ def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
     with serve(stuck) as url:
         arguments = ["stuck", "stuck@8", "--data", data, "--url", url, "--cache", cache, "--out", tmp_path / "out"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "compare", *map(str, arguments)],
+            [sys.executable, "-m", "gateway", "compare", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -94,7 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (folder / "models.yaml").write_text(REGISTRY)
     arms, options = ["full", "shallow", "full@32"], ["--out", "out", "--no-cost", "--resamples", "1000"]
     process = subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "compare", *arms, "--data", "data", *options],
+        [sys.executable, "-m", "gateway", "compare", *arms, "--data", "data", *options],
         env={**os.environ, "GATEWAY_MODELS": "models.yaml", "XDG_CACHE_HOME": "cache"},
         cwd=folder,
         capture_output=True,

@@ -17,7 +17,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from gateway import golden
-from gateway.cli import app
+from gateway.cli.main import app
+from gateway.cli.verify import record_golden
+from gateway.cli.verify import verify as verify_model
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import loading
@@ -26,8 +28,6 @@ from gateway.engine.loading import load_engine, load_reference, plan_load
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, Comparison, Embed, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.telemetry import metrics
-from gateway.verification import record_golden
-from gateway.verification import verify as verify_model
 
 MakeCheckpoint = Callable[..., Path]
 TASKS = {"query": "query: ", "passage": "passage: "}

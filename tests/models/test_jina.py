@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
+from gateway.cli.verify import verify
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import published
@@ -30,7 +31,6 @@ from gateway.engine.modules import Pooling
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
 from gateway.types import Truncate
-from gateway.verification import verify
 from models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
 from models.checkpoints import unigram_tokenizer as jina_tokenizer
 

@@ -21,6 +21,7 @@ from tokenizers import processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from gateway.cli.verify import record_golden, verify
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.devices import CpuThreads
@@ -30,7 +31,6 @@ from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
-from gateway.verification import record_golden, verify
 from models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
 
 EditJson = Callable[..., None]

@@ -110,7 +110,7 @@ def test_the_wrong_values_of_what_is_off_do_not_matter() -> None:
 def test_serve_ends_with_that_line(name: str) -> None:
     """Also where the web framework would fail to be imported: it reads ``OTEL_PROPAGATORS``."""
     done = subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "serve"],
+        [sys.executable, "-m", "gateway", "serve"],
         env={**os.environ, name: "made-up"},
         capture_output=True,
         text=True,

@@ -13,12 +13,12 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from gateway.api.experiments import ArmEvidence, ExperimentEvidence, ExperimentList, present
+from gateway.cli.console import make_console, make_table, say
 from gateway.config.registry import Registry
 from gateway.errors import StartError
 from gateway.evidence.counts import Evidence
 from gateway.evidence.exposures import Exposure, read_exposures
 from gateway.routing.experiments import Split
-from gateway.terminal import make_console, make_table, say
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"

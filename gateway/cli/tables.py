@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from gateway.cli.console import make_console, make_table, say
+from gateway.cli.verify import Check
 from gateway.config.registry import Arm, ModelEntry, Registry
 from gateway.deployment import Deployment
 from gateway.errors import LoadError
@@ -16,9 +18,7 @@ from gateway.fleet import Model, why_disabled
 from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import space_id
 from gateway.server import Addresses
-from gateway.terminal import make_console, make_table, say
 from gateway.types import ModelInfo, ModelKind, ModelState
-from gateway.verification import Check
 
 if TYPE_CHECKING:
     from gateway.engine.forecast import Forecast, Forecaster

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.cli.tables import make_plans, print_checks, print_plans, print_serving
+from gateway.cli.verify import Check
 from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine import devices, forecast
 from gateway.errors import LoadError
-from gateway.reports import make_plans, print_checks, print_plans, print_serving
 from gateway.server import Addresses
-from gateway.verification import Check
 
 MIB = 2**20
 Printed = Callable[[], str]
@@ -216,7 +216,7 @@ async def test_everything_that_was_configured_is_listed_and_the_command_has_a_ke
 async def test_at_80_columns_no_name_and_no_space_is_cut(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gateway.terminal._PIPE_WIDTH", 80)
+    monkeypatch.setattr("gateway.cli.console._PIPE_WIDTH", 80)
     name = "a-model-with-a-long-name"
     deployment = deployment_of({name: 1})
     await deployment.start()

@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.api.experiments import present
-from gateway.cli import app
+from gateway.cli.experiments import ask_evidence
+from gateway.cli.main import app
 from gateway.config.registry import Experiment, load_registry
 from gateway.errors import StartError
 from gateway.evidence.counts import Evidence, Observation
 from gateway.evidence.exposures import Exposure, ExposureLog
-from gateway.experiment_report import ask_evidence
 from gateway.routing.experiments import Split
 
 REGISTRY = """\
@@ -53,7 +53,7 @@ def gateway_answers(monkeypatch: pytest.MonkeyPatch) -> Answering:
 
     def answer(respond: Callable[[httpx.Request], httpx.Response]) -> None:
         client = httpx.Client(transport=httpx.MockTransport(respond))
-        monkeypatch.setattr("gateway.experiment_report.httpx.get", client.get)
+        monkeypatch.setattr("gateway.cli.experiments.httpx.get", client.get)
 
     return answer
 

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway import __version__
-from gateway.cli import app
+from gateway.cli.main import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -78,7 +78,7 @@ def test_the_version_is_printed() -> None:
 def test_check_and_help_import_no_engine(arguments: list[str]) -> None:
     program = f"""
 import atexit, sys
-from gateway.cli import app
+from gateway.cli.main import app
 heavy = {{"torch", "transformers", "infinity_emb", "sentence_transformers"}}
 atexit.register(lambda: print("imported:", sorted(heavy & sys.modules.keys())))
 app({arguments!r})
@@ -115,7 +115,7 @@ def test_every_command_is_told_in_a_sentence_that_is_not_cut() -> None:
 def test_warnings_of_a_command_go_to_standard_error() -> None:
     code = (
         "import sys; sys.argv = ['gateway', '--version']\n"
-        "import structlog; from gateway import cli\n"
+        "import structlog; from gateway.cli import main\n"
         "try: cli.main()\n"
         "finally: structlog.get_logger('gateway.x').warning('seen', by='people')"
     )

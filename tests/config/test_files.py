@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.files import UnsuitableFile, open_regular, read_bounded, write_whole
+from gateway.config.files import UnsuitableFile, open_regular, read_bounded, write_whole
 
 
 def names(folder: Path) -> list[str]:

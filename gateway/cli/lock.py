@@ -14,9 +14,9 @@ from typing import TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gateway.config.files import read_bounded, write_whole
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.errors import StartError
-from gateway.files import read_bounded, write_whole
 from gateway.routing.rules import broken_rules
 from gateway.routing.spaces import PREPROCESSING_VERSION, space_id, spaces_by_task
 from gateway.types import ModelInfo, canonical_task

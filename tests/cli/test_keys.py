@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gateway.access.keyring import KEY_PREFIX, Keyring, key_digest, make_key
-from gateway.cli import app
+from gateway.cli.main import app
 from gateway.config.api_keys import add_key, load_key_file, make_entry
 from gateway.config.settings import load_settings
 

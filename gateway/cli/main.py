@@ -103,8 +103,8 @@ def serve(
     except ConfigError as error:
         _fail(error)
     # After the check: the web framework reads OTEL_PROPAGATORS when it is imported.
+    from gateway.cli.tables import print_serving
     from gateway.deployment import Deployment
-    from gateway.reports import print_serving
     from gateway.server import leave_stuck_threads
     from gateway.server import serve as serve_http
 
@@ -142,7 +142,7 @@ def check(
     _check_keys(registry)
     what = "checkpoints, "
     if locked:
-        from gateway.lock import check_lock
+        from gateway.cli.lock import check_lock
 
         try:
             absent = check_lock(registry)
@@ -219,7 +219,7 @@ def lock(
 
     It holds the weights and the spaces of every name, for `gateway check --locked`, and lies next to models.yaml.
     """
-    from gateway.lock import CheckpointInfos, check_rules, lock_path, make_lock, read_lock, write_lock
+    from gateway.cli.lock import CheckpointInfos, check_rules, lock_path, make_lock, read_lock, write_lock
 
     _path, registry = _read_registry(file)
     target = lock_path(registry)
@@ -247,7 +247,7 @@ def models(
     Each model: where, how, in how much memory, and what would be downloaded for it. Loads and downloads nothing. Exits 1
     if a model that is enabled would not load, or the models would not be served together.
     """
-    from gateway.reports import make_plans, print_plans
+    from gateway.cli.tables import make_plans, print_plans
 
     _path, registry = _read_registry(file)
     plans = make_plans(registry)
@@ -270,9 +270,9 @@ def verify(
 
     Compares it with its golden vectors, and with published numbers where there are any; exits 1 where they differ.
     """
-    from gateway.reports import print_checks
-    from gateway.verification import record_golden
-    from gateway.verification import verify as verify_model
+    from gateway.cli.tables import print_checks
+    from gateway.cli.verify import record_golden
+    from gateway.cli.verify import verify as verify_model
 
     path, registry = _read_registry(models)
     try:
@@ -378,7 +378,7 @@ def experiments(
 
     Its arms side by side: requests, latency, errors, and whether the split is as it should be.
     """
-    from gateway.experiment_report import (
+    from gateway.cli.experiments import (
         ask_evidence,
         ask_experiments,
         print_evidence,
@@ -424,7 +424,3 @@ def _summary(registry: Registry) -> str:
 
 def _count(number: int, singular: str, plural: str) -> str:
     return f"{number} {singular if number == 1 else plural}"
-
-
-if __name__ == "__main__":
-    main()

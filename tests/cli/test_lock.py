@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gateway import lock as lock_module
 from gateway.backends.fake import fake_info
-from gateway.cli import app
+from gateway.cli import lock as lock_module
+from gateway.cli.lock import Describe, Lock, differences, lock_path, make_lock, read_lock, write_lock
+from gateway.cli.main import app
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.errors import StartError
-from gateway.lock import Describe, Lock, differences, lock_path, make_lock, read_lock, write_lock
 from gateway.types import ModelInfo
 
 COMMIT = "5617a9f61b028005a4858fdac845db406aefb181"
