@@ -29,8 +29,8 @@ from gateway.api.spaces import spaces_router
 from gateway.api.tei import TEI_ADDRESS, tei_router
 from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
-from gateway.evidence.counts import Evidence
-from gateway.evidence.exposures import ExposureLog
+from gateway.experiments.exposures import ExposureLog
+from gateway.experiments.stats import Evidence
 from gateway.http.middleware import GatewayMiddleware, RequestContext
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics

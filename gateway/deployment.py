@@ -16,10 +16,10 @@ from gateway.backends.upstream.backend import UpstreamBackend, server_names
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.errors import ConfigError, ReloadRefused, StartError
-from gateway.evidence.exposures import now
+from gateway.experiments.exposures import now
+from gateway.experiments.split import Split
 from gateway.fleet import Fleet, MakeBackend, Model
 from gateway.routing.changes import changed_aliases, changed_experiments
-from gateway.routing.experiments import Split
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows

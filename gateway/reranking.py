@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from gateway import vectors as vector_math
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
+from gateway.experiments.split import Assignment, Attribute, no_attribute
 from gateway.fleet import Fleet
-from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.types import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors
 

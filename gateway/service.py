@@ -24,9 +24,9 @@ from gateway.errors import (
     UnsupportedDimensions,
     UnsupportedOutput,
 )
-from gateway.evidence.counts import Evidence, Observation
+from gateway.experiments.split import Assignment, Attribute, no_attribute
+from gateway.experiments.stats import Evidence, Observation
 from gateway.reranking import RerankAnswer, RerankRequest, check_kind, choose_reranker, score_on
-from gateway.routing.experiments import Assignment, Attribute, no_attribute
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.routing.spaces import is_same_space, space_id
 from gateway.telemetry import metrics, semconv, tracing

@@ -18,8 +18,8 @@ from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, Reloaded
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
-from gateway.evidence.counts import Evidence
-from gateway.evidence.exposures import ExposureLog
+from gateway.experiments.exposures import ExposureLog
+from gateway.experiments.stats import Evidence
 from gateway.routing.router import everything
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics

@@ -24,7 +24,7 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamUnavailable,
 )
-from gateway.evidence.counts import Evidence
+from gateway.experiments.stats import Evidence
 from gateway.fleet import Fleet, Model
 from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space

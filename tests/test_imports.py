@@ -30,7 +30,7 @@ deployment
 access
 routing
 fleet
-evidence
+experiments
 backends
 engine
 golden

@@ -14,7 +14,7 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
-from gateway.evidence.counts import Evidence
+from gateway.experiments.stats import Evidence
 from gateway.fleet import Fleet, Model
 from gateway.routing.router import everything
 from gateway.routing.spaces import space_id

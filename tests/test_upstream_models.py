@@ -29,7 +29,7 @@ from gateway.config.registry import ModelEntry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
 from gateway.errors import ConfigError, ModelNotReady
-from gateway.evidence.counts import Evidence
+from gateway.experiments.stats import Evidence
 from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
 from gateway.server import server_config

@@ -24,8 +24,8 @@ backends/upstream/probe backends/upstream/server
 compare/cache compare/comparison compare/cost compare/quality compare/search compare/statistics
 engine/adapters engine/batcher golden engine/heads engine/memory engine/pairs engine/scheduler
 engine/states engine/tokenizer engine/worker
-evidence/counts evidence/exposures evidence/sample_ratio evidence/units
-routing/experiments routing/router routing/rules routing/shadow routing/spaces
+experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units
+routing/router routing/rules routing/shadow routing/spaces
 """
 CORE = tuple(_CORE.split())
 

@@ -21,10 +21,10 @@ from gateway.api.pieces import PIECE_BYTES, in_pieces
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import ClientDisconnected, DeadlineExceeded
+from gateway.experiments.split import Attribute
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
 from gateway.reranking import RerankAnswer, RerankRequest
-from gateway.routing.experiments import Attribute
 from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
 from gateway.types import Timings

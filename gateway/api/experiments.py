@@ -14,7 +14,7 @@ from gateway.api.schema import responses
 from gateway.config.registry import Experiment
 from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound, ModelNotAllowed
-from gateway.evidence.counts import Evidence, ExperimentReport, is_running
+from gateway.experiments.stats import Evidence, ExperimentReport, is_running
 from gateway.http.middleware import RequestContext
 
 

@@ -16,9 +16,9 @@ from gateway.api.experiments import ArmEvidence, ExperimentEvidence, ExperimentL
 from gateway.cli.console import make_console, make_table, say
 from gateway.config.registry import Registry
 from gateway.errors import StartError
-from gateway.evidence.counts import Evidence
-from gateway.evidence.exposures import Exposure, read_exposures
-from gateway.routing.experiments import Split
+from gateway.experiments.exposures import Exposure, read_exposures
+from gateway.experiments.split import Split
+from gateway.experiments.stats import Evidence
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.config.registry import Alias, Experiment, Registry
-from gateway.routing.experiments import Split
+from gateway.experiments.split import Split
 
 
 def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:

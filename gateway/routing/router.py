@@ -18,8 +18,8 @@ from gateway.errors import (
     ModelRecovering,
     ModelUnavailable,
 )
+from gateway.experiments.split import Assignment, Attribute, Split
 from gateway.fleet import Fleet, Model
-from gateway.routing.experiments import Assignment, Attribute, Split
 from gateway.routing.spaces import why_no_stand_in
 from gateway.types import ModelInfo, ModelState, canonical_task, known_task_names
 
@@ -182,7 +182,7 @@ class Router:
         return found
 
     def generation(self, experiment_id: str) -> str:
-        """Return the generation of an experiment; see :class:`gateway.routing.experiments.Assignment`."""
+        """Return the generation of an experiment; see :class:`gateway.experiments.split.Assignment`."""
         return self._splits[experiment_id].generation
 
     def _candidates(self, model: Model) -> Iterator[tuple[Model, ModelInfo]]:

@@ -17,9 +17,9 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.cli.experiments import ask_evidence, ask_experiments
 from gateway.config.registry import Experiment
 from gateway.errors import StartError
-from gateway.evidence.exposures import read_exposures
+from gateway.experiments.exposures import read_exposures
+from gateway.experiments.split import Split
 from gateway.fleet import Model
-from gateway.routing.experiments import Split
 from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelKind, ModelState
 

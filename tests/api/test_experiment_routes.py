@@ -15,7 +15,7 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Arm, Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.evidence.exposures import read_exposures
+from gateway.experiments.exposures import read_exposures
 from gateway.fleet import Fleet, Model
 
 CheckError = Callable[..., str]

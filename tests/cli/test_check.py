@@ -116,7 +116,7 @@ def test_warnings_of_a_command_go_to_standard_error() -> None:
     code = (
         "import sys; sys.argv = ['gateway', '--version']\n"
         "import structlog; from gateway.cli import main\n"
-        "try: cli.main()\n"
+        "try: main.main()\n"
         "finally: structlog.get_logger('gateway.x').warning('seen', by='people')"
     )
 

@@ -15,9 +15,9 @@ from gateway.cli.experiments import ask_evidence
 from gateway.cli.main import app
 from gateway.config.registry import Experiment, load_registry
 from gateway.errors import StartError
-from gateway.evidence.counts import Evidence, Observation
-from gateway.evidence.exposures import Exposure, ExposureLog
-from gateway.routing.experiments import Split
+from gateway.experiments.exposures import Exposure, ExposureLog
+from gateway.experiments.split import Split
+from gateway.experiments.stats import Evidence, Observation
 
 REGISTRY = """\
 version: 1

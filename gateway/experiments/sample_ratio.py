@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.evidence.units import MAX_UNITS
+from gateway.experiments.units import MAX_UNITS
 
 # With p below this, what was counted is no matter of chance. Lower than the usual 0.05, since people look again and again;
 # see Fabijan et al., "Diagnosing Sample Ratio Mismatch in Online Controlled Experiments", KDD 2019.

@@ -10,8 +10,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.config.registry import Experiment
-from gateway.evidence.counts import ArmReport, Evidence, ExperimentReport, Observation, is_running
-from gateway.evidence.exposures import ExposureLog, read_exposures
+from gateway.experiments.exposures import ExposureLog, read_exposures
+from gateway.experiments.stats import ArmReport, Evidence, ExperimentReport, Observation, is_running
 
 MakeExperiment = Callable[..., Experiment]
 MakeObservation = Callable[..., Observation]
@@ -150,7 +150,7 @@ def test_the_first_unit_is_since_when_they_are_counted(
     monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_observation: MakeObservation
 ) -> None:
     times = iter(["the start", "first", "second"])
-    monkeypatch.setattr("gateway.evidence.counts.now", lambda: next(times))
+    monkeypatch.setattr("gateway.experiments.stats.now", lambda: next(times))
     evidence = Evidence(None)
     for unit in (1, 2):
         evidence.record(make_observation(unit))
@@ -245,7 +245,7 @@ def test_each_set_of_weights_is_counted_since_it_came(
     monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_observation: MakeObservation
 ) -> None:
     times = iter(["t1", "t2", "t3", "t4", "t5"])
-    monkeypatch.setattr("gateway.evidence.counts.now", lambda: next(times))
+    monkeypatch.setattr("gateway.experiments.stats.now", lambda: next(times))
     experiment = make_experiment(1, 1)
     evidence = Evidence(None)
     evidence.record(make_observation(None, generation="p"))
@@ -317,7 +317,7 @@ def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
 def test_what_waits_for_room_has_a_limit(
     tmp_path: Path, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.evidence.counts._MAX_UNWRITTEN", 3)
+    monkeypatch.setattr("gateway.experiments.stats._MAX_UNWRITTEN", 3)
     path = tmp_path / "exposures.jsonl"
     path.symlink_to(FULL_DISK)
     evidence = Evidence(open_log(tmp_path))

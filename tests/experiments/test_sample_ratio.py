@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gateway.evidence.sample_ratio import check_sample_ratio
-from gateway.evidence.units import MAX_UNITS
+from gateway.experiments.sample_ratio import check_sample_ratio
+from gateway.experiments.units import MAX_UNITS
 
 
 def test_two_arms_are_tested_as_by_hand() -> None:

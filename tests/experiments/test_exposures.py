@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.errors import StartError
-from gateway.evidence.exposures import Exposure, ExposureLog, now, read_exposures
+from gateway.experiments.exposures import Exposure, ExposureLog, now, read_exposures
 from gateway.telemetry.metrics import REGISTRY
 
 FIRST = Exposure("2026-11-01T00:00:00.000+00:00", "exp", "aaaaaaaa", "a", "0" * 16, "m", "m@0123456789ab")
@@ -211,7 +211,7 @@ def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> No
 @pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
 def test_lines_that_are_lost_are_told_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = 0.0
-    monkeypatch.setattr("gateway.evidence.exposures.time.monotonic", lambda: seconds)
+    monkeypatch.setattr("gateway.experiments.exposures.time.monotonic", lambda: seconds)
     (tmp_path / "x.jsonl").symlink_to(FULL_DISK)
     log = open_log(tmp_path / "x.jsonl")
 

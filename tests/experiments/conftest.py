@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.config.registry import Arm, Experiment
-from gateway.evidence.counts import Observation
+from gateway.experiments.stats import Observation
 
 MakeExperiment = Callable[..., Experiment]
 MakeObservation = Callable[..., Observation]

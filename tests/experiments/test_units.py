@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.evidence import units as units_module
-from gateway.evidence.units import LatencyHistogram, UnitSet
+from gateway.experiments import units as units_module
+from gateway.experiments.units import LatencyHistogram, UnitSet
 
 UNITS = st.integers(0, 2**64 - 1)
 

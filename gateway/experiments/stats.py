@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from itertools import islice
 
 from gateway.config.registry import Experiment
-from gateway.evidence.exposures import Exposure, ExposureLog, now, read_exposures
-from gateway.evidence.sample_ratio import SampleRatio, check_sample_ratio
-from gateway.evidence.units import LatencyHistogram, UnitSet
+from gateway.experiments.exposures import Exposure, ExposureLog, now, read_exposures
+from gateway.experiments.sample_ratio import SampleRatio, check_sample_ratio
+from gateway.experiments.units import LatencyHistogram, UnitSet
 
 # Where the log cannot be written for long, further exposures are lost: about 30 MB.
 _MAX_UNWRITTEN = 100_000

@@ -16,7 +16,7 @@ from scipy.stats import chi2_contingency, chisquare
 
 from gateway.config.registry import Experiment
 from gateway.errors import BadInput
-from gateway.routing.experiments import Attribute, Reason, Split
+from gateway.experiments.split import Attribute, Reason, Split
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 UNITS = [f"user-{i}" for i in range(20_000)]

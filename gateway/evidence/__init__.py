@@ -1,1 +1,0 @@
-"""What came of each experiment: counts of its arms, the log of exposures, the test of the split."""
