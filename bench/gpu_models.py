@@ -165,7 +165,7 @@ def packed_encoder(model: PreTrainedModel, adapter_folders: Sequence[Path], max_
 
 
 def _mean_pooling() -> Any:
-    from gateway.engine.modules import Pooling
+    from gateway.engine.checkpoint.modules import Pooling
 
     return Pooling.MEAN
 

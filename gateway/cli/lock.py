@@ -76,8 +76,8 @@ def describe_checkpoint(entry: ModelEntry) -> ModelInfo | None:
     """
     if entry.is_remote:  # there is no checkpoint, and a lock is made without asking other servers
         return None
+    from gateway.engine.checkpoint.sources import is_at_hand
     from gateway.engine.loading import plan_load  # imports torch
-    from gateway.engine.sources import is_at_hand
 
     return plan_load(entry, may_download=False).info if is_at_hand(entry) else None
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from gateway.engine.checkpoint import Checkpoint
-from gateway.engine.classifier import Classifier
-from gateway.engine.files import require_content, weights_files
-from gateway.engine.modules import read_dense
+from gateway.engine.checkpoint.classifier import Classifier
+from gateway.engine.checkpoint.files import require_content, weights_files
+from gateway.engine.checkpoint.modules import read_dense
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.weights import read_tensors
 from gateway.engine.states import TokenStates
-from gateway.engine.weights import read_tensors
 from gateway.errors import LoadError
 from gateway.types import MultiVector, SparseVector
 

@@ -13,7 +13,10 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
 from gateway.engine.cards import read_cards
-from gateway.engine.checkpoint import Checkpoint, read_checkpoint
+from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.checkpoint.prompts import tasks_of
+from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
+from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
 from gateway.engine.encoders.base import Encoder
 from gateway.engine.encoders.build import BuildOptions, build_encoders, choose_runtime
@@ -22,9 +25,6 @@ from gateway.engine.engine import Engine
 from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
 from gateway.engine.items import Encoded, Item
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
-from gateway.engine.modules import Pooling
-from gateway.engine.prompts import tasks_of
-from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from gateway.engine.checkpoint import Checkpoint
-from gateway.engine.headers import read_shapes
+from gateway.engine.checkpoint.headers import read_shapes
+from gateway.engine.checkpoint.read import Checkpoint
 from gateway.errors import LoadError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

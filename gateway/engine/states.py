@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from gateway.engine.modules import Pooling
+from gateway.engine.checkpoint.modules import Pooling
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gateway.engine.checkpoint import Checkpoint, read_checkpoint
-from gateway.engine.classifier import Classifier
+from gateway.engine.checkpoint.classifier import Classifier
+from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.modules import Pooling
 from gateway.engine.states import TokenStates
 from gateway.errors import LoadError
 

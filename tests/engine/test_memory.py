@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from gateway.engine import memory
-from gateway.engine.checkpoint import Checkpoint, read_checkpoint
+from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.memory import MemoryPlan, available_host_bytes, format_bytes, plan_memory, require_memory
 from gateway.errors import LoadError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from gateway.engine.modules import Pooling
+from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.states import TokenStates
 
 WIDTH = 5

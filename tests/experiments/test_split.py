@@ -134,7 +134,7 @@ def test_another_process_agrees() -> None:
     """Nothing depends on Python's own hashes, which differ from process to process."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
-        "from test_experiments import *;"
+        "from test_split import *;"
         "print(' '.join(arms_of(make_split({'a': 3, 'b': 2, 'c': 1}, salt='s'), UNITS[:2000])))"
     )
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from gateway.config.registry import ModelEntry
-from gateway.engine.classes import MODEL_TYPES
+from gateway.engine.checkpoint.classes import MODEL_TYPES
 from gateway.engine.devices import CpuThreads, choose_dtype
 from gateway.engine.loading import plan_load
 from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES

@@ -17,18 +17,18 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedM
 from transformers.utils import logging as transformers_logging
 
 from gateway.engine.adapters import AdapterMask, install_adapters
-from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.checkpoint.flash_layout import rename_tensors
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.sizes import load_config
+from gateway.engine.checkpoint.weights import read_tensors, unknown_tensors
 from gateway.engine.devices import CpuThreads
 from gateway.engine.encoders.text import Heads, TextEncoder
-from gateway.engine.flash_layout import rename_tensors
 from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.pairs import PairTokenizer
 from gateway.engine.runtimes.base import Runtime
 from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
 from gateway.engine.runtimes.padded import PaddedRuntime
-from gateway.engine.sizes import load_config
 from gateway.engine.tokenizer import Tokenizer
-from gateway.engine.weights import read_tensors, unknown_tensors
 from gateway.errors import LoadError
 
 log = structlog.get_logger(__name__)

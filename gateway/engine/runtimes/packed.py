@@ -20,8 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from gateway.engine.adapters import AdapterMask
+from gateway.engine.checkpoint.sizes import OFFSET_BY_PADDING
 from gateway.engine.runtimes.padded import pad_segments
-from gateway.engine.sizes import OFFSET_BY_PADDING
 from gateway.engine.states import TokenStates
 
 ATTENTION = "gateway_packed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gateway.engine.json_files import is_lfs_pointer, read_object
+from gateway.engine.checkpoint.json_files import is_lfs_pointer, read_object
 from gateway.errors import LoadError
 
 _LFS = "a Git LFS pointer in place of the file: run `git lfs pull` in its repository"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gateway.engine.checkpoint import Checkpoint, read_checkpoint
-from gateway.engine.classes import MODEL_TYPES
-from gateway.engine.modules import Pooling
+from gateway.engine.checkpoint.classes import MODEL_TYPES
+from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.errors import LoadError
 from gateway.types import Output
 

@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 
-from gateway.engine.checkpoint import Checkpoint
+from gateway.engine.checkpoint.read import Checkpoint
 
 
 def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> dict[str, torch.Tensor]:

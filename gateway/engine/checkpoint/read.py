@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gateway.engine.classes import require_embedder, require_known_code, require_model_type
-from gateway.engine.classifier import Classifier, architecture, read_classifier
-from gateway.engine.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
-from gateway.engine.flash_layout import is_flash_layout
-from gateway.engine.headers import read_shapes
-from gateway.engine.json_files import Json, read_object
-from gateway.engine.modules import (
+from gateway.engine.checkpoint.classes import require_embedder, require_known_code, require_model_type
+from gateway.engine.checkpoint.classifier import Classifier, architecture, read_classifier
+from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
+from gateway.engine.checkpoint.flash_layout import is_flash_layout
+from gateway.engine.checkpoint.headers import read_shapes
+from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.modules import (
     Modules,
     Pooling,
     as_length,
@@ -32,9 +32,9 @@ from gateway.engine.modules import (
     read_truncated_width,
     require_sentence_transformer,
 )
-from gateway.engine.prompts import Prompts, jina_prompts, read_prompts
-from gateway.engine.sizes import Sizes, read_config
-from gateway.engine.sources import file_sha256
+from gateway.engine.checkpoint.prompts import Prompts, jina_prompts, read_prompts
+from gateway.engine.checkpoint.sizes import Sizes, read_config
+from gateway.engine.checkpoint.sources import file_sha256
 from gateway.errors import LoadError
 from gateway.types import Output
 
@@ -67,7 +67,7 @@ class Checkpoint:
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         classifier: the head that scores a pair of texts, if the model is a cross-encoder.
-        is_flash: whether the files have Jina's layout, which ``gateway.engine.flash_layout`` reads.
+        is_flash: whether the files have Jina's layout, which ``gateway.engine.checkpoint.flash_layout`` reads.
         has_own_code: whether the checkpoint brings, in place of transformers' class, code that is trusted.
         has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
         is_named: whether ``config.json`` names the class of the model.

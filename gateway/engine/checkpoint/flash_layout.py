@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from gateway.engine.json_files import Json
+from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 
 _CONFIG_CLASS = "XLMRobertaFlashConfig"

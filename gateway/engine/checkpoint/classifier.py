@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gateway.engine.json_files import Json
+from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 
 # transformers' numbers of labels and segments where a configuration says nothing.

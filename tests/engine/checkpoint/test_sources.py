@@ -15,9 +15,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from gateway.config.registry import ModelEntry
-from gateway.engine import sources
+from gateway.engine.checkpoint.read import sources
+from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.forecast import Forecaster
-from gateway.engine.sources import locate, verify_sha256
 from gateway.errors import LoadError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gateway.engine.json_files import Json
+from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 from gateway.types import canonical_task
 

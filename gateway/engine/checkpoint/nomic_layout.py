@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from gateway.engine.json_files import Json
+from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 
 _NAMES = {

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.engine.flash_layout import as_xlm_roberta, is_flash_layout
-from gateway.engine.headers import Shapes
-from gateway.engine.json_files import Json, read_object
-from gateway.engine.nomic_layout import as_nomic_bert, is_nomic_layout
+from gateway.engine.checkpoint.flash_layout import as_xlm_roberta, is_flash_layout
+from gateway.engine.checkpoint.headers import Shapes
+from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.nomic_layout import as_nomic_bert, is_nomic_layout
 from gateway.errors import LoadError
 
 if TYPE_CHECKING:

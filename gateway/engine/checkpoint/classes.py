@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from gateway.engine.classifier import ARCHITECTURES, architecture, own_class
-from gateway.engine.json_files import Json, read_object, require_string
-from gateway.engine.modules import MULTI_VECTOR
+from gateway.engine.checkpoint.classifier import ARCHITECTURES, architecture, own_class
+from gateway.engine.checkpoint.json_files import Json, read_object, require_string
+from gateway.engine.checkpoint.modules import MULTI_VECTOR
 from gateway.errors import LoadError
 
 MODEL_TYPES = {
@@ -32,7 +32,7 @@ MODEL_TYPES = {
 transformers that is the model without a head."""
 
 # Same mathematics under another name, so that transformers' own class gives the same numbers: `model_type`, and the
-# class in the checkpoint's code. Jina's flash layout is read by `gateway.engine.flash_layout`.
+# class in the checkpoint's code. Jina's flash layout is read by `gateway.engine.checkpoint.flash_layout`.
 _SAME_MATHEMATICS = {("nomic_bert", "NomicBertModel"), ("gte", "GteModel"), ("gte", "NewModel")}
 # facebook/contriever: BERT whose class takes the mean, as is done here without one.
 _SAME_CLASSES = {("bert", "Contriever"), ("gte", "NewModel")}

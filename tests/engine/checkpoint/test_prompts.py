@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gateway.config.registry import ModelEntry
+from gateway.engine.checkpoint.prompts import jina_prompts, tasks_of
 from gateway.engine.loading import LoadPlan, plan_load
-from gateway.engine.prompts import jina_prompts, tasks_of
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id, spaces_by_task
 

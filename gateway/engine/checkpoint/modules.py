@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
-from gateway.engine.json_files import Json, read_json, read_object, require_string
+from gateway.engine.checkpoint.json_files import Json, read_json, read_object, require_string
 from gateway.errors import LoadError
 
 MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, which is not supported"
