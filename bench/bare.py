@@ -19,7 +19,7 @@ import orjson
 
 from bench.load import Sample
 from bench.processes import ROOT, Worker
-from gateway.engine.items import Item
+from gateway.engine.model.items import Item
 
 MODEL = "all-minilm-l6-v2"
 

@@ -154,10 +154,10 @@ class RuntimeEncoder:
 
 def packed_encoder(model: PreTrainedModel, adapter_folders: Sequence[Path], max_batch_tokens: int) -> RuntimeEncoder:
     """Put a model, with its adapters if there are any, into the gateway's packed runtime."""
-    runtimes: Any = import_module("gateway.engine.runtimes.packed")
+    runtimes: Any = import_module("gateway.engine.model.runtimes.packed")
     mask = None
     if adapter_folders:
-        adapters: Any = import_module("gateway.engine.adapters")
+        adapters: Any = import_module("gateway.engine.model.adapters")
         mask = adapters.install_adapters(model, adapter_folders)
         mask.to(model.device)
         nn.Module.to(model, model.device)  # the adapters are made on the CPU

@@ -17,7 +17,7 @@ import torch
 from gateway.config.registry import load_registry
 from gateway.config.settings import load_settings
 from gateway.deployment import Deployment
-from gateway.engine.encoders.text import TextEncoder
+from gateway.engine.model.encoder import TextEncoder
 from gateway.server import serve
 from gateway.telemetry.logs import configure_logs
 

@@ -300,7 +300,8 @@ def test_help(module):
 
 
 @pytest.mark.skipif(
-    find_spec("gateway.engine.runtimes") is None, reason="gateway.engine.runtimes, which it measures, is not there"
+    find_spec("gateway.engine.model.runtimes") is None,
+    reason="gateway.engine.model.runtimes, which it measures, is not there",
 )
 def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu():
     printed = run("bench.gpu", "--device", "cpu", "--tiny")

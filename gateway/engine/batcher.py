@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import structlog
 
-from gateway.engine.encoders.base import Encoder
-from gateway.engine.infinity_library import OverloadStatus
-from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.infinity import OverloadStatus
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.items import Encoded, Item, Tokens
+from gateway.engine.model.tokenizer import Steps, slices
 from gateway.engine.reading import ReadingRoom
 from gateway.engine.scheduler import Computation, Entry, Ticket
 from gateway.engine.timeline import Stage, Timeline
-from gateway.engine.tokenizer import Steps, slices
 from gateway.engine.worker import FinishedBatch, Inbox, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, Overloaded, RequestError, ShuttingDown
 from gateway.telemetry import metrics

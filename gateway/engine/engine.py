@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from gateway.engine.batcher import Batcher, Limits
-from gateway.engine.encoders.base import Encoder
-from gateway.engine.infinity_library import AsyncEmbeddingEngine, EngineArgs
+from gateway.engine.infinity import AsyncEmbeddingEngine, EngineArgs
+from gateway.engine.model.base import Encoder
 from gateway.errors import ModelNotReady, RequestError
 from gateway.golden import GoldenCheck
 from gateway.types import Embeddings, EmbedJob

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.sources import download_bytes, is_at_hand, require_readable
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
-from gateway.engine.encoders.build import choose_runtime
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
+from gateway.engine.model.build import choose_runtime
 from gateway.errors import LoadError
 from gateway.types import ModelInfo
 

@@ -18,13 +18,13 @@ from gateway.engine.checkpoint.prompts import tasks_of
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
-from gateway.engine.encoders.base import Encoder
-from gateway.engine.encoders.build import BuildOptions, build_encoders, choose_runtime
-from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.engine import Engine
-from gateway.engine.infinity_library import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
-from gateway.engine.items import Encoded, Item
+from gateway.engine.infinity import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.items import Encoded, Item
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden

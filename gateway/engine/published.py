@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gateway.engine.runtimes.base import Runtime
+from gateway.engine.model.runtimes.base import Runtime
 
 SOURCE = "jinaai/jina-embeddings-v3-hf"
 TEXT = "Jina Embeddings V3 is great for semantic search."

@@ -1,7 +1,7 @@
 """The threads that tokenise for one model, and the fair queues in front of them.
 
 Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
-then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.tokenizer`), and a request that has
+then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that has
 another step to go waits for its turn again. So a short text waits for the step in hand and not for the work of others,
 however many long texts they have sent. Steps of many characters have a thread of their own: none of them can be
 interrupted.
@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from gateway.engine.model.tokenizer import Steps
 from gateway.engine.scheduler import FairQueue, Ticket
-from gateway.engine.tokenizer import Steps
 
 T = TypeVar("T")
 

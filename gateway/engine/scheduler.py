@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from gateway.engine.items import Item
+from gateway.engine.model.items import Item
 
 
 @dataclass(eq=False, slots=True)

@@ -13,8 +13,8 @@ import numpy as np
 import structlog
 
 from gateway.engine.devices import is_out_of_memory, release_memory
-from gateway.engine.encoders.base import Encoder
-from gateway.engine.items import Encoded, Item
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import Computation, Entry, FairQueue, take
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory, RequestError
 from gateway.telemetry import metrics

@@ -26,9 +26,9 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine import loading
 from gateway.engine.checkpoint.sources import locate
-from gateway.engine.encoders.base import Encoder
 from gateway.engine.engine import Engine
-from gateway.engine.items import Encoded, Item
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.items import Encoded, Item
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,

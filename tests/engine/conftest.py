@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Batcher, Limits
-from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.loading import LoadPlan, load_engine, plan_load
+from gateway.engine.model.encoder import TextEncoder
 from gateway.types import EmbedJob, Output, Truncate
 from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, StartBatcher, threads_of
 

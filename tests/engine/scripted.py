@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import numpy as np
 
 from gateway.engine.batcher import Batcher
-from gateway.engine.encoders.base import Encoder
-from gateway.engine.items import Encoded, Item, Tokens
-from gateway.engine.tokenizer import Steps
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.items import Encoded, Item, Tokens
+from gateway.engine.model.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, RequestError
 from gateway.types import Embeddings, EmbedJob, Truncate
 

@@ -13,8 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from gateway.engine.devices import choose_dtype
-from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.items import Item
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.items import Item
 from gateway.types import Truncate, Vectors
 
 SAME = 0.99999

@@ -16,8 +16,8 @@ from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.engine import Engine
-from gateway.engine.infinity_library import EngineArgs
-from gateway.engine.items import Encoded
+from gateway.engine.infinity import EngineArgs
+from gateway.engine.model.items import Encoded
 from gateway.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,

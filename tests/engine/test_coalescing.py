@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gateway.engine.batcher import Batcher
-from gateway.engine.items import Tokens
-from gateway.engine.tokenizer import Steps
+from gateway.engine.model.items import Tokens
+from gateway.engine.model.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, DeadlineExceeded, InferenceFailed, RequestError
 from gateway.types import Embeddings, Output, Truncate
 from tests.engine.scripted import (

@@ -23,8 +23,8 @@ from gateway.cli.verify import verify as verify_model
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import loading
-from gateway.engine.encoders.text import TextEncoder
 from gateway.engine.loading import load_engine, load_reference, plan_load
+from gateway.engine.model.encoder import TextEncoder
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, Comparison, Embed, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.telemetry import metrics

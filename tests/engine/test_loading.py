@@ -24,11 +24,11 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import loading
 from gateway.engine.devices import CpuThreads
-from gateway.engine.encoders.build import build_encoders
-from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.infinity_library import EngineArgs
-from gateway.engine.items import Item
+from gateway.engine.infinity import EngineArgs
 from gateway.engine.loading import load_engine, plan_load
+from gateway.engine.model.build import build_encoders
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.items import Item
 from gateway.errors import LoadError, ModelNotReady, StartError
 from gateway.fleet import Fleet, Model
 from gateway.types import EmbedJob, ModelState, Output, Truncate

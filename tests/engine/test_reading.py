@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from gateway.engine.model.tokenizer import Steps
 from gateway.engine.reading import LONG_STEP_CHARS, Reading, ReadingRoom
 from gateway.engine.scheduler import Ticket
-from gateway.engine.tokenizer import Steps
 from gateway.errors import DeadlineExceeded, RequestError
 from gateway.telemetry import metrics
 from tests.engine.scripted import PATIENCE_S, Gate, MakeJob, NumberEncoder, StartBatcher, answer, becomes

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.engine import scheduler
-from gateway.engine.items import Item, Tokens
+from gateway.engine.model.items import Item, Tokens
 from gateway.engine.scheduler import Computation, Entry, FairQueue, Ticket
 
 FOREVER = float("inf")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.engine import worker as worker_module
-from gateway.engine.items import Encoded, Item, Tokens
+from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.scheduler import Computation, Entry, Ticket
 from gateway.engine.worker import FinishedBatch, Inbox, Worker
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory

@@ -18,11 +18,11 @@ from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
-from gateway.engine.encoders.base import Encoder
 from gateway.engine.engine import Engine
-from gateway.engine.infinity_library import EngineArgs
-from gateway.engine.items import Encoded, Item
-from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.infinity import EngineArgs
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.items import Encoded, Item
+from gateway.engine.model.tokenizer import Tokenizer
 from gateway.fleet import Fleet
 from gateway.types import ModelInfo
 

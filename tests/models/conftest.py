@@ -26,10 +26,10 @@ from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine.devices import CpuThreads
-from gateway.engine.encoders.build import BuildOptions, build_encoders
-from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.items import Encoded, Item
 from gateway.engine.loading import plan_load
+from gateway.engine.model.build import BuildOptions, build_encoders
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.items import Encoded, Item
 from gateway.types import Output, Truncate
 from models import plain
 from models.checkpoints import (

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.items import Encoded
 from gateway.engine.loading import plan_load
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.items import Encoded
 from gateway.errors import LoadError
 from models.checkpoints import TEXTS
 from models.plain import entry, load_whole, save_modules

@@ -23,11 +23,11 @@ from gateway.cli.verify import verify
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import published
-from gateway.engine.adapters import install_adapters
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import read_checkpoint
 from gateway.engine.devices import choose_dtype
 from gateway.engine.loading import plan_load
+from gateway.engine.model.adapters import install_adapters
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
 from gateway.types import Truncate

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gateway.config.registry import ModelEntry
-from gateway.engine.items import Item, Tokens
+from gateway.engine.model.items import Item, Tokens
 from gateway.errors import BadInput, ContextLengthExceeded
 from models.checkpoints import JINA_TASKS, MAX_TOKENS
 

@@ -16,8 +16,8 @@ from transformers import AutoModel
 
 from gateway.config.registry import ModelEntry
 from gateway.engine.devices import choose_dtype
-from gateway.engine.items import Encoded
 from gateway.engine.loading import plan_load
+from gateway.engine.model.items import Encoded
 from gateway.errors import LoadError
 from gateway.types import Output
 from models.checkpoints import TEXTS, linear_head

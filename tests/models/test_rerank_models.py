@@ -25,10 +25,10 @@ from gateway.cli.verify import record_golden, verify
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.devices import CpuThreads
-from gateway.engine.encoders.build import BuildOptions, build_encoders
-from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.items import Item
 from gateway.engine.loading import load_engine, plan_load
+from gateway.engine.model.build import BuildOptions, build_encoders
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.items import Item
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
 from models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES

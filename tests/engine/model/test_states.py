@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.states import TokenStates
+from gateway.engine.model.states import TokenStates
 
 WIDTH = 5
 LENGTHS = {

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gateway.engine.infinity_library import BaseEmbedder
-from gateway.engine.items import Encoded, Item, Tokens
-from gateway.engine.pairs import PairTokenizer
-from gateway.engine.tokenizer import Row, Steps, Tokenizer
+from gateway.engine.infinity import BaseEmbedder
+from gateway.engine.model.items import Encoded, Item, Tokens
+from gateway.engine.model.pairs import PairTokenizer
+from gateway.engine.model.tokenizer import Row, Steps, Tokenizer
 from gateway.types import EmbedJob, Truncate
 
 
@@ -53,7 +53,7 @@ class Encoder(BaseEmbedder):
         first_index: int = 0,
         max_text_tokens: int | None = None,
     ) -> list[Tokens]:
-        """Tokenise each text behind the query; see :meth:`gateway.engine.pairs.PairTokenizer.tokenise_pairs`.
+        """Tokenise each text behind the query; see :meth:`gateway.engine.model.pairs.PairTokenizer.tokenise_pairs`.
 
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
@@ -64,7 +64,7 @@ class Encoder(BaseEmbedder):
         )
 
     def read_query(self, query: str) -> Steps[Row]:
-        """Tokenise the query of pairs; see :meth:`gateway.engine.pairs.PairTokenizer.read_query`.
+        """Tokenise the query of pairs; see :meth:`gateway.engine.model.pairs.PairTokenizer.read_query`.
 
         Raises:
             TypeError: the model scores no pairs.
@@ -72,7 +72,7 @@ class Encoder(BaseEmbedder):
         return self._pairs.read_query(query)
 
     def read(self, job: EmbedJob, first: int, texts: Sequence[str], query: Row | None) -> Steps[list[Tokens]]:
-        """Tokenise some of the texts of a job, step by step; see :mod:`gateway.engine.tokenizer`.
+        """Tokenise some of the texts of a job, step by step; see :mod:`gateway.engine.model.tokenizer`.
 
         Args:
             first: place of the first of the texts in the job.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from gateway.engine.adapters import AdapterMask
-from gateway.engine.states import TokenStates
+from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.states import TokenStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class PaddedFeatures:
 
 
 class PaddedRuntime:
-    """The :class:`~gateway.engine.runtimes.base.Runtime` that pads."""
+    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that pads."""
 
     name = "torch"
     is_packed = False

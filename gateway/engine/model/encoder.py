@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gateway.engine.encoders.base import Encoder
-from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.items import Encoded, Item
-from gateway.engine.runtimes.base import Runtime
-from gateway.engine.states import TokenStates
-from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.model.base import Encoder
+from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.model.items import Encoded, Item
+from gateway.engine.model.runtimes.base import Runtime
+from gateway.engine.model.states import TokenStates
+from gateway.engine.model.tokenizer import Tokenizer
 from gateway.types import Output, Truncate
 
 # A forward costs about as much as this many tokens before it has computed any: what splitting a batch must save.

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gateway.engine.adapters import AdapterMask
 from gateway.engine.devices import CpuThreads
-from gateway.engine.openvino_library import openvino
-from gateway.engine.runtimes.padded import pad, pad_segments
-from gateway.engine.states import TokenStates
+from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.runtimes.openvino_library import openvino
+from gateway.engine.model.runtimes.padded import pad, pad_segments
+from gateway.engine.model.states import TokenStates
 
 AdapterTable: TypeAlias = npt.NDArray[np.float32]
 # OpenVINO compiles kernels for each shape of a batch and by default keeps those of thousands: memory grows by 100 MiB for
@@ -74,7 +74,7 @@ class _Traced(nn.Module):
 
 
 class OpenVinoRuntime:
-    """The :class:`~gateway.engine.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU."""
+    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU."""
 
     name = "openvino"
     is_packed = False

@@ -18,7 +18,7 @@ from gateway.engine.checkpoint.files import require_content, weights_files
 from gateway.engine.checkpoint.modules import read_dense
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.weights import read_tensors
-from gateway.engine.states import TokenStates
+from gateway.engine.model.states import TokenStates
 from gateway.errors import LoadError
 from gateway.types import MultiVector, SparseVector
 

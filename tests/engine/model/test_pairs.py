@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from gateway.engine.pairs import PairTokenizer
+from gateway.engine.model.pairs import PairTokenizer
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
 

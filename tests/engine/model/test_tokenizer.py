@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gateway.engine.encoders.text import TextEncoder
-from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from gateway.engine.items import Tokens
-from gateway.engine.tokenizer import Prefixed, Row, Steps, Tokenizer, at_once
+from gateway.engine.model.items import Tokens
+from gateway.engine.model.tokenizer import Prefixed, Row, Steps, Tokenizer, at_once
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
 

@@ -15,7 +15,7 @@ handler = logging.NullHandler()
 root.addHandler(handler)
 root.setLevel(logging.ERROR)
 
-import gateway.engine.infinity_library
+import gateway.engine.infinity
 from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
 from infinity_emb.telemetry import TELEMETRY_ENABLED
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from gateway.engine.states import TokenStates
+from gateway.engine.model.states import TokenStates
 
 
 class Runtime(Protocol):

@@ -19,10 +19,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from gateway.engine.adapters import AdapterMask
 from gateway.engine.checkpoint.sizes import OFFSET_BY_PADDING
-from gateway.engine.runtimes.padded import pad_segments
-from gateway.engine.states import TokenStates
+from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.runtimes.padded import pad_segments
+from gateway.engine.model.states import TokenStates
 
 ATTENTION = "gateway_packed"
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "jina_embeddings_v3")
@@ -50,7 +50,7 @@ class PackedFeatures:
 
 
 class PackedRuntime:
-    """The :class:`~gateway.engine.runtimes.base.Runtime` that packs."""
+    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that packs."""
 
     name = "torch-packed"
     is_packed = True

@@ -16,19 +16,19 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, XLMRobertaModel
 from transformers.utils import logging as transformers_logging
 
-from gateway.engine.adapters import AdapterMask, install_adapters
 from gateway.engine.checkpoint.flash_layout import rename_tensors
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.checkpoint.weights import read_tensors, unknown_tensors
 from gateway.engine.devices import CpuThreads
-from gateway.engine.encoders.text import Heads, TextEncoder
-from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.pairs import PairTokenizer
-from gateway.engine.runtimes.base import Runtime
-from gateway.engine.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
-from gateway.engine.runtimes.padded import PaddedRuntime
-from gateway.engine.tokenizer import Tokenizer
+from gateway.engine.model.adapters import AdapterMask, install_adapters
+from gateway.engine.model.encoder import Heads, TextEncoder
+from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.model.pairs import PairTokenizer
+from gateway.engine.model.runtimes.base import Runtime
+from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
+from gateway.engine.model.runtimes.padded import PaddedRuntime
+from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import LoadError
 
 log = structlog.get_logger(__name__)
@@ -140,7 +140,7 @@ def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
 
 def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
     """Compile the model, and keep the result only if it agrees with torch; nothing otherwise."""
-    from gateway.engine.runtimes.openvino import OpenVinoRuntime  # slow to import, and only needed on a CPU
+    from gateway.engine.model.runtimes.openvino import OpenVinoRuntime  # slow to import, and only needed on a CPU
 
     model, mask = _load_model(checkpoint, options, "float32")
     reference = PaddedRuntime(model, mask)

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from gateway.engine.long_runs import LongRuns
-from gateway.engine.pairs import PairTokenizer
-from gateway.engine.tokenizer import Tokenizer, at_once
+from gateway.engine.model.long_runs import LongRuns
+from gateway.engine.model.pairs import PairTokenizer
+from gateway.engine.model.tokenizer import Tokenizer, at_once
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
 

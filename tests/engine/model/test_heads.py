@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from gateway.engine.checkpoint.classifier import Classifier
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
-from gateway.engine.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.states import TokenStates
+from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.model.states import TokenStates
 from gateway.errors import LoadError
 
 MakeCheckpoint = Callable[..., Path]

@@ -12,8 +12,8 @@ from typing import TypeAlias, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from gateway.engine.items import Tokens
-from gateway.engine.long_runs import LongRuns, chunks
+from gateway.engine.model.items import Tokens
+from gateway.engine.model.long_runs import LongRuns, chunks
 from gateway.errors import BadInput, ContextLengthExceeded
 from gateway.types import Token, Truncate
 
