@@ -1,8 +1,8 @@
 """The threads that tokenise for one model, and the fair queues in front of them.
 
 Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
-then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that has
-another step to go waits for its turn again. So a short text waits for the step in hand and not for the work of others,
+then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that
+has another step to go waits for its turn again. So a short text waits for the step in hand and not for the work of others,
 however many long texts they have sent. Steps of many characters have a thread of their own: none of them can be
 interrupted.
 """

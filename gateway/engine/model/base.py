@@ -28,7 +28,7 @@ class Encoder(BaseEmbedder):
     tokenizer: Tokenizer
     width: int
     runtime_name = ""
-    """What computes the forward; empty where that is not one of ``engine/runtimes``."""
+    """What computes the forward; empty where that is not one of ``engine/model/runtimes``."""
     num_padding = 0
     """Tokens of padding that have been computed so far."""
     progressed_at = 0.0

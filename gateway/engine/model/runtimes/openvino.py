@@ -7,6 +7,7 @@ processor's own layout, and the torch model can go. OpenVINO's threads sleep whe
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,13 @@ from transformers import PreTrainedModel
 
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask
-from gateway.engine.model.runtimes.openvino_library import openvino
 from gateway.engine.model.runtimes.padded import pad, pad_segments
 from gateway.engine.model.states import TokenStates
+
+# OpenVINO's telemetry reports each import and each conversion. Without the package, it uses a stub that sends nothing.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+import openvino  # type: ignore[import-untyped]  # noqa: E402
 
 AdapterTable: TypeAlias = npt.NDArray[np.float32]
 # OpenVINO compiles kernels for each shape of a batch and by default keeps those of thousands: memory grows by 100 MiB for
