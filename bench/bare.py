@@ -86,7 +86,7 @@ class _Gateway:
         self._truncate = Truncate.END
 
     def encode(self, texts: Sequence[str]) -> float:
-        tokens = sorted(self._replicas[0].tokenise(texts, None, self._truncate), key=lambda row: len(row.ids))
+        tokens = sorted(self._replicas[0].tokenize(texts, None, self._truncate), key=lambda row: len(row.ids))
         batches = iter(cut([len(row.ids) for row in tokens], self.max_batch_tokens, tokens))
         if len(texts) == 1:
             return self._encode_all(self._replicas[0], batches)

@@ -2,7 +2,7 @@
 
 Infinity's own server, sentence-transformers in a loop, and the gateway's own encoder in a loop serve the bundled model in
 turns (A B A B) on the same texts, none of which is sent twice to the same one; the table shows medians over the rounds,
-and ratios are medians of the ratios of neighbours. The first run installs Infinity's server, with an environment of its
+and ratios are medians of the ratios of neighbors. The first run installs Infinity's server, with an environment of its
 own, under ``build/``. Everything is bound to 127.0.0.1.
 
     python -m bench.compare              about 10 minutes

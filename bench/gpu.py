@@ -166,10 +166,10 @@ class Bench:
         return seconds
 
     def seconds(self, work: Callable[[], object]) -> float:
-        self._synchronise()
+        self._synchronize()
         started = time.perf_counter()
         work()
-        self._synchronise()
+        self._synchronize()
         return time.perf_counter() - started
 
     def peak_mib(self, work: Callable[[], object]) -> float:
@@ -180,7 +180,7 @@ class Bench:
         work()
         return torch.cuda.max_memory_allocated(self.device) / 2**20
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

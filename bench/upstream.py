@@ -72,7 +72,7 @@ def compare(direct: Server, front: Server, generator: LoadGenerator, texts: Sequ
     """Load both in turns; return, for each shape, medians over the rounds.
 
     Returns:
-        p50 in milliseconds of the server and of the gateway in front, the difference of neighbours, and requests/s of both.
+        p50 in milliseconds of the server and of the gateway in front, the difference of neighbors, and requests/s of both.
     """
     found: dict[Shape, list[float]] = {}
     for shape in SHAPES:

@@ -137,7 +137,7 @@ class Deployment:
                 info.id,
                 source=info.source,
                 revision=info.revision or "",
-                space=space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
+                space=space_id(info, info.default_task, info.width, is_normalized=info.is_normalized)
                 if info.kind is ModelKind.EMBED
                 else "",
                 dtype=info.dtype,

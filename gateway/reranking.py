@@ -137,7 +137,7 @@ async def score_on(target: Target, choice: Choice, request: RerankRequest) -> Re
             on_tokens=lambda num_tokens: request.reserve(num_tokens * TOKEN_BYTES),
         )
     )
-    scores = vector_math.finish(result.vectors, (len(request.texts), 1), 1, normalise=False)
+    scores = vector_math.finish(result.vectors, (len(request.texts), 1), 1, normalize=False)
     return RerankAnswer(
         scores=scores[:, 0],
         name=target.name,

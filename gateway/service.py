@@ -48,7 +48,7 @@ from gateway.types import (
 )
 
 _FLOAT_BYTES = 4
-# Dense vectors are there three times while they are finished: as they were computed, cut, and normalised.
+# Dense vectors are there three times while they are finished: as they were computed, cut, and normalized.
 _DENSE_COPIES = 3
 # An index of 8 bytes, a weight of 4.
 _SPARSE_BYTES = 12
@@ -66,7 +66,7 @@ class EmbedRequest:
         model: public name, or ``None`` for the registry's default.
         task: task by any of its names, or ``None`` for the model's default.
         dimensions: wanted size, or ``None`` for the model's own.
-        is_normalised: ``None`` for what the model does by itself.
+        is_normalized: ``None`` for what the model does by itself.
         expect_space: the space that the vectors must be in, if the caller says.
         timeout_s: seconds after which the caller no longer waits.
         caller: whom the work is for.
@@ -85,7 +85,7 @@ class EmbedRequest:
     may_use: MayUse
     task: str | None = None
     dimensions: int | None = None
-    is_normalised: bool | None = None
+    is_normalized: bool | None = None
     truncate: Truncate = Truncate.END
     outputs: Sequence[Output] = (Output.DENSE,)
     is_late_chunked: bool = False
@@ -101,7 +101,7 @@ class EmbedAnswer:
     """Finished vectors, and what they are.
 
     Attributes:
-        vectors: ``(n, d)`` float32, checked, cut and normalised, in input order.
+        vectors: ``(n, d)`` float32, checked, cut and normalized, in input order.
         name: what to say in ``model``.
         model: id of the model that answered.
         truncated: indices of the texts that were cut.
@@ -286,7 +286,7 @@ class EmbeddingService:
         meters.texts.inc(answer.num_texts)
         meters.tokens.inc(answer.num_tokens)
         meters.truncated.inc(len(answer.truncated))
-        meters.tokenise_s.observe(answer.timings.tokenise_s)
+        meters.tokenize_s.observe(answer.timings.tokenize_s)
         meters.queue_s.observe(answer.timings.queue_s)
         meters.inference_s.observe(answer.timings.inference_s)
         self._note(choice, elapsed_s, answer=answer)
@@ -365,16 +365,16 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
     """Check what a request asks of a target, have it embed, and finish the vectors."""
     info = target.info
     dimensions = _dimensions(target, request.dimensions)
-    is_normalised = info.is_normalised if request.is_normalised is None else request.is_normalised
-    if not is_normalised and not info.has_raw:
+    is_normalized = info.is_normalized if request.is_normalized is None else request.is_normalized
+    if not is_normalized and not info.has_raw:
         raise BadInput(
-            f"`normalized` is false, but the vectors of model {info.id!r} come normalised from where it runs",
+            f"`normalized` is false, but the vectors of model {info.id!r} come normalized from where it runs",
             param="normalized",
         )
     _check_outputs(target, request)
     outputs = frozenset(request.outputs)
     output = Output.STATES if Output.STATES in outputs else Output.DENSE
-    space = space_id(info, target.task, dimensions, is_normalised=is_normalised, output=output)
+    space = space_id(info, target.task, dimensions, is_normalized=is_normalized, output=output)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):
         expected = request.expect_space[:_MAX_SHOWN]  # a header can have 64 KiB
         raise SpaceMismatch(
@@ -400,7 +400,7 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
     vector_math.require_finite(result.sparse or (), result.multivectors or (), result.states or ())
     return EmbedAnswer(
         vectors=vector_math.finish(
-            result.vectors, (len(request.texts), info.width), dimensions, normalise=is_normalised
+            result.vectors, (len(request.texts), info.width), dimensions, normalize=is_normalized
         ),
         name=target.name,
         model=info.id,

@@ -99,12 +99,12 @@ class ModelInfo:
         width: native dimensions of a dense vector.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
         max_tokens: the longest text in tokens, special tokens included.
-        is_normalised: whether vectors have L2 norm 1 unless a request asks otherwise.
+        is_normalized: whether vectors have L2 norm 1 unless a request asks otherwise.
         tasks: each task the model knows, with the instruction put before the text (may be empty).
         can_chunk_late: whether chunks of a document can be encoded together.
         default_task: the task of a request that names none; ``None`` for a model without tasks.
         instruction: what is put before a text that has no task.
-        has_raw: whether vectors can be had as they were pooled, not normalised.
+        has_raw: whether vectors can be had as they were pooled, not normalized.
         has_states: whether the states of a text's tokens can be had, beside ``outputs``.
         kind: what it computes; the ``width`` of a model that reranks is 1.
     """
@@ -117,7 +117,7 @@ class ModelInfo:
     dimensions: tuple[int, ...]
     max_tokens: int
     pooling: str
-    is_normalised: bool
+    is_normalized: bool
     device: str
     dtype: str
     engine: str
@@ -181,20 +181,20 @@ class EmbedJob:
 class Timings:
     """How long the stages of one request took, in seconds of wall-clock: parts of its time that do not overlap.
 
-    ``inference_s``: one of its texts was being computed. ``queue_s``: none was, and one waited. ``tokenise_s``: neither,
-    and one was being tokenized. ``serialise_s`` is None until the answer has been written.
+    ``inference_s``: one of its texts was being computed. ``queue_s``: none was, and one waited. ``tokenize_s``: neither,
+    and one was being tokenized. ``serialize_s`` is None until the answer has been written.
     """
 
-    tokenise_s: float
+    tokenize_s: float
     queue_s: float
     inference_s: float
-    serialise_s: float | None = None
+    serialize_s: float | None = None
 
     @property
     def stages(self) -> dict[str, float]:
         """Return the seconds by the name of the stage, in the order in which a request goes through them."""
-        known = {"tokenise": self.tokenise_s, "queue": self.queue_s, "inference": self.inference_s}
-        return known if self.serialise_s is None else {**known, "serialise": self.serialise_s}
+        known = {"tokenize": self.tokenize_s, "queue": self.queue_s, "inference": self.inference_s}
+        return known if self.serialize_s is None else {**known, "serialize": self.serialize_s}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class Embeddings:
     """What a backend returns for an :class:`EmbedJob`.
 
     Attributes:
-        vectors: ``(n, width)`` float32, pooled, **not** normalised, in input order.
+        vectors: ``(n, width)`` float32, pooled, **not** normalized, in input order.
         num_tokens: tokens of each text as the model saw it: after truncation, special tokens included.
         truncated: indices of the texts that were cut, ascending.
         sparse: token weights of each text, if they were asked for.

@@ -1,4 +1,4 @@
-"""Finish vectors: check, slice, normalise, encode. Pure functions on numpy arrays."""
+"""Finish vectors: check, slice, normalize, encode. Pure functions on numpy arrays."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Encoding(StrEnum):
     """One bit a dimension (1 where positive), eight to an unsigned byte, the first in the highest bit."""
 
 
-def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normalise: bool) -> Vectors:
-    """Check pooled vectors, keep the first ``dimensions`` of each, and normalise what is left.
+def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normalize: bool) -> Vectors:
+    """Check pooled vectors, keep the first ``dimensions`` of each, and normalize what is left.
 
-    A Matryoshka vector has to be normalised after it is cut: a cut unit vector is shorter than 1.
+    A Matryoshka vector has to be normalized after it is cut: a cut unit vector is shorter than 1.
 
     Args:
         shape: what ``vectors`` must have: one row for each text, of the model's width.
 
     Returns:
-        ``(n, dimensions)`` float32, C-contiguous; each row of L2 norm 1 if ``normalise``.
+        ``(n, dimensions)`` float32, C-contiguous; each row of L2 norm 1 if ``normalize``.
 
     Raises:
-        InvalidVectors: the shape is wrong, a number is not finite, or a vector cannot be normalised.
+        InvalidVectors: the shape is wrong, a number is not finite, or a vector cannot be normalized.
     """
     if vectors.shape != shape:
         raise _invalid(f"vectors of shape {vectors.shape}, promised were {shape[0]} of {shape[1]} dimensions")
@@ -48,11 +48,11 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
     is_finite = np.logical_and(np.isfinite(vectors).all(axis=1), np.isfinite(kept).all(axis=1))
     if not is_finite.all():
         raise _invalid("a vector that is not finite (NaN or infinity)", is_finite)
-    if not normalise:
+    if not normalize:
         return kept
     has_length = np.logical_and(norms > 0, np.isfinite(norms))[:, 0]
     if not has_length.all():
-        raise _invalid("a vector that cannot be normalised: its length is zero or overflows", has_length)
+        raise _invalid("a vector that cannot be normalized: its length is zero or overflows", has_length)
     unit: Vectors = kept / norms
     return unit
 

@@ -109,7 +109,7 @@ class Plan:
 def make_plan(
     targets: Sequence[Target], profile: Profile, *, peak: int = 0, slot_s: float = 0.0, rounds: int = 0
 ) -> Plan:
-    """Lay the slots out: A B, B A, A B, …, so that a machine that grows slower favours none.
+    """Lay the slots out: A B, B A, A B, …, so that a machine that grows slower favors none.
 
     Args:
         peak: 0 for the profile's own; so for the others.

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeAlias
 
 from loadtest.histogram import bucket_of
 
-STAGES = ("tokenise", "queue", "inference", "total")
+STAGES = ("tokenize", "queue", "inference", "total")
 """The stages that an answer's ``server-timing`` names."""
 
 Key: TypeAlias = tuple[int, str]
@@ -104,7 +104,7 @@ class Recorder:
         return total(tally for second, tally in self.seconds(label).items() if start <= second and second + 1 <= end)
 
     def take(self) -> list[list[Any]]:
-        """Return all that has come since the last time, in a form that any serialiser takes, and begin anew."""
+        """Return all that has come since the last time, in a form that any serializer takes, and begin anew."""
         taken = [
             [
                 *key,

@@ -16,10 +16,10 @@ from loadtest.histogram import percentile
 from loadtest.recorder import STAGES, Tally
 from loadtest.results import Result, Results, rows
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_STAGE_COLOURS = {
-    "tokenise": "#e69f00",
+# Okabe and Ito's colors, which color-blind people tell apart.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_STAGE_COLORS = {
+    "tokenize": "#e69f00",
     "queue": "#d55e00",
     "inference": "#0072b2",
     "rest": "#009e73",
@@ -114,15 +114,15 @@ def _plots(results: Results) -> dict[str, dict[str, Any]]:
     start = min((second for seconds in results.timeline.values() for second in seconds), default=0)
     throughput, latency, failures = [], [], []
     for number, (label, seconds) in enumerate(results.timeline.items()):
-        colour, at = _COLOURS[number % len(_COLOURS)], [second - start for second in seconds]
+        color, at = _COLORS[number % len(_COLORS)], [second - start for second in seconds]
         tallies = list(seconds.values())
-        throughput.append(_line(f"{label}, answered", at, [tally.answered for tally in tallies], colour))
-        throughput.append(_line(f"{label}, offered", at, [tally.offered for tally in tallies], colour, dash="dot"))
+        throughput.append(_line(f"{label}, answered", at, [tally.answered for tally in tallies], color))
+        throughput.append(_line(f"{label}, offered", at, [tally.offered for tally in tallies], color, dash="dot"))
         for share, dash in ((0.5, "solid"), (0.95, "dash"), (0.99, "dot")):
             values = [_figure(percentile(tally.latencies, share)) for tally in tallies]
-            latency.append(_line(f"{label}, p{round(100 * share)}", at, values, colour, dash=dash))
+            latency.append(_line(f"{label}, p{round(100 * share)}", at, values, color, dash=dash))
         if any(tally.failed for tally in tallies):
-            failures.append(_line(label, at, [tally.failed for tally in tallies], colour))
+            failures.append(_line(label, at, [tally.failed for tally in tallies], color))
     return {
         "throughput": {
             "title": "Requests a second, by the second",
@@ -147,8 +147,8 @@ def _plots(results: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def _line(name: str, x: list[int], y: list[Any], colour: str, dash: str = "solid") -> dict[str, Any]:
-    line = {"color": colour, "dash": dash, "width": 1.5}
+def _line(name: str, x: list[int], y: list[Any], color: str, dash: str = "solid") -> dict[str, Any]:
+    line = {"color": color, "dash": dash, "width": 1.5}
     return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line, "connectgaps": False}
 
 
@@ -160,9 +160,9 @@ def _stages(results: Results) -> list[dict[str, Any]]:
             "name": stage if stage != "wire" else "outside the server",
             "x": [result.label for result in timed],
             "y": [round(_parts(result)[stage], 3) for result in timed],
-            "marker": {"color": colour},
+            "marker": {"color": color},
         }
-        for stage, colour in _STAGE_COLOURS.items()
+        for stage, color in _STAGE_COLORS.items()
         if timed
     ]
 
@@ -170,7 +170,7 @@ def _stages(results: Results) -> list[dict[str, Any]]:
 def _parts(result: Result) -> Mapping[str, float]:
     """Return what the mean latency is made of, in milliseconds."""
     tally: Tally = result.tally
-    known = {stage: tally.stage_ms(stage) for stage in ("tokenise", "queue", "inference")}
+    known = {stage: tally.stage_ms(stage) for stage in ("tokenize", "queue", "inference")}
     rest = max(0.0, tally.stage_ms("total") - sum(known.values()))
     return {**known, "rest": rest, "wire": result.wire_ms}
 
@@ -182,7 +182,7 @@ def _queues(results: Results, start: int) -> list[dict[str, Any]]:
             model,
             [round(time - start, 1) for time, of, _ in results.queues if of == model],  # type: ignore[misc]
             [texts for _, of, texts in results.queues if of == model],
-            _COLOURS[number % len(_COLOURS)],
+            _COLORS[number % len(_COLORS)],
         )
         for number, model in enumerate(models)
     ]

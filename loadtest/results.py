@@ -30,7 +30,7 @@ class Result:
 
     Attributes:
         seconds: of load.
-        rounds: the same by round, to compare neighbours in time.
+        rounds: the same by round, to compare neighbors in time.
         knee: the highest rate that was sustained, where it was looked for.
         steps: all rates that were tried.
     """
@@ -208,7 +208,7 @@ def rows(results: Results) -> list[tuple[str, list[str]]]:
     ]
     table += [
         row(f"mean, {stage}, ms", "{:,.1f}", *(r.tally.stage_ms(stage) for r in all_results))
-        for stage in ("tokenise", "queue", "inference")
+        for stage in ("tokenize", "queue", "inference")
     ]
     table.append(row("mean, outside the server, ms", "{:,.1f}", *(r.wire_ms for r in all_results)))
     if any(r.knee for r in all_results):

@@ -55,8 +55,8 @@ def test_percentile_of_nothing_is_not_a_number():
     assert math.isnan(percentile([], 0.5))
 
 
-def test_median_ratio_compares_neighbours_not_medians():
-    # The second round ran on a machine half as fast: each neighbour saw the same.
+def test_median_ratio_compares_neighbors_not_medians():
+    # The second round ran on a machine half as fast: each neighbor saw the same.
     assert median_ratio([8, 4, 8], [2, 1, 2]) == 4
     assert median_ratio([8, 1, 9], [2, 1, 1]) == 4
 

@@ -100,7 +100,7 @@ def test_a_stop_under_load_loses_no_request() -> None:
             time.sleep(0.05)
         before = [len(client.statuses) for client in clients]
         process.send_signal(signal.SIGTERM)
-        signalled = time.monotonic()
+        signaled = time.monotonic()
         time.sleep(0.2)
         while_draining = [len(client.statuses) for client in clients]
         ready = operator.get(f"{url}/health/ready")
@@ -110,7 +110,7 @@ def test_a_stop_under_load_loses_no_request() -> None:
         for client in clients:
             client.join(timeout=20)
         assert process.wait(timeout=20) == 0
-        took_s = time.monotonic() - signalled
+        took_s = time.monotonic() - signaled
 
     assert min(before) >= 3
     assert (ready.status_code, ready.json()["status"], live.status_code) == (503, "draining", 200)

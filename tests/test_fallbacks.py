@@ -183,7 +183,7 @@ async def test_what_the_request_or_the_load_is_to_blame_for_is_not_tried_elsewhe
         pytest.param({"fingerprint": "0" * 64}, id="other weights"),
         pytest.param({"tasks": {"query": "q: "}, "default_task": "query"}, id="other tasks"),
         pytest.param({"instruction": "embed: "}, id="another instruction"),
-        pytest.param({"is_normalised": False}, id="not normalised"),
+        pytest.param({"is_normalized": False}, id="not normalized"),
         pytest.param({"width": 16, "dimensions": (16,)}, id="another width"),
         pytest.param({"max_tokens": 8}, id="shorter texts"),
     ],

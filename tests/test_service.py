@@ -78,7 +78,7 @@ async def test_an_answer_says_what_its_vectors_are(make_service: MakeService) ->
 
     np.testing.assert_allclose(answer.vectors, VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True), rtol=1e-6)
     assert (answer.name, answer.model, answer.task) == ("jina", "jina", "text-matching")
-    assert answer.space == space_id(INFO, "text-matching", 8, is_normalised=True)
+    assert answer.space == space_id(INFO, "text-matching", 8, is_normalized=True)
     assert (answer.num_tokens, answer.truncated) == (6, [1])
     assert answer.timings == Timings(0.001, 0.02, 0.3)
 
@@ -96,14 +96,14 @@ async def test_a_backend_gets_the_texts_as_they_are_with_task_caller_and_deadlin
     assert before + 10 <= job.deadline <= time.monotonic() + 10
 
 
-async def test_smaller_dimensions_are_cut_and_normalised_and_have_a_space_of_their_own(
+async def test_smaller_dimensions_are_cut_and_normalized_and_have_a_space_of_their_own(
     make_service: MakeService,
 ) -> None:
     answer = await make_service(StubBackend()).embed(request(dimensions=4))
 
     head = VECTORS[:, :4]
     np.testing.assert_allclose(answer.vectors, head / np.linalg.norm(head, axis=1, keepdims=True), rtol=1e-6)
-    assert answer.space == space_id(INFO, "text-matching", 4, is_normalised=True)
+    assert answer.space == space_id(INFO, "text-matching", 4, is_normalized=True)
 
 
 @pytest.mark.parametrize("dimensions", [1, 5, 9, 1024])
@@ -120,7 +120,7 @@ async def test_other_dimensions_are_refused_before_any_work(make_service: MakeSe
 
 
 @pytest.mark.parametrize(
-    ("model_does", "asked", "is_normalised"),
+    ("model_does", "asked", "is_normalized"),
     [
         pytest.param(True, None, True, id="as the model does"),
         pytest.param(False, None, False, id="as the model does not"),
@@ -128,32 +128,32 @@ async def test_other_dimensions_are_refused_before_any_work(make_service: MakeSe
         pytest.param(False, True, True, id="switched on"),
     ],
 )
-async def test_vectors_are_normalised_as_asked_or_as_the_model_does(
-    make_service: MakeService, model_does: bool, asked: bool | None, is_normalised: bool
+async def test_vectors_are_normalized_as_asked_or_as_the_model_does(
+    make_service: MakeService, model_does: bool, asked: bool | None, is_normalized: bool
 ) -> None:
-    service = make_service(StubBackend(), is_normalised=model_does)
+    service = make_service(StubBackend(), is_normalized=model_does)
 
-    answer = await service.embed(request(is_normalised=asked))
+    answer = await service.embed(request(is_normalized=asked))
 
     lengths = np.linalg.norm(VECTORS, axis=1, keepdims=True)
-    np.testing.assert_allclose(answer.vectors, VECTORS / lengths if is_normalised else VECTORS, rtol=1e-6)
-    assert answer.space == space_id(INFO, "text-matching", 8, is_normalised=is_normalised)
+    np.testing.assert_allclose(answer.vectors, VECTORS / lengths if is_normalized else VECTORS, rtol=1e-6)
+    assert answer.space == space_id(INFO, "text-matching", 8, is_normalized=is_normalized)
 
 
 async def test_the_expected_space_is_answered(make_service: MakeService) -> None:
-    space = space_id(INFO, "text-matching", 8, is_normalised=True)
+    space = space_id(INFO, "text-matching", 8, is_normalized=True)
 
     answer = await make_service(StubBackend()).embed(request(expect_space=space.replace("jina", "renamed")))
 
     assert answer.space == space
 
 
-@pytest.mark.parametrize("change", [{"task": "query"}, {"dimensions": 4}, {"is_normalised": False}])
+@pytest.mark.parametrize("change", [{"task": "query"}, {"dimensions": 4}, {"is_normalized": False}])
 async def test_another_space_than_the_expected_one_is_refused_before_any_work(
     make_service: MakeService, change: dict[str, object]
 ) -> None:
     backend = StubBackend()
-    space = space_id(INFO, "text-matching", 8, is_normalised=True)
+    space = space_id(INFO, "text-matching", 8, is_normalized=True)
 
     with pytest.raises(SpaceMismatch, match=f"the request expects {space}"):
         await make_service(backend).embed(request(expect_space=space, **change))

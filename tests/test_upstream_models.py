@@ -256,7 +256,7 @@ async def test_recorded_vectors_catch_a_model_that_was_exchanged_between_two_sta
         assert (await ask(deployment, "far")).space != first.space
 
 
-async def test_raw_vectors_cannot_be_had_where_they_come_normalised(gateway: Gateway, server: StandIn) -> None:
+async def test_raw_vectors_cannot_be_had_where_they_come_normalized(gateway: Gateway, server: StandIn) -> None:
     async with gateway.serving(NEAR + FAR % ("openai", "acme/embed", f"{server.url}/v1")) as deployment:
         transport = httpx.ASGITransport(create_app(deployment))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -264,7 +264,7 @@ async def test_raw_vectors_cannot_be_had_where_they_come_normalised(gateway: Gat
             response = await client.post("/v1/embeddings", json=body)
 
     assert response.status_code == 400
-    assert "come normalised from where it runs" in response.json()["message"]
+    assert "come normalized from where it runs" in response.json()["message"]
 
 
 async def test_a_text_that_a_server_cannot_embed_is_named_and_costs_no_one_else(

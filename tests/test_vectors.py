@@ -1,4 +1,4 @@
-"""Vectors are checked, cut, normalised and written without a bit being lost."""
+"""Vectors are checked, cut, normalized and written without a bit being lost."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ RANDOM = np.random.default_rng(7).standard_normal((5, 20)).astype(np.float32)
 
 
 def test_vectors_of_the_native_width_keep_their_direction() -> None:
-    unit = finish(RANDOM, (5, 20), 20, normalise=True)
+    unit = finish(RANDOM, (5, 20), 20, normalize=True)
 
     np.testing.assert_allclose(unit, RANDOM / np.linalg.norm(RANDOM, axis=1, keepdims=True), rtol=1e-6)
 
 
-def test_a_cut_vector_is_normalised_after_the_cut() -> None:
-    unit = finish(RANDOM, (5, 20), 8, normalise=True)
+def test_a_cut_vector_is_normalized_after_the_cut() -> None:
+    unit = finish(RANDOM, (5, 20), 8, normalize=True)
 
     head = RANDOM[:, :8].astype(np.float64)
     np.testing.assert_allclose(unit, head / np.linalg.norm(head, axis=1, keepdims=True), rtol=1e-6)
 
 
-def test_without_normalising_the_numbers_are_untouched() -> None:
-    kept = finish(RANDOM, (5, 20), 8, normalise=False)
+def test_without_normalizing_the_numbers_are_untouched() -> None:
+    kept = finish(RANDOM, (5, 20), 8, normalize=False)
 
     np.testing.assert_array_equal(kept, RANDOM[:, :8])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", ">f4"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_the_result_is_contiguous_native_float32(dtype: str, normalise: bool) -> None:
-    result = finish(RANDOM.astype(dtype), (5, 20), 8, normalise=normalise)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_result_is_contiguous_native_float32(dtype: str, normalize: bool) -> None:
+    result = finish(RANDOM.astype(dtype), (5, 20), 8, normalize=normalize)
 
     assert result.dtype == np.dtype("float32")
     assert result.dtype.isnative
@@ -53,12 +53,12 @@ def test_the_result_is_contiguous_native_float32(dtype: str, normalise: bool) ->
 def test_the_model_s_own_array_is_not_changed() -> None:
     before = RANDOM.copy()
 
-    finish(RANDOM, (5, 20), 20, normalise=True)
+    finish(RANDOM, (5, 20), 20, normalize=True)
 
     np.testing.assert_array_equal(RANDOM, before)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     "vectors",
     [
@@ -71,63 +71,63 @@ def test_the_model_s_own_array_is_not_changed() -> None:
         pytest.param(np.ones((0, 20), np.float32), id="none"),
     ],
 )
-def test_vectors_of_another_shape_are_refused(vectors: np.ndarray, normalise: bool) -> None:
+def test_vectors_of_another_shape_are_refused(vectors: np.ndarray, normalize: bool) -> None:
     with pytest.raises(InvalidVectors, match=r"promised were 5 of 20 dimensions"):
-        finish(vectors, (5, 20), 20, normalise=normalise)
+        finish(vectors, (5, 20), 20, normalize=normalize)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("column", [0, 19])
-def test_one_number_that_is_not_finite_refuses_all(bad: float, column: int, normalise: bool) -> None:
+def test_one_number_that_is_not_finite_refuses_all(bad: float, column: int, normalize: bool) -> None:
     vectors = RANDOM.copy()
     vectors[3, column] = bad
 
     with pytest.raises(InvalidVectors, match="not finite"):
-        finish(vectors, (5, 20), 8, normalise=normalise)
+        finish(vectors, (5, 20), 8, normalize=normalize)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_a_number_beyond_float32_is_not_finite(normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_number_beyond_float32_is_not_finite(normalize: bool) -> None:
     vectors = np.full((5, 20), 1e300, np.float64)
 
     with pytest.raises(InvalidVectors, match="not finite"):
-        finish(vectors, (5, 20), 20, normalise=normalise)
+        finish(vectors, (5, 20), 20, normalize=normalize)
 
 
 @pytest.mark.parametrize(
     "number", [pytest.param(0.0, id="zero"), pytest.param(1e-40, id="underflow"), pytest.param(3e38, id="overflow")]
 )
-def test_a_vector_without_a_usable_length_cannot_be_normalised(number: float) -> None:
+def test_a_vector_without_a_usable_length_cannot_be_normalized(number: float) -> None:
     vectors = RANDOM.copy()
     vectors[2] = number
 
-    with pytest.raises(InvalidVectors, match=r"input\[2\]: the model returned a vector that cannot be normalised"):
-        finish(vectors, (5, 20), 20, normalise=True)
+    with pytest.raises(InvalidVectors, match=r"input\[2\]: the model returned a vector that cannot be normalized"):
+        finish(vectors, (5, 20), 20, normalize=True)
 
 
-def test_a_vector_whose_kept_part_is_zero_cannot_be_normalised() -> None:
+def test_a_vector_whose_kept_part_is_zero_cannot_be_normalized() -> None:
     vectors = RANDOM.copy()
     vectors[2, :8] = 0
 
-    with pytest.raises(InvalidVectors, match=r"input\[2\]: the model returned a vector that cannot be normalised"):
-        finish(vectors, (5, 20), 8, normalise=True)
+    with pytest.raises(InvalidVectors, match=r"input\[2\]: the model returned a vector that cannot be normalized"):
+        finish(vectors, (5, 20), 8, normalize=True)
 
 
-def test_a_zero_vector_passes_where_nothing_is_normalised() -> None:
-    assert not finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalise=False).any()
+def test_a_zero_vector_passes_where_nothing_is_normalized() -> None:
+    assert not finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalize=False).any()
 
 
 def test_a_retry_does_not_mend_invalid_vectors() -> None:
     with pytest.raises(InvalidVectors) as caught:
-        finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalise=True)
+        finish(np.zeros((1, 4), np.float32), (1, 4), 4, normalize=True)
 
     assert caught.value.is_permanent
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
-def test_a_vector_of_any_length_is_normalised(factor: float) -> None:
-    unit = finish(RANDOM * np.float32(factor), (5, 20), 20, normalise=True)
+def test_a_vector_of_any_length_is_normalized(factor: float) -> None:
+    unit = finish(RANDOM * np.float32(factor), (5, 20), 20, normalize=True)
 
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
 
@@ -152,7 +152,7 @@ def test_what_is_handed_out_beside_the_vectors_is_finite_too(output: str, bad: f
 
 @given(arrays(np.float32, (3, 16), elements=st.floats(-1e6, 1e6, width=32).filter(lambda x: abs(x) > 1e-6)))
 def test_a_finished_vector_has_length_one(vectors: np.ndarray) -> None:
-    unit = finish(vectors, (3, 16), 4, normalise=True)
+    unit = finish(vectors, (3, 16), 4, normalize=True)
 
     np.testing.assert_allclose(np.linalg.norm(unit.astype(np.float64), axis=1), 1, rtol=1e-6)
 

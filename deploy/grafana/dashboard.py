@@ -336,7 +336,7 @@ ROWS = [
         "Machine",
         [
             Panel("GPU memory", [Query("gateway_gpu_memory_bytes", "{{device}} {{kind}}")], unit="bytes"),
-            Panel("GPU utilisation", [Query("gateway_gpu_utilisation_ratio", "{{device}}")], unit="percentunit"),
+            Panel("GPU utilization", [Query("gateway_gpu_utilization_ratio", "{{device}}")], unit="percentunit"),
             Panel(
                 "Resident memory", [Query('process_resident_memory_bytes{job="gateway"}', "{{instance}}")], unit="bytes"
             ),
@@ -413,7 +413,7 @@ def _layout() -> list[dict[str, Any]]:
 
 def _panel(panel: Panel) -> dict[str, Any]:
     custom = {"stacking": {"mode": "normal"}, "fillOpacity": 20} if panel.is_stacked else {"fillOpacity": 0}
-    steps = [{"value": value, "color": colour} for value, colour in panel.thresholds]
+    steps = [{"value": value, "color": color} for value, color in panel.thresholds]
     defaults: dict[str, Any] = {"unit": panel.unit, "custom": custom if panel.kind == "timeseries" else {}}
     if steps:
         defaults["thresholds"] = {"mode": "absolute", "steps": steps}

@@ -3,7 +3,7 @@
 Windows are fixed: a minute begins with a client's first request and ends 60 s later. That is one counter a client, the
 same in memory and in Redis, and what OpenAI's headers can express.
 
-What a request costs in tokens is known only when it has been tokenised, so tokens are charged afterwards. While it runs,
+What a request costs in tokens is known only when it has been tokenized, so tokens are charged afterwards. While it runs,
 a rough number of them is kept aside, so that a client cannot send any number of requests on its last token. A client can
 thus go over its tokens by what one request takes, and by as much in each further replica. A client that goes away before
 its answer is charged what was kept aside: the work may be done by then.

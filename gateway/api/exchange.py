@@ -177,7 +177,7 @@ class Exchange:
             started = time.monotonic()
             content = b"".join(parts())
             written_s = time.monotonic() - started
-            timings = replace(timings, serialise_s=written_s)
+            timings = replace(timings, serialize_s=written_s)
         headers = answer_headers(answer, timings, context.elapsed_s)
         if describe_times is not None:
             headers |= describe_times(timings, context.elapsed_s)
@@ -186,8 +186,8 @@ class Exchange:
             context.memory.shrink(len(content))
             return Response(content, media_type="application/json", headers=headers)
 
-        def note(serialise_s: float) -> None:
-            note_answer(context, answer, serialise_s)
+        def note(serialize_s: float) -> None:
+            note_answer(context, answer, serialize_s)
 
         return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
 
@@ -340,13 +340,13 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, serialise_s: float) -> None:
+def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, serialize_s: float) -> None:
     """Add what was computed to the log line, and the time of writing it to the metrics."""
-    timings = replace(answer.timings, serialise_s=serialise_s)
+    timings = replace(answer.timings, serialize_s=serialize_s)
     context.describe(answer.model, answer.task, answer.num_texts, answer.num_tokens, timings)
     if answer.assignment is not None:
         context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
-    metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialise_s.observe(serialise_s)
+    metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
 
 
 def answer_headers(answer: EmbedAnswer | RerankAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:

@@ -65,7 +65,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         state=model.state.value,
         reason=model.reason or None,
         aliases=[*registry.aliases_of(model.id), *known_by],
-        is_normalised=None,
+        is_normalized=None,
         width=None,
         dimensions=[],
         max_tokens=None,
@@ -91,7 +91,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
             "dimensions": list(info.dimensions),
             "tasks": list(info.tasks),
             "default_task": default_task,
-            "is_normalised": info.is_normalised,
+            "is_normalized": info.is_normalized,
             "outputs": [output.value for output in info.outputs],
             "space": _space(info, default_task),
             "spaces": {task: _space(info, task) for task in info.tasks},
@@ -135,7 +135,7 @@ def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCa
         state=state.value,
         reason=reason,
         aliases=[],
-        is_normalised=common(lambda _arm, info, _task: info.is_normalised),
+        is_normalized=common(lambda _arm, info, _task: info.is_normalized),
         width=common(lambda _arm, info, _task: info.width),
         dimensions=list(common(lambda _arm, info, _task: info.dimensions) or ()),
         max_tokens=common(lambda _arm, info, _task: info.max_tokens, infos),
@@ -173,4 +173,4 @@ def _state(arms: Sequence[ArmOf]) -> tuple[ModelState, str | None]:
 
 
 def _space(info: ModelInfo, task: str | None) -> str:
-    return space_id(info, task, info.width, is_normalised=info.is_normalised)
+    return space_id(info, task, info.width, is_normalized=info.is_normalized)

@@ -41,7 +41,7 @@ def ollama_router(exchange: Exchange) -> APIRouter:
             exchange.begin(request, texts, body.model),
             truncate=wanted_truncation(body.truncate, None),
             dimensions=body.dimensions,
-            is_normalised=True,  # as Ollama's always are
+            is_normalized=True,  # as Ollama's always are
         )
         answer = await exchange.embed(request, ticket, wanted)
 

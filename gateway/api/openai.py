@@ -74,7 +74,7 @@ def openai_router(exchange: Exchange) -> APIRouter:
             exchange.begin(request, texts, model or body.model, body.user),
             task=body.wanted_task,
             dimensions=body.wanted_dimensions,
-            is_normalised=body.wants_normalised,
+            is_normalized=body.wants_normalized,
             truncate=body.wanted_truncation,
             outputs=body.wanted_outputs,
             is_late_chunked=bool(body.late_chunking),

@@ -131,7 +131,7 @@ class EmbeddingsBody(RequestBody):
         return only(task=task, input_type=input_type)
 
     @property
-    def wants_normalised(self) -> bool | None:
+    def wants_normalized(self) -> bool | None:
         return only(normalized=self.normalized, normalize=self.normalize)
 
     @property
@@ -216,7 +216,7 @@ class ModelCard(BaseModel):
     tasks: list[str]
     default_task: str | None
     outputs: list[str]
-    is_normalised: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
+    is_normalized: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
     space: str | None = Field(
         description="Space of vectors with the default task and native dimensions; none for an experiment between spaces."
     )
@@ -328,7 +328,7 @@ RERANK_HEADERS = {
         is_required=False,
         pattern=r"^\d+(,\d+)*(,\+\d+)?$",
     ),
-    "server-timing": _header("Milliseconds of tokenise, queue, inference and total."),
+    "server-timing": _header("Milliseconds of tokenize, queue, inference and total."),
 }
 
 EMBEDDINGS_HEADERS = {

@@ -35,7 +35,7 @@ class SpaceCard(BaseModel):
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"]
     dimensions: int
-    is_normalised: bool
+    is_normalized: bool
     pooling: str
     fingerprint: str = Field(description="SHA-256 over the weights, the tokenizer and the kind of pooling.")
     members: list[SpaceMember]
@@ -65,7 +65,7 @@ def spaces_router(deployment: Deployment) -> APIRouter:
 
 
 def space_cards(router: Router, models: Iterable[Model], may_use: MayUse) -> list[SpaceCard]:
-    """Describe every space that a caller can get vectors of, in the order of the registry; with the usual normalisation."""
+    """Describe every space that a caller can get vectors of, in the order of the registry; with the usual normalization."""
     choices = [router.choose(name, may_use) for name in router.names(may_use)]
     cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
     for model in models:
@@ -77,7 +77,7 @@ def space_cards(router: Router, models: Iterable[Model], may_use: MayUse) -> lis
         ]
         for size in info.dimensions:
             for member in members:
-                space = space_id(info, member.task, size, is_normalised=info.is_normalised)
+                space = space_id(info, member.task, size, is_normalized=info.is_normalized)
                 card = cards.setdefault(space.rpartition("@")[2], _card(space, info, size))
                 card.members.append(member)
     return list(cards.values())
@@ -88,7 +88,7 @@ def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
         id=space,
         object="space",
         dimensions=size,
-        is_normalised=info.is_normalised,
+        is_normalized=info.is_normalized,
         pooling=info.pooling,
         fingerprint=info.fingerprint,
         members=[],

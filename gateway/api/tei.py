@@ -106,7 +106,7 @@ class _Dialect:
         self._exchange = exchange
         self._settings = exchange.settings
         # One at a time: it takes a core, which the models need more.
-        self._tokenising = Turns("tokens")
+        self._tokenizing = Turns("tokens")
         self._rerank = rerank_endpoint(exchange, RerankDialect(TEI_ADDRESS, is_tei=True))
 
     async def compute(self, request: Request, model: str | None) -> Response:
@@ -155,7 +155,7 @@ class _Dialect:
             self._exchange.begin(request, texts, model),
             task=body.prompt_name or None,
             truncate=body.wanted_truncation,
-            is_normalised=body.normalize,
+            is_normalized=body.normalize,
             dimensions=body.dimensions,
         )
         answer = await self._exchange.embed(request, ticket, wanted)
@@ -185,7 +185,7 @@ class _Dialect:
             self._exchange.begin(request, texts, model),
             task=parameters.prompt_name or None,
             truncate=parameters.wanted_truncation,
-            is_normalised=True,
+            is_normalized=True,
         )
         answer = await self._exchange.embed(request, ticket, wanted)
         # Rounding can take the cosine of equal texts past 1.
@@ -206,7 +206,7 @@ class _Dialect:
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
         with self._exchange.service.vocabulary(target, "tokenize") as vocabulary:
             split = partial(vocabulary.split, texts, add_special_tokens=body.add_special_tokens)
-            rows = await self._exchange.in_turn(request, num_characters, split, self._tokenising)
+            rows = await self._exchange.in_turn(request, num_characters, split, self._tokenizing)
         return await self._answer_about(
             request, target, lambda: nested_list(value_list(map(_token, row)) for row in rows), sum(map(len, rows))
         )
@@ -223,7 +223,7 @@ class _Dialect:
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_ids)
         with self._exchange.service.vocabulary(target, "decode") as vocabulary:
             join = partial(vocabulary.join, rows, skip_special_tokens=body.skip_special_tokens)
-            texts = await self._exchange.in_turn(request, num_ids, join, self._tokenising)
+            texts = await self._exchange.in_turn(request, num_ids, join, self._tokenizing)
         return await self._answer_about(request, target, lambda: value_list(texts), num_ids)
 
     async def info(self, request: Request, model: str | None) -> Response:
@@ -257,7 +257,7 @@ class _Dialect:
         with self._exchange.service.vocabulary(self._target(request, model, None), "decode") as vocabulary:
             # Without special tokens: the model's template puts them around every text.
             join = partial(vocabulary.join, rows, skip_special_tokens=True)
-            decoded = iter(await self._exchange.in_turn(request, num_ids, join, self._tokenising))
+            decoded = iter(await self._exchange.in_turn(request, num_ids, join, self._tokenizing))
         given = iter(texts)
         return [next(given) if isinstance(item, str) else next(decoded) for item in items]
 
@@ -304,7 +304,7 @@ def _headers_about(target: Target) -> dict[str, str]:
     info = target.info
     headers = {"x-gateway-model": info.id}
     if info.kind is ModelKind.EMBED:
-        headers["x-gateway-space"] = space_id(info, target.task, info.width, is_normalised=info.is_normalised)
+        headers["x-gateway-space"] = space_id(info, target.task, info.width, is_normalized=info.is_normalized)
     return headers
 
 

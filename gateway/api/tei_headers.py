@@ -19,7 +19,7 @@ def describe_work(num_characters: int, num_tokens: int) -> DescribeTimes:
             "x-compute-characters": str(num_characters),
             "x-compute-tokens": str(num_tokens),
             "x-total-time": _ms(elapsed_s),
-            "x-tokenization-time": _ms(timings.tokenise_s),
+            "x-tokenization-time": _ms(timings.tokenize_s),
             "x-queue-time": _ms(timings.queue_s),
             "x-inference-time": _ms(timings.inference_s),
         }

@@ -124,7 +124,7 @@ def fake_info(model_id: str = "fake", width: int = 8, **changes: object) -> Mode
         "dimensions": (width,),
         "max_tokens": 256,
         "pooling": "mean",
-        "is_normalised": True,
+        "is_normalized": True,
         "device": "cpu",
         "dtype": "float32",
         "engine": "fake",

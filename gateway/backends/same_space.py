@@ -64,7 +64,7 @@ async def verify_same_space(info: ModelInfo, backend: Backend, reference: Refere
     return replace(
         info,
         fingerprint=theirs.fingerprint,
-        is_normalised=theirs.is_normalised,
+        is_normalized=theirs.is_normalized,
         tasks={task: theirs.tasks[task] for task in info.tasks},
         instruction=theirs.instruction,
     )
@@ -77,7 +77,7 @@ def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
         return f"its default task is {info.default_task}, and that of {theirs.id} is {theirs.default_task}"
     if info.width != theirs.width:
         return f"its vectors have {info.width} dimensions, and those of {theirs.id} {theirs.width}"
-    if not theirs.is_normalised and not info.has_raw:
+    if not theirs.is_normalized and not info.has_raw:
         return f"{theirs.id} does not normalize its vectors, and the vectors of this model come normalized"
     return ""
 

@@ -149,7 +149,7 @@ def _alias_space(alias: Alias, info: ModelInfo | None, model: LockedModel) -> st
         task = canonical_task(alias.task or model.default_task or "")
         return model.spaces.get(task, model.spaces.get(""))
     task_of_alias = canonical_task(alias.task) if alias.task and info.tasks else info.default_task
-    return space_id(info, task_of_alias, info.width, is_normalised=info.is_normalised)
+    return space_id(info, task_of_alias, info.width, is_normalized=info.is_normalized)
 
 
 def differences(registry: Registry, lock: Lock, describe: Describe = describe_checkpoint) -> list[str]:

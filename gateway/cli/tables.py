@@ -72,7 +72,7 @@ def runtime(info: ModelInfo) -> str:
 def _space(info: ModelInfo) -> str:
     if info.kind is ModelKind.RERANK:
         return "no space: it reranks"
-    return space_id(info, info.default_task, info.width, is_normalised=info.is_normalised)
+    return space_id(info, info.default_task, info.width, is_normalized=info.is_normalized)
 
 
 def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:

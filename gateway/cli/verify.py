@@ -70,7 +70,7 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
     checks = []
     if entry.source == published.SOURCE:
         reference = load_reference(plan)
-        ids = reference.tokenise([published.TEXT], None, Truncate.END)[0].ids
+        ids = reference.tokenize([published.TEXT], None, Truncate.END)[0].ids
         checks.append(
             Check(
                 "the published text",

@@ -1,4 +1,4 @@
-"""How alike two rankings are. Says nothing of which is better, and needs no judgements.
+"""How alike two rankings are. Says nothing of which is better, and needs no judgments.
 
 A ranking is a list of document ids, best first, none of them twice.
 """

@@ -62,9 +62,9 @@ class PlannedArm:
         return self.queries.space
 
     @property
-    def is_normalised(self) -> bool:
+    def is_normalized(self) -> bool:
         """Whether the model's vectors have L2 norm 1, and cut ones have to be given it again."""
-        return bool(self.card.is_normalised)
+        return bool(self.card.is_normalized)
 
 
 def parse_arms(names: Sequence[str]) -> list[ArmName]:

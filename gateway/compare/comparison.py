@@ -48,9 +48,9 @@ class CompareRequest:
 
     Attributes:
         arms: as they were given, ``MODEL`` or ``MODEL@DIMENSIONS``; the first is the baseline.
-        split: of the judgements; ``None`` for the only one, or ``test``.
+        split: of the judgments; ``None`` for the only one, or ``test``.
         cache: folder of vectors that were embedded before.
-        num_resamples: of the bootstrap and of the randomisation test.
+        num_resamples: of the bootstrap and of the randomization test.
     """
 
     arms: Sequence[str]
@@ -83,7 +83,7 @@ async def compare(
         texts = list(dataset.queries.values()), list(dataset.documents.values())
         costs = await measure_costs(client, arms, *texts, request.seed, reporter)
     qualities = {
-        name: measure(ranking, dataset.judgements) if dataset.judgements else {} for name, ranking in rankings.items()
+        name: measure(ranking, dataset.judgments) if dataset.judgments else {} for name, ranking in rankings.items()
     }
     contrasts = _contrasts(qualities, request)
     comparison = Comparison(
@@ -179,7 +179,7 @@ def _queries(dataset: Dataset, rankings: Mapping[str, Ranking], qualities: Quali
     baseline, *others = rankings
     results = []
     for query, text in dataset.queries.items():
-        judgements = dataset.judgements.get(query, {})
+        judgments = dataset.judgments.get(query, {})
         first = _ids(rankings[baseline][query])
         results.append(
             QueryResult(
@@ -187,7 +187,7 @@ def _queries(dataset: Dataset, rankings: Mapping[str, Ranking], qualities: Quali
                 text=text,
                 rankings={
                     arm: [
-                        Hit(document, score, dataset.documents[document][:_SHOWN_CHARACTERS], judgements.get(document))
+                        Hit(document, score, dataset.documents[document][:_SHOWN_CHARACTERS], judgments.get(document))
                         for document, score in ranking[query][:_SHOWN_HITS]
                     ]
                     for arm, ranking in rankings.items()
@@ -212,7 +212,7 @@ def _notes(
     dataset: Dataset, arms: Sequence[PlannedArm], qualities: Qualities, cache: VectorCache, request: CompareRequest
 ) -> list[str]:
     notes = [*dataset.notes, "The search is exact: what the index of a vector database loses is not measured."]
-    if len(dataset.queries) < MIN_QUERIES and dataset.judgements:
+    if len(dataset.queries) < MIN_QUERIES and dataset.judgments:
         notes.append(
             f"{len(dataset.queries)} queries are too few to tell models apart; at least {MIN_QUERIES} are needed."
         )

@@ -1,4 +1,4 @@
-"""Retrieval data in BEIR's layout: documents, queries, and judgements of which document answers which query.
+"""Retrieval data in BEIR's layout: documents, queries, and judgments of which document answers which query.
 
 ::
 
@@ -37,9 +37,9 @@ class Dataset:
         documents: text by id, the title before it. In descending order of the ids: search prefers the document that
             comes first of two with equal scores, and trec_eval the one with the greater id.
         queries: text by id, in the order of the file.
-        judgements: score by document by query, in the order of ``queries``; empty without judgements. A document with
+        judgments: score by document by query, in the order of ``queries``; empty without judgments. A document with
             a score above 0 is relevant.
-        num_unjudged_queries: queries that were left out because no judgement names them.
+        num_unjudged_queries: queries that were left out because no judgment names them.
         notes: what was left out, in sentences.
     """
 
@@ -47,7 +47,7 @@ class Dataset:
     split: str | None
     documents: Mapping[str, str]
     queries: Mapping[str, str]
-    judgements: Mapping[str, Mapping[str, int]]
+    judgments: Mapping[str, Mapping[str, int]]
     num_unjudged_queries: int
     notes: tuple[str, ...]
 
@@ -59,7 +59,7 @@ class Dataset:
             sha256=self._sha256(),
             num_documents=len(self.documents),
             num_queries=len(self.queries),
-            num_judgements=sum(len(scores) for scores in self.judgements.values()),
+            num_judgments=sum(len(scores) for scores in self.judgments.values()),
             num_unjudged_queries=self.num_unjudged_queries,
         )
 
@@ -69,9 +69,9 @@ class Dataset:
         for kind, texts in (("document", self.documents), ("query", self.queries)):
             for id_ in sorted(texts):
                 hashed.update(orjson.dumps((kind, id_, texts[id_]), option=orjson.OPT_APPEND_NEWLINE))
-        for query, scores in sorted(self.judgements.items()):
-            for judgement in sorted(scores.items()):
-                hashed.update(orjson.dumps(("judgement", query, *judgement), option=orjson.OPT_APPEND_NEWLINE))
+        for query, scores in sorted(self.judgments.items()):
+            for judgment in sorted(scores.items()):
+                hashed.update(orjson.dumps(("judgment", query, *judgment), option=orjson.OPT_APPEND_NEWLINE))
         return hashed.hexdigest()
 
 
@@ -80,7 +80,7 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
 
     Args:
         split: which file of ``qrels/`` to take; ``None`` takes ``test``, or the only one.
-        max_documents: keep so many documents: all that have a judgement, and a sample of the others.
+        max_documents: keep so many documents: all that have a judgment, and a sample of the others.
         seed: of that sample.
 
     Raises:
@@ -91,17 +91,17 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
     qrels = _qrels_path(folder, split)
     documents, queries = _read_texts(folder / "corpus.jsonl"), _read_texts(folder / "queries.jsonl")
     notes: list[str] = []
-    judgements: Mapping[str, Mapping[str, int]] = {}
+    judgments: Mapping[str, Mapping[str, int]] = {}
     num_queries = len(queries)
     if qrels is not None:
-        judgements = _known(_read_judgements(qrels), documents, queries, qrels, notes)
-        queries = {id_: text for id_, text in queries.items() if id_ in judgements}
-        judgements = {query: judgements[query] for query in queries}
-        _note_unanswerable(judgements, notes)
+        judgments = _known(_read_judgments(qrels), documents, queries, qrels, notes)
+        queries = {id_: text for id_, text in queries.items() if id_ in judgments}
+        judgments = {query: judgments[query] for query in queries}
+        _note_unanswerable(judgments, notes)
     num_unjudged = num_queries - len(queries)
     if num_unjudged:
-        notes.insert(0, f"{_counted(num_unjudged, 'query was', 'queries were')} left out: no judgement names them.")
-    documents = _sampled(documents, judgements, max_documents, seed, notes)
+        notes.insert(0, f"{_counted(num_unjudged, 'query was', 'queries were')} left out: no judgment names them.")
+    documents = _sampled(documents, judgments, max_documents, seed, notes)
     _note_empty(documents, "documents", notes)
     _note_empty(queries, "queries", notes)
     return Dataset(
@@ -109,14 +109,14 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
         split=qrels.stem if qrels else None,
         documents={id_: documents[id_] for id_ in sorted(documents, reverse=True)},
         queries=queries,
-        judgements=judgements,
+        judgments=judgments,
         num_unjudged_queries=num_unjudged,
         notes=tuple(notes),
     )
 
 
 def _qrels_path(folder: Path, split: str | None) -> Path | None:
-    """Return the file of judgements, or ``None`` where the folder has none at all."""
+    """Return the file of judgments, or ``None`` where the folder has none at all."""
     found = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
     names = ", ".join(found) or "none"
     if split is not None:
@@ -186,8 +186,8 @@ def _text(place: str, entry: Mapping[str, Any], key: str) -> str:
     return str(entry[key])
 
 
-def _read_judgements(path: Path) -> dict[str, dict[str, int]]:
-    judgements: dict[str, dict[str, int]] = {}
+def _read_judgments(path: Path) -> dict[str, dict[str, int]]:
+    judgments: dict[str, dict[str, int]] = {}
     is_first = True
     for place, line in _lines(path):
         columns = _columns(place, line)
@@ -202,14 +202,14 @@ def _read_judgements(path: Path) -> dict[str, dict[str, int]]:
         score = _integer(text)
         if score is None:
             raise CompareError(f"{place}: the score must be an integer, and is {text!r}")
-        scores = judgements.setdefault(query, {})
+        scores = judgments.setdefault(query, {})
         if scores.setdefault(document, score) != score:
             raise CompareError(
                 f"{place}: query {query!r} and document {document!r} have score {score}, and {scores[document]} further up"
             )
-    if not judgements:
-        raise CompareError(f"{path}: is empty; at least one judgement below the header is needed")
-    return judgements
+    if not judgments:
+        raise CompareError(f"{path}: is empty; at least one judgment below the header is needed")
+    return judgments
 
 
 def _columns(place: str, line: bytes) -> list[str]:
@@ -240,20 +240,20 @@ def _is_number(text: str) -> bool:
 
 
 def _known(
-    judgements: Mapping[str, Mapping[str, int]],
+    judgments: Mapping[str, Mapping[str, int]],
     documents: Mapping[str, str],
     queries: Mapping[str, str],
     path: Path,
     notes: list[str],
 ) -> dict[str, dict[str, int]]:
-    """Return the judgements whose query and document there are, and note how many there are not.
+    """Return the judgments whose query and document there are, and note how many there are not.
 
     Raises:
         CompareError: none is left.
     """
     known: dict[str, dict[str, int]] = {}
     num_unknown_queries = num_unknown_documents = 0
-    for query, scores in judgements.items():
+    for query, scores in judgments.items():
         if query not in queries:
             num_unknown_queries += len(scores)
             continue
@@ -263,19 +263,19 @@ def _known(
             known[query] = kept
     for number, file in ((num_unknown_queries, "queries.jsonl"), (num_unknown_documents, "corpus.jsonl")):
         if number:
-            were = _counted(number, "judgement was", "judgements were")
+            were = _counted(number, "judgment was", "judgments were")
             notes.append(f"{were} dropped: what they name is not in {file}.")
     if not known:
-        example = next(iter(judgements.items()))
+        example = next(iter(judgments.items()))
         raise CompareError(
-            f"{path}: no judgement names both a query of queries.jsonl and a document of corpus.jsonl; the first names "
+            f"{path}: no judgment names both a query of queries.jsonl and a document of corpus.jsonl; the first names "
             f"query {example[0]!r} and document {next(iter(example[1]))!r}"
         )
     return known
 
 
-def _note_unanswerable(judgements: Mapping[str, Mapping[str, int]], notes: list[str]) -> None:
-    number = sum(max(scores.values()) <= 0 for scores in judgements.values())
+def _note_unanswerable(judgments: Mapping[str, Mapping[str, int]], notes: list[str]) -> None:
+    number = sum(max(scores.values()) <= 0 for scores in judgments.values())
     if number:
         notes.append(
             f"{_counted(number, 'query has', 'queries have')} no relevant document: no arm can find anything for them."
@@ -290,12 +290,12 @@ def _note_empty(texts: Mapping[str, str], what: str, notes: list[str]) -> None:
 
 def _sampled(
     documents: dict[str, str],
-    judgements: Mapping[str, Mapping[str, int]],
+    judgments: Mapping[str, Mapping[str, int]],
     max_documents: int | None,
     seed: int,
     notes: list[str],
 ) -> dict[str, str]:
-    """Return all documents, or those with a judgement and a sample of the others.
+    """Return all documents, or those with a judgment and a sample of the others.
 
     Raises:
         CompareError: ``max_documents`` is below 1.
@@ -304,14 +304,14 @@ def _sampled(
         return documents
     if max_documents < 1:
         raise CompareError(f"at most {max_documents} documents: at least 1 is needed")
-    judged = {document for scores in judgements.values() for document in scores}
+    judged = {document for scores in judgments.values() for document in scores}
     # Sorted, so that the sample does not hang on the order of the lines.
     others = sorted(documents.keys() - judged)
     num_others = max(0, max_documents - len(judged))
     picked = np.random.default_rng(seed).permutation(len(others))[:num_others]
     kept = judged | {others[place] for place in picked}
     notes.append(
-        f"{len(kept):,} of {len(documents):,} documents were searched: the {len(judged):,} with a judgement, and "
+        f"{len(kept):,} of {len(documents):,} documents were searched: the {len(judged):,} with a judgment, and "
         f"{num_others:,} of the others, drawn at random. Quality is higher on a part than on the whole."
     )
     return {id_: documents[id_] for id_ in kept}

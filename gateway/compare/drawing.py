@@ -1,6 +1,6 @@
 """What the plots of the page have in common: how an arm is drawn, and what plotly.js is told.
 
-No plot has a theme: the page's styles colour text and lines, for a light, a dark and a printed page.
+No plot has a theme: the page's styles color text and lines, for a light, a dark and a printed page.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from gateway.compare.results import Comparison, Estimate
 
 Json = dict[str, object]
 
-# Okabe and Ito's palette, the faint ones last; grey in place of its black, which a dark page would swallow.
-COLOURS = ("#808080", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette, the faint ones last; gray in place of its black, which a dark page would swallow.
+COLORS = ("#808080", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How an arm is drawn, everywhere: told apart by its shape as well as by its colour."""
+    """How an arm is drawn, everywhere: told apart by its shape as well as by its color."""
 
-    colour: str
+    color: str
     symbol: str
 
 
@@ -50,9 +50,9 @@ class Plot:
 
 
 def marks(comparison: Comparison) -> Mapping[str, Mark]:
-    """Return how each arm is drawn. The baseline is grey: it is what the others are seen against."""
+    """Return how each arm is drawn. The baseline is gray: it is what the others are seen against."""
     return {
-        arm.name: Mark(COLOURS[number % len(COLOURS)], SYMBOLS[number % len(SYMBOLS)])
+        arm.name: Mark(COLORS[number % len(COLORS)], SYMBOLS[number % len(SYMBOLS)])
         for number, arm in enumerate(comparison.arms)
     }
 
@@ -91,7 +91,7 @@ def error_bar(estimates: Sequence[Estimate]) -> Json:
 
 def marker(mark: Mark) -> Json:
     # A triangle has less of an area than what else is as wide.
-    return {"color": mark.colour, "symbol": mark.symbol, "size": 11 if "triangle" in mark.symbol else 9}
+    return {"color": mark.color, "symbol": mark.symbol, "size": 11 if "triangle" in mark.symbol else 9}
 
 
 def plain(text: str) -> str:

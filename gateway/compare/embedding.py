@@ -55,7 +55,7 @@ async def embed_side(
     native = stored.read(texts)
     if arm.dimensions == arm.width:
         return native
-    return finish(native, (len(texts), arm.width), arm.dimensions, normalise=arm.is_normalised)
+    return finish(native, (len(texts), arm.width), arm.dimensions, normalize=arm.is_normalized)
 
 
 async def _embed_missing(

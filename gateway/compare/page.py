@@ -57,7 +57,7 @@ class Line:
         anchor: its id in the page.
         other_rank: its rank in the other ranking; ``None`` if it is not there.
         other_anchor: its id there.
-        judgement: in words; empty without judgements.
+        judgment: in words; empty without judgments.
     """
 
     rank: int
@@ -65,7 +65,7 @@ class Line:
     anchor: str
     other_rank: int | None
     other_anchor: str
-    judgement: str
+    judgment: str
     is_relevant: bool
 
 
@@ -129,7 +129,7 @@ def _clip(text: str) -> str:
 def _table(comparison: Comparison) -> Iterator[tuple[str, Sequence[Row]]]:
     """Yield the groups of rows of the table that has a column for each arm."""
     arms = comparison.arms
-    if comparison.has_judgements:
+    if comparison.has_judgments:
         yield (
             "Quality",
             [
@@ -201,7 +201,7 @@ def _vector_rows(comparison: Comparison) -> Iterator[Row]:
 def _examples(comparison: Comparison, name: str, key: int) -> Iterator[tuple[str, Sequence[Example]]]:
     """Yield the queries to look at, under headings: where the arm loses most, and where it gains most."""
     baseline = comparison.baseline.name
-    if not comparison.has_judgements:
+    if not comparison.has_judgments:
         different = (query for query in comparison.queries if query.rbo[name] < 1)
         least_alike = sorted(different, key=lambda query: query.rbo[name])[:NUM_EXAMPLES]
         yield (
@@ -242,12 +242,12 @@ def _example(query: QueryResult, baseline: str, name: str, key: str, change: str
         query,
         change,
         values,
-        baseline=_lines(before, after, f"b{key}", f"a{key}", has_judgements=bool(query.quality)),
-        arm=_lines(after, before, f"a{key}", f"b{key}", has_judgements=bool(query.quality)),
+        baseline=_lines(before, after, f"b{key}", f"a{key}", has_judgments=bool(query.quality)),
+        arm=_lines(after, before, f"a{key}", f"b{key}", has_judgments=bool(query.quality)),
     )
 
 
-def _lines(hits: Sequence[Hit], others: Sequence[Hit], key: str, other_key: str, *, has_judgements: bool) -> list[Line]:
+def _lines(hits: Sequence[Hit], others: Sequence[Hit], key: str, other_key: str, *, has_judgments: bool) -> list[Line]:
     ranks: Mapping[str, int] = {hit.document: rank for rank, hit in enumerate(others, start=1)}
     return [
         Line(
@@ -256,14 +256,14 @@ def _lines(hits: Sequence[Hit], others: Sequence[Hit], key: str, other_key: str,
             anchor=f"{key}-{rank}",
             other_rank=ranks.get(hit.document),
             other_anchor=f"{other_key}-{ranks.get(hit.document)}",
-            judgement=_judgement(hit.relevance) if has_judgements else "",
+            judgment=_judgment(hit.relevance) if has_judgments else "",
             is_relevant=(hit.relevance or 0) > 0,
         )
         for rank, hit in enumerate(hits, start=1)
     ]
 
 
-def _judgement(relevance: int | None) -> str:
+def _judgment(relevance: int | None) -> str:
     if relevance is None:
         return "not judged"
     if relevance <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from gateway.compare.drawing import COLOURS, Json, Plot, error_bar, make_layout, marker, marks, plain
+from gateway.compare.drawing import COLORS, Json, Plot, error_bar, make_layout, marker, marks, plain
 from gateway.compare.query_plots import make_histograms, make_query_bars
 from gateway.compare.results import PRIMARY_MEASURE, Arm, Comparison, Estimate
 from gateway.compare.wording import fixed, interval, milliseconds, signed, signed_interval
@@ -16,8 +16,8 @@ _FRAME = 70  # pixels for what is above and below them
 
 def make_plots(comparison: Comparison) -> Sequence[Plot]:
     """Make every plot that the comparison has values for."""
-    if not comparison.has_judgements:
-        reason = "Left out, and so is quality against cost: without judgements there is none to draw."
+    if not comparison.has_judgments:
+        reason = "Left out, and so is quality against cost: without judgments there is none to draw."
         return [*make_histograms(comparison), Plot("plot-quality", "Quality", reason, is_wide=True)]
     return [
         _quality(comparison),
@@ -218,6 +218,6 @@ def _lines_between_sizes(arms: Sequence[Arm], x: Mapping[str, float]) -> Iterato
                 "mode": "lines",
                 "x": [x[arm.name] for arm in of_model],
                 "y": [arm.quality[PRIMARY_MEASURE].mean for arm in of_model],
-                "line": {"color": COLOURS[0], "width": 1, "dash": "dot"},
+                "line": {"color": COLORS[0], "width": 1, "dash": "dot"},
                 "hoverinfo": "skip",
             }

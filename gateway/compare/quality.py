@@ -1,4 +1,4 @@
-"""What rankings are worth by judgements: every measure of every query, through ``ir-measures``."""
+"""What rankings are worth by judgments: every measure of every query, through ``ir-measures``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gateway.compare.results import MEASURES
 from gateway.compare.search import Ranking, without_ties
 
 
-def measure(rankings: Ranking, judgements: Mapping[str, Mapping[str, int]]) -> Mapping[str, Mapping[str, float]]:
-    """Return the value of each of ``MEASURES`` for every query that has a judgement, in the order of the judgements.
+def measure(rankings: Ranking, judgments: Mapping[str, Mapping[str, int]]) -> Mapping[str, Mapping[str, float]]:
+    """Return the value of each of ``MEASURES`` for every query that has a judgment, in the order of the judgments.
 
-    A query without a ranking, or for which nothing is relevant, has 0. Documents without a judgement count as not
+    A query without a ranking, or for which nothing is relevant, has 0. Documents without a judgment count as not
     relevant, and Judged@10 says how many of the first ten have one.
     """
-    judged = {query: dict(scores) for query, scores in judgements.items() if scores}
+    judged = {query: dict(scores) for query, scores in judgments.items() if scores}
     if not judged:
         return {}
     names = {ir_measures.parse_measure(name): name for name in MEASURES}

@@ -57,7 +57,7 @@ def _sort(queries: Iterable[QueryResult], name: str, baseline: str) -> list[tupl
 
 
 def _bars(comparison: Comparison, name: str, **more: object) -> Json:
-    marker = {"color": marks(comparison)[name].colour, "line": {"width": 0}}
+    marker = {"color": marks(comparison)[name].color, "line": {"width": 0}}
     return {"type": "bar", "marker": marker, "hoverinfo": "text"} | more
 
 

@@ -60,7 +60,7 @@ class Arm:
         model: id of the model that answered.
         space: id of the space that the vectors are in.
         query_task: task that queries were embedded with; ``None`` for a model without tasks.
-        quality: mean of each measure over the queries; empty without judgements.
+        quality: mean of each measure over the queries; empty without judgments.
         cost: ``None`` when it was not measured.
     """
 
@@ -83,7 +83,7 @@ class Contrast:
 
     Attributes:
         difference: mean of (arm - baseline), with its bootstrap interval.
-        p: two-sided, of the paired randomisation test.
+        p: two-sided, of the paired randomization test.
         p_holm: the same after Holm's correction for the number of arms compared.
         wins: queries where the arm is better than the baseline.
         verdict: told for the primary measure only; ``None`` for the others.
@@ -124,7 +124,7 @@ class Hit:
 
     Attributes:
         text: how the document begins, for people.
-        relevance: its judgement for the query; ``None`` if it was not judged.
+        relevance: its judgment for the query; ``None`` if it was not judged.
     """
 
     document: str
@@ -138,7 +138,7 @@ class QueryResult:
     """One query: the first ten documents of every arm, and what they are worth.
 
     Attributes:
-        quality: value of each measure by arm; empty without judgements.
+        quality: value of each measure by arm; empty without judgments.
         overlap: overlap@10 with the baseline, by arm, the baseline left out.
         rbo: rank-biased overlap with the baseline, by arm, the baseline left out.
     """
@@ -156,9 +156,9 @@ class DatasetSummary:
     """What was compared on.
 
     Attributes:
-        sha256: hex hash over the documents, queries and judgements that were used.
-        num_judgements: 0 without judgements.
-        num_unjudged_queries: queries of the file that were left out because no judgement names them.
+        sha256: hex hash over the documents, queries and judgments that were used.
+        num_judgments: 0 without judgments.
+        num_unjudged_queries: queries of the file that were left out because no judgment names them.
     """
 
     folder: str
@@ -166,7 +166,7 @@ class DatasetSummary:
     sha256: str
     num_documents: int
     num_queries: int
-    num_judgements: int
+    num_judgments: int
     num_unjudged_queries: int
 
 
@@ -179,7 +179,7 @@ class Comparison:
         source: where the vectors came from: a URL, or ``in process``.
         versions: of the gateway and of the libraries that the figures depend on, by name.
         notes: what a reader must know to judge the figures: arms with different shares of judged documents, say.
-        contrasts: for each arm but the baseline, every measure in order; empty without judgements.
+        contrasts: for each arm but the baseline, every measure in order; empty without judgments.
         agreements: for each arm but the baseline.
     """
 
@@ -201,6 +201,6 @@ class Comparison:
         return self.arms[0]
 
     @property
-    def has_judgements(self) -> bool:
+    def has_judgments(self) -> bool:
         """Whether there is a quality to speak of, or only a difference."""
-        return self.dataset.num_judgements > 0
+        return self.dataset.num_judgments > 0

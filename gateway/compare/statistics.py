@@ -1,7 +1,7 @@
 """What can be concluded from the values of each query: intervals, tests, and the verdict.
 
 The queries are the sample: they stand for those that users will ask. How differences between systems are best tested is
-from Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528): a paired randomisation test.
+from Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528): a paired randomization test.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def estimate(values: Sequence[float] | npt.NDArray[np.float64], num_resamples: i
     return Estimate(mean, float(bounds.low), float(bounds.high))
 
 
-def randomisation_p(differences: Sequence[float] | npt.NDArray[np.float64], num_resamples: int, seed: int) -> float:
-    """Return the two-sided p of the paired randomisation test: how often random signs make as large a mean.
+def randomization_p(differences: Sequence[float] | npt.NDArray[np.float64], num_resamples: int, seed: int) -> float:
+    """Return the two-sided p of the paired randomization test: how often random signs make as large a mean.
 
     With few queries (``2 ** queries <= num_resamples``) every choice of signs is looked at, and p is exact.
     """
@@ -119,7 +119,7 @@ def contrast(
         raise ValueError(f"{arm} and {baseline} have values of different queries, and cannot be compared in pairs")
     differences = np.array([arm_values[query] - value for query, value in baseline_values.items()], dtype=np.float64)
     wins, losses = int(np.sum(differences > TIE)), int(np.sum(differences < -TIE))
-    p = randomisation_p(differences, num_resamples, seed)
+    p = randomization_p(differences, num_resamples, seed)
     return Contrast(
         arm=arm,
         baseline=baseline,

@@ -38,12 +38,12 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     say(
         console,
         f"{dataset.folder}{split}: {dataset.num_documents:,} documents, {dataset.num_queries:,} queries, "
-        f"{dataset.num_judgements:,} judgements",
+        f"{dataset.num_judgments:,} judgments",
     )
-    if not comparison.has_judgements:
+    if not comparison.has_judgments:
         say(
             console,
-            "\nThere are no judgements: how the rankings differ can be told, and not which are better. "
+            "\nThere are no judgments: how the rankings differ can be told, and not which are better. "
             "This is a difference, not a quality.",
         )
     for table in (_quality_table, _contrast_table, _cost_table, _agreement_table):

@@ -66,7 +66,7 @@ def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
 
 
 def bottom_line(comparison: Comparison) -> str:
-    """Say what to do, as far as the judgements tell; empty without any."""
+    """Say what to do, as far as the judgments tell; empty without any."""
     verdicts = {one.arm: one.verdict for one in comparison.contrasts if one.measure == PRIMARY_MEASURE}
     if not verdicts:
         return ""

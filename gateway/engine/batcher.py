@@ -1,8 +1,8 @@
-"""Bring requests and computing threads together: admission, tokenising, waiting, and one answer for everybody.
+"""Bring requests and computing threads together: admission, tokenizing, waiting, and one answer for everybody.
 
 Takes the place of Infinity's ``BatchHandler``, and keeps its interface for ``AsyncEmbeddingEngine``. That one passes a
 batch through five queues and four threads that poll and sleep (5 ms a step, so a single short text takes three times as
-long as its forward), tokenises every text twice, and never recovers from an exception in one of its threads: the
+long as its forward), tokenizes every text twice, and never recovers from an exception in one of its threads: the
 futures of that batch, and of every later one, are never resolved (michaelfeil/infinity #242, #483, #544). Here a thread
 that is free takes what is queued, without a timer, and whatever a forward does, everybody in its batch gets an answer.
 """
@@ -60,7 +60,7 @@ class _Work:
 
     Attributes:
         text_name: what its texts are called in an error.
-        reading: what of it is being tokenised.
+        reading: what of it is being tokenized.
         encoded: result of each of its items, as far as they have come.
         computations: what it waits for.
     """
@@ -116,7 +116,7 @@ class Batcher:
         self._works: dict[Ticket, _Work] = {}
         self._computations: dict[Hashable, Computation] = {}
         self._num_texts = 0
-        self._num_tokens = 0  # estimated: admission comes before tokenising
+        self._num_tokens = 0  # estimated: admission comes before tokenizing
         self._tokens_per_s: float | None = None
         self._refusal: Callable[[], RequestError] | None = None
         self._loop = asyncio.get_running_loop()
@@ -132,7 +132,7 @@ class Batcher:
     async def submit(self, job: EmbedJob, replica: int | None = None) -> Embeddings:
         """Embed the texts of a job; return when the last vector is there.
 
-        Cancelling the caller drops what is still queued.
+        Canceling the caller drops what is still queued.
 
         Args:
             replica: the one that is to compute it, next; ``None`` for whichever is free first.
@@ -217,10 +217,10 @@ class Batcher:
             if not computation.entries and not computation.is_taken:
                 self._computations.pop(_key(computation), None)
 
-    # ------------------------------------------------------------------------------------------------ tokenising
+    # ------------------------------------------------------------------------------------------------ tokenizing
 
     async def _enqueue(self, job: EmbedJob, ticket: Ticket, work: _Work, replica: int | None) -> None:
-        """Tokenise in slices, and queue each slice at once: the device starts while the rest is tokenised."""
+        """Tokenize in slices, and queue each slice at once: the device starts while the rest is tokenized."""
         entries: list[Entry] = []
         query = None
         if job.query is not None:
@@ -257,7 +257,7 @@ class Batcher:
         finally:
             work.timeline.add(Stage.TURN, begun, time.monotonic())
             for start, end in list(reading.spans):
-                work.timeline.add(Stage.TOKENISE, start, end)
+                work.timeline.add(Stage.TOKENIZE, start, end)
 
     def _join(self, computation: Computation) -> Computation:
         """Return the computation of an identical item that is in flight, or this one."""

@@ -29,8 +29,8 @@ def read_cards() -> None:
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
             metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
-            metrics.GPU_UTILISATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except nvml.NVMLError as error:  # a slice of a card (MIG) has no utilisation of its own
+            metrics.GPU_UTILIZATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+        except nvml.NVMLError as error:  # a slice of a card (MIG) has no utilization of its own
             log.debug("card_not_read", device=device, error=str(error))
 
 

@@ -78,7 +78,7 @@ class LoadPlan:
             dimensions=self.dimensions,
             max_tokens=self.max_tokens,
             pooling=self.checkpoint.pooling.value,
-            is_normalised=self.checkpoint.is_normalised,
+            is_normalized=self.checkpoint.is_normalized,
             device=", ".join(self.devices),
             dtype=self.dtype,
             engine=f"infinity/{self.runtime}",
@@ -224,7 +224,7 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
     """Run the shortest and the largest batch once, so that no request pays for first-time allocations."""
     num_longest = max(1, plan.max_batch_tokens // plan.max_tokens)
     texts = ["warm up", *["warm up " * plan.max_tokens] * num_longest]
-    tokens = encoder.tokenise(texts, plan.info.default_task, Truncate.END)
+    tokens = encoder.tokenize(texts, plan.info.default_task, Truncate.END)
     outputs = frozenset(plan.entry.outputs)
     for batch in (tokens[:1], tokens[1:]):
         try:

@@ -1,4 +1,4 @@
-"""The threads that tokenise for one model, and the fair queues in front of them.
+"""The threads that tokenize for one model, and the fair queues in front of them.
 
 Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
 then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that
@@ -98,8 +98,8 @@ class ReadingRoom:
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._short = _Desk(f"{name}-tokenise", self._read)
-        self._long = _Desk(f"{name}-tokenise-long", self._read)
+        self._short = _Desk(f"{name}-tokenize", self._read)
+        self._long = _Desk(f"{name}-tokenize-long", self._read)
 
     def start(self) -> None:
         for desk in (self._short, self._long):

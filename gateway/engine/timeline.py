@@ -20,16 +20,16 @@ class Stage(IntEnum):
     """A batch that holds one of its texts is being computed."""
     QUEUE = 1
     """A text of it waits for a batch."""
-    TOKENISE = 2
-    """A text of it is being tokenised."""
+    TOKENIZE = 2
+    """A text of it is being tokenized."""
     TURN = 3
-    """It waits for its turn to be tokenised."""
+    """It waits for its turn to be tokenized."""
 
 
 class Timeline:
     """When a request did what.
 
-    Its stages overlap: while the first texts are computed, others wait, and the rest is still being tokenised. Each
+    Its stages overlap: while the first texts are computed, others wait, and the rest is still being tokenized. Each
     moment is counted once, so that the parts add up to no more than the time that has passed, however many batches ran
     side by side.
     """
@@ -48,8 +48,8 @@ class Timeline:
         for stage in Stage:
             spans += self._spans[stage]
             covered.append(covered_s(spans))
-        inference_s, queue_s, tokenise_s, turn_s = (after - before for before, after in pairwise(covered))
-        return Timings(tokenise_s=tokenise_s, queue_s=queue_s + turn_s, inference_s=inference_s)
+        inference_s, queue_s, tokenize_s, turn_s = (after - before for before, after in pairwise(covered))
+        return Timings(tokenize_s=tokenize_s, queue_s=queue_s + turn_s, inference_s=inference_s)
 
 
 def covered_s(spans: Iterable[Span]) -> float:

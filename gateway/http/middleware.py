@@ -282,7 +282,7 @@ def _place(scope: Scope, headers: Headers, root_path: str) -> str:
 
     A proxy may have taken the prefix off the path, or not: both are routed alike.
     """
-    path = _normalise_path(scope["path"])
+    path = _normalize_path(scope["path"])
     prefix = root_path or scope.get("root_path", "").rstrip("/") or _forwarded_prefix(headers)
     if prefix and (path == prefix or path.startswith(f"{prefix}/")):
         path = path[len(prefix) :] or "/"
@@ -295,7 +295,7 @@ def _forwarded_prefix(headers: Headers) -> str:
     return given if len(given) <= _MAX_PREFIX and PREFIX.fullmatch(given) else ""
 
 
-def _normalise_path(path: str) -> str:
+def _normalize_path(path: str) -> str:
     """Drop doubled and trailing slashes: clients put a base URL and a path together in every way."""
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 

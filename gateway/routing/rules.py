@@ -161,7 +161,7 @@ def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
 
 def _space(info: ModelInfo, task: str | None) -> str:
     wanted = canonical_task(task) if task is not None and info.tasks else info.default_task
-    return space_id(info, wanted, info.width, is_normalised=info.is_normalised)
+    return space_id(info, wanted, info.width, is_normalized=info.is_normalized)
 
 
 def _info(fleet: Models, model_id: str) -> ModelInfo | None:

@@ -21,12 +21,12 @@ _FAMILIES = {"retrieval.query": "retrieval", "retrieval.passage": "retrieval"}
 
 
 def space_id(
-    info: ModelInfo, task: str | None, dimensions: int, *, is_normalised: bool, output: Output = Output.DENSE
+    info: ModelInfo, task: str | None, dimensions: int, *, is_normalized: bool, output: Output = Output.DENSE
 ) -> str:
     """Return the space of vectors: ``<model id>@<12 hex>``.
 
     The hash is over everything that must be equal for vectors to be comparable: the checkpoint's fingerprint (weights,
-    tokenizer, pooling), normalisation, dimensions, the family of the task with its exact instructions, and the version
+    tokenizer, pooling), normalization, dimensions, the family of the task with its exact instructions, and the version
     of the gateway's preprocessing. Device, dtype and engine are left out: they change a vector by less than what
     comparing it with another one could notice. The part before ``@`` is for people.
 
@@ -46,7 +46,7 @@ def space_id(
             states
             | {
                 "fingerprint": info.fingerprint,
-                "is_normalised": is_normalised,
+                "is_normalized": is_normalized,
                 "dimensions": dimensions,
                 "family": family,
                 "instructions": instructions,
@@ -67,7 +67,7 @@ def spaces_by_task(info: ModelInfo) -> dict[str | None, str]:
     tasks: list[str | None] = list(info.tasks) or [None]
     if info.default_task not in tasks:
         tasks.append(info.default_task)
-    return {task: space_id(info, task, info.width, is_normalised=info.is_normalised) for task in tasks}
+    return {task: space_id(info, task, info.width, is_normalized=info.is_normalized) for task in tasks}
 
 
 def why_no_stand_in(info: ModelInfo, other: ModelInfo) -> str:

@@ -60,7 +60,7 @@ TOKENS = Counter(
 TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", _TARGET, registry=REGISTRY)
 STAGE_SECONDS = Histogram(
     "gateway_stage_duration_seconds",
-    "Wall-clock time that such a request spent in a stage: tokenise, queue, inference, serialise. Each moment counts once: "
+    "Wall-clock time that such a request spent in a stage: tokenize, queue, inference, serialize. Each moment counts once: "
     "the stages of a request add up to at most its duration, however many batches ran side by side.",
     [*_TARGET, "stage"],
     buckets=_SECONDS,
@@ -248,8 +248,8 @@ GPU_MEMORY = Gauge(
     ["device", "kind"],
     registry=REGISTRY,
 )
-GPU_UTILISATION = Gauge(
-    "gateway_gpu_utilisation_ratio",
+GPU_UTILIZATION = Gauge(
+    "gateway_gpu_utilization_ratio",
     "Share of the last moments in which the card computed something, whoever for.",
     ["device"],
     registry=REGISTRY,
@@ -328,8 +328,8 @@ class Meters:
         self.texts = TEXTS.labels(*self._labels)
         self.tokens = TOKENS.labels(*self._labels)
         self.truncated = TRUNCATED.labels(*self._labels)
-        self.tokenise_s, self.queue_s, self.inference_s, self.serialise_s = (
-            STAGE_SECONDS.labels(*self._labels, stage) for stage in ("tokenise", "queue", "inference", "serialise")
+        self.tokenize_s, self.queue_s, self.inference_s, self.serialize_s = (
+            STAGE_SECONDS.labels(*self._labels, stage) for stage in ("tokenize", "queue", "inference", "serialize")
         )
         self._ok = EMBED_REQUESTS.labels(*self._labels, "ok")
 

@@ -47,6 +47,6 @@ GATEWAY_EXPERIMENT: Final = "gateway.experiment"
 GATEWAY_ARM: Final = "gateway.arm"
 GATEWAY_STAGE_SECONDS: Final = "gateway.stage.seconds"
 
-TOKENISE: Final = "tokenise"
+TOKENIZE: Final = "tokenize"
 QUEUE: Final = "queue"
 INFERENCE: Final = "inference"

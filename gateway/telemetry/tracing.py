@@ -278,14 +278,14 @@ def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
     They follow one another up to the end: before tokenizing, a request may have waited for a model that then failed. What
     an upstream says of its own time may be longer than the whole: each is cut at the whole's ends.
     """
-    tokenise, queue, inference = (
-        round(seconds * 1e9) for seconds in (timings.tokenise_s, timings.queue_s, timings.inference_s)
+    tokenize, queue, inference = (
+        round(seconds * 1e9) for seconds in (timings.tokenize_s, timings.queue_s, timings.inference_s)
     )
-    tokenised = min(ended_ns, max(begun_ns, ended_ns - tokenise - queue - inference) + tokenise)
+    tokenized = min(ended_ns, max(begun_ns, ended_ns - tokenize - queue - inference) + tokenize)
     return [
-        Stage(semconv.TOKENISE, max(begun_ns, tokenised - tokenise), tokenised, timings.tokenise_s),
-        Stage(semconv.QUEUE, tokenised, min(ended_ns, tokenised + queue), timings.queue_s),
-        Stage(semconv.INFERENCE, max(tokenised, ended_ns - inference), ended_ns, timings.inference_s),
+        Stage(semconv.TOKENIZE, max(begun_ns, tokenized - tokenize), tokenized, timings.tokenize_s),
+        Stage(semconv.QUEUE, tokenized, min(ended_ns, tokenized + queue), timings.queue_s),
+        Stage(semconv.INFERENCE, max(tokenized, ended_ns - inference), ended_ns, timings.inference_s),
     ]
 
 

@@ -81,7 +81,7 @@ def models(make_random_model: MakeModel) -> list[Model]:
             tasks=TASKS,
             default_task="text-matching",
         ),
-        make_random_model("team/small", width=10, is_normalised=False),
+        make_random_model("team/small", width=10, is_normalized=False),
     ]
 
 

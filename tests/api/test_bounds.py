@@ -327,12 +327,12 @@ async def test_large_answers_are_written_in_the_thread(
 
 async def test_the_log_has_the_time_that_a_large_answer_took_to_write(connect: Connect, make_model: MakeModel) -> None:
     client = await connect(make_model("wide", width=2048), aliases={})
-    labels = {"model": "wide", "task": "", "experiment": "", "arm": "", "stage": "serialise"}
+    labels = {"model": "wide", "task": "", "experiment": "", "arm": "", "stage": "serialize"}
 
     answer = await client.post("/v1/embeddings", json={"model": "wide", "input": ["a"] * 500})
 
     # The headers went out before anything was written.
-    assert "serialise" not in answer.headers["server-timing"]
+    assert "serialize" not in answer.headers["server-timing"]
     assert metrics.REGISTRY.get_sample_value("gateway_stage_duration_seconds_count", labels) == 1
     assert (metrics.REGISTRY.get_sample_value("gateway_stage_duration_seconds_sum", labels) or 0) > 0.001
 

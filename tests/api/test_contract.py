@@ -619,7 +619,7 @@ async def test_an_unknown_model_is_told_all_names(
         pytest.param("jina", 16.0, 32, id="an integer written as a float"),
     ],
 )
-async def test_a_listed_size_is_sliced_and_normalised_again(
+async def test_a_listed_size_is_sliced_and_normalized_again(
     client: httpx.AsyncClient, vectors_of: VectorsOf, field: str, model: str, size: float, width: int
 ) -> None:
     response = await embed(client, model=model, input=["a", "b"], **{field: size})
@@ -754,19 +754,19 @@ async def test_a_task_that_differs_from_the_one_in_the_name_is_refused(
     assert message == "`model` names the task 'query', and `task` says 'passage': leave one of them out"
 
 
-# ---------------------------------------------------------- 9, 10: normalised, truncate, late chunking, outputs, user
+# ---------------------------------------------------------- 9, 10: normalized, truncate, late chunking, outputs, user
 
 
 @pytest.mark.parametrize("field", ["normalized", "normalize"])
 @pytest.mark.parametrize(("model", "width"), [("mini", 8), ("team/small", 10)])
-@pytest.mark.parametrize("is_normalised", [True, False])
-async def test_vectors_are_normalised_or_as_the_model_made_them(
-    client: httpx.AsyncClient, vectors_of: VectorsOf, field: str, model: str, width: int, is_normalised: bool
+@pytest.mark.parametrize("is_normalized", [True, False])
+async def test_vectors_are_normalized_or_as_the_model_made_them(
+    client: httpx.AsyncClient, vectors_of: VectorsOf, field: str, model: str, width: int, is_normalized: bool
 ) -> None:
-    response = await embed(client, model=model, input="a", **{field: is_normalised})
+    response = await embed(client, model=model, input="a", **{field: is_normalized})
 
     raw = vectors_of(["a"], width)
-    np.testing.assert_allclose(rows_of(response), unit(raw) if is_normalised else raw, rtol=1e-5)
+    np.testing.assert_allclose(rows_of(response), unit(raw) if is_normalized else raw, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -1094,7 +1094,7 @@ async def test_server_timing_has_every_stage_in_milliseconds(client: httpx.Async
     timing = (await embed(client)).headers["server-timing"]
 
     stages = dict(re.findall(r"(\w+);dur=(\d+\.\d+)", timing))
-    assert list(stages) == ["tokenise", "queue", "inference", "serialise", "total"]
+    assert list(stages) == ["tokenize", "queue", "inference", "serialize", "total"]
     assert 0 < float(stages["total"]) < 60_000
 
 
@@ -1126,7 +1126,7 @@ async def test_vectors_of_the_expected_space_are_given(
     [
         pytest.param({"model": "jina", "task": "query"}, id="task"),
         pytest.param({"model": "jina", "dimensions": 16}, id="dimensions"),
-        pytest.param({"model": "jina", "normalized": False}, id="normalisation"),
+        pytest.param({"model": "jina", "normalized": False}, id="normalization"),
         pytest.param({"model": "mini"}, id="model"),
     ],
 )

@@ -64,7 +64,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "tasks": ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"],
         "default_task": "text-matching",
         "outputs": ["dense"],
-        "is_normalised": True,
+        "is_normalized": True,
         "space": spaces["text-matching"],
         "device": "cpu",
         "dtype": "float32",
@@ -288,7 +288,7 @@ async def test_requests_texts_and_tokens_are_counted(client: httpx.AsyncClient) 
     assert of_mini("gateway_texts_total") == 2
     assert of_mini("gateway_tokens_total") == 2 + 8
     assert of_mini("gateway_truncated_texts_total") == 1
-    for stage in ("tokenise", "queue", "inference"):
+    for stage in ("tokenize", "queue", "inference"):
         assert of_mini("gateway_stage_duration_seconds_count", stage=stage) == 1
 
 

@@ -106,7 +106,7 @@ bounded = settings(deadline=None, derandomize=True, suppress_health_check=list(H
 def operations(schema: schemathesis.BaseSchema, *modes: schemathesis.GenerationMode) -> list[object]:
     """Return the operations of a schema with the requests to send, each a parameter of its own name.
 
-    The names of schemathesis's own parametrisation are all the same, and a test that runs beside others needs a name.
+    The names of schemathesis's own parametrization are all the same, and a test that runs beside others needs a name.
     """
     found = [result.ok() for result in schema.get_all_operations()]
     return [

@@ -58,11 +58,11 @@ async def test_a_card_tells_what_the_vectors_are(client: httpx.AsyncClient) -> N
         "id": models[0]["space"],
         "object": "space",
         "dimensions": 8,
-        "is_normalised": True,
+        "is_normalized": True,
         "pooling": "mean",
         "members": [{"model": "mini", "task": None, "state": "ready", "names": ["mini", "default"], "experiments": []}],
     }
-    assert (last["dimensions"], last["is_normalised"]) == (10, False)
+    assert (last["dimensions"], last["is_normalized"]) == (10, False)
 
 
 async def test_query_and_passage_share_a_space(client: httpx.AsyncClient) -> None:
@@ -91,7 +91,7 @@ async def test_vectors_of_different_lengths_or_instructions_share_none(connect: 
     same = {"fingerprint": "f" * 64}
     models = [
         make_model("plain", **same),
-        make_model("raw", **same, is_normalised=False),
+        make_model("raw", **same, is_normalized=False),
         make_model("told", **same, instruction="search: "),
     ]
 

@@ -120,7 +120,7 @@ async def test_normalize_false_gives_the_vectors_as_they_are_pooled(
     np.testing.assert_allclose(answer(response, "embed"), vectors_of(["x"], 8), rtol=1e-6)
 
 
-async def test_dimensions_are_cut_and_normalised_again(client: httpx.AsyncClient, vectors_of: VectorsOf) -> None:
+async def test_dimensions_are_cut_and_normalized_again(client: httpx.AsyncClient, vectors_of: VectorsOf) -> None:
     response = await client.post("/tei/jina/embed", json={"inputs": "x", "dimensions": 16})
 
     np.testing.assert_allclose(answer(response, "embed"), unit(vectors_of(["x"], 32)[:, :16]), rtol=1e-5)

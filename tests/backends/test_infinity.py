@@ -114,7 +114,7 @@ class FaultyForward:
     """
 
     def __init__(self, encoders: Sequence[Encoder], poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        [self._poison] = encoders[0].tokenise([poison], None, Truncate.END)
+        [self._poison] = encoders[0].tokenize([poison], None, Truncate.END)
         self.gate = threading.Event()
         self.gate.set()
         self.batches: list[int] = []

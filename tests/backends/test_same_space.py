@@ -100,7 +100,7 @@ async def test_it_takes_over_what_makes_the_space() -> None:
     info = await adopt(await near())
 
     assert info.id == "far"
-    assert (info.fingerprint, info.is_normalised, info.instruction) == ("f" * 64, True, "embed: ")
+    assert (info.fingerprint, info.is_normalized, info.instruction) == ("f" * 64, True, "embed: ")
     assert dict(info.tasks) == TASKS
 
 
@@ -158,10 +158,10 @@ async def test_what_differs_beside_the_vectors_is_said(changes: dict[str, Any], 
     assert str(caught.value) == problem
 
 
-async def test_vectors_that_come_normalised_are_not_those_of_a_model_that_does_not_normalise() -> None:
-    other = await near(is_normalised=False)
+async def test_vectors_that_come_normalized_are_not_those_of_a_model_that_does_not_normalize() -> None:
+    other = await near(is_normalized=False)
 
-    assert not (await adopt(other, has_raw=True)).is_normalised
+    assert not (await adopt(other, has_raw=True)).is_normalized
     with pytest.raises(LoadError, match="near does not normalize its vectors"):
         await adopt(other, has_raw=False)
 

@@ -276,7 +276,7 @@ def test_headers_say_what_answered_and_how_long_it_took(client: OpenAI) -> None:
     assert answer.headers["x-gateway-model"] == MODEL
     assert re.fullmatch(rf"{MODEL}@[0-9a-f]{{12}}", answer.headers["x-gateway-space"])
     stages = [part.split(";")[0] for part in answer.headers["server-timing"].split(", ")]
-    assert stages == ["tokenise", "queue", "inference", "serialise", "total"]
+    assert stages == ["tokenize", "queue", "inference", "serialize", "total"]
     assert answer.parse().model == MODEL
 
 

@@ -100,7 +100,7 @@ def make_words_model(make_model: MakeModel) -> MakeModel:
 async def start_gateway(make_words_model: MakeModel, make_fleet: MakeFleet) -> AsyncIterator[StartGateway]:
     """Return a function that starts a gateway: of ``plain``, ``tasks``, ``raw`` and ``queries``, unless it gets others.
 
-    ``plain`` has no tasks; ``tasks`` has those of retrieval, and sizes to choose from; ``raw`` does not normalise;
+    ``plain`` has no tasks; ``tasks`` has those of retrieval, and sizes to choose from; ``raw`` does not normalize;
     ``queries`` has an instruction for queries only.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -111,7 +111,7 @@ async def start_gateway(make_words_model: MakeModel, make_fleet: MakeFleet) -> A
                 make_words_model(
                     "tasks", width=64, dimensions=(64, 8), tasks=RETRIEVAL_TASKS, default_task="text-matching"
                 ),
-                make_words_model("raw", width=16, dimensions=(16, 4), is_normalised=False),
+                make_words_model("raw", width=16, dimensions=(16, 4), is_normalized=False),
                 make_words_model("queries", width=16, tasks={"retrieval.query": "find: "}),
             )
             registry, fleet = make_fleet(*models, aliases=aliases)
@@ -134,7 +134,7 @@ DOCUMENTS = {
     "d4": "a bicycle needs no fuel",
 }
 QUERIES = {"q0": "train station", "q1": "flour for bread", "q2": "how hot is boiling water"}
-JUDGEMENTS = {("q0", "d0"): 2, ("q0", "d2"): 1, ("q1", "d1"): 1, ("q2", "d3"): 1, ("q2", "d4"): 0}
+JUDGMENTS = {("q0", "d0"): 2, ("q0", "d2"): 1, ("q1", "d1"): 1, ("q2", "d3"): 1, ("q2", "d4"): 0}
 
 WriteData = Callable[..., Path]
 
@@ -146,16 +146,16 @@ def write_data(tmp_path: Path) -> WriteData:
     def write(
         documents: dict[str, str] = DOCUMENTS,
         queries: dict[str, str] = QUERIES,
-        judgements: dict[tuple[str, str], int] | None = JUDGEMENTS,
+        judgments: dict[tuple[str, str], int] | None = JUDGMENTS,
     ) -> Path:
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         for name, texts in (("corpus", documents), ("queries", queries)):
             lines = [json.dumps({"_id": id_, "text": text}) for id_, text in texts.items()]
             (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        if judgements is not None:
+        if judgments is not None:
             (folder / "qrels").mkdir(exist_ok=True)
-            rows = [f"{query}\t{document}\t{score}" for (query, document), score in judgements.items()]
+            rows = [f"{query}\t{document}\t{score}" for (query, document), score in judgments.items()]
             (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
         return folder
 

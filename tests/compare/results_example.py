@@ -76,22 +76,22 @@ MINILM = Likeness("all-minilm-l6-v2", skill=0.12, noise=0.11, width=384, p50_s=0
 def make_comparison(
     *likenesses: Likeness,
     num_queries: int = 200,
-    has_judgements: bool = True,
+    has_judgments: bool = True,
     has_cost: bool = True,
     seed: int = 7,
 ) -> Comparison:
     """Make a comparison of ``likenesses``; arms that rank alike get the very same rankings."""
     likenesses = likenesses or (JINA, BGE, JINA_CUT)
     names = [one.name for one in likenesses]
-    queries = [_make_query(number, likenesses, seed, has_judgements=has_judgements) for number in range(num_queries)]
+    queries = [_make_query(number, likenesses, seed, has_judgments=has_judgments) for number in range(num_queries)]
     dataset = DatasetSummary(
         folder="/home/ada/support-faq",
-        split="test" if has_judgements else None,
+        split="test" if has_judgments else None,
         sha256="9f2c4b1e" * 8,
         num_documents=5183,
         num_queries=num_queries,
-        num_judgements=3 * num_queries if has_judgements else 0,
-        num_unjudged_queries=12 if has_judgements else 0,
+        num_judgments=3 * num_queries if has_judgments else 0,
+        num_unjudged_queries=12 if has_judgments else 0,
     )
     return Comparison(
         created="2026-11-23T16:40:12Z",
@@ -100,15 +100,15 @@ def make_comparison(
         seed=seed,
         num_resamples=10_000,
         versions={"gateway": "0.3.0", "ir-measures": "0.4.3", "numpy": "1.26.4", "torch": "2.13.0"},
-        notes=["12 queries were left out: no judgement names them."] if has_judgements else [],
+        notes=["12 queries were left out: no judgment names them."] if has_judgments else [],
         arms=[_make_arm(one, queries, has_cost=has_cost) for one in likenesses],
-        contrasts=_contrasts(names, queries) if has_judgements else [],
+        contrasts=_contrasts(names, queries) if has_judgments else [],
         agreements=[_agreement(name, names[0], queries) for name in names[1:]],
         queries=queries,
     )
 
 
-def _make_query(number: int, likenesses: Sequence[Likeness], seed: int, *, has_judgements: bool) -> QueryResult:
+def _make_query(number: int, likenesses: Sequence[Likeness], seed: int, *, has_judgments: bool) -> QueryResult:
     dice = np.random.default_rng((seed, number))
     thing, question = THINGS[dice.integers(len(THINGS))], QUESTIONS[dice.integers(len(QUESTIONS))]
     pool = dice.choice(5183, POOL, replace=False)
@@ -127,7 +127,7 @@ def _make_query(number: int, likenesses: Sequence[Likeness], seed: int, *, has_j
     def hit(place: int, score: float) -> Hit:
         document = int(pool[place])
         text = ANSWERS[document % len(ANSWERS)].format(thing if relevance[place] else THINGS[document % len(THINGS)])
-        judged = int(relevance[place]) if has_judgements and is_judged[place] else None
+        judged = int(relevance[place]) if has_judgments and is_judged[place] else None
         return Hit(f"faq/{document:04d}", round(min(score, 0.99), 4), text, judged)
 
     first, *others = (one.name for one in likenesses)
@@ -137,7 +137,7 @@ def _make_query(number: int, likenesses: Sequence[Likeness], seed: int, *, has_j
         text=question.format(thing),
         rankings={name: [hit(*pair) for pair in order[:10]] for name, order in orders.items()},
         quality={name: _quality([place for place, _ in order], relevance, is_judged) for name, order in orders.items()}
-        if has_judgements
+        if has_judgments
         else {},
         overlap={name: len({*tops[name]} & {*tops[first]}) / 10 for name in others},
         rbo={name: _rbo(tops[name], tops[first]) for name in others},

@@ -46,7 +46,7 @@ def many_queries(num: int) -> dict[str, Any]:
     return {
         "documents": documents,
         "queries": queries,
-        "judgements": {(f"q{i}", f"d{i}"): 1 for i in range(num)},
+        "judgments": {(f"q{i}", f"d{i}"): 1 for i in range(num)},
     }
 
 
@@ -113,10 +113,10 @@ async def test_figures_are_those_of_ir_measures_on_the_written_runs(
     found, rankings = await run(gateway, request_for(data, "tasks", "tasks@8", "raw"))
     runs = write_results(found, rankings, tmp_path / "out")[2:]
     lines = [line.split("\t") for line in (data / "qrels" / "test.tsv").read_text().splitlines()[1:]]
-    judgements = [ir_measures.Qrel(query, document, int(score)) for query, document, score in lines]
+    judgments = [ir_measures.Qrel(query, document, int(score)) for query, document, score in lines]
     measures = [ir_measures.parse_measure(name) for name in MEASURES]
     for arm, path in zip(found.arms, runs, strict=True):
-        by_hand = ir_measures.calc_aggregate(measures, judgements, ir_measures.read_trec_run(str(path)))
+        by_hand = ir_measures.calc_aggregate(measures, judgments, ir_measures.read_trec_run(str(path)))
         means = {name: estimate.mean for name, estimate in arm.quality.items()}
         assert {str(measure): value for measure, value in by_hand.items()} == pytest.approx(means, abs=1e-12)
         assert means["nDCG@10"] > 0
@@ -132,11 +132,11 @@ async def test_a_cut_that_loses_much_is_worse(gateway: FakeGateway, write_data: 
     assert "tasks@8 is worse than tasks" in render_page(found)
 
 
-async def test_without_judgements_there_is_a_difference_and_no_quality(
+async def test_without_judgments_there_is_a_difference_and_no_quality(
     gateway: FakeGateway, write_data: WriteData
 ) -> None:
-    found, _ = await run(gateway, request_for(write_data(judgements=None), "tasks", "tasks@8"))
-    assert not found.has_judgements
+    found, _ = await run(gateway, request_for(write_data(judgments=None), "tasks", "tasks@8"))
+    assert not found.has_judgments
     assert found.contrasts == []
     assert not any(arm.quality for arm in found.arms)
     assert not any(query.quality for query in found.queries)
@@ -206,7 +206,7 @@ async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, w
 async def test_arms_with_different_shares_of_judged_documents_are_noted(
     gateway: FakeGateway, write_data: WriteData
 ) -> None:
-    """As when the judgements were made by looking at what one of the models finds."""
+    """As when the judgments were made by looking at what one of the models finds."""
     made = many_queries(60)
     _, rankings = await run(gateway, request_for(write_data(**made), "tasks", "tasks@8"))
     pooled = {(query, document): 1 for query, found in rankings["tasks"].items() for document, _ in found[:10]}

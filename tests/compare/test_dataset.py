@@ -34,7 +34,7 @@ def read(folder: Path, files: Mapping[str, str | bytes], split: str | None = Non
     return read_dataset(write(folder, files), split)
 
 
-def test_reads_titles_ids_and_judgements(tmp_path: Path) -> None:
+def test_reads_titles_ids_and_judgments(tmp_path: Path) -> None:
     dataset = read(tmp_path, FILES)
     assert dict(dataset.documents) == {
         "d1": "Router Hold the button.",
@@ -43,9 +43,9 @@ def test_reads_titles_ids_and_judgements(tmp_path: Path) -> None:
         "d3": "none",
     }
     assert list(dataset.queries.items()) == [("q2", "reset"), ("q1", "ask")]
-    assert dataset.judgements == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
+    assert dataset.judgments == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
     assert (dataset.split, dataset.num_unjudged_queries) == ("test", 1)
-    assert dataset.notes == ("1 query was left out: no judgement names them.",)
+    assert dataset.notes == ("1 query was left out: no judgment names them.",)
 
 
 def test_documents_are_in_descending_order_of_their_ids(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_documents_are_in_descending_order_of_their_ids(tmp_path: Path) -> None:
 
 def test_summary_counts(tmp_path: Path) -> None:
     summary = read(tmp_path, FILES).summary()
-    assert (summary.num_documents, summary.num_queries, summary.num_judgements) == (4, 2, 3)
+    assert (summary.num_documents, summary.num_queries, summary.num_judgments) == (4, 2, 3)
     assert (summary.folder, summary.split, summary.num_unjudged_queries) == (str(tmp_path), "test", 1)
 
 
@@ -78,10 +78,10 @@ def test_hash_is_of_the_content_alone(tmp_path: Path) -> None:
     assert len(hashes | {whole}) == 4
 
 
-def test_without_judgements_every_query_stays(tmp_path: Path) -> None:
+def test_without_judgments_every_query_stays(tmp_path: Path) -> None:
     dataset = read(tmp_path, {name: FILES[name] for name in ("corpus.jsonl", "queries.jsonl")})
     assert list(dataset.queries) == ["q2", "q1", "q3"]
-    assert (dataset.judgements, dataset.split, dataset.num_unjudged_queries, dataset.notes) == ({}, None, 0, ())
+    assert (dataset.judgments, dataset.split, dataset.num_unjudged_queries, dataset.notes) == ({}, None, 0, ())
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_split(tmp_path: Path, splits: list[str], asked: str | None, taken: str)
     assert read(tmp_path, files, asked).split == taken
 
 
-def test_judgements_of_what_is_not_there_are_dropped_and_noted(tmp_path: Path) -> None:
+def test_judgments_of_what_is_not_there_are_dropped_and_noted(tmp_path: Path) -> None:
     dataset = read(tmp_path, {**FILES, "qrels/test.tsv": QRELS + "q9\td1\t1\nq9\td2\t1\nq1\td9\t1\nq3\td9\t1\n"})
-    assert dataset.judgements == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
+    assert dataset.judgments == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
     assert dataset.notes[1:] == (
-        "2 judgements were dropped: what they name is not in queries.jsonl.",
-        "2 judgements were dropped: what they name is not in corpus.jsonl.",
+        "2 judgments were dropped: what they name is not in queries.jsonl.",
+        "2 judgments were dropped: what they name is not in corpus.jsonl.",
     )
 
 
@@ -120,7 +120,7 @@ def test_sample_keeps_what_is_judged(tmp_path: Path) -> None:
     assert {"7", "d1", "d3"} <= one.documents.keys()
     assert one == again
     assert one.documents.keys() != other.documents.keys()
-    assert "10 of 104 documents were searched: the 3 with a judgement, and 7 of the others" in one.notes[1]
+    assert "10 of 104 documents were searched: the 3 with a judgment, and 7 of the others" in one.notes[1]
     assert len(read_dataset(folder, None, max_documents=2).documents) == 3
     assert read_dataset(folder, None, max_documents=104).notes == read_dataset(folder, None).notes
 
@@ -148,9 +148,9 @@ def test_sample_keeps_what_is_judged(tmp_path: Path) -> None:
         ("qrels/test.tsv", QRELS + "q1\td1\tyes\n", "test.tsv:5: the score must be an integer, and is 'yes'"),
         ("qrels/test.tsv", QRELS + "q2\td1\t1\n", "test.tsv:5: query 'q2' and document 'd1' have score 1, and 2 furt"),
         ("qrels/test.tsv", QRELS.encode() + b"q\xff\td\t1\n", "test.tsv:5: is not UTF-8: "),
-        ("qrels/test.tsv", "", "test.tsv: is empty; at least one judgement"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv: is empty; at least one judgement"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\tZ\t1\n", "test.tsv: no judgement names both a query of"),
+        ("qrels/test.tsv", "", "test.tsv: is empty; at least one judgment"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv: is empty; at least one judgment"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\tZ\t1\n", "test.tsv: no judgment names both a query of"),
     ],
 )
 def test_refuses(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

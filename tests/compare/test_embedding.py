@@ -59,7 +59,7 @@ async def test_vectors_are_those_of_the_model_in_the_order_of_the_texts(
 async def test_a_cut_vector_is_what_the_gateway_gives_for_that_size(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
-    """But for rounding. Native vectors are embedded once for all sizes, normalised or not."""
+    """But for rounding. Native vectors are embedded once for all sizes, normalized or not."""
     gateway = await start_gateway()
     for name, size in (("tasks", 8), ("raw", 4)):
         await embed(gateway, await planned(gateway, name), tmp_path)

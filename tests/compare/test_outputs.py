@@ -68,14 +68,14 @@ def test_runs_are_measured_by_others_as_they_were_here(tmp_path: Path) -> None:
     # Few different vectors: most scores are equal.
     documents, queries = (dice.integers(-1, 2, (size, 2)).astype(np.float32) for size in (60, 20))
     rankings = make_ranking([f"q{number}" for number in range(20)], ids, *search(queries, documents))
-    judgements = {
+    judgments = {
         query: {ids[place]: int(dice.integers(0, 3)) for place in dice.choice(60, 8, replace=False)}
         for query in rankings
     }
-    here = measure(rankings, judgements)
+    here = measure(rankings, judgments)
     (path,) = write_runs({"arm": rankings}, tmp_path)
     run = list(ir_measures.read_trec_run(str(path)))  # type: ignore[no-untyped-call]
-    for found in ir_measures.iter_calc([ir_measures.parse_measure(name) for name in MEASURES], judgements, run):
+    for found in ir_measures.iter_calc([ir_measures.parse_measure(name) for name in MEASURES], judgments, run):
         assert found.value == here[str(found.measure)][found.query_id], found
 
 
@@ -86,11 +86,11 @@ def test_equal_scores_are_in_the_order_of_trec_eval(tmp_path: Path) -> None:
     vectors = np.ones((5, 1), dtype=np.float32)
     ranking = make_ranking(["q"], ids, *search(vectors[:1], vectors))
     for place, document in enumerate(ids):
-        judgements = {"q": {document: 1}}
+        judgments = {"q": {document: 1}}
         exact = {query: dict(documents) for query, documents in ranking.items()}
-        (found,) = ir_measures.iter_calc([ir_measures.nDCG @ 10], judgements, exact)
+        (found,) = ir_measures.iter_calc([ir_measures.nDCG @ 10], judgments, exact)
         assert found.value == pytest.approx(1 / np.log2(place + 2))
-        assert found.value == measure(ranking, judgements)["nDCG@10"]["q"]
+        assert found.value == measure(ranking, judgments)["nDCG@10"]["q"]
 
 
 def test_lines_of_a_run(tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def test_plots_and_tables_say_what_they_are(page: Page) -> None:
     assert targets <= {f"#{identity}" for identity in ids}
 
 
-@pytest.mark.parametrize("has_judgements", [True, False])
-def test_nothing_is_loaded(has_judgements: bool) -> None:
-    html = render_page(make_comparison(has_judgements=has_judgements, num_queries=40))
+@pytest.mark.parametrize("has_judgments", [True, False])
+def test_nothing_is_loaded(has_judgments: bool) -> None:
+    html = render_page(make_comparison(has_judgments=has_judgments, num_queries=40))
     page = Page(html)
     loading = {"src", "srcset", "href", "action", "poster", "background"}
     urls = [value for _, attributes in page.tags for name, value in attributes.items() if name in loading]
@@ -158,11 +158,11 @@ def test_nothing_is_loaded(has_judgements: bool) -> None:
     assert any(str(attributes.get("content")).startswith("default-src 'none'") for attributes in page.all("meta"))
 
 
-@pytest.mark.parametrize("has_judgements", [True, False])
-def test_texts_are_shown_and_never_read(has_judgements: bool) -> None:
+@pytest.mark.parametrize("has_judgments", [True, False])
+def test_texts_are_shown_and_never_read(has_judgments: bool) -> None:
     def render(suffix: str, text: str) -> Page:
         likenesses = (replace(one, name=f"{one.name}@{suffix}") for one in (JINA, BGE))
-        comparison = make_comparison(*likenesses, has_judgements=has_judgements, num_queries=40)
+        comparison = make_comparison(*likenesses, has_judgments=has_judgments, num_queries=40)
         return Page(render_page(with_texts(comparison, text)))
 
     plain, page = render("cut", "harmless"), render(EVIL_NAME, EVIL)
@@ -189,19 +189,19 @@ def test_long_texts_are_cut() -> None:
     assert len(html) < len(plain) + 4_000_000
 
 
-def test_without_judgements_it_speaks_of_a_difference() -> None:
-    page = Page(render_page(make_comparison(has_judgements=False)))
+def test_without_judgments_it_speaks_of_a_difference() -> None:
+    page = Page(render_page(make_comparison(has_judgments=False)))
     assert "A difference, not a quality." in page.words
     assert "of their first ten documents in common" in page.words
     assert "is better" not in page.words
     assert set(specs_of(page)) == {"plot-overlap-1", "plot-rbo-1", "plot-overlap-2", "plot-rbo-2"}
     assert "Ranked least alike" in page.words
-    assert "without judgements there is none to draw" in page.words
+    assert "without judgments there is none to draw" in page.words
     assert "not judged" not in page.words
 
 
 def test_histograms_count_every_query_once() -> None:
-    specs = specs_of(Page(render_page(make_comparison(has_judgements=False, num_queries=73))))
+    specs = specs_of(Page(render_page(make_comparison(has_judgments=False, num_queries=73))))
     assert [sum(spec["data"][0]["y"]) for spec in specs.values()] == [73, 73, 73, 73]
 
 
@@ -220,11 +220,11 @@ def test_an_arm_without_cost_is_named() -> None:
     assert "Not measured: jina-embeddings-v3@256." in page.words
 
 
-@pytest.mark.parametrize("has_judgements", [True, False])
-def test_one_query(has_judgements: bool) -> None:
-    page = Page(render_page(make_comparison(num_queries=1, has_judgements=has_judgements)))
+@pytest.mark.parametrize("has_judgments", [True, False])
+def test_one_query(has_judgments: bool) -> None:
+    page = Page(render_page(make_comparison(num_queries=1, has_judgments=has_judgments)))
     assert "1 query over" in page.words
-    assert ("1 query is too few to tell" in page.words) == has_judgements
+    assert ("1 query is too few to tell" in page.words) == has_judgments
 
 
 def test_too_few_queries_says_how_many() -> None:
@@ -252,13 +252,13 @@ def test_inconclusive_beyond_the_interval_says_why() -> None:
     assert "The interval leaves 0 out, but p is not small enough to rely on that." in page.words
 
 
-@pytest.mark.parametrize("has_judgements", [True, False])
-def test_no_difference_at_all(has_judgements: bool) -> None:
-    page = Page(render_page(make_comparison(JINA, TWIN, has_judgements=has_judgements)))
+@pytest.mark.parametrize("has_judgments", [True, False])
+def test_no_difference_at_all(has_judgments: bool) -> None:
+    page = Page(render_page(make_comparison(JINA, TWIN, has_judgments=has_judgments)))
     assert not page.all("details")
     assert "There are none." in page.words
     assert f"{MINUS}0.000" not in page.words
-    if has_judgements:
+    if has_judgments:
         assert "0 wins, 200 ties, 0 losses" in page.words
         assert "Left out: every query is worth the same" in page.words
 
@@ -293,10 +293,10 @@ def test_a_document_that_both_rankings_have_is_linked_both_ways() -> None:
     assert all(links[target] == identity for identity, target in links.items())
 
 
-@pytest.mark.parametrize("has_judgements", [True, False])
+@pytest.mark.parametrize("has_judgments", [True, False])
 @pytest.mark.parametrize("likenesses", [(JINA, BGE), (JINA, BGE, JINA_CUT, MINILM), (JINA, TWIN)])
-def test_plotly_knows_every_property(has_judgements: bool, likenesses: tuple) -> None:
-    plots = make_plots(make_comparison(*likenesses, num_queries=20, has_judgements=has_judgements))
+def test_plotly_knows_every_property(has_judgments: bool, likenesses: tuple) -> None:
+    plots = make_plots(make_comparison(*likenesses, num_queries=20, has_judgments=has_judgments))
     # It raises for what plotly.js would pass over in silence.
     figures = [go.Figure(plot.spec) for plot in plots if plot.spec is not None]
 
@@ -304,7 +304,7 @@ def test_plotly_knows_every_property(has_judgements: bool, likenesses: tuple) ->
     assert all(len(figure.data) > 0 for figure in figures)
 
 
-def test_arms_are_told_apart_by_colour_and_shape() -> None:
+def test_arms_are_told_apart_by_color_and_shape() -> None:
     likenesses = [
         replace(JINA, name=f"{JINA.name}@{width}", width=width) for width in (1024, 768, 512, 256, 128, 64, 32)
     ]
@@ -319,9 +319,9 @@ def test_the_command_line_starts_without_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("has_judgements", [True, False])
-def test_a_browser_draws_every_plot(browse: Browse, has_judgements: bool) -> None:
-    comparison = make_comparison(has_judgements=has_judgements)
+@pytest.mark.parametrize("has_judgments", [True, False])
+def test_a_browser_draws_every_plot(browse: Browse, has_judgments: bool) -> None:
+    comparison = make_comparison(has_judgments=has_judgments)
     dom, complaints = browse(render_page(comparison))
     body = dom[: dom.index('<script type="application/json"')]
     num_plots = sum(plot.spec is not None for plot in make_plots(comparison))
@@ -329,7 +329,7 @@ def test_a_browser_draws_every_plot(browse: Browse, has_judgements: bool) -> Non
     assert body.count("js-plotly-plot") == num_plots
     assert body.count('class="main-svg"') >= num_plots
     points = body.count('class="point"')
-    assert points > 100 if has_judgements else points > 10
+    assert points > 100 if has_judgments else points > 10
 
 
 def test_a_browser_shows_evil_texts_as_they_are(browse: Browse) -> None:

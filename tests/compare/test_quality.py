@@ -73,20 +73,20 @@ def test_ties_are_why_the_order_is_given() -> None:
 
 
 def test_every_judged_query_has_a_value_of_each_measure() -> None:
-    judgements = {"q3": {"a": 1}, "none found": {"a": 1}, "no ranking": {"a": 1}, "nothing relevant": {"a": 0}}
+    judgments = {"q3": {"a": 1}, "none found": {"a": 1}, "no ranking": {"a": 1}, "nothing relevant": {"a": 0}}
     rankings = {
         "q3": ranked("a"),
         "none found": [],
         "nothing relevant": ranked("a", "b"),
-        "without a judgement": ranked("a"),
+        "without a judgment": ranked("a"),
     }
-    found = measure(rankings, {**judgements, "empty": {}})
-    assert all(list(values) == list(judgements) for values in found.values())
+    found = measure(rankings, {**judgments, "empty": {}})
+    assert all(list(values) == list(judgments) for values in found.values())
     assert [found[name]["q3"] for name in MEASURES] == [1] * len(MEASURES)
     for query in ("none found", "no ranking"):
         assert [found[name][query] for name in MEASURES] == [0] * len(MEASURES)
     assert [found[name]["nothing relevant"] for name in MEASURES] == [0, 0, 0, 0, 0, 0.5]
 
 
-def test_without_judgements_there_is_no_measure() -> None:
+def test_without_judgments_there_is_no_measure() -> None:
     assert measure({"q": ranked("a")}, {}) == {}

@@ -152,8 +152,8 @@ def test_odd_ids_come_through(url: str, write_data: WriteData, tmp_path: Path, b
     """Spaces, tags and letters of any language, in ids and texts: measured, written and shown as they are."""
     documents = {f"{EVIL} {i}": f"thing{i} and [bold]more[/bold] {EVIL}" for i in range(4)} | {"日本 50%": "thing4 and"}
     queries = {f"q {EVIL} {i}": f"thing{i} and" for i in range(5)}
-    judgements = dict.fromkeys(zip(queries, documents, strict=True), 1)
-    data, out = write_data(documents, queries, judgements), tmp_path / "out"
+    judgments = dict.fromkeys(zip(queries, documents, strict=True), 1)
+    data, out = write_data(documents, queries, judgments), tmp_path / "out"
     result = compare(tmp_path, "plain", "cut@4", "--data", data, "--url", url, "--out", out)
     assert result.exit_code == 0, result.stderr
     assert results(out)["arms"][0]["quality"]["R@10"]["mean"] == 1
@@ -185,7 +185,7 @@ def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
     serve: Serve, make_model: MakeModel, write_data: WriteData, tmp_path: Path
 ) -> None:
     documents = {f"s{i}": f"short {i}" for i in range(64)} | {f"l{i}": f"long text number {i}" for i in range(64)}
-    data, cache = write_data(documents, judgements=None), tmp_path / "cache"
+    data, cache = write_data(documents, judgments=None), tmp_path / "cache"
     info = {"width": 8}
     stuck = make_model("stuck", backend=StuckBackend(fake_info("stuck", **info)), **info)
     with serve(stuck) as url:

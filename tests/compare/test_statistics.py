@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
-from gateway.compare.statistics import ALPHA, MIN_QUERIES, TIE, contrast, estimate, holm, randomisation_p, with_holm
+from gateway.compare.statistics import ALPHA, MIN_QUERIES, TIE, contrast, estimate, holm, randomization_p, with_holm
 
 
 def compared(
@@ -83,28 +83,28 @@ def test_no_value_has_no_mean() -> None:
     ],
 )
 def test_p_of_few_queries_is_exact(differences: list[float], p: float) -> None:
-    assert randomisation_p(differences, 999, 0) == pytest.approx(p)
+    assert randomization_p(differences, 999, 0) == pytest.approx(p)
 
 
 @given(st.lists(st.sampled_from([-0.5, -0.25, 0.0, 0.25, 1.0]), min_size=1, max_size=30))
 @settings(max_examples=50)
 def test_p_is_the_same_with_the_arms_exchanged(differences: list[float]) -> None:
-    p = randomisation_p(differences, 199, 0)
+    p = randomization_p(differences, 199, 0)
     assert 0 < p <= 1
     # One p is drawn by chance where there are too many signs to go through.
     margin = 1e-12 if 2 ** len(differences) <= 199 else 0.3
-    assert randomisation_p([-one for one in differences], 199, 0) == pytest.approx(p, abs=margin)
+    assert randomization_p([-one for one in differences], 199, 0) == pytest.approx(p, abs=margin)
 
 
 def test_p_is_even_where_there_is_no_difference() -> None:
     dice = np.random.default_rng(2)
-    ps = [randomisation_p(dice.normal(size=40), 199, number) for number in range(200)]
+    ps = [randomization_p(dice.normal(size=40), 199, number) for number in range(200)]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.1
     assert 0.4 <= np.mean(ps) <= 0.6
 
 
 def test_p_of_a_clear_difference_is_as_small_as_the_resamples_allow() -> None:
-    assert randomisation_p(np.full(60, 0.1), 999, 0) == pytest.approx(2 / 1000)
+    assert randomization_p(np.full(60, 0.1), 999, 0) == pytest.approx(2 / 1000)
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_resamples(monkeypatch: pytest.MonkeyPatch
     """All at once, their indices and values would be 32 MB, and as much for the signs."""
     monkeypatch.setattr("gateway.compare.statistics._MAX_BATCH_BYTES", 2**20)
     values = np.random.default_rng(1).normal(0.02, 0.2, 1_000)
-    for compute in (estimate, randomisation_p):
+    for compute in (estimate, randomization_p):
         tracemalloc.start()
         try:
             compute(values, 1_999, 0)
@@ -175,7 +175,7 @@ def test_values_that_differ_by_the_least_that_counts_are_a_tie() -> None:
     found = contrast("new", "old", "R@10", values, dict.fromkeys(values, 0.0), 99, 0)
     assert (found.wins, found.ties, found.losses) == (0, 3, 0)
     assert estimate([0.0, TIE], 99, 0) == Estimate(TIE / 2, TIE / 2, TIE / 2)
-    assert randomisation_p([TIE] * 8, 999, 0) == 1
+    assert randomization_p([TIE] * 8, 999, 0) == 1
 
 
 def test_queries_are_paired_by_their_ids() -> None:

@@ -130,12 +130,12 @@ def test_vectors_of_both_sizes_come_out_of_one_run_over_the_texts(run: Run) -> N
 
 def test_written_runs_measured_by_hand_give_the_same_figures(run: Run) -> None:
     lines = [line.split("\t") for line in (run.folder / "data/qrels/test.tsv").read_text().splitlines()[1:]]
-    judgements = [ir_measures.Qrel(query, document, int(score)) for query, document, score in lines]
+    judgments = [ir_measures.Qrel(query, document, int(score)) for query, document, score in lines]
     for arm in run.results["arms"]:
         measures = [ir_measures.parse_measure(name) for name in arm["quality"]]
         rankings = list(ir_measures.read_trec_run(str(run.out / "runs" / f"{arm['name']}.trec")))
         assert len(rankings) == NUM_DOCUMENTS * 100
-        by_hand = ir_measures.calc_aggregate(measures, judgements, rankings)
+        by_hand = ir_measures.calc_aggregate(measures, judgments, rankings)
         for measure, value in by_hand.items():
             assert value == pytest.approx(arm["quality"][str(measure)]["mean"], abs=1e-12), (arm["name"], measure)
 

@@ -1,4 +1,4 @@
-"""The tables say what was found, whole in any terminal, and without judgements nothing of quality."""
+"""The tables say what was found, whole in any terminal, and without judgments nothing of quality."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ def test_the_conclusion_is_on_the_terminal_and_on_the_page(
     assert conclusion in render_page(comparison)
 
 
-def test_without_judgements_there_is_no_conclusion() -> None:
-    comparison = make_comparison(JINA, MINILM, has_judgements=False)
+def test_without_judgments_there_is_no_conclusion() -> None:
+    comparison = make_comparison(JINA, MINILM, has_judgments=False)
 
     assert not bottom_line(comparison)
     assert "stay with it" not in render_page(comparison)
 
 
-def test_without_judgements_it_speaks_of_a_difference_alone() -> None:
-    text = printed(make_comparison(JINA, MINILM, has_judgements=False))
+def test_without_judgments_it_speaks_of_a_difference_alone() -> None:
+    text = printed(make_comparison(JINA, MINILM, has_judgments=False))
     assert "This is a difference, not a quality." in text
     assert "all-minilm-l6-v2 and jina-embeddings-v3 have" in text
     assert "overlap@10" in text

@@ -217,9 +217,9 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def save_modules(folder: Path, pooling: Mapping[str, object] | None, *, is_normalised: bool = True) -> None:
+def save_modules(folder: Path, pooling: Mapping[str, object] | None, *, is_normalized: bool = True) -> None:
     """Write what makes a transformers checkpoint one of sentence-transformers, in the form of its release 2."""
-    kinds = ["Transformer"] + ["Pooling"] * (pooling is not None) + ["Normalize"] * is_normalised
+    kinds = ["Transformer"] + ["Pooling"] * (pooling is not None) + ["Normalize"] * is_normalized
     rows = [
         {
             "idx": i,
@@ -256,7 +256,7 @@ def make_checkpoint(tmp_path: Path, plain_checkpoints: Callable[[str], Path]) ->
         model_type: str = "bert",
         *,
         pooling: Mapping[str, object] | None = None,
-        is_normalised: bool = True,
+        is_normalized: bool = True,
         has_modules: bool = True,
         transformer: Mapping[str, object] | None = None,
         sentence: Mapping[str, object] | None = None,
@@ -266,7 +266,7 @@ def make_checkpoint(tmp_path: Path, plain_checkpoints: Callable[[str], Path]) ->
         folder = tmp_path / model_type
         shutil.copytree(plain_checkpoints(model_type), folder)
         if has_modules:
-            save_modules(folder, pooling or {"pooling_mode_mean_tokens": True}, is_normalised=is_normalised)
+            save_modules(folder, pooling or {"pooling_mode_mean_tokens": True}, is_normalized=is_normalized)
             write_json(folder / "sentence_bert_config.json", transformer or {})
         if sentence is not None:
             write_json(folder / "config_sentence_transformers.json", sentence)

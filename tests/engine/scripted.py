@@ -26,13 +26,13 @@ class NumberTokenizer:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self.on_tokenise: Callable[[Sequence[str]], None] = lambda _texts: None
+        self.on_tokenize: Callable[[Sequence[str]], None] = lambda _texts: None
 
     def read(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
     ) -> Steps[list[Tokens]]:
         yield sum(map(len, texts))
-        self.on_tokenise(texts)
+        self.on_tokenize(texts)
         rows = [[int(word) for word in (instruction + text).split()] for text in texts]
         if truncate is Truncate.REFUSE and any(len(ids) > self.max_tokens for ids in rows):
             raise ContextLengthExceeded(f"maximum context length is {self.max_tokens} tokens", param="input")
@@ -84,7 +84,7 @@ def raise_for(number: int, error: BaseException) -> Callable[[list[list[int]]], 
 
 
 class Gate:
-    """Holds forwards, or tokenising, until it is opened."""
+    """Holds forwards, or tokenizing, until it is opened."""
 
     def __init__(self) -> None:
         self._is_open = threading.Event()

@@ -66,7 +66,7 @@ TEXTS = {
 
 
 def embed(encoder: TextEncoder, texts: Sequence[str], task: str | None = None) -> Vectors:
-    items = [Item(tokens, task) for tokens in encoder.tokenise(texts, task, Truncate.END)]
+    items = [Item(tokens, task) for tokens in encoder.tokenize(texts, task, Truncate.END)]
     return np.concatenate([encoded.dense for encoded in encoder.encode(items)])
 
 

@@ -111,14 +111,14 @@ async def test_the_stages_of_a_request_are_parts_of_its_time(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
 ) -> None:
     encoder.on_forward = lambda _batch: time.sleep(0.05)
-    encoder.numbers.on_tokenise = lambda _texts: time.sleep(0.05)
+    encoder.numbers.on_tokenize = lambda _texts: time.sleep(0.05)
     batcher = await start_batcher(max_batch_tokens=1)
     started = time.monotonic()
 
     timings = (await batcher.submit(make_job("1", "2", "3"))).timings
 
     total_s = time.monotonic() - started
-    assert timings.tokenise_s >= 0.05
+    assert timings.tokenize_s >= 0.05
     assert timings.inference_s >= 0.15
     assert timings.queue_s < 0.05  # its texts waited, but while others of its own were computed
     assert sum(timings.stages.values()) <= total_s
@@ -477,10 +477,10 @@ async def test_a_question_to_a_replica_is_not_answered_by_what_another_computes(
     await asyncio.gather(first, question)
 
 
-# --------------------------------------------------------------------------------------------------------- tokenise
+# --------------------------------------------------------------------------------------------------------- tokenize
 
 
-async def test_an_error_in_tokenising_fails_its_own_request_alone(
+async def test_an_error_in_tokenizing_fails_its_own_request_alone(
     start_batcher: StartBatcher, make_job: MakeJob
 ) -> None:
     batcher = await start_batcher()
@@ -514,11 +514,11 @@ async def test_refuse_embeds_when_all_texts_fit(start_batcher: StartBatcher, mak
     assert embeddings.vectors[:, 0].tolist() == list(range(300))
 
 
-async def test_one_text_is_answered_while_a_large_request_is_tokenised(
+async def test_one_text_is_answered_while_a_large_request_is_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = lambda texts: time.sleep(0.001 * len(texts))
+    encoder.numbers.on_tokenize = lambda texts: time.sleep(0.001 * len(texts))
     bulk = asyncio.create_task(batcher.submit(make_job(*texts_of(range(1000)))))
     await asyncio.sleep(0.05)
 
@@ -528,11 +528,11 @@ async def test_one_text_is_answered_while_a_large_request_is_tokenised(
     await bulk
 
 
-async def test_one_text_is_answered_while_a_huge_one_is_tokenised(
+async def test_one_text_is_answered_while_a_huge_one_is_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = lambda texts: gate(texts) if len(texts[0]) > 1_000_000 else None
+    encoder.numbers.on_tokenize = lambda texts: gate(texts) if len(texts[0]) > 1_000_000 else None
     huge = asyncio.create_task(batcher.submit(make_job("1 " * 600_000)))
     await gate.reached()
 
@@ -542,12 +542,12 @@ async def test_one_text_is_answered_while_a_huge_one_is_tokenised(
     await huge
 
 
-async def test_long_texts_are_tokenised_a_few_at_a_time(
+async def test_long_texts_are_tokenized_a_few_at_a_time(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
 ) -> None:
     batcher = await start_batcher()
     sizes: list[int] = []
-    encoder.numbers.on_tokenise = lambda texts: sizes.append(sum(map(len, texts)))
+    encoder.numbers.on_tokenize = lambda texts: sizes.append(sum(map(len, texts)))
 
     embeddings = await batcher.submit(make_job(*texts_of(range(100), length=20_000)))
 
@@ -589,11 +589,11 @@ async def test_a_deadline_that_has_passed_already_computes_nothing(
     assert encoder.computed == []
 
 
-async def test_the_deadline_holds_while_tokenising(
+async def test_the_deadline_holds_while_tokenizing(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = gate
+    encoder.numbers.on_tokenize = gate
 
     error = await answer(batcher.submit(make_job("1", timeout_s=0.1)))
 
@@ -768,11 +768,11 @@ async def test_a_stop_answers_everybody(
     assert not loop_errors
 
 
-async def test_a_stop_answers_those_who_are_being_tokenised(
+async def test_a_stop_answers_those_who_are_being_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = gate
+    encoder.numbers.on_tokenize = gate
     requests = [asyncio.create_task(answer(batcher.submit(make_job(*texts_of(range(200)))))) for _ in range(5)]
     await gate.reached()
 
@@ -826,11 +826,11 @@ async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
     assert not loop_errors
 
 
-async def test_giving_up_answers_those_who_are_being_tokenised(
+async def test_giving_up_answers_those_who_are_being_tokenized(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = gate
+    encoder.numbers.on_tokenize = gate
     requests = [asyncio.create_task(answer(batcher.submit(make_job(*texts_of(range(200)))))) for _ in range(5)]
     await gate.reached()
 

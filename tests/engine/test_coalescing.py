@@ -326,11 +326,11 @@ async def test_the_twin_of_a_refused_text_is_computed(
 ) -> None:
     """With ``truncate: false`` the first slices wait for the last, while others may want the same texts."""
     gate = Gate()
-    blocked.encoder.numbers.on_tokenise = lambda texts: gate(texts) if len(texts) < 64 else None
+    blocked.encoder.numbers.on_tokenize = lambda texts: gate(texts) if len(texts) < 64 else None
     texts = [*texts_of(range(100, 164)), " ".join(["1"] * 65)]
     refused = asyncio.create_task(answer(blocked.batcher.submit(make_job(*texts, truncate=Truncate.REFUSE))))
     await gate.reached()
-    blocked.encoder.numbers.on_tokenise = lambda _texts: None
+    blocked.encoder.numbers.on_tokenize = lambda _texts: None
     twin = asyncio.create_task(answer(blocked.batcher.submit(make_job("100", "163"))))
     gate.open()
 

@@ -50,7 +50,7 @@ def test_the_description_of_the_bundled_model() -> None:
 
     assert (info.id, info.source, info.revision) == ("tiny", BUNDLED, None)
     assert (info.width, info.dimensions, info.max_tokens) == (384, (384, 256, 128), 256)
-    assert (info.pooling, info.is_normalised, info.device, info.dtype) == ("mean", True, "cpu", "float32")
+    assert (info.pooling, info.is_normalized, info.device, info.dtype) == ("mean", True, "cpu", "float32")
     assert (info.tasks, info.default_task, info.instruction, info.outputs) == ({}, None, "", (Output.DENSE,))
     assert info.engine == "infinity/openvino"
     assert info.can_chunk_late
@@ -295,7 +295,7 @@ def test_a_tokenizer_that_fills_the_table_of_words_is_served(make_checkpoint: Ma
 
     [encoder, *_others] = load_engine(plan_load(entry(folder, runtime="torch")), Settings()).encoders
 
-    last = encoder.tokenise(["<ent0>"], None, Truncate.END)[0].ids[1]
+    last = encoder.tokenize(["<ent0>"], None, Truncate.END)[0].ids[1]
     assert encoder.tokenizer.largest_id == 299
     assert last <= 299
 
@@ -398,7 +398,7 @@ def test_a_configuration_of_its_own_code_is_read_as_transformers_own(
     encoder = load_checkpoint(folder)
 
     assert not victim.exists()
-    assert np.isfinite(encoder.encode([Item(encoder.tokenise(["hello"], None, Truncate.END)[0])])[0].dense).all()
+    assert np.isfinite(encoder.encode([Item(encoder.tokenize(["hello"], None, Truncate.END)[0])])[0].dense).all()
     AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the trap is armed
     assert victim.exists()
 
@@ -411,7 +411,7 @@ def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
     (folder / "trap.py").write_text(code)
     encoder = load_checkpoint(folder, trust_remote_code=True, runtime="torch")
     assert victim.exists()
-    assert encoder.encode([Item(encoder.tokenise(["hello"], None, Truncate.END)[0])])[0].dense.shape == (1, 32)
+    assert encoder.encode([Item(encoder.tokenize(["hello"], None, Truncate.END)[0])])[0].dense.shape == (1, 32)
     plan = plan_load(entry(folder, trust_remote_code=True))
     options = replace(plan.build_options("cpu", CpuThreads(1, 1)), runtime="packed")
     with pytest.raises(LoadError, match="TrapModel, which is code of its own, cannot be packed"):

@@ -1,4 +1,4 @@
-"""Tokenising is shared out between callers as the device is: one text waits for a step of others, not for all of them."""
+"""Tokenizing is shared out between callers as the device is: one text waits for a step of others, not for all of them."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ async def test_one_text_is_embedded_while_forty_long_ones_of_another_wait_to_be_
     batcher = await start_batcher()
     num_read: list[str] = []
 
-    def on_tokenise(texts: Any) -> None:
+    def on_tokenize(texts: Any) -> None:
         num_read.append(texts[0][:5])
         gate(texts)
 
-    encoder.numbers.on_tokenise = on_tokenise
+    encoder.numbers.on_tokenize = on_tokenize
     bulk = [asyncio.create_task(batcher.submit(make_job(f"{i} " * 3_000, caller="bulk"))) for i in range(1000, 1040)]
     await gate.reached()
     single = asyncio.create_task(batcher.submit(make_job("7", caller="other")))
@@ -158,7 +158,7 @@ async def test_a_request_that_ends_while_it_waits_to_be_read_leaves_nothing(
     loop_errors: list[dict[str, Any]],
 ) -> None:
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = gate
+    encoder.numbers.on_tokenize = gate
     first = asyncio.create_task(batcher.submit(make_job("1")))
     await gate.reached()
     cancelled = asyncio.create_task(batcher.submit(make_job("2")))
@@ -184,14 +184,14 @@ async def test_a_request_whose_first_texts_fail_does_not_wait_for_the_rest_to_be
     batcher = await start_batcher()
     second = Gate()
 
-    def on_tokenise(texts: Any) -> None:
+    def on_tokenize(texts: Any) -> None:
         if "99" in texts:
             second(texts)
 
     def fail(_batch: object) -> None:
         raise RuntimeError("broken")
 
-    encoder.numbers.on_tokenise = on_tokenise
+    encoder.numbers.on_tokenize = on_tokenize
     encoder.on_forward = fail
     failing = asyncio.create_task(answer(batcher.submit(make_job(*map(str, range(64)), *["99"] * 10))))
 
@@ -211,7 +211,7 @@ async def test_the_oldest_request_is_on_the_board_until_it_is_answered(
         return metrics.REGISTRY.get_sample_value("gateway_queue_oldest_seconds", {"model": "numbers"}) or 0.0
 
     batcher = await start_batcher()
-    encoder.numbers.on_tokenise = gate
+    encoder.numbers.on_tokenize = gate
     assert oldest_s() == 0
     request = asyncio.create_task(batcher.submit(make_job("1")))
     await gate.reached()

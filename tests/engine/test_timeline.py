@@ -38,13 +38,13 @@ def test_each_moment_in_which_something_happened_counts_once(spans: list[tuple[S
     [
         pytest.param([], (0, 0, 0), id="nothing"),
         pytest.param(
-            [(Stage.TURN, 0, 3), (Stage.TOKENISE, 1, 3), (Stage.QUEUE, 3, 7), (Stage.INFERENCE, 7, 12)],
+            [(Stage.TURN, 0, 3), (Stage.TOKENIZE, 1, 3), (Stage.QUEUE, 3, 7), (Stage.INFERENCE, 7, 12)],
             (2, 5, 5),
             id="one after the other",
         ),
         pytest.param([(Stage.INFERENCE, 0, 10), (Stage.INFERENCE, 2, 12)], (0, 0, 12), id="two devices at once"),
         pytest.param([(Stage.QUEUE, 0, 10), (Stage.INFERENCE, 2, 5)], (0, 7, 3), id="waits while others are computed"),
-        pytest.param([(Stage.TOKENISE, 0, 10), (Stage.QUEUE, 2, 5)], (7, 3, 0), id="waits while the rest is tokenised"),
+        pytest.param([(Stage.TOKENIZE, 0, 10), (Stage.QUEUE, 2, 5)], (7, 3, 0), id="waits while the rest is tokenized"),
         pytest.param([(Stage.QUEUE, 5, 2)], (0, 0, 0), id="what ended before it began"),
     ],
 )
@@ -53,4 +53,4 @@ def test_what_counts_where_stages_overlap(
 ) -> None:
     timings = timeline_of(*spans).timings()
 
-    assert (timings.tokenise_s, timings.queue_s, timings.inference_s) == expected
+    assert (timings.tokenize_s, timings.queue_s, timings.inference_s) == expected

@@ -132,13 +132,13 @@ def body(vectors: Sequence[Sequence[float]], *, is_base64: bool = False, order: 
 
 @pytest.mark.parametrize("is_base64", [True, False])
 def test_a_right_answer_passes(is_base64: bool) -> None:
-    headers = {"x-gateway-space": "s@1", "server-timing": "tokenise;dur=1.5, queue;dur=0.20, total;dur=7"}
+    headers = {"x-gateway-space": "s@1", "server-timing": "tokenize;dur=1.5, queue;dur=0.20, total;dur=7"}
 
     answer = Checker().check(["a", "b"], body([[1, 2], [3, 4]], is_base64=is_base64), headers)
 
     assert answer.vectors.tolist() == [[1, 2], [3, 4]]
     assert answer.tokens == 9
-    assert answer.stages_ms == {"tokenise": 1.5, "queue": 0.2, "total": 7.0}
+    assert answer.stages_ms == {"tokenize": 1.5, "queue": 0.2, "total": 7.0}
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Family:
     pooling: str
     changes: Mapping[str, object] = field(default_factory=dict)
     activation: nn.Module | None = None
-    is_normalised: bool = True
+    is_normalized: bool = True
     prompts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -184,7 +184,7 @@ FAMILIES = {
     "xlm-roberta": Family(unigram_tokenizer, "mean", prompts={"query": "query: ", "passage": "passage: "}),
     "camembert": Family(unigram_tokenizer, "max"),
     "mpnet": Family(lambda: wordpiece_tokenizer("<s>", "</s>", "<pad>"), "mean"),
-    "distilbert": Family(wordpiece_tokenizer, "mean", NO_OFFSET, activation=nn.Tanh(), is_normalised=False),
+    "distilbert": Family(wordpiece_tokenizer, "mean", NO_OFFSET, activation=nn.Tanh(), is_normalized=False),
     "electra": Family(wordpiece_tokenizer, "cls", {**NO_OFFSET, "embedding_size": 32}),
     "modernbert": Family(
         lambda: bpe_tokenizer("[CLS]", "[SEP]", "[PAD]"),
@@ -195,7 +195,7 @@ FAMILIES = {
         wordpiece_tokenizer,
         "mean",
         NO_OFFSET,
-        is_normalised=False,
+        is_normalized=False,
         prompts={"query": "search_query: ", "document": "search_document: ", "clustering": "clustering: "},
     ),
     "gte": Family(unigram_tokenizer, "cls", NO_OFFSET, activation=nn.Identity()),

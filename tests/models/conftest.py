@@ -108,7 +108,7 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         modules = [Transformer(str(transformer)), Pooling(64, pooling_mode=family.pooling)]
         if family.activation is not None:
             modules.append(Dense(64, 48, activation_function=family.activation))
-        modules += [Normalize()] if family.is_normalised else []
+        modules += [Normalize()] if family.is_normalized else []
         model = SentenceTransformer(modules=modules, device="cpu", prompts=dict(family.prompts))
         model.save(str(folder), create_model_card=False)
         shutil.rmtree(transformer)
@@ -147,13 +147,13 @@ class Loaded:
         outputs = outputs or [[Output.DENSE]] * len(texts)
         return self.encoder.encode(
             [
-                Item(self.encoder.tokenise([text], task, Truncate.END)[0], task, frozenset(wanted))
+                Item(self.encoder.tokenize([text], task, Truncate.END)[0], task, frozenset(wanted))
                 for text, task, wanted in zip(texts, tasks, outputs, strict=True)
             ]
         )
 
     def vectors(self, texts: Sequence[str], tasks: Sequence[str | None] | None = None) -> np.ndarray:
-        """Return the dense vectors of texts in one batch, not normalised."""
+        """Return the dense vectors of texts in one batch, not normalized."""
         return np.concatenate([one.dense for one in self.encode(texts, tasks)])
 
     def alone(self, texts: Sequence[str], tasks: Sequence[str | None] | None = None) -> np.ndarray:
@@ -224,18 +224,18 @@ def cosines() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def tokenise() -> Callable[..., list[int]]:
-    """Return the function that tokenises as transformers does."""
+def tokenize() -> Callable[..., list[int]]:
+    """Return the function that tokenizes as transformers does."""
 
     @cache
     def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         return AutoTokenizer.from_pretrained(folder)
 
-    def tokenise(folder: Path, text: str, **options: object) -> list[int]:
+    def tokenize(folder: Path, text: str, **options: object) -> list[int]:
         ids: list[int] = tokenizer(folder)(text, truncation=True, max_length=MAX_TOKENS, **options).input_ids
         return ids
 
-    return tokenise
+    return tokenize
 
 
 # -------------------------------------------------------------------------------------------------------------- HTTP

@@ -45,10 +45,10 @@ def add_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
     save_file({**load_file(path), name: tensor}, path)
 
 
-def save_modules(folder: Path, *, pooling: str = "mean", is_normalised: bool = True) -> None:
+def save_modules(folder: Path, *, pooling: str = "mean", is_normalized: bool = True) -> None:
     """Let sentence-transformers write its files for a transformer, over its folder; the weights and configuration stay."""
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
-    modules = [Transformer(str(folder)), Pooling(64, pooling_mode=pooling)] + [Normalize()] * is_normalised
+    modules = [Transformer(str(folder)), Pooling(64, pooling_mode=pooling)] + [Normalize()] * is_normalized
     SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
     for name, content in kept.items():
         (folder / name).write_bytes(content)

@@ -110,7 +110,7 @@ def test_lengths_and_widths_are_sentence_transformers_own(name: str, make_family
 
     assert info.max_tokens == theirs.max_seq_length == MAX_TOKENS
     assert info.width == theirs.get_embedding_dimension()
-    assert info.is_normalised == FAMILIES[name].is_normalised
+    assert info.is_normalized == FAMILIES[name].is_normalized
 
 
 @pytest.mark.parametrize(

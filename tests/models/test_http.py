@@ -24,7 +24,7 @@ from models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
 Connect = Callable[..., Any]
 Load = Callable[..., Any]
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
-Tokenise = Callable[..., list[int]]
+Tokenize = Callable[..., list[int]]
 PeftStates = Callable[[Sequence[int], str | None], torch.Tensor]
 Reference = Callable[[str, str | None], np.ndarray]
 
@@ -53,11 +53,11 @@ async def client(jina: Path, m3: Path, connect: Connect) -> httpx.AsyncClient:
 
 
 @pytest.fixture(scope="module")
-def reference(jina: Path, peft_states: PeftStates, tokenise: Tokenise) -> Reference:
+def reference(jina: Path, peft_states: PeftStates, tokenize: Tokenize) -> Reference:
     """Return the function that computes a text's finished vector with PEFT."""
 
     def vector(text: str, task: str | None) -> np.ndarray:
-        pooled = peft_states(tokenise(jina, INSTRUCTIONS.get(task or "", "") + text), task).mean(0).numpy()
+        pooled = peft_states(tokenize(jina, INSTRUCTIONS.get(task or "", "") + text), task).mean(0).numpy()
         return pooled / np.linalg.norm(pooled)
 
     return vector
@@ -91,13 +91,13 @@ def vectors_of(response: httpx.Response) -> np.ndarray:
     ids=str,
 )
 async def test_a_task_by_any_of_its_names(
-    client: httpx.AsyncClient, reference: Reference, tokenise: Tokenise, jina: Path, fields: dict[str, str], task: str
+    client: httpx.AsyncClient, reference: Reference, tokenize: Tokenize, jina: Path, fields: dict[str, str], task: str
 ) -> None:
     response = await embed(client, **fields)
 
     np.testing.assert_allclose(vectors_of(response), [reference(text, task) for text in TEXTS], atol=5e-5)
     assert response.headers["x-gateway-task"] == task
-    lengths = [len(tokenise(jina, INSTRUCTIONS.get(task, "") + text)) for text in TEXTS]
+    lengths = [len(tokenize(jina, INSTRUCTIONS.get(task, "") + text)) for text in TEXTS]
     assert response.json()["usage"]["prompt_tokens"] == sum(lengths)
     assert response.headers["x-gateway-truncated"] == str(lengths.index(MAX_TOKENS))
 
@@ -149,7 +149,7 @@ async def test_spaces_are_those_of_the_model_card(client: httpx.AsyncClient) -> 
 
 
 @pytest.mark.parametrize("size", SIZES)
-async def test_a_matryoshka_size_is_sliced_and_normalised_again(
+async def test_a_matryoshka_size_is_sliced_and_normalized_again(
     client: httpx.AsyncClient, reference: Reference, size: int
 ) -> None:
     response = await embed(client, model="jina", task="separation", dimensions=size)
@@ -216,7 +216,7 @@ async def test_every_answer_fits_the_openapi_schema(
 
 
 async def test_un_pooled_states_are_peft_s_own(
-    client: httpx.AsyncClient, jina: Path, peft_states: PeftStates, tokenise: Tokenise
+    client: httpx.AsyncClient, jina: Path, peft_states: PeftStates, tokenize: Tokenize
 ) -> None:
     answers = await asyncio.gather(
         *(client.post("/tei/jina/embed_all", json={"inputs": TEXTS, "prompt_name": task}) for task in TASKS)
@@ -224,7 +224,7 @@ async def test_un_pooled_states_are_peft_s_own(
 
     for task, answer in zip(TASKS, answers, strict=True):
         for states, text in zip(answer.json(), TEXTS, strict=True):
-            expected = peft_states(tokenise(jina, INSTRUCTIONS.get(task, "") + text), task)
+            expected = peft_states(tokenize(jina, INSTRUCTIONS.get(task, "") + text), task)
             np.testing.assert_allclose(np.array(states), expected, atol=5e-4)
         assert answer.headers["x-gateway-task"] == task
     assert (

@@ -36,7 +36,7 @@ from models.checkpoints import unigram_tokenizer as jina_tokenizer
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Copy = Callable[[Path], Path]
-Tokenise = Callable[..., list[int]]
+Tokenize = Callable[..., list[int]]
 Load = Callable[..., Any]
 EditJson = Callable[..., None]
 PeftStates = Callable[[Sequence[int], str | None], torch.Tensor]
@@ -52,11 +52,11 @@ MIXED = [(text, task) for i, text in enumerate(TEXTS) for task in ((None, *TASKS
 
 
 @pytest.fixture(scope="module")
-def reference(jina: Path, peft_states: PeftStates, tokenise: Tokenise) -> Reference:
+def reference(jina: Path, peft_states: PeftStates, tokenize: Tokenize) -> Reference:
     """Return the function that computes a text's vector with PEFT, by itself."""
 
     def vector(text: str, task: str | None) -> np.ndarray:
-        return peft_states(tokenise(jina, INSTRUCTIONS.get(task or "", "") + text), task).mean(0).numpy()
+        return peft_states(tokenize(jina, INSTRUCTIONS.get(task or "", "") + text), task).mean(0).numpy()
 
     return vector
 
@@ -72,10 +72,10 @@ def mixed(reference: Reference) -> np.ndarray:
 
 @pytest.fixture
 def published_model(
-    jina: Path, monkeypatch: pytest.MonkeyPatch, peft_states: PeftStates, tokenise: Tokenise
+    jina: Path, monkeypatch: pytest.MonkeyPatch, peft_states: PeftStates, tokenize: Tokenize
 ) -> ModelEntry:
     """Return a model whose published numbers are PEFT's, as Jina's are those of transformers."""
-    ids = tokenise(jina, published.TEXT)
+    ids = tokenize(jina, published.TEXT)
     numbers = {task: tuple(peft_states(ids, task)[1, 1:5].tolist()) for task in (None, *TASKS)}
     monkeypatch.setattr(published, "SOURCE", str(jina))
     monkeypatch.setattr(published, "NUM_TOKENS", len(ids))
@@ -202,13 +202,13 @@ def test_a_padding_token_inside_a_text_changes_nothing_for_others(jina: Path, lo
 @pytest.mark.parametrize("task", [None, *TASKS])
 @pytest.mark.parametrize("text", TEXTS)
 def test_only_the_two_retrieval_tasks_have_an_instruction(
-    jina: Path, load: Load, tokenise: Tokenise, task: str | None, text: str
+    jina: Path, load: Load, tokenize: Tokenize, task: str | None, text: str
 ) -> None:
     encoder = load(jina, "reference").encoder
 
-    [tokens] = encoder.tokenise([text], task, Truncate.END)
+    [tokens] = encoder.tokenize([text], task, Truncate.END)
 
-    assert tokens.ids == tokenise(jina, INSTRUCTIONS.get(task or "", "") + text)
+    assert tokens.ids == tokenize(jina, INSTRUCTIONS.get(task or "", "") + text)
     assert len(tokens.ids) <= MAX_TOKENS
 
 
@@ -242,7 +242,7 @@ def plan(folder: Path, **entry: object) -> Any:
 
 def spaces(folder: Path, dimensions: int = 64) -> dict[str | None, str]:
     info = plan(folder).info
-    return {task: space_id(info, task, dimensions, is_normalised=True) for task in (None, *TASKS)}
+    return {task: space_id(info, task, dimensions, is_normalized=True) for task in (None, *TASKS)}
 
 
 def test_a_query_and_a_passage_share_a_space_and_the_others_have_their_own(jina: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_layer_that_one_adapter_leaves_alone_is_the_base_s_for_that_task(
 
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"lora_alpha": 3, "r": 2}, {"r": 6, "lora_alpha": 1}])
 def test_scaling_and_rank_are_peft_s(
-    tmp_path: Path, load: Load, tokenise: Tokenise, cosines: Cosines, options: dict[str, object]
+    tmp_path: Path, load: Load, tokenize: Tokenize, cosines: Cosines, options: dict[str, object]
 ) -> None:
     make_transformer(tmp_path, "jina_embeddings_v3", jina_tokenizer(), type_vocab_size=1)
     save_adapters(tmp_path, ["separation"], **options)
@@ -405,7 +405,7 @@ def test_scaling_and_rank_are_peft_s(
     vector = load(tmp_path, "reference").vectors([SENTENCES[0]], ["separation"])
 
     with torch.inference_mode():
-        states = peft(input_ids=torch.tensor([tokenise(tmp_path, SENTENCES[0])])).last_hidden_state[0]
+        states = peft(input_ids=torch.tensor([tokenize(tmp_path, SENTENCES[0])])).last_hidden_state[0]
     assert cosines(vector, states.mean(0)[None].numpy()).min() > 0.99999
 
 

@@ -17,7 +17,7 @@ from gateway.errors import BadInput, ContextLengthExceeded
 from models.checkpoints import JINA_TASKS, MAX_TOKENS
 
 Load = Callable[..., Any]
-Tokenise = Callable[..., list[int]]
+Tokenize = Callable[..., list[int]]
 PeftStates = Callable[[Sequence[int], str | None], torch.Tensor]
 Reference = Callable[[Sequence[str], str | None], np.ndarray]
 Connect = Callable[..., Any]
@@ -37,13 +37,13 @@ DOCUMENTS = (
 
 
 @pytest.fixture(scope="module")
-def reference(jina: Path, tokenise: Tokenise, peft_states: PeftStates) -> Reference:
+def reference(jina: Path, tokenize: Tokenize, peft_states: PeftStates) -> Reference:
     """Return the function that chunks late, written out as plainly as can be."""
 
     def vectors(chunks: Sequence[str], task: str | None) -> np.ndarray:
         instruction = INSTRUCTIONS.get(task or "", "")
         texts = [instruction + chunks[0], *chunks[1:]]
-        pieces = [tokenise(jina, text, add_special_tokens=False) for text in texts]
+        pieces = [tokenize(jina, text, add_special_tokens=False) for text in texts]
         states = peft_states([0, *(token for piece in pieces for token in piece), 2], task)
         owner = [0]  # the chunk of each token: the special tokens at the ends belong to the first and the last
         for index, piece in enumerate(pieces):
@@ -56,7 +56,7 @@ def reference(jina: Path, tokenise: Tokenise, peft_states: PeftStates) -> Refere
 
 def chunked(model: Any, chunks: Sequence[str], task: str | None) -> Item:
     encoder = model.encoder
-    return Item(encoder.tokenizer.tokenise_chunks(chunks, encoder.instruction(task)), task)
+    return Item(encoder.tokenizer.tokenize_chunks(chunks, encoder.instruction(task)), task)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -111,14 +111,14 @@ def test_the_longest_document_fits_and_one_token_more_does_not(jina: Path, load:
     tokenizer = load(jina, "reference").encoder.tokenizer
     fitting = ["fox"] * (MAX_TOKENS - 2)
 
-    tokens = tokenizer.tokenise_chunks(fitting, "")
+    tokens = tokenizer.tokenize_chunks(fitting, "")
 
     assert len(tokens.ids) == MAX_TOKENS
     assert tokens.spans[0] == (0, 2)
     assert tokens.spans[-1] == (MAX_TOKENS - 2, MAX_TOKENS)
     message = f"maximum context length is {MAX_TOKENS} tokens, however the chunks have {MAX_TOKENS + 1} tokens together"
     with pytest.raises(ContextLengthExceeded, match=message):
-        tokenizer.tokenise_chunks([*fitting, "fox"], "")
+        tokenizer.tokenize_chunks([*fitting, "fox"], "")
 
 
 @pytest.mark.parametrize("instruction", ["", "Represent the document for retrieval: "])
@@ -128,7 +128,7 @@ def test_a_chunk_without_tokens_is_refused(jina: Path, load: Load, instruction: 
     chunks[index] = ""
 
     with pytest.raises(BadInput, match=rf"input\[{index}\] has no tokens"):
-        load(jina, "reference").encoder.tokenizer.tokenise_chunks(chunks, instruction)
+        load(jina, "reference").encoder.tokenizer.tokenize_chunks(chunks, instruction)
 
 
 # -------------------------------------------------------------------------------------------------------------- HTTP
@@ -150,7 +150,7 @@ async def embed(client: httpx.AsyncClient, texts: Sequence[str], **fields: objec
 
 @pytest.mark.parametrize("task", [None, "retrieval.passage"])
 async def test_it_is_a_field_of_a_request(
-    client: httpx.AsyncClient, reference: Reference, tokenise: Tokenise, jina: Path, task: str | None
+    client: httpx.AsyncClient, reference: Reference, tokenize: Tokenize, jina: Path, task: str | None
 ) -> None:
     chunks = DOCUMENTS[0]
 
@@ -163,7 +163,7 @@ async def test_it_is_a_field_of_a_request(
     np.testing.assert_allclose([row["embedding"] for row in body["data"]], expected, atol=5e-5)
     assert [row["index"] for row in body["data"]] == [0, 1, 2]
     texts = [INSTRUCTIONS.get(task or "", "") + chunks[0], *chunks[1:]]
-    num_tokens = 2 + sum(len(tokenise(jina, text, add_special_tokens=False)) for text in texts)
+    num_tokens = 2 + sum(len(tokenize(jina, text, add_special_tokens=False)) for text in texts)
     assert body["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
@@ -175,7 +175,7 @@ async def test_it_is_in_the_space_of_plain_texts(client: httpx.AsyncClient) -> N
     assert late.json()["data"] != plain.json()["data"]
 
 
-async def test_dimensions_are_cut_and_normalised(client: httpx.AsyncClient) -> None:
+async def test_dimensions_are_cut_and_normalized(client: httpx.AsyncClient) -> None:
     response = await embed(client, ["fox", "near"], late_chunking=True, dimensions=32)
 
     vectors = np.array([row["embedding"] for row in response.json()["data"]])

@@ -24,7 +24,7 @@ from models.checkpoints import TEXTS, linear_head
 from models.plain import entry, load_whole
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
-Tokenise = Callable[..., list[int]]
+Tokenize = Callable[..., list[int]]
 Load = Callable[..., Any]
 Copy = Callable[[Path], Path]
 
@@ -46,14 +46,14 @@ class Expected:
 
 
 @pytest.fixture(scope="module")
-def expected(m3: Path, tokenise: Tokenise) -> list[Expected]:
+def expected(m3: Path, tokenize: Tokenize) -> list[Expected]:
     """Compute the three outputs of each text by itself, by the rules of FlagEmbedding, as plainly as can be."""
     model = AutoModel.from_pretrained(m3).eval()
     sparse, multi = (torch.load(m3 / f"{name}.pt", weights_only=True) for name in ("sparse_linear", "colbert_linear"))
 
     @torch.inference_mode()
     def compute(text: str) -> Expected:
-        ids = tokenise(m3, text)
+        ids = tokenize(m3, text)
         states = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         dense = states[0] / states[0].norm()
         weights: dict[int, float] = {}

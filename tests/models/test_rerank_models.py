@@ -148,7 +148,7 @@ def entry(folder: Path, **changes: object) -> ModelEntry:
 
 def score(encoder: TextEncoder, query: str, texts: Sequence[str]) -> np.ndarray:
     """Return the scores of texts in one batch."""
-    tokens = encoder.tokenise_pairs(query, texts, Truncate.END)
+    tokens = encoder.tokenize_pairs(query, texts, Truncate.END)
     return np.concatenate([one.dense for one in encoder.encode([Item(row) for row in tokens])])
 
 
@@ -335,7 +335,7 @@ def test_pairs_are_the_tokenizers_own(
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(make_reranker("bert"), truncation_side=side)
 
-    tokens = encoder.tokenise_pairs(QUERY, DOCUMENTS, truncate)
+    tokens = encoder.tokenize_pairs(QUERY, DOCUMENTS, truncate)
 
     for row, text in zip(tokens, DOCUMENTS, strict=True):
         expected = theirs([QUERY], [text], truncation="only_second", max_length=MAX_TOKENS)
@@ -346,9 +346,9 @@ def test_pairs_are_the_tokenizers_own(
 
 
 def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: TextEncoder) -> None:
-    [empty, short, long] = encoder.tokenise_pairs(LONG, ["", "fox", LONG], Truncate.END)
+    [empty, short, long] = encoder.tokenize_pairs(LONG, ["", "fox", LONG], Truncate.END)
 
-    [whole] = encoder.tokenise([LONG], None, Truncate.END)
+    [whole] = encoder.tokenize([LONG], None, Truncate.END)
     room = MAX_TOKENS - 3
     assert long.ids[1 : 1 + room // 2] == whole.ids[1 : 1 + room // 2]
     assert long.second == 1 + room // 2 + 1
@@ -359,9 +359,9 @@ def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: TextEncoder) -> Non
 
 def test_a_query_that_just_fits_is_whole(encoder: TextEncoder) -> None:
     query = " ".join(["fox"] * (MAX_TOKENS - 4))
-    [plain] = encoder.tokenise_pairs("fox", ["fox"], Truncate.END)
+    [plain] = encoder.tokenize_pairs("fox", ["fox"], Truncate.END)
 
-    [row] = encoder.tokenise_pairs(query, [LONG], Truncate.END)
+    [row] = encoder.tokenize_pairs(query, [LONG], Truncate.END)
 
     assert len(plain.ids) == 5  # a fox is one token
     assert row.second == MAX_TOKENS - 2
@@ -369,10 +369,10 @@ def test_a_query_that_just_fits_is_whole(encoder: TextEncoder) -> None:
 
 
 def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: TextEncoder) -> None:
-    """What is far over the limit is tokenised only in part."""
+    """What is far over the limit is tokenized only in part."""
     text = "The quick brown fox jumps over the lazy dog. " * 3_000
 
-    [long, short] = encoder.tokenise_pairs(QUERY, [text, text[:2_000]], Truncate.END)
+    [long, short] = encoder.tokenize_pairs(QUERY, [text, text[:2_000]], Truncate.END)
 
     assert long.ids == short.ids
     assert long.is_truncated
@@ -380,20 +380,20 @@ def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: TextEncoder) -> No
 
 def test_a_limit_for_each_text_cuts_it(encoder: TextEncoder) -> None:
     [whole, cut] = (
-        encoder.tokenise_pairs(QUERY, [SENTENCES[0]], Truncate.END, max_text_tokens=limit)[0] for limit in (None, 3)
+        encoder.tokenize_pairs(QUERY, [SENTENCES[0]], Truncate.END, max_text_tokens=limit)[0] for limit in (None, 3)
     )
 
     assert cut.ids == [*whole.ids[: (whole.second or 0) + 3], whole.ids[-1]]
     assert (whole.is_truncated, cut.is_truncated) == (False, True)
 
-    [end] = encoder.tokenise_pairs(QUERY, [SENTENCES[0]], Truncate.START, max_text_tokens=3)
+    [end] = encoder.tokenize_pairs(QUERY, [SENTENCES[0]], Truncate.START, max_text_tokens=3)
     assert end.ids == [*whole.ids[: whole.second], *whole.ids[-4:]]
 
 
 def test_too_long_is_refused_if_asked(encoder: TextEncoder) -> None:
     with pytest.raises(ContextLengthExceeded, match=f"maximum context length is {MAX_TOKENS} tokens.* and text 7 have"):
-        encoder.tokenise_pairs(QUERY, ["fox", "fox", LONG], Truncate.REFUSE, first_index=5)
-    assert len(encoder.tokenise_pairs(QUERY, [LONG], Truncate.REFUSE, max_text_tokens=3)) == 1
+        encoder.tokenize_pairs(QUERY, ["fox", "fox", LONG], Truncate.REFUSE, first_index=5)
+    assert len(encoder.tokenize_pairs(QUERY, [LONG], Truncate.REFUSE, max_text_tokens=3)) == 1
 
 
 def test_a_template_without_pairs_is_refused(make_reranker: MakeReranker, copy: Copy, edit_json: EditJson) -> None:

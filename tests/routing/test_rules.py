@@ -20,7 +20,7 @@ Put = Callable[..., tuple[Registry, Fleet]]
 @pytest.fixture
 def put(make_model: MakeModel) -> Put:
     """Return a function that puts two models of each kind together with what refers to them."""
-    ranks = {"kind": ModelKind.RERANK, "width": 1, "dimensions": (1,), "is_normalised": False}
+    ranks = {"kind": ModelKind.RERANK, "width": 1, "dimensions": (1,), "is_normalized": False}
     models = [make_model("mini"), make_model("other"), make_model("ranker", **ranks), make_model("better", **ranks)]
 
     def put(

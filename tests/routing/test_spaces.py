@@ -17,9 +17,9 @@ PLAIN = fake_info("plain", instruction="")
 
 
 def space(
-    info: ModelInfo = JINA, task: str | None = "text-matching", dimensions: int = 32, normalised: bool = True
+    info: ModelInfo = JINA, task: str | None = "text-matching", dimensions: int = 32, normalized: bool = True
 ) -> str:
-    return space_id(info, task, dimensions, is_normalised=normalised)
+    return space_id(info, task, dimensions, is_normalized=normalized)
 
 
 def with_instruction(task: str, text: str) -> ModelInfo:
@@ -35,9 +35,9 @@ def test_a_space_is_a_name_for_people_and_a_hash(model_id: str) -> None:
 
 
 def test_a_space_is_the_same_in_every_process() -> None:
-    """Stored vectors are labelled with it: if this fails, PREPROCESSING_VERSION or the format has changed."""
+    """Stored vectors are labeled with it: if this fails, PREPROCESSING_VERSION or the format has changed."""
     assert space() == "jina@e6787dd4cc4a"
-    assert space_id(PLAIN, None, 8, is_normalised=True) == "plain@0540f4a90e77"
+    assert space_id(PLAIN, None, 8, is_normalized=True) == "plain@0540f4a90e77"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_space_is_the_same_in_every_process() -> None:
     [
         pytest.param(space(dataclasses.replace(JINA, fingerprint="0" * 64)), id="weights, tokenizer or pooling"),
         pytest.param(space(dimensions=16), id="dimensions"),
-        pytest.param(space(normalised=False), id="normalisation"),
+        pytest.param(space(normalized=False), id="normalization"),
         pytest.param(space(task="separation"), id="task"),
         pytest.param(space(task="retrieval.query"), id="task family"),
         pytest.param(space(task=None), id="no task"),

@@ -30,7 +30,7 @@ REQUEST = {
     "model": "mini",
     "num_texts": 1,
     "num_tokens": 1205,
-    "tokenise_ms": 0.2,
+    "tokenize_ms": 0.2,
 }
 
 

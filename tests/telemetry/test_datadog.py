@@ -17,7 +17,7 @@ from tests.clients.gateway_process import MODEL, WIDTH, running_gateway
 
 TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 DDTRACE_RUN = str(Path(sys.executable).with_name("ddtrace-run"))
-STAGES = {"tokenise", "queue", "inference"}
+STAGES = {"tokenize", "queue", "inference"}
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ async def test_a_request_is_seen_in_every_stage(deployment: Deployment) -> None:
         found = await scrape(client)
 
     target = (("arm", ""), ("experiment", ""), ("model", "measured"), ("task", ""))
-    for stage in ("tokenise", "queue", "inference", "serialise"):
+    for stage in ("tokenize", "queue", "inference", "serialize"):
         assert found["gateway_stage_duration_seconds_count"][tuple(sorted((*target, ("stage", stage))))] == 1
     assert found["gateway_texts_total"][target] == 2
     assert found["gateway_tokens_total"][target] == answer.json()["usage"]["total_tokens"]
-    assert "serialise;dur=" in answer.headers["server-timing"]
+    assert "serialize;dur=" in answer.headers["server-timing"]
     assert found["gateway_build_info"] == {(("version", __version__),): 1}
 
 

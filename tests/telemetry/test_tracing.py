@@ -35,7 +35,7 @@ Post = Callable[..., Any]
 TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = {"traceparent": f"00-{TRACE_ID}-{CALLER_ID}-01", "tracestate": "vendor=1"}
 NOT_SAMPLED = {"traceparent": f"00-{TRACE_ID}-{CALLER_ID}-00"}
-TIMINGS = Timings(tokenise_s=0.001, queue_s=0.002, inference_s=0.003)
+TIMINGS = Timings(tokenize_s=0.001, queue_s=0.002, inference_s=0.003)
 SECRET_TEXT, SECRET_KEY = "the patient's diagnosis", "key-that-nobody-may-see"
 INFO = fake_info("jina", width=8, dimensions=(8, 4), tasks={"text-matching": ""}, default_task="text-matching")
 ARMS = ({"name": "new", "model": "jina", "weight": 1}, {"model": "mini", "weight": 0})
@@ -115,7 +115,7 @@ async def test_a_request_is_one_trace_with_the_embedding_and_its_stages(
     assert (await embed(client, headers=SAMPLED)).status_code == 200
 
     spans = by_name(exporter)
-    assert set(spans) == {"POST /v1/embeddings", "embeddings default", "tokenise", "queue", "inference"}
+    assert set(spans) == {"POST /v1/embeddings", "embeddings default", "tokenize", "queue", "inference"}
     request, embeddings = spans["POST /v1/embeddings"], spans["embeddings default"]
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {TRACE_ID}
     assert f"{parent(request):016x}" == CALLER_ID
@@ -123,7 +123,7 @@ async def test_a_request_is_one_trace_with_the_embedding_and_its_stages(
     assert request.kind is SpanKind.SERVER
     assert parent(embeddings) == request.context.span_id
     assert embeddings.kind is SpanKind.INTERNAL
-    for stage in ("tokenise", "queue", "inference"):
+    for stage in ("tokenize", "queue", "inference"):
         assert parent(spans[stage]) == embeddings.context.span_id
 
 
@@ -140,7 +140,7 @@ async def test_scores_have_a_span_of_their_own_name(
 
     assert answer.status_code == 200
     spans = by_name(exporter)
-    assert set(spans) == {"POST /v2/rerank", "rerank ranker", "tokenise", "queue", "inference"}
+    assert set(spans) == {"POST /v2/rerank", "rerank ranker", "tokenize", "queue", "inference"}
     attributes = spans["rerank ranker"].attributes
     assert attributes[semconv.GEN_AI_OPERATION_NAME] == "rerank"
     assert (attributes[semconv.GATEWAY_NUM_TEXTS], attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS]) == (2, 7)
@@ -164,7 +164,7 @@ async def test_the_stages_take_as_long_as_the_answer_says(
     await embed(client)
 
     spans = by_name(exporter)
-    stages = [spans["tokenise"], spans["queue"], spans["inference"]]
+    stages = [spans["tokenize"], spans["queue"], spans["inference"]]
     assert [span.end_time - span.start_time for span in stages] == [1_000_000, 2_000_000, 3_000_000]
     assert [span.attributes["gateway.stage.seconds"] for span in stages] == [0.001, 0.002, 0.003]
     assert stages[0].end_time == stages[1].start_time
@@ -199,7 +199,7 @@ async def test_the_attributes_of_an_embedding(client: httpx.AsyncClient, exporte
         "gen_ai.embeddings.dimension.count": 4,
         "gateway.num_texts": 1,
         "gateway.num_truncated": 0,
-        "gateway.space": space_id(INFO, "text-matching", 4, is_normalised=True),
+        "gateway.space": space_id(INFO, "text-matching", 4, is_normalized=True),
         "gateway.task": "text-matching",
     }
 

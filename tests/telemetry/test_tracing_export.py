@@ -64,7 +64,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
 
 
 def test_the_last_spans_are_sent_when_the_gateway_stops(traced: Traced) -> None:
-    stages = ["tokenise", "queue", "inference"]
+    stages = ["tokenize", "queue", "inference"]
     assert sorted(span.name for span in traced.receiver.spans) == sorted(
         ["POST /v1/embeddings", "embeddings default", *stages]
     )
@@ -82,7 +82,7 @@ def test_what_the_model_did_is_in_the_trace(traced: Traced) -> None:
     assert attributes["gen_ai.embeddings.dimension.count"] == WIDTH
     assert attributes["gen_ai.request.encoding_formats"] == ["float"]
     assert attributes["gateway.num_texts"] == 2
-    seconds = [traced.span(stage).attributes["gateway.stage.seconds"] for stage in ("tokenise", "queue", "inference")]
+    seconds = [traced.span(stage).attributes["gateway.stage.seconds"] for stage in ("tokenize", "queue", "inference")]
     assert all(isinstance(value, float) and value > 0 for value in seconds)
 
 

@@ -13,17 +13,17 @@ SECONDS = st.floats(0, 100)
 
 @given(st.integers(0, 100_000_000_000), SECONDS, SECONDS, SECONDS)
 def test_stages_stay_within_the_embedding(
-    length_ns: int, tokenise_s: float, queue_s: float, inference_s: float
+    length_ns: int, tokenize_s: float, queue_s: float, inference_s: float
 ) -> None:
     begun_ns, ended_ns = 10, 10 + length_ns
-    tokenise, queue, inference = tracing.stages(begun_ns, ended_ns, Timings(tokenise_s, queue_s, inference_s))
+    tokenize, queue, inference = tracing.stages(begun_ns, ended_ns, Timings(tokenize_s, queue_s, inference_s))
 
-    assert begun_ns <= tokenise.begun_ns <= tokenise.ended_ns == queue.begun_ns <= queue.ended_ns <= ended_ns
-    assert tokenise.ended_ns <= inference.begun_ns <= inference.ended_ns == ended_ns
-    assert [stage.seconds for stage in (tokenise, queue, inference)] == [tokenise_s, queue_s, inference_s]
-    if round((tokenise_s + queue_s + inference_s) * 1e9) < length_ns - 3:
+    assert begun_ns <= tokenize.begun_ns <= tokenize.ended_ns == queue.begun_ns <= queue.ended_ns <= ended_ns
+    assert tokenize.ended_ns <= inference.begun_ns <= inference.ended_ns == ended_ns
+    assert [stage.seconds for stage in (tokenize, queue, inference)] == [tokenize_s, queue_s, inference_s]
+    if round((tokenize_s + queue_s + inference_s) * 1e9) < length_ns - 3:
         assert queue.ended_ns == inference.begun_ns
-        for stage in (tokenise, queue, inference):
+        for stage in (tokenize, queue, inference):
             assert abs(stage.ended_ns - stage.begun_ns - stage.seconds * 1e9) <= 1
 
 

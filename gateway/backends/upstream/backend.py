@@ -182,7 +182,7 @@ class UpstreamBackend:
             dimensions=tuple(sorted({width, *entry.dimensions}, reverse=True)),
             max_tokens=entry.max_tokens or facts.max_tokens or _DEFAULT_MAX_TOKENS,
             pooling="unknown",
-            is_normalised=True,
+            is_normalized=True,
             device="remote",
             dtype=facts.dtype or "unknown",
             engine=f"{entry.backend} at {', '.join(server.name for server in self._servers)}",

@@ -47,7 +47,7 @@ class Dialect(Protocol):
 
     Attributes:
         embed_path: where vectors are asked for, after the base URL; so for the others.
-        gives_raw: whether vectors come as they were pooled, and are normalised here.
+        gives_raw: whether vectors come as they were pooled, and are normalized here.
         encodings: how vectors may be asked for, the best first; not every server takes each.
     """
 

@@ -26,10 +26,10 @@ class Classifier:
         architecture: transformers' class of the whole model.
         pooling: ``cls`` or ``mean``: what the head reads off the token states.
         dense: name of the first layer's tensors, without ``.weight``.
-        norm: the same of the layer normalisation, if there is one.
+        norm: the same of the layer normalization, if there is one.
         output: the same of the last layer.
         activation: transformers' name of what is between dense and norm.
-        norm_eps: the layer normalisation's epsilon.
+        norm_eps: the layer normalization's epsilon.
         has_segments: whether the model can be told which tokens are of the pair's second text.
     """
 

@@ -105,7 +105,7 @@ class Modules:
     transformer: str = ""
     pooling: str | None = None
     dense: tuple[str, ...] = ()
-    is_normalised: bool = False
+    is_normalized: bool = False
     own_code: tuple[str, ...] = ()
 
 
@@ -160,7 +160,7 @@ def read_modules(folder: Path) -> Modules | None:
         transformer=folders[0],
         pooling=folders[1] if len(folders) > 1 else None,
         dense=tuple(dense),
-        is_normalised="Normalize" in kinds,
+        is_normalized="Normalize" in kinds,
         own_code=tuple(type_ for type_ in types if not type_.startswith("sentence_transformers.")),
     )
 

@@ -88,7 +88,7 @@ class Checkpoint:
     max_tokens: int
     position_limit: int
     pooling: Pooling
-    is_normalised: bool
+    is_normalized: bool
     is_lower_cased: bool
     dense_layers: tuple[Path, ...]
     prompts: Mapping[str, str]
@@ -158,7 +158,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         max_tokens=_max_tokens(root, settings.max_tokens, sizes.num_positions),
         position_limit=sizes.num_positions,
         pooling=_pooling(folder, modules, classifier),
-        is_normalised=is_jina or (modules is not None and modules.is_normalised),
+        is_normalized=is_jina or (modules is not None and modules.is_normalized),
         is_lower_cased=settings.is_lower_cased,
         dense_layers=dense_layers,
         prompts=jina_prompts(adapters, prompts.texts) if is_jina else prompts.texts,

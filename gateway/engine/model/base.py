@@ -20,8 +20,8 @@ from gateway.types import EmbedJob, Truncate
 class Encoder(BaseEmbedder):
     """An embedder that takes tokens: ``encode_pre``, ``encode_core``, ``encode_post``, as Infinity calls them.
 
-    Infinity's batch handler calls the three in three threads and tokenises twice, once to sort by length and once in
-    ``encode_pre``. Here the tokens of a text are made once, by :meth:`tokenise`, and ``encode_pre`` takes them; it
+    Infinity's batch handler calls the three in three threads and tokenizes twice, once to sort by length and once in
+    ``encode_pre``. Here the tokens of a text are made once, by :meth:`tokenize`, and ``encode_pre`` takes them; it
     still takes strings as well, so that everything of Infinity's that holds a ``BaseEmbedder`` works.
     """
 
@@ -34,17 +34,17 @@ class Encoder(BaseEmbedder):
     progressed_at = 0.0
     """When a part of the batch in hand was last done, on ``time.monotonic()``: it is not hung then."""
 
-    def tokenise(
+    def tokenize(
         self, texts: Sequence[str], task: str | None, truncate: Truncate, first_index: int = 0
     ) -> list[Tokens]:
-        """Tokenise texts for a task, its instruction included.
+        """Tokenize texts for a task, its instruction included.
 
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
         """
-        return self.tokenizer.tokenise(texts, self.instruction(task), truncate, first_index)
+        return self.tokenizer.tokenize(texts, self.instruction(task), truncate, first_index)
 
-    def tokenise_pairs(
+    def tokenize_pairs(
         self,
         query: str,
         texts: Sequence[str],
@@ -53,18 +53,18 @@ class Encoder(BaseEmbedder):
         first_index: int = 0,
         max_text_tokens: int | None = None,
     ) -> list[Tokens]:
-        """Tokenise each text behind the query; see :meth:`gateway.engine.model.pairs.PairTokenizer.tokenise_pairs`.
+        """Tokenize each text behind the query; see :meth:`gateway.engine.model.pairs.PairTokenizer.tokenize_pairs`.
 
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
             TypeError: the model scores no pairs.
         """
-        return self._pairs.tokenise_pairs(
+        return self._pairs.tokenize_pairs(
             query, texts, truncate, first_index=first_index, max_text_tokens=max_text_tokens
         )
 
     def read_query(self, query: str) -> Steps[Row]:
-        """Tokenise the query of pairs; see :meth:`gateway.engine.model.pairs.PairTokenizer.read_query`.
+        """Tokenize the query of pairs; see :meth:`gateway.engine.model.pairs.PairTokenizer.read_query`.
 
         Raises:
             TypeError: the model scores no pairs.
@@ -72,7 +72,7 @@ class Encoder(BaseEmbedder):
         return self._pairs.read_query(query)
 
     def read(self, job: EmbedJob, first: int, texts: Sequence[str], query: Row | None) -> Steps[list[Tokens]]:
-        """Tokenise some of the texts of a job, step by step; see :mod:`gateway.engine.model.tokenizer`.
+        """Tokenize some of the texts of a job, step by step; see :mod:`gateway.engine.model.tokenizer`.
 
         Args:
             first: place of the first of the texts in the job.
@@ -104,13 +104,13 @@ class Encoder(BaseEmbedder):
         """Return what is put before a text of the task; empty if nothing is."""
 
     def encode(self, items: Sequence[Item]) -> list[Encoded]:
-        """Encode tokenised texts, in order. Runs in one thread at a time."""
+        """Encode tokenized texts, in order. Runs in one thread at a time."""
         with torch.inference_mode():
             return self.encode_post(self.encode_core(self.encode_pre(list(items))))
 
     def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
         """Return the vector of each text for its task, ``(width,)``, cut at the longest that the model reads."""
-        items = [Item(self.tokenise([text], task, Truncate.END)[0], task) for text, task in texts]
+        items = [Item(self.tokenize([text], task, Truncate.END)[0], task) for text, task in texts]
         return [encoded.dense[0] for encoded in self.encode(items)]
 
     @abstractmethod
@@ -122,4 +122,4 @@ class Encoder(BaseEmbedder):
 
     def tokenize_lengths(self, sentences: list[str]) -> list[int]:
         """Return the tokens of each sentence (Infinity's name and signature)."""
-        return [len(row.ids) for row in self.tokenise(sentences, None, Truncate.END)]
+        return [len(row.ids) for row in self.tokenize(sentences, None, Truncate.END)]

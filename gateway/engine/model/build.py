@@ -202,7 +202,7 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
                 "cut at its end"
             )
         fast = tokenizer.backend_tokenizer
-        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normaliser
+        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normalizer
             own = [] if fast.normalizer is None else [fast.normalizer]
             fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)

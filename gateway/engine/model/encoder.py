@@ -82,7 +82,7 @@ class TextEncoder(Encoder):
     def encode_pre(self, sentences: Sequence[str | Item]) -> list[Group]:
         """Group the texts as the runtime needs them, and put them where it reads them."""
         items = [
-            Item(self.tokenise([item], None, Truncate.END)[0]) if isinstance(item, str) else item for item in sentences
+            Item(self.tokenize([item], None, Truncate.END)[0]) if isinstance(item, str) else item for item in sentences
         ]
         lengths = [len(item.tokens.ids) for item in items]
         groups = [list(range(len(items)))] if self.runtime.is_packed else group_by_length(lengths)

@@ -86,7 +86,7 @@ class SparseHead(nn.Module):
 
 
 class MultiVectorHead(nn.Module):
-    """BGE-M3's vector for each token but the first: ``linear(state)``, L2-normalised."""
+    """BGE-M3's vector for each token but the first: ``linear(state)``, L2-normalized."""
 
     def __init__(self, weights: Path, hidden_width: int) -> None:
         super().__init__()

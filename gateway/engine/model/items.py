@@ -44,7 +44,7 @@ class Encoded:
     """What an encoder returns for an :class:`Item`.
 
     Attributes:
-        dense: ``(k, width)`` float32, not normalised: one row for the text, or one for each span of its tokens.
+        dense: ``(k, width)`` float32, not normalized: one row for the text, or one for each span of its tokens.
         sparse: weights of tokens, if asked for.
         multivector: a vector for each token, if asked for.
         states: the state of each token, if asked for.

@@ -46,7 +46,7 @@ class PairTokenizer(Tokenizer):
             self._segment_offset = types.index(1) - first_end
         self.has_segments = self._segment_offset is not None
 
-    def tokenise_pairs(
+    def tokenize_pairs(
         self,
         query: str,
         texts: Sequence[str],
@@ -55,14 +55,14 @@ class PairTokenizer(Tokenizer):
         first_index: int = 0,
         max_text_tokens: int | None = None,
     ) -> list[Tokens]:
-        """Tokenise pairs in one go: :meth:`read_pairs`, which says what it raises."""
+        """Tokenize pairs in one go: :meth:`read_pairs`, which says what it raises."""
         query_row = at_once(self.read_query(query))
         return at_once(
             self.read_pairs(query_row, texts, truncate, first_index=first_index, max_text_tokens=max_text_tokens)
         )
 
     def read_query(self, query: str) -> Steps[Row]:
-        """Tokenise the query of pairs, which is the same for all of them."""
+        """Tokenize the query of pairs, which is the same for all of them."""
         [row] = yield from self._rows([Prefixed("", query)], Truncate.END, has_special=False)
         return row
 
@@ -75,7 +75,7 @@ class PairTokenizer(Tokenizer):
         first_index: int = 0,
         max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
-        """Tokenise each text behind the query.
+        """Tokenize each text behind the query.
 
         What is too long loses the end of its text, or its start if ``truncate`` says so. Only where the query leaves no
         room for any text, its end is cut as well, to half of what there is.

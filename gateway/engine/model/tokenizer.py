@@ -134,16 +134,16 @@ class Tokenizer:
         )
         return texts
 
-    def tokenise(
+    def tokenize(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
     ) -> list[Tokens]:
-        """Tokenise texts in one go: :meth:`read`, which says what it raises."""
+        """Tokenize texts in one go: :meth:`read`, which says what it raises."""
         return at_once(self.read(texts, instruction, truncate, first_index))
 
     def read(
         self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
     ) -> Steps[list[Tokens]]:
-        """Tokenise texts with ``instruction`` put before each.
+        """Tokenize texts with ``instruction`` put before each.
 
         ``first_index`` is the place of the first text in its request, for the error message.
 
@@ -159,12 +159,12 @@ class Tokenizer:
             for i, row in enumerate(rows)
         ]
 
-    def tokenise_chunks(self, chunks: Sequence[str], instruction: str) -> Tokens:
-        """Tokenise chunks in one go: :meth:`read_chunks`, which says what it raises."""
+    def tokenize_chunks(self, chunks: Sequence[str], instruction: str) -> Tokens:
+        """Tokenize chunks in one go: :meth:`read_chunks`, which says what it raises."""
         return at_once(self.read_chunks(chunks, instruction))
 
     def read_chunks(self, chunks: Sequence[str], instruction: str) -> Steps[Tokens]:
-        """Tokenise the chunks of one document for late chunking (Günther et al., arXiv:2409.04701).
+        """Tokenize the chunks of one document for late chunking (Günther et al., arXiv:2409.04701).
 
         The chunks' own tokens stand one behind the other between the model's special tokens, after the instruction. The
         first chunk's span takes in what stands before it, the last one's what stands behind it: pooled over all
@@ -222,7 +222,7 @@ class Tokenizer:
         return rows
 
     def _read_enough(self, text: Prefixed, truncate: Truncate, has_special: bool) -> Steps[Row]:
-        """Tokenise so much of a text that the tokens that will be kept are those of the whole text.
+        """Tokenize so much of a text that the tokens that will be kept are those of the whole text.
 
         The cost of a text that is far too long stays that of what is kept. A window ends at white space where there is
         any, as no usual tokenizer joins across it, and holds at least twice the limit of tokens, so that what the cut does

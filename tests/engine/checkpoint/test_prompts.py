@@ -148,7 +148,7 @@ def test_a_query_and_a_passage_without_a_prompt_are_in_one_space(plan: Plan) -> 
     spaces = spaces_by_task(info)
 
     assert spaces["retrieval.query"] == spaces["retrieval.passage"]
-    assert spaces["retrieval.query"] != space_id(bare, None, bare.width, is_normalised=bare.is_normalised)
+    assert spaces["retrieval.query"] != space_id(bare, None, bare.width, is_normalized=bare.is_normalized)
     assert spaces == spaces_by_task(plan({"prompts": {"document": "", "query": "q: "}}).info)
 
 

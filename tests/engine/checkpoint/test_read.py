@@ -29,7 +29,7 @@ def test_the_bundled_model(bundled_folder: Path) -> None:
         12,
     )
     assert (checkpoint.max_tokens, checkpoint.position_limit) == (256, 512)
-    assert (checkpoint.pooling, checkpoint.is_normalised, checkpoint.is_lower_cased) == (Pooling.MEAN, True, False)
+    assert (checkpoint.pooling, checkpoint.is_normalized, checkpoint.is_lower_cased) == (Pooling.MEAN, True, False)
     assert (checkpoint.prompts, checkpoint.default_prompt) == ({}, None)
     assert [path.name for path in checkpoint.weights] == ["model.safetensors"]
 
@@ -43,8 +43,8 @@ def test_the_sizes_are_found_under_each_architectures_names(
     sizes = (checkpoint.width, checkpoint.num_layers, checkpoint.num_heads, checkpoint.intermediate_width)
     assert sizes == (32, 2, 4, 64)
     assert checkpoint.hidden_width == 32
-    # Jina's own code normalises, and its checkpoint has no modules that say so.
-    assert (checkpoint.pooling, checkpoint.is_normalised) == (Pooling.MEAN, model_type == "jina_embeddings_v3")
+    # Jina's own code normalizes, and its checkpoint has no modules that say so.
+    assert (checkpoint.pooling, checkpoint.is_normalized) == (Pooling.MEAN, model_type == "jina_embeddings_v3")
 
 
 @pytest.mark.parametrize("has_safetensors", [True, False])
@@ -55,7 +55,7 @@ def test_a_dense_layer_decides_the_width(make_checkpoint: MakeCheckpoint, has_sa
     before = read_checkpoint_of(folder, weights, b"weights")
     after = read_checkpoint_of(folder, weights, b"others!")
 
-    assert (before.width, before.hidden_width, before.is_normalised) == (8, 32, True)
+    assert (before.width, before.hidden_width, before.is_normalized) == (8, 32, True)
     assert before.dense_layers == (folder / "2_Dense",)
     assert weights in before.all_weights
     assert weights not in before.weights
@@ -116,7 +116,7 @@ def test_modules_are_known_under_the_names_of_all_releases(make_checkpoint: Make
 
     checkpoint = read_checkpoint(folder)
 
-    assert (checkpoint.pooling, checkpoint.is_normalised) == (Pooling.MAX, True)
+    assert (checkpoint.pooling, checkpoint.is_normalized) == (Pooling.MAX, True)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def add_module(kind: str) -> Callable[[Path], None]:
 
 
 def insert_dense(config: dict[str, object] | None = None) -> Callable[[Path], None]:
-    """Put a linear layer between pooling and normalisation, with its configuration but without weights."""
+    """Put a linear layer between pooling and normalization, with its configuration but without weights."""
 
     def change(folder: Path) -> None:
         path = folder / "modules.json"
@@ -263,11 +263,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         "modules.json: the modules Pooling are not supported; supported: Transformer, Pooling, then optionally Dense",
     ),
     "no modules": (write("modules.json", "[]"), "modules.json: the modules none are not supported"),
-    "a dense layer behind the normalisation": (
+    "a dense layer behind the normalization": (
         add_module("Dense"),
         "modules.json: the modules Transformer, Pooling, Normalize, Dense are not supported",
     ),
-    "two normalisations": (
+    "two normalizations": (
         add_module("Normalize"),
         "modules.json: the modules Transformer, Pooling, Normalize, Normalize are not supported",
     ),

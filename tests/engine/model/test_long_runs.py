@@ -98,7 +98,7 @@ def test_megabytes_that_are_few_tokens_are_hardly_given_to_the_tokenizer(
     tokenizer = Tokenizer(counting, 64)  # type: ignore[arg-type]
     whole = text * (NUM_CHARS // len(text))
 
-    [tokens] = tokenizer.tokenise([f"fox {whole} Berlin"], "", truncate)
+    [tokens] = tokenizer.tokenize([f"fox {whole} Berlin"], "", truncate)
 
     assert tokens.ids == fresh(kind).encode(f"fox {whole} Berlin").ids
     assert not tokens.is_truncated
@@ -114,7 +114,7 @@ def test_what_stands_behind_or_before_them_is_cut_where_the_whole_text_is(
     some = text * (50_000 // len(text))
     whole = f"{some} {words}" if truncate is Truncate.END else f"{words} {some}"
 
-    [tokens] = Tokenizer(fresh(kind), 64).tokenise([whole], "", truncate)
+    [tokens] = Tokenizer(fresh(kind), 64).tokenize([whole], "", truncate)
 
     ids = fresh(kind).encode(whole).ids
     assert tokens.ids == ([*ids[:63], ids[-1]] if truncate is Truncate.END else [ids[0], *ids[-63:]])

@@ -37,7 +37,7 @@ def pairs(
     max_text_tokens: int | None = None,
 ) -> list[tuple[list[int], int | None, bool]]:
     made = PairTokenizer(tokenizer(template), max_tokens, has_segments=has_segments)
-    rows = made.tokenise_pairs(query, texts, truncate, max_text_tokens=max_text_tokens)
+    rows = made.tokenize_pairs(query, texts, truncate, max_text_tokens=max_text_tokens)
     return [(row.ids, row.second, row.is_truncated) for row in rows]
 
 
@@ -56,7 +56,7 @@ def test_a_pair_is_what_the_template_says(
 ) -> None:
     made = PairTokenizer(tokenizer(template), 20, has_segments=has_segments)
 
-    [row] = made.tokenise_pairs("q r", ["a b"], Truncate.END)
+    [row] = made.tokenize_pairs("q r", ["a b"], Truncate.END)
 
     assert (row.ids, row.second, row.is_truncated) == (ids, second, False)
     assert made.has_segments == (second is not None)
@@ -126,10 +126,10 @@ def test_each_text_is_cut_where_the_request_says() -> None:
 
 def test_a_pair_that_may_not_be_cut_is_refused_with_its_length_and_place() -> None:
     made = PairTokenizer(tokenizer(BERT), 7, has_segments=True)
-    assert len(made.tokenise_pairs("q", ["a b c"], Truncate.REFUSE)) == 1
+    assert len(made.tokenize_pairs("q", ["a b c"], Truncate.REFUSE)) == 1
 
     with pytest.raises(ContextLengthExceeded, match="is 7 tokens, however the query and text 5 have 8 tokens together"):
-        made.tokenise_pairs("q", ["a", "a b c d"], Truncate.REFUSE, first_index=4)
+        made.tokenize_pairs("q", ["a", "a b c d"], Truncate.REFUSE, first_index=4)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_a_length_is_exact_where_everything_was_read(
     made = PairTokenizer(tokenizer(BERT), 7, has_segments=True)
 
     with pytest.raises(ContextLengthExceeded, match=length):
-        made.tokenise_pairs(query, [text], Truncate.REFUSE, max_text_tokens=max_text_tokens)
+        made.tokenize_pairs(query, [text], Truncate.REFUSE, max_text_tokens=max_text_tokens)

@@ -117,7 +117,7 @@ def test_a_span_of_the_whole_text_is_its_mean(lengths: list[int]) -> None:
     assert torch.equal(whole, states.pool(Pooling.MEAN))
 
 
-def test_a_text_does_not_depend_on_its_neighbours() -> None:
+def test_a_text_does_not_depend_on_its_neighbors() -> None:
     lengths = [3, 8, 2]
     together = TokenStates.from_padded(padded(lengths), lengths)
 

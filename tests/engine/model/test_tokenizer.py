@@ -65,17 +65,17 @@ def tokenizer(request: pytest.FixtureRequest, fast: Any) -> Tokenizer:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_ids_are_those_of_hugging_face(tokenizer: Tokenizer, hugging_face: Any, name: str) -> None:
-    [tokens] = tokenizer.tokenise([TEXTS[name]], "", Truncate.END)
+    [tokens] = tokenizer.tokenize([TEXTS[name]], "", Truncate.END)
 
     limit = tokenizer.max_tokens
     assert tokens.ids == hugging_face(TEXTS[name], truncation=True, max_length=limit)["input_ids"]
     assert tokens.is_truncated == (len(hugging_face(TEXTS[name], verbose=False)["input_ids"]) > limit)
 
 
-def test_texts_of_all_lengths_together_are_tokenised_as_each_alone(tokenizer: Tokenizer) -> None:
-    together = tokenizer.tokenise(list(TEXTS.values()), "", Truncate.END)
+def test_texts_of_all_lengths_together_are_tokenized_as_each_alone(tokenizer: Tokenizer) -> None:
+    together = tokenizer.tokenize(list(TEXTS.values()), "", Truncate.END)
 
-    assert together == [tokenizer.tokenise([text], "", Truncate.END)[0] for text in TEXTS.values()]
+    assert together == [tokenizer.tokenize([text], "", Truncate.END)[0] for text in TEXTS.values()]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
@@ -86,7 +86,7 @@ def test_the_ids_are_those_of_hugging_face_for_every_kind_of_tokenizer(
     reference: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(plain_checkpoints(model_type))
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(plain_checkpoints(model_type)).backend_tokenizer, 40)
 
-    [tokens] = tokenizer.tokenise([TEXTS[name]], "", Truncate.END)
+    [tokens] = tokenizer.tokenize([TEXTS[name]], "", Truncate.END)
 
     assert tokens.ids == reference(TEXTS[name], truncation=True, max_length=40)["input_ids"]
 
@@ -100,7 +100,7 @@ def test_the_ids_are_those_of_hugging_face_for_every_kind_of_tokenizer(
 def test_any_text_is_cut_as_hugging_face_cuts_it(
     fast: Any, hugging_face: Any, text: str, times: int, max_tokens: int
 ) -> None:
-    [tokens] = Tokenizer(fast, max_tokens).tokenise([text * times], "", Truncate.END)
+    [tokens] = Tokenizer(fast, max_tokens).tokenize([text * times], "", Truncate.END)
 
     assert tokens.ids == hugging_face(text * times, truncation=True, max_length=max_tokens)["input_ids"]
 
@@ -110,7 +110,7 @@ def test_any_text_is_cut_as_hugging_face_cuts_it(
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_start_keeps_the_last_tokens(tokenizer: Tokenizer, hugging_face: Any, name: str) -> None:
-    [tokens] = tokenizer.tokenise([TEXTS[name]], "", Truncate.START)
+    [tokens] = tokenizer.tokenize([TEXTS[name]], "", Truncate.START)
 
     whole = hugging_face(TEXTS[name], verbose=False)["input_ids"]
     limit = tokenizer.max_tokens
@@ -122,7 +122,7 @@ def test_start_keeps_the_last_tokens(tokenizer: Tokenizer, hugging_face: Any, na
 def test_start_keeps_the_instruction(bundled_encoder: TextEncoder, hugging_face: Any, name: str) -> None:
     instruction = "represent the query: "
 
-    [tokens] = bundled_encoder.tokenizer.tokenise([TEXTS[name]], instruction, Truncate.START)
+    [tokens] = bundled_encoder.tokenizer.tokenize([TEXTS[name]], instruction, Truncate.START)
 
     before = hugging_face(instruction)["input_ids"][:-1]
     whole = hugging_face(TEXTS[name], verbose=False)["input_ids"]
@@ -130,7 +130,7 @@ def test_start_keeps_the_instruction(bundled_encoder: TextEncoder, hugging_face:
 
 
 def test_an_instruction_longer_than_the_model_takes_leaves_no_text(bundled_encoder: TextEncoder) -> None:
-    [tokens] = bundled_encoder.tokenizer.tokenise(["hello"], "word " * 300, Truncate.START)
+    [tokens] = bundled_encoder.tokenizer.tokenize(["hello"], "word " * 300, Truncate.START)
 
     assert len(tokens.ids) == 256
 
@@ -138,7 +138,7 @@ def test_an_instruction_longer_than_the_model_takes_leaves_no_text(bundled_encod
 @pytest.mark.parametrize("name", ["one over", "long", "CJK"])
 def test_refuse_says_the_limit_and_the_length(bundled_encoder: TextEncoder, name: str) -> None:
     with pytest.raises(ContextLengthExceeded) as caught:
-        bundled_encoder.tokenizer.tokenise(["fine", TEXTS[name]], "", Truncate.REFUSE, first_index=64)
+        bundled_encoder.tokenizer.tokenize(["fine", TEXTS[name]], "", Truncate.REFUSE, first_index=64)
 
     message = caught.value.message
     assert message.startswith("This model's maximum context length is 256 tokens, however input[65] has ")
@@ -148,7 +148,7 @@ def test_refuse_says_the_limit_and_the_length(bundled_encoder: TextEncoder, name
 
 
 def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: TextEncoder) -> None:
-    [tokens] = bundled_encoder.tokenizer.tokenise([TEXTS["exactly the limit"]], "", Truncate.REFUSE)
+    [tokens] = bundled_encoder.tokenizer.tokenize([TEXTS["exactly the limit"]], "", Truncate.REFUSE)
 
     assert len(tokens.ids) == 256
 
@@ -173,7 +173,7 @@ def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: TextEncoder, t
     other = threading.Thread(target=tick)
     other.start()
     try:
-        bundled_encoder.tokenizer.tokenise([text], "query: ", truncate)
+        bundled_encoder.tokenizer.tokenize([text], "query: ", truncate)
     except ContextLengthExceeded:
         pass
     finally:
@@ -184,11 +184,11 @@ def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: TextEncoder, t
 
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
-def test_tokenising_costs_what_is_kept_not_what_was_sent(bundled_encoder: TextEncoder, truncate: Truncate) -> None:
-    text = LOREM * 100_000  # 5.7 million characters: some 4 s if it were tokenised whole
+def test_tokenizing_costs_what_is_kept_not_what_was_sent(bundled_encoder: TextEncoder, truncate: Truncate) -> None:
+    text = LOREM * 100_000  # 5.7 million characters: some 4 s if it were tokenized whole
     started = time.process_time()  # what others do on this machine does not count
 
-    bundled_encoder.tokenizer.tokenise([text], "query: ", truncate)
+    bundled_encoder.tokenizer.tokenize([text], "query: ", truncate)
 
     assert time.process_time() - started < 1
 
