@@ -19,7 +19,7 @@ from gateway.access.memory import MemoryBudget
 from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
 from gateway.api.documentation import document
-from gateway.api.exchange import Exchange
+from gateway.api.endpoint import Endpoint
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
 from gateway.api.ollama import ollama_router
@@ -68,12 +68,12 @@ def create_app(deployment: Deployment) -> FastAPI:
     metrics.MEMORY_RESERVED.set_function(lambda: memory.num_bytes)
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
-    exchange = Exchange(service, deployment, settings, quotas)
+    endpoint = Endpoint(service, deployment, settings, quotas)
     routers = [
-        openai_router(exchange),
-        rerank_router(exchange),
-        tei_router(exchange),
-        ollama_router(exchange),
+        openai_router(endpoint),
+        rerank_router(endpoint),
+        tei_router(endpoint),
+        ollama_router(endpoint),
         experiments_router(deployment, evidence),
         spaces_router(deployment),
         health_router(deployment),

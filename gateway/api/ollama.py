@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from gateway.api.exchange import Exchange
+from gateway.api.endpoint import Endpoint
 from gateway.api.pieces import object_around, vector_list
 from gateway.api.request_body import TRUNCATION, ModelName, PositiveInteger, RequestBody, Truncation, wanted_truncation
 from gateway.api.tei_schema import Texts, check_batch, listed
@@ -28,22 +28,22 @@ class OllamaEmbedBody(RequestBody):
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
 
 
-def ollama_router(exchange: Exchange) -> APIRouter:
+def ollama_router(endpoint: Endpoint) -> APIRouter:
     """Return the routes of the dialect."""
     router = APIRouter(tags=["Ollama"])
 
     async def embed(request: Request) -> Response:
-        ticket = await exchange.admit(request)
-        body = await exchange.read(request, OllamaEmbedBody.parse)
+        ticket = await endpoint.admit(request)
+        body = await endpoint.read(request, OllamaEmbedBody.parse)
         texts = listed(body.input)
-        check_batch(len(texts), exchange.settings.max_inputs, "input")
+        check_batch(len(texts), endpoint.settings.max_inputs, "input")
         wanted = replace(
-            exchange.begin(request, texts, body.model),
+            endpoint.begin(request, texts, body.model),
             truncate=wanted_truncation(body.truncate, None),
             dimensions=body.dimensions,
             is_normalized=True,  # as Ollama's always are
         )
-        answer = await exchange.embed(request, ticket, wanted)
+        answer = await endpoint.embed(request, ticket, wanted)
 
         before = {"model": body.model or answer.name}
         after = {
@@ -55,10 +55,10 @@ def ollama_router(exchange: Exchange) -> APIRouter:
         def parts() -> Iterator[bytes]:
             return object_around(before, "embeddings", vector_list(answer.vectors), after)
 
-        return await exchange.respond(request, answer, parts)
+        return await endpoint.respond(request, answer, parts)
 
     async def tags(request: Request) -> Response:
-        may_use, router = RequestContext.of(request).client.may_use, exchange.deployment.router
+        may_use, router = RequestContext.of(request).client.may_use, endpoint.deployment.router
         cards = [
             _tag(choice) for name in router.names(may_use) if _is_ready(choice := router.choose(name, may_use), router)
         ]

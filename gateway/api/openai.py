@@ -10,7 +10,7 @@ from typing import TypeAlias
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.exchange import Exchange
+from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import Json, describe, integral
 from gateway.api.model_cards import find_card, list_cards
 from gateway.api.pieces import dumps, nested_list, object_around, vector_list
@@ -54,9 +54,9 @@ _REQUEST = {
 }
 
 
-def openai_router(exchange: Exchange) -> APIRouter:
+def openai_router(endpoint: Endpoint) -> APIRouter:
     """Return the routes of the dialect, with and without ``/v1``."""
-    deployment = exchange.deployment
+    deployment = endpoint.deployment
     router = APIRouter(tags=["OpenAI"])
 
     async def embeddings(request: Request) -> Response:
@@ -68,10 +68,10 @@ def openai_router(exchange: Exchange) -> APIRouter:
         return await embed(request, model)
 
     async def embed(request: Request, model: str | None) -> Response:
-        ticket = await exchange.admit(request)
-        body, texts = await _read(exchange, request)
+        ticket = await endpoint.admit(request)
+        body, texts = await _read(endpoint, request)
         wanted = replace(
-            exchange.begin(request, texts, model or body.model, body.user),
+            endpoint.begin(request, texts, model or body.model, body.user),
             task=body.wanted_task,
             dimensions=body.wanted_dimensions,
             is_normalized=body.wants_normalized,
@@ -80,9 +80,9 @@ def openai_router(exchange: Exchange) -> APIRouter:
             is_late_chunked=bool(body.late_chunking),
             encoding=body.wanted_encoding,
         )
-        answer = await exchange.embed(request, ticket, wanted)
+        answer = await endpoint.embed(request, ticket, wanted)
         encoding = body.wanted_encoding
-        return await exchange.respond(
+        return await endpoint.respond(
             request, answer, lambda: answer_parts(answer, encoding), has_length=encoding is not Encoding.FLOAT
         )
 
@@ -140,20 +140,20 @@ def openai_router(exchange: Exchange) -> APIRouter:
 # ------------------------------------------------------------------------------------------------------------ input
 
 
-async def _read(exchange: Exchange, request: Request) -> tuple[EmbeddingsBody, list[str]]:
+async def _read(endpoint: Endpoint, request: Request) -> tuple[EmbeddingsBody, list[str]]:
     """Read the body of a request, and the texts in it."""
 
     def parse(content: dict[str, Json]) -> tuple[EmbeddingsBody, list[Item]]:
         body = EmbeddingsBody.parse(content)
-        items = parse_input(body.input, exchange.settings.max_inputs)
+        items = parse_input(body.input, endpoint.settings.max_inputs)
         body.input = None  # token ids are kept no longer than until they are decoded
         return body, items
 
-    body, items = await exchange.read(request, parse)
+    body, items = await endpoint.read(request, parse)
     num_ids = sum(len(item.ids) for item in items if not isinstance(item, str))
     if not num_ids:
         return body, decode_items(items)
-    return body, await exchange.in_turn(request, _BYTES_PER_ID * num_ids, lambda: decode_items(items))
+    return body, await endpoint.in_turn(request, _BYTES_PER_ID * num_ids, lambda: decode_items(items))
 
 
 def parse_input(value: Json, max_inputs: int) -> list[Item]:

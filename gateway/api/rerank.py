@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.exchange import Exchange, reserve_beside, timeout_s, unit_attribute
+from gateway.api.endpoint import Endpoint, reserve_beside, timeout_s, unit_attribute
 from gateway.api.json_body import Json
 from gateway.api.pieces import object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
@@ -36,7 +36,7 @@ _REQUEST = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": RerankBody.model_json_schema()}}}
 }
 _META = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
-Endpoint = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ DIALECTS = (
 )
 
 
-def rerank_router(exchange: Exchange) -> APIRouter:
+def rerank_router(endpoint: Endpoint) -> APIRouter:
     """Return the routes of each dialect."""
     router = APIRouter(tags=["Rerank"])
     for dialect in DIALECTS:
         router.add_api_route(
             dialect.path,
-            rerank_endpoint(exchange, dialect),
+            rerank_endpoint(endpoint, dialect),
             methods=["POST"],
             responses=rerank_responses(
                 BadInput,
@@ -89,9 +89,9 @@ def rerank_router(exchange: Exchange) -> APIRouter:
     return router
 
 
-def rerank_endpoint(exchange: Exchange, dialect: Dialect) -> Endpoint:
+def rerank_endpoint(endpoint: Endpoint, dialect: Dialect) -> Handler:
     """Return what answers the requests of a dialect."""
-    settings = exchange.settings
+    settings = endpoint.settings
 
     async def rerank(request: Request) -> Response:
         """Score texts against a query, the best first."""
@@ -104,11 +104,11 @@ def rerank_endpoint(exchange: Exchange, dialect: Dialect) -> Endpoint:
             body = RerankBody.parse(given)
             return body, body.wanted_documents(settings.max_inputs)
 
-        ticket = await exchange.admit(request)
-        body, texts = await exchange.read(request, read)
+        ticket = await endpoint.admit(request)
+        body, texts = await endpoint.read(request, read)
         wants_texts = body.wants_texts
         wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
-        answer = await exchange.rerank(request, ticket, wanted)
+        answer = await endpoint.rerank(request, ticket, wanted)
         shows_texts = dialect.shows_documents and not body.is_tei if wants_texts is None else wants_texts
         shown = texts if shows_texts else None
 
@@ -122,7 +122,7 @@ def rerank_endpoint(exchange: Exchange, dialect: Dialect) -> Endpoint:
         num_characters = len(texts) * len(body.query) + sum(map(len, texts))
         describe_times = describe_work(num_characters, answer.num_tokens) if body.is_tei else None
         num_bytes = answer.num_bytes + sum(map(sys.getsizeof, shown or ()))
-        return await exchange.respond(request, answer, parts, describe_times, num_bytes=num_bytes)
+        return await endpoint.respond(request, answer, parts, describe_times, num_bytes=num_bytes)
 
     return rerank
 

@@ -15,7 +15,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway import __version__
-from gateway.api.exchange import Exchange, Parts
+from gateway.api.endpoint import Endpoint, Parts
 from gateway.api.pieces import dumps, nested_list, value_list, vector_list
 from gateway.api.rerank import Dialect as RerankDialect
 from gateway.api.rerank import rerank_endpoint
@@ -54,10 +54,10 @@ TEI_ADDRESS = "/tei/{model:path}"
 _ONLY_READ = ("info", "health")
 
 
-def tei_router(exchange: Exchange) -> APIRouter:
+def tei_router(endpoint: Endpoint) -> APIRouter:
     """Return the routes of the dialect but ``/rerank``, which ``api/rerank`` has."""
     router = APIRouter(tags=["TEI"])
-    dialect = _Dialect(exchange)
+    dialect = _Dialect(endpoint)
 
     def add(name: str, handler: Handler, method: str) -> None:
         async def of_default(request: Request) -> Response:
@@ -79,8 +79,8 @@ def tei_router(exchange: Exchange) -> APIRouter:
     add("info", dialect.info, "GET")
 
     async def health(model: str) -> Response:
-        exchange.service.check_ready(model)
-        if exchange.deployment.is_draining:
+        endpoint.service.check_ready(model)
+        if endpoint.deployment.is_draining:
             raise ModelNotReady("the gateway is shutting down", retry_after_s=5)
         return Response()
 
@@ -102,12 +102,12 @@ def tei_router(exchange: Exchange) -> APIRouter:
 class _Dialect:
     """One method a path. ``model`` is the public name in it, or ``None`` at the root."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._settings = exchange.settings
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._settings = endpoint.settings
         # One at a time: it takes a core, which the models need more.
         self._tokenizing = Turns("tokens")
-        self._rerank = rerank_endpoint(exchange, RerankDialect(TEI_ADDRESS, is_tei=True))
+        self._rerank = rerank_endpoint(endpoint, RerankDialect(TEI_ADDRESS, is_tei=True))
 
     async def compute(self, request: Request, model: str | None) -> Response:
         """Embed or rerank, as the model is: what clients ask that have nothing but an address."""
@@ -116,7 +116,7 @@ class _Dialect:
         return await self.embed(request, model)
 
     def _kind(self, request: Request, model: str | None) -> ModelKind:
-        deployment = self._exchange.deployment
+        deployment = self._endpoint.deployment
         if model is None and DEFAULT_ALIAS not in deployment.registry.aliases:
             kinds = {one.info.kind for one in deployment.fleet if one.info is not None}
             return ModelKind.RERANK if kinds == {ModelKind.RERANK} else ModelKind.EMBED
@@ -139,7 +139,7 @@ class _Dialect:
 
     def _is_name(self, request: Request, name: str) -> bool:
         try:
-            self._exchange.deployment.router.choose(name, RequestContext.of(request).client.may_use)
+            self._endpoint.deployment.router.choose(name, RequestContext.of(request).client.may_use)
         except ModelNotFound:
             return False
         except RequestError:  # it is one, and not to be used like that
@@ -148,17 +148,17 @@ class _Dialect:
 
     async def embed(self, request: Request, model: str | None) -> Response:
         """Answer one vector a text: ``[[float]]``."""
-        ticket = await self._exchange.admit(request)
-        body = await self._exchange.read(request, EmbedBody.parse)
+        ticket = await self._endpoint.admit(request)
+        body = await self._endpoint.read(request, EmbedBody.parse)
         texts = await self._texts(request, model, body)
         wanted = replace(
-            self._exchange.begin(request, texts, model),
+            self._endpoint.begin(request, texts, model),
             task=body.prompt_name or None,
             truncate=body.wanted_truncation,
             is_normalized=body.normalize,
             dimensions=body.dimensions,
         )
-        answer = await self._exchange.embed(request, ticket, wanted)
+        answer = await self._endpoint.embed(request, ticket, wanted)
         return await self._respond(request, answer, texts, lambda: vector_list(answer.vectors))
 
     async def embed_sparse(self, request: Request, model: str | None) -> Response:
@@ -173,8 +173,8 @@ class _Dialect:
 
     async def similarity(self, request: Request, model: str | None) -> Response:
         """Answer the cosine of one text with each of the others: ``[float]``."""
-        ticket = await self._exchange.admit(request)
-        body = await self._exchange.read(request, SimilarityBody.parse)
+        ticket = await self._endpoint.admit(request)
+        body = await self._endpoint.read(request, SimilarityBody.parse)
         inputs, parameters = SimilarityInputs.parse(body.inputs), Cutting.parse(body.parameters)
         if inputs.sentences:  # the source counts as well, as it does there
             check_batch(len(inputs.sentences) + 1, self._settings.max_inputs, "inputs.sentences")
@@ -182,20 +182,20 @@ class _Dialect:
             check_batch(0, self._settings.max_inputs, "inputs.sentences")
         texts = [inputs.source_sentence, *inputs.sentences]
         wanted = replace(
-            self._exchange.begin(request, texts, model),
+            self._endpoint.begin(request, texts, model),
             task=parameters.prompt_name or None,
             truncate=parameters.wanted_truncation,
             is_normalized=True,
         )
-        answer = await self._exchange.embed(request, ticket, wanted)
+        answer = await self._endpoint.embed(request, ticket, wanted)
         # Rounding can take the cosine of equal texts past 1.
         cosines = np.clip(answer.vectors[1:] @ answer.vectors[0], -1, 1)
         return await self._respond(request, answer, texts, lambda: iter((dumps(cosines),)))
 
     async def tokenize(self, request: Request, model: str | None) -> Response:
         """Answer each text's tokens: ``[[{id, text, special, start, stop}]]``."""
-        await self._exchange.admit(request)
-        body = await self._exchange.read(request, TokenizeBody.parse)
+        await self._endpoint.admit(request)
+        body = await self._endpoint.read(request, TokenizeBody.parse)
         texts = listed(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
         check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
@@ -204,26 +204,26 @@ class _Dialect:
             texts = [target.info.tasks[target.task] + text for text in texts]
         num_characters = sum(map(len, texts))
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
-        with self._exchange.service.vocabulary(target, "tokenize") as vocabulary:
+        with self._endpoint.service.vocabulary(target, "tokenize") as vocabulary:
             split = partial(vocabulary.split, texts, add_special_tokens=body.add_special_tokens)
-            rows = await self._exchange.in_turn(request, num_characters, split, self._tokenizing)
+            rows = await self._endpoint.in_turn(request, num_characters, split, self._tokenizing)
         return await self._answer_about(
             request, target, lambda: nested_list(value_list(map(_token, row)) for row in rows), sum(map(len, rows))
         )
 
     async def decode(self, request: Request, model: str | None) -> Response:
         """Answer the text of each list of token ids: ``[string]``."""
-        await self._exchange.admit(request)
-        body = await self._exchange.read(request, DecodeBody.parse)
+        await self._endpoint.admit(request)
+        body = await self._endpoint.read(request, DecodeBody.parse)
         rows = body.rows
         check_batch(len(rows), self._settings.max_inputs, "ids")
         check_size(sum(map(len, rows)), MAX_IDS, "ids", "token ids")
         target = self._target(request, model, None)
         num_ids = sum(map(len, rows))
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_ids)
-        with self._exchange.service.vocabulary(target, "decode") as vocabulary:
+        with self._endpoint.service.vocabulary(target, "decode") as vocabulary:
             join = partial(vocabulary.join, rows, skip_special_tokens=body.skip_special_tokens)
-            texts = await self._exchange.in_turn(request, num_ids, join, self._tokenizing)
+            texts = await self._endpoint.in_turn(request, num_ids, join, self._tokenizing)
         return await self._answer_about(request, target, lambda: value_list(texts), num_ids)
 
     async def info(self, request: Request, model: str | None) -> Response:
@@ -233,16 +233,16 @@ class _Dialect:
 
     async def _embed_as(self, request: Request, model: str | None, output: Output) -> tuple[EmbedAnswer, list[str]]:
         """Embed the texts of a request as something else than dense vectors; return the texts as well."""
-        ticket = await self._exchange.admit(request)
-        body = await self._exchange.read(request, TextsBody.parse)
+        ticket = await self._endpoint.admit(request)
+        body = await self._endpoint.read(request, TextsBody.parse)
         texts = await self._texts(request, model, body)
         wanted = replace(
-            self._exchange.begin(request, texts, model),
+            self._endpoint.begin(request, texts, model),
             task=body.prompt_name or None,
             truncate=body.wanted_truncation,
             outputs=(output,),
         )
-        return await self._exchange.embed(request, ticket, wanted), texts
+        return await self._endpoint.embed(request, ticket, wanted), texts
 
     async def _texts(self, request: Request, model: str | None, body: TextsBody) -> list[str]:
         """Return the texts of a request; what it has as token ids of the model is decoded."""
@@ -254,16 +254,16 @@ class _Dialect:
             return texts
         check_size(sum(map(len, rows)), MAX_IDS, "inputs", "token ids")
         num_ids = sum(map(len, rows))
-        with self._exchange.service.vocabulary(self._target(request, model, None), "decode") as vocabulary:
+        with self._endpoint.service.vocabulary(self._target(request, model, None), "decode") as vocabulary:
             # Without special tokens: the model's template puts them around every text.
             join = partial(vocabulary.join, rows, skip_special_tokens=True)
-            decoded = iter(await self._exchange.in_turn(request, num_ids, join, self._tokenizing))
+            decoded = iter(await self._endpoint.in_turn(request, num_ids, join, self._tokenizing))
         given = iter(texts)
         return [next(given) if isinstance(item, str) else next(decoded) for item in items]
 
     def _target(self, request: Request, model: str | None, task: str | None) -> Target:
         context = RequestContext.of(request)
-        target = self._exchange.service.target(model, task, context.client.may_use)
+        target = self._endpoint.service.target(model, task, context.client.may_use)
         context.model = target.model.id
         return target
 
@@ -271,11 +271,11 @@ class _Dialect:
         """Answer with tokens of a model."""
         if num_tokens <= _FEW_TOKENS:
             return _about(target, b"".join(parts()))
-        return await self._exchange.stream(request, parts, _BYTES_PER_TOKEN * num_tokens, _headers_about(target))
+        return await self._endpoint.stream(request, parts, _BYTES_PER_TOKEN * num_tokens, _headers_about(target))
 
     async def _respond(self, request: Request, answer: EmbedAnswer, texts: Sequence[str], parts: Parts) -> Response:
         describe_times = describe_work(sum(map(len, texts)), answer.num_tokens)
-        return await self._exchange.respond(request, answer, parts, describe_times)
+        return await self._endpoint.respond(request, answer, parts, describe_times)
 
 
 def _sparse(vector: SparseVector) -> list[dict[str, object]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.api.exchange import DescribeTimes
+from gateway.api.endpoint import DescribeTimes
 from gateway.types import Timings
 
 

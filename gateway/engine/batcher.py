@@ -25,10 +25,10 @@ from gateway.engine.infinity import OverloadStatus
 from gateway.engine.model.base import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.tokenizer import Steps, slices
-from gateway.engine.reading import ReadingRoom
-from gateway.engine.scheduler import Computation, Entry, Ticket
+from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
 from gateway.engine.timeline import Stage, Timeline
-from gateway.engine.worker import FinishedBatch, Inbox, Worker
+from gateway.engine.tokenizer_pool import TokenizerPool
+from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, Overloaded, RequestError, ShuttingDown
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, Truncate
@@ -55,24 +55,24 @@ class Limits:
 
 
 @dataclass(eq=False, slots=True)
-class _Work:
+class _PendingRequest:
     """A request on its way through: filled batch by batch, then done.
 
     Attributes:
         text_name: what its texts are called in an error.
-        reading: what of it is being tokenized.
+        tokenizing: what of it is being tokenized.
         encoded: result of each of its items, as far as they have come.
-        computations: what it waits for.
+        sequences: what it waits for.
     """
 
     done: asyncio.Future[None]
     num_missing: int
     text_name: str
-    reading: asyncio.Future[Any] | None = None
+    tokenizing: asyncio.Future[Any] | None = None
     encoded: dict[int, Encoded] = field(default_factory=dict)
     tokens: list[Tokens] = field(default_factory=list)
     num_tokens: int = 0
-    computations: set[Computation] = field(default_factory=set)
+    sequences: set[TokenSequence] = field(default_factory=set)
     timeline: Timeline = field(default_factory=Timeline)
     error: RequestError | None = None
     admitted_at: float = field(default_factory=time.monotonic)
@@ -81,8 +81,8 @@ class _Work:
         if not self.done.done():
             self.error = error
             self.done.set_result(None)
-        if self.reading is not None and not self.reading.done():  # its turn will not come
-            self.reading.set_result([])
+        if self.tokenizing is not None and not self.tokenizing.done():  # its turn will not come
+            self.tokenizing.set_result([])
 
     def embeddings(self, outputs: frozenset[Output], width: int) -> Embeddings:
         rows = [self.encoded[i] for i in range(len(self.encoded))]
@@ -113,17 +113,17 @@ class Batcher:
         self._model = model
         self._encoder = encoders[0]
         self._limits = limits
-        self._works: dict[Ticket, _Work] = {}
-        self._computations: dict[Hashable, Computation] = {}
+        self._pending: dict[RequestHandle, _PendingRequest] = {}
+        self._sequences: dict[Hashable, TokenSequence] = {}
         self._num_texts = 0
         self._num_tokens = 0  # estimated: admission comes before tokenizing
         self._tokens_per_s: float | None = None
         self._refusal: Callable[[], RequestError] | None = None
         self._loop = asyncio.get_running_loop()
-        self._room = ReadingRoom(model, self._loop)
-        self._inbox = Inbox(limits.max_batch_tokens)
+        self._tokenizers = TokenizerPool(model, self._loop)
+        self._batches = BatchQueue(limits.max_batch_tokens)
         self._workers = [
-            Worker(model, encoder, self._inbox, self._finished, self._faulted, replica)
+            Worker(model, encoder, self._batches, self._finished, self._faulted, replica)
             for replica, encoder in enumerate(encoders)
         ]
 
@@ -147,30 +147,30 @@ class Batcher:
         """
         num_tokens = self._estimate_tokens(job)
         self._admit(job.caller, len(job.texts), num_tokens)
-        ticket = Ticket(job.caller, job.deadline)
-        work = _Work(
+        handle = RequestHandle(job.caller, job.deadline)
+        pending = _PendingRequest(
             done=asyncio.get_running_loop().create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
             text_name="input" if job.query is None else "documents",
         )
-        self._works[ticket] = work
+        self._pending[handle] = pending
         self._count(len(job.texts), num_tokens)
         if not job.texts:
-            work.end()
+            pending.end()
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
-                await self._enqueue(job, ticket, work, replica)
-                await work.done
+                await self._enqueue(job, handle, pending, replica)
+                await pending.done
         except TimeoutError:
             raise DeadlineExceeded(
-                f"not done within the time limit: {work.num_missing} of {len(job.texts)} texts were still waiting"
+                f"not done within the time limit: {pending.num_missing} of {len(job.texts)} texts were still waiting"
             ) from None
         finally:
-            self._forget(ticket, work)
+            self._forget(handle, pending)
             self._count(-len(job.texts), -num_tokens)
-        if work.error is not None:
-            raise work.error
-        return work.embeddings(job.outputs, self._encoder.width)
+        if pending.error is not None:
+            raise pending.error
+        return pending.embeddings(job.outputs, self._encoder.width)
 
     def _admit(self, caller: str, num_texts: int, num_tokens: int) -> None:
         if self._refusal is not None:
@@ -194,7 +194,7 @@ class Batcher:
         return (
             num_texts <= _NEWCOMER_TEXTS
             and self._num_texts + num_texts <= _NEWCOMERS_SHARE * self._limits.max_queue_texts
-            and all(ticket.caller != caller for ticket in self._works)
+            and all(handle.caller != caller for handle in self._pending)
         )
 
     def _estimate_tokens(self, job: EmbedJob) -> int:
@@ -208,83 +208,85 @@ class Batcher:
         metrics.QUEUE_TEXTS.labels(self._model).set(self._num_texts)
         metrics.QUEUE_TOKENS.labels(self._model).set(self._num_tokens)
 
-    def _forget(self, ticket: Ticket, work: _Work) -> None:
+    def _forget(self, handle: RequestHandle, pending: _PendingRequest) -> None:
         """Drop what is left of a request: nobody waits for it any more."""
-        ticket.is_live = False
-        del self._works[ticket]
-        for computation in work.computations:  # empty unless the request ended early
-            computation.entries = [entry for entry in computation.entries if entry.ticket is not ticket]
-            if not computation.entries and not computation.is_taken:
-                self._computations.pop(_key(computation), None)
+        handle.is_live = False
+        del self._pending[handle]
+        for sequence in pending.sequences:  # empty unless the request ended early
+            sequence.waiters = [waiter for waiter in sequence.waiters if waiter.handle is not handle]
+            if not sequence.waiters and not sequence.is_taken:
+                self._sequences.pop(_key(sequence), None)
 
     # ------------------------------------------------------------------------------------------------ tokenizing
 
-    async def _enqueue(self, job: EmbedJob, ticket: Ticket, work: _Work, replica: int | None) -> None:
+    async def _enqueue(
+        self, job: EmbedJob, handle: RequestHandle, pending: _PendingRequest, replica: int | None
+    ) -> None:
         """Tokenize in slices, and queue each slice at once: the device starts while the rest is tokenized."""
-        entries: list[Entry] = []
+        waiters: list[Waiter] = []
         query = None
         if job.query is not None:
-            query = await self._read(ticket, work, self._encoder.read_query(job.query))
+            query = await self._read(handle, pending, self._encoder.read_query(job.query))
         for first, texts in [(0, job.texts)] if job.is_late_chunked else slices(job.texts):
-            if work.done.done():  # has failed, or the batcher is stopping
+            if pending.done.done():  # has failed, or the batcher is stopping
                 return
-            tokens: list[Tokens] = await self._read(ticket, work, self._encoder.read(job, first, texts, query))
+            tokens: list[Tokens] = await self._read(handle, pending, self._encoder.read(job, first, texts, query))
             now = time.monotonic()
-            work.tokens += tokens
-            work.num_tokens += sum(len(row.ids) for row in tokens)
-            job.check_total(work.num_tokens)
+            pending.tokens += tokens
+            pending.num_tokens += sum(len(row.ids) for row in tokens)
+            job.check_total(pending.num_tokens)
             for i, row in enumerate(tokens):
-                computation = self._join(Computation(Item(row, job.task, job.outputs), replica=replica))
-                entry = Entry(ticket, first + i, computation, now)
-                computation.entries.append(entry)
-                work.computations.add(computation)
-                if not computation.is_taken:
-                    entries.append(entry)
+                sequence = self._join(TokenSequence(Item(row, job.task, job.outputs), replica=replica))
+                waiter = Waiter(handle, first + i, sequence, now)
+                sequence.waiters.append(waiter)
+                pending.sequences.add(sequence)
+                if not sequence.is_taken:
+                    waiters.append(waiter)
             is_last = first + len(texts) == len(job.texts)
             if is_last or job.truncate is not Truncate.REFUSE:  # what may yet be refused is not begun
-                self._inbox.add(entries, replica)
-                entries = []
+                self._batches.add(waiters, replica)
+                waiters = []
 
-    async def _read(self, ticket: Ticket, work: _Work, steps: Steps[Any]) -> Any:
+    async def _read(self, handle: RequestHandle, pending: _PendingRequest, steps: Steps[Any]) -> Any:
         """Have the steps run in their turn, and return what comes of them; an empty list if the request has ended."""
-        if work.done.done():
+        if pending.done.done():
             return []
         begun = time.monotonic()
-        reading = self._room.begin(ticket, steps)
-        work.reading = reading.done
+        tokenizing = self._tokenizers.begin(handle, steps)
+        pending.tokenizing = tokenizing.done
         try:
-            return await reading.done
+            return await tokenizing.done
         finally:
-            work.timeline.add(Stage.TURN, begun, time.monotonic())
-            for start, end in list(reading.spans):
-                work.timeline.add(Stage.TOKENIZE, start, end)
+            pending.timeline.add(Stage.TURN, begun, time.monotonic())
+            for start, end in list(tokenizing.spans):
+                pending.timeline.add(Stage.TOKENIZE, start, end)
 
-    def _join(self, computation: Computation) -> Computation:
-        """Return the computation of an identical item that is in flight, or this one."""
-        return self._computations.setdefault(_key(computation), computation)
+    def _join(self, sequence: TokenSequence) -> TokenSequence:
+        """Return the sequence of an identical item that is in flight, or this one."""
+        return self._sequences.setdefault(_key(sequence), sequence)
 
     # --------------------------------------------------------------------------------------------------- results
 
     def _finished(self, batch: FinishedBatch) -> None:
         self._call_soon(lambda: self._deliver(batch))
 
-    def _faulted(self, lost: Sequence[Computation]) -> None:
+    def _faulted(self, lost: Sequence[TokenSequence]) -> None:
         """Answer for what a computing thread has lost; what others have in hand is theirs."""
         safe = {one for worker in self._workers for one in worker.in_hand}
         if not lost:
-            self._inbox.clear()
+            self._batches.clear()
         self._call_soon(lambda: self._end_lost(lost, safe))
 
-    def _end_lost(self, lost: Sequence[Computation], safe: set[Computation]) -> None:
+    def _end_lost(self, lost: Sequence[TokenSequence], safe: set[TokenSequence]) -> None:
         if not lost:
             safe = safe | {one for worker in self._workers for one in worker.in_hand}
-            lost = [one for one in self._computations.values() if one not in safe]
-        for computation in lost:
-            self._computations.pop(_key(computation), None)
-            for entry in computation.entries:
-                entry.ticket.is_live = False
-                if (work := self._works.get(entry.ticket)) is not None:
-                    work.end(InferenceFailed(f"model {self._model!r} failed while it computed this request"))
+            lost = [one for one in self._sequences.values() if one not in safe]
+        for sequence in lost:
+            self._sequences.pop(_key(sequence), None)
+            for waiter in sequence.waiters:
+                waiter.handle.is_live = False
+                if (pending := self._pending.get(waiter.handle)) is not None:
+                    pending.end(InferenceFailed(f"model {self._model!r} failed while it computed this request"))
 
     def _call_soon(self, callback: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
@@ -292,66 +294,66 @@ class Batcher:
 
     def _deliver(self, batch: FinishedBatch) -> None:
         """Hand the results of a batch to everybody who waits for one of them."""
-        num_tokens = sum(computation.item.num_tokens for computation in batch.computations)
+        num_tokens = sum(sequence.item.num_tokens for sequence in batch.sequences)
         seconds = batch.ended - batch.started
         if any(isinstance(result, Encoded) for result in batch.results):
             rate = num_tokens / max(seconds, 1e-6)
             self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
-        metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.computations))
+        metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.sequences))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
         metrics.BATCH_FILL.labels(self._model).observe(num_tokens / self._limits.max_batch_tokens)
         metrics.COMPUTED_TOKENS.labels(self._model).inc(num_tokens + batch.num_padding)
-        served: set[Ticket] = set()
-        for computation, result in zip(batch.computations, batch.results, strict=True):
-            self._computations.pop(_key(computation), None)
-            for entry in computation.entries:
-                work = self._works.get(entry.ticket)
-                if work is None:  # its caller has gone meanwhile
+        served: set[RequestHandle] = set()
+        for sequence, result in zip(batch.sequences, batch.results, strict=True):
+            self._sequences.pop(_key(sequence), None)
+            for waiter in sequence.waiters:
+                pending = self._pending.get(waiter.handle)
+                if pending is None:  # its caller has gone meanwhile
                     continue
-                work.computations.discard(computation)
-                if entry.ticket not in served:  # the first of a request's texts in a batch has waited longest
-                    served.add(entry.ticket)
-                    work.timeline.add(Stage.QUEUE, entry.queued_at, batch.started)
-                    work.timeline.add(Stage.INFERENCE, max(entry.queued_at, batch.started), batch.ended)
-                self._fill(entry, work, result)
+                pending.sequences.discard(sequence)
+                if waiter.handle not in served:  # the first of a request's texts in a batch has waited longest
+                    served.add(waiter.handle)
+                    pending.timeline.add(Stage.QUEUE, waiter.queued_at, batch.started)
+                    pending.timeline.add(Stage.INFERENCE, max(waiter.queued_at, batch.started), batch.ended)
+                self._fill(waiter, pending, result)
 
     @staticmethod
-    def _fill(entry: Entry, work: _Work, result: Encoded | RequestError) -> None:
+    def _fill(waiter: Waiter, pending: _PendingRequest, result: Encoded | RequestError) -> None:
         if isinstance(result, RequestError):
             # An error belongs to one request: raising it for two would mix their tracebacks.
-            is_document = entry.computation.item.tokens.spans is not None
-            place = "" if is_document else f"{work.text_name}[{entry.index}]: "
-            work.end(type(result)(f"{place}{result.message}", is_permanent=result.is_permanent))
+            is_document = waiter.sequence.item.tokens.spans is not None
+            place = "" if is_document else f"{pending.text_name}[{waiter.index}]: "
+            pending.end(type(result)(f"{place}{result.message}", is_permanent=result.is_permanent))
             return
-        work.encoded[entry.index] = result
-        work.num_missing -= 1
-        if not work.num_missing:
-            work.end()
+        pending.encoded[waiter.index] = result
+        pending.num_missing -= 1
+        if not pending.num_missing:
+            pending.end()
 
     def _end_all(self, error: Callable[[], RequestError]) -> None:
         """Answer everybody who still waits with an error."""
-        self._computations.clear()
-        for ticket, work in self._works.items():
-            ticket.is_live = False
-            work.end(error())
+        self._sequences.clear()
+        for handle, pending in self._pending.items():
+            handle.is_live = False
+            pending.end(error())
 
     # ---------------------------------------------------------------------------------------------------- health
 
     def oldest_s(self) -> float:
         """Return how long the oldest request that is not answered yet has been waiting, 0 if there is none."""
-        oldest = next(iter(self._works.values()), None)
+        oldest = next(iter(self._pending.values()), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     @property
     def num_queued(self) -> int:
         """How many texts wait for a computing thread, wanted or not."""
-        return self._inbox.num_waiting
+        return self._batches.num_waiting
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left of any request, queued, counted or in hand."""
-        is_counted = self._works or self._computations or self._num_texts or self._num_tokens
-        return not is_counted and self._inbox.is_empty and self._room.is_empty
+        is_counted = self._pending or self._sequences or self._num_texts or self._num_tokens
+        return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:
         """Return when a replica's forward in hand began (``time.monotonic()``); ``None`` if there is none."""
@@ -364,28 +366,28 @@ class Batcher:
     def give_up(self, error: Callable[[], RequestError]) -> None:
         """Answer everybody, now and later, with an error, and let go of the threads: one of them may hang for ever."""
         self._refusal = error
-        self._inbox.close()
-        self._room.close()
+        self._batches.close()
+        self._tokenizers.close()
         self._end_all(error)
 
     # --------------------------------------------------------------- what Infinity's AsyncEmbeddingEngine calls
 
     async def spawn(self) -> None:
         metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(self.oldest_s)
-        self._room.start()
+        self._tokenizers.start()
         for worker in self._workers:
             worker.start()
 
     async def shutdown(self) -> None:
         """Stop after the batch in hand; whoever still waits gets :class:`ShuttingDown`."""
         self._refusal = _shutting_down
-        self._inbox.close()
-        self._room.close()
+        self._batches.close()
+        self._tokenizers.close()
         for worker in self._workers:
             if not await asyncio.to_thread(worker.join, _STOP_S):
                 log.error("batch_hangs", model=self._model, seconds=_STOP_S)
         self._end_all(_shutting_down)
-        if not await asyncio.to_thread(self._room.join, _STOP_S):
+        if not await asyncio.to_thread(self._tokenizers.join, _STOP_S):
             log.error("tokenizer_hangs", model=self._model, seconds=_STOP_S)
 
     async def embed(
@@ -407,7 +409,7 @@ class Batcher:
         return OverloadStatus(
             queue_fraction=self._num_texts / self._limits.max_queue_texts,
             queue_absolute=self._num_texts,
-            results_absolute=len(self._works),
+            results_absolute=len(self._pending),
         )
 
 
@@ -415,11 +417,11 @@ def _shutting_down() -> ShuttingDown:
     return ShuttingDown("the gateway is shutting down", retry_after_s=5)
 
 
-def _key(computation: Computation) -> Hashable:
-    """Return what two computations share exactly when they are the same."""
-    item = computation.item
+def _key(sequence: TokenSequence) -> Hashable:
+    """Return what two sequences share exactly when they are the same."""
+    item = sequence.item
     tokens = item.tokens
-    return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second, computation.replica
+    return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second, sequence.replica
 
 
 def _token_counts(tokens: Tokens) -> list[int]:

@@ -24,13 +24,13 @@ from gateway.engine.model.items import Item
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
-    """One request's claim on the queue, shared by all of its entries.
+class RequestHandle:
+    """One request's claim on the queue, shared by all of its waiters.
 
     Attributes:
         caller: whom the request is for.
-        deadline: point in time after which its entries are no longer computed.
-        is_live: set to ``False`` by whoever no longer wants the answer; its entries are then dropped, not computed.
+        deadline: point in time after which its waiters are no longer computed.
+        is_live: set to ``False`` by whoever no longer wants the answer; its waiters are then dropped, not computed.
     """
 
     caller: str
@@ -42,10 +42,10 @@ class Ticket:
 
 
 @dataclass(eq=False, slots=True)
-class Computation:
+class TokenSequence:
     """One item to compute, for everybody who waits for it: identical items that are in flight are computed once.
 
-    Each of the ``entries`` waits in the queue in a place of its own, so that nobody is later for having company. The one
+    Each of the ``waiters`` waits in the queue in a place of its own, so that nobody is later for having company. The one
     that is served first has it computed for all; the others then cost nothing.
 
     Attributes:
@@ -53,30 +53,30 @@ class Computation:
     """
 
     item: Item
-    entries: list[Entry] = field(default_factory=list)
+    waiters: list[Waiter] = field(default_factory=list)
     is_taken: bool = False
     replica: int | None = None
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
+class Waiter:
     """One text in the queue, and the place of its first vector in the request."""
 
-    ticket: Ticket
+    handle: RequestHandle
     index: int
-    computation: Computation
+    sequence: TokenSequence
     queued_at: float
 
     @property
     def num_tokens(self) -> int:
-        return self.computation.item.num_tokens
+        return self.sequence.item.num_tokens
 
 
 class Waiting(Protocol):
     """What can wait in a :class:`FairQueue`."""
 
     @property
-    def ticket(self) -> Ticket:
+    def handle(self) -> RequestHandle:
         """Whose it is."""
 
     @property
@@ -126,16 +126,16 @@ class _FairHeap(Generic[T]):
 
 @dataclass(eq=False, slots=True)
 class _Request(Generic[W]):
-    ticket: Ticket
-    entries: deque[W] = field(default_factory=deque)
-    num_tokens: int = 0  # of its entries
+    handle: RequestHandle
+    waiters: deque[W] = field(default_factory=deque)
+    num_tokens: int = 0  # of its waiters
     is_begun: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class _Caller(Generic[W]):
     name: str
-    num_waiting: int = 0  # requests with entries; one without is kept for its virtual time until that is reached
+    num_waiting: int = 0  # requests with waiters; one without is kept for its virtual time until that is reached
     requests: _FairHeap[_Request[W]] = field(default_factory=_FairHeap)
 
 
@@ -145,12 +145,12 @@ class FairQueue(Generic[W]):
     def __init__(self) -> None:
         self._order: _FairHeap[_Caller[W]] = _FairHeap()
         self._callers: dict[str, _Caller[W]] = {}
-        self._requests: dict[Ticket, _Request[W]] = {}
-        self._num_waiting = 0  # callers with entries
+        self._requests: dict[RequestHandle, _Request[W]] = {}
+        self._num_waiting = 0  # callers with waiters
         self.num_tokens = 0
         """Tokens of everything that waits, wanted or not."""
         self.num_small = 0
-        """Small requests of which :func:`take` has taken the first entry, so far."""
+        """Small requests of which :func:`take` has taken the first waiter, so far."""
 
     @property
     def num_callers(self) -> int:
@@ -158,49 +158,49 @@ class FairQueue(Generic[W]):
         return self._num_waiting
 
     @property
-    def num_entries(self) -> int:
-        """How many entries wait, wanted or not."""
-        return sum(len(request.entries) for request in self._requests.values())
+    def num_waiters(self) -> int:
+        """How many are waiting, wanted or not."""
+        return sum(len(request.waiters) for request in self._requests.values())
 
     def __bool__(self) -> bool:
         """Whether anything waits; what waits may turn out to be unwanted."""
         return bool(self._order)
 
-    def add(self, entries: Iterable[W]) -> None:
-        """Queue entries; those of one ticket are served in the order in which they were added."""
-        for entry in entries:
-            request = self._requests.get(entry.ticket) or self._join(entry.ticket)
-            if not request.entries:
-                caller = self._callers[entry.ticket.caller]
+    def add(self, waiters: Iterable[W]) -> None:
+        """Queue waiters; those of one handle are served in the order in which they were added."""
+        for waiter in waiters:
+            request = self._requests.get(waiter.handle) or self._join(waiter.handle)
+            if not request.waiters:
+                caller = self._callers[waiter.handle.caller]
                 self._num_waiting += not caller.num_waiting
                 caller.num_waiting += 1
-            request.entries.append(entry)
-            request.num_tokens += entry.num_tokens
-            self.num_tokens += entry.num_tokens
+            request.waiters.append(waiter)
+            request.num_tokens += waiter.num_tokens
+            self.num_tokens += waiter.num_tokens
 
-    def _join(self, ticket: Ticket) -> _Request[W]:
-        request: _Request[W] = _Request(ticket)
-        self._requests[ticket] = request
-        caller = self._callers.get(ticket.caller)
+    def _join(self, handle: RequestHandle) -> _Request[W]:
+        request: _Request[W] = _Request(handle)
+        self._requests[handle] = request
+        caller = self._callers.get(handle.caller)
         if caller is None:
-            caller = self._callers[ticket.caller] = _Caller(ticket.caller)
+            caller = self._callers[handle.caller] = _Caller(handle.caller)
             self._order.join(caller)
         caller.requests.join(request)
         return request
 
     def peek(self, now: float) -> W | None:
-        """Return the entry that is served next, dropping on the way those that nobody wants any more."""
+        """Return the waiter that is served next, dropping on the way those that nobody wants any more."""
         while self._order:
             caller = self._order.first()
             while caller.requests:
                 request = caller.requests.first()
-                if request.entries and request.ticket.wants(now):
-                    return request.entries[0]
-                if request.entries:
+                if request.waiters and request.handle.wants(now):
+                    return request.waiters[0]
+                if request.waiters:
                     self._end_wait(caller)
                     self.num_tokens -= request.num_tokens
                 caller.requests.leave()
-                del self._requests[request.ticket]
+                del self._requests[request.handle]
             self._order.leave()
             del self._callers[caller.name]
         return None
@@ -211,18 +211,18 @@ class FairQueue(Generic[W]):
         return not request.is_begun and request.num_tokens <= max_tokens
 
     def pop(self, num_tokens: int) -> W:
-        """Remove and return the entry that :meth:`peek` returned just before, at a price of ``num_tokens``."""
+        """Remove and return the waiter that :meth:`peek` returned just before, at a price of ``num_tokens``."""
         caller = self._order.first()
         request = caller.requests.first()
-        entry = request.entries.popleft()
+        waiter = request.waiters.popleft()
         request.is_begun = True
-        request.num_tokens -= entry.num_tokens
-        self.num_tokens -= entry.num_tokens
+        request.num_tokens -= waiter.num_tokens
+        self.num_tokens -= waiter.num_tokens
         caller.requests.charge(num_tokens, caller.num_waiting)
         self._order.charge(num_tokens, self._num_waiting)
-        if not request.entries:
+        if not request.waiters:
             self._end_wait(caller)
-        return entry
+        return waiter
 
     def _end_wait(self, caller: _Caller[W]) -> None:
         caller.num_waiting -= 1
@@ -230,15 +230,15 @@ class FairQueue(Generic[W]):
 
 
 def take(
-    queue: FairQueue[Entry],
+    queue: FairQueue[Waiter],
     max_batch_tokens: int,
     now: float,
     max_shared_tokens: int | None = None,
     is_shared: bool = False,
-) -> list[Computation]:
+) -> list[TokenSequence]:
     """Remove and return the next batch: what to compute in fair order, up to ``max_batch_tokens`` tokens together.
 
-    An entry that is larger than the budget on its own is a batch by itself. Entries whose ticket has gone or is past
+    A waiter that is larger than the budget on its own is a batch by itself. Waiters whose handle has gone or is past
     its deadline are dropped, and so are those that have been computed for somebody else meanwhile. The result is empty
     exactly when nothing is left that anybody wants computed.
 
@@ -247,25 +247,25 @@ def take(
             takes no more than so many tokens of larger ones: the small one waits until the whole batch is done.
         is_shared: takes no more of larger ones in any case, as a small request may come at any moment.
     """
-    batch: list[Computation] = []
-    small: set[Ticket] = set()
+    batch: list[TokenSequence] = []
+    small: set[RequestHandle] = set()
     num_tokens = num_large_tokens = 0
-    while (entry := queue.peek(now)) is not None:
-        computation = entry.computation
-        if computation.is_taken:
+    while (waiter := queue.peek(now)) is not None:
+        sequence = waiter.sequence
+        if sequence.is_taken:
             queue.pop(0)
             continue
-        is_small = max_shared_tokens is not None and (entry.ticket in small or queue.is_small(max_shared_tokens))
-        num_tokens += entry.num_tokens
-        num_large_tokens += 0 if is_small else entry.num_tokens
+        is_small = max_shared_tokens is not None and (waiter.handle in small or queue.is_small(max_shared_tokens))
+        num_tokens += waiter.num_tokens
+        num_large_tokens += 0 if is_small else waiter.num_tokens
         is_full = num_tokens > max_batch_tokens
         is_over_share = max_shared_tokens is not None and num_large_tokens > max_shared_tokens
         if batch and (is_full or (is_over_share and not is_small and (is_shared or small))):
             break
-        queue.pop(entry.num_tokens)
-        computation.is_taken = True
-        batch.append(computation)
-        if is_small and entry.ticket not in small:
-            small.add(entry.ticket)
+        queue.pop(waiter.num_tokens)
+        sequence.is_taken = True
+        batch.append(sequence)
+        if is_small and waiter.handle not in small:
+            small.add(waiter.handle)
             queue.num_small += 1
     return batch

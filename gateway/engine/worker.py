@@ -15,7 +15,7 @@ import structlog
 from gateway.engine.devices import is_out_of_memory, release_memory
 from gateway.engine.model.base import Encoder
 from gateway.engine.model.items import Encoded, Item
-from gateway.engine.scheduler import Computation, Entry, FairQueue, take
+from gateway.engine.scheduler import FairQueue, TokenSequence, Waiter, take
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory, RequestError
 from gateway.telemetry import metrics
 from gateway.types import Output
@@ -38,31 +38,31 @@ _FAULT_PAUSE_S = 0.05
 _RATE_WEIGHT = 0.1
 
 
-class Inbox:
+class BatchQueue:
     """The fair queue, shared between the event loop and the computing threads."""
 
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._queue: FairQueue[Entry] = FairQueue()
-        self._pinned: defaultdict[int, FairQueue[Entry]] = defaultdict(FairQueue)
+        self._queue: FairQueue[Waiter] = FairQueue()
+        self._pinned: defaultdict[int, FairQueue[Waiter]] = defaultdict(FairQueue)
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_idle = 0  # threads that wait for a batch, or are about to be given one
         self._tokens_per_s: float | None = None
         self._shared_until = -inf
 
-    def add(self, entries: Iterable[Entry], replica: int | None = None) -> None:
-        """Queue entries, for whichever thread is free first or for that of one replica."""
+    def add(self, waiters: Iterable[Waiter], replica: int | None = None) -> None:
+        """Queue waiters, for whichever thread is free first or for that of one replica."""
         with self._changed:
             if replica is None:
-                self._queue.add(entries)
+                self._queue.add(waiters)
                 self._changed.notify()
             else:
-                self._pinned[replica].add(entries)
+                self._pinned[replica].add(waiters)
                 self._changed.notify_all()
 
-    def next_batch(self, replica: int = 0) -> list[Computation]:
-        """Wait for work and return a batch of it; an empty batch means that the inbox is closed."""
+    def next_batch(self, replica: int = 0) -> list[TokenSequence]:
+        """Wait for work and return a batch of it; an empty batch means that the batch_queue is closed."""
         with self._changed:
             self._num_idle += 1
             try:
@@ -79,7 +79,7 @@ class Inbox:
                 self._num_idle -= 1
         return []
 
-    def _take(self, now: float) -> list[Computation]:
+    def _take(self, now: float) -> list[TokenSequence]:
         num_small = self._queue.num_small
         max_shared = self._largest_batch() // _SHARED_PART
         batch = take(self._queue, self._budget(), now, max_shared, now < self._shared_until)
@@ -109,7 +109,7 @@ class Inbox:
     def num_waiting(self) -> int:
         """How many texts wait for a thread, wanted or not."""
         with self._changed:
-            return self._queue.num_entries + sum(queue.num_entries for queue in self._pinned.values())
+            return self._queue.num_waiters + sum(queue.num_waiters for queue in self._pinned.values())
 
     @property
     def is_empty(self) -> bool:
@@ -131,13 +131,13 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True)
 class FinishedBatch:
-    """A batch with a result for each of its computations, and when it ran (``time.monotonic()``).
+    """A batch with a result for each of its sequences, and when it ran (``time.monotonic()``).
 
     Attributes:
         num_padding: tokens that were computed beside its own.
     """
 
-    computations: Sequence[Computation]
+    sequences: Sequence[TokenSequence]
     results: Sequence[Encoded | RequestError]
     started: float
     ended: float
@@ -145,7 +145,7 @@ class FinishedBatch:
 
 
 class Worker:
-    """A thread that takes batches from the inbox and computes them with one encoder.
+    """A thread that takes batches from the batch_queue and computes them with one encoder.
 
     Args:
         deliver: called in the thread with each finished batch.
@@ -158,20 +158,20 @@ class Worker:
         self,
         name: str,
         encoder: Encoder,
-        inbox: Inbox,
+        batch_queue: BatchQueue,
         deliver: Callable[[FinishedBatch], None],
-        on_fault: Callable[[Sequence[Computation]], None],
+        on_fault: Callable[[Sequence[TokenSequence]], None],
         replica: int = 0,
     ) -> None:
         self._model = name
         self._encoder = encoder
-        self._inbox = inbox
+        self._batches = batch_queue
         self._deliver = deliver
         self._on_fault = on_fault
         self._replica = replica
         self._thread = threading.Thread(target=self._run, name=f"{name}-compute", daemon=True)
         self._forward_started: float | None = None
-        self.in_hand: Sequence[Computation] = ()
+        self.in_hand: Sequence[TokenSequence] = ()
         self.num_failed_in_a_row = 0
 
     def start(self) -> None:
@@ -191,7 +191,7 @@ class Worker:
     def _run(self) -> None:
         while True:
             try:
-                while batch := self._inbox.next_batch(self._replica):
+                while batch := self._batches.next_batch(self._replica):
                     self.in_hand = batch
                     self._deliver(self._compute(batch))
                     self.in_hand = ()
@@ -205,25 +205,25 @@ class Worker:
             else:
                 return
 
-    def _compute(self, batch: list[Computation]) -> FinishedBatch:
+    def _compute(self, batch: list[TokenSequence]) -> FinishedBatch:
         padding_before = self._encoder.num_padding
         started = time.monotonic()
         try:
-            results = self._encode([computation.item for computation in batch])
+            results = self._encode([sequence.item for sequence in batch])
         finally:
             self._forward_started = None
         ended = time.monotonic()
         has_result = False
-        for computation, result in zip(batch, results, strict=True):
+        for sequence, result in zip(batch, results, strict=True):
             if isinstance(result, Encoded):
                 has_result = True
                 continue
-            indices = [entry.index for entry in computation.entries]
+            indices = [waiter.index for waiter in sequence.waiters]
             log.warning("text_failed", model=self._model, index=indices[:1], error=result.message)
-            for entry in computation.entries:  # now: the next batch is taken before the event loop hears of this
-                entry.ticket.is_live = False
+            for waiter in sequence.waiters:  # now: the next batch is taken before the event loop hears of this
+                waiter.handle.is_live = False
         if has_result:
-            self._inbox.note_rate(sum(one.item.num_tokens for one in batch), ended - started)
+            self._batches.note_rate(sum(one.item.num_tokens for one in batch), ended - started)
         num_padding = self._encoder.num_padding - padding_before
         finished = FinishedBatch(batch, results, started, ended, num_padding)
         self.num_failed_in_a_row = 0 if has_result else self.num_failed_in_a_row + 1

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from gateway.api import exchange, json_body
+from gateway.api import endpoint as exchange
+from gateway.api import json_body
 from gateway.api.request_body import RequestBody
 from gateway.api.rerank_schema import RerankBody
 from gateway.api.schema import EmbeddingsBody

@@ -255,7 +255,7 @@ async def test_the_twin_gets_its_result_when_the_first_owner_is_cancelled_during
     first = asyncio.create_task(batcher.submit(make_job("7")))
     await gate.reached()
     second = asyncio.create_task(batcher.submit(make_job("7")))
-    assert await becomes(lambda: [len(one.entries) for one in batcher._computations.values()] == [2])
+    assert await becomes(lambda: [len(one.entries) for one in batcher._sequences.values()] == [2])
 
     first.cancel()
     await asyncio.wait({first})
@@ -277,7 +277,7 @@ async def test_a_newcomer_joins_what_is_computed_for_nobody_any_more(
     await asyncio.wait({gone})
 
     newcomer = asyncio.create_task(batcher.submit(make_job("7")))
-    assert await becomes(lambda: [len(one.entries) for one in batcher._computations.values()] == [1])
+    assert await becomes(lambda: [len(one.entries) for one in batcher._sequences.values()] == [1])
     gate.open()
 
     assert (await newcomer).vectors.tolist() == [[7, 1]]
@@ -303,7 +303,7 @@ async def test_what_all_have_left_is_not_computed(blocked: Blocked, make_job: Ma
         task.cancel()
     await asyncio.wait(leaving)
 
-    assert not any(one.item.tokens.ids == [7] for one in blocked.batcher._computations.values())
+    assert not any(one.item.tokens.ids == [7] for one in blocked.batcher._sequences.values())
     blocked.open()
     await blocked.batcher.submit(make_job("9"))
     assert blocked.computed == [9]
@@ -371,7 +371,7 @@ async def test_a_duplicate_that_comes_while_its_twin_fails_fails_too(
     first = asyncio.create_task(answer(batcher.submit(make_job("13"))))
     await gate.reached()
     second = asyncio.create_task(answer(batcher.submit(make_job("13"))))
-    assert await becomes(lambda: [len(one.entries) for one in batcher._computations.values()] == [2])
+    assert await becomes(lambda: [len(one.entries) for one in batcher._sequences.values()] == [2])
 
     gate.open()
 

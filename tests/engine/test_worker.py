@@ -1,4 +1,4 @@
-"""A failing batch is halved until only the guilty texts are left; replicas share one inbox."""
+"""A failing batch is halved until only the guilty texts are left; replicas share one batch_queue."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hypothesis import strategies as st
 
 from gateway.engine import worker as worker_module
 from gateway.engine.model.items import Encoded, Item, Tokens
-from gateway.engine.scheduler import Computation, Entry, Ticket
-from gateway.engine.worker import FinishedBatch, Inbox, Worker
+from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
+from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory
 from gateway.telemetry import metrics
 from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, raise_for
 
-Computations = list[Computation]
+TokenSequences = list[TokenSequence]
 
 
-def computations(numbers: Iterable[int], length: int = 1, ticket: Ticket | None = None) -> Computations:
-    """Return one computation for each number, of one request."""
-    owner = ticket or Ticket("someone", math.inf)
-    made = [Computation(Item(Tokens([number] * length))) for number in numbers]
-    for i, computation in enumerate(made):
-        computation.entries.append(Entry(owner, i, computation, 0.0))
+def sequences(numbers: Iterable[int], length: int = 1, handle: RequestHandle | None = None) -> TokenSequences:
+    """Return one sequence for each number, of one request."""
+    owner = handle or RequestHandle("someone", math.inf)
+    made = [TokenSequence(Item(Tokens([number] * length))) for number in numbers]
+    for i, sequence in enumerate(made):
+        sequence.waiters.append(Waiter(owner, i, sequence, 0.0))
     return made
 
 
-def entries(some: Computations) -> list[Entry]:
-    return [entry for computation in some for entry in computation.entries]
+def waiters(some: TokenSequences) -> list[Waiter]:
+    return [waiter for sequence in some for waiter in sequence.waiters]
 
 
 class Delivered:
@@ -51,7 +51,7 @@ class Delivered:
 
     @property
     def texts(self) -> list[int]:
-        return [one.item.tokens.ids[0] for batch in self.batches for one in batch.computations]
+        return [one.item.tokens.ids[0] for batch in self.batches for one in batch.sequences]
 
     def wait(self, num_texts: int) -> None:
         with self._changed:
@@ -73,25 +73,25 @@ Start = Callable[..., Worker]
 @pytest.fixture
 def start(delivered: Delivered) -> Iterator[Start]:
     """Return a function that starts a worker; each is stopped in the end."""
-    started: list[tuple[Worker, Inbox]] = []
+    started: list[tuple[Worker, BatchQueue]] = []
 
     def start(
-        encoder: NumberEncoder, inbox: Inbox, on_fault: Callable[..., None] = no_fault, replica: int = 0
+        encoder: NumberEncoder, batch_queue: BatchQueue, on_fault: Callable[..., None] = no_fault, replica: int = 0
     ) -> Worker:
-        worker = Worker("numbers", encoder, inbox, delivered, on_fault, replica)
+        worker = Worker("numbers", encoder, batch_queue, delivered, on_fault, replica)
         worker.start()
-        started.append((worker, inbox))
+        started.append((worker, batch_queue))
         return worker
 
     yield start
-    for worker, inbox in started:
-        inbox.close()
+    for worker, batch_queue in started:
+        batch_queue.close()
         assert worker.join(PATIENCE_S)
 
 
-def run_one(encoder: NumberEncoder, batch: Computations) -> FinishedBatch:
+def run_one(encoder: NumberEncoder, batch: TokenSequences) -> FinishedBatch:
     """Compute one batch the way the worker's thread does."""
-    return Worker("numbers", encoder, Inbox(10**6), lambda _batch: None, no_fault)._compute(batch)
+    return Worker("numbers", encoder, BatchQueue(10**6), lambda _batch: None, no_fault)._compute(batch)
 
 
 # ------------------------------------------------------------------------------------------------------------ halving
@@ -108,11 +108,11 @@ def test_only_the_guilty_texts_fail_and_the_order_is_kept(num_texts: int, data: 
             raise RuntimeError("broken")
 
     encoder.on_forward = on_forward
-    batch = computations(range(num_texts))
+    batch = sequences(range(num_texts))
 
     finished = run_one(encoder, batch)
 
-    assert finished.computations == batch
+    assert finished.sequences == batch
     for number, result in enumerate(finished.results):
         if number in guilty:
             assert type(result) is InferenceFailed
@@ -128,7 +128,7 @@ def test_one_guilty_text_among_64_costs_13_forwards() -> None:
     encoder = NumberEncoder()
     encoder.on_forward = raise_for(13, RuntimeError("broken"))
 
-    run_one(encoder, computations(range(64)))
+    run_one(encoder, sequences(range(64)))
 
     assert [len(batch) for batch in encoder.batches] == [64, 32, 16, 8, 8, 4, 4, 2, 1, 1, 2, 16, 32]
 
@@ -143,7 +143,7 @@ def test_out_of_memory_costs_only_the_texts_that_do_not_fit_alone(lengths: list[
             raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
 
     encoder.on_forward = on_forward
-    batch = [one for i, length in enumerate(lengths) for one in computations([i], length)]
+    batch = [one for i, length in enumerate(lengths) for one in sequences([i], length)]
 
     results = run_one(encoder, batch).results
 
@@ -174,7 +174,7 @@ def test_memory_is_given_back_when_the_error_no_longer_holds_it(monkeypatch: pyt
     encoder = NumberEncoder()
     encoder.on_forward = on_forward
 
-    run_one(encoder, computations(range(2)))
+    run_one(encoder, sequences(range(2)))
 
     assert was_alive == [False]
 
@@ -185,19 +185,19 @@ def test_memory_is_not_given_back_for_other_errors(monkeypatch: pytest.MonkeyPat
     encoder = NumberEncoder()
     encoder.on_forward = raise_for(1, RuntimeError("broken"))
 
-    batch = run_one(encoder, computations(range(4)))
+    batch = run_one(encoder, sequences(range(4)))
 
     assert sum(not isinstance(result, Encoded) for result in batch.results) == 1
     assert released == []
 
 
 def test_the_requests_of_guilty_texts_end_before_the_next_batch_is_taken() -> None:
-    guilty, innocent = Ticket("a", math.inf), Ticket("b", math.inf)
+    guilty, innocent = RequestHandle("a", math.inf), RequestHandle("b", math.inf)
     encoder = NumberEncoder()
     encoder.on_forward = raise_for(13, RuntimeError("broken"))
-    batch = [*computations([13], ticket=guilty), *computations([1], ticket=innocent)]
-    twin = Ticket("c", math.inf)
-    batch[0].entries.append(Entry(twin, 0, batch[0], 0.0))
+    batch = [*sequences([13], handle=guilty), *sequences([1], handle=innocent)]
+    twin = RequestHandle("c", math.inf)
+    batch[0].waiters.append(Waiter(twin, 0, batch[0], 0.0))
 
     run_one(encoder, batch)
 
@@ -212,9 +212,9 @@ def test_every_forward_that_raises_is_counted() -> None:
     encoder.on_forward = raise_for(13, RuntimeError("broken"))
     before = count()
 
-    run_one(encoder, computations(range(10)))
+    run_one(encoder, sequences(range(10)))
     assert count() == before
-    run_one(encoder, computations([12, 13]))
+    run_one(encoder, sequences([12, 13]))
     assert count() == before + 2
 
 
@@ -225,27 +225,27 @@ def test_every_forward_that_raises_is_counted() -> None:
 )
 def test_failures_in_a_row_are_batches_that_gave_nothing_at_all(poison: Sequence[int], expected: int) -> None:
     encoder = NumberEncoder()
-    worker = Worker("numbers", encoder, Inbox(10), lambda _batch: None, no_fault)
+    worker = Worker("numbers", encoder, BatchQueue(10), lambda _batch: None, no_fault)
 
     def on_forward(batch: list[list[int]]) -> None:
         if any(ids[0] in poison for ids in batch):
             raise RuntimeError("broken")
 
     encoder.on_forward = on_forward
-    worker._compute(computations([1, 2]))
+    worker._compute(sequences([1, 2]))
     assert worker.num_failed_in_a_row == expected
-    worker._compute(computations([1, 2]))
+    worker._compute(sequences([1, 2]))
     assert worker.num_failed_in_a_row == 2 * expected
-    worker._compute(computations([3]))
+    worker._compute(sequences([3]))
     assert worker.num_failed_in_a_row == 0
 
 
 def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = NumberEncoder()
-    worker = Worker("numbers", encoder, Inbox(10), lambda _batch: None, no_fault)
+    worker = Worker("numbers", encoder, BatchQueue(10), lambda _batch: None, no_fault)
     monkeypatch.setattr(encoder, "width", 3)
 
-    [result] = worker._compute(computations([1])).results
+    [result] = worker._compute(sequences([1])).results
 
     assert isinstance(result, InvalidVectors)
     assert result.is_permanent
@@ -253,20 +253,20 @@ def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest
     assert worker.num_failed_in_a_row == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- inbox
+# -------------------------------------------------------------------------------------------------------------- batch_queue
 
 
 def test_a_thread_that_waits_is_woken_for_what_another_has_left(start: Start, delivered: Delivered) -> None:
     """One request, queued in one go, keeps all replicas busy."""
-    inbox = Inbox(max_batch_tokens=4)
+    batch_queue = BatchQueue(max_batch_tokens=4)
     together = threading.Barrier(3)
     encoders = [NumberEncoder() for _ in range(3)]
     for encoder in encoders:
         encoder.on_forward = lambda _batch: together.wait(PATIENCE_S) and None
-        start(encoder, inbox)
+        start(encoder, batch_queue)
     time.sleep(0.05)  # all of them wait
 
-    inbox.add(entries(computations(range(12))))
+    batch_queue.add(waiters(sequences(range(12))))
     delivered.wait(12)  # none of the three forwards ends before all have begun
 
     assert sorted(delivered.texts) == list(range(12))
@@ -275,28 +275,28 @@ def test_a_thread_that_waits_is_woken_for_what_another_has_left(start: Start, de
 
 
 def test_idle_threads_share_out_what_one_of_them_could_take(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=10_000)
+    batch_queue = BatchQueue(max_batch_tokens=10_000)
     together = threading.Barrier(3)
     encoders = [NumberEncoder() for _ in range(3)]
     for encoder in encoders:
         encoder.on_forward = lambda _batch: together.wait(PATIENCE_S) and None
-        start(encoder, inbox)
+        start(encoder, batch_queue)
     time.sleep(0.05)  # all of them wait
 
-    inbox.add(entries(computations(range(30), length=20)))
+    batch_queue.add(waiters(sequences(range(30), length=20)))
     delivered.wait(30)
 
     assert [len(encoder.computed) for encoder in encoders] == [10, 10, 10]
 
 
 def test_what_is_little_is_not_shared_out(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=10_000)
+    batch_queue = BatchQueue(max_batch_tokens=10_000)
     encoders = [NumberEncoder() for _ in range(3)]
     for encoder in encoders:
-        start(encoder, inbox)
+        start(encoder, batch_queue)
     time.sleep(0.05)  # all of them wait
 
-    inbox.add(entries(computations(range(16), length=4)))
+    batch_queue.add(waiters(sequences(range(16), length=4)))
     delivered.wait(16)
 
     assert sorted(len(encoder.computed) for encoder in encoders) == [0, 0, 16]
@@ -306,16 +306,16 @@ def test_a_thread_that_is_idle_alone_takes_all_that_fits(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "_SHARED_S", 0.0)  # no small request is expected after the first ones
-    inbox = Inbox(max_batch_tokens=100)
+    batch_queue = BatchQueue(max_batch_tokens=100)
     busy, idle = NumberEncoder(), NumberEncoder()
     gate, second = Gate(), Gate()
     busy.on_forward, idle.on_forward = gate, second
     for encoder, held in ((busy, gate), (idle, second)):
-        inbox.add(entries(computations([1000])))
-        start(encoder, inbox)
+        batch_queue.add(waiters(sequences([1000])))
+        start(encoder, batch_queue)
         assert held.wait_reached()
 
-    inbox.add(entries(computations(range(30), length=10)))
+    batch_queue.add(waiters(sequences(range(30), length=10)))
     second.open()
     delivered.wait(31)
 
@@ -324,14 +324,14 @@ def test_a_thread_that_is_idle_alone_takes_all_that_fits(
 
 
 def test_each_text_goes_to_one_replica(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=10)
+    batch_queue = BatchQueue(max_batch_tokens=10)
     encoders = [NumberEncoder() for _ in range(3)]
     for encoder in encoders:
         encoder.on_forward = lambda _batch: time.sleep(0.0005)
-        start(encoder, inbox)
+        start(encoder, batch_queue)
 
     for first in range(0, 600, 6):
-        inbox.add(entries(computations(range(first, first + 6), length=3)))
+        batch_queue.add(waiters(sequences(range(first, first + 6), length=3)))
     delivered.wait(600)
 
     assert sorted(delivered.texts) == list(range(600))
@@ -341,16 +341,16 @@ def test_each_text_goes_to_one_replica(start: Start, delivered: Delivered) -> No
 
 
 def test_a_replica_that_hangs_does_not_stop_the_other(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=1)
+    batch_queue = BatchQueue(max_batch_tokens=1)
     hanging, well = NumberEncoder(), NumberEncoder()
     gate = Gate()
     hanging.on_forward = gate
-    stuck = start(hanging, inbox)
-    inbox.add(entries(computations([1000])))
+    stuck = start(hanging, batch_queue)
+    batch_queue.add(waiters(sequences([1000])))
     assert gate.wait_reached()
-    other = start(well, inbox)
+    other = start(well, batch_queue)
 
-    inbox.add(entries(computations(range(100))))
+    batch_queue.add(waiters(sequences(range(100))))
     delivered.wait(100)
 
     assert delivered.texts == list(range(100))
@@ -363,7 +363,7 @@ def test_a_replica_that_hangs_does_not_stop_the_other(start: Start, delivered: D
 
 
 def test_a_replica_that_fails_everything_counts_its_own_failures(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=1)
+    batch_queue = BatchQueue(max_batch_tokens=1)
     broken, well = NumberEncoder(), NumberEncoder()
     both_have_begun = threading.Barrier(2)
 
@@ -373,24 +373,24 @@ def test_a_replica_that_fails_everything_counts_its_own_failures(start: Start, d
 
     broken.on_forward = fail
     well.on_forward = lambda _batch: both_have_begun.wait(PATIENCE_S) and None
-    workers = [start(encoder, inbox) for encoder in (broken, well)]
+    workers = [start(encoder, batch_queue) for encoder in (broken, well)]
 
     for number in range(0, 6, 2):
-        inbox.add(entries([*computations([number]), *computations([number + 1])]))
+        batch_queue.add(waiters([*sequences([number]), *sequences([number + 1])]))
         delivered.wait(number + 2)
 
     assert [worker.num_failed_in_a_row for worker in workers] == [3, 0]
 
 
 def test_busy_since_is_when_the_forward_in_hand_began(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=1)
+    batch_queue = BatchQueue(max_batch_tokens=1)
     encoder, gate = NumberEncoder(), Gate()
     encoder.on_forward = gate
-    worker = start(encoder, inbox)
+    worker = start(encoder, batch_queue)
     assert worker.busy_since is None
 
     before = time.monotonic()
-    inbox.add(entries(computations([1])))
+    batch_queue.add(waiters(sequences([1])))
     assert gate.wait_reached()
     reached = time.monotonic()
 
@@ -407,7 +407,7 @@ def test_busy_since_is_when_the_forward_in_hand_began(start: Start, delivered: D
 def test_each_half_of_a_batch_that_failed_is_progress() -> None:
     """A batch that is out of memory may be halved many times: slow, and not hung."""
     encoder = NumberEncoder()
-    worker = Worker("numbers", encoder, Inbox(100), lambda _batch: None, no_fault)
+    worker = Worker("numbers", encoder, BatchQueue(100), lambda _batch: None, no_fault)
     seen: list[float | None] = []
 
     def on_forward(batch: list[list[int]]) -> None:
@@ -418,7 +418,7 @@ def test_each_half_of_a_batch_that_failed_is_progress() -> None:
 
     encoder.on_forward = on_forward
 
-    worker._compute(computations(range(4)))
+    worker._compute(sequences(range(4)))
 
     assert len(seen) == 7
     assert None not in seen
@@ -427,7 +427,7 @@ def test_each_half_of_a_batch_that_failed_is_progress() -> None:
 
 def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
     encoder = NumberEncoder()
-    worker = Worker("numbers", encoder, Inbox(100), lambda _batch: None, no_fault)
+    worker = Worker("numbers", encoder, BatchQueue(100), lambda _batch: None, no_fault)
     seen: list[float | None] = []
 
     def on_forward(_batch: object) -> None:
@@ -437,20 +437,20 @@ def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
 
     encoder.on_forward = on_forward
 
-    worker._compute(computations([1]))
+    worker._compute(sequences([1]))
 
     assert seen[1] == encoder.progressed_at != seen[0]
 
 
 def test_a_closed_inbox_ends_its_threads_and_leaves_what_is_queued(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=1)
+    batch_queue = BatchQueue(max_batch_tokens=1)
     encoder, gate = NumberEncoder(), Gate()
     encoder.on_forward = gate
-    worker, idle = start(encoder, inbox), start(NumberEncoder(), Inbox(1))
-    inbox.add(entries(computations(range(10))))
+    worker, idle = start(encoder, batch_queue), start(NumberEncoder(), BatchQueue(1))
+    batch_queue.add(waiters(sequences(range(10))))
     assert gate.wait_reached()
 
-    inbox.close()
+    batch_queue.close()
     gate.open()
 
     assert worker.join(PATIENCE_S)
@@ -459,12 +459,12 @@ def test_a_closed_inbox_ends_its_threads_and_leaves_what_is_queued(start: Start,
 
 
 def test_a_cleared_inbox_forgets_what_is_queued(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=1)
-    inbox.add(entries(computations(range(10))))
+    batch_queue = BatchQueue(max_batch_tokens=1)
+    batch_queue.add(waiters(sequences(range(10))))
 
-    inbox.clear()
-    inbox.add(entries(computations([99])))
-    start(NumberEncoder(), inbox)
+    batch_queue.clear()
+    batch_queue.add(waiters(sequences([99])))
+    start(NumberEncoder(), batch_queue)
     delivered.wait(1)
 
     assert delivered.texts == [99]
@@ -473,28 +473,28 @@ def test_a_cleared_inbox_forgets_what_is_queued(start: Start, delivered: Deliver
 def test_a_fault_of_the_workers_own_code_is_told_and_the_thread_goes_on(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inbox = Inbox(max_batch_tokens=1)
+    batch_queue = BatchQueue(max_batch_tokens=1)
     faults: list[str] = []
     real_take = worker_module.take
 
-    def take(queue: Any, *args: Any) -> Computations:
+    def take(queue: Any, *args: Any) -> TokenSequences:
         if queue and not faults:
             raise KeyError("a bug")
         return real_take(queue, *args)
 
-    def on_fault(lost: Sequence[Computation]) -> None:
+    def on_fault(lost: Sequence[TokenSequence]) -> None:
         assert not lost  # it was the queue
         faults.append(threading.current_thread().name)
-        inbox.clear()
+        batch_queue.clear()
 
     monkeypatch.setattr(worker_module, "take", take)
-    start(NumberEncoder(), inbox, on_fault)
+    start(NumberEncoder(), batch_queue, on_fault)
 
-    inbox.add(entries(computations([1])))
+    batch_queue.add(waiters(sequences([1])))
     deadline = time.monotonic() + PATIENCE_S
     while not faults and time.monotonic() < deadline:
         time.sleep(0.001)
-    inbox.add(entries(computations([2])))
+    batch_queue.add(waiters(sequences([2])))
     delivered.wait(1)
 
     assert faults == ["numbers-compute"]
@@ -505,16 +505,16 @@ def test_a_fault_that_recurs_is_a_failure_of_its_replica(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the watchdog asks that replica whether it still works."""
-    inbox = Inbox(max_batch_tokens=1)
-    lost: list[Sequence[Computation]] = []
+    batch_queue = BatchQueue(max_batch_tokens=1)
+    lost: list[Sequence[TokenSequence]] = []
 
     def fail(*_args: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(worker_module, "FinishedBatch", fail)
-    worker = start(NumberEncoder(), inbox, lost.append)
-    batch = computations(range(3))
-    inbox.add(entries(batch))
+    worker = start(NumberEncoder(), batch_queue, lost.append)
+    batch = sequences(range(3))
+    batch_queue.add(waiters(batch))
     deadline = time.monotonic() + PATIENCE_S
     while len(lost) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -526,52 +526,52 @@ def test_a_fault_that_recurs_is_a_failure_of_its_replica(
 # ------------------------------------------------------------------------------------------------ how large a batch is
 
 
-def sizes_of(inbox: Inbox, number: int) -> list[int]:
-    return [sum(one.item.num_tokens for one in inbox.next_batch()) for _ in range(number)]
+def sizes_of(batch_queue: BatchQueue, number: int) -> list[int]:
+    return [sum(one.item.num_tokens for one in batch_queue.next_batch()) for _ in range(number)]
 
 
 @pytest.mark.parametrize(("tokens_per_s", "size"), [(100_000, 4000), (6_000, 3000), (1_000, 510), (10, 510)], ids=str)
 def test_a_batch_is_so_small_that_it_takes_half_a_second_at_most(tokens_per_s: int, size: int) -> None:
     """But not so small that it is slow: the smallest forward costs as much as one of some hundred tokens."""
-    inbox = Inbox(max_batch_tokens=4000)
-    inbox.note_rate(4000, 4000 / tokens_per_s)
-    inbox.add(entries(computations(range(2000), length=10)))
+    batch_queue = BatchQueue(max_batch_tokens=4000)
+    batch_queue.note_rate(4000, 4000 / tokens_per_s)
+    batch_queue.add(waiters(sequences(range(2000), length=10)))
 
-    assert sizes_of(inbox, 4) == [size] * 4
+    assert sizes_of(batch_queue, 4) == [size] * 4
 
 
 def test_small_batches_say_nothing_of_the_rate() -> None:
-    inbox = Inbox(max_batch_tokens=4000)
-    inbox.note_rate(4000, 2.0)
+    batch_queue = BatchQueue(max_batch_tokens=4000)
+    batch_queue.note_rate(4000, 2.0)
     for _ in range(100):
-        inbox.note_rate(5, 0.1)
-    inbox.add(entries(computations(range(800), length=10)))
+        batch_queue.note_rate(5, 0.1)
+    batch_queue.add(waiters(sequences(range(800), length=10)))
 
-    assert sizes_of(inbox, 2) == [1000] * 2
+    assert sizes_of(batch_queue, 2) == [1000] * 2
 
 
 def test_the_rate_is_learned_from_what_is_computed(start: Start, delivered: Delivered) -> None:
-    inbox = Inbox(max_batch_tokens=1000)
+    batch_queue = BatchQueue(max_batch_tokens=1000)
     encoder = NumberEncoder()
     encoder.on_forward = lambda _batch: time.sleep(1.0)
-    inbox.add(entries(computations(range(300), length=10)))
-    start(encoder, inbox)
+    batch_queue.add(waiters(sequences(range(300), length=10)))
+    start(encoder, batch_queue)
     delivered.wait(100)
     encoder.on_forward = lambda _batch: None
     delivered.wait(300)
 
-    assert len(delivered.batches[0].computations) == 100
-    assert len(delivered.batches[1].computations) < 60
+    assert len(delivered.batches[0].sequences) == 100
+    assert len(delivered.batches[1].sequences) < 60
 
 
 def test_a_small_request_waits_for_a_quarter_of_a_batch_of_others() -> None:
-    inbox = Inbox(max_batch_tokens=4000)
-    inbox.add(entries(computations(range(2000), length=10, ticket=Ticket("bulk", math.inf))))
-    assert sizes_of(inbox, 1) == [4000]
+    batch_queue = BatchQueue(max_batch_tokens=4000)
+    batch_queue.add(waiters(sequences(range(2000), length=10, handle=RequestHandle("bulk", math.inf))))
+    assert sizes_of(batch_queue, 1) == [4000]
 
-    inbox.add(entries(computations([7], length=10, ticket=Ticket("other", math.inf))))
+    batch_queue.add(waiters(sequences([7], length=10, handle=RequestHandle("other", math.inf))))
 
-    assert sizes_of(inbox, 1) == [1010]
+    assert sizes_of(batch_queue, 1) == [1010]
 
 
 @pytest.mark.parametrize(("seconds", "size"), [(3600.0, 1000), (0.0, 4000)])
@@ -580,8 +580,8 @@ def test_the_next_small_request_will_not_wait_for_a_large_batch_either(
 ) -> None:
     """For a while after the last one, batches of others stay small."""
     monkeypatch.setattr(worker_module, "_SHARED_S", seconds)
-    inbox = Inbox(max_batch_tokens=4000)
-    inbox.add(entries(computations(range(2000), length=10, ticket=Ticket("bulk", math.inf))))
-    inbox.add(entries(computations([7], length=10, ticket=Ticket("other", math.inf))))
+    batch_queue = BatchQueue(max_batch_tokens=4000)
+    batch_queue.add(waiters(sequences(range(2000), length=10, handle=RequestHandle("bulk", math.inf))))
+    batch_queue.add(waiters(sequences([7], length=10, handle=RequestHandle("other", math.inf))))
 
-    assert sizes_of(inbox, 3)[1:] == [size, size]
+    assert sizes_of(batch_queue, 3)[1:] == [size, size]

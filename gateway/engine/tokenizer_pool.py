@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.engine.model.tokenizer import Steps
-from gateway.engine.scheduler import FairQueue, Ticket
+from gateway.engine.scheduler import FairQueue, RequestHandle
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ LONG_STEP_CHARS = 20_000
 
 
 @dataclass(eq=False, slots=True)
-class Reading:
+class TokenizeTask:
     """One text, or a few short ones, on their way through the tokenizer.
 
     Attributes:
@@ -36,19 +36,19 @@ class Reading:
         spans: when its steps were run, as (start, end) on ``time.monotonic()``.
     """
 
-    ticket: Ticket
+    handle: RequestHandle
     steps: Steps[Any]
     done: asyncio.Future[Any]
     num_tokens: int = 0
     spans: list[tuple[float, float]] = field(default_factory=list)
 
 
-class _Desk:
+class _TokenizerThread:
     """A thread with a fair queue in front of it."""
 
-    def __init__(self, name: str, read: Callable[[Reading], None]) -> None:
+    def __init__(self, name: str, read: Callable[[TokenizeTask], None]) -> None:
         self._read = read
-        self._queue: FairQueue[Reading] = FairQueue()
+        self._queue: FairQueue[TokenizeTask] = FairQueue()
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -56,9 +56,9 @@ class _Desk:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, reading: Reading) -> None:
+    def add(self, task: TokenizeTask) -> None:
         with self._changed:
-            self._queue.add((reading,))
+            self._queue.add((task,))
             self._changed.notify()
 
     def close(self) -> None:
@@ -76,20 +76,20 @@ class _Desk:
             return not self._queue
 
     def _run(self) -> None:
-        while (reading := self._next()) is not None:
-            self._read(reading)
-            del reading  # or its texts would stay until the next one comes
+        while (task := self._next()) is not None:
+            self._read(task)
+            del task  # or its texts would stay until the next one comes
 
-    def _next(self) -> Reading | None:
+    def _next(self) -> TokenizeTask | None:
         with self._changed:
             while not self._is_closed:
-                if (reading := self._queue.peek(time.monotonic())) is not None:
-                    return self._queue.pop(reading.num_tokens)
+                if (task := self._queue.peek(time.monotonic())) is not None:
+                    return self._queue.pop(task.num_tokens)
                 self._changed.wait()
         return None
 
 
-class ReadingRoom:
+class TokenizerPool:
     """Runs the steps of readings in two threads, in fair order.
 
     Args:
@@ -98,21 +98,21 @@ class ReadingRoom:
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._short = _Desk(f"{name}-tokenize", self._read)
-        self._long = _Desk(f"{name}-tokenize-long", self._read)
+        self._short = _TokenizerThread(f"{name}-tokenize", self._read)
+        self._long = _TokenizerThread(f"{name}-tokenize-long", self._read)
 
     def start(self) -> None:
         for desk in (self._short, self._long):
             desk.start()
 
-    def begin(self, ticket: Ticket, steps: Steps[Any]) -> Reading:
+    def begin(self, handle: RequestHandle, steps: Steps[Any]) -> TokenizeTask:
         """Have steps run when their turn comes. Call it on the event loop.
 
-        What is still in the queue when its ticket ends is dropped, and ``done`` is then never set.
+        What is still in the queue when its handle ends is dropped, and ``done`` is then never set.
         """
-        reading = Reading(ticket, steps, self._loop.create_future())
-        self._go_on(reading, started=None)
-        return reading
+        task = TokenizeTask(handle, steps, self._loop.create_future())
+        self._go_on(task, started=None)
+        return task
 
     def close(self) -> None:
         """Let the threads end after the step in hand; what still waits is dropped."""
@@ -129,27 +129,27 @@ class ReadingRoom:
         """Whether nothing waits for its turn, wanted or not."""
         return self._short.is_empty and self._long.is_empty
 
-    def _read(self, reading: Reading) -> None:
-        self._go_on(reading, started=time.monotonic())
+    def _read(self, task: TokenizeTask) -> None:
+        self._go_on(task, started=time.monotonic())
 
-    def _go_on(self, reading: Reading, started: float | None) -> None:
+    def _go_on(self, task: TokenizeTask, started: float | None) -> None:
         """Run the next step: up to the point from which it is known how much comes then."""
         result, error = None, None
         try:
-            reading.num_tokens = next(reading.steps)
+            task.num_tokens = next(task.steps)
         except StopIteration as end:
             result = end.value
         except BaseException as raised:  # a tokenizer may raise anything, and its caller must get an answer
             error = raised
         else:
             if started is not None:
-                reading.spans.append((started, time.monotonic()))
-            (self._long if reading.num_tokens > LONG_STEP_CHARS else self._short).add(reading)
+                task.spans.append((started, time.monotonic()))
+            (self._long if task.num_tokens > LONG_STEP_CHARS else self._short).add(task)
             return
         if started is not None:
-            reading.spans.append((started, time.monotonic()))
+            task.spans.append((started, time.monotonic()))
         with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
-            self._loop.call_soon_threadsafe(_finish, reading.done, result, error)
+            self._loop.call_soon_threadsafe(_finish, task.done, result, error)
 
 
 def _finish(done: asyncio.Future[Any], result: object, error: BaseException | None) -> None:

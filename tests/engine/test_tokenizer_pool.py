@@ -10,26 +10,26 @@ from typing import Any
 import pytest
 
 from gateway.engine.model.tokenizer import Steps
-from gateway.engine.reading import LONG_STEP_CHARS, Reading, ReadingRoom
-from gateway.engine.scheduler import Ticket
+from gateway.engine.scheduler import RequestHandle
+from gateway.engine.tokenizer_pool import LONG_STEP_CHARS, TokenizerPool, TokenizeTask
 from gateway.errors import DeadlineExceeded, RequestError
 from gateway.telemetry import metrics
 from tests.engine.scripted import PATIENCE_S, Gate, MakeJob, NumberEncoder, StartBatcher, answer, becomes
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
-Begin = Callable[..., Reading]
+Begin = Callable[..., TokenizeTask]
 
 
 class Readings:
     """Steps that note when they are run, in a room whose short texts' thread is held at first."""
 
-    def __init__(self, room: ReadingRoom) -> None:
-        self._room = room
+    def __init__(self, room: TokenizerPool) -> None:
+        self._tokenizers = room
         self.order: list[str] = []
 
-    def begin(self, name: str, caller: str, sizes: list[int], ticket: Ticket | None = None) -> Reading:
-        return self._room.begin(ticket or Ticket(caller, math.inf), self._steps(name, sizes))
+    def begin(self, name: str, caller: str, sizes: list[int], handle: RequestHandle | None = None) -> TokenizeTask:
+        return self._tokenizers.begin(handle or RequestHandle(caller, math.inf), self._steps(name, sizes))
 
     def _steps(self, name: str, sizes: list[int]) -> Steps[str]:
         for size in sizes:
@@ -40,14 +40,14 @@ class Readings:
 
 @pytest.fixture
 async def held(gate: Gate) -> AsyncIterator[Readings]:
-    room = ReadingRoom("numbers", asyncio.get_running_loop())
+    room = TokenizerPool("numbers", asyncio.get_running_loop())
     room.start()
 
     def hold() -> Steps[None]:
         yield 1
         gate(None)
 
-    first = room.begin(Ticket("first", math.inf), hold())
+    first = room.begin(RequestHandle("first", math.inf), hold())
     await gate.reached()
     yield Readings(room)
     gate.open()
@@ -67,7 +67,7 @@ async def test_one_text_behind_many_requests_of_another_caller_waits_for_one_of_
 
     assert await single.done == "single"
     assert held.order.index("single") <= 1
-    await asyncio.gather(*(reading.done for reading in bulk))
+    await asyncio.gather(*(task.done for task in bulk))
 
 
 async def test_a_text_of_many_steps_waits_for_its_turn_after_each(held: Readings, gate: Gate) -> None:
@@ -76,7 +76,7 @@ async def test_a_text_of_many_steps_waits_for_its_turn_after_each(held: Readings
 
     gate.open()
 
-    await asyncio.gather(*(reading.done for reading in singles))
+    await asyncio.gather(*(task.done for task in singles))
     assert held.order.index("single 4") <= 6
     assert await endless.done == "endless"
 
@@ -88,7 +88,7 @@ async def test_callers_with_a_backlog_get_the_same_characters(held: Readings, ga
 
     gate.open()
 
-    await asyncio.gather(*(reading.done for reading in readings))
+    await asyncio.gather(*(task.done for task in readings))
     until = held.order[:110]
     assert abs(10_000 * until.count("long") - 1_000 * until.count("short")) <= 11_000
 
@@ -100,9 +100,9 @@ async def test_a_step_of_many_characters_holds_no_short_one_up(held: Readings, g
 
 
 async def test_what_nobody_wants_is_not_read(held: Readings, gate: Gate) -> None:
-    gone, late = Ticket("gone", math.inf), Ticket("late", 0.0)
-    for ticket in (gone, late):
-        held.begin(ticket.caller, ticket.caller, [10], ticket)
+    gone, late = RequestHandle("gone", math.inf), RequestHandle("late", 0.0)
+    for handle in (gone, late):
+        held.begin(handle.caller, handle.caller, [10], handle)
     gone.is_live = False
 
     gate.open()
@@ -116,7 +116,7 @@ async def test_what_a_step_raises_is_raised_for_who_waits(held: Readings, gate: 
         yield 1
         raise SystemExit(3)
 
-    failing = held._room.begin(Ticket("a", math.inf), fail())
+    failing = held._tokenizers.begin(RequestHandle("a", math.inf), fail())
     gate.open()
 
     with pytest.raises(BaseException, match="3") as caught:

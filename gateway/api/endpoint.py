@@ -45,7 +45,7 @@ DescribeTimes = Callable[[Timings, float], Mapping[str, str]]
 """Makes a dialect's own headers of the stages' times and the seconds since the request came."""
 
 
-class Exchange:
+class Endpoint:
     """The steps from a request to its answer that are the same in every dialect."""
 
     def __init__(self, service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> None:
