@@ -270,7 +270,7 @@ class Settings(BaseSettings):
         return admin_port
 
     @classmethod
-    def settings_customize_sources(
+    def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,

@@ -46,7 +46,7 @@ def space_id(
             states
             | {
                 "fingerprint": info.fingerprint,
-                "is_normalized": is_normalized,
+                "is_normalised": is_normalized,  # the spelling is part of every id that has been stored
                 "dimensions": dimensions,
                 "family": family,
                 "instructions": instructions,

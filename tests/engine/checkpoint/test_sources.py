@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from gateway.config.registry import ModelEntry
-from gateway.engine.checkpoint.read import sources
+from gateway.engine.checkpoint import sources
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.forecast import Forecaster
 from gateway.errors import LoadError
