@@ -120,6 +120,8 @@ def read_child_lines(file: Path) -> Mapping[str, dict[str, set[int]]]:
     found: dict[str, dict[str, set[int]]] = {}
     if file.exists():
         for row in file.read_text(encoding="utf-8").splitlines():
-            test, name, number = row.split("\t")
-            found.setdefault(test, {}).setdefault(name, set()).add(int(number))
+            test, _, place = row.partition("\t")
+            name, _, number = place.partition("\t")
+            if number.isdecimal():  # a process that was killed may have left half a row
+                found.setdefault(test, {}).setdefault(name, set()).add(int(number))
     return found
