@@ -35,7 +35,7 @@ class ExperimentCard(BaseModel):
     kind: str
     start: str | None
     end: str | None
-    is_running: bool = Field(description="Whether requests are split now; otherwise the first arm answers all.")
+    running: bool = Field(description="Whether requests are split now; otherwise the first arm answers all.")
     arms: list[ArmCard] = Field(description="The first is the control.")
 
 
@@ -72,7 +72,7 @@ class SampleRatioCard(BaseModel):
     chi2: float | None
     degrees: int
     p: float | None
-    is_mismatch: bool
+    mismatch: bool
     verdict: str
 
 
@@ -154,6 +154,6 @@ def _card(experiment: Experiment) -> ExperimentCard:
         kind=experiment.kind,
         start=experiment.start.isoformat() if experiment.start else None,
         end=experiment.end.isoformat() if experiment.end else None,
-        is_running=is_running(experiment),
+        running=is_running(experiment),
         arms=[ArmCard(arm=arm.label, model=arm.model, task=arm.task, weight=arm.weight) for arm in experiment.arms],
     )

@@ -216,7 +216,7 @@ class ModelCard(BaseModel):
     tasks: list[str]
     default_task: str | None
     outputs: list[str]
-    is_normalized: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
+    normalized: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
     space: str | None = Field(
         description="Space of vectors with the default task and native dimensions; none for an experiment between spaces."
     )

@@ -35,7 +35,7 @@ class SpaceCard(BaseModel):
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"]
     dimensions: int
-    is_normalized: bool
+    normalized: bool
     pooling: str
     fingerprint: str = Field(description="SHA-256 over the weights, the tokenizer and the kind of pooling.")
     members: list[SpaceMember]
@@ -88,7 +88,7 @@ def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
         id=space,
         object="space",
         dimensions=size,
-        is_normalized=info.is_normalized,
+        normalized=info.is_normalized,
         pooling=info.pooling,
         fingerprint=info.fingerprint,
         members=[],

@@ -118,7 +118,7 @@ def print_experiments(experiments: ExperimentList) -> None:
     table = make_table("experiment", "kind", "runs", "start", "end", "arms: weight")
     for one in experiments.data:
         arms = ", ".join(f"{arm.arm}: {arm.weight:g}" for arm in one.arms)
-        runs = "yes" if one.is_running else "no"
+        runs = "yes" if one.running else "no"
         table.add_row(one.id, one.kind, runs, one.start or _NOTHING, one.end or _NOTHING, arms)
     console.print(table)
 
@@ -130,7 +130,7 @@ def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> N
         has_requests: whether requests were counted, and not units alone.
     """
     console = make_console()
-    state = "runs" if shown.is_running else "does not run"
+    state = "runs" if shown.running else "does not run"
     say(console, f"{shown.id} ({shown.kind}) {state}; arms, weights and salt: {shown.generation}")
     units_since = f"units since {shown.units_since}" if shown.units_since else "no units yet"
     say(console, f"requests since {shown.since}, {units_since}" if has_requests else units_since)
@@ -146,7 +146,7 @@ def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> N
     if shown.warning:
         say(console, shown.warning, "bold red")
     ratio = shown.sample_ratio
-    style = "bold red" if ratio.is_mismatch else "yellow" if ratio.p is None else "green"
+    style = "bold red" if ratio.mismatch else "yellow" if ratio.p is None else "green"
     chi2 = "" if ratio.chi2 is None else f" (chi-square {ratio.chi2:.2f}, degrees of freedom {ratio.degrees})"
     say(console, f"split of the units: {ratio.verdict}{chi2}", style)
 

@@ -64,7 +64,7 @@ class PlannedArm:
     @property
     def is_normalized(self) -> bool:
         """Whether the model's vectors have L2 norm 1, and cut ones have to be given it again."""
-        return bool(self.card.is_normalized)
+        return bool(self.card.normalized)
 
 
 def parse_arms(names: Sequence[str]) -> list[ArmName]:

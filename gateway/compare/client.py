@@ -39,7 +39,7 @@ class ModelCard:
     dimensions: Sequence[int]
     max_tokens: int | None
     tasks: Sequence[str]
-    is_normalized: bool | None
+    normalized: bool | None
     device: str | None
     dtype: str | None
 

@@ -21,13 +21,13 @@ class SampleRatio:
 
     Attributes:
         p: how often an honest split would be this far off; ``None`` where there are too few units to tell.
-        is_mismatch: something loses the units of one arm; no comparison of the arms is to be trusted.
+        mismatch: something loses the units of one arm; no comparison of the arms is to be trusted.
     """
 
     chi2: float | None
     degrees: int
     p: float | None
-    is_mismatch: bool
+    mismatch: bool
     verdict: str
 
 
@@ -38,26 +38,20 @@ def check_sample_ratio(units: Sequence[int], shares: Sequence[float]) -> SampleR
     """
     total = sum(units)
     if any(count and not share for count, share in zip(units, shares, strict=True)):
-        return SampleRatio(None, 0, 0.0, is_mismatch=True, verdict=_MISMATCH.format("an arm of weight 0 has units"))
+        return SampleRatio(None, 0, 0.0, mismatch=True, verdict=_MISMATCH.format("an arm of weight 0 has units"))
     observed = [count for count, share in zip(units, shares, strict=True) if share]
     expected = [total * share for share in shares if share]
     degrees = len(observed) - 1
     if degrees < 1:
-        return SampleRatio(None, 0, None, is_mismatch=False, verdict="one arm has all the weight: nothing to test")
+        return SampleRatio(None, 0, None, mismatch=False, verdict="one arm has all the weight: nothing to test")
     if max(observed) >= MAX_UNITS:
-        return SampleRatio(
-            None, degrees, None, is_mismatch=False, verdict=f"units are counted up to {MAX_UNITS:,} an arm"
-        )
+        return SampleRatio(None, degrees, None, mismatch=False, verdict=f"units are counted up to {MAX_UNITS:,} an arm")
     if min(expected) < _LEAST_EXPECTED:
-        return SampleRatio(None, degrees, None, is_mismatch=False, verdict=f"too few units to tell: {total}")
+        return SampleRatio(None, degrees, None, mismatch=False, verdict=f"too few units to tell: {total}")
     from scipy.stats import chisquare  # slow to import, and not needed to serve
 
     result = chisquare(observed, expected)
     p = float(result.pvalue)
     if p < SRM_THRESHOLD:
-        return SampleRatio(
-            float(result.statistic), degrees, p, is_mismatch=True, verdict=_MISMATCH.format(f"p = {p:.2g}")
-        )
-    return SampleRatio(
-        float(result.statistic), degrees, p, is_mismatch=False, verdict=f"no mismatch found, p = {p:.2g}"
-    )
+        return SampleRatio(float(result.statistic), degrees, p, mismatch=True, verdict=_MISMATCH.format(f"p = {p:.2g}"))
+    return SampleRatio(float(result.statistic), degrees, p, mismatch=False, verdict=f"no mismatch found, p = {p:.2g}")

@@ -79,7 +79,7 @@ async def test_an_experiment_between_spaces_has_none_and_lists_its_arms(connect:
         "tasks": [],
         "default_task": None,
         "outputs": ["dense"],
-        "is_normalized": True,
+        "normalized": True,
         "space": None,
         "spaces": {},
         "device": "cpu",

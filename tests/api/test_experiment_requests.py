@@ -263,7 +263,7 @@ async def test_an_arm_that_fails_loses_its_units_and_is_called_a_mismatch(
         await embed(client, {"x-unit": f"user-{i}"})
 
     ratio = (await client.get("/v1/experiments/exp")).json()["sample_ratio"]
-    assert ratio["is_mismatch"] is True
+    assert ratio["mismatch"] is True
     assert ratio["p"] < 0.001
 
 

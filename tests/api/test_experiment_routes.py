@@ -81,13 +81,13 @@ async def test_experiments_are_listed_as_the_registry_has_them(gateway_with: Gat
         "kind": "cross_space",
         "start": None,
         "end": None,
-        "is_running": True,
+        "running": True,
         "arms": [
             {"arm": "mini", "model": "mini", "task": None, "weight": 90.0},
             {"arm": "second", "model": "other", "task": None, "weight": 0.5},
         ],
     }
-    assert (second["id"], second["is_running"]) == ("later/one", False)
+    assert (second["id"], second["running"]) == ("later/one", False)
     assert (second["start"], second["end"]) == ("2126-11-01T00:00:00+00:00", "2126-12-01T00:00:00+00:00")
 
 
@@ -106,7 +106,7 @@ async def test_requests_are_counted_in_their_arms(gateway_with: GatewayWith, pat
 
     shown = (await client.get(path)).json()
 
-    assert (shown["id"], shown["is_running"]) == ("exp", True)
+    assert (shown["id"], shown["running"]) == ("exp", True)
     assert [arm["arm"] for arm in shown["evidence"]] == ["mini", "second"]
     assert [arm["model"] for arm in shown["evidence"]] == ["mini", "other"]
     assert [arm["units"] for arm in shown["evidence"]] == [arms.count("mini"), arms.count("second")]
@@ -118,7 +118,7 @@ async def test_requests_are_counted_in_their_arms(gateway_with: GatewayWith, pat
         assert arm["tokens_per_s"] > 0
     assert shown["uncounted"] == {"forced": 1, "no_unit": 1}
     assert shown["sample_ratio"]["degrees"] == 1
-    assert shown["sample_ratio"]["is_mismatch"] is False
+    assert shown["sample_ratio"]["mismatch"] is False
     assert shown["sample_ratio"]["verdict"].startswith("no mismatch found, p = ")
     assert shown["units_since"] >= shown["since"]
 

@@ -64,7 +64,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "tasks": ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"],
         "default_task": "text-matching",
         "outputs": ["dense"],
-        "is_normalized": True,
+        "normalized": True,
         "space": spaces["text-matching"],
         "device": "cpu",
         "dtype": "float32",

@@ -58,11 +58,11 @@ async def test_a_card_tells_what_the_vectors_are(client: httpx.AsyncClient) -> N
         "id": models[0]["space"],
         "object": "space",
         "dimensions": 8,
-        "is_normalized": True,
+        "normalized": True,
         "pooling": "mean",
         "members": [{"model": "mini", "task": None, "state": "ready", "names": ["mini", "default"], "experiments": []}],
     }
-    assert (last["dimensions"], last["is_normalized"]) == (10, False)
+    assert (last["dimensions"], last["normalized"]) == (10, False)
 
 
 async def test_query_and_passage_share_a_space(client: httpx.AsyncClient) -> None:

@@ -152,7 +152,7 @@ def test_a_mismatch_is_shown(gateway_answers: Answering, experiment: Experiment)
 def test_without_an_id_the_experiments_are_listed(gateway_answers: Answering, experiment: Experiment) -> None:
     arms = [{"arm": arm.label, "model": arm.model, "task": None, "weight": arm.weight} for arm in experiment.arms]
     card = {"id": "exp", "object": "experiment", "kind": "cross_space", "start": None, "end": None, "arms": arms}
-    gateway_answers(lambda _: httpx.Response(200, json={"object": "list", "data": [card | {"is_running": True}]}))
+    gateway_answers(lambda _: httpx.Response(200, json={"object": "list", "data": [card | {"running": True}]}))
 
     status, printed, _ = run()
 

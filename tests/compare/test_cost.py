@@ -26,7 +26,7 @@ FIRST_REQUEST_S = 60.0
 def arm(name: str, model: str = "", dimensions: int = 8) -> PlannedArm:
     card = ModelCard(
         id=model or name, state="ready", reason=None, width=8, dimensions=(8, 4), max_tokens=8,
-        tasks=(), is_normalized=True, device="cpu", dtype="float32",
+        tasks=(), normalized=True, device="cpu", dtype="float32",
     )  # fmt: skip
     queries = Side("retrieval.query", "retrieval.query", "native", f"space of {name}")
     passages = Side("retrieval.passage", "retrieval.passage", "native", f"space of {name}")

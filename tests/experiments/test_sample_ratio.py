@@ -20,7 +20,7 @@ def test_two_arms_are_tested_as_by_hand() -> None:
     assert ratio.degrees == 1
     # With one degree of freedom the statistic is the square of a normal variable.
     assert ratio.p == pytest.approx(math.erfc(math.sqrt(4.0 / 2)))
-    assert not ratio.is_mismatch
+    assert not ratio.mismatch
     assert ratio.verdict == "no mismatch found, p = 0.046"
 
 
@@ -41,7 +41,7 @@ def test_an_arm_that_loses_a_twentieth_of_its_units_is_found() -> None:
 
     ratio = check_sample_ratio(units, [0.5, 0.5])
 
-    assert ratio.is_mismatch
+    assert ratio.mismatch
     assert ratio.p is not None
     assert ratio.p < 1e-6
     assert ratio.chi2 is not None
@@ -54,7 +54,7 @@ def test_honest_splits_are_hardly_ever_called_a_mismatch() -> None:
     rng = random.Random(4)
     splits = [sum(rng.random() < 0.3 for _ in range(1_000)) for _ in range(200)]
 
-    assert not any(check_sample_ratio([num, 1_000 - num], [0.3, 0.7]).is_mismatch for num in splits)
+    assert not any(check_sample_ratio([num, 1_000 - num], [0.3, 0.7]).mismatch for num in splits)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_honest_splits_are_hardly_ever_called_a_mismatch() -> None:
 def test_below_five_expected_units_in_an_arm_nothing_is_told(units: list[int], shares: list[float]) -> None:
     ratio = check_sample_ratio(units, shares)
 
-    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.is_mismatch) == (None, None, 1, False)
+    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.mismatch) == (None, None, 1, False)
     assert ratio.verdict == f"too few units to tell: {sum(units)}"
 
 
@@ -79,14 +79,14 @@ def test_an_arm_without_weight_and_units_is_left_out() -> None:
 def test_a_unit_in_an_arm_without_weight_is_a_mismatch() -> None:
     ratio = check_sample_ratio([50, 50, 1], [0.5, 0.5, 0.0])
 
-    assert (ratio.is_mismatch, ratio.p, ratio.chi2, ratio.degrees) == (True, 0.0, None, 0)
+    assert (ratio.mismatch, ratio.p, ratio.chi2, ratio.degrees) == (True, 0.0, None, 0)
     assert "an arm of weight 0 has units" in ratio.verdict
 
 
 def test_a_single_arm_with_weight_needs_no_test() -> None:
     ratio = check_sample_ratio([100, 0], [1.0, 0.0])
 
-    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.is_mismatch) == (None, None, 0, False)
+    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.mismatch) == (None, None, 0, False)
     assert "nothing to test" in ratio.verdict
 
 
@@ -99,12 +99,12 @@ def test_counts_as_the_weights_ask_are_no_mismatch(arms: list[tuple[int, float]]
 
     ratio = check_sample_ratio([round(num_units * share) for share in shares], shares)
 
-    assert not ratio.is_mismatch
+    assert not ratio.mismatch
     assert ratio.p is None or 0 <= ratio.p <= 1
 
 
 def test_an_arm_whose_count_has_ended_is_no_mismatch() -> None:
     ratio = check_sample_ratio([MAX_UNITS, MAX_UNITS // 2], [0.9, 0.1])
 
-    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.is_mismatch) == (None, None, 1, False)
+    assert (ratio.p, ratio.chi2, ratio.degrees, ratio.mismatch) == (None, None, 1, False)
     assert "counted up to 8,000,000" in ratio.verdict

@@ -212,9 +212,9 @@ def test_a_split_that_is_wrong_is_told(make_experiment: MakeExperiment, make_obs
     for unit in range(1_000):
         evidence.record(make_observation(unit, arm="ab"[unit % 2]))
 
-    assert not evidence.report(make_experiment(50, 50), GENERATION).sample_ratio.is_mismatch
-    assert evidence.report(make_experiment(60, 40), GENERATION).sample_ratio.is_mismatch
-    assert evidence.report(make_experiment(1, 0), GENERATION).sample_ratio.is_mismatch
+    assert not evidence.report(make_experiment(50, 50), GENERATION).sample_ratio.mismatch
+    assert evidence.report(make_experiment(60, 40), GENERATION).sample_ratio.mismatch
+    assert evidence.report(make_experiment(1, 0), GENERATION).sample_ratio.mismatch
 
 
 NOW = datetime.now(UTC)
