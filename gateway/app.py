@@ -30,7 +30,7 @@ from gateway.api.tei import TEI_ADDRESS, tei_router
 from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.experiments.exposures import ExposureLog
-from gateway.experiments.stats import Evidence
+from gateway.experiments.stats import ExperimentStats
 from gateway.http.middleware import GatewayMiddleware, RequestContext
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
@@ -58,11 +58,11 @@ def create_app(deployment: Deployment) -> FastAPI:
         if settings.exposure_log
         else None
     )
-    evidence = Evidence(log)
-    deployment.resources.callback(evidence.close)
+    stats = ExperimentStats(log)
+    deployment.resources.callback(stats.close)
     quotas = Quotas(settings.quota_storage)
     deployment.resources.push_async_callback(quotas.close)
-    service = EmbeddingService(deployment, evidence)
+    service = EmbeddingService(deployment, stats)
     memory = MemoryBudget(settings.memory_budget_bytes)
     metrics.MEMORY_BUDGET.set(memory.max_bytes)
     metrics.MEMORY_RESERVED.set_function(lambda: memory.num_bytes)
@@ -74,7 +74,7 @@ def create_app(deployment: Deployment) -> FastAPI:
         rerank_router(endpoint),
         tei_router(endpoint),
         ollama_router(endpoint),
-        experiments_router(deployment, evidence),
+        experiments_router(deployment, stats),
         spaces_router(deployment),
         health_router(deployment),
     ]

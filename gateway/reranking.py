@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from gateway import vectors as vector_math
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
-from gateway.experiments.split import Assignment, Attribute, no_attribute
+from gateway.experiments.split import Assignment, UnitSource, no_unit_source
 from gateway.fleet import Fleet
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.types import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors
@@ -26,7 +26,7 @@ class RerankRequest:
         truncate: what to do with a query and a text that are too long together; the end of the text is cut, if any.
         max_text_tokens: where each text is cut in any case; ``None`` for no such limit.
         may_use: whether the caller may use something that has these names.
-        attribute: looks up what the unit of an experiment can be made from.
+        unit_source: looks up the values that an experiment can make a unit from.
         reserve: told how many bytes the work needs, before it does; refuses what there is no room for.
     """
 
@@ -41,7 +41,7 @@ class RerankRequest:
     may_use: MayUse
     truncate: Truncate = Truncate.END
     max_text_tokens: int | None = None
-    attribute: Attribute = no_attribute
+    unit_source: UnitSource = no_unit_source
     reserve: Callable[[int], None] = lambda _num_bytes: None
 
 
@@ -89,10 +89,10 @@ def choose_reranker(router: Router, fleet: Fleet, request: RerankRequest) -> Cho
         BadInput: no name, and none or several that rerank.
     """
     if request.model is not None:
-        return router.choose(request.model, request.may_use, request.attribute)
+        return router.choose(request.model, request.may_use, request.unit_source)
     names = _names_of(router, ModelKind.RERANK, request.may_use)
     if len(names) == 1:
-        return router.choose(names[0], request.may_use, request.attribute)
+        return router.choose(names[0], request.may_use, request.unit_source)
     if not fleet.started.is_set():
         raise ModelNotReady("the models are still loading; try again, or name one in `model`", retry_after_s=5)
     if names:

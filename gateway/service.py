@@ -24,8 +24,8 @@ from gateway.errors import (
     UnsupportedDimensions,
     UnsupportedOutput,
 )
-from gateway.experiments.split import Assignment, Attribute, no_attribute
-from gateway.experiments.stats import Evidence, Observation
+from gateway.experiments.split import Assignment, UnitSource, no_unit_source
+from gateway.experiments.stats import ExperimentStats, RequestRecord
 from gateway.reranking import RerankAnswer, RerankRequest, check_kind, choose_reranker, score_on
 from gateway.routing.router import Choice, MayUse, Router, Target, everything
 from gateway.routing.spaces import is_same_space, space_id
@@ -72,7 +72,7 @@ class EmbedRequest:
         caller: whom the work is for.
         may_use: whether the caller may use something that has these names.
         encoding: how the caller wants to have the vectors written, for the trace.
-        attribute: looks up what the unit of an experiment can be made from.
+        unit_source: looks up the values that an experiment can make a unit from.
         max_token_vectors: how many tokens the texts may have together, if the answer has a vector of each.
         reserve: told how many bytes the work and its answer need, before they do, and again when more is known; refuses
             with a :class:`RequestError` what there is no room for.
@@ -91,7 +91,7 @@ class EmbedRequest:
     is_late_chunked: bool = False
     expect_space: str | None = None
     encoding: str | None = None
-    attribute: Attribute = no_attribute
+    unit_source: UnitSource = no_unit_source
     max_token_vectors: int | None = None
     reserve: Callable[[int], None] = lambda _num_bytes: None
 
@@ -139,9 +139,9 @@ class EmbedAnswer:
 class EmbeddingService:
     """Turns texts into vectors or scores: choose, check, compute, finish; and notes what came of it."""
 
-    def __init__(self, deployment: Deployment, evidence: Evidence) -> None:
+    def __init__(self, deployment: Deployment, stats: ExperimentStats) -> None:
         self._deployment = deployment
-        self._evidence = evidence
+        self._stats = stats
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Embed the texts of a request.
@@ -151,7 +151,7 @@ class EmbeddingService:
         """
         # Both of one moment: a reload may exchange them while this request is answered.
         router, shadows = self._deployment.router, self._deployment.shadows
-        choice = router.choose(request.model, request.may_use, request.attribute)
+        choice = router.choose(request.model, request.may_use, request.unit_source)
         check_kind(router, choice, ModelKind.EMBED, request.may_use)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, _embed_on)
@@ -312,11 +312,11 @@ class EmbeddingService:
         answer: EmbedAnswer | RerankAnswer | None = None,
         error: RequestError | None = None,
     ) -> None:
-        """Add a request to the evidence of its experiment."""
+        """Add a request to the stats of its experiment."""
         if (assignment := choice.assignment) is None:
             return
-        self._evidence.record(
-            Observation(
+        self._stats.record(
+            RequestRecord(
                 experiment=assignment.experiment,
                 generation=assignment.generation,
                 arm=assignment.arm.label,

@@ -19,7 +19,7 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment, Reloaded
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
 from gateway.experiments.exposures import ExposureLog
-from gateway.experiments.stats import Evidence
+from gateway.experiments.stats import ExperimentStats
 from gateway.routing.router import everything
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
@@ -194,7 +194,7 @@ async def test_a_fallback_that_a_reload_replaces_still_stands_in_for_requests_be
     one.error = InferenceFailed("broken")
     two.gate.set()
     request = EmbedRequest(["a b"], "one", timeout_s=60.0, caller="me", may_use=everything)
-    running = asyncio.create_task(EmbeddingService(deployment, Evidence(None)).embed(request))
+    running = asyncio.create_task(EmbeddingService(deployment, ExperimentStats(None)).embed(request))
     await asyncio.sleep(0)
 
     await gateway.reload(
@@ -212,7 +212,7 @@ async def test_a_fallback_that_a_reload_replaces_still_stands_in_for_requests_be
 async def test_a_model_whose_tokens_are_used_is_not_stopped_meanwhile(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a", two="b"))
     backend = backend_of(deployment, "two")
-    service = EmbeddingService(deployment, Evidence(None))
+    service = EmbeddingService(deployment, ExperimentStats(None))
 
     with service.vocabulary(service.target("two", None, everything), "tokenize") as vocabulary:
         await gateway.reload(models(one="a"))
@@ -580,10 +580,10 @@ async def test_metrics_of_experiments_arms_and_shadows_that_are_gone_go_away(tmp
     deployment = await gateway.start(
         text + "experiments:\n" + split(1, 1, name="gone-exp") + THIN % "y" + "shadows:\n  - {of: one, to: two}\n"
     )
-    service = EmbeddingService(deployment, Evidence(None))
+    service = EmbeddingService(deployment, ExperimentStats(None))
     for name in ("gone-exp", *["thin-exp"] * 30):
         await service.embed(
-            EmbedRequest(["a b"], name, 5.0, caller="me", may_use=everything, attribute=lambda _source: None)
+            EmbedRequest(["a b"], name, 5.0, caller="me", may_use=everything, unit_source=lambda _source: None)
         )
     assert labels_in("gateway_", experiment="gone-exp")
     assert labels_in("gateway_", experiment="thin-exp", arm="y")

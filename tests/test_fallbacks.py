@@ -24,7 +24,7 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamUnavailable,
 )
-from gateway.experiments.stats import Evidence
+from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
 from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
@@ -71,7 +71,9 @@ async def make_gateway(make_model: MakeModel, make_fleet: MakeFleet) -> Callable
             models[name].info = await backend.start()
         registry, fleet = make_fleet(*models.values(), aliases={"default": "gpu"})
         registry = registry.model_copy(update={"fallbacks": {"gpu": ("cpu", "spare")}})
-        return Gateway(EmbeddingService(Deployment(registry, Settings(), fleet), Evidence(None)), models, failing)
+        return Gateway(
+            EmbeddingService(Deployment(registry, Settings(), fleet), ExperimentStats(None)), models, failing
+        )
 
     return make
 

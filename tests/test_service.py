@@ -14,7 +14,7 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
-from gateway.experiments.stats import Evidence
+from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
 from gateway.routing.router import everything
 from gateway.routing.spaces import space_id
@@ -50,7 +50,7 @@ class StubBackend(FakeBackend):
 
 
 def _service(registry: Registry, fleet: Fleet) -> EmbeddingService:
-    return EmbeddingService(Deployment(registry, Settings(), fleet), Evidence(None))
+    return EmbeddingService(Deployment(registry, Settings(), fleet), ExperimentStats(None))
 
 
 @pytest.fixture

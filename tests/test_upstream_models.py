@@ -29,7 +29,7 @@ from gateway.config.registry import ModelEntry, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
 from gateway.errors import ConfigError, ModelNotReady
-from gateway.experiments.stats import Evidence
+from gateway.experiments.stats import ExperimentStats
 from gateway.routing.router import everything
 from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
@@ -90,7 +90,7 @@ class Gateway:
 async def ask(deployment: Deployment, model: str, **fields: Any) -> Any:
     who = {"caller": "test", "may_use": everything}
     request = EmbedRequest(texts=["a b", "c"], model=model, timeout_s=PATIENCE_S, **who, **fields)
-    return await EmbeddingService(deployment, Evidence(None)).embed(request)
+    return await EmbeddingService(deployment, ExperimentStats(None)).embed(request)
 
 
 async def wait_until(look: Callable[[], bool]) -> None:

@@ -21,7 +21,7 @@ from gateway.api.pieces import PIECE_BYTES, in_pieces
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import ClientDisconnected, DeadlineExceeded
-from gateway.experiments.split import Attribute
+from gateway.experiments.split import UnitSource
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
 from gateway.reranking import RerankAnswer, RerankRequest
@@ -120,7 +120,7 @@ class Endpoint:
             caller=context.caller,
             may_use=context.client.may_use,
             expect_space=request.headers.get("x-gateway-expect-space"),
-            attribute=unit_attribute(request, user),
+            unit_source=unit_source(request, user),
             max_token_vectors=self.settings.max_token_vectors,
             reserve=reserve_beside(request, texts),
         )
@@ -288,14 +288,14 @@ def reserve_beside(request: Request, texts: Sequence[str]) -> Callable[[int], No
     return lambda more: memory.resize(num_bytes + more)
 
 
-def unit_attribute(request: Request, user: object) -> Attribute:
-    """Return what looks up the things in a request that the unit of an experiment can be made from.
+def unit_source(request: Request, user: object) -> UnitSource:
+    """Return the lookup of a request's values that an experiment can make a unit from.
 
     Args:
         user: the body's field of that name.
     """
 
-    def attribute(source: str) -> str | None:
+    def look_up(source: str) -> str | None:
         match source.partition(":"):
             case ("header", _, name):
                 value = request.headers.get(name)
@@ -305,7 +305,7 @@ def unit_attribute(request: Request, user: object) -> Attribute:
                 value = RequestContext.of(request).key_owner
         return value or None
 
-    return attribute
+    return look_up
 
 
 def timeout_s(request: Request, limit_s: float) -> float:

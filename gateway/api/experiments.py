@@ -14,7 +14,7 @@ from gateway.api.schema import responses
 from gateway.config.registry import Experiment
 from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound, ModelNotAllowed
-from gateway.experiments.stats import Evidence, ExperimentReport, is_running
+from gateway.experiments.stats import ExperimentReport, ExperimentStats, is_running
 from gateway.http.middleware import RequestContext
 
 
@@ -90,7 +90,7 @@ class ExperimentEvidence(ExperimentCard):
     )
 
 
-def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
+def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRouter:
     """Return the routes that tell of experiments, with and without ``/v1``."""
     router = APIRouter(tags=["Experiments"])
 
@@ -113,7 +113,7 @@ def experiments_router(deployment: Deployment, evidence: Evidence) -> APIRouter:
         if not may_use(experiment.id):
             raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
         generation, since = deployment.router.generation(experiment.id), deployment.counting_since[experiment.id]
-        return present(experiment, evidence.report(experiment, generation, since))
+        return present(experiment, stats.report(experiment, generation, since))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.endpoint import Endpoint, reserve_beside, timeout_s, unit_attribute
+from gateway.api.endpoint import Endpoint, reserve_beside, timeout_s, unit_source
 from gateway.api.json_body import Json
 from gateway.api.pieces import object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
@@ -138,7 +138,7 @@ def _rerank_request(request: Request, body: RerankBody, texts: list[str], patien
         caller=context.caller,
         truncate=body.wanted_truncation,
         max_text_tokens=body.max_tokens_per_doc,
-        attribute=unit_attribute(request, body.user),
+        unit_source=unit_source(request, body.user),
         may_use=context.client.may_use,
         reserve=reserve_beside(request, [body.query, *texts]),
     )

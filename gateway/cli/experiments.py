@@ -18,7 +18,7 @@ from gateway.config.registry import Registry
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, read_exposures
 from gateway.experiments.split import Split
-from gateway.experiments.stats import Evidence
+from gateway.experiments.stats import ExperimentStats
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"
@@ -71,9 +71,9 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
                 else:
                     left_out["other_weights"] += 1
 
-    evidence = Evidence(None)
-    evidence.add(current())
-    return present(experiment, evidence.report(experiment, generation)).model_copy(update={"uncounted": dict(left_out)})
+    stats = ExperimentStats(None)
+    stats.add(current())
+    return present(experiment, stats.report(experiment, generation)).model_copy(update={"uncounted": dict(left_out)})
 
 
 def _ask(url: str, path: str, api_key: str | None, model: type[Answer]) -> Answer:

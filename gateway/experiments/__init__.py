@@ -1,1 +1,1 @@
-"""Experiments: which arm a request is of, what came of it, and whether the split is as it was meant."""
+"""Experiments: the arm of a request, the stats of the arms, and the check of the split."""

@@ -1,4 +1,4 @@
-"""The exposure log: which unit was in which arm of an experiment, as JSON lines in a file that is rotated."""
+"""The exposure log: the units and their arms in each experiment, as JSON lines in a rotated file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Exposure:
 
     Attributes:
         time: ISO 8601 in UTC.
-        generation: which salt, arms and weights the arm was chosen by.
+        generation: a hash of the salt, the arms and the weights that chose the arm.
         unit: salted hash, 16 hex digits.
     """
 
@@ -49,9 +49,9 @@ class Exposure:
 
 
 class ExposureLog:
-    """Appends exposures to a file; at ``max_bytes`` it becomes ``FILE.1``, that one ``FILE.2``, and so on.
+    """Appends exposures to a file; at ``max_bytes`` it becomes ``FILE.1``, the previous one ``FILE.2``, and so on.
 
-    A file belongs to one process: each of several replicas needs its own.
+    A file belongs to one process: each replica needs its own.
 
     Raises:
         StartError: the file cannot be written.
@@ -69,13 +69,13 @@ class ExposureLog:
         weakref.finalize(self, self._file.close)
 
     def write(self, exposure: Exposure) -> bool:
-        """Append an exposure, and return whether it was; a full disk costs the line, which is counted, and no request."""
+        """Append an exposure and return whether that worked. A full disk loses the line and counts it; no request fails."""
         line = orjson.dumps(exposure).decode()
         try:
             self._file.emit(logging.makeLogRecord({"msg": line}))
-        except (OSError, ValueError) as error:  # ValueError: a closed file, which a rotation that failed can leave
+        except (OSError, ValueError) as error:  # ValueError: a failed rotation can leave a closed file
             metrics.DROPPED_EXPOSURES.inc()
-            # Opened anew for the next line: this one keeps what it could not write.
+            # The next line reopens the file: this object would keep what it could not write.
             with suppress(OSError, ValueError):
                 self._file.close()
             if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
@@ -85,9 +85,9 @@ class ExposureLog:
         return True
 
     def files(self) -> list[Path]:
-        """Return the files that there are, oldest first.
+        """Return the existing files, oldest first.
 
-        A log that is no file, such as ``/dev/stdout``, has none: to read a pipe would be to wait for oneself.
+        A log such as ``/dev/stdout`` has no files: reading a pipe would wait for this process itself.
         """
         names = f"{glob.escape(self._path.name)}.*"
         rotated = [path for path in self._path.parent.glob(names) if path.suffix[1:].isdecimal()]
@@ -99,28 +99,28 @@ class ExposureLog:
 
 
 def _refuse_unread_pipe(path: Path) -> None:
-    """Refuse a named pipe without a reader: to open it for writing is to wait for one.
+    """Refuse a named pipe without a reader: opening it for writing would wait for one.
 
     Raises:
-        OSError: it has none.
+        OSError: the pipe has no reader.
     """
     if path.is_fifo():
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
 
 class _File(RotatingFileHandler):
-    """The library's rotation, whose errors are ours to deal with."""
+    """The library's rotation, but errors are raised."""
 
     def _open(self) -> TextIOWrapper:
         _end_last_line(Path(self.baseFilename))
         return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
-        raise  # noqa: PLE0704  it is called while the error is handled
+        raise  # noqa: PLE0704  called while the error is handled
 
 
 def _end_last_line(path: Path) -> None:
-    """End a line that was torn, by a crash or a full disk, so that the next one does not continue it."""
+    """End a line cut short by a crash or a full disk, so that the next one does not continue it."""
     if path.is_file() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)
@@ -129,12 +129,12 @@ def _end_last_line(path: Path) -> None:
 
 
 def now() -> str:
-    """Return the time as it stands in the log."""
+    """Return the current time in the log's format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
-    """Read logs, one after the other; a line that is none, torn by a crash say, is left out and told in the log.
+    """Read logs, one after the other; malformed lines (say, cut short by a crash) are skipped and logged.
 
     Raises:
         StartError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Whether an experiment's units are split as its weights say."""
+"""The sample ratio check: whether an experiment's units are split as its weights say."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from gateway.experiments.units import MAX_UNITS
 
-# With p below this, what was counted is no matter of chance. Lower than the usual 0.05, since people look again and again;
+# A p below this is not chance. Lower than the usual 0.05, since people look repeatedly;
 # see Fabijan et al., "Diagnosing Sample Ratio Mismatch in Online Controlled Experiments", KDD 2019.
 SRM_THRESHOLD = 0.001
-# Below this the chi-square distribution does not describe the statistic (Cochran 1954).
+# With fewer expected units the chi-square distribution does not describe the statistic (Cochran 1954).
 _LEAST_EXPECTED = 5
-_MISMATCH = "sample ratio mismatch ({}): something loses the units of an arm; do not trust a comparison of the arms"
+_MISMATCH = "sample ratio mismatch ({}): units of an arm are being lost; do not trust a comparison of the arms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class SampleRatio:
     """Whether the units are split as the weights say: a chi-square test of goodness of fit.
 
     Attributes:
-        p: how often an honest split would be this far off; ``None`` where there are too few units to tell.
-        mismatch: something loses the units of one arm; no comparison of the arms is to be trusted.
+        p: how often a correct split would be this far off; ``None`` with too few units to tell.
+        mismatch: units of an arm are being lost; a comparison of the arms cannot be trusted.
     """
 
     chi2: float | None
@@ -32,9 +32,9 @@ class SampleRatio:
 
 
 def check_sample_ratio(units: Sequence[int], shares: Sequence[float]) -> SampleRatio:
-    """Test counts of distinct units against the shares that the weights ask for.
+    """Test counts of distinct units against the shares given by the weights.
 
-    An arm of weight 0 must have no units; one is enough for a mismatch.
+    A single unit in an arm of weight 0 is a mismatch.
     """
     total = sum(units)
     if any(count and not share for count, share in zip(units, shares, strict=True)):
@@ -45,7 +45,9 @@ def check_sample_ratio(units: Sequence[int], shares: Sequence[float]) -> SampleR
     if degrees < 1:
         return SampleRatio(None, 0, None, mismatch=False, verdict="one arm has all the weight: nothing to test")
     if max(observed) >= MAX_UNITS:
-        return SampleRatio(None, degrees, None, mismatch=False, verdict=f"units are counted up to {MAX_UNITS:,} an arm")
+        return SampleRatio(
+            None, degrees, None, mismatch=False, verdict=f"units are counted up to {MAX_UNITS:,} per arm"
+        )
     if min(expected) < _LEAST_EXPECTED:
         return SampleRatio(None, degrees, None, mismatch=False, verdict=f"too few units to tell: {total}")
     from scipy.stats import chisquare  # slow to import, and not needed to serve

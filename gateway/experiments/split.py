@@ -1,6 +1,6 @@
-"""Which arm of an experiment answers a request: a salted hash of its unit, the same everywhere and for ever.
+"""The split of an experiment: a salted hash of a request's unit chooses its arm, the same arm everywhere and forever.
 
-Nothing is stored: every replica, and the same one after a restart, assigns a unit to the same arm.
+Nothing is stored: every replica, before and after a restart, assigns a unit to the same arm.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from typing import TypeAlias
 from gateway.config.registry import Arm, Experiment
 from gateway.errors import BadInput
 
-Attribute: TypeAlias = Callable[[str], str | None]
-"""Looks up what a unit can be made from: ``header:NAME``, ``body:user`` or ``api_key``; ``None`` where there is none."""
+UnitSource: TypeAlias = Callable[[str], str | None]
+"""Looks up a value of a request by its source, ``header:NAME``, ``body:user`` or ``api_key``; ``None`` if absent."""
 
 _MAX_SHOWN = 100
 
 
-def no_attribute(_source: str) -> None:
-    """Look up what a request has that nobody described."""
+def no_unit_source(_source: str) -> None:
+    """Look up a value of a request that has none."""
 
 
 class Reason(StrEnum):
     """Why a request got its arm."""
 
     UNIT = "unit"
-    """Its unit's hash says so."""
+    """Its unit's hash chose the arm."""
     RANDOM = "random"
-    """It has no unit, and the arms share a space."""
+    """It has no unit, and the arms share a space: any arm."""
     FORCED = "forced"
-    """A tester asked for this arm."""
+    """A tester requested this arm."""
     EXCLUDED = "excluded"
-    """Its unit is not to take part: the control arm."""
+    """Its unit is excluded: the control arm."""
     NO_UNIT = "no_unit"
-    """It has no unit, and the arms are of different spaces: the control arm."""
+    """It has no unit, and the arms have different spaces: the control arm."""
     NOT_STARTED = "not_started"
-    """The experiment has not begun: the control arm."""
+    """The experiment has not started: the control arm."""
     ENDED = "ended"
-    """The experiment is over: the control arm."""
+    """The experiment has ended: the control arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class Assignment:
 
     Attributes:
         experiment: id of the experiment.
-        generation: 8 hex digits that stand for the salt, the arms and their weights. What was seen under other weights
-            cannot be held against these.
-        unit: 16 hex digits, a salted hash: one unit is not to be found again in another experiment's log.
+        generation: 8 hex digits, a hash of the salt, the arms and their weights. Stats of different weights are not
+            comparable.
+        unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
     """
 
     experiment: str
@@ -66,18 +66,18 @@ class Assignment:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the request is part of the split, rather than a tester's or one that is left out."""
+        """Whether the request is part of the split, rather than forced or outside it."""
         return self.reason in (Reason.UNIT, Reason.RANDOM)
 
 
 class Split:
     """Assigns the requests of one experiment to its arms.
 
-    Every arm that has a weight runs a race: its time is ``-ln(u) / weight``, where ``u`` is a hash of salt, arm and unit
-    that lies evenly between 0 and 1. The fastest arm wins: arm i in a share of ``weight_i / sum(weights)`` of the units.
+    The arms with a weight run a race: the time of an arm is ``-ln(u) / weight``, where ``u`` is a hash of salt, arm and
+    unit, uniform between 0 and 1. The fastest arm wins: arm i for a share of ``weight_i / sum(weights)`` of the units.
     This is rendezvous hashing (Thaler & Ravishankar 1998) with logarithmic weights (Schindelhauer & Schomaker 2005):
-    when one weight is raised, units move from the others into that arm; none leaves it, and none moves between two
-    others. Cutting a line into ranges, which is more usual, moves units between arms whose weights did not change.
+    when a weight is raised, units move from the other arms into that one; none leave it, and none move between two
+    others. The more usual split of a line into ranges moves units between arms whose weights did not change.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -92,21 +92,21 @@ class Split:
         self._force_header = experiment.force
         self._excluded = frozenset(experiment.exclude)
 
-    def assign(self, attribute: Attribute, now: datetime) -> Assignment:
+    def assign(self, unit_source: UnitSource, now: datetime) -> Assignment:
         """Choose the arm of a request.
 
         Raises:
-            BadInput: the header that forces an arm names none.
+            BadInput: the header that forces an arm names an unknown one.
         """
-        forced = attribute(self._force_header) if self._force_header else None
+        forced = unit_source(self._force_header) if self._force_header else None
         if forced:
             if forced not in self._arms:
                 raise BadInput(
-                    f"the header `{(self._force_header or '').removeprefix('header:')}` asks for arm "
+                    f"the header `{(self._force_header or '').removeprefix('header:')}` requests arm "
                     f"{forced[:_MAX_SHOWN]!r} of experiment {self.experiment.id!r}; its arms: {', '.join(self._arms)}"
                 )
             return self._assignment(self._arms[forced], Reason.FORCED)
-        unit = next((value for source in self.experiment.unit if (value := attribute(source))), None)
+        unit = next((value for source in self.experiment.unit if (value := unit_source(source))), None)
         if reason := self._why_outside(unit, now):
             return self._assignment(self.experiment.control, reason)
         if unit is None:
@@ -114,7 +114,7 @@ class Split:
         return self._assignment(self.arm_of(unit), Reason.UNIT, _digest("unit", self._salt, unit)[:16])
 
     def _why_outside(self, unit: str | None, now: datetime) -> Reason | None:
-        """Return why a request is not part of the split, if it is not."""
+        """Return why a request is outside the split, if it is."""
         experiment = self.experiment
         if experiment.start is not None and now < experiment.start:
             return Reason.NOT_STARTED
@@ -125,7 +125,7 @@ class Split:
         return Reason.EXCLUDED if unit in self._excluded else None
 
     def arm_of(self, unit: str) -> Arm:
-        """Return the arm that a unit belongs to."""
+        """Return the arm of a unit."""
         racing = (arm for arm in self.experiment.arms if arm.weight > 0)
         return min(racing, key=lambda arm: -math.log(_uniform(self._salt, arm.label, unit)) / arm.weight)
 
@@ -134,10 +134,10 @@ class Split:
 
 
 def _uniform(*parts: str) -> float:
-    """Return a number above 0 and up to 1 that is a hash of texts."""
+    """Hash texts to a number above 0 and up to 1."""
     return (int(_digest(*parts)[:16], 16) + 0.5) / 2**64
 
 
 def _digest(*parts: str) -> str:
-    # As JSON, so that no two lists of texts look the same.
+    # As JSON, so that no two lists of texts hash the same bytes.
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What this process has seen of each experiment: the arms side by side."""
+"""The stats of each experiment: what this process counted, arm by arm."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gateway.experiments.exposures import Exposure, ExposureLog, now, read_expos
 from gateway.experiments.sample_ratio import SampleRatio, check_sample_ratio
 from gateway.experiments.units import LatencyHistogram, UnitSet
 
-# Where the log cannot be written for long, further exposures are lost: about 30 MB.
+# About 30 MB. If the log cannot be written for longer than this lasts, further exposures are lost.
 _MAX_UNWRITTEN = 100_000
 _MAX_WRITTEN_AT_ONCE = 100
-# What was counted under earlier weights is kept for a while: a reload may be taken back.
+# The stats of earlier weights are kept for a while: a reload may be reverted.
 _MAX_GENERATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ArmReport:
-    """One arm in figures.
+    """The stats of one arm.
 
     Attributes:
-        share: the share of the units that its weight asks for.
+        share: the share of the units given by its weight.
         units: distinct units.
-        requests: those that were counted for the experiment, errors included.
-        tokens_per_s: tokens of an average request by its average time: what one client at a time would get.
-        p50_s: of requests without an error, as are the other times; ``None`` where there were none.
+        requests: those counted for the experiment, errors included.
+        tokens_per_s: mean tokens of a request divided by its mean time: the rate that a single client would see.
+        p50_s: of requests without an error, like the other times; ``None`` without any.
     """
 
     arm: str
@@ -51,13 +51,13 @@ class ArmReport:
 
 @dataclass(frozen=True, slots=True)
 class ExperimentReport:
-    """An experiment in figures.
+    """The stats of an experiment.
 
     Attributes:
-        since: when this process began to count requests under the present weights, ISO 8601.
+        since: when this process began to count requests under the current weights, ISO 8601.
         units_since: when the first unit was seen: earlier, if there is an exposure log; ``None`` before the first one.
-        uncounted: requests that were not part of the split, by reason.
-        warning: what keeps the experiment from telling anything; ``None`` where nothing is known to.
+        uncounted: requests outside the split, by reason.
+        warning: why the stats are meaningless; ``None`` if no reason is known.
     """
 
     experiment: str
@@ -72,14 +72,14 @@ class ExperimentReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
+class RequestRecord:
     """One request of an experiment.
 
     Attributes:
         is_counted: the request is part of the split.
         unit: hashed, 16 hex digits; ``None`` where the request has none.
         space: of the vectors; ``None`` for a request that failed, which exposed its unit to nothing.
-        queue_s: the wait of the text that waited longest.
+        queue_s: the longest wait of its texts in the queue.
     """
 
     experiment: str
@@ -117,21 +117,21 @@ class _Generation:
     units_since: str | None = None
 
     def expose(self, exposure: Exposure) -> None:
-        """Take note of a unit in an arm. The logs of several replicas come in any order."""
+        """Count a unit in an arm. The logs of several replicas come in any order."""
         self.units_since = min(self.units_since or exposure.time, exposure.time)
         self.arms[exposure.arm].units.add(int(exposure.unit, 16))
 
 
-class Evidence:
+class ExperimentStats:
     """Counts the requests of experiments, and writes the exposure log.
 
     Args:
-        log: where exposures are written, and were written before: the units in it are counted.
+        log: where to write exposures. The units that it already has are counted.
     """
 
     def __init__(self, log: ExposureLog | None) -> None:
         self._log = log
-        # What could not be written when it was due, by all that an exposure is known by.
+        # Exposures that could not be written yet, by experiment, generation, arm and unit.
         self._unwritten: dict[tuple[str, str, str, str], Exposure] = {}
         self._experiments: defaultdict[str, OrderedDict[str, _Generation]] = defaultdict(OrderedDict)
         if log is not None:
@@ -139,35 +139,35 @@ class Evidence:
 
     def add(self, exposures: Iterable[Exposure]) -> None:
         """Count the units of a log."""
-        for one in exposures:
-            self._generation(one.experiment, one.generation).expose(one)
+        for exposure in exposures:
+            self._generation(exposure.experiment, exposure.generation).expose(exposure)
 
-    def record(self, seen: Observation) -> None:
-        """Count one request; the first one of a unit in an arm is written to the log."""
-        generation = self._generation(seen.experiment, seen.generation)
-        if not seen.is_counted:
-            generation.uncounted[seen.reason] += 1
+    def record(self, request: RequestRecord) -> None:
+        """Count one request, and log it if it is the first of its unit in an arm."""
+        generation = self._generation(request.experiment, request.generation)
+        if not request.is_counted:
+            generation.uncounted[request.reason] += 1
             return
-        arm = generation.arms[seen.arm]
+        arm = generation.arms[request.arm]
         arm.requests += 1
-        if seen.error_code is not None:
-            arm.errors[seen.error_code] += 1
+        if request.error_code is not None:
+            arm.errors[request.error_code] += 1
         else:
-            arm.texts += seen.num_texts
-            arm.tokens += seen.num_tokens
-            arm.seconds += seen.elapsed_s
-            arm.latency.observe(seen.elapsed_s)
-            arm.queue.observe(seen.queue_s)
-        if seen.unit is not None and seen.space is not None:
-            self._expose(seen, seen.unit, seen.space, generation, is_new=arm.units.add(int(seen.unit, 16)))
+            arm.texts += request.num_texts
+            arm.tokens += request.num_tokens
+            arm.seconds += request.elapsed_s
+            arm.latency.observe(request.elapsed_s)
+            arm.queue.observe(request.queue_s)
+        if request.unit is not None and request.space is not None:
+            self._expose(request, request.unit, request.space, generation, is_new=arm.units.add(int(request.unit, 16)))
 
-    def _expose(self, seen: Observation, unit: str, space: str, generation: _Generation, *, is_new: bool) -> None:
-        """Write the first answer of a unit to the log; if that failed before, try again."""
-        key = (seen.experiment, seen.generation, seen.arm, unit)
+    def _expose(self, request: RequestRecord, unit: str, space: str, generation: _Generation, *, is_new: bool) -> None:
+        """Write the first answer of a unit to the log, or retry if that failed before."""
+        key = (request.experiment, request.generation, request.arm, unit)
         if is_new:
             time = now()
             generation.units_since = generation.units_since or time
-            exposure = Exposure(time, seen.experiment, seen.generation, seen.arm, unit, seen.model, space)
+            exposure = Exposure(time, request.experiment, request.generation, request.arm, unit, request.model, space)
         elif key in self._unwritten:
             exposure = self._unwritten.pop(key)
         else:
@@ -180,41 +180,41 @@ class Evidence:
             self._unwritten[key] = exposure
 
     def _write_rest(self, log: ExposureLog, num_most: int = _MAX_WRITTEN_AT_ONCE) -> None:
-        """Write what could not be written before; beside a request, which waits for it, a few at a time."""
+        """Write what could not be written before. A request waits for it, so only a few at a time."""
         for key in list(islice(self._unwritten, num_most)):
             if not log.write(self._unwritten[key]):
                 return
             del self._unwritten[key]
 
     def close(self) -> None:
-        """Write what still can be written to the log, and close it."""
+        """Write the rest to the log if possible, and close it."""
         if self._log is not None:
             self._write_rest(self._log, len(self._unwritten))
             self._log.close()
 
     def report(self, experiment: Experiment, generation: str, since: str | None = None) -> ExperimentReport:
-        """Return what has been seen of an experiment under its present weights.
+        """Report the stats of an experiment under its current weights.
 
         Args:
-            since: when it was first served with them; ``None`` for the first time that it was counted.
+            since: when it was first served with them; ``None`` for when its first request was counted.
         """
         generations = self._experiments.get(experiment.id, OrderedDict())
-        seen = generations.get(generation) or _Generation(since or now())
+        counted = generations.get(generation) or _Generation(since or now())
         total = sum(arm.weight for arm in experiment.arms)
         arms = [
-            _report(arm.label, arm.model, arm.weight, arm.weight / total, seen.arms.get(arm.label, _Arm()))
+            _report(arm.label, arm.model, arm.weight, arm.weight / total, counted.arms.get(arm.label, _Arm()))
             for arm in experiment.arms
         ]
         return ExperimentReport(
             experiment=experiment.id,
             kind=experiment.kind,
             generation=generation,
-            since=min(since or seen.since, seen.since),
-            units_since=seen.units_since,
+            since=min(since or counted.since, counted.since),
+            units_since=counted.units_since,
             arms=arms,
-            uncounted=dict(seen.uncounted),
+            uncounted=dict(counted.uncounted),
             sample_ratio=check_sample_ratio([arm.units for arm in arms], [arm.share for arm in arms]),
-            warning=_warning(experiment, sum(arm.requests for arm in arms), seen.uncounted),
+            warning=_warning(experiment, sum(arm.requests for arm in arms), counted.uncounted),
         )
 
     def _generation(self, experiment: str, generation: str) -> _Generation:
@@ -249,7 +249,7 @@ def _report(label: str, model: str, weight: float, share: float, arm: _Arm) -> A
 
 
 def _warning(experiment: Experiment, num_counted: int, uncounted: Mapping[str, int]) -> str | None:
-    """Say that requests bring no unit, where that is so of most: the control arm answers them, and nothing is split."""
+    """Warn if most requests have no unit: the control arm answers them, and nothing is split."""
     num_without = uncounted.get("no_unit", 0)
     if not num_without or num_without < num_counted:
         return None
@@ -257,12 +257,12 @@ def _warning(experiment: Experiment, num_counted: int, uncounted: Mapping[str, i
     sources = ", ".join(f"`{source}`" for source in experiment.unit)
     return (
         f"{how_many} requests had no unit, so the control arm {experiment.control.label!r} answered them and they are not "
-        f"counted: a unit is made from {sources}, and they have none of these"
+        f"counted: a unit is made from {sources}, and these requests have none of them"
     )
 
 
 def is_running(experiment: Experiment) -> bool:
-    """Tell whether an experiment splits its requests now, rather than answering all with the control arm."""
+    """Return whether an experiment splits its requests now, rather than answering all with the control arm."""
     time = datetime.now(UTC)
-    has_begun = experiment.start is None or time >= experiment.start
-    return has_begun and (experiment.end is None or time < experiment.end)
+    has_started = experiment.start is None or time >= experiment.start
+    return has_started and (experiment.end is None or time < experiment.end)

@@ -18,7 +18,7 @@ from gateway.errors import (
     ModelRecovering,
     ModelUnavailable,
 )
-from gateway.experiments.split import Assignment, Attribute, Split
+from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
 from gateway.routing.spaces import why_no_stand_in
 from gateway.types import ModelInfo, ModelState, canonical_task, known_task_names
@@ -98,14 +98,14 @@ class Router:
         choices = [self.choose(name, may_use) for name in self.names(may_use)]
         return [one for one in choices if one.experiment or one.asked == one.model.id or not may_use(one.model.id)]
 
-    def choose(self, name: str | None, may_use: MayUse, attribute: Attribute | None = None) -> Choice:
+    def choose(self, name: str | None, may_use: MayUse, unit_source: UnitSource | None = None) -> Choice:
         """Find the model that a name stands for.
 
         Args:
             name: an id, an alias, an experiment, a model's source, or one of these with a task, ``name:task``; ``None``
                 for the registry's default.
             may_use: whether the caller may use something that has these names.
-            attribute: looks up what the unit of an experiment can be made from; ``None`` for no request in particular,
+            unit_source: looks up the values that an experiment can make a unit from; ``None`` for no request in particular,
                 which gets the control arm and no assignment.
 
         Raises:
@@ -118,7 +118,7 @@ class Router:
                 raise BadInput(f"`model` is required; one of: {', '.join(self.names(may_use))}", param="model")
             name = DEFAULT_ALIAS
         for known, task in _readings(name):
-            choice = self._choose_known(known, may_use, attribute)
+            choice = self._choose_known(known, may_use, unit_source)
             if choice is None:
                 continue
             if task is None:
@@ -154,9 +154,9 @@ class Router:
             raise _not_ready(choice.model)
         return targets
 
-    def resolve(self, name: str | None, task: str | None, attribute: Attribute | None = None) -> Target:
+    def resolve(self, name: str | None, task: str | None, unit_source: UnitSource | None = None) -> Target:
         """Return the first of the :meth:`targets` of a name, for the gateway's own work, which may use all of them."""
-        return self.targets(self.choose(name, everything, attribute), task)[0]
+        return self.targets(self.choose(name, everything, unit_source), task)[0]
 
     def task_of(self, choice: Choice) -> str | None:
         """Return the task of a request under a name that says none itself; ``None`` before the model has been read.
@@ -210,7 +210,7 @@ class Router:
         alias = self._aliases.get(asked)
         return (asked,) if alias is None else (asked, alias.model)
 
-    def _choose_known(self, name: str, may_use: MayUse, attribute: Attribute | None) -> Choice | None:
+    def _choose_known(self, name: str, may_use: MayUse, unit_source: UnitSource | None) -> Choice | None:
         """Return what a name without a task stands for, if it is one."""
         alias, split = self._aliases.get(name), self._splits.get(name)
         # An id comes first: a model may be called like the repo that another one was made from.
@@ -224,7 +224,7 @@ class Router:
         if alias is not None:
             return Choice(self._model(alias.model), alias.task, asked=name, name=alias.model)
         if split is not None:
-            assignment = split.assign(attribute, datetime.now(UTC)) if attribute else None
+            assignment = split.assign(unit_source, datetime.now(UTC)) if unit_source else None
             arm = assignment.arm if assignment else split.experiment.control
             return Choice(self._model(arm.model), arm.task, name, arm.model, assignment, split.experiment)
         return None if model is None else Choice(model, None, asked=model.id, name=name)

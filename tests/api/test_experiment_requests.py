@@ -200,7 +200,7 @@ async def test_a_tester_forces_an_arm_and_is_not_counted(client: httpx.AsyncClie
 async def test_an_arm_that_there_is_not_is_a_400(client: httpx.AsyncClient, check_error: CheckError) -> None:
     message = check_error(await embed(client, {"x-arm": "jina"}), 400, "invalid_input")
 
-    assert message == "the header `x-arm` asks for arm 'jina' of experiment 'exp'; its arms: mini, new"
+    assert message == "the header `x-arm` requests arm 'jina' of experiment 'exp'; its arms: mini, new"
 
 
 async def test_before_its_start_the_control_arm_answers(connect: Connect) -> None:

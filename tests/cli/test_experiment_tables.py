@@ -17,7 +17,7 @@ from gateway.config.registry import Experiment, load_registry
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, ExposureLog
 from gateway.experiments.split import Split
-from gateway.experiments.stats import Evidence, Observation
+from gateway.experiments.stats import ExperimentStats, RequestRecord
 
 REGISTRY = """\
 version: 1
@@ -82,8 +82,8 @@ def write_log(path: Path, experiment: Experiment, numbers: range, weights_change
 
 def evidence_json(experiment: Experiment, num_units: tuple[int, int]) -> str:
     """Return what a gateway answers that has seen some units in each arm, and one error."""
-    evidence = Evidence(None)
-    seen = Observation(
+    stats = ExperimentStats(None)
+    seen = RequestRecord(
         experiment="exp",
         generation=Split(experiment).generation,
         arm="one",
@@ -99,10 +99,10 @@ def evidence_json(experiment: Experiment, num_units: tuple[int, int]) -> str:
     )
     for arm, num in zip(experiment.arms, num_units, strict=True):
         for number in range(num):
-            evidence.record(dataclasses.replace(seen, arm=arm.label, model=arm.model, unit=f"{number:016x}"))
-    evidence.record(dataclasses.replace(seen, space=None, error_code="overloaded"))
-    evidence.record(dataclasses.replace(seen, is_counted=False, reason="forced"))
-    return present(experiment, evidence.report(experiment, seen.generation)).model_dump_json()
+            stats.record(dataclasses.replace(seen, arm=arm.label, model=arm.model, unit=f"{number:016x}"))
+    stats.record(dataclasses.replace(seen, space=None, error_code="overloaded"))
+    stats.record(dataclasses.replace(seen, is_counted=False, reason="forced"))
+    return present(experiment, stats.report(experiment, seen.generation)).model_dump_json()
 
 
 def test_the_arms_of_a_running_gateway_are_shown_side_by_side(

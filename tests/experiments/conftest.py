@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from gateway.config.registry import Arm, Experiment
-from gateway.experiments.stats import Observation
+from gateway.experiments.stats import RequestRecord
 
 MakeExperiment = Callable[..., Experiment]
-MakeObservation = Callable[..., Observation]
+MakeRecord = Callable[..., RequestRecord]
 
-_OBSERVATION = Observation(
+_RECORD = RequestRecord(
     experiment="exp",
     generation="aaaaaaaa",
     arm="a",
@@ -42,10 +42,10 @@ def make_experiment() -> MakeExperiment:
 
 
 @pytest.fixture
-def make_observation() -> MakeObservation:
+def make_record() -> MakeRecord:
     """Return a function that makes a request that was answered; `unit` is a number."""
 
-    def make(unit: int | None = None, **fields: object) -> Observation:
-        return dataclasses.replace(_OBSERVATION, unit=None if unit is None else f"{unit:016x}", **fields)
+    def make(unit: int | None = None, **fields: object) -> RequestRecord:
+        return dataclasses.replace(_RECORD, unit=None if unit is None else f"{unit:016x}", **fields)
 
     return make

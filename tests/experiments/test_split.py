@@ -16,7 +16,7 @@ from scipy.stats import chi2_contingency, chisquare
 
 from gateway.config.registry import Experiment
 from gateway.errors import BadInput
-from gateway.experiments.split import Attribute, Reason, Split
+from gateway.experiments.split import Reason, Split, UnitSource
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 UNITS = [f"user-{i}" for i in range(20_000)]
@@ -36,10 +36,10 @@ def make_split(weights: Mapping[str, float], **fields: object) -> Split:
     return Split(Experiment.model_validate(content))
 
 
-def asking(**attributes: str) -> Attribute:
-    """Return the attributes of a request: ``unit`` for the header, ``user``, ``key``, ``force``."""
+def asking(**values: str) -> UnitSource:
+    """Return the lookup of a request's values: ``unit`` for the header, ``user``, ``key``, ``force``."""
     names = {"header:x-unit": "unit", "body:user": "user", "api_key": "key", "header:x-arm": "force"}
-    return lambda source: attributes.get(names[source])
+    return lambda source: values.get(names[source])
 
 
 def arms_of(split: Split, units: list[str] = UNITS) -> list[str]:
@@ -174,17 +174,17 @@ PINNED_GENERATION = "800998c9"
 
 
 @pytest.mark.parametrize(
-    ("attributes", "unit"),
+    ("values", "unit"),
     [
         pytest.param({"unit": "u1", "user": "u2", "key": "u3"}, "u1", id="header first"),
         pytest.param({"user": "u2", "key": "u3"}, "u2", id="then user"),
         pytest.param({"key": "u3"}, "u3", id="then the key"),
     ],
 )
-def test_the_first_source_that_is_there_gives_the_unit(attributes: dict[str, str], unit: str) -> None:
+def test_the_first_source_that_is_there_gives_the_unit(values: dict[str, str], unit: str) -> None:
     split = make_split({"a": 1, "b": 1})
 
-    assignment = split.assign(asking(**attributes), NOW)
+    assignment = split.assign(asking(**values), NOW)
 
     assert assignment.reason is Reason.UNIT
     assert assignment.arm is split.arm_of(unit)
@@ -257,7 +257,7 @@ def test_a_tester_chooses_the_arm_whatever_else_holds() -> None:
 def test_an_arm_that_there_is_not_cannot_be_forced() -> None:
     split = make_split({"control": 1, "b": 0}, force="header:x-arm")
 
-    with pytest.raises(BadInput, match="`x-arm` asks for arm 'c' of experiment 'exp'; its arms: control, b"):
+    with pytest.raises(BadInput, match="`x-arm` requests arm 'c' of experiment 'exp'; its arms: control, b"):
         split.assign(asking(force="c"), NOW)
 
 

@@ -11,10 +11,10 @@ from structlog.testing import capture_logs
 
 from gateway.config.registry import Experiment
 from gateway.experiments.exposures import ExposureLog, read_exposures
-from gateway.experiments.stats import ArmReport, Evidence, ExperimentReport, Observation, is_running
+from gateway.experiments.stats import ArmReport, ExperimentReport, ExperimentStats, RequestRecord, is_running
 
 MakeExperiment = Callable[..., Experiment]
-MakeObservation = Callable[..., Observation]
+MakeRecord = Callable[..., RequestRecord]
 GENERATION = "aaaaaaaa"
 
 
@@ -27,7 +27,7 @@ def units(report: ExperimentReport) -> list[int]:
 
 
 def test_before_any_request_all_is_zero(make_experiment: MakeExperiment) -> None:
-    report = Evidence(None).report(make_experiment(90, 10), GENERATION)
+    report = ExperimentStats(None).report(make_experiment(90, 10), GENERATION)
 
     assert report.arms[1] == ArmReport(
         arm="b",
@@ -51,15 +51,13 @@ def test_before_any_request_all_is_zero(make_experiment: MakeExperiment) -> None
     assert report.sample_ratio.verdict == "too few units to tell: 0"
 
 
-def test_the_requests_of_an_arm_are_summed_up(
-    make_experiment: MakeExperiment, make_observation: MakeObservation
-) -> None:
-    evidence = Evidence(None)
+def test_the_requests_of_an_arm_are_summed_up(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(None)
     for i in range(100):
-        evidence.record(make_observation(i % 7, elapsed_s=(i + 1) / 100, queue_s=(i + 1) / 1000))
-    evidence.record(make_observation(99, arm="b", model="model-b"))
+        stats.record(make_record(i % 7, elapsed_s=(i + 1) / 100, queue_s=(i + 1) / 1000))
+    stats.record(make_record(99, arm="b", model="model-b"))
 
-    arm, other = evidence.report(make_experiment(1, 1), GENERATION).arms
+    arm, other = stats.report(make_experiment(1, 1), GENERATION).arms
 
     assert (arm.units, arm.requests, arm.errors, arm.texts, arm.tokens) == (7, 100, 0, 200, 1000)
     assert arm.tokens_per_s == pytest.approx(1000 / 50.5)
@@ -68,28 +66,28 @@ def test_the_requests_of_an_arm_are_summed_up(
 
 
 def test_errors_count_as_requests_and_for_nothing_else(
-    make_experiment: MakeExperiment, make_observation: MakeObservation
+    make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
-    evidence = Evidence(None)
-    evidence.record(make_observation(1))
+    stats = ExperimentStats(None)
+    stats.record(make_record(1))
     for code in ("overloaded", "overloaded", "deadline_exceeded"):
-        evidence.record(make_observation(2, space=None, error_code=code, elapsed_s=300.0, num_texts=0, num_tokens=0))
+        stats.record(make_record(2, space=None, error_code=code, elapsed_s=300.0, num_texts=0, num_tokens=0))
 
-    arm = evidence.report(make_experiment(1, 1), GENERATION).arms[0]
+    arm = stats.report(make_experiment(1, 1), GENERATION).arms[0]
 
     assert (arm.requests, arm.errors, arm.error_rate, arm.units, arm.texts) == (4, 3, 0.75, 1, 2)
     assert arm.p99_s == pytest.approx(0.1, rel=0.02)
 
 
 def test_requests_outside_the_split_are_counted_by_reason(
-    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     log = open_log(tmp_path)
-    evidence = Evidence(log)
+    stats = ExperimentStats(log)
     for reason in ("forced", "excluded", "forced"):
-        evidence.record(make_observation(1, reason=reason, is_counted=False))
+        stats.record(make_record(1, reason=reason, is_counted=False))
 
-    report = evidence.report(make_experiment(1, 1), GENERATION)
+    report = stats.report(make_experiment(1, 1), GENERATION)
 
     assert report.uncounted == {"forced": 2, "excluded": 1}
     assert (report.arms[0].requests, report.arms[0].units) == (0, 0)
@@ -97,23 +95,23 @@ def test_requests_outside_the_split_are_counted_by_reason(
 
 
 def test_requests_without_a_unit_are_counted_without_one(
-    make_experiment: MakeExperiment, make_observation: MakeObservation
+    make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
-    evidence = Evidence(None)
-    evidence.record(make_observation(None, reason="random"))
+    stats = ExperimentStats(None)
+    stats.record(make_record(None, reason="random"))
 
-    arm = evidence.report(make_experiment(1, 1), GENERATION).arms[0]
+    arm = stats.report(make_experiment(1, 1), GENERATION).arms[0]
 
     assert (arm.requests, arm.units) == (1, 0)
 
 
-def test_the_first_answer_of_a_unit_in_an_arm_is_logged(tmp_path: Path, make_observation: MakeObservation) -> None:
+def test_the_first_answer_of_a_unit_in_an_arm_is_logged(tmp_path: Path, make_record: MakeRecord) -> None:
     log = open_log(tmp_path)
-    evidence = Evidence(log)
-    evidence.record(make_observation(1, space=None, error_code="overloaded"))  # exposed to nothing
+    stats = ExperimentStats(log)
+    stats.record(make_record(1, space=None, error_code="overloaded"))  # exposed to nothing
     for unit, arm in ((1, "a"), (1, "a"), (2, "a"), (1, "b"), (1, "a")):
-        evidence.record(make_observation(unit, arm=arm))
-    evidence.record(make_observation(1, generation="bbbbbbbb"))
+        stats.record(make_record(unit, arm=arm))
+    stats.record(make_record(1, generation="bbbbbbbb"))
 
     assert [(one.unit[-1], one.arm, one.generation, one.model, one.space) for one in read_exposures(log.files())] == [
         ("1", "a", GENERATION, "model-a", "model-a@0123456789ab"),
@@ -124,18 +122,18 @@ def test_the_first_answer_of_a_unit_in_an_arm_is_logged(tmp_path: Path, make_obs
 
 
 def test_units_survive_a_restart_and_requests_do_not(
-    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     experiment = make_experiment(1, 1)
-    before = Evidence(open_log(tmp_path))
+    before = ExperimentStats(open_log(tmp_path))
     for unit in range(5):
-        before.record(make_observation(unit))
+        before.record(make_record(unit))
     since = before.report(experiment, GENERATION).units_since
 
     log = open_log(tmp_path)
-    after = Evidence(log)
+    after = ExperimentStats(log)
     for unit in (3, 4, 5):
-        after.record(make_observation(unit))
+        after.record(make_record(unit))
     report = after.report(experiment, GENERATION)
 
     assert units(report) == [6, 0]
@@ -147,42 +145,42 @@ def test_units_survive_a_restart_and_requests_do_not(
 
 
 def test_the_first_unit_is_since_when_they_are_counted(
-    monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_observation: MakeObservation
+    monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     times = iter(["the start", "first", "second"])
     monkeypatch.setattr("gateway.experiments.stats.now", lambda: next(times))
-    evidence = Evidence(None)
+    stats = ExperimentStats(None)
     for unit in (1, 2):
-        evidence.record(make_observation(unit))
+        stats.record(make_record(unit))
 
-    report = evidence.report(make_experiment(1, 1), GENERATION)
+    report = stats.report(make_experiment(1, 1), GENERATION)
 
     assert (report.since, report.units_since) == ("the start", "first")
 
 
 def test_units_are_hashes_of_sixty_four_bits(
-    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     log = open_log(tmp_path)
-    evidence = Evidence(log)
+    stats = ExperimentStats(log)
     for unit in (0, 2**64 - 1, 0xFEDCBA9876543210, 2**64 - 1):
-        evidence.record(make_observation(unit))
+        stats.record(make_record(unit))
 
-    assert units(evidence.report(make_experiment(1, 1), GENERATION)) == [3, 0]
-    assert units(Evidence(log).report(make_experiment(1, 1), GENERATION)) == [3, 0]
+    assert units(stats.report(make_experiment(1, 1), GENERATION)) == [3, 0]
+    assert units(ExperimentStats(log).report(make_experiment(1, 1), GENERATION)) == [3, 0]
 
 
 def test_the_units_of_several_logs_are_united(
-    tmp_path: Path, make_experiment: MakeExperiment, make_observation: MakeObservation
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     logs = [open_log(tmp_path / name) for name in ("first", "second")]
     for log, numbers in zip(logs, (range(6), range(4, 10)), strict=True):
-        replica = Evidence(log)
+        replica = ExperimentStats(log)
         for unit in numbers:
-            replica.record(make_observation(unit))
+            replica.record(make_record(unit))
     earliest = next(read_exposures(logs[0].files())).time
 
-    united = Evidence(None)
+    united = ExperimentStats(None)
     for log in reversed(logs):  # in any order
         united.add(read_exposures(log.files()))
     report = united.report(make_experiment(1, 1), GENERATION)
@@ -192,29 +190,29 @@ def test_the_units_of_several_logs_are_united(
 
 
 def test_other_weights_begin_anew_and_the_last_four_are_kept(
-    make_experiment: MakeExperiment, make_observation: MakeObservation
+    make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     experiment = make_experiment(1, 1)
-    evidence = Evidence(None)
+    stats = ExperimentStats(None)
     for generation in "pqrs":
-        evidence.record(make_observation(1, generation=generation))
-    assert units(evidence.report(experiment, "t")) == [0, 0]
+        stats.record(make_record(1, generation=generation))
+    assert units(stats.report(experiment, "t")) == [0, 0]
 
-    evidence.record(make_observation(2, generation="p"))  # a reload was taken back
-    evidence.record(make_observation(1, generation="t"))
+    stats.record(make_record(2, generation="p"))  # a reload was taken back
+    stats.record(make_record(1, generation="t"))
 
-    kept = {generation: units(evidence.report(experiment, generation))[0] for generation in "pqrst"}
+    kept = {generation: units(stats.report(experiment, generation))[0] for generation in "pqrst"}
     assert kept == {"p": 2, "q": 0, "r": 1, "s": 1, "t": 1}
 
 
-def test_a_split_that_is_wrong_is_told(make_experiment: MakeExperiment, make_observation: MakeObservation) -> None:
-    evidence = Evidence(None)
+def test_a_split_that_is_wrong_is_told(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(None)
     for unit in range(1_000):
-        evidence.record(make_observation(unit, arm="ab"[unit % 2]))
+        stats.record(make_record(unit, arm="ab"[unit % 2]))
 
-    assert not evidence.report(make_experiment(50, 50), GENERATION).sample_ratio.mismatch
-    assert evidence.report(make_experiment(60, 40), GENERATION).sample_ratio.mismatch
-    assert evidence.report(make_experiment(1, 0), GENERATION).sample_ratio.mismatch
+    assert not stats.report(make_experiment(50, 50), GENERATION).sample_ratio.mismatch
+    assert stats.report(make_experiment(60, 40), GENERATION).sample_ratio.mismatch
+    assert stats.report(make_experiment(1, 0), GENERATION).sample_ratio.mismatch
 
 
 NOW = datetime.now(UTC)
@@ -242,18 +240,18 @@ def test_an_experiment_runs_between_start_and_end(
 
 
 def test_each_set_of_weights_is_counted_since_it_came(
-    monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_observation: MakeObservation
+    monkeypatch: pytest.MonkeyPatch, make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     times = iter(["t1", "t2", "t3", "t4", "t5"])
     monkeypatch.setattr("gateway.experiments.stats.now", lambda: next(times))
     experiment = make_experiment(1, 1)
-    evidence = Evidence(None)
-    evidence.record(make_observation(None, generation="p"))
-    evidence.record(make_observation(None, generation="q"))
+    stats = ExperimentStats(None)
+    stats.record(make_record(None, generation="p"))
+    stats.record(make_record(None, generation="q"))
 
-    assert evidence.report(experiment, "p", "t0").since == "t0"  # served before the first request came
-    assert evidence.report(experiment, "q", "t9").since == "t2"  # a reload was taken back: the counts went on
-    assert evidence.report(experiment, "never asked", "t8").since == "t8"
+    assert stats.report(experiment, "p", "t0").since == "t0"  # served before the first request came
+    assert stats.report(experiment, "q", "t9").since == "t2"  # a reload was taken back: the counts went on
+    assert stats.report(experiment, "never asked", "t8").since == "t8"
 
 
 @pytest.mark.parametrize(
@@ -263,25 +261,25 @@ def test_each_set_of_weights_is_counted_since_it_came(
         (0, 5, None),
         (3, 4, None),
         (1000, 0, "all 1,000 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is "
-                  "made from `header:x-unit`, and they have none of these"),
+                  "made from `header:x-unit`, and these requests have none of them"),
         (4, 4, "4 of 8 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is made "
-               "from `header:x-unit`, and they have none of these"),
+               "from `header:x-unit`, and these requests have none of them"),
     ],
 )  # fmt: skip
 def test_an_experiment_whose_requests_have_no_unit_is_told(
     make_experiment: MakeExperiment,
-    make_observation: MakeObservation,
+    make_record: MakeRecord,
     num_without: int,
     num_with: int,
     warning: str | None,
 ) -> None:
-    evidence = Evidence(None)
+    stats = ExperimentStats(None)
     for _ in range(num_without):
-        evidence.record(make_observation(None, reason="no_unit", is_counted=False))
+        stats.record(make_record(None, reason="no_unit", is_counted=False))
     for unit in range(num_with):
-        evidence.record(make_observation(unit))
+        stats.record(make_record(unit))
 
-    assert evidence.report(make_experiment(1, 1), GENERATION).warning == warning
+    assert stats.report(make_experiment(1, 1), GENERATION).warning == warning
 
 
 # ------------------------------------------------------------------------------------------------------------ a full disk
@@ -292,40 +290,40 @@ FULL_DISK = Path("/dev/full")
 @pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("who", ["a unit that was not written", "another unit", "the end"])
 def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
-    tmp_path: Path, make_observation: MakeObservation, who: str
+    tmp_path: Path, make_record: MakeRecord, who: str
 ) -> None:
     path = tmp_path / "exposures.jsonl"
     path.symlink_to(FULL_DISK)
-    evidence = Evidence(open_log(tmp_path))
+    stats = ExperimentStats(open_log(tmp_path))
     with capture_logs():
         for unit in (1, 2, 1):
-            evidence.record(make_observation(unit))
+            stats.record(make_record(unit))
     path.unlink()
 
     if who == "the end":
-        evidence.close()
+        stats.close()
     else:
-        evidence.record(make_observation(1 if who == "a unit that was not written" else 3))
+        stats.record(make_record(1 if who == "a unit that was not written" else 3))
 
     written = [int(exposure.unit, 16) for exposure in read_exposures([path])]
     assert sorted(written) == ([1, 2] if who != "another unit" else [1, 2, 3])
-    evidence.record(make_observation(2))
+    stats.record(make_record(2))
     assert len(list(read_exposures([path]))) == len(written)
 
 
 @pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
 def test_what_waits_for_room_has_a_limit(
-    tmp_path: Path, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.experiments.stats._MAX_UNWRITTEN", 3)
     path = tmp_path / "exposures.jsonl"
     path.symlink_to(FULL_DISK)
-    evidence = Evidence(open_log(tmp_path))
+    stats = ExperimentStats(open_log(tmp_path))
     with capture_logs():
         for unit in range(10):
-            evidence.record(make_observation(unit))
+            stats.record(make_record(unit))
     path.unlink()
 
-    evidence.close()
+    stats.close()
 
     assert len(list(read_exposures([path]))) == 3
