@@ -53,12 +53,13 @@ install-clients: install-dev build/clients/.installed ## Also install clients th
 test: install-clients ## Run the tests
 	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
-check: install-dev ## Check format, lint, types, imports, words, generated docs and the locks
+check: install-dev ## Check format, lint, types, imports, words, budgets, generated docs and the locks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 	$(BIN)/python docs/check_prose.py
+	$(BIN)/python docs/measure.py
 	$(BIN)/python docs/generate.py --check
 	@$(INSTALL) verify
 
