@@ -43,7 +43,7 @@ to be told apart, by another. All of it is checked before anything starts; `gate
 and without a GPU:
 
 ```console
-$ gateway check models.yaml
+$ gateway check
 models.yaml:7:15: models[0].revision: must be a commit, 40 lowercase hex digits such as ...
 models.yaml:9:5: models[0].max_token: is not a known key; did you mean `max_tokens`? ...
 ```

@@ -278,7 +278,10 @@ def test_models_lists_what_would_load(tmp_path: Path) -> None:
     registry = write_registry(tmp_path, BUNDLED + lost + off)
 
     result = subprocess.run(
-        [sys.executable, "-m", "gateway", "models", str(registry)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "gateway", "models", "--models", str(registry)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     listed = words(result.stdout)

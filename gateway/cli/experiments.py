@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import quote
-
-import httpx
-import orjson
-from pydantic import BaseModel, ValidationError
 
 from gateway.api.experiments import ArmEvidence, ExperimentEvidence, ExperimentList, present
+from gateway.cli.client import connect
 from gateway.cli.console import make_console, make_table, say
 from gateway.config.registry import Registry
 from gateway.errors import StartError
@@ -22,7 +18,6 @@ from gateway.experiments.stats import ExperimentStats
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"
-Answer = TypeVar("Answer", bound=BaseModel)
 
 
 # -------------------------------------------------------------------------------------------------------- find out
@@ -32,18 +27,28 @@ def ask_experiments(url: str, api_key: str | None) -> ExperimentList:
     """Ask a gateway for its experiments.
 
     Raises:
-        StartError: it does not answer, or not with experiments; says why.
+        StartError: it does not answer, or not with experiments.
     """
-    return _ask(url, "/v1/experiments", api_key, ExperimentList)
+
+    async def ask() -> ExperimentList:
+        async with connect(url, api_key, timeout_s=_TIMEOUT_S) as client:
+            return await client.experiments()
+
+    return asyncio.run(ask())
 
 
 def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> ExperimentEvidence:
-    """Ask a gateway what came of an experiment.
+    """Ask a gateway for the figures of an experiment.
 
     Raises:
-        StartError: it does not answer, or has no such experiment; says why.
+        StartError: it does not answer, or has no such experiment.
     """
-    return _ask(url, f"/v1/experiments/{quote(experiment_id)}", api_key, ExperimentEvidence)
+
+    async def ask() -> ExperimentEvidence:
+        async with connect(url, api_key, timeout_s=_TIMEOUT_S) as client:
+            return await client.evidence(experiment_id)
+
+    return asyncio.run(ask())
 
 
 def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path]) -> ExperimentEvidence:
@@ -74,36 +79,6 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
     stats = ExperimentStats(None)
     stats.add(current())
     return present(experiment, stats.report(experiment, generation)).model_copy(update={"uncounted": dict(left_out)})
-
-
-def _ask(url: str, path: str, api_key: str | None, model: type[Answer]) -> Answer:
-    base = url.rstrip("/").removesuffix("/v1")
-    # As bytes, since a header takes no other characters than ASCII.
-    headers = {b"authorization": f"Bearer {api_key.strip()}".encode(errors="surrogateescape")} if api_key else None
-    try:
-        answer = httpx.get(base + path, headers=headers, timeout=_TIMEOUT_S)
-    except httpx.ConnectError as error:
-        raise StartError(f"no gateway answers at {base}: {error}") from error
-    except httpx.TimeoutException as error:
-        raise StartError(f"{base} has not answered for {_TIMEOUT_S:.0f} s") from error
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise StartError(f"--url must be an address such as http://127.0.0.1:8000, got {url!r}") from error
-    except httpx.HTTPError as error:  # without its message, which can have the key in it
-        raise StartError(f"{base} could not be asked: {type(error).__name__}") from error
-    if answer.status_code != 200:
-        hint = "; name the environment variable with the key by --api-key-env" if answer.status_code == 401 else ""
-        raise StartError(f"{base} answers {answer.status_code}: {_message(answer)}{hint}")
-    try:
-        return model.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise StartError(f"{base} is no gateway of this version: its {path} is not understood") from error
-
-
-def _message(answer: httpx.Response) -> str:
-    try:
-        return str(orjson.loads(answer.content)["message"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return answer.reason_phrase + ("; is it a gateway?" if answer.status_code == 404 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- print

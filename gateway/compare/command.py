@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.text import Text
 
+from gateway.cli.client import GatewayClient, connect
 from gateway.cli.console import make_console
 from gateway.compare.arms import parse_arms
-from gateway.compare.client import GatewayClient
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.in_process import in_process_client
@@ -32,6 +31,10 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.errors import CompareError
 from gateway.telemetry.logs import configure_logs
+
+# Longer than a gateway computes, by default, before it says that it takes too long.
+_TIMEOUT_S = 330.0
+_PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +90,10 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
         configure_logs("warning", "auto")  # the steps are shown instead
         logging.getLogger("httpx").setLevel(logging.WARNING)
         async with in_process_client(gateway.registry, gateway.settings, names) as http:
-            yield GatewayClient(http, "in process")
+            yield GatewayClient(http, "in process", _PATIENCE_S)
         return
-    headers = {"authorization": f"Bearer {gateway.api_key}"} if gateway.api_key else {}
-    base_url = _base_url(gateway.url)
-    # Longer than a gateway computes, by default, before it says that it takes too long.
-    timeout = httpx.Timeout(330.0, connect=10.0)
-    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout) as http:
-        yield GatewayClient(http, base_url)
-
-
-def _base_url(text: str) -> str:
-    """Return the address of a gateway, also where that of its API was given, which ends with ``/v1``."""
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as error:
-        raise CompareError(f"--url {text}: {error}") from error
-    is_address = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= 65_535
-    if not is_address or url.query or url.fragment:
-        raise CompareError(f"--url {text}: must be an address such as http://127.0.0.1:8000")
-    return text.rstrip("/").removesuffix("/v1")
+    async with connect(gateway.url, gateway.api_key, timeout_s=_TIMEOUT_S, patience_s=_PATIENCE_S) as client:
+        yield client
 
 
 def _check_folder(folder: Path) -> None:

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gateway import __version__
+from gateway.cli.client import GatewayClient
 from gateway.compare.agreement import overlap, rank_biased_overlap, same_first
 from gateway.compare.arms import PlannedArm, parse_arms, plan_arm
 from gateway.compare.cache import VectorCache
-from gateway.compare.client import GatewayClient
 from gateway.compare.cost import measure_costs
 from gateway.compare.dataset import Dataset
 from gateway.compare.embedding import embed_side

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gateway.cli.client import EmbeddedTexts, GatewayClient
 from gateway.compare.arms import PlannedArm, Side
-from gateway.compare.client import Embedded, GatewayClient
 from gateway.compare.progress import Reporter
 from gateway.compare.results import Cost
 
@@ -85,5 +85,5 @@ async def _measure_round(
         measured.latencies_s.append((await _embed(client, arm, arm.queries, [query])).elapsed_s)
 
 
-async def _embed(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> Embedded:
+async def _embed(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> EmbeddedTexts:
     return await client.embed(arm.name.model, texts, side.asked_task, arm.dimensions, expect_space=side.space)

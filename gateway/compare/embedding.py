@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 
+from gateway.cli.client import GatewayClient, Refused
 from gateway.compare.arms import PlannedArm, Side
 from gateway.compare.cache import VectorCache, VectorFile
-from gateway.compare.client import GatewayClient, Refused
 from gateway.compare.progress import Reporter, Step
 from gateway.errors import CompareError
 from gateway.routing.spaces import is_same_space

@@ -24,7 +24,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_a_valid_file_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path, "version: 1\nmodels:\n  - {id: a, source: package:w}\naliases: {default: a, b: a}\n")
 
-    result = CliRunner().invoke(app, ["check", str(path)])
+    result = CliRunner().invoke(app, ["check", "--models", str(path)])
 
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == f"{path}: ok, 1 model, 2 aliases"
@@ -34,7 +34,7 @@ def test_a_valid_file_is_counted(tmp_path: Path) -> None:
 def test_every_problem_is_one_line_on_stderr(tmp_path: Path) -> None:
     path = write(tmp_path, "version: 2\nmodels: []\n")
 
-    result = CliRunner().invoke(app, ["check", str(path)])
+    result = CliRunner().invoke(app, ["check", "--models", str(path)])
 
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -65,7 +65,7 @@ def test_the_file_sees_the_environment(tmp_path: Path, monkeypatch: pytest.Monke
     path = write(tmp_path, "version: 1\nmodels:\n  - {id: a, source: '${WEIGHTS}'}\n")
     monkeypatch.setenv("WEIGHTS", "package:w")
 
-    assert CliRunner().invoke(app, ["check", str(path)]).exit_code == 0
+    assert CliRunner().invoke(app, ["check", "--models", str(path)]).exit_code == 0
 
 
 def test_the_version_is_printed() -> None:
@@ -74,7 +74,7 @@ def test_the_version_is_printed() -> None:
     assert (result.exit_code, result.stdout) == (0, f"gateway {__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [["check", "models.yaml"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["check", "--models", "models.yaml"], ["--help"]])
 def test_check_and_help_import_no_engine(arguments: list[str]) -> None:
     program = f"""
 import atexit, sys
@@ -88,6 +88,25 @@ app({arguments!r})
     )
 
     assert result.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "lock", "models", "verify", "compare", "experiments"])
+def test_every_command_that_reads_models_yaml_names_it_alike(command: str) -> None:
+    text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
+
+    assert "--models FILE The file of models. By default GATEWAY_MODELS, or models.yaml." in text
+
+
+@pytest.mark.parametrize("command", [["check"], ["lock"], ["models"], ["verify", "x"], ["serve"]], ids=" ".join)
+def test_every_command_reads_the_file_that_the_environment_names(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_MODELS", str(tmp_path / "other.yaml"))
+
+    result = CliRunner().invoke(app, command)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{tmp_path}/other.yaml: ")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -52,8 +53,8 @@ def gateway_answers(monkeypatch: pytest.MonkeyPatch) -> Answering:
     """Return a function that says how the gateway answers."""
 
     def answer(respond: Callable[[httpx.Request], httpx.Response]) -> None:
-        client = httpx.Client(transport=httpx.MockTransport(respond))
-        monkeypatch.setattr("gateway.cli.experiments.httpx.get", client.get)
+        transport = httpx.MockTransport(respond)
+        monkeypatch.setattr("gateway.cli.client.httpx.AsyncClient", partial(httpx.AsyncClient, transport=transport))
 
     return answer
 
@@ -199,29 +200,36 @@ def break_off(_: httpx.Request) -> httpx.Response:
     raise httpx.RemoteProtocolError("secret")
 
 
+def error(message: str) -> dict[str, dict[str, str]]:
+    return {"error": {"message": message}}
+
+
 @pytest.mark.parametrize(
     ("respond", "said"),
     [
         (refuse, "no gateway answers at http://127.0.0.1:8000: [Errno 111] Connection refused"),
-        (never, "http://127.0.0.1:8000 has not answered for 10 s"),
-        (break_off, "http://127.0.0.1:8000 could not be asked: RemoteProtocolError"),
+        (never, "the gateway (http://127.0.0.1:8000) has not answered for 10 s"),
+        (break_off, "the gateway (http://127.0.0.1:8000) broke off the connection: RemoteProtocolError"),
         (
-            lambda _: httpx.Response(404, json={"message": "no experiment is called 'exp'; there are: none"}),
-            "http://127.0.0.1:8000 answers 404: no experiment is called 'exp'; there are: none",
+            lambda _: httpx.Response(404, json=error("no experiment is called 'exp'; there are: none")),
+            "the gateway (http://127.0.0.1:8000) answers 404: no experiment is called 'exp'; there are: none",
         ),
         (
-            lambda _: httpx.Response(401, json={"message": "an API key is required"}),
-            "http://127.0.0.1:8000 answers 401: an API key is required; "
-            "name the environment variable with the key by --api-key-env",
+            lambda _: httpx.Response(401, json=error("an API key is required")),
+            "the gateway (http://127.0.0.1:8000) answers 401: an API key is required; "
+            "--api-key-env names the environment variable with the key",
         ),
         (
             lambda _: httpx.Response(404, json={"detail": "Not Found"}),
-            "http://127.0.0.1:8000 answers 404: Not Found; is it a gateway?",
+            'the gateway (http://127.0.0.1:8000) answers 404: Not Found; is it a gateway? It says: {"detail":"Not Found"}',
         ),
-        (lambda _: httpx.Response(502, text="<html>"), "http://127.0.0.1:8000 answers 502: Bad Gateway"),
+        (
+            lambda _: httpx.Response(502, text="<html>"),
+            "the gateway (http://127.0.0.1:8000) answers 502: Bad Gateway; is it a gateway? It says: <html>",
+        ),
         (
             lambda _: httpx.Response(200, text="<html>"),
-            "http://127.0.0.1:8000 is no gateway of this version: its /v1/experiments/exp is not understood",
+            "http://127.0.0.1:8000 is not a gateway of this version: its answer to /v1/experiments/exp cannot be read",
         ),
     ],
 )
@@ -235,7 +243,9 @@ def test_what_went_wrong_is_said(
 
 @pytest.mark.parametrize("url", ["gateway:8000", "ftp://gateway", "http://gateway:port"])
 def test_an_address_that_is_none_is_told(url: str) -> None:
-    with pytest.raises(StartError, match=r"--url must be an address such as http://127\.0\.0\.1:8000, got '"):
+    with pytest.raises(
+        StartError, match=f"^--url {url}: (must be an address such as http://127.0.0.1:8000|Invalid port)"
+    ):
         ask_evidence(url, "exp", None)
 
 
@@ -267,7 +277,7 @@ def test_the_weights_come_from_the_registry_of_the_settings(
 def test_wrong_arguments_are_told(models: Path, tmp_path: Path) -> None:
     log = tmp_path / "none.jsonl"
 
-    assert run("exp", "exp-2")[2] == "one experiment is shown at a time, got also: exp-2\n"
+    assert run("exp", "exp-2")[2] == "only one experiment can be shown at a time, also got: exp-2\n"
     assert run("--exposures", log)[2].startswith("--exposures: name the experiment first: ")
     assert run("x", "--models", models, "--exposures", log)[2] == f"{models}: no experiment 'x'; there are: exp\n"
     assert run("exp", "--models", models, "--exposures", log) == (

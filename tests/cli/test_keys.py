@@ -68,7 +68,7 @@ def test_a_wrong_file_of_keys_fails_the_check(files: tuple[Path, Path], entry: s
     models, keys = files
     keys.write_text(f"version: 1\nkeys:\n  - {entry}\n", encoding="utf-8")
 
-    result = CliRunner().invoke(app, ["check", str(models)])
+    result = CliRunner().invoke(app, ["check", "--models", str(models)])
 
     assert result.exit_code == 1
     assert problem in result.stderr
@@ -80,13 +80,13 @@ def test_a_right_file_of_keys_passes_the_check(files: tuple[Path, Path]) -> None
     models, keys = files
     keys.write_text(f"version: 1\nkeys:\n  - {{name: a, sha256: {DIGEST}, models: [default]}}\n", encoding="utf-8")
 
-    assert CliRunner().invoke(app, ["check", str(models)]).exit_code == 0
+    assert CliRunner().invoke(app, ["check", "--models", str(models)]).exit_code == 0
 
 
 def test_a_missing_file_of_keys_fails_the_check(files: tuple[Path, Path]) -> None:
     models, keys = files
 
-    result = CliRunner().invoke(app, ["check", str(models)])
+    result = CliRunner().invoke(app, ["check", "--models", str(models)])
 
     assert result.exit_code == 1
     assert str(keys) in result.stderr

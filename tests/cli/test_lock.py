@@ -315,7 +315,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     path.write_text(BUNDLED)
 
     def run(command: str, *arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, [command, str(path), *arguments])
+        result = CliRunner().invoke(app, [command, "--models", str(path), *arguments])
         return result.exit_code, result.output
 
     return run
@@ -370,14 +370,12 @@ def test_check_says_what_it_has_not_looked_at(run: Callable[..., tuple[int, str]
     (tmp_path / "models.yaml").write_text(BUNDLED.replace("aliases", hub))
     run("lock")
 
-    assert "Not looked at: checkpoints, devices and memory (see `gateway models`)" in run("check")[1]
-    assert (
-        "Not looked at: the checkpoints of far, which are not on this machine; devices" in run("check", "--locked")[1]
-    )
+    assert "Not checked: checkpoints, devices and memory (see `gateway models`)" in run("check")[1]
+    assert "Not checked: the checkpoints of far, which are not on this machine; devices" in run("check", "--locked")[1]
 
 
 def test_the_projects_own_lock_holds() -> None:
     """`gateway check --locked` is what CI would run."""
-    result = CliRunner().invoke(app, ["check", "models.yaml", "--locked"])
+    result = CliRunner().invoke(app, ["check", "--models", "models.yaml", "--locked"])
 
     assert result.exit_code == 0, result.output

@@ -18,8 +18,8 @@ import pytest
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.cli.client import GatewayClient
 from gateway.compare.arms import _PROBE
-from gateway.compare.client import GatewayClient
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
@@ -121,7 +121,7 @@ async def start_gateway(make_words_model: MakeModel, make_fleet: MakeFleet) -> A
             fleet.started.set()
             transport = CountingTransport(create_app(Deployment(registry, Settings(), fleet)))
             http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
-            return FakeGateway(GatewayClient(http, "http://gateway"), transport, fleet)
+            return FakeGateway(GatewayClient(http, "http://gateway", patience_s=600), transport, fleet)
 
         yield start
 

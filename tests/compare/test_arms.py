@@ -8,7 +8,7 @@ import re
 import pytest
 
 from gateway.compare.arms import ArmName, parse_arms, plan_arm
-from gateway.errors import CompareError
+from gateway.errors import CompareError, StartError
 from gateway.types import ModelState
 from tests.compare.conftest import RETRIEVAL_TASKS, MakeModel, StartGateway
 
@@ -122,11 +122,11 @@ async def test_a_model_that_loads_is_waited_for(
 
 async def test_a_model_that_failed_is_told_at_once(start_gateway: StartGateway, make_model: MakeModel) -> None:
     gateway = await start_gateway(make_model("broken", state=ModelState.FAILED, reason="no weights"))
-    with pytest.raises(CompareError, match=r"answers 503: .*no weights"):
+    with pytest.raises(StartError, match=r"answers 503: .*no weights"):
         await plan_arm(gateway.client, arm("broken"))
 
 
 async def test_a_model_that_is_not_there_is_told(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
-    with pytest.raises(CompareError, match=r"answers 404: no model is called 'nobody'; there are: plain, tasks"):
+    with pytest.raises(StartError, match=r"answers 404: no model is called 'nobody'; there are: plain, tasks"):
         await plan_arm(gateway.client, arm("nobody"))

@@ -133,9 +133,12 @@ def test_the_key_is_sent_and_the_address_may_end_as_that_of_the_api(
 ) -> None:
     url, asked = closed_gateway
     data = str(write_data())
-    result = compare("a", "b", "--data", data, "--url", url + suffix, "--api-key-env", "MY_KEY", MY_KEY="secret")
+    result = compare("a", "b", "--data", data, "--url", url + suffix, "--api-key-env", "MY_KEY", MY_KEY="secret\n")
     assert result.exit_code == 1
-    assert result.stderr == f"the gateway ({url}) answers 401: another API key is required\n"
+    assert result.stderr == (
+        f"the gateway ({url}) answers 401: another API key is required; "
+        "--api-key-env names the environment variable with the key\n"
+    )
     assert asked == [("/v1/embeddings", "Bearer secret")]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gateway.cli.client import EmbeddedTexts, GatewayClient
 from gateway.compare import cost
 from gateway.compare.arms import ArmName, PlannedArm, Side
-from gateway.compare.client import Embedded, GatewayClient, ModelCard
 from gateway.compare.cost import measure_costs
 from gateway.compare.progress import Silent
+from tests.cli.cards import make_card
 
 DOCUMENTS = [f"document {i}" for i in range(200)]
 QUERIES = [f"query {i}" for i in range(50)]
@@ -24,10 +25,7 @@ FIRST_REQUEST_S = 60.0
 
 
 def arm(name: str, model: str = "", dimensions: int = 8) -> PlannedArm:
-    card = ModelCard(
-        id=model or name, state="ready", reason=None, width=8, dimensions=(8, 4), max_tokens=8,
-        tasks=(), normalized=True, device="cpu", dtype="float32",
-    )  # fmt: skip
+    card = make_card(model or name)
     queries = Side("retrieval.query", "retrieval.query", "native", f"space of {name}")
     passages = Side("retrieval.passage", "retrieval.passage", "native", f"space of {name}")
     return PlannedArm(ArmName(name, model or name, dimensions), card, 8, dimensions, queries, passages)
@@ -48,13 +46,13 @@ class SteadyClient(GatewayClient):
         task: str | None = None,
         dimensions: int | None = None,
         expect_space: str | None = None,
-    ) -> Embedded:
+    ) -> EmbeddedTexts:
         self.asked.append((model, task, dimensions, expect_space, list(texts)))
         is_first = len(self.of(model)) <= 2
         elapsed_s = FIRST_REQUEST_S if is_first else len(texts) * self._seconds_a_text[model]
         self.now += elapsed_s
         vectors = np.zeros((len(texts), 8), np.float32)
-        return Embedded(vectors, "space", model, task, TOKENS_A_TEXT * len(texts), elapsed_s, is_experiment=False)
+        return EmbeddedTexts(vectors, "space", model, task, TOKENS_A_TEXT * len(texts), elapsed_s, is_experiment=False)
 
     def of(self, model: str) -> list[list[str]]:
         """Return the texts of each request for a model."""
@@ -93,7 +91,7 @@ async def test_latencies_are_those_of_the_queries(client: SteadyClient, monkeypa
 
     async def slower_and_slower(
         model: str, texts: Sequence[str], task: str | None, *args: Any, **more: Any
-    ) -> Embedded:
+    ) -> EmbeddedTexts:
         answer = await embed(model, texts, task, *args, **more)
         if task == "retrieval.query":
             taken.append(0.01 * (len(taken) + 1))

@@ -21,7 +21,7 @@ import ir_measures
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gateway.compare.client import GatewayClient
+from gateway.cli.client import GatewayClient
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.in_process import in_process_client

@@ -1,4 +1,4 @@
-"""What a gateway may answer, and what a person is told of it."""
+"""The client of a gateway: its requests, retries and errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
-from gateway.compare import client as client_module
-from gateway.compare.client import GatewayClient, Refused
-from gateway.errors import CompareError
+from gateway.cli import client as client_module
+from gateway.cli.client import GatewayClient, Refused
+from gateway.errors import StartError
+from tests.cli.cards import make_card
 
 Answer = httpx.Response | Exception
 SPACE = {"x-gateway-space": "mini@0123456789ab", "x-gateway-model": "mini"}
@@ -44,7 +45,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def ask() -> Callable[..., GatewayClient]:
     """Return a function that makes a client of a gateway which gives these answers, one after the other."""
 
-    def ask(*answers: Answer, requests: list[httpx.Request] | None = None) -> GatewayClient:
+    def ask(*answers: Answer, requests: list[httpx.Request] | None = None, patience_s: float = 600) -> GatewayClient:
         left = list(answers)
 
         def answer(request: httpx.Request) -> httpx.Response:
@@ -56,7 +57,7 @@ def ask() -> Callable[..., GatewayClient]:
             return one
 
         http = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://gateway")
-        return GatewayClient(http, "http://gateway")
+        return GatewayClient(http, "http://gateway", patience_s=patience_s)
 
     return ask
 
@@ -83,26 +84,33 @@ async def test_a_request_says_what_is_wanted(ask: Callable[..., GatewayClient]) 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (refusal(401, "an API key is required"), "the gateway (http://gateway) answers 401: an API key is required"),
+        (
+            refusal(401, "an API key is required"),
+            "the gateway (http://gateway) answers 401: an API key is required; "
+            "--api-key-env names the environment variable with the key",
+        ),
         (refusal(404, "no model is called 'x'"), "answers 404: no model is called 'x'"),
         (refusal(412, "another space"), "answers 412: another space"),
         (refusal(503, "it failed", {"x-should-retry": "false", "retry-after": "1"}), "answers 503: it failed"),
-        (httpx.Response(502, text="<html>Bad Gateway"), "answers 502: <html>Bad Gateway"),
-        (httpx.Response(500), "answers 500: Internal Server Error"),
-        (httpx.Response(200, text="hello"), "http://gateway is no gateway: it answers for 'mini' without vectors"),
-        (httpx.Response(200, json=[]), "is no gateway"),
-        (ok([1], headers={"x-other": "1"}), "without vectors or without their space"),
-        (ok([1], [1, 2]), "is no gateway"),
+        (
+            httpx.Response(502, text="<html>Bad Gateway"),
+            "answers 502: Bad Gateway; is it a gateway? It says: <html>Bad Gateway",
+        ),
+        (httpx.Response(500), "answers 500: Internal Server Error; is it a gateway?"),
+        (httpx.Response(200, text="hello"), "http://gateway is not a gateway: its answer for 'mini' has no vectors"),
+        (httpx.Response(200, json=[]), "is not a gateway"),
+        (ok([1], headers={"x-other": "1"}), "has no vectors, or does not name their space"),
+        (ok([1], [1, 2]), "is not a gateway"),
         (ok([1], [2]), "returned 2 vectors for 1 texts"),
         (httpx.ConnectError("Connection refused"), "no gateway answers at http://gateway: Connection refused"),
         (httpx.ConnectTimeout(""), "no gateway answers at http://gateway: it takes too long"),
-        (httpx.UnsupportedProtocol("no http"), "cannot be asked: no http"),
+        (httpx.UnsupportedProtocol("no http"), "cannot be asked: UnsupportedProtocol"),
     ],
 )
-async def test_what_a_retry_cannot_help_is_told_at_once(
+async def test_an_error_that_a_retry_cannot_help_is_raised_at_once(
     ask: Callable[..., GatewayClient], pauses: list[float], answer: Answer, message: str
 ) -> None:
-    with pytest.raises(CompareError, match=re.escape(message)):
+    with pytest.raises(StartError, match=re.escape(message)):
         await ask(answer).embed("mini", ["a"])
     assert pauses == []
 
@@ -118,19 +126,16 @@ async def test_what_a_retry_cannot_help_is_told_at_once(
         ([httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut"), httpx.ReadError("reset")], [1.0, 2.0, 4.0]),
     ],
 )
-async def test_what_passes_is_waited_for(
+async def test_a_passing_failure_is_waited_out(
     ask: Callable[..., GatewayClient], pauses: list[float], answers: list[Answer], expected_pauses: list[float]
 ) -> None:
     assert (await ask(*answers, ok([1])).embed("mini", ["a"])).vectors.tolist() == [[1]]
     assert pauses == expected_pauses
 
 
-async def test_patience_ends(
-    ask: Callable[..., GatewayClient], pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "_PATIENCE_S", 60.0)
-    with pytest.raises(CompareError, match=r"has not answered for 60 s: still loading"):
-        await ask(refusal(503, "still loading", {"retry-after": "120"})).embed("mini", ["a"])
+async def test_patience_ends(ask: Callable[..., GatewayClient], pauses: list[float]) -> None:
+    with pytest.raises(StartError, match=r"answers 503: still loading; gave up after 60 s"):
+        await ask(refusal(503, "still loading", {"retry-after": "120"}), patience_s=60).embed("mini", ["a"])
     assert pauses == []
 
 
@@ -142,13 +147,19 @@ async def test_a_refusal_names_the_field(ask: Callable[..., GatewayClient]) -> N
 
 async def test_a_card_is_asked_for_by_any_name(ask: Callable[..., GatewayClient]) -> None:
     requests: list[httpx.Request] = []
-    content = {"id": "mini", "state": "ready", "width": 4, "dimensions": [4, 2], "tasks": [], "more": 1}
-    card = await ask(httpx.Response(200, json=content), requests=requests).card("team/mini:a task")
-    assert (card.id, card.width, card.dimensions, card.reason) == ("mini", 4, [4, 2], None)
+    sent = make_card("mini", width=4, dimensions=[4, 2])
+    answer = httpx.Response(200, json=sent.model_dump() | {"more": 1})
+    card = await ask(answer, requests=requests).card("team/mini:a task")
+    assert card == sent
     assert requests[0].url.raw_path == b"/v1/models/team/mini:a%20task"
 
 
 @pytest.mark.parametrize("answer", [httpx.Response(200, text="hello"), httpx.Response(200, json=[])])
-async def test_a_card_that_is_none_is_told(ask: Callable[..., GatewayClient], answer: httpx.Response) -> None:
-    with pytest.raises(CompareError, match="http://gateway is no gateway: its /v1/models/mini is not understood"):
+async def test_an_answer_that_is_not_a_card_is_an_error(
+    ask: Callable[..., GatewayClient], answer: httpx.Response
+) -> None:
+    with pytest.raises(
+        StartError,
+        match="http://gateway is not a gateway of this version: its answer to /v1/models/mini cannot be read",
+    ):
         await ask(answer).card("mini")

@@ -1,0 +1,239 @@
+"""A client of a gateway's own API, for the commands that ask one: over HTTP, or in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from gateway.api.experiments import ExperimentEvidence, ExperimentList
+from gateway.api.schema import ModelCard
+from gateway.errors import StartError
+from gateway.types import Vectors
+
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_MAX_SHOWN_CHARACTERS = 200
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedTexts:
+    """The vectors of one request, and how they came about.
+
+    Attributes:
+        vectors: ``(n, d)`` float32, as the gateway returned them.
+        model: id of the model that answered.
+        task: the task that the texts were embedded for; ``None`` for a model without tasks.
+        elapsed_s: from the request to the parsed answer.
+        is_experiment: whether the name is an experiment's, so that the model depends on the caller.
+    """
+
+    vectors: Vectors
+    space: str
+    model: str
+    task: str | None
+    num_tokens: int
+    elapsed_s: float
+    is_experiment: bool
+
+
+class Refused(StartError):
+    """The gateway refused a request, and would refuse it again.
+
+    Attributes:
+        status: the HTTP status.
+        param: the field that the gateway objects to, if it names one.
+    """
+
+    def __init__(self, message: str, status: int, param: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+class GatewayClient:
+    """Sends requests to one gateway.
+
+    Args:
+        http: a client whose base URL is the gateway's.
+        source: how results and errors name the gateway.
+        patience_s: how long to repeat a request that may succeed later: the model loads, the queue is full, the
+            connection broke. 0 sends each request once.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, source: str, patience_s: float = 0.0) -> None:
+        self._http = http
+        self.source = source
+        self._name = f"the gateway ({source})"
+        self._patience_s = patience_s
+
+    async def card(self, name: str) -> ModelCard:
+        """Return the card of a model.
+
+        Raises:
+            StartError: the model does not exist, or the gateway does not answer.
+        """
+        return await self._get(f"/v1/models/{quote(name, safe='/:')}", ModelCard)
+
+    async def experiments(self) -> ExperimentList:
+        """Return the experiments that the key may see.
+
+        Raises:
+            StartError: the gateway does not answer, or not with experiments.
+        """
+        return await self._get("/v1/experiments", ExperimentList)
+
+    async def evidence(self, experiment_id: str) -> ExperimentEvidence:
+        """Return an experiment with the figures of its arms.
+
+        Raises:
+            StartError: the experiment does not exist, or the gateway does not answer.
+        """
+        return await self._get(f"/v1/experiments/{quote(experiment_id)}", ExperimentEvidence)
+
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str],
+        task: str | None = None,
+        dimensions: int | None = None,
+        expect_space: str | None = None,
+    ) -> EmbeddedTexts:
+        """Embed texts.
+
+        Raises:
+            Refused: the gateway refuses the request: the space is not the expected one, say.
+            StartError: the gateway does not answer, or answers with something other than vectors.
+        """
+        body: dict[str, object] = {"model": model, "input": list(texts), "encoding_format": "base64"}
+        body |= {"task": task} if task is not None else {}
+        body |= {"dimensions": dimensions} if dimensions is not None else {}
+        headers = {"x-gateway-expect-space": expect_space} if expect_space is not None else {}
+        started = time.monotonic()
+        answer = await self._send("POST", "/v1/embeddings", orjson.dumps(body), headers)
+        try:
+            content = orjson.loads(answer.content)
+            rows = [np.frombuffer(base64.b64decode(row["embedding"]), dtype="<f4") for row in content["data"]]
+            vectors = np.stack(rows).astype(np.float32, copy=False)
+            space = answer.headers["x-gateway-space"]
+            num_tokens = int(content["usage"]["prompt_tokens"])
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise StartError(
+                f"{self.source} is not a gateway: its answer for {model!r} has no vectors, or does not name their space"
+            ) from error
+        if len(vectors) != len(texts):
+            raise StartError(f"{self._name} returned {len(vectors)} vectors for {len(texts)} texts")
+        return EmbeddedTexts(
+            vectors=vectors,
+            space=space,
+            model=answer.headers.get("x-gateway-model", model),
+            task=answer.headers.get("x-gateway-task"),
+            num_tokens=num_tokens,
+            elapsed_s=time.monotonic() - started,
+            is_experiment="x-gateway-experiment" in answer.headers,
+        )
+
+    async def _get(self, path: str, model: type[Answer]) -> Answer:
+        answer = await self._send("GET", path)
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise StartError(
+                f"{self.source} is not a gateway of this version: its answer to {path} cannot be read"
+            ) from error
+
+    async def _send(
+        self, method: str, path: str, content: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """Send a request, and repeat it where that can help and while the patience lasts."""
+        deadline = time.monotonic() + self._patience_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                answer = await self._http.request(method, path, content=content, headers=headers)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise StartError(f"no gateway answers at {self.source}: {str(error) or 'it takes too long'}") from error
+            # Here and below without the message of the error, which can hold the key.
+            except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
+                failure = StartError(self._broken_off(error))
+            except httpx.HTTPError as error:
+                raise StartError(f"{self._name} cannot be asked: {type(error).__name__}") from error
+            else:
+                if answer.is_success:
+                    return answer
+                failure = self._refusal(answer)
+                if answer.status_code not in {429, 503} or answer.headers.get("x-should-retry") == "false":
+                    raise failure
+                pause_s = _retry_after_s(answer) or pause_s
+            if not self._patience_s:
+                raise failure
+            if time.monotonic() + pause_s > deadline:
+                raise StartError(f"{failure}; gave up after {self._patience_s:.0f} s")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _broken_off(self, error: httpx.TransportError) -> str:
+        if isinstance(error, httpx.TimeoutException) and (timeout_s := self._http.timeout.read):
+            return f"{self._name} has not answered for {timeout_s:.0f} s"
+        return f"{self._name} broke off the connection: {type(error).__name__}"
+
+    def _refusal(self, answer: httpx.Response) -> Refused:
+        hint = "; --api-key-env names the environment variable with the key" if answer.status_code == 401 else ""
+        try:
+            error = orjson.loads(answer.content)["error"]
+            message, param = str(error["message"]), error.get("param")
+        except (orjson.JSONDecodeError, KeyError, TypeError):  # a proxy answers, or another server
+            shown = " ".join(answer.text.split())[:_MAX_SHOWN_CHARACTERS]
+            message, param = f"{answer.reason_phrase}; is it a gateway?{shown and f' It says: {shown}'}", None
+        return Refused(f"{self._name} answers {answer.status_code}: {message}{hint}", answer.status_code, param)
+
+
+@asynccontextmanager
+async def connect(
+    url: str, api_key: str | None, *, timeout_s: float, patience_s: float = 0.0
+) -> AsyncIterator[GatewayClient]:
+    """Yield a client of a running gateway.
+
+    Args:
+        url: the gateway's address, or that of its API, which ends with ``/v1``.
+        timeout_s: how long to wait for an answer.
+        patience_s: see :class:`GatewayClient`.
+
+    Raises:
+        StartError: ``url`` is not an address.
+    """
+    base_url = _base_url(url)
+    # As bytes, since httpx takes only ASCII in a header that is text.
+    headers = {b"authorization": f"Bearer {api_key.strip()}".encode(errors="surrogateescape")} if api_key else None
+    timeout = httpx.Timeout(timeout_s, connect=10.0)
+    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout) as http:
+        yield GatewayClient(http, base_url, patience_s)
+
+
+def _base_url(text: str) -> str:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise StartError(f"--url {text}: {error}") from error
+    is_address = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= 65_535
+    if not is_address or url.query or url.fragment:
+        raise StartError(f"--url {text}: must be an address such as http://127.0.0.1:8000")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def _retry_after_s(answer: httpx.Response) -> float | None:
+    """Return the pause that an answer asks for; a proxy may write a date, which is not read."""
+    text = answer.headers.get("retry-after", "")
+    return float(text) if re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII) else None
