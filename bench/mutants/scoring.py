@@ -17,7 +17,7 @@ from bench.mutants.running import Child, Workspace, outcome_of, record_tests, ru
 _CORE = """
 vectors service deployment reranking cli/lock http/head http/protocol http/middleware
 http/body access/keyring access/quotas access/windows
-api/endpoint api/openai api/schema api/token_ids
+api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
 backends/upstream/probe backends/upstream/server

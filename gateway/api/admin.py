@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, SecretStr
 
 from gateway.access.keyring import key_digest
-from gateway.api.schema import error_responses, responses
+from gateway.api.wire import error_responses, responses
 from gateway.deployment import Deployment
 from gateway.errors import Forbidden, ReloadRefused
 from gateway.http.middleware import RequestContext

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
-from gateway.api.request_body import RequestBody
-from gateway.api.schema import EmbeddingsBody
+from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, TextsBody, TokenizeBody
 from gateway.deployment import Deployment
 from gateway.types import ModelInfo, ModelKind, ModelState, Output

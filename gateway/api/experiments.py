@@ -10,7 +10,7 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from gateway.api.schema import responses
+from gateway.api.wire import responses
 from gateway.config.registry import Experiment
 from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound, ModelNotAllowed

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
+from pydantic import BaseModel
 
-from gateway.api.schema import Live, Ready
 from gateway.deployment import Deployment
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class ModelHealth(BaseModel):
+    """State of one model."""
+
+    id: str
+    state: str
+    reason: str | None
+
+
+class Ready(BaseModel):
+    """Whether requests are answered, and the state of each model."""
+
+    status: Literal["ready", "not_ready", "draining"]
+    models: list[ModelHealth]
 
 
 def health_router(deployment: Deployment) -> APIRouter:

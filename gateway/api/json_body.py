@@ -1,23 +1,31 @@
-"""Read a request body as JSON, whatever its content type says."""
+"""Read a request's body: JSON, whatever its content type says, and the fields that every dialect has.
+
+Unknown fields are ignored; `null` means absent, and so does an empty string in an optional field. Clients that are built
+from forms and templates send `"true"`, `"512"` and `512.0`: a value that can mean only one thing is accepted. Any other
+value is a 400, with one message for all fields.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from itertools import islice
-from typing import TypeAlias
+from typing import Annotated, Any, Self, TypeAlias, TypeVar
 
 import orjson
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from gateway.errors import BadInput
+from gateway.errors import BadInput, EmptyInput
+from gateway.types import Truncate
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+T = TypeVar("T", bool, int, str)
 
 SMALL_BYTES = 64 * 1024
-"""A body of no more than this is read in a millisecond, whatever is in it."""
+"""A body of at most this size is parsed in a millisecond, whatever it holds."""
 
 _BOM = b"\xef\xbb\xbf"
-# Of UTF-32, which begin like those of UTF-16, and UTF-16.
+# UTF-32's come first: they begin like those of UTF-16.
 _OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 # The parser holds the interpreter until it is done: 16 MB of text cost 20 ms, 8 million numbers 400. These cost 30 at most.
@@ -38,10 +46,10 @@ def parse_object(body: bytes | bytearray, charset: str | None = None) -> dict[st
     """Parse a body that must hold a JSON object.
 
     Args:
-        charset: what the content type says, for the error message: JSON is read as UTF-8.
+        charset: the content type's, for the error message: JSON is always read as UTF-8.
 
     Raises:
-        BadInput: it is empty, not UTF-8, not JSON, not an object, or of more parts than a request needs.
+        BadInput: it is empty, not UTF-8, not JSON, not an object, or has more parts than a request needs.
     """
     if not body:
         raise BadInput("the request body is empty; send a JSON object")
@@ -77,10 +85,10 @@ def _parse(body: bytes | bytearray, charset: str | None) -> Json:
 
 
 def _check_structure(body: bytes | bytearray) -> None:
-    """Refuse a body of very many parts before it is parsed, which would hold everybody up.
+    """Refuse a body of very many parts, before parsing it holds up all other requests.
 
     Raises:
-        BadInput: names the limit.
+        BadInput: it exceeds a limit, which the message names.
     """
     num_values = num_containers = num_keys = 0
     for piece in _outside_strings(body):
@@ -99,7 +107,7 @@ def _check_structure(body: bytes | bytearray) -> None:
 
 
 def _outside_strings(body: bytes | bytearray) -> Iterator[bytes | bytearray]:
-    """Yield what of a JSON text is not in a string, piece by piece: other threads can run in between."""
+    """Yield the parts of a JSON text outside its strings, piece by piece: other threads can run in between."""
     in_string = False
     first = 0
     while first < len(body):
@@ -115,17 +123,17 @@ def _outside_strings(body: bytes | bytearray) -> Iterator[bytes | bytearray]:
 
 
 def _check_encoding(body: bytes | bytearray, charset: str | None) -> None:
-    """Say so if a body is not JSON because it is not UTF-8.
+    """Refuse a body that is not JSON because it is not UTF-8.
 
     Raises:
-        BadInput: names what it seems to be.
+        BadInput: names the encoding that it seems to have.
     """
     says = f"; its content type says {charset}" if charset and charset.lower() not in {"utf-8", "utf8"} else ""
-    found = next((name for bom, name in _OTHER_BOMS.items() if body.startswith(bom)), None)
-    if found is None and 0 in body[:4] and body[:4].strip(b"\0"):
-        found = "UTF-16 or UTF-32"
-    if found is not None:
-        raise BadInput(f"the request body is in {found}{says}: send it in UTF-8")
+    encoding = next((name for bom, name in _OTHER_BOMS.items() if body.startswith(bom)), None)
+    if encoding is None and 0 in body[:4] and body[:4].strip(b"\0"):
+        encoding = "UTF-16 or UTF-32"
+    if encoding is not None:
+        raise BadInput(f"the request body is in {encoding}{says}: send it in UTF-8")
     place = None
     try:
         body.decode("utf-8")
@@ -138,21 +146,21 @@ def _check_encoding(body: bytes | bytearray, charset: str | None) -> None:
 
 
 def _without_lone_surrogates(body: bytes | bytearray) -> bytearray:
-    """Return a JSON text with U+FFFD in place of lone surrogates, which no tokenizer takes.
+    """Return a JSON text with U+FFFD in place of lone surrogates, which no tokenizer accepts.
 
     Raises:
-        BadInput: there are very many.
+        BadInput: it has too many of them.
     """
-    # Written in the other way, a backslash can no longer be taken for the beginning of an escape.
+    # Spelled as \u005c, an escaped backslash cannot be mistaken for the beginning of an escape.
     mended = bytearray(body.replace(rb"\\", rb"\u005c"))
     num_found = 0
     for first in range(0, len(mended), _PIECE_BYTES):
         end = first + _PIECE_BYTES
-        # What begins before the end of a piece may have to be told by the escape after it.
-        for found in _LONE_SURROGATE.finditer(mended, first, end + 2 * _ESCAPE_BYTES):
-            if found.start() < end:
+        # Whether an escape at the end of a piece is a lone surrogate depends on the escape after it.
+        for surrogate in _LONE_SURROGATE.finditer(mended, first, end + 2 * _ESCAPE_BYTES):
+            if surrogate.start() < end:
                 num_found += 1
-                mended[found.start() : found.end()] = rb"\ufffd"
+                mended[surrogate.start() : surrogate.end()] = rb"\ufffd"
         if num_found > _MAX_LONE_SURROGATES:
             raise BadInput(
                 f"the request body has more than {_MAX_LONE_SURROGATES} lone surrogates, which is the limit: its texts have "
@@ -167,7 +175,7 @@ def integral(value: Json) -> Json:
 
 
 def describe(value: Json) -> str:
-    """Say what a JSON value is, for an error message; long ones are cut."""
+    """Describe a JSON value, for an error message; long ones are cut."""
     match value:
         case str():
             text = f"the string {value[:_SHOWN_CHARS] + '…' if len(value) > _SHOWN_CHARS else value!r}"
@@ -182,3 +190,176 @@ def describe(value: Json) -> str:
             keys = ", ".join(repr(key[:_SHOWN_CHARS]) for key in islice(value, 3))
             text = f"an object with {keys}" if value else "an empty object"
     return text
+
+
+# -------------------------------------------------------------------------------------------------------- fields
+
+# The second is what Infinity's own client sends without a model.
+_NO_MODEL = ("", "default/not-specified")
+
+MAX_USER_CHARS = 1_000
+_MAX_NAME_CHARS = 10_000
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+_WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
+# The words of Cohere, NVIDIA, Jina and TEI. ``True`` does not say where a text is cut.
+_TRUNCATIONS = {
+    True: None,
+    False: Truncate.REFUSE,
+    "end": Truncate.END,
+    "right": Truncate.END,
+    "start": Truncate.START,
+    "left": Truncate.START,
+    "none": Truncate.REFUSE,
+}
+
+
+def _flag(value: Json) -> Json:
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower(), value)
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
+
+
+def _whole_number(value: Json) -> Json:
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(text := value.strip()):
+        return int(text.partition(".")[0])
+    return integral(value)
+
+
+def _lower(value: Json) -> Json:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _truncation(value: Json) -> Json:
+    known = _lower(_flag(value))
+    return _TRUNCATIONS.get(known, value) if isinstance(known, str | bool) else value
+
+
+def _direction(value: Json) -> Json:
+    known = _truncation(value) if isinstance(value, str) else value
+    return known if known in (Truncate.START, Truncate.END) else value
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(lambda name: name[:_MAX_NAME_CHARS])]
+"""A name, a task's for example. An overlong one is cut: looking it up would hold up the event loop."""
+
+ModelName: TypeAlias = Annotated[Name, AfterValidator(lambda name: None if name in _NO_MODEL else name)]
+"""The name of a model; the values that mean "no model named" become ``None``."""
+
+
+def _short(value: Json) -> Json:
+    if isinstance(value, str) and len(value) > MAX_USER_CHARS:
+        raise ValueError
+    return value
+
+
+User: TypeAlias = Annotated[Any, AfterValidator(_short)]
+"""The end user of a request, of any type; only strings and numbers have a meaning."""
+
+Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag)]
+"""A boolean, also written as ``"True"``, ``"0"`` or ``1``."""
+
+PositiveInteger: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+"""A whole number from 1, also written as ``"512"`` or ``512.0``."""
+
+IN_ANY_CASE = BeforeValidator(_lower)
+"""Marks a field with a list of lower-case values, which are accepted in any case."""
+
+TRUNCATION = "true, false, `END`, `START`, `NONE`, `right` or `left`"
+Truncation: TypeAlias = Annotated[
+    Truncate | None,
+    BeforeValidator(_truncation),
+    WithJsonSchema(
+        {"anyOf": [{"type": "boolean"}, {"enum": ["NONE", "END", "START", "left", "right"]}, {"type": "null"}]}
+    ),
+]
+"""How to treat a text that is too long, in the words of any API; ``None`` for plain ``true``."""
+
+Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
+"""A list of strings. Validation ends at the first wrong item: of a million, each would be an error with a message."""
+
+DIRECTION = "`Left` or `Right`"
+Direction: TypeAlias = Annotated[
+    Truncate | None,
+    BeforeValidator(_direction),
+    WithJsonSchema({"anyOf": [{"enum": ["Left", "Right", "left", "right"]}, {"type": "null"}]}),
+]
+"""Which end of a text that is too long is dropped, in TEI's words."""
+
+
+class RequestBody(BaseModel):
+    """A request's body. The ``title`` of each field describes its values, for the error message."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    @classmethod
+    def parse(cls, content: dict[str, Json]) -> Self:
+        """Validate a parsed body.
+
+        Raises:
+            BadInput: a field is missing or has a value that is not accepted; names the first such field.
+        """
+        present = {name: value for name, value in content.items() if not cls._is_absent(name, value)}
+        try:
+            return cls.model_validate(present)
+        except ValidationError as error:
+            field = str(error.errors(include_url=False)[0]["loc"][0])
+        if field not in present:
+            raise BadInput(f"`{field}` is required", param=field)
+        raise BadInput(
+            f"`{field}` must be {cls.model_fields[field].title}, got {describe(present[field])}", param=field
+        )
+
+    @classmethod
+    def _is_absent(cls, name: str, value: Json) -> bool:
+        if value is None:
+            return True
+        return value == "" and (field := cls.model_fields.get(name)) is not None and not field.is_required()
+
+
+def wanted_truncation(truncate: Truncate | None, direction: Truncate | None) -> Truncate:
+    """Combine the fields on texts that are too long: whether to cut them, and at which end.
+
+    Raises:
+        BadInput: one field says to cut at the start, the other at the end.
+    """
+    if truncate is Truncate.REFUSE or direction is None:
+        return truncate or Truncate.END
+    if truncate not in (None, direction):
+        raise BadInput(
+            "`truncate` and `truncation_direction` name different ends of a text: leave one out",
+            param="truncation_direction",
+        )
+    return direction
+
+
+def resolve_synonyms(**synonyms: T | None) -> T | None:
+    """Return the value of several fields that mean the same, of which a request should have one.
+
+    Raises:
+        BadInput: two of them differ, so that it is not known which one was meant.
+    """
+    values = {name: value for name, value in synonyms.items() if value is not None}
+    if len(set(values.values())) > 1:
+        shown = " and ".join(f"`{name}` says {describe(value)}" for name, value in values.items())
+        raise BadInput(f"{shown}: they mean the same, leave one out", param=next(iter(values)))
+    return next(iter(values.values()), None)
+
+
+def as_list(texts: str | list[str]) -> list[str]:
+    """Return the texts; a single one becomes a list of one."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def check_batch(num_items: int, limit: int, field: str) -> None:
+    """Refuse a batch that is empty or too large, in TEI's words.
+
+    Raises:
+        EmptyInput: it has no items.
+        BadInput: it has more than ``limit``.
+    """
+    if num_items == 0:
+        raise EmptyInput(f"`{field}` cannot be empty: send at least one", param=field)
+    if num_items > limit:
+        raise BadInput(
+            f"batch size {num_items} > maximum allowed batch size {limit}: send several requests", param=field
+        )

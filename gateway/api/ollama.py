@@ -11,9 +11,18 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from gateway.api.endpoint import Endpoint
+from gateway.api.json_body import (
+    TRUNCATION,
+    ModelName,
+    PositiveInteger,
+    RequestBody,
+    Texts,
+    Truncation,
+    as_list,
+    check_batch,
+    wanted_truncation,
+)
 from gateway.api.pieces import object_around, vector_list
-from gateway.api.request_body import TRUNCATION, ModelName, PositiveInteger, RequestBody, Truncation, wanted_truncation
-from gateway.api.tei_schema import Texts, check_batch, listed
 from gateway.http.middleware import RequestContext
 from gateway.routing.router import Choice, Router
 from gateway.types import ModelState
@@ -35,7 +44,7 @@ def ollama_router(endpoint: Endpoint) -> APIRouter:
     async def embed(request: Request) -> Response:
         ticket = await endpoint.admit(request)
         body = await endpoint.read(request, OllamaEmbedBody.parse)
-        texts = listed(body.input)
+        texts = as_list(body.input)
         check_batch(len(texts), endpoint.settings.max_inputs, "input")
         wanted = replace(
             endpoint.begin(request, texts, body.model),

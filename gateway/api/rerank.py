@@ -16,8 +16,8 @@ from gateway.api.endpoint import Endpoint, reserve_beside, timeout_s, unit_sourc
 from gateway.api.json_body import Json
 from gateway.api.pieces import object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
-from gateway.api.schema import RERANK_HEADERS
 from gateway.api.tei_headers import describe_work
+from gateway.api.wire import RERANK_HEADERS
 from gateway.errors import (
     BadInput,
     BodyTooLarge,

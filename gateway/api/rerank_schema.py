@@ -6,21 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, RootModel, WithJsonSchema
 
-from gateway.api.json_body import Json, describe
-from gateway.api.request_body import (
+from gateway.api.json_body import (
     DIRECTION,
     MAX_USER_CHARS,
     TRUNCATION,
     Direction,
     Flag,
+    Json,
     ModelName,
     PositiveInteger,
     RequestBody,
     Truncation,
     User,
+    describe,
+    resolve_synonyms,
     wanted_truncation,
 )
-from gateway.api.schema import ErrorBody, Responses, Usage, only, responses
+from gateway.api.wire import ErrorBody, Responses, Usage, responses
 from gateway.errors import BadInput, EmptyInput, RequestError
 from gateway.types import Truncate
 
@@ -106,7 +108,7 @@ class RerankBody(RequestBody):
     @property
     def wants_texts(self) -> bool | None:
         """Whether results are to have their text; ``None`` if the request does not say."""
-        return only(return_documents=self.return_documents, return_text=self.return_text)
+        return resolve_synonyms(return_documents=self.return_documents, return_text=self.return_text)
 
     def wanted_documents(self, max_inputs: int) -> list[str]:
         """Read the texts to score.

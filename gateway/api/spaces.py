@@ -8,7 +8,7 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from gateway.api.schema import responses
+from gateway.api.wire import responses
 from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.http.middleware import RequestContext

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 
 from gateway import __version__
 from gateway.api.endpoint import Endpoint, Parts
+from gateway.api.json_body import as_list, check_batch
 from gateway.api.pieces import dumps, nested_list, value_list, vector_list
 from gateway.api.rerank import Dialect as RerankDialect
 from gateway.api.rerank import rerank_endpoint
@@ -30,9 +31,7 @@ from gateway.api.tei_schema import (
     SimilarityInputs,
     TextsBody,
     TokenizeBody,
-    check_batch,
     check_size,
-    listed,
 )
 from gateway.config.settings import Settings
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
@@ -196,7 +195,7 @@ class _Dialect:
         """Answer each text's tokens: ``[[{id, text, special, start, stop}]]``."""
         await self._endpoint.admit(request)
         body = await self._endpoint.read(request, TokenizeBody.parse)
-        texts = listed(body.inputs)
+        texts = as_list(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
         check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
         target = self._target(request, model, body.prompt_name or None)

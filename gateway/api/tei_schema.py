@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field
 
-from gateway.api.request_body import (
+from gateway.api.json_body import (
     DIRECTION,
     TRUNCATION,
     Direction,
@@ -14,10 +14,11 @@ from gateway.api.request_body import (
     Name,
     PositiveInteger,
     RequestBody,
+    Texts,
     Truncation,
     wanted_truncation,
 )
-from gateway.errors import BadInput, EmptyInput
+from gateway.errors import BadInput
 from gateway.types import Truncate
 
 _TEXTS = "a string or a list of strings"
@@ -32,7 +33,6 @@ MAX_IDS = 250_000
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 # The first item that is wrong is enough: of a million, each would be an error with a message.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
 Inputs = Annotated[
     str | Annotated[list[str | TokenIds], Field(fail_fast=True)] | TokenIds,
     Field(union_mode="left_to_right"),
@@ -105,26 +105,6 @@ class DecodeBody(RequestBody):
         """The lists of ids; a single one counts as a list of one."""
         is_one = bool(self.ids) and isinstance(self.ids[0], int)
         return [cast(list[int], self.ids)] if is_one else cast(list[list[int]], self.ids)
-
-
-def listed(inputs: str | list[str]) -> list[str]:
-    """Return the texts of ``inputs``; a single one counts as a list of one."""
-    return [inputs] if isinstance(inputs, str) else inputs
-
-
-def check_batch(num_items: int, limit: int, field: str) -> None:
-    """Refuse a batch that has nothing, or too much, in it.
-
-    Raises:
-        EmptyInput: there is nothing in it.
-        BadInput: it is larger than ``limit``; in TEI's words.
-    """
-    if num_items == 0:
-        raise EmptyInput(f"`{field}` cannot be empty: send at least one", param=field)
-    if num_items > limit:
-        raise BadInput(
-            f"batch size {num_items} > maximum allowed batch size {limit}: send several requests", param=field
-        )
 
 
 def check_size(size: int, limit: int, field: str, unit: str) -> None:

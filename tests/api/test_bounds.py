@@ -23,9 +23,9 @@ import zstandard
 
 from gateway.api import endpoint as exchange
 from gateway.api import json_body
-from gateway.api.request_body import RequestBody
+from gateway.api.json_body import RequestBody
+from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.rerank_schema import RerankBody
-from gateway.api.schema import EmbeddingsBody
 from gateway.api.tei_schema import EmbedBody, TokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.telemetry import metrics

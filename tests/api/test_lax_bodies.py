@@ -9,10 +9,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import httpx
 import pytest
 
+from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
-from gateway.api.request_body import RequestBody
+from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.rerank_schema import RerankBody
-from gateway.api.schema import EmbeddingsBody
 from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, SimilarityInputs, TextsBody, TokenizeBody
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.fleet import Model

@@ -1,0 +1,174 @@
+"""Wire types of the OpenAI dialect. OpenAPI is generated from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+
+from gateway.api.json_body import (
+    DIRECTION,
+    IN_ANY_CASE,
+    MAX_USER_CHARS,
+    TRUNCATION,
+    Direction,
+    Flag,
+    Json,
+    ModelName,
+    Name,
+    PositiveInteger,
+    RequestBody,
+    Truncation,
+    User,
+    resolve_synonyms,
+    wanted_truncation,
+)
+from gateway.api.wire import Usage
+from gateway.types import Output, Truncate, canonical_task
+from gateway.vectors import Encoding
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 100_276}, "minItems": 1}
+_INPUT_SCHEMA = {
+    "description": "The text to embed, or a list of up to 2,048 (configurable). Token ids (a list of integers, or such "
+    "lists) are read as cl100k_base, as LangChain sends them.",
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+                    _TOKEN_IDS,
+                ]
+            },
+        },
+        _TOKEN_IDS,
+    ],
+}
+
+_ENCODING = "`float`, `base64`, `binary` or `ubinary`"
+EncodingName = Annotated[Literal["float", "base64", "binary", "ubinary"], IN_ANY_CASE]
+OutputName = Annotated[Literal["dense", "sparse", "multivector"], IN_ANY_CASE]
+OutputNames = Annotated[list[OutputName], Field(min_length=1, max_length=16, fail_fast=True)]
+
+
+def _listed(value: Json) -> Json:
+    """Read one name as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class EmbeddingsBody(RequestBody):
+    """A request for embeddings. Unknown fields are ignored, and `null` means absent."""
+
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
+    model: ModelName | None = Field(
+        None, description="Model id, alias, the source's own name, or `id:task`.", title="a string"
+    )
+    dimensions: PositiveInteger | None = Field(
+        None, description="Size of the vectors, from the model's list.", title="a positive integer"
+    )
+    output_dimension: PositiveInteger | None = Field(
+        None, description="Same as `dimensions`.", title="a positive integer"
+    )
+    encoding_format: EncodingName | None = Field(
+        None, description="How vectors are written; `float` by default.", title=_ENCODING
+    )
+    embedding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
+    encoding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
+    task: Name | None = Field(
+        None,
+        description="What the vectors are for, such as `retrieval.query`; ignored by models without tasks.",
+        title="a string",
+    )
+    input_type: Name | None = Field(None, description="Same as `task`.", title="a string")
+    normalized: Flag | None = Field(
+        None, description="Whether vectors have L2 norm 1; by default as the model does.", title="true or false"
+    )
+    normalize: Flag | None = Field(None, description="Same as `normalized`.", title="true or false")
+    truncate: Truncation = Field(
+        None,
+        description="What to do with texts that are too long: keep the start (`true`, `END`, `right`; the default), keep "
+        "the end (`START`, `left`), or answer 400 (`false`, `NONE`).",
+        title=TRUNCATION,
+    )
+    truncation_direction: Direction = Field(
+        None,
+        description="Where texts that are too long are cut: at their end (`right`, the default) or their start.",
+        title=DIRECTION,
+    )
+    late_chunking: Flag | None = Field(
+        None, description="Embed the inputs as chunks of one document.", title="true or false"
+    )
+    outputs: Annotated[OutputNames, BeforeValidator(_listed)] | None = Field(
+        None,
+        description="What to return for each text; `dense` by default.",
+        title="a list of `dense`, `sparse`, `multivector`",
+    )
+    user: User = Field(
+        None,
+        description="Whom the request is for: the unit of an experiment that is split by it, else ignored.",
+        title=f"of at most {MAX_USER_CHARS} characters",
+    )
+
+    @property
+    def wanted_dimensions(self) -> int | None:
+        return resolve_synonyms(dimensions=self.dimensions, output_dimension=self.output_dimension)
+
+    @property
+    def wanted_encoding(self) -> Encoding:
+        name = resolve_synonyms(
+            encoding_format=self.encoding_format, embedding_type=self.embedding_type, encoding_type=self.encoding_type
+        )
+        return Encoding(name or "float")
+
+    @property
+    def wanted_task(self) -> str | None:
+        task, input_type = self.task or None, self.input_type or None  # "" means absent
+        if task and input_type and canonical_task(task) == canonical_task(input_type):
+            return task
+        return resolve_synonyms(task=task, input_type=input_type)
+
+    @property
+    def wants_normalized(self) -> bool | None:
+        return resolve_synonyms(normalized=self.normalized, normalize=self.normalize)
+
+    @property
+    def wanted_truncation(self) -> Truncate:
+        return wanted_truncation(self.truncate, self.truncation_direction)
+
+    @property
+    def wanted_outputs(self) -> tuple[Output, ...]:
+        return tuple(Output(name) for name in self.outputs or ("dense",))
+
+
+class SparseEmbedding(BaseModel):
+    """Weights of the tokens of one text; all others are 0."""
+
+    indices: list[int] = Field(description="The model's token ids, ascending.")
+    values: list[float]
+
+
+class Embedding(BaseModel):
+    """The vector of one text."""
+
+    object: Literal["embedding"]
+    index: int = Field(description="Place of the text in the input.")
+    embedding: list[float] | str | None = Field(
+        None,
+        description="A list of numbers, or base64 of little-endian float32. Left out when `outputs` is without `dense`.",
+    )
+    sparse: SparseEmbedding | None = Field(None, description="When `outputs` has `sparse`.")
+    multivector: list[list[float]] | None = Field(
+        None, description="One vector a token, when `outputs` has `multivector`."
+    )
+
+
+class EmbeddingsAnswer(BaseModel):
+    """Vectors in input order."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str = Field(description="The name that was asked for; for an alias, the model that answered.")
+    usage: Usage
