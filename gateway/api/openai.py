@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import Json, describe, integral
-from gateway.api.model_cards import AnyModelCard, ModelList, find_card, list_cards
-from gateway.api.openai_schema import EmbeddingsAnswer, EmbeddingsBody
+from gateway.api.model_cards import find_card, list_cards
+from gateway.api.openai_schema import AnyModelCard, EmbeddingsAnswer, EmbeddingsBody, ModelList
 from gateway.api.pieces import dumps, nested_list, object_around, vector_list
 from gateway.api.token_ids import MAX_IDS, TokenIds
 from gateway.api.wire import EMBEDDINGS_HEADERS, EXPECT_SPACE, responses

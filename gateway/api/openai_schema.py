@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, RootModel, WithJsonSchema
 
 from gateway.api.json_body import (
     DIRECTION,
@@ -172,3 +172,66 @@ class EmbeddingsAnswer(BaseModel):
     data: list[Embedding]
     model: str = Field(description="The name that was asked for; for an alias, the model that answered.")
     usage: Usage
+
+
+class ModelCard(BaseModel):
+    """What a client must know to choose a model. Sizes and tasks are known once its checkpoint has been read."""
+
+    id: str
+    object: Literal["model"]
+    kind: Literal["embed", "rerank", "experiment"] | None = Field(
+        description="What it computes: embeddings, or scores of pairs. An experiment does what its arms do."
+    )
+    created: int = Field(description="Unix time at which the model became ready; 0 before.")
+    owned_by: str
+    stats: dict[str, float] = Field(description="Always empty; clients of Infinity ask for it.")
+    source: str | None = Field(description="Where the weights come from; none for an experiment.")
+    revision: str | None
+    state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
+    reason: str | None = Field(description="Why the model is not ready.")
+    aliases: list[str] = Field(description="Other names of the model that a request may send.")
+    width: int | None = Field(description="Native dimensions; none for a model that reranks.")
+    dimensions: list[int] = Field(description="Accepted values of `dimensions`.")
+    max_tokens: int | None
+    tasks: list[str]
+    default_task: str | None
+    outputs: list[str]
+    normalized: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
+    space: str | None = Field(
+        description="Space of vectors with the default task and native dimensions; none for an experiment between spaces."
+    )
+    spaces: dict[str, str] = Field(description="Space of each task, with native dimensions.")
+    device: str | None
+    dtype: str | None
+
+
+class ArmModelCard(BaseModel):
+    """One arm of an experiment: what answers the requests in it."""
+
+    arm: str
+    model: str
+    task: str | None = Field(description="The task of a request that names none.")
+    weight: float
+    state: str
+    width: int | None
+    max_tokens: int | None
+    space: str | None = Field(description="Space of the arm's vectors with native dimensions.")
+
+
+class ExperimentModelCard(ModelCard):
+    """An experiment under the name that requests send as `model`. It says only what holds for each of its arms."""
+
+    kind: Literal["experiment"]
+    experiment: Literal["same_space", "cross_space"] = Field(description="Whether its arms share a space.")
+    arms: list[ArmModelCard] = Field(description="The models that answer; the first is the control.")
+
+
+class AnyModelCard(RootModel[ExperimentModelCard | ModelCard]):
+    """A model, or an experiment."""
+
+
+class ModelList(BaseModel):
+    """Every model and experiment that the key may use; those that are ready come first."""
+
+    object: Literal["list"]
+    data: list[ExperimentModelCard | ModelCard]

@@ -18,7 +18,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from gateway.api.experiments import ExperimentEvidence, ExperimentList
-from gateway.api.schema import ModelCard
+from gateway.api.openai_schema import ModelCard
 from gateway.errors import StartError
 from gateway.types import Vectors
 

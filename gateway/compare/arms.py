@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.api.schema import ModelCard
+from gateway.api.openai_schema import ModelCard
 from gateway.cli.client import GatewayClient, Refused
 from gateway.errors import CompareError
 from gateway.routing.spaces import is_same_space

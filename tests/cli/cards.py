@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.api.schema import ModelCard
+from gateway.api.openai_schema import ModelCard
 
 
 def make_card(model_id: str, **fields: Any) -> ModelCard:
