@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
 
 import orjson
@@ -21,7 +21,6 @@ from bench.mutants.plugin import IMPORT, Trace
 
 # They run for minutes, in environments of their own, or look at no code.
 NOT_RECORDED = ("tests/clients", "tests/loadtest", "tests/deploy", "tests/test_bench.py", "tests/test_imports.py")
-_MAX_OTHER_FILES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,7 @@ class Records:
         self._project = project
         self._folder = folder
         self._loaded: dict[str, _Record | None] = {}
+        self._weights_of: dict[str, Mapping[str, float]] = {}
 
     def has(self, file: str) -> bool:
         """Whether there is a record, and the file has not changed since."""
@@ -98,21 +98,39 @@ class Records:
         return [] if record is None else [test for test, (outcome, *_) in record.tests.items() if outcome == "failed"]
 
     def candidates(self, mutant: Mutant, files: Iterable[str], budget_s: float) -> list[Candidate]:
-        """Return tests that run a line of what is changed, from each file the quick ones first, as many as fit."""
-        by_file = [found for file in files if (found := self._candidates_in(file, mutant))]
+        """Return tests that run a line of what is changed, as many as fit; first those that are most about its module.
+
+        A test is about a module if it runs lines of it that few others run: each line counts ``1 / (tests that run it)``.
+        """
+        found = [candidate for file in files for candidate in self._candidates_in(file, mutant)]
+        weights = self._weights(mutant.module)
         chosen: list[Candidate] = []
         left_s = budget_s
-        for turn in zip_longest(*by_file):
-            for candidate in turn:
-                if candidate is not None and (candidate.duration_s <= left_s or not chosen):
-                    left_s -= candidate.duration_s
-                    chosen.append(candidate)
+        for candidate in sorted(found, key=lambda one: -weights.get(one.test, 0.0)):
+            if candidate.duration_s <= left_s or not chosen:
+                left_s -= candidate.duration_s
+                chosen.append(candidate)
         return chosen
 
+    def _weights(self, module: str) -> Mapping[str, float]:
+        """Return for each test how much it is about a module."""
+        if module not in self._weights_of:
+            lines_of: dict[str, list[int]] = {}
+            for file in all_tests(self._project):
+                record = self._load(file)
+                for test, (_, _, lines) in () if record is None else record.tests.items():
+                    if test != IMPORT and (ran := int(lines.get(module, "0"), 16)):
+                        lines_of[test] = [line for line in range(ran.bit_length()) if ran >> line & 1]
+            counts = Counter(line for lines in lines_of.values() for line in lines)
+            self._weights_of[module] = {
+                test: sum(1 / counts[line] for line in lines) for test, lines in lines_of.items()
+            }
+        return self._weights_of[module]
+
     def others(self, mutant: Mutant, own: Sequence[str]) -> list[str]:
-        """Return other files of tests that run a line of what is changed: those in which most tests do."""
+        """Return the other files of tests that run a line of what is changed."""
         counts = {file: len(self._candidates_in(file, mutant)) for file in all_tests(self._project) if file not in own}
-        return sorted((file for file in counts if counts[file]), key=lambda file: -counts[file])[:_MAX_OTHER_FILES]
+        return [file for file, count in counts.items() if count]
 
     def _candidates_in(self, file: str, mutant: Mutant) -> list[Candidate]:
         record = self._load(file)
