@@ -15,11 +15,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from models.checkpoints import make_transformer, wordpiece_tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from gateway.routing.spaces import is_same_space
+from tests.models.checkpoints import make_transformer, wordpiece_tokenizer
 
 KEY = "operator-of-the-tests"
 ENTRY = "  - {{id: {name}, source: ./checkpoint, enabled: true, dtype: float32, runtime: torch{more}}}\n"

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from clients.gateway_process import Gateway, running_gateway
+from tests.clients.gateway_process import Gateway, running_gateway
 
 KEY = "sk-of-the-tests"
 

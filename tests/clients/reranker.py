@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from models.checkpoints import MAX_TOKENS, SIZES, unigram_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+from tests.models.checkpoints import MAX_TOKENS, SIZES, unigram_tokenizer
 
 
 def save_reranker(folder: Path) -> None:

@@ -9,9 +9,18 @@ import httpx
 import numpy as np
 import pytest
 
-from clients.apart.environment import ENVIRONMENTS, ClientError, Environment, running
-from clients.gateway_process import MODEL, PROMPTED, RERANKER, SHORT_WIDTH, WIDTH, Gateway, more_models, running_gateway
-from clients.reranker import save_reranker
+from tests.clients.apart.environment import ENVIRONMENTS, ClientError, Environment, running
+from tests.clients.gateway_process import (
+    MODEL,
+    PROMPTED,
+    RERANKER,
+    SHORT_WIDTH,
+    WIDTH,
+    Gateway,
+    more_models,
+    running_gateway,
+)
+from tests.clients.reranker import save_reranker
 from tests.peers import is_missing
 
 TEXTS = ["hello world", "日本 😀", "two\nlines", ""]

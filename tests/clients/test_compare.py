@@ -9,8 +9,8 @@ import numpy as np
 from click.testing import Result
 from typer.testing import CliRunner
 
-from clients.gateway_process import MODEL, Gateway
 from gateway.cli.main import app
+from tests.clients.gateway_process import MODEL, Gateway
 from tests.compare.stdlib_data import write_dataset
 
 REGISTRY = f"""

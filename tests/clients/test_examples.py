@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from clients.conftest import KEY
-from clients.gateway_process import MODEL, Gateway, running_gateway
+from tests.clients.conftest import KEY
+from tests.clients.gateway_process import MODEL, Gateway, running_gateway
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mem0_memory.py"
 NOBODY = "http://127.0.0.1:9/v1"

@@ -10,8 +10,8 @@ import numpy as np
 import openai
 import pytest
 
-from clients.conftest import KEY
-from clients.gateway_process import MODEL, WIDTH, Gateway
+from tests.clients.conftest import KEY
+from tests.clients.gateway_process import MODEL, WIDTH, Gateway
 
 if TYPE_CHECKING:
     from langchain_openai import OpenAIEmbeddings

@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from clients.gateway_process import MODEL, Gateway
+from tests.clients.gateway_process import MODEL, Gateway
 
 if TYPE_CHECKING:
     from llama_index.embeddings.openai_like import OpenAILikeEmbedding

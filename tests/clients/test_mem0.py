@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from clients.gateway_process import MODEL, WIDTH, Gateway
+from tests.clients.gateway_process import MODEL, WIDTH, Gateway
 
 if TYPE_CHECKING:
     from mem0 import AsyncMemory, Memory

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients.apart.environment import ENVIRONMENTS
-from clients.conftest import KEY
-from clients.gateway_process import HUB_NAME, MODEL, Gateway
+from tests.clients.apart.environment import ENVIRONMENTS
+from tests.clients.conftest import KEY
+from tests.clients.gateway_process import HUB_NAME, MODEL, Gateway
 from tests.peers import is_missing
 
 Embed = Callable[..., np.ndarray]

@@ -12,8 +12,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from clients.conftest import KEY
-from clients.gateway_process import HUB_NAME, MODEL, WIDTH, Gateway
+from tests.clients.conftest import KEY
+from tests.clients.gateway_process import HUB_NAME, MODEL, WIDTH, Gateway
 
 TEXTS = ["A gateway for embeddings", "", "日本語 😀", "two\nlines"]
 

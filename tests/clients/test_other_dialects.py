@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.conftest import KEY
-from clients.gateway_process import HUB_NAME, MODEL, Gateway
+from tests.clients.conftest import KEY
+from tests.clients.gateway_process import HUB_NAME, MODEL, Gateway
 
 Embed = Callable[..., np.ndarray]
 AssertSame = Callable[..., None]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from compose_spec import PyCompose
-from deployment_files import DEPLOY, DOCKERFILE, ROOT, image_environ, last_stage, merged, read_yaml
 
 from gateway import __version__
 from gateway.access.keyring import key_digest
 from gateway.config.api_keys import load_key_file
 from gateway.config.settings import load_settings
+from tests.deploy.deployment_files import DEPLOY, DOCKERFILE, ROOT, image_environ, last_stage, merged, read_yaml
 
 COMPOSE = DEPLOY / "compose"
 GPU = read_yaml(COMPOSE / "compose.yaml")

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from deployment_files import DEPLOY, ROOT, deployment_texts
 
 from gateway import __version__
 from gateway.config.settings import Settings, variable
+from tests.deploy.deployment_files import DEPLOY, ROOT, deployment_texts
 
 README = (DEPLOY / "README.md").read_text()
 TEXTS = {path.relative_to(ROOT): text for path, text in deployment_texts()}

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from deployment_files import (
+
+from gateway.app import create_admin_app
+from gateway.config.settings import Settings, load_settings
+from gateway.deployment import Deployment
+from tests.deploy.deployment_files import (
     DEPLOY,
     DOCKERFILE,
     MEM0_DOCKERFILE,
@@ -21,10 +25,6 @@ from deployment_files import (
     last_stage,
     run_tool,
 )
-
-from gateway.app import create_admin_app
-from gateway.config.settings import Settings, load_settings
-from gateway.deployment import Deployment
 
 DOCKERFILES = pytest.mark.parametrize("dockerfile", [DOCKERFILE, MEM0_DOCKERFILE], ids=["gateway", "mem0"])
 PINNED = re.compile(r"python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}")

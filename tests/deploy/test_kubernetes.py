@@ -14,8 +14,6 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from custom_resources import SCHEMAS
-from deployment_files import DOCKERFILE, KUBERNETES, ROOT, image_environ, kustomize, last_stage, read_yaml
 from fastapi.testclient import TestClient
 
 from gateway import __version__
@@ -25,6 +23,8 @@ from gateway.config.registry import load_registry
 from gateway.config.settings import Settings, load_settings
 from gateway.deployment import Deployment
 from gateway.telemetry.metrics import render
+from tests.deploy.custom_resources import SCHEMAS
+from tests.deploy.deployment_files import DOCKERFILE, KUBERNETES, ROOT, image_environ, kustomize, last_stage, read_yaml
 
 OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu"])
 VERSIONS = pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])

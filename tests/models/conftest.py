@@ -31,8 +31,8 @@ from gateway.engine.model.build import BuildOptions, build_encoders
 from gateway.engine.model.encoder import TextEncoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.types import Output, Truncate
-from models import plain
-from models.checkpoints import (
+from tests.models import plain
+from tests.models.checkpoints import (
     FAMILIES,
     JINA_TASKS,
     MAX_TOKENS,

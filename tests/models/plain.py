@@ -20,7 +20,7 @@ from transformers import (
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.loading import load_engine, plan_load
-from models.checkpoints import FAMILIES, MAX_TOKENS, SIZES, make_transformer
+from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SIZES, make_transformer
 
 HEADS = {
     "SequenceClassification": AutoModelForSequenceClassification,

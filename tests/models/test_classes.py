@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
-from models.checkpoints import FAMILIES, TEXTS
-from models.plain import add_tensor, entry, load_whole, save_modules
+from tests.models.checkpoints import FAMILIES, TEXTS
+from tests.models.plain import add_tensor, entry, load_whole, save_modules
 
 Copy = Callable[[Path], Path]
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]

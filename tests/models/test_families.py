@@ -21,7 +21,7 @@ from gateway.engine.loading import plan_load
 from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES
 from gateway.errors import LoadError
 from gateway.types import Output, canonical_task
-from models.checkpoints import FAMILIES, MAX_TOKENS, TEXTS, linear_head
+from tests.models.checkpoints import FAMILIES, MAX_TOKENS, TEXTS, linear_head
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Load = Callable[..., Any]

@@ -17,8 +17,8 @@ from gateway.engine.loading import plan_load
 from gateway.engine.model.encoder import TextEncoder
 from gateway.engine.model.items import Encoded
 from gateway.errors import LoadError
-from models.checkpoints import TEXTS
-from models.plain import entry, load_whole, save_modules
+from tests.models.checkpoints import TEXTS
+from tests.models.plain import entry, load_whole, save_modules
 
 Copy = Callable[[Path], Path]
 EditJson = Callable[..., None]

@@ -19,7 +19,7 @@ from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, SparseVector, Timings
-from models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
+from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
 
 Connect = Callable[..., Any]
 Load = Callable[..., Any]

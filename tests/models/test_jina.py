@@ -31,8 +31,8 @@ from gateway.engine.model.adapters import install_adapters
 from gateway.errors import LoadError
 from gateway.routing.spaces import space_id
 from gateway.types import Truncate
-from models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
-from models.checkpoints import unigram_tokenizer as jina_tokenizer
+from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
+from tests.models.checkpoints import unigram_tokenizer as jina_tokenizer
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Copy = Callable[[Path], Path]

@@ -14,7 +14,7 @@ import torch
 from gateway.config.registry import ModelEntry
 from gateway.engine.model.items import Item, Tokens
 from gateway.errors import BadInput, ContextLengthExceeded
-from models.checkpoints import JINA_TASKS, MAX_TOKENS
+from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS
 
 Load = Callable[..., Any]
 Tokenize = Callable[..., list[int]]

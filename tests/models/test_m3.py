@@ -20,8 +20,8 @@ from gateway.engine.loading import plan_load
 from gateway.engine.model.items import Encoded
 from gateway.errors import LoadError
 from gateway.types import Output
-from models.checkpoints import TEXTS, linear_head
-from models.plain import entry, load_whole
+from tests.models.checkpoints import TEXTS, linear_head
+from tests.models.plain import entry, load_whole
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Tokenize = Callable[..., list[int]]

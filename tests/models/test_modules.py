@@ -16,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
-from models.checkpoints import MAX_TOKENS, TEXTS
-from models.plain import entry, load_whole
+from tests.models.checkpoints import MAX_TOKENS, TEXTS
+from tests.models.plain import entry, load_whole
 
 Copy = Callable[[Path], Path]
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -31,7 +31,7 @@ from gateway.engine.model.encoder import TextEncoder
 from gateway.engine.model.items import Item
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
-from models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
+from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
 
 EditJson = Callable[..., None]
 Copy = Callable[[Path], Path]

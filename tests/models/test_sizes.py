@@ -19,8 +19,8 @@ from transformers import (
 
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
-from models.checkpoints import FAMILIES, SIZES, TEXTS
-from models.plain import entry
+from tests.models.checkpoints import FAMILIES, SIZES, TEXTS
+from tests.models.plain import entry
 
 Copy = Callable[[Path], Path]
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from models.plain import entry
+from tests.models.plain import entry
 
 Connect = Callable[..., Any]
 Copy = Callable[[Path], Path]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from observed import PROMETHEUS, rules
 
 from tests.peers import needs
+from tests.telemetry.observed import PROMETHEUS, rules
 
 pytestmark = needs("promtool", "prometheus")
 TESTS = sorted(PROMETHEUS.glob("*_test.yml"))

@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from observed import ROOT, asked, dashboard, grouped, rules, series
+
+from tests.telemetry.observed import ROOT, asked, dashboard, grouped, rules, series
 
 DASHBOARD = dashboard()
 EXPRESSIONS = [*DASHBOARD.expressions(), *(rule["expr"] for rule in rules())]

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from receivers import DATADOG_PATH, Span, datadog_agent
 
 from tests.clients.gateway_process import MODEL, WIDTH, running_gateway
+from tests.telemetry.receivers import DATADOG_PATH, Span, datadog_agent
 
 TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 DDTRACE_RUN = str(Path(sys.executable).with_name("ddtrace-run"))

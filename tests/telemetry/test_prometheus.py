@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from observed import PROMETHEUS, dashboard
 
 from tests.peers import needs
+from tests.telemetry.observed import PROMETHEUS, dashboard
 
 pytestmark = needs("prometheus", "prometheus")
 

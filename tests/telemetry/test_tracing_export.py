@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-from receivers import Receiver, Span, otlp_over_grpc, otlp_over_http
 from structlog.testing import capture_logs
 
 from gateway import __version__
@@ -24,6 +23,7 @@ from gateway.config.otel import read_trace_settings
 from gateway.errors import StartError
 from gateway.telemetry import trace_export, tracing
 from tests.clients.gateway_process import MODEL, WIDTH, running_gateway
+from tests.telemetry.receivers import Receiver, Span, otlp_over_grpc, otlp_over_http
 
 TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.checkpoints import bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -19,6 +18,7 @@ from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.tokenizer import Tokenizer, at_once
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
+from tests.models.checkpoints import bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 
 NUM_CHARS = 200_000
 LITTLE = {

@@ -1,1 +1,0 @@
-"""The models by themselves: what each computes, held against another implementation of the same."""
