@@ -1,4 +1,4 @@
-"""Search finds what comparing everything with everything finds, in an order that never changes."""
+"""The search returns the same as comparing every query with every document, always in the same order."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def expected(
 
 
 @given(st.data())
-def test_finds_what_a_full_sort_finds(data: st.DataObject) -> None:
+def test_returns_the_same_as_a_full_sort(data: st.DataObject) -> None:
     num_documents, num_queries = data.draw(st.integers(0, 60)), data.draw(st.integers(0, 5))
-    depth, at_once = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 80))
+    depth, at_once = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 6))
     dice = np.random.default_rng(data.draw(st.integers(0, 1000)))
     # Small integers: many scores are equal, and all are exact.
     documents = dice.integers(-1, 2, (num_documents, 3)).astype(np.float32)
@@ -34,7 +34,7 @@ def test_finds_what_a_full_sort_finds(data: st.DataObject) -> None:
     choices = st.none() | st.integers(0, num_documents - 1) if num_documents else st.none()
     excluded = [data.draw(choices) for _ in range(num_queries)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "_MAX_BYTES", 32 * num_queries * at_once)
+        patch.setattr(search_module, "_MAX_BYTES", 4 * num_documents * at_once)
         patch.setattr(search_module, "_SPARE", 0)
         indices, scores = search(queries, documents, depth, excluded)
     width = min(depth, num_documents)
@@ -80,8 +80,8 @@ def test_small_scores_are_told_apart() -> None:
     assert indices.tolist() == [[99]]
 
 
-def test_memory_is_bounded_whatever_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All scores at once, with what goes with them, would be 40 MB."""
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores at once would take 5 MB."""
     monkeypatch.setattr(search_module, "_MAX_BYTES", 2**20)
     dice = np.random.default_rng(6)
     documents = dice.normal(size=(20_000, 4)).astype(np.float32)
@@ -91,22 +91,18 @@ def test_memory_is_bounded_whatever_is_searched(monkeypatch: pytest.MonkeyPatch)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 4 * 2**20
+    assert peak < 2 * 2**20
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_impossible_arguments_are_refused() -> None:
     vectors = np.ones((2, 3), dtype=np.float32)
-    with pytest.raises(
-        ValueError, match=r"at most 4,294,967,294 documents can be searched, and there are 4,294,967,295"
-    ):
-        search(vectors, np.broadcast_to(vectors[:1], (2**32 - 1, 3)))
     with pytest.raises(ValueError, match="depth must be at least 1, and is 0"):
         search(vectors, vectors, 0)
     with pytest.raises(ValueError, match=r"excluded must be as long as the queries \(2\), and is 1"):
         search(vectors, vectors, 1, [None])
 
 
-def test_ranking_has_ids_and_no_empty_places() -> None:
+def test_a_ranking_has_ids_and_no_empty_places() -> None:
     vectors = np.array([[1.0], [3.0], [2.0]], dtype=np.float32)
     ranking = make_ranking(["q1", "q2"], ["a", "b", "c"], *search(vectors[:2], vectors, 3, [None, 1]))
     assert ranking == {"q1": [("b", 3.0), ("c", 2.0), ("a", 1.0)], "q2": [("c", 6.0), ("a", 3.0)]}
