@@ -1,24 +1,22 @@
-"""What is wrong between entries of ``models.yaml`` that are right by themselves: names taken twice, targets that are none.
-
-Works on the entries as they were read, so that a conflict is found also where another entry cannot be understood.
-"""
+"""Conflicts between entries of ``models.yaml`` that are valid by themselves: names used twice, targets that do not exist."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from gateway.config.model_entry import ModelEntry
+from gateway.config.traffic import Alias, Experiment, Shadow
 from gateway.config.wording import did_you_mean, enumerate_names, quote
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 
 class Conflict(NamedTuple):
-    """Something that is wrong at a place of the file.
+    """A problem at a place of the file.
 
     Attributes:
-        is_in_key: the problem is with the key at ``path`` itself, rather than with its value.
+        is_in_key: the problem is the key at ``path``, rather than its value.
     """
 
     path: KeyPath
@@ -26,152 +24,129 @@ class Conflict(NamedTuple):
     is_in_key: bool = False
 
 
-@dataclass(slots=True)
+class ConflictError(ValueError):
+    """Entries conflict; says the first conflict, and carries all."""
+
+    def __init__(self, conflicts: Sequence[Conflict]) -> None:
+        super().__init__(conflicts[0].message)
+        self.conflicts = conflicts
+
+
+def find_conflicts(
+    models: Sequence[ModelEntry],
+    aliases: Mapping[str, Alias],
+    experiments: Sequence[Experiment],
+    shadows: Sequence[Shadow],
+    fallbacks: Mapping[str, Sequence[str]],
+) -> Iterator[Conflict]:
+    """Yield the conflicts between valid entries."""
+    names = _Names(models, aliases, experiments)
+    yield from _name_conflicts(models, aliases, experiments)
+    for path, target in _references(aliases, experiments, fallbacks):
+        if target not in names.ids:
+            yield Conflict(path, names.wrong_target(target))
+    for index, model in enumerate(models):
+        if model.same_space_as is not None and (problem := _same_space_problem(model, model.same_space_as, names)):
+            yield Conflict(("models", index, "same_space_as"), problem)
+    for index, shadow in enumerate(shadows):
+        for key, problem in _shadow_problems(shadow, names):
+            yield Conflict(("shadows", index, key), problem)
+    for model_id, others in fallbacks.items():
+        if model_id not in names.ids:
+            yield Conflict(("fallbacks", model_id), names.wrong_target(model_id), is_in_key=True)
+        elif model_id in others:
+            path = ("fallbacks", model_id, others.index(model_id))
+            yield Conflict(path, "is the model itself; a fallback is another model of the same space")
+
+
+def _references(
+    aliases: Mapping[str, Alias], experiments: Sequence[Experiment], fallbacks: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yield each value that must be the id of a model, with its path."""
+    for name, alias in aliases.items():
+        yield ("aliases", name, "model"), alias.model
+    for index, experiment in enumerate(experiments):
+        for arm_index, arm in enumerate(experiment.arms):
+            yield ("experiments", index, "arms", arm_index, "model"), arm.model
+    for model_id, others in fallbacks.items():
+        for index, other in enumerate(others):
+            yield ("fallbacks", model_id, index), other
+
+
 class _Names:
-    """The names that are taken, by their folded form: two that differ only in case are a trap for clients."""
+    """The names that are defined, and the explanation for a name that is not a model's id."""
 
-    ids: dict[str, str] = field(default_factory=dict)
-    owners: dict[str, str] = field(default_factory=dict)  # the model of each source
-    aliases: dict[str, str] = field(default_factory=dict)  # as they are written, with their targets
-    experiments: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self, models: Sequence[ModelEntry], aliases: Mapping[str, Alias], experiments: Sequence[Experiment]
+    ) -> None:
+        self.ids = [model.id for model in models]
+        self.same_space_ids = {model.id for model in models if model.same_space_as is not None}
+        self.aliases = {name: alias.model for name, alias in aliases.items()}
+        self.experiments = [experiment.id for experiment in experiments]
+        self.sources = _by_source(models)
 
-
-def find_conflicts(entries: Mapping[str, object]) -> Iterator[Conflict]:
-    """Find what is wrong between entries.
-
-    Args:
-        entries: the file's top level, read and not necessarily valid; what has another shape than it should is skipped.
-    """
-    names = _Names()
-    yield from _take_model_names(entries, names)
-    aliases = entries.get("aliases")
-    for alias, entry in aliases.items() if isinstance(aliases, dict) else ():
-        if isinstance(entry, dict) and isinstance(target := entry.get("model"), str):
-            names.aliases[alias] = target
-    for _index, experiment in _mappings(entries, "experiments"):
-        if isinstance(name := experiment.get("id"), str):
-            names.experiments.setdefault(name.casefold(), name)
-    yield from _alias_conflicts(names)
-    yield from _experiment_conflicts(entries, names)
-    yield from _shadow_conflicts(entries, names)
-    yield from _fallback_conflicts(entries, names)
-    yield from _same_space_conflicts(entries, names)
+    def wrong_target(self, target: str) -> str:
+        """Explain what a name that should be a model's id is instead."""
+        model_id, colon, task = target.partition(":")
+        if colon and model_id in self.ids:
+            return f"must be a model id alone, got {quote(target)}; write `{{model: {model_id}, task: {task}}}`"
+        if target in self.aliases:
+            hint = f"; write {quote(self.aliases[target])}" if self.aliases[target] in self.ids else ""
+            return f"must be a model id, and {quote(target)} is an alias{hint}"
+        if target in self.experiments:
+            return f"must be a model id, and {quote(target)} is an experiment"
+        if owner := self.sources.get(target.casefold()):
+            return f"must be a model id, and {quote(target)} is a source; write {quote(owner)}"
+        guess = did_you_mean(target, self.ids) or ";"
+        return f"is not a model of this file, got {quote(target)}{guess} models: {enumerate_names(self.ids)}"
 
 
-def _take_model_names(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
-    for index, entry in _mappings(entries, "models"):
-        match entry:
-            case {"id": str(model_id), **rest}:
-                source = rest.get("source")
-            case _:
-                continue
-        if model_id.casefold() in names.ids:
-            taken = quote(names.ids[model_id.casefold()])
-            yield Conflict(("models", index, "id"), f"must be unique, and {taken} is taken by another model")
-        names.ids.setdefault(model_id.casefold(), model_id)
-        names.owners.setdefault(source.casefold() if isinstance(source, str) else "", model_id)
+def _by_source(models: Sequence[ModelEntry]) -> dict[str, str]:
+    """Return the first model of each source, by the source's folded form."""
+    return {model.written_source.casefold(): model.id for model in reversed(models)}
 
 
-def _alias_conflicts(names: _Names) -> Iterator[Conflict]:
-    for alias, target in names.aliases.items():
-        path = ("aliases", alias)
-        if alias.casefold() in names.ids:
-            yield Conflict(path, "is the id of a model; choose another name for the alias", is_in_key=True)
-        elif alias.casefold() in names.owners:
-            owner = quote(names.owners[alias.casefold()])
-            yield Conflict(path, f"is the source of {owner}, which answers to it already", is_in_key=True)
-        if target not in names.ids.values():
-            yield Conflict((*path, "model"), _wrong_target(target, names))
+def _name_conflicts(
+    models: Sequence[ModelEntry], aliases: Mapping[str, Alias], experiments: Sequence[Experiment]
+) -> Iterator[Conflict]:
+    """Yield the names that are already taken. Two names that differ only in case are a trap for clients."""
+    ids: dict[str, str] = {}
+    for index, model in enumerate(models):
+        if first := ids.get(model.id.casefold()):
+            yield Conflict(("models", index, "id"), f"must be unique, and {quote(first)} is taken by another model")
+        ids.setdefault(model.id.casefold(), model.id)
+    taken = {
+        source: f"is the source of {quote(owner)}, which answers to it already"
+        for source, owner in _by_source(models).items()
+    }
+    taken |= dict.fromkeys(ids, "is the id of a model; choose another name")
+    for name in aliases:
+        if name.casefold() in taken:
+            yield Conflict(("aliases", name), taken[name.casefold()], is_in_key=True)
+    taken = {name.casefold(): "is an alias; choose another name for the experiment" for name in aliases} | taken
+    for index, experiment in enumerate(experiments):
+        folded = experiment.id.casefold()
+        if folded in taken:
+            yield Conflict(("experiments", index, "id"), taken[folded])
+        taken.setdefault(folded, f"must be unique, and {quote(experiment.id)} is taken by another experiment")
 
 
-def _experiment_conflicts(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
-    folded_aliases = {alias.casefold() for alias in names.aliases}
-    seen: set[str] = set()
-    for index, entry in _mappings(entries, "experiments"):
-        path = ("experiments", index)
-        if isinstance(name := entry.get("id"), str):
-            folded = name.casefold()
-            if folded in names.ids:
-                yield Conflict((*path, "id"), "is the id of a model; choose another name for the experiment")
-            elif folded in names.owners:
-                owner = quote(names.owners[folded])
-                yield Conflict((*path, "id"), f"is the source of {owner}, which answers to it already")
-            elif folded in folded_aliases:
-                yield Conflict((*path, "id"), "is an alias; choose another name for the experiment")
-            elif folded in seen:
-                taken = quote(names.experiments[folded])
-                yield Conflict((*path, "id"), f"must be unique, and {taken} is taken by another experiment")
-            seen.add(folded)
-        for arm_index, arm in _mappings(entry, "arms"):
-            if isinstance(model := arm.get("model"), str) and model not in names.ids.values():
-                yield Conflict((*path, "arms", arm_index, "model"), _wrong_target(model, names))
+def _same_space_problem(model: ModelEntry, other: str, names: _Names) -> str | None:
+    if other == model.id:
+        return "is the model itself; name the other one that has the same weights"
+    if other not in names.ids:
+        return names.wrong_target(other)
+    if other in names.same_space_ids:
+        return f"must be a model with its own space, and {quote(other)} has the space of another model"
+    return None
 
 
-def _shadow_conflicts(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
-    known = [*names.ids.values(), *names.aliases, *names.experiments.values()]
-    for index, entry in _mappings(entries, "shadows"):
-        path = ("shadows", index)
-        of, to = entry.get("of"), entry.get("to")
-        if isinstance(of, str) and of not in known:
-            guess = did_you_mean(of, known) or ";"
-            yield Conflict(
-                (*path, "of"),
-                f"is no model, alias or experiment, got {quote(of)}{guess} names: {enumerate_names(known)}",
-            )
-        if isinstance(to, str) and to not in names.ids.values():
-            yield Conflict((*path, "to"), _wrong_target(to, names))
-        elif isinstance(of, str) and to == names.aliases.get(of, of):
-            yield Conflict((*path, "to"), f"is the model that answers {quote(of)} itself; a shadow is a second model")
-
-
-def _fallback_conflicts(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
-    fallbacks = entries.get("fallbacks")
-    for model, others in fallbacks.items() if isinstance(fallbacks, dict) else ():
-        path = ("fallbacks", model)
-        if model not in names.ids.values():
-            yield Conflict(path, _wrong_target(model, names), is_in_key=True)
-        for index, other in enumerate(others if isinstance(others, tuple) else ()):
-            if other == model:
-                yield Conflict((*path, index), "is the model itself; a fallback is another one of the same space")
-            elif isinstance(other, str) and other not in names.ids.values():
-                yield Conflict((*path, index), _wrong_target(other, names))
-
-
-def _same_space_conflicts(entries: Mapping[str, object], names: _Names) -> Iterator[Conflict]:
-    chained = {entry.get("id") for _index, entry in _mappings(entries, "models") if entry.get("same_space_as")}
-    for index, entry in _mappings(entries, "models"):
-        other = entry.get("same_space_as")
-        path = ("models", index, "same_space_as")
-        if not isinstance(other, str):
-            continue
-        if other == entry.get("id"):
-            yield Conflict(path, "is the model itself; name the other one that has the same weights")
-        elif other not in names.ids.values():
-            yield Conflict(path, _wrong_target(other, names))
-        elif other in chained:
-            yield Conflict(path, f"must be a model whose space is its own, and {quote(other)} has that of another one")
-
-
-def _wrong_target(target: str, names: _Names) -> str:
-    """Say what a name that should be a model's id is instead."""
-    ids = names.ids.values()
-    model_id, colon, task = target.partition(":")
-    if colon and model_id in ids:
-        return f"must be a model id alone, got {quote(target)}; write `{{model: {model_id}, task: {task}}}`"
-    if target in names.aliases:
-        right = f"; write {quote(names.aliases[target])}" if names.aliases[target] in ids else ""
-        return f"must be a model id, and {quote(target)} is an alias{right}"
-    if target in names.experiments.values():
-        return f"must be a model id, and {quote(target)} is an experiment"
-    if target.casefold() in names.owners:
-        return f"must be a model id, and {quote(target)} is a source; write {quote(names.owners[target.casefold()])}"
-    guess = did_you_mean(target, ids) or ";"
-    return f"is not a model of this file, got {quote(target)}{guess} models: {enumerate_names(ids)}"
-
-
-def _mappings(entries: Mapping[str, object], key: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Yield the mappings in the list that stands under a key, with their indices."""
-    values = entries.get(key)
-    for index, value in enumerate(values if isinstance(values, tuple) else ()):
-        if isinstance(value, dict):
-            yield index, value
+def _shadow_problems(shadow: Shadow, names: _Names) -> Iterator[tuple[str, str]]:
+    known = [*names.ids, *names.aliases, *names.experiments]
+    if shadow.of not in known:
+        guess = did_you_mean(shadow.of, known) or ";"
+        yield "of", f"is no model, alias or experiment, got {quote(shadow.of)}{guess} names: {enumerate_names(known)}"
+    if shadow.to not in names.ids:
+        yield "to", names.wrong_target(shadow.to)
+    elif shadow.to == names.aliases.get(shadow.of, shadow.of):
+        yield "to", f"is the model that answers {quote(shadow.of)} itself; a shadow is a second model"

@@ -1,4 +1,4 @@
-"""The standard ``OTEL_*`` variables for traces: whether traces are on, and errors that the SDK would not report at the start.
+"""The standard ``OTEL_*`` variables for traces: whether traces are on, and errors that the SDK would report too late.
 
 OpenTelemetry's SDK reads the variables itself and reports most wrong values at the start. Checked here are those with which
 it would start and then fail on every export, or log a secret. Headers and endpoints may hold secrets, so no message

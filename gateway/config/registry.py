@@ -1,6 +1,6 @@
-"""The models that a request can reach, and the names they go by, read from ``models.yaml``.
+"""The registry: the models that a request can reach, and their names, read from ``models.yaml``.
 
-The file is shaped like the classes: a ``Registry`` holds ``ModelEntry``, ``Alias``, ``Experiment`` and ``Shadow``. Fields
+The file has the shape of the classes: a ``Registry`` holds ``ModelEntry``, ``Alias``, ``Experiment`` and ``Shadow``. Fields
 with ``exclude=True`` are not keys of the file; the loader sets them. The reference in ``docs/configuration.md`` is
 generated from the field descriptions.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from gateway.config.conflicts import find_conflicts
+from gateway.config.conflicts import ConflictError, find_conflicts
 from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Listed, Name, Source, Version
 from gateway.config.model_entry import Frozen, ModelEntry
 from gateway.config.problems import field_problems
@@ -31,7 +31,7 @@ _MODELS_FILE = FileKind("`version: 1` and `models:`", "name another with GATEWAY
 
 
 class Registry(Frozen):
-    """Every model that a request can reach, the names they go by, and how traffic is spread over them."""
+    """The models that a request can reach, their names, and the rules that distribute traffic over them."""
 
     path: Path = Field(exclude=True, description="The file that the registry was read from.")
     version: Version = Field(description="Version of the file's format: `1`.")
@@ -41,15 +41,15 @@ class Registry(Frozen):
         description="Other names for models. A name maps to a model id, or to `{model: MODEL, task: TASK}`; the alias "
         "`default` answers requests that name no model.",
     )
-    experiments: Distinct[Experiment] = Field(
+    experiments: tuple[Experiment, ...] = Field(
         default=(), description="Names under which requests are split between models."
     )
     shadows: Distinct[Shadow] = Field(
-        default=(), description="Copies of some traffic to a second model, whose vectors nobody gets."
+        default=(), description="Copies of some traffic to a second model, whose vectors are discarded."
     )
     fallbacks: Mapping[str, DistinctListed[str]] = Field(
         default_factory=dict,
-        description="For a model's id, those of the models that answer in its place while it cannot, in order. All must "
+        description="For a model's id, the ids of the models that answer in its place while it cannot, in order. All must "
         "give vectors of the same space; otherwise the gateway does not start.",
     )
 
@@ -57,7 +57,7 @@ class Registry(Frozen):
         """Return the model with exactly this id.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no model has it.
         """
         for entry in self.models:
             if entry.id == model_id:
@@ -66,36 +66,41 @@ class Registry(Frozen):
 
     def experiment(self, experiment_id: str) -> Experiment | None:
         """Return the experiment with exactly this id, if there is one."""
-        return next((one for one in self.experiments if one.id == experiment_id), None)
+        return next((experiment for experiment in self.experiments if experiment.id == experiment_id), None)
 
     def aliases_of(self, model_id: str) -> list[str]:
         """Return the other names of a model."""
         return [alias.name for alias in self.aliases.values() if alias.model == model_id]
 
     def source_names(self) -> dict[str, str]:
-        """Return the model of each source that names one, and of each other name that its weights are known by.
+        """Return the model of each source that can name one, and of each other name that its weights are known by.
 
         A source that two models share names neither of them.
         """
         count = Counter(entry.source for entry in self.models)
         names = {entry.source: entry.id for entry in self.models if count[entry.source] == 1}
-        # A name that the registry itself gives to something means that.
+        # A name that the registry itself defines takes precedence.
         taken = {*count, *self.names()}
         known_by = {name: names[source] for name, source in KNOWN_BY.items() if source in names and name not in taken}
         return known_by | names
 
     def source_names_of(self, model_id: str) -> list[str]:
-        """Return the names of :meth:`source_names` that stand for one model."""
+        """Return the names of :meth:`source_names` that name one model."""
         return [name for name, owner in self.source_names().items() if owner == model_id]
 
     def names(self) -> list[str]:
         """Return every name that a request may use, except sources and tasks."""
-        return [*(entry.id for entry in self.models), *self.aliases, *(one.id for one in self.experiments)]
+        return [
+            *(entry.id for entry in self.models),
+            *self.aliases,
+            *(experiment.id for experiment in self.experiments),
+        ]
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> Registry:
-        for conflict in find_conflicts(self.model_dump()):
-            raise ValueError(conflict.message)
+        parts = (self.models, self.aliases, self.experiments, self.shadows, self.fallbacks)
+        if conflicts := list(find_conflicts(*parts)):
+            raise ConflictError(conflicts)
         return self
 
 
@@ -106,11 +111,12 @@ def load_registry(path: Path, environ: Mapping[str, str]) -> Registry:
     """Read and check a registry file.
 
     Args:
-        path: the file; folders in it are relative to where it lies.
-        environ: what ``${NAME}`` in its values stands for.
+        path: the file; folders in it are relative to its folder.
+        environ: the variables for ``${NAME}`` in its values.
 
     Raises:
-        ConfigError: the file cannot be read, or holds anything that is not right; lists every problem.
+        ConfigError: the file cannot be read or is wrong; lists every problem. Conflicts between entries are found once
+            every entry is valid.
     """
     document = read_document(path, environ, _MODELS_FILE)
     root = document.root
@@ -124,15 +130,16 @@ def load_registry(path: Path, environ: Mapping[str, str]) -> Registry:
         registry = Registry.model_validate(entries, context={"folder": path.parent})
     except ValidationError as error:
         problems += field_problems(error, document, _fields_at)
-        problems += _conflict_problems(entries, document)
+        if not problems:
+            problems += _conflict_problems(error, document)
     if registry is None or problems:
-        # A problem inside an anchor is found once for each place that the anchor is used in.
+        # A problem inside an anchor is found once per use of the anchor.
         raise ConfigError(list(dict.fromkeys(problems)))
     return registry
 
 
 def _without_loader_fields(root: Mapping[str, Value], document: Document) -> dict[str, object]:
-    """Return the file's entries with each alias as the mapping that ``Alias`` reads, and note what cannot be one."""
+    """Return the file's entries with each alias as the mapping that ``Alias`` reads, and record those that cannot be one."""
     entries: dict[str, object] = dict(root)
     if "path" in entries:
         allowed = configurable(Registry.model_fields)
@@ -176,16 +183,14 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
             return Registry.model_fields
 
 
-def _conflict_problems(entries: Mapping[str, object], document: Document) -> Iterator[Problem]:
-    """Find the conflicts also when single entries are wrong, so that one run tells everything."""
-    for conflict in find_conflicts(entries):
-        if conflict.path in document.unread:
-            continue
-        if conflict.is_in_key:
-            yield document.key_problem(conflict.path, conflict.message)
-        else:
-            # An alias may be written as a string rather than a mapping: then it has no place for `model`.
-            path = conflict.path
-            written = path if path in document.values or path[0] != "aliases" else path[:-1]
-            if written not in document.unread:
-                yield document.value_problem(written, conflict.message)
+def _conflict_problems(error: ValidationError, document: Document) -> Iterator[Problem]:
+    """Yield the conflicts between entries, with their places. They are known only if every entry is valid."""
+    for detail in error.errors(include_url=False):
+        cause = detail.get("ctx", {}).get("error")
+        for path, message, is_in_key in cause.conflicts if isinstance(cause, ConflictError) else ():
+            if is_in_key:
+                yield document.key_problem(path, message)
+            else:
+                # An alias may be written as a string rather than a mapping: then it has no place for `model`.
+                is_written = path in document.values or path[0] != "aliases"
+                yield document.value_problem(path if is_written else path[:-1], message)

@@ -335,7 +335,7 @@ def two_models(first: str, second: str) -> str:
             ", same_space_as: two",
             ", same_space_as: three",
             "models[0].same_space_as",
-            "must be a model whose space is its own, and `two` has that of another one",
+            "must be a model with its own space, and `two` has the space of another model",
         ),
     ],
 )
@@ -542,7 +542,7 @@ CONFLICT_CASES = [
         5,
         83,
         "models[2].same_space_as",
-        "must be a model whose space is its own, and `b` has that of another one",
+        "must be a model with its own space, and `b` has the space of another model",
     ),
     Case("unset target", VALID + "  x: ${X}\n", 17, 6, "aliases.x", "variable `X` is not set"),
 ]
@@ -568,8 +568,7 @@ models:
     source: package:w
     device: ${DEVICE}
 aliases:
-  x: y
-  y: z
+  x: 3
 surplus: 1
 """
     problems = problems_of(tmp_path, text)
@@ -579,11 +578,29 @@ surplus: 1
         (3, "models[0].revision"),
         (4, "models[0].id"),
         (6, "models[0].max_tokens"),
-        (7, "models[1].id"),
         (9, "models[1].device"),
         (11, "aliases.x"),
-        (12, "aliases.y"),
-        (13, "surplus"),
+        (12, "surplus"),
+    ]
+
+
+def test_conflicts_between_valid_entries_are_reported_at_once_in_file_order(tmp_path: Path) -> None:
+    text = """\
+version: 1
+models:
+  - {id: a, source: package:v}
+  - {id: A, source: package:w}
+aliases:
+  a: y
+  y: z
+"""
+    problems = problems_of(tmp_path, text)
+
+    assert [(problem.line, problem.key) for problem in problems] == [
+        (4, "models[1].id"),
+        (6, "aliases.a"),
+        (6, "aliases.a"),
+        (7, "aliases.y"),
     ]
 
 

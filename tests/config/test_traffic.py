@@ -224,16 +224,15 @@ def test_an_alias_cannot_stand_for_an_experiment(tmp_path: Path) -> None:
 
 def test_an_experiment_cannot_be_called_as_the_source_of_a_model(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
-    hub = MODELS.replace("source: ./one", f"source: owner/one, revision: {'0' * 40}")
+    hub = MODELS.replace("source: ./one", f"source: owner/one, revision: {'a' * 40}")
     path.write_text(hub + EXPERIMENT.replace("id: exp", "id: Owner/One"), encoding="utf-8")
 
     with pytest.raises(ConfigError, match=r"experiments\[0\]\.id: is the source of `one`, which answers to it already"):
         load_registry(path, {})
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
-    text = EXPERIMENT.replace("kind: cross_space", "kind: x").replace("model: two", "model: deux")
+def test_every_conflict_is_reported_once_all_entries_are_valid(tmp_path: Path) -> None:
+    text = EXPERIMENT.replace("model: two", "model: deux") + "shadows:\n  - {of: nobody, to: nothing}\n"
 
-    problems = problems_of(tmp_path, text + "shadows:\n  - {of: nobody, to: nothing}\n")
-
-    assert len(problems) == 4
+    assert len(problems_of(tmp_path, text.replace("kind: cross_space", "kind: x"))) == 1
+    assert len(problems_of(tmp_path, text)) == 3
