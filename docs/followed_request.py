@@ -25,7 +25,7 @@ from typing import Final
 
 MODEL: Final = "all-minilm-l6-v2"
 NUM_REQUESTS: Final = 3
-_TIMEOUT_S: Final = 120
+_TIMEOUT_S: Final = 300
 
 
 def follow(project: Path) -> tuple[list[str], list[str]]:
@@ -100,10 +100,10 @@ class Recorder:
         """Watch all threads, and obey SIGUSR1 (on) and SIGUSR2 (off, and write)."""
         signal.signal(signal.SIGUSR1, self._begin)
         signal.signal(signal.SIGUSR2, self._end)
-        threading.setprofile(self._note)
-        sys.setprofile(self._note)
+        threading.setprofile(self._note)  # for threads that begin later; this one is watched from the first SIGUSR1 on
 
     def _begin(self, signal_number: int, frame: FrameType | None) -> None:
+        sys.setprofile(self._note)
         self._modules.clear()
         self._values.clear()
         self._is_on = True
