@@ -23,7 +23,6 @@ from gateway.routing.changes import changed_aliases, changed_experiments
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
-from gateway.routing.spaces import space_id
 from gateway.telemetry import metrics
 from gateway.types import ModelKind, ModelState
 
@@ -137,9 +136,7 @@ class Deployment:
                 info.id,
                 source=info.source,
                 revision=info.revision or "",
-                space=space_id(info, info.default_task, info.width, is_normalized=info.is_normalized)
-                if info.kind is ModelKind.EMBED
-                else "",
+                space=info.space() if info.kind is ModelKind.EMBED else "",
                 dtype=info.dtype,
                 device=info.device,
                 runtime=info.engine,

@@ -11,7 +11,8 @@ from gateway import vectors as vector_math
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotReady, UnsupportedOutput
 from gateway.experiments.split import Assignment, UnitSource, no_unit_source
 from gateway.fleet import Fleet
-from gateway.routing.router import Choice, MayUse, Router, Target, everything
+from gateway.routing.names import GATEWAY, Client
+from gateway.routing.router import Choice, Router, Target
 from gateway.types import TOKEN_BYTES, EmbedJob, ModelKind, Timings, Truncate, Vectors
 
 
@@ -25,7 +26,7 @@ class RerankRequest:
         caller: whom the work is for.
         truncate: what to do with a query and a text that are too long together; the end of the text is cut, if any.
         max_text_tokens: where each text is cut in any case; ``None`` for no such limit.
-        may_use: whether the caller may use something that has these names.
+        client: the sender, who may use some names.
         unit_source: looks up the values that an experiment can make a unit from.
         reserve: told how many bytes the work needs, before it does; refuses what there is no room for.
     """
@@ -38,7 +39,7 @@ class RerankRequest:
     model: str | None
     timeout_s: float
     caller: str
-    may_use: MayUse
+    client: Client
     truncate: Truncate = Truncate.END
     max_text_tokens: int | None = None
     unit_source: UnitSource = no_unit_source
@@ -89,20 +90,20 @@ def choose_reranker(router: Router, fleet: Fleet, request: RerankRequest) -> Cho
         BadInput: no name, and none or several that rerank.
     """
     if request.model is not None:
-        return router.choose(request.model, request.may_use, request.unit_source)
-    names = _names_of(router, ModelKind.RERANK, request.may_use)
+        return router.choose(request.model, request.client, request.unit_source)
+    names = _names_of(router, ModelKind.RERANK, request.client)
     if len(names) == 1:
-        return router.choose(names[0], request.may_use, request.unit_source)
+        return router.choose(names[0], request.client, request.unit_source)
     if not fleet.started.is_set():
         raise ModelNotReady("the models are still loading; try again, or name one in `model`", retry_after_s=5)
     if names:
         raise BadInput(f"`model` is required, as several models rerank: {', '.join(names)}", param="model")
-    if _names_of(router, ModelKind.RERANK, everything):
+    if _names_of(router, ModelKind.RERANK, GATEWAY):
         raise ModelNotAllowed("this API key is for no model that reranks", param="model")
     raise BadInput("no model here reranks: the registry has none that scores pairs of texts", param="model")
 
 
-def check_kind(router: Router, choice: Choice, kind: ModelKind, may_use: MayUse) -> None:
+def check_kind(router: Router, choice: Choice, kind: ModelKind, client: Client) -> None:
     """Refuse a model that computes something else than what is asked for.
 
     Raises:
@@ -111,7 +112,7 @@ def check_kind(router: Router, choice: Choice, kind: ModelKind, may_use: MayUse)
     info = choice.model.info
     if info is None or info.kind is kind:  # of a model that has not been read, the router knows what to say
         return
-    others = ", ".join(_names_of(router, kind, may_use)) or "none"
+    others = ", ".join(_names_of(router, kind, client)) or "none"
     if kind is ModelKind.RERANK:
         message = f"model {choice.asked!r} embeds texts and does not rerank; models that rerank: {others}"
     else:
@@ -149,10 +150,10 @@ async def score_on(target: Target, choice: Choice, request: RerankRequest) -> Re
     )
 
 
-def _names_of(router: Router, kind: ModelKind, may_use: MayUse) -> list[str]:
+def _names_of(router: Router, kind: ModelKind, client: Client) -> list[str]:
     """Return the names of the models of a kind that a caller may use, as far as they have been read."""
     return [
         choice.asked
-        for choice in router.listed(may_use)
+        for choice in router.listed(client)
         if choice.experiment is None and choice.model.info is not None and choice.model.info.kind is kind
     ]

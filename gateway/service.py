@@ -27,8 +27,9 @@ from gateway.errors import (
 from gateway.experiments.split import Assignment, UnitSource, no_unit_source
 from gateway.experiments.stats import ExperimentStats, RequestRecord
 from gateway.reranking import RerankAnswer, RerankRequest, check_kind, choose_reranker, score_on
-from gateway.routing.router import Choice, MayUse, Router, Target, everything
-from gateway.routing.spaces import is_same_space, space_id
+from gateway.routing.names import GATEWAY, Client
+from gateway.routing.router import Choice, Router, Target
+from gateway.routing.spaces import is_same_space
 from gateway.telemetry import metrics, semconv, tracing
 from gateway.types import (
     PER_TOKEN,
@@ -70,7 +71,7 @@ class EmbedRequest:
         expect_space: the space that the vectors must be in, if the caller says.
         timeout_s: seconds after which the caller no longer waits.
         caller: whom the work is for.
-        may_use: whether the caller may use something that has these names.
+        client: the sender, who may use some names.
         encoding: how the caller wants to have the vectors written, for the trace.
         unit_source: looks up the values that an experiment can make a unit from.
         max_token_vectors: how many tokens the texts may have together, if the answer has a vector of each.
@@ -82,7 +83,7 @@ class EmbedRequest:
     model: str | None
     timeout_s: float
     caller: str
-    may_use: MayUse
+    client: Client
     task: str | None = None
     dimensions: int | None = None
     is_normalized: bool | None = None
@@ -151,8 +152,8 @@ class EmbeddingService:
         """
         # Both of one moment: a reload may exchange them while this request is answered.
         router, shadows = self._deployment.router, self._deployment.shadows
-        choice = router.choose(request.model, request.may_use, request.unit_source)
-        check_kind(router, choice, ModelKind.EMBED, request.may_use)
+        choice = router.choose(request.model, request.client, request.unit_source)
+        check_kind(router, choice, ModelKind.EMBED, request.client)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, _embed_on)
             if span is not None:
@@ -168,27 +169,27 @@ class EmbeddingService:
         """
         router, fleet = self._deployment.router, self._deployment.fleet
         choice = choose_reranker(router, fleet, request)
-        check_kind(router, choice, ModelKind.RERANK, request.may_use)
+        check_kind(router, choice, ModelKind.RERANK, request.client)
         with _embeddings_span(choice, request) as span:
             answer = await self._answer_on_record(router, choice, request, score_on)
             if span is not None:
                 _describe(span, answer, None)
         return answer
 
-    def target(self, model: str | None, task: str | None, may_use: MayUse) -> Target:
+    def target(self, model: str | None, task: str | None, client: Client) -> Target:
         """Resolve a name to a ready target, for anything other than embedding.
 
         Args:
             model: public name, or ``None`` for the registry's default.
             task: task by any of its names, or ``None`` for the model's default.
-            may_use: whether the caller may use something that has these names.
+            client: the sender, who may use some names.
 
         Raises:
             BadInput: an experiment between spaces has that name; no one model is what it stands for.
             RequestError: there is none, it is not ready, or it is not for the caller.
         """
         router = self._deployment.router
-        choice = router.choose(model, may_use)
+        choice = router.choose(model, client)
         if choice.experiment is not None and choice.experiment.kind == "cross_space":
             arms = ", ".join(f"{arm.label} (model {arm.model!r})" for arm in choice.experiment.arms)
             raise BadInput(
@@ -205,7 +206,7 @@ class EmbeddingService:
             RequestError: nothing has that name, or what it stands for is not ready.
         """
         router = self._deployment.router
-        choice = router.choose(model, everything)  # for probes, which carry no key
+        choice = router.choose(model, GATEWAY)  # for probes, which carry no key
         if choice.experiment is None:
             router.targets(choice, None)
             return
@@ -374,7 +375,7 @@ async def _embed_on(target: Target, choice: Choice, request: EmbedRequest) -> Em
     _check_outputs(target, request)
     outputs = frozenset(request.outputs)
     output = Output.STATES if Output.STATES in outputs else Output.DENSE
-    space = space_id(info, target.task, dimensions, is_normalized=is_normalized, output=output)
+    space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):
         expected = request.expect_space[:_MAX_SHOWN]  # a header can have 64 KiB
         raise SpaceMismatch(

@@ -1,19 +1,28 @@
-"""What is asked of a model, and what it gives: the values that pass between the service and the backends.
+"""The values that pass between the service and the backends: jobs, vectors, and a model's description.
 
 Pure values: no torch, no HTTP, no YAML.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.errors import BadInput
+
+# Raise it when the gateway's own treatment of a text changes the vectors: then every space is a new one.
+PREPROCESSING_VERSION = 1
+
+# A query and a passage are meant to be compared with each other: their tasks share a space.
+_FAMILIES = {"retrieval.query": "retrieval", "retrieval.passage": "retrieval"}
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
@@ -130,6 +139,69 @@ class ModelInfo:
     has_raw: bool = True
     has_states: bool = False
     kind: ModelKind = ModelKind.EMBED
+
+    def space(
+        self,
+        task: str | None = None,
+        dimensions: int | None = None,
+        *,
+        is_normalized: bool | None = None,
+        output: Output = Output.DENSE,
+    ) -> str:
+        """Return the space of the model's vectors: ``<model id>@<12 hex>``.
+
+        Two vectors can be compared if, and only if, their spaces have the same hash. Jina v3 and BGE-M3 both have 1,024
+        dimensions, so no check of sizes would notice if one answered for the other.
+
+        The hash covers everything that must be equal for vectors to be comparable: the checkpoint's fingerprint (weights,
+        tokenizer, pooling), normalization, dimensions, the family of the task with its exact instructions, and the version
+        of the gateway's preprocessing. It leaves out device, dtype and engine, which change a vector too little to matter
+        in a comparison. The part before ``@`` is for people.
+
+        Sparse weights and multi-vectors share the space of the dense vector that comes with them; token states have their
+        own.
+
+        Args:
+            task: one of ``tasks`` by any of its names; ``None`` for the default. A model without tasks ignores it.
+            dimensions: ``None`` for ``width``.
+            is_normalized: ``None`` for what the model does by default.
+        """
+        task = canonical_task(task) if task is not None and self.tasks else self.default_task
+        family = _FAMILIES.get(task, task) if task is not None else None
+        instructions = (
+            {name: text for name, text in sorted(self.tasks.items()) if _FAMILIES.get(name, name) == family}
+            if task is not None
+            else {"": self.instruction}
+        )
+        states = {"output": output.value} if output is Output.STATES else {}
+        return _space_id(
+            self.id.replace("/", "-"),
+            json.dumps(
+                states
+                | {
+                    "fingerprint": self.fingerprint,
+                    # The spelling is part of every id that has been stored.
+                    "is_normalised": self.is_normalized if is_normalized is None else is_normalized,
+                    "dimensions": self.width if dimensions is None else dimensions,
+                    "family": family,
+                    "instructions": instructions,
+                    "preprocessing": PREPROCESSING_VERSION,
+                },
+                sort_keys=True,
+            ),
+        )
+
+    def spaces_by_task(self) -> dict[str | None, str]:
+        """Return the space of each task, with native dimensions; for a model without tasks, that of ``None``."""
+        tasks: list[str | None] = list(self.tasks) or [None]
+        if self.default_task not in tasks:
+            tasks.append(self.default_task)
+        return {task: self.space(task) for task in tasks}
+
+
+@lru_cache(maxsize=1024)
+def _space_id(slug: str, content: str) -> str:
+    return f"{slug}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

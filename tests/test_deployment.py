@@ -20,7 +20,7 @@ from gateway.deployment import Deployment, Reloaded
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
-from gateway.routing.router import everything
+from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
@@ -193,7 +193,7 @@ async def test_a_fallback_that_a_reload_replaces_still_stands_in_for_requests_be
     one, two = (backend_of(deployment, name) for name in ("one", "two"))
     one.error = InferenceFailed("broken")
     two.gate.set()
-    request = EmbedRequest(["a b"], "one", timeout_s=60.0, caller="me", may_use=everything)
+    request = EmbedRequest(["a b"], "one", timeout_s=60.0, caller="me", client=GATEWAY)
     running = asyncio.create_task(EmbeddingService(deployment, ExperimentStats(None)).embed(request))
     await asyncio.sleep(0)
 
@@ -214,7 +214,7 @@ async def test_a_model_whose_tokens_are_used_is_not_stopped_meanwhile(gateway: G
     backend = backend_of(deployment, "two")
     service = EmbeddingService(deployment, ExperimentStats(None))
 
-    with service.vocabulary(service.target("two", None, everything), "tokenize") as vocabulary:
+    with service.vocabulary(service.target("two", None, GATEWAY), "tokenize") as vocabulary:
         await gateway.reload(models(one="a"))
         await asyncio.sleep(0.01)
         assert not backend.is_stopped
@@ -441,7 +441,7 @@ async def test_models_of_one_space_may_stand_in_and_be_split(gateway: Gateway) -
     deployment = await gateway.start(models(one="a", two="a") + SAME_SPACE + "fallbacks: {one: [two], two: [one]}\n")
 
     router = deployment.router
-    targets = {name: router.targets(router.choose(name, everything), None) for name in ("one", "two")}
+    targets = {name: router.targets(router.choose(name, GATEWAY), None) for name in ("one", "two")}
     assert [target.info.id for target in targets["one"]] == ["one", "two"]
     assert [target.info.id for target in targets["two"]] == ["two", "one"]
 
@@ -583,7 +583,7 @@ async def test_metrics_of_experiments_arms_and_shadows_that_are_gone_go_away(tmp
     service = EmbeddingService(deployment, ExperimentStats(None))
     for name in ("gone-exp", *["thin-exp"] * 30):
         await service.embed(
-            EmbedRequest(["a b"], name, 5.0, caller="me", may_use=everything, unit_source=lambda _source: None)
+            EmbedRequest(["a b"], name, 5.0, caller="me", client=GATEWAY, unit_source=lambda _source: None)
         )
     assert labels_in("gateway_", experiment="gone-exp")
     assert labels_in("gateway_", experiment="thin-exp", arm="y")

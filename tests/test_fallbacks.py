@@ -26,7 +26,7 @@ from gateway.errors import (
 )
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
-from gateway.routing.router import everything
+from gateway.routing.names import GATEWAY
 from gateway.routing.spaces import is_same_space
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
@@ -47,7 +47,7 @@ class Gateway:
 
     async def ask(self, name: str = "gpu", **fields: object) -> tuple[str, str]:
         """Return the model that answered, and what the answer says in ``model``."""
-        fields = {"texts": ["a b"], "model": name, "timeout_s": 5.0, "caller": "me", "may_use": everything, **fields}
+        fields = {"texts": ["a b"], "model": name, "timeout_s": 5.0, "caller": "me", "client": GATEWAY, **fields}
         answer = await self.service.embed(EmbedRequest(**fields))  # type: ignore[arg-type]
         return answer.model, answer.name
 
@@ -204,7 +204,7 @@ async def test_a_model_of_another_space_never_answers(make_gateway: MakeGateway,
 
 async def test_the_answers_are_of_one_space(gateway: Gateway) -> None:
     service = gateway.service
-    request = EmbedRequest(texts=["a"], model="gpu", timeout_s=5.0, caller="me", may_use=everything)
+    request = EmbedRequest(texts=["a"], model="gpu", timeout_s=5.0, caller="me", client=GATEWAY)
     first = await service.embed(request)
     gateway.failing["gpu"] = InferenceFailed("raised")
     second = await service.embed(request)

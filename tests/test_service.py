@@ -16,8 +16,7 @@ from gateway.deployment import Deployment
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
-from gateway.routing.router import everything
-from gateway.routing.spaces import space_id
+from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService, EmbedRequest
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, Timings, Truncate
@@ -64,7 +63,7 @@ def make_service(make_model: MakeModel, make_fleet: MakeFleet) -> Callable[..., 
 
 
 def request(**changes: object) -> EmbedRequest:
-    fields = {"texts": ["a", "b", "c"], "model": "jina", "timeout_s": 10.0, "caller": "me", "may_use": everything}
+    fields = {"texts": ["a", "b", "c"], "model": "jina", "timeout_s": 10.0, "caller": "me", "client": GATEWAY}
     return EmbedRequest(**{**fields, **changes})
 
 
@@ -78,7 +77,7 @@ async def test_an_answer_says_what_its_vectors_are(make_service: MakeService) ->
 
     np.testing.assert_allclose(answer.vectors, VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True), rtol=1e-6)
     assert (answer.name, answer.model, answer.task) == ("jina", "jina", "text-matching")
-    assert answer.space == space_id(INFO, "text-matching", 8, is_normalized=True)
+    assert answer.space == INFO.space("text-matching", 8, is_normalized=True)
     assert (answer.num_tokens, answer.truncated) == (6, [1])
     assert answer.timings == Timings(0.001, 0.02, 0.3)
 
@@ -103,7 +102,7 @@ async def test_smaller_dimensions_are_cut_and_normalized_and_have_a_space_of_the
 
     head = VECTORS[:, :4]
     np.testing.assert_allclose(answer.vectors, head / np.linalg.norm(head, axis=1, keepdims=True), rtol=1e-6)
-    assert answer.space == space_id(INFO, "text-matching", 4, is_normalized=True)
+    assert answer.space == INFO.space("text-matching", 4, is_normalized=True)
 
 
 @pytest.mark.parametrize("dimensions", [1, 5, 9, 1024])
@@ -137,11 +136,11 @@ async def test_vectors_are_normalized_as_asked_or_as_the_model_does(
 
     lengths = np.linalg.norm(VECTORS, axis=1, keepdims=True)
     np.testing.assert_allclose(answer.vectors, VECTORS / lengths if is_normalized else VECTORS, rtol=1e-6)
-    assert answer.space == space_id(INFO, "text-matching", 8, is_normalized=is_normalized)
+    assert answer.space == INFO.space("text-matching", 8, is_normalized=is_normalized)
 
 
 async def test_the_expected_space_is_answered(make_service: MakeService) -> None:
-    space = space_id(INFO, "text-matching", 8, is_normalized=True)
+    space = INFO.space("text-matching", 8, is_normalized=True)
 
     answer = await make_service(StubBackend()).embed(request(expect_space=space.replace("jina", "renamed")))
 
@@ -153,7 +152,7 @@ async def test_another_space_than_the_expected_one_is_refused_before_any_work(
     make_service: MakeService, change: dict[str, object]
 ) -> None:
     backend = StubBackend()
-    space = space_id(INFO, "text-matching", 8, is_normalized=True)
+    space = INFO.space("text-matching", 8, is_normalized=True)
 
     with pytest.raises(SpaceMismatch, match=f"the request expects {space}"):
         await make_service(backend).embed(request(expect_space=space, **change))

@@ -30,7 +30,7 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.experiments.stats import ExperimentStats
-from gateway.routing.router import everything
+from gateway.routing.names import GATEWAY
 from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
 from gateway.service import EmbeddingService, EmbedRequest
@@ -88,7 +88,7 @@ class Gateway:
 
 
 async def ask(deployment: Deployment, model: str, **fields: Any) -> Any:
-    who = {"caller": "test", "may_use": everything}
+    who = {"caller": "test", "client": GATEWAY}
     request = EmbedRequest(texts=["a b", "c"], model=model, timeout_s=PATIENCE_S, **who, **fields)
     return await EmbeddingService(deployment, ExperimentStats(None)).embed(request)
 

@@ -118,7 +118,7 @@ class Endpoint:
             model=model,
             timeout_s=timeout_s(request, self.settings.request_timeout_s),
             caller=context.caller,
-            may_use=context.client.may_use,
+            client=context.client,
             expect_space=request.headers.get("x-gateway-expect-space"),
             unit_source=unit_source(request, user),
             max_token_vectors=self.settings.max_token_vectors,

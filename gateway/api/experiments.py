@@ -96,21 +96,18 @@ def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRou
 
     async def list_experiments(request: Request) -> ExperimentList:
         """List the experiments of the registry that the key is for."""
-        client = RequestContext.of(request).client
-        shown = [_card(one) for one in deployment.registry.experiments if client.may_use(one.id)]
-        return ExperimentList(object="list", data=shown)
+        return ExperimentList(object="list", data=[_card(experiment) for experiment in _usable(request, deployment)])
 
     async def retrieve_experiment(request: Request, experiment_id: str) -> ExperimentEvidence:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
         # The test of the split needs it, and its first import takes a second, in which nobody would be answered. First
         # of all, so that no reload comes between what follows.
         await asyncio.to_thread(importlib.import_module, "scipy.stats")
-        may_use = RequestContext.of(request).client.may_use
-        experiment = deployment.registry.experiment(experiment_id)
+        experiment, usable = deployment.registry.experiment(experiment_id), _usable(request, deployment)
         if experiment is None:
-            known = ", ".join(one.id for one in deployment.registry.experiments if may_use(one.id)) or "none"
+            known = ", ".join(one.id for one in usable) or "none"
             raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
-        if not may_use(experiment.id):
+        if experiment not in usable:
             raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
         generation, since = deployment.router.generation(experiment.id), deployment.counting_since[experiment.id]
         return present(experiment, stats.report(experiment, generation, since))
@@ -145,6 +142,12 @@ def present(experiment: Experiment, report: ExperimentReport) -> ExperimentEvide
             "warning": report.warning,
         }
     )
+
+
+def _usable(request: Request, deployment: Deployment) -> list[Experiment]:
+    """Return the experiments that the client may use."""
+    client, names = RequestContext.of(request).client, deployment.router.names
+    return [experiment for experiment in deployment.registry.experiments if names.allows(client, experiment.id)]
 
 
 def _card(experiment: Experiment) -> ExperimentCard:

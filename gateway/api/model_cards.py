@@ -9,8 +9,8 @@ from gateway.api.openai_schema import ArmModelCard, ExperimentModelCard, ModelCa
 from gateway.config.fields import KNOWN_BY
 from gateway.config.registry import Arm, Registry
 from gateway.fleet import Model
-from gateway.routing.router import Choice, MayUse, Router
-from gateway.routing.spaces import space_id
+from gateway.routing.names import Client
+from gateway.routing.router import Choice, Router
 from gateway.types import ModelInfo, ModelKind, ModelState
 
 T = TypeVar("T")
@@ -18,13 +18,13 @@ ArmOf: TypeAlias = tuple[Arm, Model, str | None]
 KnownArm: TypeAlias = tuple[Arm, ModelInfo, str | None]
 
 
-def list_cards(router: Router, registry: Registry, may_use: MayUse) -> list[ModelCard]:
+def list_cards(router: Router, registry: Registry, client: Client) -> list[ModelCard]:
     """Describe everything that a caller may use; what is ready comes first, otherwise in the registry's order."""
-    cards = [_card(choice, None, router, registry, may_use) for choice in router.listed(may_use)]
+    cards = [_card(choice, None, router, registry, client) for choice in router.listed(client)]
     return sorted(cards, key=lambda card: card.state != ModelState.READY.value)
 
 
-def find_card(name: str, router: Router, registry: Registry, may_use: MayUse) -> ModelCard:
+def find_card(name: str, router: Router, registry: Registry, client: Client) -> ModelCard:
     """Describe what a name stands for; if the name holds a task, with that as its default.
 
     Raises:
@@ -32,15 +32,15 @@ def find_card(name: str, router: Router, registry: Registry, may_use: MayUse) ->
         ModelNotAllowed: it is not for the caller.
         BadInput: the name holds a task that the model does not know.
     """
-    choice = router.choose(name, may_use)
-    return _card(choice, router.task_of(choice), router, registry, may_use)
+    choice = router.choose(name, client)
+    return _card(choice, router.task_of(choice), router, registry, client)
 
 
-def _card(choice: Choice, task: str | None, router: Router, registry: Registry, may_use: MayUse) -> ModelCard:
+def _card(choice: Choice, task: str | None, router: Router, registry: Registry, client: Client) -> ModelCard:
     if choice.experiment is not None:
         return _experiment_card(choice, router.arms(choice))
     model = choice.model
-    if may_use(model.id):
+    if router.names.allows(client, model.id):
         return model_card(model, registry, task)
     return _alias_card(choice, model_card(model, registry, router.task_of(choice)))
 
@@ -93,8 +93,8 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
             "default_task": default_task,
             "normalized": info.is_normalized,
             "outputs": [output.value for output in info.outputs],
-            "space": _space(info, default_task),
-            "spaces": {task: _space(info, task) for task in info.tasks},
+            "space": info.space(default_task),
+            "spaces": {task: info.space(task) for task in info.tasks},
         }
     )
 
@@ -142,8 +142,8 @@ def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCa
         tasks=[task for task in tasks if task is not None],
         default_task=common(lambda _arm, _info, task: task),
         outputs=[output.value for output in common(lambda _arm, info, _task: info.outputs) or ()],
-        space=_space(*vectors[0][1:]) if is_one_space and vectors else None,
-        spaces={task: _space(vectors[0][1], task) for task in tasks if task is not None} if is_one_space else {},
+        space=vectors[0][1].space(vectors[0][2]) if is_one_space and vectors else None,
+        spaces={task: vectors[0][1].space(task) for task in tasks if task is not None} if is_one_space else {},
         device=common(lambda _arm, info, _task: info.device, infos),
         dtype=common(lambda _arm, info, _task: info.dtype, infos),
     )
@@ -160,7 +160,7 @@ def _arm_card(arm: Arm, model: Model, task: str | None) -> ArmModelCard:
         state=model.state.value,
         width=info.width if info and has_vectors else None,
         max_tokens=info.max_tokens if info else None,
-        space=_space(info, task) if info and has_vectors else None,
+        space=info.space(task) if info and has_vectors else None,
     )
 
 
@@ -170,7 +170,3 @@ def _state(arms: Sequence[ArmOf]) -> tuple[ModelState, str | None]:
         if model.state is not ModelState.READY and (arm.weight or number == 0):
             return model.state, f"arm {arm.label!r} is {model.state.value}: {model.reason or 'its model loads'}"
     return ModelState.READY, None
-
-
-def _space(info: ModelInfo, task: str | None) -> str:
-    return space_id(info, task, info.width, is_normalized=info.is_normalized)

@@ -67,10 +67,9 @@ def ollama_router(endpoint: Endpoint) -> APIRouter:
         return await endpoint.respond(request, answer, parts)
 
     async def tags(request: Request) -> Response:
-        may_use, router = RequestContext.of(request).client.may_use, endpoint.deployment.router
-        cards = [
-            _tag(choice) for name in router.names(may_use) if _is_ready(choice := router.choose(name, may_use), router)
-        ]
+        client, router = RequestContext.of(request).client, endpoint.deployment.router
+        choices = [router.choose(name, client) for name in router.names.usable_by(client)]
+        cards = [_tag(choice) for choice in choices if _is_ready(choice, router)]
         return Response(orjson.dumps({"models": cards}), media_type="application/json")
 
     router.add_api_route("/api/embed", embed, methods=["POST"], include_in_schema=False)

@@ -81,14 +81,13 @@ def openai_router(endpoint: Endpoint) -> APIRouter:
 
     async def list_models(request: Request) -> Response:
         """List every model and experiment that the key may use, ready or not."""
-        cards = list_cards(deployment.router, deployment.registry, RequestContext.of(request).client.may_use)
+        cards = list_cards(deployment.router, deployment.registry, RequestContext.of(request).client)
         content = {"object": "list", "data": [card.model_dump() for card in cards]}
         return Response(orjson.dumps(content), media_type="application/json")
 
     async def retrieve_model(request: Request, model_id: str) -> Response:
         """Describe what a name stands for, by any name that embeds; if it holds a task, with that as its default."""
-        may_use = RequestContext.of(request).client.may_use
-        card = find_card(model_id, deployment.router, deployment.registry, may_use)
+        card = find_card(model_id, deployment.router, deployment.registry, RequestContext.of(request).client)
         return Response(card.model_dump_json(), media_type="application/json")
 
     # Routes are tried in this order: the path that nearly every request has comes first.

@@ -139,7 +139,7 @@ def _rerank_request(request: Request, body: RerankBody, texts: list[str], patien
         truncate=body.wanted_truncation,
         max_text_tokens=body.max_tokens_per_doc,
         unit_source=unit_source(request, body.user),
-        may_use=context.client.may_use,
+        client=context.client,
         reserve=reserve_beside(request, [body.query, *texts]),
     )
 

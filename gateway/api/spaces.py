@@ -12,8 +12,8 @@ from gateway.api.wire import responses
 from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.http.middleware import RequestContext
-from gateway.routing.router import Choice, MayUse, Router
-from gateway.routing.spaces import space_id, spaces_by_task
+from gateway.routing.names import Client
+from gateway.routing.router import Choice, Router
 from gateway.types import ModelInfo, ModelKind, canonical_task
 
 
@@ -54,8 +54,8 @@ def spaces_router(deployment: Deployment) -> APIRouter:
 
     async def list_spaces(request: Request) -> SpaceList:
         """List the spaces that vectors can be in, and the names that lead there; of what the key may use."""
-        may_use = RequestContext.of(request).client.may_use
-        return SpaceList(object="list", data=space_cards(deployment.router, deployment.fleet, may_use))
+        client = RequestContext.of(request).client
+        return SpaceList(object="list", data=space_cards(deployment.router, deployment.fleet, client))
 
     for prefix, is_shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -64,20 +64,20 @@ def spaces_router(deployment: Deployment) -> APIRouter:
     return router
 
 
-def space_cards(router: Router, models: Iterable[Model], may_use: MayUse) -> list[SpaceCard]:
+def space_cards(router: Router, models: Iterable[Model], client: Client) -> list[SpaceCard]:
     """Describe every space that a caller can get vectors of, in the order of the registry; with the usual normalization."""
-    choices = [router.choose(name, may_use) for name in router.names(may_use)]
+    choices = [router.choose(name, client) for name in router.names.usable_by(client)]
     cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
     for model in models:
         info = model.info
         if info is None or info.kind is not ModelKind.EMBED:
             continue
         members = [
-            member for task in spaces_by_task(info) if (member := _member(choices, router, model, task, may_use))
+            member for task in info.spaces_by_task() if (member := _member(choices, router, model, task, client))
         ]
         for size in info.dimensions:
             for member in members:
-                space = space_id(info, member.task, size, is_normalized=info.is_normalized)
+                space = info.space(member.task, size)
                 card = cards.setdefault(space.rpartition("@")[2], _card(space, info, size))
                 card.members.append(member)
     return list(cards.values())
@@ -96,14 +96,14 @@ def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
 
 
 def _member(
-    choices: Sequence[Choice], router: Router, model: Model, task: str | None, may_use: MayUse
+    choices: Sequence[Choice], router: Router, model: Model, task: str | None, client: Client
 ) -> SpaceMember | None:
     """Describe a model with a task, if any of the choices leads there."""
     names: list[str] = []
     experiments: list[str] = []
     for choice in choices:
         if choice.experiment is None:
-            names += _names(choice, model, task, may_use)
+            names += _names(choice, model, task, is_by_id=router.names.allows(client, model.id))
         elif _reaches(router, choice, model, task):
             # Where its arms share a space, an experiment is a name for that.
             is_name = choice.experiment.kind == "same_space" and task == router.task_of(choice)
@@ -113,14 +113,18 @@ def _member(
     return SpaceMember(model=model.id, task=task, state=model.state.value, names=names, experiments=experiments)
 
 
-def _names(choice: Choice, model: Model, task: str | None, may_use: MayUse) -> Iterator[str]:
-    """Yield what to send as ``model`` to have a model with a task; nothing if the name does not lead there."""
+def _names(choice: Choice, model: Model, task: str | None, *, is_by_id: bool) -> Iterator[str]:
+    """Yield what to send as ``model`` to get a model with a task; nothing if the name does not lead there.
+
+    Args:
+        is_by_id: the client may also use the model by its id.
+    """
     if choice.model is not model or model.info is None:
         return
     pinned = _pinned(choice.task, model.info)
     if task == (pinned or model.info.default_task):
         yield choice.asked
-    is_other_name = choice.asked != model.id and may_use(model.id)
+    is_other_name = choice.asked != model.id and is_by_id
     if task is not None and pinned is None and not is_other_name:
         yield f"{choice.asked}:{task}"
 

@@ -37,8 +37,8 @@ from gateway.config.settings import Settings
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
-from gateway.routing.router import DEFAULT_ALIAS, Target
-from gateway.routing.spaces import space_id
+from gateway.routing.names import DEFAULT_ALIAS
+from gateway.routing.router import Target
 from gateway.service import EmbedAnswer
 from gateway.types import ModelInfo, ModelKind, Output, SparseVector, Token
 
@@ -119,7 +119,7 @@ class _Dialect:
         if model is None and DEFAULT_ALIAS not in deployment.registry.aliases:
             kinds = {one.info.kind for one in deployment.fleet if one.info is not None}
             return ModelKind.RERANK if kinds == {ModelKind.RERANK} else ModelKind.EMBED
-        info = deployment.router.choose(model, RequestContext.of(request).client.may_use).model.info
+        info = deployment.router.choose(model, RequestContext.of(request).client).model.info
         return ModelKind.EMBED if info is None else info.kind
 
     def check_address(self, request: Request, address: str) -> None:
@@ -138,7 +138,7 @@ class _Dialect:
 
     def _is_name(self, request: Request, name: str) -> bool:
         try:
-            self._endpoint.deployment.router.choose(name, RequestContext.of(request).client.may_use)
+            self._endpoint.deployment.router.choose(name, RequestContext.of(request).client)
         except ModelNotFound:
             return False
         except RequestError:  # it is one, and not to be used like that
@@ -262,7 +262,7 @@ class _Dialect:
 
     def _target(self, request: Request, model: str | None, task: str | None) -> Target:
         context = RequestContext.of(request)
-        target = self._endpoint.service.target(model, task, context.client.may_use)
+        target = self._endpoint.service.target(model, task, context.client)
         context.model = target.model.id
         return target
 
@@ -303,7 +303,7 @@ def _headers_about(target: Target) -> dict[str, str]:
     info = target.info
     headers = {"x-gateway-model": info.id}
     if info.kind is ModelKind.EMBED:
-        headers["x-gateway-space"] = space_id(info, target.task, info.width, is_normalized=info.is_normalized)
+        headers["x-gateway-space"] = info.space(target.task)
     return headers
 
 

@@ -18,8 +18,7 @@ from gateway.config.files import read_bounded, write_whole
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.errors import StartError
 from gateway.routing.rules import broken_rules
-from gateway.routing.spaces import PREPROCESSING_VERSION, space_id, spaces_by_task
-from gateway.types import ModelInfo, canonical_task
+from gateway.types import PREPROCESSING_VERSION, ModelInfo, canonical_task
 
 VERSION = 1
 _MAX_BYTES = 16 * 1024 * 1024
@@ -140,7 +139,7 @@ def _locked(entry: ModelEntry, info: ModelInfo | None) -> LockedModel:
         prompts=dict(entry.prompts),
         default_task=entry.default_task,
         fingerprint=info.fingerprint if info else None,
-        spaces={task or "": space for task, space in spaces_by_task(info).items()} if info else {},
+        spaces={task or "": space for task, space in info.spaces_by_task().items()} if info else {},
     )
 
 
@@ -148,8 +147,7 @@ def _alias_space(alias: Alias, info: ModelInfo | None, model: LockedModel) -> st
     if info is None:
         task = canonical_task(alias.task or model.default_task or "")
         return model.spaces.get(task, model.spaces.get(""))
-    task_of_alias = canonical_task(alias.task) if alias.task and info.tasks else info.default_task
-    return space_id(info, task_of_alias, info.width, is_normalized=info.is_normalized)
+    return info.space(alias.task)
 
 
 def differences(registry: Registry, lock: Lock, describe: Describe = describe_checkpoint) -> list[str]:

@@ -16,7 +16,6 @@ from gateway.deployment import Deployment
 from gateway.errors import LoadError
 from gateway.fleet import Model, why_disabled
 from gateway.routing.rules import broken_rules
-from gateway.routing.spaces import space_id
 from gateway.server import Addresses
 from gateway.types import ModelInfo, ModelKind, ModelState
 
@@ -72,7 +71,7 @@ def runtime(info: ModelInfo) -> str:
 def _space(info: ModelInfo) -> str:
     if info.kind is ModelKind.RERANK:
         return "no space: it reranks"
-    return space_id(info, info.default_task, info.width, is_normalized=info.is_normalized)
+    return info.space()
 
 
 def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:

@@ -12,7 +12,7 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadInput, CompareError, ModelNotFound
-from gateway.routing.router import Router, everything
+from gateway.routing.names import GATEWAY, Names
 from gateway.types import ModelState
 
 _PATIENCE_S = 86_400.0
@@ -30,7 +30,7 @@ async def in_process_client(
     # No server asks for a key, nor writes logs of experiments, in here; and who compares waits as long as it takes.
     changes = {"api_keys": (), "exposure_log": None, "request_timeout_s": _PATIENCE_S}
     settings = settings.model_copy(update=changes)
-    deployment = Deployment(_narrowed(registry, settings, names), settings)
+    deployment = Deployment(_narrowed(registry, names), settings)
     try:
         await deployment.fleet.start()
         for model in deployment.fleet:
@@ -43,18 +43,18 @@ async def in_process_client(
         await deployment.stop()
 
 
-def _narrowed(registry: Registry, settings: Settings, names: Iterable[str]) -> Registry:
+def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
     """Return the registry with nothing but the models of the names, and their aliases."""
-    router = Router(registry, Deployment(registry, settings).fleet)
+    known = Names(registry)
     wanted = set()
     for name in names:
         try:
-            choice = router.choose(name, everything)
+            found = known.find(name, GATEWAY)
         except (ModelNotFound, BadInput) as error:
             raise CompareError(f"{registry.path}: {error.message}") from error
-        if choice.experiment is not None:
+        if found.experiment is not None:
             raise CompareError(f"{name} is an experiment, which answers with several models: name those")
-        wanted.add(choice.model.id)
+        wanted.add(found.model)
     return registry.model_copy(
         update={
             "models": tuple(

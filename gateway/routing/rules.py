@@ -7,7 +7,8 @@ from typing import Protocol
 
 from gateway.config.registry import Experiment, Registry
 from gateway.fleet import Fleet
-from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
+from gateway.routing.names import Name, Names
+from gateway.routing.spaces import is_same_space, why_no_stand_in
 from gateway.types import ModelInfo, ModelKind, canonical_task, known_task_names
 
 
@@ -76,7 +77,7 @@ def _foreign_arms(experiment: Experiment, fleet: Models) -> Iterator[str]:
         if control.task is None and arm.task is None:
             reason = why_no_stand_in(info, arm_info)
         else:
-            one, other = _space(info, control.task), _space(arm_info, arm.task)
+            one, other = info.space(control.task), arm_info.space(arm.task)
             reason = (
                 "" if is_same_space(one, other) else f"{control.label} is in space {one}, and {arm.label} in {other}"
             )
@@ -105,7 +106,7 @@ def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:
 
     The space of a request that says no task is under the empty text.
     """
-    named = {name: _spaces(fleet, model, task) for name, (model, task, _is_allowed) in _named(registry).items()}
+    named = {name: _spaces(fleet, meaning.model, task) for name, meaning, task in _one_space_names(registry)}
     return {name: spaces for name, spaces in named.items() if spaces}
 
 
@@ -118,10 +119,10 @@ def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, flee
         known: the spaces that each name has stood for so far; see :func:`name_spaces`.
     """
     moved = []
-    for name, (model, task, is_allowed) in _named(registry).items():
-        if is_allowed:
+    for name, meaning, task in _one_space_names(registry):
+        if meaning.allow_space_change:
             continue
-        old, new = known.get(name, {}), _spaces(fleet, model, task)
+        old, new = known.get(name, {}), _spaces(fleet, meaning.model, task)
         for key in old.keys() & new.keys():
             if not is_same_space(old[key], new[key]):
                 what = f" (task {key})" if key and task is None else ""
@@ -133,21 +134,13 @@ def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, flee
     return moved
 
 
-def _named(registry: Registry) -> dict[str, tuple[str, str | None, bool]]:
-    """Return each name that stands for one space, with its model, its task, and whether the space may change."""
-    names: dict[str, tuple[str, str | None, bool]] = {
-        source: (model_id, None, registry.model(model_id).allow_space_change)
-        for source, model_id in registry.source_names().items()
-    }
-    names |= {entry.id: (entry.id, None, entry.allow_space_change) for entry in registry.models}
-    for experiment in registry.experiments:
-        if experiment.kind == "same_space":
-            control = experiment.control
-            names[experiment.id] = (control.model, control.task, experiment.allow_space_change)
-    for alias in registry.aliases.values():
-        # What is allowed to the model under its own id is not allowed to the names that others know it by.
-        names[alias.name] = (alias.model, alias.task, alias.allow_space_change)
-    return names
+def _one_space_names(registry: Registry) -> Iterator[tuple[str, Name, str | None]]:
+    """Yield each name whose vectors are in one space, with its meaning and the task that it fixes."""
+    for name, meaning in Names(registry):
+        if meaning.experiment is None:
+            yield name, meaning, meaning.task
+        elif meaning.experiment.kind == "same_space":
+            yield name, meaning, meaning.experiment.control.task
 
 
 def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
@@ -155,13 +148,9 @@ def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
     info = _info(fleet, model)
     if info is None or info.kind is not ModelKind.EMBED:  # nobody stores a score to compare it with others later
         return {}
-    bare = _space(info, task)
-    return {"": bare} | ({} if task else {key: space for key, space in spaces_by_task(info).items() if key})
-
-
-def _space(info: ModelInfo, task: str | None) -> str:
-    wanted = canonical_task(task) if task is not None and info.tasks else info.default_task
-    return space_id(info, wanted, info.width, is_normalized=info.is_normalized)
+    return {"": info.space(task)} | (
+        {} if task else {key: space for key, space in info.spaces_by_task().items() if key}
+    )
 
 
 def _info(fleet: Models, model_id: str) -> ModelInfo | None:

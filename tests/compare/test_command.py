@@ -153,7 +153,7 @@ def test_without_a_key_none_is_sent(closed_gateway: tuple[str, Asked], write_dat
     [
         (["one", "nobody"], "models.yaml: no model is called 'nobody'; there are: one, other, searcher, ab"),
         (["one", ""], "models.yaml: no model is called ''"),
-        (["searcher:passage", "one"], "stands for the task 'query': leave out `:passage`"),
+        (["searcher:passage", "one"], "already means the task 'query': remove `:passage`"),
         (["one", "ab"], "ab is an experiment, which answers with several models: name those"),
         (["ab:query", "one"], "ab:query is an experiment"),
         (["searcher", "other"], "one: failed to load: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -29,7 +30,6 @@ from gateway.engine.devices import choose_dtype
 from gateway.engine.loading import plan_load
 from gateway.engine.model.adapters import install_adapters
 from gateway.errors import LoadError
-from gateway.routing.spaces import space_id
 from gateway.types import Truncate
 from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
 from tests.models.checkpoints import unigram_tokenizer as jina_tokenizer
@@ -242,7 +242,8 @@ def plan(folder: Path, **entry: object) -> Any:
 
 def spaces(folder: Path, dimensions: int = 64) -> dict[str | None, str]:
     info = plan(folder).info
-    return {task: space_id(info, task, dimensions, is_normalized=True) for task in (None, *TASKS)}
+    without_task = dataclasses.replace(info, default_task=None).space(None, dimensions)
+    return {None: without_task} | {task: info.space(task, dimensions) for task in TASKS}
 
 
 def test_a_query_and_a_passage_share_a_space_and_the_others_have_their_own(jina: Path) -> None:

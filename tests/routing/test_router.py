@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
+from gateway.access.keyring import Client
 from gateway.config.registry import Registry
 from gateway.errors import BadInput, ModelDisabled, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
 from gateway.fleet import Fleet, Model
-from gateway.routing.router import Router, everything
+from gateway.routing.names import GATEWAY
+from gateway.routing.router import Router
 from gateway.types import ModelState
 
 MakeModel = Callable[..., Model]
@@ -159,7 +161,7 @@ def test_a_long_task_is_cut_in_the_message(router: Router) -> None:
 
 def test_a_task_after_an_alias_for_another_task_is_refused(router: Router) -> None:
     with pytest.raises(
-        BadInput, match=r"'jina-query' stands for the task 'retrieval\.query': leave out `:text-matching`"
+        BadInput, match=r"'jina-query' already means the task 'retrieval\.query': remove `:text-matching`"
     ):
         router.resolve("jina-query:text-matching", None)
 
@@ -225,7 +227,7 @@ def test_a_model_is_found_by_each_of_its_names_also_while_it_loads(
     router = Router(*make_fleet(late, aliases={"also": ("late", "retrieval.query")}))
 
     for name in ("late", "owner/late", "also", "late:query"):
-        choice = router.choose(name, everything)
+        choice = router.choose(name, GATEWAY)
         assert (choice.model, router.task_of(choice)) == (late, None)
 
 
@@ -243,7 +245,7 @@ def test_a_model_is_found_by_each_of_its_names_also_while_it_loads(
 def test_a_ready_model_is_found_with_the_task_that_its_name_stands_for(
     router: Router, name: str, model: str, task: str | None
 ) -> None:
-    choice = router.choose(name, everything)
+    choice = router.choose(name, GATEWAY)
 
     assert (choice.model.id, router.task_of(choice)) == (model, task)
 
@@ -284,12 +286,11 @@ def test_a_name_that_is_nearly_right_is_told_the_right_one(router: Router, name:
 
 
 def test_what_may_be_meant_is_a_name_that_the_caller_may_use(router: Router) -> None:
-    def may_use(*names: str) -> bool:
-        return "default" in names
+    client = Client("mem0", models=frozenset({"default"}))
 
     for name in ("jinaai/jina-V3", "Jina", "JINA-QUERY"):
         with pytest.raises(ModelNotFound) as caught:
-            router.choose(name, may_use)
+            router.choose(name, client)
         assert caught.value.message == f"no model is called {name!r}; there are: default"
 
 

@@ -12,7 +12,8 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Registry, Shadow
 from gateway.errors import InferenceFailed
 from gateway.fleet import Fleet, Model
-from gateway.routing.router import Router, everything
+from gateway.routing.names import GATEWAY
+from gateway.routing.router import Router
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelState, Truncate
@@ -89,7 +90,7 @@ def counted() -> Callable[[str], float]:
 
 
 def offer(router: Router, shadows: Shadows, name: str = "default", texts: tuple[str, ...] = ("a b",)) -> None:
-    shadows.offer(router.choose(name, everything), list(texts), "query", Truncate.START, 5.0)
+    shadows.offer(router.choose(name, GATEWAY), list(texts), "query", Truncate.START, 5.0)
 
 
 async def settle() -> None:
@@ -208,7 +209,7 @@ async def test_a_second_model_that_is_not_ready_is_counted(
     make_shadows: MakeShadows, second: Second, counted: Callable[[str], float]
 ) -> None:
     router, shadows = make_shadows()
-    router.choose("second", everything).model.report(ModelState.LOADING, "")
+    router.choose("second", GATEWAY).model.report(ModelState.LOADING, "")
 
     offer(router, shadows)
     await settle()

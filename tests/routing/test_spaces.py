@@ -8,7 +8,7 @@ import re
 import pytest
 
 from gateway.backends.fake import fake_info
-from gateway.routing.spaces import is_same_space, space_id, spaces_by_task, why_no_stand_in
+from gateway.routing.spaces import is_same_space, why_no_stand_in
 from gateway.types import ModelInfo, Output
 
 TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": "match: ", "separation": ""}
@@ -19,7 +19,7 @@ PLAIN = fake_info("plain", instruction="")
 def space(
     info: ModelInfo = JINA, task: str | None = "text-matching", dimensions: int = 32, normalized: bool = True
 ) -> str:
-    return space_id(info, task, dimensions, is_normalized=normalized)
+    return info.space(task, dimensions, is_normalized=normalized)
 
 
 def with_instruction(task: str, text: str) -> ModelInfo:
@@ -37,7 +37,7 @@ def test_a_space_is_a_name_for_people_and_a_hash(model_id: str) -> None:
 def test_a_space_is_the_same_in_every_process() -> None:
     """Stored vectors are labeled with it: if this fails, PREPROCESSING_VERSION or the format has changed."""
     assert space() == "jina@e6787dd4cc4a"
-    assert space_id(PLAIN, None, 8, is_normalized=True) == "plain@0540f4a90e77"
+    assert PLAIN.space() == "plain@0540f4a90e77"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_space_is_the_same_in_every_process() -> None:
         pytest.param(space(normalized=False), id="normalization"),
         pytest.param(space(task="separation"), id="task"),
         pytest.param(space(task="retrieval.query"), id="task family"),
-        pytest.param(space(task=None), id="no task"),
+        pytest.param(space(dataclasses.replace(JINA, default_task=None), task=None), id="no task"),
         pytest.param(space(with_instruction("text-matching", "match:")), id="a space in the instruction"),
     ],
 )
@@ -117,9 +117,9 @@ def changed(info: ModelInfo = JINA, **changes: object) -> ModelInfo:
 
 
 def test_each_task_has_its_space_and_a_request_without_one_that_of_the_default() -> None:
-    assert spaces_by_task(JINA) == {task: space(JINA, task) for task in TASKS}
-    assert spaces_by_task(dataclasses.replace(JINA, default_task=None)).keys() == {*TASKS, None}
-    assert spaces_by_task(PLAIN) == {None: space(PLAIN, None, 8)}
+    assert JINA.spaces_by_task() == {task: space(JINA, task) for task in TASKS}
+    assert dataclasses.replace(JINA, default_task=None).spaces_by_task().keys() == {*TASKS, None}
+    assert PLAIN.spaces_by_task() == {None: space(PLAIN, None, 8)}
 
 
 @pytest.mark.parametrize("info", [JINA, PLAIN], ids=["tasks", "no tasks"])

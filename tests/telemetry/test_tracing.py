@@ -24,7 +24,6 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import OutOfMemory
 from gateway.fleet import Fleet, Model
-from gateway.routing.spaces import space_id
 from gateway.telemetry import semconv, tracing
 from gateway.types import Embeddings, EmbedJob, ModelKind, Timings
 
@@ -199,7 +198,7 @@ async def test_the_attributes_of_an_embedding(client: httpx.AsyncClient, exporte
         "gen_ai.embeddings.dimension.count": 4,
         "gateway.num_texts": 1,
         "gateway.num_truncated": 0,
-        "gateway.space": space_id(INFO, "text-matching", 4, is_normalized=True),
+        "gateway.space": INFO.space("text-matching", 4, is_normalized=True),
         "gateway.task": "text-matching",
     }
 

@@ -14,7 +14,6 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.prompts import jina_prompts, tasks_of
 from gateway.engine.loading import LoadPlan, plan_load
 from gateway.errors import LoadError
-from gateway.routing.spaces import space_id, spaces_by_task
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -145,11 +144,11 @@ def test_a_query_and_a_passage_without_a_prompt_are_in_one_space(plan: Plan) -> 
     info = plan({"prompts": {"query": "q: "}}).info
     bare = plan({}).info
 
-    spaces = spaces_by_task(info)
+    spaces = info.spaces_by_task()
 
     assert spaces["retrieval.query"] == spaces["retrieval.passage"]
-    assert spaces["retrieval.query"] != space_id(bare, None, bare.width, is_normalized=bare.is_normalized)
-    assert spaces == spaces_by_task(plan({"prompts": {"document": "", "query": "q: "}}).info)
+    assert spaces["retrieval.query"] != bare.space()
+    assert spaces == plan({"prompts": {"document": "", "query": "q: "}}).info.spaces_by_task()
 
 
 def test_tasks_of_adapters_are_those_of_the_adapters_alone() -> None:

@@ -1,0 +1,185 @@
+"""The names that a request may send as ``model``: what each one means, and which clients may use it.
+
+The registry alone decides this, so a name can be looked up before any model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Protocol
+
+from gateway.config.registry import Experiment, Registry
+from gateway.errors import BadInput, ModelNotAllowed, ModelNotFound
+from gateway.types import canonical_task
+
+DEFAULT_ALIAS = "default"
+# Ollama's clients, and those of its OpenAI paths, add this tag to a name without one; it is not a task.
+_DEFAULT_TAG = "latest"
+_MAX_SHOWN = 100
+
+
+class Client(Protocol):
+    """The sender of a request, who may use some names."""
+
+    def may_use(self, *names: str) -> bool:
+        """Return whether the client may use at least one of these names."""
+
+
+class _Gateway:
+    def may_use(self, *_names: str) -> bool:
+        return True
+
+
+GATEWAY: Client = _Gateway()
+"""The gateway itself, which may use every name: for its own work, and for probes, which carry no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """The meaning of a name.
+
+    Attributes:
+        id: the name as the registry writes it; for a source, the id of its model.
+        model: id of the model; for an experiment, the model of its control arm.
+        answer: what an answer says in ``model``: the name itself if it is a model's id or source, else the model's id.
+        task: the task that the alias, or a task written after the name, fixes.
+        allow_space_change: a reload may move the name to another space.
+    """
+
+    id: str
+    model: str
+    answer: str
+    task: str | None = None
+    experiment: Experiment | None = None
+    allow_space_change: bool = False
+
+
+class Names:
+    """Every name of a registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        # The later one wins: a model may have the id of the repo from which another model was made.
+        self._known = {
+            source: Name(model, model, answer=source, allow_space_change=registry.model(model).allow_space_change)
+            for source, model in registry.source_names().items()
+        }
+        self._sources = dict(self._known)
+        self._known |= {
+            entry.id: Name(entry.id, entry.id, answer=entry.id, allow_space_change=entry.allow_space_change)
+            for entry in registry.models
+        }
+        for experiment in registry.experiments:
+            control = experiment.control.model
+            self._known[experiment.id] = Name(
+                experiment.id, control, control, None, experiment, experiment.allow_space_change
+            )
+        # A model that may change its space may do so under its own id, not under the names that others know it by.
+        for alias in registry.aliases.values():
+            self._known[alias.name] = Name(
+                alias.name, alias.model, alias.model, alias.task, allow_space_change=alias.allow_space_change
+            )
+        self._listed = registry.names()
+
+    def __iter__(self) -> Iterator[tuple[str, Name]]:
+        """Yield every name, sources included, with its meaning."""
+        return iter(self._known.items())
+
+    def allows(self, client: Client, name: str) -> bool:
+        """Return whether a client may use a name: the only rule on what an API key is for.
+
+        A key for the id of a model may use it by all of its names. A key for an alias may use that alias alone, and a key
+        for an experiment that experiment alone: the client does not choose which model answers.
+        """
+        known = self._known.get(name)
+        if known is None:
+            return False
+        return client.may_use(known.id) if known.experiment else client.may_use(known.id, known.model)
+
+    def usable_by(self, client: Client) -> list[str]:
+        """Return every name that a client may use, except sources and tasks."""
+        return [name for name in self._listed if self.allows(client, name)]
+
+    def find(self, name: str | None, client: Client) -> Name:
+        """Return the meaning of a name.
+
+        Args:
+            name: an id, an alias, an experiment, a model's source, or one of these with a task, ``name:task``; ``None``
+                for the registry's default.
+
+        Raises:
+            ModelNotFound: the registry has no such name.
+            ModelNotAllowed: the client may not use it.
+            BadInput: no name and no default, or a task after an alias for another task.
+        """
+        if name is None:
+            if DEFAULT_ALIAS not in self._known:
+                raise BadInput(f"`model` is required; one of: {', '.join(self.usable_by(client))}", param="model")
+            name = DEFAULT_ALIAS
+        for bare, task in _readings(name):
+            if (known := self._known.get(bare)) is None:
+                continue
+            if not self.allows(client, bare):
+                raise ModelNotAllowed(f"this API key is not for model {known.id!r}", param="model")
+            if task is None:
+                return known
+            answer = name if known.answer == bare else known.answer
+            return replace(known, task=one_task(known.id, known.task, task), answer=answer)
+        raise self._not_found(name, client)
+
+    def _not_found(self, name: str, client: Client) -> ModelNotFound:
+        """Say that a name is unknown, and suggest a similar one from those that the client may use."""
+        names = self.usable_by(client)
+        guess = _similar(name, [*names, *(source for source in self._sources if self.allows(client, source))])
+        hint = f" (did you mean {guess!r}?)" if guess else ""
+        return ModelNotFound(
+            f"no model is called {cut(name)!r}{hint}; there are: {', '.join(names) or 'none'}", param="model"
+        )
+
+
+def one_task(name: str, fixed: str | None, written: str | None) -> str | None:
+    """Return the task of a name: the one written after it, or else the one that the registry fixes for it.
+
+    Raises:
+        BadInput: the two differ.
+    """
+    if fixed is not None and written is not None and canonical_task(fixed) != canonical_task(written):
+        raise BadInput(
+            f"`model` is {cut(f'{name}:{written}')!r}, but {name!r} already means the task {fixed!r}: remove "
+            f"`:{cut(written)}`",
+            param="model",
+        )
+    return fixed if written is None else written
+
+
+def cut(name: str) -> str:
+    """Shorten a name from a client for a message: it can be as long as a request body."""
+    return name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}…"
+
+
+def _readings(name: str) -> Sequence[tuple[str, str | None]]:
+    """Return the ways to read a name: as it is (a source may hold a colon), or as ``name:task``."""
+    bare, colon, task = name.rpartition(":")
+    if not colon:
+        return ((name, None),)
+    return ((name, None), (bare, None if task == _DEFAULT_TAG else task))
+
+
+def _similar(name: str, names: Sequence[str]) -> str | None:
+    """Return the name that a client may have meant, if one is similar.
+
+    Clients of other servers change the case of a name, put a provider before it (``openai/NAME``) or a tag after it
+    (``NAME:latest``).
+    """
+    if len(name) > _MAX_SHOWN:
+        return None
+    folded = {known.casefold(): known for known in reversed(names)}
+    last_parts = {known.rpartition("/")[2]: whole for known, whole in folded.items()}
+    wanted = name.casefold()
+    bare = wanted.partition(":")[0]
+    for form in (wanted, bare, wanted.partition("/")[2], bare.partition("/")[2], bare.rpartition("/")[2]):
+        if (meant := folded.get(form) or last_parts.get(form)) is not None:
+            return meant
+    close = get_close_matches(bare, folded, n=1, cutoff=0.75)
+    return folded[close[0]] if close else None
