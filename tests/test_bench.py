@@ -16,6 +16,9 @@ import pytest
 from bench.load import Group, Load, make_load
 from bench.mutants.equivalents import read_equivalents, reason_for, unmatched
 from bench.mutants.operators import mutants_of
+from bench.mutants.plugin import IMPORT, Trace
+from bench.mutants.records import Records, own_tests
+from bench.mutants.scoring import CORE
 from bench.processes import ROOT
 from bench.report import Goal, goals_table, number, update_page
 from bench.stats import median_ratio, percentile
@@ -263,6 +266,32 @@ def test_high_in_a_process_of_its_own():
     code = "from gateway.toy import clamp; assert clamp(9, 3, 5) == 5"
     subprocess.run([sys.executable, "-c", code], check=True)
 """
+
+
+def test_a_record_is_good_where_lines_and_modules_have_moved(tmp_path):
+    for name, text in {"gateway/toy.py": TOY, "tests/test_toy.py": TOY_TESTS}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    test = "tests/test_toy.py::test_low"
+    traces = {IMPORT: Trace(lines={"gateway/toy.py": {2, 9}}), test: Trace(lines={"gateway/toy.py": {4, 5}})}
+    Records(tmp_path, tmp_path / "records").save("tests/test_toy.py", traces)
+    (tmp_path / "gateway/toy.py").unlink()
+    (tmp_path / "gateway/math.py").write_text("import x\n" + TOY)
+
+    records = Records(tmp_path, tmp_path / "records")
+    tests = {
+        mutant.before: [candidate.test for candidate in records.candidates(mutant, ["tests/test_toy.py"], 1)]
+        for mutant in mutants_of("gateway/math.py", "import x\n" + TOY)
+    }
+
+    assert tests == {"if value < low:": [test], "return low": [test], "return min(value, high)": [], "return a + 1": []}
+
+
+def test_each_module_of_the_core_has_tests():
+    modules = [f"gateway/{name}.py" for name in CORE]
+
+    assert [module for module in modules if not (ROOT / module).is_file()] == []
+    assert [module for module in modules if not own_tests(ROOT, module)] == []
 
 
 def test_the_mutants_that_no_test_notices_are_printed(tmp_path):

@@ -1,7 +1,7 @@
 """Which test runs which lines, remembered from run to run in ``bench/results/mutants``.
 
 A record is of one file of tests. It stays good while that file is the same: where the gateway has changed since, lines are
-found again by their text.
+found again by their text, and so is a module that has moved.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ from bench.mutants.plugin import IMPORT, Trace
 
 # They run for minutes, in environments of their own, or look at no code.
 NOT_RECORDED = ("tests/clients", "tests/loadtest", "tests/deploy", "tests/test_bench.py", "tests/test_imports.py")
+# The share of lines that a module must have in common with one that is gone, to be taken for the same one.
+_MOVED = 0.5
+
+# The tests of modules that no file of tests is named for, and no folder but another one.
+_TESTS_OF = {
+    "gateway/http/head.py": ("api/test_connections", "api/test_limits"),
+    "gateway/http/middleware.py": ("api/test_behind_a_proxy", "api/test_contract", "api/test_request_log"),
+    "gateway/http/protocol.py": ("api/test_connections", "api/test_limits"),
+    "gateway/reranking.py": ("api/test_rerank",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,8 @@ class Candidate:
 
 def own_tests(project: Path, module: str) -> list[str]:
     """Return the files of tests that are named for a module, or else all tests of the folder that is named for its own."""
+    if module in _TESTS_OF:
+        return [f"tests/{name}.py" for name in _TESTS_OF[module] if (project / f"tests/{name}.py").is_file()]
     path = Path(module)
     folder = Path("tests", *path.parts[1:-1])
     stem = path.parent.name if path.stem == "__init__" else path.stem
@@ -118,8 +130,10 @@ class Records:
             lines_of: dict[str, list[int]] = {}
             for file in all_tests(self._project):
                 record = self._load(file)
-                for test, (_, _, lines) in () if record is None else record.tests.items():
-                    if test != IMPORT and (ran := int(lines.get(module, "0"), 16)):
+                if record is None or (name := self._old_name(record, module)) is None:
+                    continue
+                for test, (_, _, lines) in record.tests.items():
+                    if test != IMPORT and (ran := int(lines.get(name, "0"), 16)):
                         lines_of[test] = [line for line in range(ran.bit_length()) if ran >> line & 1]
             counts = Counter(line for lines in lines_of.values() for line in lines)
             self._weights_of[module] = {
@@ -134,12 +148,13 @@ class Records:
 
     def _candidates_in(self, file: str, mutant: Mutant) -> list[Candidate]:
         record = self._load(file)
-        if record is None or mutant.module not in record.sources:
+        module = None if record is None else self._old_name(record, mutant.module)
+        if record is None or module is None:
             return []
-        old = (self._folder / "sources" / record.sources[mutant.module]).read_text(encoding="utf-8")
+        old = self._old_text(record, module)
         new = (self._project / mutant.module).read_text(encoding="utf-8")
         wanted = _bits(old_lines(old, new, *mutant.lines))
-        at_import = record.tests.get(IMPORT, ("", 0.0, {}))[2].get(mutant.module, "0")
+        at_import = record.tests.get(IMPORT, ("", 0.0, {}))[2].get(module, "0")
         # What runs at the import of the module can be noticed by any test that uses the module.
         is_of_import = not int(wanted, 16) or bool(int(at_import, 16) & int(wanted, 16))
         found = [
@@ -147,10 +162,23 @@ class Records:
             for test, (outcome, duration_s, lines) in record.tests.items()
             if outcome == "passed"
             and test != IMPORT
-            and (ran := int(lines.get(mutant.module, "0"), 16))
+            and (ran := int(lines.get(module, "0"), 16))
             and (is_of_import or ran & int(wanted, 16))
         ]
         return sorted(found, key=lambda candidate: candidate.duration_s)
+
+    def _old_name(self, record: _Record, module: str) -> str | None:
+        """Return what a module was called when a record was made; ``None`` if it was not there or no test ran it."""
+        if module in record.sources:
+            return module
+        new = (self._project / module).read_text(encoding="utf-8")
+        gone = [name for name in record.sources if not (self._project / name).exists()]
+        likeness = {name: _likeness(self._old_text(record, name), new) for name in gone}
+        best = max(likeness, key=lambda name: likeness[name], default=None)
+        return best if best is not None and likeness[best] > _MOVED else None
+
+    def _old_text(self, record: _Record, module: str) -> str:
+        return (self._folder / "sources" / record.sources[module]).read_text(encoding="utf-8")
 
     def _load(self, file: str) -> _Record | None:
         if file not in self._loaded:
@@ -185,6 +213,13 @@ def old_lines(old: str, new: str, first: int, last: int) -> frozenset[int]:
         for block in _blocks(matcher)
         for line in range(max(first, block.b + 1), min(last, block.b + block.size) + 1)
     )
+
+
+@lru_cache(maxsize=4096)
+def _likeness(old: str, new: str) -> float:
+    """Return the share of their lines that two texts have in common."""
+    lines, other_lines = set(old.splitlines()), set(new.splitlines())
+    return len(lines & other_lines) / max(1, len(lines | other_lines))
 
 
 def _blocks(matcher: difflib.SequenceMatcher[str]) -> list[difflib.Match]:

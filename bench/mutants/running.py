@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import pickle
 import shutil
@@ -116,12 +117,16 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
     child = Child(workspace, collect, timeout_s=300)
     result = child.wait()
     modules = result.get("modules", [])
+    root = logging.getLogger()  # which Infinity sets up as it is imported: the tests' output would have lines of HTTPX
+    handlers, level = list(root.handlers), root.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in modules if isinstance(modules, list) else []:
             if name.partition(".")[0] not in (*_OURS, *_NEVER_PRELOADED) and not name.startswith("test_"):
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
+    root.handlers[:] = handlers
+    root.setLevel(level)
     # A collection in a child would touch, and so copy, every page that it shares with this process.
     gc.collect()
     gc.freeze()

@@ -22,8 +22,8 @@ fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
 backends/upstream/probe backends/upstream/server
 compare/cache compare/comparison compare/cost compare/quality compare/search compare/statistics
-engine/adapters engine/batcher golden engine/heads engine/memory engine/pairs engine/scheduler
-engine/states engine/tokenizer engine/worker
+engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
+engine/model/states engine/model/tokenizer engine/scheduler engine/worker
 experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units
 routing/router routing/rules routing/shadow routing/spaces
 """

@@ -24,13 +24,17 @@ class Body:
     """Stands between the server, which receives, and the application.
 
     Args:
+        memory: what the request holds; grows with the body.
         pace: what large bodies wait for; that of all requests.
         max_bytes: the largest body, as it comes and as it is once decoded.
         timeout_s: seconds that it may take to come, counted from when it is first asked for.
     """
 
-    def __init__(self, receive: Receive, headers: Headers, pace: Pace, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, receive: Receive, headers: Headers, memory: Reservation, pace: Pace, max_bytes: int, timeout_s: float
+    ) -> None:
         self._receive = receive
+        self._memory = memory
         self._pace = pace
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
@@ -40,18 +44,14 @@ class Body:
         self._has_ended = False
         self._is_too_slow = False
         self._decoder: Decoder | None = None
-        self._memory: Reservation | None = None
         self._content_encoding = headers.get("content-encoding", "")
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
         # uvicorn says "100 Continue" when a body is first asked for; until then such a client sends nothing.
         self._is_coming = "expect" not in headers
 
-    def admit(self, memory: Reservation) -> None:
+    def admit(self) -> None:
         """Refuse a body before it comes, or set aside the memory for it.
-
-        Args:
-            memory: what the request holds; grows with the body.
 
         Raises:
             BodyTooLarge: more bytes are announced than are allowed.
@@ -60,7 +60,6 @@ class Body:
         """
         self._check_size(self._declared_bytes)
         self._decoder = decoder_for(self._content_encoding)
-        self._memory = memory
         if self._declared_bytes:
             self._reserve(self._declared_bytes)
 
@@ -143,8 +142,6 @@ class Body:
 
     def _reserve(self, num_bytes: int) -> None:
         """Have ``num_bytes`` of the body set aside, in steps: most bodies need one."""
-        if self._memory is None:
-            return
         held = 0 if self._decoder is None else self._decoder.memory_bytes
         needed = held + max(num_bytes, self._declared_bytes)
         if needed > self._memory.num_bytes:

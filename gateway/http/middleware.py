@@ -183,13 +183,20 @@ class GatewayMiddleware:
         headers = Headers(scope=scope)
         client = Client(scope["client"][0] if scope.get("client") else "unknown")
         context = RequestContext(_request_id(headers), client, self._memory.open(client.name), scope["method"])
-        if context.method == "HEAD":  # answered as GET; in a copy, as the server must still know that there is no body
+        if context.method == "HEAD":  # answered as GET; in a copy, as the server must know to leave the body out
             scope = {**scope, "method": "GET"}
         scope[_CONTEXT] = context
         context.path = _place(scope, headers, self._settings.root_path)
         context.error_form = error_form(context.path, context.method)
         untraced = (scope["path"],) if context.path in _QUIET_PATHS else ()
-        body = Body(receive, headers, self._pace, self._settings.max_body_bytes, self._settings.body_timeout_s)
+        body = Body(
+            receive,
+            headers,
+            context.memory,
+            self._pace,
+            self._settings.max_body_bytes,
+            self._settings.body_timeout_s,
+        )
         with (
             metrics.IN_FLIGHT.track_inprogress(),
             tracing.request_span(scope, headers, context.request_id, untraced=untraced) as span,
@@ -203,8 +210,6 @@ class GatewayMiddleware:
                     if span is not None:
                         span.describe(scope, context.status, context.error_code)
                     self._complete(message, context)
-                elif context.method == "HEAD":
-                    message = {**message, "body": b""}
                 await send(message)
 
             try:
@@ -258,7 +263,7 @@ class GatewayMiddleware:
                 # A client stays the same unit of an experiment when its key is exchanged.
                 context.key_owner = context.client.name if self._keyring else context.api_key
         context.memory.caller = context.caller
-        body.admit(context.memory)
+        body.admit()
         await self._app(scope, body.receive, send)
 
     def _check_headers(self, headers: Headers) -> None:

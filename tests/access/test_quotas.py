@@ -124,6 +124,14 @@ async def test_requests_of_a_minute(quotas: Quotas) -> None:
     assert (await use(quotas, other))["x-ratelimit-remaining-requests"] == "2"
 
 
+async def test_before_a_minute_s_first_token_there_is_nothing_to_wait_for(quotas: Quotas) -> None:
+    headers: dict[str, str] = {}
+    await quotas.admit(client(tokens_per_minute=10), headers)
+
+    assert headers["x-ratelimit-remaining-tokens"] == "10"
+    assert headers["x-ratelimit-reset-tokens"] == "0.000s"
+
+
 async def test_tokens_are_charged_as_they_were_used(quotas: Quotas) -> None:
     one = client(tokens_per_minute=100)
 

@@ -290,6 +290,7 @@ async def test_a_large_answer_is_that_of_its_texts_one_by_one(connect: Connect, 
 
     assert large.status_code == 200
     assert ("content-length" in large.headers) == (encoding != "float")
+    assert all("content-length" in one.headers for one in small)
     rows = large.json()["data"]
     assert [row["index"] for row in rows] == list(range(2000))
     assert [row["embedding"] for row in rows[::500]] == [one.json()["data"][0]["embedding"] for one in small]

@@ -83,6 +83,18 @@ def answer_of(connection: socket.socket, method: str = "GET") -> tuple[int, byte
     return answer.status, answer.read()
 
 
+def is_silent(connection: socket.socket, seconds: float) -> bool:
+    """Whether so long nothing comes, not even the end."""
+    connection.settimeout(seconds)
+    try:
+        connection.recv(1)
+    except TimeoutError:
+        return True
+    finally:
+        connection.settimeout(PATIENCE_S)
+    return False
+
+
 def answers_of(connection: socket.socket, number: int) -> list[int]:
     """Read answers that may come in one packet; return their statuses."""
     with connection.makefile("rb") as file:
@@ -289,6 +301,15 @@ def test_requests_that_are_sent_at_once_are_answered_in_order(connect: Callable[
     assert answers_of(connection, 4) == [200, 200, 400, 200]
 
 
+def test_a_head_has_no_body_that_the_next_answer_begins_with(connect: Callable[..., socket.socket]) -> None:
+    connection = connect()
+    for _ in range(2):
+        connection.sendall(MODELS.replace(b"GET", b"HEAD"))
+        assert answer_of(connection, "HEAD") == (200, b"")
+    connection.sendall(LIVE)
+    assert answer_of(connection) == (200, b'{"status":"ok"}')
+
+
 def test_what_is_no_request_is_told_so_after_what_came_before_it_is_answered(
     connect: Callable[..., socket.socket], backend: HeldBackend
 ) -> None:
@@ -347,6 +368,20 @@ def test_a_client_that_never_reads_fills_neither_the_log_nor_its_connection(
 
     assert sample("gateway_errors_total", code="internal_error") == unexpected
     assert "Exception in ASGI application" not in caplog.text
+
+
+def test_after_what_is_no_request_the_client_may_still_finish(
+    connect: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed at once, the connection would be reset by what the client still sends, and the answer lost."""
+    monkeypatch.setattr("gateway.http.protocol._LINGER_S", 2 * PATIENCE_S)
+    connection = connect(shutdown_grace_s=4 * PATIENCE_S)
+    connection.sendall(b"garbage\r\n\r\n")
+
+    assert receive(connection).startswith(b"HTTP/1.1 400 ")  # and its end, while the connection lingers
+    connection.sendall(b"and more of it")
+    assert connection.recv(1) == b""
+    connection.sendall(b"and more of it")
 
 
 # ------------------------------------------------------------------------------------------------------ rules of HTTP
@@ -501,6 +536,13 @@ def test_a_request_has_a_number_of_headers(connect: Callable[..., socket.socket]
     assert answer_of(connection)[0] == status
 
 
+def test_too_many_headers_are_refused_before_the_body_comes(connect: Callable[..., socket.socket]) -> None:
+    connection = connect()
+    connection.sendall(post(*[b"a:"] * 499)[:-5])
+
+    assert answer_of(connection, "POST")[0] == 431
+
+
 def test_headers_without_end_are_not_collected(connect: Callable[..., socket.socket]) -> None:
     connection = connect()
     connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: gateway\r\n" + b"a:\r\n" * 1500)
@@ -535,13 +577,29 @@ def test_an_error_leaves_the_connection_good(connect: Callable[..., socket.socke
 
 
 def test_an_idle_connection_is_kept_as_long_as_the_setting_says(connect: Callable[..., socket.socket]) -> None:
-    connection = connect(keep_alive_s=0.5)
+    connection = connect(keep_alive_s=0.5, header_timeout_s=0.1, send_timeout_s=0.1)
     connection.sendall(LIVE)
     assert answer_of(connection)[0] == 200
     started = time.monotonic()
 
     assert connection.recv(1) == b""
     assert time.monotonic() - started > 0.4
+
+
+def test_while_a_request_is_answered_it_is_not_idle(
+    connect: Callable[..., socket.socket], backend: HeldBackend
+) -> None:
+    connection = connect(keep_alive_s=0.3, header_timeout_s=0.3)
+    connection.sendall(LIVE)
+    assert answer_of(connection)[0] == 200
+    connection.sendall(SLOW)
+    assert backend.has_begun.wait(PATIENCE_S)
+
+    assert is_silent(connection, 0.6)
+    backend.let_go.set()
+    assert answer_of(connection, "POST")[0] == 200
+    connection.sendall(LIVE)
+    assert answer_of(connection)[0] == 200
 
 
 def test_by_default_it_is_kept_longer_than_by_load_balancers(connect: Callable[..., socket.socket]) -> None:

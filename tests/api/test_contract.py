@@ -809,11 +809,14 @@ async def test_without_truncated_texts_none_are_listed(client: httpx.AsyncClient
     assert "x-gateway-truncated" not in (await embed(client)).headers
 
 
-async def test_the_list_of_truncated_texts_fits_into_a_header(client: httpx.AsyncClient) -> None:
-    response = await embed(client, input=[LONG] * 112)
+@pytest.mark.parametrize(("number", "more"), [(100, ""), (101, ",+1"), (112, ",+12")])
+async def test_the_list_of_truncated_texts_fits_into_a_header(
+    client: httpx.AsyncClient, number: int, more: str
+) -> None:
+    response = await embed(client, input=[LONG] * number)
 
     listed = ",".join(str(i) for i in range(100))
-    assert response.headers["x-gateway-truncated"] == f"{listed},+12"
+    assert response.headers["x-gateway-truncated"] == f"{listed}{more}"
 
 
 @pytest.mark.parametrize("truncate", [False, "NONE"])

@@ -1,0 +1,184 @@
+"""A body comes whole, within its bounds, and what it may hold is reserved as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import Iterable
+
+import pytest
+from starlette.datastructures import Headers
+from starlette.types import Message
+
+from gateway.access.memory import MemoryBudget, Reservation
+from gateway.errors import BadInput, BodyTooLarge, ClientDisconnected
+from gateway.http.body import Body
+from gateway.http.pace import Pace
+
+KIB, MIB = 1 << 10, 1 << 20
+GONE: Message = {"type": "http.disconnect"}
+
+
+class CountingPace(Pace):
+    """Lets everything pass at once, and notes how many bytes asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    async def take(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+
+
+class Upload:
+    """A body whose pieces have all arrived, and its client has gone after them.
+
+    Attributes:
+        left: what has not been received.
+        memory: what the request holds.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], max_bytes: int = 64 * MIB, **headers: str) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+        if messages:
+            messages[-1]["more_body"] = False
+        self.left = [*messages, GONE]
+        self.memory = Reservation(MemoryBudget(256 * MIB), "test")
+        self.pace = CountingPace()
+        known = Headers({name.replace("_", "-"): value for name, value in headers.items()})
+        self.body = Body(self._receive, known, self.memory, self.pace, max_bytes, timeout_s=60)
+
+    async def _receive(self) -> Message:
+        if not self.left:
+            await asyncio.Event().wait()  # nothing comes any more
+        return self.left.pop(0)
+
+    async def read(self) -> bytes:
+        self.body.admit()
+        content, is_complete = b"", False
+        while not is_complete:
+            message = await self.body.receive()
+            content, is_complete = content + message["body"], not message["more_body"]
+        return content
+
+
+@pytest.mark.parametrize("headers", [{}, {"content_length": "4"}, {"content_length": "four"}])
+async def test_a_body_is_passed_on_and_then_that_its_client_has_gone(headers: dict[str, str]) -> None:
+    upload = Upload([b"ab", b"", b"cd"], **headers)
+
+    assert await upload.read() == b"abcd"
+    assert await upload.body.receive() == GONE
+
+
+async def test_a_client_that_goes_before_the_end_has_disconnected() -> None:
+    upload = Upload([b"ab", b"cd"])
+    upload.left[1] = GONE
+
+    with pytest.raises(ClientDisconnected):
+        await upload.read()
+
+
+@pytest.mark.parametrize("coding", ["", "gzip"])
+@pytest.mark.parametrize("is_declared", [True, False])
+async def test_the_limit_is_exact(coding: str, is_declared: bool) -> None:
+    for num_more in (0, 1):
+        content = b" " * (1000 + num_more)
+        sent = gzip.compress(content) if coding else content
+        headers = {"content_length": str(len(sent))} if is_declared else {}
+        upload = Upload([sent[:10], sent[10:]], max_bytes=1000, content_encoding=coding, **headers)
+        if not num_more:
+            assert await upload.read() == content
+        else:
+            with pytest.raises(BodyTooLarge, match="the limit is 1000"):
+                await upload.read()
+
+
+async def test_a_compressed_body_that_is_cut_off_is_refused() -> None:
+    with pytest.raises(BadInput):
+        await Upload([gzip.compress(b"a text")[:-4]], content_encoding="gzip").read()
+
+
+async def test_no_body_is_taken_for_compressed() -> None:
+    assert await Upload([b""], content_encoding="gzip").read() == b""
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "held"), [(0, 0), (1, 64 * KIB), (64 * KIB, 64 * KIB), (64 * KIB + 1, 128 * KIB), (MIB, MIB)]
+)
+async def test_what_is_declared_is_reserved_before_it_comes(num_bytes: int, held: int) -> None:
+    upload = Upload([b""], content_length=str(num_bytes))
+
+    upload.body.admit()
+
+    assert upload.memory.num_bytes == held
+
+
+async def test_what_is_not_declared_is_reserved_as_it_comes() -> None:
+    upload = Upload([b"a", b"a" * 64 * KIB, b"a", b"a" * MIB])
+    upload.body.admit()
+    held = [upload.memory.num_bytes]
+    while upload.left != [GONE]:
+        await upload.body.receive()
+        held.append(upload.memory.num_bytes)
+
+    assert held == [0, 64 * KIB, 128 * KIB, 128 * KIB, MIB + 128 * KIB]
+
+
+async def test_a_decoded_body_is_reserved_with_what_its_decoder_holds() -> None:
+    sent = gzip.compress(bytes(MIB))
+    upload = Upload([sent[:-20], sent[-20:]], content_encoding="gzip", content_length=str(len(sent)))
+
+    assert len(await upload.read()) == MIB
+    assert MIB < upload.memory.num_bytes < 2 * MIB
+
+
+# ----------------------------------------------------------------------------------------------------------------- pace
+
+
+@pytest.mark.parametrize("coding", ["", "gzip"])
+@pytest.mark.parametrize(("num_bytes", "is_slowed"), [(256 * KIB, False), (257 * KIB, True)])
+async def test_only_large_bodies_wait_for_others(coding: str, num_bytes: int, is_slowed: bool) -> None:
+    content = bytes(num_bytes)
+    upload = Upload([gzip.compress(content) if coding else content], content_encoding=coding)
+
+    await upload.read()
+
+    assert bool(upload.pace.num_bytes) == is_slowed
+
+
+# ---------------------------------------------------------------------------------------------------------- what is left
+
+
+async def test_what_nobody_reads_is_received_up_to_a_limit() -> None:
+    piece = bytes(MIB)
+    upload = Upload([piece] * 100)
+
+    await upload.body.drain()
+
+    assert len(upload.left) == 100 - 64 + 1
+    assert upload.pace.num_bytes == 64 * MIB
+
+
+async def test_a_body_that_is_shorter_is_received_to_its_end() -> None:
+    upload = Upload([b"a"] * 5)
+    upload.body.admit()
+    await upload.body.receive()
+
+    await upload.body.drain()
+
+    assert upload.left == [GONE]
+
+
+async def test_a_body_that_is_sent_on_request_alone_is_not_waited_for() -> None:
+    upload = Upload([b"a"] * 5, expect="100-continue")
+
+    await upload.body.drain()
+
+    assert len(upload.left) == 6
+    upload.body.admit()
+    await upload.body.receive()
+    await upload.body.drain()
+    assert upload.left == [GONE]
