@@ -281,7 +281,9 @@ class EmbeddingService:
 
     def _record(self, choice: Choice, answer: EmbedAnswer | RerankAnswer, elapsed_s: float) -> None:
         arm = choice.assignment and choice.assignment.arm.label
-        meters = metrics.meters(answer.model, answer.task, choice.assignment and choice.assignment.experiment, arm)
+        meters = metrics.target_metrics(
+            answer.model, answer.task, choice.assignment and choice.assignment.experiment, arm
+        )
         meters.count()
         meters.seconds.observe(elapsed_s)
         meters.texts.inc(answer.num_texts)
@@ -300,7 +302,7 @@ class EmbeddingService:
         # Only a task that the model has: a client can make up any other.
         task = canonical_task(asked) if asked and info and canonical_task(asked) in info.tasks else None
         assignment = choice.assignment
-        metrics.meters(
+        metrics.target_metrics(
             choice.model.id, task, assignment and assignment.experiment, assignment and assignment.arm.label
         ).count(error.code)
         self._note(choice, elapsed_s, error=error)

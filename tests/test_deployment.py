@@ -591,7 +591,7 @@ async def test_metrics_of_experiments_arms_and_shadows_that_are_gone_go_away(tmp
 
     await gateway.reload(text + "experiments:\n" + THIN % "z")
     await asyncio.sleep(0)
-    late = metrics.meters("one", None, "gone-exp", "one")  # of a request that was on its way
+    late = metrics.target_metrics("one", None, "gone-exp", "one")  # of a request that was on its way
     late.count()
     await wait_until(lambda: not labels_in("gateway_", experiment="gone-exp"))
 

@@ -147,7 +147,7 @@ class Endpoint:
         """
         RequestContext.of(request).asked = wanted.model
         longest = self.deployment.fleet.max_tokens
-        async with self._quotas.reserve(ticket, wanted.texts, longest, beside=wanted.query):
+        async with self._quotas.reserve(ticket, wanted.texts, longest, query=wanted.query):
             answer = await unless_disconnected(request, self.service.rerank(wanted))
             await self._quotas.charge(ticket, answer.num_tokens)
         return answer
@@ -346,7 +346,7 @@ def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, ser
     context.describe(answer.model, answer.task, answer.num_texts, answer.num_tokens, timings)
     if answer.assignment is not None:
         context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
-    metrics.meters(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
+    metrics.target_metrics(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
 
 
 def answer_headers(answer: EmbedAnswer | RerankAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:

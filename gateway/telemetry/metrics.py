@@ -1,14 +1,15 @@
-"""Every Prometheus metric. Labels hold only names from the registry, never what a client sent.
+"""The Prometheus metrics. Labels hold only names from the registry, never text that a client sent.
 
-``docs/metrics.md`` is generated from what is declared here.
+``docs/metrics.md`` is generated from these declarations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -23,256 +24,195 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _POWERS_OF_TWO = tuple(2**n for n in range(16))
 
-REQUESTS = Counter("gateway_requests", "Answered HTTP requests.", ["path", "status"], registry=REGISTRY)
-REQUEST_SECONDS = Histogram(
-    "gateway_request_duration_seconds",
-    "Time from the first byte of a request to the last of its answer.",
-    ["path"],
-    buckets=_SECONDS,
-    registry=REGISTRY,
-)
-IN_FLIGHT = Gauge("gateway_requests_in_flight", "HTTP requests being answered.", registry=REGISTRY)
-ERRORS = Counter("gateway_errors", "Requests answered with an error, by its code.", ["code"], registry=REGISTRY)
+# Each declaration below goes to the gateway's own registry. A histogram is of seconds unless it gives its own buckets.
+Counter = partial(prometheus_client.Counter, registry=REGISTRY)
+Gauge = partial(prometheus_client.Gauge, registry=REGISTRY)
+Histogram = partial(prometheus_client.Histogram, buckets=_SECONDS, registry=REGISTRY)
 
-# What an embedding request is counted under. A request outside an experiment has no experiment and no arm, and one to a
-# model without tasks no task: the labels are empty.
+REQUESTS = Counter("gateway_requests", "HTTP requests answered.", ["path", "status"])
+REQUEST_SECONDS = Histogram(
+    "gateway_request_duration_seconds", "Time from the first byte of a request to the last of its response.", ["path"]
+)
+IN_FLIGHT = Gauge("gateway_requests_in_flight", "HTTP requests in progress.")
+ERRORS = Counter("gateway_errors", "Requests answered with an error, by error code.", ["code"])
+
+# The labels of an embedding request. Those that do not apply (no experiment, no arm, a model without tasks) are empty.
 _TARGET = ["model", "task", "experiment", "arm"]
 EMBED_REQUESTS = Counter(
     "gateway_embed_requests",
-    "Requests for embeddings or scores that reached a model, by `ok` or the code of the error.",
+    "Requests for embeddings or scores that reached a model, by `ok` or the error code.",
     [*_TARGET, "outcome"],
-    registry=REGISTRY,
 )
 EMBED_SECONDS = Histogram(
-    "gateway_embed_duration_seconds",
-    "Time from the choice of the model to the finished vectors or scores.",
-    _TARGET,
-    buckets=_SECONDS,
-    registry=REGISTRY,
+    "gateway_embed_duration_seconds", "Time from choosing the model to the finished vectors or scores.", _TARGET
 )
-TEXTS = Counter("gateway_texts", "Texts embedded or scored.", _TARGET, registry=REGISTRY)
+TEXTS = Counter("gateway_texts", "Texts embedded or scored.", _TARGET)
 TOKENS = Counter(
-    "gateway_tokens",
-    "Tokens embedded or scored, after truncation; a query counts once with each text.",
-    _TARGET,
-    registry=REGISTRY,
+    "gateway_tokens", "Tokens embedded or scored, after truncation; a query counts once per text.", _TARGET
 )
-TRUNCATED = Counter("gateway_truncated_texts", "Texts cut to the model's length.", _TARGET, registry=REGISTRY)
+TRUNCATED = Counter("gateway_truncated_texts", "Texts truncated to the model's maximum length.", _TARGET)
 STAGE_SECONDS = Histogram(
     "gateway_stage_duration_seconds",
-    "Wall-clock time that such a request spent in a stage: tokenize, queue, inference, serialize. Each moment counts once: "
-    "the stages of a request add up to at most its duration, however many batches ran side by side.",
+    "Wall-clock time that an embedding or rerank request spent in a stage: tokenize, queue, inference, serialize. Each "
+    "moment counts once: the stages of a request add up to at most its duration, however many batches run in parallel.",
     [*_TARGET, "stage"],
-    buckets=_SECONDS,
-    registry=REGISTRY,
 )
 FALLBACKS = Counter(
     "gateway_fallbacks",
-    "Requests that another model of the same space answered, by the error of the first.",
+    "Requests answered by a fallback, another model of the same space, by the error code of the first model.",
     ["model", "fallback", "code"],
-    registry=REGISTRY,
 )
 TOKENIZER_REQUESTS = Counter(
     "gateway_tokenizer_requests",
-    "Requests to tokenize texts or decode token ids, by `ok` or the code of the error.",
+    "Requests to tokenize texts or decode token ids, by `ok` or the error code.",
     ["model", "operation", "outcome"],
-    registry=REGISTRY,
 )
 SHADOW_REQUESTS = Counter(
-    "gateway_shadow_requests",
-    "Copied requests, by `ok`, `dropped` or the code of the error.",
-    ["of", "to", "outcome"],
-    registry=REGISTRY,
+    "gateway_shadow_requests", "Shadow requests, by `ok`, `dropped` or the error code.", ["of", "to", "outcome"]
 )
-SHADOW_TEXTS = Counter("gateway_shadow_texts", "Texts embedded for shadows.", ["of", "to"], registry=REGISTRY)
-SHADOW_TOKENS = Counter("gateway_shadow_tokens", "Tokens embedded for shadows.", ["of", "to"], registry=REGISTRY)
+SHADOW_TEXTS = Counter("gateway_shadow_texts", "Texts embedded for shadows.", ["of", "to"])
+SHADOW_TOKENS = Counter("gateway_shadow_tokens", "Tokens embedded for shadows.", ["of", "to"])
 SHADOW_SECONDS = Histogram(
     "gateway_shadow_duration_seconds",
-    "Time that the second model took for a copied request, its queue included.",
+    "Duration of a shadow request on the second model, queueing included.",
     ["of", "to"],
-    buckets=_SECONDS,
-    registry=REGISTRY,
 )
-SHADOW_QUEUE = Gauge("gateway_shadow_queue", "Copied requests that wait.", ["of", "to"], registry=REGISTRY)
+SHADOW_QUEUE = Gauge("gateway_shadow_queue", "Shadow requests waiting to be sent.", ["of", "to"])
 DROPPED_EXPOSURES = Counter(
     "gateway_exposures_dropped",
-    "Failed attempts to write a line of the exposure log. The line is written when there is room again.",
-    registry=REGISTRY,
+    "Failed attempts to write a line to the exposure log. The line is retried when there is room again.",
 )
-RELOADS = Counter("gateway_reloads", "Reloads of the registry, by `ok` or `refused`.", ["outcome"], registry=REGISTRY)
+RELOADS = Counter("gateway_reloads", "Reloads of the registry, by `ok` or `refused`.", ["outcome"])
 KEY_RELOADS = Counter(
-    "gateway_key_reloads",
-    "Readings of a changed file of API keys, by `ok` or `refused`.",
-    ["outcome"],
-    registry=REGISTRY,
+    "gateway_key_reloads", "Reloads of the API key file after a change, by `ok` or `refused`.", ["outcome"]
 )
 QUOTA_ERRORS = Counter(
-    "gateway_quota_errors",
-    "Requests that passed uncounted, as the storage of quotas did not answer.",
-    registry=REGISTRY,
+    "gateway_quota_errors", "Requests admitted without being counted, because the quota storage did not respond."
 )
 SLOW_CONNECTIONS = Counter(
     "gateway_slow_connections",
-    "Connections closed because what was begun did not come (receive), or an answer was not taken (send), in time.",
+    "Connections closed because the client sent its request (`receive`), or read its response (`send`), too slowly.",
     ["side"],
-    registry=REGISTRY,
 )
 MEMORY_RESERVED = Gauge(
     "gateway_memory_reserved_bytes",
-    "Memory that requests hold, or are about to: bodies, texts and tokens that wait, answers that have not been read.",
-    registry=REGISTRY,
+    "Memory reserved by requests: bodies, waiting texts and tokens, and responses that have not been read.",
 )
 MEMORY_BUDGET = Gauge(
     "gateway_memory_budget_bytes",
-    "How much they may hold together (`GATEWAY_MEMORY_BUDGET_BYTES`); requests beyond are refused (`memory_full`).",
-    registry=REGISTRY,
+    "Maximum of the memory reserved by all requests (`GATEWAY_MEMORY_BUDGET_BYTES`); requests beyond it are refused "
+    "(`memory_full`).",
 )
 CONNECTIONS = Gauge(
-    "gateway_connections",
-    "Open connections of clients. Each takes a file descriptor, of which there are `process_max_fds`.",
-    registry=REGISTRY,
+    "gateway_connections", "Open client connections. Each uses one file descriptor out of `process_max_fds`."
 )
 FILE_LIMIT_REACHED = Counter(
     "gateway_file_limit_reached",
-    "Checks that found no file descriptor left: new connections are reset until some are closed.",
-    registry=REGISTRY,
+    "Checks that found no free file descriptor: new connections are reset until others close.",
 )
 LOG_LINES_DROPPED = Counter(
-    "gateway_log_lines_dropped",
-    "Lines of the log that were dropped because standard error was not read, or is closed.",
-    registry=REGISTRY,
+    "gateway_log_lines_dropped", "Log lines dropped because standard error is closed or is not being read."
 )
-# What an alert waits for must be seen at 0 first: the first of a kind would not be an increase.
+# An alert must see a series at 0 first; otherwise the first event is not an increase.
 for _outcome in ("ok", "refused"):
     RELOADS.labels(_outcome)
     KEY_RELOADS.labels(_outcome)
-BATCH_TEXTS = Histogram(
-    "gateway_batch_texts", "Texts in a batch.", ["model"], buckets=_POWERS_OF_TWO[:12], registry=REGISTRY
-)
+BATCH_TEXTS = Histogram("gateway_batch_texts", "Texts per batch.", ["model"], buckets=_POWERS_OF_TWO[:12])
 BATCH_TOKENS = Histogram(
-    "gateway_batch_tokens", "Tokens in a batch, without padding.", ["model"], buckets=_POWERS_OF_TWO, registry=REGISTRY
+    "gateway_batch_tokens", "Tokens per batch, without padding.", ["model"], buckets=_POWERS_OF_TWO
 )
 BATCH_FILL = Histogram(
     "gateway_batch_fill_ratio",
-    "Tokens of a batch as a share of the most that it may have. Always full: a larger `max_batch_tokens` may be faster.",
+    "Tokens of a batch as a fraction of its token limit. If batches are always full, a larger `max_batch_tokens` may be "
+    "faster.",
     ["model"],
     buckets=_SHARES,
-    registry=REGISTRY,
 )
 COMPUTED_TOKENS = Counter(
     "gateway_computed_tokens",
-    "Tokens that forwards have computed, padding included: `gateway_batch_tokens_sum` has those without.",
+    "Tokens computed by forward passes, padding included; `gateway_batch_tokens_sum` excludes it.",
     ["model"],
-    registry=REGISTRY,
 )
-QUEUE_TEXTS = Gauge("gateway_queue_texts", "Texts admitted and not yet answered.", ["model"], registry=REGISTRY)
-QUEUE_TOKENS = Gauge(
-    "gateway_queue_tokens",
-    "Tokens of the texts admitted and not yet answered, estimated.",
-    ["model"],
-    registry=REGISTRY,
-)
+QUEUE_TEXTS = Gauge("gateway_queue_texts", "Texts admitted and not yet answered.", ["model"])
+QUEUE_TOKENS = Gauge("gateway_queue_tokens", "Estimated tokens of the texts admitted and not yet answered.", ["model"])
 QUEUE_OLDEST_SECONDS = Gauge(
-    "gateway_queue_oldest_seconds",
-    "How long the oldest request that the model has not answered yet has been waiting.",
-    ["model"],
-    registry=REGISTRY,
+    "gateway_queue_oldest_seconds", "Age of the oldest request that the model has not answered yet.", ["model"]
 )
-FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward raised.", ["model"], registry=REGISTRY)
+FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward pass raised an error.", ["model"])
 WORKER_FAULTS = Counter(
     "gateway_worker_faults",
-    "Faults of the gateway's own code in a computing thread; the batch in its hands is lost. Report them.",
+    "Bugs of the gateway that hit a worker thread; the batch it was computing is lost. Please report them.",
     ["model"],
-    registry=REGISTRY,
 )
-ENGINE_RESTARTS = Counter(
-    "gateway_engine_restarts", "Attempts to load a model anew after it hung or failed.", ["model"], registry=REGISTRY
-)
+ENGINE_RESTARTS = Counter("gateway_engine_restarts", "Attempts to reload a model after it hung or failed.", ["model"])
 UPSTREAM_REQUESTS = Counter(
     "gateway_upstream_requests",
-    "Requests to the servers of models that run elsewhere. `outcome`: ok, refused, overloaded, unready, unreachable, "
-    "timeout, broken, failed, wrong, abandoned (by a client).",
+    "Requests to upstream servers. `outcome`: ok, refused, overloaded, unready, unreachable, timeout, broken, failed, "
+    "wrong, abandoned (by a client).",
     ["model", "server", "outcome"],
-    registry=REGISTRY,
 )
-UPSTREAM_SECONDS = Histogram(
-    "gateway_upstream_seconds",
-    "How long a server took to answer.",
-    ["model", "server"],
-    buckets=_SECONDS,
-    registry=REGISTRY,
-)
+UPSTREAM_SECONDS = Histogram("gateway_upstream_seconds", "Response time of an upstream server.", ["model", "server"])
 UPSTREAM_RETRIES = Counter(
     "gateway_upstream_retries",
-    "Requests that were sent again, as a server had not answered or was too busy.",
+    "Requests sent again because an upstream server did not respond or was too busy.",
     ["model"],
-    registry=REGISTRY,
 )
 UPSTREAM_UP = Gauge(
     "gateway_upstream_up",
-    "1 while a server is sent requests, 0 while it is only tried from time to time.",
+    "1 while an upstream server receives requests, 0 while it is only probed.",
     ["model", "server"],
-    registry=REGISTRY,
 )
-UPSTREAM_TEXTS = Gauge(
-    "gateway_upstream_texts", "Texts on their way to a server.", ["model", "server"], registry=REGISTRY
-)
-MODEL_READY = Gauge("gateway_model_ready", "1 when the model answers, else 0.", ["model"], registry=REGISTRY)
+UPSTREAM_TEXTS = Gauge("gateway_upstream_texts", "Texts in flight to an upstream server.", ["model", "server"])
+MODEL_READY = Gauge("gateway_model_ready", "1 if the model is ready, else 0.", ["model"])
 MODEL_STATE = Gauge(
     "gateway_model_state",
-    "1 for the state that the model is in, 0 for the others: disabled, loading, ready, recovering, failed, stopped.",
+    "1 for the current state of the model, 0 for the others: disabled, loading, ready, recovering, failed, stopped.",
     ["model", "state"],
-    registry=REGISTRY,
 )
 MODEL_INFO = Gauge(
     "gateway_model_info",
-    "1 for each model whose checkpoint has been read: what it is and runs on. `space` is that of its default task.",
+    "1 for each model whose checkpoint has been read, with its properties. `space` is the space of its default task.",
     ["model", "source", "revision", "space", "dtype", "device", "runtime"],
-    registry=REGISTRY,
 )
 GOLDEN_COSINE = Gauge(
     "gateway_golden_min_cosine",
-    "Smallest cosine between a golden vector and the same text computed here, at the last check.",
+    "Lowest cosine similarity between a golden vector and the vector computed here, at the last check.",
     ["model"],
-    registry=REGISTRY,
 )
 GOLDEN_LIMIT = Gauge(
     "gateway_golden_limit_cosine",
-    "Smallest cosine to a golden vector that the model's number format explains; below it the model is loaded anew.",
+    "Lowest cosine similarity to a golden vector that the model's number format explains; below it the model is reloaded.",
     ["model"],
-    registry=REGISTRY,
 )
 GPU_MEMORY = Gauge(
     "gateway_gpu_memory_bytes",
-    "Memory of a card: `total`, `used` by all processes, `allocated` by this one's tensors.",
+    "GPU memory: `total`, `used` by all processes, `allocated` by the tensors of this process.",
     ["device", "kind"],
-    registry=REGISTRY,
 )
 GPU_UTILIZATION = Gauge(
     "gateway_gpu_utilization_ratio",
-    "Share of the last moments in which the card computed something, whoever for.",
+    "Fraction of the last sample period in which the GPU was busy, for any process.",
     ["device"],
-    registry=REGISTRY,
 )
-BUILD_INFO = Gauge("gateway_build_info", "1; the version of the gateway.", ["version"], registry=REGISTRY)
+BUILD_INFO = Gauge("gateway_build_info", "Always 1; the label is the version of the gateway.", ["version"])
 BUILD_INFO.labels(__version__).set(1)
 
 _scrape_readers: list[Callable[[], None]] = []
 
 
 def at_scrape(reader: Callable[[], None]) -> None:
-    """Have ``reader`` called once before every scrape, to set what is not worth setting all the time."""
+    """Call ``reader`` before every scrape, to set metrics that are not worth updating all the time."""
     if reader not in _scrape_readers:
         _scrape_readers.append(reader)
 
 
 def declared() -> list[MetricWrapperBase]:
-    """Return every metric of the gateway's own, in the order of its declaration."""
+    """Return every metric declared here, in order."""
     return [metric for metric in globals().values() if isinstance(metric, MetricWrapperBase)]
 
 
 def describe_model(model: str, **facts: str) -> None:
-    """Say what a model is, in place of what was said before.
+    """Set the info of a model, and remove its earlier one.
 
     Args:
         facts: the other labels of :data:`MODEL_INFO`.
@@ -282,18 +222,18 @@ def describe_model(model: str, **facts: str) -> None:
 
 
 def forget_model(model: str) -> None:
-    """Remove everything under the name of a model that is no more."""
+    """Remove the series of a model that was removed."""
     _forget(model=model)
     _forget(fallback=model)
 
 
 def forget_server(model: str, server: str) -> None:
-    """Remove everything under the name of a server that runs a model no more."""
+    """Remove the series of a server that no longer runs a model."""
     _forget(model=model, server=server)
 
 
 def forget_experiment(experiment: str, arm: str | None = None) -> None:
-    """Remove everything under the name of an experiment, or of one of its arms, that is no more."""
+    """Remove the series of an experiment that was removed, or of one of its arms."""
     if arm is None:
         _forget(experiment=experiment)
     else:
@@ -301,12 +241,12 @@ def forget_experiment(experiment: str, arm: str | None = None) -> None:
 
 
 def forget_shadow(of: str, to: str) -> None:
-    """Remove everything under the names of a shadow that is no more."""
+    """Remove the series of a shadow that was removed."""
     _forget(of=of, to=to)
 
 
 def _forget(**labels: str) -> None:
-    meters.cache_clear()
+    target_metrics.cache_clear()
     for metric in declared():
         if set(labels) <= set(metric._labelnames):
             metric.remove_by_labels(labels)
@@ -319,8 +259,8 @@ def render() -> bytes:
     return generate_latest(REGISTRY)
 
 
-class Meters:
-    """The metrics of one target, looked up once: that costs more than counting."""
+class TargetMetrics:
+    """The metrics of one target, looked up once: the lookup costs more than the counting."""
 
     def __init__(self, model: str, task: str, experiment: str, arm: str) -> None:
         self._labels = (model, task, experiment, arm)
@@ -334,11 +274,11 @@ class Meters:
         self._ok = EMBED_REQUESTS.labels(*self._labels, "ok")
 
     def count(self, error_code: str | None = None) -> None:
-        """Count a request that ended well, or in an error."""
+        """Count a request that succeeded, or failed with an error."""
         (self._ok if error_code is None else EMBED_REQUESTS.labels(*self._labels, error_code)).inc()
 
 
 @lru_cache(maxsize=4096)
-def meters(model: str, task: str | None, experiment: str | None, arm: str | None) -> Meters:
-    """Return the metrics of a target; the same ones every time."""
-    return Meters(model, task or "", experiment or "", arm or "")
+def target_metrics(model: str, task: str | None, experiment: str | None, arm: str | None) -> TargetMetrics:
+    """Return the metrics of a target, cached."""
+    return TargetMetrics(model, task or "", experiment or "", arm or "")

@@ -126,7 +126,7 @@ async def test_requests_of_a_minute_are_used_up(connect: Connect, check_error: C
 
     assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0"]
     told = check_error(refused, 429, "rate_limit_exceeded", type_="rate_limit_error")
-    assert told.startswith("a may use 2 requests a minute, and those of this minute are used: wait ")
+    assert told.startswith("rate limit reached for a (2 requests per minute); retry in ")
     assert refused.headers["x-ratelimit-limit-requests"] == "2"
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert 50 < int(refused.headers["retry-after"]) <= 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.access.windows import ProcessStorage
+from gateway.access.quotas import ProcessStorage
 
 
 class Clock:
@@ -23,7 +23,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("gateway.access.windows.time", clock)
+    monkeypatch.setattr("gateway.access.quotas.time", clock)
     return clock
 
 
