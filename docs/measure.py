@@ -31,7 +31,6 @@ MAX_IMPORT_LINES: Final = 30
 TO_DO: Final = {
     "bench/compare.py",
     "bench/gpu.py",
-    "docs/generate.py",
     "gateway/api/openai.py",
     "gateway/api/tei.py",
     "gateway/app.py",

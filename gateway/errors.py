@@ -6,8 +6,8 @@
     ├── StartError                      the process or a model cannot start
     │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
     │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
-    │   │   └── NotReachable            none of the servers that run a model gives vectors
-    │   └── CompareError                a comparison's data, models or gateway do not allow it
+    │   │   └── NotReachable            no server that runs the model returns vectors
+    │   └── CompareError                the data, the models or the gateway do not allow a comparison
     └── RequestError                    one request failed; carries the HTTP status and the code
         ├── BadInput               400
         │   ├── ContextLengthExceeded
@@ -44,9 +44,10 @@
         │   ├── UpstreamUnavailable
         │   └── ShuttingDown
         ├── DeadlineExceeded       504
-        └── ClientDisconnected     499  (logged; nobody is there to read it)
+        └── ClientDisconnected     499  (only logged: the client is gone)
 
-The middleware is the one exit: it renders a ``RequestError``, and nothing else builds an error body.
+The middleware is the one exit: it renders every ``RequestError`` that a handler raises. Only ``gateway.http.protocol`` answers
+by itself, with an ``InvalidHttp``, where the bytes are not a request that could reach the middleware.
 The table in ``docs/errors.md`` is generated from these classes.
 """
 
@@ -64,14 +65,14 @@ class GatewayError(Exception):
 
 
 class StartError(GatewayError):
-    """The process, or one model of it, cannot start."""
+    """The process or one of its models cannot start."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One thing that is wrong in a configuration file.
+    """One mistake in a configuration file.
 
-    ``line`` and ``column`` count from 1; both are 0 when the problem has no place in a file.
+    ``line`` and ``column`` count from 1; both are 0 when the problem has no position in a file.
     """
 
     file: str
@@ -86,7 +87,7 @@ class Problem:
 
 
 class ConfigError(StartError):
-    """The registry or a setting is wrong; ``problems`` lists everything found, in file order."""
+    """The registry or a setting is wrong; ``problems`` lists every mistake, in file order."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = sorted(problems)
@@ -94,29 +95,29 @@ class ConfigError(StartError):
 
 
 class LoadError(StartError):
-    """A model cannot be loaded: its checkpoint is missing, corrupt, not supported, or does not fit."""
+    """A model cannot be loaded: its checkpoint is missing, corrupt or unsupported, or does not fit into memory."""
 
 
 class NotReachable(LoadError):
-    """None of the servers that run a model gives vectors; they are asked again from time to time."""
+    """No server that runs the model returns vectors; the gateway keeps trying them."""
 
 
 class CompareError(StartError):
-    """A comparison cannot be made: its data, its models or the gateway that is asked do not allow it."""
+    """A comparison cannot run: its data, its models or the gateway do not allow it."""
 
 
 # -------------------------------------------------------------------------------------------------------- request
 
 
 class RequestError(GatewayError):
-    """One request failed, for a reason that its caller is told.
+    """One request failed; the message gives its caller the reason.
 
     Attributes:
-        status: HTTP status of the answer.
+        status: HTTP status of the response.
         type: OpenAI's error ``type``.
         code: machine-readable ``code``, stable across releases.
-        param: the request field at fault, if one is.
-        retry_after_s: whole seconds after which a new try makes sense, 1 to 120; sent as ``Retry-After``.
+        param: the request field at fault, if any.
+        retry_after_s: whole seconds after which a retry may succeed, 1 to 120; sent as ``Retry-After``.
         is_permanent: a retry of the same request cannot succeed; sent as ``x-should-retry: false``.
     """
 
@@ -135,73 +136,73 @@ class RequestError(GatewayError):
 
 
 class BadInput(RequestError):
-    """A field is missing, malformed, or has a value that is not accepted."""
+    """A field is missing or malformed, or its value is not accepted."""
 
     status, type, code = 400, "invalid_request_error", "invalid_input"
 
 
 class ContextLengthExceeded(BadInput):
-    """A text is longer than the model takes, and the request said ``truncate: false``."""
+    """A text is longer than the model's limit, and the request says ``truncate: false``."""
 
     code = "context_length_exceeded"
 
 
 class UnsupportedDimensions(BadInput):
-    """``dimensions`` is not a size that the model can return."""
+    """The model cannot return vectors of the requested ``dimensions``."""
 
     code = "unsupported_dimensions"
 
 
 class UnsupportedOutput(BadInput):
-    """The model does not make what was asked for, sparse weights say. On TEI's paths a 424, as there."""
+    """The model cannot return the requested output, such as sparse weights. On TEI's paths the status is 424, as in TEI."""
 
     code = "unsupported_output"
 
 
 class EmptyInput(BadInput):
-    """On TEI's paths: a list without a text. 400 there too, where all else that is wrong in a request is 422."""
+    """On TEI's paths, the list of texts is empty. As in TEI this is a 400, while every other invalid request is a 422."""
 
     code = "empty_input"
 
 
 class BodyTooSlow(BadInput):
-    """The request's body did not come within the time that it has. Not 408: clients would send it again, as slowly."""
+    """The request's body did not arrive in time. Not a 408, which clients would retry just as slowly."""
 
     code = "body_timeout"
 
 
 class InvalidHttp(BadInput):
-    """The bytes are not an HTTP/1.1 request, or break one of its rules: no `Host` header, for example, or two of them."""
+    """The bytes are not a valid HTTP/1.1 request: the `Host` header is missing or repeated, for example."""
 
     code = "invalid_http"
 
 
 class ReloadRefused(BadInput):
-    """The registry cannot be served as it is now; everything stays as it was. The message lists every problem."""
+    """The changed registry cannot be served, so the old one stays in use. The message lists every problem."""
 
     code = "reload_refused"
 
 
 class Unauthorized(RequestError):
-    """API keys are configured, and the request carries none of them."""
+    """The gateway requires an API key, and the request has no valid one."""
 
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
 class Forbidden(RequestError):
-    """The path is for the operator, and the request does not carry the operator's key."""
+    """The path is for operators, and the request does not have the admin key."""
 
     status, type, code = 403, "permission_error", "forbidden"
 
 
 class ModelNotAllowed(Forbidden):
-    """The API key is not for this model."""
+    """The API key may not use this model."""
 
     code = "model_not_allowed"
 
 
 class NotFound(RequestError):
-    """No such path."""
+    """The path does not exist."""
 
     status, type, code = 404, "invalid_request_error", "not_found"
 
@@ -213,7 +214,7 @@ class ModelNotFound(NotFound):
 
 
 class ModelDisabled(ModelNotFound):
-    """The registry has the model, and does not enable it here."""
+    """The registry lists the model but does not enable it on this machine."""
 
     code = "model_disabled"
 
@@ -225,7 +226,7 @@ class ExperimentNotFound(NotFound):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, but not with that HTTP method."""
+    """The path does not allow this HTTP method."""
 
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
@@ -235,7 +236,7 @@ class MethodNotAllowed(RequestError):
 
 
 class SpaceMismatch(RequestError):
-    """``x-gateway-expect-space`` names another space than the one the vectors would come from."""
+    """The vectors would be in another space than ``x-gateway-expect-space`` demands."""
 
     status, type, code = 412, "invalid_request_error", "space_mismatch"
 
@@ -247,13 +248,13 @@ class BodyTooLarge(RequestError):
 
 
 class TooMuchMemory(BodyTooLarge):
-    """The request and its answer would need more memory than a single request may use. Send it in parts."""
+    """The request and its response need more memory than one request may use. Send it in parts."""
 
     code = "too_much_memory"
 
 
 class UnsupportedEncoding(RequestError):
-    """The body has a ``Content-Encoding`` that the gateway does not decode; the message names those that it does."""
+    """The gateway does not decode the body's ``Content-Encoding``; the message lists the supported ones."""
 
     status, type, code = 415, "invalid_request_error", "unsupported_encoding"
 
@@ -265,25 +266,25 @@ class Overloaded(RequestError):
 
 
 class RateLimited(Overloaded):
-    """The client has used its requests or tokens of this minute. ``x-ratelimit-*`` say how much there is and when again."""
+    """The client has used up its requests or tokens per minute. ``x-ratelimit-*`` give the limit, the rest and the reset time."""
 
     code = "rate_limit_exceeded"
 
 
 class MemoryFull(Overloaded):
-    """The memory for requests is in use; nothing was computed. Retry after the seconds in ``Retry-After``."""
+    """The memory for requests is exhausted; nothing was computed. Retry after the seconds in ``Retry-After``."""
 
     status, type, code = 503, "server_error", "memory_full"
 
 
 class HeadersTooLarge(RequestError):
-    """The request's headers are larger than the gateway takes."""
+    """The request's headers are larger than the limit, or too many."""
 
     status, type, code = 431, "invalid_request_error", "headers_too_large"
 
 
 class InternalError(RequestError):
-    """A fault of the gateway. The message is fixed and names the request id; the log has the traceback."""
+    """The gateway itself failed. The message is fixed and contains the request id; the log has the traceback."""
 
     status, type, code = 500, "server_error", "internal_error"
 
@@ -295,25 +296,25 @@ class InferenceFailed(InternalError):
 
 
 class UpstreamFailed(InferenceFailed):
-    """The server that runs the model failed, was too slow, or its answer did not hold vectors for these texts."""
+    """The server that runs the model failed, was too slow, or returned something other than vectors for these texts."""
 
     status, code = 502, "upstream_failed"
 
 
 class OutOfMemory(InternalError):
-    """One text alone needs more memory than the device has left; the message names its tokens."""
+    """A single text needs more memory than the device has left; the message gives its number of tokens."""
 
     code = "out_of_memory"
 
 
 class InvalidVectors(InternalError):
-    """The model returned vectors that are not finite or not of the promised width; none is handed out."""
+    """The model returned vectors that are not finite or have the wrong width; the gateway withholds them."""
 
     code = "invalid_vectors"
 
 
 class UnsupportedTransferCoding(RequestError):
-    """`Transfer-Encoding` names more than `chunked`. 501 as RFC 9112 has it, with `x-should-retry: false`."""
+    """`Transfer-Encoding` names a coding other than `chunked`. RFC 9112 demands a 501; it has `x-should-retry: false`."""
 
     status, type, code = 501, "invalid_request_error", "unsupported_transfer_encoding"
 
@@ -325,13 +326,13 @@ class ModelNotReady(RequestError):
 
 
 class ModelUnavailable(ModelNotReady):
-    """The model failed to load; a retry does not help until the operator acts."""
+    """The model failed to load; retries fail until an operator acts."""
 
     code = "model_unavailable"
 
 
 class ModelRecovering(ModelNotReady):
-    """The model hung or failed, and is being loaded anew. Retry after the seconds in ``Retry-After``."""
+    """The model hung or failed and is being reloaded. Retry after the seconds in ``Retry-After``."""
 
     code = "model_recovering"
 
@@ -343,18 +344,18 @@ class UpstreamUnavailable(ModelNotReady):
 
 
 class ShuttingDown(ModelNotReady):
-    """The gateway is stopping; another replica, or the restarted one, will answer."""
+    """The gateway is stopping; another replica or the restarted one will answer."""
 
     code = "shutting_down"
 
 
 class DeadlineExceeded(RequestError):
-    """The request was not done within its time limit; its queued texts were dropped."""
+    """The request exceeded its time limit; its queued texts were dropped."""
 
     status, type, code = 504, "server_error", "deadline_exceeded"
 
 
 class ClientDisconnected(RequestError):
-    """The client went away before the answer; its queued texts were dropped."""
+    """The client disconnected before the response was complete; its queued texts were dropped."""
 
     status, type, code = 499, "invalid_request_error", "client_disconnected"

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def generate() -> ModuleType:
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
@@ -93,7 +94,7 @@ def test_every_error_with_a_code_is_documented(generate: ModuleType) -> None:
 
 def test_the_example_is_valid_and_uses_every_key(generate: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
-    path.write_text(generate.EXAMPLE, encoding="utf-8")
+    path.write_text(generate.texts.EXAMPLE, encoding="utf-8")
 
     registry = load_registry(path, {})
 
@@ -107,7 +108,7 @@ def test_the_example_is_valid_and_uses_every_key(generate: ModuleType, tmp_path:
 
 def test_the_example_of_a_file_of_keys_is_valid_and_uses_every_key(generate: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
-    path.write_text(generate.KEYS_EXAMPLE, encoding="utf-8")
+    path.write_text(generate.texts.KEYS_EXAMPLE, encoding="utf-8")
 
     keys = load_key_file(path, {}).keys
 
