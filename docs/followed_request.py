@@ -1,7 +1,7 @@
 """Follow one ``POST /v1/embeddings`` through a gateway: which modules it enters, and which values it makes.
 
-:func:`follow` starts this file as a script in a process of its own, where the gateway runs as it does in production, under
-Python's profiling hook. Several requests are followed, and what only some of them met (a timer that fired, say) is left out.
+:func:`follow` starts this file as a script in a separate process, where the gateway runs as it does in production, but under
+Python's profiling hook. It follows several requests and leaves out what only some of them met, such as a timer that fired.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ KEYS_INTRODUCTION = """\
 
 The file named by `GATEWAY_API_KEYS_FILE`, in the same YAML. It holds hashes instead of keys:
 `gateway key NAME --file keys.yaml` generates a key, prints it once, and adds its entry to the file, which it creates if
-necessary. The gateway looks at the file every second and re-reads it when it has changed. If it has become invalid, the old keys stay in use and the log gives the
-reason. `gateway check` checks this file too.
+necessary. The gateway looks at the file every second and re-reads it when it has changed. If it has become invalid, the
+old keys stay in use and the log gives the reason. `gateway check` checks this file too.
 """
 
 KEYS_EXAMPLE = """\

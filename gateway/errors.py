@@ -46,8 +46,8 @@
         ├── DeadlineExceeded       504
         └── ClientDisconnected     499  (only logged: the client is gone)
 
-The middleware is the one exit: it renders every ``RequestError`` that a handler raises. Only ``gateway.http.protocol`` answers
-by itself, with an ``InvalidHttp``, where the bytes are not a request that could reach the middleware.
+The middleware is the one exit: it renders every ``RequestError`` that a handler raises. Only ``gateway.http.protocol``
+responds by itself, with an ``InvalidHttp``, to bytes that are not a request and so never reach the middleware.
 The table in ``docs/errors.md`` is generated from these classes.
 """
 
@@ -266,7 +266,7 @@ class Overloaded(RequestError):
 
 
 class RateLimited(Overloaded):
-    """The client has used up its requests or tokens per minute. ``x-ratelimit-*`` give the limit, the rest and the reset time."""
+    """The client used up its requests or tokens per minute. ``x-ratelimit-*`` give the limit, the rest and the reset."""
 
     code = "rate_limit_exceeded"
 

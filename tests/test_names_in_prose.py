@@ -47,7 +47,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def named(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield what is quoted as code and looks like a name."""
+    """Yield the quoted code that looks like a name."""
     for line, text in prose(path):
         for match in QUOTED.finditer(text):
             quoted = next(group for group in match.groups() if group)
