@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,24 +24,12 @@ import orjson
 import torch
 from transformers import PreTrainedConfig
 
-from bench.gpu_models import (
-    NUM_TASKS,
-    PaddedEncoder,
-    Rows,
-    bge_m3_config,
-    build_model,
-    flops,
-    jina_v3_config,
-    linear_params,
-    make_adapters,
-    merge_adapter,
-    min_cosine,
-    packed_encoder,
-    save_adapters,
-)
+from bench import gpu_models
+from bench.gpu_findings import Findings, Latency, ModelFindings, Tasks, Throughput
+from bench.gpu_models import NUM_TASKS, PaddedEncoder, Rows
 from bench.machine import describe_machine
 from bench.processes import RESULTS
-from bench.report import Goal, goals_table, number, table, update_page
+from bench.report import note, update_page
 from bench.stats import median, median_ratio, percentile
 
 
@@ -74,61 +61,6 @@ class Encoder(Protocol):
 
     def encode(self, rows: Rows, adapters: Sequence[int]) -> torch.Tensor:
         """Return the vectors on the CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Throughput:
-    """Texts of one length, or of mixed ones.
-
-    Attributes:
-        tflops: what the texts need, over the time that they took.
-        share: of the card's own matmul rate.
-        padded_tokens_per_s: of padded batches; NaN when they do not fit.
-        padding: of the padded batches, as a share of the real tokens.
-        cosine: the smallest between our vectors and those of the padded batches.
-    """
-
-    lengths: str
-    texts_per_s: float
-    tokens_per_s: float
-    tflops: float
-    share: float
-    padded_tokens_per_s: float
-    ratio: float
-    padding: float
-    cosine: float
-    peak_mib: float
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """One request by itself, from token ids to vectors on the CPU."""
-
-    what: str
-    p50_ms: float
-    p99_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Tasks:
-    """Adapters against one task's merged weights: the share of the latter's speed that is left."""
-
-    length: int
-    merged_tokens_per_s: float
-    one_task: float
-    five_tasks: float
-    cosine: float
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFindings:
-    """What was measured of one model in one precision."""
-
-    name: str
-    dtype: str
-    throughput: Sequence[Throughput]
-    latency: Sequence[Latency]
-    tasks: Sequence[Tasks]
 
 
 class Bench:
@@ -193,15 +125,17 @@ class Bench:
         return ModelFindings(name, str(self.dtype).removeprefix("torch."), throughput, latency, tasks)
 
     def _run_without_tasks(self, name: str, config: PreTrainedConfig) -> tuple[list[Throughput], list[Latency]]:
-        model = build_model(config, self.device, self.dtype)
-        num_weights = linear_params(model)
-        ours = packed_encoder(model, (), self.scale.max_batch_tokens)
-        padded = PaddedEncoder(build_model(config, self.device, self.dtype))
+        model = gpu_models.build_model(config, self.device, self.dtype)
+        num_weights = gpu_models.linear_params(model)
+        ours = gpu_models.packed_encoder(model, (), self.scale.max_batch_tokens)
+        padded = PaddedEncoder(gpu_models.build_model(config, self.device, self.dtype))
         texts = {str(length): self._texts(length) for length in self.scale.lengths} | {"mixed": self._mixed_texts()}
         throughput = []
         for lengths, rows in texts.items():
-            _note(f"{name}, {self.dtype}: {lengths}")
-            throughput.append(self._throughput(lengths, rows, ours, padded, flops(config, num_weights, rows)))
+            note(f"{name}, {self.dtype}: {lengths}")
+            throughput.append(
+                self._throughput(lengths, rows, ours, padded, gpu_models.flops(config, num_weights, rows))
+            )
         return throughput, [self._latency(count, length, ours) for count, length in ((1, 16), (32, 16), (32, 128))]
 
     def _throughput(self, lengths: str, rows: Rows, ours: Encoder, padded: Encoder, num_flops: float) -> Throughput:
@@ -210,7 +144,7 @@ class Bench:
         peak_mib = self.peak_mib(works["ours"])
         cosine = math.nan
         try:
-            cosine = min_cosine(ours.encode(rows, none), padded.encode(rows, none))
+            cosine = gpu_models.min_cosine(ours.encode(rows, none), padded.encode(rows, none))
             works["padded"] = lambda: padded.encode(rows, none)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -238,15 +172,15 @@ class Bench:
 
     def _run_tasks(self, name: str, config: PreTrainedConfig) -> list[Tasks]:
         """Compare adapters with the weights that one of them is merged into."""
-        _note(f"{name}, {self.dtype}: tasks")
-        merged_model = build_model(config, self.device, self.dtype)
-        adapters = make_adapters(merged_model)
-        merge_adapter(merged_model, adapters[0])
-        merged = packed_encoder(merged_model, (), self.scale.max_batch_tokens)
+        note(f"{name}, {self.dtype}: tasks")
+        merged_model = gpu_models.build_model(config, self.device, self.dtype)
+        adapters = gpu_models.make_adapters(merged_model)
+        gpu_models.merge_adapter(merged_model, adapters[0])
+        merged = gpu_models.packed_encoder(merged_model, (), self.scale.max_batch_tokens)
         with tempfile.TemporaryDirectory() as folder:
-            folders = save_adapters(adapters, Path(folder))
-            model = build_model(config, self.device, self.dtype)
-            adapted = packed_encoder(model, folders, self.scale.max_batch_tokens)
+            folders = gpu_models.save_adapters(adapters, Path(folder))
+            model = gpu_models.build_model(config, self.device, self.dtype)
+            adapted = gpu_models.packed_encoder(model, folders, self.scale.max_batch_tokens)
         return [self._task_shares(length, adapted, merged) for length in self.scale.lengths if length <= 512]
 
     def _task_shares(self, length: int, adapted: Encoder, merged: Encoder) -> Tasks:
@@ -265,7 +199,7 @@ class Bench:
             merged_tokens_per_s=len(rows) * length / median(seconds["merged"]),
             one_task=median_ratio(seconds["merged"], seconds["one"]),
             five_tasks=median_ratio(seconds["merged"], seconds["five"]),
-            cosine=min_cosine(adapted.encode(rows, first), merged.encode(rows, none)),
+            cosine=gpu_models.min_cosine(adapted.encode(rows, first), merged.encode(rows, none)),
         )
 
     @property
@@ -308,99 +242,6 @@ def _padding(rows: Rows) -> float:
     return padded / sum(lengths) - 1
 
 
-# ----------------------------------------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """Everything that was measured."""
-
-    device: str
-    matmul_tflops: Mapping[str, Mapping[str, float]]
-    models: Sequence[ModelFindings]
-
-    def goals(self) -> list[Goal]:
-        goals = []
-        for model in self.models:
-            name = f"{model.name}, {model.dtype}"
-            by_length = {int(row.lengths): row.share for row in model.throughput if row.lengths != "mixed"}
-            long = min((share for length, share in by_length.items() if length >= 256), default=math.nan)
-            short = min((share for length, share in by_length.items() if length <= 64), default=math.nan)
-            mixed = model.throughput[-1].ratio
-            goals.append(Goal(f"{name}: 256 tokens and more, share of the matmul rate", ">=", 0.5, "%", long))
-            goals.append(Goal(f"{name}: 16 to 64 tokens, share of the matmul rate", ">=", 0.35, "%", short))
-            goals.append(Goal(f"{name}: mixed lengths, against padded batches", ">=", 2, "x", mixed))
-            if model.tasks:
-                one, five = (min(getattr(row, key) for row in model.tasks) for key in ("one_task", "five_tasks"))
-                goals.append(Goal(f"{name}: one task, share of its merged weights", ">=", 0.97, "%", one))
-                goals.append(Goal(f"{name}: five tasks in a batch, share of merged weights", ">=", 0.85, "%", five))
-        return goals
-
-    def markdown(self) -> str:
-        """Return what the documentation shows."""
-        return "\n\n".join(
-            (
-                f"{self.device}; {describe_machine()}",
-                f"### Goals\n\n{goals_table(self.goals())}",
-                f"### Matrix products alone, TFLOP/s\n\n{self._matmul_table()}",
-                *(_model_report(model) for model in self.models),
-            )
-        )
-
-    def _matmul_table(self) -> str:
-        dtypes = list(self.matmul_tflops)
-        shapes = self.matmul_tflops[dtypes[0]]
-        return table(
-            ("rows x inner x columns", *dtypes),
-            [(shape, *(number(self.matmul_tflops[dtype][shape]) for dtype in dtypes)) for shape in shapes],
-        )
-
-
-def _model_report(model: ModelFindings) -> str:
-    title = f"### {model.name}, {model.dtype}"
-    encoded = ("tokens a text", "texts/s", "tokens/s", "TFLOP/s", "of matmul")
-    throughput = table(
-        (*encoded, "padded, tokens/s", "x padded", "padding", "cosine", "peak, MiB"),
-        [
-            (
-                row.lengths,
-                number(row.texts_per_s),
-                number(row.tokens_per_s),
-                number(row.tflops),
-                f"{row.share:.0%}",
-                number(row.padded_tokens_per_s),
-                number(row.ratio),
-                f"{row.padding:.1%}",
-                f"{row.cosine:.6f}",
-                number(row.peak_mib),
-            )
-            for row in model.throughput
-        ],
-    )
-    latency = table(
-        ("one request", "p50, ms", "p99, ms"),
-        [(row.what, number(row.p50_ms), number(row.p99_ms)) for row in model.latency],
-    )
-    tasks = table(
-        ("tokens a text", "merged weights, tokens/s", "one task", "five tasks mixed", "cosine to merged"),
-        [
-            (
-                str(row.length),
-                number(row.merged_tokens_per_s),
-                f"{row.one_task:.1%}",
-                f"{row.five_tasks:.1%}",
-                f"{row.cosine:.6f}",
-            )
-            for row in model.tasks
-        ],
-    )
-    return "\n\n".join((title, throughput, latency, *((tasks,) if model.tasks else ())))
-
-
-def _note(message: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr)
-
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -414,8 +255,8 @@ def measure(device: torch.device, dtypes: Sequence[torch.dtype], scale: Scale) -
             matmul[str(dtype).removeprefix("torch.")] = {
                 " x ".join(map(str, shape)): rate for shape, rate in bench.matmul_tflops.items()
             }
-            models.append(bench.run("Jina v3", jina_v3_config(is_tiny=scale.is_tiny), has_tasks=True))
-            models.append(bench.run("BGE-M3", bge_m3_config(is_tiny=scale.is_tiny), has_tasks=False))
+            models.append(bench.run("Jina v3", gpu_models.jina_v3_config(is_tiny=scale.is_tiny), has_tasks=True))
+            models.append(bench.run("BGE-M3", gpu_models.bge_m3_config(is_tiny=scale.is_tiny), has_tasks=False))
     return Findings(_describe_device(device), matmul, models)
 
 

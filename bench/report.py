@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Write a number with three significant digits, thousands with a comma; `n/a` for what was not measured."""
+    """Return a number with three significant digits and commas between thousands; `n/a` if it was not measured."""
     if math.isnan(value):
         return "n/a"
     if math.isinf(value):
@@ -79,8 +81,13 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+def note(message: str) -> None:
+    """Print the time and the step that a measurement has reached, to standard error."""
+    print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr)
+
+
 def update_page(section: str, markdown: str, page: Path = PAGE) -> None:
-    """Replace what stands between ``<!-- section -->`` and ``<!-- end of section -->``.
+    """Replace the text between ``<!-- section -->`` and ``<!-- end of section -->``.
 
     Raises:
         ValueError: the page has no such section.

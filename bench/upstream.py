@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from bench.bare import MODEL
-from bench.compare import Shape
 from bench.load import Group, Load, LoadGenerator, Sample, raise_file_limit
 from bench.machine import describe_machine
 from bench.processes import RESULTS
 from bench.report import Goal, goals_table, number, table, update_page
+from bench.rounds import Shape
 from bench.servers import Server, clean_environ, start_fake_gateway, start_gateway_with, start_infinity
 from bench.stats import median, percentile
 from bench.texts import Sentences

@@ -29,13 +29,10 @@ MAX_FILE_LINES: Final = 400
 MAX_FUNCTION_LINES: Final = 60
 MAX_IMPORT_LINES: Final = 30
 TO_DO: Final = {
-    "bench/compare.py",
-    "bench/gpu.py",
     "gateway/api/openai.py",
     "gateway/api/tei.py",
     "gateway/app.py",
     "gateway/backends/upstream/backend.py",
-    "gateway/cli/main.py",
     "gateway/engine/batcher.py",
     "gateway/http/middleware.py",
     "gateway/http/protocol.py",
