@@ -101,11 +101,11 @@ def _encode_batch(replica: Any, items: Sequence[object]) -> float:
     import torch
 
     with torch.inference_mode():
-        features = replica.encode_pre(items)
+        groups = replica.prepare(items)
         started = time.perf_counter()
-        states = replica.encode_core(features)
+        computed = replica.forward(groups)
         ended = time.perf_counter()
-        replica.encode_post(states)
+        replica.outputs(computed)
     return ended - started
 
 

@@ -17,7 +17,7 @@ import torch
 from gateway.config.registry import load_registry
 from gateway.config.settings import load_settings
 from gateway.deployment import Deployment
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.server import serve
 from gateway.telemetry.logs import configure_logs
 
@@ -56,13 +56,13 @@ class Faults:
 def main() -> int:
     """Serve until told to stop."""
     faults = Faults()
-    compute = TextEncoder.encode_core
+    compute = Encoder.forward
 
-    def encode_core(encoder: TextEncoder, features: Any) -> Any:
+    def forward(encoder: Encoder, groups: Any) -> Any:
         faults.strike()
-        return compute(encoder, features)
+        return compute(encoder, groups)
 
-    TextEncoder.encode_core = encode_core  # type: ignore[method-assign,assignment]
+    Encoder.forward = forward  # type: ignore[method-assign,assignment]
 
     def listen() -> None:
         for line in sys.stdin:

@@ -19,7 +19,7 @@ from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
 
 if TYPE_CHECKING:
-    from gateway.engine.engine import Engine
+    from gateway.engine.infinity import Engine
     from gateway.engine.loading import LoadPlan
 
 log = structlog.get_logger(__name__)

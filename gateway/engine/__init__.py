@@ -1,7 +1,7 @@
 """The engine: Infinity's, with its scheduling replaced and an encoder of our own. Only here is torch imported.
 
 ``checkpoint`` finds and reads a model, ``loading`` builds it with ``model``, ``batcher`` takes requests, ``scheduler``
-decides what is next, ``worker`` computes it, and ``engine`` holds them together. What needs no torch imports none.
+decides what is next, ``worker`` computes it, and ``infinity`` holds them together. What needs no torch imports none.
 """
 
 import os

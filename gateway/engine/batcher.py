@@ -1,10 +1,10 @@
-"""Bring requests and computing threads together: admission, tokenizing, waiting, and one answer for everybody.
+"""Bring requests and computing threads together: admission, tokenizing, waiting, and an answer for each request.
 
-Takes the place of Infinity's ``BatchHandler``, and keeps its interface for ``AsyncEmbeddingEngine``. That one passes a
-batch through five queues and four threads that poll and sleep (5 ms a step, so a single short text takes three times as
-long as its forward), tokenizes every text twice, and never recovers from an exception in one of its threads: the
-futures of that batch, and of every later one, are never resolved (michaelfeil/infinity #242, #483, #544). Here a thread
-that is free takes what is queued, without a timer, and whatever a forward does, everybody in its batch gets an answer.
+Replaces Infinity's ``BatchHandler``. That one passes a batch through five queues and four threads that poll and sleep
+(5 ms per step, so a single short text takes three times as long as its forward), tokenizes every text twice, and never
+recovers from an exception in one of its threads: the futures of that batch, and of every later one, are never resolved
+(michaelfeil/infinity #242, #483, #544). Here a thread that is free takes what is queued, without a timer, and whatever a
+forward does, every request in its batch gets an answer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from gateway.engine.infinity import OverloadStatus
-from gateway.engine.model.base import Encoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.tokenizer import Steps, slices
 from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
@@ -345,6 +344,16 @@ class Batcher:
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     @property
+    def num_requests(self) -> int:
+        """How many requests have no answer yet."""
+        return len(self._pending)
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts these requests have."""
+        return self._num_texts
+
+    @property
     def num_queued(self) -> int:
         """How many texts wait for a computing thread, wanted or not."""
         return self._batches.num_waiting
@@ -370,7 +379,7 @@ class Batcher:
         self._tokenizers.close()
         self._end_all(error)
 
-    # --------------------------------------------------------------- what Infinity's AsyncEmbeddingEngine calls
+    # ------------------------------------------------------------------------------------------- start and stop
 
     async def spawn(self) -> None:
         metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(self.oldest_s)
@@ -389,28 +398,6 @@ class Batcher:
         self._end_all(_shutting_down)
         if not await asyncio.to_thread(self._tokenizers.join, _STOP_S):
             log.error("tokenizer_hangs", model=self._model, seconds=_STOP_S)
-
-    async def embed(
-        self, sentences: Sequence[str], matryoshka_dim: int | None = None
-    ) -> tuple[list[np.ndarray[tuple[int], np.dtype[np.float32]]], int]:
-        """Embed sentences for Infinity's own ``engine.embed``: no task, no deadline; pooled vectors and token count."""
-        job = EmbedJob(sentences, None, Truncate.END, deadline=time.monotonic() + 3600, caller="infinity")
-        embeddings = await self.submit(job)
-        return list(embeddings.vectors[:, :matryoshka_dim]), sum(embeddings.num_tokens)
-
-    @property
-    def capabilities(self) -> set[str]:
-        return set(self._encoder.capabilities)
-
-    def is_overloaded(self) -> bool:
-        return self._num_texts > self._limits.max_queue_texts
-
-    def overload_status(self) -> OverloadStatus:
-        return OverloadStatus(
-            queue_fraction=self._num_texts / self._limits.max_queue_texts,
-            queue_absolute=self._num_texts,
-            results_absolute=len(self._pending),
-        )
 
 
 def _shutting_down() -> ShuttingDown:

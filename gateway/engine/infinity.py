@@ -1,24 +1,58 @@
-"""The only import of ``infinity_emb``: what the engine builds on, with the library's side effects kept out.
+"""Infinity's ``AsyncEmbeddingEngine`` with our encoder and our batcher in it. The only import of ``infinity_emb``.
 
-Infinity reads its environment when it is imported, makes a cache folder in its home, or else in the working directory,
-and clears the root logger's handlers. That it reports no usage to PostHog is seen to in ``gateway.engine``.
+Of the library, only the modules that are used are imported. Its package's ``__init__`` imports a web server, and
+``infinity_emb.inference`` imports all of Infinity's own embedders with sentence-transformers: a second and a half, and
+140 MiB, at each start. So both packages are entered into ``sys.modules`` without being run, with the paths and specs that
+the import system finds for them; their modules are then imported as usual, and are the library's own, unchanged. A
+release that needs more of the two packages fails at this import.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
+
+from gateway.engine.batcher import Batcher, Limits
+from gateway.engine.model.encoder import Encoder
+from gateway.errors import ModelNotReady, RequestError
+from gateway.golden import GoldenCheck
+from gateway.types import Embeddings, EmbedJob, Truncate
+
+
+def _add_package(name: str) -> ModuleType:
+    """Make the modules of a package importable without running its ``__init__``."""
+    spec = find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(f"{name} is not installed", name=name)
+    package = sys.modules[name] = module_from_spec(spec)
+    return package
+
+
+_add_package("infinity_emb")
+_inference = _add_package("infinity_emb.inference")
+_inference.BatchHandler = _inference.select_model = None  # type: ignore[attr-defined]  # replaced: see `Engine`
+
+# The library reads its environment when it is imported, makes a cache folder in its home, or else in the working
+# directory, and clears the root logger's handlers. `gateway.engine` turns off its usage reports to PostHog.
 _root = logging.getLogger()
 _handlers, _level = list(_root.handlers), _root.level
 _home = os.environ.get("INFINITY_HOME")
-
-with tempfile.TemporaryDirectory() as _folder:  # the cache that it makes there is for vectors, and is not used here
+with tempfile.TemporaryDirectory() as _folder:  # the cache is for vectors, and is not used here
     os.environ["INFINITY_HOME"] = _folder
-    from infinity_emb import AsyncEmbeddingEngine, EngineArgs
-    from infinity_emb.primitives import Device, DeviceID, Dtype, InferenceEngine, OverloadStatus
-    from infinity_emb.transformer.abstract import BaseEmbedder
+    from infinity_emb.args import EngineArgs
+    from infinity_emb.engine import AsyncEmbeddingEngine
+    from infinity_emb.primitives import Device, DeviceID, Dtype, InferenceEngine, ModelCapabilites, OverloadStatus
 
 os.environ.pop("INFINITY_HOME")
 if _home is not None:
@@ -26,13 +60,142 @@ if _home is not None:
 _root.handlers[:] = _handlers
 _root.setLevel(_level)
 
-__all__ = [
-    "AsyncEmbeddingEngine",
-    "BaseEmbedder",
-    "Device",
-    "DeviceID",
-    "Dtype",
-    "EngineArgs",
-    "InferenceEngine",
-    "OverloadStatus",
-]
+__all__ = ["Engine", "EngineArgs", "engine_args"]
+
+_EMBED_TIMEOUT_S = 3600.0
+
+
+def engine_args(
+    name: str, folder: Path, device: str, dtype: str, *, revision: str | None, trust_remote_code: bool
+) -> EngineArgs:
+    """Return Infinity's description of a model.
+
+    Args:
+        device: torch device, such as ``cpu`` or ``cuda:0``.
+    """
+    kind, _, index = device.partition(":")
+    return EngineArgs(
+        model_name_or_path=str(folder),
+        served_model_name=name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        engine=InferenceEngine.torch,
+        device=Device[kind],
+        device_id=DeviceID([int(index)] if index else []),
+        dtype=Dtype[dtype],
+        bettertransformer=False,
+        model_warmup=False,
+    )
+
+
+class Engine(AsyncEmbeddingEngine):
+    """The engine of one model: Infinity's, with two parts replaced.
+
+    - ``__init__``: Infinity's ``select_model`` picks one of its own embedders, which need transformers 4 and support
+      neither tasks nor several outputs. Here the encoders are given.
+    - ``astart`` and ``astop``: Infinity's ``BatchHandler`` is replaced with :class:`~gateway.engine.batcher.Batcher`,
+      which says why.
+
+    What Infinity's own methods need of the two is at the end of this file.
+    """
+
+    def __init__(
+        self, args: EngineArgs, encoders: Sequence[Encoder], limits: Limits, golden: GoldenCheck | None = None
+    ) -> None:
+        self._engine_args = args
+        self.encoders = encoders
+        self._limits = limits
+        self._golden = golden
+        self.running = False
+        self._min_inference_t = self._max_inference_t = float("nan")  # measured by `select_model`; printed by `__str__`
+        self._batcher: Batcher | None = None
+
+    async def astart(self) -> None:
+        """Start the engine. It may be stopped and started again."""
+        if not self.running:
+            self._batcher = Batcher(self.engine_args.served_model_name, self.encoders, self._limits)
+            self._batch_handler = _BatchHandler(self._batcher, self._limits)  # type: ignore[assignment]  # Infinity's name
+            await self._batcher.spawn()
+            self.running = True
+
+    async def astop(self) -> None:
+        """Stop the engine after the batch in hand; requests that still wait get an error."""
+        if self.running and self._batcher is not None:
+            self.running = False
+            await self._batcher.shutdown()
+
+    @property
+    def capabilities(self) -> set[ModelCapabilites]:
+        return {"embed"}
+
+    async def submit(self, job: EmbedJob, replica: int | None = None) -> Embeddings:
+        """Embed a job: :meth:`Batcher.submit`, which says what it raises.
+
+        Raises:
+            ModelNotReady: the engine was never started.
+        """
+        return await self._started().submit(job, replica)
+
+    async def recheck(self, timeout_s: float, replica: int) -> str:
+        """Compare a replica with the golden vectors again; return what is wrong, or nothing.
+
+        Raises:
+            RequestError: the replica did not answer; one of those of :meth:`Batcher.submit`.
+        """
+        if self._golden is None:
+            return ""
+        return await self._golden.recheck(partial(self.submit, replica=replica), timeout_s)
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.encoders)
+
+    @property
+    def num_queued(self) -> int:
+        """How many texts wait for a computing thread."""
+        return 0 if self._batcher is None else self._batcher.num_queued
+
+    def busy_since(self, replica: int) -> float | None:
+        """Return when a replica's forward in hand began (``time.monotonic()``), or ``None``."""
+        return None if self._batcher is None else self._batcher.busy_since(replica)
+
+    def num_failed_in_a_row(self, replica: int) -> int:
+        """Return how many batches in a row have given nothing but errors on a replica."""
+        return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)
+
+    def _started(self) -> Batcher:
+        if self._batcher is None:
+            raise ModelNotReady(f"model {self.engine_args.served_model_name!r} is not started", retry_after_s=5)
+        return self._batcher
+
+    def give_up(self, error: Callable[[], RequestError]) -> None:
+        """Answer all requests, now and later, with an error, and let go of the threads: one of them may hang forever."""
+        self.running = False
+        if self._batcher is not None:
+            self._batcher.give_up(error)
+
+
+class _BatchHandler:
+    """A batcher, as the methods of Infinity's engine call it."""
+
+    def __init__(self, batcher: Batcher, limits: Limits) -> None:
+        self._batcher = batcher
+        self._limits = limits
+
+    async def embed(
+        self, sentences: Sequence[str], matryoshka_dim: int | None = None
+    ) -> tuple[list[npt.NDArray[np.float32]], int]:
+        """Return pooled vectors, without a task, and the number of tokens."""
+        deadline = time.monotonic() + _EMBED_TIMEOUT_S
+        embeddings = await self._batcher.submit(EmbedJob(sentences, None, Truncate.END, deadline, caller="infinity"))
+        return list(embeddings.vectors[:, :matryoshka_dim]), sum(embeddings.num_tokens)
+
+    def is_overloaded(self) -> bool:
+        return self._batcher.num_texts > self._limits.max_queue_texts
+
+    def overload_status(self) -> OverloadStatus:
+        return OverloadStatus(
+            queue_fraction=self._batcher.num_texts / self._limits.max_queue_texts,
+            queue_absolute=self._batcher.num_texts,
+            results_absolute=self._batcher.num_requests,
+        )

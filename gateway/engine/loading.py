@@ -18,12 +18,10 @@ from gateway.engine.checkpoint.prompts import tasks_of
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
-from gateway.engine.engine import Engine
-from gateway.engine.infinity import Device, DeviceID, Dtype, EngineArgs, InferenceEngine
+from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
-from gateway.engine.model.base import Encoder
 from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
@@ -96,7 +94,7 @@ class LoadPlan:
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
         """Return the plan with what the model runs with after all: OpenVINO may have given way to torch."""
-        runtime = engine.encoders[0].runtime_name or self.runtime
+        runtime = engine.encoders[0].runtime.name
         memory = plan_memory(self.checkpoint, self.dtype, runtime, self.max_tokens, self.max_batch_tokens)
         return replace(self, runtime=runtime, memory=memory)
 
@@ -179,10 +177,18 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     if plan.device != "cpu":
         metrics.at_scrape(read_cards)
-    return Engine(_engine_args(plan), encoders, limits, golden)
+    args = engine_args(
+        plan.entry.id,
+        plan.checkpoint.folder,
+        plan.device,
+        plan.dtype,
+        revision=plan.entry.revision,
+        trust_remote_code=plan.entry.trust_remote_code,
+    )
+    return Engine(args, encoders, limits, golden)
 
 
-def load_reference(plan: LoadPlan) -> TextEncoder:
+def load_reference(plan: LoadPlan) -> Encoder:
     """Load a model as the reference that golden vectors are recorded with: torch, float32, padded, on the first device.
 
     Raises:
@@ -202,22 +208,6 @@ def _set_accumulation(plan: LoadPlan) -> None:
             f"{plan.entry.golden or 'is not set'})"
         )
     torch.backends.cuda.matmul.allow_fp16_accumulation = True  # of the whole process
-
-
-def _engine_args(plan: LoadPlan) -> EngineArgs:
-    kind, _, index = plan.device.partition(":")
-    return EngineArgs(
-        model_name_or_path=str(plan.checkpoint.folder),
-        served_model_name=plan.entry.id,
-        revision=plan.entry.revision,
-        trust_remote_code=plan.entry.trust_remote_code,
-        engine=InferenceEngine.torch,
-        device=Device[kind],
-        device_id=DeviceID([int(index)] if index else []),
-        dtype=Dtype[plan.dtype],
-        bettertransformer=False,
-        model_warmup=False,
-    )
 
 
 def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:

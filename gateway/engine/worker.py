@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 
 from gateway.engine.devices import is_out_of_memory, release_memory
-from gateway.engine.model.base import Encoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import FairQueue, TokenSequence, Waiter, take
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory, RequestError

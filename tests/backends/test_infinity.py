@@ -26,8 +26,8 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine import loading
 from gateway.engine.checkpoint.sources import locate
-from gateway.engine.engine import Engine
-from gateway.engine.model.base import Encoder
+from gateway.engine.infinity import Engine
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.errors import (
     DeadlineExceeded,

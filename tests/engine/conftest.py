@@ -19,7 +19,7 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.loading import LoadPlan, load_engine, plan_load
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.types import EmbedJob, Output, Truncate
 from tests.engine.scripted import PATIENCE_S, Gate, NumberEncoder, StartBatcher, threads_of
 
@@ -111,12 +111,9 @@ def bundled_plan() -> LoadPlan:
 
 
 @pytest.fixture(scope="session")
-def bundled_encoder(bundled_plan: LoadPlan) -> TextEncoder:
+def bundled_encoder(bundled_plan: LoadPlan) -> Encoder:
     """The encoder of the bundled model in float32."""
-    engine = load_engine(bundled_plan, Settings())
-    encoder = engine.encoders[0]
-    assert isinstance(encoder, TextEncoder)
-    return encoder
+    return load_engine(bundled_plan, Settings()).encoders[0]
 
 
 @pytest.fixture(scope="session")
@@ -124,17 +121,14 @@ def bundled_folder(bundled_plan: LoadPlan) -> Path:
     return bundled_plan.checkpoint.folder
 
 
-def load(folder: Path, **changes: Any) -> TextEncoder:
+def load(folder: Path, **changes: Any) -> Encoder:
     """Load a checkpoint the way the gateway does; ``changes`` are further keys of its registry entry."""
     fields: dict[str, Any] = {"id": "tiny", "source": str(folder), "enabled": True, "device": "cpu", "dtype": "float32"}
-    engine = load_engine(plan_load(ModelEntry(**{**fields, **changes})), Settings())
-    encoder = engine.encoders[0]
-    assert isinstance(encoder, TextEncoder)
-    return encoder
+    return load_engine(plan_load(ModelEntry(**{**fields, **changes})), Settings()).encoders[0]
 
 
 @pytest.fixture(scope="session")
-def load_checkpoint() -> Callable[..., TextEncoder]:
+def load_checkpoint() -> Callable[..., Encoder]:
     return load
 
 

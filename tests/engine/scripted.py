@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import numpy as np
 
 from gateway.engine.batcher import Batcher
-from gateway.engine.model.base import Encoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.tokenizer import Steps
 from gateway.errors import ContextLengthExceeded, RequestError
@@ -63,16 +63,14 @@ class NumberEncoder(Encoder):
     def instruction(self, task: str | None) -> str:
         return "" if task is None else f"{task} "
 
-    def encode_pre(self, sentences: list[Item]) -> list[list[int]]:
-        return [item.tokens.ids for item in sentences]
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+        batch = [item.tokens.ids for item in items]
+        self.batches.append(batch)
+        self.on_forward(batch)
+        return self.vectors(batch)
 
-    def encode_core(self, features: list[list[int]]) -> list[list[int]]:
-        self.batches.append(features)
-        self.on_forward(features)
-        return features
-
-    def encode_post(self, embedding: list[list[int]], skip_quanitzation: bool = True) -> list[Encoded]:
-        return [Encoded(np.array([[ids[0], len(ids)]], dtype=np.float32)) for ids in embedding]
+    def vectors(self, batch: list[list[int]]) -> list[Encoded]:
+        return [Encoded(np.array([[ids[0], len(ids)]], dtype=np.float32)) for ids in batch]
 
 
 def raise_for(number: int, error: BaseException) -> Callable[[list[list[int]]], None]:

@@ -13,14 +13,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from gateway.engine.devices import choose_dtype
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Item
 from gateway.types import Truncate, Vectors
 
 SAME = 0.99999
 
 MakeCheckpoint = Callable[..., Path]
-Load = Callable[..., TextEncoder]
+Load = Callable[..., Encoder]
 
 WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -65,7 +65,7 @@ TEXTS = {
 }
 
 
-def embed(encoder: TextEncoder, texts: Sequence[str], task: str | None = None) -> Vectors:
+def embed(encoder: Encoder, texts: Sequence[str], task: str | None = None) -> Vectors:
     items = [Item(tokens, task) for tokens in encoder.tokenize(texts, task, Truncate.END)]
     return np.concatenate([encoded.dense for encoded in encoder.encode(items)])
 
@@ -93,14 +93,14 @@ def expected(reference: SentenceTransformer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_text_alone_has_the_vector_of_sentence_transformers(
-    bundled_encoder: TextEncoder, expected: dict[str, Any], name: str
+    bundled_encoder: Encoder, expected: dict[str, Any], name: str
 ) -> None:
     assert cosines(embed(bundled_encoder, [TEXTS[name]])[0], expected[name]) >= SAME
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_text_has_the_same_vector_whatever_else_is_in_its_batch(
-    bundled_encoder: TextEncoder, expected: dict[str, Any], seed: int
+    bundled_encoder: Encoder, expected: dict[str, Any], seed: int
 ) -> None:
     names = list(TEXTS)
     random.Random(seed).shuffle(names)
@@ -113,7 +113,7 @@ def test_a_text_has_the_same_vector_whatever_else_is_in_its_batch(
 
 
 def test_a_batch_of_mixed_lengths_has_the_vectors_of_sentence_transformers(
-    bundled_encoder: TextEncoder, reference: SentenceTransformer
+    bundled_encoder: Encoder, reference: SentenceTransformer
 ) -> None:
     rng = random.Random(3)
     texts = [text_of(rng.choice([1, 2, 5, 10, 50, 150, 300]), seed) for seed in range(20)]
@@ -149,7 +149,7 @@ SIMILAR = [
 
 
 @pytest.mark.parametrize("number", range(len(SIMILAR)), ids=[a for a, _b in SIMILAR])
-def test_a_sentence_is_nearer_to_its_paraphrase_than_to_any_other(bundled_encoder: TextEncoder, number: int) -> None:
+def test_a_sentence_is_nearer_to_its_paraphrase_than_to_any_other(bundled_encoder: Encoder, number: int) -> None:
     vectors = embed(bundled_encoder, [SIMILAR[number][0], *[b for _a, b in SIMILAR]])
 
     assert np.argmax(cosines(np.repeat(vectors[:1], len(SIMILAR), 0), vectors[1:])) == number
@@ -169,7 +169,7 @@ SMALL_TEXTS = [
 ]
 
 
-def assert_same_as_sentence_transformers(encoder: TextEncoder, folder: Path, **prompt: str) -> None:
+def assert_same_as_sentence_transformers(encoder: Encoder, folder: Path, **prompt: str) -> None:
     reference = SentenceTransformer(str(folder), device="cpu")
     wanted = reference.encode(SMALL_TEXTS, **prompt)
 

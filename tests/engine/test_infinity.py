@@ -1,4 +1,4 @@
-"""Importing Infinity leaves nothing behind: no file, no log handler, no telemetry."""
+"""Importing Infinity leaves nothing behind, no file, no log handler, no telemetry, and imports no more than is used."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ def test_the_import_leaves_files_logging_and_environment_alone(tmp_path: Path) -
 
     assert json.loads(process.stdout) == {"handlers": True, "level": True, "home": "own", "telemetry": [False, False]}
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["temporary"]
+
+
+def test_the_import_brings_infinitys_engine_without_its_server_and_its_embedders() -> None:
+    code = """
+import sys
+import gateway.engine.infinity as infinity
+import infinity_emb, infinity_emb.args, infinity_emb.engine  # as the library's own modules import each other
+
+assert issubclass(infinity.Engine, infinity_emb.engine.AsyncEmbeddingEngine)
+assert infinity.EngineArgs is infinity_emb.args.EngineArgs
+print({"sentence_transformers", "infinity_emb.infinity_server", "infinity_emb.transformer.utils"} & set(sys.modules))
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert process.stdout == "set()\n"

@@ -27,7 +27,7 @@ from gateway.engine.devices import CpuThreads
 from gateway.engine.infinity import EngineArgs
 from gateway.engine.loading import load_engine, plan_load
 from gateway.engine.model.build import build_encoders
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Item
 from gateway.errors import LoadError, ModelNotReady, StartError
 from gateway.fleet import Fleet, Model
@@ -68,7 +68,7 @@ def test_each_stream_of_a_runtime_has_an_encoder(
     assert plan.info.engine == f"infinity/{'torch' if runtime == 'torch' else 'openvino'}"
     assert plan.devices == ("cpu",)
     assert len(engine.encoders) == num_encoders
-    assert len({id(encoder.runtime) for encoder in engine.encoders if isinstance(encoder, TextEncoder)}) == num_encoders
+    assert len({id(encoder.runtime) for encoder in engine.encoders}) == num_encoders
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
@@ -92,7 +92,7 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     monkeypatch.setattr(loading, "available_bytes", lambda device: asked.append(device) or 10**12)
     monkeypatch.setattr(loading, "build_encoders", lambda _checkpoint, options: [options.device])
     monkeypatch.setattr(loading, "_warm_up", lambda _encoder, _plan: None)
-    monkeypatch.setattr(loading, "_engine_args", lambda _plan: EngineArgs(device="cpu"))  # looks for the cards
+    monkeypatch.setattr(loading, "engine_args", lambda *_, **_options: EngineArgs(device="cpu"))  # looks for the cards
 
     plan = plan_load(entry(make_checkpoint(), device="cuda"))
     engine = load_engine(plan, Settings())
@@ -272,16 +272,13 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(monkey
 
 
 def test_a_model_without_a_pooler_gives_the_same_vectors(
-    make_checkpoint: MakeCheckpoint, load_checkpoint: Callable[..., TextEncoder]
+    make_checkpoint: MakeCheckpoint, load_checkpoint: Callable[..., Encoder]
 ) -> None:
     folder = make_checkpoint()
-    texts = ["A cat sits on the mat.", "the birds in the old garden"]
+    texts = [("A cat sits on the mat.", None), ("the birds in the old garden", None)]
 
     def vectors() -> np.ndarray:
-        encoder = load_checkpoint(folder, runtime="torch")
-        return np.concatenate(
-            [one.dense for one in encoder.encode_post(encoder.encode_core(encoder.encode_pre(texts)))]
-        )
+        return np.array(load_checkpoint(folder, runtime="torch").embed(texts))
 
     before = vectors()
     change_weights(lambda weights: {name: t for name, t in weights.items() if "pooler" not in name})(folder)
@@ -390,7 +387,7 @@ def test_code_in_a_checkpoint_does_not_run_unless_trusted(
 
 
 def test_a_configuration_of_its_own_code_is_read_as_transformers_own(
-    make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., TextEncoder]
+    make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., Encoder]
 ) -> None:
     folder = make_checkpoint(config={"auto_map": {"AutoConfig": "trap.TrapConfig"}})
     (folder / "trap.py").write_text(TRAP.format(victim=str(victim)))
@@ -404,7 +401,7 @@ def test_a_configuration_of_its_own_code_is_read_as_transformers_own(
 
 
 def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
-    make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., TextEncoder]
+    make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., Encoder]
 ) -> None:
     folder = make_checkpoint(config={"auto_map": {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}})
     code = TRAP.format(victim=str(victim))

@@ -18,9 +18,8 @@ from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
-from gateway.engine.engine import Engine
-from gateway.engine.infinity import EngineArgs
-from gateway.engine.model.base import Encoder
+from gateway.engine.infinity import Engine, EngineArgs
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.fleet import Fleet
@@ -59,25 +58,19 @@ class ScriptedEncoder(Encoder):
     def instruction(self, task: str | None) -> str:
         return ""
 
-    def encode_pre(self, sentences: Sequence[Item]) -> Sequence[Item]:
-        return sentences
-
-    def encode_core(self, features: Sequence[Item]) -> Sequence[Item]:
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
         self.num_forwards += 1
-        self.num_items += len(features)
-        told = {word for item in features for word, number in VOCABULARY.items() if number in item.tokens.ids}
+        self.num_items += len(items)
+        told = {word for item in items for word, number in VOCABULARY.items() if number in item.tokens.ids}
         if self.is_broken or "raise" in told:
             raise RuntimeError("the forward was told to raise")
-        if sum(item.num_tokens for item in features) > self.memory_tokens:
+        if sum(item.num_tokens for item in items) > self.memory_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
         if "hang" in told and self.is_hanging.is_set():
             self.let_go.wait(PATIENCE_S)
         if "slow" in told:
             time.sleep(0.1)
-        return features
-
-    def encode_post(self, embedding: Sequence[Item], skip_quanitzation: bool = True) -> list[Encoded]:
-        return [Encoded(self._vector(item)) for item in embedding]
+        return [Encoded(self._vector(item)) for item in items]
 
     def _vector(self, item: Item) -> np.ndarray:
         vector = np.array([[item.num_tokens, 1, 2, 3]], dtype=np.float32)

@@ -28,7 +28,7 @@ from gateway.deployment import Deployment
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
 from gateway.engine.model.build import BuildOptions, build_encoders
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.types import Output, Truncate
 from tests.models import plain
@@ -134,7 +134,7 @@ def make_plain(tmp_path: Path) -> Callable[..., Path]:
 class Loaded:
     """An encoder, and what can be asked of it in one line."""
 
-    encoder: TextEncoder
+    encoder: Encoder
 
     def encode(
         self,

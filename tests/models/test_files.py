@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gateway.engine.loading import plan_load
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded
 from gateway.errors import LoadError
 from tests.models.checkpoints import TEXTS
@@ -224,10 +224,10 @@ def test_a_model_of_zeros_is_refused(make_plain: MakePlain) -> None:
 
 
 def test_a_model_that_cannot_be_run_says_why(make_plain: MakePlain, monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(self: TextEncoder, items: object) -> list[Encoded]:
+    def encode(self: Encoder, items: object) -> list[Encoded]:
         raise ValueError("the dimension to be chunked 7 has to be a multiple of 2")
 
-    monkeypatch.setattr(TextEncoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode", encode)
 
     with pytest.raises(LoadError, match="the model cannot be run: ValueError: the dimension to be chunked"):
         load_whole(make_plain("bert"))

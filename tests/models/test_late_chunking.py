@@ -14,6 +14,7 @@ import torch
 from gateway.config.registry import ModelEntry
 from gateway.engine.model.items import Item, Tokens
 from gateway.errors import BadInput, ContextLengthExceeded
+from tests.engine.model.reading import tokenize_chunks
 from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS
 
 Load = Callable[..., Any]
@@ -56,7 +57,7 @@ def reference(jina: Path, tokenize: Tokenize, peft_states: PeftStates) -> Refere
 
 def chunked(model: Any, chunks: Sequence[str], task: str | None) -> Item:
     encoder = model.encoder
-    return Item(encoder.tokenizer.tokenize_chunks(chunks, encoder.instruction(task)), task)
+    return Item(tokenize_chunks(encoder.tokenizer, chunks, encoder.instruction(task)), task)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -111,14 +112,14 @@ def test_the_longest_document_fits_and_one_token_more_does_not(jina: Path, load:
     tokenizer = load(jina, "reference").encoder.tokenizer
     fitting = ["fox"] * (MAX_TOKENS - 2)
 
-    tokens = tokenizer.tokenize_chunks(fitting, "")
+    tokens = tokenize_chunks(tokenizer, fitting, "")
 
     assert len(tokens.ids) == MAX_TOKENS
     assert tokens.spans[0] == (0, 2)
     assert tokens.spans[-1] == (MAX_TOKENS - 2, MAX_TOKENS)
     message = f"maximum context length is {MAX_TOKENS} tokens, however the chunks have {MAX_TOKENS + 1} tokens together"
     with pytest.raises(ContextLengthExceeded, match=message):
-        tokenizer.tokenize_chunks([*fitting, "fox"], "")
+        tokenize_chunks(tokenizer, [*fitting, "fox"], "")
 
 
 @pytest.mark.parametrize("instruction", ["", "Represent the document for retrieval: "])
@@ -128,7 +129,7 @@ def test_a_chunk_without_tokens_is_refused(jina: Path, load: Load, instruction: 
     chunks[index] = ""
 
     with pytest.raises(BadInput, match=rf"input\[{index}\] has no tokens"):
-        load(jina, "reference").encoder.tokenizer.tokenize_chunks(chunks, instruction)
+        tokenize_chunks(load(jina, "reference").encoder.tokenizer, chunks, instruction)
 
 
 # -------------------------------------------------------------------------------------------------------------- HTTP

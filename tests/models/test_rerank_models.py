@@ -27,16 +27,17 @@ from gateway.config.settings import Settings
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import load_engine, plan_load
 from gateway.engine.model.build import BuildOptions, build_encoders
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Item
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
+from tests.engine.model.reading import tokenize_pairs
 from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
 
 EditJson = Callable[..., None]
 Copy = Callable[[Path], Path]
 MakeReranker = Callable[..., Path]
-Load = Callable[..., TextEncoder]
+Load = Callable[..., Encoder]
 Reference = Callable[[Path, str, Sequence[str]], np.ndarray]
 
 QUERY = "What is the capital of Germany?"
@@ -117,7 +118,7 @@ def load() -> Load:
     """Return a function that loads the encoder of a cross-encoder with a runtime, in float32 unless told."""
 
     @cache
-    def load(folder: Path, runtime: str, dtype: str = "float32") -> TextEncoder:
+    def load(folder: Path, runtime: str, dtype: str = "float32") -> Encoder:
         plan = plan_load(entry(folder))
         options = BuildOptions("cpu", dtype, runtime, plan.max_tokens, CpuThreads(1, 1), plan.tasks, plan.instruction)
         return build_encoders(plan.checkpoint, options)[0]
@@ -146,9 +147,9 @@ def entry(folder: Path, **changes: object) -> ModelEntry:
     return ModelEntry(**fields)
 
 
-def score(encoder: TextEncoder, query: str, texts: Sequence[str]) -> np.ndarray:
+def score(encoder: Encoder, query: str, texts: Sequence[str]) -> np.ndarray:
     """Return the scores of texts in one batch."""
-    tokens = encoder.tokenize_pairs(query, texts, Truncate.END)
+    tokens = tokenize_pairs(encoder.tokenizer, query, texts, Truncate.END)
     return np.concatenate([one.dense for one in encoder.encode([Item(row) for row in tokens])])
 
 
@@ -325,17 +326,17 @@ def test_a_layer_that_is_missing_in_jina_s_layout_is_noticed(flash: Path, copy: 
 
 
 @pytest.fixture
-def encoder(make_reranker: MakeReranker, load: Load) -> TextEncoder:
+def encoder(make_reranker: MakeReranker, load: Load) -> Encoder:
     return load(make_reranker("bert"), "torch")
 
 
 @pytest.mark.parametrize(("truncate", "side"), [(Truncate.END, "right"), (Truncate.START, "left")])
 def test_pairs_are_the_tokenizers_own(
-    make_reranker: MakeReranker, encoder: TextEncoder, truncate: Truncate, side: str
+    make_reranker: MakeReranker, encoder: Encoder, truncate: Truncate, side: str
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(make_reranker("bert"), truncation_side=side)
 
-    tokens = encoder.tokenize_pairs(QUERY, DOCUMENTS, truncate)
+    tokens = tokenize_pairs(encoder.tokenizer, QUERY, DOCUMENTS, truncate)
 
     for row, text in zip(tokens, DOCUMENTS, strict=True):
         expected = theirs([QUERY], [text], truncation="only_second", max_length=MAX_TOKENS)
@@ -345,8 +346,8 @@ def test_pairs_are_the_tokenizers_own(
     assert max(len(row.ids) for row in tokens) == MAX_TOKENS
 
 
-def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: TextEncoder) -> None:
-    [empty, short, long] = encoder.tokenize_pairs(LONG, ["", "fox", LONG], Truncate.END)
+def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: Encoder) -> None:
+    [empty, short, long] = tokenize_pairs(encoder.tokenizer, LONG, ["", "fox", LONG], Truncate.END)
 
     [whole] = encoder.tokenize([LONG], None, Truncate.END)
     room = MAX_TOKENS - 3
@@ -357,43 +358,44 @@ def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: TextEncoder) -> Non
     assert all(row.is_truncated for row in (empty, short, long))
 
 
-def test_a_query_that_just_fits_is_whole(encoder: TextEncoder) -> None:
+def test_a_query_that_just_fits_is_whole(encoder: Encoder) -> None:
     query = " ".join(["fox"] * (MAX_TOKENS - 4))
-    [plain] = encoder.tokenize_pairs("fox", ["fox"], Truncate.END)
+    [plain] = tokenize_pairs(encoder.tokenizer, "fox", ["fox"], Truncate.END)
 
-    [row] = encoder.tokenize_pairs(query, [LONG], Truncate.END)
+    [row] = tokenize_pairs(encoder.tokenizer, query, [LONG], Truncate.END)
 
     assert len(plain.ids) == 5  # a fox is one token
     assert row.second == MAX_TOKENS - 2
     assert len(row.ids) == MAX_TOKENS
 
 
-def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: TextEncoder) -> None:
+def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: Encoder) -> None:
     """What is far over the limit is tokenized only in part."""
     text = "The quick brown fox jumps over the lazy dog. " * 3_000
 
-    [long, short] = encoder.tokenize_pairs(QUERY, [text, text[:2_000]], Truncate.END)
+    [long, short] = tokenize_pairs(encoder.tokenizer, QUERY, [text, text[:2_000]], Truncate.END)
 
     assert long.ids == short.ids
     assert long.is_truncated
 
 
-def test_a_limit_for_each_text_cuts_it(encoder: TextEncoder) -> None:
+def test_a_limit_for_each_text_cuts_it(encoder: Encoder) -> None:
     [whole, cut] = (
-        encoder.tokenize_pairs(QUERY, [SENTENCES[0]], Truncate.END, max_text_tokens=limit)[0] for limit in (None, 3)
+        tokenize_pairs(encoder.tokenizer, QUERY, [SENTENCES[0]], Truncate.END, max_text_tokens=limit)[0]
+        for limit in (None, 3)
     )
 
     assert cut.ids == [*whole.ids[: (whole.second or 0) + 3], whole.ids[-1]]
     assert (whole.is_truncated, cut.is_truncated) == (False, True)
 
-    [end] = encoder.tokenize_pairs(QUERY, [SENTENCES[0]], Truncate.START, max_text_tokens=3)
+    [end] = tokenize_pairs(encoder.tokenizer, QUERY, [SENTENCES[0]], Truncate.START, max_text_tokens=3)
     assert end.ids == [*whole.ids[: whole.second], *whole.ids[-4:]]
 
 
-def test_too_long_is_refused_if_asked(encoder: TextEncoder) -> None:
+def test_too_long_is_refused_if_asked(encoder: Encoder) -> None:
     with pytest.raises(ContextLengthExceeded, match=f"maximum context length is {MAX_TOKENS} tokens.* and text 7 have"):
-        encoder.tokenize_pairs(QUERY, ["fox", "fox", LONG], Truncate.REFUSE, first_index=5)
-    assert len(encoder.tokenize_pairs(QUERY, [LONG], Truncate.REFUSE, max_text_tokens=3)) == 1
+        tokenize_pairs(encoder.tokenizer, QUERY, ["fox", "fox", LONG], Truncate.REFUSE, first_index=5)
+    assert len(tokenize_pairs(encoder.tokenizer, QUERY, [LONG], Truncate.REFUSE, max_text_tokens=3)) == 1
 
 
 def test_a_template_without_pairs_is_refused(make_reranker: MakeReranker, copy: Copy, edit_json: EditJson) -> None:

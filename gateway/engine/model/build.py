@@ -22,7 +22,7 @@ from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.checkpoint.weights import read_tensors, unknown_tensors
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask, install_adapters
-from gateway.engine.model.encoder import Heads, TextEncoder
+from gateway.engine.model.encoder import Encoder, Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.runtimes.base import Runtime
@@ -64,7 +64,7 @@ class BuildOptions:
     trust_remote_code: bool = False
 
 
-def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[TextEncoder]:
+def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
     """Load a checkpoint once, and return an encoder for each stream that the runtime has; they share all weights.
 
     Raises:
@@ -85,7 +85,7 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[TextEn
         else MultiVectorHead(checkpoint.multivector_head, checkpoint.hidden_width).to(device),
     )
     return [
-        TextEncoder(
+        Encoder(
             tokenizer,
             runtime,
             heads,

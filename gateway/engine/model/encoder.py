@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from gateway.engine.model.base import Encoder
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.model.items import Encoded, Item
+from gateway.engine.model.items import Encoded, Item, Tokens
+from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.states import TokenStates
-from gateway.engine.model.tokenizer import Tokenizer
-from gateway.types import Output, Truncate
+from gateway.engine.model.tokenizer import Row, Steps, Tokenizer
+from gateway.types import EmbedJob, Output, Truncate
 
 # A forward costs about as much as this many tokens before it has computed any: what splitting a batch must save.
 _FORWARD_OVERHEAD_TOKENS = 64
@@ -46,15 +48,22 @@ class Group:
     features: Any
 
 
-class TextEncoder(Encoder):
+class Encoder:
     """Encodes texts with one transformer, whatever computes it.
 
     Args:
         tasks: instruction of each task.
         adapters: index of each task's adapter in the runtime; tasks without one use none.
-        instruction: what is put before a text that has no task.
+        instruction: put before a text that has no task.
         width: dimensions of a dense vector.
+
+    Attributes:
+        num_padding: tokens of padding that have been computed so far.
+        progressed_at: when a part of the batch in hand was last done, on ``time.monotonic()``: it is not hung then.
     """
+
+    num_padding = 0
+    progressed_at = 0.0
 
     def __init__(
         self,
@@ -70,20 +79,75 @@ class TextEncoder(Encoder):
         self.tokenizer = tokenizer
         self.width = width
         self.runtime = runtime
-        self.runtime_name = runtime.name
         self._heads = heads
         self._tasks = tasks
         self._adapters = adapters
         self._instruction = instruction
 
+    # ------------------------------------------------------------------------------------------- texts to tokens
+
     def instruction(self, task: str | None) -> str:
+        """Return the instruction that is put before a text of the task; it may be empty."""
         return self._instruction if task is None else self._tasks[task]
 
-    def encode_pre(self, sentences: Sequence[str | Item]) -> list[Group]:
+    def tokenize(self, texts: Sequence[str], task: str | None, truncate: Truncate) -> list[Tokens]:
+        """Tokenize texts for a task, its instruction included.
+
+        Raises:
+            ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
+        """
+        return self.tokenizer.tokenize(texts, self.instruction(task), truncate)
+
+    def read_query(self, query: str) -> Steps[Row]:
+        """Tokenize the query of pairs; see :meth:`gateway.engine.model.pairs.PairTokenizer.read_query`.
+
+        Raises:
+            TypeError: the model scores no pairs.
+        """
+        return self._pairs.read_query(query)
+
+    def read(self, job: EmbedJob, first: int, texts: Sequence[str], query: Row | None) -> Steps[list[Tokens]]:
+        """Tokenize some of the texts of a job, step by step; see :mod:`gateway.engine.model.tokenizer`.
+
+        Args:
+            first: place of the first of the texts in the job.
+            query: what :meth:`read_query` made of the job's query, if it has one.
+
+        Raises:
+            BadInput: a text is too long, and the job says to refuse, or a chunk has no tokens.
+            TypeError: the job has a query, and the model scores no pairs.
+        """
+        if query is not None:
+            limit = job.max_text_tokens
+            return self._pairs.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
+        if job.is_late_chunked:
+            return self._read_document(texts, job.task)
+        return self.tokenizer.read(texts, self.instruction(job.task), job.truncate, first)
+
+    def _read_document(self, chunks: Sequence[str], task: str | None) -> Steps[list[Tokens]]:
+        document = yield from self.tokenizer.read_chunks(chunks, self.instruction(task))
+        return [document]
+
+    @property
+    def _pairs(self) -> PairTokenizer:
+        if not isinstance(self.tokenizer, PairTokenizer):
+            raise TypeError("this model scores no pairs")
+        return self.tokenizer
+
+    # ----------------------------------------------------------------------------------------- tokens to vectors
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+        """Encode tokenized texts, in order. Runs in one thread at a time."""
+        return self.outputs(self.forward(self.prepare(items)))
+
+    def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
+        """Return the vector of each text for its task, ``(width,)``, cut at the longest that the model reads."""
+        items = [Item(self.tokenize([text], task, Truncate.END)[0], task) for text, task in texts]
+        return [encoded.dense[0] for encoded in self.encode(items)]
+
+    def prepare(self, items: Sequence[Item]) -> list[Group]:
         """Group the texts as the runtime needs them, and put them where it reads them."""
-        items = [
-            Item(self.tokenize([item], None, Truncate.END)[0]) if isinstance(item, str) else item for item in sentences
-        ]
         lengths = [len(item.tokens.ids) for item in items]
         groups = [list(range(len(items)))] if self.runtime.is_packed else group_by_length(lengths)
         return [self._prepare(rows, [items[row] for row in rows]) for rows in groups]
@@ -94,40 +158,36 @@ class TextEncoder(Encoder):
         return Group(rows, items, self.runtime.prepare([item.tokens.ids for item in items], adapters, seconds))
 
     @torch.inference_mode()
-    def encode_core(self, features: list[Group]) -> list[tuple[Group, TokenStates]]:
+    def forward(self, groups: Sequence[Group]) -> list[tuple[Group, TokenStates]]:
         """Run the transformer on each group."""
         computed = []
-        for group in features:
+        for group in groups:
             computed.append((group, self.runtime.forward(group.features)))
             self.progressed_at = time.monotonic()
         self.num_padding += sum(states.num_padding for _group, states in computed)
         return computed
 
     @torch.inference_mode()
-    def encode_post(  # type: ignore[override]
-        self,
-        embedding: list[tuple[Group, TokenStates]],
-        skip_quanitzation: bool = True,  # Infinity's name
-    ) -> list[Encoded]:
-        """Read the outputs of each text off its states, in the order that was asked for."""
+    def outputs(self, computed: Sequence[tuple[Group, TokenStates]]) -> list[Encoded]:
+        """Read the outputs of each text off its states, in the order of the items."""
         encoded = {
             row: result
-            for group, states in embedding
-            for row, result in zip(group.rows, self._read(group.items, states), strict=True)
+            for group, states in computed
+            for row, result in zip(group.rows, self._outputs(group.items, states), strict=True)
         }
         return [encoded[row] for row in range(len(encoded))]
 
-    def _read(self, items: list[Item], states: TokenStates) -> list[Encoded]:
+    def _outputs(self, items: list[Item], states: TokenStates) -> list[Encoded]:
         dense = self._heads.dense(states, [item.tokens.spans for item in items]).to("cpu", torch.float32)
         rows = iter(dense.split([item.tokens.num_vectors for item in items]))
-        wanted_sparse = [i for i, item in enumerate(items) if Output.SPARSE in item.outputs]
-        wanted_multi = [i for i, item in enumerate(items) if Output.MULTIVECTOR in item.outputs]
+        sparse_rows = [i for i, item in enumerate(items) if Output.SPARSE in item.outputs]
+        multi_rows = [i for i, item in enumerate(items) if Output.MULTIVECTOR in item.outputs]
         sparse, multi = {}, {}
-        if wanted_sparse and self._heads.sparse is not None:
+        if sparse_rows and self._heads.sparse is not None:
             ids = [item.tokens.ids for item in items]
-            sparse = dict(zip(wanted_sparse, self._heads.sparse(states, ids, wanted_sparse), strict=True))
-        if wanted_multi and self._heads.multivector is not None:
-            multi = dict(zip(wanted_multi, self._heads.multivector(states, wanted_multi), strict=True))
+            sparse = dict(zip(sparse_rows, self._heads.sparse(states, ids, sparse_rows), strict=True))
+        if multi_rows and self._heads.multivector is not None:
+            multi = dict(zip(multi_rows, self._heads.multivector(states, multi_rows), strict=True))
         # Copies: a view would keep the states of the whole batch.
         whole = {
             i: text.to("cpu", torch.float32, copy=True).numpy()

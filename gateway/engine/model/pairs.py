@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as FastTokenizer
 
 from gateway.engine.model.items import Tokens
-from gateway.engine.model.tokenizer import Prefixed, Row, Steps, Tokenizer, at_once
+from gateway.engine.model.tokenizer import Prefixed, Row, Steps, Tokenizer
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
 
@@ -45,21 +45,6 @@ class PairTokenizer(Tokenizer):
                 raise ValueError("its template marks other tokens than those of the text")
             self._segment_offset = types.index(1) - first_end
         self.has_segments = self._segment_offset is not None
-
-    def tokenize_pairs(
-        self,
-        query: str,
-        texts: Sequence[str],
-        truncate: Truncate,
-        *,
-        first_index: int = 0,
-        max_text_tokens: int | None = None,
-    ) -> list[Tokens]:
-        """Tokenize pairs in one go: :meth:`read_pairs`, which says what it raises."""
-        query_row = at_once(self.read_query(query))
-        return at_once(
-            self.read_pairs(query_row, texts, truncate, first_index=first_index, max_text_tokens=max_text_tokens)
-        )
 
     def read_query(self, query: str) -> Steps[Row]:
         """Tokenize the query of pairs, which is the same for all of them."""

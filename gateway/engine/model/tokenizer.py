@@ -159,10 +159,6 @@ class Tokenizer:
             for i, row in enumerate(rows)
         ]
 
-    def tokenize_chunks(self, chunks: Sequence[str], instruction: str) -> Tokens:
-        """Tokenize chunks in one go: :meth:`read_chunks`, which says what it raises."""
-        return at_once(self.read_chunks(chunks, instruction))
-
     def read_chunks(self, chunks: Sequence[str], instruction: str) -> Steps[Tokens]:
         """Tokenize the chunks of one document for late chunking (Günther et al., arXiv:2409.04701).
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
+from tests.engine.model.reading import tokenize_pairs
 
 WORDS = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "q": 3, "r": 4, "s": 5, "a": 6, "b": 7, "c": 8, "d": 9}
 
@@ -37,7 +38,7 @@ def pairs(
     max_text_tokens: int | None = None,
 ) -> list[tuple[list[int], int | None, bool]]:
     made = PairTokenizer(tokenizer(template), max_tokens, has_segments=has_segments)
-    rows = made.tokenize_pairs(query, texts, truncate, max_text_tokens=max_text_tokens)
+    rows = tokenize_pairs(made, query, texts, truncate, max_text_tokens=max_text_tokens)
     return [(row.ids, row.second, row.is_truncated) for row in rows]
 
 
@@ -56,7 +57,7 @@ def test_a_pair_is_what_the_template_says(
 ) -> None:
     made = PairTokenizer(tokenizer(template), 20, has_segments=has_segments)
 
-    [row] = made.tokenize_pairs("q r", ["a b"], Truncate.END)
+    [row] = tokenize_pairs(made, "q r", ["a b"], Truncate.END)
 
     assert (row.ids, row.second, row.is_truncated) == (ids, second, False)
     assert made.has_segments == (second is not None)
@@ -126,10 +127,10 @@ def test_each_text_is_cut_where_the_request_says() -> None:
 
 def test_a_pair_that_may_not_be_cut_is_refused_with_its_length_and_place() -> None:
     made = PairTokenizer(tokenizer(BERT), 7, has_segments=True)
-    assert len(made.tokenize_pairs("q", ["a b c"], Truncate.REFUSE)) == 1
+    assert len(tokenize_pairs(made, "q", ["a b c"], Truncate.REFUSE)) == 1
 
     with pytest.raises(ContextLengthExceeded, match="is 7 tokens, however the query and text 5 have 8 tokens together"):
-        made.tokenize_pairs("q", ["a", "a b c d"], Truncate.REFUSE, first_index=4)
+        tokenize_pairs(made, "q", ["a", "a b c d"], Truncate.REFUSE, first_index=4)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +149,4 @@ def test_a_length_is_exact_where_everything_was_read(
     made = PairTokenizer(tokenizer(BERT), 7, has_segments=True)
 
     with pytest.raises(ContextLengthExceeded, match=length):
-        made.tokenize_pairs(query, [text], Truncate.REFUSE, max_text_tokens=max_text_tokens)
+        tokenize_pairs(made, query, [text], Truncate.REFUSE, max_text_tokens=max_text_tokens)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gateway.engine.model.encoder import TextEncoder
+from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import ContextLengthExceeded
 from gateway.types import Truncate
@@ -50,7 +50,7 @@ def hugging_face(bundled_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def fast(bundled_encoder: TextEncoder) -> Any:
+def fast(bundled_encoder: Encoder) -> Any:
     return bundled_encoder.tokenizer._tokenizer
 
 
@@ -119,7 +119,7 @@ def test_start_keeps_the_last_tokens(tokenizer: Tokenizer, hugging_face: Any, na
 
 
 @pytest.mark.parametrize("name", ["some over", "long", "CJK", "a word of 100,000 letters, then words"])
-def test_start_keeps_the_instruction(bundled_encoder: TextEncoder, hugging_face: Any, name: str) -> None:
+def test_start_keeps_the_instruction(bundled_encoder: Encoder, hugging_face: Any, name: str) -> None:
     instruction = "represent the query: "
 
     [tokens] = bundled_encoder.tokenizer.tokenize([TEXTS[name]], instruction, Truncate.START)
@@ -129,14 +129,14 @@ def test_start_keeps_the_instruction(bundled_encoder: TextEncoder, hugging_face:
     assert tokens.ids == [*before, *whole[-(256 - len(before)) :]]
 
 
-def test_an_instruction_longer_than_the_model_takes_leaves_no_text(bundled_encoder: TextEncoder) -> None:
+def test_an_instruction_longer_than_the_model_takes_leaves_no_text(bundled_encoder: Encoder) -> None:
     [tokens] = bundled_encoder.tokenizer.tokenize(["hello"], "word " * 300, Truncate.START)
 
     assert len(tokens.ids) == 256
 
 
 @pytest.mark.parametrize("name", ["one over", "long", "CJK"])
-def test_refuse_says_the_limit_and_the_length(bundled_encoder: TextEncoder, name: str) -> None:
+def test_refuse_says_the_limit_and_the_length(bundled_encoder: Encoder, name: str) -> None:
     with pytest.raises(ContextLengthExceeded) as caught:
         bundled_encoder.tokenizer.tokenize(["fine", TEXTS[name]], "", Truncate.REFUSE, first_index=64)
 
@@ -147,7 +147,7 @@ def test_refuse_says_the_limit_and_the_length(bundled_encoder: TextEncoder, name
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
 
 
-def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: TextEncoder) -> None:
+def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: Encoder) -> None:
     [tokens] = bundled_encoder.tokenizer.tokenize([TEXTS["exactly the limit"]], "", Truncate.REFUSE)
 
     assert len(tokens.ids) == 256
@@ -158,7 +158,7 @@ def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: TextEncoder) 
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START, Truncate.REFUSE])
 @pytest.mark.parametrize("text", ["lorem ipsum " * 200_000, "a" * 2_000_000], ids=["words", "one word"])
-def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: TextEncoder, text: str, truncate: Truncate) -> None:
+def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: Encoder, text: str, truncate: Truncate) -> None:
     """The event loop is one of them."""
     gaps = []
     is_done = threading.Event()
@@ -184,7 +184,7 @@ def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: TextEncoder, t
 
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
-def test_tokenizing_costs_what_is_kept_not_what_was_sent(bundled_encoder: TextEncoder, truncate: Truncate) -> None:
+def test_tokenizing_costs_what_is_kept_not_what_was_sent(bundled_encoder: Encoder, truncate: Truncate) -> None:
     text = LOREM * 100_000  # 5.7 million characters: some 4 s if it were tokenized whole
     started = time.process_time()  # what others do on this machine does not count
 
