@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,18 +26,24 @@ class Selection:
     """Runs the given tests only, and remembers the first that failed.
 
     Args:
-        tests: ids of the tests to run; ``None`` for all.
+        tests: ids of the tests to run, the likeliest to fail first; ``None`` for all.
     """
 
-    def __init__(self, tests: frozenset[str] | None) -> None:
-        self._tests = tests
+    def __init__(self, tests: Sequence[str] | None) -> None:
+        self._tests = None if tests is None else {test: rank for rank, test in enumerate(tests)}
         self.failed = ""
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         if self._tests is None:
             return
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self._tests])
-        items[:] = [item for item in items if item.nodeid in self._tests]
+        rank = self._tests
+        items[:] = [item for item in items if item.nodeid in rank]
+        # File by file, so that what the tests of a file share is made once.
+        first: dict[object, int] = {}
+        for item in items:
+            first[item.path] = min(first.get(item.path, len(rank)), rank[item.nodeid])
+        items.sort(key=lambda item: (first[item.path], rank[item.nodeid]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and not self.failed:

@@ -213,7 +213,7 @@ class Child:
                 child.kill()
 
 
-def run_tests(workspace: Workspace, files: Sequence[str], tests: frozenset[str] | None) -> Mapping[str, object]:
+def run_tests(workspace: Workspace, files: Sequence[str], tests: Sequence[str] | None) -> Mapping[str, object]:
     """Run tests in this process, and return ``status`` and ``failed``: pytest's status, and the first that failed."""
     import pytest
 

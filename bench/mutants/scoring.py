@@ -142,7 +142,7 @@ class _Run:
     def start(self, copy: Workspace) -> Child:
         copy.change(copy.root / self.mutant.module, self.mutant.source)
         files = list(dict.fromkeys(candidate.file for candidate in self.tests))
-        names = frozenset(candidate.test for candidate in self.tests)
+        names = [candidate.test for candidate in self.tests]
         timeout_s = _START_S + _SLOWER * sum(candidate.duration_s for candidate in self.tests)
         return Child(copy, lambda: run_tests(copy, files, names), timeout_s)
 
