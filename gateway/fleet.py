@@ -17,7 +17,7 @@ from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LoadError, StartError
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +72,12 @@ class Model:
             return None
         golden = None if self.entry.golden is None or self.entry.is_remote else Path(self.entry.golden)
         return Reference(self.info, self.state, golden, self.embed)
+
+    @contextmanager
+    def vocabulary(self) -> Iterator[Vocabulary]:
+        """Give the model's vocabulary, and keep the backend running while the context lasts."""
+        with self.in_use():
+            yield self.backend.vocabulary()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -20,8 +20,9 @@ from gateway.deployment import Deployment, Reloaded
 from gateway.errors import InferenceFailed, LoadError, ReloadRefused, StartError
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
+from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
-from gateway.service import EmbeddingService, EmbedRequest
+from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
 

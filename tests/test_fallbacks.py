@@ -26,9 +26,10 @@ from gateway.errors import (
 )
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
+from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
 from gateway.routing.spaces import is_same_space
-from gateway.service import EmbeddingService, EmbedRequest
+from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelState
 

@@ -25,7 +25,8 @@ app
 api
 http
 service
-reranking
+observation
+requests
 deployment
 access
 routing

@@ -16,8 +16,9 @@ from gateway.deployment import Deployment
 from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
+from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
-from gateway.service import EmbeddingService, EmbedRequest
+from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, Timings, Truncate
 

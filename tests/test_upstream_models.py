@@ -30,10 +30,11 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment, make_real_backend
 from gateway.errors import ConfigError, ModelNotReady
 from gateway.experiments.stats import ExperimentStats
+from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
 from gateway.routing.spaces import is_same_space
 from gateway.server import server_config
-from gateway.service import EmbeddingService, EmbedRequest
+from gateway.service import EmbeddingService
 from gateway.telemetry import tracing
 from gateway.types import EmbedJob, ModelInfo, ModelState
 from tests.backends.stand_in import StandIn, vector_of
@@ -264,7 +265,7 @@ async def test_raw_vectors_cannot_be_had_where_they_come_normalized(gateway: Gat
             response = await client.post("/v1/embeddings", json=body)
 
     assert response.status_code == 400
-    assert "come normalized from where it runs" in response.json()["message"]
+    assert "returns normalized vectors only" in response.json()["message"]
 
 
 async def test_a_text_that_a_server_cannot_embed_is_named_and_costs_no_one_else(

@@ -24,8 +24,8 @@ from gateway.errors import ClientDisconnected, DeadlineExceeded
 from gateway.experiments.split import UnitSource
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
-from gateway.reranking import RerankAnswer, RerankRequest
-from gateway.service import EmbedAnswer, EmbeddingService, EmbedRequest
+from gateway.requests import Answer, EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
+from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Timings
 
@@ -155,7 +155,7 @@ class Endpoint:
     async def respond(
         self,
         request: Request,
-        answer: EmbedAnswer | RerankAnswer,
+        answer: Answer,
         parts: Parts,
         describe_times: DescribeTimes | None = None,
         *,
@@ -340,7 +340,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, serialize_s: float) -> None:
+def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> None:
     """Add what was computed to the log line, and the time of writing it to the metrics."""
     timings = replace(answer.timings, serialize_s=serialize_s)
     context.describe(answer.model, answer.task, answer.num_texts, answer.num_tokens, timings)
@@ -349,7 +349,7 @@ def note_answer(context: RequestContext, answer: EmbedAnswer | RerankAnswer, ser
     metrics.target_metrics(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
 
 
-def answer_headers(answer: EmbedAnswer | RerankAnswer, timings: Timings, elapsed_s: float) -> dict[str, str]:
+def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[str, str]:
     """Return the headers that say what answered, and how long each stage took.
 
     Args:

@@ -28,7 +28,7 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.http.middleware import RequestContext
-from gateway.service import EmbedAnswer
+from gateway.requests import EmbedAnswer
 from gateway.vectors import Encoding, encode
 
 # Azure's, whose deployments are our models, and one for clients of TEI, which send no model.

@@ -29,7 +29,7 @@ from gateway.errors import (
 )
 from gateway.http.error_forms import ErrorForm
 from gateway.http.middleware import RequestContext
-from gateway.reranking import RerankAnswer, RerankRequest
+from gateway.requests import RerankAnswer, RerankRequest
 from gateway.types import Vectors
 
 _REQUEST = {

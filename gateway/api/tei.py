@@ -37,9 +37,9 @@ from gateway.config.settings import Settings
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
+from gateway.requests import EmbedAnswer
 from gateway.routing.names import DEFAULT_ALIAS
 from gateway.routing.router import Target
-from gateway.service import EmbedAnswer
 from gateway.types import ModelInfo, ModelKind, Output, SparseVector, Token
 
 # What a token takes as an object, and was in the tokenizer.

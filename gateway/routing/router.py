@@ -10,16 +10,18 @@ from gateway.config.registry import Arm, Experiment, Registry
 from gateway.errors import (
     BadInput,
     ModelDisabled,
+    ModelNotAllowed,
     ModelNotFound,
     ModelNotReady,
     ModelRecovering,
     ModelUnavailable,
+    UnsupportedOutput,
 )
 from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
 from gateway.routing.names import GATEWAY, Client, Names, cut, one_task
 from gateway.routing.spaces import why_no_stand_in
-from gateway.types import ModelInfo, ModelState, canonical_task, known_task_names
+from gateway.types import ModelInfo, ModelKind, ModelState, canonical_task, known_task_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,50 @@ class Router:
         arm = assignment.arm if assignment else known.experiment.control
         task = one_task(known.id, arm.task, known.task)
         return Choice(self._model(arm.model), task, known.id, arm.model, assignment, known.experiment)
+
+    def choose_for(self, kind: ModelKind, name: str | None, client: Client, unit_source: UnitSource) -> Choice:
+        """Return the model that a name leads to, if it is of the kind that a request needs.
+
+        Args:
+            name: see :meth:`choose`. A request to rerank that has no name gets the only model that reranks.
+
+        Raises:
+            UnsupportedOutput: the model is of another kind; names the ones of this kind that the client may use.
+            RequestError: one of those of :meth:`choose`; or a request to rerank has no name, and none or several models
+                rerank, or the models are not known yet.
+        """
+        if name is None and kind is ModelKind.RERANK:
+            name = self._only_reranker(client)
+        choice = self.choose(name, client, unit_source)
+        info = choice.model.info
+        if info is None or info.kind is kind:  # `targets` says why a model that has not been read does not answer
+            return choice
+        others = ", ".join(self._names_of(kind, client)) or "none"
+        if kind is ModelKind.RERANK:
+            message = f"model {choice.asked!r} embeds texts and does not rerank; models that rerank: {others}"
+        else:
+            message = f"model {choice.asked!r} reranks texts and does not embed; models that embed: {others}"
+        raise UnsupportedOutput(message, param="model")
+
+    def _only_reranker(self, client: Client) -> str:
+        names = self._names_of(ModelKind.RERANK, client)
+        if len(names) == 1:
+            return names[0]
+        if not self._fleet.started.is_set():
+            raise ModelNotReady("the models are still loading; try again, or name one in `model`", retry_after_s=5)
+        if names:
+            raise BadInput(f"`model` is required, as several models rerank: {', '.join(names)}", param="model")
+        if self._names_of(ModelKind.RERANK, GATEWAY):
+            raise ModelNotAllowed("this API key may not use any model that reranks", param="model")
+        raise BadInput("no model in the registry reranks", param="model")
+
+    def _names_of(self, kind: ModelKind, client: Client) -> list[str]:
+        """Return the names of the models of a kind that a client may use; a model that has not been read has no kind."""
+        return [
+            choice.asked
+            for choice in self.listed(client)
+            if choice.experiment is None and choice.model.info is not None and choice.model.info.kind is kind
+        ]
 
     def targets(self, choice: Choice, task: str | None) -> list[Target]:
         """Return what can answer a request: the chosen model, and then its fallbacks, as far as they are ready.

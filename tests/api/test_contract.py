@@ -1144,7 +1144,7 @@ async def test_vectors_of_another_space_are_refused(
     )
 
     message = check_error(response, 412, "space_mismatch")
-    assert f"the vectors would be in space {its_space}, and the request expects {space}" in message
+    assert f"the vectors would be in space {its_space}, but the request expects {space}" in message
 
 
 async def test_a_space_that_is_long_is_not_all_repeated(client: httpx.AsyncClient, check_error: CheckError) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.api import pieces
 from gateway.api.openai import answer_parts
-from gateway.service import EmbedAnswer
+from gateway.requests import EmbedAnswer
 from gateway.types import SparseVector, Timings
 from gateway.vectors import Encoding
 

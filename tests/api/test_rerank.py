@@ -385,7 +385,7 @@ async def test_one_of_several_must_be_named(
 async def test_without_a_reranker_there_is_no_default(connect: Connect, check_error: CheckError) -> None:
     message = check_error(await rerank(await connect()), 400, "invalid_input", param="model")
 
-    assert message == "no model here reranks: the registry has none that scores pairs of texts"
+    assert message == "no model in the registry reranks"
 
 
 async def test_a_reranker_that_is_still_loading_is_waited_for(

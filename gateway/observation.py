@@ -1,0 +1,132 @@
+"""Record every request in the metrics, in the trace, and in the stats of its experiment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+from gateway.errors import ClientDisconnected, InternalError, RequestError
+from gateway.experiments.stats import ExperimentStats, RequestRecord
+from gateway.requests import Answer, EmbedRequest, Request
+from gateway.routing.router import Choice
+from gateway.telemetry import metrics, semconv, tracing
+from gateway.types import ModelKind, canonical_task
+
+A = TypeVar("A", bound=Answer)
+
+
+class Observer:
+    """Awaits answers, and records each answer or error once."""
+
+    def __init__(self, stats: ExperimentStats) -> None:
+        self._stats = stats
+
+    async def observe(self, choice: Choice, request: Request, answering: Awaitable[A]) -> A:
+        """Await the answer to a request, record the answer or the error, and return or raise it."""
+        started = time.monotonic()
+        with _span(choice, request) as span:
+            try:
+                answer = await answering
+            except asyncio.CancelledError:
+                # A slow arm must not look better for it: clients that did not wait are its failures.
+                self._record_error(choice, request, ClientDisconnected.code, time.monotonic() - started)
+                raise
+            except Exception as error:  # an arm that fails, in whatever way, must not look unused
+                code = error.code if isinstance(error, RequestError) else InternalError.code
+                self._record_error(choice, request, code, time.monotonic() - started)
+                raise
+            self._record_answer(choice, answer, time.monotonic() - started)
+            if span is not None:
+                span.describe(
+                    model=answer.model,
+                    space=answer.space,
+                    task=answer.task,
+                    num_tokens=answer.num_tokens,
+                    num_truncated=len(answer.truncated),
+                    dimensions=answer.dimensions,
+                    timings=answer.timings,
+                )
+        return answer
+
+    def _record_answer(self, choice: Choice, answer: Answer, elapsed_s: float) -> None:
+        target_metrics = _target_metrics(choice, answer.model, answer.task)
+        target_metrics.count()
+        target_metrics.seconds.observe(elapsed_s)
+        target_metrics.texts.inc(answer.num_texts)
+        target_metrics.tokens.inc(answer.num_tokens)
+        target_metrics.truncated.inc(len(answer.truncated))
+        target_metrics.tokenize_s.observe(answer.timings.tokenize_s)
+        target_metrics.queue_s.observe(answer.timings.queue_s)
+        target_metrics.inference_s.observe(answer.timings.inference_s)
+        self._record_in_experiment(choice, elapsed_s, answer=answer)
+
+    def _record_error(self, choice: Choice, request: Request, code: str, elapsed_s: float) -> None:
+        info = choice.model.info
+        task = choice.task or request.task or (info and info.default_task)
+        # Only a task that the model has: a client can make up any other.
+        label = canonical_task(task) if task and info and canonical_task(task) in info.tasks else None
+        _target_metrics(choice, choice.model.id, label).count(code)
+        self._record_in_experiment(choice, elapsed_s, error_code=code)
+
+    def _record_in_experiment(
+        self, choice: Choice, elapsed_s: float, *, answer: Answer | None = None, error_code: str | None = None
+    ) -> None:
+        if (assignment := choice.assignment) is None:
+            return
+        self._stats.record(
+            RequestRecord(
+                experiment=assignment.experiment,
+                generation=assignment.generation,
+                arm=assignment.arm.label,
+                reason=assignment.reason.value,
+                is_counted=assignment.is_counted,
+                unit=assignment.unit,
+                model=answer.model if answer else choice.model.id,
+                space=answer.space if answer else None,
+                elapsed_s=elapsed_s,
+                num_texts=answer.num_texts if answer else 0,
+                num_tokens=answer.num_tokens if answer else 0,
+                queue_s=answer.timings.queue_s if answer else 0.0,
+                error_code=error_code,
+            )
+        )
+
+
+@contextmanager
+def observe_tokenizer(model: str, operation: str) -> Iterator[None]:
+    """Count a use of a model's tokenizer, by ``ok`` or the code of the error, when the context ends."""
+    outcome = InternalError.code
+    try:
+        yield
+        outcome = "ok"
+    except asyncio.CancelledError:
+        outcome = ClientDisconnected.code
+        raise
+    except RequestError as error:
+        outcome = error.code
+        raise
+    finally:
+        metrics.TOKENIZER_REQUESTS.labels(model, operation, outcome).inc()
+
+
+def _target_metrics(choice: Choice, model: str, task: str | None) -> metrics.TargetMetrics:
+    assignment = choice.assignment
+    if assignment is None:
+        return metrics.target_metrics(model, task, None, None)
+    return metrics.target_metrics(model, task, assignment.experiment, assignment.arm.label)
+
+
+def _span(choice: Choice, request: Request) -> AbstractContextManager[tracing.EmbeddingsSpan | None]:
+    assignment = choice.assignment
+    return tracing.embeddings_span(
+        operation=semconv.EMBEDDINGS if request.kind is ModelKind.EMBED else semconv.RERANK,
+        model=choice.asked,
+        provider=choice.model.entry.backend,
+        num_texts=len(request.texts),
+        encoding=request.encoding if isinstance(request, EmbedRequest) else None,
+        experiment=None if assignment is None else assignment.experiment,
+        arm=None if assignment is None else assignment.arm.label,
+    )

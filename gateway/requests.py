@@ -1,0 +1,166 @@
+"""Requests for embeddings and for scores, and their answers, in the gateway's own terms: no HTTP, no YAML."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gateway.experiments.split import Assignment, UnitSource, no_unit_source
+from gateway.routing.names import Client
+from gateway.types import ModelKind, MultiVector, Output, SparseVector, States, Timings, Truncate, Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request for a computation on texts.
+
+    Attributes:
+        kind: the kind of model that can answer it.
+        model: public name, or ``None`` for the default of this kind.
+        timeout_s: how long the caller waits for the answer, in seconds.
+        caller: the party that the work is for; callers share a device fairly.
+        client: the sender, who may use some names.
+        task: the task, by any of its names; ``None`` for the model's default.
+        unit_source: looks up the values that an experiment can make a unit from.
+        reserve: takes the number of bytes that the work and its answer need, before they need them, and again when a
+            better estimate is known; raises a :class:`RequestError` if there is no room.
+    """
+
+    kind: ClassVar[ModelKind]
+
+    texts: Sequence[str]
+    model: str | None
+    timeout_s: float
+    caller: str
+    client: Client
+    task: str | None = None
+    truncate: Truncate = Truncate.END
+    unit_source: UnitSource = no_unit_source
+    reserve: Callable[[int], None] = lambda _num_bytes: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest(Request):
+    """A request for embeddings.
+
+    Attributes:
+        dimensions: requested size, or ``None`` for the model's own.
+        is_normalized: ``None`` for what the model does by default.
+        expect_space: the space that the vectors must be in, if the caller says.
+        encoding: how the answer will write the vectors, for the trace.
+        max_token_vectors: the most tokens that all texts may have, if the answer has a vector for each token.
+    """
+
+    kind: ClassVar[ModelKind] = ModelKind.EMBED
+
+    dimensions: int | None = None
+    is_normalized: bool | None = None
+    outputs: Sequence[Output] = (Output.DENSE,)
+    is_late_chunked: bool = False
+    expect_space: str | None = None
+    encoding: str | None = None
+    max_token_vectors: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRequest(Request):
+    """A request to score texts against a query.
+
+    Attributes:
+        truncate: what to cut when a query and a text are too long together; only the text is cut.
+        max_text_tokens: the most tokens of each text; ``None`` for no such limit.
+    """
+
+    kind: ClassVar[ModelKind] = ModelKind.RERANK
+
+    query: str
+    max_text_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(ABC):
+    """The answer to a request.
+
+    Attributes:
+        name: the value of ``model`` in the answer.
+        model: id of the model that answered.
+        num_tokens: tokens of all texts together, after truncation; a query counts once with each text.
+        truncated: indices of the texts that were cut.
+        task: the task that the model used; ``None`` for a model without tasks.
+        space: the space of the vectors; ``None`` for scores, which are in no space.
+        assignment: the arm that the request was in, if it named an experiment.
+    """
+
+    name: str
+    model: str
+    num_tokens: int
+    truncated: Sequence[int]
+    timings: Timings
+    task: str | None = None
+    space: str | None = None
+    assignment: Assignment | None = None
+
+    @property
+    @abstractmethod
+    def num_texts(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """The memory that the arrays take."""
+
+    @property
+    def dimensions(self) -> int | None:
+        """Dimensions of the dense vectors; ``None`` if the answer has none."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedAnswer(Answer):
+    """Finished vectors.
+
+    Attributes:
+        vectors: ``(n, d)`` float32, checked, cut and normalized, in input order.
+        has_dense: the request asked for dense vectors.
+    """
+
+    vectors: Vectors
+    has_dense: bool = True
+    sparse: Sequence[SparseVector] | None = None
+    multivectors: Sequence[MultiVector] | None = None
+    states: Sequence[States] | None = None
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def num_bytes(self) -> int:
+        arrays = (self.vectors, *(self.multivectors or ()), *(self.states or ()))
+        sparse = sum(weights.indices.nbytes + weights.values.nbytes for weights in self.sparse or ())
+        return sparse + sum(array.nbytes for array in arrays)
+
+    @property
+    def dimensions(self) -> int | None:
+        return int(self.vectors.shape[1]) if self.has_dense else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankAnswer(Answer):
+    """Scores of texts.
+
+    Attributes:
+        scores: ``(n,)`` float32, checked, before any sigmoid, in input order: a larger one answers the query better.
+    """
+
+    scores: Vectors
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.scores)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.scores.nbytes
