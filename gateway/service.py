@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import TypeVar
 
 from gateway import vectors as vector_math
+from gateway.config.wording import cut
 from gateway.deployment import Deployment
 from gateway.errors import (
     BadInput,
@@ -33,8 +34,6 @@ _FLOAT_BYTES = 4
 _DENSE_COPIES = 3
 # An index of 8 bytes, a weight of 4.
 _SPARSE_BYTES = 12
-# How much of a client's value a message quotes.
-_MAX_SHOWN = 100
 R = TypeVar("R", EmbedRequest, RerankRequest)
 A = TypeVar("A", EmbedAnswer, RerankAnswer)
 
@@ -156,7 +155,7 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest) -> Embed
     output = Output.STATES if Output.STATES in outputs else Output.DENSE
     space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):
-        expected = request.expect_space[:_MAX_SHOWN]  # a header can have 64 KiB
+        expected = cut(request.expect_space)  # a header can have 64 KiB
         raise SpaceMismatch(
             f"the vectors would be in space {space}, but the request expects {expected}: they could not be compared with "
             "the stored ones"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from gateway.api.wire import responses
 from gateway.config.registry import Experiment
+from gateway.config.wording import cut
 from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound, ModelNotAllowed
 from gateway.experiments.stats import ExperimentReport, ExperimentStats, is_running
@@ -106,7 +107,7 @@ def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRou
         experiment, usable = deployment.registry.experiment(experiment_id), _usable(request, deployment)
         if experiment is None:
             known = ", ".join(one.id for one in usable) or "none"
-            raise ExperimentNotFound(f"no experiment is called {experiment_id[:100]!r}; there are: {known}")
+            raise ExperimentNotFound(f"no experiment is called {cut(experiment_id)!r}; there are: {known}")
         if experiment not in usable:
             raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
         generation, since = deployment.router.generation(experiment.id), deployment.counting_since[experiment.id]

@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 from gateway import __version__
 from gateway.config.registry import Registry, load_registry
 from gateway.config.settings import load_settings
+from gateway.config.wording import count
 from gateway.errors import StartError
 
 
@@ -228,7 +229,7 @@ def lock(models: ModelsOption = None) -> None:
     made = make_lock(registry, read_lock(target), infos.describe)
     check_rules(registry, infos)
     write_lock(target, made)
-    typer.echo(f"{target}: {_count(len(made.models), 'model', 'models')}")
+    typer.echo(f"{target}: {count(len(made.models), 'model', 'models')}")
     for name, model in made.models.items():
         if model.fingerprint is None:
             typer.echo(f"{name}: the checkpoint is not on this machine; the lock holds only the source and revision")
@@ -389,10 +390,6 @@ def _read_registry(models: Path | None) -> tuple[Path, Registry]:
 
 
 def _summary(registry: Registry) -> str:
-    parts = [_count(len(registry.models), "model"), _count(len(registry.aliases), "alias", "aliases")]
-    parts += [_count(len(registry.experiments), "experiment")] if registry.experiments else []
+    parts = [count(len(registry.models), "model"), count(len(registry.aliases), "alias", "aliases")]
+    parts += [count(len(registry.experiments), "experiment")] if registry.experiments else []
     return ", ".join(parts)
-
-
-def _count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

@@ -22,6 +22,7 @@ import orjson
 
 from gateway.compare.results import DatasetSummary
 from gateway.config.files import open_regular
+from gateway.config.wording import count, cut
 from gateway.errors import CompareError
 
 HEADER = "query-id\tcorpus-id\tscore"
@@ -100,7 +101,7 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
         _note_unanswerable(judgments, notes)
     num_unjudged = num_queries - len(queries)
     if num_unjudged:
-        notes.insert(0, f"{_counted(num_unjudged, 'query was', 'queries were')} left out: no judgment names them.")
+        notes.insert(0, f"{count(num_unjudged, 'query was', 'queries were')} left out: no judgment names them.")
     documents = _sampled(documents, judgments, max_documents, seed, notes)
     _note_empty(documents, "documents", notes)
     _note_empty(queries, "queries", notes)
@@ -263,7 +264,7 @@ def _known(
             known[query] = kept
     for number, file in ((num_unknown_queries, "queries.jsonl"), (num_unknown_documents, "corpus.jsonl")):
         if number:
-            were = _counted(number, "judgment was", "judgments were")
+            were = count(number, "judgment was", "judgments were")
             notes.append(f"{were} dropped: what they name is not in {file}.")
     if not known:
         example = next(iter(judgments.items()))
@@ -278,14 +279,14 @@ def _note_unanswerable(judgments: Mapping[str, Mapping[str, int]], notes: list[s
     number = sum(max(scores.values()) <= 0 for scores in judgments.values())
     if number:
         notes.append(
-            f"{_counted(number, 'query has', 'queries have')} no relevant document: no arm can find anything for them."
+            f"{count(number, 'query has', 'queries have')} no relevant document: no arm can find anything for them."
         )
 
 
 def _note_empty(texts: Mapping[str, str], what: str, notes: list[str]) -> None:
     number = sum(not text for text in texts.values())
     if number:
-        notes.append(f"Among the {what}, {_counted(number, 'text is', 'texts are')} empty.")
+        notes.append(f"Among the {what}, {count(number, 'text is', 'texts are')} empty.")
 
 
 def _sampled(
@@ -317,13 +318,8 @@ def _sampled(
     return {id_: documents[id_] for id_ in kept}
 
 
-def _counted(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}"
-
-
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    return cut(repr(value), _MAX_SHOWN)
 
 
 def _shown_line(columns: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gateway.compare.results import PRIMARY_MEASURE, Agreement, Arm, Comparison, Contrast, Estimate, Verdict
+from gateway.config.wording import count
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -92,13 +93,7 @@ def _p_holm(comparison: Comparison, contrast: Contrast) -> str:
 
 
 def _wins(contrast: Contrast) -> str:
-    return (
-        f"{_count(contrast.wins, 'win')}, {_count(contrast.ties, 'tie')}, {_count(contrast.losses, 'loss', 'losses')}"
-    )
-
-
-def _count(number: int, singular: str, plural: str = "") -> str:
-    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
+    return f"{count(contrast.wins, 'win')}, {count(contrast.ties, 'tie')}, {count(contrast.losses, 'loss', 'losses')}"
 
 
 def agreement_sentence(agreement: Agreement) -> str:

@@ -19,9 +19,8 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from gateway.config.fields import Distinct, DistinctListed, Name, NonEmptyText, Positive, Sha256, Time, Version
+from gateway.config.fields import Distinct, DistinctListed, Frozen, Name, NonEmptyText, Positive, Sha256, Time, Version
 from gateway.config.files import write_whole
-from gateway.config.model_entry import Frozen
 from gateway.config.problems import field_problems
 from gateway.config.wording import describe, did_you_mean, explain, quote
 from gateway.config.yaml_source import Document, FileKind, KeyPath, compose, read_document, read_text

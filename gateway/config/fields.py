@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gateway.config.wording import describe, quote
 
@@ -33,6 +33,12 @@ KNOWN_BY = {
 }
 
 _Item = TypeVar("_Item")
+
+
+class Frozen(BaseModel):
+    """An entry of a configuration file: immutable, with exact types and known keys only."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,7 @@ def _check_header_source(text: str) -> str:
     return text.lower()
 
 
-def _check_unit_source(text: str) -> str:
+def _check_request_value(text: str) -> str:
     if text in ("body:user", "api_key"):
         return text
     if not _HEADER.fullmatch(text):
@@ -178,7 +184,7 @@ Enabled: TypeAlias = Annotated[Literal["auto", True, False], BeforeValidator(_ch
 FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
 Sha256: TypeAlias = Annotated[str, AfterValidator(_check_sha256)]
 HeaderSource: TypeAlias = Annotated[str, AfterValidator(_check_header_source)]
-UnitSource: TypeAlias = Annotated[str, AfterValidator(_check_unit_source)]
+RequestValue: TypeAlias = Annotated[str, AfterValidator(_check_request_value)]
 Time: TypeAlias = Annotated[datetime, BeforeValidator(_parse_time)]
 Version: TypeAlias = Annotated[Literal[1], BeforeValidator(_check_version)]
 NonEmptyText: TypeAlias = Annotated[str, Field(min_length=1)]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -24,6 +22,7 @@ from gateway.config.fields import (
     DistinctListed,
     Enabled,
     FileName,
+    Frozen,
     Name,
     NonEmptyText,
     Positive,
@@ -37,12 +36,6 @@ from gateway.types import Output
 Head = Literal[Output.DENSE, Output.SPARSE, Output.MULTIVECTOR]
 
 _COMMIT = "40 lowercase hex digits such as `d18862d9a48706220815554fac3ebb4dfa46fc28`"
-
-
-class Frozen(BaseModel):
-    """What every entry of the file is: immutable, of exact types, with known keys only."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class ModelEntry(Frozen):

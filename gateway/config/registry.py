@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from gateway.config.conflicts import ConflictError, find_conflicts
-from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Listed, Name, Source, Version
-from gateway.config.model_entry import Frozen, ModelEntry
+from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Frozen, Listed, Name, Source, Version
+from gateway.config.model_entry import ModelEntry
 from gateway.config.problems import field_problems
 from gateway.config.traffic import Alias, Arm, Experiment, Shadow
 from gateway.config.upstream import Upstream

@@ -9,16 +9,16 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from gateway.config.fields import (
     Distinct,
+    Frozen,
     HeaderSource,
     Listed,
     Name,
     NonEmptyText,
     Positive,
+    RequestValue,
     Time,
-    UnitSource,
     unwrap_sources,
 )
-from gateway.config.model_entry import Frozen
 from gateway.config.wording import quote
 
 
@@ -58,7 +58,7 @@ class Arm(Frozen):
         return self.name or self.model
 
 
-Units: TypeAlias = Annotated[Distinct[UnitSource], BeforeValidator(unwrap_sources)]
+Units: TypeAlias = Annotated[Distinct[RequestValue], BeforeValidator(unwrap_sources)]
 
 
 class Experiment(Frozen):

@@ -7,9 +7,9 @@ from math import isfinite
 from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from gateway.config.fields import DistinctListed, NonEmptyText, Positive
+from gateway.config.fields import DistinctListed, Frozen, NonEmptyText, Positive
 from gateway.config.wording import describe, quote
 
 
@@ -64,10 +64,8 @@ _AS_FLOAT32 = {
 }
 
 
-class Upstream(BaseModel):
+class Upstream(Frozen):
     """Servers that run a model, all the same one."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     urls: DistinctListed[BaseUrl] = Field(
         description="Where the servers are. `backend: openai`: the base that an OpenAI client is given, "

@@ -1,6 +1,6 @@
-"""Say in plain English what is wrong with a configured value, and what would be right.
+"""Words for messages: what is wrong with a value, and what would be right.
 
-pydantic finds the problems; its own wording ("Input should be a valid tuple") speaks to programmers, not to operators.
+pydantic finds the problems, but its own wording ("Input should be a valid tuple") is for programmers, not for operators.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ def quote(text: str) -> str:
     if len(line) > MAX_SHOWN_CHARACTERS:
         line = f"{line[: MAX_SHOWN_CHARACTERS - 3]}..."
     return f"`{line}`"
+
+
+def cut(text: str, max_characters: int = 100) -> str:
+    """Shorten a text for a message: one from a client can be as long as a request body."""
+    return text if len(text) <= max_characters else f"{text[:max_characters]}…"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number and its noun: "1 model", "2,000 models"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def describe(value: object) -> str:

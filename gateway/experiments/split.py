@@ -16,12 +16,11 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from gateway.config.registry import Arm, Experiment
+from gateway.config.wording import cut
 from gateway.errors import BadInput
 
 UnitSource: TypeAlias = Callable[[str], str | None]
 """Looks up a value of a request by its source, ``header:NAME``, ``body:user`` or ``api_key``; ``None`` if absent."""
-
-_MAX_SHOWN = 100
 
 
 def no_unit_source(_source: str) -> None:
@@ -103,7 +102,7 @@ class Split:
             if forced not in self._arms:
                 raise BadInput(
                     f"the header `{(self._force_header or '').removeprefix('header:')}` requests arm "
-                    f"{forced[:_MAX_SHOWN]!r} of experiment {self.experiment.id!r}; its arms: {', '.join(self._arms)}"
+                    f"{cut(forced)!r} of experiment {self.experiment.id!r}; its arms: {', '.join(self._arms)}"
                 )
             return self._assignment(self._arms[forced], Reason.FORCED)
         unit = next((value for source in self.experiment.unit if (value := unit_source(source))), None)

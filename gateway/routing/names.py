@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from gateway.config.registry import Experiment, Registry
+from gateway.config.wording import cut
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotFound
 from gateway.types import canonical_task
 
@@ -151,11 +152,6 @@ def one_task(name: str, fixed: str | None, written: str | None) -> str | None:
             param="model",
         )
     return fixed if written is None else written
-
-
-def cut(name: str) -> str:
-    """Shorten a name from a client for a message: it can be as long as a request body."""
-    return name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}…"
 
 
 def _readings(name: str) -> Sequence[tuple[str, str | None]]:

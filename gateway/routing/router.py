@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from gateway.config.registry import Arm, Experiment, Registry
+from gateway.config.wording import cut
 from gateway.errors import (
     BadInput,
     ModelDisabled,
@@ -19,7 +20,7 @@ from gateway.errors import (
 )
 from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
-from gateway.routing.names import GATEWAY, Client, Names, cut, one_task
+from gateway.routing.names import GATEWAY, Client, Names, one_task
 from gateway.routing.spaces import why_no_stand_in
 from gateway.types import ModelInfo, ModelKind, ModelState, canonical_task, known_task_names
 
