@@ -1,4 +1,4 @@
-"""What the operator may ask of a running gateway: its metrics, and to read its registry anew."""
+"""The operator's requests to a running gateway: its metrics, and a reload of its registry."""
 
 from __future__ import annotations
 
@@ -7,35 +7,33 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import Field, SecretStr
 
 from gateway.access.keyring import key_digest
-from gateway.api.wire import error_responses, responses
+from gateway.api.wire import Answer, error_responses, responses
 from gateway.deployment import Deployment
 from gateway.errors import Forbidden, ReloadRefused
 from gateway.http.middleware import RequestContext
 from gateway.telemetry import metrics
 
 
-class ReloadAnswer(BaseModel):
-    """The registry has been read anew, and is served."""
+class ReloadAnswer(Answer):
+    """The registry was re-read, and is served."""
 
-    status: Literal["reloaded"]
+    status: Literal["reloaded"] = "reloaded"
     loaded: list[str] = Field(description="Models that were loaded for it.")
-    kept: list[str] = Field(description="Models that went on as they were.")
+    kept: list[str] = Field(description="Models that stayed as they were.")
     removed: list[str] = Field(description="Models that are gone.")
-    aliases: dict[str, str] = Field(description="What has changed of each alias: `mini -> jina:retrieval.query`.")
-    experiments: dict[str, str] = Field(
-        description="What has changed of each experiment, and whether its counts go on."
-    )
+    aliases: dict[str, str] = Field(description="The change of each alias: `mini -> jina:retrieval.query`.")
+    experiments: dict[str, str] = Field(description="The change of each experiment, and whether its counts go on.")
     seconds: float
 
 
 def require_operator(request: Request, key: SecretStr | None) -> None:
-    """Let the operator pass, and nobody else.
+    """Let only the operator pass.
 
     Raises:
-        Forbidden: there is no operator's key, or the request does not carry it.
+        Forbidden: no operator's key is set, or the request does not carry it.
     """
     path = request.url.path
     if key is None:
@@ -45,26 +43,28 @@ def require_operator(request: Request, key: SecretStr | None) -> None:
         raise Forbidden(f"{path} needs the operator's key: send `Authorization: Bearer KEY`")
 
 
-def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter:
-    """Return the operator's routes.
+class Admin:
+    """The operator's handlers.
 
     Args:
-        are_metrics_open: whether metrics are for everybody who can reach them.
+        are_metrics_open: whether every client that reaches the gateway may read the metrics.
     """
-    router = APIRouter(tags=["Admin"])
 
-    async def prometheus(request: Request) -> Response:
+    def __init__(self, deployment: Deployment, *, are_metrics_open: bool) -> None:
+        self._deployment = deployment
+        self._are_metrics_open = are_metrics_open
+
+    async def prometheus(self, request: Request) -> Response:
         """Return all metrics in Prometheus' text format."""
-        if not are_metrics_open:
-            require_operator(request, deployment.settings.admin_key)
+        if not self._are_metrics_open:
+            require_operator(request, self._deployment.settings.admin_key)
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    async def reload(request: Request) -> ReloadAnswer:
-        """Read `models.yaml` anew. All of it is checked, loaded and warm before the switch; else nothing changes."""
-        require_operator(request, deployment.settings.admin_key)
-        reloaded = await deployment.reload()
+    async def reload(self, request: Request) -> ReloadAnswer:
+        """Re-read `models.yaml`. All of it is checked, loaded and warm before the switch; else nothing changes."""
+        require_operator(request, self._deployment.settings.admin_key)
+        reloaded = await self._deployment.reload()
         return ReloadAnswer(
-            status="reloaded",
             loaded=list(reloaded.loaded),
             kept=list(reloaded.kept),
             removed=list(reloaded.removed),
@@ -73,13 +73,22 @@ def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter
             seconds=round(reloaded.seconds, 3),
         )
 
+
+def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter:
+    """Return the operator's routes.
+
+    Args:
+        are_metrics_open: whether every client that reaches the gateway may read the metrics.
+    """
+    router = APIRouter(tags=["Admin"])
+    admin = Admin(deployment, are_metrics_open=are_metrics_open)
     router.add_api_route(
         "/metrics",
-        prometheus,
+        admin.prometheus,
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}, **error_responses(Forbidden)},
     )
     router.add_api_route(
-        "/admin/reload", reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
+        "/admin/reload", admin.reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
     )
     return router

@@ -1,52 +1,62 @@
-"""What every endpoint that computes does around the one service call: bodies, patience, clients that leave, answers."""
+"""The steps from a request to its answer that are the same in every dialect."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from email.message import Message
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
-from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi import APIRouter, Request, Response
 
 from gateway.access.quotas import Quotas, Ticket
 from gateway.api.json_body import SMALL_BYTES, Json, parse_object
-from gateway.api.pieces import PIECE_BYTES, in_pieces
+from gateway.api.pieces import PIECE_BYTES, Parts, Streamed, unless_disconnected
+from gateway.api.wire import Responses
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import ClientDisconnected, DeadlineExceeded
+from gateway.errors import DeadlineExceeded
 from gateway.experiments.split import UnitSource
+from gateway.http.error_forms import ErrorForm
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
 from gateway.requests import Answer, EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Timings
+from gateway.vectors import Encoding
 
-# A header that lists more truncated inputs than this says how many more there are: proxies limit headers to 8 KiB.
-_MAX_LISTED_INDICES = 100
-# Numbers of an answer that are written at once, on the event loop: in less than a millisecond.
+# Answers of up to this size are written at once, on the event loop, in less than a millisecond.
 _SMALL_ANSWER_BYTES = 64 * 1024
 _MAX_SHOWN_CHARSET = 40
-# How much of a content type is looked at: its parser takes 20 ms for 60 KB.
+# A header lists so many truncated inputs and then how many more there are: proxies limit headers to 8 KiB.
+_MAX_LISTED_INDICES = 100
+# How much of a content type is parsed: the parser takes 20 ms for 60 KB.
 _MAX_CONTENT_TYPE = 1_000
 T = TypeVar("T")
+B = TypeVar("B")
+R = TypeVar("R", EmbedRequest, RerankRequest)
+A = TypeVar("A", EmbedAnswer, RerankAnswer)
 
-Parts = Callable[[], Iterator[bytes]]
-"""Writes an answer as JSON, part by part. May be called several times."""
+Parse: TypeAlias = Callable[[dict[str, Json]], B]
+"""Turns the JSON of a body into what a dialect reads there; in a thread if the body is large."""
 
-DescribeTimes = Callable[[Timings, float], Mapping[str, str]]
-"""Makes a dialect's own headers of the stages' times and the seconds since the request came."""
+Ask: TypeAlias = Callable[[Request, B], Awaitable[R]]
+"""Turns a request and its parsed body into a request to the service."""
+
+Write: TypeAlias = Callable[[Request, B, A], Parts]
+"""Returns the writer of an answer in a dialect's form."""
 
 
 class Endpoint:
-    """The steps from a request to its answer that are the same in every dialect."""
+    """Answers requests in any dialect: admit, parse, run, respond.
+
+    A dialect contributes three functions, see :data:`Parse`, :data:`Ask` and :data:`Write`.
+    """
 
     def __init__(self, service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> None:
         self.service = service
@@ -55,34 +65,64 @@ class Endpoint:
         self._quotas = quotas
         self._turns = Turns("json")
 
-    async def admit(self, request: Request) -> Ticket:
-        """Count a request, before its body is read.
+    async def embed(
+        self, request: Request, parse: Parse[B], ask: Ask[B, EmbedRequest], write: Write[B, EmbedAnswer]
+    ) -> Response:
+        """Answer a request for embeddings.
+
+        Raises:
+            RequestError: it is refused or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.embed`.
+            ClientDisconnected: the client went away first.
+        """
+        ticket, body = await self.receive(request, parse)
+        asked = await ask(request, body)
+        answer = await self._run(request, ticket, asked, self.service.embed)
+        return await self._respond(request, asked, answer, write(request, body, answer), answer.num_bytes)
+
+    async def rerank(
+        self,
+        request: Request,
+        parse: Parse[B],
+        ask: Ask[B, RerankRequest],
+        write: Write[B, RerankAnswer],
+        held_bytes: Callable[[B], int],
+    ) -> Response:
+        """Answer a request for the scores of texts.
+
+        Args:
+            held_bytes: the memory of what the answer repeats of the body.
+
+        Raises:
+            RequestError: it is refused or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.rerank`.
+            ClientDisconnected: the client went away first.
+        """
+        ticket, body = await self.receive(request, parse)
+        asked = await ask(request, body)
+        answer = await self._run(request, ticket, asked, self.service.rerank)
+        num_bytes = answer.num_bytes + held_bytes(body)
+        return await self._respond(request, asked, answer, write(request, body, answer), num_bytes)
+
+    async def receive(self, request: Request, parse: Parse[B]) -> tuple[Ticket, B]:
+        """Count a request, then read its body; a large one is parsed in a thread.
 
         Raises:
             RateLimited: the client has no request or no token left in this minute.
-        """
-        context = RequestContext.of(request)
-        return await self._quotas.admit(context.client, context.headers)
-
-    async def read(self, request: Request, parse: Callable[[dict[str, Json]], T]) -> T:
-        """Read a request's body; a large one is parsed in a thread.
-
-        Args:
-            parse: makes of its JSON what the dialect needs.
-
-        Raises:
-            BadInput: it is no JSON object, or ``parse`` does not accept it.
+            BadInput: the body is not a JSON object, or ``parse`` does not accept it.
             RequestError: one of those of :meth:`gateway.http.body.Body.receive`.
         """
+        context = RequestContext.of(request)
+        ticket = await self._quotas.admit(context.client, context.headers)
         charset = _charset(request)
         received = [await _receive_all(request)]
         num_bytes = len(received[0])
         if num_bytes <= SMALL_BYTES:
-            return parse(parse_object(received.pop(), charset))
-        return await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset)))
+            return ticket, parse(parse_object(received.pop(), charset))
+        # The list gives the only reference away, so that the bytes are freed as soon as they are parsed.
+        body = await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset)))
+        return ticket, body
 
     async def in_turn(self, request: Request, cost: int, work: Callable[[], T], turns: Turns | None = None) -> T:
-        """Do what would hold up the event loop in a thread, when its client's turn comes.
+        """Do work that would hold up the event loop in a thread, when its client's turn comes.
 
         Args:
             cost: about how many bytes are read or written.
@@ -102,15 +142,17 @@ class Endpoint:
                 f"the request was not done in {limit_s:g} s: other requests were ahead of it"
             ) from None
 
-    def begin(self, request: Request, texts: Sequence[str], model: str | None, user: object = None) -> EmbedRequest:
-        """Say what a request asks for, as far as that does not depend on the dialect.
+    def embed_request(
+        self, request: Request, texts: Sequence[str], model: str | None, user: object = None
+    ) -> EmbedRequest:
+        """Return a request to the service, with the parts that do not depend on the dialect.
 
         Args:
             model: public name, or ``None`` for the registry's default.
-            user: whom the request is for, by its body.
+            user: the end user that the body names.
 
         Raises:
-            MemoryFull: there is no room for the texts, which can be larger in memory than they were in the body.
+            MemoryFull: there is no room for the texts.
         """
         context = RequestContext.of(request)
         return EmbedRequest(
@@ -122,55 +164,27 @@ class Endpoint:
             expect_space=request.headers.get("x-gateway-expect-space"),
             unit_source=unit_source(request, user),
             max_token_vectors=self.settings.max_token_vectors,
-            reserve=reserve_beside(request, texts),
+            reserve=reserve_texts(request, texts),
         )
 
-    async def embed(self, request: Request, ticket: Ticket, wanted: EmbedRequest) -> EmbedAnswer:
-        """Embed the texts, and charge the client for their tokens.
-
-        Raises:
-            RequestError: one of those of :meth:`EmbeddingService.embed`.
-            ClientDisconnected: the client went away first.
-        """
-        RequestContext.of(request).asked = wanted.model
-        async with self._quotas.reserve(ticket, wanted.texts, self.deployment.fleet.max_tokens):
-            answer = await unless_disconnected(request, self.service.embed(wanted))
-            await self._quotas.charge(ticket, answer.num_tokens)
-        return answer
-
-    async def rerank(self, request: Request, ticket: Ticket, wanted: RerankRequest) -> RerankAnswer:
-        """Score the texts against the query, and charge the client for the tokens of all pairs.
-
-        Raises:
-            RequestError: one of those of :meth:`EmbeddingService.rerank`.
-            ClientDisconnected: the client went away first.
-        """
-        RequestContext.of(request).asked = wanted.model
+    async def _run(
+        self, request: Request, ticket: Ticket, asked: R, compute: Callable[[R], Coroutine[Any, Any, A]]
+    ) -> A:
+        """Have the service answer, and charge the client for the tokens."""
+        RequestContext.of(request).asked = asked.model
         longest = self.deployment.fleet.max_tokens
-        async with self._quotas.reserve(ticket, wanted.texts, longest, query=wanted.query):
-            answer = await unless_disconnected(request, self.service.rerank(wanted))
+        async with self._quotas.reserve(ticket, asked.texts, longest, query=_query(asked)):
+            answer = await unless_disconnected(request, compute(asked))
             await self._quotas.charge(ticket, answer.num_tokens)
         return answer
 
-    async def respond(
-        self,
-        request: Request,
-        answer: Answer,
-        parts: Parts,
-        describe_times: DescribeTimes | None = None,
-        *,
-        num_bytes: int | None = None,
-        has_length: bool = False,
-    ) -> Response:
-        """Write an answer, note what it was for the log and the metrics, and say so in its headers.
+    async def _respond(self, request: Request, asked: R, answer: A, parts: Parts, num_bytes: int) -> Response:
+        """Write an answer, and note it for the log, the metrics and the headers.
 
         Args:
-            describe_times: makes headers that only this dialect has.
-            num_bytes: how much memory the answer holds, if that is not just its arrays.
-            has_length: tell the length beforehand also of a long answer; it is written twice then.
+            num_bytes: the memory that the answer holds.
         """
         context = RequestContext.of(request)
-        num_bytes = answer.num_bytes if num_bytes is None else num_bytes
         content = None
         timings = answer.timings
         if num_bytes <= _SMALL_ANSWER_BYTES:
@@ -179,8 +193,8 @@ class Endpoint:
             written_s = time.monotonic() - started
             timings = replace(timings, serialize_s=written_s)
         headers = answer_headers(answer, timings, context.elapsed_s)
-        if describe_times is not None:
-            headers |= describe_times(timings, context.elapsed_s)
+        if context.error_form is ErrorForm.TEI:
+            headers |= tei_headers(_num_characters(asked), answer.num_tokens, timings, context.elapsed_s)
         if content is not None:
             note_answer(context, answer, written_s)
             context.memory.shrink(len(content))
@@ -189,6 +203,7 @@ class Endpoint:
         def note(serialize_s: float) -> None:
             note_answer(context, answer, serialize_s)
 
+        has_length = asked.encoding not in (None, Encoding.FLOAT)
         return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
 
     async def stream(
@@ -201,57 +216,43 @@ class Endpoint:
         *,
         has_length: bool = False,
     ) -> Response:
-        """Answer with what is written piece by piece, each when the client has taken the one before.
+        """Answer piece by piece: each is written when the client has taken the one before.
 
         Args:
             num_bytes: how much memory ``parts`` holds.
-            note: told at the end, however that comes, how many seconds it took to write.
-            has_length: tell the length beforehand, for which everything is written once more.
+            note: called at the end, successful or not, with the seconds that writing took.
+            has_length: send the length first, for which everything is written twice.
         """
         RequestContext.of(request).memory.shrink(num_bytes + 3 * PIECE_BYTES)
-        answer = _Streamed(request, self._turns, parts, headers, note)
-        if has_length or request.scope["http_version"] == "1.0":  # which has no chunks
+        answer = Streamed(request, self._turns, parts, headers, note)
+        if has_length or request.scope["http_version"] == "1.0":  # HTTP/1.0 has no chunks
             answer.headers["content-length"] = str(sum([len(piece) async for piece in answer.pieces()]))
         return answer
 
 
-class _Streamed(StreamingResponse):
-    """An answer that is written while it is sent, in turns with other clients' work, until its client goes away."""
+def add(
+    router: APIRouter,
+    path: str,
+    handler: Callable[..., Awaitable[object]],
+    answers: Responses,
+    *,
+    method: str = "GET",
+    request: dict[str, Any] | None = None,
+) -> None:
+    """Serve a path under ``/v1``, and without it, where the documentation does not show it.
 
-    def __init__(
-        self,
-        request: Request,
-        turns: Turns,
-        parts: Parts,
-        headers: Mapping[str, str],
-        note: Callable[[float], None],
-    ) -> None:
-        super().__init__(self.pieces(), media_type="application/json", headers=headers)
-        self._request = request
-        self._turns = turns
-        self._parts = parts
-        self._note = note
-        self._written_s = 0.0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await unless_disconnected(self._request, self.stream_response(send))
-        finally:
-            self._note(self._written_s)
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the answer, written in the thread."""
-        caller = RequestContext.of(self._request).caller
-        pieces = in_pieces(self._parts())
-
-        def write() -> bytes:
-            started = time.monotonic()
-            piece = next(pieces, b"")
-            self._written_s += time.monotonic() - started
-            return piece
-
-        while piece := await self._turns.run(caller, PIECE_BYTES, write):
-            yield piece
+    Args:
+        request: describes parameters and body, where the handler's signature does not.
+    """
+    for prefix, is_shown in (("/v1", True), ("", False)):
+        router.add_api_route(
+            prefix + path,
+            handler,
+            methods=[method],
+            responses=answers,
+            openapi_extra=request,
+            include_in_schema=is_shown,
+        )
 
 
 async def _receive_all(request: Request) -> bytearray:
@@ -272,15 +273,15 @@ def _charset(request: Request) -> str | None:
         return None
     header = Message()
     header["content-type"] = content_type
-    found = header.get_param("charset")
-    return found[:_MAX_SHOWN_CHARSET] if isinstance(found, str) else None
+    charset = header.get_param("charset")
+    return charset[:_MAX_SHOWN_CHARSET] if isinstance(charset, str) else None
 
 
-def reserve_beside(request: Request, texts: Sequence[str]) -> Callable[[int], None]:
-    """Set aside the memory of the texts, and return what sets aside as many bytes as it is told beside them.
+def reserve_texts(request: Request, texts: Sequence[str]) -> Callable[[int], None]:
+    """Reserve the memory of the texts, and return the function that reserves more for the work on them.
 
     Raises:
-        MemoryFull: there is no room.
+        MemoryFull: there is no room for the texts, which can be larger in memory than they were in the body.
     """
     memory = RequestContext.of(request).memory
     num_bytes = sum(map(sys.getsizeof, texts))
@@ -292,7 +293,7 @@ def unit_source(request: Request, user: object) -> UnitSource:
     """Return the lookup of a request's values that an experiment can make a unit from.
 
     Args:
-        user: the body's field of that name.
+        user: the body's field ``user``.
     """
 
     def look_up(source: str) -> str | None:
@@ -309,7 +310,7 @@ def unit_source(request: Request, user: object) -> UnitSource:
 
 
 def timeout_s(request: Request, limit_s: float) -> float:
-    """Return how long the answer is of use: OpenAI's clients say how long they wait."""
+    """Return how long the client waits for its answer: OpenAI's clients send their timeout."""
     try:
         patience_s = float(request.headers["x-stainless-read-timeout"])
     except (KeyError, ValueError):
@@ -317,31 +318,8 @@ def timeout_s(request: Request, limit_s: float) -> float:
     return min(limit_s, patience_s) if patience_s > 0 else limit_s
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, and cancel it when the client goes away, so that nothing is computed for nobody.
-
-    Raises:
-        ClientDisconnected: the client went away first.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected("the client closed the connection before the answer")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> None:
-    """Add what was computed to the log line, and the time of writing it to the metrics."""
+    """Add the answer to the log line, and the time of writing it to the metrics."""
     timings = replace(answer.timings, serialize_s=serialize_s)
     context.describe(answer.model, answer.task, answer.num_texts, answer.num_tokens, timings)
     if answer.assignment is not None:
@@ -349,10 +327,21 @@ def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> 
     metrics.target_metrics(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
 
 
+def _query(asked: EmbedRequest | RerankRequest) -> str:
+    """Return what the model reads with each text."""
+    return asked.query if isinstance(asked, RerankRequest) else ""
+
+
+def _num_characters(asked: EmbedRequest | RerankRequest) -> int:
+    """Return the number of characters that the model reads: of all texts, and the query once with each."""
+    return len(asked.texts) * len(_query(asked)) + sum(map(len, asked.texts))
+
+
 def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[str, str]:
-    """Return the headers that say what answered, and how long each stage took.
+    """Return the headers of the gateway: the model, space and arm that answered, and the time of each stage.
 
     Args:
+        timings: with the time that writing the answer took, if it has been written.
         elapsed_s: seconds since the request began.
     """
     stages = {**timings.stages, "total": elapsed_s}
@@ -371,6 +360,27 @@ def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[s
     if answer.truncated:
         headers["x-gateway-truncated"] = _list_indices(answer.truncated)
     return headers
+
+
+def tei_headers(num_characters: int, num_tokens: int, timings: Timings, elapsed_s: float) -> dict[str, str]:
+    """Return TEI's headers: the size of a request, and the time of each stage in whole milliseconds.
+
+    Args:
+        num_characters: of all texts; a query counts once with each text.
+        num_tokens: of all texts, after truncation.
+        elapsed_s: seconds since the request began.
+    """
+    times = {
+        "x-total-time": elapsed_s,
+        "x-tokenization-time": timings.tokenize_s,
+        "x-queue-time": timings.queue_s,
+        "x-inference-time": timings.inference_s,
+    }
+    return {
+        "x-compute-characters": str(num_characters),
+        "x-compute-tokens": str(num_tokens),
+        **{name: str(int(seconds * 1000)) for name, seconds in times.items()},
+    }
 
 
 def _list_indices(indices: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from gateway.api.endpoint import add
 from gateway.api.wire import responses
 from gateway.config.registry import Experiment
 from gateway.config.wording import cut
@@ -91,41 +92,49 @@ class ExperimentEvidence(ExperimentCard):
     )
 
 
-def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRouter:
-    """Return the routes that tell of experiments, with and without ``/v1``."""
-    router = APIRouter(tags=["Experiments"])
+_ANSWERS = responses(ExperimentEvidence, ModelNotAllowed, ExperimentNotFound)
 
-    async def list_experiments(request: Request) -> ExperimentList:
-        """List the experiments of the registry that the key is for."""
-        return ExperimentList(object="list", data=[_card(experiment) for experiment in _usable(request, deployment)])
 
-    async def retrieve_experiment(request: Request, experiment_id: str) -> ExperimentEvidence:
+class Experiments:
+    """The handlers: the list, and the figures of one."""
+
+    def __init__(self, deployment: Deployment, stats: ExperimentStats) -> None:
+        self._deployment = deployment
+        self._stats = stats
+
+    async def list_experiments(self, request: Request) -> ExperimentList:
+        """List the experiments of the registry that the key may use."""
+        return ExperimentList(object="list", data=[_card(experiment) for experiment in self._usable(request)])
+
+    async def retrieve_experiment(self, request: Request, experiment_id: str) -> ExperimentEvidence:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
-        # The test of the split needs it, and its first import takes a second, in which nobody would be answered. First
-        # of all, so that no reload comes between what follows.
+        # The test of the split needs it, and its first import takes a second, in which no request would be answered.
+        # First of all, so that no reload comes between the steps below.
         await asyncio.to_thread(importlib.import_module, "scipy.stats")
-        experiment, usable = deployment.registry.experiment(experiment_id), _usable(request, deployment)
+        experiment, usable = self._deployment.registry.experiment(experiment_id), self._usable(request)
         if experiment is None:
-            known = ", ".join(one.id for one in usable) or "none"
+            known = ", ".join(other.id for other in usable) or "none"
             raise ExperimentNotFound(f"no experiment is called {cut(experiment_id)!r}; there are: {known}")
         if experiment not in usable:
             raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
-        generation, since = deployment.router.generation(experiment.id), deployment.counting_since[experiment.id]
-        return present(experiment, stats.report(experiment, generation, since))
+        generation = self._deployment.router.generation(experiment.id)
+        since = self._deployment.counting_since[experiment.id]
+        return present(experiment, self._stats.report(experiment, generation, since))
 
-    for prefix, is_shown in (("/v1", True), ("", False)):
-        router.add_api_route(
-            f"{prefix}/experiments",
-            list_experiments,
-            responses=responses(ExperimentList),
-            include_in_schema=is_shown,
-        )
-        router.add_api_route(
-            f"{prefix}/experiments/{{experiment_id:path}}",
-            retrieve_experiment,
-            responses=responses(ExperimentEvidence, ModelNotAllowed, ExperimentNotFound),
-            include_in_schema=is_shown,
-        )
+    def _usable(self, request: Request) -> list[Experiment]:
+        """Return the experiments that the client may use."""
+        client, names = RequestContext.of(request).client, self._deployment.router.names
+        return [
+            experiment for experiment in self._deployment.registry.experiments if names.allows(client, experiment.id)
+        ]
+
+
+def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRouter:
+    """Return the routes of the experiments, with and without ``/v1``."""
+    router = APIRouter(tags=["Experiments"])
+    handlers = Experiments(deployment, stats)
+    add(router, "/experiments", handlers.list_experiments, responses(ExperimentList))
+    add(router, "/experiments/{experiment_id:path}", handlers.retrieve_experiment, _ANSWERS)
     return router
 
 
@@ -143,12 +152,6 @@ def present(experiment: Experiment, report: ExperimentReport) -> ExperimentEvide
             "warning": report.warning,
         }
     )
-
-
-def _usable(request: Request, deployment: Deployment) -> list[Experiment]:
-    """Return the experiments that the client may use."""
-    client, names = RequestContext.of(request).client, deployment.router.names
-    return [experiment for experiment in deployment.registry.experiments if names.allows(client, experiment.id)]
 
 
 def _card(experiment: Experiment) -> ExperimentCard:

@@ -1,19 +1,22 @@
-"""Is it alive, has it started, is it ready."""
+"""Health: is the process alive, has it started, is it ready."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
+from gateway.api.wire import Answer
 from gateway.deployment import Deployment
 
+Status: TypeAlias = Literal["ready", "not_ready", "draining"]
 
-class Live(BaseModel):
+
+class Live(Answer):
     """The process answers."""
 
-    status: Literal["ok"]
+    status: Literal["ok"] = "ok"
 
 
 class ModelHealth(BaseModel):
@@ -27,43 +30,51 @@ class ModelHealth(BaseModel):
 class Ready(BaseModel):
     """Whether requests are answered, and the state of each model."""
 
-    status: Literal["ready", "not_ready", "draining"]
+    status: Status
     models: list[ModelHealth]
 
 
-def health_router(deployment: Deployment) -> APIRouter:
-    """Return the routes that orchestrators and monitoring ask."""
-    router = APIRouter(tags=["Health"])
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "Not ready."}}
 
-    async def live() -> Live:
+
+class Health:
+    """The handlers for orchestrators and monitoring."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    async def live(self) -> Live:
         """Answer as long as the process can: restart it when this fails."""
-        return Live(status="ok")
+        return Live()
 
-    async def started(response: Response) -> Ready:
+    async def started(self, response: Response) -> Ready:
         """Say whether loading has come to an end, well or not: 503 until then."""
-        return _tell(response, deployment, is_fine=deployment.fleet.started.is_set())
+        return self._report(response, is_fine=self._deployment.fleet.started.is_set())
 
-    async def ready(response: Response) -> Ready:
+    async def ready(self, response: Response) -> Ready:
         """Say whether requests are answered: 503 while models load, when none could be loaded, and when stopping."""
-        return _tell(response, deployment, is_fine=deployment.is_ready)
+        return self._report(response, is_fine=self._deployment.is_ready)
 
-    async def whole_server() -> Response:
-        """Answer `OPTIONS *`, which asks what the server as a whole can do (RFC 9110, 9.3.7)."""
+    async def whole_server(self) -> Response:
+        """Answer `OPTIONS *`, which asks for the abilities of the server as a whole (RFC 9110, 9.3.7)."""
         return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
 
-    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "Not ready."}}
-    router.add_api_route("/health/live", live)
-    router.add_api_route("/health/ready", ready, responses=not_ready)
-    router.add_api_route("/health", ready, responses=not_ready, operation_id="health")
-    router.add_api_route("/health/startup", started, responses=not_ready)
-    router.add_api_route("/*", whole_server, methods=["OPTIONS"], include_in_schema=False)
+    def _report(self, response: Response, *, is_fine: bool) -> Ready:
+        if not is_fine:
+            response.status_code = 503
+            response.headers["retry-after"] = "5"
+        models = [ModelHealth(id=m.id, state=m.state.value, reason=m.reason or None) for m in self._deployment.fleet]
+        status: Status = "draining" if self._deployment.is_draining else "ready" if is_fine else "not_ready"
+        return Ready(status=status, models=models)
+
+
+def health_router(deployment: Deployment) -> APIRouter:
+    """Return the routes for orchestrators and monitoring."""
+    router = APIRouter(tags=["Health"])
+    health = Health(deployment)
+    router.add_api_route("/health/live", health.live)
+    router.add_api_route("/health/ready", health.ready, responses=_NOT_READY)
+    router.add_api_route("/health", health.ready, responses=_NOT_READY, operation_id="health")
+    router.add_api_route("/health/startup", health.started, responses=_NOT_READY)
+    router.add_api_route("/*", health.whole_server, methods=["OPTIONS"], include_in_schema=False)
     return router
-
-
-def _tell(response: Response, deployment: Deployment, *, is_fine: bool) -> Ready:
-    if not is_fine:
-        response.status_code = 503
-        response.headers["retry-after"] = "5"
-    status = "draining" if deployment.is_draining else "ready" if is_fine else "not_ready"
-    models = [{"id": m.id, "state": m.state.value, "reason": m.reason or None} for m in deployment.fleet]
-    return Ready.model_validate({"status": status, "models": models})

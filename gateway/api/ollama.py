@@ -1,8 +1,7 @@
-"""What Ollama's clients need to embed: ``/api/embed`` and the list of models."""
+"""The dialect of Ollama, as far as embedding needs it: ``/api/embed`` and the list of models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -22,14 +21,15 @@ from gateway.api.json_body import (
     check_batch,
     wanted_truncation,
 )
-from gateway.api.pieces import object_around, vector_list
+from gateway.api.pieces import Parts, object_around, vector_list
 from gateway.http.middleware import RequestContext
+from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.routing.router import Choice, Router
 from gateway.types import ModelState
 
 
 class OllamaEmbedBody(RequestBody):
-    """``POST /api/embed``. Ollama's ``options`` and ``keep_alive`` are about running models, and ignored."""
+    """``POST /api/embed``. Ollama's ``options`` and ``keep_alive`` are about running models, and are ignored."""
 
     model: ModelName | None = Field(None, title="a string")
     input: str | Texts = Field(title="a string or a list of strings")
@@ -37,44 +37,51 @@ class OllamaEmbedBody(RequestBody):
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
 
 
-def ollama_router(endpoint: Endpoint) -> APIRouter:
-    """Return the routes of the dialect."""
-    router = APIRouter(tags=["Ollama"])
+class OllamaDialect:
+    """The handlers: one method per path."""
 
-    async def embed(request: Request) -> Response:
-        ticket = await endpoint.admit(request)
-        body = await endpoint.read(request, OllamaEmbedBody.parse)
-        texts = as_list(body.input)
-        check_batch(len(texts), endpoint.settings.max_inputs, "input")
-        wanted = replace(
-            endpoint.begin(request, texts, body.model),
-            truncate=wanted_truncation(body.truncate, None),
-            dimensions=body.dimensions,
-            is_normalized=True,  # as Ollama's always are
-        )
-        answer = await endpoint.embed(request, ticket, wanted)
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
 
-        before = {"model": body.model or answer.name}
-        after = {
-            "total_duration": int(RequestContext.of(request).elapsed_s * 1e9),
-            "load_duration": 0,  # models are loaded before they are asked
-            "prompt_eval_count": answer.num_tokens,
-        }
+    async def embed(self, request: Request) -> Response:
+        """Embed one text or several."""
+        return await self._endpoint.embed(request, OllamaEmbedBody.parse, self._ask, _write)
 
-        def parts() -> Iterator[bytes]:
-            return object_around(before, "embeddings", vector_list(answer.vectors), after)
-
-        return await endpoint.respond(request, answer, parts)
-
-    async def tags(request: Request) -> Response:
-        client, router = RequestContext.of(request).client, endpoint.deployment.router
+    async def tags(self, request: Request) -> Response:
+        """List the models and experiments that are ready."""
+        client, router = RequestContext.of(request).client, self._endpoint.deployment.router
         choices = [router.choose(name, client) for name in router.names.usable_by(client)]
         cards = [_tag(choice) for choice in choices if _is_ready(choice, router)]
         return Response(orjson.dumps({"models": cards}), media_type="application/json")
 
-    router.add_api_route("/api/embed", embed, methods=["POST"], include_in_schema=False)
-    router.add_api_route("/api/tags", tags, include_in_schema=False)
+    async def _ask(self, request: Request, body: OllamaEmbedBody) -> EmbedRequest:
+        texts = as_list(body.input)
+        check_batch(len(texts), self._endpoint.settings.max_inputs, "input")
+        return replace(
+            self._endpoint.embed_request(request, texts, body.model),
+            truncate=wanted_truncation(body.truncate, None),
+            dimensions=body.dimensions,
+            is_normalized=True,  # as Ollama's vectors always are
+        )
+
+
+def ollama_router(endpoint: Endpoint) -> APIRouter:
+    """Return the routes of the dialect."""
+    router = APIRouter(tags=["Ollama"])
+    dialect = OllamaDialect(endpoint)
+    router.add_api_route("/api/embed", dialect.embed, methods=["POST"], include_in_schema=False)
+    router.add_api_route("/api/tags", dialect.tags, include_in_schema=False)
     return router
+
+
+def _write(request: Request, body: OllamaEmbedBody, answer: EmbedAnswer) -> Parts:
+    before = {"model": body.model or answer.name}
+    after = {
+        "total_duration": int(RequestContext.of(request).elapsed_s * 1e9),
+        "load_duration": 0,  # models are loaded before requests come
+        "prompt_eval_count": answer.num_tokens,
+    }
+    return lambda: object_around(before, "embeddings", vector_list(answer.vectors), after)
 
 
 def _is_ready(choice: Choice, router: Router) -> bool:
@@ -83,7 +90,7 @@ def _is_ready(choice: Choice, router: Router) -> bool:
 
 
 def _tag(choice: Choice) -> dict[str, object]:
-    """Describe what a name stands for; an experiment has no weights of its own, and so no digest of them."""
+    """Describe a model or experiment; an experiment has no weights, and so no digest of them."""
     info = None if choice.experiment is not None else choice.model.info
     return {
         "name": choice.asked,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TypeAlias
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.endpoint import Endpoint
+from gateway.api.endpoint import Endpoint, add
 from gateway.api.json_body import Json, describe, integral
 from gateway.api.model_cards import find_card, list_cards
 from gateway.api.openai_schema import AnyModelCard, EmbeddingsAnswer, EmbeddingsBody, ModelList
-from gateway.api.pieces import dumps, nested_list, object_around, vector_list
+from gateway.api.pieces import Parts, dumps, nested_list, object_around, vector_list
 from gateway.api.token_ids import MAX_IDS, TokenIds
 from gateway.api.wire import EMBEDDINGS_HEADERS, EXPECT_SPACE, responses
 from gateway.errors import (
@@ -28,10 +29,10 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.http.middleware import RequestContext
-from gateway.requests import EmbedAnswer
+from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.vectors import Encoding, encode
 
-# Azure's, whose deployments are our models, and one for clients of TEI, which send no model.
+# Azure's, whose deployments are our models, and two for clients of TEI that speak OpenAI's dialect and send no model.
 _PATHS_WITH_MODEL = (
     "/openai/deployments/{model:path}/embeddings",
     "/tei/{model:path}/v1/embeddings",
@@ -41,30 +42,61 @@ Item: TypeAlias = str | TokenIds
 """One input: a text, or the token ids of one."""
 
 _BYTES_PER_ID = 8
+_EMBEDDINGS_ANSWERS = responses(
+    EmbeddingsAnswer,
+    BadInput,
+    ModelNotAllowed,
+    ModelNotFound,
+    SpaceMismatch,
+    BodyTooLarge,
+    Overloaded,
+    ModelNotReady,
+    DeadlineExceeded,
+    headers=EMBEDDINGS_HEADERS,
+)
+_MODEL_ANSWERS = responses(AnyModelCard, BadInput, ModelNotAllowed, ModelNotFound)
 _REQUEST = {
     "parameters": [EXPECT_SPACE],
     "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
 }
 
 
-def openai_router(endpoint: Endpoint) -> APIRouter:
-    """Return the routes of the dialect, with and without ``/v1``."""
-    deployment = endpoint.deployment
-    router = APIRouter(tags=["OpenAI"])
+class OpenAIDialect:
+    """The handlers: one method per path."""
 
-    async def embeddings(request: Request) -> Response:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._deployment = endpoint.deployment
+
+    async def embeddings(self, request: Request) -> Response:
         """Embed one text or many. The same path without `/v1` works as well."""
-        return await embed(request, None)
+        return await self._endpoint.embed(request, self._parse, self._ask, _write)
 
-    async def embeddings_of(request: Request, model: str) -> Response:
-        """Embed with the model that the path names, whatever the body says: what has an address for each model."""
-        return await embed(request, model)
+    async def list_models(self, request: Request) -> Response:
+        """List every model and experiment that the key may use, ready or not."""
+        cards = list_cards(self._deployment.router, self._deployment.registry, RequestContext.of(request).client)
+        content = {"object": "list", "data": [card.model_dump() for card in cards]}
+        return Response(orjson.dumps(content), media_type="application/json")
 
-    async def embed(request: Request, model: str | None) -> Response:
-        ticket = await endpoint.admit(request)
-        body, texts = await _read(endpoint, request)
-        wanted = replace(
-            endpoint.begin(request, texts, model or body.model, body.user),
+    async def retrieve_model(self, request: Request, model_id: str) -> Response:
+        """Describe a model, by any name that embeds; if the name holds a task, with that as its default."""
+        client = RequestContext.of(request).client
+        card = find_card(model_id, self._deployment.router, self._deployment.registry, client)
+        return Response(card.model_dump_json(), media_type="application/json")
+
+    def _parse(self, content: dict[str, Json]) -> tuple[EmbeddingsBody, list[Item]]:
+        body = EmbeddingsBody.parse(content)
+        items = parse_input(body.input, self._endpoint.settings.max_inputs)
+        body.input = None  # token ids are dropped once they are decoded
+        return body, items
+
+    async def _ask(self, request: Request, parsed: tuple[EmbeddingsBody, list[Item]]) -> EmbedRequest:
+        """Return the request to the service. A model in the path counts, whatever the body says."""
+        body, items = parsed
+        texts = await self._decode(request, items)
+        items.clear()
+        return replace(
+            self._endpoint.embed_request(request, texts, request.path_params.get("model", body.model), body.user),
             task=body.wanted_task,
             dimensions=body.wanted_dimensions,
             is_normalized=body.wants_normalized,
@@ -73,83 +105,32 @@ def openai_router(endpoint: Endpoint) -> APIRouter:
             is_late_chunked=bool(body.late_chunking),
             encoding=body.wanted_encoding,
         )
-        answer = await endpoint.embed(request, ticket, wanted)
-        encoding = body.wanted_encoding
-        return await endpoint.respond(
-            request, answer, lambda: answer_parts(answer, encoding), has_length=encoding is not Encoding.FLOAT
-        )
 
-    async def list_models(request: Request) -> Response:
-        """List every model and experiment that the key may use, ready or not."""
-        cards = list_cards(deployment.router, deployment.registry, RequestContext.of(request).client)
-        content = {"object": "list", "data": [card.model_dump() for card in cards]}
-        return Response(orjson.dumps(content), media_type="application/json")
+    async def _decode(self, request: Request, items: list[Item]) -> list[str]:
+        num_ids = sum(len(item.ids) for item in items if not isinstance(item, str))
+        if not num_ids:
+            return decode_items(items)
+        return await self._endpoint.in_turn(request, _BYTES_PER_ID * num_ids, lambda: decode_items(items))
 
-    async def retrieve_model(request: Request, model_id: str) -> Response:
-        """Describe what a name stands for, by any name that embeds; if it holds a task, with that as its default."""
-        card = find_card(model_id, deployment.router, deployment.registry, RequestContext.of(request).client)
-        return Response(card.model_dump_json(), media_type="application/json")
 
-    # Routes are tried in this order: the path that nearly every request has comes first.
-    for prefix, is_shown in (("/v1", True), ("", False)):
-        router.add_api_route(
-            f"{prefix}/embeddings",
-            embeddings,
-            methods=["POST"],
-            responses=responses(
-                EmbeddingsAnswer,
-                BadInput,
-                ModelNotAllowed,
-                ModelNotFound,
-                SpaceMismatch,
-                BodyTooLarge,
-                Overloaded,
-                ModelNotReady,
-                DeadlineExceeded,
-                headers=EMBEDDINGS_HEADERS,
-            ),
-            openapi_extra=_REQUEST,
-            include_in_schema=is_shown,
-        )
-        router.add_api_route(
-            f"{prefix}/models",
-            list_models,
-            responses=responses(ModelList),
-            include_in_schema=is_shown,
-        )
-        router.add_api_route(
-            f"{prefix}/models/{{model_id:path}}",
-            retrieve_model,
-            responses=responses(AnyModelCard, BadInput, ModelNotAllowed, ModelNotFound),
-            include_in_schema=is_shown,
-        )
-    for path in _PATHS_WITH_MODEL:
-        router.add_api_route(path, embeddings_of, methods=["POST"], include_in_schema=False)
-    router.add_api_route("/openai/v1/embeddings", embeddings, methods=["POST"], include_in_schema=False)
+def openai_router(endpoint: Endpoint) -> APIRouter:
+    """Return the routes of the dialect, with and without ``/v1``."""
+    router = APIRouter(tags=["OpenAI"])
+    dialect = OpenAIDialect(endpoint)
+    # Routes are tried in this order: the path of nearly all requests comes first.
+    add(router, "/embeddings", dialect.embeddings, _EMBEDDINGS_ANSWERS, method="POST", request=_REQUEST)
+    add(router, "/models", dialect.list_models, responses(ModelList))
+    add(router, "/models/{model_id:path}", dialect.retrieve_model, _MODEL_ANSWERS)
+    for path in ("/openai/v1/embeddings", *_PATHS_WITH_MODEL):
+        router.add_api_route(path, dialect.embeddings, methods=["POST"], include_in_schema=False)
     return router
 
 
 # ------------------------------------------------------------------------------------------------------------ input
 
 
-async def _read(endpoint: Endpoint, request: Request) -> tuple[EmbeddingsBody, list[str]]:
-    """Read the body of a request, and the texts in it."""
-
-    def parse(content: dict[str, Json]) -> tuple[EmbeddingsBody, list[Item]]:
-        body = EmbeddingsBody.parse(content)
-        items = parse_input(body.input, endpoint.settings.max_inputs)
-        body.input = None  # token ids are kept no longer than until they are decoded
-        return body, items
-
-    body, items = await endpoint.read(request, parse)
-    num_ids = sum(len(item.ids) for item in items if not isinstance(item, str))
-    if not num_ids:
-        return body, decode_items(items)
-    return body, await endpoint.in_turn(request, _BYTES_PER_ID * num_ids, lambda: decode_items(items))
-
-
 def parse_input(value: Json, max_inputs: int) -> list[Item]:
-    """Read the union that ``input`` is: a text, texts, ``{"text": …}`` objects, or token ids.
+    """Read ``input``: a text, texts, ``{"text": …}`` objects, or token ids.
 
     Raises:
         BadInput: it is of another type, empty, or has more than ``max_inputs`` items.
@@ -183,10 +164,10 @@ def _parse_item(item: Json, where: str) -> Item:
 
 
 def _token_ids(items: list[Json], where: str) -> TokenIds | None:
-    """Return the items as token ids if all are integers; a bool is none.
+    """Return the items as token ids if all are integers, and not booleans.
 
     Raises:
-        BadInput: there are more than a text may have.
+        BadInput: there are more of them than a text may have.
     """
     if isinstance(items[0], bool) or not isinstance(items[0], int | float):
         return None
@@ -214,6 +195,10 @@ def decode_items(items: Iterable[Item]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- answer
 
 
+def _write(_request: Request, parsed: tuple[EmbeddingsBody, list[Item]], answer: EmbedAnswer) -> Parts:
+    return partial(answer_parts, answer, parsed[0].wanted_encoding)
+
+
 def answer_parts(answer: EmbedAnswer, encoding: Encoding) -> Iterator[bytes]:
     """Write an answer as JSON, part by part; float32 in the shortest form that reads back exactly."""
     usage = {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens}
@@ -222,7 +207,7 @@ def answer_parts(answer: EmbedAnswer, encoding: Encoding) -> Iterator[bytes]:
 
 
 def _rows(answer: EmbedAnswer, encoding: Encoding) -> Iterator[Iterable[bytes]]:
-    """Write what there is of each text."""
+    """Yield the row of each text, in parts."""
     for i in range(answer.num_texts):
         row: dict[str, object] = {"object": "embedding", "index": i}
         if answer.has_dense:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from gateway.errors import ClientDisconnected
+from gateway.http.middleware import RequestContext
+from gateway.http.turns import Turns
+
+T = TypeVar("T")
+
+Parts: TypeAlias = Callable[[], Iterator[bytes]]
+"""Writes an answer as JSON, part by part. May be called several times."""
 
 # orjson holds the interpreter lock for as long as it writes: about 40 ns a number, so some milliseconds a piece.
 _NUMBERS_IN_PIECE = 1 << 16
@@ -74,3 +89,68 @@ def in_pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
             held, num_bytes = [], 0
     if held:
         yield b"".join(held)
+
+
+# --------------------------------------------------------------------------------------------------------- sending
+
+
+class Streamed(StreamingResponse):
+    """An answer that is written while it is sent, in turns with other clients' work, until its client goes away."""
+
+    def __init__(
+        self,
+        request: Request,
+        turns: Turns,
+        parts: Parts,
+        headers: Mapping[str, str],
+        note: Callable[[float], None],
+    ) -> None:
+        super().__init__(self.pieces(), media_type="application/json", headers=headers)
+        self._request = request
+        self._turns = turns
+        self._parts = parts
+        self._note = note
+        self._written_s = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(self._request, self.stream_response(send))
+        finally:
+            self._note(self._written_s)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield the answer, written in the thread."""
+        caller = RequestContext.of(self._request).caller
+        pieces = in_pieces(self._parts())
+
+        def write() -> bytes:
+            started = time.monotonic()
+            piece = next(pieces, b"")
+            self._written_s += time.monotonic() - started
+            return piece
+
+        while piece := await self._turns.run(caller, PIECE_BYTES, write):
+            yield piece
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, and cancel it when the client goes away.
+
+    Raises:
+        ClientDisconnected: the client went away first.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected("the client closed the connection before the answer")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,22 +1,23 @@
-"""Rerank as Cohere, Jina, Infinity and TEI have it.
+"""Rerank in the dialects of Cohere, Jina, Infinity and TEI.
 
-A request with ``texts`` is one of TEI's, wherever it is sent: so are its answer and its errors.
+A request with ``texts`` is one of TEI's, on any path: its answer and its errors have TEI's form.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from gateway.api.endpoint import Endpoint, reserve_beside, timeout_s, unit_source
+from gateway.api.endpoint import Endpoint, reserve_texts, timeout_s, unit_source
 from gateway.api.json_body import Json
-from gateway.api.pieces import object_around, value_list
+from gateway.api.pieces import Parts, object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
-from gateway.api.tei_headers import describe_work
 from gateway.api.wire import RERANK_HEADERS
 from gateway.errors import (
     BadInput,
@@ -32,21 +33,30 @@ from gateway.http.middleware import RequestContext
 from gateway.requests import RerankAnswer, RerankRequest
 from gateway.types import Vectors
 
+_ANSWERS = rerank_responses(
+    BadInput,
+    ModelNotAllowed,
+    ModelNotFound,
+    BodyTooLarge,
+    Overloaded,
+    ModelNotReady,
+    DeadlineExceeded,
+    headers=RERANK_HEADERS,
+)
 _REQUEST = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": RerankBody.model_json_schema()}}}
 }
 _META = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
-    """What differs between the paths; no one shape serves all clients.
+class RerankPath:
+    """The differences between the paths; no one shape serves all clients.
 
     Attributes:
         shows_documents: whether a result has its document when the request does not say: Jina's clients rely on it.
-        is_plain: whether a document is a string, as Infinity has it, and not an object.
-        is_tei: whether nothing but TEI's requests is accepted.
+        is_plain: whether a document is a string, as in Infinity's API, rather than an object.
+        is_tei: whether only TEI's requests are accepted.
     """
 
     path: str
@@ -56,103 +66,104 @@ class Dialect:
     is_in_schema: bool = True
 
 
-DIALECTS = (
-    Dialect("/v1/rerank", shows_documents=True),
-    Dialect("/v2/rerank"),
-    Dialect("/v1/v2/rerank", is_in_schema=False),  # Cohere's client with a base URL that ends in /v1
-    Dialect("/rerank", is_plain=True),
-    Dialect("/tei/{model:path}/rerank", is_tei=True, is_in_schema=False),
+PATHS = (
+    RerankPath("/v1/rerank", shows_documents=True),
+    RerankPath("/v2/rerank"),
+    RerankPath("/v1/v2/rerank", is_in_schema=False),  # Cohere's client with a base URL that ends in /v1
+    RerankPath("/rerank", is_plain=True),
+    RerankPath("/tei/{model:path}/rerank", is_tei=True, is_in_schema=False),
 )
 
 
-def rerank_router(endpoint: Endpoint) -> APIRouter:
-    """Return the routes of each dialect."""
-    router = APIRouter(tags=["Rerank"])
-    for dialect in DIALECTS:
-        router.add_api_route(
-            dialect.path,
-            rerank_endpoint(endpoint, dialect),
-            methods=["POST"],
-            responses=rerank_responses(
-                BadInput,
-                ModelNotAllowed,
-                ModelNotFound,
-                BodyTooLarge,
-                Overloaded,
-                ModelNotReady,
-                DeadlineExceeded,
-                headers=RERANK_HEADERS,
-            ),
-            openapi_extra=_REQUEST,
-            include_in_schema=dialect.is_in_schema,
-        )
-    return router
+class _Parsed(NamedTuple):
+    """A body, the texts in it, and whether the results repeat them."""
+
+    body: RerankBody
+    texts: list[str]
+    shows_texts: bool
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of what the answer repeats."""
+        return sum(map(sys.getsizeof, self.texts)) if self.shows_texts else 0
 
 
-def rerank_endpoint(endpoint: Endpoint, dialect: Dialect) -> Handler:
-    """Return what answers the requests of a dialect."""
-    settings = endpoint.settings
+class Reranker:
+    """The handler of one path."""
 
-    async def rerank(request: Request) -> Response:
+    def __init__(self, endpoint: Endpoint, path: RerankPath) -> None:
+        self._endpoint = endpoint
+        self._path = path
+
+    async def rerank(self, request: Request) -> Response:
         """Score texts against a query, the best first."""
+        return await self._endpoint.rerank(
+            request, partial(self._parse, request), self._ask, self._write, lambda parsed: parsed.held_bytes
+        )
 
-        def read(given: dict[str, Json]) -> tuple[RerankBody, list[str]]:
-            if given.get("texts") is not None:
-                RequestContext.of(request).error_form = ErrorForm.TEI
-            elif dialect.is_tei:
-                raise BadInput("`texts` is required", param="texts")
-            body = RerankBody.parse(given)
-            return body, body.wanted_documents(settings.max_inputs)
-
-        ticket = await endpoint.admit(request)
-        body, texts = await endpoint.read(request, read)
+    def _parse(self, request: Request, content: dict[str, Json]) -> _Parsed:
+        if content.get("texts") is not None:
+            RequestContext.of(request).error_form = ErrorForm.TEI
+        elif self._path.is_tei:
+            raise BadInput("`texts` is required", param="texts")
+        body = RerankBody.parse(content)
+        texts = body.wanted_documents(self._endpoint.settings.max_inputs)
         wants_texts = body.wants_texts
-        wanted = _rerank_request(request, body, texts, timeout_s(request, settings.request_timeout_s))
-        answer = await endpoint.rerank(request, ticket, wanted)
-        shows_texts = dialect.shows_documents and not body.is_tei if wants_texts is None else wants_texts
-        shown = texts if shows_texts else None
+        shows_texts = self._path.shows_documents and not body.is_tei if wants_texts is None else wants_texts
+        return _Parsed(body, texts, shows_texts)
+
+    async def _ask(self, request: Request, parsed: _Parsed) -> RerankRequest:
+        body, texts = parsed.body, parsed.texts
+        context = RequestContext.of(request)
+        return RerankRequest(
+            query=body.query,
+            texts=texts,
+            model=request.path_params.get("model", body.model),
+            timeout_s=timeout_s(request, self._endpoint.settings.request_timeout_s),
+            caller=context.caller,
+            truncate=body.wanted_truncation,
+            max_text_tokens=body.max_tokens_per_doc,
+            unit_source=unit_source(request, body.user),
+            client=context.client,
+            reserve=reserve_texts(request, [body.query, *texts]),
+        )
+
+    def _write(self, request: Request, parsed: _Parsed, answer: RerankAnswer) -> Parts:
+        body = parsed.body
+        shown = parsed.texts if parsed.shows_texts else None
+        before, after = _envelope(RequestContext.of(request).request_id, answer)
 
         def parts() -> Iterator[bytes]:
-            results = value_list(_results(answer.scores, shown, body, is_plain=dialect.is_plain))
-            if body.is_tei:
-                return results
-            before, after = _envelope(RequestContext.of(request).request_id, answer)
-            return object_around(before, "results", results, after)
+            results = value_list(_results(answer.scores, shown, body, is_plain=self._path.is_plain))
+            return results if body.is_tei else object_around(before, "results", results, after)
 
-        num_characters = len(texts) * len(body.query) + sum(map(len, texts))
-        describe_times = describe_work(num_characters, answer.num_tokens) if body.is_tei else None
-        num_bytes = answer.num_bytes + sum(map(sys.getsizeof, shown or ()))
-        return await endpoint.respond(request, answer, parts, describe_times, num_bytes=num_bytes)
-
-    return rerank
+        return parts
 
 
-def _rerank_request(request: Request, body: RerankBody, texts: list[str], patience_s: float) -> RerankRequest:
-    """Say in the gateway's own terms what a request asks for."""
-    context = RequestContext.of(request)
-    return RerankRequest(
-        query=body.query,
-        texts=texts,
-        model=request.path_params.get("model", body.model),
-        timeout_s=patience_s,
-        caller=context.caller,
-        truncate=body.wanted_truncation,
-        max_text_tokens=body.max_tokens_per_doc,
-        unit_source=unit_source(request, body.user),
-        client=context.client,
-        reserve=reserve_beside(request, [body.query, *texts]),
-    )
+def rerank_router(endpoint: Endpoint) -> APIRouter:
+    """Return the routes that rerank."""
+    router = APIRouter(tags=["Rerank"])
+    for path in PATHS:
+        router.add_api_route(
+            path.path,
+            Reranker(endpoint, path).rerank,
+            methods=["POST"],
+            responses=_ANSWERS,
+            openapi_extra=_REQUEST,
+            include_in_schema=path.is_in_schema,
+        )
+    return router
 
 
 def _results(
     scores: Vectors, texts: Sequence[str] | None, body: RerankBody, *, is_plain: bool
 ) -> Iterator[dict[str, object]]:
-    """Yield the results, the best first, of equal ones the first in the request.
+    """Yield the results, the best first; equal ones stay in the order of the request.
 
     Args:
         scores: ``(n,)`` float32, before any sigmoid.
-        texts: what was scored, if results are to hold it.
-        is_plain: write a document as a string, and not as an object.
+        texts: the texts that were scored, if the results repeat them.
+        is_plain: write a document as a string rather than an object.
     """
     order = np.argsort(-scores, kind="stable")[: body.top_n]
     values = scores if body.raw_scores else _sigmoid(scores)
@@ -174,7 +185,7 @@ def _sigmoid(scores: Vectors) -> np.ndarray[tuple[int, ...], np.dtype[np.float64
 
 
 def _envelope(request_id: str, answer: RerankAnswer) -> tuple[dict[str, object], dict[str, object]]:
-    """Return what stands before the results, and what after them."""
+    """Return the fields before the results, and those after them."""
     before: dict[str, object] = {"id": request_id, "object": "rerank", "model": answer.name}
     usage = {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens}
     return before, {"usage": usage, "meta": _META}

@@ -8,7 +8,8 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from gateway.api.wire import responses
+from gateway.api.endpoint import add
+from gateway.api.wire import Answer, responses
 from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.http.middleware import RequestContext
@@ -29,11 +30,11 @@ class SpaceMember(BaseModel):
     )
 
 
-class SpaceCard(BaseModel):
+class SpaceCard(Answer):
     """Vectors of one space can be compared with each other, and with those of no other one."""
 
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
-    object: Literal["space"]
+    object: Literal["space"] = "space"
     dimensions: int
     normalized: bool
     pooling: str
@@ -41,26 +42,29 @@ class SpaceCard(BaseModel):
     members: list[SpaceMember]
 
 
-class SpaceList(BaseModel):
+class SpaceList(Answer):
     """Every space of the loaded models, those of smaller `dimensions` included."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[SpaceCard]
+
+
+class Spaces:
+    """The handler of the list."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    async def list_spaces(self, request: Request) -> SpaceList:
+        """List the spaces that vectors can be in, and the names that lead there; of what the key may use."""
+        client = RequestContext.of(request).client
+        return SpaceList(data=space_cards(self._deployment.router, self._deployment.fleet, client))
 
 
 def spaces_router(deployment: Deployment) -> APIRouter:
     """Return the route that lists the spaces, with and without ``/v1``."""
     router = APIRouter(tags=["Spaces"])
-
-    async def list_spaces(request: Request) -> SpaceList:
-        """List the spaces that vectors can be in, and the names that lead there; of what the key may use."""
-        client = RequestContext.of(request).client
-        return SpaceList(object="list", data=space_cards(deployment.router, deployment.fleet, client))
-
-    for prefix, is_shown in (("/v1", True), ("", False)):
-        router.add_api_route(
-            f"{prefix}/spaces", list_spaces, responses=responses(SpaceList), include_in_schema=is_shown
-        )
+    add(router, "/spaces", Spaces(deployment).list_spaces, responses(SpaceList))
     return router
 
 
@@ -86,7 +90,6 @@ def space_cards(router: Router, models: Iterable[Model], client: Client) -> list
 def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
     return SpaceCard(
         id=space,
-        object="space",
         dimensions=size,
         normalized=info.is_normalized,
         pooling=info.pooling,

@@ -1,4 +1,4 @@
-"""What requests of text-embeddings-inference (TEI) may say."""
+"""Wire types of text-embeddings-inference (TEI)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field
 
+from gateway import __version__
 from gateway.api.json_body import (
     DIRECTION,
     TRUNCATION,
@@ -18,8 +19,10 @@ from gateway.api.json_body import (
     Truncation,
     wanted_truncation,
 )
+from gateway.config.settings import Settings
 from gateway.errors import BadInput
-from gateway.types import Truncate
+from gateway.routing.router import Target
+from gateway.types import ModelInfo, ModelKind, Truncate
 
 _TEXTS = "a string or a list of strings"
 _INPUTS = "a string, a list of token ids, or a list of such"
@@ -115,3 +118,32 @@ def check_size(size: int, limit: int, field: str, unit: str) -> None:
     """
     if size > limit:
         raise BadInput(f"`{field}` has {size} {unit}, the limit is {limit}: send several requests", param=field)
+
+
+def describe_model(target: Target, settings: Settings) -> dict[str, Any]:
+    """Return the answer of ``GET /info``."""
+    info = target.info
+    return {
+        "model_id": info.source,
+        "model_sha": target.model.entry.revision,
+        "model_dtype": info.dtype,
+        "served_model_name": info.id,
+        "model_type": _model_type(info),
+        "max_concurrent_requests": settings.max_queue_texts,
+        "max_input_length": info.max_tokens,
+        # Where the registry has no limit, it depends on the device, and is never less than the longest text.
+        "max_batch_tokens": target.model.entry.max_batch_tokens or info.max_tokens,
+        "max_batch_requests": None,
+        "max_client_batch_size": settings.max_inputs,
+        "auto_truncate": True,
+        "tokenization_workers": 1,
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }
+
+
+def _model_type(info: ModelInfo) -> dict[str, object]:
+    if info.kind is ModelKind.RERANK:  # it has one label, and this is what transformers calls it
+        return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+    return {"embedding": {"pooling": "last_token" if info.pooling == "lasttoken" else info.pooling}}

@@ -1,12 +1,18 @@
-"""The wire types and headers that all dialects share. OpenAPI is generated from them."""
+"""The wire types that all dialects share. OpenAPI is generated from them."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from gateway.errors import InternalError, RequestError, Unauthorized
+
+
+class Answer(BaseModel):
+    """Base of what is returned: the schema says that a field with a default is always there."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
 class Usage(BaseModel):
@@ -33,7 +39,7 @@ class ErrorBody(BaseModel):
     message: str
 
 
-# ---------------------------------------------------------------------------------------------------------- responses
+# ------------------------------------------------------------------------------------------------------------ routes
 
 Responses: TypeAlias = "dict[int | str, dict[str, Any]]"
 

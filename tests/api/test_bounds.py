@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from gateway.api import endpoint as exchange
-from gateway.api import json_body
+from gateway.api import endpoint, json_body, pieces
 from gateway.api.json_body import RequestBody
 from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.rerank_schema import RerankBody
@@ -318,7 +317,7 @@ async def test_large_answers_are_written_in_the_thread(
             threads.add(threading.current_thread().name)
             yield part
 
-    monkeypatch.setattr(exchange, "in_pieces", in_pieces)
+    monkeypatch.setattr(pieces, "in_pieces", in_pieces)
     client = await connect(make_model("mini", width=512), aliases=ALIAS)
 
     response = await client.post("/tei/mini/embed", json={"inputs": ["a"] * 500})
@@ -352,7 +351,7 @@ async def test_large_bodies_are_parsed_in_the_thread_and_small_ones_are_not(
         threads.append(threading.current_thread().name.partition("_")[0])
         return parse_object(body, charset)
 
-    monkeypatch.setattr(exchange, "parse_object", parse)
+    monkeypatch.setattr(endpoint, "parse_object", parse)
     client = await connect()
 
     for path, field in (("/v1/embeddings", "input"), ("/tei/mini/embed", "inputs"), ("/api/embed", "input")):
