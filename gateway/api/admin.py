@@ -10,14 +10,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, SecretStr
 
 from gateway.access.keyring import key_digest
-from gateway.api.wire import Answer, error_responses, responses
+from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.deployment import Deployment
 from gateway.errors import Forbidden, ReloadRefused
 from gateway.http.middleware import RequestContext
 from gateway.telemetry import metrics
 
 
-class ReloadAnswer(Answer):
+class ReloadAnswer(AnswerBody):
     """The registry was re-read, and is served."""
 
     status: Literal["reloaded"] = "reloaded"

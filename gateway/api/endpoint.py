@@ -25,6 +25,7 @@ from gateway.http.error_forms import ErrorForm
 from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
 from gateway.requests import Answer, EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
+from gateway.requests import Request as ServiceRequest
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Timings
@@ -39,8 +40,8 @@ _MAX_LISTED_INDICES = 100
 _MAX_CONTENT_TYPE = 1_000
 T = TypeVar("T")
 B = TypeVar("B")
-R = TypeVar("R", EmbedRequest, RerankRequest)
-A = TypeVar("A", EmbedAnswer, RerankAnswer)
+R = TypeVar("R", bound=ServiceRequest)
+A = TypeVar("A", bound=Answer)
 
 Parse: TypeAlias = Callable[[dict[str, Json]], B]
 """Turns the JSON of a body into what a dialect reads there; in a thread if the body is large."""
@@ -178,7 +179,9 @@ class Endpoint:
             await self._quotas.charge(ticket, answer.num_tokens)
         return answer
 
-    async def _respond(self, request: Request, asked: R, answer: A, parts: Parts, num_bytes: int) -> Response:
+    async def _respond(
+        self, request: Request, asked: ServiceRequest, answer: Answer, parts: Parts, num_bytes: int
+    ) -> Response:
         """Write an answer, and note it for the log, the metrics and the headers.
 
         Args:
@@ -203,7 +206,7 @@ class Endpoint:
         def note(serialize_s: float) -> None:
             note_answer(context, answer, serialize_s)
 
-        has_length = asked.encoding not in (None, Encoding.FLOAT)
+        has_length = isinstance(asked, EmbedRequest) and asked.encoding not in (None, Encoding.FLOAT)
         return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
 
     async def stream(
@@ -327,12 +330,12 @@ def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> 
     metrics.target_metrics(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
 
 
-def _query(asked: EmbedRequest | RerankRequest) -> str:
+def _query(asked: ServiceRequest) -> str:
     """Return what the model reads with each text."""
     return asked.query if isinstance(asked, RerankRequest) else ""
 
 
-def _num_characters(asked: EmbedRequest | RerankRequest) -> int:
+def _num_characters(asked: ServiceRequest) -> int:
     """Return the number of characters that the model reads: of all texts, and the query once with each."""
     return len(asked.texts) * len(_query(asked)) + sum(map(len, asked.texts))
 

@@ -7,13 +7,13 @@ from typing import Any, Literal, TypeAlias
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from gateway.api.wire import Answer
+from gateway.api.wire import AnswerBody
 from gateway.deployment import Deployment
 
 Status: TypeAlias = Literal["ready", "not_ready", "draining"]
 
 
-class Live(Answer):
+class Live(AnswerBody):
     """The process answers."""
 
     status: Literal["ok"] = "ok"
@@ -44,7 +44,7 @@ class Health:
         self._deployment = deployment
 
     async def live(self) -> Live:
-        """Answer as long as the process can: restart it when this fails."""
+        """AnswerBody as long as the process can: restart it when this fails."""
         return Live()
 
     async def started(self, response: Response) -> Ready:
@@ -56,7 +56,7 @@ class Health:
         return self._report(response, is_fine=self._deployment.is_ready)
 
     async def whole_server(self) -> Response:
-        """Answer `OPTIONS *`, which asks for the abilities of the server as a whole (RFC 9110, 9.3.7)."""
+        """AnswerBody `OPTIONS *`, which asks for the abilities of the server as a whole (RFC 9110, 9.3.7)."""
         return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
 
     def _report(self, response: Response, *, is_fine: bool) -> Ready:

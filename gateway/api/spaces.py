@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from gateway.api.endpoint import add
-from gateway.api.wire import Answer, responses
+from gateway.api.wire import AnswerBody, responses
 from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.http.middleware import RequestContext
@@ -30,7 +30,7 @@ class SpaceMember(BaseModel):
     )
 
 
-class SpaceCard(Answer):
+class SpaceCard(AnswerBody):
     """Vectors of one space can be compared with each other, and with those of no other one."""
 
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
@@ -42,7 +42,7 @@ class SpaceCard(Answer):
     members: list[SpaceMember]
 
 
-class SpaceList(Answer):
+class SpaceList(AnswerBody):
     """Every space of the loaded models, those of smaller `dimensions` included."""
 
     object: Literal["list"] = "list"

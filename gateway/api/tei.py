@@ -18,8 +18,6 @@ from gateway.api.json_body import Json, as_list, check_batch
 from gateway.api.pieces import Parts, dumps, nested_list, value_list, vector_list
 from gateway.api.rerank import Reranker, RerankPath
 from gateway.api.tei_schema import (
-    MAX_CHARACTERS,
-    MAX_IDS,
     Cutting,
     DecodeBody,
     EmbedBody,
@@ -27,7 +25,8 @@ from gateway.api.tei_schema import (
     SimilarityInputs,
     TextsBody,
     TokenizeBody,
-    check_size,
+    check_characters,
+    check_ids,
     describe_model,
 )
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
@@ -99,7 +98,7 @@ class TeiDialect:
         _ticket, body = await self._endpoint.receive(request, TokenizeBody.parse)
         texts = as_list(body.inputs)
         check_batch(len(texts), self._settings.max_inputs, "inputs")
-        check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
+        check_characters(texts)
         target = self._target(request, body.prompt_name or None)
         if body.prompt_name and target.task is not None:
             texts = [target.info.tasks[target.task] + text for text in texts]
@@ -117,7 +116,7 @@ class TeiDialect:
         _ticket, body = await self._endpoint.receive(request, DecodeBody.parse)
         rows = body.rows
         check_batch(len(rows), self._settings.max_inputs, "ids")
-        check_size(sum(map(len, rows)), MAX_IDS, "ids", "token ids")
+        check_ids(rows, "ids")
         target = self._target(request)
         num_ids = sum(map(len, rows))
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_ids)
@@ -169,7 +168,7 @@ class TeiDialect:
         rows = [item for item in items if not isinstance(item, str)]
         if not rows:
             return texts
-        check_size(sum(map(len, rows)), MAX_IDS, "inputs", "token ids")
+        check_ids(rows, "inputs")
         # Without special tokens: the model's template puts them around every text.
         decoded = iter(await self._join(request, self._target(request), rows, skip_special_tokens=True))
         plain = iter(texts)

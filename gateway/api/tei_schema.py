@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 from pydantic import Field
@@ -110,12 +111,25 @@ class DecodeBody(RequestBody):
         return [cast(list[int], self.ids)] if is_one else cast(list[list[int]], self.ids)
 
 
-def check_size(size: int, limit: int, field: str, unit: str) -> None:
-    """Refuse a request whose answer would be too long.
+def check_characters(texts: Sequence[str]) -> None:
+    """Refuse texts whose tokens would make too long an answer.
 
     Raises:
-        BadInput: it has more than ``limit`` of ``unit``.
+        BadInput: they have more than ``MAX_CHARACTERS`` together.
     """
+    _check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
+
+
+def check_ids(rows: Sequence[Sequence[int]], field: str) -> None:
+    """Refuse token ids whose texts would make too long an answer.
+
+    Raises:
+        BadInput: there are more than ``MAX_IDS`` of them.
+    """
+    _check_size(sum(map(len, rows)), MAX_IDS, field, "token ids")
+
+
+def _check_size(size: int, limit: int, field: str, unit: str) -> None:
     if size > limit:
         raise BadInput(f"`{field}` has {size} {unit}, the limit is {limit}: send several requests", param=field)
 

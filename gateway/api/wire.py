@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from gateway.errors import InternalError, RequestError, Unauthorized
 
 
-class Answer(BaseModel):
+class AnswerBody(BaseModel):
     """Base of what is returned: the schema says that a field with a default is always there."""
 
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
@@ -85,7 +85,7 @@ EXPECT_SPACE = {
     "name": "x-gateway-expect-space",
     "in": "header",
     "required": False,
-    "description": "Answer 412 instead of vectors of another space.",
+    "description": "AnswerBody 412 instead of vectors of another space.",
     "schema": {"type": "string"},
 }
 
