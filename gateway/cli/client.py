@@ -114,7 +114,7 @@ class GatewayClient:
         """Embed texts.
 
         Raises:
-            Refused: the gateway refuses the request: the space is not the expected one, say.
+            Refused: the gateway refuses the request: for example, the space is not the expected one.
             StartError: the gateway does not answer, or answers with something other than vectors.
         """
         body: dict[str, object] = {"model": model, "input": list(texts), "encoding_format": "base64"}

@@ -1,7 +1,7 @@
-"""``models.lock.json``: the weights and spaces that a registry stands for, so that a change of one cannot go unnoticed.
+"""``models.lock.json``: the weights and spaces of a registry, so that no change of them goes unnoticed.
 
-The file lies beside the registry and is committed with it. A change of the registry, of an installed package that holds
-weights, or of the gateway itself that would move a name to another space makes ``gateway check --locked`` fail.
+The file is next to the registry, and is committed with it. ``gateway check --locked`` fails if a change of the registry,
+of an installed package that holds weights, or of the gateway itself would move a name to another space.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gateway.types import PREPROCESSING_VERSION, ModelInfo, canonical_task
 VERSION = 1
 _MAX_BYTES = 16 * 1024 * 1024
 
-Describe: TypeAlias = Callable[[ModelEntry], ModelInfo | None]
-"""Says what a model is, or ``None`` where its checkpoint is not at hand."""
+ReadInfo: TypeAlias = Callable[[ModelEntry], ModelInfo | None]
+"""Returns the info of a model, or ``None`` if its checkpoint is not on this machine."""
 
 
 class _Frozen(BaseModel):
@@ -32,12 +32,12 @@ class _Frozen(BaseModel):
 
 
 class LockedModel(_Frozen):
-    """What a model was when the lock was written.
+    """A model as it was when the lock was written.
 
     Attributes:
-        prompts: the registry's own; with the revision they settle the spaces also where the checkpoint is not at hand.
-        fingerprint: of the checkpoint; ``None`` where it was not at hand.
-        spaces: of each task with native dimensions; a model without tasks has one under the empty name.
+        prompts: those of the registry. With the revision, they determine the spaces even without the checkpoint.
+        fingerprint: of the checkpoint; ``None`` if it was not on the machine.
+        spaces: of each task, with native dimensions; a model without tasks has one, under the empty name.
     """
 
     source: str
@@ -52,8 +52,8 @@ class Lock(_Frozen):
     """The content of the file.
 
     Attributes:
-        preprocessing: version of what the gateway itself does to a text.
-        aliases: the space of each alias; of those alone whose model's checkpoint was at hand.
+        preprocessing: version of the gateway's own changes to texts.
+        aliases: the space of each alias, if the checkpoint of its model was on the machine.
     """
 
     version: int
@@ -63,17 +63,17 @@ class Lock(_Frozen):
 
 
 def lock_path(registry: Registry) -> Path:
-    """Return where the lock of a registry lies: ``models.lock.json`` beside ``models.yaml``."""
+    """Return the path of a registry's lock: ``models.lock.json`` next to ``models.yaml``."""
     return registry.path.with_suffix(".lock.json")
 
 
-def describe_checkpoint(entry: ModelEntry) -> ModelInfo | None:
-    """Read a model's checkpoint if it is on this machine; downloads nothing and loads no weights.
+def read_checkpoint_info(entry: ModelEntry) -> ModelInfo | None:
+    """Return the info of a model if its checkpoint is on this machine. Downloads nothing, and loads no weights.
 
     Raises:
-        LoadError: it is there and cannot be served.
+        LoadError: the checkpoint cannot be served.
     """
-    if entry.is_remote:  # there is no checkpoint, and a lock is made without asking other servers
+    if entry.is_remote:  # it has no checkpoint, and a lock is made without asking other servers
         return None
     from gateway.engine.checkpoint.sources import is_at_hand
     from gateway.engine.loading import plan_load  # imports torch
@@ -82,38 +82,38 @@ def describe_checkpoint(entry: ModelEntry) -> ModelInfo | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Described:
+class _Read:
     info: ModelInfo | None
 
 
 class CheckpointInfos:
-    """What the checkpoints on this machine are, each read once."""
+    """The infos of the checkpoints on this machine, each read once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, _Described] = {}
+        self._known: dict[str, _Read] = {}
 
-    def describe(self, entry: ModelEntry) -> ModelInfo | None:
-        """Read a model's checkpoint, or recall it; see :func:`describe_checkpoint`."""
+    def read(self, entry: ModelEntry) -> ModelInfo | None:
+        """Return the info of a model; see :func:`read_checkpoint_info`."""
         if entry.id not in self._known:
-            self._known[entry.id] = _Described(describe_checkpoint(entry))
+            self._known[entry.id] = _Read(read_checkpoint_info(entry))
         return self._known[entry.id].info
 
-    def get(self, model_id: str) -> _Described | None:
-        """Return what has been read of a model; a model that is switched off takes part in no rule all the same."""
+    def get(self, model_id: str) -> _Read | None:
+        """Return the info that has been read of a model, for the rules; they leave out disabled models themselves."""
         return self._known.get(model_id)
 
 
-def make_lock(registry: Registry, before: Lock | None, describe: Describe = describe_checkpoint) -> Lock:
+def make_lock(registry: Registry, before: Lock | None, read_info: ReadInfo = read_checkpoint_info) -> Lock:
     """Return the lock of a registry as it is now.
 
     Args:
-        before: the lock that there was. A model whose checkpoint is not at hand keeps what stands there, if its entry
-            still says the same.
+        before: the previous lock. A model whose checkpoint is not on this machine keeps its part of that, unless its entry
+            has changed.
 
     Raises:
-        LoadError: a checkpoint is at hand and cannot be served.
+        LoadError: a checkpoint on this machine cannot be served.
     """
-    infos = {entry.id: describe(entry) for entry in registry.models}
+    infos = {entry.id: read_info(entry) for entry in registry.models}
     models = {}
     for entry in registry.models:
         locked = (before.models if before else {}).get(entry.id)
@@ -150,18 +150,18 @@ def _alias_space(alias: Alias, info: ModelInfo | None, model: LockedModel) -> st
     return info.space(alias.task)
 
 
-def differences(registry: Registry, lock: Lock, describe: Describe = describe_checkpoint) -> list[str]:
-    """Return, in plain words, everything in which a registry differs from its lock; nothing if the lock holds.
+def differences(registry: Registry, lock: Lock, read_info: ReadInfo = read_checkpoint_info) -> list[str]:
+    """Return each difference between a registry and its lock, as a message.
 
     Raises:
-        LoadError: a checkpoint is at hand and cannot be served.
+        LoadError: a checkpoint on this machine cannot be served.
     """
-    now = make_lock(registry, lock, describe)
+    now = make_lock(registry, lock, read_info)
     found = []
     if now.preprocessing != lock.preprocessing:
         found.append(
-            f"this gateway prepares texts in version {now.preprocessing}, and the lock is of version "
-            f"{lock.preprocessing}: every space is a new one"
+            f"this gateway preprocesses texts by version {now.preprocessing}, and the lock is of version "
+            f"{lock.preprocessing}: every space is new"
         )
     for entry in registry.models:
         locked = lock.models.get(entry.id)
@@ -171,9 +171,9 @@ def differences(registry: Registry, lock: Lock, describe: Describe = describe_ch
             found += _moved(f"models: {entry.id}", locked.spaces, now.models[entry.id].spaces)
     known = {entry.id for entry in registry.models}
     found += [
-        f"models: {name} is in the lock, and no longer in the registry" for name in lock.models if name not in known
+        f"models: {name} is in the lock, but no longer in the registry" for name in lock.models if name not in known
     ]
-    # What was not known when the lock was written cannot have moved.
+    # A new alias of a model whose checkpoint was not there when the lock was written has not moved.
     unread = {name for name, model in lock.models.items() if model.fingerprint is None}
     aliases = {
         name: space
@@ -185,42 +185,42 @@ def differences(registry: Registry, lock: Lock, describe: Describe = describe_ch
 
 
 def check_rules(registry: Registry, infos: CheckpointInfos) -> None:
-    """Check what must hold between the models whose checkpoints have been read.
+    """Check the rules between the models whose checkpoints have been read.
 
     Raises:
-        StartError: something does not: the gateway would not start.
+        StartError: a rule is broken: the gateway would not start.
     """
     if broken := broken_rules(registry, infos):
         raise StartError("\n".join(f"{registry.path}: {problem}" for problem in broken))
 
 
 def check_lock(registry: Registry) -> list[str]:
-    """Hold a registry against its lock and its own rules; returns the models whose checkpoints are not on this machine.
+    """Check a registry against its lock and its rules, and return the models whose checkpoints are not on this machine.
 
     Raises:
-        StartError: it differs from its lock, breaks a rule, or has no lock; a checkpoint that is here cannot be served.
+        StartError: it differs from its lock, breaks a rule, or has no lock; or a checkpoint cannot be served.
     """
     path = lock_path(registry)
     lock = read_lock(path)
     if lock is None:
         raise StartError(f"{path} does not exist; write it with `gateway lock`")
     infos = CheckpointInfos()
-    found = differences(registry, lock, infos.describe)
+    found = differences(registry, lock, infos.read)
     check_rules(registry, infos)
     if found:
-        advice = "Vectors that are stored under these names could not be compared with new ones. If that is meant: "
-        raise StartError("\n".join([*found, f"{advice}`gateway lock`"]))
-    return [entry.id for entry in registry.models if not entry.is_remote and infos.describe(entry) is None]
+        advice = "Stored vectors of these names could not be compared with new ones. If that is intended, run `gateway lock`."
+        raise StartError("\n".join([*found, advice]))
+    return [entry.id for entry in registry.models if not entry.is_remote and infos.read(entry) is None]
 
 
 def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) -> Iterator[str]:
-    """Yield what the registry says otherwise than the lock, of all that settles a model's spaces.
+    """Yield each difference between a registry entry and its lock that can change the model's spaces.
 
     Args:
-        fingerprint: of the checkpoint that is at hand. Where it is the locked one, the weights are the same wherever they
+        fingerprint: of the checkpoint on this machine. If it is the locked one, the weights are the same, wherever they
             came from.
     """
-    # Locks that were written before hold folders as absolute paths.
+    # Older locks hold folders as absolute paths.
     has_moved = locked.source not in {entry.written_source, entry.source}
     is_same_checkpoint = fingerprint is not None and fingerprint == locked.fingerprint
     compared: list[tuple[str, object, object]] = []
@@ -234,7 +234,7 @@ def _changes(entry: ModelEntry, locked: LockedModel, fingerprint: str | None) ->
     ]
     for name, was, is_now in compared:
         if was != is_now:
-            yield f"models: {entry.id}: {name} is {is_now!r}, and the lock says {was!r}"
+            yield f"models: {entry.id}: {name} is {is_now!r}, but the lock says {was!r}"
 
 
 def _moved(where: str, locked: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
@@ -242,11 +242,11 @@ def _moved(where: str, locked: Mapping[str, str], now: Mapping[str, str]) -> Ite
         was, is_now = locked.get(name), now.get(name)
         if was != is_now:
             what = f"{where} {name}".rstrip() + ":"
-            yield f"{what} would be in {is_now or 'no space'}, and the lock says {was or 'nothing of it'}"
+            yield f"{what} would be in {is_now or 'no space'}, but the lock {f'says {was}' if was else 'does not have it'}"
 
 
 def read_lock(path: Path) -> Lock | None:
-    """Read a lock; ``None`` if there is none.
+    """Read a lock; ``None`` if the file does not exist.
 
     Raises:
         StartError: the file is not a lock.
@@ -271,10 +271,10 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def write_lock(path: Path, lock: Lock) -> None:
-    """Write a lock, such that a change of one model is a change of few lines.
+    """Write a lock, in a form where a change of one model changes few lines.
 
     Raises:
-        StartError: it cannot be written; the one that there was stays.
+        StartError: it cannot be written; the previous one stays.
     """
     try:
         write_whole(path, json.dumps(lock.model_dump(), indent=2, ensure_ascii=False) + "\n")

@@ -226,7 +226,7 @@ def lock(models: ModelsOption = None) -> None:
     _path, registry = _read_registry(models)
     target = lock_path(registry)
     infos = CheckpointInfos()
-    made = make_lock(registry, read_lock(target), infos.describe)
+    made = make_lock(registry, read_lock(target), infos.read)
     check_rules(registry, infos)
     write_lock(target, made)
     typer.echo(f"{target}: {count(len(made.models), 'model', 'models')}")
@@ -362,7 +362,7 @@ def experiments(
 
     Shows its arms side by side: requests, latency, errors, and whether the split of units matches the weights.
     """
-    from gateway.cli.experiments import (
+    from gateway.cli.experiment_report import (
         ask_evidence,
         ask_experiments,
         print_evidence,

@@ -1,4 +1,4 @@
-"""Lists for people at a terminal: what is served, and what would be."""
+"""Tables for a terminal: the models that are served, and those that would load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEY_PLACEHOLDER = "YOUR_KEY"
 
 
 def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: bool) -> None:
-    """Print what each model has become, the names that lead to them, and a command to try one that is ready."""
+    """Print the state of each model, the other names, and a command that tries a ready model."""
     console = make_console()
     console.print()
     table = make_table("model", "state", "space, or why not", has_header=False)
@@ -58,13 +58,13 @@ def _described(model: Model) -> Iterator[str]:
 
 
 def _run(info: ModelInfo) -> list[str]:
-    """Return where and how a model runs, and what it takes and gives."""
+    """Return a model's device, precision, runtime, dimensions and longest input."""
     width = [f"{info.width} dimensions"] if info.kind is ModelKind.EMBED else []
     return [info.device, info.dtype, runtime(info), *width, f"{info.max_tokens} tokens"]
 
 
 def runtime(info: ModelInfo) -> str:
-    """Return what runs the forward, in a word."""
+    """Return the name of the runtime, without the engine's."""
     return info.engine.removeprefix("infinity/")
 
 
@@ -75,7 +75,7 @@ def _space(info: ModelInfo) -> str:
 
 
 def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield what the registry and the settings say besides the models, each with its lines."""
+    """Yield the other parts of the registry and the settings, each with its lines."""
     if registry.aliases:
         yield "aliases", [f"{alias.name} → {_target(alias.model, alias.task)}" for alias in registry.aliases.values()]
     if registry.experiments:
@@ -113,7 +113,7 @@ def _curl(base_url: str, model: Model, *, has_keys: bool) -> str:
 
 
 def print_checks(model: str, checks: Sequence[Check]) -> None:
-    """Print each comparison of a verification, a table for each quantity, and the verdict."""
+    """Print the checks of a model, one table per quantity, and the verdict."""
     console = make_console()
     for quantity, group in groupby(checks, key=lambda check: check.quantity):
         table = make_table("compared", quantity, "limit", "")
@@ -133,12 +133,12 @@ def print_checks(model: str, checks: Sequence[Check]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would become of one model.
+    """Whether and how one model would load.
 
     Attributes:
-        verdict: ``yes``, ``no``, ``off`` or ``elsewhere``, or ``after a download``.
-        lines: how it would run, or why it would not.
-        info: what it is, where its checkpoint could be read.
+        verdict: ``yes``, ``no``, ``off``, ``elsewhere``, or ``after a download``.
+        lines: how the model would run, or why it would not load.
+        info: of the model, if its checkpoint could be read.
     """
 
     model: str
@@ -149,14 +149,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """What would load on this machine, and which rules between the models are broken."""
+    """The plans of all models for this machine, and the broken rules between the models."""
 
     models: Sequence[Plan]
     broken: Sequence[str]
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything that is enabled would load, and may be served together."""
+        """Whether all enabled models would load, and may be served together."""
         return not self.broken and all(plan.verdict != "no" for plan in self.models)
 
     def get(self, model_id: str) -> Plan | None:
@@ -165,7 +165,7 @@ class Plans:
 
 
 def make_plans(registry: Registry) -> Plans:
-    """Find out what would load, one model after the other. Loads and downloads nothing."""
+    """Plan each model in turn. Loads and downloads nothing."""
     from gateway.engine.forecast import Forecaster  # imports torch
 
     forecaster = Forecaster()
@@ -212,7 +212,7 @@ _VERDICT_STYLES = {"yes": "green", "after a download": "yellow", "no": "red"}
 
 
 def print_plans(plans: Plans) -> None:
-    """Print what would load, and what is wrong."""
+    """Print the plans, and the broken rules."""
     console = make_console()
     table = make_table("model", "loads", "how, or why not", has_header=False)
     for plan in plans.models:

@@ -1,4 +1,4 @@
-"""``gateway verify``: hold a model, as it runs here or on other servers, against numbers that are known to be right."""
+"""``gateway verify``: compare a model, as it runs here or on other servers, with numbers known to be right."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from gateway.types import ModelKind, Truncate
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison: what was compared, by how much it is off, and whether that is within the limit.
+    """One measured value, and whether it is within its limit.
 
     Attributes:
-        quantity: what was measured: ``cosine``, ``tokens`` or ``deviation``.
+        what: the text or task that was computed.
+        quantity: ``cosine``, ``tokens`` or ``deviation``.
     """
 
     what: str
@@ -32,12 +33,12 @@ class Check:
 
 
 def record_golden(entry: ModelEntry, path: Path) -> int:
-    """Compute a model's golden vectors in float32 with torch, and store them; returns how many.
+    """Compute a model's golden vectors in float32 with torch, store them, and return their number.
 
-    Of a model that runs elsewhere, those that its servers give now are stored.
+    For a remote model, store the vectors that its servers return now.
 
     Raises:
-        LoadError: the model cannot be loaded or gives no vectors, or its servers do not answer.
+        LoadError: the model cannot be loaded or returns no vectors, or its servers do not answer.
     """
     if entry.is_remote:
         fingerprint, given = asyncio.run(_ask_servers(entry))
@@ -48,17 +49,17 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
 
     plan = plan_load(entry)
     if plan.kind is ModelKind.RERANK:
-        raise LoadError(f"{entry.id} scores pairs of texts: it has no vectors that could be recorded")
+        raise LoadError(f"{entry.id} scores pairs of texts: it has no vectors to record")
     vectors = golden.record(load_reference(plan).embed, [None, *plan.tasks])
     golden.write(path, plan.checkpoint.fingerprint, vectors)
     return len(vectors)
 
 
 def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
-    """Load a model as the gateway would and compare it with its golden vectors and, for Jina v3, the published numbers.
+    """Load a model as the gateway would, and compare it with its golden vectors and, for Jina v3, the published numbers.
 
     Raises:
-        LoadError: the model cannot be loaded, or its golden file is not its own.
+        LoadError: the model cannot be loaded, or its golden file is another model's.
     """
     if entry.is_remote:
         return _verify_servers(entry)
@@ -93,7 +94,7 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
             )
     if entry.golden is not None:
         vectors = golden.read(Path(entry.golden), plan.checkpoint.fingerprint, plan.tasks)
-        # Not checked on load, which would refuse the model where this is to say by how much it is off.
+        # Loading would refuse a model whose vectors differ, instead of showing by how much.
         engine = load_engine(plan, settings, checks_golden=False)
         num_streams = len(engine.encoders) // len(plan.devices)
         worst: dict[tuple[str | None, str], tuple[float, str]] = {}
@@ -114,7 +115,7 @@ def _cosine_check(task: str | None, text: str, cosine: float, limit: float, wher
 
 
 async def _ask_servers(entry: ModelEntry) -> tuple[str, Sequence[GoldenVector]]:
-    """Return the fingerprint of a model that runs elsewhere, and the vectors that all its servers give now."""
+    """Return the fingerprint of a remote model, and the vectors that all its servers return now."""
     backend = UpstreamBackend(entry.model_copy(update={"golden": None}), Settings())
     try:
         await backend.plan()

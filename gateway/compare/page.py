@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from gateway.compare.drawing import Plot, marks
 from gateway.compare.plots import make_plots
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast, Estimate, Hit, QueryResult
-from gateway.compare.wording import (
+from gateway.compare.sentences import (
     agreement_sentence,
     bottom_line,
     cost_sentence,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from gateway.compare.drawing import COLORS, Json, Plot, error_bar, make_layout, marker, marks, plain
 from gateway.compare.query_plots import make_histograms, make_query_bars
 from gateway.compare.results import PRIMARY_MEASURE, Arm, Comparison, Estimate
-from gateway.compare.wording import fixed, interval, milliseconds, signed, signed_interval
+from gateway.compare.sentences import fixed, interval, milliseconds, signed, signed_interval
 
 _ROW = 17  # pixels for an arm in a row of points
 _FRAME = 70  # pixels for what is above and below them

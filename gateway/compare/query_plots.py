@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gateway.compare.drawing import Json, Plot, make_layout, marks, plain
 from gateway.compare.results import PRIMARY_MEASURE, Comparison, QueryResult
-from gateway.compare.wording import fixed, percent, signed
+from gateway.compare.sentences import fixed, percent, signed
 
 _HOVER_WIDTH, _HOVER_LINES = 64, 3  # characters and lines of a query that a bar shows
 

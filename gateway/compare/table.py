@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gateway.cli.console import say
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast
-from gateway.compare.wording import (
+from gateway.compare.sentences import (
     agreement_sentence,
     bottom_line,
     cost_sentence,

@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.cli.experiments import ask_evidence, ask_experiments
+from gateway.cli.experiment_report import ask_evidence, ask_experiments
 from gateway.config.registry import Experiment
 from gateway.errors import StartError
 from gateway.experiments.exposures import read_exposures

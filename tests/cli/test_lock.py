@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gateway.backends.fake import fake_info
 from gateway.cli import lock as lock_module
-from gateway.cli.lock import Describe, Lock, differences, lock_path, make_lock, read_lock, write_lock
+from gateway.cli.lock import Lock, LockedModel, ReadInfo, differences, lock_path, make_lock, read_lock, write_lock
 from gateway.cli.main import app
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.errors import StartError
@@ -36,8 +36,8 @@ AT_HAND: Checkpoints = {
 }
 
 
-def describe(checkpoints: Checkpoints = AT_HAND) -> Describe:
-    """Return a function that describes the checkpoints that are at hand; the registry's prompts go over their own."""
+def describe(checkpoints: Checkpoints = AT_HAND) -> ReadInfo:
+    """Return a function that returns the infos of these checkpoints, with the registry's prompts over their own."""
 
     def describe(entry: ModelEntry) -> ModelInfo | None:
         if entry.id not in checkpoints:
@@ -76,7 +76,7 @@ def test_what_has_not_changed_differs_in_nothing(tmp_path: Path) -> None:
         pytest.param(("mini, enabled", "mini, max_batch_tokens: 9, enabled"), [], id="limits"),
         pytest.param(
             (COMMIT, "a" * 40),
-            [f"models: jina: revision is '{'a' * 40}', and the lock says '{COMMIT}'"],
+            [f"models: jina: revision is '{'a' * 40}', but the lock says '{COMMIT}'"],
             id="revision",
         ),
         pytest.param(
@@ -88,13 +88,13 @@ def test_what_has_not_changed_differs_in_nothing(tmp_path: Path) -> None:
         pytest.param(("default: mini", "default: jina"), ["aliases: default: would be in jina@"], id="alias"),
         pytest.param(
             ("text-matching", "separation"),
-            ["models: jina: default_task is 'separation', and the lock says 'text-matching'"],
+            ["models: jina: default_task is 'separation', but the lock says 'text-matching'"],
             id="default task",
         ),
         pytest.param(
             ('separation: "s: "', 'separation: "other: "'),
             [
-                "models: jina: prompts is {'separation': 'other: '}, and the lock says {'separation': 's: '}",
+                "models: jina: prompts is {'separation': 'other: '}, but the lock says {'separation': 's: '}",
                 "models: jina separation: would be in jina@",
             ],
             id="prompt",
@@ -104,23 +104,28 @@ def test_what_has_not_changed_differs_in_nothing(tmp_path: Path) -> None:
             ["models: new is not in the lock"],
             id="new",
         ),
+        pytest.param(
+            ("  default: mini", "  default: mini\n  more: jina"),
+            ["aliases: more: would be in jina@"],
+            id="new alias",
+        ),
     ],
 )
-def test_a_change_of_the_registry_is_told(tmp_path: Path, change: tuple[str, str], expected: list[str]) -> None:
+def test_a_change_of_the_registry_is_reported(tmp_path: Path, change: tuple[str, str], expected: list[str]) -> None:
     found = changes(tmp_path, change)
 
     assert len(found) == len(expected), found
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
 
 
-def test_other_weights_behind_the_same_entry_are_told(tmp_path: Path) -> None:
+def test_other_weights_behind_the_same_entry_are_reported(tmp_path: Path) -> None:
     """As when a package that holds weights is upgraded."""
     found = changes(tmp_path, checkpoints={**AT_HAND, "mini": {"fingerprint": "upgraded"}})
 
     assert [line.partition(": would")[0] for line in found] == ["models: mini", "aliases: default"]
 
 
-def test_a_model_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_missing_model_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(REGISTRY)
     lock = make_lock(load_registry(path, {}), None, describe())
@@ -128,12 +133,12 @@ def test_a_model_that_is_gone_is_told(tmp_path: Path) -> None:
 
     found = differences(load_registry(path, {}), lock, describe())
 
-    assert found[0] == "models: jina is in the lock, and no longer in the registry"
-    assert found[1].startswith("aliases: queries: would be in no space, and the lock says jina@")
+    assert found[0] == "models: jina is in the lock, but no longer in the registry"
+    assert found[1].startswith("aliases: queries: would be in no space, but the lock says jina@")
 
 
-def test_where_a_checkpoint_is_not_at_hand_its_entry_is_compared(tmp_path: Path) -> None:
-    """In CI, say: the revision is pinned, so that the registry alone settles what the spaces are."""
+def test_without_a_checkpoint_the_entry_is_compared(tmp_path: Path) -> None:
+    """As in CI: the revision is pinned, so that the registry alone determines the spaces."""
     without = {"mini": AT_HAND["mini"]}
 
     assert changes(tmp_path, checkpoints=without) == []
@@ -142,21 +147,21 @@ def test_where_a_checkpoint_is_not_at_hand_its_entry_is_compared(tmp_path: Path)
     assert changes(tmp_path, ("task: query", "task: separation"), checkpoints=without) != []
 
 
-def test_a_model_that_never_was_at_hand_is_held_by_its_entry(tmp_path: Path) -> None:
+def test_a_model_without_a_checkpoint_is_locked_by_its_entry(tmp_path: Path) -> None:
     without = {"mini": AT_HAND["mini"]}
 
     assert changes(tmp_path, checkpoints=without, locked=without) == []
     assert changes(tmp_path, (COMMIT, "a" * 40), checkpoints=without, locked=without) != []
 
 
-def test_a_new_treatment_of_texts_changes_every_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_preprocessing_changes_every_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(REGISTRY)
     lock = make_lock(load_registry(path, {}), None, describe())
     monkeypatch.setattr(lock_module, "PREPROCESSING_VERSION", 2)
 
     assert (
-        "prepares texts in version 2, and the lock is of version 1"
+        "preprocesses texts by version 2, and the lock is of version 1"
         in differences(load_registry(path, {}), lock, describe())[0]
     )
 
@@ -177,16 +182,32 @@ def test_a_lock_is_written_and_read_back(tmp_path: Path) -> None:
     assert written["aliases"]["queries"] == written["models"]["jina"]["spaces"]["retrieval.query"]
 
 
+def test_a_written_lock_can_be_read_by_people(tmp_path: Path) -> None:
+    prompts = {"separation": "séparer: "}
+    model = LockedModel(
+        source="./mini", revision=None, prompts=prompts, default_task=None, fingerprint="f1", spaces={"": "mini@0"}
+    )
+
+    write_lock(tmp_path / "models.lock.json", Lock(version=1, preprocessing=1, models={"mini": model}, aliases={}))
+
+    lines = (tmp_path / "models.lock.json").read_text(encoding="utf-8").splitlines()
+    assert '        "separation": "séparer: "' in lines
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not a lock: the file: Invalid JSON"),
         ("[]", "is not a lock: the file: "),
         ('{"version": 1}', "is not a lock: preprocessing: Field required; write it again with `gateway lock`"),
+        (
+            '{"version": 1, "preprocessing": 1, "models": {"m": {"source": 1}}, "aliases": {}}',
+            "is not a lock: models.m.source: Input should be a valid string",
+        ),
         ('{"version": 9, "preprocessing": 1, "models": {}, "aliases": {}}', "is a lock of version 9, and this gateway"),
     ],
 )
-def test_a_file_that_is_no_lock_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_lock_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "models.lock.json"
     path.write_text(text)
 
@@ -196,7 +217,7 @@ def test_a_file_that_is_no_lock_is_told(tmp_path: Path, text: str, message: str)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "named pipe"])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_folder_or_a_pipe_is_refused_at_once(tmp_path: Path, make: Callable[[Path], None]) -> None:
     path = tmp_path / "models.lock.json"
     make(path)
 
@@ -204,7 +225,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, make: Cal
         read_lock(path)
 
 
-def test_a_lock_that_cannot_be_written_is_told_and_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "models.lock.json"
     path.mkdir()
     lock = Lock(version=1, preprocessing=1, models={}, aliases={})
@@ -232,7 +253,7 @@ def registry_in(folder: Path, text: str = FOLDER) -> Registry:
 
 
 def test_a_lock_holds_in_a_copy_of_its_folder(tmp_path: Path) -> None:
-    """In CI, say: the file is committed, and checked out somewhere else."""
+    """As in CI: the file is committed, and checked out somewhere else."""
     lock = make_lock(registry_in(tmp_path / "here"), None, describe())
 
     assert lock.models["mini"].source == "./mini"
@@ -246,7 +267,7 @@ def test_weights_that_have_moved_are_the_same_weights(tmp_path: Path) -> None:
 
     assert differences(moved, lock, describe()) == []
     assert differences(moved, lock, describe({}))[0] == (
-        "models: mini: source is './checkpoints/mini', and the lock says './mini'"
+        "models: mini: source is './checkpoints/mini', but the lock says './mini'"
     )
     assert differences(moved, lock, describe({"mini": {"fingerprint": "other"}}))[0].startswith(
         "models: mini: source is"
@@ -292,7 +313,7 @@ def test_a_checkpoint_that_has_come_changes_nothing_that_was_locked(tmp_path: Pa
     assert changes(tmp_path, locked=without) == []
 
 
-def test_a_source_and_a_revision_that_differ_are_told_in_this_order(tmp_path: Path) -> None:
+def test_a_new_source_is_reported_before_a_new_revision(tmp_path: Path) -> None:
     found = changes(tmp_path, (f"owner/jina, revision: {COMMIT}", f"owner/other, revision: {'a' * 40}"), checkpoints={})
 
     assert [line.split()[2] for line in found[:2]] == ["source", "revision"]
@@ -365,7 +386,7 @@ def test_a_registry_that_could_not_start_is_refused(
     assert "the arms of experiment 'split' are not of one space" in output
 
 
-def test_check_says_what_it_has_not_looked_at(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_check_names_what_it_has_not_checked(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     hub = f"  - {{id: far, source: owner/far, revision: {COMMIT}, enabled: false}}\naliases"
     (tmp_path / "models.yaml").write_text(BUNDLED.replace("aliases", hub))
     run("lock")

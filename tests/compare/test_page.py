@@ -15,7 +15,7 @@ import pytest
 from gateway.compare.page import render_page
 from gateway.compare.plots import make_plots
 from gateway.compare.results import PRIMARY_MEASURE, Comparison, Hit, QueryResult, Verdict
-from gateway.compare.wording import MINUS
+from gateway.compare.sentences import MINUS
 from tests.compare.conftest import Browse
 from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, make_comparison
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from gateway.compare.page import render_page
 from gateway.compare.results import PRIMARY_MEASURE, Comparison
+from gateway.compare.sentences import bottom_line, fixed, interval, signed, significant
 from gateway.compare.table import print_comparison
-from gateway.compare.wording import bottom_line, fixed, interval, signed, significant
 from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, Likeness, make_comparison
 
 

@@ -1,4 +1,4 @@
-"""What came of experiments, for people at a terminal: asked of a running gateway, or read from its exposure logs."""
+"""Experiments at a terminal: the figures of a running gateway, or counts from its exposure logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TIMEOUT_S = 10.0
 _NOTHING = "-"
 
 
-# -------------------------------------------------------------------------------------------------------- find out
+# ------------------------------------------------------------------------------------------------------------- read
 
 
 def ask_experiments(url: str, api_key: str | None) -> ExperimentList:
@@ -55,8 +55,8 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
     """Count the units of an experiment in exposure logs, those of several replicas together.
 
     Args:
-        registry: has the arms and weights that the units are held against. Units that were assigned under others are
-            left out, and their lines counted in ``uncounted``.
+        registry: has the arms and weights to compare the units with. Lines from other arms or weights are left out, and
+            counted in ``uncounted``.
 
     Raises:
         StartError: the registry has no such experiment, or a file cannot be read.
@@ -64,7 +64,7 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
     experiment = registry.experiment(experiment_id)
     if experiment is None:
         known = ", ".join(one.id for one in registry.experiments) or "none"
-        raise StartError(f"{registry.path}: no experiment {experiment_id!r}; there are: {known}")
+        raise StartError(f"{registry.path}: no experiment {experiment_id!r}; known: {known}")
     generation = Split(experiment).generation
     left_out: Counter[str] = Counter()
 
@@ -85,10 +85,10 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
 
 
 def print_experiments(experiments: ExperimentList) -> None:
-    """Print which experiments there are, and how they split their requests."""
+    """Print the experiments, and how they split their requests."""
     console = make_console()
     if not experiments.data:
-        say(console, "there are no experiments; they are declared under `experiments` in models.yaml")
+        say(console, "no experiments; declare them under `experiments` in models.yaml")
         return
     table = make_table("experiment", "kind", "runs", "start", "end", "arms: weight")
     for one in experiments.data:
@@ -99,10 +99,10 @@ def print_experiments(experiments: ExperimentList) -> None:
 
 
 def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> None:
-    """Print the arms of an experiment side by side, and whether the units are split as the weights say.
+    """Print the arms of an experiment side by side, and whether the split of units matches the weights.
 
     Args:
-        has_requests: whether requests were counted, and not units alone.
+        has_requests: whether requests were counted, and not only units.
     """
     console = make_console()
     state = "runs" if shown.running else "does not run"

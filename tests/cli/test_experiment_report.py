@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.api.experiments import present
-from gateway.cli.experiments import ask_evidence
+from gateway.cli.experiment_report import ask_evidence
 from gateway.cli.main import app
 from gateway.config.registry import Experiment, load_registry
 from gateway.errors import StartError
@@ -82,7 +82,7 @@ def write_log(path: Path, experiment: Experiment, numbers: range, weights_change
 
 
 def evidence_json(experiment: Experiment, num_units: tuple[int, int]) -> str:
-    """Return what a gateway answers that has seen some units in each arm, and one error."""
+    """Return the answer of a gateway that has seen some units in each arm, and one error."""
     stats = ExperimentStats(None)
     seen = RequestRecord(
         experiment="exp",
@@ -161,10 +161,10 @@ def test_without_an_id_the_experiments_are_listed(gateway_answers: Answering, ex
     assert "exp cross_space yes - - one: 75, second: 25" in printed
 
 
-def test_that_there_are_no_experiments_is_said(gateway_answers: Answering) -> None:
+def test_without_experiments_it_says_where_to_declare_them(gateway_answers: Answering) -> None:
     gateway_answers(lambda _: httpx.Response(200, json={"object": "list", "data": []}))
 
-    assert run()[1] == "there are no experiments; they are declared under `experiments` in models.yaml"
+    assert run()[1] == "no experiments; declare them under `experiments` in models.yaml"
 
 
 def test_the_key_comes_from_the_environment(
@@ -233,7 +233,7 @@ def error(message: str) -> dict[str, dict[str, str]]:
         ),
     ],
 )
-def test_what_went_wrong_is_said(
+def test_a_failure_is_one_line(
     gateway_answers: Answering, respond: Callable[[httpx.Request], httpx.Response], said: str
 ) -> None:
     gateway_answers(respond)
@@ -242,7 +242,7 @@ def test_what_went_wrong_is_said(
 
 
 @pytest.mark.parametrize("url", ["gateway:8000", "ftp://gateway", "http://gateway:port"])
-def test_an_address_that_is_none_is_told(url: str) -> None:
+def test_an_invalid_address_is_an_error(url: str) -> None:
     with pytest.raises(
         StartError, match=f"^--url {url}: (must be an address such as http://127.0.0.1:8000|Invalid port)"
     ):
@@ -274,12 +274,12 @@ def test_the_weights_come_from_the_registry_of_the_settings(
     assert "split of the units: too few units to tell: 3" in printed
 
 
-def test_wrong_arguments_are_told(models: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_errors(models: Path, tmp_path: Path) -> None:
     log = tmp_path / "none.jsonl"
 
     assert run("exp", "exp-2")[2] == "only one experiment can be shown at a time, also got: exp-2\n"
     assert run("--exposures", log)[2].startswith("--exposures: name the experiment first: ")
-    assert run("x", "--models", models, "--exposures", log)[2] == f"{models}: no experiment 'x'; there are: exp\n"
+    assert run("x", "--models", models, "--exposures", log)[2] == f"{models}: no experiment 'x'; known: exp\n"
     assert run("exp", "--models", models, "--exposures", log) == (
         1,
         "",
