@@ -208,7 +208,9 @@ def check_lock(registry: Registry) -> list[str]:
     found = differences(registry, lock, infos.read)
     check_rules(registry, infos)
     if found:
-        advice = "Stored vectors of these names could not be compared with new ones. If that is intended, run `gateway lock`."
+        advice = (
+            "Stored vectors of these names could not be compared with new ones. If that is intended: `gateway lock`."
+        )
         raise StartError("\n".join([*found, advice]))
     return [entry.id for entry in registry.models if not entry.is_remote and infos.read(entry) is None]
 

@@ -1,4 +1,4 @@
-"""Vectors on disk: what was embedded once is not embedded again, also after an interruption."""
+"""Vectors on disk: no text is embedded twice, even after an interruption."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _KEY_BYTES = 16
 class VectorFile:
     """The vectors of one space, task and precision, by the hash of their text.
 
-    A file of records ``16 bytes of the text's sha256, float32 little-endian vector``, which only grows. A record that was
-    torn by an interruption is cut off when the file is opened next.
+    The file has records of ``16 bytes of the text's sha256, float32 little-endian vector``, and only grows. A record that
+    an interruption cut short is removed when the file is opened again.
 
     Args:
-        file: open for reading and appending, by nobody else.
+        file: open for reading and appending, and locked for this process.
         width: of the vectors.
     """
 
@@ -37,7 +37,6 @@ class VectorFile:
         self._num_before = self._num_records
         self._reused: set[int] = set()
         file.truncate(self._num_records * self._record.itemsize)
-        file.seek(0, 2)
         self._rows = {key: row for row, key in enumerate(self._stored()["key"].tolist())}
 
     def __contains__(self, text: str) -> bool:
@@ -45,14 +44,14 @@ class VectorFile:
 
     @property
     def num_reused(self) -> int:
-        """How many vectors were read that had been there when the file was opened."""
+        """The number of vectors that were read, and were in the file when it was opened."""
         return len(self._reused)
 
     def append(self, texts: Sequence[str], vectors: Vectors) -> None:
         """Add the vectors ``(n, width)`` of ``n`` texts, and write them to the disk.
 
         Raises:
-            CompareError: the disk does not take them.
+            CompareError: they cannot be written.
         """
         records = np.empty(len(texts), dtype=self._record)
         keys = [_key(text) for text in texts]
@@ -80,12 +79,12 @@ class VectorFile:
 
     def _stored(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
         if not self._num_records:
-            return np.empty(0, dtype=self._record)  # nothing is no memory map
+            return np.empty(0, dtype=self._record)  # an empty file cannot be mapped
         return np.memmap(self._file.name, dtype=self._record, mode="r", shape=(self._num_records,))
 
 
 class VectorCache:
-    """A folder of vector files. Each is opened when it is first asked for, and closed with the cache."""
+    """A folder of vector files. Each is opened on first use, and closed with the cache."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,17 +101,17 @@ class VectorCache:
 
     @property
     def num_reused(self) -> int:
-        """How many vectors were read that an earlier run had embedded."""
+        """The number of vectors that were read, and that an earlier run had embedded."""
         return sum(file.num_reused for file in self._open.values())
 
     def file(self, identity: Mapping[str, object], width: int) -> VectorFile:
-        """Return the file of the vectors with an identity; it is this process's alone.
+        """Return the file of the vectors with an identity, locked for this process.
 
         Args:
-            identity: all that the vectors depend on, besides the text.
+            identity: everything that the vectors depend on, except the text.
 
         Raises:
-            CompareError: another process has it open, or it cannot be written.
+            CompareError: another process has locked the file, or it cannot be written.
         """
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.vectors"
@@ -123,7 +122,7 @@ class VectorCache:
     def _lock(self, path: Path, identity: Mapping[str, object]) -> BinaryIO:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # For people: the name of the file says nothing.
+            # For people, since the file's name is a hash.
             path.with_suffix(".json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
             file = self._stack.enter_context(path.open("ab+"))
         except OSError as error:

@@ -15,7 +15,7 @@ FloatMatrix: TypeAlias = npt.NDArray[np.float32]
 IntMatrix: TypeAlias = npt.NDArray[np.int64]
 
 _MAX_BYTES = 256 * 2**20
-_BYTES_PER_SCORE = 4
+_BYTES_PER_SCORE = 8  # the block before is still there
 # Candidates beyond the depth. Scores in single precision can order near-equal documents wrongly; the exact scores decide.
 _SPARE = 32
 

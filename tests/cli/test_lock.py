@@ -357,7 +357,7 @@ def test_check_locked_passes_right_after_lock_and_fails_when_an_alias_moves(
 
     assert code == 1
     assert "models: mini: prompts is" in output
-    assert "Vectors that are stored under these names could not be compared with new ones" in output
+    assert "Stored vectors of these names could not be compared with new ones" in output
 
 
 TWO_SPACES = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_another_run_finds_them_and_says_how_many(tmp_path: Path) -> None:
         assert file.read(["a", "c"])[:, 0].tolist() == [1, 3]
         file.read(["a"])
         assert cache.num_reused == 1
+
+
+def test_a_file_next_to_the_vectors_names_what_they_depend_on(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    with VectorCache(folder) as cache:
+        cache.file(IDENTITY, WIDTH)
+    assert json.loads(stored_file(folder).with_suffix(".json").read_text()) == IDENTITY
 
 
 def test_an_empty_file_has_nothing(tmp_path: Path) -> None:

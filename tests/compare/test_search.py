@@ -34,7 +34,7 @@ def test_returns_the_same_as_a_full_sort(data: st.DataObject) -> None:
     choices = st.none() | st.integers(0, num_documents - 1) if num_documents else st.none()
     excluded = [data.draw(choices) for _ in range(num_queries)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "_MAX_BYTES", 4 * num_documents * at_once)
+        patch.setattr(search_module, "_MAX_BYTES", 8 * num_documents * at_once)
         patch.setattr(search_module, "_SPARE", 0)
         indices, scores = search(queries, documents, depth, excluded)
     width = min(depth, num_documents)
@@ -92,6 +92,18 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2 * 2**20
+
+
+def test_many_queries_take_no_more_memory_than_a_few() -> None:
+    """All scores at once would take half a gigabyte."""
+    documents = np.arange(1_000_000, dtype=np.float32)[:, None]
+    tracemalloc.start()
+    try:
+        search(documents[1:129], documents, 1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 300 * 2**20
 
 
 def test_impossible_arguments_are_refused() -> None:
