@@ -123,9 +123,9 @@ def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, flee
         if meaning.allow_space_change:
             continue
         old, new = known.get(name, {}), _spaces(fleet, meaning.model, task)
-        for key in old.keys() & new.keys():
+        for key in sorted(old.keys() & new.keys()):
             if not is_same_space(old[key], new[key]):
-                what = f" (task {key})" if key and task is None else ""
+                what = f" (task {key})" if key else ""
                 moved.append(
                     f"{name!r} would move from space {old[key]} to {new[key]}{what}: vectors stored under this name could "
                     "not be compared with new ones; set `allow_space_change: true` on it if none are"

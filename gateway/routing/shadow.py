@@ -74,7 +74,6 @@ class ShadowQueue:
         metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc(len(self._waiting))
         metrics.SHADOW_QUEUE.labels(*self._labels).dec(len(self._waiting))
         self._waiting.clear()
-        self._num_characters = 0
         workers = list(self._workers)
         for worker in workers:
             worker.cancel()

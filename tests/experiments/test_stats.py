@@ -6,11 +6,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from structlog.testing import capture_logs
 
 from gateway.config.registry import Experiment
-from gateway.experiments.exposures import ExposureLog, read_exposures
+from gateway.experiments.exposures import Exposure, ExposureLog, read_exposures
 from gateway.experiments.stats import ArmReport, ExperimentReport, ExperimentStats, RequestRecord, is_running
 
 MakeExperiment = Callable[..., Experiment]
@@ -189,6 +190,15 @@ def test_the_units_of_several_logs_are_united(
     assert report.units_since == earliest
 
 
+def test_the_earliest_exposure_counts_in_whatever_order_they_come(make_experiment: MakeExperiment) -> None:
+    stats = ExperimentStats(None)
+    times = [f"2026-01-0{day}T00:00:00.000+00:00" for day in (2, 1, 3)]
+
+    stats.add(Exposure(time, "exp", GENERATION, "a", f"{i:016x}", "m", "s") for i, time in enumerate(times))
+
+    assert stats.report(make_experiment(1, 1), GENERATION).units_since == times[1]
+
+
 def test_other_weights_begin_anew_and_the_last_four_are_kept(
     make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
@@ -280,6 +290,15 @@ def test_an_experiment_whose_requests_have_no_unit_is_told(
         stats.record(make_record(unit))
 
     assert stats.report(make_experiment(1, 1), GENERATION).warning == warning
+
+
+def test_at_the_end_the_log_is_closed(tmp_path: Path, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(open_log(tmp_path))
+    stats.record(make_record(1))
+
+    stats.close()
+
+    assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ a full disk

@@ -11,7 +11,7 @@ import pytest
 from gateway.config.registry import Alias, Arm, Experiment, Registry, Shadow
 from gateway.fleet import Fleet, Model
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
-from gateway.types import ModelKind, ModelState
+from gateway.types import ModelKind, ModelState, known_task_names
 
 MakeModel = Callable[..., Model]
 Put = Callable[..., tuple[Registry, Fleet]]
@@ -121,6 +121,44 @@ def test_arms_of_one_space_are_fine(split: Put, tasks: Tasks, arms: str) -> None
     assert broken_rules(*split(tasks, arms)) == []
 
 
+NO_TASKS = {"tasks": {}, "default_task": None}
+
+
+@pytest.mark.parametrize(
+    ("more", "task", "known"),
+    [
+        ({}, "separation", None),
+        ({}, "query", None),
+        ({}, "text-matching", "retrieval.query, retrieval.passage, separation"),
+        ({}, "nonsense", "retrieval.query, retrieval.passage, separation"),
+        (NO_TASKS, "text-matching", None),
+        (NO_TASKS, "nonsense", ", ".join(known_task_names())),
+    ],
+)
+def test_a_name_s_task_is_one_that_its_model_knows(
+    split: Put, more: dict[str, object], task: str, known: str | None
+) -> None:
+    """A model without tasks ignores those that any model may have."""
+    problems = broken_rules(*split((None, task), "two two", [Alias(name="name", model="two", task=task)], **more))
+
+    told = f"names the task {task!r}, and model 'two' knows only: {known}"
+    assert [problem for problem in problems if "names the task" in problem] == (
+        [] if known is None else [f"the alias 'name' {told}", f"arm 'arm-1' of the experiment 'exp' {told}"]
+    )
+
+
+def test_of_a_model_that_was_not_read_any_task_may_be_named(split: Put) -> None:
+    alias = Alias(name="name", model="unread", task="nonsense")
+
+    assert broken_rules(*split(aliases=[alias])) == []
+
+
+def test_what_is_not_known_breaks_no_rule(split: Put) -> None:
+    registry, _fleet = split(("separation", "nonsense"), aliases=ALIASES)
+
+    assert broken_rules(registry, {}) == []
+
+
 @pytest.mark.parametrize("tasks", [("separation", "retrieval.query"), ("separation", None), (None, "separation")])
 @pytest.mark.parametrize("arms", ["one two", "one one"])
 def test_arms_with_tasks_of_different_spaces_are_not_of_one_space(split: Put, tasks: Tasks, arms: str) -> None:
@@ -154,10 +192,18 @@ def test_a_longer_model_may_be_a_fallback_and_a_shorter_one_not(make_model: Make
     ]
 
 
+def forget(fleet: Fleet, model_id: str) -> None:
+    model = fleet.get(model_id)
+    assert model is not None
+    model.info = None
+
+
 def moved(before: tuple[Registry, Fleet], after: tuple[Registry, Fleet]) -> dict[str, str]:
     """Return why each name that moved is refused, by the name."""
     problems = moved_names(name_spaces(*before), *after)
-    return {problem.split("'")[1]: problem for problem in problems}
+    by_name = {problem.split("'")[1]: problem for problem in problems}
+    assert len(by_name) == len(problems)  # each name once
+    return by_name
 
 
 def test_a_name_moves_when_any_of_its_tasks_does(split: Put) -> None:
@@ -185,6 +231,17 @@ def test_an_experiment_of_one_space_moves_with_its_control(split: Put) -> None:
     found = moved(split(arms="two one"), split(arms="two one", fingerprint="b" * 64))
 
     assert found.keys() == {"two", "owner/two", "exp"}
+    assert "(task" not in "".join(found.values())  # the default one moves as well
+
+
+def test_an_experiment_of_one_space_is_in_that_of_its_control_s_task(split: Put) -> None:
+    spaces = name_spaces(*split(("separation", "separation")))
+
+    assert spaces["exp"] == {"": spaces["one"]["separation"]}
+
+
+def test_an_experiment_of_several_spaces_has_none_to_keep(put: Put) -> None:
+    assert "exp" not in name_spaces(*put(("mini", "other")))
 
 
 def test_a_task_that_a_model_does_not_have_makes_no_space(split: Put) -> None:
@@ -208,11 +265,17 @@ def test_a_reranker_has_no_space_to_keep(put: Put) -> None:
     assert {name for name in spaces if "/" not in name} == {"mini", "other"}
 
 
+@pytest.mark.parametrize("unread", ["mini", "ranker"])
+def test_a_fallback_of_which_nothing_is_known_yet_is_fine(put: Put, unread: str) -> None:
+    registry, fleet = put(fallbacks={"mini": ("ranker",)})
+    forget(fleet, unread)
+
+    assert broken_rules(registry, fleet) == []
+
+
 def test_a_shadow_of_which_nothing_is_known_yet_is_fine(put: Put) -> None:
     registry, fleet = put(shadows=[Shadow(of="mini", to="ranker", sample=1.0)])
-    ranker = fleet.get("ranker")
-    assert ranker is not None
-    ranker.info = None
+    forget(fleet, "ranker")
 
     assert broken_rules(registry, fleet) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -89,8 +90,14 @@ def counted() -> Callable[[str], float]:
     return lambda outcome: read(outcome) - before[outcome]
 
 
-def offer(router: Router, shadows: Shadows, name: str = "default", texts: tuple[str, ...] = ("a b",)) -> None:
-    shadows.offer(router.choose(name, GATEWAY), list(texts), "query", Truncate.START, 5.0)
+def offer(
+    router: Router,
+    shadows: Shadows,
+    name: str = "default",
+    texts: tuple[str, ...] = ("a b",),
+    task: str | None = "query",
+) -> None:
+    shadows.offer(router.choose(name, GATEWAY), list(texts), task, Truncate.START, 5.0)
 
 
 async def settle() -> None:
@@ -323,6 +330,27 @@ async def test_a_copy_has_the_task_the_patience_and_a_caller_of_its_own(
     assert started + 5 <= job.deadline <= time.monotonic() + 5
     after = [metrics.REGISTRY.get_sample_value(name, labels) or 0 for name in names]
     assert [now - was for now, was in zip(after, before, strict=True)] == [3, 1]
+
+
+async def test_a_copy_has_the_task_that_the_name_says(make_shadows: MakeShadows, second: Second) -> None:
+    router, shadows = make_shadows()
+
+    offer(router, shadows, "default:passage", task=None)
+    await settle()
+
+    assert [job.task for job in second.jobs] == ["retrieval.passage"]
+
+
+async def test_work_that_is_done_leaves_nothing_behind(make_shadows: MakeShadows, second: Second) -> None:
+    router, shadows = make_shadows()
+    second.gate.set()
+
+    for _ in range(20):
+        offer(router, shadows)
+        await settle()
+    gc.collect()
+
+    assert sum(isinstance(one, asyncio.Task) and one.done() for one in gc.get_objects()) < 20
 
 
 async def test_after_a_stop_nothing_is_taken_up(
