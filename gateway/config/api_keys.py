@@ -1,7 +1,7 @@
-"""The file of API keys: who may use the gateway, for which models, and how much a minute.
+"""The file of API keys: the clients of the gateway, their models, and their quotas per minute.
 
-It holds no key, only hashes: whoever reads it can use none of them. A plain SHA-256 is enough, as keys are 256 random
-bits (``gateway key`` makes them), which nobody can try out as one can passwords.
+It holds only hashes: reading it gives no usable key. A plain SHA-256 is enough, as keys are 256 random bits (``gateway key``
+makes them), which cannot be guessed like passwords.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from gateway.errors import ConfigError, Problem, StartError
 
 # Enough for a file of a megabyte: about 8,000 clients with limits and models of their own.
 _KEY_FILE = FileKind("`version: 1` and `keys:`", "GATEWAY_API_KEYS_FILE or --file names it", max_values=100_000)
-_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # of which YAML makes text without quotes, but for a few words
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # text in YAML even without quotes, except for a few words
 
 
 class KeyEntry(Frozen):
-    """One client, with the keys that it may send."""
+    """One client, with its keys."""
 
-    name: Name = Field(description="What the client is called in logs and metrics; quotas are counted for it.")
+    name: Name = Field(description="Name of the client in logs and metrics; quotas are counted per name.")
     sha256: DistinctListed[Sha256] = Field(
-        description="SHA-256 of the key in hex, or a list of several, of which each works: so a key is exchanged without "
-        "a moment in which none does."
+        description="SHA-256 of the key in hex, or a list of several that are all valid, so that a key can be replaced "
+        "without interruption."
     )
     models: DistinctListed[NonEmptyText] | None = Field(
         default=None,
-        description="Names that the client may send as `model`. The id of a model allows it by all of its names; an "
-        "alias or an experiment allows that name alone. What a client may use is what it sees. Left out: all.",
+        description="Names that the client may send as `model`. The id of a model allows all of its names; an alias or an "
+        "experiment allows only that name. A client sees only what it may use. Left out: all.",
     )
-    requests_per_minute: Positive | None = Field(default=None, description="Requests a minute; 429 beyond.")
+    requests_per_minute: Positive | None = Field(default=None, description="Requests per minute; 429 beyond.")
     tokens_per_minute: Positive | None = Field(
-        default=None, description="Tokens a minute, as the models count them; 429 beyond."
+        default=None, description="Tokens per minute, as counted by the models; 429 beyond."
     )
-    expires: Time | None = Field(default=None, description="When the keys stop working: a time, or a date (its start).")
+    expires: Time | None = Field(default=None, description="When the keys expire: a time, or a date (its start).")
 
     @field_validator("sha256", mode="before")
     @classmethod
@@ -57,21 +57,21 @@ class KeyEntry(Frozen):
 
 
 class KeyFile(Frozen):
-    """All of the file."""
+    """The whole file."""
 
     version: Version = Field(description="Version of the file's format: `1`.")
-    keys: Distinct[KeyEntry] = Field(description="The clients. An empty list lets nobody in.")
+    keys: Distinct[KeyEntry] = Field(description="The clients. With an empty list, no client gets in.")
 
 
 def load_key_file(path: Path, environ: Mapping[str, str], text: str | None = None) -> KeyFile:
     """Read and check a file of API keys.
 
     Args:
-        environ: what ``${NAME}`` in its values stands for.
-        text: what the file is about to hold, where that is to be checked before it is written.
+        environ: the variables for ``${NAME}`` in its values.
+        text: new content of the file, to be checked before it is written.
 
     Raises:
-        ConfigError: the file cannot be read, or holds anything that is not right; lists every problem.
+        ConfigError: the file cannot be read or is wrong; lists every problem.
     """
     document = read_document(path, environ, _KEY_FILE, text)
     if not isinstance(document.root, dict):
@@ -90,7 +90,7 @@ def load_key_file(path: Path, environ: Mapping[str, str], text: str | None = Non
 
 
 def unknown_models(keys: KeyFile, names: Iterable[str]) -> list[str]:
-    """Say which models the keys are for that there are not.
+    """List the keys that name unknown models.
 
     Args:
         names: every id, alias and experiment of the registry.
@@ -108,10 +108,10 @@ def unknown_models(keys: KeyFile, names: Iterable[str]) -> list[str]:
 
 
 def make_entry(**options: object) -> KeyEntry:
-    """Return an entry made of command-line options; ``None`` leaves a field out.
+    """Return an entry for command-line options; ``None`` omits a field.
 
     Raises:
-        ConfigError: an option is not what the file takes.
+        ConfigError: an option is not valid in the file.
     """
     try:
         entry = KeyEntry.model_validate({name: value for name, value in options.items() if value is not None})
@@ -124,7 +124,7 @@ def make_entry(**options: object) -> KeyEntry:
                 for field, message in problems
             ]
         ) from error
-    # In a file it is right: the entry of a key that has ended may stay there.
+    # In a file, it is valid: the entry of an expired key may stay there.
     if entry.expires is not None and entry.expires <= datetime.now(UTC):
         raise ConfigError(
             [Problem("command line", 0, 0, "--expires", f"must be in the future, got {quote(str(options['expires']))}")]
@@ -133,17 +133,17 @@ def make_entry(**options: object) -> KeyEntry:
 
 
 def entry_lines(entry: KeyEntry, indent: str = "  ") -> str:
-    """Return an entry as YAML, a line for each key that it has, as an item of a list."""
+    """Return an entry as YAML: an item of a list, with one line per field."""
     lines = [f"{key}: {value}\n" for key, value in _entry_yaml(entry).items()]
     return "".join(f"{indent}{'  ' if number else '- '}{line}" for number, line in enumerate(lines))
 
 
 def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
-    """Add an entry to a file of API keys, or make the file; everything else in it stays as it is, comments included.
+    """Add an entry to a file of API keys, or create the file; the rest of it stays as it is, comments included.
 
     Raises:
-        ConfigError: the file that there is cannot be read, or is wrong.
-        StartError: the name is taken, the entry cannot be put in, or the file cannot be written.
+        ConfigError: the existing file cannot be read, or is wrong.
+        StartError: the name is taken, the entry cannot be inserted, or the file cannot be written.
     """
     try:
         with _locked(path):
@@ -151,7 +151,7 @@ def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
                 write_whole(path, f"version: 1\n\nkeys:\n{entry_lines(entry)}", 0o600)
                 return
             before = load_key_file(path, environ)
-            if entry.name.casefold() in {one.name.casefold() for one in before.keys}:
+            if entry.name.casefold() in {other.name.casefold() for other in before.keys}:
                 raise StartError(f"{path}: the name {quote(entry.name)} is taken; choose another, or remove its entry")
             text = _extended(read_text(path, _KEY_FILE), path, entry)
             if text is None or not _holds(path, environ, text, (*before.keys, entry)):
@@ -161,9 +161,9 @@ def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
         raise StartError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _holds(path: Path, environ: Mapping[str, str], text: str, wanted: tuple[KeyEntry, ...]) -> bool:
+def _holds(path: Path, environ: Mapping[str, str], text: str, entries: tuple[KeyEntry, ...]) -> bool:
     try:
-        return load_key_file(path, environ, text).keys == wanted
+        return load_key_file(path, environ, text).keys == entries
     except ConfigError:
         return False
 
@@ -183,7 +183,7 @@ def _entry_yaml(entry: KeyEntry) -> dict[str, str]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time change the file: of two that add a key at once, each would lose the other's."""
+    """Let one process at a time change the file: two that add a key at once would lose one of them."""
     folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
         flock(folder, LOCK_EX)
@@ -193,28 +193,28 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _extended(text: str, path: Path, entry: KeyEntry) -> str | None:
-    """Return the text of a file of keys with one more entry; ``None`` where its keys are an anchor's, say."""
+    """Return the text of a file of keys with one more entry; ``None`` if its keys are an alias of an anchor, for example."""
     _yaml, root = compose(text, str(path), _KEY_FILE)
     keys = _value_of(root, "keys")
     if not isinstance(keys, SequenceNode):
         return None
     if keys.flow_style:
-        one = ", ".join(f"{key}: {value}" for key, value in _entry_yaml(entry).items())
+        item = ", ".join(f"{key}: {value}" for key, value in _entry_yaml(entry).items())
         end = keys.end_mark.index - 1  # before the bracket
         before = text[:end].rstrip().removesuffix(",")
-        return f"{before}{', ' if keys.value else ''}{{{one}}}{text[end:]}"
+        return f"{before}{', ' if keys.value else ''}{{{item}}}{text[end:]}"
     end = _end_of_block(text, keys)
     line_break = "" if text[:end].endswith("\n") else "\n"
     return text[:end] + line_break + entry_lines(entry, " " * keys.start_mark.column) + text[end:]
 
 
-def _value_of(root: Node, wanted: str) -> Node | None:
+def _value_of(root: Node, name: str) -> Node | None:
     pairs = root.value if isinstance(root, MappingNode) else ()
-    return next((value for key, value in pairs if key.value == wanted), None)
+    return next((value for key, value in pairs if key.value == name), None)
 
 
 def _end_of_block(text: str, keys: SequenceNode) -> int:
-    """Return where a block of keys ends: behind its last line that is no comment, whose line break is there."""
+    """Return where a block of keys ends: after its last line that is not a comment, line break included."""
     lines = text[: keys.end_mark.index].splitlines(keepends=True)
     while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith("#")):
         lines.pop()
@@ -226,13 +226,13 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
 
 
 def _repeated(keys: KeyFile, document: Document) -> list[Problem]:
-    """Find names and hashes that stand in the file twice."""
+    """Find names and hashes that appear twice in the file."""
     problems = []
     seen: set[str] = set()
     for index, entry in enumerate(keys.keys):
         for key, values in (("name", (entry.name.casefold(),)), ("sha256", entry.sha256)):
             for value in values:
                 if value in seen:
-                    problems.append(document.value_problem(("keys", index, key), f"{quote(value)} is there twice"))
+                    problems.append(document.value_problem(("keys", index, key), f"{quote(value)} appears twice"))
                 seen.add(value)
     return problems

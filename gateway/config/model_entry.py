@@ -42,112 +42,112 @@ class ModelEntry(Frozen):
     """One model of the registry."""
 
     id: Name = Field(
-        description="The public name of the model, which clients send as `model`. Letters, digits and `._-/`; unique, "
-        "whatever the case."
+        description="Public name of the model, which clients send as `model`. Letters, digits and `._-/`; unique, ignoring "
+        "case."
     )
     backend: Literal["infinity", "openai", "tei"] = Field(
         default="infinity",
         description="What computes the vectors. `infinity`: an engine in this process. `openai`: other servers with "
-        "OpenAI's embeddings (vLLM, Infinity, Ollama, llama.cpp, Jina, OpenAI, another of these gateways). `tei`: Hugging "
-        "Face's text-embeddings-inference.",
+        "OpenAI's embeddings API (vLLM, Infinity, Ollama, llama.cpp, Jina, OpenAI, another gateway like this "
+        "one). `tei`: Hugging Face's text-embeddings-inference.",
     )
     source: str = Field(
-        description="Where the checkpoint is; for a model that runs elsewhere, its name there. A hub repo `owner/name`, a "
-        "folder (starts with `/`, `./`, `../` or `~`; relative to this file), or "
-        "`package:NAME/sub/folder` in an installed Python package."
+        description="Where the checkpoint is; for an upstream model, its name on the servers. A hub repo `owner/name`, a "
+        "folder (starts with `/`, `./`, `../` or `~`; relative to this file), or `package:NAME/sub/folder` in an "
+        "installed Python package."
     )
     revision: str | None = Field(
         default=None,
         validate_default=True,
-        description="The commit of the hub repo, 40 hex digits. Required for a hub source, so that the weights cannot "
-        "change under stored vectors; not allowed for others. Of a model that runs elsewhere, for information.",
+        description="Commit of the hub repo, 40 hex digits. Required for a hub source, so that the weights cannot change "
+        "under stored vectors; not allowed for other sources. For an upstream model, information only.",
     )
     sha256: Mapping[FileName, Sha256] = Field(
         default_factory=dict,
-        description="Expected SHA-256 of files of the checkpoint, by file name. Checked at load; a file that "
-        "differs is not loaded.",
+        description="Expected SHA-256 of checkpoint files, by file name. Checked on load; a file that differs is not "
+        "loaded.",
     )
     enabled: Enabled = Field(
-        default="auto", description="Whether the model is loaded. `auto`: when an accelerator is present."
+        default="auto", description="Whether the model is loaded. `auto`: if an accelerator is present."
     )
     required: bool = Field(
         default=False,
-        description="Whether the gateway stops when this model fails to load. Otherwise it serves the others, and "
+        description="Whether the gateway stops if this model fails to load. Otherwise it serves the other models, and "
         "answers 503 for this one.",
     )
     device: Device = Field(
         default="auto",
-        description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`. `auto`: the "
-        "accelerator, if one is present.",
+        description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`. `auto`: the accelerator, if one is present.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
-        description="Precision of the computation. `auto`: `float16` on CUDA; `bfloat16` on a CPU that has it, else "
+        description="Precision of the computation. `auto`: `float16` on CUDA; `bfloat16` on a CPU that supports it, else "
         "`float32`.",
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         default="auto",
-        description="What runs the forward. `auto`: OpenVINO on a CPU, where its vectors agree with torch's; torch "
+        description="Runtime of the forward pass. `auto`: OpenVINO on a CPU if its vectors agree with torch's; torch "
         "elsewhere.",
     )
     default_task: NonEmptyText | None = Field(
         default=None,
-        description="The task of a request that names none. Use a symmetric one where clients search and store "
-        "under one name.",
+        description="Task of requests that name none. Use a symmetric one if clients search and store under one name.",
     )
     prompts: Mapping[NonEmptyText, str] = Field(
         default_factory=dict,
-        description="Instruction put before the text, by task. Overrides the checkpoint's own instructions.",
+        description="Instruction put in front of the text, by task. Overrides the checkpoint's own instructions.",
     )
     dimensions: Distinct[Positive] = Field(
         default=(),
-        description="The sizes that a client may ask for with `dimensions`. The native width is always allowed; list "
-        "smaller ones only for a model that was trained for them.",
+        description="Sizes that clients may request with `dimensions`. The native width is always allowed; list smaller "
+        "ones only for a model that was trained for them.",
     )
     max_tokens: Positive | None = Field(
         default=None,
-        description="The longest text in tokens, special tokens included; longer ones are truncated. By default the "
-        "checkpoint's own limit.",
+        description="Maximum length of a text in tokens, special tokens included; longer texts are truncated. By default "
+        "the checkpoint's own limit.",
     )
     max_batch_tokens: Positive | None = Field(
         default=None,
-        description="The most tokens that one forward pass takes; bounds the memory. By default the "
-        "engine's own limit.",
+        description="Maximum number of tokens in a forward pass; bounds the memory. By default the engine's own limit.",
     )
     fp16_accumulation: bool = Field(
         default=False,
-        description="Whether float16 matrix products add up in float16: up to twice as fast on GeForce cards, no gain on "
-        "others, and less exact. Needs `golden`; refused where the golden vectors leave their tolerance.",
+        description="Whether float16 matrix products accumulate in float16: up to twice as fast on GeForce cards, no gain "
+        "on others, and less exact. Needs `golden`; refused if the golden vectors leave their tolerance.",
     )
     golden: NonEmptyText | None = Field(
         default=None,
-        description="File with the model's golden vectors, relative to this file; they are checked at every start. "
-        "`gateway verify MODEL --record` writes it. For a model that runs elsewhere it makes sure, from one start to the "
-        "next, that the servers still run the same one.",
+        description="File with the model's golden vectors, relative to this file; they are checked at every start. `gateway "
+        "verify MODEL --record` writes it. For an upstream model, it verifies from one start to the next that the "
+        "servers still run the same model.",
     )
-    outputs: DistinctListed[Head] = Field(default=(Output.DENSE,), description="What the model can return for a text.")
+    outputs: DistinctListed[Head] = Field(
+        default=(Output.DENSE,), description="Outputs that the model can return for a text."
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="Whether Python code in the checkpoint may run. Only for a source that you have read.",
     )
     upstream: Upstream | None = Field(
-        default=None, description="Where the model runs, with `backend: openai` or `tei`."
+        default=None, description="Servers that run the model, with `backend: openai` or `tei`."
     )
     same_space_as: Name | None = Field(
         default=None,
-        description="The id of another model with the same weights, which may then be a fallback of this one, and this one "
-        "of it. Checked: the vectors of both must agree, or this one is not served. For `backend: openai` and `tei`.",
+        description="Id of another model with the same weights, which may then be a fallback of this one, and this one of "
+        "it. Checked: the vectors of both must agree, or this model is not served. For `backend: openai` and "
+        "`tei`.",
     )
     _written_source: str | None = PrivateAttr(None)
     allow_space_change: bool = Field(
         default=False,
-        description="Whether a reload may bring vectors of another space under this id. Only when nothing is stored "
-        "under the old one.",
+        description="Whether a reload may change the space of this id's vectors. Only if nothing is stored in the old "
+        "space.",
     )
 
     @property
     def written_source(self) -> str:
-        """``source`` as it stands in the file: a folder as it was written, so that it means the same on other machines."""
+        """``source`` as written in the file: a relative folder means the same on other machines."""
         return self._written_source or self.source
 
     @model_validator(mode="wrap")
@@ -160,13 +160,13 @@ class ModelEntry(Frozen):
 
     @property
     def parsed_source(self) -> Source:
-        """Take ``source`` apart."""
+        """``source``, parsed."""
         return Source.parse(self.source)
 
     def loads_like(self, other: ModelEntry) -> bool:
-        """Tell whether a model that was loaded for this entry will do for another one."""
-        beside = {"required", "allow_space_change"}
-        return self.model_dump(exclude=beside) == other.model_dump(exclude=beside)
+        """Return whether a model loaded for this entry can serve another one."""
+        unloaded = {"required", "allow_space_change"}
+        return self.model_dump(exclude=unloaded) == other.model_dump(exclude=unloaded)
 
     @field_validator("golden")
     @classmethod
@@ -176,7 +176,7 @@ class ModelEntry(Frozen):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the model runs on other servers."""
+        """Whether the model runs on upstream servers."""
         return self.upstream is not None
 
     @model_validator(mode="after")
@@ -205,7 +205,7 @@ class ModelEntry(Frozen):
     @classmethod
     def _check_revision(cls, revision: str | None, info: ValidationInfo) -> str | None:
         if "source" not in info.data:
-            return revision  # has its own problem, and what is right here depends on it
+            return revision  # `source` has a problem of its own, and this check depends on it
         source: str = info.data["source"]
         if info.data.get("backend", "infinity") != "infinity":
             if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -213,7 +213,9 @@ class ModelEntry(Frozen):
             raise ValueError(f"must be a commit, {_COMMIT}, got {quote(revision)}")
         if Source.parse(source).kind != "hub":
             if revision is not None:
-                raise ValueError(f"is only for hub repos, and {quote(source)} is none; remove it, or pin with `sha256`")
+                raise ValueError(
+                    f"is only for hub repos, and {quote(source)} is not one; remove it, or pin with `sha256`"
+                )
         elif revision is None:
             raise ValueError(
                 f"is missing: {quote(source)} must be pinned to a commit, {_COMMIT}; otherwise the weights could "
@@ -227,7 +229,7 @@ class ModelEntry(Frozen):
         return revision
 
 
-# What says how a model is computed, which for one that runs elsewhere is not decided here.
+# Fields that say how a model is computed: for an upstream model, that is decided elsewhere.
 _ENGINE_FIELDS = (
     "sha256",
     "device",
@@ -240,18 +242,18 @@ _ENGINE_FIELDS = (
 
 
 def _backend_problems(entry: ModelEntry) -> Iterator[str]:
-    """Yield what of an entry does not go together with its backend."""
+    """Yield the problems of fields that do not fit the backend."""
     if entry.backend == "infinity":
         if entry.upstream is not None:
-            yield "`upstream` is for models that run elsewhere: set `backend: openai` or `backend: tei` as well"
+            yield "`upstream` is for models on other servers: set `backend: openai` or `backend: tei` as well"
         if entry.same_space_as is not None:
-            yield "`same_space_as` is for models that run elsewhere; the space of this one follows from its checkpoint"
+            yield "`same_space_as` is for models on other servers; the space of this model follows from its checkpoint"
         return
     if entry.upstream is None:
         yield f"`backend: {entry.backend}` needs `upstream` with the `urls` of the servers"
-    if given := [name for name in _ENGINE_FIELDS if name in entry.model_fields_set]:
-        yield f"{enumerate_names(given)} cannot be set here for `backend: {entry.backend}`: the servers decide that"
+    if engine_fields := [name for name in _ENGINE_FIELDS if name in entry.model_fields_set]:
+        yield f"{enumerate_names(engine_fields)} cannot be set here for `backend: {entry.backend}`: the servers decide that"
     if entry.outputs != (Output.DENSE,):
         yield f"`outputs` must be `[dense]` for `backend: {entry.backend}`"
     if entry.upstream is not None and entry.prompts and entry.upstream.tasks:
-        yield "`prompts` are put before texts here and `upstream.tasks` are applied by the servers: give one of them"
+        yield "`prompts` are added to texts here and `upstream.tasks` are applied by the servers: set only one of them"

@@ -34,23 +34,23 @@ class Registry(Frozen):
     """The models that a request can reach, their names, and the rules that distribute traffic over them."""
 
     path: Path = Field(exclude=True, description="The file that the registry was read from.")
-    version: Version = Field(description="Version of the file's format: `1`.")
+    version: Version = Field(description="Version of the file format: `1`.")
     models: Listed[ModelEntry] = Field(description="The models.")
     aliases: Mapping[Name, Alias] = Field(
         default_factory=dict,
         description="Other names for models. A name maps to a model id, or to `{model: MODEL, task: TASK}`; the alias "
-        "`default` answers requests that name no model.",
+        "`default` answers requests without a model.",
     )
     experiments: tuple[Experiment, ...] = Field(
-        default=(), description="Names under which requests are split between models."
+        default=(), description="Names whose requests are split between models."
     )
     shadows: Distinct[Shadow] = Field(
         default=(), description="Copies of some traffic to a second model, whose vectors are discarded."
     )
     fallbacks: Mapping[str, DistinctListed[str]] = Field(
         default_factory=dict,
-        description="For a model's id, the ids of the models that answer in its place while it cannot, in order. All must "
-        "give vectors of the same space; otherwise the gateway does not start.",
+        description="For the id of a model, the ids of the models that answer in its place while it cannot, in order. All "
+        "must give vectors of the same space; otherwise the gateway does not start.",
     )
 
     def model(self, model_id: str) -> ModelEntry:

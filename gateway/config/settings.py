@@ -1,7 +1,7 @@
 """Settings of the process: the environment variables ``GATEWAY_*``.
 
-What models there are stands in ``models.yaml`` instead. The table in ``docs/configuration.md`` is generated from the
-field descriptions.
+The models are configured in ``models.yaml`` instead. The table in ``docs/configuration.md`` is generated from the field
+descriptions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENV_PREFIX: Final = "GATEWAY_"
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
 _LEAST_KEY: Final = 8
 PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
-"""A path that a proxy serves the gateway under; empty for none."""
+"""The path under which a proxy serves the gateway; empty for none."""
 
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICE_LINK_HINT = (
@@ -47,7 +47,7 @@ _SERVICE_LINK_HINT = (
 
 
 def _split_keys(value: object) -> object:
-    """Split comma-separated keys; the message of a problem must not show one."""
+    """Split comma-separated keys. No message may show one."""
     if not isinstance(value, str):
         return value
     keys = tuple(key.strip() for key in value.split(","))
@@ -55,7 +55,7 @@ def _split_keys(value: object) -> object:
         raise ValueError("has an empty key before, between or after its commas; leave it unset to turn keys off")
     for number, key in enumerate(keys, start=1):
         if len(key) < _LEAST_KEY:
-            raise ValueError(f"key {number} must have {_LEAST_KEY} characters or more, got {len(key)}")
+            raise ValueError(f"key {number} must have at least {_LEAST_KEY} characters, got {len(key)}")
     return keys
 
 
@@ -90,7 +90,7 @@ def _check_prefix(prefix: str) -> str:
 
 def _check_admin_key(key: SecretStr) -> SecretStr:
     if len(key.get_secret_value()) < _LEAST_KEY:
-        raise ValueError(f"must have {_LEAST_KEY} characters or more, got {len(key.get_secret_value())}")
+        raise ValueError(f"must have at least {_LEAST_KEY} characters, got {len(key.get_secret_value())}")
     return key
 
 
@@ -101,146 +101,154 @@ def _lower(value: object) -> object:
 class Settings(BaseSettings):
     """Settings of one gateway process.
 
-    Made by :func:`load_settings`. The constructor reads no environment, so that a test, or a program that embeds the
-    gateway, gets exactly what it passes.
+    Created by :func:`load_settings`. The constructor does not read the environment, so that a test, or a program that embeds
+    the gateway, gets exactly the values that it passes.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on; `0.0.0.0` for all.")
-    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any that is free.")
-    models: Path = Field(default=Path("models.yaml"), description="The registry of models.")
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to listen on; `0.0.0.0` for all interfaces."
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    models: Path = Field(default=Path("models.yaml"), description="Path of the model registry.")
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         default=(),
-        description="Keys that clients may send, comma-separated, of 8 characters or more. Empty: no key is asked for.",
+        description="API keys that clients may send, comma-separated, at least 8 characters each. Empty: no key is "
+        "required.",
     )
     api_keys_file: Path | None = Field(
         default=None,
-        description="File of API keys, with the models and the requests and tokens per minute of each; read again within a "
-        "second of a change. `gateway key NAME --file FILE` makes a key and adds its entry.",
+        description="File of API keys, each with its models and its requests and tokens per minute; reloaded within a "
+        "second of a change. `gateway key NAME --file FILE` creates a key and adds its entry.",
     )
     requests_per_minute: int = Field(
         default=0,
         ge=0,
-        description="Requests a minute of each key that the file says nothing else of, or of each network address where "
-        "no keys are asked for; 429 beyond. 0: no limit.",
+        description="Requests per minute for each key without a limit in the file, or for each network address if no keys "
+        "are required; 429 beyond. 0: no limit.",
     )
     tokens_per_minute: int = Field(
-        default=0, ge=0, description="Tokens a minute, as `GATEWAY_REQUESTS_PER_MINUTE`; 429 beyond. 0: no limit."
+        default=0,
+        ge=0,
+        description="Tokens per minute, for the same keys and addresses as `GATEWAY_REQUESTS_PER_MINUTE`; 429 beyond. 0: no "
+        "limit.",
     )
     quota_storage: str = Field(
         default="memory://",
         min_length=1,
-        description="Where requests and tokens a minute are counted: `memory://`, or `redis://HOST:PORT/DB` for several "
-        "replicas together.",
+        description="Where requests and tokens per minute are counted: `memory://`, or `redis://HOST:PORT/DB` for replicas "
+        "that count together.",
     )
     admin_key: Annotated[SecretStr, AfterValidator(_check_admin_key)] | None = Field(
         default=None,
-        description="Key of the operator, for the paths under `/admin`, and for `/metrics` where API keys are set. "
-        "Without it `/admin` answers 403.",
+        description="The operator's key for the paths under `/admin`, and for `/metrics` if API keys are set. Without it, "
+        "`/admin` answers 403.",
     )
     admin_port: int | None = Field(
         default=None,
         ge=0,
         le=65535,
-        description="Port of `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` asks for no "
-        "key there. Must differ from `GATEWAY_PORT`. Without it they are on the port of the clients.",
+        description="Separate port for `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` "
+        "needs no key there. Must differ from `GATEWAY_PORT`. Without it, these paths are on the clients' port.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
         default=(),
-        description="Web pages that may send requests from a browser, by origin, comma-separated: "
+        description="Origins of web pages that may send requests from a browser, comma-separated: "
         "`https://app.example.com`; `*` for all. Empty: none.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_networks)] = Field(
         default=(),
-        description="Addresses or networks of proxies, comma-separated, whose `X-Forwarded-For` is believed, in logs and in "
-        "quotas by address: `10.0.0.0/8`. Empty: a client's address is that of its connection.",
+        description="Addresses or networks of proxies whose `X-Forwarded-For` is trusted, in logs and in quotas by address, "
+        "comma-separated: `10.0.0.0/8`. Empty: a client's address is the address of its connection.",
     )
     root_path: Annotated[str, AfterValidator(_check_prefix)] = Field(
         default="",
-        description="Path under which a proxy serves the gateway, `/ai/embed` say, for the documentation's links and the "
-        "OpenAPI document. Requests may come with it or without. By default what `X-Forwarded-Prefix` says.",
+        description="Path under which a proxy serves the gateway, such as `/ai/embed`, for the links in the documentation "
+        "and the OpenAPI document. Requests may include it or not. By default taken from "
+        "`X-Forwarded-Prefix`.",
     )
     max_header_bytes: int = Field(
-        default=64 * 1024, ge=1024, description="The largest headers of a request in bytes; 431 beyond."
+        default=64 * 1024, ge=1024, description="Maximum size of a request's headers in bytes; 431 beyond."
     )
     header_timeout_s: float = Field(
         default=10.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that a request's headers may take to come; the connection is closed then.",
+        description="Seconds in which a request's headers must arrive; then the connection is closed.",
     )
     keep_alive_s: float = Field(
         default=75.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds for which an idle connection is kept. Set it longer than the load balancer in front does (60 s "
-        "for most): otherwise the balancer may send a request just as the gateway closes the connection.",
+        description="Seconds for which an idle connection is kept open. Set it higher than the idle timeout of the load "
+        "balancer in front (60 s for most): otherwise the balancer may send a request just as the gateway closes "
+        "the connection.",
     )
     body_timeout_s: float = Field(
         default=60.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that a request's body may take to come; 400 beyond.",
+        description="Seconds in which a request's body must arrive; 400 beyond.",
     )
     send_timeout_s: float = Field(
         default=60.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds in which a client must take something of an answer that waits; the connection is cut then.",
+        description="Seconds a client may go without reading any of a pending response; then the connection is closed.",
     )
     max_body_bytes: int = Field(
-        default=16 * 1024 * 1024, ge=1, description="The largest request body in bytes; 413 beyond."
+        default=16 * 1024 * 1024, ge=1, description="Maximum size of a request body in bytes; 413 beyond."
     )
     memory_budget_bytes: int = Field(
         default=512 * 1024 * 1024,
         ge=64 * 1024 * 1024,
-        description="Bytes that all requests together may hold: bodies being received, texts and tokens that wait, answers "
-        "not yet read; 503 beyond that. A single request may use half of it; 413 beyond that.",
+        description="Bytes that all requests together may hold: bodies being received, waiting texts and tokens, unread "
+        "responses; 503 beyond. A single request may use half of it; 413 beyond that.",
     )
-    max_inputs: int = Field(default=2048, ge=1, description="The most texts in one request; 400 beyond.")
+    max_inputs: int = Field(default=2048, ge=1, description="Maximum number of texts per request; 400 beyond.")
     max_token_vectors: int = Field(
         default=32_768,
         ge=1,
-        description="The most tokens in one request that wants a vector of each: multi-vectors, or TEI's `/embed_all`; "
+        description="Maximum number of tokens in a request for one vector per token (multi-vectors, or TEI's `/embed_all`); "
         "400 beyond.",
     )
     max_queue_texts: int = Field(
-        default=16_384, ge=1, description="The most texts that wait in the queue of one model; 429 beyond."
+        default=16_384, ge=1, description="Maximum number of texts in the queue of a model; 429 beyond."
     )
     max_queue_tokens: int = Field(
-        default=4_000_000, ge=1, description="The most tokens that wait in the queue of one model; 429 beyond."
+        default=4_000_000, ge=1, description="Maximum number of tokens in the queue of a model; 429 beyond."
     )
     request_timeout_s: float = Field(
         default=300.0, gt=0, allow_inf_nan=False, description="Seconds that a request may take; 504 beyond."
     )
     shutdown_grace_s: float = Field(
-        default=30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to end when stopping."
+        default=30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to finish on shutdown."
     )
     drain_delay_s: float = Field(
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Seconds for which new requests are still answered when stopping, while `/health/ready` says 503: as "
-        "long as load balancers take to notice.",
+        description="Seconds for which new requests are still accepted on shutdown, while `/health/ready` answers 503: as "
+        "long as load balancers need to notice.",
     )
     forward_timeout_s: float = Field(
         default=120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds after which a batch counts as hung: its callers get 503, and the model is loaded anew.",
+        description="Seconds after which a batch counts as hung: its requests get 503, and the model is reloaded.",
     )
     golden_interval_s: float = Field(
         default=3600.0,
         gt=0,
-        description="Seconds after which a model that serves is held against its golden vectors again; where they are no "
-        "longer right, it is loaded anew.",
+        description="Seconds between checks of a serving model against its golden vectors; a model that fails the check is "
+        "reloaded.",
     )
     cpu_threads: int = Field(
-        default=0, ge=0, description="Threads of a model that runs on the CPU; 0: chosen by the engine."
+        default=0, ge=0, description="Number of threads for models on the CPU; 0: chosen by the engine."
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
-        default="info", description="The least severe events that are logged."
+        default="info", description="Minimum severity of the events that are logged."
     )
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto",
@@ -249,14 +257,14 @@ class Settings(BaseSettings):
     )
     exposure_log: Path | None = Field(
         default=None,
-        description="File with a line for the first request of each unit in each arm of an experiment. Units are counted "
-        "from it after a restart. Without it none is written.",
+        description="File that gets a line for the first request of each unit in each arm of an experiment. After a "
+        "restart, units are counted from it. By default no log is written.",
     )
     exposure_log_max_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1024, description="Size in bytes at which the exposure log is rotated."
     )
     exposure_log_backups: int = Field(
-        default=5, ge=1, description="How many rotated exposure logs are kept; all of them are read at the start."
+        default=5, ge=1, description="Number of rotated exposure logs to keep; all of them are read at the start."
     )
 
     @field_validator("admin_port")
@@ -265,7 +273,7 @@ class Settings(BaseSettings):
         if admin_port and admin_port == info.data.get("port"):
             raise ValueError(
                 f"must differ from the port of the clients ({variable('port')}), got {admin_port} for both; "
-                "leave it unset to have the operator's paths on that port"
+                "leave it unset to serve the operator's paths on that port"
             )
         return admin_port
 
@@ -282,8 +290,8 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
-class _GivenEnvironment(EnvSettingsSource):
-    """The environment that is passed in, where pydantic-settings reads ``os.environ``."""
+class _PassedEnvironment(EnvSettingsSource):
+    """Reads the environment that is passed in, rather than ``os.environ``."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -303,22 +311,22 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
 
     Args:
         environ: the environment; an empty variable counts as unset.
-        overrides: values by field name that win over the environment, such as command-line options; ``None`` is none.
+        overrides: values by field name that win over the environment, such as command-line options; ``None`` is ignored.
 
     Raises:
-        ConfigError: a value is wrong or a ``GATEWAY_*`` variable is not known; lists every problem.
+        ConfigError: a value is wrong or a ``GATEWAY_*`` variable is unknown; lists every problem.
         TypeError: an override is not a setting.
     """
     unknown = overrides.keys() - Settings.model_fields.keys()
     if unknown:
         raise TypeError(f"not settings: {', '.join(sorted(unknown))}")
-    given = {name: value for name, value in overrides.items() if value is not None}
+    options = {name: value for name, value in overrides.items() if value is not None}
     problems = _unknown_variables(environ)
     settings = None
     try:
-        settings = Settings.model_validate({**_GivenEnvironment(environ)(), **given})
+        settings = Settings.model_validate({**_PassedEnvironment(environ)(), **options})
     except ValidationError as error:
-        problems += _value_problems(error, overridden=set(given))
+        problems += _value_problems(error, overridden=set(options))
     if settings is None or problems:
         raise ConfigError(problems)
     return settings

@@ -1,4 +1,4 @@
-"""How requests are spread over the models of ``models.yaml``: aliases, experiments, shadows."""
+"""How requests are distributed over the models of ``models.yaml``: aliases, experiments, shadows."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from gateway.config.wording import quote
 
 
 class Alias(Frozen):
-    """Another name for a model, or for one task of it."""
+    """Another name for a model, or for one of its tasks."""
 
-    name: str = Field(exclude=True, description="The alias's own name: its key in `aliases`.")
+    name: str = Field(exclude=True, description="Name of the alias: its key in `aliases`.")
     model: str = Field(description="The id of the model; not another alias.")
     task: NonEmptyText | None = Field(
-        default=None, description="The task of requests under this name. By default the model's `default_task`."
+        default=None, description="Task of requests under this name. By default the model's `default_task`."
     )
     allow_space_change: bool = Field(
         default=False,
-        description="Whether a reload may move this name to another space. Only when nothing is stored under the old one.",
+        description="Whether a reload may move this name to another space. Only if nothing is stored in the old space.",
     )
 
 
@@ -41,20 +41,20 @@ class Arm(Frozen):
 
     name: Name | None = Field(
         default=None,
-        description="What the arm is called in headers, metrics and reports. By default its model's id. Renaming an arm "
-        "assigns its units anew.",
+        description="Name of the arm in headers, metrics and reports. By default its model's id. Renaming an arm reassigns "
+        "its units.",
     )
     model: str = Field(description="The id of the model; not an alias.")
     task: NonEmptyText | None = Field(
-        default=None, description="The task of requests in this arm. By default that of the request."
+        default=None, description="Task of requests in this arm. By default the task of the request."
     )
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        description="The share of units that this arm gets, in proportion to the sum of all weights. 0: none."
+        description="Share of the units that get this arm, in proportion to the sum of all weights. 0: none."
     )
 
     @property
     def label(self) -> str:
-        """What the arm is called."""
+        """The name of the arm."""
         return self.name or self.model
 
 
@@ -64,43 +64,45 @@ Units: TypeAlias = Annotated[Distinct[RequestValue], BeforeValidator(unwrap_sour
 class Experiment(Frozen):
     """A name under which requests are split between models."""
 
-    id: Name = Field(description="The name that clients send as `model`. Not that of a model or alias.")
+    id: Name = Field(description="Name that clients send as `model`. It must not be the name of a model or an alias.")
     kind: Literal["same_space", "cross_space"] = Field(
-        description="`same_space`: the arms' vectors are of one space, and requests without a unit are split at random. "
-        "`cross_space`: they are not, so that each unit stays with one arm, and requests without a unit get the first."
+        description="`same_space`: the arms' vectors are in one space, and requests without a unit are split at random. "
+        "`cross_space`: they are not, so each unit stays with one arm, and requests without a unit get the first "
+        "arm."
     )
     unit: Units = Field(
         default=(),
         validate_default=True,
-        description="What is assigned to an arm, as `{from: [...]}`: the first of `header:NAME`, `body:user` and "
+        description="The unit that is assigned to an arm, as `{from: [...]}`: the first of `header:NAME`, `body:user` and "
         "`api_key` that a request has.",
     )
     salt: NonEmptyText | None = Field(
         default=None,
-        description="What assignments are derived from, with the unit. By default the id. Another salt shuffles all units.",
+        description="Text that assignments are derived from, together with the unit. By default the id. A different salt "
+        "reshuffles all units.",
     )
     start: Time | None = Field(
         default=None,
-        description="When the split begins, such as `2026-11-01T00:00:00Z`; before, the first arm answers.",
+        description="Start of the split, such as `2026-11-01T00:00:00Z`; before it, the first arm answers.",
     )
-    end: Time | None = Field(default=None, description="When the split ends; from then on, the first arm answers.")
+    end: Time | None = Field(default=None, description="End of the split; from then on, the first arm answers.")
     force: HeaderSource | None = Field(
         default=None,
         description="`header:NAME` of a header that names the arm to use, for testers. Such requests are not counted.",
     )
     exclude: Distinct[NonEmptyText] = Field(
-        default=(), description="Units that get the first arm and are not counted, such as those of your own staff."
+        default=(), description="Units that get the first arm and are not counted, such as your own staff."
     )
     allow_space_change: bool = Field(
         default=False,
-        description="Whether a reload may move an experiment of kind `same_space` to another space. Only when nothing is "
-        "stored under the old one.",
+        description="Whether a reload may move an experiment of kind `same_space` to another space. Only if nothing is "
+        "stored in the old space.",
     )
-    arms: Listed[Arm] = Field(description="The models to choose from, at least two. The first is the control.")
+    arms: Listed[Arm] = Field(description="Models to choose from, at least two. The first is the control.")
 
     @property
     def control(self) -> Arm:
-        """The arm that answers whenever a request is not part of the split."""
+        """The arm that answers requests outside the split."""
         return self.arms[0]
 
     @field_validator("arms")
@@ -128,21 +130,21 @@ class Experiment(Frozen):
     @classmethod
     def _check_unit(cls, unit: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not unit and info.data.get("kind") == "cross_space":
-            raise ValueError("is needed for `kind: cross_space`: without a unit nothing could stay with its arm")
+            raise ValueError("is needed for `kind: cross_space`: without a unit, no client could stay with its arm")
         return unit
 
 
 class Shadow(Frozen):
-    """A copy of some traffic to a second model, whose vectors nobody gets."""
+    """A copy of some traffic to a second model, whose vectors are discarded."""
 
     of: str = Field(
-        description="Whose traffic: a model's id, an alias or an experiment. A model's id stands for every request that "
+        description="Source of the traffic: a model's id, an alias or an experiment. A model's id covers every request that "
         "the model answers."
     )
-    to: str = Field(description="The id of the model that gets the copy.")
+    to: str = Field(description="Id of the model that receives the copies.")
     sample: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="The share of the requests that is copied."
+        default=1.0, description="Fraction of the requests that is copied."
     )
     max_queue: Positive = Field(
-        default=200, description="The most requests that wait for the second model; further ones are dropped."
+        default=200, description="Maximum number of requests waiting for the second model; further ones are dropped."
     )

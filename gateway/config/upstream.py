@@ -1,4 +1,4 @@
-"""Where a model runs that does not run in this process: an entry's ``upstream`` in ``models.yaml``."""
+"""The servers of a model that does not run in this process: an entry's ``upstream`` in ``models.yaml``."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _check_url(text: str) -> str:
 
 
 def _hide(value: object) -> object:
-    # In strict mode pydantic takes no text for a secret.
+    # In strict mode, pydantic does not accept text for a secret.
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must be text, such as `${{VLLM_API_KEY}}`, got {describe(value) if value else 'nothing'}")
-    key = value.strip()  # a secret that was mounted as a file often ends with a line break
+    key = value.strip()  # a secret mounted as a file often ends with a line break
     if not key.isascii() or not key.isprintable():
-        raise ValueError("must be printable ASCII, as it is sent in a header; it holds another character")
+        raise ValueError("must be printable ASCII, as it is sent in a header; it has another character")
     return SecretStr(key)
 
 
@@ -49,12 +49,12 @@ BaseUrl: TypeAlias = Annotated[str, AfterValidator(_check_url)]
 Secret: TypeAlias = Annotated[SecretStr, BeforeValidator(_hide)]
 PositiveSeconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Extra: TypeAlias = Annotated[str | int | float | bool | None, BeforeValidator(_check_extra)]
-"""The value of a further field of each request; ``None``: a field that is left out."""
+"""The value of an extra field of each request; ``None`` omits the field."""
 
 # The gateway writes these itself.
 _OWN_FIELDS = ("model", "input", "inputs")
 _ENCODINGS = ("base64", "float", None)
-# How vectors are written: by Voyage, by Jina and NVIDIA NIM, by vLLM.
+# Fields for the format of vectors, of Voyage, Jina, NVIDIA NIM and vLLM.
 _AS_FLOAT32 = {
     "encoding_format": _ENCODINGS,
     "output_dtype": ("float", None),
@@ -65,58 +65,56 @@ _AS_FLOAT32 = {
 
 
 class Upstream(Frozen):
-    """Servers that run a model, all the same one."""
+    """Servers that all run the same model."""
 
     urls: DistinctListed[BaseUrl] = Field(
-        description="Where the servers are. `backend: openai`: the base that an OpenAI client is given, "
-        "`http://gpu:8000/v1`. `backend: tei`: the server's root. Requests go where the fewest texts are on their way."
+        description="URLs of the servers. `backend: openai`: the base URL for an OpenAI client, `http://gpu:8000/v1`. "
+        "`backend: tei`: the server's root. A request goes to the server with the fewest texts in flight."
     )
     model: NonEmptyText | None = Field(
         default=None,
-        description="What the servers call the model; by default `source`. TEI serves one and is not told.",
+        description="Name of the model on the servers; by default `source`. Not sent to TEI, which serves one model.",
     )
     api_key: Secret | None = Field(
-        default=None, description="Sent as bearer token. Keep it out of the file: `${VLLM_API_KEY}`."
+        default=None, description="Sent as a bearer token. Keep it out of the file: `${VLLM_API_KEY}`."
     )
     max_batch_texts: Positive | None = Field(
         default=None,
-        description="The most texts in one request to a server; larger ones are split. By default what TEI says of itself, "
-        "or 256.",
+        description="Maximum number of texts per request to a server; larger requests are split. By default the limit that "
+        "TEI reports, or 256.",
     )
     max_connections: Positive = Field(
-        default=32, description="The most requests that are on their way to one server; others wait."
+        default=32, description="Maximum number of concurrent requests to one server; others wait."
     )
     timeout_s: PositiveSeconds = Field(
         default=60.0,
-        description="Seconds that a server may take for one request, within the time that the client's own has.",
+        description="Seconds that a server may take for one request, within the client's own timeout.",
     )
-    connect_timeout_s: PositiveSeconds = Field(
-        default=2.0, description="Seconds that a connection may take to be made."
-    )
+    connect_timeout_s: PositiveSeconds = Field(default=2.0, description="Seconds for establishing a connection.")
     max_retries: Annotated[int, Field(ge=0)] = Field(
         default=2,
-        description="How often a request that a server did not answer, or was too busy for, is sent again, to another one "
-        "where there is one; never what a server refused as wrong.",
+        description="How often a request is retried if a server did not respond or was too busy, on another server if "
+        "possible. A request that a server rejected as wrong is never retried.",
     )
     tasks: Mapping[NonEmptyText, NonEmptyText] = Field(
         default_factory=dict,
-        description="For each task that the servers know, what they call it. Checked at the start: two names that give the "
-        "same vectors are refused. Queries and passages are taken in any case: without a name here, as texts without a "
-        "task. For servers without tasks, give the instructions in the model's `prompts` instead.",
+        description="Tasks that the servers know, with the servers' name for each. Checked at the start: two names that "
+        "give the same vectors are refused. Queries and passages are always accepted: without a name here, as "
+        "texts without a task. For servers without tasks, put the instructions into the model's `prompts` "
+        "instead.",
     )
     task_field: NonEmptyText | None = Field(
         default=None,
-        description="The field in which the servers read the task: `input_type` for Cohere, Voyage and NVIDIA NIM. By "
-        "default `task`; with `backend: tei`, `prompt_name`.",
+        description="Field in which the servers read the task: `input_type` for Cohere, Voyage and NVIDIA NIM. By default "
+        "`task`; with `backend: tei`, `prompt_name`.",
     )
     extra_body: Mapping[NonEmptyText, Extra] = Field(
         default_factory=dict,
-        description="Further fields of each request, for those that only some servers have: "
-        "`{truncate_prompt_tokens: -1}` lets vLLM cut long texts. `null` leaves a field out that is sent otherwise: "
-        "`{encoding_format: null}`.",
+        description="Extra fields of each request, for those that only some servers support: `{truncate_prompt_tokens: -1}` "
+        "makes vLLM truncate long texts. `null` omits a field that is sent otherwise: `{encoding_format: null}`.",
     )
     probe_interval_s: PositiveSeconds = Field(
-        default=10.0, description="Seconds after which a server that does not work is asked whether it does again."
+        default=10.0, description="Seconds between probes of a server that does not work."
     )
 
     @model_validator(mode="after")
@@ -125,12 +123,12 @@ class Upstream(Frozen):
             if name in self.extra_body:
                 raise ValueError(f"`extra_body` must not hold `{name}`, which the gateway sends itself")
             if name == self.task_field:
-                raise ValueError(f"`task_field` must not be `{name}`, in which the gateway sends something else")
+                raise ValueError(f"`task_field` must not be `{name}`, which the gateway uses for something else")
         if self.task_field is not None and not self.tasks:
-            raise ValueError("`task_field` needs `tasks`: what the servers call each task")
+            raise ValueError("`task_field` needs `tasks`: the servers' name for each task")
         for name, allowed in _AS_FLOAT32.items():
             if (given := self.extra_body.get(name)) not in allowed:
-                words = " or ".join([", ".join(f"`{one}`" for one in allowed[:-1]), "`null`"])
+                words = " or ".join([", ".join(f"`{value}`" for value in allowed[:-1]), "`null`"])
                 raise ValueError(
                     f"`extra_body.{name}` must be {words}, got {describe(given)}: vectors are read as float32"
                 )

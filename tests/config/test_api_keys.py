@@ -98,8 +98,8 @@ def test_names_and_keys_are_there_once(tmp_path: Path) -> None:
     )
 
     assert problems_of(path) == [
-        "4:10: keys[1].name: `a` is there twice",
-        f"5:21: keys[2].sha256: `{ONE[:57]}...` is there twice",
+        "4:10: keys[1].name: `a` appears twice",
+        f"5:21: keys[2].sha256: `{ONE[:57]}...` appears twice",
     ]
 
 

@@ -403,7 +403,9 @@ FIELD_CASES = [
     Case("unknown top key", VALID + "ghosts: []\n", 17, 1, "ghosts", "not a known key; allowed keys: `version`"),
     Case("typo", entry(PACKAGE + "\nmax_token: 3"), 5, 5, "models[0].max_token", "did you mean `max_tokens`? allowed"),
     Case("loader's key", VALID + "path: x\n", 17, 1, "path", "is not a known key; allowed keys"),
-    Case("no id", f"version: 1\nmodels:\n  - {PACKAGE}\n", 3, 5, "models[0].id", "is missing and required: The public"),
+    Case(
+        "no id", f"version: 1\nmodels:\n  - {PACKAGE}\n", 3, 5, "models[0].id", "is missing and required: Public name"
+    ),
     Case("no source", "version: 1\nmodels:\n  - id: a\n", 3, 5, "models[0].source", "is missing and required: Where"),
     Case("id colon", entry(PACKAGE).replace("mini", '"a:b"'), 3, 9, "models[0].id", "got `a:b`; `:` and `@` are taken"),
     Case("id slashes", entry(PACKAGE).replace("mini", "a//b"), 3, 9, "models[0].id", "got `a//b`"),

@@ -98,7 +98,7 @@ def test_settings_are_frozen() -> None:
         ("GATEWAY_REQUEST_TIMEOUT_S", "0", "must be more than 0, got `0`"),
         ("GATEWAY_REQUEST_TIMEOUT_S", "inf", "must be a finite number, got the text `inf`"),
         ("GATEWAY_SHUTDOWN_GRACE_S", "30s", "must be a number, got the text `30s`"),
-        ("GATEWAY_ADMIN_KEY", "secret", "must have 8 characters or more, got 6"),
+        ("GATEWAY_ADMIN_KEY", "secret", "must have at least 8 characters, got 6"),
         (
             "GATEWAY_TRUSTED_PROXIES",
             "proxy.local",
@@ -139,7 +139,7 @@ def test_an_empty_api_key_is_refused_without_showing_the_others(text: str) -> No
 def test_a_short_api_key_is_refused_without_showing_it() -> None:
     (problem,) = problems_of({"GATEWAY_API_KEYS": "long-enough,short"})
 
-    assert problem.message == "key 2 must have 8 characters or more, got 5"
+    assert problem.message == "key 2 must have at least 8 characters, got 5"
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_fields_may_be_set_left_out_and_named(tmp_path: Path) -> None:
     [
         (
             "    prompts: {query: 'q: '}\n",
-            "`prompts` are put before texts here and `upstream.tasks` are applied by",
+            "`prompts` are added to texts here and `upstream.tasks` are applied by",
         ),
         ("    device: cpu\n", "`device` cannot be set here for `backend: openai`: the servers decide that"),
         ("    outputs: [sparse]\n", "`outputs` must be `[dense]` for `backend: openai`"),
@@ -199,8 +199,8 @@ def test_a_backend_and_its_upstream_belong_together(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     for lines, message in [
         ("backend: openai, source: acme/embed", "`backend: openai` needs `upstream` with the `urls` of the servers"),
-        (f"source: ./near, upstream: {{urls: [{URL}]}}", "`upstream` is for models that run elsewhere"),
-        ("source: ./near, same_space_as: other", "`same_space_as` is for models that run elsewhere"),
+        (f"source: ./near, upstream: {{urls: [{URL}]}}", "`upstream` is for models on other servers"),
+        ("source: ./near, same_space_as: other", "`same_space_as` is for models on other servers"),
         (
             f"backend: tei, source: '', upstream: {{urls: [{URL}]}}",
             "must be the name that the servers know the model by",
