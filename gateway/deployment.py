@@ -1,10 +1,10 @@
-"""What is served right now, and how that is exchanged while requests are answered."""
+"""The registry and the models that are served now, and how a reload replaces them while requests are answered."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -28,22 +28,19 @@ from gateway.types import ModelKind, ModelState
 
 log = structlog.get_logger(__name__)
 
-# Between attempts to reach servers that could not be reached when their model was loaded.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
-
 ReadRegistry = Callable[[], Registry]
 
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload has changed.
+    """The changes of a reload.
 
     Attributes:
         loaded: ids of the models that were loaded for it.
-        kept: ids of those that went on as they were.
-        removed: ids of those that are gone.
-        aliases: what has changed of each alias that leads elsewhere now, or is new, or gone.
-        experiments: what has changed of each experiment.
+        kept: ids of the models that did not change.
+        removed: ids of the models that are gone.
+        aliases: the change of each alias that is new, gone, or leads elsewhere now.
+        experiments: the change of each experiment.
     """
 
     loaded: tuple[str, ...]
@@ -55,20 +52,20 @@ class Reloaded:
 
 
 def make_real_backend(entry: ModelEntry, settings: Settings) -> Backend:
-    """Return what runs a model: an engine in this process, or other servers."""
+    """Return the backend of a model: an engine in this process, or other servers."""
     return UpstreamBackend(entry, settings) if entry.is_remote else InfinityBackend(entry, settings)
 
 
 class Deployment:
-    """A registry, its models, and the router over them: replaced together, between two requests, by a reload.
+    """A registry, its models, and the router over them: a reload replaces all of them together, between two requests.
 
     Args:
-        fleet: the models of ``registry``, where they are not to be made from it.
-        read_registry: reads the registry anew, for a reload.
-        make_backend: makes what runs a model; by default an embedded Infinity engine.
+        fleet: the models of ``registry``; by default they are made from it.
+        read_registry: reads the registry again, for a reload.
+        make_backend: makes the backend of a model; by default an embedded Infinity engine.
 
     Attributes:
-        resources: what is closed once everything has stopped, connections and files, say.
+        resources: connections and files, which are closed once everything has stopped.
         counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
     """
 
@@ -80,22 +77,19 @@ class Deployment:
         read_registry: ReadRegistry | None = None,
         make_backend: MakeBackend | None = None,
     ) -> None:
+        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings))
         self.settings = settings
         self.is_draining = False
-        self._make_backend = make_backend or (lambda entry: make_real_backend(entry, settings))
-        self._read_registry = read_registry or (lambda: registry)
-        self._reloading = asyncio.Lock()
-        self._sought: set[Model] = set()
         self.resources = AsyncExitStack()
         self.counting_since: dict[str, str] = {}
         self._generations: dict[str, str] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
-        # Of names that are gone as well: one may come back for another model.
-        self._known_spaces: dict[str, dict[str, str]] = {}
-        self._serve(registry, fleet or Fleet.from_registry(registry, self._make_backend))
+        self._reloader = Reloader(read_registry or (lambda: registry), make_backend)
+        self._reloading = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self._serve(registry, fleet or Fleet.from_registry(registry, make_backend))
 
     def _serve(self, registry: Registry, fleet: Fleet) -> None:
-        generations = {one.id: Split(one).generation for one in registry.experiments}
+        generations = {experiment.id: Split(experiment).generation for experiment in registry.experiments}
         self.counting_since = {
             name: self.counting_since[name] if self._generations.get(name) == generation else now()
             for name, generation in generations.items()
@@ -111,13 +105,13 @@ class Deployment:
 
         Raises:
             StartError: a model that the registry calls ``required`` is not ready, or the loaded models show that the
-                registry breaks a rule: a fallback of another space, say.
+                registry breaks a rule, such as a fallback in another space.
         """
         await self.fleet.start()
         if problems := broken_rules(self.registry, self.fleet):
             raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
-        self._remember_spaces()
-        self._seek_absent()
+        self._accept_models()
+        self._seek_absent_models()
 
     @property
     def is_ready(self) -> bool:
@@ -125,68 +119,14 @@ class Deployment:
         return self.fleet.is_ready and not self.is_draining
 
     def drain(self) -> None:
-        """Say that this process is about to stop; what comes until then is still answered."""
+        """Announce that this process is about to stop; it still answers the requests that come until then."""
         self.is_draining = True
 
-    def _remember_spaces(self) -> None:
-        for name, spaces in name_spaces(self.registry, self.fleet).items():
-            self._known_spaces[name] = {**self._known_spaces.get(name, {}), **spaces}
-        for info in (model.info for model in self.fleet if model.info is not None):
-            metrics.describe_model(
-                info.id,
-                source=info.source,
-                revision=info.revision or "",
-                space=info.space() if info.kind is ModelKind.EMBED else "",
-                dtype=info.dtype,
-                device=info.device,
-                runtime=info.engine,
-            )
-
-    def _seek_absent(self) -> None:
-        """Have models whose servers could not be reached loaded when they can, unless that is going on already."""
-        for model in self.fleet:
-            if self._is_absent(model) and model not in self._sought:
-                self._sought.add(model)
-                self._later(self._seek(model))
-
-    def _is_absent(self, model: Model) -> bool:
-        return model in self.fleet and model.entry.is_remote and model.state is ModelState.FAILED
-
-    async def _seek(self, model: Model) -> None:
-        """Try again and again, beside reloads: servers that hang must not hold up one."""
-        pause_s = _FIRST_PAUSE_S
-        try:
-            while self._is_absent(model):
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                if self._is_absent(model):
-                    await self._try_again(model)
-        finally:
-            self._sought.discard(model)
-
-    async def _try_again(self, model: Model) -> None:
-        """Load a model that had failed; it may not break a rule that could not be checked without it."""
-        await self.fleet.load_one(model)
-        if model not in self.fleet:  # a reload has replaced or removed it meanwhile
-            await model.retire(0)
-            return
-        if model.state is not ModelState.READY:
-            return
-        problems = [
-            *broken_rules(self.registry, self.fleet),
-            *moved_names(self._known_spaces, self.registry, self.fleet),
-        ]
-        if problems:
-            model.report(ModelState.FAILED, f"failed to load: {'; '.join(problems)}")
-            await model.backend.stop()
-            return
-        self._remember_spaces()
-
     async def reload(self) -> Reloaded:
-        """Read the registry anew and serve what it says, once all of that is loaded and warm.
+        """Read the registry again and serve it, once all of its models are loaded and warm.
 
-        Until then, and for ever if anything is wrong, everything stays as it is. Requests that are being answered when the
-        new models take over end on the old ones. Several reloads come one after the other.
+        Until then, and also if anything is wrong, everything stays as it is. Requests that are being answered when the
+        new models take over end on the old ones. Concurrent reloads run one after the other.
 
         Raises:
             ReloadRefused: the file is wrong, a new model cannot be loaded, or a name would move to another space.
@@ -194,20 +134,8 @@ class Deployment:
         async with self._reloading:
             await self.fleet.started.wait()
             started = time.monotonic()
-            try:
-                registry = await asyncio.to_thread(self._read_registry)
-                fleet = await self._prepare(registry)
-            except (ConfigError, ReloadRefused) as error:
-                metrics.RELOADS.labels("refused").inc()
-                log.error("reload_refused", reason=str(error))
-                if isinstance(error, ReloadRefused):
-                    raise
-                raise ReloadRefused(str(error)) from error
-            except Exception:  # a broken disk or library can raise anything; what is served goes on
-                metrics.RELOADS.labels("refused").inc()
-                log.exception("reload_failed")
-                raise
-            reloaded = self._exchange(registry, fleet, started)
+            registry, fleet = await self._reloader.prepare(self.fleet)
+            reloaded = self._switch_to(registry, fleet, started)
             metrics.RELOADS.labels("ok").inc()
             log.info(
                 "reloaded",
@@ -219,46 +147,17 @@ class Deployment:
             )
             return reloaded
 
-    async def _prepare(self, registry: Registry) -> Fleet:
-        """Load what is new, and check that all of it may be served; what was loaded in vain is stopped again."""
-        fleet = self.fleet.successor(registry, self._make_backend)
-        new = [model for model in fleet if model not in self.fleet]
-        try:
-            await fleet.load()
-            problems = [
-                *(problem for model in new if (problem := self._why_not_loaded(model))),
-                *broken_rules(registry, fleet),
-                *moved_names(self._known_spaces, registry, fleet),
-            ]
-            if problems:
-                raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
-        except BaseException:
-            for model in new:
-                await model.retire(0)
-                if (old := self.fleet.get(model.id)) is not None:
-                    old.report(old.state, old.reason)  # the gauge of this id showed the new one's state
-            raise
-        return fleet
-
-    def _why_not_loaded(self, model: Model) -> str:
-        """Return what is wrong with a new model; one that had failed before may fail again, if it may fail at all."""
-        if model.state is not ModelState.FAILED:
-            return ""
-        before = self.fleet.get(model.id)
-        had_failed = before is not None and before.state is ModelState.FAILED and before.entry.loads_like(model.entry)
-        return "" if had_failed and not model.entry.required else f"{model.id} {model.reason}"
-
-    def _exchange(self, registry: Registry, fleet: Fleet, started: float) -> Reloaded:
-        """Switch over; nothing awaits in here, so that each request sees either the old or the new."""
+    def _switch_to(self, registry: Registry, fleet: Fleet, started: float) -> Reloaded:
+        """Serve another registry. Nothing awaits in here, so each request sees either the old one or the new one."""
         old_registry, old_fleet, old_shadows = self.registry, self.fleet, self.shadows
-        fleet.take_over(registry)
+        fleet.take_over(old_fleet, registry)
         self._serve(registry, fleet)
-        self._remember_spaces()
-        self._later(self._retire_names(old_registry, old_shadows))
-        self._seek_absent()
+        self._accept_models()
+        self._run_in_background(self._retire_names(old_registry, old_shadows))
+        self._seek_absent_models()
         for model in old_fleet:
             if model not in fleet:
-                self._later(self._retire(model))
+                self._run_in_background(self._retire(model))
         ids = {model.id for model in fleet}
         for model in old_fleet:
             if model.id not in ids:
@@ -272,8 +171,35 @@ class Deployment:
             seconds=time.monotonic() - started,
         )
 
+    def _accept_models(self) -> None:
+        """Remember the spaces of the loaded models, and describe them in the metrics."""
+        self._reloader.remember_spaces(self.registry, self.fleet)
+        for info in (model.info for model in self.fleet if model.info is not None):
+            metrics.describe_model(
+                info.id,
+                source=info.source,
+                revision=info.revision or "",
+                space=info.space() if info.kind is ModelKind.EMBED else "",
+                dtype=info.dtype,
+                device=info.device,
+                runtime=info.engine,
+            )
+
+    def _seek_absent_models(self) -> None:
+        for model in self.fleet:
+            if self.fleet.is_absent(model):
+                # Outside of reloads: a server that hangs must not delay a reload.
+                self._run_in_background(self.fleet.seek(model, self._accept_found_model))
+
+    def _accept_found_model(self) -> Sequence[str]:
+        """Accept a model whose server has been found; return the rules that it breaks, which only now can be checked."""
+        problems = self._reloader.find_problems(self.registry, self.fleet)
+        if not problems:
+            self._accept_models()
+        return problems
+
     async def _retire(self, model: Model) -> None:
-        """Stop a model when its last request has ended; its counts go with it, unless its name is back."""
+        """Stop a model when its last request has ended, and remove its metrics, unless a new model has its name."""
         await model.retire(self.settings.request_timeout_s)
         present = self.fleet.get(model.id)
         if present is None:
@@ -283,7 +209,7 @@ class Deployment:
             metrics.forget_server(model.id, server)
 
     async def _retire_names(self, registry: Registry, shadows: Shadows) -> None:
-        """Stop the shadows of before, and remove the metrics of names that are gone, also those of their last requests."""
+        """Stop the old shadows, and remove the metrics of names that are gone, also those of their last requests."""
         await shadows.stop()
         for of, to in shadows.pairs - self.shadows.pairs:
             metrics.forget_shadow(of, to)
@@ -292,7 +218,7 @@ class Deployment:
         self._forget_arms(registry)
 
     def _forget_arms(self, registry: Registry) -> None:
-        """Remove the metrics of experiments and arms that another registry has and the present one has not."""
+        """Remove the metrics of the experiments and arms of an old registry that the present one lacks."""
         for experiment in registry.experiments:
             present = self.registry.experiment(experiment.id)
             if present is None:
@@ -301,22 +227,92 @@ class Deployment:
             for label in {arm.label for arm in experiment.arms} - {arm.label for arm in present.arms}:
                 metrics.forget_experiment(experiment.id, label)
 
-    def _later(self, work: Coroutine[None, None, None]) -> None:
+    def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def stop(self) -> None:
         """Stop every model, and close what is open; requests that still wait get an error."""
         async with self.resources:
             await self.shadows.stop()
-            for task in list(self._retiring):
+            for task in list(self._background):
                 task.cancel()
-            await asyncio.gather(*self._retiring, return_exceptions=True)
+            await asyncio.gather(*self._background, return_exceptions=True)
             await self.fleet.stop()
 
 
+class Reloader:
+    """Reads a registry again, loads its models, and checks that they may replace the ones that are served."""
+
+    def __init__(self, read_registry: ReadRegistry, make_backend: MakeBackend) -> None:
+        self._read_registry = read_registry
+        self._make_backend = make_backend
+        # Names that are gone are included: one may come back for another model.
+        self._known_spaces: dict[str, dict[str, str]] = {}
+
+    def remember_spaces(self, registry: Registry, fleet: Fleet) -> None:
+        """Remember the space of each name that is served, so that the name cannot move to another one unnoticed."""
+        for name, spaces in name_spaces(registry, fleet).items():
+            self._known_spaces[name] = {**self._known_spaces.get(name, {}), **spaces}
+
+    def find_problems(self, registry: Registry, fleet: Fleet) -> list[str]:
+        """Return the rules that the models of a registry break, and the names that would move to another space."""
+        return [*broken_rules(registry, fleet), *moved_names(self._known_spaces, registry, fleet)]
+
+    async def prepare(self, served: Fleet) -> tuple[Registry, Fleet]:
+        """Return the registry as it is now, with its models loaded and warm; log and count a refusal.
+
+        Args:
+            served: the present fleet, whose models are kept where nothing has changed.
+
+        Raises:
+            ReloadRefused: the file is wrong, a new model cannot be loaded, or a name would move to another space.
+        """
+        try:
+            registry = await asyncio.to_thread(self._read_registry)
+            return registry, await self._load(registry, served)
+        except (ConfigError, ReloadRefused) as error:
+            metrics.RELOADS.labels("refused").inc()
+            log.error("reload_refused", reason=str(error))
+            if isinstance(error, ReloadRefused):
+                raise
+            raise ReloadRefused(str(error)) from error
+        except Exception:  # a broken disk or library can raise anything; the present models stay
+            metrics.RELOADS.labels("refused").inc()
+            log.exception("reload_failed")
+            raise
+
+    async def _load(self, registry: Registry, served: Fleet) -> Fleet:
+        """Load the new models and check the fleet; if it is refused, stop the new models again."""
+        fleet = served.successor(registry, self._make_backend)
+        new = [model for model in fleet if model not in served]
+        try:
+            await fleet.load()
+            problems = [
+                *(problem for model in new if (problem := _why_not_loaded(model, served.get(model.id)))),
+                *self.find_problems(registry, fleet),
+            ]
+            if problems:
+                raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
+        except BaseException:
+            for model in new:
+                await model.retire(0)
+                if (old := served.get(model.id)) is not None:
+                    old.report(old.state, old.reason)  # the gauge of this id showed the new model's state
+            raise
+        return fleet
+
+
+def _why_not_loaded(model: Model, before: Model | None) -> str:
+    """Return why a new model blocks a reload; a model that had failed before may fail again, unless it is required."""
+    if model.state is not ModelState.FAILED:
+        return ""
+    had_failed = before is not None and before.state is ModelState.FAILED and before.entry.loads_like(model.entry)
+    return "" if had_failed and not model.entry.required else f"{model.id} {model.reason}"
+
+
 def _servers(model: Model) -> set[str]:
-    """Return the names of the servers that run a model, as its metrics have them."""
+    """Return the names of the servers that run a model, as its metrics write them."""
     upstream = model.entry.upstream
     return set() if upstream is None else set(server_names(upstream.urls))

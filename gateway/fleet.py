@@ -1,4 +1,4 @@
-"""All models of the registry: which are enabled, how far each has come, and why one failed."""
+"""All models of the registry: which are enabled, the state of each, and why one failed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ log = structlog.get_logger(__name__)
 
 MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
 """Makes the backend that an entry of the registry asks for."""
+
+# Between two attempts to load a model whose servers were absent.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
 _NO_ACCELERATOR = "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)"
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
@@ -111,6 +114,7 @@ class Fleet:
     def __init__(self, models: Sequence[Model]) -> None:
         self._models = {model.id: model for model in models}
         self.started = asyncio.Event()
+        self._is_replaced = False
 
     @classmethod
     def from_registry(cls, registry: Registry, make_backend: MakeBackend) -> Fleet:
@@ -129,10 +133,11 @@ class Fleet:
             models.append(model)
         return Fleet(models)
 
-    def take_over(self, registry: Registry) -> None:
-        """Begin to serve in place of the fleet before, whose models that were kept get their new entries."""
+    def take_over(self, old: Fleet, registry: Registry) -> None:
+        """Replace the old fleet; the models that were kept get their new entries."""
         for entry in registry.models:
             self._models[entry.id].entry = entry
+        old._is_replaced = True
         self.started.set()
 
     def __iter__(self) -> Iterator[Model]:
@@ -221,6 +226,32 @@ class Fleet:
             model.created = int(time.time())
             model.report(ModelState.READY, "")
             log.info("model_ready", model=model.id, seconds=round(time.monotonic() - started, 2))
+
+    def is_absent(self, model: Model) -> bool:
+        """Return whether the servers of a model could not be reached, or were wrong, when it was loaded."""
+        return not self._is_replaced and model.entry.is_remote and model.state is ModelState.FAILED
+
+    async def seek(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
+        """Try to load an absent model until it is ready, or the fleet is replaced.
+
+        Args:
+            accept: called once the model is ready; returns the rules that it breaks. If it breaks any, it has failed.
+        """
+        pause_s = _FIRST_PAUSE_S
+        while self.is_absent(model):
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if self.is_absent(model):
+                await self._try_again(model, accept)
+
+    async def _try_again(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
+        await self.load_one(model)
+        if self._is_replaced:  # a reload has replaced or removed the model meanwhile
+            await model.retire(0)
+            return
+        if model.state is ModelState.READY and (problems := accept()):
+            model.report(ModelState.FAILED, f"failed to load: {'; '.join(problems)}")
+            await model.backend.stop()
 
     async def _settled(self, model: Model, info: ModelInfo) -> ModelInfo:
         """Return what a model that has been started is, in the space that the registry says it is of.

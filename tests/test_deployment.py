@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -260,10 +261,12 @@ async def test_reloads_come_one_after_the_other(gateway: Gateway) -> None:
 async def test_a_file_that_is_wrong_changes_nothing_and_says_why(gateway: Gateway) -> None:
     await gateway.start(models(one="a"))
 
-    message = await gateway.is_refused(models(one="a") + "aliases: {x: y}\nshadow: []\n")
-
-    assert "models.yaml:4:14: aliases.x: is not a model of this file" in message
+    message = await gateway.is_refused(models(one="a") + "alias: {}\nshadow: []\n")
+    assert "models.yaml:4:1: alias: is not a known key" in message
     assert "models.yaml:5:1: shadow: is not a known key" in message
+
+    message = await gateway.is_refused(models(one="a") + "aliases: {x: y}\n")
+    assert "models.yaml:4:14: aliases.x: is not a model of this file" in message
 
 
 async def test_a_file_that_is_gone_changes_nothing(gateway: Gateway) -> None:
@@ -525,10 +528,10 @@ async def test_a_reload_that_fails_in_a_way_that_nobody_foresaw_is_logged_and_co
     deployment = await gateway.start(models(one="a"))
     before, served = num_reloads("refused"), deployment.fleet
 
-    def read() -> Registry:
+    def read(_path: Path, _environ: object) -> Registry:
         raise RuntimeError("a library is broken")
 
-    monkeypatch.setattr(deployment, "_read_registry", read)
+    monkeypatch.setattr(sys.modules[__name__], "load_registry", read)
     with capture_logs() as lines, pytest.raises(RuntimeError):
         await deployment.reload()
 
@@ -632,7 +635,7 @@ async def test_metrics_of_a_server_that_runs_a_model_no_more_go_away(gateway: Ga
 async def test_servers_that_hang_while_they_are_sought_hold_up_no_reload(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.deployment._FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("gateway.fleet._FIRST_PAUSE_S", 0.001)
     remote = "  - {id: far, backend: tei, source: broken, upstream: {urls: ['http://far:80']}}\n"
     deployment = await gateway.start(models(one="a") + remote)
     far = backend_of(deployment, "far")

@@ -79,7 +79,7 @@ def running(folder: Path, checkpoint: Path, registry: str, **environ: str) -> It
     command = [
         sys.executable,
         "-m",
-        "gateway.cli.main",
+        "gateway",
         "serve",
         "--port",
         "0",

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
-from gateway import deployment as deployment_module
+from gateway import fleet as fleet_module
 from gateway.app import create_app
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
@@ -167,7 +167,7 @@ async def test_a_model_that_is_not_what_it_is_said_to_be_is_not_served(gateway: 
 async def test_a_model_that_becomes_what_it_is_said_to_be_is_served(
     gateway: Gateway, other_gateway: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment_module, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(fleet_module, "_FIRST_PAUSE_S", 0.05)
     gateway.is_near_well = False  # there is nothing to compare with
     text = NEAR + FAR % ("openai", "near", f"{other_gateway}/v1") + "    same_space_as: near\n"
     async with gateway.serving(text) as deployment:
@@ -182,7 +182,7 @@ async def test_a_model_that_becomes_what_it_is_said_to_be_is_served(
 async def test_models_whose_servers_are_absent_are_served_when_they_come(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment_module, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(fleet_module, "_FIRST_PAUSE_S", 0.05)
     server = StandIn()
     async with server.serving():
         pass
@@ -199,8 +199,8 @@ async def test_models_whose_servers_are_absent_are_served_when_they_come(
 async def test_a_model_that_stays_wrong_is_said_to_be_once_and_when_that_changes(
     gateway: Gateway, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment_module, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(deployment_module, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(fleet_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(fleet_module, "_LONGEST_PAUSE_S", 0.02)
     attempts: list[ModelEntry] = []
     plan = UpstreamBackend.plan
 
@@ -225,7 +225,7 @@ async def test_a_model_that_stays_wrong_is_said_to_be_once_and_when_that_changes
 
 
 async def test_a_late_model_may_not_break_a_rule(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment_module, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(fleet_module, "_FIRST_PAUSE_S", 0.05)
     server = StandIn()
     async with server.serving():
         pass
