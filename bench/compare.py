@@ -55,7 +55,7 @@ def compare(effort: rounds.Effort) -> findings.Findings:
             rounds.Bare(findings.THEIR_LOOP, theirs),
         )
         model = rounds.run_rounds(subjects, rounds.SHAPES, effort, sentences)
-        note("one text beside a bulk client")
+        note("one text next to a bulk client")
         bulk = rounds.run_bulk(gateway, ours, effort, sentences)
         note("1,000 clients")
         crowd = rounds.run_crowd(gateway, effort, sentences)

@@ -74,7 +74,7 @@ class Findings:
                 self.model.rate_ratio(GATEWAY, OUR_LOOP, FULL),
             ),
             Goal(
-                "one text beside a bulk client: p99 against the time of a batch",
+                "one text next to a bulk client: p99 against the time of a batch",
                 "<=",
                 3,
                 "x",
@@ -102,7 +102,7 @@ class Findings:
                 f"### Goals\n\n{goals_table(self.goals())}",
                 f"### Over HTTP: clients x texts, {rounds}\n\n{results_table(self.model, INFINITY)}",
                 f"### Front end alone: 1,024 ready-made numbers a text\n\n{results_table(self.front_end, FAKE_INFINITY)}",
-                "### One text beside a bulk client of 4 x 256\n\n" + _bulk_table(self.bulk),
+                "### One text next to a bulk client of 4 x 256\n\n" + _bulk_table(self.bulk),
                 "### 1,000 clients of one text\n\n" + _crowd_table(self.crowd),
             )
         )

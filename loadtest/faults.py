@@ -88,12 +88,12 @@ class Victim:
 
 
 def write_registry(path: Path, max_batch_tokens: int) -> None:
-    """Write ``models.yaml``; with another number, a reload loads the model anew."""
+    """Write ``models.yaml``; with another number, a reload reloads the model."""
     path.write_text(_REGISTRY.format(budget=max_batch_tokens))
 
 
 def reload(victim: Victim) -> None:
-    """Load the model anew beside the one that serves."""
+    """Reload the model while the old one still serves."""
     victim.budget = 1024 if victim.budget == 2048 else 2048
     write_registry(victim.registry, victim.budget)
     victim.process.send_signal(signal.SIGHUP)
@@ -101,13 +101,13 @@ def reload(victim: Victim) -> None:
 
 
 def fail_batches(victim: Victim) -> None:
-    """The forwards of a few batches fail; halving them finds nothing guilty, and they succeed."""
+    """The forward passes of a few batches fail; each half succeeds when the batch is halved."""
     victim.command("fail 5")
     time.sleep(2)
 
 
 def break_engine(victim: Victim) -> None:
-    """Every forward fails, until the watchdog has loaded the model anew."""
+    """Every forward pass fails, until the watchdog has reloaded the model."""
     victim.command("fail 100000")
     time.sleep(4)
     victim.command("fail 0")
@@ -120,13 +120,13 @@ def refuse_memory(victim: Victim) -> None:
 
 
 def hang(victim: Victim) -> None:
-    """A forward hangs; it is given up, and the model is loaded anew."""
+    """A forward pass hangs; it is abandoned, and the model is reloaded."""
     victim.command("hang 30")
     time.sleep(8)
 
 
 def go_away(victim: Victim) -> None:
-    """Clients disconnect in the middle of their requests, and while they wait for the answer."""
+    """Clients disconnect in the middle of their requests, and while they wait for the response."""
     body = b'{"model": "all-minilm-l6-v2", "input": ["%s"]}' % (b"gone " * 200)
     head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
     for number in range(100):
@@ -149,7 +149,7 @@ def send_slowly(victim: Victim) -> None:
 
 
 def send_garbage(victim: Victim) -> None:
-    """Bytes that are no HTTP, bodies that are no JSON, JSON that is no request."""
+    """Bytes that are not HTTP, bodies that are not JSON, JSON that is not a request."""
     for number in range(200):
         with suppress(OSError), victim.connect() as connection:
             body = victim.rng.choice(
@@ -161,7 +161,7 @@ def send_garbage(victim: Victim) -> None:
 
 
 def connect_all_at_once(victim: Victim) -> None:
-    """A thousand connections arrive at once; each sends a request and reads its answer."""
+    """A thousand connections arrive at once; each sends a request and reads the response."""
     body = b'{"model": "all-minilm-l6-v2", "input": "one of many"}'
     request = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
     with ExitStack() as stack:
