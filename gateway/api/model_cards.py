@@ -1,4 +1,4 @@
-"""The cards of ``/v1/models``: what each name that a client may use stands for."""
+"""The cards of ``/v1/models``: one for each name that a client may use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ KnownArm: TypeAlias = tuple[Arm, ModelInfo, str | None]
 
 
 def list_cards(router: Router, registry: Registry, client: Client) -> list[ModelCard]:
-    """Describe everything that a caller may use; what is ready comes first, otherwise in the registry's order."""
+    """Return the cards of all names that a client may use; ready ones come first, otherwise in the registry's order."""
     cards = [_card(choice, None, router, registry, client) for choice in router.listed(client)]
     return sorted(cards, key=lambda card: card.state != ModelState.READY.value)
 
 
 def find_card(name: str, router: Router, registry: Registry, client: Client) -> ModelCard:
-    """Describe what a name stands for; if the name holds a task, with that as its default.
+    """Return the card of a name; if the name holds a task, with that as its default.
 
     Raises:
         ModelNotFound: nothing has that name.
@@ -46,36 +46,22 @@ def _card(choice: Choice, task: str | None, router: Router, registry: Registry, 
 
 
 def model_card(model: Model, registry: Registry, task: str | None = None) -> ModelCard:
-    """Describe a model.
+    """Return the card of a model.
 
     Args:
-        task: the task of the name that was asked for, if that is not the model's default.
+        task: the task in the requested name, if it is not the model's default.
     """
     info = model.info
     known_by = [name for name in registry.source_names_of(model.id) if name in KNOWN_BY]
     card = ModelCard(
         id=model.id,
-        object="model",
-        kind=None,
         created=model.created,
         owned_by=model.entry.backend,
-        stats={},
         source=model.entry.source,
         revision=model.entry.revision,
         state=model.state.value,
         reason=model.reason or None,
         aliases=[*registry.aliases_of(model.id), *known_by],
-        normalized=None,
-        width=None,
-        dimensions=[],
-        max_tokens=None,
-        tasks=[],
-        default_task=None,
-        outputs=[],
-        space=None,
-        spaces={},
-        device=None,
-        dtype=None,
     )
     if info is None:
         return card
@@ -100,7 +86,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
 
 
 def _alias_card(choice: Choice, card: ModelCard) -> ModelCard:
-    """Narrow the card of a model to one alias of it: to what a caller gets who may use no other name."""
+    """Narrow the card of a model to one of its aliases, for a client that may use no other name."""
     update: dict[str, object] = {"id": choice.asked, "aliases": []}
     if choice.task is not None and card.default_task is not None:
         task = card.default_task
@@ -109,8 +95,8 @@ def _alias_card(choice: Choice, card: ModelCard) -> ModelCard:
 
 
 def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCard:
-    """Describe an experiment. What its arms do not agree on is not known before one is chosen, and is left out."""
-    assert choice.experiment is not None  # noqa: S101  the caller has looked
+    """Return the card of an experiment. Properties that differ between its arms are left out: they depend on the arm."""
+    assert choice.experiment is not None  # noqa: S101  the caller has checked
     infos = [(arm, model.info, task) for arm, model, task in arms if model.info is not None]
     vectors = [(arm, info, task) for arm, info, task in infos if info.kind is ModelKind.EMBED]
 
@@ -123,18 +109,12 @@ def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCa
     state, reason = _state(arms)
     return ExperimentModelCard(
         id=choice.asked,
-        object="model",
-        kind="experiment",
         experiment=choice.experiment.kind,
         arms=[_arm_card(*arm) for arm in arms],
         created=max((model.created for _arm, model, _task in arms), default=0) if state is ModelState.READY else 0,
         owned_by="gateway",
-        stats={},
-        source=None,
-        revision=None,
         state=state.value,
         reason=reason,
-        aliases=[],
         normalized=common(lambda _arm, info, _task: info.is_normalized),
         width=common(lambda _arm, info, _task: info.width),
         dimensions=list(common(lambda _arm, info, _task: info.dimensions) or ()),

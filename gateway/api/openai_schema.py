@@ -23,7 +23,7 @@ from gateway.api.json_body import (
     resolve_synonyms,
     wanted_truncation,
 )
-from gateway.api.wire import Usage
+from gateway.api.wire import AnswerBody, Usage
 from gateway.types import Output, Truncate, canonical_task
 from gateway.vectors import Encoding
 
@@ -174,54 +174,58 @@ class EmbeddingsAnswer(BaseModel):
     usage: Usage
 
 
-class ModelCard(BaseModel):
-    """What a client must know to choose a model. Sizes and tasks are known once its checkpoint has been read."""
+class ModelCard(AnswerBody):
+    """The properties that a client chooses a model by. Sizes and tasks are known once its checkpoint has been read."""
 
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     kind: Literal["embed", "rerank", "experiment"] | None = Field(
-        description="What it computes: embeddings, or scores of pairs. An experiment does what its arms do."
+        default=None,
+        description="What it computes: embeddings, or scores of pairs. An experiment does what its arms do.",
     )
     created: int = Field(description="Unix time at which the model became ready; 0 before.")
     owned_by: str
-    stats: dict[str, float] = Field(description="Always empty; clients of Infinity ask for it.")
-    source: str | None = Field(description="Where the weights come from; none for an experiment.")
-    revision: str | None
+    stats: dict[str, float] = Field(default_factory=dict, description="Always empty; clients of Infinity ask for it.")
+    source: str | None = Field(default=None, description="Where the weights come from; `null` for an experiment.")
+    revision: str | None = None
     state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
-    reason: str | None = Field(description="Why the model is not ready.")
-    aliases: list[str] = Field(description="Other names of the model that a request may send.")
-    width: int | None = Field(description="Native dimensions; none for a model that reranks.")
-    dimensions: list[int] = Field(description="Accepted values of `dimensions`.")
-    max_tokens: int | None
-    tasks: list[str]
-    default_task: str | None
-    outputs: list[str]
-    normalized: bool | None = Field(description="Whether vectors have L2 norm 1 unless a request asks otherwise.")
-    space: str | None = Field(
-        description="Space of vectors with the default task and native dimensions; none for an experiment between spaces."
+    reason: str | None = Field(default=None, description="Why the model is not ready.")
+    aliases: list[str] = Field(default_factory=list, description="Other names of the model that a request may send.")
+    width: int | None = Field(default=None, description="Native dimensions; `null` for a model that reranks.")
+    dimensions: list[int] = Field(default_factory=list, description="Accepted values of `dimensions`.")
+    max_tokens: int | None = None
+    tasks: list[str] = Field(default_factory=list)
+    default_task: str | None = None
+    outputs: list[str] = Field(default_factory=list)
+    normalized: bool | None = Field(
+        default=None, description="Whether vectors have L2 norm 1 unless a request asks otherwise."
     )
-    spaces: dict[str, str] = Field(description="Space of each task, with native dimensions.")
-    device: str | None
-    dtype: str | None
+    space: str | None = Field(
+        default=None,
+        description="Space of vectors with the default task and native dimensions; `null` for an experiment between spaces.",
+    )
+    spaces: dict[str, str] = Field(default_factory=dict, description="Space of each task, with native dimensions.")
+    device: str | None = None
+    dtype: str | None = None
 
 
-class ArmModelCard(BaseModel):
-    """One arm of an experiment: what answers the requests in it."""
+class ArmModelCard(AnswerBody):
+    """One arm of an experiment: the model that answers the requests in it."""
 
     arm: str
     model: str
     task: str | None = Field(description="The task of a request that names none.")
     weight: float
     state: str
-    width: int | None
-    max_tokens: int | None
-    space: str | None = Field(description="Space of the arm's vectors with native dimensions.")
+    width: int | None = None
+    max_tokens: int | None = None
+    space: str | None = Field(default=None, description="Space of the arm's vectors with native dimensions.")
 
 
 class ExperimentModelCard(ModelCard):
-    """An experiment under the name that requests send as `model`. It says only what holds for each of its arms."""
+    """An experiment under the name that requests send as `model`. It has only properties that all its arms share."""
 
-    kind: Literal["experiment"]
+    kind: Literal["experiment"] = "experiment"
     experiment: Literal["same_space", "cross_space"] = Field(description="Whether its arms share a space.")
     arms: list[ArmModelCard] = Field(description="The models that answer; the first is the control.")
 
@@ -230,8 +234,8 @@ class AnyModelCard(RootModel[ExperimentModelCard | ModelCard]):
     """A model, or an experiment."""
 
 
-class ModelList(BaseModel):
+class ModelList(AnswerBody):
     """Every model and experiment that the key may use; those that are ready come first."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[ExperimentModelCard | ModelCard]

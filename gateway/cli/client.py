@@ -17,9 +17,9 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from gateway.api.experiments import ExperimentEvidence, ExperimentList
 from gateway.api.openai_schema import ModelCard
 from gateway.errors import StartError
+from gateway.experiments.report import ExperimentList, ExperimentReport
 from gateway.types import Vectors
 
 _FIRST_PAUSE_S = 1.0
@@ -95,13 +95,13 @@ class GatewayClient:
         """
         return await self._get("/v1/experiments", ExperimentList)
 
-    async def evidence(self, experiment_id: str) -> ExperimentEvidence:
+    async def evidence(self, experiment_id: str) -> ExperimentReport:
         """Return an experiment with the figures of its arms.
 
         Raises:
             StartError: the experiment does not exist, or the gateway does not answer.
         """
-        return await self._get(f"/v1/experiments/{quote(experiment_id)}", ExperimentEvidence)
+        return await self._get(f"/v1/experiments/{quote(experiment_id)}", ExperimentReport)
 
     async def embed(
         self,

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from gateway.api.experiments import ArmEvidence, ExperimentEvidence, ExperimentList, present
 from gateway.cli.client import connect
 from gateway.cli.console import make_console, make_table, say
 from gateway.config.registry import Registry
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, read_exposures
+from gateway.experiments.report import ArmReport, ExperimentList, ExperimentReport
 from gateway.experiments.split import Split
 from gateway.experiments.stats import ExperimentStats
 
@@ -37,21 +37,21 @@ def ask_experiments(url: str, api_key: str | None) -> ExperimentList:
     return asyncio.run(ask())
 
 
-def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> ExperimentEvidence:
+def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> ExperimentReport:
     """Ask a gateway for the figures of an experiment.
 
     Raises:
         StartError: it does not answer, or has no such experiment.
     """
 
-    async def ask() -> ExperimentEvidence:
+    async def ask() -> ExperimentReport:
         async with connect(url, api_key, timeout_s=_TIMEOUT_S) as client:
             return await client.evidence(experiment_id)
 
     return asyncio.run(ask())
 
 
-def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path]) -> ExperimentEvidence:
+def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path]) -> ExperimentReport:
     """Count the units of an experiment in exposure logs, those of several replicas together.
 
     Args:
@@ -78,7 +78,7 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
 
     stats = ExperimentStats(None)
     stats.add(current())
-    return present(experiment, stats.report(experiment, generation)).model_copy(update={"uncounted": dict(left_out)})
+    return stats.report(experiment, generation).model_copy(update={"uncounted": dict(left_out)})
 
 
 # ----------------------------------------------------------------------------------------------------------- print
@@ -98,7 +98,7 @@ def print_experiments(experiments: ExperimentList) -> None:
     console.print(table)
 
 
-def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> None:
+def print_evidence(shown: ExperimentReport, *, has_requests: bool = True) -> None:
     """Print the arms of an experiment side by side, and whether the split of units matches the weights.
 
     Args:
@@ -126,7 +126,7 @@ def print_evidence(shown: ExperimentEvidence, *, has_requests: bool = True) -> N
     say(console, f"split of the units: {ratio.verdict}{chi2}", style)
 
 
-Figure = Callable[[ArmEvidence], str]
+Figure = Callable[[ArmReport], str]
 
 
 def _unit_rows(num_units: int) -> list[tuple[str, Figure]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import islice
 
 from gateway.config.registry import Experiment
 from gateway.experiments.exposures import Exposure, ExposureLog, now, read_exposures
-from gateway.experiments.sample_ratio import SampleRatio, check_sample_ratio
+from gateway.experiments.report import ArmReport, ExperimentReport, describe_experiment
+from gateway.experiments.sample_ratio import check_sample_ratio
 from gateway.experiments.units import LatencyHistogram, UnitSet
 
 # About 30 MB. If the log cannot be written for longer than this lasts, further exposures are lost.
@@ -18,57 +18,6 @@ _MAX_UNWRITTEN = 100_000
 _MAX_WRITTEN_AT_ONCE = 100
 # The stats of earlier weights are kept for a while: a reload may be reverted.
 _MAX_GENERATIONS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class ArmReport:
-    """The stats of one arm.
-
-    Attributes:
-        share: the share of the units given by its weight.
-        units: distinct units.
-        requests: those counted for the experiment, errors included.
-        tokens_per_s: mean tokens of a request divided by its mean time: the rate that a single client would see.
-        p50_s: of requests without an error, like the other times; ``None`` without any.
-    """
-
-    arm: str
-    model: str
-    weight: float
-    share: float
-    units: int
-    requests: int
-    errors: int
-    error_rate: float
-    texts: int
-    tokens: int
-    tokens_per_s: float | None
-    p50_s: float | None
-    p95_s: float | None
-    p99_s: float | None
-    queue_p95_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class ExperimentReport:
-    """The stats of an experiment.
-
-    Attributes:
-        since: when this process began to count requests under the current weights, ISO 8601.
-        units_since: when the first unit was seen: earlier, if there is an exposure log; ``None`` before the first one.
-        uncounted: requests outside the split, by reason.
-        warning: why the stats are meaningless; ``None`` if no reason is known.
-    """
-
-    experiment: str
-    kind: str
-    generation: str
-    since: str
-    units_since: str | None
-    arms: Sequence[ArmReport]
-    uncounted: Mapping[str, int]
-    sample_ratio: SampleRatio
-    warning: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +155,11 @@ class ExperimentStats:
             for arm in experiment.arms
         ]
         return ExperimentReport(
-            experiment=experiment.id,
-            kind=experiment.kind,
+            **dict(describe_experiment(experiment)),
             generation=generation,
             since=min(since or counted.since, counted.since),
             units_since=counted.units_since,
-            arms=arms,
+            evidence=arms,
             uncounted=dict(counted.uncounted),
             sample_ratio=check_sample_ratio([arm.units for arm in arms], [arm.share for arm in arms]),
             warning=_warning(experiment, sum(arm.requests for arm in arms), counted.uncounted),
@@ -259,10 +207,3 @@ def _warning(experiment: Experiment, num_counted: int, uncounted: Mapping[str, i
         f"{how_many} requests had no unit, so the control arm {experiment.control.label!r} answered them and they are not "
         f"counted: a unit is made from {sources}, and these requests have none of them"
     )
-
-
-def is_running(experiment: Experiment) -> bool:
-    """Return whether an experiment splits its requests now, rather than answering all with the control arm."""
-    time = datetime.now(UTC)
-    has_started = experiment.start is None or time >= experiment.start
-    return has_started and (experiment.end is None or time < experiment.end)

@@ -11,7 +11,6 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from gateway.api.experiments import present
 from gateway.cli.experiment_report import ask_evidence
 from gateway.cli.main import app
 from gateway.config.registry import Experiment, load_registry
@@ -103,7 +102,7 @@ def evidence_json(experiment: Experiment, num_units: tuple[int, int]) -> str:
             stats.record(dataclasses.replace(seen, arm=arm.label, model=arm.model, unit=f"{number:016x}"))
     stats.record(dataclasses.replace(seen, space=None, error_code="overloaded"))
     stats.record(dataclasses.replace(seen, is_counted=False, reason="forced"))
-    return present(experiment, stats.report(experiment, seen.generation)).model_dump_json()
+    return stats.report(experiment, seen.generation).model_dump_json()
 
 
 def test_the_arms_of_a_running_gateway_are_shown_side_by_side(

@@ -12,7 +12,8 @@ from structlog.testing import capture_logs
 
 from gateway.config.registry import Experiment
 from gateway.experiments.exposures import Exposure, ExposureLog, read_exposures
-from gateway.experiments.stats import ArmReport, ExperimentReport, ExperimentStats, RequestRecord, is_running
+from gateway.experiments.report import ArmReport, ExperimentReport, is_running
+from gateway.experiments.stats import ExperimentStats, RequestRecord
 
 MakeExperiment = Callable[..., Experiment]
 MakeRecord = Callable[..., RequestRecord]
@@ -24,13 +25,13 @@ def open_log(tmp_path: Path) -> ExposureLog:
 
 
 def units(report: ExperimentReport) -> list[int]:
-    return [arm.units for arm in report.arms]
+    return [arm.units for arm in report.evidence]
 
 
 def test_before_any_request_all_is_zero(make_experiment: MakeExperiment) -> None:
     report = ExperimentStats(None).report(make_experiment(90, 10), GENERATION)
 
-    assert report.arms[1] == ArmReport(
+    assert report.evidence[1] == ArmReport(
         arm="b",
         model="model-b",
         weight=10,
@@ -58,7 +59,7 @@ def test_the_requests_of_an_arm_are_summed_up(make_experiment: MakeExperiment, m
         stats.record(make_record(i % 7, elapsed_s=(i + 1) / 100, queue_s=(i + 1) / 1000))
     stats.record(make_record(99, arm="b", model="model-b"))
 
-    arm, other = stats.report(make_experiment(1, 1), GENERATION).arms
+    arm, other = stats.report(make_experiment(1, 1), GENERATION).evidence
 
     assert (arm.units, arm.requests, arm.errors, arm.texts, arm.tokens) == (7, 100, 0, 200, 1000)
     assert arm.tokens_per_s == pytest.approx(1000 / 50.5)
@@ -74,7 +75,7 @@ def test_errors_count_as_requests_and_for_nothing_else(
     for code in ("overloaded", "overloaded", "deadline_exceeded"):
         stats.record(make_record(2, space=None, error_code=code, elapsed_s=300.0, num_texts=0, num_tokens=0))
 
-    arm = stats.report(make_experiment(1, 1), GENERATION).arms[0]
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
 
     assert (arm.requests, arm.errors, arm.error_rate, arm.units, arm.texts) == (4, 3, 0.75, 1, 2)
     assert arm.p99_s == pytest.approx(0.1, rel=0.02)
@@ -91,7 +92,7 @@ def test_requests_outside_the_split_are_counted_by_reason(
     report = stats.report(make_experiment(1, 1), GENERATION)
 
     assert report.uncounted == {"forced": 2, "excluded": 1}
-    assert (report.arms[0].requests, report.arms[0].units) == (0, 0)
+    assert (report.evidence[0].requests, report.evidence[0].units) == (0, 0)
     assert list(read_exposures(log.files())) == []
 
 
@@ -101,7 +102,7 @@ def test_requests_without_a_unit_are_counted_without_one(
     stats = ExperimentStats(None)
     stats.record(make_record(None, reason="random"))
 
-    arm = stats.report(make_experiment(1, 1), GENERATION).arms[0]
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
 
     assert (arm.requests, arm.units) == (1, 0)
 
@@ -138,7 +139,7 @@ def test_units_survive_a_restart_and_requests_do_not(
     report = after.report(experiment, GENERATION)
 
     assert units(report) == [6, 0]
-    assert report.arms[0].requests == 3
+    assert report.evidence[0].requests == 3
     assert report.units_since == since
     assert since is not None
     assert since <= report.since
