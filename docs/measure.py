@@ -31,7 +31,6 @@ MAX_IMPORT_LINES: Final = 30
 TO_DO: Final = {
     "gateway/app.py",
     "gateway/backends/upstream/backend.py",
-    "gateway/engine/batcher.py",
     "gateway/http/middleware.py",
     "gateway/http/protocol.py",
     "gateway/service.py",

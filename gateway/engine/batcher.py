@@ -15,12 +15,12 @@ from array import array
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 import numpy as np
 import structlog
 
+from gateway.engine.admission import Admission
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.tokenizer import Steps, slices
@@ -28,7 +28,7 @@ from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
 from gateway.engine.timeline import Stage, Timeline
 from gateway.engine.tokenizer_pool import TokenizerPool
 from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
-from gateway.errors import DeadlineExceeded, InferenceFailed, Overloaded, RequestError, ShuttingDown
+from gateway.errors import DeadlineExceeded, InferenceFailed, RequestError, ShuttingDown
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, Truncate
 
@@ -36,12 +36,6 @@ log = structlog.get_logger(__name__)
 
 # How long a stop waits for the batch in hand.
 _STOP_S = 10.0
-# How much the newest batch counts in the measured rate.
-_RATE_WEIGHT = 0.1
-_CHARS_PER_TOKEN = 4
-# So many texts of a caller get in although others have filled the queue.
-_NEWCOMER_TEXTS = 32
-_NEWCOMERS_SHARE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +108,9 @@ class Batcher:
         self._limits = limits
         self._pending: dict[RequestHandle, _PendingRequest] = {}
         self._sequences: dict[Hashable, TokenSequence] = {}
-        self._num_texts = 0
-        self._num_tokens = 0  # estimated: admission comes before tokenizing
-        self._tokens_per_s: float | None = None
+        self._admission = Admission(
+            model, limits.max_queue_texts, limits.max_queue_tokens, self._encoder.tokenizer.max_tokens
+        )
         self._refusal: Callable[[], RequestError] | None = None
         self._loop = asyncio.get_running_loop()
         self._tokenizers = TokenizerPool(model, self._loop)
@@ -144,16 +138,23 @@ class Batcher:
             InternalError: the forward failed on one of the texts, or gave no vectors that can be handed out.
             ModelNotReady: the batcher is stopping, or has been given up.
         """
-        num_tokens = self._estimate_tokens(job)
-        self._admit(job.caller, len(job.texts), num_tokens)
+        if self._refusal is not None:
+            raise self._refusal()
+        with self._admission.admit(job):
+            pending = await self._finish(job, replica)
+        if pending.error is not None:
+            raise pending.error
+        return pending.embeddings(job.outputs, self._encoder.width)
+
+    async def _finish(self, job: EmbedJob, replica: int | None) -> _PendingRequest:
+        """Queue a job and wait for the end of its request, be it an error."""
         handle = RequestHandle(job.caller, job.deadline)
         pending = _PendingRequest(
-            done=asyncio.get_running_loop().create_future(),
+            done=self._loop.create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
             text_name="input" if job.query is None else "documents",
         )
         self._pending[handle] = pending
-        self._count(len(job.texts), num_tokens)
         if not job.texts:
             pending.end()
         try:
@@ -166,46 +167,7 @@ class Batcher:
             ) from None
         finally:
             self._forget(handle, pending)
-            self._count(-len(job.texts), -num_tokens)
-        if pending.error is not None:
-            raise pending.error
-        return pending.embeddings(job.outputs, self._encoder.width)
-
-    def _admit(self, caller: str, num_texts: int, num_tokens: int) -> None:
-        if self._refusal is not None:
-            raise self._refusal()
-        limits = self._limits
-        is_full = (
-            self._num_texts + num_texts > limits.max_queue_texts
-            or self._num_tokens + num_tokens > limits.max_queue_tokens
-        )
-        # An idle model takes any request: none may be impossible for ever.
-        if is_full and self._num_texts and not self._is_newcomer(caller, num_texts):
-            raise Overloaded(
-                f"model {self._model!r} is full: {self._num_texts} texts (about {self._num_tokens} tokens) are waiting, "
-                f"this request has {num_texts} (about {num_tokens}); the limits are {limits.max_queue_texts} texts and "
-                f"{limits.max_queue_tokens} tokens",
-                retry_after_s=ceil(self._num_tokens / self._tokens_per_s) if self._tokens_per_s else 1,
-            )
-
-    def _is_newcomer(self, caller: str, num_texts: int) -> bool:
-        """Return whether a few texts are those of a caller who has none waiting: others must not fill the queue for all."""
-        return (
-            num_texts <= _NEWCOMER_TEXTS
-            and self._num_texts + num_texts <= _NEWCOMERS_SHARE * self._limits.max_queue_texts
-            and all(handle.caller != caller for handle in self._pending)
-        )
-
-    def _estimate_tokens(self, job: EmbedJob) -> int:
-        longest = self._encoder.tokenizer.max_tokens
-        beside = len(job.query or "")
-        return sum(min(longest, (beside + len(text)) // _CHARS_PER_TOKEN + 2) for text in job.texts)
-
-    def _count(self, num_texts: int, num_tokens: int) -> None:
-        self._num_texts += num_texts
-        self._num_tokens += num_tokens
-        metrics.QUEUE_TEXTS.labels(self._model).set(self._num_texts)
-        metrics.QUEUE_TOKENS.labels(self._model).set(self._num_tokens)
+        return pending
 
     def _forget(self, handle: RequestHandle, pending: _PendingRequest) -> None:
         """Drop what is left of a request: nobody waits for it any more."""
@@ -294,10 +256,8 @@ class Batcher:
     def _deliver(self, batch: FinishedBatch) -> None:
         """Hand the results of a batch to everybody who waits for one of them."""
         num_tokens = sum(sequence.item.num_tokens for sequence in batch.sequences)
-        seconds = batch.ended - batch.started
         if any(isinstance(result, Encoded) for result in batch.results):
-            rate = num_tokens / max(seconds, 1e-6)
-            self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
+            self._admission.note_rate(num_tokens, batch.ended - batch.started)
         metrics.BATCH_TEXTS.labels(self._model).observe(len(batch.sequences))
         metrics.BATCH_TOKENS.labels(self._model).observe(num_tokens)
         metrics.BATCH_FILL.labels(self._model).observe(num_tokens / self._limits.max_batch_tokens)
@@ -351,7 +311,7 @@ class Batcher:
     @property
     def num_texts(self) -> int:
         """How many texts these requests have."""
-        return self._num_texts
+        return self._admission.num_texts
 
     @property
     def num_queued(self) -> int:
@@ -361,7 +321,7 @@ class Batcher:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left of any request, queued, counted or in hand."""
-        is_counted = self._pending or self._sequences or self._num_texts or self._num_tokens
+        is_counted = self._pending or self._sequences or self._admission.num_texts or self._admission.num_tokens
         return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:

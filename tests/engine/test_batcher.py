@@ -697,43 +697,6 @@ async def test_a_queue_that_others_have_filled_has_room_for_a_few_texts_of_a_cal
     await waiting
 
 
-@pytest.mark.parametrize(("tokens_per_s", "retry_after_s"), [(1e9, 1), (10.0, 3), (0.01, 120)])
-async def test_retry_after_is_the_time_to_drain_the_queue(
-    start_batcher: StartBatcher,
-    make_job: MakeJob,
-    encoder: Any,
-    gate: Gate,
-    tokens_per_s: float,
-    retry_after_s: int,
-) -> None:
-    batcher = await start_batcher(max_queue_texts=10)
-    encoder.on_forward = gate
-    waiting = asyncio.create_task(batcher.submit(make_job(*texts_of(range(10)))))  # 10 texts of about 2 tokens
-    await gate.reached()
-    batcher._tokens_per_s = tokens_per_s
-
-    error = await answer(batcher.submit(make_job("1")))
-
-    assert isinstance(error, Overloaded)
-    assert error.retry_after_s == pytest.approx(retry_after_s, abs=1)
-    gate.open()
-    await waiting
-
-
-async def test_a_failed_batch_says_nothing_about_the_rate(
-    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any
-) -> None:
-    batcher = await start_batcher()
-    encoder.on_forward = lambda _batch: time.sleep(0.01)
-    await batcher.submit(make_job("1"))
-    measured = batcher._tokens_per_s
-    encoder.on_forward = raise_for(13, RuntimeError())
-
-    await answer(batcher.submit(make_job("13")))
-
-    assert batcher._tokens_per_s == measured
-
-
 async def test_an_idle_model_takes_a_request_of_any_size(start_batcher: StartBatcher, make_job: MakeJob) -> None:
     batcher = await start_batcher(max_queue_texts=1, max_queue_tokens=1)
 
