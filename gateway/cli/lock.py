@@ -75,10 +75,10 @@ def read_checkpoint_info(entry: ModelEntry) -> ModelInfo | None:
     """
     if entry.is_remote:  # it has no checkpoint, and a lock is made without asking other servers
         return None
-    from gateway.engine.checkpoint.sources import is_at_hand
+    from gateway.engine.checkpoint.sources import is_cached
     from gateway.engine.loading import plan_load  # imports torch
 
-    return plan_load(entry, may_download=False).info if is_at_hand(entry) else None
+    return plan_load(entry, may_download=False).info if is_cached(entry) else None
 
 
 @dataclass(frozen=True, slots=True)

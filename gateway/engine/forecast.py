@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
-from gateway.engine.checkpoint.sources import download_bytes, is_at_hand, require_readable
+from gateway.engine.checkpoint.sources import download_bytes, is_cached, require_readable
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
@@ -69,7 +69,7 @@ class Forecaster:
             LoadError: it would not: its checkpoint cannot be served, or does not fit.
         """
         require_readable(entry)
-        found = _planned(entry) if is_at_hand(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
+        found = _planned(entry) if is_cached(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
         if found.memory is not None:
             for device in found.devices:
                 require_memory(found.memory, self.free_bytes(device), device)

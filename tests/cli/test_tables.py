@@ -82,7 +82,7 @@ def hub_says(monkeypatch: pytest.MonkeyPatch, answer: int | str) -> None:
         return answer
 
     monkeypatch.setattr(forecast, "download_bytes", ask)
-    monkeypatch.setattr(forecast, "is_at_hand", lambda _entry: False)
+    monkeypatch.setattr(forecast, "is_cached", lambda _entry: False)
     monkeypatch.setattr(forecast, "available_bytes", lambda _device: 24 * 2**30)
 
 

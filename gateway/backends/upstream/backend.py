@@ -19,7 +19,7 @@ from gateway.backends.base import Report
 from gateway.backends.upstream.answers import MAX_COUNT, Answer
 from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, Facts, make_dialect
 from gateway.backends.upstream.failures import RETRY_AFTER_S, Failure, TooLarge, unavailable
-from gateway.backends.upstream.probe import Probe, agree
+from gateway.backends.upstream.probe import Probe, take_probe
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks, read_tasks
 from gateway.backends.upstream.watch import Watch
@@ -90,7 +90,7 @@ class UpstreamBackend:
         try:
             facts = await self._learn_facts()
             recorded = self._read_golden()
-            self._probe = await agree(self._entry.id, self._tasks, self._servers, recorded)
+            self._probe = await take_probe(self._entry.id, self._tasks, self._servers, recorded)
             self._info = self._describe(facts, recorded, self._probe.width)
         except BaseException:
             await self._close()

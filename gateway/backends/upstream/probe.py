@@ -59,7 +59,7 @@ class Probe:
         return await self._check.recheck(embed, _PATIENCE_S)
 
 
-async def agree(model: str, tasks: Tasks, servers: Sequence[Server], recorded: Sequence[GoldenVector] | None) -> Probe:
+async def take_probe(model: str, tasks: Tasks, servers: Sequence[Server], recorded: Sequence[GoldenVector] | None) -> Probe:
     """Return the probe of a model: what was recorded, or else what its first server gives; all must give the same.
 
     A server that does not answer is shut out.

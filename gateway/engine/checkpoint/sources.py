@@ -79,7 +79,7 @@ def require_readable(entry: ModelEntry) -> None:
         )
 
 
-def is_at_hand(entry: ModelEntry) -> bool:
+def is_cached(entry: ModelEntry) -> bool:
     """Tell whether a model's checkpoint is on this machine, so that :func:`locate` need not download it."""
     source = entry.parsed_source
     match source.kind:
