@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from gateway.config.files import read_bounded, write_whole
 from gateway.errors import LoadError
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, Truncate
+from gateway.types import Embeddings, EmbedJob, Truncate, Vectors
+from gateway.vectors import cosine
 
-Embed: TypeAlias = Callable[[Sequence[tuple[str, str | None]]], Sequence[npt.NDArray[np.float32]]]
+Embed: TypeAlias = Callable[[Sequence[tuple[str, str | None]]], Sequence[Vectors]]
 """Returns a vector of ``(width,)`` for each text and its task, computed in this thread and now."""
 
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.9995}
 """Least cosine to the golden vector, by the number format that the model computes in."""
+SAME_MODEL_COSINE = 0.999
+"""Least cosine of two vectors of a text that come from the same model, whatever computes them, in any number format."""
 
 TEXTS = (
     "Hello, world",
@@ -46,7 +48,7 @@ class GoldenVector:
 
     text: str
     task: str | None
-    vector: npt.NDArray[np.float32]
+    vector: Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +58,32 @@ class Comparison:
     golden: GoldenVector
     cosine: float
 
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:.6f} for {self.golden.text[:40]!r} (task {self.golden.task})"
+
 
 def record(embed: Embed, tasks: Sequence[str | None]) -> list[GoldenVector]:
     """Compute the golden vectors of a model for each of its tasks."""
-    wanted = [(text, task) for task in tasks for text in TEXTS]
-    vectors = [_unit(vector) for vector in embed(wanted)]
-    return [GoldenVector(text, task, vector) for (text, task), vector in zip(wanted, vectors, strict=True)]
+    return [golden for task in tasks for golden in golden_vectors(TEXTS, task, embed([(text, task) for text in TEXTS]))]
 
 
-def compare(embed: Embed, golden: Sequence[GoldenVector]) -> list[Comparison]:
-    """Compute the golden texts again and return the cosine to each golden vector; NaN, or another width, counts as -1."""
-    return _compare(embed([(one.text, one.task) for one in golden]), golden)
+def golden_vectors(texts: Sequence[str], task: str | None, vectors: Iterable[Vectors]) -> list[GoldenVector]:
+    """Return the vectors of texts with a task as golden vectors."""
+    with np.errstate(all="ignore"):  # a vector of zeros becomes NaN, which no cosine agrees with
+        units = [vector / np.linalg.norm(vector) for vector in vectors]
+    return [GoldenVector(text, task, unit) for text, unit in zip(texts, units, strict=True)]
+
+
+def compare(vectors: Iterable[Vectors], golden: Sequence[GoldenVector]) -> list[Comparison]:
+    """Compare the vectors of the golden texts, in order, with the golden vectors."""
+    return [Comparison(one, cosine(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
+
+
+def compare_recorded(recorded: Iterable[GoldenVector], golden: Sequence[GoldenVector]) -> list[Comparison]:
+    """Compare golden vectors with others of the same texts and tasks; the cosine is -1 where those have none."""
+    known = {(one.text, one.task): one.vector for one in recorded}
+    missing = np.zeros(0, np.float32)
+    return compare([known.get((one.text, one.task), missing) for one in golden], golden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +104,7 @@ class GoldenCheck:
         Raises:
             LoadError: one is off by more than the number format explains.
         """
-        if problem := self._judge(compare(embed, self.vectors)):
+        if problem := self._judge(compare(embed([(one.text, one.task) for one in self.vectors]), self.vectors)):
             raise LoadError(f"{problem}: this machine does not compute the model right")
 
     async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
@@ -97,7 +114,7 @@ class GoldenCheck:
             wanted = [one for one in self.vectors if one.task == task]
             deadline = time.monotonic() + timeout_s
             job = EmbedJob([one.text for one in wanted], task, Truncate.END, deadline, caller="golden vectors")
-            found += _compare((await embed(job)).vectors, wanted)
+            found += compare((await embed(job)).vectors, wanted)
         return self._judge(found)
 
     def _judge(self, found: Sequence[Comparison]) -> str:
@@ -106,10 +123,7 @@ class GoldenCheck:
         metrics.GOLDEN_LIMIT.labels(self.model).set(self.min_cosine)
         if worst.cosine >= self.min_cosine:
             return ""
-        return (
-            f"golden vectors: cosine {worst.cosine:.6f} for {worst.golden.text[:40]!r} (task {worst.golden.task}), the "
-            f"least is {self.min_cosine}"
-        )
+        return f"golden vectors: {worst}, the least is {self.min_cosine}"
 
 
 def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
@@ -167,21 +181,3 @@ def _golden_vector(row: Mapping[str, object]) -> GoldenVector:
         case {"text": str(text), "task": (str() | None) as task, "vector": str(vector)}:
             return GoldenVector(text, task, np.frombuffer(base64.b64decode(vector, validate=True), dtype="<f4"))
     raise ValueError(f"not a golden vector: {str(row)[:80]}")
-
-
-def _compare(vectors: Iterable[npt.NDArray[np.float32]], golden: Sequence[GoldenVector]) -> list[Comparison]:
-    return [Comparison(one, _cosine(vector, one.vector)) for vector, one in zip(vectors, golden, strict=True)]
-
-
-def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
-    if a.shape != b.shape:
-        return -1.0
-    with np.errstate(all="ignore"):  # what is not finite is told by the result
-        cosine = float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
-    return cosine if np.isfinite(cosine) else -1.0
-
-
-def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    with np.errstate(all="ignore"):  # a vector of zeros becomes NaN
-        unit: npt.NDArray[np.float32] = vector / np.linalg.norm(vector)
-    return unit

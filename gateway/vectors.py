@@ -57,6 +57,15 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
     return unit
 
 
+def cosine(one: Vectors, other: Vectors) -> float:
+    """Return the cosine of two vectors, ``(width,)`` each; -1 where their widths differ or it is not a number."""
+    if one.shape != other.shape:
+        return -1.0
+    with np.errstate(all="ignore"):  # the result says what is not finite
+        similarity = float(np.dot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
+    return similarity if np.isfinite(similarity) else -1.0
+
+
 def require_finite(
     sparse: Sequence[SparseVector], multivectors: Sequence[MultiVector], states: Sequence[States] = ()
 ) -> None:

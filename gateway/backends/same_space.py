@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
 
 from gateway import golden
 from gateway.backends.base import Backend
-from gateway.backends.upstream.probe import MIN_COSINE
 from gateway.errors import LoadError, RequestError
-from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vectors
+from gateway.golden import SAME_MODEL_COSINE, TEXTS, GoldenVector
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate
 
 _PATIENCE_S = 60.0
-
-_Known: TypeAlias = Mapping[tuple[str, str | None], Vectors]  # unit vectors by text and task
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +51,9 @@ async def verify_same_space(info: ModelInfo, backend: Backend, reference: Refere
         given = await _ask(backend.embed, [None, *info.tasks])
     except RequestError as error:
         raise LoadError(f"that could not be checked: {error.message}") from error
-    for (text, task), vector in given.items():
-        cosine = float(vector @ expected[text, task]) if (text, task) in expected else -1.0
-        if not cosine >= MIN_COSINE:
-            what = f"cosine {cosine:.6f} for {text[:40]!r} (task {task}), the least is {MIN_COSINE}"
-            raise LoadError(f"its vectors are not those of {theirs.id}: {what}")
+    for comparison in golden.compare_recorded(expected, given):
+        if comparison.cosine < SAME_MODEL_COSINE:
+            raise LoadError(f"its vectors are not those of {theirs.id}: {comparison}, the least is {SAME_MODEL_COSINE}")
     return replace(
         info,
         fingerprint=theirs.fingerprint,
@@ -82,7 +75,7 @@ def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
     return ""
 
 
-async def _expected(reference: Reference, tasks: Iterable[str]) -> _Known:
+async def _expected(reference: Reference, tasks: Iterable[str]) -> Sequence[GoldenVector]:
     """Return what another model gives, as it says itself or as was recorded of it.
 
     Raises:
@@ -93,16 +86,12 @@ async def _expected(reference: Reference, tasks: Iterable[str]) -> _Known:
         return await _ask(reference.embed, [None, *tasks])
     if reference.golden is None:
         raise LoadError(f"{info.id} is {state.value} and has no golden vectors: there is nothing to compare with")
-    recorded = golden.read(reference.golden, info.fingerprint, info.tasks)
-    return {(one.text, one.task): one.vector for one in recorded}
+    return golden.read(reference.golden, info.fingerprint, info.tasks)
 
 
-async def _ask(embed: Callable[[EmbedJob], Awaitable[Embeddings]], tasks: Iterable[str | None]) -> _Known:
-    found: dict[tuple[str, str | None], Vectors] = {}
+async def _ask(embed: Callable[[EmbedJob], Awaitable[Embeddings]], tasks: Iterable[str | None]) -> list[GoldenVector]:
+    vectors: list[GoldenVector] = []
     for task in tasks:
-        job = EmbedJob(golden.TEXTS, task, Truncate.END, time.monotonic() + _PATIENCE_S, caller="same space")
-        vectors = (await embed(job)).vectors
-        with np.errstate(all="ignore"):  # a vector of zeros becomes NaN, which no cosine agrees with
-            unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        found |= {(text, task): row for text, row in zip(golden.TEXTS, unit, strict=True)}
-    return found
+        job = EmbedJob(TEXTS, task, Truncate.END, time.monotonic() + _PATIENCE_S, caller="same space")
+        vectors += golden.golden_vectors(TEXTS, task, (await embed(job)).vectors)
+    return vectors

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.backends.upstream.backend import UpstreamBackend
-from gateway.backends.upstream.probe import MIN_COSINE
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import LoadError
-from gateway.golden import GoldenVector, read, write
+from gateway.golden import SAME_MODEL_COSINE, GoldenVector, compare_recorded, read, write
 from gateway.types import ModelKind, Truncate
 
 
@@ -100,7 +99,7 @@ def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
         worst: dict[tuple[str | None, str], tuple[float, str]] = {}
         for number, encoder in enumerate(engine.encoders):
             device = plan.devices[number // num_streams]
-            for one in golden.compare(encoder.embed, vectors):
+            for one in golden.compare(encoder.embed([(one.text, one.task) for one in vectors]), vectors):
                 key = one.golden.task, one.golden.text
                 worst[key] = min((one.cosine, device), worst.get(key, (2.0, "")))
         for (task, text), (cosine, device) in worst.items():
@@ -128,11 +127,8 @@ def _verify_servers(entry: ModelEntry) -> list[Check]:
     fingerprint, given = asyncio.run(_ask_servers(entry))
     if entry.golden is None:
         return []
-    known = {(one.text, one.task): one.vector for one in given}
-    checks = []
-    for one in read(Path(entry.golden), fingerprint, {one.task for one in given if one.task is not None}):
-        vector = known.get((one.text, one.task))
-        is_comparable = vector is not None and vector.shape == one.vector.shape
-        cosine = float(vector @ one.vector) if vector is not None and is_comparable else -1.0
-        checks.append(_cosine_check(one.task, one.text, cosine, MIN_COSINE))
-    return checks
+    recorded = read(Path(entry.golden), fingerprint, {one.task for one in given if one.task is not None})
+    return [
+        _cosine_check(one.golden.task, one.golden.text, one.cosine, SAME_MODEL_COSINE)
+        for one in compare_recorded(given, recorded)
+    ]

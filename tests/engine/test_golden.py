@@ -26,8 +26,9 @@ from gateway.engine import loading
 from gateway.engine.loading import load_engine, load_reference, plan_load
 from gateway.engine.model.encoder import Encoder
 from gateway.errors import LoadError
-from gateway.golden import MIN_COSINE, Comparison, Embed, GoldenCheck, GoldenVector, compare, read, record, write
+from gateway.golden import MIN_COSINE, GoldenCheck, GoldenVector, compare, read, record, write
 from gateway.telemetry import metrics
+from gateway.types import Vectors
 
 MakeCheckpoint = Callable[..., Path]
 TASKS = {"query": "query: ", "passage": "passage: "}
@@ -99,7 +100,9 @@ def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_p
         assert one.vector.dtype == np.float32
         assert np.array_equal(one.vector, original.vector)
         assert np.linalg.norm(one.vector) == pytest.approx(1, abs=1e-6)
-    assert min(one.cosine for one in compare(reference.embed, back)) == pytest.approx(1, abs=1e-6)
+    assert min(
+        one.cosine for one in compare(reference.embed([(one.text, one.task) for one in back]), back)
+    ) == pytest.approx(1, abs=1e-6)
     check(reference, back, "float32")
 
 
@@ -115,7 +118,8 @@ def test_the_runtime_that_serves_agrees_with_the_one_that_records(entry: ModelEn
     assert plan.runtime == "openvino"
 
     for encoder in load_engine(plan, Settings()).encoders:
-        compared = compare(encoder.embed, read(file, plan.checkpoint.fingerprint, plan.tasks))
+        vectors = read(file, plan.checkpoint.fingerprint, plan.tasks)
+        compared = compare(encoder.embed([(one.text, one.task) for one in vectors]), vectors)
         assert {one.golden.task for one in compared} == {None, "retrieval.query", "retrieval.passage"}
         assert min(one.cosine for one in compared) >= MIN_COSINE["float32"]
 
@@ -138,7 +142,7 @@ def test_the_runtime_that_serves_agrees_with_the_one_that_records(entry: ModelEn
 def test_the_cosine_to_a_golden_vector(vector: Sequence[float], expected: Sequence[float], cosine: float) -> None:
     one = GoldenVector("text", None, np.array(expected, np.float32))
 
-    [compared] = compare(lambda texts: [np.array(vector, np.float32) for _text in texts], [one])
+    [compared] = compare([np.array(vector, np.float32)], [one])
 
     assert compared.golden is one
     assert compared.cosine == pytest.approx(cosine, abs=1e-6)
@@ -447,22 +451,22 @@ def test_verify_tells_by_how_much_a_model_is_off(registry: Path, file: Path) -> 
 def test_every_text_is_verified_once_by_the_worst_of_the_streams(
     entry: ModelEntry, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Embed] = []
+    seen: list[Encoder] = []
+    embed = Encoder.embed
 
-    def compare_second_wrong(embed: Embed, vectors: Sequence[GoldenVector]) -> list[Comparison]:
-        seen.append(embed)
-        found = compare(embed, vectors)
-        return [replace(one, cosine=0.5) for one in found] if len(seen) == 2 else found
+    def embed_second_wrong(encoder: Encoder, texts: Sequence[tuple[str, str | None]]) -> list[Vectors]:
+        seen.append(encoder)
+        vectors = embed(encoder, texts)
+        return [turned(vector / np.linalg.norm(vector), 0.5) for vector in vectors] if len(seen) == 2 else vectors
 
     honest = verify_model(entry, Settings(cpu_threads=2))
-    monkeypatch.setattr("gateway.golden.compare", compare_second_wrong)
+    monkeypatch.setattr(Encoder, "embed", embed_second_wrong)
     broken = verify_model(entry, Settings(cpu_threads=2))
 
-    assert len(seen) == 2
-    assert seen[0] != seen[1]
+    assert len(seen) == len(set(seen)) == 2
     assert len({one.what for one in honest}) == len(honest) == 3 * NUM_TEXTS
     assert all(one.is_passed and one.quantity == "cosine" for one in honest)
-    assert [one.measured for one in broken] == ["0.500000"] * len(honest)
+    assert [float(one.measured) for one in broken] == pytest.approx([0.5] * len(honest), abs=0.001)
     assert not any(one.is_passed for one in broken)
 
 
@@ -493,7 +497,7 @@ def test_verify_records(registry: Path, entry: ModelEntry) -> None:
     ("arguments", "message"),
     [
         (["unchecked", "--record"], "set `golden: golden/unchecked.json` for unchecked to say where to store them"),
-        (["nothing"], "no model 'nothing'; there are: tiny, bare, unchecked"),
+        (["nothing"], "no model 'nothing'; known: tiny, bare, unchecked"),
         (["bare"], "the Python package 'no_such_package' is not installed"),
     ],
     ids=["nowhere to record", "no such model", "cannot be loaded"],

@@ -13,11 +13,9 @@ from gateway.backends.upstream.failures import Failure, TooLarge
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks
 from gateway.errors import LoadError, NotReachable, RequestError
-from gateway.golden import TEXTS, GoldenCheck, GoldenVector
+from gateway.golden import SAME_MODEL_COSINE, TEXTS, GoldenCheck, GoldenVector, golden_vectors
 from gateway.types import Embeddings, EmbedJob, Timings, Truncate, Vectors
-
-MIN_COSINE = 0.999
-"""What two vectors of a text must agree in to be of the same model, whatever computes them, in whatever number format."""
+from gateway.vectors import cosine
 
 # A server that is slow is told by its own time limit before this.
 _PATIENCE_S = 3600.0
@@ -33,7 +31,7 @@ class Probe:
     def __init__(self, model: str, tasks: Tasks, vectors: Sequence[GoldenVector]) -> None:
         self.vectors = vectors
         self._tasks = tasks
-        self._check = GoldenCheck(model, vectors, MIN_COSINE)
+        self._check = GoldenCheck(model, vectors, SAME_MODEL_COSINE)
 
     @property
     def width(self) -> int:
@@ -59,7 +57,9 @@ class Probe:
         return await self._check.recheck(embed, _PATIENCE_S)
 
 
-async def take_probe(model: str, tasks: Tasks, servers: Sequence[Server], recorded: Sequence[GoldenVector] | None) -> Probe:
+async def take_probe(
+    model: str, tasks: Tasks, servers: Sequence[Server], recorded: Sequence[GoldenVector] | None
+) -> Probe:
     """Return the probe of a model: what was recorded, or else what its first server gives; all must give the same.
 
     A server that does not answer is shut out.
@@ -70,7 +70,7 @@ async def take_probe(model: str, tasks: Tasks, servers: Sequence[Server], record
     """
     probe = None if recorded is None else Probe(model, tasks, recorded)
     giver = "its golden file says"
-    if recorded is not None and (problem := _ignored_tasks(tasks, _units_of(recorded))):
+    if recorded is not None and (problem := _ignored_tasks(tasks, _by_task(recorded))):
         raise LoadError(f"its golden file was recorded from a server that {problem}")
     reasons = []
     for server in servers:
@@ -99,43 +99,43 @@ async def _take(server: Server, tasks: Tasks) -> list[GoldenVector]:
         LoadError: it does not tell the tasks or the texts apart.
     """
     await server.learn()
-    found: list[GoldenVector] = []
-    units: dict[str | None, Vectors] = {}
+    taken: list[GoldenVector] = []
+    by_task: dict[str | None, Vectors] = {}
     for task in (None, *tasks.instructions):
         answer = await _embed(server, tasks, TEXTS, task)
-        unit = units[task] = _unit(answer.vectors)
+        by_task[task] = answer.vectors
         if task is None:
-            await _check_texts(server, tasks, unit)
-        found += [GoldenVector(text, task, vector) for text, vector in zip(TEXTS, unit, strict=True)]
-    if problem := _ignored_tasks(tasks, units):
+            await _check_texts(server, tasks, answer.vectors)
+        taken += golden_vectors(TEXTS, task, answer.vectors)
+    if problem := _ignored_tasks(tasks, by_task):
         raise LoadError(f"{server.name} {problem}")
-    return found
+    return taken
 
 
-async def _check_texts(server: Server, tasks: Tasks, unit: Vectors) -> None:
+async def _check_texts(server: Server, tasks: Tasks, vectors: Vectors) -> None:
     """Check that each text has a vector that is its own, by asking for each alone.
 
     An order or an ``index`` that is not that of the texts would give texts the vectors of others, and nothing would show it.
     """
-    if (unit @ unit.T >= MIN_COSINE).all():
+    if all(cosine(one, other) >= SAME_MODEL_COSINE for one, other in combinations(vectors, 2)):
         raise LoadError(f"{server.name} gives the same vector for every text")
-    for text, vector in zip(TEXTS, unit, strict=True):
-        alone = _unit((await _embed(server, tasks, [text], None)).vectors)[0]
-        if alone.shape != vector.shape or not float(alone @ vector) >= MIN_COSINE:
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        alone = (await _embed(server, tasks, [text], None)).vectors[0]
+        if cosine(alone, vector) < SAME_MODEL_COSINE:
             raise LoadError(
                 f"{server.name} gives {text[:40]!r} another vector alone than among several texts: vectors do not come in "
                 "the order of the texts, or a text has not always the same one"
             )
 
 
-def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
+def _ignored_tasks(tasks: Tasks, by_task: dict[str | None, Vectors]) -> str:
     """Say which tasks make no difference to a server that is told them, although they have different names there.
 
     Tasks whose vectors are not of one width are no tasks of one model.
     """
-    if len(widths := sorted({one.shape[1] for one in units.values()})) > 1:
+    if len(widths := sorted({one.shape[1] for one in by_task.values()})) > 1:
         return f"gives vectors of {' and '.join(map(str, widths))} dimensions for different tasks"
-    by_name = {name: units[task] for task, name in tasks.names.items() if task in units}
+    by_name = {name: by_task[task] for task, name in tasks.names.items() if task in by_task}
     pairs = list(combinations(by_name, 2))
     for one, other in pairs:
         if _is_same(by_name[one], by_name[other]):
@@ -144,9 +144,9 @@ def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
                 "field, or does not know these names. Set `upstream.task_field` to the field that it reads; if the two are "
                 "one task there, give them one name in `upstream.tasks`"
             )
-    if not pairs and by_name and None in units:
+    if not pairs and by_name and None in by_task:
         [name] = by_name
-        if _is_same(by_name[name], units[None]):
+        if _is_same(by_name[name], by_task[None]):
             return (
                 f"gives the same vectors with the task {name!r}, sent as `{tasks.field}`, and without a task: it ignores "
                 "that field, or does not know this name. Set `upstream.task_field` to the field that it reads, or leave "
@@ -155,18 +155,13 @@ def _ignored_tasks(tasks: Tasks, units: dict[str | None, Vectors]) -> str:
     return ""
 
 
-def _units_of(recorded: Sequence[GoldenVector]) -> dict[str | None, Vectors]:
+def _by_task(recorded: Sequence[GoldenVector]) -> dict[str | None, Vectors]:
     tasks = dict.fromkeys(one.task for one in recorded)
-    return {task: _unit(np.stack([one.vector for one in recorded if one.task == task])) for task in tasks}
+    return {task: np.stack([one.vector for one in recorded if one.task == task]) for task in tasks}
 
 
 def _is_same(one: Vectors, other: Vectors) -> bool:
-    return one.shape == other.shape and bool((np.einsum("ij,ij->i", one, other) >= MIN_COSINE).all())
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
+    return len(one) == len(other) and all(cosine(a, b) >= SAME_MODEL_COSINE for a, b in zip(one, other, strict=True))
 
 
 async def _embed(server: Server, tasks: Tasks, texts: Sequence[str], task: str | None) -> Answer:

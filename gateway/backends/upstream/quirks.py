@@ -6,19 +6,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
 from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.dialects import Encoding
 from gateway.backends.upstream.failures import Failure
 from gateway.errors import RequestError
-from gateway.types import Vectors
+from gateway.golden import SAME_MODEL_COSINE
+from gateway.vectors import cosine
 
 BLANKS = ("", " ", ".")
 """What may be sent for an empty text. A full stop says as little as a text can where a server takes none that is blank."""
 
 _TEXT = "Hello, world"
-_MIN_COSINE = 0.999  # as `gateway.backends.upstream.probe` has it
 # With these it has understood the request, and does not take it. With others nothing is known.
 _UNFIT = ("failed", "wrong", "broken")
 
@@ -90,15 +88,9 @@ async def _if_it_says_the_same(ask: _Ask, quirks: Quirks, answer: Answer) -> tup
         if isinstance(error, Failure) and error.outcome not in _UNFIT:
             raise
         return quirks, answer
-    if not numbers.has_numbers or _agree(numbers.vectors[0], answer.vectors[0]):
+    if not numbers.has_numbers or cosine(numbers.vectors[0], answer.vectors[0]) >= SAME_MODEL_COSINE:
         return quirks, answer
     return Quirks("float", has_numbers=True), numbers
-
-
-def _agree(one: Vectors, other: Vectors) -> bool:
-    if one.shape != other.shape:
-        return False
-    return float(one @ other) >= _MIN_COSINE * float(np.linalg.norm(one) * np.linalg.norm(other))
 
 
 async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Quirks, Answer]:
