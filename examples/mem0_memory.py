@@ -67,7 +67,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def ask_gateway(options: argparse.Namespace) -> Model:
-    """Return what GET /v1/models says about a model: its width and its space, among others."""
+    """Return the model's card from GET /v1/models, with its width and its space."""
     try:
         with OpenAI(base_url=options.base_url, api_key=options.api_key) as client:
             card = client.models.retrieve(options.model)
@@ -91,8 +91,8 @@ def ask_gateway(options: argparse.Namespace) -> Model:
 def mem0_config(options: argparse.Namespace, card: Model, folder: Path) -> dict[str, Any]:
     """Return Mem0's configuration for a model of the gateway."""
     folder.mkdir(parents=True, exist_ok=True)
-    # One collection a model. Vectors of two models can't be compared, and a vector store would not notice: it checks
-    # their width, and two models (Jina v3 and BGE-M3, say) can have the same one. The space that the gateway reports
+    # One collection per model. Vectors of two models can't be compared, and a vector store would not notice: it checks
+    # their width, and two models (such as Jina v3 and BGE-M3) can have the same one. The space that the gateway reports
     # changes with everything that changes vectors (weights, task, dimensions ...), so a collection that is named after
     # it can't hold two kinds, even if an alias such as `default` points to another model tomorrow.
     collection = "memories_" + re.sub(r"\W", "_", card.space)  # Milvus takes letters, digits and underscores only
@@ -115,7 +115,7 @@ def mem0_config(options: argparse.Namespace, card: Model, folder: Path) -> dict[
             "provider": options.store,
             "config": {"collection_name": collection, "embedding_model_dims": card.width, **stores[options.store]},
         },
-        # Mem0 wants a language model at hand. With infer=False it is never asked, so any that can be made will do.
+        # Mem0 requires a language model. With infer=False it is never used, so any valid configuration will do.
         "llm": {"provider": "openai", "config": {"api_key": "unused"}},
         "history_db_path": str(folder / "history.db"),
     }

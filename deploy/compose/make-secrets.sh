@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the secrets that compose.yaml mounts, in secrets/ beside this script: a key for Mem0 and the file of API keys that
-# holds its hash, and Grafana's password. What is there already stays.
+# Makes the secrets that compose.yaml mounts, in secrets/ next to this script: a key for Mem0 and the file of API keys that
+# holds its hash, and Grafana's password. Existing files are kept.
 set -eu
 
 cd "$(dirname "$0")"

@@ -97,8 +97,8 @@ ROWS = [
             ),
             Panel("Models ready", [Query("sum(gateway_model_ready)")], kind="stat", width=4),
             Panel("In flight", [Query("sum(gateway_requests_in_flight)")], kind="stat", width=4),
-            Panel("Texts a second", [Query(f"sum(rate(gateway_texts_total{{{_MODEL}}}[5m]))")], kind="stat", width=4),
-            Panel("Tokens a second", [Query(f"sum(rate(gateway_tokens_total{{{_MODEL}}}[5m]))")], kind="stat", width=4),
+            Panel("Texts per second", [Query(f"sum(rate(gateway_texts_total{{{_MODEL}}}[5m]))")], kind="stat", width=4),
+            Panel("Tokens per second", [Query(f"sum(rate(gateway_tokens_total{{{_MODEL}}}[5m]))")], kind="stat", width=4),
             Panel("Versions", [Query("count by (version) (gateway_build_info)", "{{version}}")], kind="stat", width=4),
             Panel(
                 "Requests", [Query(rate("gateway_requests_total", "status", _EMBEDDINGS), "{{status}}")], unit="reqps"
@@ -147,7 +147,7 @@ ROWS = [
                 description="Smallest cosine between a recorded vector and the same text computed now.",
             ),
             Panel(
-                "Loaded anew",
+                "Reloads after a failure",
                 [
                     Query(
                         f"sum by (model) (increase(gateway_engine_restarts_total{{{_MODEL}}}[$__rate_interval]))",

@@ -86,7 +86,7 @@ def parse_options() -> argparse.Namespace:
 
 
 class Podman:
-    """podman with a storage of its own, so that nobody's images are touched."""
+    """podman with separate storage, so that it touches no other images."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -264,7 +264,7 @@ def limits() -> list[str]:
 
 
 def on_admin_port_alone(port: int, admin_port: int) -> bool:
-    """Say whether the operator's paths answer where they should, and nowhere else."""
+    """Return whether the operator's paths answer on the operator's port and nowhere else."""
     return ask(f"127.0.0.1:{admin_port}", "/metrics")[0] == 200 and ask(f"127.0.0.1:{port}", "/metrics")[0] == 404
 
 
@@ -275,14 +275,14 @@ def is_healthy(podman: Podman, container: str) -> bool:
 
 
 def can_write(podman: Podman, container: str, *folders: str) -> bool:
-    """Say whether a file can be made in any of the folders, as the user of the image."""
+    """Return whether the user of the image can create a file in any of the folders."""
     script = "for folder; do touch $folder/.proof 2>/dev/null && rm $folder/.proof && exit 0; done; exit 1"
     command = [*podman.command, "exec", container, "sh", "-c", script, "sh", *folders]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def ask(address: str, path: str, body: object = None, *, key: str = "") -> tuple[int, Any]:
-    """Return status and JSON of an answer; status 0 when nobody answers."""
+    """Return the status and JSON of a response; status 0 when nothing answers."""
     connection = http.client.HTTPConnection(address, timeout=30)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:

@@ -27,7 +27,7 @@ SHOWN = {
     "Availability",
     "Models ready",
     "In flight",
-    "Texts a second",
+    "Texts per second",
     "Versions",
     "Requests",
     "Latency of requests",
