@@ -98,7 +98,9 @@ ROWS = [
             Panel("Models ready", [Query("sum(gateway_model_ready)")], kind="stat", width=4),
             Panel("In flight", [Query("sum(gateway_requests_in_flight)")], kind="stat", width=4),
             Panel("Texts per second", [Query(f"sum(rate(gateway_texts_total{{{_MODEL}}}[5m]))")], kind="stat", width=4),
-            Panel("Tokens per second", [Query(f"sum(rate(gateway_tokens_total{{{_MODEL}}}[5m]))")], kind="stat", width=4),
+            Panel(
+                "Tokens per second", [Query(f"sum(rate(gateway_tokens_total{{{_MODEL}}}[5m]))")], kind="stat", width=4
+            ),
             Panel("Versions", [Query("count by (version) (gateway_build_info)", "{{version}}")], kind="stat", width=4),
             Panel(
                 "Requests", [Query(rate("gateway_requests_total", "status", _EMBEDDINGS), "{{status}}")], unit="reqps"
