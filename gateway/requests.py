@@ -127,7 +127,7 @@ class EmbedAnswer(Answer):
     """
 
     vectors: Vectors
-    has_dense: bool = True
+    has_dense: bool
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
     states: Sequence[States] | None = None

@@ -25,13 +25,13 @@ from gateway.requests import EmbedRequest
 from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
-from gateway.types import EmbedJob, ModelInfo, ModelState, Truncate
+from gateway.types import EmbedJob, ModelInfo, ModelKind, ModelState, Truncate
 
 TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
 
 
 class Backend(FakeBackend):
-    """A fake that is what its source says: ``./WEIGHTS``, ``./WEIGHTS-tasks``, ``./broken``, ``./slow``."""
+    """A fake made as its source says: ``./WEIGHTS``, ``./WEIGHTS-tasks``, ``./WEIGHTS-ranker``, ``./broken``, ``./slow``."""
 
     def __init__(self, entry: ModelEntry) -> None:
         self.weights = Path(entry.source).name
@@ -40,6 +40,8 @@ class Backend(FakeBackend):
             kind |= {"tasks": TASKS, "default_task": "retrieval.query"}
         if self.weights.endswith("-short"):
             kind |= {"max_tokens": 16}
+        if self.weights.endswith("-ranker"):
+            kind |= {"kind": ModelKind.RERANK, "width": 1, "dimensions": (1,)}
         self.is_stopped = False
         self.gate = asyncio.Event()
         self.error: Exception | None = None
@@ -602,6 +604,37 @@ async def test_metrics_of_experiments_arms_and_shadows_that_are_gone_go_away(tmp
     assert not labels_in("gateway_", experiment="thin-exp", arm="y")
     assert labels_in("gateway_", experiment="thin-exp", arm="x")
     assert not labels_in("gateway_shadow", of="one", to="two")
+
+
+async def test_the_info_of_a_model_has_the_space_of_its_vectors_and_of_a_reranker_none(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(told="a-tasks", ranks="b-ranker"))
+
+    [told] = labels_in("gateway_model_info", model="told")
+    assert told["space"] == deployment.router.resolve("told", None).info.space("retrieval.query")
+    assert [labels["space"] for labels in labels_in("gateway_model_info", model="ranks")] == [""]
+
+    await gateway.reload(models(told="c").replace("enabled", "allow_space_change: true, enabled"))
+    [changed] = labels_in("gateway_model_info", model="told")
+    assert changed["space"] == deployment.router.resolve("told", None).info.space() != told["space"]
+
+
+async def test_metrics_of_a_model_that_is_gone_go_away_and_again_after_its_last_request(gateway: Gateway) -> None:
+    deployment = await gateway.start(models(stays="a", leaves="slow"))
+    backend = backend_of(deployment, "leaves")
+    request = EmbedRequest(["a b"], "leaves", timeout_s=60.0, caller="me", client=GATEWAY)
+    running = asyncio.create_task(EmbeddingService(deployment, ExperimentStats(None)).embed(request))
+    await asyncio.sleep(0)
+    metrics.FALLBACKS.labels("stays", "leaves", "model_not_ready").inc()
+
+    await gateway.reload(models(stays="a"))
+    assert not labels_in("gateway_", model="leaves")
+    assert not labels_in("gateway_", fallback="leaves")
+
+    backend.gate.set()
+    assert (await running).model == "leaves"
+    assert labels_in("gateway_embed_requests", model="leaves")
+    await wait_until(lambda: not labels_in("gateway_", model="leaves"))
+    assert labels_in("gateway_model_ready", model="stays")
 
 
 async def test_a_model_that_was_replaced_no_longer_moves_the_gauges_of_its_id(gateway: Gateway) -> None:

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from gateway.backends.base import Report
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.config.registry import ModelEntry
+from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LoadError, StartError
 from gateway.fleet import Fleet, Model, why_disabled
 from gateway.types import ModelInfo, ModelState
@@ -316,3 +316,103 @@ async def test_a_model_that_is_switched_off_is_not_loaded(made: Models) -> None:
 
     assert made.states() == {"off": "disabled"}
     assert made.order == []
+
+
+# ------------------------------------------------------------------------------------------------------- absent models
+
+
+class Pauses:
+    """The pauses of a fleet that seeks a model. They take no time; ``then`` has something happen in the nth."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds: list[float] = []
+        self.then: dict[int, Callable[[], object]] = {}
+        monkeypatch.setattr("gateway.fleet.asyncio.sleep", self._sleep)
+
+    async def _sleep(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.then.get(len(self.seconds), lambda: None)()
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
+    return Pauses(monkeypatch)
+
+
+async def absent(made: Models) -> tuple[Fleet, Model, Backend]:
+    """Return a fleet with a model whose server does not answer."""
+    backend = made.add("far")
+    backend.gate.set()
+    backend.error = LoadError("no answer")
+    fleet = made.fleet()
+    await fleet.start()
+    assert fleet.is_absent(made.models[0])
+    return fleet, made.models[0], backend
+
+
+def accept() -> list[str]:
+    return []
+
+
+async def test_an_absent_model_is_sought_after_pauses_that_double_up_to_a_minute(made: Models, pauses: Pauses) -> None:
+    fleet, model, backend = await absent(made)
+    pauses.then[8] = lambda: setattr(backend, "error", None)
+
+    await fleet.seek(model, accept)
+
+    assert pauses.seconds == [2, 4, 8, 16, 32, 60, 60, 60]
+    assert len(made.order) == 1 + 8
+    assert model.state is ModelState.READY
+    assert not fleet.is_absent(model)
+
+
+async def test_a_found_model_that_breaks_a_rule_has_failed_and_is_sought_further(made: Models, pauses: Pauses) -> None:
+    fleet, model, backend = await absent(made)
+    backend.error = None
+    pauses.then[2] = lambda: (reasons.append(model.reason), problems.clear())
+    problems, reasons = ["it is in another space", "it is too short"], list[str]()
+
+    await fleet.seek(model, lambda: problems)
+
+    assert reasons == ["failed to load: it is in another space; it is too short"]
+    assert (model.state, backend.num_stops) == (ModelState.READY, 1)
+
+
+async def test_a_model_is_not_sought_any_more_once_its_fleet_is_replaced(made: Models, pauses: Pauses) -> None:
+    fleet, model, _backend = await absent(made)
+    registry = Registry(path=Path("models.yaml"), version=1, models=(model.entry,))
+    successor = fleet.successor(registry, lambda entry: FakeBackend(fake_info(entry.id)))
+    pauses.then[2] = lambda: successor.take_over(fleet, registry)
+
+    await fleet.seek(model, accept)
+
+    assert pauses.seconds == [2, 4]
+    assert made.order == ["far", "far"]
+
+
+async def test_a_model_that_is_found_after_its_fleet_was_replaced_is_stopped(made: Models, pauses: Pauses) -> None:
+    fleet, model, backend = await absent(made)
+    registry = Registry(path=Path("models.yaml"), version=1, models=(model.entry,))
+    successor = fleet.successor(registry, lambda entry: FakeBackend(fake_info(entry.id)))
+    backend.gate.clear()
+    backend.has_begun.clear()
+    backend.error = None
+    seeking = asyncio.create_task(fleet.seek(model, accept))
+    await asyncio.wait_for(backend.has_begun.wait(), PATIENCE_S)
+
+    successor.take_over(fleet, registry)
+    backend.gate.set()
+    await asyncio.wait_for(seeking, PATIENCE_S)
+
+    assert backend.num_stops == 1
+
+
+async def test_only_models_on_other_servers_are_sought(made: Models) -> None:
+    here = made.add("here", is_remote=False)
+    here.gate.set()
+    here.error = LoadError("torn")
+    fleet = made.fleet()
+    await fleet.start()
+
+    assert made.states() == {"here": "failed"}
+    assert not fleet.is_absent(made.models[0])

@@ -5,22 +5,42 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.config.registry import Registry
+from gateway.config.registry import Arm, Experiment, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import BadInput, InvalidVectors, ModelNotFound, Overloaded, SpaceMismatch, UnsupportedDimensions
+from gateway.errors import (
+    BadInput,
+    InvalidVectors,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+    SpaceMismatch,
+    UnsupportedDimensions,
+    UnsupportedOutput,
+)
 from gateway.experiments.stats import ExperimentStats
 from gateway.fleet import Fleet, Model
-from gateway.requests import EmbedRequest
+from gateway.requests import EmbedRequest, RerankRequest
 from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, Output, Timings, Truncate
+from gateway.types import (
+    TOKEN_BYTES,
+    Embeddings,
+    EmbedJob,
+    ModelKind,
+    ModelState,
+    Output,
+    SparseVector,
+    Timings,
+    Truncate,
+)
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -39,9 +59,9 @@ VECTORS = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
 class StubBackend(FakeBackend):
     """Returns the vectors that it was given, and remembers the jobs."""
 
-    def __init__(self, vectors: np.ndarray = VECTORS, truncated: Sequence[int] = ()) -> None:
+    def __init__(self, vectors: np.ndarray = VECTORS, truncated: Sequence[int] = (), **more: Any) -> None:
         self.jobs: list[EmbedJob] = []
-        self._result = Embeddings(vectors, [2] * len(vectors), truncated, Timings(0.001, 0.02, 0.3))
+        self._result = Embeddings(vectors, [2] * len(vectors), truncated, Timings(0.001, 0.02, 0.3), **more)
         super().__init__(INFO)
 
     async def embed(self, job: EmbedJob) -> Embeddings:
@@ -66,6 +86,11 @@ def make_service(make_model: MakeModel, make_fleet: MakeFleet) -> Callable[..., 
 def request(**changes: object) -> EmbedRequest:
     fields = {"texts": ["a", "b", "c"], "model": "jina", "timeout_s": 10.0, "caller": "me", "client": GATEWAY}
     return EmbedRequest(**{**fields, **changes})
+
+
+def rerank_request(**changes: object) -> RerankRequest:
+    fields = {"query": "a", "texts": ["a", "b"], "model": None, "timeout_s": 10.0, "caller": "me", "client": GATEWAY}
+    return RerankRequest(**{**fields, **changes})
 
 
 MakeService = Callable[..., EmbeddingService]
@@ -243,3 +268,164 @@ async def test_what_was_embedded_is_counted(make_service: MakeService) -> None:
     await make_service(StubBackend(truncated=[0, 2])).embed(request())
 
     assert [after - start for after, start in zip(counts(), before, strict=True)] == [3, 6, 2]
+
+
+# ----------------------------------------------------------------------------------------------- other outputs, memory
+
+
+def sparse(value: float) -> list[SparseVector]:
+    return [SparseVector(np.array([7]), np.array([value], np.float32))] * 3
+
+
+async def test_token_states_have_their_own_space(make_service: MakeService) -> None:
+    states = [np.ones((2, 8), np.float32)] * 3
+    service = make_service(StubBackend(states=states), has_states=True)
+
+    answer = await service.embed(request(outputs=[Output.STATES]))
+
+    assert answer.space == INFO.space("text-matching", output=Output.STATES) != INFO.space("text-matching")
+    assert (answer.states, answer.has_dense, answer.dimensions) == (states, False, None)
+
+
+async def test_sparse_weights_share_the_space_of_the_dense_vectors(make_service: MakeService) -> None:
+    weights = sparse(0.5)
+    service = make_service(StubBackend(sparse=weights), outputs=(Output.DENSE, Output.SPARSE))
+
+    answer = await service.embed(request(outputs=[Output.SPARSE, Output.DENSE]))
+
+    assert answer.space == INFO.space()
+    assert (answer.sparse, answer.has_dense, answer.dimensions) == (weights, True, 8)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        pytest.param({"sparse": sparse(np.inf)}, id="sparse"),
+        pytest.param({"multivectors": [np.full((2, 8), np.nan, np.float32)] * 3}, id="multivector"),
+        pytest.param({"states": [np.full((2, 8), np.nan, np.float32)] * 3}, id="states"),
+    ],
+)
+async def test_other_outputs_must_be_finite_too(make_service: MakeService, output: dict[str, Any]) -> None:
+    service = make_service(StubBackend(**output), outputs=(Output.DENSE, Output.SPARSE, Output.MULTIVECTOR))
+
+    with pytest.raises(InvalidVectors, match="not finite"):
+        await service.embed(request(outputs=[Output.DENSE]))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "bytes_per_token"),
+    [
+        pytest.param([Output.DENSE], 0, id="dense"),
+        pytest.param([Output.DENSE, Output.SPARSE], 12, id="sparse: an index and a weight"),
+        pytest.param([Output.MULTIVECTOR], 4 * 8, id="multivector: a vector"),
+        pytest.param([Output.MULTIVECTOR, Output.STATES, Output.SPARSE], 2 * 4 * 8 + 12, id="all"),
+    ],
+)
+async def test_memory_is_reserved_for_the_vectors_and_then_for_the_tokens(
+    make_service: MakeService, outputs: list[Output], bytes_per_token: int
+) -> None:
+    """For three texts of width 8: three copies of the vectors as float32; per token what waits, and its outputs."""
+    reserved: list[int] = []
+    backend = StubBackend()
+    service = make_service(backend, outputs=(Output.DENSE, Output.SPARSE, Output.MULTIVECTOR), has_states=True)
+
+    await service.embed(request(outputs=outputs, reserve=reserved.append))
+    backend.jobs[0].on_tokens(10)
+
+    vectors = 3 * 3 * 8 * 4
+    assert reserved == [vectors, vectors + 10 * (TOKEN_BYTES + bytes_per_token)]
+
+
+async def test_a_request_without_room_is_refused_before_any_work(make_service: MakeService) -> None:
+    backend = StubBackend()
+
+    def refuse(_num_bytes: int) -> None:
+        raise Overloaded("no memory", retry_after_s=1)
+
+    with pytest.raises(Overloaded):
+        await make_service(backend).embed(request(reserve=refuse))
+
+    assert backend.jobs == []
+
+
+@pytest.mark.parametrize("outputs", [[Output.MULTIVECTOR], [Output.STATES], [Output.DENSE]])
+async def test_only_outputs_per_token_limit_the_tokens_of_all_texts(
+    make_service: MakeService, outputs: list[Output]
+) -> None:
+    backend = StubBackend()
+    service = make_service(backend, outputs=(Output.DENSE, Output.MULTIVECTOR), has_states=True)
+
+    await service.embed(request(outputs=outputs, max_token_vectors=100))
+
+    assert backend.jobs[0].max_total_tokens == (None if outputs == [Output.DENSE] else 100)
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of model
+
+
+@pytest.fixture
+def mixed(make_model: MakeModel, make_fleet: MakeFleet) -> EmbeddingService:
+    """A model that embeds, one that reranks, and one that reranks and has not been read yet."""
+    models = [
+        make_model("jina", backend=StubBackend()),
+        make_model("ranker", source="owner/ranker", kind=ModelKind.RERANK, width=1),
+        make_model("late", state=ModelState.LOADING),
+    ]
+    aliases = {"default": "ranker", "rank": "ranker", "search": "jina"}
+    experiments = [
+        Experiment(id=name, kind="same_space", arms=(Arm(model=model, weight=1), Arm(name="b", model=model, weight=1)))
+        for name, model in (("ranks", "ranker"), ("embeds", "jina"))
+    ]
+    registry, fleet = make_fleet(*models, aliases=aliases, experiments=experiments)
+    fleet.started.set()
+    return _service(registry, fleet)
+
+
+RERANKER = ["ranker", "owner/ranker", "ranker:query", "rank", "ranks", "default", None]
+
+
+@pytest.mark.parametrize("name", RERANKER)
+async def test_a_reranker_does_not_embed_under_any_of_its_names(mixed: EmbeddingService, name: str | None) -> None:
+    with pytest.raises(UnsupportedOutput) as caught:
+        await mixed.embed(request(model=name))
+
+    assert caught.value.param == "model"
+    assert caught.value.message.endswith("reranks texts and does not embed; models that embed: jina")
+
+
+@pytest.mark.parametrize("name", ["jina", "owner/jina", "search", "embeds"])
+async def test_a_model_that_embeds_does_not_rerank_under_any_of_its_names(mixed: EmbeddingService, name: str) -> None:
+    with pytest.raises(UnsupportedOutput) as caught:
+        await mixed.rerank(rerank_request(model=name))
+
+    assert caught.value.param == "model"
+    assert caught.value.message.endswith("embeds texts and does not rerank; models that rerank: ranker")
+
+
+@pytest.mark.parametrize("name", [None, "ranker"])
+async def test_the_only_reranker_that_has_been_read_answers_without_a_name(
+    mixed: EmbeddingService, make_model: MakeModel, name: str | None
+) -> None:
+    ranker = mixed.target("ranker", None, GATEWAY).model
+    await ranker.backend.start(ranker.report)
+
+    answer = await mixed.rerank(rerank_request(model=name))
+
+    assert (answer.model, answer.name, answer.num_texts, answer.space, answer.task) == (
+        "ranker",
+        "ranker",
+        2,
+        None,
+        None,
+    )
+    np.testing.assert_array_equal(answer.scores, np.array([0, -1], np.float32))
+
+
+@pytest.mark.parametrize("ask", ["embed", "rerank"])
+async def test_a_model_that_has_not_been_read_is_loading_for_either_kind_of_request(
+    mixed: EmbeddingService, ask: str
+) -> None:
+    answering = mixed.embed(request(model="late")) if ask == "embed" else mixed.rerank(rerank_request(model="late"))
+
+    with pytest.raises(ModelNotReady, match="'late' is still loading"):
+        await answering

@@ -29,7 +29,8 @@ _TESTS_OF = {
     "gateway/http/head.py": ("api/test_connections", "api/test_limits"),
     "gateway/http/middleware.py": ("api/test_behind_a_proxy", "api/test_contract", "api/test_request_log"),
     "gateway/http/protocol.py": ("api/test_connections", "api/test_limits"),
-    "gateway/reranking.py": ("api/test_rerank",),
+    "gateway/requests.py": ("test_service", "api/test_rerank"),
+    "gateway/observation.py": ("test_service", "test_observation"),
 }
 
 

@@ -15,7 +15,7 @@ from bench.mutants.records import Candidate, Records, own_tests
 from bench.mutants.running import Child, Workspace, outcome_of, record_tests, run_tests
 
 _CORE = """
-vectors service deployment reranking cli/lock http/head http/protocol http/middleware
+vectors service requests observation deployment cli/lock http/head http/protocol http/middleware
 http/body access/keyring access/quotas access/windows
 api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
@@ -25,7 +25,7 @@ compare/cache compare/comparison compare/cost compare/quality compare/search com
 engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
 engine/model/states engine/model/tokenizer engine/scheduler engine/worker
 experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units
-routing/router routing/rules routing/shadow routing/spaces
+routing/names routing/router routing/rules routing/shadow routing/spaces
 """
 CORE = tuple(_CORE.split())
 
