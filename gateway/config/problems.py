@@ -1,4 +1,4 @@
-"""Turn what pydantic finds wrong with a file into problems with a line, a column and a plain message."""
+"""Problems of a file from pydantic's errors, with a line, a column and a plain message."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gateway.errors import Problem
 def field_problems(
     error: ValidationError, document: Document, fields_at: Callable[[KeyPath], Mapping[str, FieldInfo]]
 ) -> Iterator[Problem]:
-    """Yield the problems of single fields; those of a file as a whole have no path, and are left out.
+    """Yield the problems of single fields; problems of the file as a whole have no path, and are left out.
 
     Args:
-        fields_at: gives the fields of the model that the last key of a path belongs to.
+        fields_at: returns the fields of the model that the last key of a path belongs to.
     """
     for detail in error.errors(include_url=False):
         path: KeyPath = detail["loc"]

@@ -16,7 +16,7 @@ MAX_SHOWN_CHARACTERS = 60
 
 
 def quote(text: str) -> str:
-    """Return the text in backticks on one line, cut when it is long."""
+    """Return the text in backticks on one line, shortened if it is long."""
     line = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
     if len(line) > MAX_SHOWN_CHARACTERS:
         line = f"{line[: MAX_SHOWN_CHARACTERS - 3]}..."
@@ -34,7 +34,7 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def describe(value: object) -> str:
-    """Name a value together with its kind, for a message that says which other kind was expected."""
+    """Describe a value and its kind, for a message about the expected kind."""
     match value:
         case None:
             words = "nothing"
@@ -59,14 +59,14 @@ def enumerate_names(names: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean `x`?"`` for the known name that is closest, or nothing when none is close."""
+    """Return ``"; did you mean `x`?"`` for the closest known name, or nothing if no name is close."""
     by_folded = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f"; did you mean {quote(by_folded[close[0]])}?" if close else ""
 
 
 def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """Say that a key is not known, which one is meant, and which ones there are."""
+    """Return a message for an unknown key, with the closest key and all allowed ones."""
     names = list(allowed)
     return f"is not a known key{did_you_mean(key, names) or ';'} allowed keys: {enumerate_names(names)}"
 
@@ -80,8 +80,8 @@ def explain(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
     """Translate one pydantic error, for the reader of ``key: message``.
 
     Args:
-        error: what pydantic found.
-        fields: those of the model that has, or lacks, the key at fault; excluded ones cannot be configured.
+        error: an error of pydantic.
+        fields: the fields of the model that has, or lacks, the key; excluded ones cannot be configured.
     """
     key = str(error["loc"][-1]) if error["loc"] else ""
     if error["type"] == "missing":
@@ -89,12 +89,12 @@ def explain(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
     if error["type"] == "extra_forbidden":
         return unknown_key(key, configurable(fields))
     expected = _EXPECTED.get(error["type"])
-    # A type of error that no field can raise today. Naming the value is still plain, where pydantic's text is not.
+    # No field can raise another type of error today. If one does, this is plainer than pydantic's text.
     return expected(error) if expected else f"is not accepted, got {describe(error['input'])}"
 
 
 def configurable(fields: Mapping[str, FieldInfo]) -> list[str]:
-    """Return the names of the fields that are keys; the loader sets the excluded ones."""
+    """Return the names of the fields that are keys of the file; the loader sets the excluded ones."""
     return [name for name, field in fields.items() if not field.exclude]
 
 

@@ -1,7 +1,7 @@
-"""Read a YAML file as plain values that remember their places.
+"""Plain values of a YAML file, with their places.
 
-Every problem of a file is told at once and with its line and column, so the node tree is walked here rather than
-loaded: a loader stops at the first duplicate key, and forgets where a value came from.
+Every problem of a file is reported at once, with its line and column, so the node tree is walked here rather than loaded:
+a loader stops at the first duplicate key or wrong number, and does not say where a value came from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gateway.errors import ConfigError, Problem
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_VALUES = 20_000
-"""Values and keys while they are parsed, which takes seconds for a megabyte of them, and values again after anchors are
+"""The maximum number of values and keys while parsing, which takes seconds per megabyte, and of values after anchors are
 expanded: a small file of nested anchors can expand to billions ("billion laughs")."""
 MAX_DEPTH = 32
 
@@ -53,12 +53,12 @@ class Place(NamedTuple):
 
 @dataclass(slots=True)
 class Document:
-    """What a YAML file says, where it says it, and what of it cannot be read.
+    """The values of a YAML file, their places, and its problems.
 
     Attributes:
         keys: place of each key of a mapping, by its path.
         values: place of each value, by its path.
-        unread: paths whose value is not what the file meant, and has its problem already.
+        unread: paths whose value could not be read, and which already have a problem.
     """
 
     file: str
@@ -69,13 +69,13 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def value_problem(self, path: KeyPath, message: str) -> Problem:
-        """Return a problem with a value; one that is missing is placed at the mapping that lacks it."""
+        """Return a problem of a value; a missing value is placed at the mapping that lacks it."""
         known = next((path[:end] for end in range(len(path), -1, -1) if path[:end] in self.values), None)
         line, column = self.values[known] if known is not None else Place(1, 1)
         return Problem(self.file, line, column, dotted(path), message)
 
     def key_problem(self, path: KeyPath, message: str) -> Problem:
-        """Return a problem with a key itself, rather than with its value."""
+        """Return a problem of a key itself, rather than of its value."""
         place = self.keys.get(path)
         return Problem(self.file, *place, dotted(path), message) if place else self.value_problem(path, message)
 
@@ -95,12 +95,12 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileKind:
-    """What one kind of configuration file must be like.
+    """A kind of configuration file.
 
     Attributes:
-        keys: what stands at its top level, for a message.
-        hint: what says where the file is, for a message.
-        max_values: the most values and keys.
+        keys: the keys of its top level, for a message.
+        hint: how to name another file, for a message.
+        max_values: the maximum number of values and keys.
     """
 
     keys: str
@@ -114,11 +114,11 @@ def read_document(path: Path, environ: Mapping[str, str], kind: FileKind, text: 
     A plain (unquoted) value is typed after the substitution, so ``${X:-8192}`` is a number; a quoted one stays text.
 
     Args:
-        text: what the file is about to hold, where that is to be checked before it is written.
+        text: new content of the file, to be checked before it is written.
 
     Raises:
-        ConfigError: nothing can be read: the file is missing, not a regular file, too large, not UTF-8, not YAML, or
-            empty. Problems with single values are in ``Document.problems`` instead.
+        ConfigError: the file is missing, not a regular file, too large, not UTF-8, not YAML, or empty. Problems of single
+            values are in ``Document.problems`` instead.
     """
     file = str(path)
     yaml, root = compose(read_text(path, kind) if text is None else text, file, kind)
@@ -128,7 +128,7 @@ def read_document(path: Path, environ: Mapping[str, str], kind: FileKind, text: 
 
 
 def compose(text: str, file: str, kind: FileKind) -> tuple[YAML, Node]:
-    """Parse one YAML document into nodes, and say with which parser.
+    """Parse one YAML document into nodes; return the parser as well.
 
     Raises:
         ConfigError: it is not YAML, has more values than the kind allows, or is empty.
@@ -137,7 +137,7 @@ def compose(text: str, file: str, kind: FileKind) -> tuple[YAML, Node]:
     yaml.max_depth = MAX_DEPTH
     yaml.Composer = _CountingComposer
     yaml.composer.max_nodes = kind.max_values
-    # YAML allows an anchor to be defined again; the default is a Python warning, which nobody would see.
+    # YAML allows an anchor to be redefined; by default that is a Python warning, which nothing shows.
     yaml.composer.warn_double_anchors = False
     root = _compose(yaml, text, file)
     if root is None or (isinstance(root, ScalarNode) and root.value == ""):
@@ -150,7 +150,7 @@ class _TooManyNodes(MarkedYAMLError):
 
 
 class _CountingComposer(Composer):
-    """The library's composer, which stops at a number of nodes rather than read a megabyte of them."""
+    """The library's composer, with a maximum number of nodes: a megabyte of them would take seconds."""
 
     max_nodes = MAX_VALUES
     num_nodes = 0
@@ -214,7 +214,7 @@ def _compose(yaml: YAML, text: str, file: str) -> Node | None:
 
 @dataclass(slots=True)
 class _NodeReader:
-    """Turns nodes into values, and notes their places and problems in the document."""
+    """Turns nodes into values, and records their places and problems in the document."""
 
     document: Document
     yaml: YAML
@@ -237,7 +237,7 @@ class _NodeReader:
             self.document.keys[*path, key] = _place(key_node)
             entries[key] = self.read(value_node, (*path, key))
             if entries[key] is None and not value_node.value:
-                # An empty value has no place of its own: ruamel.yaml gives that of the next token, lines below.
+                # An empty value has no place: ruamel.yaml gives the place of the next token, which may be lines below.
                 self.document.values[*path, key] = _place(key_node)
         return entries
 
@@ -254,7 +254,7 @@ class _NodeReader:
         self.document.unread.add(path)
 
     def _pairs(self, node: Node, path: KeyPath, depth: int) -> dict[str, tuple[Node, Node]]:
-        """Return the nodes of a mapping by key: its own, and those of its merge keys (``<<``), which never override."""
+        """Return the nodes of a mapping by key: its own, and those of its merge keys (``<<``), which never override them."""
         self._count(node, depth)
         pairs: dict[str, tuple[Node, Node]] = {}
         merged: list[Node] = []
@@ -292,11 +292,11 @@ class _NodeReader:
             substituted = self._substitute(text, path)
             if substituted is None:
                 return None
-            # What stands in quotes or in a block is text, whatever it looks like.
+            # A quoted or block value is text, whatever it looks like.
             is_plain = not node.style
             text, tag = substituted, str(self.yaml.resolver.resolve(ScalarNode, substituted, (is_plain, not is_plain)))
         if _unprintable(text):
-            self._refuse(path, "holds a character that is not valid in text")
+            self._refuse(path, "has a character that is not valid in text")
             return None
         match tag.removeprefix(_TAG):
             case "str" | "timestamp" | "merge" | "value":
@@ -316,7 +316,7 @@ class _NodeReader:
         return value
 
     def _substitute(self, text: str, path: KeyPath) -> str | None:
-        """Return the text with its variables filled in, or ``None`` after noting what is wrong."""
+        """Return the text with its variables substituted, or ``None`` after recording a problem."""
         problems: list[str] = []
 
         def fill(match: re.Match[str]) -> str:
@@ -345,5 +345,5 @@ def _place(node: Node) -> Place:
 
 
 def _unprintable(text: str) -> bool:
-    """Return whether the text has a NUL or a lone surrogate, which an escape in double quotes can bring in."""
+    """Return whether the text has a NUL or a lone surrogate, which an escape in double quotes can produce."""
     return any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)

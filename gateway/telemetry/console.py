@@ -1,4 +1,4 @@
-"""Log lines for people at a terminal: short, the outcome in color, details left to the JSON format."""
+"""Log lines for people at a terminal: short, with a colored outcome; the JSON format has the details."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from structlog.typing import EventDict, WrappedLogger
 
 _RESET, _DIM, _RED, _YELLOW, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[31m", "\x1b[33m", "\x1b[32m"
 _LEVEL_COLORS = {"warning": _YELLOW, "error": _RED, "critical": _RED}
-# Of every event, and said otherwise.
-_LEFT_OUT = frozenset({"event", "level", "logger", "timestamp", "exc_info", "exception", "stack"})
+# Keys of every event that are rendered in another way.
+_OMITTED = frozenset({"event", "level", "logger", "timestamp", "exc_info", "exception", "stack"})
 
 
 def is_colored(stream: TextIO) -> bool:
-    """Return whether colors are for a stream: a terminal, unless ``NO_COLOR`` says otherwise (https://no-color.org)."""
+    """Return whether a stream gets colors: if it is a terminal and ``NO_COLOR`` is not set (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class ConsoleRenderer:
-    """Writes an event as one line; a traceback follows, without the values of variables, which may be texts or keys."""
+    """Renders an event as one line, and a traceback without the values of variables, which may be texts or keys."""
 
     def __init__(self, *, has_colors: bool) -> None:
         self._has_colors = has_colors
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> str:
         is_request = event.get("event") == "request" and "status" in event
-        said = self._request(event) if is_request else self._other(event)
-        line = f"{self._paint(_clock(event.get('timestamp')), _DIM)} {said}"
+        text = self._request(event) if is_request else self._other(event)
+        line = f"{self._paint(_clock(event.get('timestamp')), _DIM)} {text}"
         return line + _trace(event)
 
     def _request(self, event: EventDict) -> str:
@@ -51,7 +51,7 @@ class ConsoleRenderer:
         level = str(event.get("level", "info"))
         name = self._paint(_plain(event.get("event", "")), _LEVEL_COLORS.get(level, ""))
         values = [
-            f"{key}={_lines(value)}" for key, value in event.items() if key not in _LEFT_OUT and value not in (None, "")
+            f"{key}={_lines(value)}" for key, value in event.items() if key not in _OMITTED and value not in (None, "")
         ]
         return " ".join([f"{level}: {name}" if level in _LEVEL_COLORS else name, *values])
 
@@ -60,16 +60,16 @@ class ConsoleRenderer:
 
 
 def _subject(event: Mapping[str, object]) -> list[str]:
-    """Return what was asked for: the model, how many texts and tokens."""
-    named = [str(event[key]) for key in ("model",) if key in event]
-    for key, word in (("num_texts", "text"), ("num_tokens", "token")):
+    """Return the model of a request, and its numbers of texts and tokens."""
+    words = [str(event["model"])] if "model" in event else []
+    for key, noun in (("num_texts", "text"), ("num_tokens", "token")):
         if isinstance(number := event.get(key), int):
-            named.append(f"{number:,} {word}{'' if number == 1 else 's'}")
-    return named
+            words.append(f"{number:,} {noun}{'' if number == 1 else 's'}")
+    return words
 
 
 def _clock(timestamp: object) -> str:
-    """Return an event's time of day here, from its time in UTC."""
+    """Return the local time of day of an event."""
     try:
         return datetime.fromisoformat(str(timestamp)).astimezone().strftime("%H:%M:%S")
     except ValueError:
@@ -77,7 +77,7 @@ def _clock(timestamp: object) -> str:
 
 
 def _plain(value: object) -> str:
-    """Return a value in one line without what could steer the terminal: some of it comes from clients."""
+    """Return a value in one line, with control characters escaped: some values come from clients."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
@@ -87,18 +87,18 @@ def _escaped(character: str) -> str:
 
 
 def _lines(value: object) -> str:
-    """Return a value, of several lines each below the other: nine problems of a file, say."""
+    """Return a value; several lines (such as the problems of a file) are put below each other."""
     lines = [_plain(line) for line in str(value).split("\n")]
     return lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
 
 
 def _trace(event: EventDict) -> str:
-    given = event.get("exc_info")
-    if given is True:
-        given = sys.exc_info()
-    if isinstance(given, BaseException):
-        given = (type(given), given, given.__traceback__)
-    if isinstance(given, tuple) and given[0] is not None:
-        lines = "".join(traceback.format_exception(*given)).rstrip("\n").split("\n")
+    exc_info = event.get("exc_info")
+    if exc_info is True:
+        exc_info = sys.exc_info()
+    if isinstance(exc_info, BaseException):
+        exc_info = (type(exc_info), exc_info, exc_info.__traceback__)
+    if isinstance(exc_info, tuple) and exc_info[0] is not None:
+        lines = "".join(traceback.format_exception(*exc_info)).rstrip("\n").split("\n")
         return "".join(f"\n{_plain(line)}" for line in lines)
     return f"\n{event['exception']}" if event.get("exception") else ""

@@ -1,8 +1,8 @@
-"""Structured logs on standard error: one line per event, as JSON or for a terminal. Never a text, never a key.
+"""Structured logs on standard error: one line per event, as JSON or for a terminal. Never a client's text, never a key.
 
-Lines are formatted where the event happens and written by a thread: a reader that stands still (a paused ``| jq``, a log
-driver that is stuck) must not stop the event loop with it. What does not fit in the queue is dropped, counted, and
-reported when the reader comes back.
+Lines are formatted where the event happens and written by a thread: a stalled reader (a paused ``| jq``, a log driver that
+hangs) must not stall the event loop. Lines that do not fit in the queue are dropped, counted, and reported when the reader
+comes back.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from structlog.typing import Processor
 from gateway.telemetry import metrics
 from gateway.telemetry.console import ConsoleRenderer, is_colored
 
-# Libraries whose INFO lines are about their own insides.
+# Libraries whose INFO lines are about their internals.
 _QUIET = ("infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "torch", "uvicorn.error")
 
 MAX_QUEUED_BYTES: Final = 8 * 1024 * 1024
 _WRITE_BYTES: Final = 64 * 1024
-# How long the end of the process waits for the last lines to be read.
+# How long the process waits for the last lines to be written when it ends.
 _FLUSH_S: Final = 2.0
 
 
 def configure_logs(level: str, style: str) -> None:
-    """Send the gateway's and every library's log lines through one formatter.
+    """Send the log lines of the gateway and of every library through one formatter.
 
     Args:
-        level: the least severe level that is shown.
-        style: ``json``, ``console``, or ``auto`` for ``console`` exactly when standard error is a terminal.
+        level: the minimum severity.
+        style: ``json``, ``console``, or ``auto`` for ``console`` if standard error is a terminal, else ``json``.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -53,7 +53,7 @@ def configure_logs(level: str, style: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    # A bar among the lines: the libraries draw one for each download and for the weights. Read when they are imported.
+    # No progress bars among the lines. Libraries read this when they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     is_console = style == "console" or (style == "auto" and sys.stderr.isatty())
     rendering: list[Processor] = (
@@ -68,7 +68,7 @@ def configure_logs(level: str, style: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
-    # Infinity clears the root logger's handlers when it is imported: the gateway's own loggers do not depend on them.
+    # Infinity clears the root logger's handlers when it is imported, so the gateway's loggers must not depend on them.
     for name in ("", "gateway", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
@@ -76,25 +76,24 @@ def configure_logs(level: str, style: str) -> None:
         logger.setLevel(level.upper())
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.captureWarnings(True)  # Python prints them to standard error itself, and would wait there
+    logging.captureWarnings(True)  # Python would print them to standard error itself, and block there
 
 
 def flush_logs() -> None:
-    """Wait until the lines so far are written, for two seconds at most."""
+    """Wait until all lines are written, for at most two seconds."""
     for handler in logging.getLogger("gateway").handlers:
         handler.flush()
 
 
 class QueuedHandler(logging.Handler):
-    """Formats a record at once and leaves the writing to a thread, in order.
+    """Formats records immediately, and lets a thread write them, in order.
 
-    The thread is a daemon, and writes to the descriptor itself: a write that never returns can hold up neither the end of
-    the process nor the lock of Python's own buffer. ``logging`` flushes the handler at exit, which is bounded in time.
+    The thread is a daemon, and writes directly to the descriptor: a write that never returns blocks neither the end of the
+    process nor the lock of Python's own buffer. ``logging`` flushes the handler at exit, which is bounded in time.
 
     Args:
-        stream: what is written to, through its file descriptor. One in memory, which nothing can hold up, is written to at
-            once.
-        max_bytes: how much may wait; what comes then is dropped and counted.
+        stream: the output, written through its file descriptor. A stream in memory cannot block, so it is written directly.
+        max_bytes: the size of the queue; lines that do not fit are dropped and counted.
     """
 
     def __init__(self, stream: TextIO, max_bytes: int) -> None:
@@ -110,10 +109,10 @@ class QueuedHandler(logging.Handler):
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Format a record and queue its line. Never waits for the reader, and never raises."""
+        """Format a record and queue its line, without waiting for the reader. Never raises."""
         try:
             line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
-        except Exception:  # as in every handler of the library: a line that cannot be made must not fail the request
+        except Exception:  # as in the library's handlers: a record that cannot be formatted must not fail the request
             self.handleError(record)
             return
         if self._descriptor is None:
@@ -132,7 +131,7 @@ class QueuedHandler(logging.Handler):
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait until everything is written, for two seconds at most."""
+        """Wait until everything is written, for at most two seconds."""
         with self._changed:
             self._changed.wait_for(lambda: not self._lines and not self._is_writing, _FLUSH_S)
 
@@ -152,13 +151,13 @@ class QueuedHandler(logging.Handler):
                 structlog.get_logger(__name__).warning("log_lines_dropped", num_lines=num_dropped)
 
     def _take(self) -> bytes:
-        """Return the lines that are written at once."""
-        taken = [self._lines.popleft()]
-        size = len(taken[0])
+        """Return the next lines to write together."""
+        lines = [self._lines.popleft()]
+        size = len(lines[0])
         while self._lines and size + len(self._lines[0]) <= _WRITE_BYTES:
-            taken.append(self._lines.popleft())
-            size += len(taken[-1])
-        return b"".join(taken)
+            lines.append(self._lines.popleft())
+            size += len(lines[-1])
+        return b"".join(lines)
 
     def _write(self, content: bytes) -> None:
         try:
@@ -171,7 +170,7 @@ class QueuedHandler(logging.Handler):
                     content = content[os.write(self._descriptor, content) :]
                 except BlockingIOError:  # another process has made the pipe non-blocking
                     select.select((), (self._descriptor,), ())
-        except (OSError, ValueError):  # closed: nobody will ever read this
+        except (OSError, ValueError):  # closed: the lines are lost
             metrics.LOG_LINES_DROPPED.inc(content.count(b"\n"))
 
 

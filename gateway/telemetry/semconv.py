@@ -1,7 +1,7 @@
-"""The names in our spans: OpenTelemetry's where it has one, and our own under ``gateway.``. Nowhere else are they spelled.
+"""The names in spans: OpenTelemetry's if it defines one, else our own under ``gateway.``. They are spelled only here.
 
-OpenTelemetry's are those of its semantic conventions: HTTP (stable), and GenAI client embeddings (in development, so that
-a name may change: then it changes here). ``docs/tracing.md`` says what each holds.
+OpenTelemetry's semantic conventions are HTTP (stable) and GenAI client embeddings (in development: a name may change, and
+then changes here). ``docs/tracing.md`` describes each attribute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ URL_PATH: Final = "url.path"
 URL_SCHEME: Final = "url.scheme"
 ERROR_TYPE: Final = "error.type"
 
-# Methods that may stand in a span's name and attributes: clients can make up others.
+# Methods allowed in a span's name and attributes: clients can make up others.
 KNOWN_METHODS: Final = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}
 )
@@ -34,7 +34,7 @@ GEN_AI_EMBEDDINGS_DIMENSION_COUNT: Final = "gen_ai.embeddings.dimension.count"
 EMBEDDINGS: Final = "embeddings"
 """The operation, which also begins the span's name: ``embeddings {model}``."""
 RERANK: Final = "rerank"
-"""The same of a request that has texts scored; OpenTelemetry names no operation of that kind."""
+"""The operation of a rerank request; OpenTelemetry defines none for it."""
 
 # Our own.
 GATEWAY_REQUEST_ID: Final = "gateway.request_id"

@@ -1,6 +1,6 @@
-"""Where spans go: to a tracer that is there already, or by the standard ``OTEL_*`` variables to an OTLP receiver.
+"""Export of spans: to a tracer that is already set, or to an OTLP receiver by the standard ``OTEL_*`` variables.
 
-The SDK reads the variables itself; ``config/otel`` has checked them. Nothing of it is imported unless it is needed.
+The SDK reads the variables itself; ``config/otel`` checks them first. The SDK is imported only if it is needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _FLUSH_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class TraceSettings:
-    """What ``OTEL_*`` asks for.
+    """The settings from ``OTEL_*``.
 
     Attributes:
-        exporters: ``otlp`` and ``console``, as far as wanted; empty when traces are off.
+        exporters: ``otlp``, ``console`` or both; empty if traces are off.
         protocol: of ``otlp``: ``http/protobuf`` or ``grpc``.
     """
 
@@ -48,17 +48,17 @@ class TraceSettings:
 
 @contextmanager
 def sending(settings: TraceSettings) -> Iterator[None]:
-    """Make and send spans, if anybody wants them, until the context ends; the last ones get a few seconds to arrive.
+    """Create and send spans, if traces are on, until the context ends; the last ones get a few seconds to arrive.
 
     Raises:
-        StartError: a package is missing, or the SDK does not take its settings.
+        StartError: a package is missing, or the SDK rejects its settings.
     """
-    given = trace.get_tracer_provider()
+    current = trace.get_tracer_provider()
     provider = None
-    if not isinstance(given, trace.ProxyTracerProvider | trace.NoOpTracerProvider):
-        # Set before us: ddtrace-run or opentelemetry-instrument started this process, and sends its spans.
-        tracing.use(given)
-        log.info("tracing", by=type(given).__module__)
+    if not isinstance(current, trace.ProxyTracerProvider | trace.NoOpTracerProvider):
+        # Already set: ddtrace-run or opentelemetry-instrument started this process, and sends its spans.
+        tracing.use(current)
+        log.info("tracing", by=type(current).__module__)
     elif settings.exporters:
         provider = _checked_provider(settings)
         tracing.use(provider)
@@ -72,7 +72,7 @@ def sending(settings: TraceSettings) -> Iterator[None]:
 
 
 def _flush(provider: TracerProvider) -> None:
-    """Send what waits, and stop. In a thread: the SDK takes no limit, and tries for half a minute."""
+    """Send the remaining spans, and stop. In a thread: the SDK has no timeout here, and retries for half a minute."""
     flushing = threading.Thread(target=provider.shutdown, name="flush-traces", daemon=True)
     flushing.start()
     flushing.join(_FLUSH_S)
@@ -85,9 +85,9 @@ def _checked_provider(settings: TraceSettings) -> TracerProvider:
         return _provider(settings)
     except ImportError as error:
         raise StartError(
-            f"OTEL_* asks for traces, but {error.name} is missing: pip install 'embedding-gateway[tracing]'"
+            f"OTEL_* turns traces on, but {error.name} is missing: pip install 'embedding-gateway[tracing]'"
         ) from error
-    except Exception as error:  # whatever the SDK says of a certificate, a header or a limit that it cannot use
+    except Exception as error:  # the SDK's own errors for a certificate, a header or a limit
         raise StartError(f"OTEL_*: traces cannot be sent: {error}") from error
 
 
@@ -95,7 +95,7 @@ def _provider(settings: TraceSettings) -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # Not made the global one: libraries in this process would begin to make spans of their own.
+    # Not set globally: libraries in this process would start to create their own spans.
     provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
     for name in settings.exporters:
         provider.add_span_processor(BatchSpanProcessor(_exporter(name, settings.protocol)))
@@ -117,10 +117,10 @@ def _exporter(name: str, protocol: str) -> SpanExporter:
 
 
 def _resource() -> Resource:
-    """Return what the spans say of this process: what ``OTEL_*`` says of it, and else our defaults."""
+    """Return the resource of this process: as given by ``OTEL_*``, with our defaults."""
     from opentelemetry.sdk.resources import Resource
 
-    said = dict(Resource.create().attributes)
-    if str(said["service.name"]).startswith("unknown_service"):
-        del said["service.name"]
-    return Resource({"service.name": SERVICE_NAME, "service.version": __version__, **said})
+    attributes = dict(Resource.create().attributes)
+    if str(attributes["service.name"]).startswith("unknown_service"):
+        del attributes["service.name"]
+    return Resource({"service.name": SERVICE_NAME, "service.version": __version__, **attributes})

@@ -34,7 +34,7 @@ def entry(name: str, key: str, more: str = "") -> str:
 @pytest.fixture
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the file be looked at a hundred times a second."""
-    monkeypatch.setattr(keyring_module, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(keyring_module, "_CHECK_EVERY_S", 0.01)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:

@@ -95,9 +95,7 @@ def test_what_is_refused_leaves_everything_as_it_was(budget: MemoryBudget) -> No
 
 
 def test_what_never_fits_is_refused_for_good(budget: MemoryBudget) -> None:
-    with pytest.raises(
-        TooMuchMemory, match=f"about {51 * MIB} bytes of memory, the most for one is {50 * MIB}"
-    ) as raised:
+    with pytest.raises(TooMuchMemory, match=f"about {51 * MIB} bytes of memory, the maximum is {50 * MIB}") as raised:
         budget.open("ann").resize(51 * MIB)
 
     assert raised.value.status == 413

@@ -96,7 +96,7 @@ async def test_an_answer_that_never_fits_is_refused_before_it_is_computed(
     response = await client.post(path, json={"model": "mini", **TOO_LARGE[path]})
 
     assert response.status_code == 413, response.text
-    assert f"the most for one is {32 * MIB}" in response.text
+    assert f"the maximum is {32 * MIB}" in response.text
     assert not jobs
 
 

@@ -189,7 +189,7 @@ async def test_keys_are_exchanged_under_load_without_a_refused_request(
     connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Old and new key at once, then the new one alone, as the guide says: nobody is turned away in between."""
-    monkeypatch.setattr(keyring, "_LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr(keyring, "_CHECK_EVERY_S", 0.005)
     path = tmp_path / "keys.yaml"
     old, new = key_digest("old"), key_digest("new")
     path.write_text(f"version: 1\nkeys: [{{name: a, sha256: {old}}}]")

@@ -407,7 +407,9 @@ FIELD_CASES = [
         "no id", f"version: 1\nmodels:\n  - {PACKAGE}\n", 3, 5, "models[0].id", "is missing and required: Public name"
     ),
     Case("no source", "version: 1\nmodels:\n  - id: a\n", 3, 5, "models[0].source", "is missing and required: Where"),
-    Case("id colon", entry(PACKAGE).replace("mini", '"a:b"'), 3, 9, "models[0].id", "got `a:b`; `:` and `@` are taken"),
+    Case(
+        "id colon", entry(PACKAGE).replace("mini", '"a:b"'), 3, 9, "models[0].id", "got `a:b`; `:` and `@` are reserved"
+    ),
     Case("id slashes", entry(PACKAGE).replace("mini", "a//b"), 3, 9, "models[0].id", "got `a//b`"),
     Case("id number", entry(PACKAGE).replace("mini", "3"), 3, 9, "models[0].id", "the number `3`; put it in quotes"),
     Case("bare source", entry("source: bge-m3"), 4, 13, "models[0].source", "must be a hub repo such as `BAAI/bge-m3`"),
