@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,7 @@ import pytest
 import structlog
 
 from gateway.telemetry import metrics
-from gateway.telemetry.logs import QueuedHandler, configure_logs
+from gateway.telemetry.logs import QueuedHandler, configure_logs, flush_logs
 from tests.test_drain import PROGRAM
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +203,193 @@ def test_a_record_that_cannot_be_formatted_raises_nothing(pipe: tuple[int, TextI
     handler.emit(logging.LogRecord("test", logging.INFO, __file__, 1, "%d", ("text",), None))
 
     assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """Undo what ``configure_logs`` does to loggers, and to the environment."""
+    loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn", "transformers")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    progress_bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    logging.captureWarnings(False)
+    if progress_bars is None:
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+
+
+class Terminal(io.StringIO):
+    """A stream in memory that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize(
+    ("stream", "style", "is_json"),
+    [
+        (io.StringIO, "auto", True),
+        (Terminal, "auto", False),
+        (io.StringIO, "console", False),
+        (Terminal, "console", False),
+        (io.StringIO, "json", True),
+        (Terminal, "json", True),
+    ],
+)
+def test_the_style_is_json_unless_the_output_is_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], style: str, is_json: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", output := stream())
+    configure_logs("info", style)
+
+    structlog.get_logger("gateway.test").info("hello", number=1)
+
+    assert output.getvalue().startswith("{") is is_json
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_json_line_has_the_context_the_level_the_logger_and_the_time_in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", output := io.StringIO())
+    configure_logs("info", "json")
+
+    with structlog.contextvars.bound_contextvars(request_id="r1"):
+        structlog.get_logger("gateway.test").warning("hello", number=1)
+        logging.getLogger("a.library").error("oh no")
+
+    first, second = [json.loads(line) for line in output.getvalue().splitlines()]
+    times = [datetime.fromisoformat(line.pop("timestamp")) for line in (first, second)]
+    assert first == {
+        "event": "hello", "number": 1, "level": "warning", "logger": "gateway.test", "request_id": "r1",
+    }  # fmt: skip
+    assert second == {"event": "oh no", "level": "error", "logger": "a.library", "request_id": "r1"}
+    assert all(abs((datetime.now(UTC) - time).total_seconds()) < 60 for time in times)
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_only_events_of_the_level_are_logged_each_once_and_the_details_of_libraries_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", output := io.StringIO())
+    configure_logs("info", "json")
+
+    for name in ("gateway.test", "uvicorn.access", "a.library", "transformers.loading", "httpx", "uvicorn.error"):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+            logging.getLogger(name).log(level, "hello")
+
+    lines = [json.loads(line) for line in output.getvalue().splitlines()]
+    assert [(line["logger"], line["level"]) for line in lines] == [
+        ("gateway.test", "info"),
+        ("gateway.test", "warning"),
+        ("uvicorn.access", "info"),
+        ("uvicorn.access", "warning"),
+        ("a.library", "info"),
+        ("a.library", "warning"),
+        ("transformers.loading", "warning"),
+        ("httpx", "warning"),
+        ("uvicorn.error", "warning"),
+    ]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_the_gateway_logs_even_if_a_library_clears_the_root_loggers_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", output := io.StringIO())
+    configure_logs("info", "json")
+    logging.getLogger().handlers.clear()
+
+    structlog.get_logger("gateway.test").info("still here")
+    logging.getLogger("uvicorn.error").warning("and here")
+
+    assert [json.loads(line)["event"] for line in output.getvalue().splitlines()] == ["still here", "and here"]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_libraries_draw_no_progress_bars_among_the_lines_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    configure_logs("info", "json")
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    configure_logs("info", "json")
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_flushing_the_logs_writes_what_is_queued(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, stream = pipe
+    monkeypatch.setattr(sys, "stderr", stream)
+    configure_logs("info", "json")
+    structlog.get_logger("gateway.test").info("the last words")
+
+    flush_logs()
+
+    os.set_blocking(reader, False)
+    assert b"the last words" in os.read(reader, 65536)
+
+
+def test_lines_larger_than_a_pipe_are_written_whole_and_in_order(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    handler = QueuedHandler(stream, MANY)
+    sizes = [10, 70_000, 40_000, 40_000, 300_000, 10, 65_535, 65_536, 1]
+    for number, size in enumerate(sizes):
+        handler.emit(record(str(number) * size))
+
+    assert read_lines(reader, len(sizes)) == [str(number) * size for number, size in enumerate(sizes)]
+
+
+def test_a_line_that_fits_exactly_is_kept_and_room_is_made_by_writing(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    handler = QueuedHandler(stream, max_bytes=100)
+    before = dropped()
+
+    for number in range(50):
+        handler.emit(record(f"{number:099}"))  # 100 bytes with its end
+        assert read_lines(reader, 1) == [f"{number:099}"]
+        handler.flush()
+    assert dropped() == before
+    handler.emit(record("x" * 100))
+    assert dropped() == before + 1
+
+
+def test_every_line_that_a_closed_log_loses_is_counted(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    handler = QueuedHandler(stream, MANY)
+    fill(stream)
+    before = dropped()
+    for number in range(10):
+        handler.emit(record(f"line {number}"))
+    unread = os.dup(reader)
+    drain_to_null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(drain_to_null, reader)  # the pipe's only reader is `unread` now
+    os.close(drain_to_null)
+
+    os.close(unread)
+    handler.flush()
+
+    assert dropped() == before + 10
+
+
+def test_a_closed_stream_in_memory_loses_the_line_and_raises_nothing() -> None:
+    stream = io.StringIO()
+    handler = QueuedHandler(stream, MANY)
+    stream.close()
+    before = dropped()
+
+    handler.emit(record("lost"))
+
+    assert dropped() == before + 1
+
+
+def test_what_cannot_be_encoded_is_escaped(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    handler = QueuedHandler(stream, MANY)
+
+    handler.emit(record("a lone \ud83d surrogate, ü"))
+
+    assert read_lines(reader, 1) == ["a lone \\ud83d surrogate, ü"]
 
 
 @pytest.fixture
