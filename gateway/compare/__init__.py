@@ -1,1 +1,1 @@
-"""Compare models on the user's own texts: quality where there are judgments, difference where there are none, cost."""
+"""Compare models on the user's own texts: quality with judgments, difference without them, and cost."""

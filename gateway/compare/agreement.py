@@ -1,6 +1,6 @@
-"""How alike two rankings are. Says nothing of which is better, and needs no judgments.
+"""Measures of how alike two rankings are. They need no judgments, and do not show which ranking is better.
 
-A ranking is a list of document ids, best first, none of them twice.
+A ranking is a list of distinct document ids, best first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 def overlap(one: Sequence[str], other: Sequence[str], depth: int = 10) -> float:
     """Return the share of documents that both have among their first ``depth``, from 0 to 1.
 
-    Where neither ranking is that long, it is the share of the longer one; two empty rankings are alike.
+    If both rankings are shorter than that, it is the share of the longer one. Two empty rankings are alike.
     """
     tops = set(one[:depth]), set(other[:depth])
     longest = max(map(len, tops))
@@ -26,14 +26,14 @@ def same_first(one: Sequence[str], other: Sequence[str]) -> float:
 def rank_biased_overlap(one: Sequence[str], other: Sequence[str], p: float = 0.9) -> float:
     """Return the extrapolated rank-biased overlap, from 0 to 1: RBO_EXT of Webber, Moffat & Zobel 2010, equation 32.
 
-    It weighs the overlap at every depth, less the deeper: with p = 0.9 the first ten ranks have 86 % of the weight. What
-    lies beyond the ends is taken to agree as much as what was seen. The rankings may be of different lengths. Two empty
-    rankings are alike; an empty one and another have nothing in common.
+    It weighs the overlap at every depth, deeper ranks less: with p = 0.9 the first ten ranks have 86 % of the weight. The
+    ranks beyond the ends are assumed to agree as much as those before. The rankings may have different lengths. Two empty
+    rankings are alike; an empty and a non-empty one have nothing in common.
 
     https://doi.org/10.1145/1852102.1852106
 
     Args:
-        p: how likely a reader is to go on to the next rank; between 0 and 1, without them.
+        p: the probability that a reader goes on to the next rank, between 0 and 1, both excluded.
     """
     shorter, longer = sorted((list(one), list(other)), key=len)
     if not shorter:

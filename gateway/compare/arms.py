@@ -1,4 +1,4 @@
-"""What is compared: names from the command line, and what the gateway says of them."""
+"""The arms of a comparison: names from the command line, and the gateway's info about their models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PASSAGE_TASK = "retrieval.passage"
 
 @dataclass(frozen=True, slots=True)
 class ArmName:
-    """An arm as it was given: ``MODEL`` or ``MODEL@DIMENSIONS``."""
+    """An arm as written on the command line: ``MODEL`` or ``MODEL@DIMENSIONS``."""
 
     text: str
     model: str
@@ -30,8 +30,8 @@ class Side:
     """How one side of the search, queries or documents, is embedded.
 
     Attributes:
-        asked_task: the task that requests say; ``None`` to leave it to the name.
-        task: the task that it comes to; ``None`` for a model without tasks.
+        asked_task: the task that requests name; ``None`` to use that of the model's name.
+        task: the task of the vectors; ``None`` for a model without tasks.
         native_space: of the vectors with native dimensions.
         space: of the vectors that are compared.
     """
@@ -47,7 +47,7 @@ class PlannedArm:
     """An arm that can be embedded.
 
     Attributes:
-        dimensions: size of the vectors that are compared; they are embedded with native dimensions and then cut.
+        dimensions: size of the compared vectors. They are embedded with native dimensions, and then cut.
     """
 
     name: ArmName
@@ -64,7 +64,7 @@ class PlannedArm:
 
     @property
     def is_normalized(self) -> bool:
-        """Whether the model's vectors have L2 norm 1, and cut ones have to be given it again."""
+        """Whether the model's vectors have L2 norm 1, so that cut ones are normalized again."""
         return bool(self.card.normalized)
 
 
@@ -72,7 +72,7 @@ def parse_arms(names: Sequence[str]) -> list[ArmName]:
     """Read the names of the arms.
 
     Raises:
-        CompareError: there are fewer than two, one is given twice, or one is none.
+        CompareError: there are fewer than two, one is written twice, or one has another form.
     """
     arms = []
     for text in names:
@@ -81,24 +81,25 @@ def parse_arms(names: Sequence[str]) -> list[ArmName]:
             raise CompareError(f"{text!r}: must be MODEL or MODEL@DIMENSIONS, such as jina-embeddings-v3@256")
         arms.append(ArmName(text, parts["model"], int(parts["size"]) if parts["size"] else None))
     if len(arms) < 2:
-        raise CompareError("at least two models are needed to compare: the baseline, and another one")
+        raise CompareError("a comparison needs at least two models: the baseline, and another one")
     for index, arm in enumerate(arms):
         if any(arm.text == other.text for other in arms[:index]):
-            raise CompareError(f"{arm.text!r} is given twice")
+            raise CompareError(f"{arm.text!r} is named twice")
     return arms
 
 
 async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
-    """Find out how an arm is embedded; waits while its model loads.
+    """Find out how an arm is embedded, and wait while its model loads.
 
     Raises:
-        CompareError: there is no such model, it is not ready, does not return that size, or would put queries and
-            documents into two spaces.
+        CompareError: the model is not ready, does not return that size, or would put queries and documents into two
+            spaces.
+        StartError: the gateway does not know the model, or does not answer.
     """
     await client.embed(name.model, [_PROBE])
     card = await client.card(name.model)
     if card.width is None:
-        raise CompareError(f"{name.text}: the model is {card.state}: {card.reason or 'no reason is known'}")
+        raise CompareError(f"{name.text}: the model is {card.state}: {card.reason or 'unknown reason'}")
     dimensions = name.dimensions or card.width
     if dimensions not in card.dimensions:
         sizes = ", ".join(str(size) for size in card.dimensions)
@@ -108,7 +109,7 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
         )
     queries = await _plan_side(client, name, card, QUERY_TASK, dimensions)
     passages = await _plan_side(client, name, card, PASSAGE_TASK, dimensions)
-    # Many models have an instruction for queries and none for documents; those without one are in a space of their own.
+    # Many models have an instruction for queries but not for documents, which are then in a separate space.
     is_comparable = is_same_space(queries.space, passages.space) or passages.task is None
     if not is_comparable:
         raise CompareError(
@@ -125,9 +126,9 @@ async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, want
     except Refused as refused:
         if refused.param != "task" or task is None:
             raise
-        task = None  # the name stands for a task of its own
+        task = None  # the name already has a task
         probe = await client.embed(name.model, [_PROBE])
     if probe.is_experiment:
-        raise CompareError(f"{name.text} is an experiment, which answers with several models: name those")
+        raise CompareError(f"{name.text} is an experiment, which uses several models: name those")
     cut = await client.embed(name.model, [_PROBE], task, dimensions)
     return Side(task, probe.task, probe.space, cut.space)

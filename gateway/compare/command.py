@@ -1,4 +1,4 @@
-"""`gateway compare`: find the gateway, compare, print and write what was found."""
+"""``gateway compare``: find the gateway, compare, print the results, and write them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gateway.config.settings import Settings
 from gateway.errors import CompareError
 from gateway.telemetry.logs import configure_logs
 
-# Longer than a gateway computes, by default, before it says that it takes too long.
+# Longer than the default time after which a gateway gives up on a request itself.
 _TIMEOUT_S = 330.0
 _PATIENCE_S = 600.0
 
@@ -87,7 +87,7 @@ async def _compare(
 @asynccontextmanager
 async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> AsyncIterator[GatewayClient]:
     if isinstance(gateway, OwnModels):
-        configure_logs("warning", "auto")  # the steps are shown instead
+        configure_logs("warning", "auto")  # progress bars show the steps
         logging.getLogger("httpx").setLevel(logging.WARNING)
         async with in_process_client(gateway.registry, gateway.settings, names) as http:
             yield GatewayClient(http, "in process", _PATIENCE_S)
@@ -97,20 +97,20 @@ async def _client(gateway: RunningGateway | OwnModels, names: Sequence[str]) -> 
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that the results can be written, before they are computed, and replace no others.
+    """Check, before anything is computed, that the results can be written and would replace no others.
 
     Raises:
         CompareError: the folder holds the results of another comparison, or cannot be written.
     """
     if (folder / RESULTS).exists():
         raise CompareError(
-            f"--out {folder}: holds the results of another comparison; name another folder, or remove this one"
+            f"--out {folder}: holds the results of another comparison; choose another folder, or remove this one"
         )
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise CompareError(f"--out {folder}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise CompareError(f"--out {folder}: nothing can be written into {there}")
+        raise CompareError(f"--out {folder}: {there} is not writable")
 
 
 def _write_page(comparison: Comparison, folder: Path) -> Path:
@@ -123,6 +123,6 @@ def _write_page(comparison: Comparison, folder: Path) -> Path:
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:
-    """Return the folder where vectors are kept unless another one is named."""
+    """Return the default folder for vectors."""
     base = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(base) / "embedding-gateway" / "compare"

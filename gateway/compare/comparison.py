@@ -44,12 +44,12 @@ Qualities = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 @dataclass(frozen=True, slots=True)
 class CompareRequest:
-    """What is to be compared.
+    """The arms and the data of a comparison.
 
     Attributes:
-        arms: as they were given, ``MODEL`` or ``MODEL@DIMENSIONS``; the first is the baseline.
+        arms: as written on the command line, ``MODEL`` or ``MODEL@DIMENSIONS``; the first is the baseline.
         split: of the judgments; ``None`` for the only one, or ``test``.
-        cache: folder of vectors that were embedded before.
+        cache: folder of the vectors of earlier runs.
         num_resamples: of the bootstrap and of the randomization test.
     """
 
@@ -66,13 +66,14 @@ class CompareRequest:
 async def compare(
     request: CompareRequest, dataset: Dataset, client: GatewayClient, reporter: Reporter
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
-    """Compare the arms of a request; return what was found, and the whole ranking of each query by arm.
+    """Compare the arms of a request; return the comparison, and the whole ranking of each query by arm.
 
     Args:
-        dataset: that of the request. It is read before, as it may be wrong, and models take long to load.
+        dataset: of the request. The caller reads it, so that its errors appear before models load.
 
     Raises:
-        CompareError: an arm cannot be compared, or the gateway does not answer.
+        CompareError: an arm cannot be compared.
+        StartError: the gateway does not answer.
     """
     names = parse_arms(request.arms)
     arms = [await plan_arm(client, name) for name in names]
@@ -82,9 +83,7 @@ async def compare(
     if request.measures_cost:
         texts = list(dataset.queries.values()), list(dataset.documents.values())
         costs = await measure_costs(client, arms, *texts, request.seed, reporter)
-    qualities = {
-        name: measure(ranking, dataset.judgments) if dataset.judgments else {} for name, ranking in rankings.items()
-    }
+    qualities = {name: measure(ranking, dataset.judgments) for name, ranking in rankings.items()}
     contrasts = _contrasts(qualities, request)
     comparison = Comparison(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -211,7 +210,7 @@ def _ids(ranking: Sequence[tuple[str, float]]) -> list[str]:
 def _notes(
     dataset: Dataset, arms: Sequence[PlannedArm], qualities: Qualities, cache: VectorCache, request: CompareRequest
 ) -> list[str]:
-    notes = [*dataset.notes, "The search is exact: what the index of a vector database loses is not measured."]
+    notes = [*dataset.notes, "The search is exact: the loss from the index of a vector database is not measured."]
     if len(dataset.queries) < MIN_QUERIES and dataset.judgments:
         notes.append(
             f"{len(dataset.queries)} queries are too few to tell models apart; at least {MIN_QUERIES} are needed."
@@ -224,14 +223,14 @@ def _notes(
     if judged and max(judged.values()) - min(judged.values()) > 0.05:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in judged.items())
         notes.append(
-            f"The arms differ in how many of their first ten documents were judged ({shares}). A document that nobody "
-            "judged counts as irrelevant, so that the arm with fewer judged ones may look worse than it is."
+            f"The arms differ in how many of their first ten documents were judged ({shares}). A document without "
+            "judgment counts as irrelevant, so an arm with fewer judged documents may look worse than it is."
         )
     notes += [
         _note_of_space(other, arm) for i, arm in enumerate(arms) for other in arms[:i] if _share_space(arm, other)
     ]
     notes += [
-        f"{arm.name.text} has an instruction for queries and none for documents, so that the gateway gives them two spaces: "
+        f"{arm.name.text} has an instruction for queries but not for documents, so the gateway gives them two spaces: "
         f"{arm.queries.space} and {arm.passages.space}."
         for arm in arms
         if not is_same_space(arm.queries.space, arm.passages.space)
@@ -248,7 +247,7 @@ def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
 
 
 def _note_of_space(one: PlannedArm, other: PlannedArm) -> str:
-    """Say what two arms of one space differ in: their tasks, if anything."""
+    """Return a note on two arms of one space: they may still differ in their tasks."""
     names = f"{one.name.text} and {other.name.text}"
     if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):
         return f"{names} are of one space: any difference is one of rounding."

@@ -1,4 +1,4 @@
-"""What the arms cost: measured in turns, so that a busy machine is as busy for each of them."""
+"""The cost of the arms, measured in turns, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ async def measure_costs(
 ) -> Mapping[str, Cost]:
     """Measure every arm on the same sample: A B, B A, A B, …; medians over the rounds.
 
-    A round asks for two batches of 32 documents at once, which keeps a model busy, and then for single queries one after
-    the other. The first requests of each arm are not counted.
+    A round sends two batches of 32 documents at once, which keeps a model busy, and then single queries, one after the
+    other. The first requests of each arm are not counted.
     """
     chosen = random.Random(seed)  # noqa: S311  a sample, not a secret
-    # None of them twice in a request or a round: a gateway computes equal texts once.
+    # Without duplicates, since a gateway computes equal texts only once.
     queries, documents = list(dict.fromkeys(queries)), list(dict.fromkeys(documents))
     measured = {arm.name.text: _Measured() for arm in arms}
     step = reporter.step("cost, in turns", _NUM_ROUNDS * len(arms))

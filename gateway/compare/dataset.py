@@ -2,9 +2,9 @@
 
 ::
 
-    corpus.jsonl        {"_id": "…", "title": "…", "text": "…"}    a document a line; the title may be missing
+    corpus.jsonl        {"_id": "…", "title": "…", "text": "…"}    one document per line; the title is optional
     queries.jsonl       {"_id": "…", "text": "…"}
-    qrels/test.tsv      query-id <tab> corpus-id <tab> score      may be missing: there is no quality then
+    qrels/test.tsv      query-id <tab> corpus-id <tab> score      optional: without it, no quality is measured
 
 (Thakur et al. 2021, https://arxiv.org/abs/2104.08663.)
 """
@@ -32,16 +32,16 @@ _MAX_SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """What a comparison is made on.
+    """The documents, queries and judgments of a comparison.
 
     Attributes:
-        documents: text by id, the title before it. In descending order of the ids: search prefers the document that
-            comes first of two with equal scores, and trec_eval the one with the greater id.
+        documents: text by id, with the title before it, in descending order of the ids: of documents with equal scores,
+            search prefers the first one, and trec_eval the one with the greater id.
         queries: text by id, in the order of the file.
         judgments: score by document by query, in the order of ``queries``; empty without judgments. A document with
             a score above 0 is relevant.
         num_unjudged_queries: queries that were left out because no judgment names them.
-        notes: what was left out, in sentences.
+        notes: sentences on the parts that were left out.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Dataset:
     notes: tuple[str, ...]
 
     def summary(self) -> DatasetSummary:
-        """Return what the results say of the data: its counts, and a hash that does not depend on the files' order."""
+        """Return the counts of the data, and a hash that does not depend on the order of the files' lines."""
         return DatasetSummary(
             folder=str(self.folder),
             split=self.split,
@@ -81,14 +81,14 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
 
     Args:
         split: which file of ``qrels/`` to take; ``None`` takes ``test``, or the only one.
-        max_documents: keep so many documents: all that have a judgment, and a sample of the others.
+        max_documents: how many documents to keep: all that have a judgment, and a sample of the others.
         seed: of that sample.
 
     Raises:
-        CompareError: a file is missing, or a line of it is wrong; or nothing is left to compare on.
+        CompareError: a file is missing, a line is wrong, or no judgment is usable.
     """
     if not folder.is_dir():
-        raise CompareError(f"{folder}: is not a folder; a data set is one with corpus.jsonl and queries.jsonl")
+        raise CompareError(f"{folder}: is not a folder; a data set is a folder with corpus.jsonl and queries.jsonl")
     qrels = _qrels_path(folder, split)
     documents, queries = _read_texts(folder / "corpus.jsonl"), _read_texts(folder / "queries.jsonl")
     notes: list[str] = []
@@ -117,19 +117,19 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
 
 
 def _qrels_path(folder: Path, split: str | None) -> Path | None:
-    """Return the file of judgments, or ``None`` where the folder has none at all."""
+    """Return the file of judgments, or ``None`` if the folder has no such file."""
     found = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
     names = ", ".join(found) or "none"
     if split is not None:
         if split not in found:
-            raise CompareError(f"{folder / 'qrels' / split}.tsv: there is no such file; splits that there are: {names}")
+            raise CompareError(f"{folder / 'qrels' / split}.tsv: there is no such file; the splits are: {names}")
         return found[split]
     if not found:
         return None
     if "test" in found:
         return found["test"]
     if len(found) > 1:
-        raise CompareError(f"{folder / 'qrels'}: has several splits and none is called test; name one of: {names}")
+        raise CompareError(f"{folder / 'qrels'}: has several splits but not `test`; choose one with --split: {names}")
     return next(iter(found.values()))
 
 
@@ -160,7 +160,7 @@ def _read_texts(path: Path) -> dict[str, str]:
             raise CompareError(f"{place}: must be a JSON object with _id and text, and is {_shown(entry)}")
         id_ = _id(place, entry)
         if id_ in texts:
-            raise CompareError(f"{place}: _id {id_!r} is there a second time; every id must be unique")
+            raise CompareError(f"{place}: _id {id_!r} appears twice; every id must be unique")
         title = _text(place, entry, "title") if entry.get("title") is not None else ""
         texts[id_] = f"{title} {_text(place, entry, 'text')}".strip()
     if not texts:
@@ -175,7 +175,7 @@ def _id(place: str, entry: Mapping[str, Any]) -> str:
     if isinstance(id_, int) and not isinstance(id_, bool):
         return str(id_)
     if not isinstance(id_, str) or not id_ or "\0" in id_:
-        raise CompareError(f"{place}: _id must be a text that is not empty, or an integer, and is {_shown(id_)}")
+        raise CompareError(f"{place}: _id must be a non-empty text or an integer, and is {_shown(id_)}")
     return id_
 
 
@@ -206,7 +206,7 @@ def _read_judgments(path: Path) -> dict[str, dict[str, int]]:
         scores = judgments.setdefault(query, {})
         if scores.setdefault(document, score) != score:
             raise CompareError(
-                f"{place}: query {query!r} and document {document!r} have score {score}, and {scores[document]} further up"
+                f"{place}: query {query!r} and document {document!r} have score {score}, and {scores[document]} earlier"
             )
     if not judgments:
         raise CompareError(f"{path}: is empty; at least one judgment below the header is needed")
@@ -220,7 +220,7 @@ def _columns(place: str, line: bytes) -> list[str]:
         raise CompareError(f"{place}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
     if len(columns) != 3 or not all(columns):
         raise CompareError(
-            f"{place}: must have 3 columns with tabs between (query-id, corpus-id, score), and is {_shown_line(columns)}"
+            f"{place}: must have 3 columns, separated by tabs (query-id, corpus-id, score), and is {_shown_line(columns)}"
         )
     return columns
 
@@ -247,10 +247,10 @@ def _known(
     path: Path,
     notes: list[str],
 ) -> dict[str, dict[str, int]]:
-    """Return the judgments whose query and document there are, and note how many there are not.
+    """Drop judgments of unknown queries or documents, and note how many.
 
     Raises:
-        CompareError: none is left.
+        CompareError: no judgment is left.
     """
     known: dict[str, dict[str, int]] = {}
     num_unknown_queries = num_unknown_documents = 0
@@ -265,7 +265,7 @@ def _known(
     for number, file in ((num_unknown_queries, "queries.jsonl"), (num_unknown_documents, "corpus.jsonl")):
         if number:
             were = count(number, "judgment was", "judgments were")
-            notes.append(f"{were} dropped: what they name is not in {file}.")
+            notes.append(f"{were} dropped: the id is not in {file}.")
     if not known:
         example = next(iter(judgments.items()))
         raise CompareError(
@@ -278,9 +278,7 @@ def _known(
 def _note_unanswerable(judgments: Mapping[str, Mapping[str, int]], notes: list[str]) -> None:
     number = sum(max(scores.values()) <= 0 for scores in judgments.values())
     if number:
-        notes.append(
-            f"{count(number, 'query has', 'queries have')} no relevant document: no arm can find anything for them."
-        )
+        notes.append(f"{count(number, 'query has', 'queries have')} no relevant document, so no arm can find one.")
 
 
 def _note_empty(texts: Mapping[str, str], what: str, notes: list[str]) -> None:
@@ -306,7 +304,7 @@ def _sampled(
     if max_documents < 1:
         raise CompareError(f"at most {max_documents} documents: at least 1 is needed")
     judged = {document for scores in judgments.values() for document in scores}
-    # Sorted, so that the sample does not hang on the order of the lines.
+    # Sorted, so that the sample does not depend on the order of the lines.
     others = sorted(documents.keys() - judged)
     num_others = max(0, max_documents - len(judged))
     picked = np.random.default_rng(seed).permutation(len(others))[:num_others]

@@ -1,4 +1,4 @@
-"""What the plots of the page have in common: how an arm is drawn, and what plotly.js is told.
+"""The common parts of the plots: the color and shape of each arm, and the settings for plotly.js.
 
 No plot has a theme: the page's styles color text and lines, for a light, a dark and a printed page.
 """
@@ -20,7 +20,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How an arm is drawn, everywhere: told apart by its shape as well as by its color."""
+    """The color and shape of an arm in all plots."""
 
     color: str
     symbol: str
@@ -28,15 +28,15 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot, or the reason why there is none.
+    """A plot, or the reason why it was left out.
 
     Attributes:
         caption: how to read it.
-        label: what it shows, for those who do not see it.
-        arm: the one that it is about; empty where several are drawn.
-        legend: those who are drawn, where it is about several.
+        label: a description of the plot, for screen readers.
+        arm: the arm that is drawn; empty if several are.
+        legend: the arms that are drawn, if several are.
         spec: ``data`` and ``layout`` of plotly.js; ``None`` if it was left out, and ``caption`` says why.
-        is_wide: it takes the whole width.
+        is_wide: whether the plot takes the whole width.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Plot:
 
 
 def marks(comparison: Comparison) -> Mapping[str, Mark]:
-    """Return how each arm is drawn. The baseline is gray: it is what the others are seen against."""
+    """Return the mark of each arm. The baseline is gray."""
     return {
         arm.name: Mark(COLORS[number % len(COLORS)], SYMBOLS[number % len(SYMBOLS)])
         for number, arm in enumerate(comparison.arms)
@@ -58,7 +58,7 @@ def marks(comparison: Comparison) -> Mapping[str, Mark]:
 
 
 def make_layout(*, height: int, left: int, x: Json, y: Json, bottom: int = 32) -> Json:
-    """Lay a plot out; ``x`` and ``y`` are what its axes have of their own, ``title`` as a plain string."""
+    """Return the layout of a plot; ``x`` and ``y`` are the settings of its axes, with ``title`` as a plain string."""
     return {
         "height": height,
         "margin": {"l": left, "r": 16, "t": 12, "b": bottom},
@@ -90,10 +90,10 @@ def error_bar(estimates: Sequence[Estimate]) -> Json:
 
 
 def marker(mark: Mark) -> Json:
-    # A triangle has less of an area than what else is as wide.
+    # A triangle has less area than the other shapes of the same width.
     return {"color": mark.color, "symbol": mark.symbol, "size": 11 if "triangle" in mark.symbol else 9}
 
 
 def plain(text: str) -> str:
-    """Escape what plotly.js would take for a tag or an entity."""
+    """Escape tags and entities, which plotly.js would interpret."""
     return html.escape(text, quote=False)

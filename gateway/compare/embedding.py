@@ -1,4 +1,4 @@
-"""Embed the texts of a side with one arm: what is in the cache is read, the rest is asked for and added."""
+"""Embed the texts of a side with one arm: read the vectors in the cache, request the others, and store them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gateway.types import Vectors
 from gateway.vectors import finish
 
 _MAX_TEXTS = 64
-# A request of long texts is made of fewer: an interruption loses no more than what is in flight.
+# A request of long texts has fewer of them, so that an interruption loses little work.
 _MAX_CHARACTERS = 100_000
 _NUM_IN_FLIGHT = 3
-# The gateway takes no such body, or has no time for so many texts; fewer may do.
+# The body is too large for the gateway, or computing it takes too long; fewer texts may work.
 _TOO_MUCH = (413, 504)
 
 
@@ -33,10 +33,11 @@ async def embed_side(
 ) -> Vectors:
     """Return the vectors of texts: ``(n, dimensions)`` float32, in their order.
 
-    Native vectors are embedded and kept, and cut here: all sizes of a model come out of one run over the texts.
+    The cache keeps native vectors, which are cut here: one run over the texts gives all sizes of a model.
 
     Raises:
-        CompareError: the gateway does not answer, or the model has changed meanwhile.
+        CompareError: the model has changed meanwhile.
+        StartError: the gateway does not answer.
     """
     card = arm.card
     identity = {
@@ -47,7 +48,7 @@ async def embed_side(
         "max_tokens": card.max_tokens,
     }
     stored = cache.file(identity, arm.width)
-    # By length, so that little is padded; by text, so that every run asks for the same batches.
+    # By length, for little padding; then by text, so that every run sends the same batches.
     missing = sorted({text for text in texts if text not in stored}, key=lambda text: (len(text), text))
     if missing:
         step = reporter.step(f"{arm.name.model}: {what}", len(missing))
@@ -90,7 +91,7 @@ async def _embed_batch(
         return
     if not is_same_space(embedded.space, side.native_space) or embedded.vectors.shape[1] != arm.width:
         raise CompareError(
-            f"{arm.name.text} changed while it was compared: vectors of {embedded.vectors.shape[1]} dimensions in "
+            f"{arm.name.text} changed during the comparison: vectors of {embedded.vectors.shape[1]} dimensions in "
             f"space {embedded.space}, before {arm.width} in {side.native_space}"
         )
     stored.append(batch, embedded.vectors)
@@ -98,7 +99,7 @@ async def _embed_batch(
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Cut texts, sorted by length, into requests of bounded size."""
+    """Group texts, sorted by length, into requests of bounded size."""
     batch: list[str] = []
     size = 0
     for text in texts:

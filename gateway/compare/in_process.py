@@ -22,12 +22,12 @@ _PATIENCE_S = 86_400.0
 async def in_process_client(
     registry: Registry, settings: Settings, names: Iterable[str]
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Load the models that names stand for, whether or not the registry enables them, and return a client of them.
+    """Load the models with these names, even if the registry disables them, and yield a client of them.
 
     Raises:
-        CompareError: a name is that of no model, or of several; or its model cannot be loaded.
+        CompareError: a name is unknown or an experiment's, or its model cannot be loaded.
     """
-    # No server asks for a key, nor writes logs of experiments, in here; and who compares waits as long as it takes.
+    # In process, requests need no key, experiments are not logged, and texts may take as long as they need.
     changes = {"api_keys": (), "exposure_log": None, "request_timeout_s": _PATIENCE_S}
     settings = settings.model_copy(update=changes)
     deployment = Deployment(_narrowed(registry, names), settings)
@@ -44,7 +44,7 @@ async def in_process_client(
 
 
 def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
-    """Return the registry with nothing but the models of the names, and their aliases."""
+    """Return the registry with only the models of these names, and their aliases."""
     known = Names(registry)
     wanted = set()
     for name in names:
@@ -53,7 +53,7 @@ def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
         except (ModelNotFound, BadInput) as error:
             raise CompareError(f"{registry.path}: {error.message}") from error
         if found.experiment is not None:
-            raise CompareError(f"{name} is an experiment, which answers with several models: name those")
+            raise CompareError(f"{name} is an experiment, which uses several models: name those")
         wanted.add(found.model)
     return registry.model_copy(
         update={

@@ -18,21 +18,21 @@ from gateway.errors import CompareError
 
 RESULTS = "results.json"
 _MAX_NAME = 100
-# Windows takes no file of these names, whatever the ending.
+# Windows refuses files of these names, whatever their ending.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folder: Path) -> list[Path]:
-    """Write the results into a folder, which is made if need be; files of the same names are replaced.
+    """Write the results into a folder, which is created if missing; files of the same names are replaced.
 
     ::
 
-        results.json        everything but the queries
-        queries.jsonl       a query a line: its first documents by arm, and what they are worth
-        runs/<arm>.trec     the whole rankings, a document a line: query Q0 document rank score arm
+        results.json        everything except the queries
+        queries.jsonl       one query per line: its first documents by arm, and their quality
+        runs/<arm>.trec     the whole rankings, one document per line: query Q0 document rank score arm
 
-    In a run an id with a space has it as ``%20``, and ``%`` as ``%25``: a run has spaces between its columns. Equal
-    scores are one step of single precision apart, so that every tool sees the order that was measured.
+    A run separates its columns by spaces, so an id with a space has ``%20`` for it, and ``%25`` for ``%``. Equal scores
+    are one step of single precision apart, so that every tool sees the order that was measured.
 
     Args:
         rankings: of every arm, by its name.
@@ -60,10 +60,10 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
 
 
 def file_names(arms: Iterable[str]) -> dict[str, str]:
-    """Return a file name, without its ending, for each arm: safe on every system, and another for every arm.
+    """Return a distinct file name, without its ending, for each arm, safe on every system.
 
-    What is not a letter of ASCII, a digit or one of ``@._-`` becomes ``_``. Names that are then the same, or differ in
-    case alone, get a number.
+    Characters other than ASCII letters, digits and ``@._-`` become ``_``. Names that are then equal, or differ only in
+    case, get a number.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -88,7 +88,7 @@ def _run_lines(arm: str, ranking: Ranking) -> Iterable[bytes]:
 
 
 def _one_word(text: str) -> str:
-    """Return an id such that no program splits it; ids without a space, which are most, stay as they are."""
+    """Return an id that no program splits; an id without a space stays as it is."""
     if not any(character.isspace() for character in text):
         return text
     return "".join(quote(character) if character.isspace() or character == "%" else character for character in text)
@@ -100,9 +100,9 @@ def _json(value: object, option: int = 0) -> bytes:
 
 
 def _plain(value: Any) -> object:
-    """Make of a mapping or a sequence of another type what orjson knows."""
+    """Convert a mapping or a sequence into a type that orjson knows."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Iterable):
         return list(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that asks nobody for anything."""
+"""The page of a comparison: one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from gateway.compare.sentences import (
 )
 
 NUM_EXAMPLES = 20
-"""How many queries are shown of an arm: half of them losses, half of them gains."""
+"""How many queries are shown per arm: half of them losses, half of them gains."""
 
 _NONE = "\N{EN DASH}"
-_TEXT_CHARS = 400  # of a document or a query: enough to see what it is about, whatever its length
+_TEXT_CHARS = 400  # of a document or a query: enough to see the topic
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A place in the table: a figure, and what is to be known about it."""
+    """A cell of the table: a figure, and a note below it."""
 
     value: str
     note: str = ""
@@ -51,12 +51,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A document in one of two rankings that stand side by side.
+    """A document in one of two rankings that are shown side by side.
 
     Attributes:
         anchor: its id in the page.
-        other_rank: its rank in the other ranking; ``None`` if it is not there.
-        other_anchor: its id there.
+        other_rank: its rank in the other ranking; ``None`` if that does not have it.
+        other_anchor: its id in the other ranking.
         judgment: in words; empty without judgments.
     """
 
@@ -74,8 +74,8 @@ class Example:
     """A query with the rankings of the baseline and of an arm.
 
     Attributes:
-        change: the figure that it was chosen for.
-        values: the two figures behind it, if there are.
+        change: the figure that it was chosen by.
+        values: the two figures behind that; may be empty.
     """
 
     query: QueryResult
@@ -86,7 +86,7 @@ class Example:
 
 
 def render_page(comparison: Comparison) -> str:
-    """Render the page: styles, plots and what draws them are inside it."""
+    """Render the page, with styles, plots and the script that draws them."""
     plots = make_plots(comparison)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -112,12 +112,12 @@ def render_page(comparison: Comparison) -> str:
         specs=_to_script(plots),
         plotly_js=get_plotlyjs().replace("</script", "<\\/script"),
     )
-    # A text may hold half a surrogate pair, which no file can.
+    # A text may hold half a surrogate pair, which cannot be encoded.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _to_script(plots: Sequence[Plot]) -> str:
-    """Write what is to be drawn as JSON that cannot end the element it stands in."""
+    """Return the plots as JSON that cannot end the script element around it."""
     specs = {plot.id: plot.spec for plot in plots if plot.spec is not None}
     return json.dumps(specs, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -127,7 +127,7 @@ def _clip(text: str) -> str:
 
 
 def _table(comparison: Comparison) -> Iterator[tuple[str, Sequence[Row]]]:
-    """Yield the groups of rows of the table that has a column for each arm."""
+    """Yield the groups of rows of the table, which has a column for each arm."""
     arms = comparison.arms
     if comparison.has_judgments:
         yield (
@@ -185,7 +185,7 @@ def _cost_rows(comparison: Comparison) -> Iterator[Row]:
         yield Row("one query, p95", [Cell(f"{milliseconds(cost.p95_s)} ms" if cost else "") for cost in costs])
     else:
         yield Row("time", [Cell("not measured") for _ in costs])
-    yield Row("bytes a vector", [Cell(f"{arm.bytes_per_vector:,}") for arm in comparison.arms])
+    yield Row("bytes per vector", [Cell(f"{arm.bytes_per_vector:,}") for arm in comparison.arms])
 
 
 def _vector_rows(comparison: Comparison) -> Iterator[Row]:
@@ -199,7 +199,7 @@ def _vector_rows(comparison: Comparison) -> Iterator[Row]:
 
 
 def _examples(comparison: Comparison, name: str, key: int) -> Iterator[tuple[str, Sequence[Example]]]:
-    """Yield the queries to look at, under headings: where the arm loses most, and where it gains most."""
+    """Yield example queries under headings: the largest losses of the arm, and the largest gains."""
     baseline = comparison.baseline.name
     if not comparison.has_judgments:
         different = (query for query in comparison.queries if query.rbo[name] < 1)

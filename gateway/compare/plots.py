@@ -1,4 +1,4 @@
-"""The plots of the page, as plotly.js takes them: plain JSON, so that the page can be made without building figures."""
+"""The plots of the page, as plain JSON for plotly.js, without its Python figures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gateway.compare.results import PRIMARY_MEASURE, Arm, Comparison, Estimate
 from gateway.compare.sentences import fixed, interval, milliseconds, signed, signed_interval
 
 _ROW = 17  # pixels for an arm in a row of points
-_FRAME = 70  # pixels for what is above and below them
+_FRAME = 70  # pixels above and below them
 
 
 def make_plots(comparison: Comparison) -> Sequence[Plot]:
     """Make every plot that the comparison has values for."""
     if not comparison.has_judgments:
-        reason = "Left out, and so is quality against cost: without judgments there is none to draw."
+        reason = "Left out, as is quality against cost: quality needs judgments."
         return [*make_histograms(comparison), Plot("plot-quality", "Quality", reason, is_wide=True)]
     return [
         _quality(comparison),
@@ -34,8 +34,8 @@ def _quality(comparison: Comparison) -> Plot:
     return Plot(
         id="plot-quality",
         title="Quality",
-        caption="Mean over the queries, with its 95 % interval; further right is better. Judged@10 is no quality: it "
-        "is the share of the first ten documents that anybody has judged.",
+        caption="Mean over the queries, with its 95 % interval; further right is better. Judged@10 is not "
+        "a quality: it is the share of the first ten documents that have a judgment.",
         label=f"Means of each measure with intervals. {PRIMARY_MEASURE}: {', '.join(primary)}.",
         legend=list(rows),
         spec=_point_rows(comparison, rows, signs=False),
@@ -51,7 +51,7 @@ def _differences(comparison: Comparison) -> Plot:
     return Plot(
         id="plot-differences",
         title=f"Difference to {baseline}",
-        caption="Mean of the differences query by query, with its 95 % interval. Where the interval holds 0, the "
+        caption="Mean of the differences query by query, with its 95 % interval. If the interval holds 0, the "
         "queries do not tell the two apart."
         + (" The intervals are not corrected for the number of arms; p is." if len(rows) > 1 else ""),
         label=f"Differences to {baseline} with intervals. {PRIMARY_MEASURE}: {', '.join(primary)}.",
@@ -61,7 +61,7 @@ def _differences(comparison: Comparison) -> Plot:
 
 
 def _point_rows(comparison: Comparison, rows: Mapping[str, Mapping[str, Estimate]], *, signs: bool) -> Json:
-    """Draw one row a measure, in it one point an arm, at the same height in every plot."""
+    """Draw one row per measure with one point per arm, at the same height in every plot."""
     measures = list(comparison.baseline.quality)
     names = [arm.name for arm in comparison.arms]
     step = 0.75 / len(names)
@@ -122,7 +122,7 @@ def _latency(comparison: Comparison) -> Plot:
     return Plot(
         id=identity,
         title=title,
-        caption=f"Up and to the left is better. The point is the median, the bar to its right ends at p95.{note}",
+        caption=f"Up and to the left is better. The point is the median; the bar to its right ends at p95.{note}",
         label=_label_trade_off(comparison, said),
         legend=list(costs),
         spec=_trade_off(comparison, x, said, axis, tails),
@@ -132,13 +132,13 @@ def _latency(comparison: Comparison) -> Plot:
 def _sizes(comparison: Comparison) -> Plot:
     sizes = [arm.bytes_per_vector for arm in comparison.arms]
     x = dict(zip((arm.name for arm in comparison.arms), _side_by_side(sizes), strict=True))
-    said = {arm.name: f"{arm.bytes_per_vector:,} bytes a vector" for arm in comparison.arms}
+    said = {arm.name: f"{arm.bytes_per_vector:,} bytes per vector" for arm in comparison.arms}
     low, high = math.log2(min(sizes)), math.log2(max(sizes))
     powers = range(math.floor(low), math.ceil(high) + 1)
     ticks = [2**power for power in powers[:: math.ceil(len(powers) / 8)]]
     axis: Json = {
         "type": "log",
-        "title": "bytes a vector",
+        "title": "bytes per vector",
         "tickvals": ticks,
         "ticktext": [f"{tick:,}" for tick in ticks],
         "range": [math.log10(2) * edge for edge in (low - 0.6, high + 0.6)],
@@ -181,7 +181,7 @@ def _trade_off(
     axis: Json,
     tails: Mapping[str, float] | None = None,
 ) -> Json:
-    """Draw quality over ``x``, one point an arm; ``tails`` are bars to the right of the points."""
+    """Draw quality over ``x``, one point per arm; ``tails`` are bars to the right of the points."""
     arms = [arm for arm in comparison.arms if arm.name in x]
     traces = [] if tails else list(_lines_between_sizes(arms, x))
     for arm in arms:

@@ -1,4 +1,4 @@
-"""How far a comparison is."""
+"""The progress of a comparison."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class Step(Protocol):
-    """One piece of work that is measured in texts."""
+    """One part of a comparison, counted in texts."""
 
     def advance(self, number: int) -> None:
-        """Note that so many more are done."""
+        """Add to the number of texts that are done."""
 
 
 class Reporter(Protocol):
-    """Tells somebody how far a comparison is."""
+    """Shows the progress of a comparison."""
 
     def step(self, what: str, total: int) -> Step:
-        """Begin a piece of work of ``total`` parts."""
+        """Begin a step of ``total`` texts."""
 
 
 class Silent:
-    """Tells nobody."""
+    """A reporter that shows nothing."""
 
     def step(self, what: str, total: int) -> Step:
         return self
@@ -35,7 +35,7 @@ class Silent:
 
 
 class Bars:
-    """A bar for each step, on a terminal; elsewhere a line."""
+    """A bar for each step on a terminal, and a line elsewhere."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console = console

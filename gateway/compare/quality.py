@@ -1,4 +1,4 @@
-"""What rankings are worth by judgments: every measure of every query, through ``ir-measures``."""
+"""The quality of rankings by judgments: every measure of every query, from ``ir-measures``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gateway.compare.search import Ranking, without_ties
 def measure(rankings: Ranking, judgments: Mapping[str, Mapping[str, int]]) -> Mapping[str, Mapping[str, float]]:
     """Return the value of each of ``MEASURES`` for every query that has a judgment, in the order of the judgments.
 
-    A query without a ranking, or for which nothing is relevant, has 0. Documents without a judgment count as not
-    relevant, and Judged@10 says how many of the first ten have one.
+    A query without a ranking or without relevant documents has 0. Documents without a judgment count as not relevant;
+    Judged@10 is the share of the first ten that have one.
     """
     judged = {query: dict(scores) for query, scores in judgments.items() if scores}
     if not judged:

@@ -1,4 +1,4 @@
-"""Plots with a place for every query: its difference in quality, or how alike its rankings are."""
+"""Plots of all queries: the difference in quality of each, or the likeness of its rankings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HOVER_WIDTH, _HOVER_LINES = 64, 3  # characters and lines of a query that a bar
 
 
 def make_query_bars(comparison: Comparison) -> Iterator[Plot]:
-    """Make one plot an arm, all with the same scale: its difference to the baseline in each query, sorted."""
+    """Make one plot per arm, all with the same scale: its difference to the baseline in each query, sorted."""
     baseline = comparison.baseline.name
     contrasts = [contrast for contrast in comparison.contrasts if contrast.measure == PRIMARY_MEASURE]
     rows = [_sort(comparison.queries, contrast.arm, baseline) for contrast in contrasts]
@@ -22,16 +22,16 @@ def make_query_bars(comparison: Comparison) -> Iterator[Plot]:
         name = contrast.arm
         identity, title = f"plot-queries-{number}", f"{name}, query by query"
         if not any(value for value, _ in row):
-            reason = f"Left out: every query is worth the same with {name} and with {baseline}."
+            reason = f"Left out: every query has the same quality with {name} and {baseline}."
             yield Plot(identity, title, reason, arm=name, is_wide=True)
             continue
         counts = f"{contrast.wins:,} better, {contrast.ties:,} equal, {contrast.losses:,} worse"
         yield Plot(
             id=identity,
             title=title,
-            caption=f"{counts} than {baseline}. A bar is a query; point at it to read it. Drag across to enlarge, "
-            "double-click to go back.",
-            label=f"{PRIMARY_MEASURE} of {name} less that of {baseline}, sorted: {counts}; "
+            caption=f"{counts} than {baseline}. Each bar is a query; point at it to read it. Drag across to zoom in, "
+            "double-click to zoom out.",
+            label=f"{PRIMARY_MEASURE} of {name} minus that of {baseline}, sorted: {counts}; "
             f"from {signed(row[-1][0])} to {signed(row[0][0])}.",
             arm=name,
             spec={
@@ -40,7 +40,7 @@ def make_query_bars(comparison: Comparison) -> Iterator[Plot]:
                         comparison,
                         name,
                         y=[round(value, 5) for value, _ in row],
-                        hovertext=[_describe(query, name, baseline) for _, query in row],
+                        hovertext=[_hover_text(query, name, baseline) for _, query in row],
                     )
                 ],
                 "layout": _bar_layout(len(row), 1.08 * largest),
@@ -74,11 +74,11 @@ def _bar_layout(num_bars: int, largest: float) -> Json:
             "nticks": 6,
         },
     )
-    # A short bar is too small to point at: above and below it counts as well.
+    # A short bar is hard to point at: the space above and below it counts as well.
     return layout | {"hovermode": "x", "bargap": 0.2 if num_bars <= 250 else 0}
 
 
-def _describe(query: QueryResult, name: str, baseline: str) -> str:
+def _hover_text(query: QueryResult, name: str, baseline: str) -> str:
     lines = textwrap.wrap(query.text, _HOVER_WIDTH, max_lines=_HOVER_LINES, placeholder=" …") or [query.id]
     value, reference = query.quality[name][PRIMARY_MEASURE], query.quality[baseline][PRIMARY_MEASURE]
     said = "<br>".join(plain(line) for line in lines)
@@ -89,7 +89,7 @@ def _describe(query: QueryResult, name: str, baseline: str) -> str:
 
 
 def make_histograms(comparison: Comparison) -> Iterator[Plot]:
-    """Make two plots an arm, all with the same scale: how many queries are ranked how much like the baseline."""
+    """Make two plots per arm, all with the same scale: how many queries have rankings how much like the baseline's."""
     found: list[tuple[str, str, str, list[int], float]] = []
     for number, agreement in enumerate(comparison.agreements, start=1):
         name, queries = agreement.arm, comparison.queries
@@ -122,7 +122,7 @@ def _histogram(
     return Plot(
         id=identity,
         title=f"{measure} of {name}",
-        caption=f"Queries by how alike {name} and {comparison.baseline.name} rank: 0 is nothing in common, 1 the same.",
+        caption=f"Queries by how alike {name} and {comparison.baseline.name} rank: 0 is nothing in common, 1 equal.",
         label=f"{label}; queries: "
         + ", ".join(f"{count:,} at {tenth / 10}" for tenth, count in enumerate(counts) if count),
         arm=name,

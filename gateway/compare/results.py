@@ -1,4 +1,4 @@
-"""What a comparison found: plain values, from which the table, the JSON files and the page are made.
+"""The results of a comparison: plain values, the source of the tables, the JSON files and the page.
 
 Every mapping by arm has the arms in the order of the command line; the first arm is the baseline.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 PRIMARY_MEASURE = "nDCG@10"
-"""The measure that the verdict is about, chosen before anything was computed."""
+"""The measure of the verdict, chosen before anything is computed."""
 
 MEASURES = (PRIMARY_MEASURE, "R@10", "R@100", "RR@10", "Success@1", "Judged@10")
-"""Every measure, by the name that ``ir-measures`` gives it."""
+"""Every measure, by its name in ``ir-measures``."""
 
 
 class Verdict(StrEnum):
-    """What can be said of an arm against the baseline."""
+    """The conclusion on an arm against the baseline."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -36,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What it takes to embed, measured on a sample of the texts, in turns with the other arms.
+    """The speed of an arm, measured on a sample of the texts, in turns with the other arms.
 
     Attributes:
         texts_per_s: passages per second, in batches.
@@ -53,15 +53,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One thing that is compared: a model, with a size of its vectors.
+    """One side of the comparison: a model, with a size of its vectors.
 
     Attributes:
-        name: as it was given: ``jina-embeddings-v3@256``.
+        name: as written on the command line: ``jina-embeddings-v3@256``.
         model: id of the model that answered.
         space: id of the space that the vectors are in.
-        query_task: task that queries were embedded with; ``None`` for a model without tasks.
+        query_task: the task of the queries; ``None`` for a model without tasks.
         quality: mean of each measure over the queries; empty without judgments.
-        cost: ``None`` when it was not measured.
+        cost: ``None`` if it was not measured.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Contrast:
         p: two-sided, of the paired randomization test.
         p_holm: the same after Holm's correction for the number of arms compared.
         wins: queries where the arm is better than the baseline.
-        verdict: told for the primary measure only; ``None`` for the others.
+        verdict: only for the primary measure; ``None`` for the others.
     """
 
     arm: str
@@ -103,7 +103,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How alike the rankings of an arm and of the baseline are: a difference, not a quality.
+    """The likeness of the rankings of an arm and the baseline: a difference, not a quality.
 
     Attributes:
         overlap: mean share of documents that both have among their first ten.
@@ -123,7 +123,7 @@ class Hit:
     """A document in a ranking.
 
     Attributes:
-        text: how the document begins, for people.
+        text: the beginning of the document, for people.
         relevance: its judgment for the query; ``None`` if it was not judged.
     """
 
@@ -135,7 +135,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class QueryResult:
-    """One query: the first ten documents of every arm, and what they are worth.
+    """One query: the first ten documents of every arm, and their quality.
 
     Attributes:
         quality: value of each measure by arm; empty without judgments.
@@ -153,12 +153,12 @@ class QueryResult:
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """What was compared on.
+    """The data set of a comparison.
 
     Attributes:
         sha256: hex hash over the documents, queries and judgments that were used.
         num_judgments: 0 without judgments.
-        num_unjudged_queries: queries of the file that were left out because no judgment names them.
+        num_unjudged_queries: queries of the file that no judgment names, and that were left out.
     """
 
     folder: str
@@ -176,9 +176,9 @@ class Comparison:
 
     Attributes:
         created: when it ended, ISO 8601 in UTC.
-        source: where the vectors came from: a URL, or ``in process``.
+        source: the gateway of the vectors: a URL, or ``in process``.
         versions: of the gateway and of the libraries that the figures depend on, by name.
-        notes: what a reader must know to judge the figures: arms with different shares of judged documents, say.
+        notes: caveats on the figures, such as arms with different shares of judged documents.
         contrasts: for each arm but the baseline, every measure in order; empty without judgments.
         agreements: for each arm but the baseline.
     """
@@ -202,5 +202,5 @@ class Comparison:
 
     @property
     def has_judgments(self) -> bool:
-        """Whether there is a quality to speak of, or only a difference."""
+        """Whether quality was measured, and not only a difference."""
         return self.dataset.num_judgments > 0

@@ -1,4 +1,4 @@
-"""Numbers and verdicts in the words that people read."""
+"""Numbers and verdicts as text for people."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def fixed(value: float, digits: int = 3) -> str:
-    """Write a number with so many digits after the point; one that rounds to zero has no sign."""
+    """Return a number with this many digits after the point; one that rounds to zero has no sign."""
     text = f"{value:,.{digits}f}"
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.removeprefix("-")
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """Write a difference: with its sign, unless it rounds to zero."""
+    """Return a difference with its sign, unless it rounds to zero."""
     text = fixed(value, digits)
     return f"+{text}" if value > 0 and float(text.replace(",", "")) else text
 
 
 def significant(value: float) -> str:
-    """Write a measured quantity with about three digits: 1,180 or 74.6 or 3.10."""
+    """Return a measured quantity with about three digits: 1,180 or 74.6 or 3.10."""
     size = abs(value)
     return fixed(value, 0 if size >= 100 else 1 if size >= 10 else 2)
 
@@ -40,12 +40,12 @@ def percent(value: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Write p with the sign between: ``= 0.020``."""
+    """Return p with its relation: ``= 0.020``."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
-    """Say what is known of an arm against the baseline, with the figures that it rests on."""
+    """Return the verdict on an arm against the baseline, with its figures."""
     arm, baseline, measure = contrast.arm, contrast.baseline, contrast.measure
     mean, bounds = signed(contrast.difference.mean), f"95 % interval {signed_interval(contrast.difference)}"
     tests = f"{_p_holm(comparison, contrast)}); {_wins(contrast)}."
@@ -60,14 +60,14 @@ def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
             )
         case _:
             return (
-                f"These queries do not tell whether {arm} is better or worse than {baseline}: the difference in "
+                f"These queries do not show whether {arm} is better or worse than {baseline}: the difference in "
                 f"{measure} lies between {signed(contrast.difference.low)} and {signed(contrast.difference.high)} "
                 f"(95 % interval; mean {mean}, {tests}{_beyond_interval(contrast)}"
             )
 
 
 def bottom_line(comparison: Comparison) -> str:
-    """Say what to do, as far as the judgments tell; empty without any."""
+    """Return the recommendation that follows from the judgments; empty without any."""
     verdicts = {one.arm: one.verdict for one in comparison.contrasts if one.measure == PRIMARY_MEASURE}
     if not verdicts:
         return ""
@@ -76,15 +76,15 @@ def bottom_line(comparison: Comparison) -> str:
     if better:
         return f"Better than {baseline} on these queries: {', '.join(better)}."
     if Verdict.TOO_FEW_QUERIES in verdicts.values():
-        return f"These queries are too few to say whether to leave {baseline}."
-    return f"Nothing here is shown to be better than {baseline}: stay with it."
+        return f"These queries are too few to decide whether to replace {baseline}."
+    return f"Nothing here is shown to be better than {baseline}: keep it."
 
 
 def _beyond_interval(contrast: Contrast) -> str:
-    """Say why a difference whose interval leaves 0 out is inconclusive all the same."""
+    """Return why a difference whose interval excludes 0 is still inconclusive."""
     if contrast.difference.low <= 0 <= contrast.difference.high:
         return ""
-    return " The interval leaves 0 out, but p is not small enough to rely on that."
+    return " The interval excludes 0, but p is not small enough to rely on that."
 
 
 def _p_holm(comparison: Comparison, contrast: Contrast) -> str:
@@ -97,7 +97,7 @@ def _wins(contrast: Contrast) -> str:
 
 
 def agreement_sentence(agreement: Agreement) -> str:
-    """Say how alike the rankings are, without a word about which is better."""
+    """Return how alike the rankings are, without a judgment on which is better."""
     return (
         f"{agreement.arm} and {agreement.baseline} have {percent(agreement.overlap.mean)} of their first ten documents "
         f"in common (95 % interval {percent(agreement.overlap.low)} to {percent(agreement.overlap.high)}), and the "
@@ -107,11 +107,11 @@ def agreement_sentence(agreement: Agreement) -> str:
 
 
 def cost_sentence(arm: Arm, baseline: Arm) -> str:
-    """Say what an arm takes, and how many times as much that is as for the baseline."""
-    parts = [_against(f"{arm.bytes_per_vector:,} bytes a vector", arm.bytes_per_vector, baseline.bytes_per_vector)]
+    """Return the cost of an arm, and its ratio to the baseline's."""
+    parts = [_against(f"{arm.bytes_per_vector:,} bytes per vector", arm.bytes_per_vector, baseline.bytes_per_vector)]
     if arm.cost and baseline.cost:
         parts = [
-            _against(f"{milliseconds(arm.cost.p50_s)} ms a query", arm.cost.p50_s, baseline.cost.p50_s),
+            _against(f"{milliseconds(arm.cost.p50_s)} ms per query", arm.cost.p50_s, baseline.cost.p50_s),
             _against(f"{significant(arm.cost.texts_per_s)} texts/s", arm.cost.texts_per_s, baseline.cost.texts_per_s),
             *parts,
         ]

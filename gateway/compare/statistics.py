@@ -1,7 +1,7 @@
-"""What can be concluded from the values of each query: intervals, tests, and the verdict.
+"""Conclusions from the values of all queries: intervals, tests, and the verdict.
 
-The queries are the sample: they stand for those that users will ask. How differences between systems are best tested is
-from Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528): a paired randomization test.
+The queries are a sample of those that users will send. Differences between systems are tested by a paired randomization
+test, as recommended by Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from scipy import stats
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
 
 MIN_QUERIES = 50
-"""Below this, the spread between queries is so large that a verdict would rest on which of them were picked."""
+"""With fewer queries, their spread is so large that the verdict would depend on which of them were picked."""
 
 ALPHA = 0.05
 TIE = 1e-9
-"""Values of a query that differ by no more are equal."""
+"""Values of a query that differ by no more than this are equal."""
 
 # A batch of resamples is drawn as 8-byte indices and gathered as 8-byte values.
 _MAX_BATCH_BYTES = 64 * 2**20
@@ -29,7 +29,7 @@ _MAX_BATCH_BYTES = 64 * 2**20
 def estimate(values: Sequence[float] | npt.NDArray[np.float64], num_resamples: int, seed: int) -> Estimate:
     """Return the mean with the bounds of its 95 % bootstrap interval (BCa; Efron 1987).
 
-    Values that are all equal, or a single one, have the interval of no width: nothing can be resampled from them.
+    Equal values, or a single one, have an interval without width: resampling them changes nothing.
 
     Raises:
         ValueError: there are no values.
@@ -57,7 +57,7 @@ def estimate(values: Sequence[float] | npt.NDArray[np.float64], num_resamples: i
 def randomization_p(differences: Sequence[float] | npt.NDArray[np.float64], num_resamples: int, seed: int) -> float:
     """Return the two-sided p of the paired randomization test: how often random signs make as large a mean.
 
-    With few queries (``2 ** queries <= num_resamples``) every choice of signs is looked at, and p is exact.
+    With few queries (``2 ** queries <= num_resamples``), every choice of signs is tried, and p is exact.
     """
     sample = np.asarray(differences, dtype=np.float64)
     if not np.any(np.abs(sample) > TIE):
@@ -83,9 +83,9 @@ def _batch(size: int) -> int:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Correct p values of several tests (Holm 1979): the smallest times their number, and so on down to the largest.
+    """Correct p values of several tests (Holm 1979): the smallest times their number, and so on up to the largest.
 
-    In the order of ``ps``; none is above 1, and none is below that of a smaller p.
+    The result is in the order of ``ps``. No value is above 1, or below that of a smaller p.
     """
     corrected = [0.0] * len(ps)
     largest = 0.0
@@ -106,7 +106,7 @@ def contrast(
 ) -> Contrast:
     """Compare an arm with the baseline in one measure.
 
-    ``p_holm`` is ``p``, and there is no verdict, until ``with_holm`` has seen the other arms.
+    ``p_holm`` equals ``p``, and the verdict is ``None``, until ``with_holm`` has seen all arms.
 
     Args:
         arm_values: value of the measure by query.
@@ -135,13 +135,13 @@ def contrast(
 
 
 def with_holm(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    """Correct p for the number of arms, and tell the verdict where the measure is the primary one.
+    """Correct p for the number of arms, and add the verdict if the measure is the primary one.
 
     Args:
-        contrasts: those of one measure, of every arm but the baseline.
+        contrasts: of one measure, for every arm but the baseline.
 
     Raises:
-        ValueError: they are of several measures.
+        ValueError: the contrasts are of several measures.
     """
     if len({one.measure for one in contrasts}) > 1:
         raise ValueError("contrasts must be of one measure to be corrected together")
@@ -152,7 +152,7 @@ def with_holm(contrasts: Sequence[Contrast]) -> list[Contrast]:
 def _verdict(one: Contrast) -> Verdict:
     if one.wins + one.ties + one.losses < MIN_QUERIES:
         return Verdict.TOO_FEW_QUERIES
-    # The test and the interval can disagree at the edge; a verdict needs both.
+    # The test and the interval can disagree in borderline cases; a verdict needs both.
     if one.p_holm < ALPHA and one.difference.low > 0:
         return Verdict.BETTER
     if one.p_holm < ALPHA and one.difference.high < 0:

@@ -32,7 +32,7 @@ _NAMES = ("arm", "space")
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print what was compared, the tables, a sentence for each arm, and the notes."""
+    """Print the data set, the tables, a sentence for each arm, and the notes."""
     dataset = comparison.dataset
     split = f", split {dataset.split}" if dataset.split else ""
     say(
@@ -43,7 +43,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if not comparison.has_judgments:
         say(
             console,
-            "\nThere are no judgments: how the rankings differ can be told, and not which are better. "
+            "\nThere are no judgments: the figures show how the rankings differ, but not which are better. "
             "This is a difference, not a quality.",
         )
     for table in (_quality_table, _contrast_table, _cost_table, _agreement_table):
@@ -105,7 +105,7 @@ def _cost_table(comparison: Comparison) -> Table:
         ]
         for arm in comparison.arms
     ]
-    return _table("Cost", ["arm", *measured, "bytes a\nvector", "dimensions", "space"], rows)
+    return _table("Cost", ["arm", *measured, "bytes per\nvector", "dimensions", "space"], rows)
 
 
 def _measured(arm: Arm) -> list[str]:
@@ -128,7 +128,7 @@ def _agreement_table(comparison: Comparison) -> Table:
 
 
 def _sentences(comparison: Comparison) -> list[str]:
-    """Return for each arm but the baseline what is known of it: its quality, or else its difference; and its cost."""
+    """Return a sentence for each arm but the baseline: its verdict, or its agreement without judgments, and its cost."""
     said = {one.arm: verdict_sentence(comparison, one) for one in _primary(comparison)}
     said = said or {one.arm: agreement_sentence(one) for one in comparison.agreements}
     return [
@@ -143,7 +143,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for column in columns:
-        # Where the terminal is narrow, names are broken over lines, and numbers are not.
+        # In a narrow terminal, names wrap, and numbers do not.
         is_name = column in _NAMES
         justify: Literal["left", "right"] = "left" if is_name or column == "verdict" else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_name)

@@ -1,4 +1,4 @@
-"""``gateway check`` tells whether models.yaml is right, fast and without torch."""
+"""``gateway check`` checks models.yaml, fast and without torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_a_file_the_settings_name_it(tmp_path: Path, monkeypatch: pytest
     assert result.stdout.splitlines()[0] == f"{path}: ok, 1 model, 0 aliases"
 
 
-def test_a_wrong_setting_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_setting_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_MODLES", "x.yaml")
 
     result = CliRunner().invoke(app, ["check"])
@@ -117,14 +117,14 @@ def test_every_command_reads_the_file_that_the_environment_names(
         ("experiments", ["Only with --exposures: more exposure logs"]),
     ],
 )
-def test_help_tells_the_defaults_in_plain_text(command: str, parts: list[str]) -> None:
+def test_the_help_has_the_defaults_in_plain_text(command: str, parts: list[str]) -> None:
     text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
 
     assert all(part in text for part in parts)
     assert "<bool>" not in text
 
 
-def test_every_command_is_told_in_a_sentence_that_is_not_cut() -> None:
+def test_the_help_shows_the_whole_sentence_of_every_command() -> None:
     text = CliRunner().invoke(app, ["--help"], terminal_width=80).stdout
 
     assert "--install-completion" in text

@@ -93,7 +93,7 @@ def test_a_missing_file_of_keys_fails_the_check(files: tuple[Path, Path]) -> Non
     assert "GATEWAY_API_KEYS_FILE" in result.stderr
 
 
-def test_keys_have_a_prefix_of_their_own_and_no_character_that_splits_a_word() -> None:
+def test_keys_have_their_own_prefix_and_no_character_that_splits_a_word() -> None:
     """So that scanners for leaked secrets find them, and a double click takes all of one."""
     key = make_key()
 
@@ -231,7 +231,7 @@ def test_keys_that_are_no_plain_list_are_left_to_people(tmp_path: Path) -> None:
     assert file.read_text() == text
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "nowhere" / "keys.yaml"
 
     result = add(file, "one")

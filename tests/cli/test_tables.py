@@ -23,7 +23,7 @@ Printed = Callable[[], str]
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
-    """Return what was printed, with runs of blanks as one."""
+    """Return the printed text, with single blanks."""
     return lambda: " ".join(capsys.readouterr().out.split())
 
 

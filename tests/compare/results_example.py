@@ -41,7 +41,7 @@ ANSWERS = [
     "Changes to your {} take effect on the first day of the next month. You receive a confirmation by e-mail.",
     "If the {} reports E-1704, the line was interrupted during an update. Unplug it, wait, and start the update again.",
     "You can move your {} online under Account, Services, Move. We need the new address and the date of the move.",
-    "A second {} is not part of the basic tariff. It costs a monthly fee, and can be cancelled at any time.",
+    "A second {} is not part of the basic tariff. It costs a monthly fee, and can be canceled at any time.",
     "{}: bedienung, Ersteinrichtung und Zurücksetzen auf die Werkseinstellungen. Halten Sie die Taste gedrückt.",
 ]  # fmt: skip
 

@@ -28,9 +28,9 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "at least two models are needed"),
-        (["a"], "at least two models are needed"),
-        (["a", "b", "a"], "'a' is given twice"),
+        ([], "a comparison needs at least two models"),
+        (["a"], "a comparison needs at least two models"),
+        (["a", "b", "a"], "'a' is named twice"),
         (["a", "b@"], "'b@': must be MODEL or MODEL@DIMENSIONS, such as jina-embeddings-v3@256"),
         (["a", "b@0"], "'b@0': must be MODEL"),
         (["a", "b@-1"], "'b@-1': must be MODEL"),
@@ -40,7 +40,7 @@ def test_names() -> None:
         (["a", ""], "'': must be MODEL"),
     ],
 )
-def test_names_that_are_none(names: list[str], message: str) -> None:
+def test_invalid_names_are_errors(names: list[str], message: str) -> None:
     with pytest.raises(CompareError, match=re.escape(message)):
         parse_arms(names)
 
@@ -74,7 +74,7 @@ async def test_tasks(
     assert (planned.queries.task, planned.passages.task) == tasks
 
 
-async def test_a_smaller_size_has_a_space_of_its_own(start_gateway: StartGateway) -> None:
+async def test_a_smaller_size_has_its_own_space(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
     whole, cut = [await plan_arm(gateway.client, arm(name)) for name in ("tasks", "tasks@8")]
     assert (whole.dimensions, whole.width) == (64, 64)
@@ -120,13 +120,13 @@ async def test_a_model_that_loads_is_waited_for(
     assert not any(pauses[1:])
 
 
-async def test_a_model_that_failed_is_told_at_once(start_gateway: StartGateway, make_model: MakeModel) -> None:
+async def test_a_failed_model_is_an_error_at_once(start_gateway: StartGateway, make_model: MakeModel) -> None:
     gateway = await start_gateway(make_model("broken", state=ModelState.FAILED, reason="no weights"))
     with pytest.raises(StartError, match=r"answers 503: .*no weights"):
         await plan_arm(gateway.client, arm("broken"))
 
 
-async def test_a_model_that_is_not_there_is_told(start_gateway: StartGateway) -> None:
+async def test_an_unknown_model_is_an_error(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
-    with pytest.raises(StartError, match=r"answers 404: no model is called 'nobody'; there are: plain, tasks"):
-        await plan_arm(gateway.client, arm("nobody"))
+    with pytest.raises(StartError, match=r"answers 404: no model is called 'absent'; there are: plain, tasks"):
+        await plan_arm(gateway.client, arm("absent"))

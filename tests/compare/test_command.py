@@ -54,8 +54,8 @@ def test_wrong_data_is_said_before_anything_loads(tmp_path: Path, write_data: Wr
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a"], "at least two models are needed to compare: the baseline, and another one"),
-        (["a", "a"], "'a' is given twice"),
+        (["a"], "a comparison needs at least two models: the baseline, and another one"),
+        (["a", "a"], "'a' is named twice"),
         (
             ["a", "b", "--url", "localhost:8000"],
             "--url localhost:8000: must be an address such as http://127.0.0.1:8000",
@@ -64,7 +64,7 @@ def test_wrong_data_is_said_before_anything_loads(tmp_path: Path, write_data: Wr
         (["a", "b", "--url", "http://host\n"], "--url http://host\n: Invalid non-printable ASCII character in URL"),
         (["a", "b", "--url", "http://127.0.0.1:1"], "no gateway answers at http://127.0.0.1:1: "),
         (["a", "b", "--models", "nowhere.yaml"], "nowhere.yaml: "),
-        (["a", "b", "--split", "dev"], "splits that there are: test"),
+        (["a", "b", "--split", "dev"], "the splits are: test"),
     ],
 )
 def test_what_is_wrong_is_one_line(write_data: WriteData, arguments: list[str], message: str) -> None:
@@ -85,7 +85,7 @@ def test_results_of_another_comparison_are_not_replaced(tmp_path: Path, write_da
 
     assert result.exit_code == 1
     assert result.stderr == (
-        f"--out {out}: holds the results of another comparison; name another folder, or remove this one\n"
+        f"--out {out}: holds the results of another comparison; choose another folder, or remove this one\n"
     )
     assert (out / "results.json").read_text() == "of before"
 
@@ -151,10 +151,10 @@ def test_without_a_key_none_is_sent(closed_gateway: tuple[str, Asked], write_dat
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["one", "nobody"], "models.yaml: no model is called 'nobody'; there are: one, other, searcher, ab"),
+        (["one", "absent"], "models.yaml: no model is called 'absent'; there are: one, other, searcher, ab"),
         (["one", ""], "models.yaml: no model is called ''"),
         (["searcher:passage", "one"], "already means the task 'query': remove `:passage`"),
-        (["one", "ab"], "ab is an experiment, which answers with several models: name those"),
+        (["one", "ab"], "ab is an experiment, which uses several models: name those"),
         (["ab:query", "one"], "ab:query is an experiment"),
         (["searcher", "other"], "one: failed to load: "),
     ],

@@ -40,7 +40,7 @@ def request_for(data: Path, *arms: str, **changes: Any) -> CompareRequest:
 
 
 def many_queries(num: int) -> dict[str, Any]:
-    """Queries about a document each: its first word and two that stand in every document."""
+    """Queries about a document each: its first word, and two that every document has."""
     documents = {f"d{i}": f"thing{i} and also detail{i} besides more{i}" for i in range(num)}
     queries = {f"q{i}": f"thing{i} and besides" for i in range(num)}
     return {
@@ -50,7 +50,7 @@ def many_queries(num: int) -> dict[str, Any]:
     }
 
 
-async def test_what_is_told_of_each_arm(gateway: FakeGateway, write_data: WriteData) -> None:
+async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteData) -> None:
     found, rankings = await run(gateway, request_for(write_data(), "tasks", "tasks@8", "plain"))
     assert [arm.name for arm in found.arms] == list(rankings) == ["tasks", "tasks@8", "plain"]
     whole, cut, plain = found.arms
@@ -65,7 +65,7 @@ async def test_what_is_told_of_each_arm(gateway: FakeGateway, write_data: WriteD
     ]
     assert [one.arm for one in found.agreements] == ["tasks@8", "plain"]
     assert found.contrasts[0].verdict == Verdict.TOO_FEW_QUERIES
-    assert found.source == "http://gateway"
+    assert (found.source, found.seed) == ("http://gateway", 0)
     assert {"gateway", "numpy", "ir-measures"} <= found.versions.keys()
 
 
@@ -79,7 +79,7 @@ async def test_the_first_hundred_are_ranked_and_the_first_ten_shown(
     assert [hit.document for hit in shown[0]] == [document for document, _ in rankings["plain"]["q0"][:10]]
 
 
-async def test_each_step_is_told(gateway: FakeGateway, write_data: WriteData) -> None:
+async def test_each_step_is_reported(gateway: FakeGateway, write_data: WriteData) -> None:
     class Told(Silent):
         steps: ClassVar[list[str]] = []
 
@@ -199,7 +199,7 @@ async def test_arms_of_one_space_are_noted(gateway: FakeGateway, write_data: Wri
 
 async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, write_data: WriteData) -> None:
     said = await notes(gateway, write_data(), "plain", "queries")
-    assert "queries has an instruction for queries and none for documents" in said
+    assert "queries has an instruction for queries but not for documents" in said
     assert "plain has an instruction" not in said
 
 
@@ -243,5 +243,5 @@ async def test_an_experiment_is_no_arm(gateway: FakeGateway, write_data: WriteDa
         return httpx.Response(200, json=answer, headers=headers)
 
     gateway.transport.before = say_experiment
-    with pytest.raises(CompareError, match="plain is an experiment, which answers with several models: name those"):
+    with pytest.raises(CompareError, match="plain is an experiment, which uses several models: name those"):
         await run(gateway, request_for(write_data(), "tasks", "plain"))

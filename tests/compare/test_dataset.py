@@ -99,15 +99,15 @@ def test_judgments_of_what_is_not_there_are_dropped_and_noted(tmp_path: Path) ->
     dataset = read(tmp_path, {**FILES, "qrels/test.tsv": QRELS + "q9\td1\t1\nq9\td2\t1\nq1\td9\t1\nq3\td9\t1\n"})
     assert dataset.judgments == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
     assert dataset.notes[1:] == (
-        "2 judgments were dropped: what they name is not in queries.jsonl.",
-        "2 judgments were dropped: what they name is not in corpus.jsonl.",
+        "2 judgments were dropped: the id is not in queries.jsonl.",
+        "2 judgments were dropped: the id is not in corpus.jsonl.",
     )
 
 
 def test_notes_queries_without_a_relevant_document_and_empty_texts(tmp_path: Path) -> None:
     files = {**FILES, "qrels/test.tsv": QRELS + "q3\td2\t0\n", "corpus.jsonl": CORPUS + '{"_id": "e", "text": " "}'}
     assert read(tmp_path, files).notes == (
-        "1 query has no relevant document: no arm can find anything for them.",
+        "1 query has no relevant document, so no arm can find one.",
         "Among the documents, 1 text is empty.",
     )
 
@@ -135,18 +135,26 @@ def test_sample_keeps_what_is_judged(tmp_path: Path) -> None:
         ("corpus.jsonl", '{"_id": "a", "body": ""}', "corpus.jsonl:1: has no text; its keys: _id, body"),
         ("corpus.jsonl", '{"_id": "a", "text": 3}', "corpus.jsonl:1: text must be a text, and is 3"),
         ("corpus.jsonl", '{"_id": "a", "text": "", "title": []}', "corpus.jsonl:1: title must be a text, and is []"),
-        ("corpus.jsonl", '{"_id": "", "text": ""}', "corpus.jsonl:1: _id must be a text that is not empty"),
-        ("corpus.jsonl", '{"_id": true, "text": ""}', "corpus.jsonl:1: _id must be a text that is not empty, or an"),
-        ("corpus.jsonl", CORPUS + '{"_id": "7", "text": ""}', "corpus.jsonl:6: _id '7' is there a second time"),
+        ("corpus.jsonl", '{"_id": "", "text": ""}', "corpus.jsonl:1: _id must be a non-empty text"),
+        ("corpus.jsonl", '{"_id": true, "text": ""}', "corpus.jsonl:1: _id must be a non-empty text or an"),
+        ("corpus.jsonl", CORPUS + '{"_id": "7", "text": ""}', "corpus.jsonl:6: _id '7' appears twice"),
         ("corpus.jsonl", "\n\n", "corpus.jsonl: is empty; at least one line is needed"),
         ("queries.jsonl", "", "queries.jsonl: is empty; at least one line is needed"),
         ("queries.jsonl", QUERIES + '{"_id": "q4"}', "queries.jsonl:4: has no text; its keys: _id"),
         ("qrels/test.tsv", "q1\td1\t1\n", "test.tsv:1: the header is missing: the first line must be 'query-id\\tcorp"),
         ("qrels/test.tsv", "q1\td1\t0.5\n", "test.tsv:1: the header is missing"),
-        ("qrels/test.tsv", QRELS + "q1 d1 1\n", "test.tsv:5: must have 3 columns with tabs between (query-id, corpus-"),
+        (
+            "qrels/test.tsv",
+            QRELS + "q1 d1 1\n",
+            "test.tsv:5: must have 3 columns, separated by tabs (query-id, corpus-",
+        ),
         ("qrels/test.tsv", QRELS + "q1\t0\td1\t1\n", "test.tsv:5: must have 3 columns"),
         ("qrels/test.tsv", QRELS + "q1\td1\tyes\n", "test.tsv:5: the score must be an integer, and is 'yes'"),
-        ("qrels/test.tsv", QRELS + "q2\td1\t1\n", "test.tsv:5: query 'q2' and document 'd1' have score 1, and 2 furt"),
+        (
+            "qrels/test.tsv",
+            QRELS + "q2\td1\t1\n",
+            "test.tsv:5: query 'q2' and document 'd1' have score 1, and 2 earlier",
+        ),
         ("qrels/test.tsv", QRELS.encode() + b"q\xff\td\t1\n", "test.tsv:5: is not UTF-8: "),
         ("qrels/test.tsv", "", "test.tsv: is empty; at least one judgment"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv: is empty; at least one judgment"),
@@ -169,12 +177,12 @@ def test_refuses_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match=r"queries\.jsonl: there is no such file"):
         read_dataset(tmp_path, None)
     write(tmp_path, {"queries.jsonl": QUERIES})
-    with pytest.raises(CompareError, match=r"test\.tsv: there is no such file; splits that there are: none"):
+    with pytest.raises(CompareError, match=r"test\.tsv: there is no such file; the splits are: none"):
         read_dataset(tmp_path, "test")
     write(tmp_path, {"qrels/dev.tsv": QRELS, "qrels/train.tsv": QRELS})
-    with pytest.raises(CompareError, match="has several splits and none is called test; name one of: dev, train"):
+    with pytest.raises(CompareError, match="has several splits but not `test`; choose one with --split: dev, train"):
         read_dataset(tmp_path, None)
-    with pytest.raises(CompareError, match="splits that there are: dev, train"):
+    with pytest.raises(CompareError, match="the splits are: dev, train"):
         read_dataset(tmp_path, "tset")
     with pytest.raises(CompareError, match="at most 0 documents: at least 1 is needed"):
         read_dataset(tmp_path, "dev", max_documents=0)

@@ -129,7 +129,7 @@ async def test_a_request_that_is_too_much_is_sent_in_halves(
     assert sorted(gateway.transport.texts()) == sorted(TEXTS)
 
 
-async def test_a_single_text_that_is_too_much_is_told(start_gateway: StartGateway, tmp_path: Path) -> None:
+async def test_a_single_text_that_is_too_much_is_an_error(start_gateway: StartGateway, tmp_path: Path) -> None:
     gateway = await start_gateway()
     arm = await planned(gateway, "plain")
     gateway.transport.before = lambda _body: httpx.Response(413, text="the body is too large")
@@ -137,7 +137,7 @@ async def test_a_single_text_that_is_too_much_is_told(start_gateway: StartGatewa
         await embed(gateway, arm, tmp_path)
 
 
-async def test_a_cancelled_run_leaves_no_request_behind(start_gateway: StartGateway, tmp_path: Path) -> None:
+async def test_a_canceled_run_leaves_no_request_behind(start_gateway: StartGateway, tmp_path: Path) -> None:
     gateway = await start_gateway()
     arm = await planned(gateway, "plain")
     has_begun = asyncio.Event()
@@ -168,7 +168,7 @@ async def test_a_gateway_that_does_not_check_the_space_is_checked(start_gateway:
         200, json=answer, headers={"x-gateway-space": "plain@0123456789ab"}
     )
     with pytest.raises(
-        CompareError, match="plain changed while it was compared: vectors of 1 dimensions in space plain@0"
+        CompareError, match="plain changed during the comparison: vectors of 1 dimensions in space plain@0"
     ):
         await embed(gateway, arm, tmp_path, ["a"])
 

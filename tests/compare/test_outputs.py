@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_results(make_comparison(num_queries=1), {}, tmp_path / "taken")
 
 
-def test_written_anew_it_is_the_same(tmp_path: Path) -> None:
+def test_files_are_the_same_when_written_again(tmp_path: Path) -> None:
     comparison = make_comparison(JINA, BGE, num_queries=3)
     first = [path.read_bytes() for path in write_results(comparison, rankings_of(comparison), tmp_path)]
     assert [path.read_bytes() for path in write_results(comparison, rankings_of(comparison), tmp_path)] == first

@@ -1,4 +1,4 @@
-"""The page holds everything, shows text as text, and asks nobody for anything."""
+"""The page holds everything, shows text as text, and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def with_texts(comparison: Comparison, text: str) -> Comparison:
 
 def test_every_section_is_there(page: Page) -> None:
     for heading in (
-        "What the queries say", "Side by side", "Plots", "Queries to look at", "Method and provenance", "How to read it",
+        "Results", "Side by side", "Plots", "Example queries", "Method and provenance", "How to read it",
     ):  # fmt: skip
         assert heading in page.words
     assert len(page.all("h1")) == 1
@@ -154,7 +154,7 @@ def test_nothing_is_loaded(has_judgments: bool) -> None:
     styles = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in styles
     assert "@import" not in styles
-    # The browser is told as much.
+    # The page's policy forbids it as well.
     assert any(str(attributes.get("content")).startswith("default-src 'none'") for attributes in page.all("meta"))
 
 
@@ -196,7 +196,7 @@ def test_without_judgments_it_speaks_of_a_difference() -> None:
     assert "is better" not in page.words
     assert set(specs_of(page)) == {"plot-overlap-1", "plot-rbo-1", "plot-overlap-2", "plot-rbo-2"}
     assert "Ranked least alike" in page.words
-    assert "without judgments there is none to draw" in page.words
+    assert "quality needs judgments" in page.words
     assert "not judged" not in page.words
 
 
@@ -236,7 +236,7 @@ def test_too_few_queries_says_how_many() -> None:
 def test_inconclusive_says_between_which_bounds() -> None:
     page = Page(render_page(make_comparison(JINA, JINA_CUT)))
     assert re.search(
-        r"not tell whether jina-embeddings-v3@256 is better or worse than jina-embeddings-v3: the difference in "
+        r"not show whether jina-embeddings-v3@256 is better or worse than jina-embeddings-v3: the difference in "
         rf"nDCG@10 lies between {MINUS}0\.\d\d\d and \+0\.\d\d\d \(95 % interval",
         page.words,
     )
@@ -249,18 +249,18 @@ def test_inconclusive_beyond_the_interval_says_why() -> None:
     contrasts[0] = replace(contrasts[0], verdict=Verdict.INCONCLUSIVE)
     assert contrasts[0].difference.low > 0
     page = Page(render_page(replace(comparison, contrasts=contrasts)))
-    assert "The interval leaves 0 out, but p is not small enough to rely on that." in page.words
+    assert "The interval excludes 0, but p is not small enough to rely on that." in page.words
 
 
 @pytest.mark.parametrize("has_judgments", [True, False])
 def test_no_difference_at_all(has_judgments: bool) -> None:
     page = Page(render_page(make_comparison(JINA, TWIN, has_judgments=has_judgments)))
     assert not page.all("details")
-    assert "There are none." in page.words
+    assert "No query." in page.words
     assert f"{MINUS}0.000" not in page.words
     if has_judgments:
         assert "0 wins, 200 ties, 0 losses" in page.words
-        assert "Left out: every query is worth the same" in page.words
+        assert "Left out: every query has the same quality" in page.words
 
 
 def test_two_thousand_queries_are_a_bar_each_and_the_page_stays_small() -> None:
@@ -304,7 +304,7 @@ def test_plotly_knows_every_property(has_judgments: bool, likenesses: tuple) -> 
     assert all(len(figure.data) > 0 for figure in figures)
 
 
-def test_arms_are_told_apart_by_color_and_shape() -> None:
+def test_arms_differ_in_color_and_shape() -> None:
     likenesses = [
         replace(JINA, name=f"{JINA.name}@{width}", width=width) for width in (1024, 768, 512, 256, 128, 64, 32)
     ]

@@ -74,7 +74,7 @@ def test_zeros_of_both_signs_are_equal() -> None:
     assert indices.tolist() == [[0, 1, 2]]
 
 
-def test_small_scores_are_told_apart() -> None:
+def test_small_scores_stay_distinct() -> None:
     documents = np.arange(1, 101, dtype=np.float32)[:, None] * np.float32(1e-9)
     indices, _ = search(np.ones((1, 1), dtype=np.float32), documents, 1)
     assert indices.tolist() == [[99]]

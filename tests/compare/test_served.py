@@ -108,7 +108,7 @@ def test_with_cost(url: str, write_data: WriteData, tmp_path: Path) -> None:
     result = compare(tmp_path, *arguments, cost="--cost")
     assert result.exit_code == 0, result.stderr
     assert all(arm["cost"]["p50_s"] > 0 for arm in results(tmp_path / "out")["arms"])
-    assert "ms a query" in result.stdout
+    assert "ms per query" in result.stdout
 
 
 @pytest.mark.parametrize(

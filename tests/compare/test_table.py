@@ -56,7 +56,7 @@ def test_rows_are_arms_in_order() -> None:
 def test_says_the_verdict_in_a_sentence_and_the_notes() -> None:
     text = printed(make_comparison())
     assert "bge-m3 is better than jina-embeddings-v3: nDCG@10 +0.049" in text
-    assert "These queries do not tell whether jina-embeddings-v3@256 is better" in text
+    assert "These queries do not show whether jina-embeddings-v3@256 is better" in text
     assert "Note: 12 queries were left out" in text
     assert "difference, not a quality" not in text
 
@@ -65,8 +65,8 @@ def test_says_the_verdict_in_a_sentence_and_the_notes() -> None:
     ("likenesses", "num_queries", "conclusion"),
     [
         ((JINA, BGE, MINILM), 200, "Better than jina-embeddings-v3 on these queries: bge-m3."),
-        ((JINA, MINILM), 200, "Nothing here is shown to be better than jina-embeddings-v3: stay with it."),
-        ((JINA, MINILM), 8, "These queries are too few to say whether to leave jina-embeddings-v3."),
+        ((JINA, MINILM), 200, "Nothing here is shown to be better than jina-embeddings-v3: keep it."),
+        ((JINA, MINILM), 8, "These queries are too few to decide whether to replace jina-embeddings-v3."),
     ],
 )
 def test_the_conclusion_is_on_the_terminal_and_on_the_page(
@@ -82,7 +82,7 @@ def test_without_judgments_there_is_no_conclusion() -> None:
     comparison = make_comparison(JINA, MINILM, has_judgments=False)
 
     assert not bottom_line(comparison)
-    assert "stay with it" not in render_page(comparison)
+    assert "keep it" not in render_page(comparison)
 
 
 def test_without_judgments_it_speaks_of_a_difference_alone() -> None:
@@ -113,7 +113,7 @@ def test_one_arm_is_compared_with_nothing() -> None:
     assert "Agreement" not in text
 
 
-def test_names_are_no_markup() -> None:
+def test_markup_in_names_is_printed() -> None:
     arm = replace(JINA, name="[bold]x[/bold]")
     text = printed(make_comparison(arm, replace(BGE, name="[/]")))
     assert "[bold]x[/bold]" in text
