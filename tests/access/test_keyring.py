@@ -1,4 +1,4 @@
-"""Who a request is from, by the key that it carries."""
+"""Clients are identified by the key of a request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gateway.telemetry import metrics
 
 
 def write(path: Path, *entries: str) -> None:
-    """Put another file in its place, as an editor or Kubernetes does."""
+    """Replace the file, as an editor or Kubernetes does."""
     new = path.with_suffix(".new")
     new.write_text("version: 1\nkeys:\n" + "".join(f"- {{{entry}}}\n" for entry in entries) if entries else "no file")
     new.replace(path)
@@ -32,8 +32,8 @@ def entry(name: str, key: str, more: str = "") -> str:
 
 
 @pytest.fixture
-def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the file be looked at a hundred times a second."""
+def checks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the file a hundred times per second."""
     monkeypatch.setattr(keyring_module, "_CHECK_EVERY_S", 0.01)
 
 
@@ -84,7 +84,7 @@ async def test_several_keys_of_the_environment_and_the_file(tmp_path: Path) -> N
         await keyring.identify(None, "10.0.0.1")
 
 
-async def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
+async def test_an_empty_file_accepts_no_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text("version: 1\nkeys: []\n")
 
@@ -102,7 +102,7 @@ async def test_a_key_ends_when_it_expires(tmp_path: Path) -> None:
         await keyring.identify(key_digest("one"), "")
 
 
-@pytest.mark.usefixtures("looks_often")
+@pytest.mark.usefixtures("checks_often")
 async def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
@@ -120,7 +120,7 @@ def reloads(outcome: str) -> float:
     return metrics.KEY_RELOADS.labels(outcome)._value.get()
 
 
-@pytest.mark.usefixtures("looks_often")
+@pytest.mark.usefixtures("checks_often")
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -132,7 +132,7 @@ def reloads(outcome: str) -> float:
     ],
     ids=["wrong", "gone", "named pipe", "folder", "huge"],
 )
-async def test_a_file_that_became_wrong_changes_nothing_and_is_told_once_without_a_request(
+async def test_a_file_that_became_wrong_changes_nothing_and_is_logged_once_without_a_request(
     tmp_path: Path, spoil: Callable[[Path], object], reason: str
 ) -> None:
     path = tmp_path / "keys.yaml"
@@ -147,7 +147,7 @@ async def test_a_file_that_became_wrong_changes_nothing_and_is_told_once_without
         keyring.watch()
         spoil(path)
         await until(is_refused)
-        await asyncio.sleep(0.1)  # several more looks
+        await asyncio.sleep(0.1)  # several more checks
     assert reloads("refused") == refused + 1
     (line,) = [one for one in logged if one["event"] == "api_keys_refused"]
     assert reason in line["reason"]
@@ -170,8 +170,8 @@ async def test_a_named_pipe_is_refused_at_the_start(tmp_path: Path) -> None:
         Keyring(Settings(api_keys_file=path))
 
 
-@pytest.mark.usefixtures("looks_often")
-async def test_it_goes_on_looking_whatever_a_look_ran_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("checks_often")
+async def test_the_file_is_still_checked_after_a_check_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that was revoked would otherwise work until a restart."""
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
@@ -194,7 +194,7 @@ async def test_it_goes_on_looking_whatever_a_look_ran_into(tmp_path: Path, monke
     await keyring.close()
 
 
-def test_a_wrong_file_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         Keyring(Settings(api_keys_file=tmp_path / "keys.yaml"))
 
@@ -206,13 +206,13 @@ def test_keys_are_long_and_differ() -> None:
     assert set(map(len, keys)) == {47}
 
 
-def test_what_a_client_may_use() -> None:
+def test_a_client_may_use_a_model_by_any_of_its_names() -> None:
     assert Client("a").may_use("anything")
     assert Client("a", frozenset({"bge-m3", "mem0"})).may_use("default", "bge-m3")
     assert not Client("a", frozenset({"mem0"})).may_use("default", "bge-m3")
 
 
-@pytest.mark.usefixtures("looks_often")
+@pytest.mark.usefixtures("checks_often")
 async def test_no_request_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
@@ -226,7 +226,7 @@ async def test_no_request_waits_for_the_file(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(keyring_module, "load_key_file", read_slowly)
     write(path, entry("b", "two"))
-    assert await knows(keyring, "one")  # which begins to look
+    assert await knows(keyring, "one")  # which starts the checks
     assert await asyncio.to_thread(begun.wait, 30)
 
     assert await knows(keyring, "one")
@@ -236,8 +236,7 @@ async def test_no_request_waits_for_the_file(tmp_path: Path, monkeypatch: pytest
     await keyring.close()
 
 
-async def test_the_last_day_of_a_key_ends_at_its_moment(tmp_path: Path) -> None:
-    """At the moment itself the key has expired."""
+async def test_a_key_has_expired_at_the_moment_of_its_expiry(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     moment = datetime.now(UTC)
     write(path, entry("old", "one", f", expires: '{moment.isoformat()}'"))
@@ -247,7 +246,7 @@ async def test_the_last_day_of_a_key_ends_at_its_moment(tmp_path: Path) -> None:
     await keyring.close()
 
 
-async def test_one_task_looks_at_the_file_until_it_is_closed(tmp_path: Path) -> None:
+async def test_one_task_checks_the_file_until_it_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     write(path, entry("a", "one"))
     keyring = Keyring(Settings(api_keys_file=path))
@@ -257,12 +256,12 @@ async def test_one_task_looks_at_the_file_until_it_is_closed(tmp_path: Path) -> 
     keyring.watch()
     assert await knows(keyring, "one")
 
-    (looking,) = asyncio.all_tasks() - before
+    (watching,) = asyncio.all_tasks() - before
     await keyring.close()
-    assert looking.cancelled()
+    assert watching.cancelled()
 
 
-async def test_without_a_file_nothing_is_looked_at() -> None:
+async def test_without_a_file_nothing_is_checked() -> None:
     keyring = Keyring(Settings(api_keys=["one"]))
     before = asyncio.all_tasks()
 

@@ -1,4 +1,4 @@
-"""The counters that end by themselves, as ``limits`` uses them."""
+"""The counters that expire, as ``limits`` uses them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gateway.access.quotas import ProcessStorage
 
 
 class Clock:
-    """What both of ``time``'s clocks say, unless one of them is set."""
+    """A clock for both of ``time``'s functions, one of which can be set."""
 
     now = 1000.0
     was_set_by = 0.0
@@ -51,14 +51,14 @@ async def test_a_counter_that_ends_while_others_are_kept_begins_again(clock: Clo
     assert await storage.get_expiry("a") == 1020.0
 
 
-async def test_what_was_never_counted_is_zero_and_ends_now(clock: Clock) -> None:
+async def test_an_unknown_counter_is_zero_and_ends_now(clock: Clock) -> None:
     storage = ProcessStorage()
 
     assert (await storage.get("a"), await storage.get_expiry("a")) == (0, 1000.0)
     assert len(storage) == 0
 
 
-async def test_counters_that_have_ended_are_thrown_away_twice_a_minute_at_most(clock: Clock) -> None:
+async def test_expired_counters_are_deleted_at_most_twice_per_minute(clock: Clock) -> None:
     """To go through all of them at each request is what ``limits``' own storage does."""
     storage = ProcessStorage()
     for number in range(100):

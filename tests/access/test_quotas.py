@@ -1,4 +1,4 @@
-"""Requests and tokens a minute, in memory and in a real Redis."""
+"""Requests and tokens per minute, in memory and in a real Redis."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def quotas(request: pytest.FixtureRequest, connect: Callable[[str], Quotas]) -> 
 
 
 def client(**limits: int) -> Client:
-    """Return a client that nobody else counts for."""
+    """Return a client with a new name."""
     return Client(f"client-{time.monotonic_ns()}", **limits)
 
 
@@ -147,7 +147,7 @@ async def test_tokens_are_charged_as_they_were_used(quotas: Quotas) -> None:
     assert refused["x-ratelimit-remaining-tokens"] == "0"
 
 
-async def test_requests_that_run_keep_tokens_aside() -> None:
+async def test_running_requests_reserve_tokens() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
     tickets = [await quotas.admit(one, {}) for _ in range(3)]
 
@@ -163,7 +163,7 @@ async def test_requests_that_run_keep_tokens_aside() -> None:
     assert quotas._reserved == {}
 
 
-async def test_a_long_text_keeps_aside_what_the_model_takes_of_it() -> None:
+async def test_a_long_text_reserves_the_tokens_that_the_model_reads() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
 
     async with quotas.reserve(await quotas.admit(one, {}), ["x" * 500_000, "x"], 40):
@@ -178,7 +178,7 @@ async def test_a_query_counts_with_each_text() -> None:
         assert quotas._reserved == {one.name: 8 + 40}
 
 
-async def test_what_was_used_while_a_body_came_counts(quotas: Quotas) -> None:
+async def test_tokens_used_while_a_body_arrived_count(quotas: Quotas) -> None:
     """Any number of requests can be admitted before their bodies come, and then be sent one by one."""
     one = client(tokens_per_minute=10)
     tickets = [await quotas.admit(one, {}) for _ in range(20)]
@@ -193,7 +193,7 @@ async def test_what_was_used_while_a_body_came_counts(quotas: Quotas) -> None:
     assert num_answered == 1
 
 
-async def test_what_failed_is_not_kept_aside() -> None:
+async def test_a_failed_request_reserves_nothing() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
     ticket = await quotas.admit(one, {})
 
@@ -205,7 +205,7 @@ async def test_what_failed_is_not_kept_aside() -> None:
     assert isinstance(await quotas.admit(one, {}), Ticket)
 
 
-async def test_who_does_not_wait_pays_all_the_same(quotas: Quotas) -> None:
+async def test_a_client_that_disconnects_is_charged_the_estimate(quotas: Quotas) -> None:
     one = client(tokens_per_minute=100)
     ticket = await quotas.admit(one, {})
 
@@ -217,7 +217,7 @@ async def test_who_does_not_wait_pays_all_the_same(quotas: Quotas) -> None:
     assert quotas._reserved == {}
 
 
-async def test_many_at_once_get_no_more(quotas: Quotas) -> None:
+async def test_concurrent_requests_get_no_more_than_the_limit(quotas: Quotas) -> None:
     one = client(requests_per_minute=50)
 
     results = await asyncio.gather(*(quotas.admit(one, {}) for _ in range(200)), return_exceptions=True)
@@ -247,7 +247,7 @@ async def test_replicas_count_together_in_redis(connect: Callable[[str], Quotas]
             await replica.admit(one, {})
 
 
-async def test_a_storage_that_does_not_answer_lets_everybody_pass(connect: Callable[[str], Quotas]) -> None:
+async def test_without_an_answer_from_the_storage_requests_pass(connect: Callable[[str], Quotas]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     quotas, one = connect(f"redis://127.0.0.1:{port}/0"), client(requests_per_minute=1, tokens_per_minute=1)
@@ -281,7 +281,7 @@ async def test_redis_may_listen_at_a_socket_of_the_file_system(
         await quotas.admit(one, {})
 
 
-async def test_a_client_without_a_limit_of_tokens_keeps_none_aside(quotas: Quotas) -> None:
+async def test_a_client_without_a_token_limit_reserves_none(quotas: Quotas) -> None:
     ticket = await quotas.admit(client(requests_per_minute=2), {})
 
     async with quotas.reserve(ticket, ["x" * 200], 512):
@@ -291,12 +291,12 @@ async def test_a_client_without_a_limit_of_tokens_keeps_none_aside(quotas: Quota
 
 
 @pytest.mark.parametrize("uri", ["nowhere://", "redis", "etcd://127.0.0.1:2379", ""])
-def test_a_storage_that_there_is_not_is_told_at_the_start(uri: str) -> None:
+def test_an_unknown_storage_is_refused_at_the_start(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"^environment: GATEWAY_QUOTA_STORAGE: must be `memory://` or begin with "):
         Quotas(uri)
 
 
-def test_a_package_that_is_not_installed_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
 
     with pytest.raises(ConfigError, match=r"^environment: GATEWAY_QUOTA_STORAGE: .* pip install 'embedding-gateway\[r"):

@@ -216,7 +216,7 @@ def test_a_variable_cannot_bring_in_structure(tmp_path: Path) -> None:
     assert registry.model("mini").default_task == "[a, b]\nid: c"
 
 
-def test_an_unset_variable_is_one_problem_and_no_more(tmp_path: Path) -> None:
+def test_an_unset_variable_is_a_single_problem(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, entry("source: package:weights\nmax_tokens: ${TOKENS}"))
 
     assert (problem.line, problem.column, problem.key) == (5, 17, "models[0].max_tokens")
@@ -240,7 +240,7 @@ def test_a_folder_in_place_of_the_file_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing but a comment\n", "---\n"])
-def test_an_empty_file_is_told_what_it_needs(tmp_path: Path, text: str) -> None:
+def test_an_empty_file_gets_a_message_about_its_keys(tmp_path: Path, text: str) -> None:
     (problem,) = problems_of(tmp_path, text)
 
     assert problem.message == "the file is empty; it needs `version: 1` and `models:`"
@@ -553,14 +553,14 @@ CONFLICT_CASES = [
 
 
 @pytest.mark.parametrize("case", FIELD_CASES + CONFLICT_CASES, ids=lambda case: case.name)
-def test_a_problem_is_told_once_with_its_place_and_what_is_right(tmp_path: Path, case: Case) -> None:
+def test_a_problem_is_reported_once_with_its_place_and_the_fix(tmp_path: Path, case: Case) -> None:
     (problem,) = problems_of(tmp_path, case.text)
 
     assert (problem.line, problem.column, problem.key) == (case.line, case.column, case.key)
     assert case.part in problem.message
 
 
-def test_every_problem_is_told_at_once_in_file_order(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once_in_file_order(tmp_path: Path) -> None:
     text = """\
 version: 2
 models:

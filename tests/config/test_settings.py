@@ -118,7 +118,7 @@ def test_settings_are_frozen() -> None:
         ("GATEWAY_PORT_80_TCP_ADDR", "10.0.0.1", "set `enableServiceLinks: false`"),
     ],
 )
-def test_a_wrong_variable_is_told_in_plain_english(key: str, text: str, part: str) -> None:
+def test_a_wrong_variable_gets_a_plain_message(key: str, text: str, part: str) -> None:
     (problem,) = problems_of({key: text})
 
     assert (problem.file, problem.line, problem.column, problem.key) == ("environment", 0, 0, key)
@@ -164,13 +164,13 @@ def test_two_ports_that_are_any_free_ones_differ() -> None:
     assert (settings.port, settings.admin_port) == (0, 0)
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     problems = problems_of({"GATEWAY_PORT": "x", "GATEWAY_MODLES": "y", "GATEWAY_MAX_INPUTS": "z"})
 
     assert [problem.key for problem in problems] == ["GATEWAY_MAX_INPUTS", "GATEWAY_MODLES", "GATEWAY_PORT"]
 
 
-def test_a_wrong_override_is_told_as_an_option() -> None:
+def test_a_wrong_override_is_reported_as_an_option() -> None:
     (problem,) = problems_of({"GATEWAY_MAX_INPUTS": "1"}, max_inputs="x")
 
     assert (problem.file, problem.key) == ("command line", "--max-inputs")

@@ -1,4 +1,4 @@
-"""Experiments, shadows and fallbacks in models.yaml: what is read, and what is wrong, with its place."""
+"""Experiments, shadows and fallbacks in models.yaml: their values, and their problems with places."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ E = "experiments[0]"
         ),
     ],
 )
-def test_what_is_wrong_with_an_experiment_is_told_with_its_place(
+def test_a_problem_of_an_experiment_is_reported_with_its_place(
     tmp_path: Path, change: tuple[str, str], problem: str | None
 ) -> None:
     text = EXPERIMENT.replace(*change)
@@ -208,13 +208,13 @@ def test_what_is_wrong_with_an_experiment_is_told_with_its_place(
         pytest.param("fallbacks:\n  one: two\n", "2:8 fallbacks.one: must be a list", id="no list"),
     ],
 )
-def test_what_is_wrong_elsewhere_is_told_with_its_place(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_problem_elsewhere_is_reported_with_its_place(tmp_path: Path, text: str, problem: str) -> None:
     problems = problems_of(tmp_path, text)
 
     assert any(one.startswith(problem) for one in problems), problems
 
 
-def test_an_alias_cannot_stand_for_an_experiment(tmp_path: Path) -> None:
+def test_an_alias_cannot_name_an_experiment(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(MODELS + "  chained: exp\n" + EXPERIMENT, encoding="utf-8")
 

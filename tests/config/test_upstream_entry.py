@@ -1,4 +1,4 @@
-"""Where a model runs elsewhere: what may stand in an entry's ``upstream``, and what is said of the rest."""
+"""An entry's ``upstream``: its valid values, and the messages for wrong ones."""
 
 from __future__ import annotations
 

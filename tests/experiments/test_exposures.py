@@ -92,7 +92,7 @@ def test_the_oldest_files_are_dropped(tmp_path: Path) -> None:
     assert kept == list(exposures(100))[-len(kept) :]
 
 
-def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_torn_line_loses_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     first, second, third = exposures(3)
     open_log(path).write(first)
@@ -122,7 +122,7 @@ def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
         json.dumps(dataclasses.asdict(FIRST) | {"more": "x"}).encode(),
     ],
 )
-def test_a_line_that_is_no_exposure_is_left_out(tmp_path: Path, line: bytes) -> None:
+def test_a_malformed_line_is_skipped(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "x.jsonl"
     open_log(path).write(FIRST)
     path.write_bytes(line + b"\n\n" + path.read_bytes())
@@ -132,7 +132,7 @@ def test_a_line_that_is_no_exposure_is_left_out(tmp_path: Path, line: bytes) -> 
     assert [line["lines"] for line in lines] == [1]
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "none.jsonl"
 
     with pytest.raises(StartError, match=r"none\.jsonl cannot be read: No such file or directory"):
@@ -169,7 +169,7 @@ def test_a_full_disk_costs_lines_and_no_requests(tmp_path: Path) -> None:
 
 
 def test_a_log_that_is_a_pipe_is_not_read_back(tmp_path: Path) -> None:
-    """Such as ``/dev/stdout`` in a container: whoever read it would wait for themselves."""
+    """Such as ``/dev/stdout`` in a container: reading it would wait for this process itself."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -183,8 +183,8 @@ def test_a_log_that_is_a_pipe_is_not_read_back(tmp_path: Path) -> None:
         os.close(reader)
 
 
-def test_a_pipe_that_nobody_reads_is_refused(tmp_path: Path) -> None:
-    """To open it would be to wait for a reader, and never to start."""
+def test_a_pipe_without_a_reader_is_refused(tmp_path: Path) -> None:
+    """Opening it would wait for a reader, and the gateway would never start."""
     os.mkfifo(tmp_path / "pipe")
 
     with pytest.raises(StartError, match=r"pipe cannot be written: No such device or address"):
@@ -209,7 +209,7 @@ def test_a_rotation_that_fails_costs_lines_and_no_requests(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
-def test_lines_that_are_lost_are_told_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_lines_are_logged_once_per_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = 0.0
     monkeypatch.setattr("gateway.experiments.exposures.time.monotonic", lambda: seconds)
     (tmp_path / "x.jsonl").symlink_to(FULL_DISK)
@@ -258,7 +258,7 @@ def open_files() -> set[str]:
     return {Path(file.path).name for file in psutil.Process().open_files()}
 
 
-def test_a_named_pipe_that_nobody_reads_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_without_a_writer_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "exposures.jsonl"
     os.mkfifo(path)
 

@@ -50,7 +50,7 @@ def test_an_arm_that_loses_a_twentieth_of_its_units_is_found() -> None:
     assert "do not trust a comparison of the arms" in ratio.verdict
 
 
-def test_honest_splits_are_hardly_ever_called_a_mismatch() -> None:
+def test_correct_splits_are_hardly_ever_called_a_mismatch() -> None:
     rng = random.Random(4)
     splits = [sum(rng.random() < 0.3 for _ in range(1_000)) for _ in range(200)]
 
@@ -61,7 +61,9 @@ def test_honest_splits_are_hardly_ever_called_a_mismatch() -> None:
     ("units", "shares"),
     [([0, 0], [0.5, 0.5]), ([9, 0], [0.5, 0.5]), ([5, 4], [0.5, 0.5]), ([96, 3], [0.96, 0.04])],
 )
-def test_below_five_expected_units_in_an_arm_nothing_is_told(units: list[int], shares: list[float]) -> None:
+def test_with_fewer_than_five_expected_units_in_an_arm_there_is_no_verdict(
+    units: list[int], shares: list[float]
+) -> None:
     ratio = check_sample_ratio(units, shares)
 
     assert (ratio.p, ratio.chi2, ratio.degrees, ratio.mismatch) == (None, None, 1, False)

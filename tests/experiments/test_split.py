@@ -1,4 +1,4 @@
-"""Assignments: a salted hash that splits by the weights, agrees everywhere, and moves nobody without need."""
+"""Assignments: a salted hash that splits by the weights, agrees everywhere, and moves no unit without need."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_salt_is_the_id_by_default() -> None:
     )
 
 
-def test_an_arm_of_weight_0_gets_nobody_and_a_lone_weight_everybody() -> None:
+def test_an_arm_of_weight_0_gets_no_unit_and_a_lone_weight_gets_all() -> None:
     assert set(arms_of(make_split({"a": 0, "b": 1}))) == {"b"}
     assert set(arms_of(make_split({"a": 1, "b": 0, "c": 0}))) == {"a"}
 
@@ -92,7 +92,7 @@ def test_the_order_of_the_arms_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("steps", [[0, 1, 5, 10, 25, 50, 90, 100]])
-def test_ramping_an_arm_up_moves_nobody_out_of_it(steps: list[int]) -> None:
+def test_ramping_an_arm_up_moves_no_unit_out_of_it(steps: list[int]) -> None:
     before: set[str] = set()
     for percent in steps:
         arms = arms_of(make_split({"control": 100 - percent, "new": percent}, salt="ramp"))
@@ -121,7 +121,7 @@ def test_raising_one_weight_moves_units_into_that_arm_alone(
         assert new in (old, raised)
 
 
-def test_a_new_arm_takes_from_the_others_and_moves_nobody_between_them() -> None:
+def test_a_new_arm_takes_units_from_the_others_and_moves_none_between_them() -> None:
     before, after = arms_of(make_split({"a": 1, "b": 1})), arms_of(make_split({"a": 1, "b": 1, "c": 1}))
 
     assert all(new in (old, "c") for old, new in zip(before, after, strict=True))
@@ -245,7 +245,7 @@ def test_before_the_start_and_from_the_end_on_the_control_arm_answers(hour: int,
 # -------------------------------------------------------------------------------------------------------- by force
 
 
-def test_a_tester_chooses_the_arm_whatever_else_holds() -> None:
+def test_a_tester_can_always_force_an_arm() -> None:
     split = make_split({"control": 1, "b": 0}, force="header:x-arm", end="2020-01-01", exclude=("me",))
 
     assignment = split.assign(asking(force="b", user="me"), NOW)
@@ -254,7 +254,7 @@ def test_a_tester_chooses_the_arm_whatever_else_holds() -> None:
     assert not assignment.is_counted
 
 
-def test_an_arm_that_there_is_not_cannot_be_forced() -> None:
+def test_an_unknown_arm_cannot_be_forced() -> None:
     split = make_split({"control": 1, "b": 0}, force="header:x-arm")
 
     with pytest.raises(BadInput, match="`x-arm` requests arm 'c' of experiment 'exp'; its arms: control, b"):

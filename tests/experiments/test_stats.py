@@ -1,4 +1,4 @@
-"""What is counted of an experiment, and what of it survives a restart."""
+"""The stats of an experiment, and which of them survive a restart."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_the_earliest_exposure_counts_in_whatever_order_they_come(make_experimen
     assert stats.report(make_experiment(1, 1), GENERATION).units_since == times[1]
 
 
-def test_other_weights_begin_anew_and_the_last_four_are_kept(
+def test_other_weights_have_their_own_stats_and_the_last_four_are_kept(
     make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     experiment = make_experiment(1, 1)
@@ -216,7 +216,7 @@ def test_other_weights_begin_anew_and_the_last_four_are_kept(
     assert kept == {"p": 2, "q": 0, "r": 1, "s": 1, "t": 1}
 
 
-def test_a_split_that_is_wrong_is_told(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+def test_a_wrong_split_is_reported(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
     stats = ExperimentStats(None)
     for unit in range(1_000):
         stats.record(make_record(unit, arm="ab"[unit % 2]))
@@ -277,7 +277,7 @@ def test_each_set_of_weights_is_counted_since_it_came(
                "from `header:x-unit`, and these requests have none of them"),
     ],
 )  # fmt: skip
-def test_an_experiment_whose_requests_have_no_unit_is_told(
+def test_an_experiment_whose_requests_have_no_unit_gets_a_warning(
     make_experiment: MakeExperiment,
     make_record: MakeRecord,
     num_without: int,
