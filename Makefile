@@ -44,7 +44,7 @@ run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev install-clients test check format docs bench loadtest soak image-proof lock clean
+.PHONY: install-dev install-clients test check format docs site bench loadtest soak image-proof lock clean
 
 install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
 
@@ -69,6 +69,9 @@ format: install-dev ## Format the code and mend what the linter can
 
 docs: install-dev ## Write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
+
+site: build/site-env/.installed ## Build the documentation as a site with search, in build/site
+	build/site-env/bin/python docs/site.py
 
 loadtest: install-dev ## Load a gateway of its own with locust, or HOST=URL MODELS=a,b PROFILE=knee
 	$(BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
@@ -106,6 +109,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed-run requirements/dev.lock
 
 build/lock/.installed: requirements/install.sh
 	@$(INSTALL) lock-tools
+
+build/site-env/.installed: requirements/site.lock
+	@$(INSTALL) site
 
 build/clients/.installed: requirements/clients-apart.lock requirements/infinity-client.lock \
   tests/clients/node/package-lock.json build/lock/.installed | $(VENV)/.installed-dev

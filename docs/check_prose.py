@@ -55,7 +55,7 @@ WORDS: Final = {
     r"judgements?|licen[c]e[sd]?|defence|offence|catalogue\w*|centre[sd]?|metre|litre|grey|whilst|amongst|learnt|spelt": (
         "American spelling"
     ),
-    r"(?:label|model|cancel|travel|signal|tunnel|level)l(?:ed|ing)": "American spelling, one l",
+    r"(?:label|model|travel|signal|tunnel|level)l(?:ed|ing)": "American spelling, one l",
 }
 DOCSTRING: Final = {
     r"(?:Return|Say|Tell|Give|Yield) (?:what|who|whether there)\b": "a noun: Return the model's info",

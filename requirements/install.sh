@@ -3,6 +3,7 @@
 #   requirements/install.sh run         torch, run.lock and the gateway itself
 #   requirements/install.sh dev         dev.lock as well
 #   requirements/install.sh clients     further clients that the tests run, into build/clients
+#   requirements/install.sh site        what builds the documentation as a site, into build/site-env
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
 #   requirements/install.sh lock-tools  what requirements/lock.py needs, into build/lock
 # Reads PYTHON and TORCH_INDEX, which the Makefile explains, and pip's own settings (PIP_INDEX_URL, pip.conf ...).
@@ -23,9 +24,10 @@ main() {
         run) install_run ;;
         dev) install_dev ;;
         clients) install_clients ;;
+        site) install_site ;;
         verify) verify ;;
         lock-tools) install_lock_tools ;;
-        *) fail "usage: requirements/install.sh run | dev | clients | verify | lock-tools" ;;
+        *) fail "usage: requirements/install.sh run | dev | clients | site | verify | lock-tools" ;;
     esac
 }
 
@@ -75,6 +77,14 @@ install_clients() {
         npm ci --prefix build/clients/node --ignore-scripts --no-audit --no-fund --loglevel=error
     fi
     touch build/clients/.installed
+}
+
+install_site() {
+    find_python
+    rm -rf build/site-env
+    "$python" -m venv build/site-env
+    build/site-env/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/site.lock
+    touch build/site-env/.installed
 }
 
 verify() {

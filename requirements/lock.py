@@ -19,7 +19,7 @@ PYPROJECT = FOLDER.parent / "pyproject.toml"
 EXTRAS = ["bundled", "compare", "redis", "tracing"]
 GROUPS = ["dev", "clients"]
 # Groups with an environment and a lock of their own, which have nothing of the gateway's in them.
-APART = ["clients-apart", "infinity-client"]
+APART = ["clients-apart", "infinity-client", "site"]
 
 # infinity-emb 0.0.78 asks for numpy < 2 for the sake of onnx alone, which the gateway doesn't use; numpy 1.26 has no
 # wheel for Python 3.13. This is also why the locks are installed with --no-deps.
@@ -78,6 +78,9 @@ HEADERS = {
 """
         for name in APART
     },
+    "site": """\
+# What `make site` needs, in a separate environment, build/site-env: the dependency group `site` of pyproject.toml.
+""",
 }
 
 
