@@ -1,8 +1,8 @@
 """The standard ``OTEL_*`` variables for traces: whether traces are on, and errors that the SDK would report too late.
 
 OpenTelemetry's SDK reads the variables itself and reports most wrong values at the start. Checked here are those with which
-it would start and then fail on every export, or log a secret. Headers and endpoints may hold secrets, so no message
-repeats them.
+it would start and then fail on every export, sample every trace, or log a secret. Headers and endpoints may hold secrets,
+so no message repeats them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from gateway.errors import ConfigError, Problem
 from gateway.telemetry.trace_export import GRPC, HTTP, TraceSettings
 
 _EXPORTERS: Final = ("otlp", "console", "none")
+_SAMPLERS: Final = (
+    "always_on", "always_off", "traceidratio",
+    "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
+)  # fmt: skip
 _FILES: Final = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 # As the SDK reads it: an HTTP header name, and a value that is percent-encoded or printable ASCII.
 _HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\s*=[ !#-+\--:<-\[\]-~]*")
@@ -42,6 +46,8 @@ def read_trace_settings(environ: Mapping[str, str]) -> TraceSettings:
     problems += [
         ("OTEL_TRACES_EXPORTER", _one_of(_EXPORTERS, exporter)) for exporter in exporters if exporter not in _EXPORTERS
     ]
+    if exporters:
+        problems += _sampler_problems(variables)
     if "otlp" in exporters:
         problems += _otlp_problems(variables)
     if problems:
@@ -62,6 +68,16 @@ def _otlp(variables: Mapping[str, str], setting: str) -> tuple[str, str]:
     """Return the name and value of the traces-specific variable if set, else of the general one, which may be empty."""
     specific, general = f"OTEL_EXPORTER_OTLP_TRACES_{setting}", f"OTEL_EXPORTER_OTLP_{setting}"
     return (specific, variables[specific]) if specific in variables else (general, variables.get(general, ""))
+
+
+def _sampler_problems(variables: Mapping[str, str]) -> _Problems:
+    """Yield values with which the SDK would log a warning and sample every trace."""
+    sampler = variables.get("OTEL_TRACES_SAMPLER", _SAMPLERS[0]).lower()
+    if sampler not in _SAMPLERS:
+        yield "OTEL_TRACES_SAMPLER", _one_of(_SAMPLERS, sampler)
+    ratio = variables.get("OTEL_TRACES_SAMPLER_ARG", "1")
+    if sampler.endswith("traceidratio") and not _is_ratio(ratio):
+        yield "OTEL_TRACES_SAMPLER_ARG", f"must be a number from 0 to 1, got {quote(ratio)}"
 
 
 def _otlp_problems(variables: Mapping[str, str]) -> _Problems:
@@ -90,6 +106,13 @@ def _propagator_problems(variables: Mapping[str, str]) -> _Problems:
 
 def _one_of(known: Iterable[str], got: str) -> str:
     return f"must be one of {enumerate_names(known)}, got {quote(got)}{did_you_mean(got, known)}"
+
+
+def _is_ratio(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _is_endpoint(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""The file of API keys: what it may say, and what is told of what it may not."""
+"""The file of API keys: its valid values, and the messages for wrong ones."""
 
 from __future__ import annotations
 

@@ -62,6 +62,9 @@ def test_the_variables_that_turn_traces_on(environ: dict[str, str], expected: Tr
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "127.0.0.1:4318", "must be a URL such as `http://127.0.0.1:4318`"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://:4318", "must be a URL"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:http", "must be a URL"),
+        ("OTEL_TRACES_SAMPLER", "sometimes", "must be one of `always_on`"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "must be a number from 0 to 1, got `1.5`"),
+        ("OTEL_TRACES_SAMPLER_ARG", "ten percent", "must be a number from 0 to 1"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "authorization Bearer", "must be pairs such as `name=value,name=value`"),
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "a=b,authorization", "must be pairs"),
         ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/no/ca.pem", "there is no file `/no/ca.pem`"),
@@ -71,7 +74,7 @@ def test_the_variables_that_turn_traces_on(environ: dict[str, str], expected: Tr
 )
 def test_a_wrong_value_gives_one_line(name: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        read_trace_settings({**ENDPOINT, name: value})
+        read_trace_settings({**ENDPOINT, "OTEL_TRACES_SAMPLER": "parentbased_traceidratio", name: value})
 
     (line,) = str(raised.value).splitlines()
     assert line.startswith(f"environment: {name}: ")
