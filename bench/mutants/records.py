@@ -24,13 +24,22 @@ NOT_RECORDED = ("tests/clients", "tests/loadtest", "tests/deploy", "tests/test_b
 # The share of lines that a module must have in common with one that is gone, to be taken for the same one.
 _MOVED = 0.5
 
-# The tests of modules that no file of tests is named for, and no folder but another one.
+# The tests of modules that are tested elsewhere than in the file or folder that is named for them.
 _TESTS_OF = {
+    "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
     "gateway/http/head.py": ("api/test_connections", "api/test_limits"),
     "gateway/http/middleware.py": ("api/test_behind_a_proxy", "api/test_contract", "api/test_request_log"),
     "gateway/http/protocol.py": ("api/test_connections", "api/test_limits"),
     "gateway/requests.py": ("test_service", "api/test_rerank"),
     "gateway/observation.py": ("test_service", "test_observation"),
+    "gateway/routing/router.py": (
+        "routing/test_router",
+        "api/test_experiment_cards",
+        "api/test_experiment_requests",
+        "api/test_rerank",
+        "test_fallbacks",
+    ),
+    "gateway/service.py": ("test_service", "api/test_contract", "api/test_rerank", "api/test_tei"),
 }
 
 

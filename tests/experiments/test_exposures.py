@@ -60,7 +60,7 @@ def test_the_time_is_of_utc() -> None:
 def test_a_restart_appends(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "x.jsonl"  # folders are made
     for exposure in exposures(3):
-        open_log(path).write(exposure)
+        assert open_log(path).write(exposure) is True
 
     with capture_logs() as lines:
         assert list(read_exposures([path])) == list(exposures(3))
@@ -156,9 +156,9 @@ def test_a_full_disk_costs_lines_and_no_requests(tmp_path: Path) -> None:
     log = open_log(path)
 
     with capture_logs() as lines:
-        for exposure in exposures(3):
-            log.write(exposure)
+        written = [log.write(exposure) for exposure in exposures(3)]
 
+    assert written == [False] * 3
     assert num_dropped() == before + 3
     assert [line["event"] for line in lines] == ["exposure_not_written"]  # once a minute
     assert "No space left" in lines[0]["reason"]

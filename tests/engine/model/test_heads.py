@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +125,87 @@ def test_chunks_of_a_document_are_cut_as_well(checkpoint: Checkpoint, width: int
     vectors = head(states([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[6.0, 7.0]]), [[(0, 1), (1, 3)], None])
 
     assert vectors.tolist() == expected
+
+
+WriteDense = Callable[..., Path]
+
+
+@pytest.fixture
+def write_dense(tmp_path: Path) -> WriteDense:
+    """Return a function that writes a `Dense` module, by default one that doubles two numbers and adds one."""
+
+    def write(
+        name: str = "2_Dense",
+        tensors: dict[str, torch.Tensor] | None = None,
+        activation: str = "Identity",
+        **config: object,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"in_features": 2, "out_features": 2, "bias": True, **config}
+        settings["activation_function"] = f"torch.nn.modules.activation.{activation}"
+        (folder / "config.json").write_text(json.dumps(settings))
+        known = {"linear.weight": 2 * torch.eye(2), "linear.bias": torch.ones(2)}
+        save_file(known if tensors is None else tensors, folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        ("Identity", [3.0, -3.0]),
+        ("ReLU", [3.0, 0.0]),
+        ("Tanh", [math.tanh(3.0), math.tanh(-3.0)]),
+        ("GELU", [3 * (1 + math.erf(3 / math.sqrt(2))) / 2, -3 * (1 + math.erf(-3 / math.sqrt(2))) / 2]),
+    ],
+)
+def test_a_dense_layer_follows_the_pooling(
+    checkpoint: Checkpoint, write_dense: WriteDense, activation: str, expected: list[float]
+) -> None:
+    head = DenseHead(replace(checkpoint, dense_layers=(write_dense(activation=activation),)))
+
+    [vector] = head(states([[0.0, -4.0], [2.0, 0.0]]), [None]).tolist()
+
+    assert vector == pytest.approx(expected, rel=1e-3)
+
+
+def test_dense_layers_follow_each_other(checkpoint: Checkpoint, write_dense: WriteDense) -> None:
+    without_bias = {"linear.weight": torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 1.0]])}
+    layers = (write_dense(), write_dense("3_Dense", without_bias, out_features=3, bias=False))
+
+    [vector] = DenseHead(replace(checkpoint, width=3, dense_layers=layers))(states([[1.0, 2.0]]), [None]).tolist()
+
+    assert vector == [8.0, -2.0, 5.0]
+
+
+WEIGHT, BIAS = {"linear.weight": torch.ones(2, 2)}, {"linear.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        (WEIGHT, {}, "holds linear.weight, but its configuration linear.bias, linear.weight"),
+        (WEIGHT | BIAS, {"bias": False}, "holds linear.bias, linear.weight, but its configuration linear.weight"),
+        (WEIGHT | BIAS | {"norm": torch.ones(2)}, {}, "holds linear.bias, linear.weight, norm, but its configuration"),
+        (BIAS, {}, "not a Dense layer that can be read: 'linear.weight'"),
+        ({"linear.weight": torch.ones(2, 3)} | BIAS, {}, "takes 3 numbers, but what it is to read has 2"),
+        (WEIGHT | BIAS, {"out_features": 3}, "the vectors have 2 dimensions, promised are 3"),
+        (WEIGHT | BIAS, {"activation": "SiLU"}, "SiLU is not supported; supported: Identity, Tanh, GELU, ReLU"),
+    ],
+)
+def test_a_dense_layer_that_does_not_fit_is_refused(
+    checkpoint: Checkpoint,
+    write_dense: WriteDense,
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    message: str,
+) -> None:
+    folder = write_dense(tensors=tensors, **config)
+
+    with pytest.raises(LoadError, match=message):
+        DenseHead(replace(checkpoint, dense_layers=(folder,)))
 
 
 # --------------------------------------------------------------------------------------------------------------- score

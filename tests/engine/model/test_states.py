@@ -17,6 +17,7 @@ LENGTHS = {
     "equal lengths": [4, 4, 4],
     "any lengths": [3, 1, 9, 2, 9, 1],
     "longest first": [9, 5, 1],
+    "the shortest with as many tokens as a state has numbers": [WIDTH + 2, WIDTH],
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
