@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import socket
 import threading
@@ -40,7 +41,8 @@ ALIASES = {"default": "mini", "jina-query": ("jina", "retrieval.query")}
 
 def raw_vectors(texts: Sequence[str], width: int) -> np.ndarray:
     """Return what the model makes of texts, before the gateway finishes it: a different length for each cut."""
-    return np.array([np.random.default_rng(list(text.encode())).standard_normal(width) for text in texts], np.float32)
+    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()) for text in texts]
+    return np.array([np.random.default_rng(seed).standard_normal(width) for seed in seeds], np.float32)
 
 
 class RandomBackend(FakeBackend):

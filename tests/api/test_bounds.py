@@ -485,7 +485,7 @@ async def test_the_limit_is_that_of_the_decoded_body(connect: Connect, check_err
 
 @pytest.mark.parametrize("coding", ENCODERS)
 def test_a_bomb_takes_no_more_than_the_limit(serve: Serve, coding: str) -> None:
-    bomb = ENCODERS[coding](bytes(300 * MIB))
+    bomb = ENCODERS[coding](bytes(100 * MIB))
     held: list[float] = []
     with serve(**SMALL) as address:
         sent = unread(address, post("/v1/embeddings", bomb, content_encoding=coding))

@@ -55,7 +55,7 @@ def make_app() -> FastAPI:
 
 
 def configure(*modes: schemathesis.GenerationMode, expected_statuses: list[str]) -> SchemathesisConfig:
-    generation = GenerationConfig(modes=list(modes), deterministic=True, max_examples=60, database="none")
+    generation = GenerationConfig(modes=list(modes), deterministic=True, database="none")
     checks = ChecksConfig(positive_data_acceptance=PositiveDataAcceptanceConfig(expected_statuses=expected_statuses))
     return SchemathesisConfig(
         projects=ProjectsConfig(default=ProjectConfig(generation=generation, checks=checks)), seed=1
@@ -100,7 +100,7 @@ right.app = APP
 
 # More is understood than the schema says, "true" for true say: test_lax_bodies.py has what is, test_contract.py what not.
 TOO_STRICT = [negative_data_rejection]
-bounded = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+bounded = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def operations(schema: schemathesis.BaseSchema, *modes: schemathesis.GenerationMode) -> list[object]:

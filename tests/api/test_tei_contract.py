@@ -49,9 +49,13 @@ PLACES: dict[str, Callable[[str], str]] = {
     "model": lambda path: f"/tei/{'ranker' if path == '/rerank' else 'mini'}{path}",
 }
 MODES = schemathesis.GenerationMode
-generation = GenerationConfig(modes=list(MODES), deterministic=True, max_examples=60, database="none")
+generation = GenerationConfig(modes=list(MODES), deterministic=True, database="none")
 CONFIG = SchemathesisConfig(projects=ProjectsConfig(default=ProjectConfig(generation=generation)), seed=1)
-bounded = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# The routes at the root have the handlers of those of a model.
+bounded = {
+    where: settings(max_examples=num_examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    for where, num_examples in {"root": 20, "model": 60}.items()
+}
 
 
 def operation(path: str, where: str) -> Any:
@@ -67,7 +71,7 @@ def test_what_the_contract_allows_is_answered(path: str, where: str) -> None:
     """Or it is refused for what only the model can tell: which sizes and prompts there are."""
     statuses = set()
 
-    @bounded
+    @bounded[where]
     @given(case=operation(path, where).as_strategy(generation_mode=MODES.POSITIVE))
     def check(case: schemathesis.Case) -> None:
         response = case.call()
@@ -90,7 +94,7 @@ def test_what_the_contract_allows_is_answered(path: str, where: str) -> None:
 def test_what_the_contract_does_not_allow_gets_tei_s_errors(path: str, where: str) -> None:
     statuses = set()
 
-    @bounded
+    @bounded[where]
     @given(case=operation(path, where).as_strategy(generation_mode=MODES.NEGATIVE))
     def check(case: schemathesis.Case) -> None:
         response = case.call()

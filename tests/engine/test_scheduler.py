@@ -246,10 +246,10 @@ def test_callers_with_a_backlog_get_the_same_tokens(
     visits: list[tuple[str, int]],
 ) -> None:
     """The difference stays below one batch and one largest waiter, whoever else comes and goes."""
-    queue = FairQueue()
+    queue, backlog = FairQueue(), 40 * 300
     for caller, pattern, num_requests in zip("ab", sizes, requests, strict=True):
         for _ in range(num_requests):
-            queue.add(waiters(handle(caller), pattern * (60 * 300 // sum(pattern) + 1)))
+            queue.add(waiters(handle(caller), pattern * (backlog // num_requests // sum(pattern) + 1)))
     served = Counter({"a": 0, "b": 0})
 
     for i in range(30):
@@ -257,7 +257,7 @@ def test_callers_with_a_backlog_get_the_same_tokens(
             queue.add(waiters(handle(visits[i][0]), [visits[i][1]]))
         for waiter in take(queue, budget, now=0.0):
             served[waiter.handle.caller] += waiter.num_tokens
-        if max(served["a"], served["b"]) > 50 * 300:  # one of them may soon have nothing left
+        if max(served["a"], served["b"]) > backlog - 1000:  # one of them may soon have nothing left
             break
 
         assert abs(served["a"] - served["b"]) <= budget + max(map(max, sizes))
