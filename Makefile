@@ -14,14 +14,19 @@ TORCH_INDEX ?=
 # Arguments for the command behind run, test, bench and lock: make test ARGS="-x tests/test_vectors.py"
 ARGS ?=
 
+# What serves, and what tests. The second sees the packages of the first, into which nothing is installed for it.
 VENV := .venv
 BIN := $(VENV)/bin
+DEV := build/dev
+DEV_BIN := $(DEV)/bin
+# Some tests only wait: there is a worker more than cores.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
 INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/install.sh
 # A change of any of these makes the next `make install` do its work; without one it ends at once.
 INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh requirements/torch.lock requirements/run.lock requirements/build.lock
 
 ##@ Use
-.PHONY: help install run
+.PHONY: help install run smoke
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -43,44 +48,54 @@ install: $(VENV)/.installed-run ## Put the gateway and what it needs to run into
 run: install ## Install if need be, then serve
 	@exec $(BIN)/gateway serve $(ARGS)
 
+smoke: install ## Check in a minute that the installation works: start, embed, compare, stop
+	@$(BIN)/python tests/smoke.py $(ARGS)
+
 ##@ Develop
-.PHONY: install-dev install-clients test check format docs site bench loadtest soak image-proof lock clean
+.PHONY: install-dev install-clients test test-plan check format docs site bench loadtest soak image-proof lock clean
 
-install-dev: $(VENV)/.installed-dev ## Also install what the tests and checks need
+install-dev: $(DEV)/.installed ## Install what the tests and checks need, into build/dev
 
-install-clients: install-dev build/clients/.installed ## Also install clients that the tests run in environments of their own
+install-clients: install-dev build/clients/.installed ## Install clients that the tests run, into build/clients
 
-test: install-clients ## Run the tests
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+# The tests of a file share what they start, so they stay on one worker; the longest files come first (tests/conftest.py).
+# Bytecode is written whatever the environment says: else each of the many processes compiles everything again.
+test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without those that take a minute)
+	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+test-plan:
+	@[ -e build/clients/.installed ] || echo "First, tools and clients are installed into build/ (2 GB, a minute or two)," \
+	  "nothing into $(VENV)."
+	@echo "All tests take about ten minutes on two cores. One minute tells whether the installation works: make smoke"
 
 check: install-dev ## Check format, lint, types, imports, words, budgets, generated docs and the locks
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_imports.py
-	$(BIN)/python docs/check_prose.py
-	$(BIN)/python docs/measure.py
-	$(BIN)/python docs/generate.py --check
+	$(DEV_BIN)/ruff format --check .
+	$(DEV_BIN)/ruff check .
+	$(DEV_BIN)/mypy
+	$(DEV_BIN)/pytest -q tests/test_imports.py
+	$(DEV_BIN)/python docs/check_prose.py
+	$(DEV_BIN)/python docs/measure.py
+	$(DEV_BIN)/python docs/generate.py --check
 	@$(INSTALL) verify
 
 format: install-dev ## Format the code and mend what the linter can
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(DEV_BIN)/ruff format .
+	$(DEV_BIN)/ruff check --fix .
 
 docs: install-dev ## Write the generated parts of the documentation
-	$(BIN)/python docs/generate.py
+	$(DEV_BIN)/python docs/generate.py
 
 site: build/site-env/.installed ## Build the documentation as a site with search, in build/site
 	build/site-env/bin/python docs/site.py
 
 loadtest: install-dev ## Load a gateway of its own with locust, or HOST=URL MODELS=a,b PROFILE=knee
-	$(BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
+	$(DEV_BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
 	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
 
 soak: install-dev ## Ten minutes of load while one thing after another fails (ARGS="--seconds 3600 --update")
-	$(BIN)/python -m loadtest.soak $(ARGS)
+	$(DEV_BIN)/python -m loadtest.soak $(ARGS)
 
-bench: install-dev ## Measure the start, then compare with Infinity's server (ARGS=--quick)
+bench: install ## Measure the start, then compare with Infinity's server (ARGS=--quick)
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.compare $(ARGS)
 
@@ -104,15 +119,15 @@ endif
 $(VENV)/.installed-run: $(INSTALLED_FROM)
 	@$(INSTALL) run
 
-$(VENV)/.installed-dev: $(VENV)/.installed-run requirements/dev.lock
+$(DEV)/.installed: requirements/dev.lock $(VENV)/.installed-run build/lock/.installed
 	@$(INSTALL) dev
 
 build/lock/.installed: requirements/install.sh
 	@$(INSTALL) lock-tools
 
-build/site-env/.installed: requirements/site.lock
+build/site-env/.installed: requirements/site.lock build/lock/.installed
 	@$(INSTALL) site
 
 build/clients/.installed: requirements/clients-apart.lock requirements/infinity-client.lock \
-  tests/clients/node/package-lock.json build/lock/.installed | $(VENV)/.installed-dev
+  tests/clients/node/package-lock.json build/lock/.installed
 	@$(INSTALL) clients

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the gateway into .venv. Called by the Makefile, from the repository root:
 #   requirements/install.sh run         torch, run.lock and the gateway itself
-#   requirements/install.sh dev         dev.lock as well
+#   requirements/install.sh dev         dev.lock, into build/dev, which sees what is in .venv
 #   requirements/install.sh clients     further clients that the tests run, into build/clients
 #   requirements/install.sh site        what builds the documentation as a site, into build/site-env
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
@@ -35,7 +35,7 @@ install_run() {
     be_alone
     make_venv
     begin
-    rm -f "$VENV/.installed-run" "$VENV/.installed-dev"
+    rm -f "$VENV/.installed-run"
     say "pip $PIP_VERSION"
     pip_install "pip==$PIP_VERSION"
     say "$(grep -o '^torch==[^ ]*' requirements/torch.lock)${TORCH_INDEX:+ from $TORCH_INDEX}"
@@ -48,26 +48,22 @@ install_run() {
     end run
 }
 
+# What tests and checks is not in what serves, and sees it: .venv's packages come after those of build/dev.
 install_dev() {
     be_alone
     # The last install was cut off: nothing in .venv can be relied on.
     [ ! -e "$VENV/.unfinished" ] || install_run
-    begin
-    rm -f "$VENV/.installed-dev"
-    say "packages of requirements/dev.lock"
-    pip_install --no-deps -r requirements/dev.lock
-    end dev
+    make_environment build/dev requirements/dev.lock "$VENV/bin/python"
+    site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    echo "import site; site.addsitedir('$("$VENV/bin/python" -c "$site")')" \
+        >"$(build/dev/bin/python -c "$site")/serving.pth"
+    touch build/dev/.installed
 }
 
-# Clients that cannot share an environment with the gateway, nor all with each other. uv takes seconds for what takes pip
-# minutes, and here is no torch, which uv would take with CUDA.
+# Clients that cannot share an environment with the gateway, nor all with each other.
 install_clients() {
-    mkdir -p build/clients
     for name in clients-apart infinity-client; do
-        say "packages of requirements/$name.lock"
-        rm -rf "build/clients/$name"
-        "$VENV/bin/python" -m venv --without-pip "build/clients/$name"
-        build/lock/bin/uv pip sync --quiet --python "build/clients/$name/bin/python" "requirements/$name.lock"
+        make_environment "build/clients/$name" "requirements/$name.lock"
     done
     if command -v npm >/dev/null 2>&1; then
         say "packages of tests/clients/node/package-lock.json"
@@ -80,16 +76,24 @@ install_clients() {
 }
 
 install_site() {
-    find_python
-    rm -rf build/site-env
-    "$python" -m venv build/site-env
-    build/site-env/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/site.lock
+    make_environment build/site-env requirements/site.lock
     touch build/site-env/.installed
+}
+
+# Make $1 and fill it from the lock $2, with the Python $3. uv takes seconds for what takes pip minutes, and here is no
+# torch, which uv would take with CUDA.
+make_environment() {
+    say "packages of $2"
+    rm -rf "$1"
+    mkdir -p "$(dirname "$1")"
+    "${3:-build/lock/bin/python}" -m venv --without-pip "$1"
+    index=${PIP_INDEX_URL:-$(build/lock/bin/python -m pip config get global.index-url 2>/dev/null || true)}
+    build/lock/bin/uv pip sync --quiet ${index:+--default-index "$index"} --python "$1/bin/python" "$2"
 }
 
 verify() {
     # infinity-emb's claim on numpy is known to be wrong; see run.lock.
-    problems=$($PIP check | grep -v -e '^infinity-emb .* requirement numpy<2' -e '^No broken requirements' || true)
+    problems=$(build/dev/bin/python -m pip --disable-pip-version-check check | grep -v -e '^infinity-emb .* requirement numpy<2' -e '^No broken requirements' || true)
     [ -z "$problems" ] || fail "$problems" "After a change of pyproject.toml: make lock"
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,20 +33,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# The files that take longest. They come first, so that no worker is left with one of them when the others are done.
-_LONGEST = (
-    "loadtest/",
-    "test_clients_apart",
-    "test_bench",
-    "test_serve",
-    "test_contract",
-    "test_bounds",
-    "test_loading",
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(name in item.nodeid for name in _LONGEST))
+    """Put files with slow tests first, then those with many: no worker is left with a long one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    num_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path]))
 
 
 @pytest.fixture

@@ -332,6 +332,7 @@ def test_help(module):
     find_spec("gateway.engine.model.runtimes") is None,
     reason="gateway.engine.model.runtimes, which it measures, is not there",
 )
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu():
     printed = run("bench.gpu", "--device", "cpu", "--tiny")
 

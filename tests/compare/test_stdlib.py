@@ -31,6 +31,8 @@ from gateway.config.registry import load_registry
 from gateway.config.settings import Settings
 from tests.compare.stdlib_data import write_dataset
 
+pytestmark = pytest.mark.slow
+
 NUM_DOCUMENTS = 150
 # The second is loaded although the registry disables it; the third, which cannot be loaded, is not named.
 REGISTRY = """

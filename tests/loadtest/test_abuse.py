@@ -9,6 +9,8 @@ import pytest
 from loadtest.abuse import QUICK, Abuse, Latencies, Outcome, abuse, as_table
 from loadtest.attacks import ATTACKS, MIB
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(300)
 def test_the_worst_attacks_take_no_memory_and_no_answer_from_another_client() -> None:

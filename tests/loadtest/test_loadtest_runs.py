@@ -27,6 +27,8 @@ from gateway.server import server_config
 from gateway.types import Embeddings, EmbedJob
 from loadtest.run import locust_command
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = "".join(f"sentence {'x' * (number % 9 + 1)} tells of some matter and then ends\n" for number in range(40))
 
 

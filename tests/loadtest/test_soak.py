@@ -9,6 +9,8 @@ import pytest
 from loadtest.faults import FAULTS, Outcome
 from loadtest.soak import Sample, Soak, as_table, soak
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(400)
 def test_nothing_is_lost_or_wrong_whatever_happens() -> None:
