@@ -187,7 +187,7 @@ def broken_head(request: pytest.FixtureRequest, m3: Path, copy: Copy) -> Iterato
 def test_code_in_a_head_does_not_run(broken_head: Path, load: Load) -> None:
     torch.save({"weight": Code()}, broken_head)
 
-    with pytest.raises(LoadError, match="not a linear layer that can be read"):
+    with pytest.raises(LoadError, match="cannot read a linear layer"):
         load(broken_head.parent, "reference")
 
 
@@ -199,7 +199,7 @@ def test_code_in_a_head_does_not_run(broken_head: Path, load: Load) -> None:
 def test_a_broken_head_is_refused(broken_head: Path, load: Load, content: bytes) -> None:
     broken_head.write_bytes(content)
 
-    with pytest.raises(LoadError, match="not a linear layer that can be read"):
+    with pytest.raises(LoadError, match="cannot read a linear layer"):
         load(broken_head.parent, "reference")
 
 

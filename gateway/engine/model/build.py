@@ -99,11 +99,17 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
 
 
 def choose_runtime(setting: str, device: str, model_type: str) -> str:
-    """Resolve ``auto``: OpenVINO on a CPU where it is installed, torch elsewhere, packed where that can be.
+    """Return the runtime of a setting of :class:`BuildOptions`: ``openvino``, ``torch`` or ``torch-packed``.
+
+    ``auto`` is OpenVINO on a CPU, where it is installed, and elsewhere torch, packed where the architecture allows it.
 
     Raises:
         LoadError: OpenVINO is asked for and is not installed, or not on a CPU.
     """
+    if setting == "reference":
+        return "torch"
+    if setting == "packed":
+        return "torch-packed"
     if setting == "openvino" and device != "cpu":
         raise LoadError(f"runtime openvino is for the CPU, and this model runs on {device}; use runtime: torch or auto")
     is_installed = find_spec("openvino") is not None
@@ -115,7 +121,8 @@ def choose_runtime(setting: str, device: str, model_type: str) -> str:
 
 
 def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
-    if choose_runtime(options.runtime, options.device, checkpoint.model_type) == "openvino":
+    runtime = choose_runtime(options.runtime, options.device, checkpoint.model_type)
+    if runtime == "openvino":
         runtimes = _try_openvino(checkpoint, options, tokenizer)
         if runtimes:
             return runtimes
@@ -123,10 +130,7 @@ def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: To
     obstacle = _why_not_packed(checkpoint, model)
     if options.runtime == "packed" and obstacle:
         raise LoadError(f"{checkpoint.folder}: {obstacle} cannot be packed")
-    is_packed = options.runtime == "packed" or (
-        options.runtime != "reference" and options.device != "cpu" and not obstacle
-    )
-    return [PackedRuntime(model, mask) if is_packed else PaddedRuntime(model, mask)]
+    return [PackedRuntime(model, mask) if runtime == "torch-packed" and not obstacle else PaddedRuntime(model, mask)]
 
 
 def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:

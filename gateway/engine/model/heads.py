@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
@@ -111,7 +111,7 @@ class ScoreHead(nn.Module):
     def __init__(self, checkpoint: Checkpoint, classifier: Classifier) -> None:
         super().__init__()
         self._pooling = checkpoint.pooling
-        try:
+        with _reading(checkpoint.folder, f"a head of {classifier.architecture}"):
             layers = (classifier.dense, classifier.norm, classifier.output)
             names = {f"{layer}.{part}" for layer in layers if layer is not None for part in ("weight", "bias")}
             tensors = read_tensors(checkpoint.weights, names)
@@ -119,9 +119,6 @@ class ScoreHead(nn.Module):
             output = _linear_of(tensors, classifier.output)
             norm = nn.Identity() if classifier.norm is None else _norm_of(tensors, classifier.norm, classifier.norm_eps)
             self.layers = nn.Sequential(dense, ACT2FN[classifier.activation], norm, output)
-        except (KeyError, OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
-            what = f"no head of {classifier.architecture} that can be read"
-            raise LoadError(f"{checkpoint.folder}: {what}: {type(error).__name__}: {error}") from error
         _require_inputs(checkpoint.folder, dense, checkpoint.hidden_width)
         _require_inputs(checkpoint.folder, output, dense.out_features)
         if output.out_features != 1:
@@ -146,19 +143,27 @@ def _norm_of(tensors: Mapping[str, torch.Tensor], layer: str, eps: float) -> nn.
 
 
 def _load_linear(path: Path, num_in: int) -> nn.Linear:
-    """Load a single linear layer from a pickled state dict, without running any code in it."""
+    """Load a single linear layer from a pickled state dict."""
     require_content(path)
+    with _reading(path, "a linear layer"):
+        tensors = read_tensors([path])
+        linear = _linear(tensors["weight"], tensors.get("bias"))
+    _require_inputs(path, linear, num_in)
+    return linear
+
+
+@contextmanager
+def _reading(where: Path, what: str) -> Iterator[None]:
+    """Raise :class:`LoadError` for whatever a broken file, or one that is something else, makes the readers raise."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        layer = _linear(tensors["weight"], tensors.get("bias"))
+        yield
+    except LoadError:
+        raise
     except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
-        raise LoadError(
-            f"{path}: not a linear layer that can be read: the file holds more than weights, and could run code"
-        ) from error
-    except Exception as error:  # a pickle can be broken in as many ways as there are classes of errors
-        raise LoadError(f"{path}: not a linear layer that can be read: {type(error).__name__}: {error}") from error
-    _require_inputs(path, layer, num_in)
-    return layer
+        reason = "the file holds more than weights, and could run code"
+        raise LoadError(f"{where}: cannot read {what}: {reason}") from error
+    except Exception as error:  # a file can be broken in as many ways as there are classes of errors
+        raise LoadError(f"{where}: cannot read {what}: {type(error).__name__}: {error}") from error
 
 
 def _require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
@@ -173,13 +178,9 @@ def _load_dense(folder: Path, num_in: int) -> tuple[nn.Linear, nn.Module]:
         raise LoadError(
             f"{folder}: activation {config.activation} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
-    try:
+    with _reading(folder, "a Dense layer"):
         tensors = read_tensors(weights_files(folder))
-        linear = _linear(tensors["linear.weight"], tensors.get("linear.bias"))
-    except LoadError:
-        raise
-    except Exception as error:  # as above
-        raise LoadError(f"{folder}: not a Dense layer that can be read: {error}") from error
+        linear = _linear_of(tensors, "linear")
     expected = {"linear.weight", "linear.bias"} if config.has_bias else {"linear.weight"}
     if tensors.keys() != expected:
         raise LoadError(

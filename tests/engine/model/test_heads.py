@@ -70,7 +70,7 @@ def test_only_the_texts_that_want_it_have_a_sparse_vector(tmp_path: Path) -> Non
     [
         (linear([[1.0, 0.0], [0.0, 1.0]]), "must give 1 number a token, gives 2"),
         (linear([[1.0, 0.0, 0.0]]), "takes 3 numbers, but what it is to read has 2"),
-        ({"bias": torch.zeros(1)}, "not a linear layer that can be read"),
+        ({"bias": torch.zeros(1)}, "cannot read a linear layer"),
     ],
 )
 def test_a_sparse_head_that_does_not_fit_is_refused(
@@ -250,12 +250,12 @@ def test_a_score_is_the_head_of_the_first_state(without: tuple[str, ...], rerank
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dense_weight": None}, "no head of BertForSequenceClassification that can be read: KeyError: 'dense.weight'"),
-        ({"norm_weight": None}, "that can be read: KeyError: 'norm.weight'"),
+        ({"dense_weight": None}, "cannot read a head of BertForSequenceClassification: KeyError: 'dense.weight'"),
+        ({"norm_weight": None}, "cannot read a head of BertForSequenceClassification: KeyError: 'norm.weight'"),
         ({"out_weight": torch.ones(2, 2), "out_bias": torch.ones(2)}, "the head gives 2 numbers, promised was 1 label"),
         ({"out_weight": torch.ones(1, 3)}, "takes 3 numbers, but what it is to read has 2"),
         ({"dense_weight": torch.ones(2, 3)}, "takes 3 numbers, but what it is to read has 2"),
-        ({"norm_bias": torch.ones(3)}, "that can be read: RuntimeError"),
+        ({"norm_bias": torch.ones(3)}, "cannot read a head of BertForSequenceClassification: RuntimeError"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(
