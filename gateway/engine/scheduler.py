@@ -153,11 +153,6 @@ class FairQueue(Generic[W]):
         """Small requests of which :func:`take` has taken the first waiter, so far."""
 
     @property
-    def num_callers(self) -> int:
-        """How many callers have something that waits, wanted or not."""
-        return self._num_waiting
-
-    @property
     def num_waiters(self) -> int:
         """How many are waiting, wanted or not."""
         return sum(len(request.waiters) for request in self._requests.values())
