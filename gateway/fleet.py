@@ -22,7 +22,7 @@ from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabular
 log = structlog.get_logger(__name__)
 
 MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
-"""Makes the backend that an entry of the registry asks for."""
+"""Makes the backend of an entry of the registry."""
 
 # Between two attempts to load a model whose servers were absent.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
@@ -33,12 +33,12 @@ _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 
 @dataclass(eq=False, slots=True)
 class Model:
-    """One model of the registry and where it is in its life.
+    """One model of the registry and its state.
 
     Attributes:
-        info: what the model is; known once its checkpoint has been read, also when loading fails after that.
-        reason: why it is disabled or failed; empty otherwise.
-        created: Unix time at which it became ready, for OpenAI's ``created``.
+        info: known once the checkpoint has been read, even if loading fails after that.
+        reason: why the model is disabled or failed; empty otherwise.
+        created: Unix time at which the model became ready, for OpenAI's ``created``.
     """
 
     entry: ModelEntry
@@ -56,13 +56,13 @@ class Model:
         return self.entry.id
 
     def report(self, state: ModelState, reason: str) -> None:
-        """Take note of a new state."""
+        """Set the state, and show it in the metrics."""
         self.state, self.reason = state, reason
-        if self._is_retired:  # by now the metrics of this id are another model's, or gone
+        if self._is_retired:  # the metrics of this id belong to another model by now, or are gone
             return
         metrics.MODEL_READY.labels(self.id).set(state is ModelState.READY)
-        for one in ModelState:
-            metrics.MODEL_STATE.labels(self.id, one.value).set(one is state)
+        for possible in ModelState:
+            metrics.MODEL_STATE.labels(self.id, possible.value).set(possible is state)
 
     async def embed(self, job: EmbedJob) -> Embeddings:
         """Have the backend embed the texts of a job; see :meth:`gateway.backends.base.Backend.embed`."""
@@ -70,7 +70,7 @@ class Model:
             return await self.backend.embed(job)
 
     def as_reference(self) -> Reference | None:
-        """Return what other models of its space are compared with; None until its checkpoint has been read."""
+        """Return the reference for other models of its space; ``None`` until the checkpoint has been read."""
         if self.info is None:
             return None
         golden = None if self.entry.golden is None or self.entry.is_remote else Path(self.entry.golden)
@@ -84,7 +84,7 @@ class Model:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the backend from being stopped by a reload while the context lasts."""
+        """Keep a reload from stopping the backend while the context lasts."""
         self._num_in_flight += 1
         self._is_idle.clear()
         try:
@@ -95,7 +95,7 @@ class Model:
                 self._is_idle.set()
 
     async def retire(self, grace_s: float) -> None:
-        """Stop the backend when its last request has ended, or after a time."""
+        """Stop the backend when its last request has ended, or after a grace period."""
         self._is_retired = True
         try:
             if self._num_in_flight:
@@ -121,9 +121,9 @@ class Fleet:
         return cls([Model(entry, make_backend(entry)) for entry in registry.models])
 
     def successor(self, registry: Registry, make_backend: MakeBackend) -> Fleet:
-        """Return the fleet of another registry: with the same models where nothing has changed, and new ones elsewhere.
+        """Return the fleet of another registry: it keeps each model whose entry has not changed, and has new ones otherwise.
 
-        A model that has failed gets another chance.
+        A model that has failed is replaced, so that it is loaded again.
         """
         models = []
         for entry in registry.models:
@@ -148,7 +148,7 @@ class Fleet:
 
     @property
     def max_tokens(self) -> int:
-        """Where the model for the longest texts cuts them, in tokens; 0 before any is known."""
+        """The largest ``max_tokens`` of all models; 0 before any is known."""
         return max((model.info.max_tokens for model in self if model.info is not None), default=0)
 
     def get(self, model_id: str) -> Model | None:
@@ -156,7 +156,7 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the gateway can take traffic: loading has ended, a model answers, and so do all required ones."""
+        """Whether the gateway can take traffic: loading has ended, and a model and all required ones are ready."""
         is_ready = {model.id: model.state is ModelState.READY for model in self}
         required = [model.id for model in self if model.entry.required]
         return self.started.is_set() and any(is_ready.values()) and all(is_ready[name] for name in required)
@@ -164,7 +164,7 @@ class Fleet:
     async def start(self) -> None:
         """Load the enabled models.
 
-        A model that cannot be loaded is ``failed`` with its reason, and the others serve.
+        A model that cannot be loaded becomes ``failed``, with the reason, and the others serve.
 
         Raises:
             StartError: a model that the registry calls ``required`` is not ready.
@@ -176,10 +176,10 @@ class Fleet:
             raise StartError("\n".join(f"{model.id} is required, but {model.reason}" for model in lost))
 
     async def load(self) -> None:
-        """Load the models that are enabled and have not been loaded.
+        """Load the models that are enabled and not loaded yet.
 
-        Those of this process come one after the other, so that each sees the memory that the others left; those on other
-        servers need none, and are all asked at once. A model that is compared with another one waits for that.
+        Models of this process load one after the other, so that each sees the memory that the others left. Models on other
+        servers need none, and load all at once. A model that is compared with another one waits for it.
         """
         waiting = [model for model in self if model.state is ModelState.LOADING]
         for model in waiting:
@@ -206,22 +206,22 @@ class Fleet:
                     tasks.create_task(load(model))
 
     async def load_one(self, model: Model) -> None:
-        """Load a model; afterwards it is ready, or failed with its reason."""
-        # A model whose servers are absent or wrong is loaded again and again: that is said once, and then when it changes.
-        said = model.reason if model.state is ModelState.FAILED else None
-        (log.info if said is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
+        """Load a model; afterwards it is ready, or failed with a reason."""
+        # The load of a model with absent or wrong servers is retried again and again: log the reason only when it changes.
+        logged = model.reason if model.state is ModelState.FAILED else None
+        (log.info if logged is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
             planned = await model.backend.plan()
-            # What its space is, is not known before that has been checked.
+            # With `same_space_as`, the space is unknown until it has been checked.
             model.info = planned if model.entry.same_space_as is None else None
-            model.info = await self._settled(model, await model.backend.start(model.report))
+            model.info = await self._checked(model, await model.backend.start(model.report))
         except LoadError as error:
             model.report(ModelState.FAILED, f"failed to load: {error}")
-            (log.debug if model.reason == said else log.error)("model_failed", model=model.id, reason=str(error))
+            (log.debug if model.reason == logged else log.error)("model_failed", model=model.id, reason=str(error))
         except Exception as error:  # a checkpoint can make the libraries raise anything; the others must still serve
             model.report(ModelState.FAILED, f"failed to load: {type(error).__name__}: {error}")
-            (log.debug if model.reason == said else log.error)("model_failed", model=model.id, exc_info=True)
+            (log.debug if model.reason == logged else log.error)("model_failed", model=model.id, exc_info=True)
         else:
             model.created = int(time.time())
             model.report(ModelState.READY, "")
@@ -253,11 +253,11 @@ class Fleet:
             model.report(ModelState.FAILED, f"failed to load: {'; '.join(problems)}")
             await model.backend.stop()
 
-    async def _settled(self, model: Model, info: ModelInfo) -> ModelInfo:
-        """Return what a model that has been started is, in the space that the registry says it is of.
+    async def _checked(self, model: Model, info: ModelInfo) -> ModelInfo:
+        """Return the info of a started model, in the space that the registry claims for it.
 
         Raises:
-            LoadError: it is not of that space.
+            LoadError: the model is not in that space.
         """
         other = model.entry.same_space_as
         if other is None:
@@ -268,7 +268,7 @@ class Fleet:
             return await verify_same_space(info, model.backend, reference)
         except LoadError as error:
             await model.backend.stop()
-            raise LoadError(f"it is said to be of the space of {other}, but {error}") from error
+            raise LoadError(f"the registry says that it is in the space of {other}, but {error}") from error
 
     async def stop(self) -> None:
         """Stop every model; requests that still wait get an error."""
@@ -279,9 +279,9 @@ class Fleet:
 
 
 def why_disabled(entry: ModelEntry) -> str:
-    """Return why the registry does not enable a model on this machine; empty if it does.
+    """Return why a model is disabled on this machine; empty if it is enabled.
 
-    Imports torch only when the answer depends on it.
+    Imports torch only if the answer depends on it.
     """
     if entry.enabled is False:
         return _SWITCHED_OFF

@@ -43,28 +43,28 @@ class Output(StrEnum):
     SPARSE = "sparse"
     MULTIVECTOR = "multivector"
     STATES = "states"
-    """What is pooled to the dense vector: of every model whose ``ModelInfo.has_states``, and of TEI's clients alone."""
+    """The token states that are pooled to the dense vector: for models with ``has_states``, and for TEI's clients only."""
 
 
 PER_TOKEN = frozenset({Output.MULTIVECTOR, Output.STATES})
-"""Outputs that are as large as their text is long."""
+"""Outputs whose size grows with the length of the text."""
 
 
 TOKEN_BYTES = 56
-"""What a token takes while its text waits: an integer in a list, and once more in the key that finds equal texts."""
+"""Memory per token while its text waits: an integer in a list, and again in the key that finds equal texts."""
 
 
 class ModelKind(StrEnum):
-    """What a model computes."""
+    """The kind of numbers that a model computes."""
 
     EMBED = "embed"
     """Vectors of texts."""
     RERANK = "rerank"
-    """How well a text answers a query: one number a pair."""
+    """Scores of how well texts answer a query: one number per pair."""
 
 
 class Truncate(StrEnum):
-    """What to do with a text that has more tokens than the model takes."""
+    """How to treat a text that has more tokens than the model takes."""
 
     END = "end"
     """Keep the first tokens (the default)."""
@@ -75,7 +75,7 @@ class Truncate(StrEnum):
 
 
 class ModelState(StrEnum):
-    """Where a model is in its life; shown in ``/v1/models`` and ``/health/ready``."""
+    """The state of a model; shown in ``/v1/models`` and ``/health/ready``."""
 
     DISABLED = "disabled"
     LOADING = "loading"
@@ -100,22 +100,22 @@ class SparseVector:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a loaded model is and can do.
+    """The properties and abilities of a model.
 
     Attributes:
-        fingerprint: hex sha256 over everything in the checkpoint that determines its vectors: the weights files, the
+        fingerprint: hex sha256 over the parts of the checkpoint that determine its vectors: the weights files, the
             tokenizer, and the kind of pooling.
         width: native dimensions of a dense vector.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
         max_tokens: the longest text in tokens, special tokens included.
-        is_normalized: whether vectors have L2 norm 1 unless a request asks otherwise.
-        tasks: each task the model knows, with the instruction put before the text (may be empty).
-        can_chunk_late: whether chunks of a document can be encoded together.
+        is_normalized: vectors have L2 norm 1, unless a request asks otherwise.
+        tasks: each task of the model, with the instruction that is put before the text (may be empty).
+        can_chunk_late: chunks of a document can be encoded together.
         default_task: the task of a request that names none; ``None`` for a model without tasks.
-        instruction: what is put before a text that has no task.
-        has_raw: whether vectors can be had as they were pooled, not normalized.
-        has_states: whether the states of a text's tokens can be had, beside ``outputs``.
-        kind: what it computes; the ``width`` of a model that reranks is 1.
+        instruction: the instruction for a text without a task.
+        has_raw: the model can return vectors as they were pooled, not normalized.
+        has_states: the model can return the states of a text's tokens, in addition to ``outputs``.
+        kind: the ``width`` of a model that reranks is 1.
     """
 
     id: str
@@ -210,15 +210,15 @@ class EmbedJob:
 
     Attributes:
         task: one of ``ModelInfo.tasks``, or ``None`` for no task.
-        outputs: what to compute for each text; some of ``ModelInfo.outputs``, or ``STATES``.
+        outputs: representations to compute for each text; some of ``ModelInfo.outputs``, or ``STATES``.
         is_late_chunked: the texts are consecutive chunks of one document, which is encoded as a whole; the vector of a
             chunk is the mean over its own tokens.
-        deadline: point on ``time.monotonic()`` after which nobody waits for the answer.
-        caller: whom the work is for; work of different callers shares the device fairly.
-        query: what the texts are scored against, by a model that reranks: the vector of a text is then its score.
-        max_text_tokens: where each text is cut before it is put together with the query; ``None`` for no such limit.
-        max_total_tokens: how many tokens all texts may have together, after truncation; ``None`` for no such limit.
-        on_tokens: told how many they have, as far as is known, before they are computed; may refuse them.
+        deadline: point on ``time.monotonic()`` after which the caller no longer waits.
+        caller: the party that the work is for; callers share the device fairly.
+        query: for a model that reranks: the query to score the texts against. The vector of a text is then its score.
+        max_text_tokens: the most tokens of each text before it is combined with the query; ``None`` for no such limit.
+        max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
+        on_tokens: takes the number of tokens of all texts, as far as known, before they are computed; may refuse them.
     """
 
     texts: Sequence[str]
@@ -234,16 +234,16 @@ class EmbedJob:
     on_tokens: Callable[[int], None] = lambda _num_tokens: None
 
     def check_total(self, num_tokens: int) -> None:
-        """Refuse texts that have too many tokens together, by the limit or by the memory that there is.
+        """Refuse texts that have too many tokens together, for the limit or for the free memory.
 
         Raises:
-            BadInput: they have more than ``max_total_tokens``.
-            RequestError: what ``on_tokens`` raises.
+            BadInput: the texts have more than ``max_total_tokens``.
+            RequestError: ``on_tokens`` refused them.
         """
         if self.max_total_tokens is not None and num_tokens > self.max_total_tokens:
             per_token = ", ".join(sorted(output.value for output in self.outputs & PER_TOKEN))
             raise BadInput(
-                f"the texts have at least {num_tokens} tokens together, and the limit where each has a vector in the answer "
+                f"the texts have at least {num_tokens} tokens together, but the limit where each has a vector in the answer "
                 f"({per_token}) is {self.max_total_tokens}: send several requests"
             )
         self.on_tokens(num_tokens)
@@ -251,10 +251,11 @@ class EmbedJob:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How long the stages of one request took, in seconds of wall-clock: parts of its time that do not overlap.
+    """Durations of the stages of one request, in seconds of wall-clock time. They do not overlap.
 
-    ``inference_s``: one of its texts was being computed. ``queue_s``: none was, and one waited. ``tokenize_s``: neither,
-    and one was being tokenized. ``serialize_s`` is None until the answer has been written.
+    ``inference_s``: at least one of its texts was being computed. ``queue_s``: none was computed, but one waited.
+    ``tokenize_s``: none was computed and none waited, but one was being tokenized. ``serialize_s``: ``None`` until the
+    answer has been written.
     """
 
     tokenize_s: float
@@ -264,22 +265,22 @@ class Timings:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Return the seconds by the name of the stage, in the order in which a request goes through them."""
+        """The seconds of each stage by its name, in the order of the stages."""
         known = {"tokenize": self.tokenize_s, "queue": self.queue_s, "inference": self.inference_s}
         return known if self.serialize_s is None else {**known, "serialize": self.serialize_s}
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """What a backend returns for an :class:`EmbedJob`.
+    """The result of an :class:`EmbedJob`.
 
     Attributes:
         vectors: ``(n, width)`` float32, pooled, **not** normalized, in input order.
         num_tokens: tokens of each text as the model saw it: after truncation, special tokens included.
         truncated: indices of the texts that were cut, ascending.
-        sparse: token weights of each text, if they were asked for.
-        multivectors: token vectors of each text, if they were asked for.
-        states: token states of each text, if they were asked for.
+        sparse: token weights of each text, if requested.
+        multivectors: token vectors of each text, if requested.
+        states: token states of each text, if requested.
     """
 
     vectors: Vectors
@@ -296,9 +297,9 @@ class Token:
     """One token of a text.
 
     Attributes:
-        text: the part of the text that it stands for; the token's own name where it stands for none.
-        is_special: whether the model's template has put it there.
-        start, stop: where that part begins and ends, in characters; ``None`` for special tokens.
+        text: the part of the text that the token covers; the token's own name if it covers no part.
+        is_special: the model's template added the token.
+        start, stop: the ends of that part, in characters; ``None`` for special tokens.
     """
 
     id: int
@@ -309,17 +310,17 @@ class Token:
 
 
 class Vocabulary(Protocol):
-    """What turns texts into a model's tokens and back. Safe to use from several threads."""
+    """Turns texts into a model's tokens and back. Safe to use from several threads."""
 
     def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
-        """Return all tokens of each text: nothing is cut, and no instruction put before it."""
+        """Return all tokens of each text, without cutting it or adding an instruction."""
 
     def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
-        """Return the text of each row of token ids; ids that the model does not have are left out."""
+        """Return the text of each row of token ids; skip ids that the model does not have."""
 
 
 TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
-"""Tasks by their canonical names, which are Jina's."""
+"""The canonical names of tasks, which are Jina's."""
 
 _TASK_SYNONYMS = {
     # Cohere's and Voyage's input types, and the usual names of prompts in sentence-transformers checkpoints.
@@ -333,10 +334,10 @@ _TASK_SYNONYMS = {
 
 
 def canonical_task(name: str) -> str:
-    """Return the canonical name of a task; a name that is not known comes back as it is."""
+    """Return the canonical name of a task; an unknown name is returned unchanged."""
     return _TASK_SYNONYMS.get(name, name)
 
 
 def known_task_names() -> list[str]:
-    """Return every name that :func:`canonical_task` understands."""
+    """Return every name that :func:`canonical_task` knows."""
     return [*TASKS, *_TASK_SYNONYMS]

@@ -21,18 +21,18 @@ class Encoding(StrEnum):
     BASE64 = "base64"
     """Base64 of the little-endian float32 bytes."""
     BINARY = "binary"
-    """One bit a dimension (1 where positive), eight to a signed byte: the unsigned byte less 128."""
+    """One bit per dimension (1 where positive), eight bits per signed byte: the unsigned byte minus 128."""
     UBINARY = "ubinary"
-    """One bit a dimension (1 where positive), eight to an unsigned byte, the first in the highest bit."""
+    """One bit per dimension (1 where positive), eight bits per unsigned byte, the first in the highest bit."""
 
 
 def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normalize: bool) -> Vectors:
     """Check pooled vectors, keep the first ``dimensions`` of each, and normalize what is left.
 
-    A Matryoshka vector has to be normalized after it is cut: a cut unit vector is shorter than 1.
+    A Matryoshka vector must be normalized after it is cut: a cut unit vector is shorter than 1.
 
     Args:
-        shape: what ``vectors`` must have: one row for each text, of the model's width.
+        shape: the shape that ``vectors`` must have: one row per text, of the model's width.
 
     Returns:
         ``(n, dimensions)`` float32, C-contiguous; each row of L2 norm 1 if ``normalize``.
@@ -41,8 +41,8 @@ def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normali
         InvalidVectors: the shape is wrong, a number is not finite, or a vector cannot be normalized.
     """
     if vectors.shape != shape:
-        raise _invalid(f"vectors of shape {vectors.shape}, promised were {shape[0]} of {shape[1]} dimensions")
-    with np.errstate(over="ignore"):  # told by an error of our own
+        raise _invalid(f"vectors of shape {vectors.shape} instead of {shape[0]} vectors of {shape[1]} dimensions")
+    with np.errstate(over="ignore"):  # reported by an error below
         kept = np.ascontiguousarray(vectors[:, :dimensions], dtype=np.float32)
         norms: Vectors = np.linalg.norm(kept, axis=1, keepdims=True)
     is_finite = np.logical_and(np.isfinite(vectors).all(axis=1), np.isfinite(kept).all(axis=1))
@@ -69,15 +69,17 @@ def cosine(one: Vectors, other: Vectors) -> float:
 def require_finite(
     sparse: Sequence[SparseVector], multivectors: Sequence[MultiVector], states: Sequence[States] = ()
 ) -> None:
-    """Check what is handed out beside dense vectors.
+    """Check the outputs other than dense vectors.
 
     Raises:
         InvalidVectors: a number is not finite.
     """
-    for numbers in ([one.values for one in sparse], multivectors, states):
-        is_finite = np.array([np.isfinite(one).all() for one in numbers], dtype=np.bool_)
+    for arrays in ([weights.values for weights in sparse], multivectors, states):
+        is_finite = np.array([np.isfinite(array).all() for array in arrays], dtype=np.bool_)
         if not is_finite.all():
-            raise _invalid("an output beside the dense one that is not finite (NaN or infinity)", is_finite)
+            raise _invalid(
+                "a sparse, multi-vector or token state output that is not finite (NaN or infinity)", is_finite
+            )
 
 
 def _invalid(what: str, is_good: npt.NDArray[np.bool_] | None = None) -> InvalidVectors:
@@ -87,7 +89,7 @@ def _invalid(what: str, is_good: npt.NDArray[np.bool_] | None = None) -> Invalid
 
 
 def encode(vectors: Vectors, encoding: Encoding) -> Sequence[npt.NDArray[np.float32 | np.int8 | np.uint8] | str]:
-    """Encode each vector for the answer: an array that is written as a JSON list, or a base64 string."""
+    """Return each vector encoded for the answer: an array, which becomes a JSON list, or a base64 string."""
     match encoding:
         case Encoding.FLOAT:
             return list(vectors)

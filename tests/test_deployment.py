@@ -1,4 +1,4 @@
-"""A reload exchanges everything at once, or changes nothing and says why."""
+"""A reload replaces everything at once, or changes nothing and says why."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def ready(model: str) -> float | None:
 async def becomes(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds."""
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  what makes it hold tells nobody
+        while not condition():  # noqa: ASYNC110  there is no event for it
             await asyncio.sleep(0)
 
 
@@ -153,7 +153,7 @@ async def test_new_models_and_aliases_are_served_after_a_reload(gateway: Gateway
     assert deployment.fleet.is_ready
 
 
-async def test_what_was_loaded_kept_and_removed_is_told(gateway: Gateway) -> None:
+async def test_a_reload_returns_what_it_loaded_kept_and_removed(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a", two="b", three="c"))
 
     reloaded = await gateway.reload(models(one="a", two="b-short", four="d"))
@@ -163,7 +163,7 @@ async def test_what_was_loaded_kept_and_removed_is_told(gateway: Gateway) -> Non
     assert deployment.fleet.get("three") is None
 
 
-async def test_a_model_that_is_only_called_required_is_not_loaded_anew(gateway: Gateway) -> None:
+async def test_a_model_that_only_becomes_required_is_not_reloaded(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a"))
     kept = deployment.fleet.get("one")
 
@@ -192,7 +192,7 @@ async def test_requests_in_flight_end_on_the_old_model(gateway: Gateway) -> None
     await becomes(lambda: old.backend.is_stopped)
 
 
-async def test_a_fallback_that_a_reload_replaces_still_stands_in_for_requests_before_it(gateway: Gateway) -> None:
+async def test_a_fallback_that_a_reload_replaces_still_answers_earlier_requests(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="slow", two="slow") + "fallbacks: {one: [two]}\n")
     one, two = (backend_of(deployment, name) for name in ("one", "two"))
     one.error = InferenceFailed("broken")
@@ -228,7 +228,7 @@ async def test_a_model_whose_tokens_are_used_is_not_stopped_meanwhile(gateway: G
     assert backend.is_stopped
 
 
-async def test_a_model_that_nobody_waits_for_is_stopped_after_the_switch(gateway: Gateway) -> None:
+async def test_a_model_without_requests_is_stopped_after_the_switch(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a", two="b"))
     old = deployment.fleet.get("two")
     assert old is not None
@@ -344,7 +344,7 @@ async def test_a_name_that_would_move_to_another_space_is_refused(
 
 
 async def test_a_name_does_not_move_in_two_steps_either(gateway: Gateway) -> None:
-    """By way of a model that is switched off, or of nothing at all."""
+    """Neither through a model that is switched off, nor by being absent in between."""
     await gateway.start(ALIASED % "one")
 
     await gateway.reload(ALIASED.replace("./b, enabled: true", "./b, enabled: false") % "two")
@@ -416,12 +416,12 @@ SAME_SPACE = "experiments:\n  - {id: e, kind: same_space, arms: [{model: one, we
         ),
         pytest.param(
             models(one="a", two="b") + SAME_SPACE,
-            "the arms of experiment 'e' are not of one space: one is in space",
+            "the arms of experiment 'e' are not in one space: one is in space",
             id="same_space across spaces",
         ),
         pytest.param(
             models(one="a-tasks") + "aliases:\n  x: {model: one, task: clustering}\n",
-            "the alias 'x' names the task 'clustering', and model 'one' knows only: retrieval.query, retrieval.passage",
+            "the alias 'x' names the task 'clustering', but model 'one' knows only: retrieval.query, retrieval.passage",
             id="task of an alias",
         ),
         pytest.param(
@@ -443,7 +443,7 @@ async def test_a_registry_that_mixes_spaces_does_not_start_and_is_not_loaded(
     assert reason in await gateway.is_refused(text)
 
 
-async def test_models_of_one_space_may_stand_in_and_be_split(gateway: Gateway) -> None:
+async def test_models_of_one_space_may_be_fallbacks_and_arms(gateway: Gateway) -> None:
     deployment = await gateway.start(models(one="a", two="a") + SAME_SPACE + "fallbacks: {one: [two], two: [one]}\n")
 
     router = deployment.router
@@ -524,7 +524,7 @@ async def test_reloads_are_counted_by_how_they_ended(gateway: Gateway) -> None:
     assert {outcome: num_reloads(outcome) - was for outcome, was in before.items()} == {"ok": 1, "refused": 1}
 
 
-async def test_a_reload_that_fails_in_a_way_that_nobody_foresaw_is_logged_and_counted(
+async def test_a_reload_that_fails_unexpectedly_is_logged_and_counted(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment = await gateway.start(models(one="a"))

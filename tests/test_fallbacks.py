@@ -101,9 +101,9 @@ async def test_the_model_itself_answers_while_it_can(gateway: Gateway) -> None:
     [
         InferenceFailed("raised"),
         OutOfMemory("too large"),
-        ModelRecovering("anew", retry_after_s=5),
+        ModelRecovering("reloading", retry_after_s=5),
         ModelNotReady("no"),
-        UpstreamFailed("NaN for text 0", is_permanent=True),  # in vain there, and not here
+        UpstreamFailed("NaN for text 0", is_permanent=True),  # permanent there, but not for the fallback
         UpstreamUnavailable("wrong key", is_permanent=True),
     ],
 )
@@ -115,13 +115,13 @@ async def test_when_it_fails_at_a_request_the_next_one_answers(gateway: Gateway,
     assert num_fallbacks(code=error.code) - before == 1
 
 
-async def test_an_alias_names_the_model_that_it_stands_for(gateway: Gateway) -> None:
+async def test_an_answer_under_an_alias_names_the_model(gateway: Gateway) -> None:
     gateway.failing["gpu"] = InferenceFailed("raised")
 
     assert await gateway.ask("default") == ("cpu", "gpu")
 
 
-async def test_fallbacks_are_tried_in_order_and_the_last_error_is_told(gateway: Gateway) -> None:
+async def test_fallbacks_are_tried_in_order_and_the_last_error_is_returned(gateway: Gateway) -> None:
     gateway.failing |= {"gpu": InferenceFailed("one"), "cpu": InferenceFailed("two")}
     assert await gateway.ask() == ("spare", "gpu")
 

@@ -181,7 +181,7 @@ async def test_a_model_that_is_ready_says_since_when(made: Models, monkeypatch: 
     assert (made.models[0].created, made.models[0].reason) == (1234, "")
 
 
-async def test_loading_is_told_in_the_log(made: Models) -> None:
+async def test_loading_is_logged(made: Models) -> None:
     made.add("here", is_remote=False).gate.set()
     far = made.add("far")
     far.error = LoadError("no answer")
@@ -205,7 +205,7 @@ async def test_loading_is_told_in_the_log(made: Models) -> None:
         ("model_ready", "info", "here"),
         ("models_loading", "info", None),
     ]
-    # A model that stays wrong is told of when its reason changes.
+    # A model that stays wrong is logged when its reason changes.
     assert [(line["event"], line["log_level"]) for line in again] == [
         ("model_loading", "debug"),
         ("model_failed", "debug"),

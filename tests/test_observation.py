@@ -101,7 +101,7 @@ async def test_a_request_to_a_model_that_has_not_been_read_has_no_task(
     assert outcomes() == {("", "model_not_ready"): 1}
 
 
-async def test_requests_that_are_cancelled_or_crash_are_counted_too(
+async def test_requests_that_are_canceled_or_crash_are_counted_too(
     make_model: MakeModel, make_fleet: MakeFleet
 ) -> None:
     has_begun = asyncio.Event()

@@ -1,4 +1,4 @@
-"""A running gateway, as a process of its own: reloads under load, refusals, restarts, two replicas that agree."""
+"""A running gateway, in its own process: reloads under load, refusals, restarts, two replicas that agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service resolves a name, checks what was asked for, and finishes the vectors."""
+"""The service resolves a name, checks the request, and finishes the vectors."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_a_backend_gets_the_texts_as_they_are_with_task_caller_and_deadlin
     assert before + 10 <= job.deadline <= time.monotonic() + 10
 
 
-async def test_smaller_dimensions_are_cut_and_normalized_and_have_a_space_of_their_own(
+async def test_smaller_dimensions_are_cut_and_normalized_and_have_their_own_space(
     make_service: MakeService,
 ) -> None:
     answer = await make_service(StubBackend()).embed(request(dimensions=4))

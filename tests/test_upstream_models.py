@@ -140,10 +140,10 @@ async def test_a_second_gateway_runs_a_model(gateway: Gateway, other_gateway: st
 
     np.testing.assert_allclose(far.vectors, near.vectors, rtol=1e-6)
     assert (far.model, far.num_tokens) == ("far", 3)
-    assert far.space != near.space  # nobody has said that they are the same
+    assert far.space != near.space  # the registry does not say that they are the same
 
 
-async def test_a_model_that_is_proven_to_be_the_same_stands_in(gateway: Gateway, other_gateway: str) -> None:
+async def test_a_model_that_is_proven_to_be_the_same_is_a_fallback(gateway: Gateway, other_gateway: str) -> None:
     text = (
         NEAR + FAR % ("openai", "near", f"{other_gateway}/v1") + "    same_space_as: near\nfallbacks: {near: [far]}\n"
     )
@@ -313,7 +313,7 @@ async def test_a_lock_says_what_the_registry_says(gateway: Gateway) -> None:
     ("lines", "problem"),
     [
         ("same_space_as: far", "is the model itself"),
-        ("same_space_as: nobody", "is not a model of this file"),
+        ("same_space_as: absent", "is not a model of this file"),
         ("dtype: float16", "`dtype` cannot be set here for `backend: openai`: the servers decide that"),
         ("outputs: [dense, sparse]", "`outputs` must be .* for `backend: openai`"),
     ],
@@ -337,7 +337,7 @@ async def test_a_reload_keeps_what_has_not_changed(gateway: Gateway, server: Sta
         assert answer.model == "far"
 
 
-async def test_a_request_that_is_cancelled_leaves_nothing_behind(gateway: Gateway, server: StandIn) -> None:
+async def test_a_request_that_is_canceled_leaves_nothing_behind(gateway: Gateway, server: StandIn) -> None:
     async with gateway.serving(NEAR + FAR % ("openai", "acme/embed", f"{server.url}/v1")) as deployment:
         server.delay_s = 5
         task = asyncio.create_task(ask(deployment, "far"))

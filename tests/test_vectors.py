@@ -73,7 +73,7 @@ def test_the_model_s_own_array_is_not_changed() -> None:
 )
 def test_vectors_of_another_shape_are_refused(vectors: np.ndarray, normalize: bool) -> None:
     with pytest.raises(
-        InvalidVectors, match=r"^the model returned vectors of shape .*, promised were 5 of 20 dimensions"
+        InvalidVectors, match=r"^the model returned vectors of shape .* instead of 5 vectors of 20 dimensions"
     ):
         finish(vectors, (5, 20), 20, normalize=normalize)
 
@@ -136,7 +136,7 @@ def test_a_vector_of_any_length_is_normalized(factor: float) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("output", ["sparse", "multivectors", "states"])
-def test_what_is_handed_out_beside_the_vectors_is_finite_too(output: str, bad: float) -> None:
+def test_other_outputs_must_be_finite_too(output: str, bad: float) -> None:
     outputs: dict[str, list[Any]] = {
         "sparse": [SparseVector(np.arange(3), np.ones(3, np.float32)) for _ in range(2)],
         "multivectors": [np.ones((2, 4), np.float32) for _ in range(2)],
@@ -147,7 +147,8 @@ def test_what_is_handed_out_beside_the_vectors_is_finite_too(output: str, bad: f
     (numbers.values if output == "sparse" else numbers).flat[-1] = bad
 
     with pytest.raises(
-        InvalidVectors, match=r"input\[1\]: the model returned an output beside the dense one that is not finite"
+        InvalidVectors,
+        match=r"input\[1\]: the model returned a sparse, multi-vector or token state output that is not finite",
     ):
         require_finite(**outputs)
 

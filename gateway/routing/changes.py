@@ -1,4 +1,4 @@
-"""What a reload changes of the names that requests send: for the log, and for whoever asked for the reload."""
+"""The names that a reload changes: for the log, and for the answer to the reload."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gateway.experiments.split import Split
 
 
 def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
-    """Return what has changed of each alias that is new, gone, or leads elsewhere: ``mini -> jina:retrieval.query``."""
+    """Return the change of each alias that is new, gone, or leads elsewhere: ``mini -> jina:retrieval.query``."""
     changes = {}
     for name in [*old.aliases, *(name for name in new.aliases if name not in old.aliases)]:
         before, after = _target(old.aliases.get(name)), _target(new.aliases.get(name))
@@ -17,9 +17,9 @@ def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
 
 
 def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
-    """Return what has changed of each experiment, and whether its counts begin again."""
+    """Return the change of each experiment, and whether its counts begin again."""
     changes = {}
-    for name in dict.fromkeys(one.id for one in (*old.experiments, *new.experiments)):
+    for name in dict.fromkeys(experiment.id for experiment in (*old.experiments, *new.experiments)):
         before, after = old.experiment(name), new.experiment(name)
         if before == after:
             continue

@@ -130,7 +130,7 @@ class Names:
         raise self._not_found(name, client)
 
     def _not_found(self, name: str, client: Client) -> ModelNotFound:
-        """Say that a name is unknown, and suggest a similar one from those that the client may use."""
+        """Return the error for an unknown name; it suggests a similar one that the client may use."""
         names = self.usable_by(client)
         guess = _similar(name, [*names, *(source for source in self._sources if self.allows(client, source))])
         hint = f" (did you mean {guess!r}?)" if guess else ""

@@ -1,4 +1,4 @@
-"""From the ``model`` and ``task`` of a request to the target that answers it. Never a guess."""
+"""From the ``model`` and ``task`` of a request to the target that answers it, without guessing."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from gateway.errors import (
 from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
 from gateway.routing.names import GATEWAY, Client, Names, one_task
-from gateway.routing.spaces import why_no_stand_in
+from gateway.routing.spaces import why_not_interchangeable
 from gateway.types import ModelInfo, ModelKind, ModelState, canonical_task, known_task_names
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What answers a request: one model, with one task.
+    """One model that can answer a request, with one task.
 
     Attributes:
-        name: what the answer says in ``model``.
+        name: the value of ``model`` in the answer.
         task: one of the model's tasks, or ``None``.
     """
 
@@ -42,14 +42,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a name stands for, whether or not that is ready.
+    """The model that a name leads to, ready or not.
 
     Attributes:
-        task: the task in the name or of the alias or arm, if there is one.
-        asked: the model, alias or experiment that was asked for, as the registry calls it.
-        name: what the answer says in ``model``: the name that was asked for if that is a model's, else the model's id.
-        assignment: the arm that the request is in, if an experiment was asked for.
-        experiment: what was asked for, if that is an experiment; without an assignment, ``model`` is the control arm's.
+        task: the task that the name, the alias or the arm fixes.
+        asked: the model, alias or experiment that the request names, as the registry writes it.
+        name: the value of ``model`` in the answer: the name in the request if it is a model's, else the model's id.
+        assignment: the arm of the request, if it names an experiment.
+        experiment: the experiment that the request names; without an assignment, ``model`` is that of the control arm.
     """
 
     model: Model
@@ -61,7 +61,7 @@ class Choice:
 
 
 class Router:
-    """Resolves names. Everything it knows is fixed by the registry; only the state of the models changes."""
+    """Resolves names to models. The registry fixes all of it; only the state of the models changes."""
 
     def __init__(self, registry: Registry, fleet: Fleet) -> None:
         self.names = Names(registry)
@@ -147,18 +147,18 @@ class Router:
         ]
 
     def targets(self, choice: Choice, task: str | None) -> list[Target]:
-        """Return what can answer a request: the chosen model, and then its fallbacks, as far as they are ready.
+        """Return the targets that can answer a request: the chosen model and its fallbacks, as far as they are ready.
 
-        All are of the same space.
+        All targets are in the same space.
 
         Args:
             task: the request's task by any of its names, or ``None``.
 
         Raises:
             ModelNotFound: the model is disabled.
-            BadInput: an unknown task, or another one than the name says.
-            ModelNotReady: the model is loading, and so is all that could stand in for it.
-            ModelUnavailable: the model failed to load, and nothing stands in for it.
+            BadInput: the task is unknown, or differs from the one that the name fixes.
+            ModelNotReady: the model is loading, and no fallback is ready.
+            ModelUnavailable: the model failed to load, and no fallback is ready.
         """
         targets = [
             Target(choice.name, model, info, _resolve_task(info, choice.task, task))
@@ -169,38 +169,38 @@ class Router:
         return targets
 
     def resolve(self, name: str | None, task: str | None, unit_source: UnitSource | None = None) -> Target:
-        """Return the first of the :meth:`targets` of a name, for the gateway's own work, which may use all of them."""
+        """Return the first of the :meth:`targets` of a name, for the gateway's own work, which may use every name."""
         return self.targets(self.choose(name, GATEWAY, unit_source), task)[0]
 
     def task_of(self, choice: Choice) -> str | None:
-        """Return the task of a request under a name that says none itself; ``None`` before the model has been read.
+        """Return the task of a request that names none, under a chosen name; ``None`` before the model has been read.
 
         Raises:
-            BadInput: the name holds a task that the model does not know.
+            BadInput: the name fixes a task that the model does not know.
         """
         return _resolve_task(choice.model.info, choice.task, None) if choice.model.info else None
 
     def arms(self, choice: Choice) -> list[tuple[Arm, Model, str | None]]:
-        """Return the arms of the experiment that was asked for, each with its model and its task.
+        """Return the arms of the experiment that a choice names, each with its model and its task.
 
         Raises:
-            BadInput: the name holds a task that an arm does not know, or that is not the arm's own.
+            BadInput: the name fixes a task that an arm does not know, or that differs from the arm's own.
         """
-        assert choice.experiment is not None  # noqa: S101  the caller has looked
-        # What the choice has as its task is the name's where the control arm has none.
+        assert choice.experiment is not None  # noqa: S101  the caller has checked
+        # The task of the choice is that of the name only if the control arm has none.
         of_name = None if choice.experiment.control.task else choice.task
-        found = []
+        arms = []
         for arm in choice.experiment.arms:
             model = self._model(arm.model)
-            found.append((arm, model, _resolve_task(model.info, arm.task, of_name) if model.info else None))
-        return found
+            arms.append((arm, model, _resolve_task(model.info, arm.task, of_name) if model.info else None))
+        return arms
 
     def generation(self, experiment_id: str) -> str:
         """Return the generation of an experiment; see :class:`gateway.experiments.split.Assignment`."""
         return self._splits[experiment_id].generation
 
     def _candidates(self, model: Model) -> Iterator[tuple[Model, ModelInfo]]:
-        """Yield what can answer for a model, itself first: all that is ready and of the same space."""
+        """Yield the model and its fallbacks, those that are ready and, with the same vectors, can replace it."""
         if model.state is ModelState.READY and model.info is not None:
             yield model, model.info
         if model.state is ModelState.DISABLED or model.info is None:
@@ -211,7 +211,7 @@ class Router:
                 other is not None
                 and other.state is ModelState.READY
                 and other.info is not None
-                and not why_no_stand_in(model.info, other.info)
+                and not why_not_interchangeable(model.info, other.info)
             ):
                 yield other, other.info
 
@@ -222,14 +222,14 @@ class Router:
 
 
 def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
-    """Say why a model does not answer."""
+    """Return the error that says why a model does not answer."""
     match model.state:
         case ModelState.DISABLED:
             return ModelDisabled(f"model {model.id!r} is disabled: {model.reason}", param="model")
         case ModelState.LOADING | ModelState.READY:
             return ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
         case ModelState.RECOVERING:
-            return ModelRecovering(f"model {model.id!r} is being loaded anew: {model.reason}", retry_after_s=5)
+            return ModelRecovering(f"model {model.id!r} is being reloaded: {model.reason}", retry_after_s=5)
         case ModelState.FAILED:
             return ModelUnavailable(f"model {model.id!r} {model.reason}", is_permanent=True)
         case ModelState.STOPPED:
@@ -237,22 +237,22 @@ def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
 
 
 def _resolve_task(info: ModelInfo, task_of_name: str | None, task: str | None) -> str | None:
-    """Choose the task; for a model that has none, any known task is accepted and has no effect.
+    """Return the task to use. A model without tasks accepts every known task, which then has no effect.
 
-    That is what makes an A/B by ``model`` alone work: the client sends the same task to either model.
+    So an A/B test by ``model`` alone works: the client sends the same task to either model.
     """
-    given = [name for name in (task_of_name, task) if name is not None]
-    asked = [canonical_task(name) for name in given]
-    if len(set(asked)) > 1:
+    written = [name for name in (task_of_name, task) if name is not None]
+    tasks = [canonical_task(name) for name in written]
+    if len(set(tasks)) > 1:
         raise BadInput(
-            f"`model` names the task {cut(given[0])!r}, and `task` says {cut(given[1])!r}: leave one of them out",
+            f"`model` names the task {cut(written[0])!r}, and `task` says {cut(written[1])!r}: leave one of them out",
             param="task",
         )
-    if not asked:
+    if not tasks:
         return info.default_task
     allowed = list(info.tasks) or known_task_names()
-    if asked[0] not in allowed:
+    if tasks[0] not in allowed:
         raise BadInput(
-            f"unknown task {cut(given[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
+            f"unknown task {cut(written[0])!r} for model {info.id!r}; one of: {', '.join(allowed)}", param="task"
         )
-    return asked[0] if info.tasks else None
+    return tasks[0] if info.tasks else None

@@ -1,4 +1,4 @@
-"""What must hold between the models that a registry puts together; it can be known only once they have been read."""
+"""Rules between the models of a registry, which can be checked only once the models have been read."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Protocol
 from gateway.config.registry import Experiment, Registry
 from gateway.fleet import Fleet
 from gateway.routing.names import Name, Names
-from gateway.routing.spaces import is_same_space, why_no_stand_in
+from gateway.routing.spaces import is_same_space, why_not_interchangeable
 from gateway.types import ModelInfo, ModelKind, canonical_task, known_task_names
 
 
 class Described(Protocol):
-    """A model whose checkpoint has been read, or not yet."""
+    """A model whose checkpoint may have been read."""
 
     @property
     def info(self) -> ModelInfo | None: ...
 
 
 class Models(Protocol):
-    """A fleet, or what is known of one without loading it."""
+    """A fleet, or the known part of one that is not loaded."""
 
     def get(self, model_id: str) -> Described | None: ...
 
 
 def broken_rules(registry: Registry, fleet: Models) -> list[str]:
-    """Return every rule that a registry breaks, in plain words.
+    """Return a message for each rule that a registry breaks.
 
-    A model that is disabled or whose checkpoint cannot be read takes part in nothing that could break one: it is not
-    used until it has been loaded, and is checked then.
+    A model that is disabled, or whose checkpoint cannot be read, breaks no rule: it is not used until it has been loaded,
+    and is checked then.
     """
     return [
         *_unknown_tasks(registry, fleet),
@@ -52,14 +52,14 @@ def _unknown_tasks(registry: Registry, fleet: Models) -> Iterator[str]:
             continue
         allowed = list(info.tasks) or known_task_names()
         if canonical_task(task) not in allowed:
-            yield f"{what} names the task {task!r}, and model {model!r} knows only: {', '.join(allowed)}"
+            yield f"{what} names the task {task!r}, but model {model!r} knows only: {', '.join(allowed)}"
 
 
 def _foreign_fallbacks(registry: Registry, fleet: Models) -> Iterator[str]:
     for model, others in registry.fallbacks.items():
         for other in others:
             info, other_info = _info(fleet, model), _info(fleet, other)
-            if info is not None and other_info is not None and (reason := why_no_stand_in(info, other_info)):
+            if info is not None and other_info is not None and (reason := why_not_interchangeable(info, other_info)):
                 yield f"{other!r} cannot be a fallback of {model!r}: {reason}"
 
 
@@ -75,21 +75,23 @@ def _foreign_arms(experiment: Experiment, fleet: Models) -> Iterator[str]:
         if (arm.model, arm.task) == (control.model, control.task):
             continue
         if control.task is None and arm.task is None:
-            reason = why_no_stand_in(info, arm_info)
+            reason = why_not_interchangeable(info, arm_info)
         else:
-            one, other = info.space(control.task), arm_info.space(arm.task)
+            space, arm_space = info.space(control.task), arm_info.space(arm.task)
             reason = (
-                "" if is_same_space(one, other) else f"{control.label} is in space {one}, and {arm.label} in {other}"
+                ""
+                if is_same_space(space, arm_space)
+                else f"{control.label} is in space {space}, and {arm.label} in {arm_space}"
             )
         if reason:
             yield (
-                f"the arms of experiment {experiment.id!r} are not of one space: {reason}; say `kind: cross_space` if "
-                "that is meant"
+                f"the arms of experiment {experiment.id!r} are not in one space: {reason}; if that is intended, "
+                "set `kind: cross_space`"
             )
 
 
 def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
-    """Yield what puts a model that embeds beside one that reranks: no request could be for both."""
+    """Yield each mix of models that embed and models that rerank: no request could be for both."""
     for experiment in registry.experiments:
         kinds = {arm.model: info.kind.value for arm in experiment.arms if (info := _info(fleet, arm.model)) is not None}
         if len(set(kinds.values())) > 1:
@@ -102,21 +104,21 @@ def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
 
 
 def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:
-    """Return the spaces that each name stands for, by task; of the names alone whose model's checkpoint has been read.
+    """Return the spaces of each name, by task; only of names whose model has been read.
 
-    The space of a request that says no task is under the empty text.
+    The space of a request without a task has the key ``""``.
     """
     named = {name: _spaces(fleet, meaning.model, task) for name, meaning, task in _one_space_names(registry)}
     return {name: spaces for name, spaces in named.items() if spaces}
 
 
 def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, fleet: Fleet) -> list[str]:
-    """Return the names that would bring vectors of another space after a reload, and are not allowed to.
+    """Return a message for each name that a reload would move to another space without permission.
 
-    Vectors that were stored under such a name would be compared with those of another space, and nobody would be told.
+    Vectors that were stored under such a name would silently be compared with vectors of another space.
 
     Args:
-        known: the spaces that each name has stood for so far; see :func:`name_spaces`.
+        known: the spaces of each name so far; see :func:`name_spaces`.
     """
     moved = []
     for name, meaning, task in _one_space_names(registry):
@@ -144,9 +146,9 @@ def _one_space_names(registry: Registry) -> Iterator[tuple[str, Name, str | None
 
 
 def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
-    """Return the spaces of a name by task, with that of a request without a task under the empty one."""
+    """Return the spaces of a name by task; see :func:`name_spaces`."""
     info = _info(fleet, model)
-    if info is None or info.kind is not ModelKind.EMBED:  # nobody stores a score to compare it with others later
+    if info is None or info.kind is not ModelKind.EMBED:  # clients do not store scores to compare them later
         return {}
     return {"": info.space(task)} | (
         {} if task else {key: space for key, space in info.spaces_by_task().items() if key}

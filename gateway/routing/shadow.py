@@ -1,4 +1,4 @@
-"""Shadows: a sample of the traffic goes to a second model too, whose vectors nobody gets."""
+"""Shadows: a sample of the traffic also goes to a second model, whose vectors are discarded."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gateway.types import EmbedJob, Truncate
 
 log = structlog.get_logger(__name__)
 
-# The second model's share of a busy device: this many of its requests are worked on at once.
+# Limits the second model's share of a busy device: the most of its requests at once.
 _MAX_CONCURRENT = 4
-# A queue is bounded by its requests; this bounds the memory when each of them is large.
+# The queue has a limit on requests; this one limits its memory when requests are large.
 _MAX_QUEUED_CHARACTERS = 16_000_000
 _CALLER = "shadow"
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """What is kept of a request."""
+    """The parts of a request that a shadow needs."""
 
     texts: Sequence[str]
     task: str | None
@@ -38,7 +38,7 @@ class _Copy:
 
 
 class ShadowQueue:
-    """The copies for one shadow. When more come than the second model can take, the newest are dropped."""
+    """The copies for one shadow. If the second model cannot keep up, the newest copies are dropped."""
 
     def __init__(self, shadow: Shadow, router: Router) -> None:
         self.shadow = shadow
@@ -51,7 +51,7 @@ class ShadowQueue:
         self._labels = (shadow.of, shadow.to)
 
     def offer(self, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float) -> None:
-        """Take a copy of a request, or drop it; returns at once."""
+        """Queue a copy of a request, or drop it; return at once."""
         size = sum(map(len, texts))
         is_full = len(self._waiting) >= self.shadow.max_queue or self._num_characters + size > _MAX_QUEUED_CHARACTERS
         if is_full or self._is_stopped:
@@ -59,17 +59,17 @@ class ShadowQueue:
             return
         self._waiting.append(_Copy(texts, task, truncate, timeout_s, size))
         self._num_characters += size
-        # Counted up and down: at a reload, the queue before and the one after it have the same gauge.
+        # Counted up and down: during a reload, the old and the new queue share a gauge.
         metrics.SHADOW_QUEUE.labels(*self._labels).inc()
         if self._num_working < _MAX_CONCURRENT:
-            # Counted here and not by the tasks: one that is about to end takes no further copy.
+            # Counted here, not by the tasks: a task that is about to end takes no further copy.
             self._num_working += 1
             worker = asyncio.create_task(self._work())
             self._workers.add(worker)
             worker.add_done_callback(self._workers.discard)
 
     async def stop(self) -> None:
-        """Drop what waits, and what is being worked on; whatever is offered from now on is dropped as well."""
+        """Drop the copies that wait and those in progress; from now on, drop every offered copy."""
         self._is_stopped = True
         metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc(len(self._waiting))
         metrics.SHADOW_QUEUE.labels(*self._labels).dec(len(self._waiting))
@@ -94,7 +94,7 @@ class ShadowQueue:
             self._num_working -= 1
 
     async def _embed(self, copy: _Copy) -> str:
-        """Have the second model embed a copy, and return how that ended."""
+        """Have the second model embed a copy; return the outcome."""
         started = time.monotonic()
         try:
             target = self._router.resolve(self.shadow.to, copy.task)
@@ -109,7 +109,7 @@ class ShadowQueue:
             )
         except RequestError as error:
             return error.code
-        except Exception:  # a fault of the second model must not end the work for it, and reaches nobody else
+        except Exception:  # a fault of the second model must not end its queue, and does not reach clients
             log.exception("shadow_failed", of=self.shadow.of, to=self.shadow.to)
             return "internal_error"
         metrics.SHADOW_SECONDS.labels(*self._labels).observe(time.monotonic() - started)
@@ -127,7 +127,7 @@ class Shadows:
     def offer(
         self, choice: Choice, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float
     ) -> None:
-        """Copy a request for each shadow of its name or of its model, as often as the sample says."""
+        """Copy a request for each shadow of its name or model, as often as the sample says."""
         for queue in self._queues:
             shadow = queue.shadow
             is_meant = shadow.of in (choice.asked, choice.model.id) and shadow.to != choice.model.id
@@ -136,10 +136,10 @@ class Shadows:
 
     @property
     def pairs(self) -> set[tuple[str, str]]:
-        """Each name whose traffic is copied, with the model that gets the copy."""
+        """Each name whose traffic is copied, with the model that gets the copies."""
         return {(queue.shadow.of, queue.shadow.to) for queue in self._queues}
 
     async def stop(self) -> None:
-        """Drop everything that waits."""
+        """Stop every shadow."""
         for queue in self._queues:
             await queue.stop()

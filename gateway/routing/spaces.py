@@ -8,11 +8,11 @@ from gateway.types import ModelInfo
 
 
 def is_same_space(one: str, other: str) -> bool:
-    """Tell whether two space ids name the same space, whatever comes before the ``@``."""
+    """Tell whether two space ids name the same space, regardless of the part before the ``@``."""
     return one.rpartition("@")[2] == other.rpartition("@")[2]
 
 
-def why_no_stand_in(info: ModelInfo, other: ModelInfo) -> str:
+def why_not_interchangeable(info: ModelInfo, other: ModelInfo) -> str:
     """Return why another model cannot replace a model with the very same vectors; empty if it can."""
     return next(_differences(info, other), "")
 

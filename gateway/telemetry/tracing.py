@@ -1,7 +1,7 @@
-"""The spans of a request: one for the HTTP request, in it one for the embedding, in that one a stage.
+"""The spans of a request: one for the HTTP request, inside it one for the embedding, and inside that one for each stage.
 
-Off until :func:`use` gives a tracer provider; a request then costs two comparisons with ``None``. A span never holds a
-text or a key, and its name holds only names of the registry. ``trace_export`` says where spans go.
+Off until :func:`use` sets a tracer provider; while off, a request costs two comparisons with ``None``. A span never holds a
+text or a key, and its name holds only names of the registry. ``trace_export`` sends the spans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gateway.errors import ClientDisconnected, InternalError, RequestError
 from gateway.telemetry import semconv
 from gateway.types import Timings
 
-# Clients make paths up; a span has the beginning.
+# Clients can send any path; a span keeps the beginning.
 _MAX_PATH_CHARS = 256
 _FIRST_SERVER_ERROR = 500
 
@@ -35,7 +35,7 @@ _tracer: Tracer | None = None
 
 
 def use(provider: TracerProvider | None) -> None:
-    """Make the spans of all further requests with a provider; ``None`` for no spans."""
+    """Trace all further requests with a provider; ``None`` turns tracing off."""
     global _tracer  # noqa: PLW0603  one process, one tracer, as with the metrics
     _tracer = None if provider is None else provider.get_tracer("gateway", __version__)
 
@@ -56,7 +56,7 @@ class RequestSpan:
     """The span of an HTTP request.
 
     Attributes:
-        is_ours: whether the gateway opened it, and not something around the gateway: ddtrace, say.
+        is_ours: the gateway opened it, not a tracer around the gateway such as ddtrace.
     """
 
     span: Span
@@ -64,20 +64,20 @@ class RequestSpan:
 
     @property
     def log_ids(self) -> dict[str, str]:
-        """Return what a log line needs to be found from the trace, as hex; nothing when the trace is not recorded."""
+        """Return the ids that connect a log line to the trace, as hex; empty if the trace is not recorded."""
         if not self.span.is_recording():
             return {}
         context = self.span.get_span_context()
         return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
 
     def describe(self, scope: Scope, status: int, error_code: str | None) -> None:
-        """Add what the answer is. To be called before the answer is sent: with that, ddtrace ends its span.
+        """Add the result. Call this before the answer is sent: ddtrace ends its span then.
 
         Args:
-            scope: of the request, after routing.
+            scope: the scope of the request, after routing.
             error_code: the code in the answer, if it is an error.
         """
-        route = getattr(scope.get("route"), "path", None)  # the template; none when no path of ours was asked for
+        route = getattr(scope.get("route"), "path", None)  # the template; absent for an unknown path
         if self.is_ours:
             self.span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, status)
         if self.is_ours and route is not None:
@@ -85,7 +85,7 @@ class RequestSpan:
             self.span.update_name(f"{_name(scope)} {route}")
         if error_code is not None:
             self.span.set_attribute(semconv.GATEWAY_ERROR_CODE, error_code)
-        if status >= _FIRST_SERVER_ERROR:  # by the conventions, what the client did wrong is no error of the server
+        if status >= _FIRST_SERVER_ERROR:  # by the conventions, a fault of the client is not an error
             _fail(self.span, error_code or str(status))
 
 
@@ -108,7 +108,7 @@ def request_span(
 def _request_span(tracer: Tracer, scope: Scope, headers: Headers, request_id: str) -> Iterator[RequestSpan]:
     outer = trace.get_current_span()
     if outer.get_span_context().is_valid:
-        # Whoever traces the application from outside has a span for the request; a second one would count it twice.
+        # A tracer around the application has a span for the request; a second one would count it twice.
         outer.set_attribute(semconv.GATEWAY_REQUEST_ID, request_id)
         yield RequestSpan(outer, is_ours=False)
         return
@@ -133,7 +133,7 @@ def _request_span(tracer: Tracer, scope: Scope, headers: Headers, request_id: st
 
 
 def _name(scope: Scope) -> str:
-    """Return the name of a request's span while its route is not known."""
+    """Return the name of a request's span before its route is known."""
     method: str = scope["method"]
     return method if method in semconv.KNOWN_METHODS else semconv.OTHER_METHOD_NAME
 
@@ -145,7 +145,7 @@ def _caller(headers: Headers) -> Context:
 
 
 class _HeadersGetter(Getter[Headers]):
-    """Reads headers for OpenTelemetry. ``tracestate`` may come in several lines."""
+    """Reads headers for OpenTelemetry. ``tracestate`` may span several lines."""
 
     def get(self, carrier: Headers, key: str) -> list[str] | None:
         return carrier.getlist(key) or None
@@ -165,7 +165,7 @@ class EmbeddingsSpan:
     """The span of one embedding operation.
 
     Attributes:
-        begun_ns: when it began, in nanoseconds since 1970.
+        begun_ns: start time, in nanoseconds since 1970.
     """
 
     tracer: Tracer
@@ -183,12 +183,12 @@ class EmbeddingsSpan:
         dimensions: int | None,
         timings: Timings,
     ) -> None:
-        """Add the answer, and a span for each stage; the answer counts as finished now.
+        """Add the answer, and a span for each stage; the embedding ends now.
 
         Args:
             model: id of the model that answered.
-            space: of the vectors, if there are any.
-            dimensions: of the dense vectors, if there are any.
+            space: the space of the vectors; ``None`` for scores.
+            dimensions: of the dense vectors; ``None`` without dense vectors.
         """
         if not self.span.is_recording():
             return
@@ -200,7 +200,7 @@ class EmbeddingsSpan:
             semconv.GATEWAY_TASK: task,
             semconv.GATEWAY_NUM_TRUNCATED: num_truncated,
         }
-        self.span.set_attributes(_given(attributes))
+        self.span.set_attributes(_without_none(attributes))
         context = trace.set_span_in_context(self.span, Context())
         for stage in stages(self.begun_ns, time.time_ns(), timings):
             attribute = {semconv.GATEWAY_STAGE_SECONDS: stage.seconds}
@@ -221,10 +221,10 @@ def embeddings_span(
     """Return a context manager for the time of an embedding, which makes its span the current one.
 
     Args:
-        model: the name that was asked for, as the registry has it.
-        provider: what computes the vectors.
-        encoding: how the caller wants to have them written.
-        operation: what is computed: embeddings, or scores.
+        model: the name in the request, as the registry writes it.
+        provider: the backend of the model.
+        encoding: the requested encoding of the vectors.
+        operation: embeddings, or scores.
     """
     if _tracer is None:
         return _OFF
@@ -237,12 +237,12 @@ def embeddings_span(
         semconv.GATEWAY_EXPERIMENT: experiment,
         semconv.GATEWAY_ARM: arm,
     }
-    return _embeddings_span(_tracer, f"{operation} {model}", _given(attributes))
+    return _embeddings_span(_tracer, f"{operation} {model}", _without_none(attributes))
 
 
 @contextmanager
 def _embeddings_span(tracer: Tracer, name: str, attributes: dict[str, AttributeValue]) -> Iterator[EmbeddingsSpan]:
-    # INTERNAL, as the conventions say of a model that runs in the same process.
+    # INTERNAL, as the conventions require for a model in the same process.
     begun_ns = time.time_ns()
     span = tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=attributes, start_time=begun_ns)
     with _current(span):
@@ -261,9 +261,9 @@ class Stage:
     """A stage of an embedding.
 
     Attributes:
-        begun_ns: where its span begins, in nanoseconds since 1970.
-        ended_ns: where its span ends.
-        seconds: how long it took by :class:`~gateway.types.Timings`.
+        begun_ns: start of its span, in nanoseconds since 1970.
+        ended_ns: end of its span.
+        seconds: its duration by :class:`~gateway.types.Timings`.
     """
 
     name: str
@@ -273,10 +273,10 @@ class Stage:
 
 
 def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
-    """Place the stages between the beginning and the end of an embedding; of each only the length is known.
+    """Place the stages, of which only the durations are known, between the start and the end of an embedding.
 
-    They follow one another up to the end: before tokenizing, a request may have waited for a model that then failed. What
-    an upstream says of its own time may be longer than the whole: each is cut at the whole's ends.
+    They end with the embedding: before tokenizing, a request may have waited for a model that then failed. A duration that
+    an upstream reports may exceed the whole: each stage is cut at the ends of the whole.
     """
     tokenize, queue, inference = (
         round(seconds * 1e9) for seconds in (timings.tokenize_s, timings.queue_s, timings.inference_s)
@@ -289,11 +289,11 @@ def stages(begun_ns: int, ended_ns: int, timings: Timings) -> list[Stage]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- both
+# ------------------------------------------------------------------------------------------------------------ shared
 
 
 def _current(span: Span) -> AbstractContextManager[Span]:
-    """Make a span the current one, and end it; what an exception says is not recorded: it may quote a request."""
+    """Make a span the current one, and end it. Do not record the message of an exception: it may quote a request."""
     return trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
 
 
@@ -302,5 +302,5 @@ def _fail(span: Span, error_type: str) -> None:
     span.set_status(StatusCode.ERROR)
 
 
-def _given(attributes: Mapping[str, AttributeValue | None]) -> dict[str, AttributeValue]:
+def _without_none(attributes: Mapping[str, AttributeValue | None]) -> dict[str, AttributeValue]:
     return {name: value for name, value in attributes.items() if value is not None}

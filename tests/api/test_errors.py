@@ -132,8 +132,8 @@ async def test_the_requests_beside_and_after_a_failed_one_are_answered(connect: 
     [
         pytest.param(np.full((2, 8), np.nan, np.float32), "not finite", id="NaN"),
         pytest.param(np.array([[1] * 8, [np.inf] * 8], np.float32), "not finite", id="infinity in one of two"),
-        pytest.param(np.ones((2, 4), np.float32), "shape (2, 4), promised were 2 of 8 dimensions", id="width"),
-        pytest.param(np.ones((1, 8), np.float32), "shape (1, 8), promised were 2 of 8 dimensions", id="count"),
+        pytest.param(np.ones((2, 4), np.float32), "shape (2, 4) instead of 2 vectors of 8 dimensions", id="width"),
+        pytest.param(np.ones((1, 8), np.float32), "shape (1, 8) instead of 2 vectors of 8 dimensions", id="count"),
         pytest.param(np.zeros((2, 8), np.float32), "length is zero", id="zero"),
     ],
 )

@@ -276,7 +276,7 @@ async def test_a_model_that_is_not_of_its_space_is_stopped() -> None:
     await fleet.load_one(model)
 
     assert model.state is ModelState.FAILED
-    assert "it is said to be of the space of near, but its vectors are not those of near" in model.reason
+    assert "the registry says that it is in the space of near, but its vectors are not those of near" in model.reason
     assert model.info is None
     assert backend.num_stops == 1
     with pytest.raises(ModelNotReady):

@@ -383,7 +383,7 @@ def test_a_registry_that_could_not_start_is_refused(
     code, output = run(*command)
 
     assert code == 1
-    assert "the arms of experiment 'split' are not of one space" in output
+    assert "the arms of experiment 'split' are not in one space" in output
 
 
 def test_check_names_what_it_has_not_checked(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

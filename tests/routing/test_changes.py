@@ -47,7 +47,7 @@ def test_an_alias_that_leads_elsewhere(
     assert changed_aliases(old, new) == ({"x": change} if change else {})
 
 
-def test_aliases_are_told_in_the_order_of_the_files() -> None:
+def test_aliases_are_listed_in_the_order_of_the_files() -> None:
     old, new = registry({"b": ("one", None), "a": ("one", None)}), registry({"d": ("one", None), "c": ("one", None)})
 
     assert list(changed_aliases(old, new)) == ["b", "a", "d", "c"]

@@ -1,4 +1,4 @@
-"""A name leads to exactly one model and task, or to an error that lists what there is."""
+"""A name leads to exactly one model and task, or to an error that lists the names."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_name_leads_to_one_model_and_task(
         pytest.param(":mini", id="colon before"),
     ],
 )
-def test_anything_else_is_not_found_and_all_names_are_told(router: Router, name: str) -> None:
+def test_anything_else_is_not_found_and_all_names_are_listed(router: Router, name: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
         router.resolve(name, None)
 
@@ -242,7 +242,7 @@ def test_a_model_is_found_by_each_of_its_names_also_while_it_loads(
         ("mini:query", "mini", None),
     ],
 )
-def test_a_ready_model_is_found_with_the_task_that_its_name_stands_for(
+def test_a_ready_model_is_found_with_the_task_of_its_name(
     router: Router, name: str, model: str, task: str | None
 ) -> None:
     choice = router.choose(name, GATEWAY)
@@ -276,7 +276,9 @@ def test_a_model_answers_as_soon_as_it_is_ready(make_model: MakeModel, make_flee
         pytest.param("x" * 1_000_000, None, id="endless"),
     ],
 )
-def test_a_name_that_is_nearly_right_is_told_the_right_one(router: Router, name: str, meant: str | None) -> None:
+def test_the_error_for_a_name_that_is_nearly_right_suggests_the_right_one(
+    router: Router, name: str, meant: str | None
+) -> None:
     """It is not taken for the right one: that would be a guess."""
     with pytest.raises(RequestError) as caught:
         router.resolve(name, None)

@@ -55,7 +55,7 @@ def test_arms_of_two_kinds_are_not(put: Put) -> None:
     ]
 
 
-def test_a_reranker_shadows_nobody(put: Put) -> None:
+def test_a_reranker_cannot_be_a_shadow(put: Put) -> None:
     shadow = Shadow(of="mini", to="ranker", sample=1.0)
 
     assert broken_rules(*put(shadows=[shadow])) == [
@@ -141,7 +141,7 @@ def test_a_name_s_task_is_one_that_its_model_knows(
     """A model without tasks ignores those that any model may have."""
     problems = broken_rules(*split((None, task), "two two", [Alias(name="name", model="two", task=task)], **more))
 
-    told = f"names the task {task!r}, and model 'two' knows only: {known}"
+    told = f"names the task {task!r}, but model 'two' knows only: {known}"
     assert [problem for problem in problems if "names the task" in problem] == (
         [] if known is None else [f"the alias 'name' {told}", f"arm 'arm-1' of the experiment 'exp' {told}"]
     )
@@ -165,13 +165,13 @@ def test_arms_with_tasks_of_different_spaces_are_not_of_one_space(split: Put, ta
     [problem] = broken_rules(*split(tasks, arms))
 
     assert re.fullmatch(
-        r"the arms of experiment 'exp' are not of one space: arm-0 is in space one@\w{12}, and arm-1 in \w{3}@\w{12}; say "
-        "`kind: cross_space` if that is meant",
+        r"the arms of experiment 'exp' are not in one space: arm-0 is in space one@\w{12}, and arm-1 in \w{3}@\w{12}; if "
+        "that is intended, set `kind: cross_space`",
         problem,
     )
 
 
-def test_an_arm_that_would_cut_the_texts_of_the_control_is_told(split: Put) -> None:
+def test_an_arm_that_would_cut_the_texts_of_the_control_is_reported(split: Put) -> None:
     assert broken_rules(*split(max_tokens=512)) == []
     [problem] = broken_rules(*split(max_tokens=100))
 

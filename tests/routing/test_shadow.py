@@ -194,7 +194,7 @@ async def test_a_sample_of_the_requests_is_copied(make_shadows: MakeShadows, sec
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(InferenceFailed("it raised"), "inference_failed"), (RuntimeError("nobody expected that"), "internal_error")],
+    [(InferenceFailed("it raised"), "inference_failed"), (RuntimeError("unexpected"), "internal_error")],
 )
 async def test_an_error_of_the_second_model_is_counted_and_the_next_copy_goes_on(
     make_shadows: MakeShadows, second: Second, counted: Callable[[str], float], error: Exception, code: str
@@ -312,7 +312,7 @@ async def test_the_queue_is_shown_while_it_waits(make_shadows: MakeShadows, seco
     assert queued() == before
 
 
-async def test_a_copy_has_the_task_the_patience_and_a_caller_of_its_own(
+async def test_a_copy_has_the_task_and_the_patience_and_its_own_caller(
     make_shadows: MakeShadows, second: Second
 ) -> None:
     names = ("gateway_shadow_texts_total", "gateway_shadow_duration_seconds_count")

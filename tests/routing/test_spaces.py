@@ -8,7 +8,7 @@ import re
 import pytest
 
 from gateway.backends.fake import fake_info
-from gateway.routing.spaces import is_same_space, why_no_stand_in
+from gateway.routing.spaces import is_same_space, why_not_interchangeable
 from gateway.types import ModelInfo, Output
 
 TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": "match: ", "separation": ""}
@@ -109,7 +109,7 @@ def test_only_the_hash_decides_whether_spaces_are_the_same(one: str, other: str,
     assert is_same_space(other, one) is expected
 
 
-# ------------------------------------------------------------------------------------------------------- standing in
+# ------------------------------------------------------------------------------------------------------- fallbacks
 
 
 def changed(info: ModelInfo = JINA, **changes: object) -> ModelInfo:
@@ -134,8 +134,8 @@ def test_each_task_has_its_space_and_a_request_without_one_that_of_the_default()
     ],
     ids=["the same", "longer texts", "more outputs", "more dimensions", "elsewhere"],
 )
-def test_what_can_do_as_much_may_stand_in(info: ModelInfo, more: dict[str, object]) -> None:
-    assert why_no_stand_in(info, changed(info, **more)) == ""
+def test_a_model_that_can_do_as_much_may_be_a_fallback(info: ModelInfo, more: dict[str, object]) -> None:
+    assert why_not_interchangeable(info, changed(info, **more)) == ""
 
 
 @pytest.mark.parametrize(
@@ -162,21 +162,21 @@ def test_what_can_do_as_much_may_stand_in(info: ModelInfo, more: dict[str, objec
         pytest.param(changed(dimensions=(32,)), "other does not allow vectors of 16 dimensions", id="fewer dimensions"),
     ],
 )
-def test_what_differs_is_why_a_model_may_not_stand_in(other: ModelInfo, reason: str) -> None:
-    assert re.fullmatch(reason, why_no_stand_in(JINA, other))
+def test_a_difference_is_why_a_model_may_not_be_a_fallback(other: ModelInfo, reason: str) -> None:
+    assert re.fullmatch(reason, why_not_interchangeable(JINA, other))
 
 
-def test_a_model_without_tasks_cannot_stand_in_for_one_with_them_nor_the_other_way_round() -> None:
-    assert why_no_stand_in(JINA, PLAIN) == "plain has no task 'retrieval.query'"
-    assert why_no_stand_in(PLAIN, JINA) == "jina has tasks, and plain has none"
+def test_a_model_without_tasks_cannot_replace_one_with_tasks_nor_the_other_way_round() -> None:
+    assert why_not_interchangeable(JINA, PLAIN) == "plain has no task 'retrieval.query'"
+    assert why_not_interchangeable(PLAIN, JINA) == "jina has tasks, and plain has none"
     other = changed(PLAIN, fingerprint="0" * 64)
     one, two = space(PLAIN, None, 8), space(other, None, 8)
-    assert why_no_stand_in(PLAIN, other) == f"plain is in space {one}, and other in {two}"
+    assert why_not_interchangeable(PLAIN, other) == f"plain is in space {one}, and other in {two}"
 
 
-def test_a_model_that_returns_less_cannot_stand_in() -> None:
+def test_a_model_that_returns_less_cannot_be_a_fallback() -> None:
     outputs = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
     info = dataclasses.replace(JINA, outputs=outputs)
 
-    assert why_no_stand_in(info, changed(outputs=outputs[:1])) == "other does not return sparse, multivector"
-    assert why_no_stand_in(changed(outputs=outputs[:1]), info) == ""
+    assert why_not_interchangeable(info, changed(outputs=outputs[:1])) == "other does not return sparse, multivector"
+    assert why_not_interchangeable(changed(outputs=outputs[:1]), info) == ""

@@ -35,7 +35,7 @@ TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = {"traceparent": f"00-{TRACE_ID}-{CALLER_ID}-01", "tracestate": "vendor=1"}
 NOT_SAMPLED = {"traceparent": f"00-{TRACE_ID}-{CALLER_ID}-00"}
 TIMINGS = Timings(tokenize_s=0.001, queue_s=0.002, inference_s=0.003)
-SECRET_TEXT, SECRET_KEY = "the patient's diagnosis", "key-that-nobody-may-see"
+SECRET_TEXT, SECRET_KEY = "the patient's diagnosis", "key-that-must-stay-secret"
 INFO = fake_info("jina", width=8, dimensions=(8, 4), tasks={"text-matching": ""}, default_task="text-matching")
 ARMS = ({"name": "new", "model": "jina", "weight": 1}, {"model": "mini", "weight": 0})
 EXPERIMENT = Experiment.model_validate({"id": "exp", "kind": "cross_space", "unit": ("body:user",), "arms": ARMS})
@@ -126,7 +126,7 @@ async def test_a_request_is_one_trace_with_the_embedding_and_its_stages(
         assert parent(spans[stage]) == embeddings.context.span_id
 
 
-async def test_scores_have_a_span_of_their_own_name(
+async def test_scores_have_a_span_with_their_own_name(
     exporter: InMemorySpanExporter, make_model: MakeModel, make_fleet: MakeFleet
 ) -> None:
     ranks = {"width": 1, "kind": ModelKind.RERANK}
@@ -146,7 +146,7 @@ async def test_scores_have_a_span_of_their_own_name(
     assert semconv.GATEWAY_SPACE not in attributes
 
 
-async def test_a_request_of_nobody_else_begins_a_trace(
+async def test_a_request_without_a_parent_begins_a_trace(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
     await embed(client)
@@ -228,7 +228,7 @@ async def test_no_span_holds_a_text_or_a_key(
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-async def test_a_mistake_of_the_client_is_no_error_of_the_server(
+async def test_a_mistake_of_the_client_is_not_an_error_of_the_server(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
     assert (await embed(client, dimensions=5)).status_code == 400
@@ -279,8 +279,8 @@ async def test_what_a_client_makes_up_is_in_no_name(
     assert "http.route" not in span.attributes
 
 
-async def test_a_client_that_goes_away_is_told_apart(exporter: InMemorySpanExporter) -> None:
-    """As the service sees it: the task that embeds is cancelled."""
+async def test_a_client_that_goes_away_has_its_own_error_type(exporter: InMemorySpanExporter) -> None:
+    """As the service sees it: the task that embeds is canceled."""
 
     async def embed_slowly() -> None:
         with tracing.embeddings_span(model="jina", provider="infinity", num_texts=1, encoding=None):
@@ -297,7 +297,7 @@ async def test_a_client_that_goes_away_is_told_apart(exporter: InMemorySpanExpor
     assert span.status.status_code is StatusCode.ERROR
 
 
-# -------------------------------------------------------------------------------------- what there is and is not traced
+# -------------------------------------------------------------------------------------- traced and untraced paths
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready/", "/metrics"])
@@ -343,7 +343,7 @@ async def test_the_context_goes_on_with_what_the_gateway_sends(
     assert backend.sent_headers["tracestate"] == "vendor=1"
 
 
-async def test_in_the_span_of_somebody_else_no_second_one_is_opened(
+async def test_in_the_span_of_another_tracer_no_second_one_is_opened(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
     """As under ``ddtrace-run``, whose span for the request is there already."""
