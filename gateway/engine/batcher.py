@@ -189,8 +189,6 @@ class Batcher:
         if job.query is not None:
             query = await self._read(handle, pending, self._encoder.read_query(job.query))
         for first, texts in [(0, job.texts)] if job.is_late_chunked else slices(job.texts):
-            if pending.done.done():  # has failed, or the batcher is stopping
-                return
             tokens: list[Tokens] = await self._read(handle, pending, self._encoder.read(job, first, texts, query))
             now = time.monotonic()
             pending.tokens += tokens
@@ -292,8 +290,7 @@ class Batcher:
     def _end_all(self, error: Callable[[], RequestError]) -> None:
         """Answer everybody who still waits with an error."""
         self._sequences.clear()
-        for handle, pending in self._pending.items():
-            handle.is_live = False
+        for pending in self._pending.values():
             pending.end(error())
 
     # ---------------------------------------------------------------------------------------------------- health

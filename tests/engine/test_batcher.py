@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.infinity import Engine, EngineArgs
-from gateway.engine.model.items import Encoded
+from gateway.engine.model.items import Encoded, Item
 from gateway.errors import (
+    BadInput,
     ContextLengthExceeded,
     DeadlineExceeded,
     InferenceFailed,
@@ -30,7 +32,7 @@ from gateway.errors import (
     ShuttingDown,
 )
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, SparseVector, Truncate
+from gateway.types import Embeddings, Output, SparseVector, Truncate
 from tests.engine.scripted import (
     Gate,
     MakeJob,
@@ -80,6 +82,67 @@ async def test_the_task_reaches_the_tokens(start_batcher: StartBatcher, make_job
     embeddings = await batcher.submit(make_job("1", task="99"))
 
     assert embeddings.vectors.tolist() == [[99, 2]]
+
+
+async def test_each_request_gets_the_outputs_that_it_asks_for(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(items: Sequence[Item]) -> list[Encoded]:
+        return [
+            Encoded(
+                np.zeros((1, 2), np.float32),
+                sparse=SparseVector(np.array(item.tokens.ids), np.ones(1, np.float32))
+                if "sparse" in item.outputs
+                else None,
+                multivector=np.full((1, 2), item.tokens.ids, np.float32) if "multivector" in item.outputs else None,
+                states=np.full((1, 3), item.tokens.ids, np.float32) if "states" in item.outputs else None,
+            )
+            for item in items
+        ]
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    batcher = await start_batcher()
+
+    def given(outputs: Sequence[Output]) -> Coroutine[Any, Any, Embeddings]:
+        return batcher.submit(make_job("7", "8", outputs=outputs))
+
+    dense, sparse, multi, states = await asyncio.gather(
+        *[given([Output.DENSE, *more]) for more in ([], [Output.SPARSE], [Output.MULTIVECTOR], [Output.STATES])]
+    )
+
+    assert (dense.sparse, dense.multivectors, dense.states) == (None, None, None)
+    assert sparse.sparse is not None
+    assert [one.indices.tolist() for one in sparse.sparse] == [[7], [8]]
+    assert multi.multivectors is not None
+    assert [one.tolist() for one in multi.multivectors] == [[[7, 7]], [[8, 8]]]
+    assert states.states is not None
+    assert [one.tolist() for one in states.states] == [[[7, 7, 7]], [[8, 8, 8]]]
+    assert (sparse.multivectors, multi.states, states.sparse) == (None, None, None)
+
+
+async def test_what_batches_hold_is_shown(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+    def shown() -> list[float]:
+        names = ("batch_texts", "batch_tokens", "batch_fill_ratio")
+        sums = [f"gateway_{name}_{part}" for name in names for part in ("count", "sum")]
+        return [metrics.REGISTRY.get_sample_value(name, {"model": "numbers"}) or 0 for name in sums]
+
+    batcher = await start_batcher(max_batch_tokens=10)
+    before = shown()
+
+    await batcher.submit(make_job("1 1 1 1 1"))
+
+    assert [now - was for now, was in zip(shown(), before, strict=True)] == [1, 1, 1, 5, 1, 0.5]
+
+
+async def test_a_limit_of_tokens_is_that_of_all_texts_together(start_batcher: StartBatcher, make_job: MakeJob) -> None:
+    batcher = await start_batcher()
+
+    enough, too_many = [
+        await answer(batcher.submit(replace(make_job("1 1", "2"), max_total_tokens=limit))) for limit in (3, 2)
+    ]
+
+    assert isinstance(enough, Embeddings)
+    assert isinstance(too_many, BadInput)
 
 
 async def test_no_batch_is_larger_than_the_budget(
@@ -374,6 +437,7 @@ async def test_a_fault_of_the_scheduler_answers_who_waits_and_ends(
 
     monkeypatch.setattr(worker_module, "take", take)
     failed = await asyncio.gather(*[answer(batcher.submit(make_job(str(n)))) for n in range(10)])
+    assert await becomes(lambda: batcher.num_queued == 0)
     is_broken = False
 
     assert {type(error) for error in failed} == {InferenceFailed}
@@ -610,6 +674,7 @@ async def test_a_cancelled_request_leaves_the_queue(
     await gate.reached()
     leaving = asyncio.create_task(batcher.submit(make_job(*texts_of(range(1, 100)))))
     assert await becomes(lambda: batcher.num_queued > 0)
+    assert not batcher.is_idle
 
     leaving.cancel()
     await asyncio.wait({leaving})
