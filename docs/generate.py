@@ -2,7 +2,7 @@
 
 ::
 
-    python docs/generate.py            write docs/configuration.md, docs/errors.md and docs/metrics.md
+    python docs/generate.py            write configuration.md, errors.md, metrics.md and architecture.svg
     python docs/generate.py --check    exit 1 and name the page that is stale
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import picture
 import texts
 from pydantic import BaseModel
 
@@ -229,6 +230,7 @@ def pages() -> dict[Path, str]:
         DOCS / "configuration.md": configuration_page(),
         DOCS / "errors.md": errors_page(),
         DOCS / "metrics.md": metrics_page(),
+        DOCS / "architecture.svg": f"{NOTICE}\n{picture.draw()}",
     }
 
 
