@@ -143,7 +143,9 @@ def _arrow(source: Box, target: Box) -> str:
     if source.row == target.row:
         side = 1 if target.column > source.column else -1
         y = _top(source.row) + BOX_HEIGHT // 2
-        return f'<path d="M{_center(source) + side * BOX_WIDTH // 2} {y} {_center(target) - side * BOX_WIDTH // 2} {y}"/>'
+        return (
+            f'<path d="M{_center(source) + side * BOX_WIDTH // 2} {y} {_center(target) - side * BOX_WIDTH // 2} {y}"/>'
+        )
     start, end = (_center(source), _top(source.row) + BOX_HEIGHT), (_center(target), _top(target.row))
     if source.column != target.column:  # from the side of one box to the side of the other keeps clear of those between
         end = (end[0] + (BOX_WIDTH // 4 if source.column > target.column else -BOX_WIDTH // 4), end[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -113,3 +115,30 @@ def test_the_example_of_a_file_of_keys_is_valid_and_uses_every_key(generate: Mod
     keys = load_key_file(path, {}).keys
 
     assert {name for key in keys for name in key.model_fields_set} == set(KeyEntry.model_fields)
+
+
+def test_the_life_of_a_request_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"`([\w/]+\.py):([\w.]+)`", page)
+
+    assert len(steps) > 20
+    missing = [f"{path}:{name}" for path, name in steps if name not in names_in(ROOT / "gateway" / path)]
+    assert missing == []
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the functions, classes and methods of a file: ``Fleet``, ``Fleet.load``."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, definitions):
+            names.add(node.name)
+            names |= {
+                f"{node.name}.{child.name}" for child in ast.iter_child_nodes(node) if isinstance(child, definitions)
+            }
+    return names
+
+
+def test_the_picture_refuses_an_import_that_points_up(generate: ModuleType) -> None:
+    with pytest.raises(ValueError, match="engine imports api, which is drawn above it"):
+        generate.picture.arrows({"engine": {"api"}})
