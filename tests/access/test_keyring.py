@@ -116,6 +116,19 @@ async def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     await keyring.close()
 
 
+async def test_a_change_is_noticed_within_about_a_second(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    write(path, entry("a", "one"))
+    keyring = Keyring(Settings(api_keys_file=path))
+    keyring.watch()
+
+    write(path, entry("a", "two"))
+
+    async with asyncio.timeout(15):  # on a busy machine
+        await until(lambda: knows(keyring, "two"))
+    await keyring.close()
+
+
 def reloads(outcome: str) -> float:
     return metrics.KEY_RELOADS.labels(outcome)._value.get()
 
@@ -197,6 +210,12 @@ async def test_the_file_is_still_checked_after_a_check_failed(tmp_path: Path, mo
 def test_a_wrong_file_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         Keyring(Settings(api_keys_file=tmp_path / "keys.yaml"))
+
+
+def test_a_client_has_no_limits_unless_it_is_given_some() -> None:
+    client = Client("a")
+
+    assert (client.models, client.requests_per_minute, client.tokens_per_minute, client.expires) == (None, 0, 0, None)
 
 
 def test_keys_are_long_and_differ() -> None:

@@ -346,6 +346,14 @@ def test_whose_space_a_model_shares_must_be_clear(tmp_path: Path, first: str, se
     assert part in found[0].message
 
 
+def test_the_message_for_an_alias_names_its_model_only_if_that_exists(tmp_path: Path) -> None:
+    text = TWO_MODELS + "aliases: {good: a, bad: nothing, x: good, y: bad}\n"
+    messages = {problem.key: problem.message for problem in problems_of(tmp_path, text)}
+
+    assert messages["aliases.x"] == "must be a model id, and `good` is an alias; write `a`"
+    assert messages["aliases.y"] == "must be a model id, and `bad` is an alias"
+
+
 def test_an_experiment_may_not_be_called_like_a_models_source(tmp_path: Path) -> None:
     (problem,) = problems_of(
         tmp_path,
