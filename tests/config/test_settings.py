@@ -17,15 +17,135 @@ def problems_of(environ: dict[str, str], **overrides: object) -> list[Problem]:
     return caught.value.problems
 
 
-def test_nothing_set_gives_the_defaults() -> None:
-    settings = load_settings({})
+MIB = 1024 * 1024
 
-    assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, Path("models.yaml"))
-    assert (settings.max_body_bytes, settings.max_inputs) == (16 * 1024 * 1024, 2048)
-    assert (settings.max_queue_texts, settings.max_queue_tokens) == (16_384, 4_000_000)
-    assert (settings.request_timeout_s, settings.shutdown_grace_s, settings.cpu_threads) == (300.0, 30.0, 0)
-    assert (settings.log_level, settings.log_format) == ("info", "auto")
-    assert settings.api_keys == ()
+# Defaults and bounds are promises to operators, as the documentation lists them.
+DEFAULTS = {
+    "host": "127.0.0.1",
+    "port": 8000,
+    "models": Path("models.yaml"),
+    "api_keys": (),
+    "api_keys_file": None,
+    "requests_per_minute": 0,
+    "tokens_per_minute": 0,
+    "quota_storage": "memory://",
+    "admin_key": None,
+    "admin_port": None,
+    "cors_origins": (),
+    "trusted_proxies": (),
+    "root_path": "",
+    "max_header_bytes": 64 * 1024,
+    "header_timeout_s": 10.0,
+    "keep_alive_s": 75.0,
+    "body_timeout_s": 60.0,
+    "send_timeout_s": 60.0,
+    "max_body_bytes": 16 * MIB,
+    "memory_budget_bytes": 512 * MIB,
+    "max_inputs": 2048,
+    "max_token_vectors": 32_768,
+    "max_queue_texts": 16_384,
+    "max_queue_tokens": 4_000_000,
+    "request_timeout_s": 300.0,
+    "shutdown_grace_s": 30.0,
+    "drain_delay_s": 0.0,
+    "forward_timeout_s": 120.0,
+    "golden_interval_s": 3600.0,
+    "cpu_threads": 0,
+    "log_level": "info",
+    "log_format": "auto",
+    "exposure_log": None,
+    "exposure_log_max_bytes": 16 * MIB,
+    "exposure_log_backups": 5,
+}
+LEAST = {
+    "port": 0,
+    "requests_per_minute": 0,
+    "tokens_per_minute": 0,
+    "admin_port": 0,
+    "max_header_bytes": 1024,
+    "max_body_bytes": 1,
+    "memory_budget_bytes": 64 * MIB,
+    "max_inputs": 1,
+    "max_token_vectors": 1,
+    "max_queue_texts": 1,
+    "max_queue_tokens": 1,
+    "cpu_threads": 0,
+    "exposure_log_max_bytes": 1024,
+    "exposure_log_backups": 1,
+}
+MAY_BE_ZERO = {"shutdown_grace_s", "drain_delay_s"}
+SECONDS = [name for name in DEFAULTS if name.endswith("_s")]
+
+
+def test_the_defaults_are_as_documented() -> None:
+    assert load_settings({}).model_dump() == DEFAULTS
+
+
+@pytest.mark.parametrize(("name", "least"), LEAST.items())
+def test_a_whole_number_has_a_least_value(name: str, least: int) -> None:
+    assert getattr(load_settings({variable(name): str(least)}), name) == least
+
+    (problem,) = problems_of({variable(name): str(least - 1)})
+    assert problem.message.startswith(f"must be at least {least}, got ")
+
+
+@pytest.mark.parametrize("name", ["port", "admin_port"])
+def test_a_port_has_a_largest_value(name: str) -> None:
+    assert getattr(load_settings({variable(name): "65535"}), name) == 65535
+
+    (problem,) = problems_of({variable(name): "65536"})
+    assert problem.message.startswith("must be at most 65535, got ")
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_seconds_may_be_a_fraction_and_must_be_more_than_zero(name: str) -> None:
+    assert getattr(load_settings({variable(name): "0.001"}), name) == 0.001
+    if name in MAY_BE_ZERO:
+        assert getattr(load_settings({variable(name): "0"}), name) == 0.0
+        (problem,) = problems_of({variable(name): "-0.001"})
+        assert problem.message.startswith("must be at least 0, got ")
+    else:
+        (problem,) = problems_of({variable(name): "0"})
+        assert problem.message.startswith("must be more than 0, got ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "values"),
+    [
+        ("cors_origins", "https://a.example, http://b:8080/ ,*", ("https://a.example", "http://b:8080", "*")),
+        ("trusted_proxies", "10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
+    ],
+)
+def test_a_list_is_split_at_commas(name: str, text: str, values: tuple[str, ...]) -> None:
+    assert getattr(load_settings({variable(name): text}), name) == values
+
+
+@pytest.mark.parametrize("text", ["app.example.com", "ftp://a", "https://a.example/path", "https://a,", "**"])
+def test_what_is_not_an_origin_is_refused(text: str) -> None:
+    (problem,) = problems_of({"GATEWAY_CORS_ORIGINS": text})
+
+    assert problem.message.startswith("must be origins such as `https://app.example.com`, or `*`, got ")
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix"), [("/ai/embed", "/ai/embed"), ("/ai/", "/ai"), ("/", ""), ("/a.b_c~d-1", "/a.b_c~d-1")]
+)
+def test_a_root_path_is_kept_without_its_last_slash(text: str, prefix: str) -> None:
+    assert load_settings({"GATEWAY_ROOT_PATH": text}).root_path == prefix
+
+
+@pytest.mark.parametrize("text", ["ai", "/a//b", "/a b", "https://a/b", "/ü"])
+def test_what_is_not_a_root_path_is_refused(text: str) -> None:
+    (problem,) = problems_of({"GATEWAY_ROOT_PATH": text})
+
+    assert problem.message.startswith("must be a path such as `/embeddings-gateway`, got ")
+
+
+def test_keys_of_eight_characters_are_enough() -> None:
+    settings = load_settings({"GATEWAY_API_KEYS": "12345678", "GATEWAY_ADMIN_KEY": "abcdefgh"})
+
+    assert settings.admin_key is not None
+    assert (len(settings.api_keys), settings.admin_key.get_secret_value()) == (1, "abcdefgh")
 
 
 @pytest.mark.parametrize(
