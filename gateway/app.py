@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,11 +28,13 @@ from gateway.api.openai import openai_router
 from gateway.api.rerank import rerank_router
 from gateway.api.spaces import spaces_router
 from gateway.api.tei import TEI_ADDRESS, tei_router
+from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
-from gateway.http.middleware import GatewayMiddleware, RequestContext
+from gateway.http.context import RequestContext
+from gateway.http.middleware import Admission, ErrorExit, Identification, Record
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 
@@ -123,17 +126,23 @@ def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget)
         redirect_slashes=False,  # the middleware has dropped trailing slashes: it would redirect in a circle
         # The middleware has spans and metrics of its own; the framework's would count each request twice.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        middleware=layers(deployment.settings, keyring, memory, lambda: deployment.is_draining),
     )
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(
-        GatewayMiddleware,
-        settings=deployment.settings,
-        keyring=keyring,
-        is_draining=lambda: deployment.is_draining,
-        memory=memory,
-    )
     document(app, deployment, needs_key=bool(keyring))
     return app
+
+
+def layers(
+    settings: Settings, keyring: Keyring, memory: MemoryBudget, is_draining: Callable[[], bool]
+) -> list[Middleware]:
+    """Return the layers around every request, the outermost first."""
+    return [
+        Middleware(Identification, settings=settings, memory=memory, is_draining=is_draining),
+        Middleware(Record),
+        Middleware(ErrorExit, is_draining=is_draining),
+        Middleware(Admission, settings=settings, keyring=keyring),
+    ]
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from gateway.access.keyring import key_digest
 from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.deployment import Deployment
 from gateway.errors import Forbidden, ReloadRefused
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 from gateway.telemetry import metrics
 
 

@@ -21,8 +21,8 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import DeadlineExceeded
 from gateway.experiments.split import UnitSource
+from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm
-from gateway.http.middleware import RequestContext
 from gateway.http.turns import Turns
 from gateway.requests import Answer, EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
 from gateway.requests import Request as ServiceRequest

@@ -15,7 +15,7 @@ from gateway.deployment import Deployment
 from gateway.errors import ExperimentNotFound, ModelNotAllowed
 from gateway.experiments.report import ExperimentList, ExperimentReport, describe_experiment
 from gateway.experiments.stats import ExperimentStats
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 
 _ANSWERS = responses(ExperimentReport, ModelNotAllowed, ExperimentNotFound)
 

@@ -22,7 +22,7 @@ from gateway.api.json_body import (
     wanted_truncation,
 )
 from gateway.api.pieces import Parts, object_around, vector_list
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.routing.router import Choice, Router
 from gateway.types import ModelState

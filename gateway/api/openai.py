@@ -28,7 +28,7 @@ from gateway.errors import (
     Overloaded,
     SpaceMismatch,
 )
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.vectors import Encoding, encode
 

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.errors import ClientDisconnected
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 from gateway.http.turns import Turns
 
 T = TypeVar("T")

@@ -28,8 +28,8 @@ from gateway.errors import (
     ModelNotReady,
     Overloaded,
 )
+from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm
-from gateway.http.middleware import RequestContext
 from gateway.requests import RerankAnswer, RerankRequest
 from gateway.types import Vectors
 

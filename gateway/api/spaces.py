@@ -12,7 +12,7 @@ from gateway.api.endpoint import add
 from gateway.api.wire import AnswerBody, responses
 from gateway.deployment import Deployment
 from gateway.fleet import Model
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 from gateway.routing.names import Client
 from gateway.routing.router import Choice, Router
 from gateway.types import ModelInfo, ModelKind, canonical_task

@@ -30,7 +30,7 @@ from gateway.api.tei_schema import (
     describe_model,
 )
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
-from gateway.http.middleware import RequestContext
+from gateway.http.context import RequestContext
 from gateway.http.turns import Turns
 from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.routing.names import DEFAULT_ALIAS

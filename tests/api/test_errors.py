@@ -18,10 +18,11 @@ import httpx
 import numpy as np
 import pytest
 import structlog
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
+from gateway.app import layers
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Experiment
 from gateway.config.settings import Settings
@@ -427,9 +428,10 @@ async def test_an_answer_that_has_begun_is_cut_off_rather_than_mended(log_of_err
         raise RuntimeError(SECRET)
 
     settings = Settings()
-    guarded = middleware.GatewayMiddleware(
-        half, settings, Keyring(settings), lambda: False, MemoryBudget(settings.memory_budget_bytes)
-    )
+    guarded: ASGIApp = half
+    memory = MemoryBudget(settings.memory_budget_bytes)
+    for layer in reversed(layers(settings, Keyring(settings), memory, lambda: False)):
+        guarded = layer.cls(guarded, *layer.args, **layer.kwargs)
     transport = httpx.ASGITransport(guarded)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         with pytest.raises(RuntimeError, match=SECRET):
