@@ -29,10 +29,7 @@ MAX_FILE_LINES: Final = 400
 MAX_FUNCTION_LINES: Final = 60
 MAX_IMPORT_LINES: Final = 30
 TO_DO: Final = {
-    "gateway/app.py",
     "gateway/backends/upstream/backend.py",
-    "gateway/http/middleware.py",
-    "gateway/http/protocol.py",
     "gateway/service.py",
 }
 """Files that are over a budget and still to be split. The list only gets shorter."""

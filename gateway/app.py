@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI
@@ -11,8 +10,6 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 
 from gateway import __version__
 from gateway.access.keyring import Keyring
@@ -27,19 +24,15 @@ from gateway.api.ollama import ollama_router
 from gateway.api.openai import openai_router
 from gateway.api.rerank import rerank_router
 from gateway.api.spaces import spaces_router
-from gateway.api.tei import TEI_ADDRESS, tei_router
+from gateway.api.tei import tei_router
+from gateway.api.unknown_path import on_http_exception
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import InternalError, MethodNotAllowed, NotFound
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
-from gateway.http.context import RequestContext
 from gateway.http.middleware import Admission, ErrorExit, Identification, Record
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
-
-# Clients make paths up; what is searched for a similar one, and comes back in the answer, is a line.
-_MAX_SHOWN_PATH = 200
 
 _DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
 
@@ -128,7 +121,7 @@ def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget)
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         middleware=layers(deployment.settings, keyring, memory, lambda: deployment.is_draining),
     )
-    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(HTTPException, on_http_exception)
     document(app, deployment, needs_key=bool(keyring))
     return app
 
@@ -143,21 +136,3 @@ def layers(
         Middleware(ErrorExit, is_draining=is_draining),
         Middleware(Admission, settings=settings, keyring=keyring),
     ]
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Turn what the framework raises for a wrong path or method into our own errors, for the one exit."""
-    assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
-    context = RequestContext.of(request)
-    path = context.path[:_MAX_SHOWN_PATH]
-    # There TEI's clients post; whoever reads looks what there is.
-    is_address = getattr(request.scope.get("route"), "path", None) in ("/", TEI_ADDRESS)
-    is_nowhere = is_address and context.method in ("GET", "HEAD")
-    if error.status_code == 405 and not is_nowhere:
-        allow = (error.headers or {}).get("Allow", "")
-        raise MethodNotAllowed(f"{context.method} is not allowed on {path}; use {allow}", allow=allow)
-    if error.status_code in (404, 405):
-        near = difflib.get_close_matches(path, request.app.state.shown_paths, n=1)
-        hint = f"did you mean {near[0]}?" if near else "embeddings are at POST /v1/embeddings, models at GET /v1/models"
-        raise NotFound(f"no such path: {path}; {hint}")
-    raise InternalError(f"unexpected status {error.status_code} from the framework")

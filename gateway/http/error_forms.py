@@ -1,27 +1,35 @@
-"""Which API's form an error has: that of the path that was asked. Pure."""
+"""The answers to requests that failed, in the form of the API whose path was requested."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from enum import Enum
+
+import orjson
+from starlette.types import Send
 
 from gateway.errors import (
     BadInput,
+    BodyTooSlow,
     EmptyInput,
     InferenceFailed,
     InternalError,
+    InvalidHttp,
     InvalidVectors,
     MemoryFull,
+    MethodNotAllowed,
     ModelNotReady,
     OutOfMemory,
     Overloaded,
     RequestError,
+    Unauthorized,
     UnsupportedOutput,
 )
 
 
 class ErrorForm(Enum):
-    """What an error looks like: clients of one API do not understand that of another."""
+    """The form of an error: clients of one API do not understand that of another."""
 
     OPENAI = "openai"
     TEI = "tei"
@@ -31,13 +39,13 @@ class ErrorForm(Enum):
 _TEI_ROOT_PATHS = frozenset(
     ("/embed", "/embed_all", "/embed_sparse", "/similarity", "/tokenize", "/decode", "/info", "/invocations")
 )
-# Below /tei/ there are two paths of OpenAI's, for clients of TEI that speak that.
+# Two paths below /tei/ are OpenAI's, for clients of TEI that speak that dialect.
 _TEI_MODEL_PATH = re.compile(r"/tei/(?!.*/embeddings$)")
 _TEI_PROBE = re.compile(r"/tei/.+/health")
-# Also where there is nothing: its clients ask for /api/pull, say, and print `error` as text.
+# Also for unknown paths: its clients request /api/pull, for example, and print `error` as text.
 _OLLAMA_PREFIX = "/api/"
 
-# From the special to the general: the first that an error is one of. ``None`` keeps the status.
+# From the special to the general: the first class that fits counts. ``None`` keeps the status.
 _TEI_ERRORS: tuple[tuple[type[RequestError], int | None, str], ...] = (
     (EmptyInput, 400, "Empty"),
     (UnsupportedOutput, 424, "Backend"),
@@ -53,12 +61,12 @@ _TEI_ERRORS: tuple[tuple[type[RequestError], int | None, str], ...] = (
 
 
 def is_tei_probe(path: str) -> bool:
-    """Return whether a path asks for the health of one model, as TEI's clients do without a key."""
+    """Return whether a path is that of one model's health, which TEI's clients request without a key."""
     return _TEI_PROBE.fullmatch(path) is not None
 
 
 def error_form(path: str, method: str = "POST") -> ErrorForm:
-    """Return the form that clients of a path look for. Clients of TEI post to its root; browsers get it."""
+    """Return the form that clients of a path expect. Clients of TEI post to the root; browsers get it."""
     if (path == "/" and method == "POST") or path in _TEI_ROOT_PATHS or _TEI_MODEL_PATH.match(path):
         return ErrorForm.TEI
     return ErrorForm.OLLAMA if path.startswith(_OLLAMA_PREFIX) else ErrorForm.OPENAI
@@ -67,7 +75,7 @@ def error_form(path: str, method: str = "POST") -> ErrorForm:
 def render_error(error: RequestError, form: ErrorForm) -> tuple[int, dict[str, object]]:
     """Return the status and the body of an error.
 
-    TEI's form has our own ``message`` and ``detail`` beside its two fields: its clients ignore what they do not know.
+    TEI's form has our own ``message`` and ``detail`` as well as its two fields: its clients ignore unknown ones.
     """
     if form is ErrorForm.TEI:
         status, error_type = _tei_error(error)
@@ -79,7 +87,7 @@ def render_error(error: RequestError, form: ErrorForm) -> tuple[int, dict[str, o
         }
     if form is ErrorForm.OLLAMA:
         return error.status, {"error": error.message}
-    # One message in the three forms that clients look for.
+    # One message in the three forms that clients read.
     return error.status, {
         "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
         "detail": error.message,
@@ -91,5 +99,40 @@ def _tei_error(error: RequestError) -> tuple[int, str]:
     for kind, status, error_type in _TEI_ERRORS:
         if isinstance(error, kind):
             return status or error.status, error_type
-    # TEI has no name for what is left: a missing key, an unknown model, a deadline.
+    # TEI has no name for the others: a missing key, an unknown model, a deadline.
     return error.status, "Validation" if error.status < 500 else "Backend"
+
+
+async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
+    """Send an error, in the form that its client reads, with the headers that steer retries.
+
+    Args:
+        drain: awaited after the answer has been sent and before it is ended, which may close the connection.
+    """
+    status, content = render_error(error, form)
+    body = orjson.dumps(content)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if error.is_permanent:
+        headers.append((b"x-should-retry", b"false"))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allow.encode()))
+    if isinstance(error, BodyTooSlow):
+        headers.append((b"connection", b"close"))  # the rest of the body is not awaited
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await drain()
+    await send({"type": "http.response.body", "body": b""})
+
+
+def bad_request(error: InvalidHttp) -> bytes:
+    """Return the whole answer to bytes that are not a request, so that no layer above the connection sees them."""
+    status, content = render_error(error, ErrorForm.OPENAI)
+    body = orjson.dumps(content)
+    return (
+        b"HTTP/1.1 %d Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
+        % (status, len(body), body)
+    )

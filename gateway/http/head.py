@@ -1,17 +1,24 @@
-"""The heads of requests, as the parser has taken them: where they point, and what is wrong with them."""
+"""The heads of requests, as the parser has accepted them: their target, their faults, their key."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import re
+
+from starlette.datastructures import Headers
 
 from gateway.errors import InvalidHttp, RequestError, UnsupportedTransferCoding
 
 _ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+# The values that clients with an empty key send.
+_NO_KEY = ("", '""')
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
 
 def path_of(target: bytes) -> bytes:
-    """Return a request's target as a path: without the address in front of it, where it has one (RFC 9112, 3.2)."""
+    """Return a request's target as a path, without the address that may precede it (RFC 9112, 3.2)."""
     if target.startswith(b"/"):
         return target
     path = _ABSOLUTE_FORM.sub(b"", target, count=1)
@@ -19,7 +26,7 @@ def path_of(target: bytes) -> bytes:
 
 
 def why_refused(headers: list[tuple[bytes, bytes]], version: str) -> RequestError | None:
-    """Return what is wrong with a head that the parser has taken (RFC 9112, 3.2 and 6.1)."""
+    """Return the fault of a head that the parser has accepted, if it has one (RFC 9112, 3.2 and 6.1)."""
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version == "1.1"):
         return InvalidHttp(f"a request has exactly one `Host` header, this one has {len(hosts)}")
@@ -39,7 +46,35 @@ def why_refused(headers: list[tuple[bytes, bytes]], version: str) -> RequestErro
 
 
 def without_offer(method: bytes, target: bytes, version: str, headers: list[tuple[bytes, bytes]]) -> bytes:
-    """Write a head once more, without its offer of another protocol."""
+    """Return the bytes of a head without its offer of another protocol."""
     start = b"%s %s HTTP/%s\r\n" % (method, target, version.encode())
     lines = [b"%s: %s\r\n" % (b"x-declined-upgrade" if name == b"upgrade" else name, value) for name, value in headers]
     return b"".join((start, *lines, b"\r\n"))
+
+
+def sent_key(headers: Headers) -> str | None:
+    """Return the hex sha256 of the key that a request carries, if it has one.
+
+    The key is the first of these: the text after `Bearer`; all of `Authorization` if that is one word; `x-api-key`
+    (Anthropic's, and many proxies'); `api-key` (Azure's); the password or, without one, the user of `Basic`.
+    """
+    scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
+    scheme_name = scheme.lower()
+    is_bare = not credentials and scheme_name not in ("bearer", "basic")
+    candidates = (
+        credentials if scheme_name == "bearer" else scheme if is_bare else "",
+        headers.get("x-api-key", ""),
+        headers.get("api-key", ""),
+        _basic_key(credentials) if scheme_name == "basic" else "",
+    )
+    key = next((key for candidate in candidates if (key := candidate.strip()) not in _NO_KEY), None)
+    # As the bytes that were sent, which the framework has read as Latin-1.
+    return None if key is None else hashlib.sha256(key.encode("latin-1")).hexdigest()
+
+
+def _basic_key(credentials: str) -> str:
+    try:
+        user, _, password = base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")
+    except (binascii.Error, ValueError):
+        return ""
+    return password or user

@@ -6,15 +6,11 @@ Events that are not requests, a server's lifespan for example, pass through.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 
-import orjson
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,18 +19,16 @@ from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.config.settings import PREFIX, Settings
 from gateway.errors import (
-    BodyTooSlow,
     ClientDisconnected,
     HeadersTooLarge,
     InternalError,
-    MethodNotAllowed,
     RequestError,
     ShuttingDown,
-    Unauthorized,
 )
 from gateway.http.body import Body
 from gateway.http.context import RequestContext
-from gateway.http.error_forms import ErrorForm, error_form, is_tei_probe, render_error
+from gateway.http.error_forms import error_form, is_tei_probe, send_error
+from gateway.http.head import sent_key
 from gateway.http.pace import Pace
 from gateway.http.protocol import MAX_HEADERS, REFUSED
 from gateway.telemetry import metrics, tracing
@@ -53,9 +47,6 @@ _OPERATOR_PATHS = ("/admin", "/metrics")
 _MAX_PREFIX = 200
 # The time left for the answer to a request that is ended as the process stops.
 _LAST_ANSWER_S = 1.0
-
-# The values that clients with an empty key send.
-_NO_KEY = ("", '""')
 
 # Requested every few seconds by probes and scrapers: no line at the usual level of the log, and no span.
 _QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics")
@@ -187,7 +178,7 @@ class Admission:
         context = RequestContext.in_scope(scope)
         self._check_headers(context.sent)
         if not context.path.startswith(_OPEN_PATHS) and not is_tei_probe(context.path):
-            context.api_key = _sent_key(context.sent)
+            context.api_key = sent_key(context.sent)
             if not context.path.startswith(_OPERATOR_PATHS):
                 context.client = await self._keyring.identify(context.api_key, context.client.name)
                 # A client stays the same unit of an experiment when its key is exchanged.
@@ -204,34 +195,6 @@ class Admission:
             raise HeadersTooLarge(
                 f"the request's headers have {num_bytes} bytes, the limit is {self._settings.max_header_bytes}"
             )
-
-
-def _sent_key(headers: Headers) -> str | None:
-    """Return the hex sha256 of the key that a request carries, if it has one.
-
-    The key is the first of these: the text after `Bearer`; all of `Authorization` if that is one word; `x-api-key`
-    (Anthropic's, and many proxies'); `api-key` (Azure's); the password or, without one, the user of `Basic`.
-    """
-    scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
-    scheme_name = scheme.lower()
-    is_bare = not credentials and scheme_name not in ("bearer", "basic")
-    candidates = (
-        credentials if scheme_name == "bearer" else scheme if is_bare else "",
-        headers.get("x-api-key", ""),
-        headers.get("api-key", ""),
-        _basic_key(credentials) if scheme_name == "basic" else "",
-    )
-    key = next((key for candidate in candidates if (key := candidate.strip()) not in _NO_KEY), None)
-    # As the bytes that were sent, which the framework has read as Latin-1.
-    return None if key is None else hashlib.sha256(key.encode("latin-1")).hexdigest()
-
-
-def _basic_key(credentials: str) -> str:
-    try:
-        user, _, password = base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")
-    except (binascii.Error, ValueError):
-        return ""
-    return password or user
 
 
 def _request_id(headers: Headers) -> str:
@@ -277,31 +240,6 @@ async def _refuse(error: RequestError, context: RequestContext, send: Send) -> N
 
 async def _at_once() -> None:
     """Do not wait for the rest of a request."""
-
-
-async def send_error(error: RequestError, form: ErrorForm, send: Send, drain: Callable[[], Awaitable[None]]) -> None:
-    """Send an error, in the form that its client reads, with the headers that steer retries.
-
-    Args:
-        drain: awaited after the answer has been sent and before it is ended, which may close the connection.
-    """
-    status, content = render_error(error, form)
-    body = orjson.dumps(content)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(error.retry_after_s).encode()))
-    if error.is_permanent:
-        headers.append((b"x-should-retry", b"false"))
-    if isinstance(error, Unauthorized):
-        headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", error.allow.encode()))
-    if isinstance(error, BodyTooSlow):
-        headers.append((b"connection", b"close"))  # the rest of the body is not awaited
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    await drain()
-    await send({"type": "http.response.body", "body": b""})
 
 
 def _record(scope: Scope, context: RequestContext) -> None:

@@ -6,16 +6,15 @@ import asyncio
 from typing import Final, cast
 
 import httptools
-import orjson
 import structlog
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config.settings import Settings
 from gateway.errors import InvalidHttp
-from gateway.http.error_forms import ErrorForm, render_error
+from gateway.http.error_forms import bad_request
 from gateway.http.head import path_of, why_refused, without_offer
+from gateway.http.pace import HeldFlow
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
@@ -37,18 +36,6 @@ _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # takes some milliseconds: other connections want their turn.
 _MAX_PIPELINED = 16
 _SLICE_BYTES = 2 * 1024
-
-
-class _Flow(FlowControl):
-    """Reads nothing while what has come is not taken yet: uvicorn itself reads on with each request and each answer."""
-
-    def __init__(self, protocol: BoundedProtocol) -> None:
-        super().__init__(protocol.transport)
-        self._protocol = protocol
-
-    def resume_reading(self) -> None:
-        if not self._protocol.has_held:
-            super().resume_reading()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -92,16 +79,11 @@ class BoundedProtocol(HttpToolsProtocol):
     _held = b""
     _is_end_due = False
 
-    @property
-    def has_held(self) -> bool:
-        """Whether something has come that is not taken yet, as too many requests wait already."""
-        return bool(self._held)
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Expect a request's head."""
         super().connection_made(cast(asyncio.Transport, transport))
         metrics.CONNECTIONS.inc()
-        self.flow = _Flow(self)
+        self.flow = HeldFlow(self.transport, lambda: bool(self._held))
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -264,11 +246,7 @@ class BoundedProtocol(HttpToolsProtocol):
         metrics.REQUESTS.labels("other", error.status).inc()
         metrics.ERRORS.labels(error.code).inc()
         log.info("invalid_http", caller=self._caller, status=error.status, error_code=error.code, reason=msg)
-        body = orjson.dumps(render_error(error, ErrorForm.OPENAI)[1])
-        content = (
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            b"content-length: %d\r\n\r\n%s" % (len(body), body)
-        )
+        content = bad_request(error)
         if self._is_answering and not (self._is_in_message and self.cycle is self._running):
             self._last_words = content
         elif self._is_in_message and self.cycle.response_started:
