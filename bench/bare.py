@@ -1,6 +1,6 @@
 """Encoders in a bare loop, without HTTP or scheduling: the limit of what a server around them can reach.
 
-Runs as a process of its own (``python -m bench.bare gateway``), like a server: one JSON line of texts in, one sample out.
+Runs as a separate process (``python -m bench.bare gateway``), like a server: one JSON line of texts in, one sample out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Compare the gateway with what one would use instead, side by side, and check its goals.
+"""Compare the gateway with its alternatives, side by side, and check its goals.
 
-Infinity's own server, sentence-transformers in a loop, and the gateway's own encoder in a loop serve the bundled model in
-turns (A B A B) on the same texts, none of which is sent twice to the same one; the table shows medians over the rounds,
-and ratios are medians of the ratios of neighbors. The first run installs Infinity's server, with an environment of its
-own, under ``build/``. Everything is bound to 127.0.0.1.
+Infinity's own server, sentence-transformers in a loop, and the gateway's encoder in a loop run the bundled model in turns
+(A B A B) on the same texts. No text is sent twice to the same one. The table shows medians over the rounds, and ratios
+are medians of the ratios of neighboring runs. The first run installs Infinity's server in a separate environment, under
+``build/``. Everything is bound to 127.0.0.1.
 
     python -m bench.compare              about 10 minutes
     python -m bench.compare --quick      two to three minutes: one short round
@@ -100,7 +100,7 @@ def _compare_front_ends(effort: rounds.Effort, sentences: Sentences) -> rounds.R
 
 @contextmanager
 def bounded(limit_s: int) -> Iterator[None]:
-    """End what runs inside, in order, when the time is up or the process is told to stop."""
+    """End the block in order when the time is up, or when the process gets SIGTERM."""
 
     def stop(number: int, _frame: object) -> None:
         raise SystemExit(f"stopped by {signal.Signals(number).name}")

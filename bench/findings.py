@@ -1,4 +1,4 @@
-"""What a comparison measured, its goals, and the tables that the documentation shows."""
+"""The figures of a comparison, its goals, and the tables for the documentation."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Findings:
         ]
 
     def markdown(self, effort: Effort) -> str:
-        """Return what the documentation shows."""
+        """Return the tables for the documentation."""
         rounds = f"medians of {effort.rounds} rounds of {effort.seconds:g} s" if effort.rounds > 1 else "one round"
         return "\n\n".join(
             (
@@ -101,7 +101,7 @@ class Findings:
                 self.about,
                 f"### Goals\n\n{goals_table(self.goals())}",
                 f"### Over HTTP: clients x texts, {rounds}\n\n{results_table(self.model, INFINITY)}",
-                f"### Front end alone: 1,024 ready-made numbers a text\n\n{results_table(self.front_end, FAKE_INFINITY)}",
+                f"### Front end alone: 1,024 ready-made numbers per text\n\n{results_table(self.front_end, FAKE_INFINITY)}",
                 "### One text next to a bulk client of 4 x 256\n\n" + _bulk_table(self.bulk),
                 "### 1,000 clients of one text\n\n" + _crowd_table(self.crowd),
             )

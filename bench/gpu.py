@@ -1,9 +1,9 @@
-"""Measure the encoders on a CUDA device, against what the card can do and against padded batches.
+"""Measure the encoders on a CUDA device, against the limits of the card and against padded batches.
 
 Jina v3 and BGE-M3 at full size with random weights, through the gateway's packed runtime, in turns with transformers' own
 model on padded batches in the same precision (what sentence-transformers runs).
 
-    python -m bench.gpu                        on the CUDA device that is there
+    python -m bench.gpu                        on the first CUDA device
     python -m bench.gpu --update               also writes the result into docs/performance.md
     python -m bench.gpu --device cpu --tiny    the same code with tiny models, to see that it works
 """
@@ -40,7 +40,7 @@ class Scale:
     Attributes:
         matmul: side of the large square product.
         tokens: of the texts that are encoded in one measurement.
-        max_batch_tokens: what the gateway puts into one forward.
+        max_batch_tokens: the most tokens of the gateway in one forward.
     """
 
     is_tiny: bool

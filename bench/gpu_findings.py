@@ -1,4 +1,4 @@
-"""What was measured on a graphics card, its goals, and the tables that the documentation shows."""
+"""The figures of a graphics card, the goals, and the tables for the documentation."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Findings:
         return goals
 
     def markdown(self) -> str:
-        """Return what the documentation shows."""
+        """Return the tables for the documentation."""
         return "\n\n".join(
             (
                 f"{self.device}; {describe_machine()}",
@@ -112,7 +112,7 @@ class Findings:
 
 def _model_report(model: ModelFindings) -> str:
     title = f"### {model.name}, {model.dtype}"
-    encoded = ("tokens a text", "texts/s", "tokens/s", "TFLOP/s", "of matmul")
+    encoded = ("tokens per text", "texts/s", "tokens/s", "TFLOP/s", "of matmul")
     throughput = table(
         (*encoded, "padded, tokens/s", "x padded", "padding", "cosine", "peak, MiB"),
         [
@@ -136,7 +136,7 @@ def _model_report(model: ModelFindings) -> str:
         [(row.what, number(row.p50_ms), number(row.p99_ms)) for row in model.latency],
     )
     tasks = table(
-        ("tokens a text", "merged weights, tokens/s", "one task", "five tasks mixed", "cosine to merged"),
+        ("tokens per text", "merged weights, tokens/s", "one task", "five tasks mixed", "cosine to merged"),
         [
             (
                 str(row.length),

@@ -21,7 +21,7 @@ RANK, ALPHA = 4, 1
 
 # What sentence-transformers takes by default.
 _BATCH_TEXTS = 32
-# A batch of 32 of the longest texts does not fit most cards; nobody would run that.
+# A batch of 32 of the longest texts does not fit most cards; and is not used in practice.
 _MOST_PADDED_TOKENS = 65_536
 
 Rows = Sequence[Sequence[int]]

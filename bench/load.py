@@ -1,8 +1,8 @@
 """Load for an embeddings server: clients that each send their next request when the last is answered.
 
-Runs as a process of its own (``python -m bench.load``), reads a :class:`Load` per line from standard input and writes a
+Runs as a separate process (``python -m bench.load``), reads a :class:`Load` per line from standard input and writes a
 :class:`Sample` per line. It must not take the processor from the server that it measures: requests are built before the
-clock starts, sockets are read by a few lines of our own, and answers are counted, not parsed, after the first.
+clock starts, sockets are read by a few lines of code, and answers are counted, not parsed, after the first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 _MAX_STRETCH = 3.0
 # After the end, what is on its way is waited for, so that the next measurement does not share the machine with it.
 _DRAIN_S = 60.0
-# A client that is told to come back later does so after this many seconds.
+# Seconds until a client sends again after a 429 or a 503.
 _BACK_OFF_S = 0.1
 _TOKENS = b'"total_tokens":'
 
@@ -40,7 +40,7 @@ class Group:
 
     Attributes:
         texts: one pool for all clients, taken from in order; when it is used up, the load ends early.
-        repeats: begin anew when the pool is used up; for servers that do not look at a text.
+        repeats: start again when the pool is used up; for servers that ignore the texts.
     """
 
     num_clients: int

@@ -1,6 +1,6 @@
 """Measure whether the gateway's memory stays flat over many texts of mixed lengths.
 
-Sends texts of 1 to 400 words in requests of mixed sizes to a gateway of its own, and prints the resident memory on the
+Sends texts of 1 to 400 words in requests of mixed sizes to a separate gateway, and prints the resident memory on the
 way. Ends with exit code 1 when the second half of the run took more than 5 % on top of the first.
 
     python -m bench.memory [--texts 100000]

@@ -19,10 +19,10 @@ _STOP_S = 15.0
 class Process:
     """A child process; as a context manager it is ended on the way out.
 
-    It is in a process group of its own, so that Ctrl-C reaches the benchmark alone, which then ends it.
+    It is in its own process group, so that Ctrl-C reaches only the benchmark, which then ends it.
 
     Args:
-        name: of its log, ``bench/results/NAME.log``.
+        name: of the log, ``bench/results/NAME.log``.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Process:
 
 
 class Worker(Process):
-    """A Python module of ours in a process of its own, which answers a line of JSON with a line of JSON."""
+    """A Python module in a separate process, which answers each line of JSON with a line of JSON."""
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Load servers and loops in rounds: who is measured, with which requests, and the samples."""
+"""Measure servers and loops in rounds: the subjects, the shapes of their requests, and the samples."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SHAPES = (SINGLE, Shape(1, 32), Shape(16, 1), Shape(64, 1), FULL)
 
 
 class Subject(Protocol):
-    """What is measured."""
+    """Anything that can be measured."""
 
     name: str
     shapes: Sequence[Shape]
 
     def measure(self, shape: Shape, texts: Sequence[str], seconds: float) -> Sample:
-        """Measure for so many seconds, with texts that are new to it."""
+        """Measure for this many seconds, with texts that are new to the subject."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Served:
 
 @dataclass(slots=True)
 class Bare:
-    """An encoder without a server: a text at a time, or as many at once as all clients have on their way."""
+    """An encoder without a server: one text at a time, or as many as all clients send at once."""
 
     name: str
     loop: BareLoop
@@ -77,7 +77,7 @@ class Bare:
 
 @dataclass(slots=True)
 class Results:
-    """The samples of each subject and shape, one a round, in the order of the rounds."""
+    """The samples of each subject and shape, one per round."""
 
     samples: dict[tuple[str, Shape], list[Sample]] = field(default_factory=dict)
 
@@ -137,7 +137,7 @@ def run_rounds(subjects: Sequence[Subject], shapes: Sequence[Shape], effort: Eff
 
 @dataclass(frozen=True, slots=True)
 class Bulk:
-    """One text at a time beside a bulk client: what the single client and the bulk client saw."""
+    """The samples of a client with single texts, and of the bulk client next to it."""
 
     single: Sample
     bulk: Sample
@@ -146,13 +146,13 @@ class Bulk:
 
     @property
     def batch_ms(self) -> float:
-        """How long a full batch takes while the queue is full; replicas compute side by side, each at its share."""
+        """The time of a full batch while the queue is full, in milliseconds; replicas share the machine."""
         num_tokens = max(1, self.single.num_tokens + self.bulk.num_tokens)
         return 1000 * self.max_batch_tokens * self.num_replicas * self.bulk.seconds / num_tokens
 
 
 def run_bulk(subject: Served, bare: BareLoop, effort: Effort, sentences: Sentences) -> Bulk:
-    """Send single texts while four requests of 256 are always on their way, ten or more batches."""
+    """Send single texts while four requests of 256 texts are always in flight: ten batches or more."""
     count = round(_MOST_TEXTS_PER_S * effort.bulk_seconds)
     single, bulk = subject.load(
         effort.bulk_seconds, Group(1, 1, sentences.take(count // 10)), Group(4, 256, sentences.take(count))
@@ -162,7 +162,7 @@ def run_bulk(subject: Served, bare: BareLoop, effort: Effort, sentences: Sentenc
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Two bursts of very many clients, and the memory before, between and after."""
+    """Two bursts of 1,000 clients, and the memory before, between and after them."""
 
     bursts: Sequence[Sample]
     memory_mib: Sequence[float]

@@ -35,7 +35,7 @@ models:
 
 
 class Server(Process):
-    """A server in a process of its own, ready when the constructor returns.
+    """A server in a separate process, ready when the constructor returns.
 
     Attributes:
         path: where embeddings are asked for.
@@ -173,7 +173,7 @@ def clean_environ() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

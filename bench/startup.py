@@ -1,6 +1,6 @@
-"""Measure what a new user waits for: start, first answer, memory.
+"""Measure the start of a gateway: the time until it serves and answers first, and its memory.
 
-Starts the gateway as a process of its own with the registry of the project, several times, and prints the medians.
+Starts the gateway several times as a separate process, with the registry of the project, and prints the medians.
 
     python -m bench.startup [--runs 3]
 """
@@ -27,7 +27,7 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One start: seconds since the command was given, milliseconds of an answer, resident memory in MiB."""
+    """One start: seconds since the command, milliseconds per answer, resident memory in MiB."""
 
     alive_s: float
     ready_s: float

@@ -42,7 +42,7 @@ models:
 
 
 def start_front(upstream: Server, model: str, *, is_proven: bool) -> Server:
-    """Start a gateway in front of a server; with ``is_proven`` it checks that the server's vectors are those of its own."""
+    """Start a gateway in front of a server; with ``is_proven``, it checks the server's vectors first."""
     base = upstream.path.removesuffix("/embeddings")
     text = _REGISTRY.format(
         local=MODEL,

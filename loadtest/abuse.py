@@ -82,13 +82,13 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of an attack.
+    """The figures of an attack.
 
     Attributes:
-        above_ready_bytes: the most resident memory during it, less that of the gateway when it was ready.
-        victim: one short text after the other, from a client with a key of its own.
+        above_ready_bytes: the peak of resident memory during the attack, minus the memory of the ready gateway.
+        victim: one short text after the other, from a client with a separate key.
         health: `/health/live`.
-        statuses: what the attacker was answered.
+        statuses: the answers to the attacker.
     """
 
     name: str
@@ -98,10 +98,10 @@ class Outcome:
     statuses: Counter[str]
 
     def problems(self, alone: Latencies, *, has_goals_of_time: bool) -> list[str]:
-        """Return what must not be.
+        """Return the violated goals.
 
         Args:
-            has_goals_of_time: also those of latency, which a busy machine does not reach.
+            has_goals_of_time: whether to check those of latency as well, which a busy machine misses.
         """
         found = []
         if self.above_ready_bytes > MAX_ABOVE_READY_BYTES:
@@ -133,7 +133,7 @@ class Abuse:
     outcomes: Sequence[Outcome]
 
     def problems(self, *, has_goals_of_time: bool = True) -> list[str]:
-        """Return what must not be; empty when all is well."""
+        """Return the violated goals; empty if all is well."""
         return [
             problem
             for outcome in self.outcomes

@@ -60,7 +60,7 @@ class _Watch:
 
 @contextmanager
 def limited_memory(max_bytes: int) -> Iterator[MemoryLimit]:
-    """Yield what limits memory; what it holds must have ended by the end."""
+    """Yield a memory limit; processes in it must have ended before the block does."""
     for name, parent, file in _CGROUPS:
         folder = parent / f"loadtest-{os.getpid()}"
         if not _make(folder, file, max_bytes):

@@ -21,7 +21,7 @@ def milliseconds_of(bucket: int) -> float:
 
 
 def percentile(counts: Counter[int], share: float) -> float:
-    """Return the duration, in milliseconds, that ``share`` of all do not exceed; NaN when there are none."""
+    """Return the duration, in milliseconds, that ``share`` of all do not exceed; NaN without any."""
     total = counts.total()
     if total == 0:
         return math.nan

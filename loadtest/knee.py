@@ -46,7 +46,7 @@ class Step:
 
 
 def judge(tally: Tally, limits: Limits) -> str:
-    """Say what broke under a load; nothing if it was sustained."""
+    """Return the limit that a load broke; empty if it was sustained."""
     p95 = percentile(tally.latencies, 0.95)
     ended = tally.answered + tally.failed
     if tally.fail_ratio > limits.fail_ratio:
@@ -78,7 +78,7 @@ class Search:
 
     def note(self, seconds: float, tally: Tally) -> None:
         """Take what came of the present rate, and choose the next."""
-        assert self.rate is not None  # noqa: S101  nobody asks after the end
+        assert self.rate is not None  # noqa: S101  not called after the end
         self.steps.append(Step(self.rate, seconds, tally, judge(tally, self.limits)))
         low, high = self.sustained, self.broken
         if high is None:

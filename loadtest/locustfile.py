@@ -53,7 +53,7 @@ def set_up(environment: Environment, **_unused: Any) -> None:
         sys.exit(f"loadtest: {error}")
     runner = environment.runner
     place = runner.worker_index if isinstance(runner, WorkerRunner) else 0
-    # The same texts for all where each is held against the vector that it has; otherwise new ones in each process.
+    # The same texts for all processes if answers are compared with known vectors; otherwise new ones in each.
     seed = str(options.seed) if options.fixed_texts else f"{options.seed} {place}"
     texts = {label: Texts(sentences, seed, options.fixed_texts) for label in options.labels}
     run = Run(options, Recorder(), texts, {label: Checker() for label in options.labels})

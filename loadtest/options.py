@@ -30,7 +30,7 @@ class Options:
             second as asked for, whether or not those before have ended.
         peak: users, or turns a second; 0 for the profile's own. So for the times.
         fixed_texts: how many different texts there are; 0: each is new.
-        is_golden: each answer is held against the vector that its text had alone.
+        is_golden: each answer is compared with the vector that its text had alone.
         api_key: sent as bearer token.
     """
 
@@ -63,7 +63,7 @@ class Options:
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add what a load test can be told."""
+    """Add the options of a load test."""
     add = parser.add_argument  # texts and numbers alone: the master sends them to its workers
     add("--models", default="", env_var="LOADTEST_MODELS", help="Models behind --host, comma-separated: A,B")
     add("--target", action="append", default=[], help="A model elsewhere: LABEL=URL#MODEL; may be repeated")
@@ -86,7 +86,7 @@ def add_arguments(parser: Parser) -> None:
     add("--rounds", type=int, default=0, help="How often each target is loaded: A B, B A, ...")
     add("--p95-ms", default="", help="Fail above this 95th percentile: 200, or A=200,B=300")
     add("--max-fail-ratio", default="", help="Fail above this share of failures; by default 0.01. As --p95-ms")
-    add("--min-rps", default="", help="Fail below this many requests a second. As --p95-ms")
+    add("--min-rps", default="", help="Fail below this many requests per second. As --p95-ms")
     add("--seed", type=int, default=1, help="Of the texts")
     add("--texts", default="", help="File with sentences, one a line, to make texts of")
     add("--fixed-texts", type=int, default=0, help="Send so many different texts again and again; 0: each text is new")

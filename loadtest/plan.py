@@ -42,7 +42,7 @@ class Profile:
         level: share of the peak at a share of the slot's time, both 0 to 1.
         slot_s: how long a slot is unless something else is asked for, in seconds.
         rounds: how often every target is loaded.
-        peak: users, or requests a second where arrivals are open.
+        peak: users, or requests per second if arrivals are open.
         is_constant: whether the first seconds of a slot are left out, as the load is still growing there.
     """
 
@@ -98,7 +98,7 @@ class Plan:
         return next((slot for slot in self.slots if slot.start_s <= time_s < slot.end_s), None)
 
     def level_at(self, time_s: float) -> int:
-        """Return how many users, or requests a second, there are to be; 0 in a pause, at least 1 in a slot."""
+        """Return the number of users, or of requests per second: 0 in a pause, at least 1 in a slot."""
         slot = self.slot_at(time_s)
         if slot is None:
             return 0
@@ -143,7 +143,7 @@ def parse_targets(models: str, host: str, extra: Sequence[str] = ()) -> list[Tar
         raise ValueError("name at least one model: --models MODEL,MODEL or --target LABEL=URL#MODEL")
     labels = [target.label for target in targets]
     if len(set(labels)) < len(labels):
-        raise ValueError(f"each target needs a label of its own, got {', '.join(labels)}")
+        raise ValueError(f"each target needs a distinct label, got {', '.join(labels)}")
     return targets
 
 

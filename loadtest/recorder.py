@@ -96,15 +96,15 @@ class Recorder:
         self._at(second, label).failures[cause] += 1
 
     def seconds(self, label: str) -> dict[int, Tally]:
-        """Return what a target did, second by second."""
+        """Return the tally of a target for each second."""
         return {second: tally for (second, of), tally in sorted(self._tallies.items()) if of == label}
 
     def between(self, label: str, start: float, end: float) -> Tally:
-        """Return what a target did in the whole seconds from ``start`` to ``end``, since the epoch."""
+        """Return the tally of a target over the whole seconds from ``start`` to ``end``, since the epoch."""
         return total(tally for second, tally in self.seconds(label).items() if start <= second and second + 1 <= end)
 
     def take(self) -> list[list[Any]]:
-        """Return all that has come since the last time, in a form that any serializer takes, and begin anew."""
+        """Return everything since the last call, in a form for any serializer, and start again from nothing."""
         taken = [
             [
                 *key,

@@ -125,7 +125,7 @@ def _plots(results: Results) -> dict[str, dict[str, Any]]:
             failures.append(_line(label, at, [tally.failed for tally in tallies], color))
     return {
         "throughput": {
-            "title": "Requests a second, by the second",
+            "title": "Requests per second",
             "data": throughput,
             "y": "requests/s",
             "log": False,
@@ -168,7 +168,7 @@ def _stages(results: Results) -> list[dict[str, Any]]:
 
 
 def _parts(result: Result) -> Mapping[str, float]:
-    """Return what the mean latency is made of, in milliseconds."""
+    """Return the parts of the mean latency, in milliseconds."""
     tally: Tally = result.tally
     known = {stage: tally.stage_ms(stage) for stage in ("tokenize", "queue", "inference")}
     rest = max(0.0, tally.stage_ms("total") - sum(known.values()))

@@ -1,6 +1,6 @@
 """``make loadtest``: start a gateway if none is named, load it with locust, and end it.
 
-    python -m loadtest.run                                         smoke, against a gateway of its own
+    python -m loadtest.run                                         smoke, against a separate gateway
     python -m loadtest.run --host http://gpu:8000 --models jina-embeddings-v3,bge-m3 --load-profile knee
 
 Every option is locust's or one of ``loadtest/options.py``.

@@ -144,7 +144,7 @@ class KneeShape(LoadTestShape):
         return time.time() - began < self._step_s
 
     def _is_busy(self, label: str, since: float) -> bool:
-        """Tell whether answers still come, a while after the last request; after a minute nobody waits any more."""
+        """Return whether answers still come a while after the last request, for at most a minute."""
         waited = time.time() - since
         if waited < PAUSE_S + _REPORT_LAG_S:
             return True

@@ -1,4 +1,4 @@
-"""What a run must hold: limits by target, whether they held, and whether there is still hope. Pure."""
+"""The limits of a run by target, whether they held, and whether they still can. Pure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parse_limits(text: str, labels: Sequence[str], name: str) -> dict[str, float
         try:
             limits.update(dict.fromkeys([label] if equals else labels, float(number)))
         except ValueError:
-            raise ValueError(f"--{name}: {number!r} is no number") from None
+            raise ValueError(f"--{name}: {number!r} is not a number") from None
     return limits
 
 
@@ -59,7 +59,7 @@ def make_thresholds(labels: Sequence[str], p95_ms: str, max_fail_ratio: str, min
 
 
 def broken(tally: Tally, seconds: float, limits: Thresholds) -> list[str]:
-    """Say which limits a target did not hold over ``seconds`` of load."""
+    """Return the limits that a target exceeded over ``seconds`` of load."""
     found = []
     p95 = percentile(tally.latencies, 0.95)
     rps = tally.answered / seconds if seconds else 0.0

@@ -178,7 +178,7 @@ def make_user_classes(run: Run) -> dict[str, type[EmbeddingUser]]:
 
 
 def _cause(response: Any) -> str:
-    """Say why an answer is none; nothing if its status is 200."""
+    """Return why a request failed; empty if its status is 200."""
     if response.status_code == 200:
         return ""
     if response.status_code == 0:

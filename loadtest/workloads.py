@@ -32,12 +32,12 @@ Turn: TypeAlias = Iterator[Ask]
 
 
 def search(texts: Texts, _random: random.Random) -> Turn:
-    """Somebody searches: one short text."""
+    """A search: one short text."""
     yield Ask("search", [texts.query()], "retrieval.query")
 
 
 def memory(texts: Texts, rng: random.Random) -> Turn:
-    """A conversation is remembered as Mem0 does it: a search, then a burst of facts, each in a request of its own."""
+    """A conversation stored by Mem0: a search, then a burst of facts, each in a separate request."""
     yield Ask("recall", [texts.sentence()], "retrieval.query")
     for _ in range(rng.randint(2, 8)):
         yield Ask("remember", [texts.sentence()], "retrieval.passage")

@@ -86,12 +86,12 @@ def test_targets_may_be_elsewhere() -> None:
     [
         ("", "http://h", [], "name at least one model"),
         ("a", "", [], "a needs a server"),
-        ("a,a", "http://h", [], "a label of its own"),
+        ("a,a", "http://h", [], "a distinct label"),
         ("", "", ["http://h#m"], "a target is LABEL=URL#MODEL"),
         ("", "", ["x=http://h"], "x needs a model"),
     ],
 )
-def test_wrong_targets_are_told(models: str, host: str, extra: list[str], message: str) -> None:
+def test_wrong_targets_are_errors(models: str, host: str, extra: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_targets(models, host, extra)
 
@@ -154,7 +154,7 @@ def test_a_right_answer_passes(is_base64: bool) -> None:
         (body([[1, 2], [3]], is_base64=True), "not an embeddings answer"),
     ],
 )
-def test_a_wrong_answer_is_told(content: bytes, message: str) -> None:
+def test_a_wrong_answer_is_an_error(content: bytes, message: str) -> None:
     with pytest.raises(WrongAnswer, match=message):
         Checker(width=2).check(["a", "b"], content, {})
 
@@ -200,7 +200,7 @@ def test_fixed_texts_come_again() -> None:
     assert {texts.query() for _ in range(300)} == set(texts.fixed)
 
 
-def test_a_file_of_too_few_sentences_is_told(tmp_path: Path) -> None:
+def test_a_file_of_too_few_sentences_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("one\n\ntwo\n")
 
@@ -227,11 +227,11 @@ def test_limits_are_for_all_or_for_one() -> None:
     assert found == {"a": Thresholds(200, 0.05), "b": Thresholds(300, 0.05)}
     with pytest.raises(ValueError, match="--p95-ms: there is no target 'c', only a, b"):
         make_thresholds(["a", "b"], "c=1", "", "")
-    with pytest.raises(ValueError, match="--min-rps: 'x' is no number"):
+    with pytest.raises(ValueError, match="--min-rps: 'x' is not a number"):
         make_thresholds(["a", "b"], "", "", "x")
 
 
-def test_what_is_broken_is_told() -> None:
+def test_broken_limits_are_reported() -> None:
     bad = tally([500] * 90, failures={"503 overloaded": 8, "no answer": 2})
 
     assert broken(tally([10] * 100), 10, Thresholds(100, 0.01, 5)) == []

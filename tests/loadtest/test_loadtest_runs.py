@@ -146,7 +146,7 @@ def test_open_arrivals_over_two_workers_come_as_offered(url: str, tmp_path: Path
     assert found["slow"]["rps"] == pytest.approx(found["slow"]["offered_rps"], rel=0.1)
 
 
-def test_options_that_are_wrong_are_told(url: str, tmp_path: Path) -> None:
+def test_wrong_options_are_errors(url: str, tmp_path: Path) -> None:
     done = subprocess.run(
         locust_command(["--host", url, "--models", "right", "--golden"]),
         capture_output=True,

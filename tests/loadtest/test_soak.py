@@ -55,7 +55,7 @@ def made(**changes: object) -> Soak:
         ({"samples": [Sample(float(s), 1000.0 + 3 * s, 20) for s in range(300)]}, "memory grew to 1.2"),
     ],
 )
-def test_what_must_not_be_is_told(changes: dict[str, object], problem: str | None) -> None:
+def test_violated_goals_are_reported(changes: dict[str, object], problem: str | None) -> None:
     problems = made(**changes).problems
 
     assert len(problems) == (problem is not None)
