@@ -3,7 +3,7 @@
 #   docker build -t embedding-gateway:0.1.0-cuda .
 #   docker build -t embedding-gateway:0.1.0-cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #
-# Both variants start from the same slim Python. torch from PyPI brings CUDA, cuBLAS and cuDNN as packages of its own, and
+# Both variants start from the same slim Python. torch from PyPI brings CUDA, cuBLAS and cuDNN as packages, and
 # the driver comes from the host at the start (NVIDIA's container toolkit), so an nvidia/cuda base would only hold the
 # same libraries a second time, in versions that torch was not built with.
 
@@ -30,7 +30,7 @@ RUN torch=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec(
     && find .venv -type d -name tests -prune -exec rm -rf {} + \
     && .venv/bin/python -m pip uninstall --yes --quiet pip
 
-# The code, a small layer that changes often. Compiled here, as nobody may write to it later; without times, which a copy
+# The code, a small layer that changes often. Compiled here, because the process may not write to it later; without times, which a copy
 # could change.
 COPY gateway/ gateway/
 RUN .venv/bin/python -m compileall -q --invalidation-mode unchecked-hash gateway
@@ -40,7 +40,7 @@ LABEL org.opencontainers.image.title="embedding-gateway" \
       org.opencontainers.image.description="Several embedding models behind one OpenAI-style endpoint" \
       org.opencontainers.image.licenses="MIT"
 
-# A number of its own, so that Kubernetes can see that it is not root, and volumes can be given to it.
+# A fixed number, so that Kubernetes can see that it is not root, and volumes can be given to it.
 RUN groupadd --gid 10001 gateway \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin gateway \
     && install --directory --owner=10001 --group=10001 /cache

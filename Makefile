@@ -72,7 +72,7 @@ check: install-dev ## Check format, lint, types, imports, words, budgets, genera
 	$(DEV_BIN)/ruff format --check .
 	$(DEV_BIN)/ruff check .
 	$(DEV_BIN)/mypy
-	$(DEV_BIN)/pytest -q tests/test_imports.py
+	$(DEV_BIN)/pytest -q tests/test_imports.py tests/test_names_in_prose.py
 	$(DEV_BIN)/python docs/check_prose.py
 	$(DEV_BIN)/python docs/measure.py
 	$(DEV_BIN)/python docs/generate.py --check
@@ -88,7 +88,7 @@ docs: install-dev ## Write the generated parts of the documentation
 site: build/site-env/.installed ## Build the documentation as a site with search, in build/site
 	build/site-env/bin/python docs/site.py
 
-loadtest: install-dev ## Load a gateway of its own with locust, or HOST=URL MODELS=a,b PROFILE=knee
+loadtest: install-dev ## Load a new gateway with locust, or another: HOST=URL MODELS=a,b PROFILE=knee
 	$(DEV_BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
 	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
 
@@ -109,8 +109,8 @@ clean: ## Remove .venv, caches and build results
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A virtual environment holds its own path. In one that came here by a copy or a move of the folder, the commands would
-# still run the old folder's code, so it is made anew.
+# A virtual environment contains its own path. If the folder was copied or moved, its commands would
+# still run the old folder's code, so it is made again.
 ifneq ($(shell cat $(VENV)/.made-in 2>/dev/null),$(CURDIR))
 $(VENV)/.installed-run: FORCE
 endif

@@ -35,7 +35,7 @@ WORDS: Final = {
     r"beside": "next to, as well as, besides",
     r"(?:stand|stands|stood|standing) (?:for|in)\b(?! the way)": "mean, represent, replace",
     r"of (?:its|their|our|one's|his|your|my) own": "its own X, a separate X",
-    r"(?:is|are|was|were) none": "does not exist; say what is missing",
+    r"(?:is|are|was|were) (?-i:none)": "does not exist; say what is missing",
     r"nobody|somebody|everybody|whoever|whom|whomever": "no one, clients, any caller",
     r"(?:is|are|was|were|be|been|being) told": "gets, is given, sees, is reported",
     r"by way of|in vain|for the sake of|at hand|for ever|as it were": "plain words",

@@ -18,20 +18,20 @@ FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
 EXTRAS = ["bundled", "compare", "redis", "tracing"]
 GROUPS = ["dev", "clients"]
-# Groups with an environment and a lock of their own, which have nothing of the gateway's in them.
+# Groups with a separate environment and lock, without the gateway's packages.
 APART = ["clients-apart", "infinity-client", "site"]
 
-# infinity-emb 0.0.78 asks for numpy < 2 for the sake of onnx alone, which the gateway doesn't use; numpy 1.26 has no
+# infinity-emb 0.0.78 asks for numpy < 2 only because of onnx, which the gateway doesn't use; numpy 1.26 has no
 # wheel for Python 3.13. This is also why the locks are installed with --no-deps.
 OVERRIDES = ["numpy>=2,<3"]
 
 # mem0ai, one of the clients that the tests run, takes no protobuf 7; what the gateway itself needs takes either.
 HELD = ["protobuf<7"]
 
-# torch has a lock of its own and is installed first, with its dependencies, so that torch itself says what it needs:
+# torch has a separate lock and is installed first, with its dependencies, so that torch itself says what it needs:
 # the build for GPUs brings these CUDA libraries, the build for the CPU none of them.
 TORCH = re.compile(r"torch==")
-CUDA = re.compile(r"(nvidia(?!-ml-py)|cuda|triton)\b")  # nvidia-ml-py is none: it asks the driver how a card is
+CUDA = re.compile(r"(nvidia(?!-ml-py)|cuda|triton)\b")  # nvidia-ml-py is not CUDA: it asks the driver about cards
 
 # A line is kept if one of these machines needs it, and loses its marker if all of them do.
 TARGETS = [
@@ -73,7 +73,7 @@ HEADERS = {
 """,
     **{
         name: f"""\
-# Clients that the tests run in an environment of their own, build/clients/{name}: the dependency group of this name in
+# Clients that the tests run in a separate environment, build/clients/{name}: the dependency group of this name in
 # pyproject.toml. Installed by requirements/install.sh clients.
 """
         for name in APART

@@ -58,7 +58,7 @@ MODULES = {module_of(path) for path in FILES} - {"__init__"}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Return what a file imports, by dotted names, ``gateway.`` included; also where only a type checker does."""
+    """Return the dotted names that a file imports, ``gateway.`` included; also those for a type checker only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -91,7 +91,7 @@ def test_imports_point_down(path: Path) -> None:
     assert not above, f"{module} imports what is above it"
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_no_module_imports_itself_through_others() -> None:
     try:
         TopologicalSorter({module_of(path): own_imports(path) for path in FILES}).prepare()
     except CycleError as error:

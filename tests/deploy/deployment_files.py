@@ -1,4 +1,4 @@
-"""Reads what is under deploy/, and the Dockerfiles, for the tests beside it."""
+"""Reads what is under deploy/, and the Dockerfiles, for the tests next to it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def image_environ() -> dict[str, str]:
 
 
 def run_tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a program that was installed beside this Python."""
+    """Run a program that was installed next to this Python."""
     return subprocess.run([TOOLS / name, *arguments], check=False, capture_output=True, text=True, timeout=120)
 
 
@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Reset:
-    """What ``!reset`` stands for."""
+    """The value of ``!reset``."""
 
 
 _Loader.add_multi_constructor("!reset", lambda _loader, _suffix, _node: Reset())

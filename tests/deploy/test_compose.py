@@ -30,10 +30,10 @@ PROVISIONED = ("datasources", "dashboards")
 
 
 def problems_of(compose: Any) -> list[str]:
-    """Return what the Compose specification says against a file. Anchors are resolved before."""
+    """Return the violations of the Compose specification in a file. Anchors are resolved before."""
     try:
         PyCompose.from_yaml(yaml.safe_dump(compose)).validate()
-    except Exception as error:  # what it raises is of its own kind, and not exported
+    except Exception as error:  # its own exception, which is not exported
         return [str(error)]
     return []
 
@@ -172,7 +172,7 @@ def test_grafana_shows_the_dashboard_with_what_prometheus_has() -> None:
 def test_mem0_asks_the_gateway_and_milvus() -> None:
     command = " ".join(GPU["services"]["mem0"]["command"])
 
-    # Nobody else needs to reach Milvus, which asks for no password.
+    # No other service needs to reach Milvus, which asks for no password.
     assert [name for name, s in GPU["services"].items() if "memory" in s.get("networks", [])] == ["milvus", "mem0"]
     assert "ports" not in GPU["services"]["milvus"]
     assert f"--base-url=http://gateway:{load_settings(image_environ()).port}/v1" in command
@@ -190,7 +190,7 @@ def test_the_secrets_are_made_and_fit(tmp_path: Path) -> None:
     (entry,) = load_key_file(made["api-keys"], {}).keys
     assert entry.sha256 == (key_digest(made["mem0-key"].read_text()),)
     assert len(made["grafana-password"].read_text()) == 64
-    # The containers' users are others: they read the files, but nobody else reaches the folder.
+    # The containers' users are others: they read the files, but no other user reaches the folder.
     assert {oct(file.stat().st_mode & 0o777) for file in made.values()} == {"0o644"}
     assert oct((tmp_path / "secrets").stat().st_mode & 0o777) == "0o700"
 

@@ -98,7 +98,7 @@ def test_the_image_sets_settings_that_the_gateway_takes() -> None:
     exposed = [word for i in last_stage(DOCKERFILE)["EXPOSE"] for word in i.words]
     assert exposed == [str(settings.port), str(settings.admin_port)] == ["8000", "9000"]
     assert settings.host == "0.0.0.0"  # noqa: S104
-    # The folder of the image's last COPY, which holds models.yaml and, beside it, the golden vectors.
+    # The folder of the image's last COPY, which holds models.yaml and, next to it, the golden vectors.
     assert str(settings.models) == "/app/models.yaml"
 
 

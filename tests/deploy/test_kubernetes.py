@@ -28,7 +28,7 @@ from tests.deploy.deployment_files import DOCKERFILE, KUBERNETES, ROOT, image_en
 
 OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu"])
 VERSIONS = pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
-"""The oldest and the newest Kubernetes that the objects are held against."""
+"""The oldest and the newest Kubernetes that the objects are checked against."""
 
 RELEASE_S = 20
 """What a pod has left, after requests have had their time, to release the models; as deployment.yaml says."""
@@ -81,7 +81,7 @@ def volume(overlay: str, name: str) -> Object:
 
 
 def problems_of(item: Object, version: str) -> list[str]:
-    """Return what the schema of an object's kind says against it."""
+    """Return the violations of its kind's schema in an object."""
     try:
         if item["kind"] in SCHEMAS:
             jsonschema.validate(item, SCHEMAS[item["kind"]])
@@ -219,7 +219,7 @@ def test_what_is_probed_and_scraped_answers_on_the_operators_port(
 def test_a_pod_has_time_to_answer_and_to_end(overlay: str) -> None:
     settings, spec = settings_of(overlay), pod(overlay)["spec"]
 
-    # Endpoints are told of a deletion when the pod is; the gateway goes on answering while they learn of it.
+    # Endpoints learn of a deletion when the pod does; the gateway goes on answering while they learn of it.
     assert settings.drain_delay_s >= 5
     assert spec["terminationGracePeriodSeconds"] == settings.drain_delay_s + settings.shutdown_grace_s + RELEASE_S
     startup = container(overlay)["startupProbe"]
@@ -247,7 +247,7 @@ def test_the_models_are_those_of_the_repository(tmp_path: Path) -> None:
     theirs, ours = read_yaml(KUBERNETES / "base" / "models.yaml"), read_yaml(ROOT / "models.yaml")
     for model in theirs["models"]:
         if "golden" in model:
-            # From /etc/gateway/models, the image's folder is not beside the file.
+            # From /etc/gateway/models, the image's folder is not next to the file.
             assert model["golden"].startswith("/app/")
             model["golden"] = model["golden"].removeprefix("/app/")
             assert (ROOT / model["golden"]).is_file()
@@ -259,7 +259,7 @@ def test_the_models_are_those_of_the_repository(tmp_path: Path) -> None:
 
 
 @OVERLAYS
-def test_the_example_of_a_secret_fits_and_lets_nobody_in(overlay: str, tmp_path: Path) -> None:
+def test_the_example_of_a_secret_fits_and_admits_no_client(overlay: str, tmp_path: Path) -> None:
     secret = read_yaml(KUBERNETES / "secret.example.yaml")
     kubernetes_validate.validate(secret, kubernetes_validate.latest_version(), strict=True)
     file = tmp_path / "api-keys.yaml"
