@@ -421,6 +421,16 @@ async def test_the_only_reranker_that_has_been_read_answers_without_a_name(
     np.testing.assert_array_equal(answer.scores, np.array([0, -1], np.float32))
 
 
+async def test_a_request_to_rerank_without_a_name_does_not_go_to_a_default_that_embeds(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    ranker = make_model("ranker", kind=ModelKind.RERANK, width=1)
+    await ranker.backend.start(ranker.report)
+    service = _service(*make_fleet(make_model("jina"), ranker, aliases={"default": "jina"}))
+
+    assert (await service.rerank(rerank_request(model=None))).model == "ranker"
+
+
 @pytest.mark.parametrize("ask", ["embed", "rerank"])
 async def test_a_model_that_has_not_been_read_is_loading_for_either_kind_of_request(
     mixed: EmbeddingService, ask: str
