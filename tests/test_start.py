@@ -36,7 +36,7 @@ class Backend(FakeBackend):
 
 gateway.deployment.make_real_backend = lambda entry, settings: Backend(fake_info(entry.id))
 {before}
-gateway.cli.main()
+gateway.cli.main.main()
 """
 BREAK_FLEET = """
 import gateway.fleet
