@@ -14,6 +14,7 @@ from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LoadError, StartError
 from gateway.fleet import Fleet, Model, why_disabled
+from gateway.telemetry import metrics
 from gateway.types import ModelInfo, ModelState
 
 PATIENCE_S = 30
@@ -218,11 +219,13 @@ async def test_loading_is_logged(made: Models) -> None:
 async def test_a_required_model_that_fails_ends_the_start(made: Models) -> None:
     far = made.add("far")
     far.error = LoadError("no answer")
-    far.gate.set()
-    made.models[0].entry = made.models[0].entry.model_copy(update={"required": True})
+    for backend in (far, made.add("near", is_remote=False)):
+        backend.gate.set()
+    for model in made.models:
+        model.entry = model.entry.model_copy(update={"required": True})
     fleet = made.fleet()
 
-    with pytest.raises(StartError, match="far is required, but failed to load: no answer"):
+    with pytest.raises(StartError, match=r"^far is required, but failed to load: no answer$"):
         await fleet.start()
 
     assert fleet.started.is_set()
@@ -264,6 +267,8 @@ async def test_a_model_is_retired_when_its_last_user_has_gone(made: Models) -> N
     backend = made.add("here", is_remote=False)
     model = made.models[0]
     with model.in_use():
+        pass
+    with model.in_use():
         with model.in_use():
             retiring = asyncio.create_task(model.retire(3600))
             await asyncio.sleep(0.01)
@@ -275,6 +280,51 @@ async def test_a_model_is_retired_when_its_last_user_has_gone(made: Models) -> N
     assert backend.num_stops == 1
 
 
+async def test_a_model_that_nobody_uses_is_retired_at_once(made: Models) -> None:
+    backend = made.add("here", is_remote=False)
+
+    async with asyncio.timeout(PATIENCE_S):
+        await made.models[0].retire(3600)
+
+    assert backend.num_stops == 1
+
+
+def test_a_successor_keeps_the_models_that_are_well_and_unchanged(made: Models) -> None:
+    for name in ("same", "torn", "changed", "dropped"):
+        made.add(name, is_remote=False)
+    same, torn, changed, _dropped = made.models
+    for model in made.models:
+        model.report(ModelState.FAILED if model is torn else ModelState.READY, "")
+    entries = (
+        changed.entry.model_copy(update={"source": "./elsewhere"}),
+        same.entry.model_copy(update={"required": True}),  # which changes nothing about the load
+        torn.entry,
+        same.entry.model_copy(update={"id": "new"}),
+    )
+    registry = Registry(path=Path("models.yaml"), version=1, models=entries)
+
+    successor = made.fleet().successor(registry, lambda entry: FakeBackend(fake_info(entry.id)))
+
+    assert [model.id for model in successor] == ["changed", "same", "torn", "new"]
+    assert [model.id for model in successor if model in made.models] == ["same"]
+    assert all(model.entry == entry for model, entry in zip(successor, entries, strict=True) if model is not same)
+
+
+def test_a_model_is_a_reference_once_it_has_been_read_with_its_golden_vectors_if_it_runs_here(made: Models) -> None:
+    for name, is_remote in (("here", False), ("far", True)):
+        made.add(name, is_remote=is_remote)
+    golden = {"golden": "/golden.json"}
+    here, far = made.models
+    assert here.as_reference() is None
+
+    for model in made.models:
+        model.entry = model.entry.model_copy(update=golden)
+        model.info = fake_info(model.id)
+
+    references = [model.as_reference() for model in (here, far)]
+    assert [reference and reference.golden for reference in references] == [Path("/golden.json"), None]
+
+
 async def test_a_user_that_does_not_go_holds_up_a_model_for_the_grace_alone(made: Models) -> None:
     backend = made.add("here", is_remote=False)
 
@@ -283,6 +333,24 @@ async def test_a_user_that_does_not_go_holds_up_a_model_for_the_grace_alone(made
             await made.models[0].retire(0.01)
 
     assert backend.num_stops == 1
+
+
+async def test_the_state_of_a_model_is_shown_until_it_is_retired(made: Models) -> None:
+    made.add("here", is_remote=False)
+    [model] = made.models
+
+    def shown() -> tuple[float | None, list[str]]:
+        value = metrics.REGISTRY.get_sample_value
+        states = [s.value for s in ModelState if value("gateway_model_state", {"model": "here", "state": s.value})]
+        return value("gateway_model_ready", {"model": "here"}), states
+
+    model.report(ModelState.LOADING, "")
+    assert shown() == (0, ["loading"])
+    model.report(ModelState.READY, "")
+    assert shown() == (1, ["ready"])
+    await model.retire(0)
+    model.report(ModelState.STOPPED, "of this test")
+    assert shown() == (1, ["ready"])  # it is the successor's
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bench.mutants.running import Child, Workspace, outcome_of, record_tests, ru
 
 _CORE = """
 vectors service requests observation deployment cli/lock http/head http/protocol http/middleware
-http/body access/keyring access/quotas access/windows
+http/body access/keyring access/quotas
 api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects

@@ -88,6 +88,26 @@ def test_a_request_is_small_if_all_of_it_is() -> None:
     assert [len(taken(queue, 100, 25)) for _ in range(2)] == [20, 12]
 
 
+@pytest.mark.parametrize(("sizes", "num_bulk"), [([12, 13], 5), ([13, 13], 14)])
+def test_a_request_is_small_up_to_the_share(sizes: list[int], num_bulk: int) -> None:
+    queue = queue_of(waiters(handle("bulk"), [5] * 40), waiters(handle("other"), sizes))
+
+    assert Counter(caller for caller, _size in taken(queue, 100, 25)) == {"other": 2, "bulk": num_bulk}
+
+
+def test_what_is_left_of_a_large_request_is_not_small() -> None:
+    queue = queue_of(waiters(handle("bulk"), [5] * 40), waiters(handle("other"), [5] * 12))
+    assert Counter(taken(queue, 100, 25)) == {("other", 5): 10, ("bulk", 5): 10}
+
+    assert Counter(taken(queue, 100, 25)) == {("other", 5): 2, ("bulk", 5): 18}
+
+
+def test_small_requests_join_a_text_that_is_larger_than_its_share() -> None:
+    queue = queue_of(waiters(handle("bulk"), [30]), *(waiters(handle(caller), [3]) for caller in "xyz"))
+
+    assert taken(queue, 100, 25) == [("bulk", 30), ("x", 3), ("y", 3), ("z", 3)]
+
+
 def test_the_first_text_of_a_batch_is_taken_whatever_its_size() -> None:
     queue = queue_of(waiters(handle("bulk"), [200, 200]), waiters(handle("other"), [3]))
 
