@@ -1,6 +1,6 @@
-"""Golden vectors: what a model must return for a few texts, to see that a machine computes it right.
+"""Golden vectors: the vectors that a model must return for a few texts, to check that a machine computes it correctly.
 
-They are recorded once, in float32 with torch, and held against whatever the model runs with: at every start, from
+They are recorded once, in float32 with torch, and compared with those of the runtime that serves: at every start, from
 time to time while it serves, and by ``gateway verify``. A file belongs to one checkpoint, whose fingerprint is in it.
 """
 
@@ -53,7 +53,7 @@ class GoldenVector:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How near a model comes to one golden vector."""
+    """The cosine of a model's vector to a golden vector."""
 
     golden: GoldenVector
     cosine: float
@@ -88,10 +88,10 @@ def compare_recorded(recorded: Iterable[GoldenVector], golden: Sequence[GoldenVe
 
 @dataclass(frozen=True, slots=True)
 class GoldenCheck:
-    """What a model is held against, at its start and while it serves.
+    """The golden vectors of a model, which are checked at its start and while it serves.
 
     Attributes:
-        min_cosine: the least that its number format explains.
+        min_cosine: the lowest that its number format explains.
     """
 
     model: str
@@ -99,16 +99,16 @@ class GoldenCheck:
     min_cosine: float
 
     def check(self, embed: Embed) -> None:
-        """Hold a model that has just been loaded against the golden vectors.
+        """Check a model that has just been loaded.
 
         Raises:
             LoadError: one is off by more than the number format explains.
         """
         if problem := self._judge(compare(embed([(one.text, one.task) for one in self.vectors]), self.vectors)):
-            raise LoadError(f"{problem}: this machine does not compute the model right")
+            raise LoadError(f"{problem}: this machine does not compute the model correctly")
 
     async def recheck(self, embed: Callable[[EmbedJob], Awaitable[Embeddings]], timeout_s: float) -> str:
-        """Hold a model that serves against the golden vectors, between its requests; say what is wrong, if anything is."""
+        """Check a model that serves, between its requests; return what is wrong, or nothing."""
         found: list[Comparison] = []
         for task in dict.fromkeys(one.task for one in self.vectors):
             wanted = [one for one in self.vectors if one.task == task]
@@ -148,7 +148,7 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
     """Read the golden vectors of the checkpoint with ``fingerprint``, for a model with these tasks.
 
     Raises:
-        LoadError: the file is missing, malformed, or belongs to another checkpoint or to tasks that are no more.
+        LoadError: the file is missing, malformed, or belongs to another checkpoint or to tasks that no longer exist.
     """
     try:
         content = json.loads(read_bounded(path, _MAX_BYTES))
@@ -165,13 +165,13 @@ def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVec
     if recorded != fingerprint or not golden:
         raise LoadError(
             f"{path}: recorded from another checkpoint (fingerprint {recorded[:12]}, this one has {fingerprint[:12]}); "
-            "the weights or the tokenizer have changed. Record anew with `gateway verify MODEL --record`"
+            "the weights or the tokenizer have changed. Record them again with `gateway verify MODEL --record`"
         )
     unknown = [one.task for one in golden if one.task is not None and one.task not in tasks]
     if unknown:
         raise LoadError(
             f"{path}: holds vectors for the task {unknown[0]!r}, which the model does not have; the prompts have changed. "
-            "Record anew with `gateway verify MODEL --record`"
+            "Record them again with `gateway verify MODEL --record`"
         )
     return golden
 

@@ -1,4 +1,4 @@
-"""The protocol between the service and whatever runs a model."""
+"""The protocol between the service and a model's backend."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Backend(Protocol):
     """Something that runs one model."""
 
     async def plan(self) -> ModelInfo:
-        """Find out what the model is, without loading it: also of use when loading fails.
+        """Return the model's info without loading it, which is also useful when loading fails.
 
         Raises:
-            LoadError: that cannot be known; the message says why.
+            LoadError: the info cannot be determined; the message says why.
         """
 
     async def start(self, report: Report) -> ModelInfo:
-        """Load the model, warm it up, and return what it is.
+        """Load the model, warm it up, and return its info.
 
         Args:
             report: called on the event loop whenever the state of the model changes later on.
@@ -43,8 +43,8 @@ class Backend(Protocol):
 
         Raises:
             ModelNotReady: the model is not loaded.
-            UnsupportedOutput: this backend cannot tell them.
+            UnsupportedOutput: this backend does not know them.
         """
 
     async def stop(self) -> None:
-        """Stop; whoever still waits gets an error. Does nothing when the backend is not running."""
+        """Stop; requests that still wait get an error. Does nothing when the backend is not running."""

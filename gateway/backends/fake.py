@@ -1,4 +1,4 @@
-"""A backend without a model: its vectors can be told by eye. For tests, and for timing everything but the model."""
+"""A backend without a model: its vectors can be checked by eye. For tests, and for timing everything but the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FakeBackend:
     Its score of a text against a query is the number of its words that are in the query, less 1.
 
     Args:
-        info: what it claims to be.
+        info: the info of the model that it claims to be.
         delay_s: how long each job takes.
         on_embed: called with each job first; may raise what the backend should fail with.
     """

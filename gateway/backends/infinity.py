@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# A poisoned request can fail a few batches by itself; from here on the model is asked whether it still works.
+# A poisoned request can fail a few batches by itself; after this many, the watchdog asks the model if it still works.
 _SUSPICIOUS_FAILURES = 3
 _LONGEST_BACKOFF_S = 60.0
 # The watchdog asks the first of these that the model has embedded at its start: some model may fail on any one text.
@@ -35,7 +35,7 @@ class InfinityBackend:
     """The :class:`~gateway.backends.base.Backend` of a model that runs here.
 
     A watchdog looks at the engine. When a forward takes longer than ``forward_timeout_s``, or a replica fails on a text
-    that it has embedded before, everybody who waits gets a 503, and the model is loaded anew, with growing pauses between
+    that it has embedded before, all waiting requests get a 503, and the model is reloaded, with growing pauses between
     attempts that fail; until then it is ``recovering``.
     """
 
@@ -72,9 +72,9 @@ class InfinityBackend:
         _import_libraries()
         from gateway.engine.loading import load_engine
 
-        # Taken once: an engine that is loaded anew reads the checkpoint anew.
+        # Taken once: reloading the engine re-reads the checkpoint.
         plan, self._plan = self._plan or self._make_plan(), None
-        if self._fingerprint and plan.info.fingerprint != self._fingerprint:  # before gigabytes are loaded in vain
+        if self._fingerprint and plan.info.fingerprint != self._fingerprint:  # before gigabytes are loaded for nothing
             raise LoadError(
                 "the checkpoint's files have changed: these would be vectors of another space. Put the files back, or "
                 "restart the gateway"
@@ -170,22 +170,24 @@ class InfinityBackend:
         return ""
 
     async def _ask(self, questions: Iterable[Awaitable[str]]) -> str:
-        """Return what the first question that found something wrong has found; a model that cannot be asked is well."""
+        """Return the first problem that a question finds; a model that cannot be asked counts as healthy."""
         for question in questions:
             try:
                 if reason := await question:
                     return reason
-            except Exception as error:  # a full queue, say: tells nothing about the model, and must not end the watch
+            except (
+                Exception
+            ) as error:  # a full queue, for example, says nothing about the model, and must not end the watch
                 log.warning("watchdog_not_answered", model=self._entry.id, error=repr(error))
         return ""
 
     async def _replace(self, engine: Engine, reason: str, report: Report) -> None:
-        """Load the model anew, until that succeeds."""
+        """Reload the model, until that succeeds."""
         log.error("engine_lost", model=self._entry.id, reason=reason)
         report(ModelState.RECOVERING, reason)
         self._engine = None  # its weights have to go before there is room for them again
         engine.give_up(
-            lambda: ModelRecovering(f"model {self._entry.id!r} is being loaded anew: {reason}", retry_after_s=5)
+            lambda: ModelRecovering(f"model {self._entry.id!r} is being reloaded: {reason}", retry_after_s=5)
         )
         del engine
         await asyncio.to_thread(_free_memory)
@@ -197,7 +199,7 @@ class InfinityBackend:
                 await self._start_engine(replacement)
             except Exception as error:  # loading may raise anything; the next attempt may find the device well again
                 log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)
-                report(ModelState.RECOVERING, f"{reason}; loading it anew failed: {error}")
+                report(ModelState.RECOVERING, f"{reason}; reloading it failed: {error}")
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_BACKOFF_S)
             else:

@@ -1,4 +1,4 @@
-"""Check what the registry says of a model that runs elsewhere: that it has the very weights of another model."""
+"""Check the registry's claim that a model that runs elsewhere has the very weights of another model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The model whose space another one is said to be of.
+    """The model whose space another model claims to share.
 
     Attributes:
-        golden: the file with its golden vectors, which speak for it where it is not ready.
-        embed: have it embed the texts of a job.
+        golden: the file with its golden vectors, which are used while it is not ready.
+        embed: embeds the texts of a job.
     """
 
     info: ModelInfo
@@ -32,14 +32,14 @@ class Reference:
 
 
 async def verify_same_space(info: ModelInfo, backend: Backend, reference: Reference | None) -> ModelInfo:
-    """Return what a model is, as one of the space of another, if both give the same vectors for a few texts.
+    """Return a model's info in the space of another model, if both give the same vectors for a few texts.
 
     Args:
         backend: runs the model, which has been started.
-        reference: the model that it is said to equal, if that has been read.
+        reference: the model that it must equal, if that has been read.
 
     Raises:
-        LoadError: it does not equal it, or that cannot be found out.
+        LoadError: it does not equal it, or cannot be compared.
     """
     if reference is None:
         raise LoadError("the model it refers to has not been loaded, so there is nothing to compare with")
@@ -76,10 +76,10 @@ def _difference(info: ModelInfo, theirs: ModelInfo) -> str:
 
 
 async def _expected(reference: Reference, tasks: Iterable[str]) -> Sequence[GoldenVector]:
-    """Return what another model gives, as it says itself or as was recorded of it.
+    """Return the reference's vectors: computed now, or else recorded.
 
     Raises:
-        LoadError: it can do neither.
+        LoadError: it is not ready and has no recorded vectors.
     """
     info, state = reference.info, reference.state
     if state is ModelState.READY:

@@ -40,7 +40,7 @@ _STOP_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one model takes: tokens in a batch, texts and (estimated) tokens that may wait."""
+    """Limits of one model: tokens in a batch, texts and (estimated) tokens that may wait."""
 
     max_batch_tokens: int
     max_queue_texts: int
@@ -49,13 +49,13 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class _PendingRequest:
-    """A request on its way through: filled batch by batch, then done.
+    """A request in flight: filled batch by batch, then done.
 
     Attributes:
-        text_name: what its texts are called in an error.
-        tokenizing: what of it is being tokenized.
-        encoded: result of each of its items, as far as they have come.
-        sequences: what it waits for.
+        text_name: name of its texts in an error.
+        tokenizing: the step of tokenizing that it waits for.
+        encoded: results of its items so far.
+        sequences: the sequences that it waits for.
     """
 
     done: asyncio.Future[None]
@@ -128,14 +128,14 @@ class Batcher:
         Canceling the caller drops what is still queued.
 
         Args:
-            replica: the one that is to compute it, next; ``None`` for whichever is free first.
+            replica: the replica that must compute it, before anything else; ``None`` for the first that is free.
 
         Raises:
             Overloaded: too much is waiting already.
             ContextLengthExceeded: a text is too long, and the job says to refuse.
-            BadInput: the texts have more tokens together than the job says.
+            BadInput: the texts have more tokens together than the job allows.
             DeadlineExceeded: the job's deadline passed first.
-            InternalError: the forward failed on one of the texts, or gave no vectors that can be handed out.
+            InternalError: the forward failed on one of the texts, or gave vectors that cannot be used.
             ModelNotReady: the batcher is stopping, or has been given up.
         """
         if self._refusal is not None:
@@ -147,7 +147,7 @@ class Batcher:
         return pending.embeddings(job.outputs, self._encoder.width)
 
     async def _finish(self, job: EmbedJob, replica: int | None) -> _PendingRequest:
-        """Queue a job and wait for the end of its request, be it an error."""
+        """Queue a job and wait until its request is done or has failed."""
         handle = RequestHandle(job.caller, job.deadline)
         pending = _PendingRequest(
             done=self._loop.create_future(),
@@ -170,7 +170,7 @@ class Batcher:
         return pending
 
     def _forget(self, handle: RequestHandle, pending: _PendingRequest) -> None:
-        """Drop what is left of a request: nobody waits for it any more."""
+        """Drop what is left of a request that has ended."""
         handle.is_live = False
         del self._pending[handle]
         for sequence in pending.sequences:  # empty unless the request ended early
@@ -207,7 +207,7 @@ class Batcher:
                 waiters = []
 
     async def _read(self, handle: RequestHandle, pending: _PendingRequest, steps: Steps[Any]) -> Any:
-        """Have the steps run in their turn, and return what comes of them; an empty list if the request has ended."""
+        """Run steps in their turn, and return their result; an empty list if the request has ended."""
         if pending.done.done():
             return []
         begun = time.monotonic()
@@ -230,7 +230,7 @@ class Batcher:
         self._call_soon(lambda: self._deliver(batch))
 
     def _faulted(self, lost: Sequence[TokenSequence]) -> None:
-        """Answer for what a computing thread has lost; what others have in hand is theirs."""
+        """Fail the requests whose sequences a computing thread has lost, and leave those that other threads compute."""
         safe = {one for worker in self._workers for one in worker.in_hand}
         if not lost:
             self._batches.clear()
@@ -252,7 +252,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(callback)
 
     def _deliver(self, batch: FinishedBatch) -> None:
-        """Hand the results of a batch to everybody who waits for one of them."""
+        """Give the results of a batch to all requests that wait for them."""
         num_tokens = sum(sequence.item.num_tokens for sequence in batch.sequences)
         if any(isinstance(result, Encoded) for result in batch.results):
             self._admission.note_rate(num_tokens, batch.ended - batch.started)
@@ -288,7 +288,7 @@ class Batcher:
             pending.end()
 
     def _end_all(self, error: Callable[[], RequestError]) -> None:
-        """Answer everybody who still waits with an error."""
+        """Answer all pending requests with an error."""
         self._sequences.clear()
         for pending in self._pending.values():
             pending.end(error())
@@ -296,23 +296,23 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------------- health
 
     def oldest_s(self) -> float:
-        """Return how long the oldest request that is not answered yet has been waiting, 0 if there is none."""
+        """Return how long the oldest pending request has been waiting, 0 without one."""
         oldest = next(iter(self._pending.values()), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     @property
     def num_requests(self) -> int:
-        """How many requests have no answer yet."""
+        """How many requests are pending."""
         return len(self._pending)
 
     @property
     def num_texts(self) -> int:
-        """How many texts these requests have."""
+        """How many texts the pending requests have."""
         return self._admission.num_texts
 
     @property
     def num_queued(self) -> int:
-        """How many texts wait for a computing thread, wanted or not."""
+        """How many texts wait for a computing thread, including those no longer needed."""
         return self._batches.num_waiting
 
     @property
@@ -322,7 +322,7 @@ class Batcher:
         return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:
-        """Return when a replica's forward in hand began (``time.monotonic()``); ``None`` if there is none."""
+        """Return when a replica's forward in hand began (``time.monotonic()``), or ``None``."""
         return self._workers[replica].busy_since
 
     def num_failed_in_a_row(self, replica: int) -> int:
@@ -330,7 +330,7 @@ class Batcher:
         return self._workers[replica].num_failed_in_a_row
 
     def give_up(self, error: Callable[[], RequestError]) -> None:
-        """Answer everybody, now and later, with an error, and let go of the threads: one of them may hang for ever."""
+        """Answer all requests, now and later, with an error, and let go of the threads: one of them may hang forever."""
         self._refusal = error
         self._batches.close()
         self._tokenizers.close()
@@ -345,7 +345,7 @@ class Batcher:
             worker.start()
 
     async def shutdown(self) -> None:
-        """Stop after the batch in hand; whoever still waits gets :class:`ShuttingDown`."""
+        """Stop after the batch in hand; requests that still wait get :class:`ShuttingDown`."""
         self._refusal = _shutting_down
         self._batches.close()
         self._tokenizers.close()
@@ -362,12 +362,12 @@ def _shutting_down() -> ShuttingDown:
 
 
 def _key(sequence: TokenSequence) -> Hashable:
-    """Return what two sequences share exactly when they are the same."""
+    """Return a key that two sequences share exactly when they are the same."""
     item = sequence.item
     tokens = item.tokens
     return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second, sequence.replica
 
 
 def _token_counts(tokens: Tokens) -> list[int]:
-    """Return the tokens of each vector that will come of ``tokens``."""
+    """Return the number of tokens of each vector that ``tokens`` will give."""
     return [len(tokens.ids)] if tokens.spans is None else [end - first for first, end in tokens.spans]

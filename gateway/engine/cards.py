@@ -1,4 +1,4 @@
-"""What the graphics cards say of themselves, for the metrics."""
+"""Read the state of the graphics cards, for the metrics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ log = structlog.get_logger(__name__)
 def read_cards() -> None:
     """Set the metrics of every card that this process may use.
 
-    Asked is the driver's own library (NVML): it answers also when a card hangs, where a question through CUDA would wait,
-    and with it everybody.
+    They come from the driver's own library (NVML), which also answers when a card hangs; a call to CUDA would wait then,
+    and with it the whole gateway.
     """
     if (nvml := _nvml()) is None:
         return
@@ -30,13 +30,13 @@ def read_cards() -> None:
             metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
             metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
             metrics.GPU_UTILIZATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except nvml.NVMLError as error:  # a slice of a card (MIG) has no utilization of its own
+        except nvml.NVMLError as error:  # a slice of a card (MIG) reports no utilization
             log.debug("card_not_read", device=device, error=str(error))
 
 
 @cache
 def _nvml() -> Any:
-    """Return the library, ready to be asked, or ``None`` where there is no driver."""
+    """Return the initialized library, or ``None`` without a driver."""
     import pynvml
 
     try:
@@ -49,6 +49,6 @@ def _nvml() -> Any:
 
 @cache
 def _handle(nvml: Any, index: int) -> Any:
-    """Return NVML's handle of a card: it counts all cards of the machine, CUDA those that this process may use."""
+    """Return NVML's handle of a card; NVML counts all cards of the machine, and CUDA those that this process may use."""
     uuid = torch.cuda.get_device_properties(index).uuid
     return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

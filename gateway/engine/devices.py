@@ -18,12 +18,12 @@ _MAX_THREADS_A_STREAM = 4
 
 
 def has_accelerator() -> bool:
-    """Tell whether a CUDA device is present."""
+    """Return whether a CUDA device is present."""
     return torch.cuda.is_available()
 
 
 def choose_devices(setting: str) -> tuple[str, ...]:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the devices that are used: a replica of the model on each.
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the devices that get a replica of the model each.
 
     Raises:
         LoadError: the device is not present.
@@ -76,7 +76,7 @@ def available_bytes(device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CpuThreads:
-    """How a model uses the cores: forwards that run side by side, and the threads of each."""
+    """The cores of a model: forwards that run side by side, and the threads of each."""
 
     num_streams: int
     per_stream: int
@@ -99,7 +99,7 @@ def choose_cpu_threads(setting: int, runtime: str) -> CpuThreads:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that there was too little memory, on whatever device."""
+    """Return whether an exception reports too little memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # torch's CPU allocator and OpenVINO raise a plain RuntimeError.

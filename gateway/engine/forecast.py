@@ -1,4 +1,4 @@
-"""What would become of a model here, without loading or downloading anything."""
+"""Forecast how a model would run here, without loading or downloading anything."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Forecast:
     """How a model would run, as far as that is known.
 
     Attributes:
-        info: what it is; ``None`` before its checkpoint has been downloaded.
-        runtime: what would run the forward.
-        memory: what it would need on each of its devices; ``None`` where that is known after the download only.
-        download_bytes: what would be downloaded, 0 for nothing; ``None`` where the hub does not say.
-        download_note: why the size is not the hub's own, where it is not.
+        info: the model's info; ``None`` before its checkpoint has been downloaded.
+        runtime: the runtime that would compute the forward.
+        memory: needed on each of its devices; ``None`` where only the download tells.
+        download_bytes: size of the download, 0 for none; ``None`` where the hub does not say.
+        download_note: why the size is not from the hub, if it is not.
     """
 
     devices: tuple[str, ...]
@@ -39,7 +39,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is known of a checkpoint that has not been downloaded: sizes as published, rounded."""
+    """Published sizes, rounded, of a checkpoint that has not been downloaded."""
 
     shape: Shape
     model_type: str
@@ -57,7 +57,7 @@ _KNOWN = {
 
 
 class Forecaster:
-    """Foretells one model after the other, each with the memory that those before leave."""
+    """Forecasts one model after the other, each with the memory that those before it leave."""
 
     def __init__(self) -> None:
         self._free: dict[str, int] = {}
@@ -66,7 +66,7 @@ class Forecaster:
         """Return how a model of this process would run here.
 
         Raises:
-            LoadError: it would not: its checkpoint cannot be served, or does not fit.
+            LoadError: its checkpoint cannot be served, or does not fit.
         """
         require_readable(entry)
         found = _planned(entry) if is_cached(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
@@ -78,7 +78,7 @@ class Forecaster:
         return found
 
     def free_bytes(self, device: str) -> int:
-        """Return the memory of a device that no model has been given yet."""
+        """Return the memory of a device that is not assigned to a model yet."""
         if device not in self._free:
             self._free[device] = available_bytes(device)
         return self._free[device]

@@ -1,7 +1,7 @@
 """Infinity's ``AsyncEmbeddingEngine`` with our encoder and our batcher in it. The only import of ``infinity_emb``.
 
 Of the library, only the modules that are used are imported. Its package's ``__init__`` imports a web server, and
-``infinity_emb.inference`` imports all of its own embedders with sentence-transformers: 1.8 s of CPU time and
+``infinity_emb.inference`` imports all of Infinity's embedders with sentence-transformers: 1.8 s of CPU time and
 143 MiB at each start. So both packages are entered into ``sys.modules`` without being run, with the paths and specs that
 the import system finds for them; their modules are then imported as usual, and are the library's own, unchanged. A
 release that needs more of the two packages fails at this import.
@@ -91,7 +91,7 @@ def engine_args(
 class Engine(AsyncEmbeddingEngine):
     """The engine of one model: Infinity's, with two parts replaced.
 
-    - ``__init__``: Infinity's ``select_model`` picks one of its own embedders, which need transformers 4 and support
+    - ``__init__``: Infinity's ``select_model`` picks one of Infinity's embedders, which need transformers 4 and support
       neither tasks nor several outputs. Here the encoders are given.
     - ``astart`` and ``astop``: Infinity's ``BatchHandler`` is replaced with :class:`~gateway.engine.batcher.Batcher`,
       which says why.

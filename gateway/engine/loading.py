@@ -1,4 +1,4 @@
-"""Load one model of the registry: find it, read it, see that it fits, build its encoder, warm it up."""
+"""Load one model of the registry: find it, read it, check that it fits, build its encoder, warm it up."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """How a model would be loaded: everything that is known before its weights are read.
+    """Everything that is known about a model before its weights are read.
 
     Attributes:
         tasks: instruction of each task, by canonical name.
-        instruction: what is put before a text that has no task.
+        instruction: put before a text that has no task.
         dimensions: accepted sizes, largest first.
     """
 
@@ -93,13 +93,13 @@ class LoadPlan:
         )
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
-        """Return the plan with what the model runs with after all: OpenVINO may have given way to torch."""
+        """Return the plan with the runtime that the model has got: torch may have replaced OpenVINO."""
         runtime = engine.encoders[0].runtime.name
         memory = plan_memory(self.checkpoint, self.dtype, runtime, self.max_tokens, self.max_batch_tokens)
         return replace(self, runtime=runtime, memory=memory)
 
     def build_options(self, device: str, threads: CpuThreads) -> BuildOptions:
-        """Return how the encoder of one replica is built."""
+        """Return the options for building the encoder of one replica."""
         return BuildOptions(
             device=device,
             dtype=self.dtype,
@@ -116,7 +116,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     """Find and read a model's checkpoint, and decide how it runs; no weights are loaded.
 
     Raises:
-        LoadError: the checkpoint is not there, is not what the registry says, or is of a kind that is not served.
+        LoadError: the checkpoint is missing, differs from the registry's entry, or is of a kind that is not served.
     """
     folder = locate(entry, may_download=may_download)
     verify_sha256(folder, entry.sha256)
@@ -154,7 +154,7 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     """Load the weights, warm the model up, and return its engine, not yet started.
 
     Args:
-        checks_golden: hold the model against its golden vectors, if it has any.
+        checks_golden: check the model's golden vectors, if it has any.
 
     Raises:
         LoadError: the weights are corrupt, do not fit, or give vectors that are not finite or not the golden ones.
@@ -227,7 +227,7 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
 
 
 def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None:
-    """Hold what a model gives for one text against what its description promises.
+    """Check the outputs of a model for one text against its description.
 
     Raises:
         LoadError: an output has another shape, or is not finite.
@@ -254,7 +254,7 @@ def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None
 
 
 def _require_plain_reranker(entry: ModelEntry) -> None:
-    """Refuse what the registry can ask of a model that embeds alone.
+    """Refuse keys of the registry that only a model that embeds may have.
 
     Raises:
         LoadError: names the keys.
@@ -294,6 +294,6 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
-    """Return what is put before a text without a task: the default prompt, as the registry may have changed it."""
+    """Return the instruction of a text without a task: the default prompt, as the registry may have changed it."""
     name = checkpoint.default_prompt
     return "" if name is None else tasks.get(canonical_task(name), "")

@@ -19,7 +19,7 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a model needs on its device, in bytes: its weights, and the activations of its largest batch."""
+    """Memory of a model on its device, in bytes: its weights, and the activations of its largest batch."""
 
     weights_bytes: int
     batch_bytes: int
@@ -31,10 +31,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the memory of a model depends on.
+    """The sizes that determine a model's memory.
 
     Attributes:
-        num_weights: how many numbers its weights are.
+        num_weights: count of the numbers in its weights.
         hidden_width: width of a layer's input.
         intermediate_width: width inside a layer's feed-forward.
         num_heads: heads of its attention.
@@ -58,7 +58,7 @@ def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: in
 
 
 def estimate_memory(shape: Shape, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
-    """Estimate the memory of a model of some shape.
+    """Estimate the memory of a model of the given shape.
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
     context, and the feed-forward's input before and after its activation: T * (6 * width + 2 * intermediate) numbers,
@@ -91,7 +91,7 @@ def require_memory(plan: MemoryPlan, available_bytes: int, device: str) -> None:
 
 
 def available_host_bytes() -> int:
-    """Return the memory that this process may still take, in bytes: the machine's, or less inside a container."""
+    """Return the memory that this process may still use, in bytes: the machine's, or less inside a container."""
     available = psutil.virtual_memory().available
     try:
         # Inside a container the limit of its control group (version 2) is what counts; "max" means none.

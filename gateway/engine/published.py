@@ -1,4 +1,4 @@
-"""Jina's published numbers for Jina v3: what the real checkpoint must give in float32, whoever loads it.
+"""Jina's published numbers for Jina v3: the states that the real checkpoint must give in float32, in any implementation.
 
 From transformers' integration test (``tests/models/jina_embeddings_v3/test_modeling_jina_embeddings_v3.py``): numbers 1
 to 4 of the second token's state, without an adapter and with each.
@@ -25,7 +25,7 @@ STATES: dict[str | None, tuple[float, float, float, float]] = {
 
 
 def largest_deviation(runtime: Runtime, ids: list[int], adapters: dict[str | None, int]) -> dict[str | None, float]:
-    """Return for each task how far the states are from the published ones; the text is without an instruction.
+    """Return the largest deviation of the states from the published ones, by task; the text has no instruction.
 
     Args:
         ids: tokens of :data:`TEXT`.

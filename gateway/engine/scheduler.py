@@ -1,12 +1,12 @@
 """Decide what is computed next: a fair queue and a pure :func:`take`, with no clock, no lock and no waiting inside.
 
 Work is shared by *tokens*, first between callers and then between the requests of one caller, by fair queueing: each
-carries the virtual time of what it has been given, and whoever is furthest behind is served next. A newcomer starts at
-the present virtual time, so it neither waits for a backlog nor catches up on time in which it asked for nothing: one text
-that arrives behind a request of 2,048 is in the next batch. The present virtual time is what an even share would have
-come to (Demers, Keshav, Shenker: "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM 1989), and at least that
-of whoever is served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It goes on whoever is served, so a
-stream of newcomers that would fill the device by itself does not starve a large request either.
+caller has a virtual time, which grows with the tokens it is served, and the caller with the lowest is served next. A
+newcomer starts at the present virtual time, so it neither waits for a backlog nor catches up on time in which it was
+idle: one text that arrives behind a request of 2,048 is in the next batch. The present virtual time is that of a caller
+with an even share so far (Demers, Keshav, Shenker: "Analysis and Simulation of a Fair Queueing Algorithm", SIGCOMM
+1989), and at least that of the caller being served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It
+advances with all work, so a stream of newcomers that would fill the device by itself does not starve a large request.
 
 Infinity's ``CustomFIFOQueue`` sorts everything by length and cuts by the number of items: a long text waits as long as
 shorter ones arrive, and 32 long ones are one batch, whatever their size.
@@ -28,9 +28,9 @@ class RequestHandle:
     """One request's claim on the queue, shared by all of its waiters.
 
     Attributes:
-        caller: whom the request is for.
+        caller: the client that sent the request.
         deadline: point in time after which its waiters are no longer computed.
-        is_live: set to ``False`` by whoever no longer wants the answer; its waiters are then dropped, not computed.
+        is_live: set to ``False`` once the answer is no longer needed; its waiters are then dropped, not computed.
     """
 
     caller: str
@@ -43,13 +43,13 @@ class RequestHandle:
 
 @dataclass(eq=False, slots=True)
 class TokenSequence:
-    """One item to compute, for everybody who waits for it: identical items that are in flight are computed once.
+    """One item to compute, for all requests that wait for it: identical items in flight are computed once.
 
-    Each of the ``waiters`` waits in the queue in a place of its own, so that nobody is later for having company. The one
-    that is served first has it computed for all; the others then cost nothing.
+    Each of the ``waiters`` has its own place in the queue, so sharing a computation never delays a request. The first to
+    be served has the item computed for all; the others then cost nothing.
 
     Attributes:
-        replica: the one that is to compute it; ``None`` for any.
+        replica: the replica that must compute it; ``None`` for any.
     """
 
     item: Item
@@ -77,11 +77,11 @@ class Waiting(Protocol):
 
     @property
     def handle(self) -> RequestHandle:
-        """Whose it is."""
+        """The request that it belongs to."""
 
     @property
     def num_tokens(self) -> int:
-        """How much work it is: in tokens, or whatever else the queue is to share out."""
+        """Its amount of work, in tokens or any other unit that the queue shares out."""
 
 
 T = TypeVar("T")
@@ -114,13 +114,13 @@ class _FairHeap(Generic[T]):
         return self._heap[0].holder
 
     def charge(self, num_tokens: int, num_sharing: int) -> None:
-        """Book the work that the first of ``num_sharing`` was given, which may make another the first."""
+        """Charge the first of ``num_sharing`` holders for the work it was given, which may make another the first."""
         share = self._heap[0]
         self._now = max(self._now + num_tokens / num_sharing, share.virtual_time)
         heapq.heapreplace(self._heap, _Share(share.virtual_time + num_tokens, share.arrival, share.holder))
 
     def leave(self) -> None:
-        """Remove the first holder. Nobody is behind it, so that one who comes back at once cannot win by that."""
+        """Remove the first holder. The virtual time advances to its own, so it gains nothing by coming back at once."""
         self._now = max(self._now, heapq.heappop(self._heap).virtual_time)
 
 
@@ -148,17 +148,17 @@ class FairQueue(Generic[W]):
         self._requests: dict[RequestHandle, _Request[W]] = {}
         self._num_waiting = 0  # callers with waiters
         self.num_tokens = 0
-        """Tokens of everything that waits, wanted or not."""
+        """Tokens of everything that waits, including what is no longer needed."""
         self.num_small = 0
         """Small requests of which :func:`take` has taken the first waiter, so far."""
 
     @property
     def num_waiters(self) -> int:
-        """How many are waiting, wanted or not."""
+        """How many are waiting, including those no longer needed."""
         return sum(len(request.waiters) for request in self._requests.values())
 
     def __bool__(self) -> bool:
-        """Whether anything waits; what waits may turn out to be unwanted."""
+        """Whether anything waits, even if it is no longer needed."""
         return bool(self._order)
 
     def add(self, waiters: Iterable[W]) -> None:
@@ -184,7 +184,7 @@ class FairQueue(Generic[W]):
         return request
 
     def peek(self, now: float) -> W | None:
-        """Return the waiter that is served next, dropping on the way those that nobody wants any more."""
+        """Return the waiter that is served next, and drop those before it that are no longer needed."""
         while self._order:
             caller = self._order.first()
             while caller.requests:
@@ -201,7 +201,7 @@ class FairQueue(Generic[W]):
         return None
 
     def is_small(self, max_tokens: int) -> bool:
-        """Whether the request that is served next is a new one, and has at most so many tokens waiting."""
+        """Return whether the request that is served next is new, and has at most ``max_tokens`` tokens waiting."""
         request = self._order.first().requests.first()
         return not request.is_begun and request.num_tokens <= max_tokens
 
@@ -234,13 +234,13 @@ def take(
     """Remove and return the next batch: what to compute in fair order, up to ``max_batch_tokens`` tokens together.
 
     A waiter that is larger than the budget on its own is a batch by itself. Waiters whose handle has gone or is past
-    its deadline are dropped, and so are those that have been computed for somebody else meanwhile. The result is empty
-    exactly when nothing is left that anybody wants computed.
+    its deadline are dropped, and so are those that have meanwhile been computed for another request. The result is empty
+    exactly when nothing is left to compute.
 
     Args:
-        max_shared_tokens: a request that fits whole into so many tokens is small. A batch with a small request in it
-            takes no more than so many tokens of larger ones: the small one waits until the whole batch is done.
-        is_shared: takes no more of larger ones in any case, as a small request may come at any moment.
+        max_shared_tokens: a request of at most this many tokens is small. A batch with a small request in it takes at
+            most this many tokens of larger ones, as the small one waits until the whole batch is done.
+        is_shared: apply that limit to any batch, as a small request may come at any moment.
     """
     batch: list[TokenSequence] = []
     small: set[RequestHandle] = set()

@@ -14,7 +14,7 @@ Span: TypeAlias = tuple[float, float]
 
 
 class Stage(IntEnum):
-    """What a request may be doing, and several of them at once; of these, the first in this order counts."""
+    """What a request is doing. Several stages may overlap; the first of them in this order counts."""
 
     INFERENCE = 0
     """A batch that holds one of its texts is being computed."""
@@ -27,7 +27,7 @@ class Stage(IntEnum):
 
 
 class Timeline:
-    """When a request did what.
+    """The stages of a request in time.
 
     Its stages overlap: while the first texts are computed, others wait, and the rest is still being tokenized. Each
     moment is counted once, so that the parts add up to no more than the time that has passed, however many batches ran
@@ -42,7 +42,7 @@ class Timeline:
             self._spans[stage].append((start, end))
 
     def timings(self) -> Timings:
-        """Return the seconds of each stage; waiting for the tokenizer is waiting in a queue as well."""
+        """Return the seconds of each stage; waiting for the tokenizer counts as waiting in the queue."""
         spans: list[Span] = []
         covered = [0.0]
         for stage in Stage:

@@ -3,8 +3,7 @@
 Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
 then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that
 has another step to go waits for its turn again. So a short text waits for the step in hand and not for the work of others,
-however many long texts they have sent. Steps of many characters have a thread of their own: none of them can be
-interrupted.
+however many long texts they have sent. Steps of many characters have a separate thread, as they cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class TokenizerPool:
             desk.start()
 
     def begin(self, handle: RequestHandle, steps: Steps[Any]) -> TokenizeTask:
-        """Have steps run when their turn comes. Call it on the event loop.
+        """Run steps when their turn comes. Call it on the event loop.
 
         What is still in the queue when its handle ends is dropped, and ``done`` is then never set.
         """
@@ -120,20 +119,20 @@ class TokenizerPool:
             desk.close()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the threads to end, and tell whether they did."""
+        """Wait for the threads to end, and return whether they did."""
         have_ended = [desk.join(timeout_s) for desk in (self._short, self._long)]
         return all(have_ended)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits for its turn, wanted or not."""
+        """Whether nothing waits for its turn, even if no longer needed."""
         return self._short.is_empty and self._long.is_empty
 
     def _read(self, task: TokenizeTask) -> None:
         self._go_on(task, started=time.monotonic())
 
     def _go_on(self, task: TokenizeTask, started: float | None) -> None:
-        """Run the next step: up to the point from which it is known how much comes then."""
+        """Run the next step, up to the point where the size of the one after it is known."""
         result, error = None, None
         try:
             task.num_tokens = next(task.steps)

@@ -24,9 +24,9 @@ log = structlog.get_logger(__name__)
 
 # Less than this is not shared out between idle threads: a forward costs about as much before it has computed anything.
 _LEAST_SHARE_TOKENS = 64
-# A batch takes no longer than this if it can be helped: whoever comes meanwhile waits for it.
+# A batch should take no longer than this, as requests that arrive meanwhile wait for it.
 _LONGEST_BATCH_S = 0.5
-# No batch is made smaller than this for that: forwards of fewer tokens are clearly slower per token.
+# But no batch is made smaller than this: forwards of fewer tokens are clearly slower per token.
 _FULL_FORWARD_TOKENS = 512
 # This part of a batch may be of large requests when a small one waits for it as well, and for a while after the last
 # small one: the next one will wait for the batch that runs when it comes.
@@ -52,7 +52,7 @@ class BatchQueue:
         self._shared_until = -inf
 
     def add(self, waiters: Iterable[Waiter], replica: int | None = None) -> None:
-        """Queue waiters, for whichever thread is free first or for that of one replica."""
+        """Queue waiters, for the first thread that is free or for that of one replica."""
         with self._changed:
             if replica is None:
                 self._queue.add(waiters)
@@ -62,7 +62,7 @@ class BatchQueue:
                 self._changed.notify_all()
 
     def next_batch(self, replica: int = 0) -> list[TokenSequence]:
-        """Wait for work and return a batch of it; an empty batch means that the batch_queue is closed."""
+        """Wait for work and return a batch of it; an empty batch means that the queue is closed."""
         with self._changed:
             self._num_idle += 1
             try:
@@ -107,7 +107,7 @@ class BatchQueue:
 
     @property
     def num_waiting(self) -> int:
-        """How many texts wait for a thread, wanted or not."""
+        """How many texts wait for a thread, including those no longer needed."""
         with self._changed:
             return self._queue.num_waiters + sum(queue.num_waiters for queue in self._pinned.values())
 
@@ -134,7 +134,7 @@ class FinishedBatch:
     """A batch with a result for each of its sequences, and when it ran (``time.monotonic()``).
 
     Attributes:
-        num_padding: tokens that were computed beside its own.
+        num_padding: tokens of padding that were computed with its own.
     """
 
     sequences: Sequence[TokenSequence]
@@ -145,13 +145,13 @@ class FinishedBatch:
 
 
 class Worker:
-    """A thread that takes batches from the batch_queue and computes them with one encoder.
+    """A thread that takes batches from the queue and computes them with one encoder.
 
     Args:
         deliver: called in the thread with each finished batch.
         on_fault: called in the thread when its own code, not the model, has failed, with the batch in hand, which is
-            lost. Without one it was the queue that failed: what had been in it may be lost.
-        replica: which of the model's replicas this is.
+            lost. Without a batch, the queue has failed, and its content may be lost.
+        replica: index of the model's replica.
     """
 
     def __init__(
@@ -178,13 +178,13 @@ class Worker:
         self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end, and tell whether it did."""
+        """Wait for the thread to end, and return whether it did."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     @property
     def busy_since(self) -> float | None:
-        """When the forward in hand began, or last got on with a part of its batch; ``None`` if there is none."""
+        """When the forward in hand began, or last finished a part of its batch; ``None`` without one."""
         started = self._forward_started  # the thread may clear it at any time
         return None if started is None else max(started, self._encoder.progressed_at)
 
@@ -195,7 +195,7 @@ class Worker:
                     self.in_hand = batch
                     self._deliver(self._compute(batch))
                     self.in_hand = ()
-            except BaseException:  # a fault of our own, which must not be the end of the model: begin anew
+            except BaseException:  # a fault of this code must not be the end of the model: start again
                 lost, self.in_hand = self.in_hand, ()
                 self.num_failed_in_a_row += 1
                 metrics.WORKER_FAULTS.labels(self._model).inc()

@@ -503,9 +503,7 @@ async def test_a_replacement_that_cannot_be_loaded_is_tried_again(
 
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
     assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING] * 9 + [ModelState.READY]
-    assert all(
-        reason.endswith("loading it anew failed: the device is still busy") for _s, reason in watched.reports[1:9]
-    )
+    assert all(reason.endswith("reloading it failed: the device is still busy") for _s, reason in watched.reports[1:9])
     assert len(watched.engines) == 2
 
 

@@ -830,7 +830,7 @@ async def test_a_stop_does_not_wait_for_ever_for_a_forward_that_hangs(
 
 
 def recovering() -> ModelRecovering:
-    return ModelRecovering("is being loaded anew", retry_after_s=5)
+    return ModelRecovering("is being reloaded", retry_after_s=5)
 
 
 async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(

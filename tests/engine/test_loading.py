@@ -364,7 +364,7 @@ def victim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         pytest.param(
             {"config": {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}},
-            r"code of its own \(TrapModel, in auto_map\) that would change what 'bert' computes",
+            r"its own code \(TrapModel, in auto_map\) that would change what 'bert' computes",
             id="model",
         ),
         pytest.param({"tokenizer": {"AutoTokenizer": ["trap.TrapTokenizer", None]}}, "TrapTokenizer", id="tokenizer"),
@@ -411,7 +411,7 @@ def test_code_that_is_trusted_runs_and_is_held_to_the_width_that_is_promised(
     assert encoder.encode([Item(encoder.tokenize(["hello"], None, Truncate.END)[0])])[0].dense.shape == (1, 32)
     plan = plan_load(entry(folder, trust_remote_code=True))
     options = replace(plan.build_options("cpu", CpuThreads(1, 1)), runtime="packed")
-    with pytest.raises(LoadError, match="TrapModel, which is code of its own, cannot be packed"):
+    with pytest.raises(LoadError, match="TrapModel, which is the checkpoint's own code, cannot be packed"):
         build_encoders(plan.checkpoint, options)
     (folder / "trap.py").write_text(
         code.replace(

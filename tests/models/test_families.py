@@ -336,5 +336,5 @@ def test_positions_that_depend_on_the_company_are_refused(
         },
     )
 
-    with pytest.raises(LoadError, match="depend on its company"):
+    with pytest.raises(LoadError, match="depend on the other texts"):
         load(folder, "torch")

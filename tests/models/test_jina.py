@@ -475,8 +475,8 @@ def test_adapters_for_tasks_make_an_embedder_of_any_class(jina: Path, copy: Copy
 
     for name in JINA_TASKS:
         shutil.rmtree(folder / name)
-    with pytest.raises(LoadError, match=r"custom_st\.Transformer is code of its own"):
+    with pytest.raises(LoadError, match=r"custom_st\.Transformer is the checkpoint's own code"):
         read_checkpoint(folder)
     (folder / "modules.json").unlink()
-    with pytest.raises(LoadError, match="JinaEmbeddingsV3ForMaskedLM is no model that embeds"):
+    with pytest.raises(LoadError, match="JinaEmbeddingsV3ForMaskedLM is not a model that embeds"):
         read_checkpoint(folder)

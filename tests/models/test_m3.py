@@ -239,5 +239,5 @@ def test_a_sparse_head_gives_one_weight_a_token(m3: Path, copy: Copy, load: Load
     folder = copy(m3)
     torch.save(linear_head(64, 2), folder / "sparse_linear.pt")
 
-    with pytest.raises(LoadError, match="must give 1 number a token, gives 2"):
+    with pytest.raises(LoadError, match="must give 1 number per token, gives 2"):
         load(folder, "reference")

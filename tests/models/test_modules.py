@@ -208,7 +208,9 @@ def test_a_text_that_is_cut_at_its_beginning_is_refused(file: str, dense: Path, 
     truncation = {"direction": "Left", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     edit_json(dense / file, **({"truncation": truncation} if file == "tokenizer.json" else {"truncation_side": "left"}))
 
-    with pytest.raises(LoadError, match="truncation_side 'left' is not supported: what is too long is cut at its end"):
+    with pytest.raises(
+        LoadError, match="truncation_side 'left' is not supported: a text that is too long is cut at its end"
+    ):
         load_whole(dense)
 
 
@@ -319,7 +321,7 @@ def test_a_module_of_its_own_code_is_refused(dense: Path) -> None:
     rows[0]["type"] = "custom_st.Transformer"
     (dense / "modules.json").write_text(json.dumps(rows))
 
-    with pytest.raises(LoadError, match=r"modules.json: custom_st.Transformer is code of its own"):
+    with pytest.raises(LoadError, match=r"modules.json: custom_st.Transformer is the checkpoint's own code"):
         plan_load(entry(dense))
 
 

@@ -1,4 +1,4 @@
-"""Read what servers answer: vectors, and the numbers next to them, none of which is trusted. Pure."""
+"""Read the answers of servers: vectors, and the numbers next to them, which are not trusted. Pure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Object: TypeAlias = Mapping[str, Any]
 
 
 class WrongAnswer(Exception):
-    """An answer with status 200 that is not what was asked for; says how."""
+    """An answer with status 200 that does not fit the request; the message says why."""
 
 
 class BadVectors(WrongAnswer):
@@ -58,7 +58,7 @@ class ErrorAnswer(WrongAnswer):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server gave for some texts.
+    """A server's vectors for some texts.
 
     Attributes:
         vectors: ``(n, d)`` float32, in the order of the texts; each finite, with a length above 0.
@@ -104,7 +104,7 @@ def require_no_error(answer: object) -> None:
 
 
 def error_of(content: bytes) -> tuple[str, str]:
-    """Return the message and the code of an error's body, whichever server wrote it; empty where there is none."""
+    """Return the message and the code of an error's body, in any server's form; empty where they are missing."""
     try:
         body = orjson.loads(content)
     except ValueError:
@@ -179,7 +179,7 @@ def _refuse(what: str, is_bad: npt.NDArray[np.bool_]) -> None:
 
 
 def _read_row(embedding: object) -> Vectors:
-    """Return one vector; empty where there is none."""
+    """Return one vector; empty for a missing one."""
     if not embedding:
         return np.empty(0, np.float32)
     if isinstance(embedding, str):
@@ -199,7 +199,7 @@ def _read_row(embedding: object) -> Vectors:
         raise WrongAnswer(f"a list of shape {numbers.shape} in place of a vector: token vectors that were not pooled?")
     if numbers.dtype.kind not in "iuf":
         raise WrongAnswer("a vector that is not a list of numbers")
-    with np.errstate(over="ignore", invalid="ignore"):  # becomes infinity, which is told
+    with np.errstate(over="ignore", invalid="ignore"):  # becomes infinity, which is reported
         return numbers.astype(np.float32)
 
 

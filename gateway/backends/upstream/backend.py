@@ -117,10 +117,10 @@ class UpstreamBackend:
         return info
 
     async def _learn_facts(self) -> Facts:
-        """Ask every server what it is, shut out those that do not answer, and return what holds for all.
+        """Ask every server for its facts, shut out those that do not answer, and return the facts that hold for all.
 
         Raises:
-            LoadError: one serves something else.
+            LoadError: a server serves another model.
         """
         answers = await asyncio.gather(*(self._ask_facts(server) for server in self._servers))
         found = [facts for facts in answers if facts is not None]
@@ -154,7 +154,7 @@ class UpstreamBackend:
         return None
 
     def base_fingerprint(self) -> str:
-        """Return what identifies the model but for its vectors: its name, and what is sent next to a text."""
+        """Return a hash of what identifies the model apart from its vectors: its name, and the fields sent with a text."""
         # How vectors are written does not change them.
         extra = {name: value for name, value in self._upstream.extra_body.items() if name != "encoding_format"}
         content: list[object] = [self._upstream.model or self._entry.source, dict(self._tasks.names), extra]
@@ -229,7 +229,7 @@ class UpstreamBackend:
             )
 
     def _count_waiting(self, job: EmbedJob, sign: int) -> None:
-        """Add the texts of a job to those that wait for servers, or take them away."""
+        """Add the texts of a job to those that wait for servers, or subtract them."""
         self._num_texts += sign * len(job.texts)
         self._num_chars += sign * sum(map(len, job.texts))
         metrics.QUEUE_TEXTS.labels(self._entry.id).set(self._num_texts)
@@ -281,7 +281,7 @@ class UpstreamBackend:
         raise self._given_up(failure, places)
 
     async def _ask(self, server: Server, texts: Sequence[str], task: str | None, job: EmbedJob) -> Answer:
-        """Ask a server; take note where the client is told at once, and it may be the server that is at fault."""
+        """Ask a server; take note of errors that the client gets at once, although the server may be at fault."""
         try:
             return await server.embed(texts, task, job.truncate, job.deadline)
         except TimeoutError as error:
@@ -305,7 +305,7 @@ class UpstreamBackend:
         return Answer(np.concatenate([one.vectors for one in answers]), sum(one.num_tokens for one in answers))
 
     def _note(self, server: Server, failure: Failure) -> None:
-        """Take note of a failure; if it makes the server suspect, that is looked into at once."""
+        """Take note of a failure; if it makes the server suspect, try the server at once."""
         server.note(failure)
         if server.breaker.is_suspect and self._watch is not None:
             self._watch.look()
@@ -333,7 +333,7 @@ class UpstreamBackend:
         )
 
     async def _pause(self, attempt: int, failure: Failure, is_same_server: bool, deadline: float) -> bool:
-        """Wait before the next attempt; tell whether there is time for one."""
+        """Wait before the next attempt; return whether the deadline leaves time for it."""
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
         # Of random length, so that requests that failed together do not come back together.
         pause_s = random.uniform(0, longest)  # noqa: S311  not for secrets
@@ -346,7 +346,7 @@ class UpstreamBackend:
         return True
 
     def _given_up(self, failure: Failure | None, places: range) -> RequestError:
-        """Return what the client is told when no server has answered."""
+        """Return the client's error when no server has answered."""
         what = f"model {self._entry.id!r} runs elsewhere"
         if failure is not None:
             return failure.error(what, places)
@@ -374,7 +374,7 @@ class UpstreamBackend:
 
 
 def server_names(urls: Sequence[str]) -> list[str]:
-    """Return what to call each server: host and port, and the path where several share those."""
+    """Return a name for each server: host and port, with the path where several share those."""
     hosts = [urlsplit(url).netloc for url in urls]
     return [
         host if hosts.count(host) == 1 else host + urlsplit(url).path for host, url in zip(hosts, urls, strict=True)

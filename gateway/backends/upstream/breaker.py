@@ -1,4 +1,4 @@
-"""Whether a server is sent requests: a circuit breaker. Pure: the time is passed in."""
+"""A circuit breaker for the requests to one server. Pure: the time is passed in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LONGEST_PAUSE_S = 60.0
 class Breaker:
     """Closed while the server works; open after a trial has failed, with growing pauses between further trials.
 
-    A trial asks for vectors of texts of the gateway's own, which are known. Failures of clients' requests never open it:
-    they make the server suspect, so that a trial is due at once. A text on which a server fails thus costs its own request
-    and nobody else's. No client's request is spent on finding out whether a server works again either, and a server that
+    A trial asks for vectors of the gateway's own texts, which are known. Failures of clients' requests never open it:
+    they make the server suspect, so that a trial is due at once. A text on which a server fails thus costs only its own
+    request. No client's request is spent on finding out whether a server works again either, and a server that
     comes back with another model is not let in.
 
     Args:
@@ -67,5 +67,5 @@ class Breaker:
         self._trial_at = now + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311  not for secrets
 
     def is_trial_due(self, now: float) -> bool:
-        """Tell whether the server is to be tried: it is open, or suspect, and the last trial was long enough ago."""
+        """Return whether a trial is due: the breaker is open or suspect, and the last trial was long enough ago."""
         return (self.is_suspect or not self.is_closed) and now >= self._trial_at

@@ -1,4 +1,4 @@
-"""How servers are asked for vectors, and what they answer: OpenAI's embeddings, and Hugging Face's TEI. Pure."""
+"""The requests and answers of two kinds of servers: OpenAI's embeddings, and Hugging Face's TEI. Pure."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Encoding: TypeAlias = str | None
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a server says of itself; ``None`` where it says nothing.
+    """A server's statements about itself; ``None`` where it makes none.
 
     Attributes:
-        models: what it serves.
+        models: names of the models that it serves.
     """
 
     models: Sequence[str] = ()
@@ -43,7 +43,7 @@ class Facts:
 
 
 class Dialect(Protocol):
-    """How one kind of server is asked.
+    """The requests and answers of one kind of server.
 
     Attributes:
         embed_path: where vectors are asked for, after the base URL; so for the others.
@@ -72,11 +72,11 @@ class Dialect(Protocol):
         """
 
     def read_facts(self, content: bytes) -> Facts:
-        """Read what a server says of itself; nothing where it is not understood."""
+        """Read a server's statements about itself, as far as they are understood."""
 
 
 class OpenAi:
-    """``POST /embeddings`` as OpenAI has it, and everybody after."""
+    """``POST /embeddings`` as OpenAI defined it."""
 
     embed_path, facts_path, gives_raw = "/embeddings", "/models", False
 
@@ -186,7 +186,7 @@ def _written(body: Mapping[str, Any], extra: Mapping[str, Extra]) -> bytes:
 
 
 def make_dialect(entry: ModelEntry, upstream: Upstream) -> Dialect:
-    """Return how a model's servers are asked."""
+    """Return the dialect of a model's servers."""
     field = task_field(entry, upstream)
     if entry.backend == "tei":
         return Tei(field, upstream.extra_body)
@@ -194,5 +194,5 @@ def make_dialect(entry: ModelEntry, upstream: Upstream) -> Dialect:
 
 
 def task_field(entry: ModelEntry, upstream: Upstream) -> str:
-    """Return the field in which a model's servers are told the task."""
+    """Return the field in which a model's servers read the task."""
     return upstream.task_field or ("prompt_name" if entry.backend == "tei" else "task")

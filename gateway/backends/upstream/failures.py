@@ -1,4 +1,4 @@
-"""What it means that a server has not given vectors: for the request, for the server, and for the client. Pure."""
+"""What a server's failure means for the request, for the server, and for the client. Pure."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Failure(Exception):
         self.bad_texts = tuple(bad_texts)
 
     def error(self, what: str, places: Sequence[int]) -> RequestError:
-        """Return what the client is told when no other server has answered either.
+        """Return the client's error when no other server has answered either.
 
         Args:
             what: the beginning of the message.
@@ -99,8 +99,8 @@ class TooLarge(Exception):
     """A server does not take so many texts in one request, and may take them in several.
 
     Attributes:
-        refusal: what the client is told where there is only one.
-        is_number: whether it was too many texts, and not too many bytes.
+        refusal: the client's error where there is only one text.
+        is_number: whether the number of texts was too large, rather than that of bytes.
     """
 
     def __init__(self, refusal: BadInput, *, is_number: bool) -> None:
@@ -118,7 +118,7 @@ def unavailable(message: str, retry_after_s: int, *, is_permanent: bool) -> Upst
 def failure_of(
     server: str, model: str, status: int, content: bytes, retry_after_s: float | None
 ) -> Failure | BadInput | TooLarge:
-    """Return what an answer with another status than 200 is.
+    """Return the failure or refusal that an answer with an error status means.
 
     Args:
         server: its name, for messages; likewise the model.

@@ -1,4 +1,4 @@
-"""Vectors of a few texts that a model's servers must give, all of them and always: so one that was swapped is caught."""
+"""Vectors of a few texts that all servers of a model must always give, so that a swapped model is noticed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gateway.golden import SAME_MODEL_COSINE, TEXTS, GoldenCheck, GoldenVector, 
 from gateway.types import Embeddings, EmbedJob, Timings, Truncate, Vectors
 from gateway.vectors import cosine
 
-# A server that is slow is told by its own time limit before this.
+# The time limit of a server ends a slow request before this.
 _PATIENCE_S = 3600.0
 
 
 class Probe:
-    """What the servers of a model are held against.
+    """The vectors that the servers of a model must give.
 
     Args:
         vectors: for each text and task, as they were recorded or as a server gave them.
@@ -38,9 +38,9 @@ class Probe:
         return len(self.vectors[0].vector)
 
     async def compare(self, server: Server) -> str:
-        """Hold a server against the probe; say what is wrong, if anything is.
+        """Compare a server with the probe; return what is wrong, or nothing.
 
-        One that was shut out, and may be another than before, is first asked what it takes.
+        A server that was shut out may have changed, so its quirks are learned again first.
 
         Raises:
             Failure: it does not answer.
@@ -60,13 +60,13 @@ class Probe:
 async def take_probe(
     model: str, tasks: Tasks, servers: Sequence[Server], recorded: Sequence[GoldenVector] | None
 ) -> Probe:
-    """Return the probe of a model: what was recorded, or else what its first server gives; all must give the same.
+    """Return the probe of a model: the recorded vectors, or else those of its first server; all must give the same.
 
     A server that does not answer is shut out.
 
     Raises:
         NotReachable: no server gives vectors.
-        LoadError: a server gives others, or the same ones for different tasks.
+        LoadError: a server gives other vectors, or the same ones for different tasks.
     """
     probe = None if recorded is None else Probe(model, tasks, recorded)
     giver = "its golden file says"
@@ -124,14 +124,14 @@ async def _check_texts(server: Server, tasks: Tasks, vectors: Vectors) -> None:
         if cosine(alone, vector) < SAME_MODEL_COSINE:
             raise LoadError(
                 f"{server.name} gives {text[:40]!r} another vector alone than among several texts: vectors do not come in "
-                "the order of the texts, or a text has not always the same one"
+                "the order of the texts, or differ from request to request"
             )
 
 
 def _ignored_tasks(tasks: Tasks, by_task: dict[str | None, Vectors]) -> str:
-    """Say which tasks make no difference to a server that is told them, although they have different names there.
+    """Return a message about tasks that make no difference to a server, although their names differ there; or nothing.
 
-    Tasks whose vectors are not of one width are no tasks of one model.
+    Tasks whose vectors differ in width cannot belong to one model.
     """
     if len(widths := sorted({one.shape[1] for one in by_task.values()})) > 1:
         return f"gives vectors of {' and '.join(map(str, widths))} dimensions for different tasks"

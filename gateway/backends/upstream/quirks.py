@@ -1,4 +1,4 @@
-"""What a server does not take, although others of its kind do: found out by asking it, before any client's text is sent."""
+"""Learn what a server does not take, although others of its kind do, before any client's text is sent."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _UNFIT = ("failed", "wrong", "broken")
 
 @dataclass(frozen=True, slots=True)
 class Quirks:
-    """How a server is asked.
+    """The way to ask one server.
 
     Attributes:
-        encoding: what is sent as ``encoding_format``.
-        blank: what is sent for a text that the server does not take as it is, one of ``BLANKS``; ``None`` where it takes
-            none of them.
+        encoding: sent as ``encoding_format``.
+        blank: replaces an empty text that the server does not take, one of ``BLANKS``; ``None`` where it takes none of
+            them.
         has_numbers: whether it writes vectors as numbers, whatever it was asked for.
     """
 
@@ -78,9 +78,9 @@ async def learn(ask: _Ask, encodings: Sequence[Encoding]) -> Quirks:
 
 
 async def _if_it_says_the_same(ask: _Ask, quirks: Quirks, answer: Answer) -> tuple[Quirks, Answer]:
-    """Return how numbers are asked for, if those that a server gives are not the ones that it writes in base64.
+    """Return how to ask for numbers, if those that a server gives differ from those that it writes in base64.
 
-    What stands in base64 may be of another type than float32, and nothing in it says so.
+    Base64 may hold another type than float32, and nothing in it says so.
     """
     try:
         numbers = await ask([_TEXT], Quirks("float"))
@@ -109,7 +109,7 @@ async def _first_accepted(ask: _Ask, encodings: Sequence[Encoding]) -> tuple[Qui
 
 
 async def _takes(ask: _Ask, text: str, quirks: Quirks, width: int) -> bool:
-    """Tell whether a server gives a vector for a text that says nothing."""
+    """Return whether a server gives a vector for a blank text."""
     try:
         answer = await ask([text], quirks)
     except RequestError:

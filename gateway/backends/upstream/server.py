@@ -1,4 +1,4 @@
-"""One server that runs a model: asks it, and keeps note of whether it works."""
+"""One server that runs a model: sends it requests, and keeps track of whether it works."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Server:
         width: of the vectors that it must give; 0 while that is not known.
         quirks: what it does not take; ``None`` while that is not known.
         answered_at: when it last answered a client's request right, on ``time.monotonic()``.
-        is_refusing: whether it is shut out because it refuses every request: a wrong key, say.
+        is_refusing: whether it is shut out because it refuses every request, for example for a wrong key.
     """
 
     def __init__(self, model: str, name: str, url: str, dialect: Dialect, upstream: Upstream) -> None:
@@ -71,7 +71,7 @@ class Server:
         self._show_state()
 
     async def facts(self) -> Facts:
-        """Ask the server what it is. One that does not say, or refuses to, may give vectors all the same.
+        """Ask the server for its facts. A server without any, or one that refuses, may give vectors all the same.
 
         Raises:
             Failure: it does not answer.
@@ -87,7 +87,7 @@ class Server:
         return self._dialect.read_facts(content) if response.status == 200 and is_whole else Facts()
 
     async def learn(self) -> None:
-        """Find out how the server is asked.
+        """Learn the server's quirks.
 
         Raises:
             Failure: it does not answer.
@@ -105,12 +105,12 @@ class Server:
         """Have the server embed texts.
 
         Args:
-            task: what the server calls it, or ``None``.
+            task: the server's name for it, or ``None``.
             deadline: on ``time.monotonic()``.
             is_trial: whether this is to find out if the server works. That does not wait for clients' requests.
 
         Raises:
-            Failure: see there.
+            Failure: the server has not answered as it should.
             TooLarge: the server takes fewer texts in one request.
             RequestError: the server refuses the texts: no server would take them.
             TimeoutError: the deadline has passed.
@@ -249,7 +249,7 @@ class Server:
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> tuple[bytes, bool]:
-    """Read an answer, but no more of it than ``limit`` bytes, unpacked; tell whether that is all of it."""
+    """Read at most ``limit`` bytes of an answer, unpacked; return whether that is all of it."""
     content = bytearray()
     async for piece in response.content.iter_any():
         content += piece

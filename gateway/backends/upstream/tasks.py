@@ -1,4 +1,4 @@
-"""What a task does to a text that is embedded elsewhere. Pure."""
+"""Tasks of a model that runs on other servers. Pure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gateway.types import canonical_task
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """What is done for each task: an instruction is put before the text here, or a name is sent.
+    """How each task is applied: by an instruction put before the text here, or by a name that is sent.
 
     Attributes:
         instructions: as in :attr:`gateway.types.ModelInfo.tasks`.
         names: what the servers call the tasks, where they apply them.
-        field: in which they are told the name.
+        field: the field of a request that holds the name.
     """
 
     instructions: Mapping[str, str]
@@ -28,7 +28,7 @@ class Tasks:
     field: str
 
     def prepare(self, texts: Sequence[str], task: str | None) -> tuple[Sequence[str], str | None]:
-        """Return what is sent for texts with a task: the texts, and the name of the task."""
+        """Return the texts to send for a task, and the task's name there."""
         instruction = self.instructions.get(task, "") if task else ""
         return [instruction + text for text in texts] if instruction else texts, self.names.get(task or "")
 
@@ -40,7 +40,7 @@ def read_tasks(entry: ModelEntry, upstream: Upstream) -> Tasks:
     texts are sent as they are.
 
     Raises:
-        LoadError: two names are one task, and mean different things; or its default task is none of them.
+        LoadError: two names are one task, and mean different things; or its default task is not among them.
     """
     names = _by_task(upstream.tasks, "upstream.tasks")
     prompts = _by_task(entry.prompts, "prompts")

@@ -1,4 +1,4 @@
-"""Watch over a model's servers: try those that are shut out or suspect, and hold all others against the probe at times."""
+"""Watch over a model's servers: try those that are shut out or suspect, and check all others against the probe at times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SETTLE_S = 0.05  # what fails at the same moment calls for one trial
 
 
 class Watch:
-    """Decides which servers are sent requests, by whether they give the vectors that they must give.
+    """Decides which servers get requests: those that give the vectors of the probe.
 
     Args:
         check_interval_s: after which a server that works is checked again.
@@ -71,7 +71,7 @@ class Watch:
                 self._suspicion.clear()
 
     async def _try(self, server: Server) -> None:
-        """Let a server in, or shut it out, by whether it gives the vectors that it must give."""
+        """Let a server in if it gives the vectors of the probe, or shut it out."""
         started = time.monotonic()
         try:
             problem = await self._probe.compare(server)

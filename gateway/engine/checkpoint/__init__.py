@@ -1,1 +1,1 @@
-"""Checkpoints: find one, read what it says of itself, and refuse what is no embedder."""
+"""Checkpoints: find one, read its description, and refuse a model that is not served."""

@@ -1,7 +1,7 @@
-"""What a checkpoint's class says: a model that embeds, a reranker that is served, or something that is neither.
+"""Tell from a checkpoint's class whether it embeds, is a reranker that is served, or is neither.
 
-sentence-transformers would pool the token states of any of them: its caller asks for that with ``SentenceTransformer(…)``.
-Here only the checkpoint can say what it is.
+sentence-transformers would pool the token states of any of them, as its callers ask for with ``SentenceTransformer(…)``.
+Here only the checkpoint can say which it is.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _SAME_CLASSES = {("bert", "Contriever"), ("gte", "NewModel")}
 
 _REASONS = {
     "new": (
-        "This is GTE as it was published, with code of its own; transformers has the model as model_type 'gte': take a "
+        "This is GTE as it was published, with its own code; transformers has the model as model_type 'gte': take a "
         "repository in that form, such as alibaba-nlp-community/gte-multilingual-base"
     ),
     "jina_embeddings_v5": "Take one of its repositories for a single task, whose adapter is merged",
 }
 _HEADS = {
-    "ForTokenClassification": "labels each token (named entities, say)",
+    "ForTokenClassification": "labels each token (named entities, for example)",
     "ForMaskedLM": "predicts masked words: a sparse encoder (SPLADE), or a pretrained model that was not trained to embed",
     "ForCausalLM": "writes text: an LLM reranker, or a model that was not trained to embed",
     "LMHeadModel": "writes text: a model that was not trained to embed",
@@ -82,17 +82,17 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
     if model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         positions = config.get("position_embedding_type")
         if positions not in (None, "absolute"):
-            code = "; it has code of its own for that" if own_class(config, "AutoModel") else ""
+            code = "; it has its own code for that" if own_class(config, "AutoModel") else ""
             alibi = " (ALiBi, as Jina v2 has it)" if positions == "alibi" else ""
             raise LoadError(f"{folder}: position_embedding_type {positions!r}{alibi} is not supported{code}")
     return model_type
 
 
 def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str, *, trust_remote_code: bool) -> bool:
-    """Refuse a checkpoint whose code would compute something else than transformers' class of its ``model_type``.
+    """Refuse a checkpoint whose code would compute something other than transformers' class of its ``model_type``.
 
     Returns:
-        Whether the checkpoint's own class of the model is what runs.
+        Whether the checkpoint's own class of the model runs.
 
     Raises:
         LoadError: there is such code, and it is not trusted.
@@ -103,7 +103,7 @@ def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str
             return True
         if (model_type, name) not in _SAME_MATHEMATICS:
             raise LoadError(
-                f"{folder}: it has code of its own ({name}, in auto_map) that would change what {model_type!r} computes: "
+                f"{folder}: it has its own code ({name}, in auto_map) that would change what {model_type!r} computes: "
                 "without that code its vectors would be wrong. If you trust the code: trust_remote_code: true"
             )
     tokenizer = own_class(config, "AutoTokenizer") or own_class(
@@ -111,7 +111,7 @@ def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str
     )
     if tokenizer is not None and not trust_remote_code:
         raise LoadError(
-            f"{folder}: its tokenizer has code of its own ({tokenizer}, in auto_map): without that code texts might become "
+            f"{folder}: its tokenizer has its own code ({tokenizer}, in auto_map): without that code texts might become "
             "other tokens. If you trust the code: trust_remote_code: true"
         )
     return False
@@ -121,7 +121,7 @@ def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, 
     """Refuse a checkpoint without a pooling module whose class is not a model without a head.
 
     Raises:
-        LoadError: names the class, and says what it is.
+        LoadError: names the class and its kind of model.
     """
     name = architecture(config)
     if name is None or name == MODEL_TYPES[model_type] or (model_type, name) in _SAME_CLASSES:
@@ -131,8 +131,8 @@ def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, 
         return
     what = what or f"it is not the class of transformers for {model_type!r}"
     raise LoadError(
-        f"{folder}: {name} is no model that embeds: {what}. There is no modules.json with a Pooling that says how its token "
-        "states become the vector of a text"
+        f"{folder}: {name} is not a model that embeds: {what}. There is no modules.json with a Pooling that says how its "
+        "token states become the vector of a text"
     )
 
 

@@ -1,4 +1,4 @@
-"""What tells a cross-encoder's checkpoint, and what its classification head is made of."""
+"""Recognize a cross-encoder's checkpoint, and describe its classification head."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Classifier:
         dense: name of the first layer's tensors, without ``.weight``.
         norm: the same of the layer normalization, if there is one.
         output: the same of the last layer.
-        activation: transformers' name of what is between dense and norm.
+        activation: transformers' name of the activation between dense and norm.
         norm_eps: the layer normalization's epsilon.
-        has_segments: whether the model can be told which tokens are of the pair's second text.
+        has_segments: whether the model takes segment ids, which mark the tokens of the pair's second text.
     """
 
     architecture: str
@@ -44,25 +44,25 @@ class Classifier:
 
     @property
     def settings(self) -> str:
-        """What determines a score and is in no weights file; the pooling aside."""
+        """The settings that determine a score and are not in a weights file, except the pooling."""
         return f"{self.architecture}, {self.activation}, {self.norm_eps}"
 
 
 def read_classifier(folder: Path, config: Mapping[str, Json]) -> Classifier | None:
-    """Return the head of a checkpoint that scores pairs; ``None`` if its class is not one of those that are known.
+    """Return the head of a checkpoint that scores pairs; ``None`` if its class is not known.
 
     Args:
-        config: what ``config.json`` holds, in transformers' words.
+        config: the content of ``config.json``, in transformers' words.
 
     Raises:
-        LoadError: the model classifies into several labels, or with code of its own.
+        LoadError: the model classifies into several labels, or with its own code.
     """
     name = architecture(config)
     if name not in ARCHITECTURES:
         return None
     if own_class(config, "AutoModelForSequenceClassification") is not None:
         raise LoadError(
-            f"{folder}: {name} has code of its own (auto_map), and may score in another way than transformers'"
+            f"{folder}: {name} has its own code (auto_map), and may score in another way than transformers'"
         )
     labels = config.get("id2label")
     num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", _DEFAULT_LABELS)

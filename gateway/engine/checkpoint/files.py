@@ -1,4 +1,4 @@
-"""Find the files of a checkpoint, and say what stands there in their place."""
+"""Find the files of a checkpoint, and say what a folder holds instead of them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def weights_files(folder: Path, names: Sequence[str] = _WEIGHTS) -> tuple[Path, 
     """Return the files from which transformers reads a model's weights: safetensors if there are any, else pickled.
 
     Args:
-        names: what is looked for, the first that is there being taken.
+        names: names to look for; the first that exists is taken.
 
     Raises:
-        LoadError: there are none, a part is missing, or one is a Git LFS pointer.
+        LoadError: no such file exists, a part is missing, or a file is a Git LFS pointer.
     """
     for name in names:
         index = folder / f"{name}.index.json"
@@ -52,7 +52,7 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """Return the files with the vocabulary; without one, transformers makes an empty tokenizer and says nothing.
 
     Raises:
-        LoadError: there are none, or one is a Git LFS pointer.
+        LoadError: no such file exists, or a file is a Git LFS pointer.
     """
     for patterns in (["tokenizer.json"], ["vocab.*", "merges.txt", "*.model"]):
         files = sorted(path for pattern in patterns for path in folder.glob(pattern))
@@ -80,7 +80,7 @@ def require_model(folder: Path) -> None:
 
 
 def what_is_there(folder: Path) -> str:
-    """Say what a folder holds that could be meant for a model; empty if nothing is recognized."""
+    """Return a hint at what a folder holds instead of a model; empty if nothing is recognized."""
     for pattern, form in _OTHER_FORMS.items():
         if found := _first([*folder.glob(pattern), *folder.glob(f"*/{pattern}")]):
             return (

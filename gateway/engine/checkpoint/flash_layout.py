@@ -1,6 +1,6 @@
 """Jina's layout of XLM-RoBERTa, "flash implementation", read as transformers' own XLM-RoBERTa. No torch.
 
-`jinaai/jina-reranker-v2-base-multilingual` is published with code of its own, which names the tensors as the flash-attn
+`jinaai/jina-reranker-v2-base-multilingual` is published with its own code, which names the tensors as the flash-attn
 package does and keeps query, key and value in one. With absolute positions the mathematics is XLM-RoBERTa's: under
 transformers' names the weights give the same numbers, and no code of the checkpoint has to run.
 """
@@ -16,7 +16,7 @@ from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
 
 _CONFIG_CLASS = "XLMRobertaFlashConfig"
-# What would make it another model, and what has to stand there.
+# Settings that would make it another model, with the values that they must have.
 _EXPECTED = {"position_embedding_type": "absolute", "hidden_act": "gelu"}
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _PARTS = {
@@ -36,7 +36,7 @@ T = TypeVar("T", bound=_Splittable)
 
 
 def is_flash_layout(config: Mapping[str, Json]) -> bool:
-    """Tell whether a ``config.json`` is of this layout: it names no ``model_type``, and Jina's class for itself."""
+    """Return whether a ``config.json`` has this layout: it names Jina's class and no ``model_type``."""
     classes = config.get("auto_map")
     name = classes.get("AutoConfig") if isinstance(classes, dict) else None
     return "model_type" not in config and isinstance(name, str) and name.endswith(f".{_CONFIG_CLASS}")
@@ -46,7 +46,7 @@ def as_xlm_roberta(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     """Return the ``config.json`` of the same model in transformers' words.
 
     Raises:
-        LoadError: the model is another one than XLM-RoBERTa: rotary positions, adapters, another activation.
+        LoadError: the model is not XLM-RoBERTa: it has rotary positions, adapters, or another activation.
     """
     wrong = [
         f"{key} {config.get(key)!r} (not {value!r})" for key, value in _EXPECTED.items() if config.get(key) != value

@@ -44,7 +44,7 @@ def require_string(config: Mapping[str, Json], key: str, where: Path) -> str:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Tell whether a file was checked out without Git LFS: then a few lines stand in its place that name it."""
+    """Return whether a file was checked out without Git LFS: it then holds only a few lines that refer to the content."""
     try:
         with open_regular(path) as file:
             return file.read(len(_LFS_START)) == _LFS_START

@@ -1,7 +1,7 @@
 """Read sentence-transformers' files: the modules that make a vector, their settings, and how long a text may be.
 
 What changes a vector is read or refused; what does not is passed over. The lists below name every key that
-sentence-transformers 6.2 knows, so that a key of a later release is refused until somebody has looked at it.
+sentence-transformers 6.2 knows, so that a key of a later release is refused until it has been checked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MODEL_TYPES = {
     "MultiVectorEncoder": MULTI_VECTOR,
     "ColBERT": MULTI_VECTOR,  # PyLate's
 }
-# Modules that do nothing but in training.
+# Modules that have an effect only in training.
 _IN_TRAINING = {
     "sentence_transformers.models.Dropout",
     "sentence_transformers.sentence_transformer.modules.dropout.Dropout",
@@ -98,8 +98,8 @@ class Modules:
     """The folder of each of sentence-transformers' modules, relative to the checkpoint.
 
     Attributes:
-        pooling: ``None`` if there is none: what comes out of the transformer is no vector of a text.
-        own_code: classes of the checkpoint that are named in place of sentence-transformers'.
+        pooling: ``None`` without a pooling: the transformer's output is then not the vector of a text.
+        own_code: the checkpoint's own classes, named instead of sentence-transformers'.
     """
 
     transformer: str = ""
@@ -114,7 +114,7 @@ class DenseLayer:
     """A linear layer behind the pooling, as its configuration describes it.
 
     Attributes:
-        activation: torch's class of what follows it, without its module.
+        activation: torch's class of the activation behind it, without its module.
     """
 
     width: int
@@ -126,7 +126,7 @@ def read_modules(folder: Path) -> Modules | None:
     """Return the modules that ``modules.json`` lists; ``None`` for a plain transformers checkpoint.
 
     Raises:
-        LoadError: it cannot be read, or lists modules that are not supported; says what kind of model they make.
+        LoadError: it cannot be read, or lists modules that are not supported; names the kind of model that they make.
     """
     path = folder / "modules.json"
     if not path.exists():
@@ -174,7 +174,7 @@ def _inside(place: str, path: Path) -> str:
 
 
 def _what_modules_make(kinds: Sequence[str], types: Sequence[str], dense: Iterable[Path]) -> str:
-    """Say what kind of model a list of unsupported modules is; empty if that is not known."""
+    """Return the kind of model that a list of unsupported modules makes; empty if it is not known."""
     known = [_KINDS[kind] for kind in kinds if kind in _KINDS]
     if known:
         return known[0]
@@ -267,7 +267,7 @@ def read_transformer(folder: Path, *, is_embedder: bool) -> TransformerSettings:
     """Read the length and lower-casing; the first releases of sentence-transformers named the file for the model.
 
     Raises:
-        LoadError: the file asks for another treatment of texts than the one here.
+        LoadError: the file asks for another treatment of texts.
     """
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
         path = folder / f"sentence_{name}_config.json"
@@ -284,13 +284,13 @@ def read_transformer(folder: Path, *, is_embedder: bool) -> TransformerSettings:
 
 
 def as_length(value: Json) -> int | None:
-    """Return a number of tokens as it stands in a checkpoint's file; ``None`` for what is none."""
+    """Return a number of tokens from a checkpoint's file; ``None`` for a value that is not one."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return int(min(value, 2**62)) if is_number and value >= 1 else None  # type: ignore[type-var,operator,arg-type]
 
 
 def _require_plain(config: Mapping[str, Json], path: Path, *, is_embedder: bool) -> None:
-    """Refuse what makes sentence-transformers call the tokenizer or the model in a way of its own.
+    """Refuse settings with which sentence-transformers would call the tokenizer or the model differently.
 
     Raises:
         LoadError: names the setting.
@@ -336,10 +336,10 @@ def _require_known(config: Mapping[str, Json], known: Iterable[str], path: Path)
 
 
 def require_sentence_transformer(config: Mapping[str, Json], path: Path) -> None:
-    """Refuse a model that ``config_sentence_transformers.json`` says to be no embedder.
+    """Refuse a model that is not an embedder by its ``config_sentence_transformers.json``.
 
     Raises:
-        LoadError: says what it is.
+        LoadError: names its kind of model.
     """
     what = _MODEL_TYPES.get(str(config.get("model_type")))
     if what is not None:
@@ -350,7 +350,7 @@ def read_truncated_width(config: Mapping[str, Json], path: Path) -> int | None:
     """Return the dimensions to which ``config_sentence_transformers.json`` cuts every vector, if it does.
 
     Raises:
-        LoadError: that is no number of dimensions.
+        LoadError: it does not give a number of dimensions.
     """
     width = config.get("truncate_dim")
     if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width < 1):

@@ -1,7 +1,7 @@
 """Nomic's published configuration in transformers' words. No torch.
 
-`nomic-ai/nomic-embed-text-v1` and its kin were published with code of their own, and with its names for the sizes.
-transformers has the same model, but passes over names that it does not know and takes its defaults instead.
+`nomic-ai/nomic-embed-text-v1` and its kin were published with their own code, and with its names for the sizes.
+transformers has the same model, but ignores names that it does not know and takes its defaults instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAMES = {
     "n_positions": "max_position_embeddings",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-# What transformers' model computes, whatever the configuration says; an absent key agrees.
+# The values with which transformers' model computes, whatever the configuration says; an absent key agrees.
 _EXPECTED: Mapping[str, tuple[Json, ...]] = {
     "activation_function": ("swiglu",),
     "causal": (False, None),
@@ -42,7 +42,7 @@ _EXPECTED: Mapping[str, tuple[Json, ...]] = {
 
 
 def is_nomic_layout(config: Mapping[str, Json]) -> bool:
-    """Tell whether a ``config.json`` has Nomic's names."""
+    """Return whether a ``config.json`` has Nomic's names."""
     return config.get("model_type") == "nomic_bert" and "n_embd" in config
 
 
@@ -53,7 +53,7 @@ def as_nomic_bert(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     table. Up to there they are computed as the published code does without its ``rotary_scaling_factor``.
 
     Raises:
-        LoadError: the model is another one than transformers' (a mixture of experts, say).
+        LoadError: the model differs from transformers' (a mixture of experts, for example).
     """
     wrong = [
         f"{key} {config[key]!r}" for key, allowed in _EXPECTED.items() if key in config and config[key] not in allowed

@@ -1,4 +1,4 @@
-"""Prompts of a checkpoint and of the registry: which text is put before a text, by task."""
+"""Prompts of a checkpoint and of the registry: the instruction put before a text, by task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.types import canonical_task
 
 RETRIEVAL = ("retrieval.query", "retrieval.passage")
 
-# What Jina's own `encode` puts before a text (custom_st.py of jinaai/jina-embeddings-v3).
+# The instructions that Jina's own `encode` puts before a text (custom_st.py of jinaai/jina-embeddings-v3).
 _JINA_PROMPTS = {
     "retrieval.query": "Represent the query for retrieving evidence documents: ",
     "retrieval.passage": "Represent the document for retrieval: ",
@@ -32,7 +32,7 @@ class Prompts:
 
 
 def read_prompts(config: Mapping[str, Json], path: Path) -> Prompts:
-    """Read the prompts in ``config_sentence_transformers.json``; a prompt that is null is none.
+    """Read the prompts in ``config_sentence_transformers.json``; a prompt that is null is ignored.
 
     Raises:
         LoadError: a prompt is not text, or the default one does not exist.

@@ -1,4 +1,4 @@
-"""Read what a checkpoint says about itself: sizes, pooling, normalization, prompts, length, adapters, further heads.
+"""Read a checkpoint's description: sizes, pooling, normalization, prompts, length, adapters, further heads.
 
 The layout is sentence-transformers': ``modules.json`` lists the modules, ``sentence_bert_config.json`` the length,
 ``1_Pooling/config.json`` the pooling, ``config_sentence_transformers.json`` the prompts. A folder without
@@ -57,7 +57,7 @@ class Checkpoint:
         transformer: folder of the transformer and its tokenizer: as a rule ``folder`` itself.
         width: dimensions of a dense vector; 1, the score, where there is a classifier.
         hidden_width: dimensions of a token's state.
-        vocab_size: rows of the table of words: every token id is below.
+        vocab_size: rows of the table of words; every token id is below it.
         max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
         position_limit: longest text that the architecture can take at all.
         dense_layers: folders of the linear layers behind the pooling, in order.
@@ -73,7 +73,8 @@ class Checkpoint:
         is_named: whether ``config.json`` names the class of the model.
         weights: files that hold the transformer's weights.
         fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
-            adapters, the activations of the dense layers, the settings of the classifier, and what vectors are cut to.
+            adapters, the activations of the dense layers, the settings of the classifier, and the dimensions that
+            vectors are cut to.
     """
 
     folder: Path
@@ -106,7 +107,7 @@ class Checkpoint:
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """What the checkpoint can give for a text."""
+        """The outputs that the checkpoint can give for a text."""
         heads = ((Output.SPARSE, self.sparse_head), (Output.MULTIVECTOR, self.multivector_head))
         return (Output.DENSE, *(output for output, head in heads if head is not None))
 
@@ -180,7 +181,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
 def _require_embedder(
     folder: Path, config: Mapping[str, Json], modules: Modules | None, model_type: str, *, has_own_code: bool
 ) -> None:
-    """Refuse what does not say how its token states become the vector of a text."""
+    """Refuse a checkpoint that does not say how its token states become the vector of a text."""
     if modules is None or modules.pooling is None:
         require_embedder(folder, config, model_type, has_own_code=has_own_code)
     if modules is None:
@@ -193,11 +194,11 @@ def _require_embedder(
     if modules.pooling is None:
         raise LoadError(f"{folder}/modules.json: lists a Transformer and no Pooling: nothing makes a vector of a text")
     if modules.own_code:
-        raise LoadError(f"{folder}/modules.json: {modules.own_code[0]} is code of its own, which is not run")
+        raise LoadError(f"{folder}/modules.json: {modules.own_code[0]} is the checkpoint's own code, which is not run")
 
 
 def _read_sentence_config(folder: Path, classifier: Classifier | None) -> tuple[Prompts, int | None]:
-    """Return the prompts, and what vectors are cut to."""
+    """Return the prompts, and the number of dimensions that vectors are cut to."""
     path = folder / "config_sentence_transformers.json"
     config = read_object(path, optional=True)
     prompts = read_prompts(config, path)

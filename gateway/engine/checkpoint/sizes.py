@@ -1,4 +1,4 @@
-"""A transformer's configuration and sizes, as transformers reads them: it knows what each architecture calls them."""
+"""A transformer's configuration and sizes, as transformers reads them: it knows each architecture's names for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FEED_FORWARD = re.compile(r"(?:^|\.)layers?\.0\.(?:output\.dense|ffn\.lin2|mlp\
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What follows from them is how long a text may be, and how much memory a model takes.
+    """The sizes that determine how long a text may be, and how much memory a model needs.
 
     Attributes:
         num_positions: positions that a text's tokens can have: what the table or the configuration has, less those
@@ -51,11 +51,11 @@ class Sizes:
         """Read the sizes of the checkpoint in ``folder``.
 
         Args:
-            shapes: of its weights, which must bear the sizes out; ``None`` where code of the checkpoint's own knows
-                what they are.
+            shapes: of its weights, which must bear the sizes out; ``None`` where the checkpoint's own code knows
+                them.
 
         Raises:
-            LoadError: the configuration makes no sense, or is not that of the weights.
+            LoadError: the configuration makes no sense, or does not match the weights.
         """
         where = folder / "config.json"
         if shapes is not None:
@@ -101,7 +101,7 @@ def _require_layers(name: str, given: object, shapes: Shapes, where: Path) -> No
 
 
 def _require_tables(config: PreTrainedConfig, sizes: Sizes, shapes: Shapes, where: Path) -> None:
-    """Hold the sizes against the tensors that have them; what is left is transformers' to compare."""
+    """Compare the sizes with the tensors that have them; transformers compares the others."""
     columns = ("embedding_size", int(config.embedding_size)) if hasattr(config, "embedding_size") else None
     width = ("hidden_size", sizes.width)
     expected = {
@@ -123,7 +123,7 @@ def _require_tables(config: PreTrainedConfig, sizes: Sizes, shapes: Shapes, wher
 
 
 def read_config(folder: Path) -> dict[str, Json]:
-    """Return what ``config.json`` holds, in transformers' words.
+    """Return the content of ``config.json``, in transformers' words.
 
     Raises:
         LoadError: it cannot be read, or is of a layout whose model is not supported.
@@ -139,7 +139,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
     Raises:
         LoadError: as :func:`read_config`.
-        Exception: whatever transformers raises for one that makes no sense.
+        Exception: of any class, raised by transformers for one that makes no sense.
     """
     from transformers import AutoConfig, NomicBertConfig, XLMRobertaConfig  # slow to import
 

@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
-# What a checkpoint is read from. Weights follow separately: safetensors, or `.bin` only where there are none.
+# The files of a checkpoint but for the weights: those are safetensors, or `.bin` in a repository without any.
 _HUB_FILES = (
     "*.json",
     "*.txt",
@@ -49,7 +49,7 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
 
     Raises:
         LoadError: the folder or package does not exist, the hub cannot be reached, or it does not have the revision;
-            or it would have to be downloaded, and that is not wanted; or another repository is the one to take.
+            or a download would be needed and is not allowed; or another repository must be used instead.
     """
     require_readable(entry)
     source = entry.parsed_source
@@ -69,18 +69,18 @@ def require_readable(entry: ModelEntry) -> None:
     """Refuse a repository of the hub whose model is published in another one for transformers to read.
 
     Raises:
-        LoadError: names the other one. Said before gigabytes have been downloaded in vain.
+        LoadError: names the other one, before gigabytes are downloaded for nothing.
     """
     instead = INSTEAD_OF.get(entry.source.lower())
     if instead is not None:
         raise LoadError(
-            f"{entry.source} needs code of its own, which does not run with this transformers: take source: {instead}, the "
+            f"{entry.source} needs its own code, which does not run with this transformers: take source: {instead}, the "
             "same model in transformers' form"
         )
 
 
 def is_cached(entry: ModelEntry) -> bool:
-    """Tell whether a model's checkpoint is on this machine, so that :func:`locate` need not download it."""
+    """Return whether a model's checkpoint is on this machine, so that :func:`locate` need not download it."""
     source = entry.parsed_source
     match source.kind:
         case "folder":
@@ -165,7 +165,7 @@ def _sizes(repo: ModelInfo) -> dict[str, int]:
 
 
 def _patterns(names: Iterable[str]) -> list[str]:
-    """Return which files to download: weights as safetensors, or as ``.bin`` only where there are none."""
+    """Return patterns of the files to download: weights as safetensors, or as ``.bin`` in a repository without any."""
     has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
     return [*_HUB_FILES, "*.safetensors" if has_safetensors else "*.bin"]
 

@@ -14,11 +14,11 @@ from gateway.engine.checkpoint.read import Checkpoint
 
 
 def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> dict[str, torch.Tensor]:
-    """Read tensors from wherever in the weights files they are, and nothing else of the files.
+    """Read tensors from any of the weights files, and nothing else from the files.
 
     Args:
         files: safetensors, or pickled state dicts.
-        names: the tensors that are wanted, those that are there; ``None`` for all.
+        names: names of the tensors to read, as far as they exist; ``None`` for all.
 
     Raises:
         OSError, RuntimeError, SafetensorError, UnpicklingError: a file cannot be read, or holds more than weights.
@@ -30,7 +30,7 @@ def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> 
                 wanted = (name for name in tensors.keys() if names is None or name in names)  # noqa: SIM118  # it is no dictionary
                 found |= {name: tensors.get_tensor(name) for name in wanted}
         else:
-            # The format before torch 1.6 is no zip file, and cannot be mapped.
+            # The format before torch 1.6 is not a zip file, and cannot be mapped.
             whole = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             found |= {name: whole[name].clone() for name in whole if names is None or name in names}
     return found
@@ -52,7 +52,7 @@ _TASK_HEADS = re.compile(r"^(?:classifier|score|qa_outputs|pre_classifier)\.")
 def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[str]:
     """Return the names of tensors that transformers does not know what to do with, less those that change nothing.
 
-    What is left changes vectors: a projection behind the transformer, say, or layers that the configuration denies.
+    What is left changes vectors: a projection behind the transformer, for example, or layers that the configuration denies.
     """
     classifier = checkpoint.classifier
     head = () if classifier is None else (classifier.dense, classifier.norm, classifier.output)

@@ -1,12 +1,12 @@
 """Low-rank adapters of all tasks at once, chosen per token.
 
-A checkpoint such as Jina v3 has one LoRA adapter (Hu et al., 2021) for each task: beside a weight W, a pair A (r, in) and
+A checkpoint such as Jina v3 has one LoRA adapter (Hu et al., 2021) for each task: next to a weight W, a pair A (r, in) and
 B (out, r), and ``y = x W' + s (x A') B'``. Here the pairs of all k tasks are stacked into A (k r, in) and B (out, k r).
 A mask (tokens, k r) keeps the r columns of each token's task between the two products::
 
     y = x W' + ((x A') * mask) B'
 
-so that a batch of any mix of tasks is one forward, at the cost of 2 k r more columns (20 beside 1,024 in Jina v3). A
+so that a batch of any mix of tasks is one forward, at the cost of 2 k r more columns (20 next to 1,024 in Jina v3). A
 mask of zeros is the model without an adapter. PEFT computes the same with a loop over the tasks of a batch.
 """
 
@@ -28,7 +28,7 @@ from gateway.errors import LoadError
 
 _PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-# Options of PEFT's that compute something else than the formula above.
+# Options of PEFT that compute something other than the formula above.
 _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
@@ -44,7 +44,7 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
 )
-# Ways to begin the training that also change the weights beside the adapter, which are then not the checkpoint's.
+# Ways to begin the training that also change the base weights, which are then not the checkpoint's.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

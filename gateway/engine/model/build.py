@@ -41,7 +41,7 @@ _SAMPLE_LENGTHS = ((60, 24, 7, 2), (300, 40))
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How an encoder is built.
+    """Options for building an encoder.
 
     Attributes:
         device: torch device, such as ``cpu`` or ``cuda:0``.
@@ -50,7 +50,7 @@ class BuildOptions:
         max_tokens: the longest text; at most the checkpoint's own limit.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
-        instruction: what is put before a text that has no task.
+        instruction: put before a text that has no task.
         trust_remote_code: let the checkpoint bring Python code that then runs in this process.
     """
 
@@ -134,11 +134,11 @@ def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: To
 
 
 def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
-    """Say what about a model keeps texts from being computed in one row; empty if nothing does."""
+    """Return the obstacle to computing texts in one packed row; empty without one."""
     if checkpoint.model_type not in PACKED_MODEL_TYPES:
         return f"model_type {checkpoint.model_type!r}"
     if checkpoint.has_own_code:  # its attention may not be the one that keeps to a text
-        return f"{type(model).__name__}, which is code of its own,"
+        return f"{type(model).__name__}, which is the checkpoint's own code,"
     return "one-way attention (is_decoder: true)" if getattr(model.config, "is_decoder", False) else ""
 
 
@@ -153,7 +153,7 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
             model, mask, options.dtype, options.threads, has_segments=tokenizer.has_segments
         )
         cosine = _agreement(runtimes[0], reference, checkpoint, tokenizer)
-    except Exception as error:  # an architecture that cannot be traced or compiled fails in a way of its own
+    except Exception as error:  # an architecture that cannot be traced or compiled may raise anything
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: OpenVINO cannot run it: {error}") from error
         log.warning("openvino_failed", folder=str(checkpoint.folder), error=str(error), fallback="torch")
@@ -202,8 +202,8 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
         )
         if tokenizer.truncation_side != "right":
             raise LoadError(
-                f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: what is too long is "
-                "cut at its end"
+                f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: a text that is too "
+                "long is cut at its end"
             )
         fast = tokenizer.backend_tokenizer
         if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normalizer
@@ -234,7 +234,7 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
 
 
 def _has_growing_rope(config: PreTrainedConfig) -> bool:
-    """Tell whether rotary positions depend on the longest text of a batch."""
+    """Return whether rotary positions depend on the longest text of a batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     rows = [parameters, *(row for row in parameters.values() if isinstance(row, dict))]  # some have a row a layer type
     return any(row.get("rope_type") in ("dynamic", "longrope") for row in rows)
@@ -269,7 +269,7 @@ def _load_model(
     if _has_growing_rope(model.config):
         raise LoadError(
             f"{checkpoint.folder}: rotary positions that change with the longest text of a batch (rope_type dynamic or "
-            "longrope) are not supported: a text's vector would depend on its company"
+            "longrope) are not supported: a text's vector would depend on the other texts"
         )
     model.config.use_cache = False
     if getattr(model, "pooler", None) is not None:

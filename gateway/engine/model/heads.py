@@ -1,4 +1,4 @@
-"""Heads: what is read off the token states of a text. Dense, sparse, one vector a token, and the score of a pair."""
+"""Heads: they read outputs off the token states of a text: dense, sparse, one vector per token, the score of a pair."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DenseHead(nn.Module):
         self._cut_to = checkpoint.width if checkpoint.width < width else None
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
-        """Return the vectors of a batch, ``(n, width)`` float32: one a text, or one for each of its spans."""
+        """Return the vectors of a batch, ``(n, width)`` float32: one per text, or one for each of its spans."""
         if all(text_spans is None for text_spans in spans):
             pooled = states.pool(self._pooling)
         else:
@@ -67,7 +67,7 @@ class SparseHead(nn.Module):
         super().__init__()
         self.linear = _load_linear(weights, hidden_width)
         if self.linear.out_features != 1:
-            raise LoadError(f"{weights}: must give 1 number a token, gives {self.linear.out_features}")
+            raise LoadError(f"{weights}: must give 1 number per token, gives {self.linear.out_features}")
         self._special_ids = torch.tensor(sorted(special_ids))
 
     def forward(self, states: TokenStates, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> list[SparseVector]:
@@ -80,7 +80,7 @@ class SparseHead(nn.Module):
             is_kept = ~torch.isin(tokens, self._special_ids)
             unique, place = torch.unique(tokens[is_kept], return_inverse=True)
             largest = torch.zeros(len(unique)).scatter_reduce_(0, place, weights[is_kept], "amax")
-            positive = ~(largest <= 0)  # what is not a number stays, and is told
+            positive = ~(largest <= 0)  # NaN stays, and is reported
             sparse.append(SparseVector(unique[positive].numpy(), largest[positive].numpy()))
         return sparse
 

@@ -13,13 +13,13 @@ from gateway.types import Truncate
 
 
 class PairTokenizer(Tokenizer):
-    """A cross-encoder's tokenizer: ``[CLS] query [SEP] text [SEP]``, or what else the checkpoint's template says.
+    """A cross-encoder's tokenizer: ``[CLS] query [SEP] text [SEP]``, or another form, by the checkpoint's template.
 
     Args:
-        has_segments: the model is told which tokens are of the text, as BERT is, if the template marks them.
+        has_segments: the model takes segment ids, as BERT does, if the template marks the tokens of the text.
 
     Raises:
-        ValueError: the template is none for pairs that this class knows to fill in.
+        ValueError: the template for pairs has a form that is not supported.
     """
 
     def __init__(self, tokenizer: FastTokenizer, max_tokens: int, *, has_segments: bool) -> None:
@@ -63,11 +63,11 @@ class PairTokenizer(Tokenizer):
         """Tokenize each text behind the query.
 
         What is too long loses the end of its text, or its start if ``truncate`` says so. Only where the query leaves no
-        room for any text, its end is cut as well, to half of what there is.
+        room for any text, its end is cut as well, to half of the room.
 
         Args:
             first_index: place of the first text in its request, for the error message.
-            max_text_tokens: where a text is cut in any case, however much room there is.
+            max_text_tokens: limit of each text, however much room there is.
 
         Raises:
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
@@ -104,7 +104,7 @@ class PairTokenizer(Tokenizer):
 
 
 def _keep(ids: list[int], num: int | None, truncate: Truncate) -> list[int]:
-    """Return at most ``num`` tokens of a text: the last ones if its start is what is cut, else the first ones."""
+    """Return at most ``num`` tokens of a text: the last ones if its start is cut, else the first ones."""
     if num is None or len(ids) <= num:
         return ids
     return ids[len(ids) - num :] if truncate is Truncate.START else ids[:num]

@@ -1,4 +1,4 @@
-"""Token states of a batch, without padding: what every runtime gives, and what every head reads."""
+"""Token states of a batch, without padding: every runtime returns them, and every head reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenStates:
     Attributes:
         flat: ``(total, width)``, in the dtype that the model computes in.
         lengths: tokens of each text; their sum is ``total``.
-        num_padding: tokens that were computed beside them.
+        num_padding: tokens of padding that were computed with them.
     """
 
     flat: torch.Tensor

@@ -85,8 +85,8 @@ class Tokenizer:
         max_tokens: the longest result, special tokens included.
 
     Attributes:
-        has_segments: the model is to be told where the second text of a pair begins.
-        largest_id: no token has a larger id.
+        has_segments: the model needs the place where the second text of a pair begins.
+        largest_id: the largest id of a token.
     """
 
     has_segments = False
@@ -104,7 +104,7 @@ class Tokenizer:
         num_content = template.special_tokens_mask.count(0)
         self._head = template.ids[:content]
         self._tail = template.ids[content + num_content :]
-        # A template brings ids of its own, whatever the vocabulary says of its tokens.
+        # A template has its own ids, whatever the vocabulary says of its tokens.
         self.largest_id = max([*tokenizer.get_vocab(with_added_tokens=True).values(), *template.ids], default=-1)
 
     def sample_ids(self) -> list[int]:

@@ -68,7 +68,7 @@ def test_only_the_texts_that_want_it_have_a_sparse_vector(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (linear([[1.0, 0.0], [0.0, 1.0]]), "must give 1 number a token, gives 2"),
+        (linear([[1.0, 0.0], [0.0, 1.0]]), "must give 1 number per token, gives 2"),
         (linear([[1.0, 0.0, 0.0]]), "takes 3 numbers, but what it is to read has 2"),
         ({"bias": torch.zeros(1)}, "cannot read a linear layer"),
     ],

@@ -107,7 +107,7 @@ class OpenVinoRuntime:
         Args:
             model: in float32, on the CPU; not needed afterwards.
             dtype: ``float32`` or ``bfloat16``, which the processor must have.
-            has_segments: the model is told which tokens are of a pair's second text.
+            has_segments: the model takes segment ids, which mark the tokens of a pair's second text.
 
         Raises:
             RuntimeError: OpenVINO cannot compile the model.

@@ -1,7 +1,7 @@
 """Run transformers' own model on texts of any length packed into one row: nothing is padded (CUDA).
 
-transformers' encoders take a packed row as it is: an attention function and a mask function of our own are registered,
-and what the attention needs to know of the boundaries travels through the forward's keyword arguments. torch's built-in
+transformers' encoders take a packed row as it is: an attention function and a mask function are registered,
+and the boundaries of the texts reach the attention through the forward's keyword arguments. torch's built-in
 ``varlen_attn`` needs no flash-attn package to compile. On a CPU, where it does not exist, each text is attended to by
 itself: slow, but the same function, so that everything around it can be tested without a GPU.
 """
@@ -104,7 +104,7 @@ class PackedRuntime:
         return is_counted.cumsum(0) * is_counted + self._uncounted_id
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy from pinned memory, so that the copy runs beside the forward before it."""
+        """Copy from pinned memory, so that the copy overlaps with the forward before it."""
         device = self._model.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
