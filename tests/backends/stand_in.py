@@ -1,4 +1,4 @@
-"""Servers to run models on: OpenAI's embeddings and TEI's, with vectors that can be told, and faults on command."""
+"""Servers to run models on: OpenAI's embeddings and TEI's, with vectors that a test can compute, and faults on command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH = 16
 
 
 def vector_of(text: str, weights: str = "first", width: int = WIDTH) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return what a model with these weights gives for a text: of a length of its own, not 1."""
+    """Return the vector of a text from a model with these weights; its length is not 1."""
     seed = int.from_bytes(hashlib.sha256(f"{weights} {text}".encode()).digest()[:8])
     return np.random.default_rng(seed).normal(size=width).astype(np.float32)
 

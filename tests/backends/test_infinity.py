@@ -219,7 +219,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def test_faults_among_many_requests_cost_nobody_else(post: Post, forward: FaultyForward) -> None:
+async def test_faults_among_many_requests_cost_no_other_request(post: Post, forward: FaultyForward) -> None:
     texts = ["poison" if i % 10 == 0 else f"text number {i} " * 12 for i in range(60)]
 
     answers = await asyncio.gather(*[post(text) for text in texts])
@@ -231,7 +231,7 @@ async def test_faults_among_many_requests_cost_nobody_else(post: Post, forward: 
 
 
 class SteeredEngine:
-    """Says how its two replicas are, and answers the watchdog's questions, as it is told to.
+    """Reports the state of its two replicas, and answers the watchdog's questions, by its attributes.
 
     Attributes:
         since: when each replica's forward in hand began.
@@ -240,7 +240,7 @@ class SteeredEngine:
         bad_texts: what it fails on.
         is_silent: questions are not answered at all.
         questions: the texts that were submitted since it was started, each with its replica.
-        rechecks: the replicas that were held against golden vectors.
+        rechecks: the replicas that were compared with golden vectors.
     """
 
     num_replicas = 2
@@ -339,7 +339,7 @@ async def test_an_engine_that_is_well_is_left_alone(watched: Watched) -> None:
     assert len(watched.engines) == 1
 
 
-async def test_each_replica_is_held_against_its_golden_vectors_again_and_again(watched: Watched) -> None:
+async def test_each_replica_is_compared_with_its_golden_vectors_again_and_again(watched: Watched) -> None:
     started = asyncio.get_running_loop().time()
     await until(lambda: len(watched.engines[0].rechecks) >= 6)
 

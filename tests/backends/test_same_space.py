@@ -80,7 +80,7 @@ async def near(state: ModelState = ModelState.READY, golden_path: Path | None = 
 
 
 async def adopt(other: Model | None, turn: Turn = right, **changes: Any) -> ModelInfo:
-    """Return what a model elsewhere is, if it is of the space of ``other``."""
+    """Return the info of a model elsewhere, if it shares the space of ``other``."""
     mine: dict[str, Any] = {
         "width": WIDTH,
         "fingerprint": "0" * 64,
@@ -152,7 +152,7 @@ async def test_both_are_asked_for_all_texts_with_each_task() -> None:
         ({"width": 16, "dimensions": (16,)}, "its vectors have 16 dimensions, and those of near 8"),
     ],
 )
-async def test_what_differs_beside_the_vectors_is_said(changes: dict[str, Any], problem: str) -> None:
+async def test_a_difference_other_than_in_the_vectors_is_named(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(LoadError) as caught:
         await adopt(await near(), **changes)
     assert str(caught.value) == problem

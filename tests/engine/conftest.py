@@ -79,7 +79,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 @pytest.fixture
 async def loop_errors() -> list[dict[str, Any]]:
-    """What the event loop complains of: errors in callbacks, and errors that nobody looked at."""
+    """The complaints of the event loop: errors in callbacks, and errors that were never retrieved."""
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context))
     return errors

@@ -1,4 +1,4 @@
-"""An encoder without a model, and what tests hold it up, wait and ask with."""
+"""An encoder without a model, and helpers to hold it up, to wait, and to send requests."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ def threads_of(model: str) -> list[str]:
 async def becomes(condition: Callable[[], bool]) -> bool:
     """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE_S
-    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  a thread makes it hold, and tells nobody
+    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  a thread makes it hold, without an event
         await asyncio.sleep(0.005)
     return condition()
 
 
 async def answer(awaitable: Awaitable[Embeddings]) -> Embeddings | RequestError:
-    """Return the answer or the error of a request; neither may take for ever."""
+    """Return the answer or the error of a request; neither may take forever."""
     try:
         async with asyncio.timeout(PATIENCE_S):
             return await awaitable

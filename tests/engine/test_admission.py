@@ -144,7 +144,7 @@ def test_a_model_that_does_nothing_takes_any_request(admission: Admission, make_
 
 
 def retry_after(admission: Admission, make_job: MakeJob) -> int | None:
-    """Return what a refused request hears while 100 texts of 2 tokens wait."""
+    """Return the ``Retry-After`` of a refused request while 100 texts of 2 tokens wait."""
     with admission.admit(make_job(*texts_of(range(10)) * 10, caller="bulk")):
         with pytest.raises(Overloaded) as caught, admission.admit(make_job("1", caller="bulk")):
             pass

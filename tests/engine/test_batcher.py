@@ -1,4 +1,4 @@
-"""Everybody who asks gets an answer, and only the right one, whatever a model, a caller or the clock does."""
+"""Every request gets an answer, and only the right one, whatever a model, a caller or the clock does."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ async def test_the_stages_of_a_request_are_parts_of_its_time(
     total_s = time.monotonic() - started
     assert timings.tokenize_s >= 0.05
     assert timings.inference_s >= 0.15
-    assert timings.queue_s < 0.05  # its texts waited, but while others of its own were computed
+    assert timings.queue_s < 0.05  # its texts waited, but while other texts of the request were computed
     assert sum(timings.stages.values()) <= total_s
 
 
@@ -357,7 +357,7 @@ async def test_results_that_are_not_one_a_text_fail_their_requests(
 async def test_a_batch_with_a_result_missing_is_computed_again_in_halves(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is there cannot be told apart: handing it out could mix up the texts."""
+    """The results cannot be assigned to their texts: handing them out could mix them up."""
     batcher = await start_batcher()
     real_vectors = encoder.vectors
     monkeypatch.setattr(encoder, "vectors", lambda rows: real_vectors(rows[: max(1, len(rows) - 1)]))
@@ -397,7 +397,7 @@ async def test_an_output_that_is_not_finite_fails_its_own_request_and_names_the_
     assert "13" not in str(line)
 
 
-async def test_each_of_those_who_share_a_text_that_fails_hears_of_its_own_index(
+async def test_each_request_that_shares_a_failing_text_gets_its_own_index(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate
 ) -> None:
     batcher = await start_batcher()
@@ -773,7 +773,7 @@ async def test_an_idle_model_takes_a_request_of_any_size(start_batcher: StartBat
 # --------------------------------------------------------------------------------------------------------- shutdown
 
 
-async def test_a_stop_answers_everybody(
+async def test_a_stop_answers_all_requests(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
     batcher = await start_batcher(max_batch_tokens=1)
@@ -815,7 +815,7 @@ async def test_a_stop_answers_those_who_are_being_tokenized(
     assert not loop_errors
 
 
-async def test_a_stop_does_not_wait_for_ever_for_a_forward_that_hangs(
+async def test_a_stop_does_not_wait_forever_for_a_forward_that_hangs(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batcher_module, "_STOP_S", 0.1)
@@ -833,7 +833,7 @@ def recovering() -> ModelRecovering:
     return ModelRecovering("is being reloaded", retry_after_s=5)
 
 
-async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
+async def test_giving_up_answers_all_requests_at_once_though_a_forward_hangs(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
 ) -> None:
     batcher = await start_batcher(max_batch_tokens=1)
@@ -848,7 +848,7 @@ async def test_giving_up_answers_everybody_at_once_though_a_forward_hangs(
     assert {type(error) for error in answers} == {ModelRecovering}
     assert len(set(map(id, answers))) == 20
     assert isinstance(await answer(batcher.submit(make_job("1"))), ModelRecovering)
-    gate.open()  # what comes back now comes to nobody
+    gate.open()  # a late result has no request left
     assert await becomes(lambda: not threads_of("numbers"))
     assert encoder.computed == [0]
     assert batcher.num_requests == 0
@@ -880,7 +880,7 @@ async def test_stopping_twice_is_harmless(start_batcher: StartBatcher) -> None:
     assert not threads_of("numbers")
 
 
-def test_the_end_of_the_event_loop_during_a_forward_is_no_error(
+def test_the_end_of_the_event_loop_during_a_forward_is_not_an_error(
     encoder: Any, make_job: MakeJob, gate: Gate, recwarn: pytest.WarningsRecorder
 ) -> None:
     encoder.on_forward = gate
@@ -992,7 +992,7 @@ async def test_infinitys_embed_cuts_to_matryoshka_dimensions(engine: Engine) -> 
     assert [vector.tolist() for vector in vectors] == [[1]]
 
 
-async def test_infinity_is_told_the_capabilities_and_the_load(engine: Engine, encoder: Any, gate: Gate) -> None:
+async def test_infinitys_capabilities_and_overload_status(engine: Engine, encoder: Any, gate: Gate) -> None:
     encoder.on_forward = gate
     async with engine:
         idle = engine.overload_status()

@@ -1,4 +1,4 @@
-"""Identical texts in flight are computed once, and nobody is worse off for it."""
+"""Identical texts in flight are computed once, and no request is worse off for it."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ async def test_the_twin_gets_its_result_when_the_first_owner_is_cancelled_during
     assert await becomes(lambda: batcher.is_idle)
 
 
-async def test_a_newcomer_joins_what_is_computed_for_nobody_any_more(
+async def test_a_newcomer_joins_a_computation_that_is_no_longer_needed(
     start_batcher: StartBatcher, make_job: MakeJob, encoder: NumberEncoder, gate: Gate
 ) -> None:
     batcher = await start_batcher()
@@ -344,7 +344,7 @@ async def test_the_twin_of_a_refused_text_is_computed(
 # ------------------------------------------------------------------------------------------------------------ failure
 
 
-async def test_a_failure_is_shared_and_each_gets_an_error_of_its_own(blocked: Blocked, make_job: MakeJob) -> None:
+async def test_a_failure_is_shared_and_each_request_gets_its_own_error(blocked: Blocked, make_job: MakeJob) -> None:
     jobs = [make_job("13", caller="a"), make_job("13", "1", caller="b"), make_job("2", caller="c")]
     failing_too, failing, other = [await blocked.queue(job) for job in jobs]
 

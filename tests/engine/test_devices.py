@@ -1,4 +1,4 @@
-"""Device, number format and threads are chosen by what the machine has, and errors of memory are told from others."""
+"""Device, number format and threads are chosen by the machine, and memory errors are distinguished from others."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=repr,
 )
-def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
+def test_out_of_memory_is_distinguished_from_other_errors(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
 
 

@@ -106,7 +106,7 @@ def test_what_was_recorded_is_what_is_read_and_computed(entry: ModelEntry, tmp_p
     check(reference, back, "float32")
 
 
-def test_the_texts_are_told_apart(bundled_encoder: Encoder) -> None:
+def test_the_texts_have_different_vectors(bundled_encoder: Encoder) -> None:
     """Golden vectors that are near each other would not show that texts are mixed up."""
     vectors = np.stack([one.vector for one in record(bundled_encoder.embed, [None])])
 
@@ -178,7 +178,7 @@ ROW = {"text": "a", "task": None, "vector": "AACAPwAAAAA="}
 
 
 def content(**changes: object) -> str:
-    """Return a file that can be read, but for these changes; a key that is None is left out."""
+    """Return a file that can be read, but for these changes; a key with the value None is left out."""
     whole = {"version": 1, "fingerprint": "f", "vectors": [ROW], **changes}
     return json.dumps({key: value for key, value in whole.items() if value is not None})
 
@@ -327,7 +327,7 @@ def test_every_stream_is_checked(entry: ModelEntry, file: Path, monkeypatch: pyt
 # -------------------------------------------------------------------------------------------------- while it serves
 
 
-async def test_a_model_that_serves_is_held_against_its_vectors_again(entry: ModelEntry, file: Path) -> None:
+async def test_a_model_that_serves_is_compared_with_its_vectors_again(entry: ModelEntry, file: Path) -> None:
     """Through the queue, as any request; with weights that change under it, as those of a broken card do."""
     engine = load_engine(plan_load(entry.model_copy(update={"runtime": "torch"})), Settings(cpu_threads=1))
     await engine.astart()
@@ -379,7 +379,7 @@ def test_float16_accumulation_is_refused_where_it_cannot_be(
 
 @pytest.fixture
 def accumulation(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands for torch's switch, which is for the whole process."""
+    """Replaces torch's switch, which is for the whole process."""
 
     class Switch:
         allow_fp16_accumulation = False

@@ -205,7 +205,7 @@ def make_template_put(id_: int) -> Callable[[Path], None]:
 
 
 LOAD_REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "tokenizer is no JSON": (
+    "tokenizer is not JSON": (
         lambda folder: (folder / "tokenizer.json").write_text("{") and None,
         "the tokenizer cannot be loaded: ",
     ),
@@ -386,7 +386,7 @@ def test_code_in_a_checkpoint_does_not_run_unless_trusted(
     assert not victim.exists()
 
 
-def test_a_configuration_of_its_own_code_is_read_as_transformers_own(
+def test_a_configuration_with_its_own_code_is_read_as_transformers_own(
     make_checkpoint: MakeCheckpoint, victim: Path, load_checkpoint: Callable[..., Encoder]
 ) -> None:
     folder = make_checkpoint(config={"auto_map": {"AutoConfig": "trap.TrapConfig"}})
@@ -460,7 +460,7 @@ async def test_a_model_that_fails_leaves_the_others_serving(make_checkpoint: Mak
     assert "corrupt or cut short" in broken_model.reason
 
 
-async def test_an_error_that_nobody_foresaw_fails_its_own_model_alone(
+async def test_an_unforeseen_error_fails_its_own_model_alone(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(folder: Path, **options: Any) -> Any:

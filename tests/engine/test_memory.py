@@ -26,7 +26,9 @@ def test_the_weights_are_counted_from_the_files_header(checkpoint: Checkpoint, d
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4 + 4), ("bfloat16", 4 + 2)])
-def test_openvino_needs_the_float32_weights_beside_its_own(checkpoint: Checkpoint, dtype: str, num_bytes: int) -> None:
+def test_openvino_needs_the_float32_weights_as_well_as_its_own(
+    checkpoint: Checkpoint, dtype: str, num_bytes: int
+) -> None:
     plain, compiled = (plan_memory(checkpoint, dtype, runtime, 256, 2048) for runtime in ("torch", "openvino"))
 
     assert compiled.weights_bytes == 22_713_728 * num_bytes

@@ -26,14 +26,14 @@ def waiters(owner: RequestHandle, sizes: Iterable[int], first: int = 0) -> list[
 
 
 def waiter(owner: RequestHandle, index: int, size: int, queued_at: float = 0.0) -> Waiter:
-    """Return a waiter that shares its sequence with nobody."""
+    """Return a waiter that shares its sequence with no other."""
     sequence = TokenSequence(Item(Tokens([1] * size)))
     sequence.waiters.append(Waiter(owner, index, sequence, queued_at))
     return sequence.waiters[0]
 
 
 def take(queue: FairQueue, max_batch_tokens: int, now: float) -> list[Waiter]:
-    """Take a batch of sequences that are shared with nobody: the waiter of each."""
+    """Take a batch of sequences that are not shared: the waiter of each."""
     return [one.waiters[0] for one in scheduler.take(queue, max_batch_tokens, now)]
 
 
@@ -265,7 +265,7 @@ def test_callers_with_a_backlog_get_the_same_tokens(
     budget: int,
     visits: list[tuple[str, int]],
 ) -> None:
-    """The difference stays below one batch and one largest waiter, whoever else comes and goes."""
+    """The difference stays below one batch and one largest waiter, whatever other callers come and go."""
     queue, backlog = FairQueue(), 40 * 300
     for caller, pattern, num_requests in zip("ab", sizes, requests, strict=True):
         for _ in range(num_requests):

@@ -99,7 +99,7 @@ async def test_a_step_of_many_characters_holds_no_short_one_up(held: Readings, g
     assert await long.done == "long"  # though the thread for short ones is held
 
 
-async def test_what_nobody_wants_is_not_read(held: Readings, gate: Gate) -> None:
+async def test_a_text_that_is_no_longer_needed_is_not_read(held: Readings, gate: Gate) -> None:
     gone, late = RequestHandle("gone", math.inf), RequestHandle("late", 0.0)
     for handle in (gone, late):
         held.begin(handle.caller, handle.caller, [10], handle)

@@ -442,7 +442,7 @@ def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
     assert seen[1] == encoder.progressed_at != seen[0]
 
 
-def test_a_closed_inbox_ends_its_threads_and_leaves_what_is_queued(start: Start, delivered: Delivered) -> None:
+def test_a_closed_queue_ends_its_threads_and_leaves_what_is_queued(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
     encoder, gate = NumberEncoder(), Gate()
     encoder.on_forward = gate
@@ -458,7 +458,7 @@ def test_a_closed_inbox_ends_its_threads_and_leaves_what_is_queued(start: Start,
     assert not idle.join(0.01)
 
 
-def test_a_cleared_inbox_forgets_what_is_queued(start: Start, delivered: Delivered) -> None:
+def test_a_cleared_queue_forgets_what_is_queued(start: Start, delivered: Delivered) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)
     batch_queue.add(waiters(sequences(range(10))))
 
@@ -470,7 +470,7 @@ def test_a_cleared_inbox_forgets_what_is_queued(start: Start, delivered: Deliver
     assert delivered.texts == [99]
 
 
-def test_a_fault_of_the_workers_own_code_is_told_and_the_thread_goes_on(
+def test_a_fault_of_the_workers_own_code_is_reported_and_the_thread_goes_on(
     start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_queue = BatchQueue(max_batch_tokens=1)

@@ -244,7 +244,9 @@ def test_what_is_not_an_answer_of_teis_is_refused(content: bytes, problem: str) 
     ],
 )
 @pytest.mark.parametrize("dialect", [OPENAI, TEI])
-def test_an_error_with_status_200_is_told(dialect: OpenAi | Tei, error: object, message: str, status: int) -> None:
+def test_an_error_with_status_200_is_recognized(
+    dialect: OpenAi | Tei, error: object, message: str, status: int
+) -> None:
     with pytest.raises(ErrorAnswer, match=message) as caught:
         dialect.read(json.dumps({"error": error, "data": None}).encode(), {}, 1)
     assert caught.value.status == status

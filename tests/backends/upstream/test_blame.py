@@ -436,7 +436,7 @@ async def test_a_text_that_is_too_long_is_not_sent_in_parts(server: StandIn) -> 
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 410])
-async def test_what_only_the_operator_can_mend_is_said_to_be_in_vain(server: StandIn, status: int) -> None:
+async def test_an_error_that_only_the_operator_can_mend_is_permanent(server: StandIn, status: int) -> None:
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = str(status)
@@ -654,7 +654,7 @@ async def test_counts_of_tokens_that_cannot_be_are_no_harm(server: StandIn) -> N
     assert sum(embeddings.num_tokens) == 2**53
 
 
-async def test_two_servers_at_one_address_have_names_of_their_own(server: StandIn) -> None:
+async def test_two_servers_at_one_address_have_different_names(server: StandIn) -> None:
     urls = (f"{server.url}/v1", f"{server.url}/v1/../v1")
     async with loaded(entry(server, upstream={"urls": urls})) as backend:
         names = [one.name for one in backend._servers]
@@ -663,8 +663,8 @@ async def test_two_servers_at_one_address_have_names_of_their_own(server: StandI
     assert names == [f"127.0.0.1:{server.port}/v1", f"127.0.0.1:{server.port}/v1/../v1"]
 
 
-def test_the_vectors_of_texts_can_be_told_apart() -> None:
-    """What these tests lean on."""
+def test_the_vectors_of_texts_differ() -> None:
+    """The other tests rely on it."""
     vectors = [vector_of(text) for text in (*TEXTS, MODEL)]
     cosines = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in itertools.combinations(vectors, 2)]
 

@@ -83,7 +83,7 @@ def test_a_refusal_is_of_the_text_its_length_or_the_number(status: int, message:
 
 
 @pytest.mark.parametrize(("message", "is_number"), [("too many inputs", True), ("Request Entity Too Large", False)])
-def test_too_many_texts_and_too_many_bytes_are_told_apart(message: str, is_number: bool) -> None:
+def test_too_many_texts_and_too_many_bytes_are_distinguished(message: str, is_number: bool) -> None:
     found = meaning(413, message)
 
     assert isinstance(found, TooLarge)

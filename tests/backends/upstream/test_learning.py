@@ -58,7 +58,7 @@ async def test_encodings_are_tried_in_order_and_once(encoding: str | None, num_r
     ask = Asked({}, encoding)
 
     assert await learn(ask, ENCODINGS) == Quirks(encoding, "", has_numbers=encoding != "base64")
-    # Base64 is held against numbers; the last request is for a blank text.
+    # Base64 is compared with numbers; the last request is for a blank text.
     check = ["float"] if encoding == "base64" else []
     assert [asked for _, asked in ask.asked] == [*ENCODINGS[:num_requests], *check, encoding]
 

@@ -85,7 +85,7 @@ async def test_a_server_that_ignores_tasks_is_refused(server: StandIn, kind: str
     assert "Set `upstream.task_field`" in reason
 
 
-async def test_each_two_tasks_are_told_apart(server: StandIn) -> None:
+async def test_each_two_tasks_must_differ(server: StandIn) -> None:
     """One of three is not known to the server, and gets what another one gets."""
     server.rewrite = None
     known = {"query": "query", "passage": "passage", "clustering": "query"}
@@ -776,7 +776,7 @@ async def test_a_wait_for_a_server_can_be_ended(server: StandIn) -> None:
         await backend.embed(job())
 
 
-async def test_what_waits_for_a_server_when_the_gateway_stops_is_told(server: StandIn) -> None:
+async def test_a_request_that_waits_for_a_server_when_the_gateway_stops_gets_an_error(server: StandIn) -> None:
     backend = UpstreamBackend(entry(server, upstream={"max_connections": 1}), Settings())
     await backend.plan()
     await backend.start(States())
@@ -790,7 +790,7 @@ async def test_what_waits_for_a_server_when_the_gateway_stops_is_told(server: St
     assert [type(result) for result in results] == [ShuttingDown] * 3
 
 
-async def test_a_request_between_two_attempts_when_the_gateway_stops_is_told(
+async def test_a_request_between_two_attempts_when_the_gateway_stops_gets_an_error(
     server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.backends.upstream.backend.random.uniform", lambda _least, _most: 0.5)

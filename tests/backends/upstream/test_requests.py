@@ -91,7 +91,7 @@ async def test_teis_own_limit_is_kept_and_its_words_are_used(server: StandIn) ->
     ("truncate", "expected_fields"),
     [(Truncate.END, (True, "Right")), (Truncate.START, (True, "Left")), (Truncate.REFUSE, (False, "Right"))],
 )
-async def test_tei_is_told_where_to_cut(server: StandIn, truncate: Truncate, expected_fields: object) -> None:
+async def test_tei_receives_the_side_to_cut(server: StandIn, truncate: Truncate, expected_fields: object) -> None:
     async with loaded(entry(server, kind="tei")) as backend:
         await backend.embed(job(truncate=truncate))
 
@@ -100,7 +100,7 @@ async def test_tei_is_told_where_to_cut(server: StandIn, truncate: Truncate, exp
 
 
 @pytest.mark.parametrize(("truncate", "sent"), [(Truncate.END, {}), (Truncate.START, {"truncate": "START"})])
-async def test_a_gateway_is_told_where_to_cut(server: StandIn, truncate: Truncate, sent: dict[str, str]) -> None:
+async def test_a_gateway_receives_the_side_to_cut(server: StandIn, truncate: Truncate, sent: dict[str, str]) -> None:
     async with loaded(entry(server)) as backend:
         await backend.embed(job(truncate=truncate))
         body = {"model": MODEL, "input": TEXTS, "encoding_format": "base64"}
@@ -217,7 +217,7 @@ async def test_a_tei_that_serves_something_else_is_refused(server: StandIn) -> N
     ],
 )
 @pytest.mark.parametrize("kind", ["openai", "tei"])
-async def test_what_a_fault_costs_and_what_the_client_is_told(
+async def test_the_cost_of_a_fault_and_the_clients_error(
     server: StandIn, kind: str, fault: str, error: type[RequestError], num_requests: int
 ) -> None:
     async with loaded(entry(server, kind=kind)) as backend:
@@ -257,7 +257,7 @@ async def test_a_server_that_is_slow_is_given_up(server: StandIn) -> None:
             await backend.embed(job())
 
 
-async def test_nobody_waits_beyond_the_clients_own_time(server: StandIn) -> None:
+async def test_no_request_waits_beyond_the_clients_own_time(server: StandIn) -> None:
     async with loaded(entry(server)) as backend:
         server.delay_s = 5
         started = time.monotonic()

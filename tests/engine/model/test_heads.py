@@ -189,7 +189,7 @@ WEIGHT, BIAS = {"linear.weight": torch.ones(2, 2)}, {"linear.bias": torch.ones(2
         (WEIGHT, {}, "holds linear.weight, but its configuration linear.bias, linear.weight"),
         (WEIGHT | BIAS, {"bias": False}, "holds linear.bias, linear.weight, but its configuration linear.weight"),
         (WEIGHT | BIAS | {"norm": torch.ones(2)}, {}, "holds linear.bias, linear.weight, norm, but its configuration"),
-        (BIAS, {}, "not a Dense layer that can be read: 'linear.weight'"),
+        (BIAS, {}, "cannot read a Dense layer: KeyError: 'linear.weight'"),
         ({"linear.weight": torch.ones(2, 3)} | BIAS, {}, "takes 3 numbers, but what it is to read has 2"),
         (WEIGHT | BIAS, {"out_features": 3}, "the vectors have 2 dimensions, promised are 3"),
         (WEIGHT | BIAS, {"activation": "SiLU"}, "SiLU is not supported; supported: Identity, Tanh, GELU, ReLU"),

@@ -77,7 +77,7 @@ def test_a_pair_is_what_the_template_says(
         ("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:2", 20, "marks other tokens than those of the text"),
     ],
 )
-def test_a_template_that_is_none_for_pairs_is_refused(template: str, max_tokens: int, reason: str) -> None:
+def test_a_template_that_does_not_fit_pairs_is_refused(template: str, max_tokens: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         PairTokenizer(tokenizer(template), max_tokens, has_segments=True)
 

@@ -220,5 +220,5 @@ def test_token_ids_become_texts_again(bundled_tokenizer: Tokenizer) -> None:
 
 @pytest.fixture
 def bundled_tokenizer(bundled_folder: Path) -> Tokenizer:
-    """Return the tokenizer of the model that is always at hand."""
+    """Return the tokenizer of the bundled model."""
     return Tokenizer(AutoTokenizer.from_pretrained(bundled_folder).backend_tokenizer, 256)
