@@ -90,6 +90,16 @@ def test_defaults_choose_the_device_and_return_dense_vectors(tmp_path: Path) -> 
     assert model.outputs == (Output.DENSE,)
     assert (model.required, model.trust_remote_code) == (False, False)
     assert (model.default_task, model.max_tokens, model.max_batch_tokens, model.dimensions) == (None, None, None, ())
+    assert (model.backend, model.runtime, model.upstream, model.same_space_as) == ("infinity", "auto", None, None)
+    assert (model.fp16_accumulation, model.allow_space_change, model.golden) == (False, False, None)
+    assert not model.is_remote
+
+
+def test_a_loaded_model_serves_another_entry_that_differs_only_in_how_it_is_handled() -> None:
+    model = ModelEntry(id="mini", source="package:weights")
+
+    assert model.loads_like(ModelEntry(id="mini", source="package:weights", required=True, allow_space_change=True))
+    assert not model.loads_like(ModelEntry(id="mini", source="package:weights", max_tokens=5))
 
 
 def test_both_forms_of_an_alias_become_the_same_type(tmp_path: Path) -> None:

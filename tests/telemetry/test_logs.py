@@ -208,7 +208,7 @@ def test_a_record_that_cannot_be_formatted_raises_nothing(pipe: tuple[int, TextI
 @pytest.fixture
 def restored_logging() -> Iterator[None]:
     """Undo what ``configure_logs`` does to loggers, and to the environment."""
-    loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn", "sentence_transformers")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     progress_bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     yield
@@ -275,7 +275,7 @@ def test_only_events_of_the_level_are_logged_each_once_and_the_details_of_librar
     monkeypatch.setattr(sys, "stderr", output := io.StringIO())
     configure_logs("info", "json")
 
-    for name in ("gateway.test", "uvicorn.access", "a.library", "transformers.loading", "httpx", "uvicorn.error"):
+    for name in ("gateway.test", "uvicorn.test", "a.library", "sentence_transformers.test", "httpx", "uvicorn.error"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING):
             logging.getLogger(name).log(level, "hello")
 
@@ -283,11 +283,11 @@ def test_only_events_of_the_level_are_logged_each_once_and_the_details_of_librar
     assert [(line["logger"], line["level"]) for line in lines] == [
         ("gateway.test", "info"),
         ("gateway.test", "warning"),
-        ("uvicorn.access", "info"),
-        ("uvicorn.access", "warning"),
+        ("uvicorn.test", "info"),
+        ("uvicorn.test", "warning"),
         ("a.library", "info"),
         ("a.library", "warning"),
-        ("transformers.loading", "warning"),
+        ("sentence_transformers.test", "warning"),
         ("httpx", "warning"),
         ("uvicorn.error", "warning"),
     ]
