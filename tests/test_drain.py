@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,9 +31,23 @@ from gateway.telemetry.logs import configure_logs
 configure_logs("error", "json")
 entry = ModelEntry(id="mini", source="./mini", enabled=True, required=True)
 registry = Registry(path=Path("models.yaml"), version=1, models=(entry,))
-backend = FakeBackend(fake_info("mini"), delay_s=float(os.environ["DELAY_S"]))
-deployment = Deployment(registry, load_settings(os.environ), make_backend=lambda _entry: backend)
-serve(deployment, lambda addresses, _has_keys: print(addresses.clients, flush=True))
+
+def run(delay_s):
+    backend = FakeBackend(fake_info("mini"), delay_s=delay_s)
+    deployment = Deployment(registry, load_settings(os.environ), make_backend=lambda _entry: backend)
+    serve(deployment, lambda addresses, _has_keys: print(os.getpid(), addresses.clients, flush=True))
+"""
+ONE = f"""{PROGRAM}
+run(float(os.environ["DELAY_S"]))
+"""
+# Processes that share the imports, one for each delay; ends with 1 if one of them does not end with 0.
+SEVERAL = f"""{PROGRAM}
+delays_s = [float(delay_s) for delay_s in os.environ["DELAYS_S"].split()]
+for delay_s in delays_s:
+    if os.fork() == 0:
+        run(delay_s)
+        os._exit(0)
+sys.exit(any([os.wait()[1] for _ in delays_s]))
 """
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +61,7 @@ def free_port() -> int:
 def gateway(delay_s: float = 0.02, **settings: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     environ = {f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items()}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", ONE],
         env={"GATEWAY_PORT": "0", "GATEWAY_LOG_LEVEL": "error", "DELAY_S": str(delay_s), **environ},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -54,7 +69,7 @@ def gateway(delay_s: float = 0.02, **settings: object) -> Iterator[tuple[subproc
     )
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
+        url = process.stdout.readline().split()[-1]
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
         yield process, url
     finally:
@@ -125,7 +140,7 @@ def test_requests_in_flight_end_within_the_grace_time() -> None:
         answers: list[httpx.Response] = []
         request = threading.Thread(target=lambda: answers.append(embed(client, url)))
         request.start()
-        time.sleep(0.4)
+        wait_for_requests(url, 1)
         process.send_signal(signal.SIGTERM)
         request.join(timeout=20)
 
@@ -179,22 +194,46 @@ class Kept(threading.Thread):
             time.sleep(self.pause_s)
 
 
-@pytest.mark.parametrize("run", range(5))
-def test_a_stop_with_default_settings_loses_no_request_on_a_kept_connection(run: int) -> None:
+@contextmanager
+def gateways(delays_s: Sequence[float]) -> Iterator[tuple[subprocess.Popen[str], dict[int, str]]]:
+    """Run a gateway with default settings for each delay; give the process that ends with them, and URLs by process id."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SEVERAL],
+        env={"GATEWAY_PORT": "0", "GATEWAY_LOG_LEVEL": "error", "DELAYS_S": " ".join(map(str, delays_s))},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().split() for _ in delays_s]
+        yield process, {int(pid): url for pid, url in lines}
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("wave", range(4))
+def test_a_stop_with_default_settings_loses_no_request_on_a_kept_connection(wave: int) -> None:
     """uvicorn closes an idle connection at once, also one whose next request is on its way."""
-    with gateway(delay_s=0.003 * run) as (process, url):
-        clients = [Kept(url, number) for number in range(24)]
-        for client in clients:
+    with gateways([0.00075 * number for number in range(5 * wave, 5 * wave + 5)]) as (process, urls):
+        clients = {pid: [Kept(url, number) for number in range(24)] for pid, url in urls.items()}
+        everyone = [client for some in clients.values() for client in some]
+        for client in everyone:
             client.start()
-        while min(client.num_answers for client in clients) < 3 and all(client.is_alive() for client in clients):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        for client in clients:
+        for pid, some in clients.items():
+            while min(client.num_answers for client in some) < 3 and all(client.is_alive() for client in some):
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGTERM)
+        for client in everyone:
             client.join(timeout=30)
         assert process.wait(timeout=30) == 0
 
-    assert [client.lost for client in clients if client.lost] == []
-    assert all(client.num_answers > 3 for client in clients)
+    assert len(clients) == 5
+    assert [client.lost for client in everyone if client.lost] == []
+    assert all(client.num_answers > 3 for client in everyone)
 
 
 def test_half_a_head_is_waited_for_when_it_stops() -> None:
@@ -231,7 +270,14 @@ def test_a_request_that_outlives_the_grace_time_is_told_to_come_back() -> None:
 
 def wait_for_requests(url: str, number: int) -> None:
     """Wait until so many requests are being answered, this question left out."""
-    while f"gateway_requests_in_flight {number + 1}.0" not in httpx.get(f"{url}/metrics").text:
+    with httpx.Client() as client:
+        wait_until(lambda: f"gateway_requests_in_flight {number + 1}.0" in client.get(f"{url}/metrics").text)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -245,7 +291,7 @@ def test_what_takes_longer_than_the_grace_time_does_not_hold_the_stop_up() -> No
             ended.set()
 
         threading.Thread(target=ask, daemon=True).start()
-        time.sleep(0.4)
+        wait_for_requests(url, 1)
         process.send_signal(signal.SIGTERM)
 
         assert process.wait(timeout=10) == 0
@@ -260,7 +306,7 @@ def test_what_is_ended_by_the_stop_leaves_no_traceback(capfd: pytest.CaptureFixt
         with httpx.Client() as client:
             waiting = threading.Thread(target=lambda: answers.append(embed(client, url).status_code))
             waiting.start()
-            time.sleep(0.4)
+            wait_for_requests(url, 2)
             process.send_signal(signal.SIGTERM)
             waiting.join(timeout=20)
         assert process.wait(timeout=20) == 0
@@ -284,7 +330,7 @@ def test_a_second_signal_does_not_wait_for_the_load_balancer() -> None:
 def test_a_third_signal_does_not_wait_for_what_still_runs() -> None:
     with gateway(delay_s=60.0, drain_delay_s=60, shutdown_grace_s=60) as (process, url), httpx.Client() as client:
         threading.Thread(target=ask_in_vain, args=(client, url), daemon=True).start()
-        time.sleep(0.4)
+        wait_for_requests(url, 1)
         for _ in range(3):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
@@ -319,9 +365,9 @@ def test_the_operators_port_is_apart_and_stays_until_the_end() -> None:
             target=lambda: httpx.post(f"{url}/v1/embeddings", json={"input": "a", "model": "mini"}, headers=client)
         )
         request.start()
-        time.sleep(0.4)
+        wait_for_requests(admin, 1)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.4)
+        wait_until(lambda: httpx.get(f"{admin}/health/ready").status_code == 503)
 
         assert httpx.get(f"{admin}/health/ready").json()["status"] == "draining"
         request.join(timeout=20)
@@ -334,7 +380,7 @@ def test_a_port_in_use_is_told_at_once(setting: str) -> None:
         port = taken.getsockname()[1]
         environ = {"GATEWAY_PORT": "0", f"GATEWAY_{setting.upper()}": str(port), "DELAY_S": "0"}
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", ONE],
             env=environ,
             cwd=ROOT,
             capture_output=True,
