@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -86,71 +87,83 @@ sys.addaudithook(on_event)
 """
 
 
-def test_it_asks_nobody_anything_and_sends_nothing_home(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Served:
+    """What was seen of a gateway from its start to its end, by itself and by its clients.
+
+    Attributes:
+        printed: until it was ready; curl_answer: what the curl line in it gave.
+        answers: the first answer with each status to requests that were sent from the start on.
+        connections: that it opened, or names that it looked up.
+    """
+
+    printed: str
+    curl_answer: str
+    answers: dict[int, httpx.Response]
+    exit_code: int
+    connections: str
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Python tells its audit hooks of each connection, whichever library makes it."""
-    (tmp_path / "sitecustomize.py").write_text(WATCHER)
-    seen = tmp_path / "connections"
-    environ = {"PYTHONPATH": str(tmp_path), "CONNECTIONS": str(seen)}
+    folder, port = tmp_path_factory.mktemp("served"), free_port()
+    (folder / "sitecustomize.py").write_text(WATCHER)
+    connections = folder / "connections"
+    environ = {"PYTHONPATH": str(folder), "CONNECTIONS": str(connections)}
     probe = [sys.executable, "-c", "import socket; socket.getaddrinfo('127.0.0.1', 80)"]
     subprocess.run(probe, env={**os.environ, **environ}, check=True)
-    assert seen.read_text() == "('127.0.0.1', 80)\n"  # it does watch
-    seen.write_text("")
+    assert connections.read_text() == "('127.0.0.1', 80)\n"  # it does watch
+    connections.write_text("")
 
-    with gateway(write_registry(tmp_path, BUNDLED), "--port", "0", **environ) as process:
-        printed = read_until(process, "curl ")
-        url = re.search(r"http://[\d.:]+", printed)
-        assert url
-        body = {"model": "minilm", "input": "a text"}
-        assert httpx.post(f"{url[0]}/v1/embeddings", json=body).status_code == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_S) == 0
-
-    assert seen.read_text() == ""
-
-
-def test_it_prints_a_table_and_a_curl_line_that_works(tmp_path: Path) -> None:
-    with gateway(write_registry(tmp_path, BUNDLED), "--port", "0") as process:
-        printed = read_until(process, "curl ")
-
-        curl = shlex.split(next(line for line in printed.splitlines() if "curl" in line))
-        answer = subprocess.run([*curl, "-sf"], capture_output=True, text=True, check=True)
-
-    assert re.search(
-        r"minilm ready cpu, (bfloat16|float32), (openvino|torch), 384 dimensions, 256 tokens minilm@[0-9a-f]{12}",
-        words(printed),
-    )
-    assert '"object":"embedding"' in answer.stdout
-
-
-def test_it_answers_503_while_a_model_loads_and_is_alive_all_the_time(tmp_path: Path) -> None:
-    port = free_port()
-    seen: dict[int, dict[str, object]] = {}
     with (
-        gateway(write_registry(tmp_path, BUNDLED), "--port", str(port)),
+        gateway(write_registry(folder, BUNDLED), "--port", str(port), **environ) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
     ):
-        deadline = time.monotonic() + TIMEOUT_S
-        while 200 not in seen and time.monotonic() < deadline:
-            try:
-                assert client.get("/health/live").status_code == 200
-                answer = client.post("/v1/embeddings", json={"model": "minilm", "input": "hello"})
-            except httpx.ConnectError:
-                time.sleep(0.02)
-                continue
-            seen[answer.status_code] = {**answer.json(), "retry-after": answer.headers.get("retry-after")}
-
-    assert set(seen) == {503, 200}
-    assert seen[503]["error"]["code"] == "model_not_ready"  # type: ignore[index]
-    assert seen[503]["retry-after"] == "5"
-
-
-def test_a_signal_stops_it_with_exit_code_0(tmp_path: Path) -> None:
-    with gateway(write_registry(tmp_path, BUNDLED), "--port", "0") as process:
-        read_until(process, "curl ")
-
+        answers = ask_until_ready(client)
+        printed = read_until(process, "curl ")
+        curl = shlex.split(next(line for line in printed.splitlines() if "curl" in line))
+        curl_answer = subprocess.run([*curl, "-sf"], capture_output=True, text=True, check=True).stdout
         process.send_signal(signal.SIGTERM)
+        exit_code = process.wait(TIMEOUT_S)
+    return Served(printed, curl_answer, answers, exit_code, connections.read_text())
 
-        assert process.wait(TIMEOUT_S) == 0
+
+def ask_until_ready(client: httpx.Client) -> dict[int, httpx.Response]:
+    """Ask again and again, from before it listens; it is alive all the time."""
+    seen: dict[int, httpx.Response] = {}
+    deadline = time.monotonic() + TIMEOUT_S
+    while 200 not in seen and time.monotonic() < deadline:
+        try:
+            assert client.get("/health/live").status_code == 200
+            answer = client.post("/v1/embeddings", json={"model": "minilm", "input": "hello"})
+        except httpx.ConnectError:
+            time.sleep(0.02)
+            continue
+        seen.setdefault(answer.status_code, answer)
+    return seen
+
+
+def test_it_asks_nobody_anything_and_sends_nothing_home(served: Served) -> None:
+    assert served.connections == ""
+
+
+def test_it_prints_a_table_and_a_curl_line_that_works(served: Served) -> None:
+    assert re.search(
+        r"minilm ready cpu, (bfloat16|float32), (openvino|torch), 384 dimensions, 256 tokens minilm@[0-9a-f]{12}",
+        words(served.printed),
+    )
+    assert '"object":"embedding"' in served.curl_answer
+
+
+def test_it_answers_503_while_a_model_loads_and_is_alive_all_the_time(served: Served) -> None:
+    assert set(served.answers) == {503, 200}
+    assert served.answers[503].json()["error"]["code"] == "model_not_ready"
+    assert served.answers[503].headers["retry-after"] == "5"
+
+
+def test_a_signal_stops_it_with_exit_code_0(served: Served) -> None:
+    assert served.exit_code == 0
 
 
 def test_a_signal_while_it_loads_stops_it_with_exit_code_0(tmp_path: Path) -> None:
