@@ -1,4 +1,4 @@
-"""Put the gateway together: a deployment in, ASGI application out."""
+"""Assemble the gateway: a deployment in, an ASGI application out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Every path under `/v1` works without `/v1` too (`/rerank` writes a document in a
 
 
 def create_app(deployment: Deployment) -> FastAPI:
-    """Return the application. It serves ``deployment`` as it is: whoever calls this starts and stops it.
+    """Return the application. It serves ``deployment`` as it is: the caller starts and stops it.
 
     Raises:
         ConfigError: the file of API keys or the storage of quotas is wrong.
@@ -78,7 +78,7 @@ def create_app(deployment: Deployment) -> FastAPI:
         routers.append(admin_router(deployment, are_metrics_open=not keyring))
     _include(app, routers)
     if settings.cors_origins:
-        # Outermost: also an answer of the middleware, a 401 say, must be readable for the page.
+        # The outermost: a page must be able to read the middleware's answers too, for example a 401.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -90,10 +90,10 @@ def create_app(deployment: Deployment) -> FastAPI:
 
 
 def create_admin_app(deployment: Deployment, keyring: Keyring | None = None) -> FastAPI:
-    """Return the application for the operator's port: health, metrics, and what is under ``/admin``.
+    """Return the application for the operator's port: health, metrics, and the paths below ``/admin``.
 
     Args:
-        keyring: that of the clients' application, which one look at the file keeps up to date for both.
+        keyring: the one of the clients' application, so that one check of the file updates both.
     """
     memory = MemoryBudget(deployment.settings.memory_budget_bytes)
     app = _application(deployment, keyring or Keyring(deployment.settings), memory)
@@ -110,14 +110,14 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
 
 def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> FastAPI:
-    """Return an application with what every one has."""
+    """Return an application with the parts that both have."""
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",
         description=_DESCRIPTION,
         version=__version__,
         redoc_url=None,
-        redirect_slashes=False,  # the middleware has dropped trailing slashes: it would redirect in a circle
-        # The middleware has spans and metrics of its own; the framework's would count each request twice.
+        redirect_slashes=False,  # the middleware removes trailing slashes: a redirect would never end
+        # The middleware has its own spans and metrics; the framework's would count each request twice.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         middleware=layers(deployment.settings, keyring, memory, lambda: deployment.is_draining),
     )

@@ -1,4 +1,4 @@
-"""Serve: bind, start the web server, load the models, answer until told to stop."""
+"""Serve: bind, start the web server, load the models, answer until a signal to stop."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 _ANNOUNCE = "announce"
-# How long the end of the process waits for threads that may be about to end.
+# How long the end of the process waits for threads that may end soon.
 _LAST_WAIT_S = 1.0
-# Between two lines of the log that say that no file descriptor is left.
+# The least time between two log lines about exhausted file descriptors.
 _LIMIT_LOG_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a gateway can be reached.
+    """The addresses of a gateway.
 
     Attributes:
         clients: base URL of the port that clients use.
-        admin: that of the operator's port, if it is another one.
+        admin: base URL of the operator's port, if that is separate.
     """
 
     clients: str
@@ -53,7 +53,7 @@ class Addresses:
 
 
 Announce = Callable[[Addresses, bool], None]
-"""Says where a gateway can be reached, and whether it asks for API keys."""
+"""Announces the addresses of a gateway, and whether it requires API keys."""
 
 
 def serve(deployment: Deployment, announce: Announce) -> None:
@@ -63,20 +63,20 @@ def serve(deployment: Deployment, announce: Announce) -> None:
     gigabytes are downloaded.
 
     Args:
-        deployment: what is served; started and stopped here.
-        announce: called once the models have been loaded and may be served; not after a start that failed. In a thread,
-            as standard output may be a pipe that nobody reads.
+        deployment: the deployment to serve; started and stopped here.
+        announce: called once the models are loaded and may be served; not after a failed start. In a thread, as standard
+            output may be a pipe without a reader.
 
     Raises:
         StartError: an address is in use or not this machine's, the file of API keys is wrong, or the models cannot be
-            served: a required one could not be loaded, say. Also when anything unexpected ended the start or the service;
-            the log has its traceback.
+            served: a required one could not be loaded, for example. Also when anything unexpected ended the start or the
+            service; the log has its traceback.
     """
     try:
         _serve_apps(deployment, announce)
     except StartError:
         raise
-    except Exception as error:  # whatever it is, it must not end the process without a word
+    except Exception as error:  # no error may end the process silently
         log.exception("serve_failed")
         raise StartError(f"ended by an unexpected error: {type(error).__name__}: {error}") from error
 
@@ -106,7 +106,7 @@ async def _serve(
     _warn_if_open(deployment.settings, keyring)
     asyncio.get_running_loop().set_default_executor(_Threads())
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
-    # Once, in a thread: whoever looks at the documentation would else stop everybody for a moment.
+    # Once, in a thread: the first reader of the documentation would otherwise delay all requests for a moment.
     describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
     loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
     try:
@@ -121,7 +121,7 @@ async def _serve(
         await keyring.close()
         await deployment.stop()
     if not loading.cancelled() and (reason := loading.result()):
-        raise StartError(reason)  # at the very end, so that it is the last thing that is read
+        raise StartError(reason)  # at the very end, so that the reason is the last line of the output
 
 
 class _Threads(ThreadPoolExecutor):
@@ -135,7 +135,7 @@ class _Threads(ThreadPoolExecutor):
 async def _serving_operator(
     app: FastAPI | None, settings: Settings, listeners: Sequence[socket.socket]
 ) -> AsyncIterator[None]:
-    """Serve the operator's port for as long as there is anything to see: until the clients' last request has ended."""
+    """Serve the operator's port until the clients' last request has ended."""
     if app is None:
         yield
         return
@@ -151,25 +151,25 @@ async def _serving_operator(
 
 
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Return how uvicorn serves an application of ours."""
+    """Return uvicorn's configuration for an application."""
     return uvicorn.Config(
         app,
         http=bounded(settings),
-        ws="none",  # a request to upgrade would else leave our protocol, and its bounds
+        ws="none",  # a request to upgrade would otherwise leave our protocol, and its bounds
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=list(settings.trusted_proxies),
         lifespan="off",
-        timeout_keep_alive=cast(int, settings.keep_alive_s),  # handed to `call_later`, which takes fractions
+        timeout_keep_alive=cast(int, settings.keep_alive_s),  # passed to `call_later`, which accepts fractions
         timeout_graceful_shutdown=round(settings.shutdown_grace_s),
     )
 
 
 @asynccontextmanager
 async def _reloading_on_hangup(deployment: Deployment) -> AsyncIterator[None]:
-    """Reload on SIGHUP, which would otherwise end the process; one that came before is taken now, one after is ignored."""
+    """Reload on SIGHUP, which would otherwise end the process; an earlier one counts now, a later one is ignored."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
@@ -200,7 +200,7 @@ def _log_failure(serving: asyncio.Task[None]) -> None:
 
 
 class _BackgroundServer(uvicorn.Server):
-    """uvicorn's server, without its hands on the signals."""
+    """uvicorn's server, without its signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -208,7 +208,7 @@ class _BackgroundServer(uvicorn.Server):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which drains before it stops, and does not end its process with the signal that asked for it."""
+    """uvicorn's server, which drains before it stops, and does not end its process with the signal that stopped it."""
 
     def __init__(self, config: uvicorn.Config, deployment: Deployment, url: str) -> None:
         super().__init__(config)
@@ -231,16 +231,16 @@ class _Server(uvicorn.Server):
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
-                # What is left to close takes seconds at most. A signal that came meanwhile would end the process in it.
+                # Closing the rest takes seconds at most. A signal in that time would end the process in the middle of it.
                 signal.signal(number, signal.SIG_IGN)
 
     async def on_tick(self, counter: int) -> bool:
-        """Look, ten times a second, whether connections can still be accepted."""
-        self._look_at_files()
+        """Check, ten times per second, whether connections can still be accepted."""
+        self._check_file_limit()
         return await super().on_tick(counter)
 
-    def _look_at_files(self) -> None:
-        """Say when no file descriptor is left: the event loop then resets new connections without a word."""
+    def _check_file_limit(self) -> None:
+        """Log when no file descriptor is left: the event loop then resets new connections silently."""
         try:
             os.close(os.open("/", os.O_RDONLY))
         except OSError as error:
@@ -256,7 +256,7 @@ class _Server(uvicorn.Server):
                 )
 
     def _on_signal(self, number: signal.Signals) -> None:
-        """Be not ready at once, and stop after a while; a second signal skips the while, a third what still runs."""
+        """Become unready at once, and stop after a delay; a second signal skips the delay, a third the running requests."""
         if self.should_exit:
             self.force_exit = True
         delay_s = 0.0 if self._deployment.is_draining else self._deployment.settings.drain_delay_s
@@ -266,7 +266,7 @@ class _Server(uvicorn.Server):
 
 
 async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> str:
-    """Load the models; stop the server if that is fatal. Returns why it is, or nothing."""
+    """Load the models; stop the server and return the reason if that fails, else return nothing."""
     try:
         await deployment.start()
     except StartError as error:
@@ -284,12 +284,12 @@ async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callab
 def _announce(announce: Callable[[], None]) -> None:
     try:
         announce()
-    except Exception:  # a terminal that has gone, say: what is served does not depend on it
+    except Exception:  # a closed terminal, for example: serving does not depend on it
         log.exception("announce_failed")
 
 
 def leave_stuck_threads() -> None:
-    """End the process with 0 if Python would wait for a thread: one that loads a model, or writes where nobody reads."""
+    """End the process with 0 if Python would wait for a thread: one that loads a model, or writes without a reader."""
     deadline = time.monotonic() + _LAST_WAIT_S
     for thread in threading.enumerate():
         if thread is threading.main_thread() or (thread.daemon and thread.name != _ANNOUNCE):
@@ -300,7 +300,7 @@ def leave_stuck_threads() -> None:
 
 
 def _warn_if_open(settings: Settings, keyring: Keyring) -> None:
-    """Warn when other machines can reach a gateway that asks for no key."""
+    """Warn when other machines can reach a gateway that requires no key."""
     with suppress(ValueError):  # a name rather than an address
         if not keyring and not ipaddress.ip_address(settings.host).is_loopback:
             log.warning(
@@ -312,7 +312,7 @@ def _warn_if_open(settings: Settings, keyring: Keyring) -> None:
 
 
 def _bind(host: str, port: int, setting: str) -> socket.socket:
-    """Take an address before anything is loaded: a port in use is told at once, not after a minute."""
+    """Bind an address before anything is loaded: a port in use is reported at once, not after a minute."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches Nagle's algorithm off only for sockets that name their protocol; with it on, every answer on a
     # kept connection is 40 ms late.

@@ -1,4 +1,4 @@
-"""What the page at `/docs` needs beside the schema of the routes: examples that work here, keys, and other APIs' paths."""
+"""Additions to the schema of the routes for the page at `/docs`: working examples, keys, and the paths of other APIs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gateway.deployment import Deployment
 from gateway.types import ModelInfo, ModelKind, ModelState, Output
 
 Schema = dict[str, Any]
-"""JSON, as it is sent."""
+"""JSON, as sent."""
 
 _TEXT = "Hello, world"
 _API_KEY, _OPERATOR_KEY = "API key", "Operator's key"
 _SCHEMES: Schema = {
-    _API_KEY: {"type": "http", "scheme": "bearer", "description": "The key of a client, where keys are asked for."},
+    _API_KEY: {"type": "http", "scheme": "bearer", "description": "The key of a client, where keys are required."},
     _OPERATOR_KEY: {"type": "http", "scheme": "bearer", "description": "`GATEWAY_ADMIN_KEY`."},
 }
 _OPERATORS = ("/admin", "/metrics")
@@ -29,7 +29,7 @@ _OPERATORS = ("/admin", "/metrics")
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """A path of another API, whose answers are as that API has them."""
+    """A path of another API, with that API's answers."""
 
     path: str
     tag: str
@@ -38,8 +38,8 @@ class _Path:
     example: Mapping[str, object] | None = None
 
     def operation(self, model: str) -> Schema:
-        answer = {"description": "As the API has it.", "content": {"application/json": {}}}
-        failure = {"description": "An error, as the API has it.", "content": {"application/json": {}}}
+        answer = {"description": "In the form of that API.", "content": {"application/json": {}}}
+        failure = {"description": "An error, in the form of that API.", "content": {"application/json": {}}}
         name = f"{self.path.strip('/').replace('/', '_').translate(_NO_BRACES)}_{self.tag.lower()}"
         operation: Schema = {
             "tags": [self.tag],
@@ -67,7 +67,7 @@ _OTHERS = (
     _Path("/tei/{model}/similarity", "TEI", "Cosines of one text with others.", SimilarityBody, {"inputs": _SIMILAR}),
     _Path("/tei/{model}/tokenize", "TEI", "The model's own tokens.", TokenizeBody, {"inputs": _TEXT}),
     _Path("/tei/{model}/decode", "TEI", "The text of tokens.", DecodeBody, {"ids": [101, 7592, 102]}),
-    _Path("/tei/{model}/info", "TEI", "What the model is."),
+    _Path("/tei/{model}/info", "TEI", "The model's properties."),
     _Path("/api/embed", "Ollama", "Vectors.", OllamaEmbedBody, {"input": _TEXT}),
     _Path("/api/tags", "Ollama", "The models that are ready."),
     _Path("/openai/deployments/{model}/embeddings", "Azure", "Vectors.", EmbeddingsBody, {"input": _TEXT}),
@@ -75,7 +75,7 @@ _OTHERS = (
 
 
 def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
-    """Have an application's schema say more than its routes do.
+    """Extend an application's schema beyond its routes.
 
     Args:
         needs_key: whether clients need an API key.
@@ -88,7 +88,7 @@ def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
         if "/v1/embeddings" in paths:
             infos = [model.info for model in deployment.fleet if model.info and model.state is ModelState.READY]
             model = next((info.id for info in infos if info.kind is ModelKind.EMBED), deployment.registry.models[0].id)
-            paths |= {one.path: one.operation(model) for one in _OTHERS}
+            paths |= {other.path: other.operation(model) for other in _OTHERS}
             paths["/v1/embeddings"] = _with_examples(paths["/v1/embeddings"], dict(_embed_examples(model, infos)))
             for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
                 paths[path] = _with_examples(paths[path], _rerank_examples(infos))
@@ -112,7 +112,7 @@ def _security(path: str, *, needs_key: bool) -> list[Schema]:
 
 
 def _with_examples(operations: Schema, examples: Mapping[str, Schema]) -> Schema:
-    """Return the operations of a path with examples of the body that is posted."""
+    """Return the operations of a path with examples of the posted body."""
     if not examples:
         return operations
     post = operations["post"]
@@ -123,7 +123,7 @@ def _with_examples(operations: Schema, examples: Mapping[str, Schema]) -> Schema
 
 
 def _embed_examples(model: str, infos: list[ModelInfo]) -> Iterator[tuple[str, Schema]]:
-    """Yield bodies that a model here answers."""
+    """Yield bodies that the served models answer."""
     yield "one text", {"model": model, "input": _TEXT}
     yield "two texts, as base64", {"model": model, "input": [_TEXT, "Hi there"], "encoding_format": "base64"}
     for info in infos:
@@ -132,7 +132,10 @@ def _embed_examples(model: str, infos: list[ModelInfo]) -> Iterator[tuple[str, S
             more: Schema = {"dimensions": small[0]} if small else {}
             yield "a query", {"model": info.id, "input": _TEXT, "task": next(iter(info.tasks)), **more}
         if Output.SPARSE in info.outputs:
-            yield "sparse weights beside the vector", {"model": info.id, "input": _TEXT, "outputs": ["dense", "sparse"]}
+            yield (
+                "sparse weights as well as the vector",
+                {"model": info.id, "input": _TEXT, "outputs": ["dense", "sparse"]},
+            )
 
 
 def _rerank_examples(infos: list[ModelInfo]) -> dict[str, Schema]:

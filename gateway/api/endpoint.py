@@ -331,7 +331,7 @@ def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> 
 
 
 def _query(asked: ServiceRequest) -> str:
-    """Return what the model reads with each text."""
+    """Return the query that the model reads with each text; empty for embeddings."""
     return asked.query if isinstance(asked, RerankRequest) else ""
 
 

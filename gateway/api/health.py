@@ -48,11 +48,11 @@ class Health:
         return Live()
 
     async def started(self, response: Response) -> Ready:
-        """Say whether loading has come to an end, well or not: 503 until then."""
+        """Answer whether loading has ended, successfully or not: 503 until then."""
         return self._report(response, is_fine=self._deployment.fleet.started.is_set())
 
     async def ready(self, response: Response) -> Ready:
-        """Say whether requests are answered: 503 while models load, when none could be loaded, and when stopping."""
+        """Answer whether requests are served: 503 while models load, when none could be loaded, and when stopping."""
         return self._report(response, is_fine=self._deployment.is_ready)
 
     async def whole_server(self) -> Response:

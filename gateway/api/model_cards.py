@@ -29,7 +29,7 @@ def find_card(name: str, router: Router, registry: Registry, client: Client) -> 
 
     Raises:
         ModelNotFound: nothing has that name.
-        ModelNotAllowed: it is not for the caller.
+        ModelNotAllowed: the client may not use it.
         BadInput: the name holds a task that the model does not know.
     """
     choice = router.choose(name, client)
@@ -67,7 +67,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         return card
 
     shown = {"kind": info.kind.value, "max_tokens": info.max_tokens, "device": info.device, "dtype": info.dtype}
-    if info.kind is ModelKind.RERANK:  # there are no vectors, and no space for them
+    if info.kind is ModelKind.RERANK:  # without vectors and a space
         return card.model_copy(update=shown)
     default_task = task or info.default_task
     return card.model_copy(

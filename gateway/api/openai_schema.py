@@ -55,7 +55,7 @@ OutputNames = Annotated[list[OutputName], Field(min_length=1, max_length=16, fai
 
 
 def _listed(value: Json) -> Json:
-    """Read one name as a list of one."""
+    """Read a single name as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -79,7 +79,7 @@ class EmbeddingsBody(RequestBody):
     encoding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
     task: Name | None = Field(
         None,
-        description="What the vectors are for, such as `retrieval.query`; ignored by models without tasks.",
+        description="The purpose of the vectors, such as `retrieval.query`; ignored by models without tasks.",
         title="a string",
     )
     input_type: Name | None = Field(None, description="Same as `task`.", title="a string")
@@ -108,7 +108,7 @@ class EmbeddingsBody(RequestBody):
     )
     user: User = Field(
         None,
-        description="Whom the request is for: the unit of an experiment that is split by it, else ignored.",
+        description="The end user: the unit of an experiment that is split by it, otherwise ignored.",
         title=f"of at most {MAX_USER_CHARS} characters",
     )
 
@@ -161,7 +161,7 @@ class Embedding(BaseModel):
     )
     sparse: SparseEmbedding | None = Field(None, description="When `outputs` has `sparse`.")
     multivector: list[list[float]] | None = Field(
-        None, description="One vector a token, when `outputs` has `multivector`."
+        None, description="One vector per token, when `outputs` has `multivector`."
     )
 
 
@@ -170,7 +170,7 @@ class EmbeddingsAnswer(BaseModel):
 
     object: Literal["list"]
     data: list[Embedding]
-    model: str = Field(description="The name that was asked for; for an alias, the model that answered.")
+    model: str = Field(description="The requested name; for an alias, the model that answered.")
     usage: Usage
 
 

@@ -23,10 +23,10 @@ T = TypeVar("T")
 Parts: TypeAlias = Callable[[], Iterator[bytes]]
 """Writes an answer as JSON, part by part. May be called several times."""
 
-# orjson holds the interpreter lock for as long as it writes: about 40 ns a number, so some milliseconds a piece.
+# orjson holds the interpreter lock for as long as it writes: about 40 ns per number, so some milliseconds per piece.
 _NUMBERS_IN_PIECE = 1 << 16
 PIECE_BYTES = 1 << 19
-"""Smaller parts are put together to pieces of about this size."""
+"""Smaller parts are joined to pieces of about this size."""
 
 
 def dumps(value: object) -> bytes:
@@ -50,7 +50,7 @@ def value_list(values: Iterable[object]) -> Iterator[bytes]:
 
 
 def nested_list(items: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
-    """Write a list of what has been written in parts itself."""
+    """Write a list of items that are themselves written in parts."""
     yield b"["
     for i, parts in enumerate(items):
         if i:
@@ -78,7 +78,7 @@ def _list(items: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def in_pieces(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Put parts together to pieces that are worth sending."""
+    """Join parts to pieces that are worth sending."""
     held: list[bytes] = []
     num_bytes = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Wire types of rerank: what is accepted, what is returned. OpenAPI is generated from them."""
+"""Wire types of rerank. OpenAPI is generated from them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TEXTS_SCHEMA = {
 
 
 def _text_of(value: Json) -> Json:
-    """Read ``{"text": "…"}`` as its text: NVIDIA's clients write the query as they write documents."""
+    """Read ``{"text": "…"}`` as its text: NVIDIA's clients write the query like a document."""
     match value:
         case {"text": str(text)}:
             return text
@@ -54,7 +54,7 @@ class RerankBody(RequestBody):
     """
 
     query: Annotated[str, BeforeValidator(_text_of)] = Field(
-        description="What the documents are scored against.", title="a string"
+        description="The query that the documents are scored against.", title="a string"
     )
     documents: Annotated[Any, WithJsonSchema(_TEXTS_SCHEMA)] = Field(
         None, description='Up to 2,048 (configurable), each a string or `{"text": "…"}`.'
@@ -93,7 +93,7 @@ class RerankBody(RequestBody):
     )
     user: User = Field(
         None,
-        description="Whom the request is for: the unit of an experiment that is split by it, else ignored.",
+        description="The end user: the unit of an experiment that is split by it, otherwise ignored.",
         title=f"of at most {MAX_USER_CHARS} characters",
     )
 
@@ -107,14 +107,14 @@ class RerankBody(RequestBody):
 
     @property
     def wants_texts(self) -> bool | None:
-        """Whether results are to have their text; ``None`` if the request does not say."""
+        """Whether the results repeat their texts; ``None`` if the request does not say."""
         return resolve_synonyms(return_documents=self.return_documents, return_text=self.return_text)
 
     def wanted_documents(self, max_inputs: int) -> list[str]:
-        """Read the texts to score.
+        """Return the texts to score.
 
         Raises:
-            BadInput: there are none, more than ``max_inputs``, some under both names, or one is no text.
+            BadInput: texts are missing, more than ``max_inputs``, or under both names, or one is not a text.
         """
         if self.documents is not None and self.texts is not None:
             raise BadInput("`documents` and `texts` mean the same: leave one out", param="texts")
@@ -156,7 +156,7 @@ class Reranked(BaseModel):
     index: int = Field(description="Place of the text in the request.")
     relevance_score: float = Field(description="A larger one answers the query better; 0 to 1 unless `raw_scores`.")
     document: DocumentText | str | None = Field(
-        None, description="The text, if it is wanted; a plain string on `/rerank`, where Infinity's clients ask."
+        None, description="The text, if requested; a plain string on `/rerank`, which Infinity's clients use."
     )
 
 
@@ -173,7 +173,7 @@ class BilledUnits(BaseModel):
 
 
 class RerankMeta(BaseModel):
-    """What Cohere's clients look for."""
+    """The fields that Cohere's clients read."""
 
     api_version: ApiVersion
     billed_units: BilledUnits
@@ -184,7 +184,7 @@ class RerankedList(BaseModel):
 
     id: str = Field(description="The request's id.")
     object: Literal["rerank"]
-    model: str = Field(description="The name that was asked for; for an alias, the model that answered.")
+    model: str = Field(description="The requested name; for an alias, the model that answered.")
     results: list[Reranked]
     usage: Usage = Field(description="The model's own tokens: the query counts once with each text.")
     meta: RerankMeta
@@ -203,7 +203,7 @@ class RerankResult(RootModel[RerankedList | list[TeiRanked]]):
 
 
 class TeiErrorBody(BaseModel):
-    """An error, as TEI writes it; with the gateway's own two fields beside its."""
+    """An error, as TEI writes it, with two further fields of the gateway."""
 
     error: str
     error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer", "Empty"]

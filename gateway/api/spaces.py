@@ -1,4 +1,4 @@
-"""Every space that a request can get vectors of."""
+"""The list of all spaces that a request can get vectors in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SpaceMember(BaseModel):
 
 
 class SpaceCard(AnswerBody):
-    """Vectors of one space can be compared with each other, and with those of no other one."""
+    """Vectors of one space can be compared with each other, and not with those of another."""
 
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"] = "space"
@@ -43,7 +43,7 @@ class SpaceCard(AnswerBody):
 
 
 class SpaceList(AnswerBody):
-    """Every space of the loaded models, those of smaller `dimensions` included."""
+    """Every space of the loaded models, including those of smaller `dimensions`."""
 
     object: Literal["list"] = "list"
     data: list[SpaceCard]
@@ -56,7 +56,7 @@ class Spaces:
         self._deployment = deployment
 
     async def list_spaces(self, request: Request) -> SpaceList:
-        """List the spaces that vectors can be in, and the names that lead there; of what the key may use."""
+        """List the spaces that vectors can be in, and the names that lead there, as far as the key may use them."""
         client = RequestContext.of(request).client
         return SpaceList(data=space_cards(self._deployment.router, self._deployment.fleet, client))
 
@@ -69,9 +69,9 @@ def spaces_router(deployment: Deployment) -> APIRouter:
 
 
 def space_cards(router: Router, models: Iterable[Model], client: Client) -> list[SpaceCard]:
-    """Describe every space that a caller can get vectors of, in the order of the registry; with the usual normalization."""
+    """Return the card of every space that a client can use, in the registry's order; with the default normalization."""
     choices = [router.choose(name, client) for name in router.names.usable_by(client)]
-    cards: dict[str, SpaceCard] = {}  # by hash: what stands before it is for people
+    cards: dict[str, SpaceCard] = {}  # by hash: the part before it is for people
     for model in models:
         info = model.info
         if info is None or info.kind is not ModelKind.EMBED:
@@ -101,14 +101,14 @@ def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
 def _member(
     choices: Sequence[Choice], router: Router, model: Model, task: str | None, client: Client
 ) -> SpaceMember | None:
-    """Describe a model with a task, if any of the choices leads there."""
+    """Return a model with a task as a member, if any of the choices leads there."""
     names: list[str] = []
     experiments: list[str] = []
     for choice in choices:
         if choice.experiment is None:
             names += _names(choice, model, task, is_by_id=router.names.allows(client, model.id))
         elif _reaches(router, choice, model, task):
-            # Where its arms share a space, an experiment is a name for that.
+            # If its arms share a space, an experiment is a name for that space.
             is_name = choice.experiment.kind == "same_space" and task == router.task_of(choice)
             (names if is_name else experiments).append(choice.asked)
     if not names and not experiments:
@@ -117,7 +117,7 @@ def _member(
 
 
 def _names(choice: Choice, model: Model, task: str | None, *, is_by_id: bool) -> Iterator[str]:
-    """Yield what to send as ``model`` to get a model with a task; nothing if the name does not lead there.
+    """Yield the values of ``model`` that get a model with a task; none if the name does not lead there.
 
     Args:
         is_by_id: the client may also use the model by its id.
@@ -133,7 +133,7 @@ def _names(choice: Choice, model: Model, task: str | None, *, is_by_id: bool) ->
 
 
 def _reaches(router: Router, choice: Choice, model: Model, task: str | None) -> bool:
-    """Tell whether requests under an experiment's name can be answered by a model with a task."""
+    """Return whether requests under an experiment's name can be answered by a model with a task."""
     pinned = [
         _pinned(arm.task, model.info)
         for arm, arm_model, _task in router.arms(choice)
@@ -143,5 +143,5 @@ def _reaches(router: Router, choice: Choice, model: Model, task: str | None) -> 
 
 
 def _pinned(task: str | None, info: ModelInfo) -> str | None:
-    """Return the task that a name stands for; for a model without tasks it has no effect."""
+    """Return the task in a name; ``None`` for a model without tasks, where it has no effect."""
     return canonical_task(task) if task and info.tasks else None

@@ -29,13 +29,13 @@ _TEXTS = "a string or a list of strings"
 _INPUTS = "a string, a list of token ids, or a list of such"
 _IDS = "a list of token ids, or a list of such lists"
 _BOOL = "true or false"
-# Of all texts, and of all ids, of one request: their tokens are written out one by one.
+# Limits of all texts and of all ids of one request: their tokens are written one by one.
 MAX_CHARACTERS = 250_000
 MAX_IDS = 250_000
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
-# The first item that is wrong is enough: of a million, each would be an error with a message.
+# Validation ends at the first wrong item: of a million, each would be an error with a message.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Inputs = Annotated[
     str | Annotated[list[str | TokenIds], Field(fail_fast=True)] | TokenIds,
@@ -44,7 +44,7 @@ Inputs = Annotated[
 
 
 class Cutting(RequestBody):
-    """What is done with a text that is too long, and what is put before each; part of several requests."""
+    """The fields on texts that are too long, and on the prompt before each text; part of several requests."""
 
     truncate: Truncation = Field(None, title=TRUNCATION)
     truncation_direction: Direction = Field(None, title=DIRECTION)
@@ -62,7 +62,7 @@ class TextsBody(Cutting):
 
     @property
     def items(self) -> list[str | list[int]]:
-        """The texts, or what stands for one: the model's own token ids. A single one counts as a list of one."""
+        """The texts, or the model's own token ids of one. A single one counts as a list of one."""
         if isinstance(self.inputs, str):
             return [self.inputs]
         is_one = bool(self.inputs) and isinstance(self.inputs[0], int)
@@ -77,7 +77,7 @@ class EmbedBody(TextsBody):
 
 
 class SimilarityInputs(RequestBody):
-    """A text, and those that it is compared with."""
+    """A text, and the texts that it is compared with."""
 
     source_sentence: str = Field(title="a string")
     sentences: Texts = Field(title="a list of strings")

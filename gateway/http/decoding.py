@@ -1,4 +1,4 @@
-"""Decode a request's body that came compressed, piece by piece, so that a small body cannot become a huge one at once."""
+"""Decode a compressed body piece by piece, so that a small body cannot become a huge one at once."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from gateway.errors import BadInput, UnsupportedEncoding
 SUPPORTED = ("gzip", "deflate", "zstd")
 _NO_CODING = frozenset(("", "identity"))
 _PIECE_BYTES = 256 * 1024
-# zstd cannot be told how much to put out. 4 bytes can stand for 128 KiB, so that this many stand for 16 MiB at most.
+# zstd has no limit on its output. 4 bytes can decode to 128 KiB, so this many decode to 16 MiB at most.
 _ZSTD_INPUT_BYTES = 512
 # The largest window that a zstd body may ask for, by RFC 9659.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
 
 
 class Decoder(Protocol):
-    """Turns what has come into what was meant."""
+    """Decodes a stream of bytes."""
 
     memory_bytes: int
-    """The most that it holds itself."""
+    """The most memory that the decoder itself holds."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what comes of further bytes, in pieces.
+        """Decode further bytes, and yield the result in pieces.
 
         Raises:
-            BadInput: they are not what they are said to be.
+            BadInput: they are not validly encoded.
         """
 
     def finish(self) -> None:
-        """Note that nothing more comes.
+        """Note the end of the stream.
 
         Raises:
             BadInput: something is missing.
@@ -41,13 +41,13 @@ class Decoder(Protocol):
 
 
 def decoder_for(content_encoding: str) -> Decoder | None:
-    """Return what decodes a body; ``None`` for one that came as it is.
+    """Return the decoder of a body; ``None`` for one that is not encoded.
 
     Args:
-        content_encoding: the header.
+        content_encoding: the header's value.
 
     Raises:
-        UnsupportedEncoding: it names something else than what is supported, or several codings.
+        UnsupportedEncoding: it names an unsupported coding, or several.
     """
     codings = [coding for part in content_encoding.split(",") if (coding := part.strip().lower()) not in _NO_CODING]
     match codings:
@@ -65,7 +65,7 @@ def decoder_for(content_encoding: str) -> Decoder | None:
 
 
 class _Zlib:
-    """gzip, and deflate with zlib's frame, as RFC 9110 has it, or without, as some clients send it."""
+    """gzip, and deflate with zlib's frame, as in RFC 9110, or without it, as some clients send it."""
 
     memory_bytes = 64 * 1024
 
@@ -91,7 +91,9 @@ class _Zlib:
             except zlib.error as error:
                 raise _broken(self._name, str(error)) from None
             data = inflater.unconsumed_tail
-            has_more = bool(data) or len(piece) == _PIECE_BYTES  # all may be taken in, and not all put out
+            has_more = (
+                bool(data) or len(piece) == _PIECE_BYTES
+            )  # all input may be consumed, and not all output returned
             if piece:
                 yield piece
         if data or inflater.unused_data:

@@ -20,41 +20,41 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 REFUSED: Final = "gateway.refused"
-"""Where a scope has the error of a request that the application must not answer otherwise."""
+"""The key in a scope for the error of a request: the application must answer it with that error."""
 
 MAX_HEADERS: Final = 500
 """The most headers of a request. An empty one takes 4 bytes on the wire, and 150 here."""
 
-# What an idle connection gets when the process stops: a request that is on its way is still answered.
+# How long an idle connection stays open when the process stops: a request that is on its way is still answered.
 _LINGER_S = 1.0
-# How much is read, and thrown away, of what comes behind an error.
+# How many bytes after an error are read and discarded.
 _MAX_IGNORED_BYTES = 256 * 1024
-# When a client that has sent its last byte is asked whether it is still there, and how long it has to say no.
+# When a client that has sent its last byte is probed, and how long it has to reset the connection.
 _FIRST_PROBE_S, _SECOND_PROBE_S = 1.5, 0.75
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# As many requests may wait for the answer of the one before them. What comes is parsed in slices of eighty at most, which
-# takes some milliseconds: other connections want their turn.
+# How many requests of a connection may wait for the answer to the one before them. The data is parsed in slices of at most
+# eighty requests, which take some milliseconds: other connections need their turn.
 _MAX_PIPELINED = 16
 _SLICE_BYTES = 2 * 1024
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Closes a connection on which what was begun does not come to an end.
+    """Closes connections whose request or response stalls.
 
-    uvicorn itself waits for ever: for headers, for trailers, for the rest of a body that was answered early, for a client
-    that does not read; and it keeps all headers and trailers. A few hundred connections that send a byte a minute ("slow
-    loris"), or one that sends trailer after trailer, would cost file handles and memory. A request that comes in one piece,
-    and whose answer is read, costs no timer here.
+    uvicorn itself waits forever: for headers, for trailers, for the rest of a body that was answered early, for a client
+    that does not read; and it keeps all headers and trailers. A few hundred connections that send a byte per minute ("slow
+    loris"), or one that sends trailer after trailer, would use up file handles and memory. A request that arrives in one
+    piece, and whose answer is read, costs no timer here.
 
-    What may come is in turns a head and the rest of a message. Time and bytes are bounded while a head is coming, and while
-    the rest of a message is coming that is answered already. Between, the application reads, with bounds of its own.
+    A connection alternates between a head and the rest of its message. Time and bytes are bounded while a head arrives, and
+    while the rest of an already answered message arrives. In between, the application reads, with its own bounds.
 
     Attributes:
         header_timeout_s: seconds from a head's first byte, or the start of the connection, to its end; and from an early
             answer to the end of its request.
-        max_header_bytes: how many bytes may come in that time, or between two pieces of a body, and of trailers; the exact
-            limit of headers, with its own answer, is the middleware's.
-        send_timeout_s: seconds in which a client must take something of an answer that waits for it.
+        max_header_bytes: bytes that may arrive in that time, or between two pieces of a body, or as trailers; the middleware
+            has the exact limit of headers, with its own answer.
+        send_timeout_s: seconds within which a client must read some of a waiting answer.
         linger_s: seconds that an idle connection stays open when the server stops.
     """
 
@@ -87,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing any more, and let the application know."""
+        """Stop all timers, and let the application know."""
         metrics.CONNECTIONS.dec()
         self._stop_timer()
         for timer in (self._send_timer, self._probe_timer):
@@ -98,7 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come; of requests that wait for the answer of another one, only a few at a time."""
+        """Parse the received data, but only as far as a few requests wait for the answer to another one."""
         self._held = self._held + data if self._held else data
         self._take_held()
 
@@ -116,7 +116,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def _take(self, data: bytes) -> None:
-        """Parse what has come, and see what is not complete after it."""
+        """Parse data, and start or stop the timer, depending on what is still incomplete."""
         if self._last_words is not None:
             self._num_bytes += len(data)
             if self._num_bytes > _MAX_IGNORED_BYTES:
@@ -127,12 +127,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._has_message_ended:
-            # What has come of the next head beside a message's end is not counted: it is less than one packet.
+            # The part of the next head that came with a message's end is not counted: it is less than one packet.
             self._num_bytes = 0
             self._stop_timer()
-            if (
-                self._is_in_head or self.cycle.response_complete
-            ):  # data stops the timer that uvicorn starts with the answer's end
+            # Data stops the timer that uvicorn starts at the answer's end.
+            if self._is_in_head or self.cycle.response_complete:
                 self._start_timer()
         elif self._is_in_message and not self.cycle.response_complete:
             self._stop_timer()
@@ -143,9 +142,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._start_timer()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's returns nothing, asyncio's may
-        """Go on answering a client that has merely sent all that it will send.
+        """Keep answering a client that has only finished sending.
 
-        One that has left looks the same, until it is written to: what is computed for it is cancelled a little later.
+        A client that has left looks the same until data is sent to it: its work is cancelled a little later.
         """
         if self._held:
             self._is_end_due = True
@@ -160,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def shutdown(self) -> None:
-        """Answer what has begun, and what is on its way to an idle connection."""
+        """Answer the requests that have begun, and one that is on its way to an idle connection."""
         self._is_parting = True
         if self._is_in_head:
             return  # the answer says that it is the last
@@ -180,12 +179,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, and no trailer: a proxy in front has not seen those as headers."""
+        """Keep a header but not a trailer: a proxy in front has not seen trailers as headers."""
         if not self._is_in_message:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Let the application have the request."""
+        """Pass the request to the application."""
         method = self.parser.get_method()
         if self.parser.should_upgrade() and method != b"CONNECT":
             self._is_offer = True
@@ -200,7 +199,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Let the application have a piece of the body, which it counts."""
+        """Pass a piece of the body to the application, which counts it."""
         self._has_body_come = True
         super().on_body(body)
 
@@ -213,7 +212,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Expect the rest of a message that nobody reads any more to come soon, and the answer to be taken."""
+        """Expect the rest of an already answered message to arrive soon, and the answer to be read."""
         is_current = not self.pipeline
         super().on_response_complete()
         if is_current and self._last_words is not None and not self.transport.is_closing():
@@ -228,19 +227,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def pause_writing(self) -> None:
-        """Expect the client to take something of the answer, which is written no further until then."""
+        """Expect the client to read some of the answer; until then no more of it is written."""
         super().pause_writing()
         self._watch_sending()
 
     def resume_writing(self) -> None:
-        """Note that the client has taken what was waiting, however much of the answer waits after it."""
+        """Note that the client has read the waiting data, however much of the answer follows."""
         super().resume_writing()
         self._has_taken = True
 
     def send_400_response(self, msg: str) -> None:
-        """Say what is wrong with what is not even a request, in the body that all errors have, and hang up.
+        """Answer bytes that are not a request with the common error body, and close the connection.
 
-        What was asked before it on the connection is answered first.
+        Earlier requests of the connection are answered first.
         """
         error = InvalidHttp(msg)
         metrics.REQUESTS.labels("other", error.status).inc()
@@ -257,7 +256,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _hang_up(self, last_words: bytes) -> None:
         """Write an answer and close the connection once the client has had time to read it.
 
-        Closed at once, with bytes that have come and were not read, it would be reset, and the answer lost.
+        If it closed at once, with unread bytes, it would be reset, and the answer lost.
         """
         self._disconnect()
         self._stop_timer()
@@ -271,11 +270,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _feed(self, data: bytes) -> None:
-        """Have the parser read, past any offer of another protocol.
+        """Parse data, past any offer of another protocol.
 
         Java's HTTP client offers HTTP/2 with every request. A server may decline by answering as if there were no offer, but
-        the parser takes what follows for the other protocol, and the request would lose its body: the parser reads the head
-        once more, without the offer.
+        the parser takes the bytes that follow for the other protocol, and the request would lose its body. So the parser
+        reads the head again, without the offer.
         """
         self._unset_keepalive_if_required()
         rest = memoryview(data)
@@ -286,14 +285,14 @@ class BoundedProtocol(HttpToolsProtocol):
                     return
                 except httptools.HttpParserUpgrade as offer:
                     if not self._is_offer:
-                        return  # CONNECT: what follows is not for us
+                        return  # CONNECT: the rest is not HTTP
                     rest = rest[offer.args[0] :]
                     self._read_again()
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
 
     def _read_again(self) -> None:
-        """Read the head that the parser has just read, without its offer of another protocol."""
+        """Parse the last head again, without its offer of another protocol."""
         self._is_offer = False
         head = without_offer(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
         self.parser = httptools.HttpRequestParser(self)
@@ -307,7 +306,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self._running is not None and not self._running.response_complete
 
     def _close_when_answered(self) -> None:
-        """Close the connection behind the last request that has come; at once if there is none."""
+        """Close the connection after the last received request; at once without one."""
         if not self._is_answering:
             self.transport.close()
         elif self.pipeline:
@@ -320,14 +319,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _disconnect(self) -> None:
-        """Tell every request of the connection that its client has gone; uvicorn tells the last that came alone."""
+        """Tell every request of the connection that its client is gone; uvicorn only tells the latest."""
         for cycle in (self._running, *(cycle for cycle, _app in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
 
     def _probe(self, is_first: bool) -> None:
-        """Write something that every client of HTTP/1.1 skips: to one that has gone it fails, at the second time."""
+        """Send an interim response, which HTTP/1.1 clients skip: for a client that has left, the second one fails."""
         cycle = self._running
         if cycle is None or cycle.response_started or cycle.scope["http_version"] != "1.1":
             return
@@ -336,7 +335,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._probe_timer = self.loop.call_later(_SECOND_PROBE_S, self._probe, False)
 
     def _count_bytes(self, num_bytes: int) -> None:
-        """Count what has come that the application does not see: headers, trailers, what is between, what is too late."""
+        """Count bytes that the application does not see: headers, trailers, those in between, those too late."""
         self._num_bytes += num_bytes
         if self._num_bytes > self.max_header_bytes:
             self.send_400_response(f"The request's headers or trailers have more than {self.max_header_bytes} bytes.")
@@ -354,7 +353,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close_slow(self) -> None:
         self._timer = None
-        if self.flow.read_paused:  # the rest may have come: it is not the client that takes its time
+        if self.flow.read_paused:  # the rest may have arrived: the client is not the slow one
             self._start_timer()
         elif not self.transport.is_closing():
             metrics.SLOW_CONNECTIONS.labels("receive").inc()
@@ -362,13 +361,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close_when_answered()
 
     def _watch_sending(self) -> None:
-        """Look after a while whether the client takes what waits for it."""
+        """Check after a while whether the client reads the waiting data."""
         if self._send_timer is None and self._unsent() > 0:
             self._num_unsent, self._has_taken = self._unsent(), False
             self._send_timer = self.loop.call_later(self.send_timeout_s, self._check_sent)
 
     def _check_sent(self) -> None:
-        """Cut the connection of a client that has taken nothing of its answer since the last look."""
+        """Abort the connection of a client that has read nothing of its answer since the last check."""
         self._send_timer = None
         if self._unsent() >= self._num_unsent and not self._has_taken:
             metrics.SLOW_CONNECTIONS.labels("send").inc()
@@ -387,7 +386,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def bounded(settings: Settings) -> type[BoundedProtocol]:
-    """Return the protocol with the bounds of the settings, as uvicorn makes protocols from a class."""
+    """Return a protocol class with the bounds of the settings, since uvicorn creates protocols from a class."""
     bounds = {
         "header_timeout_s": settings.header_timeout_s,
         "max_header_bytes": settings.max_header_bytes,

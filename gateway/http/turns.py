@@ -12,26 +12,25 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Does pieces of work in a thread, one at a time: next is always the client that has been given least.
+    """Runs pieces of work in a thread, one at a time; the next is always that of the client that has had the least.
 
-    Reading a body of 16 MB and writing 100 MB of JSON hold the interpreter, some milliseconds at a time. Were several
-    threads to do that at once, the event loop would wait for each of them in turn. Belongs to one event loop.
+    Reading a body of 16 MB and writing 100 MB of JSON hold the interpreter, some milliseconds at a time. If several
+    threads did that at once, the event loop would wait for each of them in turn. Belongs to one event loop.
 
     Args:
-        name: that of the thread.
+        name: the thread's name.
     """
 
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(1, name)
         self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
-        self._given: dict[
-            str, int
-        ] = {}  # what each client has been given; a newcomer starts with the least that anyone has
+        # The cost that each client has used; a newcomer starts with the least that any client has.
+        self._given: dict[str, int] = {}
         self._least = 0
         self._is_taken = False
 
     async def run(self, caller: str, cost: int, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns, done in the thread when it is the caller's turn.
+        """Run ``work`` in the thread when it is the caller's turn, and return its result.
 
         Args:
             cost: how much work it is, in any unit that is the same for all.

@@ -40,7 +40,7 @@ ALIASES = {"default": "mini", "jina-query": ("jina", "retrieval.query")}
 
 
 def raw_vectors(texts: Sequence[str], width: int) -> np.ndarray:
-    """Return what the model makes of texts, before the gateway finishes it: a different length for each cut."""
+    """Return the model's vectors of texts, before the gateway finishes them: of a different length for each cut."""
     seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()) for text in texts]
     return np.array([np.random.default_rng(seed).standard_normal(width) for seed in seeds], np.float32)
 

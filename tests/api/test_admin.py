@@ -1,4 +1,4 @@
-"""``/admin`` is for the operator's key alone, and for nobody where there is none."""
+"""``/admin`` requires the operator's key, and refuses every client where none is set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def reload(client: httpx.AsyncClient, key: str | None, path: str = "/admin
 
 @pytest.mark.parametrize("key", [None, "", ADMIN, "client-key"])
 @pytest.mark.parametrize("settings", [{}, {"api_keys": "client-key"}])
-async def test_without_an_operators_key_nobody_passes(
+async def test_without_an_operators_key_every_client_is_refused(
     connect: Connect, check_error: CheckError, settings: dict[str, str], key: str | None
 ) -> None:
     client = await connect(**settings)
@@ -37,7 +37,7 @@ async def test_without_an_operators_key_nobody_passes(
 async def test_no_other_key_passes(
     connect: Connect, check_error: CheckError, settings: dict[str, str], key: str | None
 ) -> None:
-    """That of a client neither: it would load and drop everybody's models."""
+    """A client's key does not pass either: it could load and drop all models."""
     client = await connect(admin_key=ADMIN, **settings)
 
     assert check_error(await reload(client, key), 403, "forbidden", type_="permission_error") == KEY_NEEDED

@@ -105,7 +105,7 @@ async def test_the_documentation_s_links_have_the_prefix(
     assert (await client.get("/ai/embed/static-offline-docs/swagger-ui.css", headers=headers)).status_code == 200
 
 
-async def test_without_a_prefix_there_is_none(client: httpx.AsyncClient) -> None:
+async def test_without_a_prefix_paths_have_none(client: httpx.AsyncClient) -> None:
     await client.get("/openapi.json", headers={"x-forwarded-prefix": "/elsewhere"})  # leaves nothing behind
 
     assert "servers" not in (await client.get("/openapi.json")).json()
@@ -134,7 +134,7 @@ async def test_a_longer_first_part_is_not_the_prefix(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("value", ["ai", "/a b", "/a?b", "http://host/ai"])
-def test_a_root_path_that_is_none_is_refused(value: str) -> None:
+def test_an_invalid_root_path_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="GATEWAY_ROOT_PATH: must be a path such as"):
         load_settings({"GATEWAY_ROOT_PATH": value})
 

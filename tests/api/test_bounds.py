@@ -143,7 +143,7 @@ PARALLEL = {
 
 
 @pytest.mark.parametrize("path", PARALLEL)
-async def test_what_does_not_fit_beside_the_others_is_told_to_come_again(
+async def test_requests_that_do_not_fit_next_to_others_are_asked_to_retry(
     connect: Connect, make_model: MakeModel, path: str
 ) -> None:
     backend = FakeBackend(fake_info("mini", width=16_384, max_tokens=1000), delay_s=0.3)
@@ -198,7 +198,7 @@ def keys_file(tmp_path: Any) -> Any:
     return path
 
 
-def test_answers_that_nobody_reads_fill_the_share_of_their_client_alone(
+def test_unread_answers_fill_only_the_share_of_their_client(
     serve: Serve, make_model: MakeModel, keys_file: Any
 ) -> None:
     """The arrays of an answer stay until it is read, and not its JSON; its client gets no more, and others do."""
@@ -295,7 +295,7 @@ async def test_a_large_answer_is_that_of_its_texts_one_by_one(connect: Connect, 
     assert [row["embedding"] for row in rows[::500]] == [one.json()["data"][0]["embedding"] for one in small]
 
 
-def test_http_1_0_which_has_no_chunks_is_told_the_length(serve: Serve, make_model: MakeModel) -> None:
+def test_http_1_0_without_chunks_gets_the_length(serve: Serve, make_model: MakeModel) -> None:
     request = post("/embed", json.dumps({"inputs": ["a"] * 1000}).encode()).replace(b"HTTP/1.1", b"HTTP/1.0")
     with serve(make_model("mini", width=256)) as address, socket.create_connection(address) as old:
         old.sendall(request.replace(b"/embed", b"/tei/mini/embed"))

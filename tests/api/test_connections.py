@@ -62,7 +62,7 @@ def backend() -> HeldBackend:
 
 @pytest.fixture
 def connect(serve: Serve, make_model: MakeModel, backend: HeldBackend) -> Iterator[Callable[..., socket.socket]]:
-    """Return what serves with some settings, and connects."""
+    """Return a function that serves with some settings, and connects."""
     with contextlib.ExitStack() as stack:
         addresses: list[tuple[str, int]] = []
         stack.callback(backend.let_go.set)
@@ -189,7 +189,7 @@ def test_a_body_that_looks_like_an_offer_is_left_alone(connect: Callable[..., so
     assert b"not valid JSON" in error
 
 
-def test_http_2_without_an_offer_is_told_so(connect: Callable[..., socket.socket]) -> None:
+def test_http_2_without_an_offer_gets_an_error(connect: Callable[..., socket.socket]) -> None:
     connection = connect()
     connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
 
@@ -310,7 +310,7 @@ def test_a_head_has_no_body_that_the_next_answer_begins_with(connect: Callable[.
     assert answer_of(connection) == (200, b'{"status":"ok"}')
 
 
-def test_what_is_no_request_is_told_so_after_what_came_before_it_is_answered(
+def test_invalid_bytes_get_an_error_after_earlier_requests_are_answered(
     connect: Callable[..., socket.socket], backend: HeldBackend
 ) -> None:
     connection = connect()
@@ -518,7 +518,7 @@ def test_a_line_break_in_a_header_makes_no_second_one(connect: Callable[..., soc
     assert b"\r\nset-cookie" not in received
 
 
-def test_a_head_that_is_too_large_is_told_so_though_more_is_coming(connect: Callable[..., socket.socket]) -> None:
+def test_a_head_that_is_too_large_gets_an_error_before_its_end(connect: Callable[..., socket.socket]) -> None:
     connection = connect(max_header_bytes=4096)
     connection.sendall(b"GET /" + b"a" * 150_000)
 

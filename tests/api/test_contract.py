@@ -29,7 +29,7 @@ KEY = "sk-right"
 
 
 async def embed(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
-    """Send the body as JSON, with a text if it has no ``input`` of its own."""
+    """Send the body as JSON, with a text if it has no ``input``."""
     return await client.post("/v1/embeddings", json={"input": "a text", **body})
 
 
@@ -89,7 +89,7 @@ async def test_two_slashes_in_front_work_too(client: httpx.AsyncClient) -> None:
         pytest.param("GET", "/static-offline-docs/%00", "models at GET /v1/models", id="NUL in a file's name"),
     ],
 )
-async def test_a_wrong_path_is_told_the_right_one(
+async def test_a_wrong_path_gets_the_right_one(
     client: httpx.AsyncClient, check_error: CheckError, method: str, path: str, hint: str
 ) -> None:
     response = await client.request(method, path)
@@ -110,7 +110,7 @@ async def test_a_wrong_path_is_told_the_right_one(
         ("POST", "/health", "GET"),
     ],
 )
-async def test_a_wrong_method_is_told_the_right_one(
+async def test_a_wrong_method_gets_the_right_one(
     client: httpx.AsyncClient, check_error: CheckError, method: str, path: str, allow: str
 ) -> None:
     response = await client.request(method, path)
@@ -182,7 +182,7 @@ async def test_an_empty_task_means_absent(client: httpx.AsyncClient, field: str)
         pytest.param(rb'{"input": "a\ud83d"}', "a\ufffd", id="lone high surrogate"),
         pytest.param(rb'{"input": "\ude00a"}', "\ufffda", id="lone low surrogate"),
         pytest.param(rb'{"input": "\ude00\ud83d"}', "\ufffd\ufffd", id="surrogates the wrong way round"),
-        pytest.param(rb'{"input": "\ud83d\ud83d\ude00"}', "\ufffd😀", id="a lone surrogate beside a pair"),
+        pytest.param(rb'{"input": "\ud83d\ud83d\ude00"}', "\ufffd😀", id="a lone surrogate next to a pair"),
         pytest.param(rb'{"input": "\ufeff\ud83d"}', "\ufeff\ufffd", id="BOM in a text with a lone surrogate"),
         pytest.param(rb'{"input": [{"text": "\ud83d"}], "\ud83d": 1}', "\ufffd", id="lone surrogates anywhere"),
         pytest.param(b' \n{"input" :\t"a"}\r\n', "a", id="white space around"),
@@ -235,7 +235,7 @@ async def test_every_text_that_json_can_hold_is_embedded(
         pytest.param(b"null", "must be a JSON object, got null", id="null"),
     ],
 )
-async def test_a_body_that_is_no_json_object_is_refused(
+async def test_a_body_that_is_not_a_json_object_is_refused(
     client: httpx.AsyncClient, check_error: CheckError, body: bytes, message: str
 ) -> None:
     response = await send(client, body)
@@ -336,7 +336,7 @@ async def test_the_number_of_inputs_can_be_limited(connect: Connect, check_error
         pytest.param([9468], ["\ufffd"], id="half a character"),
     ],
 )
-async def test_token_ids_are_decoded_where_the_vocabulary_is_at_hand(
+async def test_token_ids_are_decoded_where_the_vocabulary_is_installed(
     connect: Connect, vectors_of: VectorsOf, value: Any, texts: list[str]
 ) -> None:
     client = await connect()
@@ -597,7 +597,7 @@ async def test_a_body_without_model_is_refused_where_there_is_no_default(
         ("x" * 100, ""),
     ],
 )
-async def test_an_unknown_model_is_told_all_names(
+async def test_an_unknown_model_gets_all_names(
     client: httpx.AsyncClient, check_error: CheckError, name: str, hint: str
 ) -> None:
     message = check_error(await embed(client, model=name), 404, "model_not_found", param="model")
@@ -916,7 +916,7 @@ async def test_a_body_that_never_ends_is_refused_as_soon_as_it_is_too_large(
 
 
 @pytest.mark.parametrize("declared", ["²", "-1", "1e9", "", "x"])
-async def test_a_declared_size_that_is_no_number_is_not_relied_on(connect: Connect, declared: str) -> None:
+async def test_a_declared_size_that_is_not_a_number_is_ignored(connect: Connect, declared: str) -> None:
     client = await connect(max_body_bytes=1000)
 
     response = await send(client, body_of(100), **{"content-length": declared.encode("latin-1")})
@@ -982,7 +982,7 @@ async def test_each_configured_key_is_accepted(connect: Connect, authorization: 
         {"api-key": KEY, "x-api-key": '""'},
         {"authorization": f"Basic {base64.b64encode(f'anybody:{KEY}'.encode()).decode()}"},
         {"authorization": f"basic {base64.b64encode(f'{KEY}:'.encode()).decode()}"},
-        # A proxy that asks for a password of its own passes that on; the key is the other one.
+        # A proxy with its own password passes that on; the key is the other one.
         {"authorization": f"Basic {base64.b64encode(b'ann:secret').decode()}", "x-api-key": KEY},
     ],
     ids=str,
@@ -1026,7 +1026,7 @@ async def test_bearer_counts_before_the_other_headers(connect: Connect) -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/v1/embeddings"), ("GET", "/models"), ("GET", "/v1/spaces"), ("GET", "/nothing")]
 )
-async def test_without_a_configured_key_nothing_is_told(
+async def test_without_a_configured_key_nothing_is_shown(
     connect: Connect, check_error: CheckError, headers: dict[str, Any], message: str, method: str, path: str
 ) -> None:
     client = await connect(api_keys=KEY)

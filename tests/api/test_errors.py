@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the client reads an answer that says so, and nobody else notices."""
+"""Whatever goes wrong, the client gets an answer that says so, and no other client notices."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 def log_of_errors(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Return what the middleware logs, one JSON object a line."""
+    """Return the middleware's log, one JSON object per line."""
     lines = io.StringIO()
     processors = [structlog.processors.add_log_level, structlog.processors.format_exc_info]
     logger = structlog.wrap_logger(
@@ -96,7 +96,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
 
 
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), KeyError(SECRET), TimeoutError(SECRET), OSError(5, SECRET)])
-async def test_an_unexpected_exception_is_told_to_the_log_alone(
+async def test_an_unexpected_exception_is_only_in_the_log(
     connect: Connect, make_model: MakeModel, check_error: CheckError, log_of_errors: io.StringIO, error: Exception
 ) -> None:
     client = await connect(make_model("mini", backend=failing(error)), aliases={})
@@ -115,7 +115,9 @@ async def test_an_unexpected_exception_is_told_to_the_log_alone(
 
 
 @pytest.mark.usefixtures("log_of_errors")
-async def test_the_requests_beside_and_after_a_failed_one_are_answered(connect: Connect, make_model: MakeModel) -> None:
+async def test_the_requests_next_to_and_after_a_failed_one_are_answered(
+    connect: Connect, make_model: MakeModel
+) -> None:
     backend = failing(RuntimeError(SECRET))
     backend._delay_s = 0.01
     client = await connect(make_model("mini", backend=backend), aliases={"default": "mini"})
@@ -168,7 +170,7 @@ async def test_vectors_that_are_not_right_are_never_handed_out(
         ),
     ],
 )  # fmt: skip
-async def test_an_error_on_purpose_is_told_with_what_steers_retries(
+async def test_a_deliberate_error_has_the_headers_that_steer_retries(
     connect: Connect,
     make_model: MakeModel,
     check_error: CheckError,
@@ -306,7 +308,7 @@ def test_urllib_reads_why_a_body_was_too_large(serve: Serve, is_declared: bool) 
         request = urllib.request.Request(
             f"http://{host}:{port}/v1/embeddings", data=large_body() if is_declared else in_chunks(large_body())
         )
-        with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(request):  # noqa: S310  an address of our own
+        with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(request):  # noqa: S310  our own address
             pass
         with caught.value as response:
             body = json.loads(response.read())
@@ -327,7 +329,7 @@ def test_a_client_that_asks_before_it_sends_is_spared_the_upload(serve: Serve, l
         connection.sendall(head)
         answer = connection.recv(1000)
 
-        assert wait_until(lambda: entries(log_of_errors, "request") != [])  # nobody waits for the upload
+        assert wait_until(lambda: entries(log_of_errors, "request") != [])  # the upload is not awaited
 
     assert answer.startswith(b"HTTP/1.1 413 ")
 
@@ -405,7 +407,7 @@ def test_who_does_not_wait_for_a_slow_arm_is_its_failure(serve: Serve, make_mode
         pytest.param(b"Transfer-Encoding: chunked", id="in chunks"),
     ],
 )
-def test_a_client_that_goes_in_the_middle_of_its_upload_is_no_fault_of_the_gateway(
+def test_a_client_that_leaves_in_the_middle_of_its_upload_is_not_an_internal_error(
     serve: Serve, log_of_errors: io.StringIO, head: bytes
 ) -> None:
     before = count(499), count(500)

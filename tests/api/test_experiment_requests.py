@@ -197,7 +197,7 @@ async def test_a_tester_forces_an_arm_and_is_not_counted(client: httpx.AsyncClie
     assert shown["uncounted"] == {"forced": 1}
 
 
-async def test_an_arm_that_there_is_not_is_a_400(client: httpx.AsyncClient, check_error: CheckError) -> None:
+async def test_an_unknown_arm_is_a_400(client: httpx.AsyncClient, check_error: CheckError) -> None:
     message = check_error(await embed(client, {"x-arm": "jina"}), 400, "invalid_input")
 
     assert message == "the header `x-arm` requests arm 'jina' of experiment 'exp'; its arms: mini, new"
@@ -286,7 +286,7 @@ async def test_metrics_have_the_experiment_and_the_arm(client: httpx.AsyncClient
         ("gateway_texts_total", mini, 4),
         ("gateway_tokens_total", mini, 8),
         ("gateway_texts_total", new, 2),
-        # A request by the model's own name is none of the experiment.
+        # A request by the model's own name is not part of the experiment.
         ("gateway_embed_requests_total", {"model": "mini", "experiment": "", "arm": "", "outcome": "ok"}, 1),
     ]
     before = [counted(name, **labels) for name, labels, _ in samples]
@@ -385,7 +385,7 @@ async def test_so_is_one_that_is_not_ready(
     assert num_requests("jina", "new", code) - before == 1
 
 
-async def test_and_one_whose_vectors_are_none(connect: Connect, make_model: MakeModel) -> None:
+async def test_an_arm_with_invalid_vectors_too(connect: Connect, make_model: MakeModel) -> None:
     """Found out after the model has answered."""
     narrow = make_model("jina", backend=FakeBackend(fake_info("jina", width=4)), width=8)
     client = await connect(make_model("mini"), narrow, aliases={}, experiments=[experiment()])

@@ -1,4 +1,4 @@
-"""``/v1/experiments``: which there are, and what came of the requests that they split."""
+"""``/v1/experiments``: the list, and the figures of the requests that each splits."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ async def test_an_id_may_have_slashes(gateway_with: GatewayWith) -> None:
 
 
 @pytest.mark.parametrize(("experiments", "known"), [((), "exp"), ((experiment("one"), experiment("two")), "one, two")])
-async def test_an_unknown_id_is_told_with_the_known_ones(
+async def test_an_unknown_id_gets_the_known_ones(
     gateway_with: GatewayWith, check_error: CheckError, experiments: tuple[Experiment, ...], known: str
 ) -> None:
     client = await gateway_with(*experiments)
@@ -169,7 +169,7 @@ async def test_units_are_logged_and_counted_after_a_restart(gateway_with: Gatewa
     assert not any("user-" in line for line in path.read_text().splitlines())
 
 
-async def test_other_weights_begin_anew(gateway_with: GatewayWith, tmp_path: Path) -> None:
+async def test_counts_begin_again_with_other_weights(gateway_with: GatewayWith, tmp_path: Path) -> None:
     path = tmp_path / "exposures.jsonl"
     await embed_for(await gateway_with(exposure_log=path), ["user-1", "user-2"])
     ramped = (ARMS[0], ARMS[1].model_copy(update={"weight": 60}))

@@ -188,7 +188,7 @@ async def test_what_costs_no_work_is_not_counted(connect: Connect) -> None:
 async def test_keys_are_exchanged_under_load_without_a_refused_request(
     connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old and new key at once, then the new one alone, as the guide says: nobody is turned away in between."""
+    """Old and new key at once, then the new one alone, as the guide says: no client is refused in between."""
     monkeypatch.setattr(keyring, "_CHECK_EVERY_S", 0.005)
     path = tmp_path / "keys.yaml"
     old, new = key_digest("old"), key_digest("new")

@@ -34,7 +34,7 @@ def receive(connection: socket.socket) -> bytes:
 
 @pytest.fixture
 def connections(serve: Serve) -> Iterator[Callable[..., socket.socket]]:
-    """Return what serves with some limits, and connects."""
+    """Return a function that serves with some limits, and connects."""
     with contextlib.ExitStack() as stack:
         addresses: list[tuple[str, int]] = []
 
@@ -109,7 +109,7 @@ def test_headers_without_an_end_end_the_connection(connections: Callable[..., so
     assert is_served(connections())
 
 
-def test_large_headers_are_told_the_limit(connections: Callable[..., socket.socket]) -> None:
+def test_large_headers_get_the_limit(connections: Callable[..., socket.socket]) -> None:
     connection = connections(max_header_bytes=4096)
     connection.sendall(GET + b"x-more: %s\r\nconnection: close\r\n\r\n" % (b"x" * 5000))
 
@@ -122,7 +122,9 @@ def test_large_headers_are_told_the_limit(connections: Callable[..., socket.sock
 
 
 @pytest.mark.parametrize("sent", [b"", BODY[:5]])
-def test_a_body_that_does_not_come_in_time_is_told_so(connections: Callable[..., socket.socket], sent: bytes) -> None:
+def test_a_body_that_does_not_arrive_in_time_gets_an_error(
+    connections: Callable[..., socket.socket], sent: bytes
+) -> None:
     slow = connections(body_timeout_s=0.3)
     started = time.monotonic()
     slow.sendall(POST + sent)
@@ -134,7 +136,7 @@ def test_a_body_that_does_not_come_in_time_is_told_so(connections: Callable[...,
     assert b"connection: close" in head.lower()
     error = json.loads(body)["error"]
     assert error["code"] == "body_timeout"
-    assert error["message"].startswith(f"{len(sent)} bytes of the request body have come in 0.3 s")
+    assert error["message"].startswith(f"only {len(sent)} bytes of the request body arrived in 0.3 s")
 
 
 def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_any(
@@ -149,7 +151,7 @@ def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_any(
 
 
 def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time(connections: Callable[..., socket.socket]) -> None:
-    """Its time counts from the first byte, and not from each anew."""
+    """Its time counts from the first byte, and does not restart with each."""
     slow = connections(body_timeout_s=0.5)
     slow.sendall(POST.replace(b"%d" % len(BODY), b"100000"))
     slow.settimeout(0.1)
@@ -178,7 +180,9 @@ def test_two_hundred_slow_clients_do_not_hold_up_another(connections: Callable[.
     "sent",
     [b"\x16\x03\x01\x02\x00", b"HELLO\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n"],
 )
-def test_what_is_no_http_gets_the_body_of_all_errors(connections: Callable[..., socket.socket], sent: bytes) -> None:
+def test_bytes_that_are_not_http_get_the_common_error_body(
+    connections: Callable[..., socket.socket], sent: bytes
+) -> None:
     connection = connections()
     connection.sendall(sent)
 
@@ -275,7 +279,7 @@ def test_what_is_begun_after_an_answer_must_end_in_time(
     assert time.monotonic() - started < 4  # uvicorn's own pause between two requests is 5 s
 
 
-def test_a_body_that_nobody_wants_must_end_in_time(connections: Callable[..., socket.socket]) -> None:
+def test_a_refused_body_must_end_in_time(connections: Callable[..., socket.socket]) -> None:
     slow = connections(api_keys=["right"], body_timeout_s=0.4, header_timeout_s=0.4)
     slow.sendall(POST.replace(b"%d" % len(BODY), b"100000"))
     started = time.monotonic()
@@ -296,7 +300,7 @@ def test_a_body_without_an_end_ends_the_connection_of_an_early_answer(
     assert flood(endless, b"3e8\r\n%s\r\n" % (b"x" * 1000)) < 20_000_000
 
 
-def test_the_next_request_may_begin_beside_the_end_of_this_one(connections: Callable[..., socket.socket]) -> None:
+def test_the_next_request_may_arrive_with_the_end_of_this_one(connections: Callable[..., socket.socket]) -> None:
     connection = connections(max_header_bytes=1024)
     body = BODY + b" " * 5000
     post = POST.replace(b"%d" % len(BODY), b"%d" % len(body))

@@ -88,7 +88,7 @@ async def test_the_list_holds_the_same_cards(client: httpx.AsyncClient) -> None:
     assert cards == [(await client.get(f"/v1/models/{card['id']}")).json() for card in cards]
 
 
-async def test_outputs_are_told(connect: Connect, make_model: MakeModel) -> None:
+async def test_outputs_are_shown(connect: Connect, make_model: MakeModel) -> None:
     client = await connect(make_model("m3", outputs=(Output.DENSE, Output.SPARSE)), aliases={})
 
     assert (await client.get("/v1/models/m3")).json()["outputs"] == ["dense", "sparse"]
@@ -129,9 +129,7 @@ async def test_the_space_of_a_card_is_the_one_that_the_name_embeds_into(client: 
 
 
 @pytest.mark.parametrize("name", ["maxi", "team", "MINI", "small", "jina-query/x", "%00", "%F0%9F%91%8D"])
-async def test_an_unknown_model_is_told_all_names(
-    client: httpx.AsyncClient, check_error: CheckError, name: str
-) -> None:
+async def test_an_unknown_model_gets_all_names(client: httpx.AsyncClient, check_error: CheckError, name: str) -> None:
     message = check_error(await client.get(f"/v1/models/{name}"), 404, "model_not_found", param="model")
 
     assert message.startswith("no model is called ")
@@ -294,7 +292,7 @@ async def test_requests_texts_and_tokens_are_counted(client: httpx.AsyncClient) 
 
 
 async def test_what_clients_make_up_is_no_label(client: httpx.AsyncClient) -> None:
-    """Each value of a label is kept for ever."""
+    """Each value of a label is kept forever."""
     for path in ("/made-up", "/v1/made-up", "/v1/models/made-up", "/health/made-up", "/static-offline-docs/made-up"):
         await client.get(path)
         await client.request("MADEUP", path)
@@ -310,7 +308,7 @@ async def test_what_clients_make_up_is_no_label(client: httpx.AsyncClient) -> No
     assert 'path="other",status="404"' in text
 
 
-async def test_requests_in_flight_are_none_after_all_were_answered(client: httpx.AsyncClient) -> None:
+async def test_no_requests_are_in_flight_after_all_were_answered(client: httpx.AsyncClient) -> None:
     await client.post("/v1/embeddings", json={"input": 1})
 
     samples = await samples_of(client)

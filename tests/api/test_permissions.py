@@ -58,7 +58,7 @@ KEYS = {
 
 
 def is_allowed(key: str, name: str) -> bool:
-    """Say again, in other words, what docs/configuration.md says."""
+    """Restate the rule of docs/configuration.md in other words."""
     models = KEYS[key]
     return models is None or name.partition(":")[0] in models or NAMES[name] in models
 
@@ -224,7 +224,7 @@ async def test_the_spaces_of_a_key_are_those_that_its_vectors_can_be_in(gateway:
 
 @pytest.mark.parametrize("key", KEYS)
 async def test_no_answer_names_what_a_key_may_not_use(gateway: Gateway, key: str) -> None:
-    """What says that there are other names: lists, and messages that list names."""
+    """The places that could reveal other names: lists, and messages that list names."""
     hidden = [name for name in ("team/small", "judge", "rank-exp", "plain", "default") if not is_allowed(key, name)]
     answers = [
         await gateway.ask(key, "GET", path)

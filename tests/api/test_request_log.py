@@ -52,7 +52,7 @@ async def test_the_field_at_fault_is_named(connect: Connect) -> None:
     assert "7" in line["reason"]
 
 
-async def test_a_path_that_is_not_there_is_told(connect: Connect) -> None:
+async def test_an_unknown_path_is_logged(connect: Connect) -> None:
     line = await logged(await connect(), "/v1/embeding", {})
 
     assert line["path"] == "other"  # which metrics go by

@@ -54,12 +54,12 @@ def make_ranker(make_model: MakeModel, jobs: list[EmbedJob]) -> MakeModel:
 
 @pytest.fixture
 async def client(connect: Connect, models: list[Model], make_ranker: MakeModel) -> httpx.AsyncClient:
-    """Return a client of a gateway with one reranker beside the models that embed."""
+    """Return a client of a gateway with one reranker and the models that embed."""
     return await connect(*models, make_ranker())
 
 
 async def rerank(client: httpx.AsyncClient, path: str = "/v1/rerank", **body: Any) -> httpx.Response:
-    """Send the body, with a query and documents if it has none of its own."""
+    """Send the body, with a query and documents if it has none."""
     given = {"query": QUERY, **({} if "texts" in body else {"documents": DOCUMENTS}), **body}
     return await client.post(path, json={name: value for name, value in given.items() if value != "absent"})
 
@@ -232,7 +232,7 @@ async def test_a_wrong_field_is_named(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"query": NaN, "documents": ["a"]}'])
-async def test_what_is_no_json_object_is_refused(
+async def test_a_body_that_is_not_a_json_object_is_refused(
     client: httpx.AsyncClient, check_error: CheckError, content: bytes
 ) -> None:
     check_error(await client.post("/v2/rerank", content=content), 400, "invalid_input")
@@ -400,7 +400,7 @@ async def test_a_reranker_that_is_still_loading_is_waited_for(
 
 
 async def test_an_unknown_model_is_a_404(client: httpx.AsyncClient, check_error: CheckError) -> None:
-    check_error(await rerank(client, model="nobody"), 404, "model_not_found", param="model")
+    check_error(await rerank(client, model="unknown"), 404, "model_not_found", param="model")
 
 
 async def test_a_model_of_the_other_kind_names_those_that_fit(
@@ -482,7 +482,7 @@ async def test_an_experiment_may_have_rerankers_for_arms(connect: Connect, make_
     assert all(answer.json()["model"] == answer.headers["x-gateway-model"] for answer in answers)
 
 
-async def test_a_failure_of_the_model_is_told_and_counted(
+async def test_a_failure_of_the_model_is_reported_and_counted(
     connect: Connect, make_ranker: MakeModel, check_error: CheckError
 ) -> None:
     def fail(_job: EmbedJob) -> None:

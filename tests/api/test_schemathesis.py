@@ -104,9 +104,9 @@ bounded = settings(max_examples=60, deadline=None, derandomize=True, suppress_he
 
 
 def operations(schema: schemathesis.BaseSchema, *modes: schemathesis.GenerationMode) -> list[object]:
-    """Return the operations of a schema with the requests to send, each a parameter of its own name.
+    """Return the operations of a schema with the requests to send, each a parameter with its own name.
 
-    The names of schemathesis's own parametrization are all the same, and a test that runs beside others needs a name.
+    The names of schemathesis's own parametrization are all the same, and a test that runs next to others needs a name.
     """
     found = [result.ok() for result in schema.get_all_operations()]
     return [

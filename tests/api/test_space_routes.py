@@ -129,7 +129,7 @@ async def test_an_alias_stands_by_its_task(connect: Connect, make_model: MakeMod
     ]
 
 
-async def test_a_request_without_a_task_has_a_space_of_its_own_where_there_is_no_default(
+async def test_a_request_without_a_task_has_its_own_space_if_the_model_has_no_default(
     connect: Connect, make_model: MakeModel
 ) -> None:
     """What such a request gets belongs to no task of the model."""

@@ -77,7 +77,7 @@ async def test_embed(client: httpx.AsyncClient, vectors_of: VectorsOf, inputs: s
 
 
 @pytest.mark.parametrize("name", ["embed", "embed_all"])
-async def test_token_ids_of_the_model_stand_for_their_text(client: httpx.AsyncClient, name: str) -> None:
+async def test_token_ids_of_the_model_are_read_as_their_text(client: httpx.AsyncClient, name: str) -> None:
     rows = (await client.post("/tokenize", json={"inputs": ["a b", "c"]})).json()
     ab, c = ([token["id"] for token in row] for row in rows)
 
@@ -136,7 +136,7 @@ async def test_a_prompt_name_is_a_task(client: httpx.AsyncClient, name: str) -> 
     assert response.headers["x-gateway-space"] == same.headers["x-gateway-space"]
 
 
-async def test_an_unknown_prompt_name_names_those_there_are(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_prompt_name_gets_the_known_ones(client: httpx.AsyncClient) -> None:
     response = await client.post("/tei/jina/embed", json={"inputs": "x", "prompt_name": "nonsense"})
 
     message = error(response, 422, "Validation")
@@ -196,7 +196,7 @@ async def test_embed_all(client: httpx.AsyncClient, path: str) -> None:
     assert response.headers["x-compute-tokens"] == "3"
 
 
-async def test_states_are_in_a_space_of_their_own(client: httpx.AsyncClient) -> None:
+async def test_states_are_in_their_own_space(client: httpx.AsyncClient) -> None:
     dense = (await client.post("/embed", json={"inputs": "a"})).headers["x-gateway-space"]
     states = (await client.post("/embed_all", json={"inputs": "a"})).headers["x-gateway-space"]
 
@@ -208,7 +208,7 @@ async def test_states_are_in_a_space_of_their_own(client: httpx.AsyncClient) -> 
     answer(same, "embed_all")
 
 
-async def test_embed_all_has_a_limit_of_its_own(connect: Connect) -> None:
+async def test_embed_all_has_its_own_limit(connect: Connect) -> None:
     client = await connect(max_token_vectors=4)
 
     enough = await client.post("/embed_all", json={"inputs": ["a b", "c d"]})
@@ -226,7 +226,7 @@ async def test_embed_all_of_a_model_that_runs_elsewhere_is_a_424(connect: Connec
     assert "un-pooled" in error(await client.post("/embed_all", json={"inputs": "a"}), 424, "Backend")
 
 
-async def test_states_are_none_of_the_outputs_of_openai_s_path(client: httpx.AsyncClient) -> None:
+async def test_states_are_not_an_output_of_openai_s_path(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/embeddings", json={"input": "a", "outputs": ["states"]})
 
     assert response.status_code == 400
@@ -544,7 +544,7 @@ async def test_errors_of_an_address_are_tei_s(
 
 
 @pytest.mark.parametrize("path", ["/tei/mini", "/tei/mini/nothing"])
-async def test_who_reads_an_address_is_told_what_there_is(mixed: httpx.AsyncClient, path: str) -> None:
+async def test_reading_an_address_gets_the_right_paths(mixed: httpx.AsyncClient, path: str) -> None:
     assert (await mixed.get(path)).status_code == 404
 
 

@@ -107,7 +107,7 @@ def test_what_the_contract_does_not_allow_gets_tei_s_errors(path: str, where: st
 
     check()
     assert 422 in statuses
-    # What is wrong by the contract alone may be taken: a direction in small letters, say.
+    # Bodies that only the contract forbids may be accepted: a direction in small letters, for example.
     assert statuses <= {200, 400, 422}
 
 

@@ -152,7 +152,7 @@ async def test_only_large_bodies_wait_for_others(coding: str, num_bytes: int, is
 # ---------------------------------------------------------------------------------------------------------- what is left
 
 
-async def test_what_nobody_reads_is_received_up_to_a_limit() -> None:
+async def test_an_unread_body_is_received_up_to_a_limit() -> None:
     piece = bytes(MIB)
     upload = Upload([piece] * 100)
 

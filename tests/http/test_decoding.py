@@ -92,7 +92,7 @@ def test_a_frame_that_asks_for_a_large_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize("coding", ["", "identity", "Identity", ",", "identity, identity"])
-def test_no_coding_is_none(coding: str) -> None:
+def test_no_coding_has_no_decoder(coding: str) -> None:
     assert decoder_for(coding) is None
 
 

@@ -81,7 +81,7 @@ async def test_who_comes_late_is_not_served_for_the_time_that_it_was_away(turns:
     assert later.done == ["b0", "b1", "a7", "b2", "a8", "a9"]
 
 
-async def test_who_has_gone_has_no_turn_and_keeps_nobody_waiting(turns: Turns) -> None:
+async def test_a_client_that_has_left_gets_no_turn_and_delays_no_other(turns: Turns) -> None:
     work = Recorder(turns)
     held = await work.hold()
     tasks = [work.add(name, 1) for name in ("a1", "b1", "c1")]
