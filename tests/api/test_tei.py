@@ -216,7 +216,7 @@ async def test_embed_all_has_its_own_limit(connect: Connect) -> None:
     dense = await client.post("/embed", json={"inputs": ["a b", "c d", "e"]})
 
     answer(enough, "embed_all")
-    assert "5 tokens together, and the limit" in error(too_many, 422, "Validation")
+    assert "5 tokens together, but the limit" in error(too_many, 422, "Validation")
     answer(dense, "embed")
 
 
