@@ -12,7 +12,8 @@ import structlog
 
 from gateway.backends.base import Backend
 from gateway.backends.infinity import InfinityBackend
-from gateway.backends.upstream.backend import UpstreamBackend, server_names
+from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.backends.upstream.description import server_names
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.errors import ConfigError, ReloadRefused, StartError

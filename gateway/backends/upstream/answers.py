@@ -70,6 +70,14 @@ class Answer:
     num_tokens: int
     has_numbers: bool = False
 
+    @classmethod
+    def joined(cls, answers: Sequence[Answer]) -> Answer:
+        """Return the answers to consecutive texts as one."""
+        if len(answers) == 1:
+            return answers[0]
+        num_tokens = min(sum(answer.num_tokens for answer in answers), MAX_COUNT)
+        return cls(np.concatenate([answer.vectors for answer in answers]), num_tokens)
+
 
 def read_json(content: bytes) -> object:
     """Parse an answer; numbers that are not finite, which JSON does not have, become ``None``.

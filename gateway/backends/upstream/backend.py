@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from urllib.parse import urlsplit
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import structlog
 
-from gateway import golden
 from gateway.backends.base import Report
-from gateway.backends.upstream.answers import MAX_COUNT, Answer
-from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, Facts, make_dialect
+from gateway.backends.upstream import description
+from gateway.backends.upstream.answers import Answer
+from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, make_dialect
 from gateway.backends.upstream.failures import RETRY_AFTER_S, Failure, TooLarge, unavailable
 from gateway.backends.upstream.probe import Probe, take_probe
 from gateway.backends.upstream.server import Server
@@ -29,7 +24,6 @@ from gateway.errors import (
     BadInput,
     ContextLengthExceeded,
     DeadlineExceeded,
-    LoadError,
     ModelNotReady,
     Overloaded,
     RequestError,
@@ -38,7 +32,7 @@ from gateway.errors import (
 )
 from gateway.golden import GoldenVector
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary, canonical_task
+from gateway.types import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +43,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _CHARS_PER_TOKEN = 4
 # More numbers in one answer would take more than 50 ms to read, during which nothing else happens.
 _MAX_NUMBERS = 131_072
-_DEFAULT_MAX_TOKENS = 8192
 
 
 class UpstreamBackend:
@@ -82,16 +75,19 @@ class UpstreamBackend:
         await self._close()
         self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)
-        names = server_names(self._upstream.urls)
+        names = description.server_names(self._upstream.urls)
         self._servers = [
             Server(self._entry.id, name, url, self._dialect, self._upstream)
             for name, url in zip(names, self._upstream.urls, strict=True)
         ]
         try:
-            facts = await self._learn_facts()
-            recorded = self._read_golden()
+            facts = await description.learn_facts(self._servers, self._entry, self._upstream)
+            recorded = description.read_golden(self._entry, self.base_fingerprint(), self._tasks)
             self._probe = await take_probe(self._entry.id, self._tasks, self._servers, recorded)
-            self._info = self._describe(facts, recorded, self._probe.width)
+            fingerprint = description.full_fingerprint(self.base_fingerprint(), self._probe.width, recorded or ())
+            self._info = description.describe(
+                self._entry, self._servers, self._tasks, facts, fingerprint, self._probe.width, self._dialect.gives_raw
+            )
         except BaseException:
             await self._close()
             raise
@@ -116,81 +112,14 @@ class UpstreamBackend:
         self._watch = Watch(self._entry.id, self._servers, self._probe, self._settings.golden_interval_s, report)
         return info
 
-    async def _learn_facts(self) -> Facts:
-        """Ask every server for its facts, shut out those that do not answer, and return the facts that hold for all.
-
-        Raises:
-            LoadError: a server serves another model.
-        """
-        answers = await asyncio.gather(*(self._ask_facts(server) for server in self._servers))
-        found = [facts for facts in answers if facts is not None]
-        return Facts(
-            max_tokens=min((facts.max_tokens for facts in found if facts.max_tokens), default=None),
-            max_batch_texts=min((facts.max_batch_texts for facts in found if facts.max_batch_texts), default=None),
-            dtype=next((facts.dtype for facts in found if facts.dtype), None),
-        )
-
-    async def _ask_facts(self, server: Server) -> Facts | None:
-        try:
-            facts = await server.facts()
-        except Failure as failure:
-            server.shut_out(str(failure))
-            return None
-        self._check_model(server, facts)
-        return facts
-
-    def _check_model(self, server: Server, facts: Facts) -> None:
-        wanted = self._upstream.model or self._entry.source
-        known = {name.casefold() for name in facts.models}
-        if self._entry.backend == "tei" and known and wanted.casefold() not in known:
-            raise LoadError(
-                f"{server.name} serves {', '.join(facts.models)}, and not {wanted}; say what it calls the model in "
-                "`upstream.model`"
-            )
-
-    def _read_golden(self) -> Sequence[GoldenVector] | None:
-        if self._entry.golden is not None:
-            return golden.read(Path(self._entry.golden), self.base_fingerprint(), self._tasks.instructions)
-        return None
-
     def base_fingerprint(self) -> str:
-        """Return a hash of what identifies the model apart from its vectors: its name, and the fields sent with a text."""
-        # How vectors are written does not change them.
-        extra = {name: value for name, value in self._upstream.extra_body.items() if name != "encoding_format"}
-        content: list[object] = [self._upstream.model or self._entry.source, dict(self._tasks.names), extra]
-        if self._upstream.task_field is not None:
-            content.append(self._upstream.task_field)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Return the fingerprint of the model apart from its vectors."""
+        return description.base_fingerprint(self._entry, self._upstream, self._tasks)
 
     @property
     def probe(self) -> Sequence[GoldenVector]:
         """The vectors that the servers must give; none before the model has been planned."""
         return self._probe.vectors if self._probe else ()
-
-    def _describe(self, facts: Facts, recorded: Sequence[GoldenVector] | None, width: int) -> ModelInfo:
-        entry = self._entry
-        if too_wide := [size for size in entry.dimensions if size > width]:
-            raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {width}")
-        identity = f"{self.base_fingerprint()} {width}".encode()
-        vectors = b"".join(one.vector.astype("<f4").tobytes() for one in recorded or ())
-        return ModelInfo(
-            id=entry.id,
-            source=entry.source,
-            revision=entry.revision,
-            fingerprint=hashlib.sha256(identity + vectors).hexdigest(),
-            width=width,
-            dimensions=tuple(sorted({width, *entry.dimensions}, reverse=True)),
-            max_tokens=entry.max_tokens or facts.max_tokens or _DEFAULT_MAX_TOKENS,
-            pooling="unknown",
-            is_normalized=True,
-            device="remote",
-            dtype=facts.dtype or "unknown",
-            engine=f"{entry.backend} at {', '.join(server.name for server in self._servers)}",
-            memory_bytes=0,
-            tasks=self._tasks.instructions,
-            default_task=entry.default_task and canonical_task(entry.default_task),
-            has_raw=self._dialect.gives_raw,
-        )
 
     # ------------------------------------------------------------------------------------------------ a request
 
@@ -202,15 +131,13 @@ class UpstreamBackend:
         self._count_waiting(job, 1)
         started = time.monotonic()
         try:
-            answers = await self._embed_slices(job, _slices(job.texts, self._max_batch_texts))
+            answer = await self._embed_slices(job, list(_slices(job.texts, self._max_batch_texts)))
         finally:
             self._count_waiting(job, -1)
-        vectors = np.concatenate([answer.vectors for answer in answers]) if len(answers) > 1 else answers[0].vectors
-        # Servers say how many tokens a request had, not each text.
-        num_tokens = min(sum(answer.num_tokens for answer in answers), MAX_COUNT)
         return Embeddings(
-            vectors=vectors,
-            num_tokens=[num_tokens, *[0] * (len(job.texts) - 1)],
+            vectors=answer.vectors,
+            # Servers say how many tokens a request had, not each text.
+            num_tokens=[answer.num_tokens, *[0] * (len(job.texts) - 1)],
             truncated=[],
             timings=Timings(0.0, 0.0, time.monotonic() - started),
         )
@@ -235,18 +162,17 @@ class UpstreamBackend:
         metrics.QUEUE_TEXTS.labels(self._entry.id).set(self._num_texts)
         metrics.QUEUE_TOKENS.labels(self._entry.id).set(self._num_chars // _CHARS_PER_TOKEN)
 
-    async def _embed_slices(self, job: EmbedJob, slices: Iterable[range]) -> list[Answer]:
-        """Embed slices of a job in a request each, side by side; the first failure ends all."""
-        slices = list(slices)
+    async def _embed_slices(self, job: EmbedJob, slices: Sequence[range]) -> Answer:
+        """Embed slices of a job in one request each, side by side; the first failure ends all."""
         if len(slices) == 1:
-            return [await self._embed_slice(job, slices[0])]
+            return await self._embed_slice(job, slices[0])
         tasks: list[asyncio.Task[Answer]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks += [group.create_task(self._embed_slice(job, one)) for one in slices]
+                tasks += [group.create_task(self._embed_slice(job, places)) for places in slices]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return Answer.joined([task.result() for task in tasks])
 
     async def _embed_slice(self, job: EmbedJob, places: range) -> Answer:
         """Embed some texts of a job on one server, and if it does not answer, on another one, or on it again.
@@ -301,8 +227,7 @@ class UpstreamBackend:
         half = (len(places) + 1) // 2
         if error.is_number:
             self._max_batch_texts = min(self._max_batch_texts, half)
-        answers = await self._embed_slices(job, [places[:half], places[half:]])
-        return Answer(np.concatenate([one.vectors for one in answers]), sum(one.num_tokens for one in answers))
+        return await self._embed_slices(job, [places[:half], places[half:]])
 
     def _note(self, server: Server, failure: Failure) -> None:
         """Take note of a failure; if it makes the server suspect, try the server at once."""
@@ -371,14 +296,6 @@ class UpstreamBackend:
             self._watch = None
         for server in self._servers:
             await server.close()
-
-
-def server_names(urls: Sequence[str]) -> list[str]:
-    """Return a name for each server: host and port, with the path where several share those."""
-    hosts = [urlsplit(url).netloc for url in urls]
-    return [
-        host if hosts.count(host) == 1 else host + urlsplit(url).path for host, url in zip(hosts, urls, strict=True)
-    ]
 
 
 def _slices(texts: Sequence[str], max_texts: int) -> Iterator[range]:
