@@ -318,7 +318,7 @@ def test_the_command_asks_a_gateway_that_is_served(serve: Serve) -> None:
             ask_evidence(url, "other", "key-1")
         for key in (None, "wrong", "schlüssel"):
             with pytest.raises(
-                StartError, match=r"answers 401: .*; name the environment variable with the key by --api"
+                StartError, match=r"answers 401: .*; --api-key-env names the environment variable with the key"
             ):
                 ask_evidence(url, "exp", key)
         with pytest.raises(StartError, match=r"answers 404: no such path: /elsewhere/v1/experiments"):
