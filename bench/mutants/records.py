@@ -27,6 +27,8 @@ _MOVED = 0.5
 # The tests of modules that are tested elsewhere than in the file or folder that is named for them.
 _TESTS_OF = {
     "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
+    "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),
+    "gateway/engine/worker.py": ("engine/test_worker", "engine/test_batcher"),
     "gateway/http/head.py": ("api/test_connections", "api/test_limits"),
     "gateway/http/middleware.py": ("api/test_behind_a_proxy", "api/test_contract", "api/test_request_log"),
     "gateway/http/protocol.py": ("api/test_connections", "api/test_limits"),

@@ -120,6 +120,8 @@ def test_the_longest_document_fits_and_one_token_more_does_not(jina: Path, load:
     message = f"maximum context length is {MAX_TOKENS} tokens, however the chunks have {MAX_TOKENS + 1} tokens together"
     with pytest.raises(ContextLengthExceeded, match=message):
         tokenize_chunks(tokenizer, [*fitting, "fox"], "")
+    with pytest.raises(ContextLengthExceeded, match=r"the chunks have at least \d+ tokens together"):
+        tokenize_chunks(tokenizer, ["fox"] * 1000, "")  # not all of them are read
 
 
 @pytest.mark.parametrize("instruction", ["", "Represent the document for retrieval: "])

@@ -28,6 +28,8 @@ TEXTS = {
     "exactly the limit": "word " * 254,
     "one over": "word " * 255,
     "some over": "word " * 300,
+    "as long as the shortest window": ("word " * 205)[:1024],
+    "as long as a window for 256 tokens": ("word " * 820)[:4096],
     "long": LOREM * 2_000,
     "long without white space": "Donaudampfschifffahrtsgesellschaft." * 3_000,
     "CJK": "向量数据库中的语义搜索。" * 8_000,
@@ -37,6 +39,8 @@ TEXTS = {
     "words of 90 letters": ("x" * 90 + " ") * 500,
     "white space": " " * 100_000,
     "white space, then words": " " * 100_000 + LOREM * 50,
+    "white space, then many words": " " * 100_000 + LOREM * 2_000,
+    "many words, then white space": LOREM * 2_000 + " " * 100_000,
     "line breaks alone": "word\n" * 20_000,
     "punctuation": "." * 50_000,
     "combining accents": "e\u0301" * 30_000,
@@ -147,6 +151,11 @@ def test_refuse_says_the_limit_and_the_length(bundled_encoder: Encoder, name: st
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
 
 
+def test_the_first_text_has_index_0_unless_it_is_said(bundled_encoder: Encoder) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"input\[0\] has 257 tokens"):
+        bundled_encoder.tokenizer.tokenize([TEXTS["one over"]], "", Truncate.REFUSE)
+
+
 def test_refuse_takes_a_text_of_exactly_the_limit(bundled_encoder: Encoder) -> None:
     [tokens] = bundled_encoder.tokenizer.tokenize([TEXTS["exactly the limit"]], "", Truncate.REFUSE)
 
@@ -184,8 +193,11 @@ def test_a_huge_text_does_not_stop_other_threads(bundled_encoder: Encoder, text:
 
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])
-def test_tokenizing_costs_what_is_kept_not_what_was_sent(bundled_encoder: Encoder, truncate: Truncate) -> None:
-    text = LOREM * 100_000  # 5.7 million characters: some 4 s if it were tokenized whole
+@pytest.mark.parametrize("around", ["", " " * 1_000_000], ids=["words", "words in white space"])
+def test_tokenizing_costs_what_is_kept_not_what_was_sent(
+    bundled_encoder: Encoder, truncate: Truncate, around: str
+) -> None:
+    text = f"{around}{LOREM * 100_000}{around}"  # 5.7 million characters: some 4 s if it were tokenized whole
     started = time.process_time()  # what others do on this machine does not count
 
     bundled_encoder.tokenizer.tokenize([text], "query: ", truncate)
