@@ -189,6 +189,8 @@ def changes(source: str) -> set[tuple[str, str]]:
             {("condition", "if True: b()"), ("condition", "if False: b()"), ("statement dropped", "if a: pass")},
         ),
         ("a = 'key'", {("constant", "a = 'key~'")}),
+        ("_MOST = 64", {("off by one", "_MOST = 64000")}),
+        ("_MOST = 64 * 2**20", {("constant", "_MOST = (64 * 2 ** 20 * 1000)")}),
     ],
 )
 def test_a_mutant_is_one_small_change(source, expected):

@@ -134,6 +134,9 @@ class _Collector(ast.NodeVisitor):
     def _visit_statement(self, node: ast.stmt) -> None:
         if _is_left_alone(node):
             return
+        if (bound := _tuned_product(node)) is not None:
+            self._add("constant", bound, ast.BinOp(bound, ast.Mult(), ast.Constant(_MUCH)))
+            return
         self._mutate_statement(node)
         super().visit(node)
 
@@ -243,6 +246,17 @@ def _is_left_alone(node: ast.stmt) -> bool:
         case ast.Assign(value=ast.Subscript(value=ast.Name(id="Literal" | "Annotated"))):
             return True
     return False
+
+
+def _tuned_product(node: ast.stmt) -> ast.BinOp | None:
+    """Return what a module's constant is calculated from, such as ``64 * 2**20``, if that is numbers alone."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp() as value) if name.isupper():
+            leaves = (
+                leaf for leaf in ast.walk(value) if isinstance(leaf, ast.expr) and not isinstance(leaf, ast.BinOp)
+            )
+            return value if all(isinstance(leaf, ast.Constant) for leaf in leaves) else None
+    return None
 
 
 def _is_log_call(node: ast.Call) -> bool:
