@@ -280,7 +280,7 @@ async def test_a_model_is_retired_when_its_last_user_has_gone(made: Models) -> N
     assert backend.num_stops == 1
 
 
-async def test_a_model_that_nobody_uses_is_retired_at_once(made: Models) -> None:
+async def test_a_model_that_no_client_uses_is_retired_at_once(made: Models) -> None:
     backend = made.add("here", is_remote=False)
 
     async with asyncio.timeout(PATIENCE_S):
