@@ -1,7 +1,7 @@
-"""TEI's HTTP contract, written by hand after the OpenAPI document that its release 1.9.3 publishes.
+"""TEI's HTTP contract, written by hand from the OpenAPI document of its release 1.9.3.
 
-It is held against both of the gateway's sides: the paths that it has for TEI's clients, and what it sends to, and reads
-from, a TEI that runs a model.
+It checks both sides of the gateway: its paths for TEI's clients, and the messages that it sends to a TEI that runs a
+model, and reads from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a stop costs: nothing, to whoever heeds readiness. A process with fake models, so that it starts in a second."""
+"""A stop costs nothing to clients that heed readiness. A process with fake models, so that it starts in a second."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def embed(client: httpx.Client, url: str) -> httpx.Response:
     return client.post(f"{url}/v1/embeddings", json={"input": "a b", "model": "mini"}, timeout=30)
 
 
-def ask_in_vain(client: httpx.Client, url: str) -> None:
+def embed_ignoring_errors(client: httpx.Client, url: str) -> None:
     with suppress(httpx.HTTPError):
         embed(client, url)
 
@@ -253,7 +253,7 @@ def test_half_a_head_is_waited_for_when_it_stops() -> None:
         assert process.wait(timeout=20) == 0
 
 
-def test_a_request_that_outlives_the_grace_time_is_told_to_come_back() -> None:
+def test_a_request_that_outlives_the_grace_time_gets_a_retry_after() -> None:
     with gateway(delay_s=60.0, shutdown_grace_s=1) as (process, url), httpx.Client() as client:
         answers: list[httpx.Response] = []
         request = threading.Thread(target=lambda: answers.append(embed(client, url)))
@@ -269,7 +269,7 @@ def test_a_request_that_outlives_the_grace_time_is_told_to_come_back() -> None:
 
 
 def wait_for_requests(url: str, number: int) -> None:
-    """Wait until so many requests are being answered, this question left out."""
+    """Wait until so many requests are being answered, not counting this one."""
     with httpx.Client() as client:
         wait_until(lambda: f"gateway_requests_in_flight {number + 1}.0" in client.get(f"{url}/metrics").text)
 
@@ -281,7 +281,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_what_takes_longer_than_the_grace_time_does_not_hold_the_stop_up() -> None:
+def test_a_request_longer_than_the_grace_time_does_not_hold_up_the_stop() -> None:
     with gateway(delay_s=60.0, shutdown_grace_s=1) as (process, url), httpx.Client() as client:
         ended = threading.Event()
 
@@ -327,9 +327,9 @@ def test_a_second_signal_does_not_wait_for_the_load_balancer() -> None:
         assert process.wait(timeout=10) == 0
 
 
-def test_a_third_signal_does_not_wait_for_what_still_runs() -> None:
+def test_a_third_signal_does_not_wait_for_running_requests() -> None:
     with gateway(delay_s=60.0, drain_delay_s=60, shutdown_grace_s=60) as (process, url), httpx.Client() as client:
-        threading.Thread(target=ask_in_vain, args=(client, url), daemon=True).start()
+        threading.Thread(target=embed_ignoring_errors, args=(client, url), daemon=True).start()
         wait_for_requests(url, 1)
         for _ in range(3):
             process.send_signal(signal.SIGTERM)
@@ -375,7 +375,7 @@ def test_the_operators_port_is_apart_and_stays_until_the_end() -> None:
 
 
 @pytest.mark.parametrize("setting", ["port", "admin_port"])
-def test_a_port_in_use_is_told_at_once(setting: str) -> None:
+def test_a_port_in_use_is_reported_at_once(setting: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         environ = {"GATEWAY_PORT": "0", f"GATEWAY_{setting.upper()}": str(port), "DELAY_S": "0"}

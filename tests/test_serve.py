@@ -39,7 +39,7 @@ def write_registry(folder: Path, models: str) -> Path:
 def gateway(registry: Path, *options: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "gateway", "serve", "--models", str(registry), *options],
-        env={"GATEWAY_LOG_LEVEL": "error", **os.environ, **environ},  # a pipe that nobody reads must not fill up
+        env={"GATEWAY_LOG_LEVEL": "error", **os.environ, **environ},  # an unread pipe must not fill up
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -106,7 +106,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Python tells its audit hooks of each connection, whichever library makes it."""
+    """Python reports each connection to its audit hooks, whichever library makes it."""
     folder, port = tmp_path_factory.mktemp("served"), free_port()
     (folder / "sitecustomize.py").write_text(WATCHER)
     connections = folder / "connections"
@@ -145,7 +145,7 @@ def ask_until_ready(client: httpx.Client) -> dict[int, httpx.Response]:
     return seen
 
 
-def test_it_asks_nobody_anything_and_sends_nothing_home(served: Served) -> None:
+def test_it_opens_no_connection_and_looks_up_no_name(served: Served) -> None:
     assert served.connections == ""
 
 
@@ -251,7 +251,7 @@ def test_others_are_warned_of_only_where_no_key_is_asked_for(tmp_path: Path, key
     assert [*events].index("listening") < [*events].index("model_failed")
 
 
-def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with gateway(write_registry(tmp_path, BUNDLED), "--port", port) as process:
@@ -277,7 +277,7 @@ def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
     ],
     ids=["option", "variable", "typo", "host", "two ports"],
 )
-def test_a_wrong_setting_is_told_without_a_traceback(
+def test_a_wrong_setting_is_reported_without_a_traceback(
     tmp_path: Path, options: tuple[str, ...], environ: dict[str, str], message: str
 ) -> None:
     with gateway(write_registry(tmp_path, BUNDLED), *options, **environ) as process:

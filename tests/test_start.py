@@ -186,7 +186,7 @@ def test_a_stop_does_not_wait_for_a_load_that_never_ends(tmp_path: Path) -> None
         assert process.wait(PATIENCE_S) == 0
 
 
-def test_a_table_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
+def test_an_unread_table_holds_nothing_up(tmp_path: Path) -> None:
     before = "import gateway.cli.tables as t\nt.print_serving = lambda *_a, **_k: print('x' * 1_000_000, flush=True)"
     with gateway(tmp_path, before) as (process, log):
         url = url_of(log)

@@ -1,4 +1,4 @@
-"""Small faults that are put into a module, one at a time.
+"""Small faults to put into a module, one at a time.
 
 Only what can change behavior is touched: docstrings, prose (a text with a space in it), log calls, the texts of errors,
 annotations, decorators and ``__all__`` are left alone.
@@ -38,8 +38,8 @@ _LOG_METHODS = {"debug", "info", "warning", "error", "exception"}
 _LOGS = {"log", "_log", "logger", "_logger"}
 _COMMUTATIVE = {"max", "min", "suppress"}
 _ENCODINGS = {"utf-8", "ascii"}  # Python takes nearly any spelling
-# One more or less of a number above it is no fault that a test should find; nor is a little more of a figure that was
-# tuned, which a constant of a module is.
+# Tests need not notice that a number above this limit changes by one, nor that a tuned figure, which means a constant of
+# a module, changes a little.
 _MAX_STEPPED = 100
 _MUCH = 1000
 
@@ -68,7 +68,7 @@ class Mutant:
     source: str
 
     def order(self, seed: int) -> str:
-        """Return a key to sort by: random, but the same for the same change wherever the line moves to."""
+        """Return a random sort key that stays the same for the same change, wherever its line moves."""
         text = f"{seed}\0{self.module}\0{self.operator}\0{self.before}\0{self.after}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -180,7 +180,7 @@ class _Collector(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_MatchValue(self, node: ast.MatchValue) -> None:
-        """Leave patterns alone: they are no expressions that can be in parentheses."""
+        """Leave patterns alone: they are not expressions, so they cannot be put in parentheses."""
 
     # --------------------------------------------------------------------------------------------------- changing
 
@@ -222,7 +222,7 @@ class _Collector(ast.NodeVisitor):
                 self._add("condition", test, "True")
 
     def _as_constant(self, node: ast.expr, new: ast.expr) -> ast.expr:
-        """Return what a number that is tuned becomes: that of a module's constant, which has capital letters."""
+        """Return a much larger value for a tuned number, one of a module's constant in capitals, and else ``new``."""
         match self._statements[-1], node, new:
             case (
                 ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)),
@@ -249,7 +249,7 @@ def _is_left_alone(node: ast.stmt) -> bool:
 
 
 def _tuned_product(node: ast.stmt) -> ast.BinOp | None:
-    """Return what a module's constant is calculated from, such as ``64 * 2**20``, if that is numbers alone."""
+    """Return the product that gives a module's constant its value, such as ``64 * 2**20``, if it has only numbers."""
     match node:
         case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp() as value) if name.isupper():
             leaves = (

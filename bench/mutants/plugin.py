@@ -1,4 +1,4 @@
-"""What runs inside pytest, next to a mutant: chooses the tests, and records which lines each of them runs.
+"""The plugin that runs inside pytest, next to a mutant: it chooses the tests, and records which lines each of them runs.
 
 Nothing here may import the gateway: what is imported before a mutant is in place stays as it was.
 """
@@ -19,7 +19,7 @@ import pytest
 from bench.mutants.child_trace import TRACE_FILE, TRACE_FOLDER
 
 IMPORT = ""
-"""Stands in for the name of a test where lines run before the first one: at the import of a module."""
+"""Replaces the name of a test for lines that run before the first test, when a module is imported."""
 
 
 class Selection:
@@ -39,7 +39,7 @@ class Selection:
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self._tests])
         rank = self._tests
         items[:] = [item for item in items if item.nodeid in rank]
-        # File by file, so that what the tests of a file share is made once.
+        # File by file, so that the fixtures that a file's tests share are made once.
         first: dict[object, int] = {}
         for item in items:
             first[item.path] = min(first.get(item.path, len(rank)), rank[item.nodeid])
@@ -56,7 +56,7 @@ class Selection:
 
 @dataclass(slots=True)
 class Trace:
-    """What one test did.
+    """The record of one test.
 
     Attributes:
         outcome: ``passed``, ``failed`` or ``skipped``.

@@ -19,12 +19,12 @@ import orjson
 from bench.mutants.operators import Mutant
 from bench.mutants.plugin import IMPORT, Trace
 
-# They run for minutes, in environments of their own, or look at no code.
+# They run for minutes, run in separate environments, or do not test code.
 NOT_RECORDED = ("tests/clients", "tests/loadtest", "tests/deploy", "tests/test_bench.py", "tests/test_imports.py")
-# The share of lines that a module must have in common with one that is gone, to be taken for the same one.
+# A module that has this share of its lines in common with a removed one is taken for the same module.
 _MOVED = 0.5
 
-# The tests of modules that are tested elsewhere than in the file or folder that is named for them.
+# The tests of modules whose tests are not in the file or folder named after them.
 _TESTS_OF = {
     "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
     "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),
@@ -55,7 +55,7 @@ class Candidate:
 
 
 def own_tests(project: Path, module: str) -> list[str]:
-    """Return the files of tests that are named for a module, or else all tests of the folder that is named for its own."""
+    """Return the test files that are named after a module, or else all tests of the folder named after the module's."""
     if module in _TESTS_OF:
         return [f"tests/{name}.py" for name in _TESTS_OF[module] if (project / f"tests/{name}.py").is_file()]
     path = Path(module)
@@ -90,11 +90,11 @@ class Records:
         self._weights_of: dict[str, Mapping[str, float]] = {}
 
     def has(self, file: str) -> bool:
-        """Whether there is a record, and the file has not changed since."""
+        """Whether the file has a record, and has not changed since."""
         return self._load(file) is not None
 
     def save(self, file: str, traces: Mapping[str, Trace]) -> None:
-        """Keep what tests ran, with the sources as they are now."""
+        """Save the lines that tests ran, with the current sources."""
         sources = {name: (self._project / name).read_bytes() for trace in traces.values() for name in trace.lines}
         for source in sources.values():
             path = self._folder / "sources" / _hash(source)
@@ -117,12 +117,12 @@ class Records:
         self._loaded.pop(file, None)
 
     def failed(self, file: str) -> list[str]:
-        """Return the tests that failed without any change: they are left out."""
+        """Return the tests that fail without any change: they are left out."""
         record = self._load(file)
         return [] if record is None else [test for test, (outcome, *_) in record.tests.items() if outcome == "failed"]
 
     def candidates(self, mutant: Mutant, files: Iterable[str], budget_s: float) -> list[Candidate]:
-        """Return tests that run a line of what is changed, as many as fit; first those that are most about its module.
+        """Return tests that run a changed line, as many as fit; first those that are most about its module.
 
         A test is about a module if it runs lines of it that few others run: each line counts ``1 / (tests that run it)``.
         """
@@ -154,7 +154,7 @@ class Records:
         return self._weights_of[module]
 
     def others(self, mutant: Mutant, own: Sequence[str]) -> list[str]:
-        """Return the other files of tests that run a line of what is changed."""
+        """Return the other test files that run a changed line."""
         counts = {file: len(self._candidates_in(file, mutant)) for file in all_tests(self._project) if file not in own}
         return [file for file, count in counts.items() if count]
 
@@ -167,7 +167,7 @@ class Records:
         new = (self._project / mutant.module).read_text(encoding="utf-8")
         wanted = _bits(old_lines(old, new, *mutant.lines))
         at_import = record.tests.get(IMPORT, ("", 0.0, {}))[2].get(module, "0")
-        # What runs at the import of the module can be noticed by any test that uses the module.
+        # Any test that uses the module can notice a change in the lines that run at its import.
         is_of_import = not int(wanted, 16) or bool(int(at_import, 16) & int(wanted, 16))
         found = [
             Candidate(test, file, duration_s)
@@ -180,7 +180,7 @@ class Records:
         return sorted(found, key=lambda candidate: candidate.duration_s)
 
     def _old_name(self, record: _Record, module: str) -> str | None:
-        """Return what a module was called when a record was made; ``None`` if it was not there or no test ran it."""
+        """Return a module's name at the time of a record; ``None`` if it did not exist or no test ran it."""
         if module in record.sources:
             return module
         new = (self._project / module).read_text(encoding="utf-8")
@@ -216,7 +216,7 @@ class _Record:
 
 @lru_cache(maxsize=4096)
 def old_lines(old: str, new: str, first: int, last: int) -> frozenset[int]:
-    """Return the numbers that lines ``first`` to ``last`` of ``new`` have in ``old``; empty if they are not there."""
+    """Return the numbers that lines ``first`` to ``last`` of ``new`` have in ``old``; empty if ``old`` lacks them."""
     if old == new:
         return frozenset(range(first, last + 1))
     matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)

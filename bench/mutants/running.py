@@ -50,7 +50,7 @@ _NEVER_PRELOADED = ("__main__", "gevent", "locust", "ddtrace")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a run of pytest.
+    """The outcome of a run of pytest.
 
     Attributes:
         status: that of pytest: 0 passed, 5 no test was run, others failed; -1 took too long.
@@ -92,7 +92,7 @@ class Workspace:
         self._original = path, path.read_bytes(), modified_s
         self._num_changes += 1
         path.write_text(source, encoding="utf-8")
-        # Compiled files are told apart by whole seconds.
+        # A compiled file holds its source's modification time in whole seconds.
         os.utime(path, (modified_s, modified_s + 10 * self._num_changes))
 
     def restore(self) -> None:
@@ -105,7 +105,7 @@ class Workspace:
 
 
 def preload(workspace: Workspace, files: Sequence[str]) -> None:
-    """Import into this process what the tests in ``files`` import, less what is the project's."""
+    """Import into this process the modules that the tests in ``files`` import, except the project's own."""
 
     def collect() -> Mapping[str, object]:
         import pytest
@@ -186,7 +186,7 @@ class Child:
         self._status = -1
 
     def wait(self) -> Mapping[str, object]:
-        """Return what the function returned; empty if it took too long or ended otherwise."""
+        """Return the function's result; empty if it took too long or ended otherwise."""
         while not self.has_ended():
             time.sleep(_POLL_S)
         return self.result()
@@ -205,7 +205,7 @@ class Child:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
 
     def _kill(self, children: Sequence[psutil.Process]) -> None:
-        """Kill the child's process group, which outlives it, and children that made a group of their own."""
+        """Kill the child's process group, which outlives it, and children that made their own group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
         for child in children:
@@ -240,7 +240,7 @@ def record_tests(workspace: Workspace, file: str) -> Mapping[str, object]:
 
 
 def outcome_of(child: Child) -> Outcome:
-    """Return what became of :func:`run_tests` in a child."""
+    """Return the outcome of :func:`run_tests` in a child."""
     if child.took_too_long:
         return Outcome(-1, "took too long")
     result = child.result()

@@ -1,4 +1,4 @@
-"""Runs the tests against the changes of a module and counts what they notice."""
+"""Runs the tests against the changes of a module and counts those that they notice."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much is tried.
+    """How much to try.
 
     Attributes:
         sample: mutants of a module; 0 for all.
-        budget_s: recorded seconds of tests that a mutant is run against, of its own tests and of others each.
+        budget_s: recorded seconds of the tests to run against a mutant, once for its module's tests and once for others.
         is_own_only: leave out the others.
     """
 
@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(slots=True)
 class ModuleResult:
-    """What became of the mutants of a module.
+    """The outcomes of a module's mutants.
 
     Attributes:
         killed: the mutants that were noticed, with the test that did.
@@ -77,7 +77,7 @@ class ModuleResult:
 
 
 def record(copies: Sequence[Workspace], records: Records, files: Iterable[str], *, is_forced: bool = False) -> None:
-    """Record what the tests in files run, unless it is known, and say which fail without any change."""
+    """Record the lines that the tests in files run, unless known, and report the tests that fail without any change."""
     left = [file for file in files if is_forced or not records.has(file)]
 
     def start(copy: Workspace, file: str) -> Child:

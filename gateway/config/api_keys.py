@@ -26,7 +26,7 @@ from gateway.config.wording import describe, did_you_mean, explain, quote
 from gateway.config.yaml_source import Document, FileKind, KeyPath, compose, read_document, read_text
 from gateway.errors import ConfigError, Problem, StartError
 
-# Enough for a file of a megabyte: about 8,000 clients with limits and models of their own.
+# Enough for a file of a megabyte: about 8,000 clients with their own limits and models.
 _KEY_FILE = FileKind("`version: 1` and `keys:`", "GATEWAY_API_KEYS_FILE or --file names it", max_values=100_000)
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # text in YAML even without quotes, except for a few words
 
@@ -97,7 +97,7 @@ def unknown_models(keys: KeyFile, names: Iterable[str]) -> list[str]:
     """
     known = set(names)
     return [
-        f"key {entry.name}: there is no model {quote(name)}{did_you_mean(name, known)}"
+        f"key {entry.name}: the model {quote(name)} does not exist{did_you_mean(name, known)}"
         for entry in keys.keys
         for name in entry.models or ()
         if name not in known

@@ -145,8 +145,11 @@ def _shadow_problems(shadow: Shadow, names: _Names) -> Iterator[tuple[str, str]]
     known = [*names.ids, *names.aliases, *names.experiments]
     if shadow.of not in known:
         guess = did_you_mean(shadow.of, known) or ";"
-        yield "of", f"is no model, alias or experiment, got {quote(shadow.of)}{guess} names: {enumerate_names(known)}"
+        yield (
+            "of",
+            f"must be a model, alias or experiment, got {quote(shadow.of)}{guess} names: {enumerate_names(known)}",
+        )
     if shadow.to not in names.ids:
         yield "to", names.wrong_target(shadow.to)
     elif shadow.to == names.aliases.get(shadow.of, shadow.of):
-        yield "to", f"is the model that answers {quote(shadow.of)} itself; a shadow is a second model"
+        yield "to", f"is the model that answers {quote(shadow.of)} itself; a shadow must be another model"

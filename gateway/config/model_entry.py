@@ -205,7 +205,7 @@ class ModelEntry(Frozen):
     @classmethod
     def _check_revision(cls, revision: str | None, info: ValidationInfo) -> str | None:
         if "source" not in info.data:
-            return revision  # `source` has a problem of its own, and this check depends on it
+            return revision  # `source` has its own problem, and this check depends on it
         source: str = info.data["source"]
         if info.data.get("backend", "infinity") != "infinity":
             if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision):

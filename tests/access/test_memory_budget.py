@@ -53,7 +53,7 @@ def test_each_of_three_clients_leaves_as_much_free_as_it_holds(budget: MemoryBud
     assert budget.num_bytes < 90 * MIB
 
 
-def test_another_client_gets_in_beside_one_that_holds_all_that_it_may(budget: MemoryBudget) -> None:
+def test_another_client_is_admitted_next_to_one_that_holds_its_full_share(budget: MemoryBudget) -> None:
     fill(budget, "ann", 4 * MIB)
 
     budget.open("ben").resize(16 * MIB)
@@ -68,7 +68,7 @@ def test_small_requests_get_in_where_large_ones_of_the_same_client_are_refused(b
     budget.open("ben").resize(MIB)
 
 
-def test_what_is_given_back_is_free_again(budget: MemoryBudget) -> None:
+def test_memory_that_is_given_back_is_free_again(budget: MemoryBudget) -> None:
     held = fill(budget, "ann", 10 * MIB)
     for reservation in held:
         reservation.shrink(11 * MIB)  # is no growth
@@ -82,7 +82,7 @@ def test_what_is_given_back_is_free_again(budget: MemoryBudget) -> None:
     assert len(fill(budget, "ann", 10 * MIB)) == len(held)
 
 
-def test_what_is_refused_leaves_everything_as_it_was(budget: MemoryBudget) -> None:
+def test_a_refusal_leaves_everything_as_it_was(budget: MemoryBudget) -> None:
     one = budget.open("ann")
     one.resize(40 * MIB)
     other = budget.open("ann")
@@ -94,7 +94,7 @@ def test_what_is_refused_leaves_everything_as_it_was(budget: MemoryBudget) -> No
     assert (one.num_bytes, other.num_bytes, budget.num_bytes) == (40 * MIB, 5 * MIB, 45 * MIB)
 
 
-def test_what_never_fits_is_refused_for_good(budget: MemoryBudget) -> None:
+def test_a_request_that_never_fits_is_refused_for_good(budget: MemoryBudget) -> None:
     with pytest.raises(TooMuchMemory, match=f"about {51 * MIB} bytes of memory, the maximum is {50 * MIB}") as raised:
         budget.open("ann").resize(51 * MIB)
 
@@ -118,7 +118,7 @@ def test_the_advice_follows_from_how_fast_memory_is_given_back(budget: MemoryBud
     held = fill(budget, "ann", 10 * MIB)
     assert refusal(budget).retry_after_s == 5  # nothing is known yet
 
-    for _ in range(100):  # 1 MiB a second, again and again
+    for _ in range(100):  # 1 MiB per second, again and again
         clock.now += 1
         held[0].resize(9 * MIB)
         held[0].resize(10 * MIB)

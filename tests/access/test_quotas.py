@@ -70,7 +70,7 @@ def _wait_until_it_listens(port: int) -> None:
 
 @pytest.fixture
 async def connect() -> AsyncIterator[Callable[[str], Quotas]]:
-    """Return what makes quotas; their connections are closed in the end."""
+    """Return a function that makes quotas, and close their connections in the end."""
     async with contextlib.AsyncExitStack() as stack:
 
         def connect(uri: str) -> Quotas:
@@ -124,7 +124,7 @@ async def test_requests_of_a_minute(quotas: Quotas) -> None:
     assert (await use(quotas, other))["x-ratelimit-remaining-requests"] == "2"
 
 
-async def test_before_a_minute_s_first_token_there_is_nothing_to_wait_for(quotas: Quotas) -> None:
+async def test_before_a_minute_s_first_token_no_request_waits(quotas: Quotas) -> None:
     headers: dict[str, str] = {}
     await quotas.admit(client(tokens_per_minute=10), headers)
 
@@ -259,8 +259,8 @@ async def test_without_an_answer_from_the_storage_requests_pass(connect: Callabl
     assert metrics.QUOTA_ERRORS._value.get() > before
 
 
-async def test_a_storage_that_hangs_holds_one_request_up_and_no_other(connect: Callable[[str], Quotas]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its backlog for ever
+async def test_a_storage_that_hangs_holds_up_one_request_and_no_other(connect: Callable[[str], Quotas]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its backlog forever
         quotas, one = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"), client(requests_per_minute=1)
         await quotas.admit(one, {})
         started = time.monotonic()
@@ -353,7 +353,7 @@ async def test_a_request_asks_redis_four_times(
         assert 30 < float(headers[f"x-ratelimit-reset-{what}"].removesuffix("s")) <= 60
 
 
-async def test_no_more_ends_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_remembered_ends_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.access.quotas._MAX_ENDS", 3)
     quotas = Quotas("memory://")
     clients = [Client(f"c{number}", requests_per_minute=5) for number in range(10)]

@@ -58,7 +58,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
-        (f"{{name: a, sha256: {DIGEST}, models: [minni]}}", "key a: there is no model `minni`; did you mean `mini`?"),
+        (
+            f"{{name: a, sha256: {DIGEST}, models: [minni]}}",
+            "key a: the model `minni` does not exist; did you mean `mini`?",
+        ),
         ("{name: a, sha256: secret}", "keys[0].sha256[0]: must be the 64 lowercase hex digits"),
         ("{name: a, sha256: 12345}", "got the number `12345`; put it in quotes"),
         (f"{{name: a, sha256: {DIGEST}}}\n  - {{name: a, sha256: {'b' * 64}}}", "`a` appears twice"),

@@ -1,4 +1,4 @@
-"""The gateway as a process of its own, as a person starts it."""
+"""The gateway in a separate process, started as a person starts it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def running_gateway(folder: Path, *launcher: str, models: str = "", **environ: s
 
     Args:
         folder: where its registry and its log, ``gateway.log``, go.
-        models: entries for the registry, beside the bundled model's.
+        models: entries for the registry, after the bundled model's.
         launcher: what starts it, with the gateway's command as its arguments; nothing to start it directly.
         environ: more environment variables; no ``GATEWAY_*`` of the outer environment is passed on.
 

@@ -1,4 +1,4 @@
-"""Clients that run in environments of their own: they get the vectors and the scores that the gateway gives to anybody."""
+"""Clients that run in separate environments: they get the same vectors and scores as any other client."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_litellm_reranks(clients: Environment, gateway: Gateway, prefix: str, pa
     assert_ranked(ranks, ranks_of(gateway, top_n=3))
 
 
-def test_litellm_shows_what_was_wrong(clients: Environment, gateway: Gateway) -> None:
+def test_litellm_shows_the_error(clients: Environment, gateway: Gateway) -> None:
     with pytest.raises(ClientError, match="dimensions"):
         clients.call(
             "litellm_embed", model=f"infinity/{MODEL}", api_base=gateway.base_url, texts=["a"], dimensions=SHORT_WIDTH
@@ -250,7 +250,7 @@ def test_chroma_asks_as_it_asks_jina(clients: Environment, gateway: Gateway) -> 
     assert_same(queries, vectors_of(gateway, [QUERY], task="query", **fields))
 
 
-def test_a_collection_of_chroma_s_finds_by_meaning(clients: Environment, gateway: Gateway) -> None:
+def test_a_chroma_collection_finds_by_meaning(clients: Environment, gateway: Gateway) -> None:
     url = f"{gateway.root_url}/tei/{MODEL}/embed"
 
     found = clients.call("chroma_collection", url=url, texts=DOCUMENTS, query=QUERY)

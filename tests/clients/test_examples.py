@@ -16,7 +16,7 @@ from tests.clients.gateway_process import MODEL, Gateway, running_gateway
 pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mem0_memory.py"
-NOBODY = "http://127.0.0.1:9/v1"
+UNUSED_URL = "http://127.0.0.1:9/v1"
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -60,15 +60,15 @@ def test_memories_that_are_kept_are_found_by_the_next_run(gateway: Gateway, tmp_
     assert len(list((tmp_path / "qdrant" / "collection").glob("memories_*"))) == 1
 
 
-def test_without_a_gateway_it_ends_with_what_to_do() -> None:
-    done = run("--base-url", NOBODY)
+def test_without_a_gateway_it_ends_with_advice() -> None:
+    done = run("--base-url", UNUSED_URL)
 
     assert done.returncode == 1
-    assert f"No gateway answers at {NOBODY}. Start it with `make run`" in done.stderr
+    assert f"No gateway answers at {UNUSED_URL}. Start it with `make run`" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_an_unknown_model_ends_with_the_names_there_are(gateway: Gateway) -> None:
+def test_an_unknown_model_ends_with_the_known_names(gateway: Gateway) -> None:
     done = run("--base-url", gateway.base_url, "--model", "bge-m4")
 
     assert done.returncode == 1

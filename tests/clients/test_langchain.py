@@ -82,7 +82,7 @@ async def test_ids_give_the_vectors_that_texts_give(
     assert_same_vectors(await as_ids.aembed_documents(DOCUMENTS), as_texts.embed_documents(DOCUMENTS))
 
 
-def test_long_documents_work_as_well(gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings]) -> None:
+def test_long_documents_work_too(gateway: Gateway, make_embeddings: Callable[..., OpenAIEmbeddings]) -> None:
     """They come in several inputs of 8,191 ids each, whose vectors LangChain averages."""
     [vector] = make_embeddings(gateway).embed_documents(["a long document, word by word " * 5_000])
 

@@ -119,14 +119,14 @@ def test_a_memory_is_changed_and_keeps_its_history(memory: Memory) -> None:
 
 def test_memories_are_deleted(memory: Memory) -> None:
     ids = [memory.add(fact, **USER, infer=False)["results"][0]["id"] for fact in FACTS]
-    memory.add("somebody else's", user_id="bob", infer=False)
+    memory.add("another user's", user_id="bob", infer=False)
 
     memory.delete(ids[0])
     assert sorted(texts(memory.get_all(filters=USER))) == sorted(FACTS[1:])
 
     memory.delete_all(**USER)
     assert texts(memory.get_all(filters=USER)) == []
-    assert texts(memory.get_all(filters={"user_id": "bob"})) == ["somebody else's"]
+    assert texts(memory.get_all(filters={"user_id": "bob"})) == ["another user's"]
 
 
 def test_a_batch_beyond_mem0s_request_size_keeps_its_order(

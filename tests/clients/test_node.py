@@ -76,7 +76,7 @@ def test_openai_node_lists_the_models(gateway: Gateway) -> None:
         ({"model": "nothing"}, {"status": 404, "code": "model_not_found"}),
     ],
 )
-def test_openai_node_shows_what_was_wrong(gateway: Gateway, fields: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_openai_node_shows_the_error(gateway: Gateway, fields: dict[str, Any], expected: dict[str, Any]) -> None:
     error = ask(gateway, "embed", input="a", **fields)["error"]
 
     assert expected.items() <= error.items()

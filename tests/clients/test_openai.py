@@ -134,7 +134,7 @@ def test_extra_fields_headers_and_query_parameters_pass(client: OpenAI) -> None:
     assert np.array_equal(vectors(extra), vectors(plain))
 
 
-def test_late_chunking_gives_each_chunk_a_vector_of_its_own(client: OpenAI) -> None:
+def test_late_chunking_gives_each_chunk_its_own_vector(client: OpenAI) -> None:
     chunks = ["The tower stands in Paris.", "It was built in 1889."]
 
     together = client.embeddings.create(model=MODEL, input=chunks, extra_body={"late_chunking": True})
@@ -223,7 +223,7 @@ def test_any_form_of_the_base_url_works(gateway: Gateway, path: str) -> None:
     assert models.data[0].id == MODEL
 
 
-def test_a_base_url_with_the_endpoint_in_it_is_told_the_right_path(gateway: Gateway) -> None:
+def test_a_base_url_that_includes_the_endpoint_gets_the_right_path_in_the_error(gateway: Gateway) -> None:
     with (
         OpenAI(base_url=f"{gateway.base_url}/embeddings", api_key="any") as client,
         pytest.raises(openai.NotFoundError, match=re.escape("did you mean /v1/embeddings?")),
@@ -231,7 +231,7 @@ def test_a_base_url_with_the_endpoint_in_it_is_told_the_right_path(gateway: Gate
         client.embeddings.create(model=MODEL, input="hello")
 
 
-def test_an_unknown_model_is_not_found_with_the_names_there_are(client: OpenAI) -> None:
+def test_an_unknown_model_is_not_found_and_the_error_lists_the_known_names(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match=f"'minilm'.*{MODEL}.*default") as caught:
         client.embeddings.create(model="minilm", input="hello")
 

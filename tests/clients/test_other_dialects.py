@@ -47,7 +47,7 @@ def test_hugging_face_s_similarity(gateway: Gateway, truth: Callable[[Sequence[s
     np.testing.assert_allclose(cosines, vectors[1:] @ vectors[0], atol=1e-5)
 
 
-def test_hugging_face_s_client_shows_what_was_wrong(gateway: Gateway) -> None:
+def test_hugging_face_s_client_shows_the_error(gateway: Gateway) -> None:
     from huggingface_hub import InferenceClient
     from huggingface_hub.errors import HfHubHTTPError
 

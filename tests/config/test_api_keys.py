@@ -52,7 +52,7 @@ keys:
     assert ingest.expires.isoformat() == "2027-01-01T00:00:00+00:00"
 
 
-def test_all_problems_are_told_at_once_with_their_places(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_with_their_places(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         """
@@ -82,7 +82,7 @@ keys:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "keys", "version: 1", "version: 2\nkeys: []", "version: 1\nkeys: {}", "{"])
-def test_what_is_no_such_file_is_refused(tmp_path: Path, text: str) -> None:
+def test_text_that_is_not_a_key_file_is_refused(tmp_path: Path, text: str) -> None:
     assert problems_of(write(tmp_path, text))
 
 
@@ -103,9 +103,9 @@ def test_names_and_keys_are_there_once(tmp_path: Path) -> None:
     ]
 
 
-def test_models_that_there_are_not_are_found(tmp_path: Path) -> None:
+def test_unknown_models_are_found(tmp_path: Path) -> None:
     path = write(tmp_path, f"version: 1\nkeys: [{{name: a, sha256: {ONE}, models: [bge-m3, bge-m4]}}]")
 
     assert unknown_models(load_key_file(path, {}), ["bge-m3", "default"]) == [
-        "key a: there is no model `bge-m4`; did you mean `bge-m3`?"
+        "key a: the model `bge-m4` does not exist; did you mean `bge-m3`?"
     ]

@@ -29,7 +29,7 @@ def test_a_file_up_to_the_limit_is_read_and_a_larger_one_refused_with_its_size(t
 @pytest.mark.parametrize(
     ("path", "kind"), [(Path("/"), "a folder"), (Path("/dev/zero"), "a device"), (Path("/dev/null"), "a device")]
 )
-def test_what_is_no_file_is_named(path: Path, kind: str) -> None:
+def test_a_path_that_is_not_a_file_is_named(path: Path, kind: str) -> None:
     with pytest.raises(UnsuitableFile) as caught:
         open_regular(path)
     assert caught.value.strerror == f"must be a regular file, and is {kind}"
@@ -64,7 +64,7 @@ def test_a_new_file_has_the_permissions_that_were_asked_for(tmp_path: Path) -> N
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
 
 
-def test_what_fails_midway_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_fails_midway_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
 
@@ -94,7 +94,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
     assert path.read_text() == "half new"
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
 
     with pytest.raises(UnsuitableFile):

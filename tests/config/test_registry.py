@@ -111,7 +111,7 @@ def test_both_forms_of_an_alias_become_the_same_type(tmp_path: Path) -> None:
     }
 
 
-def test_a_model_that_is_not_there_is_a_key_error(tmp_path: Path) -> None:
+def test_an_unknown_model_is_a_key_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="default"):
         load(tmp_path, VALID).model("default")  # an alias, not a model
 

@@ -186,10 +186,10 @@ def test_a_problem_of_an_experiment_is_reported_with_its_place(
         pytest.param(
             EXPERIMENT + EXPERIMENT.partition("\n")[2], "8:9 experiments[1].id: must be unique", id="id twice"
         ),
-        pytest.param("shadows:\n  - {of: on, to: two}\n", "2:10 shadows[0].of: is no model, alias or", id="of"),
+        pytest.param("shadows:\n  - {of: on, to: two}\n", "2:10 shadows[0].of: must be a model, alias or", id="of"),
         pytest.param(
             "shadows:\n  - {of: zzzz, to: two}\n",
-            "2:10 shadows[0].of: is no model, alias or experiment, got `zzzz`; names: `one`",
+            "2:10 shadows[0].of: must be a model, alias or experiment, got `zzzz`; names: `one`",
             id="of nothing like a name",
         ),
         pytest.param("shadows:\n  - {of: one, to: named}\n", "2:19 shadows[0].to: must be a model id", id="to"),
@@ -232,7 +232,7 @@ def test_an_experiment_cannot_be_called_as_the_source_of_a_model(tmp_path: Path)
 
 
 def test_every_conflict_is_reported_once_all_entries_are_valid(tmp_path: Path) -> None:
-    text = EXPERIMENT.replace("model: two", "model: deux") + "shadows:\n  - {of: nobody, to: nothing}\n"
+    text = EXPERIMENT.replace("model: two", "model: deux") + "shadows:\n  - {of: unknown, to: nothing}\n"
 
     assert len(problems_of(tmp_path, text.replace("kind: cross_space", "kind: x"))) == 1
     assert len(problems_of(tmp_path, text)) == 3

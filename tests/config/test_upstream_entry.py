@@ -89,7 +89,7 @@ def test_what_is_not_set_has_its_default(tmp_path: Path) -> None:
     assert (dict(upstream.tasks), dict(upstream.extra_body)) == ({}, {})
 
 
-def test_servers_are_distinct_and_there_is_one(tmp_path: Path) -> None:
+def test_servers_are_distinct_and_at_least_one(tmp_path: Path) -> None:
     assert "at least one" in problem(tmp_path, "{urls: []}")
     assert "twice" in problem(tmp_path, f"{{urls: [{URL}, {URL}/]}}")
 

@@ -105,7 +105,7 @@ def test_counts_as_the_weights_ask_are_no_mismatch(arms: list[tuple[int, float]]
     assert ratio.p is None or 0 <= ratio.p <= 1
 
 
-def test_an_arm_whose_count_has_ended_is_no_mismatch() -> None:
+def test_an_arm_whose_count_has_ended_is_not_a_mismatch() -> None:
     ratio = check_sample_ratio([MAX_UNITS, MAX_UNITS // 2], [0.9, 0.1])
 
     assert (ratio.p, ratio.chi2, ratio.degrees, ratio.mismatch) == (None, None, 1, False)

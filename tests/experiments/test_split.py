@@ -60,7 +60,7 @@ def test_20000_units_are_split_by_the_weights(weights: dict[str, float], salt: s
 
 
 def test_two_salts_are_independent() -> None:
-    """What arm a unit has in one experiment tells nothing about its arm in another."""
+    """A unit's arm in one experiment reveals nothing about its arm in another."""
     first, second = (arms_of(make_split({"a": 1, "b": 1, "c": 2}, salt=salt)) for salt in ("one", "two"))
 
     pairs = Counter(zip(first, second, strict=True))

@@ -89,7 +89,7 @@ def test_no_latencies_have_no_quantile() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e-4])
-def test_latencies_below_the_buckets_are_the_least_that_is_told(seconds: float) -> None:
+def test_latencies_below_the_buckets_are_reported_as_the_lowest_bound(seconds: float) -> None:
     histogram = LatencyHistogram()
     histogram.observe(seconds)
 

@@ -61,14 +61,14 @@ class ScriptedEncoder(Encoder):
     def encode(self, items: Sequence[Item]) -> list[Encoded]:
         self.num_forwards += 1
         self.num_items += len(items)
-        told = {word for item in items for word, number in VOCABULARY.items() if number in item.tokens.ids}
-        if self.is_broken or "raise" in told:
-            raise RuntimeError("the forward was told to raise")
+        words = {word for item in items for word, number in VOCABULARY.items() if number in item.tokens.ids}
+        if self.is_broken or "raise" in words:
+            raise RuntimeError("the forward pass failed (scripted)")
         if sum(item.num_tokens for item in items) > self.memory_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory (scripted)")
-        if "hang" in told and self.is_hanging.is_set():
+        if "hang" in words and self.is_hanging.is_set():
             self.let_go.wait(PATIENCE_S)
-        if "slow" in told:
+        if "slow" in words:
             time.sleep(0.1)
         return [Encoded(self._vector(item)) for item in items]
 

@@ -78,7 +78,7 @@ def test_a_hung_forward_is_answered_and_the_engine_replaced(gateway: Gateway, by
     assert bystanders.statuses[-1] == 200
     assert not bystanders.wrong
 
-    hung.let_go.set()  # what comes back now comes to nobody
+    hung.let_go.set()  # no request waits for the result any more
     assert gateway.embed("a good text").status_code == 200
 
 

@@ -67,7 +67,7 @@ def jina(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def m3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a BGE-M3: sentence-transformers' files, and beside them the weights of the two further heads."""
+    """Make a BGE-M3: sentence-transformers' files, and next to them the weights of the other two heads."""
     folder = tmp_path_factory.mktemp("m3")
     transformer = folder / "transformer"
     make_transformer(transformer, "xlm-roberta", unigram_tokenizer(), type_vocab_size=1)
@@ -167,7 +167,7 @@ Load = Callable[..., Loaded]
 
 @pytest.fixture(scope="session")
 def load() -> Load:
-    """Return a function that loads the encoder of a checkpoint with a runtime, in float32 unless told."""
+    """Return a function that loads the encoder of a checkpoint with a runtime, in float32 by default."""
 
     @cache
     def load(folder: Path, runtime: str, dtype: str = "float32", threads: CpuThreads = ONE_THREAD) -> Loaded:

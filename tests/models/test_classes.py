@@ -1,4 +1,4 @@
-"""What is no embedder is refused and named, in the layout in which it is published; what only looks like that is served."""
+"""Checkpoints that are not embedders, as published, are refused and named; those that only look like that are served."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_jina_v2_is_said_to_have_positions_of_another_kind(make_plain: MakePlain
         plan_load(entry(folder))
 
 
-def test_a_reranker_with_code_of_its_own_is_refused(make_plain: MakePlain, edit_json: EditJson) -> None:
+def test_a_reranker_with_its_own_code_is_refused(make_plain: MakePlain, edit_json: EditJson) -> None:
     folder = make_plain("bert", "SequenceClassification", num_labels=1)
     edit_json(
         folder / "config.json",

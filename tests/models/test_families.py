@@ -128,7 +128,7 @@ def test_a_prompt_is_a_task(
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.prompts])
-def test_without_prompts_there_are_no_tasks(name: str, make_family: MakeFamily) -> None:
+def test_a_model_without_prompts_has_no_tasks(name: str, make_family: MakeFamily) -> None:
     assert plan_load(ModelEntry(id="tiny", source=str(make_family(name)), device="cpu")).tasks == {}
 
 

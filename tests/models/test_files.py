@@ -1,4 +1,4 @@
-"""What stands in place of a model is named: adapters, pointers, other forms of weights, parts that are missing."""
+"""Errors name what a folder holds instead of a model: adapters, pointers, other forms of weights, incomplete files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def only(folder: Path, **files: str) -> Path:
         ({"config_dot_json": '{"a":' * 100_000}, "config.json: not readable as JSON"),
     ],
 )
-def test_what_is_there_in_place_of_a_model_is_named(files: dict[str, str], reason: str, tmp_path: Path) -> None:
+def test_files_in_place_of_a_model_are_named(files: dict[str, str], reason: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=reason):
         plan_load(entry(only(tmp_path / "model", **files)))
 

@@ -44,7 +44,7 @@ def entry(model_id: str, folder: Path, **fields: Any) -> ModelEntry:
 
 @pytest.fixture
 async def client(jina: Path, m3: Path, connect: Connect) -> httpx.AsyncClient:
-    """Return a client of a gateway over both models; an alias stands for one task."""
+    """Return a client of a gateway over both models; an alias selects one task."""
     return await connect(
         entry("jina", jina, default_task="text-matching", dimensions=SIZES),
         entry("m3", m3, outputs=("dense", "sparse", "multivector")),
@@ -159,7 +159,7 @@ async def test_a_matryoshka_size_is_sliced_and_normalized_again(
     np.testing.assert_allclose(vectors_of(response), expected, atol=1e-4)
 
 
-async def test_each_size_has_a_space_of_its_own(client: httpx.AsyncClient) -> None:
+async def test_each_size_has_its_own_space(client: httpx.AsyncClient) -> None:
     spaces = [
         (await embed(client, ["fox"], model="jina", dimensions=size)).headers["x-gateway-space"] for size in SIZES
     ]

@@ -95,7 +95,7 @@ def test_a_model_that_gives_the_published_numbers_is_verified(published_model: M
 
 
 @pytest.mark.parametrize("task", [None, "separation"])
-def test_a_published_number_that_is_missed_is_told_of_its_task_alone(
+def test_a_published_number_that_is_missed_is_reported_for_its_task_alone(
     published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch, task: str | None
 ) -> None:
     first, *rest = published.STATES[task]
@@ -108,7 +108,7 @@ def test_a_published_number_that_is_missed_is_told_of_its_task_alone(
     assert wrong[0].limit == "at most 0.0001"
 
 
-def test_another_number_of_tokens_is_told(published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_tokens_is_reported(published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "NUM_TOKENS", published.NUM_TOKENS + 1)
 
     assert [check.what for check in verify(published_model, Settings()) if not check.is_passed] == [
@@ -442,7 +442,7 @@ def test_every_adapter_is_a_task(jina: Path) -> None:
 
 
 def test_a_task_without_its_adapter_is_refused(changed: Path) -> None:
-    """Its texts would be embedded without an adapter: in a space that nobody asked for."""
+    """Its texts would be embedded without an adapter: in a space that no client asked for."""
     (changed / "separation" / "adapter_config.json").unlink()
 
     assert "separation" not in plan(changed).tasks

@@ -235,7 +235,7 @@ def test_a_head_for_another_width_is_refused(broken_head: Path, load: Load) -> N
         load(broken_head.parent, "reference")
 
 
-def test_a_sparse_head_gives_one_weight_a_token(m3: Path, copy: Copy, load: Load) -> None:
+def test_a_sparse_head_gives_one_weight_per_token(m3: Path, copy: Copy, load: Load) -> None:
     folder = copy(m3)
     torch.save(linear_head(64, 2), folder / "sparse_linear.pt")
 

@@ -62,7 +62,7 @@ def test_vectors_are_cut_where_the_checkpoint_says_so(
 
 
 @pytest.mark.parametrize("width", [0, -1, "32", 3.5, True])
-def test_a_width_that_is_none_is_refused(width: object, dense: Path, edit_json: EditJson) -> None:
+def test_an_invalid_width_is_refused(width: object, dense: Path, edit_json: EditJson) -> None:
     edit_json(dense / "config_sentence_transformers.json", truncate_dim=width)
 
     with pytest.raises(LoadError, match="truncate_dim must be a positive integer, got "):
@@ -316,7 +316,7 @@ def test_what_sentence_transformers_calls_otherwise_is_refused(
         plan_load(entry(dense))
 
 
-def test_a_module_of_its_own_code_is_refused(dense: Path) -> None:
+def test_a_module_with_its_own_code_is_refused(dense: Path) -> None:
     rows = json.loads((dense / "modules.json").read_text())
     rows[0]["type"] = "custom_st.Transformer"
     (dense / "modules.json").write_text(json.dumps(rows))

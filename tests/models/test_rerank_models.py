@@ -115,7 +115,7 @@ def make_reranker(tmp_path_factory: pytest.TempPathFactory) -> MakeReranker:
 
 @pytest.fixture(scope="session")
 def load() -> Load:
-    """Return a function that loads the encoder of a cross-encoder with a runtime, in float32 unless told."""
+    """Return a function that loads the encoder of a cross-encoder with a runtime, in float32 by default."""
 
     @cache
     def load(folder: Path, runtime: str, dtype: str = "float32") -> Encoder:
@@ -451,7 +451,7 @@ def test_what_only_embedding_models_have_is_refused(
         plan_load(entry(make_reranker("bert"), **changes))
 
 
-def test_there_are_no_golden_vectors_to_record(make_reranker: MakeReranker, tmp_path: Path) -> None:
+def test_a_reranker_has_no_golden_vectors_to_record(make_reranker: MakeReranker, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="tiny scores pairs of texts"):
         record_golden(entry(make_reranker("bert")), tmp_path / "golden.json")
     assert verify(entry(make_reranker("bert")), Settings(cpu_threads=1)) == []

@@ -55,7 +55,7 @@ def test_a_number_of_layers_that_the_weights_do_not_have_is_refused_before_anyth
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_default_number_of_layers_is_held_against_the_weights_too(model_type: str, make_plain: MakePlain) -> None:
+def test_a_default_number_of_layers_is_compared_with_the_weights_too(model_type: str, make_plain: MakePlain) -> None:
     folder = make_plain(model_type)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -177,7 +177,7 @@ def test_another_model_under_nomics_names_is_refused(
         plan_load(entry(folder))
 
 
-def test_sizes_in_nomics_names_are_held_against_the_weights(make_family: MakeFamily, copy: Copy) -> None:
+def test_sizes_in_nomics_names_are_compared_with_the_weights(make_family: MakeFamily, copy: Copy) -> None:
     folder = copy(make_family("nomic_bert"))
     publish_nomic(folder, n_layer=12)
 

@@ -1,4 +1,4 @@
-"""What the dashboard and the rules ask for, and what there is."""
+"""The series that the dashboard and the rules ask for, and those that exist."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def grouped(expression: str) -> Iterator[tuple[set[str], str]]:
     for match in re.finditer(r"\b(by|without|on|ignoring)\s*\(([^)]*)\)\s*", expression):
         labels = {label.strip() for label in match[2].split(",") if label.strip()}
         is_join = match[1] in {"on", "ignoring"}
-        yield labels, expression if is_join else _parenthesised(expression[match.end() :])
+        yield labels, expression if is_join else _parenthesized(expression[match.end() :])
 
 
-def _parenthesised(text: str) -> str:
-    """Return what is between the parenthesis that a text begins with and its counterpart."""
+def _parenthesized(text: str) -> str:
+    """Return the text between the opening parenthesis that it begins with and the matching one."""
     assert text.startswith("("), f"written as `sum by (label) (part)`, not with the labels behind: {text}"
     depth = 0
     for end, character in enumerate(text):

@@ -46,7 +46,7 @@ _DATADOG_FIELDS = (
 
 @dataclass(frozen=True)
 class Span:
-    """A span, whoever sent it. Ids are hex; ``parent_id`` is empty for the first one."""
+    """A span from any sender. Ids are hex; ``parent_id`` is empty for the first one."""
 
     name: str
     trace_id: str

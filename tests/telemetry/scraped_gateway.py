@@ -1,4 +1,4 @@
-"""A gateway in a process of its own, so that its metrics are its own: one model answers, one cannot be loaded.
+"""A gateway in a separate process, which has its own metrics: one model answers, one cannot be loaded.
 
 Run as a script with the file descriptor of a socket that listens: serves until SIGTERM.
 """

@@ -1,4 +1,4 @@
-"""The dashboard and the rules ask for what there is."""
+"""The dashboard and the rules ask for series that exist."""
 
 from __future__ import annotations
 

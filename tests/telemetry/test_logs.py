@@ -72,7 +72,7 @@ def drain(reader: int, size: int) -> None:
         size -= len(os.read(reader, size))
 
 
-def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_others_come_in_order(
+def test_unread_lines_are_dropped_and_counted_and_the_others_come_in_order(
     pipe: tuple[int, TextIO],
 ) -> None:
     reader, stream = pipe
@@ -80,7 +80,7 @@ def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_others_come_in_
     before, size = dropped(), fill(stream)
 
     for number in range(100):
-        handler.emit(record(f"line {number:05}"))  # 11 bytes with its end; would block for ever
+        handler.emit(record(f"line {number:05}"))  # 11 bytes with its end; would block forever
 
     num_dropped = dropped() - before
     assert num_dropped == 100 - 1000 // 11
@@ -89,7 +89,7 @@ def test_lines_that_nobody_reads_are_dropped_and_counted_and_the_others_come_in_
     assert lines == [f"line {number:05}" for number in range(len(lines))]
 
 
-def test_when_the_reader_is_back_it_is_told_how_many_lines_are_missing(
+def test_when_the_reader_is_back_a_line_says_how_many_are_missing(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, stream = pipe
@@ -112,7 +112,7 @@ def test_when_the_reader_is_back_it_is_told_how_many_lines_are_missing(
     }
 
 
-def test_a_flush_waits_for_the_reader_but_not_for_ever(
+def test_a_flush_waits_for_the_reader_but_not_forever(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.telemetry.logs._FLUSH_S", 0.3)
@@ -394,7 +394,7 @@ def test_what_cannot_be_encoded_is_escaped(pipe: tuple[int, TextIO]) -> None:
 
 @pytest.fixture
 def stuck_gateway() -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """Serve fake models with a log that nobody reads; give the process, its address and the log's reader."""
+    """Serve fake models with a log that has no reader; yield the process, its address and the log's read end."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.replace('"error", "json"', '"info", "json"')],
@@ -418,7 +418,7 @@ def embed(client: httpx.Client, url: str) -> int:
     return client.post(f"{url}/v1/embeddings", json={"input": "a b", "model": "mini"}, timeout=PATIENCE_S).status_code
 
 
-def test_a_log_that_nobody_reads_stops_neither_requests_nor_probes_nor_the_end(
+def test_an_unread_log_blocks_neither_requests_nor_probes_nor_the_stop(
     stuck_gateway: tuple[subprocess.Popen[str], str, int],
 ) -> None:
     process, url, _reader = stuck_gateway

@@ -42,7 +42,7 @@ EXPERIMENT = Experiment.model_validate({"id": "exp", "kind": "cross_space", "uni
 
 
 class Backend(FakeBackend):
-    """Takes as long as :data:`TIMINGS` says, calls out as a backend on another machine would, and fails as told."""
+    """Takes as long as :data:`TIMINGS` says, calls out as a backend on another machine would, and fails on some texts."""
 
     def __init__(self) -> None:
         super().__init__(INFO, delay_s=0.01)

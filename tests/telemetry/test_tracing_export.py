@@ -147,7 +147,7 @@ def test_the_sampler_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatc
     assert len(receiver.spans) == num_spans
 
 
-def test_a_receiver_that_hangs_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_receiver_that_hangs_holds_up_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_export, "_FLUSH_S", 0.5)
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as silent, capture_logs() as lines:
         set_environ(

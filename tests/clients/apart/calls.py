@@ -1,4 +1,4 @@
-"""What each client is asked to do: a function each, which imports its client itself and returns what JSON can say."""
+"""One function per client, which imports the client, calls it and returns values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def chroma_jina(url: str, model: str, texts: list[str], query: str, **fields: ob
     from chromadb.utils.embedding_functions import JinaEmbeddingFunction
 
     function = JinaEmbeddingFunction(api_key="any", model_name=model, **fields)
-    function._api_url = url  # it has no other way to be told
+    function._api_url = url  # the only way to set it
     return [[vector.tolist() for vector in vectors] for vectors in (function(texts), function.embed_query([query]))]
 
 
 def chroma_collection(url: str, texts: list[str], query: str) -> list[str]:
-    """Return the documents of a collection by their nearness to a query."""
+    """Return the documents of a collection, the nearest to a query first."""
     import chromadb
     from chromadb.utils.embedding_functions import HuggingFaceEmbeddingServer
 
@@ -126,7 +126,7 @@ def pymilvus_openai(url: str, model: str, texts: list[str]) -> Vectors:
 def pymilvus_jina(url: str, model: str, texts: list[str], query: str) -> dict[str, Any]:
     from pymilvus.model.dense import jinaai
 
-    jinaai.API_URL = url  # it has no other way to be told
+    jinaai.API_URL = url  # the only way to set it
     function = jinaai.JinaEmbeddingFunction(model_name=model, api_key="any")
     return {
         "dim": function.dim,
@@ -163,7 +163,7 @@ def llamaindex_jina(url: str, model: str, texts: list[str], **fields: object) ->
     from llama_index.embeddings.jinaai import JinaEmbedding
 
     embedding = JinaEmbedding(model=model, api_key="any", **fields)
-    embedding._api.api_url = url  # it has no other way to be told
+    embedding._api.api_url = url  # the only way to set it
     return embedding.get_text_embedding_batch(texts)
 
 

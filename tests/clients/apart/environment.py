@@ -1,4 +1,4 @@
-"""An environment of its own, and a process in it that runs clients."""
+"""A separate environment, and a process in it that runs clients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Environment:
         self._process = process
 
     def call(self, function: str, **arguments: object) -> Any:
-        """Return what a function returns, as JSON has it.
+        """Call a function and return its result, as JSON holds it.
 
         Raises:
             ClientError: it raised something.

@@ -1,4 +1,4 @@
-"""Runs the functions of ``calls`` on request, in whichever environment it is started: a line of JSON in, one out.
+"""Runs the functions of ``calls`` on request, in the environment that it is started in: a line of JSON in, one out.
 
 Whatever a library prints goes to stderr. A library that looks up another host gets an error, and so does the test.
 """
