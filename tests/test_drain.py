@@ -269,7 +269,7 @@ def test_a_request_that_outlives_the_grace_time_gets_a_retry_after() -> None:
 
 
 def wait_for_requests(url: str, number: int) -> None:
-    """Wait until so many requests are being answered, not counting this one."""
+    """Wait until this many requests are in flight, not counting the scrape itself."""
     with httpx.Client() as client:
         wait_until(lambda: f"gateway_requests_in_flight {number + 1}.0" in client.get(f"{url}/metrics").text)
 

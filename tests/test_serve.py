@@ -89,7 +89,7 @@ sys.addaudithook(on_event)
 
 @dataclass(frozen=True)
 class Served:
-    """What was seen of a gateway from its start to its end, by itself and by its clients.
+    """Observations of a gateway from its start to its end, from its output and from its clients.
 
     Attributes:
         printed: until it was ready; curl_answer: what the curl line in it gave.
@@ -130,7 +130,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 def ask_until_ready(client: httpx.Client) -> dict[int, httpx.Response]:
-    """Ask again and again, from before it listens; it is alive all the time."""
+    """Send requests from before the gateway listens until it is ready."""
     seen: dict[int, httpx.Response] = {}
     deadline = time.monotonic() + TIMEOUT_S
     while 200 not in seen and time.monotonic() < deadline:

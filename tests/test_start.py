@@ -68,7 +68,7 @@ HANG = "await __import__('asyncio').to_thread(lambda: (print('loading', flush=Tr
 def gateway(
     tmp_path: Path, before: str = "", start: str = "pass", **popen: object
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Run it, its log in a file; give the process and that."""
+    """Run the gateway with its log in a file; yield the process and the file."""
     models, log = tmp_path / "models.yaml", tmp_path / "log"
     models.write_text("version: 1\nmodels:\n  - {id: mini, source: ./mini, enabled: true}\n")
     program = PROGRAM.replace("{before}", before).replace("{start}", start)

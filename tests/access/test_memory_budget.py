@@ -29,7 +29,7 @@ def budget(clock: Clock) -> MemoryBudget:
 
 
 def fill(budget: MemoryBudget, caller: str, each: int) -> list[Reservation]:
-    """Reserve until it is refused."""
+    """Reserve until a reservation is refused."""
     held = []
     for _ in range(1000):
         one = budget.open(caller)

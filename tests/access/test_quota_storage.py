@@ -41,7 +41,7 @@ async def test_a_counter_adds_up_until_its_end_and_then_begins_again(clock: Cloc
 
 
 async def test_a_counter_that_ends_while_others_are_kept_begins_again(clock: Clock) -> None:
-    """Between two sweeps it is still there."""
+    """Between two sweeps the expired counter is still in memory."""
     storage = ProcessStorage()
     await storage.incr("a", 10, amount=7)
 
@@ -59,7 +59,7 @@ async def test_an_unknown_counter_is_zero_and_ends_now(clock: Clock) -> None:
 
 
 async def test_expired_counters_are_deleted_at_most_twice_per_minute(clock: Clock) -> None:
-    """To go through all of them at each request is what ``limits``' own storage does."""
+    """``limits``' own storage goes through all counters at each request."""
     storage = ProcessStorage()
     for number in range(100):
         await storage.incr(f"{number}", 10)

@@ -24,7 +24,7 @@ from tests.peers import find
 
 @dataclass(frozen=True, slots=True)
 class Redis:
-    """Where a Redis listens."""
+    """The address and the socket of a Redis."""
 
     uri: str
     socket: Path
@@ -32,7 +32,7 @@ class Redis:
 
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """Run a Redis, and return where it listens."""
+    """Run a Redis, and yield its address and socket."""
     server = find("redis-server", "redis-server")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -304,7 +304,7 @@ def test_a_missing_package_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_replicas_share_the_tokens_of_a_minute(connect: Callable[[str], Quotas], redis: str) -> None:
-    """What one has charged the other knows; each keeps aside for itself what its own requests may need."""
+    """Each sees the other's charges, but reserves tokens only for its own requests."""
     first, second = connect(redis), connect(redis)
     one = client(tokens_per_minute=100)
     tickets = [await replica.admit(one, {}) for replica in (first, second)]
@@ -324,7 +324,7 @@ async def test_replicas_share_the_tokens_of_a_minute(connect: Callable[[str], Qu
 async def test_a_request_asks_redis_four_times(
     connect: Callable[[str], Quotas], redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request and its tokens: counted, looked at twice, charged. When the minute ends is known by then."""
+    """A request and its tokens are counted, read twice and charged. By then the end of the minute is known."""
     from redis.asyncio.connection import AbstractConnection
 
     quotas, one = connect(redis), client(requests_per_minute=100, tokens_per_minute=1000)

@@ -20,7 +20,7 @@ KEY = "sk-of-the-tests"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Free what a test that ignores ResourceWarning left open, or the warning would come in some later test."""
+    """Free resources that a test left open while it ignored ResourceWarning, or a later test would get the warning."""
     result = yield
     if any("ResourceWarning" in mark.args[0] for mark in item.iter_markers("filterwarnings")):
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""``gateway compare`` is a client as well: of a running gateway, and of the same model in its own process."""
+"""``gateway compare`` is a client too: of a running gateway, and of the same model in its own process."""
 
 from __future__ import annotations
 

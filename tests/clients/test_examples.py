@@ -117,7 +117,7 @@ def splitting_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate
 
 
 def test_an_experiment_between_spaces_is_refused_with_its_models(splitting_gateway: Gateway) -> None:
-    """What Mem0 stores would be of whichever arm, in one collection."""
+    """Mem0 would store vectors of different arms in one collection."""
     cards = {card["id"]: card for card in httpx.get(f"{splitting_gateway.base_url}/models").json()["data"]}
 
     done = run("--base-url", splitting_gateway.base_url, "--model", "across")

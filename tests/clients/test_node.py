@@ -26,7 +26,7 @@ TEXTS = ["hello world", "日本 😀", "two\nlines", ""]
 
 
 def ask(gateway: Gateway, call: str, *, key: str = "any", **fields: object) -> Any:
-    """Have Node do something; returns what came back, or what was thrown as ``{"error": …}``."""
+    """Have Node do something; return its result, or the error that it threw as ``{"error": …}``."""
     if shutil.which("node") is None or not _FOLDER.exists():
         is_missing("Node and its clients are not installed: install Node, then make install-clients")
     done = subprocess.run(

@@ -36,7 +36,7 @@ def test_a_path_that_is_not_a_file_is_named(path: Path, kind: str) -> None:
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
-    """Kubernetes mounts secrets so."""
+    """Kubernetes mounts secrets this way."""
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "link").symlink_to("a")
 

@@ -288,7 +288,7 @@ def test_a_huge_file_is_not_parsed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("item", ["1", "a: 1", "{a: 1}", "[]"])
 def test_half_a_million_values_are_not_parsed_to_the_end(tmp_path: Path, item: str) -> None:
-    """That would take ten seconds; what is wrong behind the limit is therefore not found."""
+    """To parse all of them would take ten seconds, so problems past the limit are not found."""
     (problem,) = problems_of(tmp_path, f"version: 1\nmodels: [{f'{item},' * (900_000 // (len(item) + 1))} ]]]")
 
     assert problem.message == "the file has more than 20,000 values and keys"

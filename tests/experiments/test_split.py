@@ -278,7 +278,7 @@ def test_no_header_forces_anything_unless_the_registry_says_so() -> None:
     ],
 )
 def test_other_weights_salts_and_arms_are_another_generation(changed: dict[str, object]) -> None:
-    """What was counted under other weights must not be tested against these."""
+    """Counts under other weights must not be tested against these."""
     assert make_split({"a": 1, "b": 1}, salt="s").generation != make_split({"a": 1, "b": 1}, **changed).generation
 
 

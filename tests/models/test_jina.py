@@ -120,7 +120,7 @@ def test_another_number_of_tokens_is_reported(published_model: ModelEntry, monke
 
 
 def test_tasks_differ_by_far_more_than_the_tolerance(reference: Reference, cosines: Cosines) -> None:
-    """Otherwise nothing below says anything."""
+    """Otherwise the tests below would prove nothing."""
     vectors = np.stack([reference("near vectors", task) for task in (None, *TASKS)])
 
     for shift in range(1, 6):

@@ -99,7 +99,7 @@ def test_one_chunk_is_a_plain_text(jina: Path, load: Load, task: str | None, tex
 
 
 def test_a_chunk_s_vector_depends_on_the_others(jina: Path, load: Load) -> None:
-    """That is what it is for."""
+    """This is the purpose of late chunking."""
     model = load(jina, "reference")
     documents = [["fox", "Berlin is the capital"], ["fox", "near vectors"]]
 

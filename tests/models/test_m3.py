@@ -68,7 +68,7 @@ def expected(m3: Path, tokenize: Tokenize) -> list[Expected]:
 
 
 def check(encoded: Encoded, expected: Expected, outputs: tuple[Output, ...], tolerance: float = 5e-4) -> None:
-    """Check that exactly the wanted outputs are there, and are right."""
+    """Check that the outputs are exactly the wanted ones, and are right."""
     dense = encoded.dense[0] / np.linalg.norm(encoded.dense[0])
     np.testing.assert_allclose(dense, expected.dense, atol=tolerance)
     assert (encoded.sparse is None, encoded.multivector is None) == (

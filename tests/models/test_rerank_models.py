@@ -191,7 +191,7 @@ def test_modernbert_may_average(make_reranker: MakeReranker, load: Load, referen
 
 
 def test_modernbert_falls_back_to_torch(make_reranker: MakeReranker, load: Load, reference: Reference) -> None:
-    """What OpenVINO computes wrongly is noticed for a cross-encoder as well."""
+    """A wrong result of OpenVINO is noticed for a cross-encoder too."""
     folder = make_reranker("modernbert")
 
     encoder = load(folder, "auto")
@@ -370,7 +370,7 @@ def test_a_query_that_just_fits_is_whole(encoder: Encoder) -> None:
 
 
 def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: Encoder) -> None:
-    """What is far over the limit is tokenized only in part."""
+    """A text far over the limit is tokenized only in part."""
     text = "The quick brown fox jumps over the lazy dog. " * 3_000
 
     [long, short] = tokenize_pairs(encoder.tokenizer, QUERY, [text, text[:2_000]], Truncate.END)
@@ -543,7 +543,7 @@ async def test_over_http_the_scores_are_transformers_own(
 
 
 async def test_pairs_of_the_same_tokens_are_not_mixed_up(make_reranker: MakeReranker) -> None:
-    """Identical work in flight is done once: what makes a pair is its tokens and where its text begins."""
+    """Identical work in flight is done once: pairs are identical if their tokens and the start of their text are."""
     engine = load_engine(plan_load(entry(make_reranker("bert"), runtime="torch")), Settings(cpu_threads=1))
     await engine.astart()
     try:

@@ -48,7 +48,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def series() -> dict[str, set[str]]:
-    """Return every series that can be asked for, with its labels."""
+    """Return every series that a query can use, with its labels."""
     known = dict.fromkeys(_PROCESS, _LABELS)
     for metric in metrics.declared():
         for suffix in _SUFFIXES[metric._type]:

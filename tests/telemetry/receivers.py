@@ -57,7 +57,7 @@ class Span:
 
 @dataclass
 class Receiver:
-    """Something that listens on ``url``, and what it has got so far."""
+    """A listener on ``url``, and the spans that it has received so far."""
 
     url: str
     spans: list[Span] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Receiver:
     requests: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)
 
     def wait_for(self, is_there: Callable[[list[Span]], bool]) -> list[Span]:
-        """Return the spans once they are as wanted."""
+        """Wait for the wanted spans, and return all."""
         deadline = time.monotonic() + PATIENCE_S
         while not is_there(list(self.spans)):
             assert time.monotonic() < deadline, f"got only {self.spans}"

@@ -1,4 +1,4 @@
-"""What the metrics say of a gateway that serves; and that each is documented, bounded, and gone with its model."""
+"""The metrics of a gateway that serves: their values, and that each is documented, bounded, and gone with its model."""
 
 from __future__ import annotations
 

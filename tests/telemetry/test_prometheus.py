@@ -77,7 +77,7 @@ def write_files(folder: Path, address: str) -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Run a gateway under a little load, and a Prometheus that looks at it; return a client of the latter."""
+    """Run a gateway under a little load, and a Prometheus that scrapes it; yield a client of Prometheus."""
     folder = tmp_path_factory.mktemp("prometheus")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Spans on their way: from a gateway that serves to an OTLP receiver, over HTTP and gRPC, and what happens without one."""
+"""The export of spans from a gateway that serves to an OTLP receiver, over HTTP and gRPC, and its failures."""
 
 from __future__ import annotations
 
