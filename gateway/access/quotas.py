@@ -69,6 +69,9 @@ class Quotas:
 
     Raises:
         ConfigError: the storage is unknown, or its library is not installed.
+
+    Attributes:
+        reserved: tokens of the requests that are being answered, by client; they are counted when their number is known.
     """
 
     def __init__(self, storage: str) -> None:
@@ -76,7 +79,7 @@ class Quotas:
         self._storage = connected
         # The end of each window, by `time.monotonic`: read once per window rather than for each request.
         self._ends: dict[str, float] = {}
-        self._reserved: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
         self._silent_until = 0.0
 
     async def admit(self, client: Client, headers: dict[str, str]) -> Ticket:
@@ -119,16 +122,16 @@ class Quotas:
         # Again: other requests may have used tokens while this one's body arrived.
         await self._check_tokens(ticket)
         num_tokens = sum(min(max_tokens, 1 + (len(query) + len(text)) // _CHARACTERS_PER_TOKEN) for text in texts)
-        self._reserved[client.name] = self._reserved.get(client.name, 0) + num_tokens
+        self.reserved[client.name] = self.reserved.get(client.name, 0) + num_tokens
         try:
             yield
         except ClientDisconnected:
             await self.charge(ticket, num_tokens)
             raise
         finally:
-            self._reserved[client.name] -= num_tokens
-            if self._reserved[client.name] <= 0:
-                del self._reserved[client.name]
+            self.reserved[client.name] -= num_tokens
+            if self.reserved[client.name] <= 0:
+                del self.reserved[client.name]
 
     async def charge(self, ticket: Ticket, num_tokens: int) -> None:
         """Count the tokens that a request used."""
@@ -150,7 +153,7 @@ class Quotas:
         ticket.headers |= _headers("tokens", item.amount, stats)
         if stats.remaining <= 0:
             raise _limited(client, "tokens", item.amount, stats)
-        if stats.remaining <= self._reserved.get(client.name, 0):
+        if stats.remaining <= self.reserved.get(client.name, 0):
             raise RateLimited(
                 f"rate limit reached for {client.name} ({item.amount} tokens per minute): its running requests may need the "
                 f"remaining {stats.remaining}; retry when one of them is done",

@@ -193,7 +193,7 @@ class Worker:
             try:
                 while batch := self._batches.next_batch(self._replica):
                     self.in_hand = batch
-                    self._deliver(self._compute(batch))
+                    self._deliver(self.compute(batch))
                     self.in_hand = ()
             except BaseException:  # a fault of this code must not be the end of the model: start again
                 lost, self.in_hand = self.in_hand, ()
@@ -205,7 +205,8 @@ class Worker:
             else:
                 return
 
-    def _compute(self, batch: list[TokenSequence]) -> FinishedBatch:
+    def compute(self, batch: list[TokenSequence]) -> FinishedBatch:
+        """Compute a batch now, in the calling thread."""
         padding_before = self._encoder.num_padding
         started = time.monotonic()
         try:

@@ -159,15 +159,15 @@ async def test_running_requests_reserve_tokens() -> None:
             await quotas.admit(one, {})
 
     async with quotas.reserve(tickets[2], ["x"], 512):
-        assert quotas._reserved == {one.name: 1}
-    assert quotas._reserved == {}
+        assert quotas.reserved == {one.name: 1}
+    assert quotas.reserved == {}
 
 
 async def test_a_long_text_reserves_the_tokens_that_the_model_reads() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
 
     async with quotas.reserve(await quotas.admit(one, {}), ["x" * 500_000, "x"], 40):
-        assert quotas._reserved == {one.name: 41}
+        assert quotas.reserved == {one.name: 41}
         await quotas.admit(one, {})
 
 
@@ -175,7 +175,7 @@ async def test_a_query_counts_with_each_text() -> None:
     quotas, one = Quotas("memory://"), client(tokens_per_minute=100)
 
     async with quotas.reserve(await quotas.admit(one, {}), ["x" * 8, "x" * 500_000], 40, query="q" * 20):
-        assert quotas._reserved == {one.name: 8 + 40}
+        assert quotas.reserved == {one.name: 8 + 40}
 
 
 async def test_tokens_used_while_a_body_arrived_count(quotas: Quotas) -> None:
@@ -201,7 +201,7 @@ async def test_a_failed_request_reserves_nothing() -> None:
         async with quotas.reserve(ticket, ["x" * 1000], 512):
             raise ValueError("it failed")
 
-    assert quotas._reserved == {}
+    assert quotas.reserved == {}
     assert isinstance(await quotas.admit(one, {}), Ticket)
 
 
@@ -214,7 +214,7 @@ async def test_a_client_that_disconnects_is_charged_the_estimate(quotas: Quotas)
             raise ClientDisconnected("gone")
 
     assert ticket.headers["x-ratelimit-remaining-tokens"] == "49"
-    assert quotas._reserved == {}
+    assert quotas.reserved == {}
 
 
 async def test_concurrent_requests_get_no_more_than_the_limit(quotas: Quotas) -> None:

@@ -91,7 +91,7 @@ def start(delivered: Delivered) -> Iterator[Start]:
 
 def run_one(encoder: NumberEncoder, batch: TokenSequences) -> FinishedBatch:
     """Compute one batch the way the worker's thread does."""
-    return Worker("numbers", encoder, BatchQueue(10**6), lambda _batch: None, no_fault)._compute(batch)
+    return Worker("numbers", encoder, BatchQueue(10**6), lambda _batch: None, no_fault).compute(batch)
 
 
 # ------------------------------------------------------------------------------------------------------------ halving
@@ -232,11 +232,11 @@ def test_failures_in_a_row_are_batches_that_gave_nothing_at_all(poison: Sequence
             raise RuntimeError("broken")
 
     encoder.on_forward = on_forward
-    worker._compute(sequences([1, 2]))
+    worker.compute(sequences([1, 2]))
     assert worker.num_failed_in_a_row == expected
-    worker._compute(sequences([1, 2]))
+    worker.compute(sequences([1, 2]))
     assert worker.num_failed_in_a_row == 2 * expected
-    worker._compute(sequences([3]))
+    worker.compute(sequences([3]))
     assert worker.num_failed_in_a_row == 0
 
 
@@ -245,7 +245,7 @@ def test_vectors_that_cannot_be_handed_out_count_as_failures(monkeypatch: pytest
     worker = Worker("numbers", encoder, BatchQueue(10), lambda _batch: None, no_fault)
     monkeypatch.setattr(encoder, "width", 3)
 
-    [result] = worker._compute(sequences([1])).results
+    [result] = worker.compute(sequences([1])).results
 
     assert isinstance(result, InvalidVectors)
     assert result.is_permanent
@@ -418,7 +418,7 @@ def test_each_half_of_a_batch_that_failed_is_progress() -> None:
 
     encoder.on_forward = on_forward
 
-    worker._compute(sequences(range(4)))
+    worker.compute(sequences(range(4)))
 
     assert len(seen) == 7
     assert None not in seen
@@ -437,7 +437,7 @@ def test_a_part_of_a_batch_that_is_done_is_progress() -> None:
 
     encoder.on_forward = on_forward
 
-    worker._compute(sequences([1]))
+    worker.compute(sequences([1]))
 
     assert seen[1] == encoder.progressed_at != seen[0]
 

@@ -50,6 +50,9 @@ class UpstreamBackend:
 
     A :class:`~gateway.backends.upstream.probe.Probe` is taken when the model is loaded, or read from its golden file. A
     server takes part while it gives these same vectors: at the start, after it failed, and from time to time.
+
+    Attributes:
+        servers: in the order of the registry.
     """
 
     def __init__(self, entry: ModelEntry, settings: Settings) -> None:
@@ -60,7 +63,7 @@ class UpstreamBackend:
         self._settings = settings
         self._dialect = make_dialect(entry, entry.upstream)
         self._tasks = Tasks({}, {}, "")
-        self._servers: list[Server] = []
+        self.servers: list[Server] = []
         self._max_batch_texts = DEFAULT_BATCH_TEXTS
         self._num_texts = self._num_chars = 0
         self._probe: Probe | None = None
@@ -76,25 +79,25 @@ class UpstreamBackend:
         self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)
         names = description.server_names(self._upstream.urls)
-        self._servers = [
+        self.servers = [
             Server(self._entry.id, name, url, self._dialect, self._upstream)
             for name, url in zip(names, self._upstream.urls, strict=True)
         ]
         try:
-            facts = await description.learn_facts(self._servers, self._entry, self._upstream)
+            facts = await description.learn_facts(self.servers, self._entry, self._upstream)
             recorded = description.read_golden(self._entry, self.base_fingerprint(), self._tasks)
-            self._probe = await take_probe(self._entry.id, self._tasks, self._servers, recorded)
+            self._probe = await take_probe(self._entry.id, self._tasks, self.servers, recorded)
             fingerprint = description.full_fingerprint(self.base_fingerprint(), self._probe.width, recorded or ())
             self._info = description.describe(
-                self._entry, self._servers, self._tasks, facts, fingerprint, self._probe.width, self._dialect.gives_raw
+                self._entry, self.servers, self._tasks, facts, fingerprint, self._probe.width, self._dialect.gives_raw
             )
         except BaseException:
             await self._close()
             raise
         self._max_batch_texts = self._upstream.max_batch_texts or facts.max_batch_texts or DEFAULT_BATCH_TEXTS
-        if any(server.quirks is not None and server.quirks.has_numbers for server in self._servers):
+        if any(server.quirks is not None and server.quirks.has_numbers for server in self.servers):
             self._max_batch_texts = max(1, min(self._max_batch_texts, _MAX_NUMBERS // self._probe.width))
-        for server in self._servers:
+        for server in self.servers:
             server.width = self._probe.width
         return self._info
 
@@ -109,7 +112,7 @@ class UpstreamBackend:
                 hint="another model behind the same name is noticed while this process runs, and not from one start to the "
                 f"next: set `golden`, and write it with `gateway verify {self._entry.id} --record`",
             )
-        self._watch = Watch(self._entry.id, self._servers, self._probe, self._settings.golden_interval_s, report)
+        self._watch = Watch(self._entry.id, self.servers, self._probe, self._settings.golden_interval_s, report)
         return info
 
     def base_fingerprint(self) -> str:
@@ -248,7 +251,7 @@ class UpstreamBackend:
 
         Of several, that with the fewest texts on their way.
         """
-        working = [server for server in self._servers if server.breaker.is_closed]
+        working = [server for server in self.servers if server.breaker.is_closed]
         fresh = [server for server in working if server not in failures]
         again = [server for server in working if server in failures and failures[server].is_worth_repeating]
         return min(
@@ -275,8 +278,8 @@ class UpstreamBackend:
         what = f"model {self._entry.id!r} runs elsewhere"
         if failure is not None:
             return failure.error(what, places)
-        reasons = "; ".join(server.breaker.reason for server in self._servers)
-        is_permanent = all(server.is_refusing for server in self._servers)
+        reasons = "; ".join(server.breaker.reason for server in self.servers)
+        is_permanent = all(server.is_refusing for server in self.servers)
         return unavailable(f"{what}, and no server answers: {reasons}", RETRY_AFTER_S, is_permanent=is_permanent)
 
     def vocabulary(self) -> Vocabulary:
@@ -294,7 +297,7 @@ class UpstreamBackend:
         if self._watch is not None:
             await self._watch.stop()
             self._watch = None
-        for server in self._servers:
+        for server in self.servers:
             await server.close()
 
 

@@ -116,14 +116,14 @@ async def test_several_attempts_of_one_request_are_one_failure(server: StandIn) 
         await fail(backend, UpstreamFailed, [POISON])
         await fail(backend, UpstreamFailed, [POISON])
         assert len(server.bodies) == 12
-        assert not backend._servers[0].breaker.is_suspect
+        assert not backend.servers[0].breaker.is_suspect
         await fail(backend, UpstreamFailed, [POISON])
         await wait_until(lambda: num_trials(server) > 0)
 
 
 async def test_a_suspect_server_is_passed_over_while_there_is_another(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
-        first, second = backend._servers
+        first, second = backend.servers
         servers[0].delay_s = 60  # the trial does not end in this test
         first.breaker.note_failure(is_grave=True)
         second.num_texts += 1000  # would be passed over otherwise
@@ -136,16 +136,16 @@ async def test_a_request_that_was_refused_says_nothing_of_the_server(server: Sta
         server.fault, server.fault_on = "too long", POISON
         for _ in range(10):
             await fail(backend, BadInput, [POISON])
-        assert not backend._servers[0].breaker.is_suspect
+        assert not backend.servers[0].breaker.is_suspect
         server.fault, server.fault_on = "400", POISON
         for _ in range(10):
             await fail(backend, BadInput, [POISON])
             await backend.embed(job(["any"]))
-        assert not backend._servers[0].breaker.is_suspect
+        assert not backend.servers[0].breaker.is_suspect
         server.fault, server.fault_on = "429", ""
         for _ in range(10):
             await fail(backend, Overloaded, ["any"])
-        assert not backend._servers[0].breaker.is_suspect
+        assert not backend.servers[0].breaker.is_suspect
 
 
 async def test_texts_that_are_refused_again_and_again_shut_no_server_out(server: StandIn) -> None:
@@ -157,7 +157,7 @@ async def test_texts_that_are_refused_again_and_again_shut_no_server_out(server:
         for _ in range(10):
             await fail(backend, BadInput, [POISON])
         await wait_until(lambda: any(POISON not in body["input"] for body in server.bodies))
-        await wait_until(lambda: not backend._servers[0].breaker.is_suspect)
+        await wait_until(lambda: not backend.servers[0].breaker.is_suspect)
 
         await backend.embed(job(["any"]))
     assert states.reported == []
@@ -188,7 +188,7 @@ async def test_one_text_that_is_too_long_does_not_make_everyones_requests_small(
         await backend.embed(job())
 
         assert [len(body["input"]) for body in server.bodies] == [len(TEXTS)]
-        assert not backend._servers[0].breaker.is_suspect
+        assert not backend.servers[0].breaker.is_suspect
 
 
 async def test_a_client_in_a_hurry_does_not_shut_a_server_out(server: StandIn) -> None:
@@ -198,7 +198,7 @@ async def test_a_client_in_a_hurry_does_not_shut_a_server_out(server: StandIn) -
         server.bodies.clear()
         for _ in range(4):
             await fail(backend, DeadlineExceeded, ["any"], seconds=0.02)
-        await wait_until(lambda: num_trials(server) > 0 and not backend._servers[0].breaker.is_suspect)
+        await wait_until(lambda: num_trials(server) > 0 and not backend.servers[0].breaker.is_suspect)
         await backend.embed(job())
 
     assert states.reported == []
@@ -218,11 +218,11 @@ async def test_a_busy_server_is_not_taken_for_a_broken_one(server: StandIn) -> N
     states = States()
     async with loaded(entry(server), states) as backend:
         server.fault = "429"
-        backend._servers[0].breaker.note_failure(is_grave=True)
+        backend.servers[0].breaker.note_failure(is_grave=True)
         server.bodies.clear()
         await wait_until(lambda: num_trials(server) >= 2)  # and it is asked again
         server.fault = ""
-        await wait_until(lambda: not backend._servers[0].breaker.is_suspect)
+        await wait_until(lambda: not backend.servers[0].breaker.is_suspect)
 
     assert states.reported == []
 
@@ -233,7 +233,7 @@ async def test_a_server_that_answers_others_meanwhile_is_not_taken_for_hung(serv
     async with loaded(entry(server, upstream={"timeout_s": 1.0}), states) as backend:
         server.bodies.clear()
         server.delay_s = 60
-        backend._servers[0].breaker.note_failure(is_grave=True)
+        backend.servers[0].breaker.note_failure(is_grave=True)
         await wait_until(lambda: num_trials(server) > 0)
         server.delay_s = 0.0
         await backend.embed(job())
@@ -249,8 +249,8 @@ async def test_the_probe_does_not_wait_for_clients(server: StandIn) -> None:
         task = asyncio.create_task(backend.embed(job(seconds=600)))
         await wait_until(lambda: len(server.bodies) > 0)
         server.delay_s = 0.0
-        backend._servers[0].breaker.note_failure(is_grave=True)
-        await wait_until(lambda: not backend._servers[0].breaker.is_suspect)
+        backend.servers[0].breaker.note_failure(is_grave=True)
+        await wait_until(lambda: not backend.servers[0].breaker.is_suspect)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -259,7 +259,7 @@ async def test_the_probe_does_not_wait_for_clients(server: StandIn) -> None:
 
 async def test_a_hung_server_does_not_keep_others_from_their_trial(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
-        first, second = backend._servers
+        first, second = backend.servers
         servers[0].delay_s = 60
         servers[0].bodies.clear()
         first.breaker.note_failure(is_grave=True)
@@ -278,7 +278,7 @@ async def test_a_server_that_is_shut_out_and_busy_stays_out(server: StandIn) -> 
         await fail(backend, UpstreamFailed, ["any"])
         await states.wait_for(ModelState.RECOVERING)
         server.fault = "429"
-        await wait_until(lambda: "is overloaded (429)" in backend._servers[0].breaker.reason)
+        await wait_until(lambda: "is overloaded (429)" in backend.servers[0].breaker.reason)
         server.fault = ""
         await states.wait_for(ModelState.READY)
 
@@ -311,7 +311,7 @@ async def test_after_a_suspicion_there_is_rest(server: StandIn, monkeypatch: pyt
         return False
 
     async with loaded(entry(server)) as backend:
-        monkeypatch.setattr(backend._servers[0].breaker, "is_trial_due", look)
+        monkeypatch.setattr(backend.servers[0].breaker, "is_trial_due", look)
         server.fault = "500"
         await fail(backend, UpstreamFailed, ["any"])
         await wait_until(lambda: looks > 0)
@@ -494,10 +494,10 @@ async def test_the_key_is_not_repeated(server: StandIn) -> None:
                 await backend.embed(job(["any"]))
             said.append(caught.value.message)
         server.respond = lambda _body: JSONResponse({"error": {"message": f"no such key: {key}"}}, 401)
-        while backend._servers[0].breaker.is_closed:
+        while backend.servers[0].breaker.is_closed:
             await fail(backend, UpstreamUnavailable, ["any"])
             await asyncio.sleep(0.01)
-        said.append(backend._servers[0].breaker.reason)
+        said.append(backend.servers[0].breaker.reason)
         with pytest.raises(NotReachable) as not_loaded:
             await UpstreamBackend(entry(server, upstream={"api_key": key}), Settings()).plan()
         said.append(str(not_loaded.value))
@@ -657,7 +657,7 @@ async def test_counts_of_tokens_that_cannot_be_are_no_harm(server: StandIn) -> N
 async def test_two_servers_at_one_address_have_different_names(server: StandIn) -> None:
     urls = (f"{server.url}/v1", f"{server.url}/v1/../v1")
     async with loaded(entry(server, upstream={"urls": urls})) as backend:
-        names = [one.name for one in backend._servers]
+        names = [one.name for one in backend.servers]
         await backend.embed(job())
 
     assert names == [f"127.0.0.1:{server.port}/v1", f"127.0.0.1:{server.port}/v1/../v1"]

@@ -725,7 +725,7 @@ async def test_what_does_not_speak_http_is_an_upstream_that_fails(server: StandI
     async with loaded(entry(server, upstream={"max_retries": 0})) as backend:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             async with await asyncio.start_server(speak, sock=listener):
-                backend._servers[0]._url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+                backend.servers[0]._url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
                 with pytest.raises(RequestError) as caught:
                     await backend.embed(job())
 
@@ -756,7 +756,7 @@ async def test_a_server_may_be_at_an_ipv6_address_and_below_a_prefix(path: str) 
     url = f"http://[::1]:{listener.getsockname()[1]}{path}"
     async with await asyncio.start_server(speak, sock=listener), loaded(entry(upstream={"urls": (url,)})) as backend:
         np.testing.assert_allclose((await backend.embed(job())).vectors, expected(), rtol=1e-6)
-        assert backend._servers[0].name == f"[::1]:{listener.getsockname()[1]}"
+        assert backend.servers[0].name == f"[::1]:{listener.getsockname()[1]}"
 
     assert set(asked) == {f"{path}/models", f"{path}/embeddings"}
 
@@ -768,7 +768,7 @@ async def test_a_wait_for_a_server_can_be_ended(server: StandIn) -> None:
     await backend.start(States())
     server.delay_s = 60
     server.bodies.clear()
-    backend._servers[0].breaker.note_failure(is_grave=True)
+    backend.servers[0].breaker.note_failure(is_grave=True)
     await wait_until(lambda: len(server.bodies) > 0)
     await backend.stop()
 
@@ -800,7 +800,7 @@ async def test_a_request_between_two_attempts_when_the_gateway_stops_gets_an_err
     server.fault = "502"
     server.bodies.clear()
     waiting = asyncio.create_task(backend.embed(job()))
-    await wait_until(lambda: len(server.bodies) > 0 and backend._servers[0].num_texts == 0)
+    await wait_until(lambda: len(server.bodies) > 0 and backend.servers[0].num_texts == 0)
     await backend.stop()
 
     with pytest.raises(ShuttingDown):

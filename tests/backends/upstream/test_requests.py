@@ -274,7 +274,7 @@ async def test_a_server_that_fails_is_left_alone_and_let_in_again(servers: tuple
             await backend.embed(job())
         asked_meanwhile = [body for body in servers[0].bodies if body["input"] == TEXTS]
         servers[0].fault = ""
-        await wait_until(lambda: all(one.breaker.is_closed for one in backend._servers))
+        await wait_until(lambda: all(one.breaker.is_closed for one in backend.servers))
         servers[1].fault = "503"
         embeddings = await backend.embed(job())
 
@@ -328,10 +328,10 @@ async def test_another_model_behind_the_same_name_is_shut_out(server: StandIn) -
 async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
         servers[0].fault = "503"
-        while backend._servers[0].breaker.is_closed:
+        while backend.servers[0].breaker.is_closed:
             await backend.embed(job())
         servers[0].fault, servers[0].weights = "", "other"
-        await wait_until(lambda: "another model" in backend._servers[0].breaker.reason)
+        await wait_until(lambda: "another model" in backend.servers[0].breaker.reason)
         for _ in range(8):
             np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
 
