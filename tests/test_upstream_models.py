@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -38,6 +37,7 @@ from gateway.service import EmbeddingService
 from gateway.telemetry import tracing
 from gateway.types import EmbedJob, ModelInfo, ModelState
 from tests.backends.stand_in import StandIn, vector_of
+from tests.listener import make_listener
 
 PATIENCE_S = 30
 
@@ -125,7 +125,7 @@ async def other_gateway(tmp_path: Path) -> AsyncIterator[str]:
     async with Gateway(folder).serving(NEAR) as deployment:
         server = uvicorn.Server(server_config(create_app(deployment), Settings()))
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with make_listener() as listener:
             task = asyncio.create_task(server.serve(sockets=[listener]))
             await wait_until(lambda: server.started)
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from gateway.deployment import Deployment
 from gateway.fleet import Fleet, Model
 from gateway.server import server_config
 from gateway.types import Embeddings, EmbedJob, ModelState
+from tests.listener import make_listener
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -150,7 +150,7 @@ def serve(models: list[Model], make_fleet: MakeFleet) -> Serve:
         app = create_app(Deployment(registry, known, fleet))
         config = server_config(app, known)
         server = uvicorn.Server(config)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with make_listener() as listener:
 
             async def run() -> None:
                 await _start(fleet)

@@ -31,6 +31,7 @@ from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.server import server_config
 from gateway.types import Embeddings, EmbedJob, ModelKind, Timings
+from tests.listener import make_listener
 
 MIB = 1 << 20
 MAX_HELD_S = 0.05
@@ -133,7 +134,7 @@ def ask(
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(turns)) as runner:
             runner.run(run(listener))
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with make_listener() as listener:
         thread = threading.Thread(target=serve, args=(listener,), name="loop")
         thread.start()
 

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.listener import make_listener
 from tests.tei_contract import REQUESTS, validate, validate_answer
 
 MODEL = "acme/embed"
@@ -215,9 +216,7 @@ class StandIn:
                 Route("/info", self.info),
             ]
         )
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", self.port))
+        with make_listener(self.port) as listener:
             self.port = listener.getsockname()[1]
             server = _Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
             task = asyncio.create_task(server.serve(sockets=[listener]))

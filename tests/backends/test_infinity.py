@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -42,6 +41,7 @@ from gateway.errors import (
 )
 from gateway.fleet import Fleet
 from gateway.types import EmbedJob, ModelState, Truncate
+from tests.listener import make_listener
 
 # A batch of at most 64 tokens: few enough that a test can say what is in one.
 MINILM = ModelEntry(
@@ -142,7 +142,7 @@ async def fleet() -> AsyncIterator[Fleet]:
 async def client(fleet: Fleet) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway that listens on a real socket."""
     registry = Registry(path=Path("models.yaml"), version=1, models=(MINILM,), aliases={})
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = make_listener()
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(Deployment(registry, Settings(), fleet)), log_config=None, lifespan="off", access_log=False

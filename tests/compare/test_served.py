@@ -30,6 +30,7 @@ from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.types import Embeddings, EmbedJob
 from tests.compare.conftest import Browse, MakeFleet, MakeModel, WordsBackend, WriteData
+from tests.listener import make_listener
 
 EVIL = """</script><b onclick='x'>"&amp; %{x}"""
 Serve = Callable[..., "contextlib.AbstractContextManager[str]"]
@@ -51,7 +52,7 @@ def serve(make_fleet: MakeFleet) -> Serve:
             fleet.started.set()
             await server.serve(sockets=[listener])
 
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with make_listener() as listener:
             thread = threading.Thread(target=lambda: asyncio.run(run(listener)))
             thread.start()
             try:

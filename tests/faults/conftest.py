@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.fleet import Fleet, Model
 from tests.faults.scripted import PATIENCE_S, Bystanders, Gateway, ScriptedBackend
+from tests.listener import make_listener
 
 
 @pytest.fixture
@@ -27,8 +27,7 @@ def gateway() -> Iterator[Gateway]:
     alias = Alias(name="default", model="scripted")
     registry = Registry(path=Path("models.yaml"), version=1, models=(entry,), aliases={"default": alias})
     backend = ScriptedBackend(entry, settings)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
+    listener = make_listener()
     fleets: list[Fleet] = []
     servers: list[uvicorn.Server] = []
     is_up = threading.Event()

@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import re
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from gateway.errors import InferenceFailed
 from gateway.server import server_config
 from gateway.types import Embeddings, EmbedJob
 from loadtest.run import locust_command
+from tests.listener import make_listener
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def url() -> Iterator[str]:
         Registry(path=Path("models.yaml"), version=1, models=entries), settings, make_backend=make_backend
     )
     server = uvicorn.Server(server_config(create_app(deployment), settings))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with make_listener() as listener:
 
         async def run() -> None:
             await deployment.start()

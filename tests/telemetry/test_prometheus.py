@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.listener import make_listener
 from tests.peers import needs
 from tests.telemetry.observed import PROMETHEUS, dashboard
 
@@ -48,7 +49,7 @@ SHOWN = {
 def serving(log: Path) -> Iterator[str]:
     """Serve one model that answers and one that does not; return the address, host and port."""
     script = Path(__file__).with_name("scraped_gateway.py")
-    with socket.create_server(("127.0.0.1", 0)) as listener, log.open("wb") as output:
+    with make_listener() as listener, log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, script, str(listener.fileno())],
             pass_fds=[listener.fileno()],

@@ -11,6 +11,7 @@ import pytest
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from structlog.testing import capture_logs
 
+from gateway.backends.upstream import breaker as breaker_module
 from gateway.backends.upstream import watch as watch_module
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.settings import Settings
@@ -48,7 +49,10 @@ def num_trials(server: StandIn) -> int:
 
 @pytest.mark.parametrize("fault", ["nan", "500", "404", "403", "garbage", "half", "502", "503", "424", "one missing"])
 @pytest.mark.parametrize("kind", ["openai", "tei"])
-async def test_a_text_on_which_a_server_fails_takes_it_from_no_one(server: StandIn, kind: str, fault: str) -> None:
+async def test_a_text_on_which_a_server_fails_takes_it_from_no_one(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+) -> None:
+    monkeypatch.setattr(breaker_module, "_LEAST_PAUSE_S", 0.1)  # between two trials
     states = States()
     async with loaded(entry(server, kind=kind), states) as backend:
         server.fault, server.fault_on = fault, POISON
