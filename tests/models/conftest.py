@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -21,10 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from gateway.app import create_app
-from gateway.config.registry import Alias, ModelEntry, Registry
-from gateway.config.settings import Settings
-from gateway.deployment import Deployment
+from gateway.config.registry import ModelEntry
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
 from gateway.engine.model.build import BuildOptions, build_encoders
@@ -42,6 +37,7 @@ from tests.models.checkpoints import (
     save_adapters,
     unigram_tokenizer,
 )
+from tests.models.in_process import Connect, connecting
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -241,32 +237,10 @@ def tokenize() -> Callable[..., list[int]]:
 # -------------------------------------------------------------------------------------------------------------- HTTP
 
 
-Connect = Callable[..., Awaitable[httpx.AsyncClient]]
-
-
 @pytest.fixture
 async def connect() -> AsyncIterator[Connect]:
     """Return a function that starts a gateway with real engines in this process, and returns a client of it."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def connect(
-            *entries: ModelEntry, aliases: Mapping[str, tuple[str, str | None]] | None = None, **settings: Any
-        ) -> httpx.AsyncClient:
-            registry = Registry(
-                path=Path("models.yaml"),
-                version=1,
-                models=entries,
-                aliases={
-                    name: Alias(name=name, model=model, task=task) for name, (model, task) in (aliases or {}).items()
-                },
-            )
-            deployment = Deployment(registry, Settings(cpu_threads=1, **settings))
-            stack.push_async_callback(deployment.stop)
-            await deployment.start()
-            assert {model.id: model.reason for model in deployment.fleet if model.reason} == {}
-            transport = httpx.ASGITransport(create_app(deployment))
-            return await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
-
+    async with connecting() as connect:
         yield connect
 
 

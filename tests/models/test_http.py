@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import httpx
 import jsonschema_rs
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 
 from gateway.backends.infinity import InfinityBackend
@@ -20,8 +21,11 @@ from gateway.config.registry import ModelEntry
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, Output, SparseVector, Timings
 from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS, TEXTS
+from tests.models.in_process import Connect, connecting
 
-Connect = Callable[..., Any]
+# One gateway serves all tests that only read: engines take longer to start than to answer.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 Load = Callable[..., Any]
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Tokenize = Callable[..., list[int]]
@@ -42,7 +46,14 @@ def entry(model_id: str, folder: Path, **fields: Any) -> ModelEntry:
     return ModelEntry(id=model_id, source=str(folder), **fields)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def connect() -> AsyncIterator[Connect]:
+    """Return a function that starts a gateway, which serves to the end of the module, and returns a client of it."""
+    async with connecting() as connect:
+        yield connect
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(jina: Path, m3: Path, connect: Connect) -> httpx.AsyncClient:
     """Return a client of a gateway over both models; an alias selects one task."""
     return await connect(
@@ -240,7 +251,7 @@ async def test_multivectors_have_the_limit_of_token_vectors(m3: Path, connect: C
 
     assert dense.json()["usage"]["total_tokens"] > 12
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_input")
-    assert "tokens together, and the limit" in refused.json()["message"]
+    assert "tokens together, but the limit" in refused.json()["message"]
     assert (await embed(client, ["fox"], model="m3", outputs=["multivector"])).json()["data"]
 
 
