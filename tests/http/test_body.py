@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message
 
 from gateway.access.memory import MemoryBudget, Reservation
-from gateway.errors import BadInput, BodyTooLarge, ClientDisconnected
+from gateway.errors import BadInput, BodyTooLarge, BodyTooSlow, ClientDisconnected
 from gateway.http.body import Body
 from gateway.http.pace import Pace
 
@@ -38,15 +38,17 @@ class Upload:
         memory: what the request holds.
     """
 
-    def __init__(self, pieces: Iterable[bytes], max_bytes: int = 64 * MIB, **headers: str) -> None:
+    def __init__(
+        self, pieces: Iterable[bytes], max_bytes: int = 64 * MIB, timeout_s: float = 60.0, **headers: str
+    ) -> None:
         messages: list[Message] = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
         if messages:
-            messages[-1]["more_body"] = False
+            del messages[-1]["more_body"]  # which means that this is all
         self.left = [*messages, GONE]
         self.memory = Reservation(MemoryBudget(256 * MIB), "test")
         self.pace = CountingPace()
         known = Headers({name.replace("_", "-"): value for name, value in headers.items()})
-        self.body = Body(self._receive, known, self.memory, self.pace, max_bytes, timeout_s=60)
+        self.body = Body(self._receive, known, self.memory, self.pace, max_bytes, timeout_s)
 
     async def _receive(self) -> Message:
         if not self.left:
@@ -58,7 +60,7 @@ class Upload:
         content, is_complete = b"", False
         while not is_complete:
             message = await self.body.receive()
-            content, is_complete = content + message["body"], not message["more_body"]
+            content, is_complete = content + message["body"], not message.get("more_body", False)
         return content
 
 
@@ -76,6 +78,18 @@ async def test_a_client_that_goes_before_the_end_has_disconnected() -> None:
 
     with pytest.raises(ClientDisconnected):
         await upload.read()
+
+
+async def test_a_body_that_does_not_come_in_time_is_refused_and_its_rest_not_read() -> None:
+    upload = Upload([b"ab", b"cd"], timeout_s=0.05)
+    rest = [upload.left.pop(), upload.left.pop()]
+
+    with pytest.raises(BodyTooSlow, match="only 2 bytes of the request body arrived in 0.05 s"):
+        await upload.read()
+    upload.left = rest
+    await upload.body.drain()
+
+    assert len(upload.left) == 2
 
 
 @pytest.mark.parametrize("coding", ["", "gzip"])
