@@ -84,7 +84,7 @@ async def test_a_body_that_does_not_come_in_time_is_refused_and_its_rest_not_rea
     upload = Upload([b"ab", b"cd"], timeout_s=0.05)
     rest = [upload.left.pop(), upload.left.pop()]
 
-    with pytest.raises(BodyTooSlow, match="only 2 bytes of the request body arrived in 0.05 s"):
+    with pytest.raises(BodyTooSlow, match=r"only 2 bytes of the request body arrived in 0\.05 s"):
         await upload.read()
     upload.left = rest
     await upload.body.drain()
