@@ -23,7 +23,7 @@ import structlog
 
 from gateway.telemetry import metrics
 from gateway.telemetry.logs import QueuedHandler, configure_logs, flush_logs
-from tests.test_drain import PROGRAM
+from tests.test_drain import ONE
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 20
@@ -397,7 +397,7 @@ def stuck_gateway() -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """Serve fake models with a log that has no reader; yield the process, its address and the log's read end."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.replace('"error", "json"', '"info", "json"')],
+        [sys.executable, "-c", ONE.replace('"error", "json"', '"info", "json"')],
         env={"GATEWAY_PORT": "0", "DELAY_S": "0"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -407,7 +407,7 @@ def stuck_gateway() -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     os.close(writer)
     try:
         assert process.stdout is not None
-        yield process, process.stdout.readline().strip(), reader
+        yield process, process.stdout.readline().split()[-1], reader
     finally:
         process.kill()
         process.communicate()
