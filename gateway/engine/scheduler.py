@@ -18,7 +18,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from gateway.engine.model.items import Item
 
@@ -139,6 +139,14 @@ class _Caller(Generic[W]):
     requests: _FairHeap[_Request[W]] = field(default_factory=_FairHeap)
 
 
+class QueueStats(NamedTuple):
+    """What a :class:`FairQueue` remembers; all zero when its last waiter has gone."""
+
+    num_callers: int
+    num_requests: int
+    num_waiting_callers: int
+
+
 class FairQueue(Generic[W]):
     """Entries that wait, in the order in which fairness serves them. Not safe across threads: guard it."""
 
@@ -156,6 +164,10 @@ class FairQueue(Generic[W]):
     def num_waiters(self) -> int:
         """How many are waiting, including those no longer needed."""
         return sum(len(request.waiters) for request in self._requests.values())
+
+    def stats(self) -> QueueStats:
+        """Return how many callers and requests the queue remembers, and how many of the callers have waiters."""
+        return QueueStats(len(self._callers), len(self._requests), self._num_waiting)
 
     def __bool__(self) -> bool:
         """Whether anything waits, even if it is no longer needed."""

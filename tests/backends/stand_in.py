@@ -113,7 +113,7 @@ class StandIn:
         if len(texts) > self.max_texts:
             return _tei_error(422, f"batch size {len(texts)} > maximum allowed batch size {self.max_texts}")
         task = body.get("prompt_name" if self.task_field is None else self.task_field)
-        rows = [self._vector(text, task).tolist() for text in texts]
+        rows = [self.vector(text, task).tolist() for text in texts]
         if self._is_short(texts):
             rows.pop()
         num_tokens = sum(len(text.split()) for text in texts)
@@ -196,13 +196,13 @@ class StandIn:
         half = StreamingResponse(_half(), headers={"content-length": "1000"}, media_type="application/json")
         return {"half": half, "garbage": Response(b"<html>It works!</html>")}.get(self.fault)
 
-    def _vector(self, text: str, task: str | None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def vector(self, text: str, task: str | None) -> np.ndarray[Any, np.dtype[np.float32]]:
         vector = vector_of(f"[{task}] {text}" if task else text, self.weights, self.width)
         is_bad = self.fault == "nan" and self.fault_on in text
         return vector * np.float32(np.nan) if is_bad else vector
 
     def _write(self, text: str, task: str | None) -> object:
-        vector = self._vector(text, task)
+        vector = self.vector(text, task)
         return base64.b64encode(vector.tobytes()).decode() if self.speaks_base64 else vector.tolist()
 
     @asynccontextmanager

@@ -50,9 +50,9 @@ class Turned(FakeBackend):
     async def embed(self, job: EmbedJob) -> Embeddings:
         self.jobs.append(job)
         embeddings = await super().embed(job)
-        return replace(embeddings, vectors=np.stack([self._vector(text, job.task) for text in job.texts]))
+        return replace(embeddings, vectors=np.stack([self.vector(text, job.task) for text in job.texts]))
 
-    def _vector(self, text: str, task: str | None) -> Vectors:
+    def vector(self, text: str, task: str | None) -> Vectors:
         vector = unit_of(text, task)
         other = unit_of("across", task)
         across = other - (other @ vector) * vector
@@ -183,7 +183,7 @@ def record(path: Path, tasks: Sequence[str | None] = (None, *TASKS), turn: float
     """Store the vectors that ``near`` gives."""
     source = Turned(fake_info("near", width=WIDTH), only(golden.TEXTS[1], None, turn))
     vectors = [
-        golden.GoldenVector(text, task, np.asarray(source._vector(text, task) / 3, np.float32))
+        golden.GoldenVector(text, task, np.asarray(source.vector(text, task) / 3, np.float32))
         for task in tasks
         for text in golden.TEXTS
     ]

@@ -340,9 +340,7 @@ def test_whatever_happens_each_wanted_entry_is_taken_once(
         order = [waiter.index for waiter in taken if waiter.handle is owner]
         assert order == sorted(order)
     assert not queue
-    assert not queue._callers
-    assert not queue._requests
-    assert queue._num_waiting == 0
+    assert queue.stats() == (0, 0, 0)
     assert queue.num_tokens == 0
 
 
@@ -559,7 +557,5 @@ def test_whatever_happens_what_is_shared_is_computed_once_and_for_all_who_want_i
     assert not [waiter for waiter in flight.waiting if waiter.handle.wants(flight.now)]
     assert sum(flight.queue.paid.values()) == sum(one.item.num_tokens for one in flight.taken)
     assert not flight.queue
-    assert not flight.queue._callers
-    assert not flight.queue._requests
-    assert flight.queue._num_waiting == 0
+    assert flight.queue.stats() == (0, 0, 0)
     assert flight.queue.num_tokens == 0

@@ -50,7 +50,7 @@ class Server:
         self.answered_at = 0.0
         self.is_refusing = False
         self._model = model
-        self._url = url
+        self.url = url
         self._dialect = dialect
         self._timeout_s = upstream.timeout_s
         self._slots = asyncio.Semaphore(upstream.max_connections)
@@ -79,7 +79,7 @@ class Server:
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
-                self._http.get(self._url + self._dialect.facts_path, allow_redirects=False) as response,
+                self._http.get(self.url + self._dialect.facts_path, allow_redirects=False) as response,
             ):
                 content, is_whole = await _read(response, _MAX_FACTS_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -159,7 +159,7 @@ class Server:
             async with (
                 asyncio.timeout(self._timeout_s),
                 self._http.post(
-                    self._url + self._dialect.embed_path, data=body, headers=headers, allow_redirects=False
+                    self.url + self._dialect.embed_path, data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
                 is_ok = 200 <= response.status < 300  # some frameworks answer a POST with 201

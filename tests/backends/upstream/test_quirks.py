@@ -89,8 +89,8 @@ async def test_each_two_tasks_must_differ(server: StandIn) -> None:
     """One of three is not known to the server, and gets what another one gets."""
     server.rewrite = None
     known = {"query": "query", "passage": "passage", "clustering": "query"}
-    plain = server._vector
-    server._vector = lambda text, task: plain(text, known.get(task or "", task))  # type: ignore[method-assign]
+    plain = server.vector
+    server.vector = lambda text, task: plain(text, known.get(task or "", task))  # type: ignore[method-assign]
     tasks = {**TASKS, "separation": "clustering"}
     reason = await why_not_loaded(UpstreamBackend(entry(server, upstream={"tasks": tasks}), Settings()))
 
@@ -114,16 +114,16 @@ async def test_a_server_that_ignores_the_only_task_is_refused(server: StandIn, t
 
 
 async def test_a_task_may_be_what_the_server_does_without_one(server: StandIn) -> None:
-    plain = server._vector
-    server._vector = lambda text, task: plain(text, task or "passage")  # type: ignore[method-assign]
+    plain = server.vector
+    server.vector = lambda text, task: plain(text, task or "passage")  # type: ignore[method-assign]
     async with loaded(entry(server, upstream={"tasks": TASKS})) as backend:
         await backend.embed(job(task="retrieval.query"))
 
 
 async def test_a_server_that_does_one_task_differently_is_refused(servers: tuple[StandIn, StandIn]) -> None:
     """Without a task both give the same."""
-    plain = servers[1]._vector
-    servers[1]._vector = lambda text, task: plain(text, "other" if task == "passage" else task)  # type: ignore[method-assign]
+    plain = servers[1].vector
+    servers[1].vector = lambda text, task: plain(text, "other" if task == "passage" else task)  # type: ignore[method-assign]
     reason = await why_not_loaded(UpstreamBackend(entry(*servers, upstream={"tasks": TASKS}), Settings()))
 
     assert f"127.0.0.1:{servers[1].port} gives other vectors than 127.0.0.1:{servers[0].port}" in reason
@@ -141,8 +141,8 @@ async def test_a_server_that_forgets_the_tasks_is_shut_out(server: StandIn) -> N
 
 
 async def test_a_prompt_is_probed_as_well(servers: tuple[StandIn, StandIn]) -> None:
-    plain = servers[1]._vector
-    servers[1]._vector = lambda text, task: plain(text.removeprefix("query: "), task)  # type: ignore[method-assign]
+    plain = servers[1].vector
+    servers[1].vector = lambda text, task: plain(text.removeprefix("query: "), task)  # type: ignore[method-assign]
     reason = await why_not_loaded(UpstreamBackend(entry(*servers, prompts={"query": "query: "}), Settings()))
 
     assert "(task retrieval.query)" in reason
@@ -725,7 +725,7 @@ async def test_what_does_not_speak_http_is_an_upstream_that_fails(server: StandI
     async with loaded(entry(server, upstream={"max_retries": 0})) as backend:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             async with await asyncio.start_server(speak, sock=listener):
-                backend.servers[0]._url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+                backend.servers[0].url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
                 with pytest.raises(RequestError) as caught:
                     await backend.embed(job())
 
