@@ -160,7 +160,7 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
         if time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS):
             break
     load.send_signal(signal.SIGINT)  # locust writes its results then; with SIGTERM it does not
-    printed, _ = load.communicate(timeout=120)
+    printed, _ = load.communicate(timeout=300)
     is_over.set()
     watch.join()
     elapsed_s = time.monotonic() - started

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import gc
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import fastapi.routing
 import pytest
+import structlog
 from hypothesis import settings
 
 from gateway.backends.base import Backend
@@ -38,6 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     num_tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def same_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo a test's setup of the log; no logger keeps it, or ``structlog.testing.capture_logs`` would see nothing later."""
+    before, configure = structlog.get_config(), structlog.configure
+    monkeypatch.setattr(structlog, "configure", lambda **how: configure(**{**how, "cache_logger_on_first_use": False}))
+    yield
+    configure(**before)
 
 
 @pytest.fixture
