@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,23 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the modules and tests, a million objects that stay to the end."""
     gc.collect()
     gc.freeze()
+
+
+# What the command line does to the logs of its process would last for all later tests of this one: a logger that has
+# been used would be cached with its processors, and no test could look at its lines.
+_configure = structlog.configure
+structlog.configure = lambda **options: _configure(**{**options, "cache_logger_on_first_use": False})
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn")]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    structlog.reset_defaults()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
