@@ -58,10 +58,10 @@ install-dev: $(DEV)/.installed ## Install what the tests and checks need, into b
 
 install-clients: install-dev build/clients/.installed ## Install clients that the tests run, into build/clients
 
-# The tests of a file share what they start, so they stay on one worker; the longest files come first (tests/conftest.py).
+# Which tests stay on one worker, and that the longest come first, is in tests/conftest.py.
 # Bytecode is written whatever the environment says: else each of the many processes compiles everything again.
 test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without those that take a minute)
-	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder $(ARGS)
 
 test-plan:
 	@[ -e build/clients/.installed ] || echo "First, tools and clients are installed into build/ (2 GB, a minute or two)," \

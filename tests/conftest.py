@@ -35,28 +35,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# What the command line does to the logs of its process would last for all later tests of this one: a logger that has
-# been used would be cached with its processors, and no test could look at its lines.
-_configure = structlog.configure
-structlog.configure = lambda **options: _configure(**{**options, "cache_logger_on_first_use": False})
+# What the tests of these folders start or make for a session takes long, so one worker runs all of them.
+_TOGETHER = ("clients", "models")
 
 
-@pytest.fixture(autouse=True)
-def _logs_as_they_were() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn")]
-    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, handlers, propagate, level in before:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    structlog.reset_defaults()
-
-
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, then those with many: no worker is left with a long one when the others are done."""
+    """Put the tests of a file on one worker, and long files first: no worker is left with one when the others are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     num_tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path]))
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in _TOGETHER else str(path)))
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +55,13 @@ def same_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo a test's setup of the log; no logger keeps it, or ``structlog.testing.capture_logs`` would see nothing later."""
     before, configure = structlog.get_config(), structlog.configure
     monkeypatch.setattr(structlog, "configure", lambda **how: configure(**{**how, "cache_logger_on_first_use": False}))
+    loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn")]
+    states = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
     configure(**before)
+    for logger, handlers, propagate, level in states:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture

