@@ -40,7 +40,7 @@ def pipe() -> Iterator[tuple[int, TextIO]]:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         yield reader, stream
-    os.close(reader)
+        os.close(reader)  # first: a handler that still has lines loses them now, and not to the descriptor's next file
 
 
 def read_lines(reader: int, number: int) -> list[str]:
