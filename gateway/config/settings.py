@@ -105,7 +105,9 @@ class Settings(BaseSettings):
     the gateway, gets exactly the values that it passes.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", allow_inf_nan=False
+    )
 
     host: str = Field(
         default="127.0.0.1", min_length=1, description="Address to listen on; `0.0.0.0` for all interfaces."
@@ -174,13 +176,11 @@ class Settings(BaseSettings):
     header_timeout_s: float = Field(
         default=10.0,
         gt=0,
-        allow_inf_nan=False,
         description="Seconds in which a request's headers must arrive; then the connection is closed.",
     )
     keep_alive_s: float = Field(
         default=75.0,
         gt=0,
-        allow_inf_nan=False,
         description="Seconds for which an idle connection is kept open. Set it higher than the idle timeout of the load "
         "balancer in front (60 s for most): otherwise the balancer may send a request just as the gateway closes "
         "the connection.",
@@ -188,13 +188,11 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        allow_inf_nan=False,
         description="Seconds in which a request's body must arrive; 400 beyond.",
     )
     send_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        allow_inf_nan=False,
         description="Seconds a client may go without reading any of a pending response; then the connection is closed.",
     )
     max_body_bytes: int = Field(
@@ -219,23 +217,19 @@ class Settings(BaseSettings):
     max_queue_tokens: int = Field(
         default=4_000_000, ge=1, description="Maximum number of tokens in the queue of a model; 429 beyond."
     )
-    request_timeout_s: float = Field(
-        default=300.0, gt=0, allow_inf_nan=False, description="Seconds that a request may take; 504 beyond."
-    )
+    request_timeout_s: float = Field(default=300.0, gt=0, description="Seconds that a request may take; 504 beyond.")
     shutdown_grace_s: float = Field(
-        default=30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to finish on shutdown."
+        default=30.0, ge=0, description="Seconds that running requests get to finish on shutdown."
     )
     drain_delay_s: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
         description="Seconds for which new requests are still accepted on shutdown, while `/health/ready` answers 503: as "
         "long as load balancers need to notice.",
     )
     forward_timeout_s: float = Field(
         default=120.0,
         gt=0,
-        allow_inf_nan=False,
         description="Seconds after which a batch counts as hung: its requests get 503, and the model is reloaded.",
     )
     golden_interval_s: float = Field(

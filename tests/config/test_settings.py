@@ -303,3 +303,11 @@ def test_an_override_that_is_no_setting_is_a_mistake_in_the_program() -> None:
 
 def test_every_setting_has_a_meaning() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("name", [name for name, field in Settings.model_fields.items() if field.annotation is float])
+def test_every_number_must_be_finite(name: str, text: str) -> None:
+    (problem,) = problems_of({f"GATEWAY_{name.upper()}": text})
+
+    assert problem.message.startswith("must be")
