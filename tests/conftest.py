@@ -40,8 +40,10 @@ _TOGETHER = ("clients", "models")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the tests of a file on one worker, and long files first: no worker is left with one when the others are done."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     num_tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path]))
