@@ -219,3 +219,6 @@ QUERIES = (
         '(rate(gateway_embed_duration_seconds_bucket{experiment!=""}[1h])))',
     ),
 )
+
+RUNTIMES = {"openvino": "OpenVINO", "torch": "torch", "packed": "packed", "padded": "padded"}
+"""The words of `tests/models/served.toml` for what computes a model, as `docs/models.md` shows them."""
