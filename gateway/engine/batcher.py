@@ -365,7 +365,8 @@ def _key(sequence: TokenSequence) -> Hashable:
     """Return a key that two sequences share exactly when they are the same."""
     item = sequence.item
     tokens = item.tokens
-    return array("q", tokens.ids).tobytes(), item.task, item.outputs, tokens.spans, tokens.second, sequence.replica
+    places = (tokens.spans, tokens.second, tokens.num_attended)
+    return array("q", tokens.ids).tobytes(), item.task, item.outputs, places, sequence.replica
 
 
 def _token_counts(tokens: Tokens) -> list[int]:

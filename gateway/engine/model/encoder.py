@@ -155,7 +155,11 @@ class Encoder:
     def _prepare(self, rows: list[int], items: list[Item]) -> Group:
         adapters = [-1 if item.task is None else self._adapters.get(item.task, -1) for item in items]
         seconds = [item.tokens.second for item in items]
-        return Group(rows, items, self.runtime.prepare([item.tokens.ids for item in items], adapters, seconds))
+        attended = None
+        if any(item.tokens.num_attended is not None for item in items):
+            attended = [item.tokens.num_attended or item.num_tokens for item in items]
+        ids = [item.tokens.ids for item in items]
+        return Group(rows, items, self.runtime.prepare(ids, adapters, seconds, attended))
 
     @torch.inference_mode()
     def forward(self, groups: Sequence[Group]) -> list[tuple[Group, TokenStates]]:

@@ -14,12 +14,14 @@ class Tokens:
     Attributes:
         spans: where the chunks of a late-chunked document are, as (first, end) positions; ``None`` for a plain text.
         second: where the second text of a pair begins, for a model that tells the two apart; else ``None``.
+        num_attended: how many of the first tokens are attended to, if the others are not; else ``None``.
     """
 
     ids: list[int]
     is_truncated: bool = False
     spans: tuple[tuple[int, int], ...] | None = None
     second: int | None = None
+    num_attended: int | None = None
 
     @property
     def num_vectors(self) -> int:

@@ -21,7 +21,11 @@ class Runtime(Protocol):
     is_packed: bool
 
     def prepare(
-        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+        seconds: Sequence[int | None] | None = None,
+        attended: Sequence[int] | None = None,
     ) -> Any:
         """Put token ids where the forward reads them.
 
@@ -29,6 +33,8 @@ class Runtime(Protocol):
             rows: token ids of each text.
             adapters: for each text the index of its adapter, or -1 for none.
             seconds: for each pair where its second text begins, or ``None``: only for a model that tells the two apart.
+            attended: for each text how many of its first tokens are attended to; ``None`` for all of every text. The
+                others get states, and change no state of another token: ColBERT's mask tokens behind a query.
         """
 
     def forward(self, features: Any) -> TokenStates:

@@ -129,9 +129,13 @@ class OpenVinoRuntime:
         return [cls(compiled, pad_id, table, has_segments=has_segments) for _ in range(threads.num_streams)]
 
     def prepare(
-        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+        seconds: Sequence[int | None] | None = None,
+        attended: Sequence[int] | None = None,
     ) -> CompiledFeatures:
-        input_ids, attention_mask = pad(rows, self._pad_id, _LENGTH_STEP if len(rows) > 1 else 1)
+        input_ids, attention_mask = pad(rows, self._pad_id, _LENGTH_STEP if len(rows) > 1 else 1, attended)
         inputs: dict[str, npt.NDArray[np.generic]] = {
             "input_ids": input_ids.numpy(),
             "attention_mask": attention_mask.numpy(),

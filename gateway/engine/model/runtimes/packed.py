@@ -39,6 +39,7 @@ class PackedFeatures:
         boundaries: ``(b + 1,)`` int32: where each text begins, and the end of the last.
         adapter_mask: ``(1, total, sum of ranks)``, or ``None`` for a model without adapters.
         segments: ``(1, total)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without any.
+        keys: what is attended to, if that is not every token.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +47,22 @@ class PackedFeatures:
     boundaries: torch.Tensor
     adapter_mask: torch.Tensor | None
     segments: torch.Tensor | None
+    lengths: Sequence[int]
+    keys: AttendedKeys | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttendedKeys:
+    """The tokens of a packed row that are attended to, where those of some texts are not all of them.
+
+    Attributes:
+        positions: ``(k,)`` int64: their places in the row.
+        boundaries: ``(b + 1,)`` int32: where those of each text begin, and the end of the last.
+        lengths: how many each text has.
+    """
+
+    positions: torch.Tensor
+    boundaries: torch.Tensor
     lengths: Sequence[int]
 
 
@@ -65,7 +82,11 @@ class PackedRuntime:
         model.set_attn_implementation(ATTENTION)
 
     def prepare(
-        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+        seconds: Sequence[int | None] | None = None,
+        attended: Sequence[int] | None = None,
     ) -> PackedFeatures:
         lengths = [len(row) for row in rows]
         adapter_mask = None
@@ -83,6 +104,16 @@ class PackedRuntime:
             adapter_mask=adapter_mask,
             segments=None if segments is None else self._to_device(segments),
             lengths=lengths,
+            keys=None if attended is None else self._keys(lengths, attended),
+        )
+
+    def _keys(self, lengths: Sequence[int], attended: Sequence[int]) -> AttendedKeys:
+        starts = [0, *accumulate(lengths)]
+        positions = [torch.arange(start, start + n) for start, n in zip(starts, attended, strict=False)]
+        return AttendedKeys(
+            positions=self._to_device(torch.cat(positions)),
+            boundaries=self._to_device(torch.tensor([0, *accumulate(attended)], dtype=torch.int32)),
+            lengths=attended,
         )
 
     def forward(self, features: PackedFeatures) -> TokenStates:
@@ -94,6 +125,7 @@ class PackedRuntime:
             **({} if features.segments is None else {"token_type_ids": features.segments}),
             packed_boundaries=features.boundaries,
             packed_lengths=features.lengths,
+            packed_keys=features.keys,
         ).last_hidden_state
         return TokenStates(states[0], features.lengths)
 
@@ -120,22 +152,27 @@ def _packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each text of a packed row: ``(1, heads, total, d)`` each, to ``(1, total, heads, d)``."""
     lengths: Sequence[int] = kwargs["packed_lengths"]
+    boundaries = kwargs["packed_boundaries"]
+    keys: AttendedKeys | None = kwargs["packed_keys"]
+    key_lengths, key_boundaries = lengths, boundaries
+    if keys is not None:
+        key, value = key[:, :, keys.positions], value[:, :, keys.positions]
+        key_lengths, key_boundaries = keys.lengths, keys.boundaries
     if query.is_cuda:
-        boundaries = kwargs["packed_boundaries"]
-        longest = max(lengths)
         packed = varlen_attn(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
             boundaries,
-            boundaries,
-            longest,
-            longest,
+            key_boundaries,
+            max(lengths),
+            max(key_lengths),
             scale=scaling,
         )
         assert isinstance(packed, torch.Tensor)  # noqa: S101  it returns a pair only when asked to
         return packed[None], None
-    pieces = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    counts = ((query, lengths), (key, key_lengths), (value, key_lengths))
+    pieces = zip(*(torch.split(tensor, list(numbers), dim=2) for tensor, numbers in counts), strict=True)
     attended = [functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in pieces]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 

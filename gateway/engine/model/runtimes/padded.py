@@ -18,8 +18,8 @@ class PaddedFeatures:
 
     Attributes:
         input_ids: ``(b, t)`` int64.
-        attention_mask: ``(b, t)`` int64, or ``None`` when no text is shorter than ``t``: attention without a mask is
-            faster.
+        attention_mask: ``(b, t)`` int64, or ``None`` when every token of the batch is attended to: attention without a
+            mask is faster.
         adapter_mask: ``(b, 1, sum of ranks)``, or ``None`` for a model without adapters.
         segments: ``(b, t)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without any.
     """
@@ -43,15 +43,19 @@ class PaddedRuntime:
         self._pad_id = model.config.pad_token_id or 0
 
     def prepare(
-        self, rows: Sequence[Sequence[int]], adapters: Sequence[int], seconds: Sequence[int | None] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+        seconds: Sequence[int | None] | None = None,
+        attended: Sequence[int] | None = None,
     ) -> PaddedFeatures:
         lengths = [len(row) for row in rows]
-        input_ids, attention_mask = pad(rows, self._pad_id)
+        input_ids, attention_mask = pad(rows, self._pad_id, attended=attended)
         segments = pad_segments(rows, seconds, input_ids.shape[1])
         device = self._model.device
         return PaddedFeatures(
             input_ids=input_ids.to(device),
-            attention_mask=None if min(lengths) == max(lengths) else attention_mask.to(device),
+            attention_mask=None if min(attended or lengths) == max(lengths) else attention_mask.to(device),
             adapter_mask=None if self._mask is None else self._mask.rows(adapters)[:, None, :],
             segments=None if segments is None else segments.to(device),
             lengths=lengths,
@@ -67,11 +71,18 @@ class PaddedRuntime:
         return TokenStates.from_padded(states, features.lengths)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad token ids on the right: ids and mask, each ``(b, t)`` int64; ``t`` is a multiple of ``multiple``."""
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1, attended: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the right: ids and mask, each ``(b, t)`` int64; ``t`` is a multiple of ``multiple``.
+
+    Args:
+        attended: for each text how many of its first tokens are attended to; ``None`` for all.
+    """
     longest = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
-    mask = (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long()
+    counts = [len(row) for row in rows] if attended is None else list(attended)
+    mask = (torch.arange(longest) < torch.tensor(counts)[:, None]).long()
     return ids, mask
 
 
