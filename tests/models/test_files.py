@@ -100,10 +100,6 @@ def only(folder: Path, **files: str) -> Path:
         ({"snapshots__abc__config_dot_json": "{}"}, "entry of the hub's cache: take .*/snapshots/abc"),
         ({"README_dot_md": ""}, "config.json: no such file; is this a checkpoint folder\\?$"),
         (
-            {"config_dot_json": '{"model_type": "new"}'},
-            "model_type 'new' is not supported.* This is GTE as it was published",
-        ),
-        (
             {"config_dot_json": json.dumps(JINA_V3)},
             "lora_adaptations .*not supported. Jina v3 is supported as jinaai/jina-embeddings-v3-hf, the same model",
         ),

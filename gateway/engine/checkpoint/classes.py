@@ -32,16 +32,12 @@ MODEL_TYPES = {
 transformers that is the model without a head."""
 
 # Same mathematics under another name, so that transformers' own class gives the same numbers: `model_type`, and the
-# class in the checkpoint's code. Jina's flash layout is read by `gateway.engine.checkpoint.flash_layout`.
+# class in the checkpoint's code. Others are read by `gateway.engine.checkpoint.layouts`.
 _SAME_MATHEMATICS = {("nomic_bert", "NomicBertModel"), ("gte", "GteModel"), ("gte", "NewModel")}
 # facebook/contriever: BERT whose class takes the mean, as is done here without one.
 _SAME_CLASSES = {("bert", "Contriever"), ("gte", "NewModel")}
 
 _REASONS = {
-    "new": (
-        "This is GTE as it was published, with its own code; transformers has the model as model_type 'gte': take a "
-        "repository in that form, such as alibaba-nlp-community/gte-multilingual-base"
-    ),
     "jina_embeddings_v5": "Take one of its repositories for a single task, whose adapter is merged",
 }
 _HEADS = {

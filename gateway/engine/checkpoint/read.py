@@ -18,9 +18,9 @@ from pathlib import Path
 from gateway.engine.checkpoint.classes import require_embedder, require_known_code, require_model_type
 from gateway.engine.checkpoint.classifier import Classifier, architecture, read_classifier
 from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
-from gateway.engine.checkpoint.flash_layout import is_flash_layout
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.json_files import Json, read_object
+from gateway.engine.checkpoint.layouts import Layout, layout_of
 from gateway.engine.checkpoint.modules import (
     Modules,
     Pooling,
@@ -67,7 +67,7 @@ class Checkpoint:
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         classifier: the head that scores a pair of texts, if the model is a cross-encoder.
-        is_flash: whether the files have Jina's layout, which ``gateway.engine.checkpoint.flash_layout`` reads.
+        layout: a publisher's layout, in which its files are written; ``None`` for transformers'.
         has_own_code: whether the checkpoint brings, in place of transformers' class, code that is trusted.
         has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
         is_named: whether ``config.json`` names the class of the model.
@@ -98,7 +98,7 @@ class Checkpoint:
     sparse_head: Path | None
     multivector_head: Path | None
     classifier: Classifier | None
-    is_flash: bool
+    layout: Layout | None
     has_own_code: bool
     has_pooling_module: bool
     is_named: bool
@@ -168,7 +168,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         sparse_head=sparse_head,
         multivector_head=multivector_head,
         classifier=classifier,
-        is_flash=is_flash_layout(read_object(root / "config.json")),
+        layout=layout_of(read_object(root / "config.json")),
         has_own_code=has_own_code,
         has_pooling_module=modules is not None and modules.pooling is not None,
         is_named=architecture(config) is not None,

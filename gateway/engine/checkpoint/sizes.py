@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.engine.checkpoint.flash_layout import as_xlm_roberta, is_flash_layout
 from gateway.engine.checkpoint.headers import Shapes
 from gateway.engine.checkpoint.json_files import Json, read_object
-from gateway.engine.checkpoint.nomic_layout import as_nomic_bert, is_nomic_layout
+from gateway.engine.checkpoint.layouts import layout_of, translated
 from gateway.errors import LoadError
 
 if TYPE_CHECKING:
@@ -128,10 +126,7 @@ def read_config(folder: Path) -> dict[str, Json]:
     Raises:
         LoadError: it cannot be read, or is of a layout whose model is not supported.
     """
-    config = read_object(folder / "config.json")
-    if is_flash_layout(config):
-        return as_xlm_roberta(config, folder)
-    return as_nomic_bert(config, folder) if is_nomic_layout(config) else config
+    return translated(read_object(folder / "config.json"), folder)
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -141,16 +136,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
         LoadError: as :func:`read_config`.
         Exception: of any class, raised by transformers for one that makes no sense.
     """
-    from transformers import AutoConfig, NomicBertConfig, XLMRobertaConfig  # slow to import
+    from transformers import CONFIG_MAPPING, AutoConfig  # slow to import
 
-    config: Mapping[str, Json] = read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     own: PreTrainedConfig
-    if is_flash_layout(config):
-        own = XLMRobertaConfig.from_dict(as_xlm_roberta(config, folder))
-    elif is_nomic_layout(config):
-        own = NomicBertConfig.from_dict(as_nomic_bert(config, folder))
-    else:
+    if layout_of(config) is None:
         own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        words = translated(config, folder)
+        own = CONFIG_MAPPING[str(words["model_type"])].from_dict(words)
     # How its trainer ran the model, which no number of a vector depends on: the package for that may not be here.
     own._attn_implementation = None
     own.chunk_size_feed_forward = 0

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedM
 from transformers.utils import logging as transformers_logging
 
 from gateway.engine.checkpoint.flash_layout import rename_tensors
+from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.checkpoint.weights import read_tensors, unknown_tensors
@@ -196,7 +197,7 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.transformer,
-            config=load_config(checkpoint.transformer) if checkpoint.is_flash else None,
+            config=None if checkpoint.layout is None else load_config(checkpoint.transformer),
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
         )
@@ -285,7 +286,7 @@ def _load_model(
 
 def _read_model(checkpoint: Checkpoint, options: BuildOptions, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Return the transformer, and what transformers reports of the weights that it found."""
-    if checkpoint.is_flash:
+    if checkpoint.layout is Layout.FLASH:
         flash: Any = XLMRobertaModel.from_pretrained(
             None,
             config=load_config(checkpoint.transformer),

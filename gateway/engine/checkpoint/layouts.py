@@ -1,0 +1,58 @@
+"""Layouts of publishers that brought their own code: told apart by `config.json`, and translated to transformers' words.
+
+A checkpoint in one of them is served without its code, by transformers' class of the same mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+
+from gateway.engine.checkpoint.flash_layout import as_xlm_roberta, is_flash_layout
+from gateway.engine.checkpoint.gte_layout import as_gte, is_gte_layout
+from gateway.engine.checkpoint.json_files import Json
+from gateway.engine.checkpoint.nomic_layout import as_nomic_bert, is_nomic_layout
+
+
+class Layout(StrEnum):
+    """A publisher's layout."""
+
+    FLASH = "flash"
+    """XLM-RoBERTa with Jina's names: :mod:`gateway.engine.checkpoint.flash_layout`."""
+    NOMIC = "nomic"
+    """Nomic's names for the sizes: :mod:`gateway.engine.checkpoint.nomic_layout`. Its code runs if it is trusted."""
+    GTE = "gte"
+    """GTE as ``model_type: new``: :mod:`gateway.engine.checkpoint.gte_layout`."""
+
+
+_LAYOUTS: Mapping[
+    Layout,
+    tuple[Callable[[Mapping[str, Json]], bool], Callable[[Mapping[str, Json], Path], dict[str, Json]]],
+] = {
+    Layout.FLASH: (is_flash_layout, as_xlm_roberta),
+    Layout.NOMIC: (is_nomic_layout, as_nomic_bert),
+    Layout.GTE: (is_gte_layout, as_gte),
+}
+
+
+def layout_of(config: Mapping[str, Json]) -> Layout | None:
+    """Return the layout of a ``config.json``; ``None`` if it is in transformers' words."""
+    return next((layout for layout, (fits, _translate) in _LAYOUTS.items() if fits(config)), None)
+
+
+def translated(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
+    """Return the content of a ``config.json`` in transformers' words.
+
+    Raises:
+        LoadError: it is of a layout whose model is not supported.
+    """
+    layout = layout_of(config)
+    if layout is None:
+        return dict(config)
+    words = _LAYOUTS[layout][1](config, folder)
+    if layout is not Layout.NOMIC:
+        classes = words.pop("auto_map", None)
+        if isinstance(classes, dict) and "AutoTokenizer" in classes:  # refused for what it may do to texts
+            words["auto_map"] = {"AutoTokenizer": classes["AutoTokenizer"]}
+    return words
