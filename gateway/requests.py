@@ -69,7 +69,7 @@ class RerankRequest(Request):
     """A request to score texts against a query.
 
     Attributes:
-        truncate: what to cut when a query and a text are too long together; only the text is cut.
+        truncate: what to cut from the text when it and the query are too long together; a query loses its end.
         max_text_tokens: the most tokens of each text; ``None`` for no such limit.
     """
 

@@ -61,6 +61,19 @@ class ModelKind(StrEnum):
     """Vectors of texts."""
     RERANK = "rerank"
     """Scores of how well texts answer a query: one number per pair."""
+    CLASSIFY = "classify"
+    """A number for each of several labels of a text, or of a pair of texts."""
+
+
+class LabelFunction(StrEnum):
+    """How the numbers that a model gives for the labels of a text become scores."""
+
+    SOFTMAX = "softmax"
+    """One label applies: the scores sum to 1."""
+    SIGMOID = "sigmoid"
+    """Each label applies or not, whatever the others do: each score is between 0 and 1."""
+    NONE = "none"
+    """The numbers are the scores."""
 
 
 class Truncate(StrEnum):

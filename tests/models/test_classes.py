@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from gateway.engine.loading import plan_load
 from gateway.errors import LoadError
-from tests.models.checkpoints import FAMILIES, TEXTS
+from tests.models.checkpoints import TEXTS
 from tests.models.plain import add_tensor, entry, load_whole, save_modules
 
 Copy = Callable[[Path], Path]
@@ -28,16 +28,9 @@ MakePlain = Callable[..., Path]
 
 # ------------------------------------------------------------ classes without a Pooling in modules.json
 
-SERVED_RERANKERS = ("bert", "xlm-roberta", "modernbert")
 NO_EMBEDDERS = [
-    *(
-        (name, "SequenceClassification", {"num_labels": 1}, "a reranker")
-        for name in FAMILIES
-        if name not in SERVED_RERANKERS
-    ),
-    ("roberta", "SequenceClassification", {"num_labels": 3}, "a classifier with 3 labels"),
-    ("distilbert", "SequenceClassification", {"num_labels": 2}, "a classifier with 2 labels"),
-    ("qwen3", "SequenceClassification", {"num_labels": 4}, "a classifier with 4 labels"),
+    ("nomic_bert", "SequenceClassification", {"num_labels": 1}, "a reranker (cross-encoder) of a class"),
+    ("nomic_bert", "SequenceClassification", {"num_labels": 3}, "a classifier with 3 labels"),
     ("bert", "SequenceClassification", {"num_labels": 3}, "with 3 labels is not supported: a model that reranks has 1"),
     ("bert", "TokenClassification", {"num_labels": 9}, "labels each token"),
     ("distilbert", "QuestionAnswering", {}, "finds an answer in a text"),

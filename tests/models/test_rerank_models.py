@@ -50,7 +50,21 @@ DOCUMENTS = [
     "The quick brown fox jumps over the lazy dog, again and again. Embeddings map a text to a vector!",
     *SENTENCES,
 ]
-TYPES = ["xlm-roberta", "bert", "modernbert"]
+PAIRS = {
+    "xlm-roberta": "{cls} $A {sep} {sep} $B {sep}",
+    "bert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    "modernbert": "{cls} $A {sep} $B {sep}",
+    "roberta": "{cls} $A {sep} {sep} $B {sep}",
+    "camembert": "{cls} $A {sep} {sep} $B {sep}",
+    "mpnet": "{cls} $A {sep} {sep} $B {sep}",
+    "electra": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    "distilbert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    "gte": "{cls} $A {sep} {sep} $B {sep}",
+    "qwen3": "$A $B {sep}",
+}
+"""The template for pairs that the checkpoints of an architecture have."""
+WITH_SEGMENTS = ("bert", "electra")
+TYPES = list(PAIRS)
 FLASH_RUNTIMES = ["torch", "packed", "openvino"]
 RUNTIMES = [
     *((name, "torch") for name in TYPES),
@@ -59,19 +73,20 @@ RUNTIMES = [
     ("xlm-roberta", "openvino"),
     ("bert", "openvino"),
 ]
+# Of a score, to sentence-transformers' in float32.
+TOLERANCES = {"torch": 1e-5, "packed": 1e-5, "openvino": 1e-4}
 
 
 def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTrainedTokenizerFast:
     """Return the tokenizer with the template for pairs that the checkpoints of the architecture have."""
     cls, sep = tokenizer.cls_token, tokenizer.sep_token
-    single, pair = {
-        "xlm-roberta": (f"{cls} $A {sep}", f"{cls} $A {sep} {sep} $B {sep}"),
-        "modernbert": (f"{cls} $A {sep}", f"{cls} $A {sep} $B {sep}"),
-        "bert": (f"{cls}:0 $A:0 {sep}:0", f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1"),
-    }[model_type]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in (cls, sep)]
+        single=f"{cls} $A {sep}" if cls is not None else f"$A {sep}",
+        pair=PAIRS[model_type].format(cls=cls, sep=sep),
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in (cls, sep) if name is not None],
     )
+    if model_type in WITH_SEGMENTS:
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     return tokenizer
 
 
@@ -83,10 +98,8 @@ def make_reranker(tmp_path_factory: pytest.TempPathFactory) -> MakeReranker:
     def make(model_type: str, **changes: object) -> Path:
         family = FAMILIES[model_type]
         tokenizer = with_pairs(family.tokenizer(), model_type)
-        if model_type == "bert":
-            tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
         torch.manual_seed(11)
-        sizes = {"type_vocab_size": 1} if model_type == "xlm-roberta" else dict(family.changes)
+        sizes = {"type_vocab_size": 1} if PAIRS[model_type].count("{sep}") == 3 else {}
         config = AutoConfig.for_model(
             model_type,
             **{
@@ -98,6 +111,7 @@ def make_reranker(tmp_path_factory: pytest.TempPathFactory) -> MakeReranker:
                 "max_position_embeddings": MAX_TOKENS + 2,
                 "num_labels": 1,
                 **sizes,
+                **family.changes,
                 **changes,
             },
         )
@@ -128,16 +142,15 @@ def load() -> Load:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """Return the function that has transformers score each pair by itself."""
+    """Return the function that has sentence-transformers score each pair by itself, before any sigmoid."""
 
-    @torch.inference_mode()
+    @cache
+    def encoder(folder: Path) -> CrossEncoder:
+        return CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+
     def scores(folder: Path, query: str, texts: Sequence[str]) -> np.ndarray:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        # In lists: a single pair whose text is empty is taken for the query alone.
-        options = {"truncation": "only_second", "max_length": MAX_TOKENS, "return_tensors": "pt"}
-        rows = [model(**tokenizer([query], [text], **options)).logits for text in texts]
-        return torch.cat(rows).numpy()
+        rows = [encoder(folder).predict([(query, text)], activation_fn=nn.Identity()) for text in texts]
+        return np.stack(rows)
 
     return scores
 
@@ -157,7 +170,7 @@ def score(encoder: Encoder, query: str, texts: Sequence[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("model_type", "runtime"), RUNTIMES)
-def test_scores_are_transformers_own(
+def test_scores_are_sentence_transformers_own(
     model_type: str, runtime: str, make_reranker: MakeReranker, load: Load, reference: Reference
 ) -> None:
     folder = make_reranker(model_type)
@@ -169,8 +182,8 @@ def test_scores_are_transformers_own(
 
     assert encoder.width == 1
     assert np.ptp(expected) > 0.1  # else any two numbers would do
-    np.testing.assert_allclose(batched, expected, atol=1e-4)
-    np.testing.assert_allclose(alone, expected, atol=1e-4)
+    np.testing.assert_allclose(batched, expected, rtol=0, atol=TOLERANCES[runtime])
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=TOLERANCES[runtime])
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -346,27 +359,20 @@ def test_pairs_are_the_tokenizers_own(
     assert max(len(row.ids) for row in tokens) == MAX_TOKENS
 
 
-def test_a_query_that_leaves_no_room_is_cut_to_half(encoder: Encoder) -> None:
-    [empty, short, long] = tokenize_pairs(encoder.tokenizer, LONG, ["", "fox", LONG], Truncate.END)
+@pytest.mark.parametrize("model_type", ["bert", "qwen3"])
+@pytest.mark.parametrize("query", [LONG, "fox " * (MAX_TOKENS - 4), "fox " * (MAX_TOKENS // 2)])
+def test_a_long_query_is_cut_as_sentence_transformers_does_it(
+    query: str, model_type: str, make_reranker: MakeReranker, load: Load, reference: Reference
+) -> None:
+    folder, texts = make_reranker(model_type), ["", "fox", LONG]
+    encoder = load(folder, "torch")
 
-    [whole] = encoder.tokenize([LONG], None, Truncate.END)
-    room = MAX_TOKENS - 3
-    assert long.ids[1 : 1 + room // 2] == whole.ids[1 : 1 + room // 2]
-    assert long.second == 1 + room // 2 + 1
-    assert len(long.ids) == MAX_TOKENS
-    assert len(short.ids) > len(empty.ids) == room // 2 + 3
-    assert all(row.is_truncated for row in (empty, short, long))
+    tokens = tokenize_pairs(encoder.tokenizer, query, texts, Truncate.END)
 
-
-def test_a_query_that_just_fits_is_whole(encoder: Encoder) -> None:
-    query = " ".join(["fox"] * (MAX_TOKENS - 4))
-    [plain] = tokenize_pairs(encoder.tokenizer, "fox", ["fox"], Truncate.END)
-
-    [row] = tokenize_pairs(encoder.tokenizer, query, [LONG], Truncate.END)
-
-    assert len(plain.ids) == 5  # a fox is one token
-    assert row.second == MAX_TOKENS - 2
-    assert len(row.ids) == MAX_TOKENS
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs([query] * 3, texts, truncation="longest_first", max_length=MAX_TOKENS).input_ids
+    assert [row.ids for row in tokens] == expected
+    np.testing.assert_allclose(score(encoder, query, texts), reference(folder, query, texts), rtol=0, atol=1e-5)
 
 
 def test_a_very_long_text_is_cut_as_if_it_were_whole(encoder: Encoder) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from gateway.engine.checkpoint.classifier import ARCHITECTURES, architecture, own_class
+from gateway.engine.checkpoint.classifier import HEADS, architecture, own_class
 from gateway.engine.checkpoint.json_files import Json, read_object, require_string
 from gateway.engine.checkpoint.modules import MULTI_VECTOR
 from gateway.errors import LoadError
@@ -138,7 +138,7 @@ def _what_class_is(name: str, config: Mapping[str, Json]) -> str:
         num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
         if num_labels != 1:
             return f"a classifier with {num_labels} labels"
-        return f"a reranker (cross-encoder) of a class that is not supported; supported: {', '.join(ARCHITECTURES)}"
+        return f"a reranker (cross-encoder) of a class that is not supported; supported: {', '.join(HEADS)}"
     if "colbert" in name.lower():
         return MULTI_VECTOR
     return next((what for head, what in _HEADS.items() if name.endswith(head)), "")

@@ -1,95 +1,173 @@
-"""Recognize a cross-encoder's checkpoint, and describe its classification head."""
+"""Recognize a checkpoint that scores or classifies texts, and describe its head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from gateway.engine.checkpoint.json_files import Json
+from gateway.engine.checkpoint.modules import Pooling
 from gateway.errors import LoadError
+from gateway.types import LabelFunction
 
-# transformers' numbers of labels and segments where a configuration says nothing.
+# transformers' number of labels where a configuration says nothing.
 _DEFAULT_LABELS = 2
-_DEFAULT_SEGMENTS = 2
 _DEFAULT_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Classifier:
-    """The head of a cross-encoder with one label: ``output(norm(activation(dense(pooled state))))``.
+class Linear:
+    """A linear layer of a head.
 
-    The rules are transformers': ``XLMRobertaClassificationHead``, ``BertPooler`` with a linear layer behind it, and
-    ``ModernBertPredictionHead`` with one behind it.
+    Attributes:
+        tensors: name of its tensors, without ``.weight``.
+        folder: folder of the module that holds them; ``None`` for the transformer's own weights.
+    """
+
+    tensors: str
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A layer normalization of a head; see :class:`Linear`."""
+
+    tensors: str
+    eps: float = _DEFAULT_NORM_EPS
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """An activation of a head, by transformers' name."""
+
+    name: str
+
+
+Layer: TypeAlias = Linear | Norm | Activation
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """The head of a model that scores or classifies: layers over the pooled token states.
 
     Attributes:
         architecture: transformers' class of the whole model.
-        pooling: ``cls`` or ``mean``: what the head reads off the token states.
-        dense: name of the first layer's tensors, without ``.weight``.
-        norm: the same of the layer normalization, if there is one.
-        output: the same of the last layer.
-        activation: transformers' name of the activation between dense and norm.
-        norm_eps: the layer normalization's epsilon.
+        pooling: what the first layer reads off the token states.
+        layers: in order; the last linear one gives a number for each label.
+        labels: names of the labels; a model with one label reranks.
+        function: how the numbers become scores.
         has_segments: whether the model takes segment ids, which mark the tokens of the pair's second text.
+        is_late: apply the layers to each token's state, and pool what they give.
     """
 
     architecture: str
-    pooling: str
-    dense: str
-    norm: str | None
-    output: str
-    activation: str
-    norm_eps: float = _DEFAULT_NORM_EPS
+    pooling: Pooling
+    layers: tuple[Layer, ...]
+    labels: tuple[str, ...] = ("LABEL_0",)
+    function: LabelFunction = LabelFunction.SIGMOID
     has_segments: bool = False
+    is_late: bool = False
+
+    @property
+    def is_reranker(self) -> bool:
+        return len(self.labels) == 1
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the tensors among the transformer's weights that belong to the head."""
+        layers = [layer for layer in self.layers if not isinstance(layer, Activation) and layer.folder is None]
+        return frozenset(f"{layer.tensors}.{part}" for layer in layers for part in ("weight", "bias"))
 
     @property
     def settings(self) -> str:
         """The settings that determine a score and are not in a weights file, except the pooling."""
-        return f"{self.architecture}, {self.activation}, {self.norm_eps}"
+        parts = [layer.name if isinstance(layer, Activation) else layer.tensors for layer in self.layers]
+        eps = [str(layer.eps) for layer in self.layers if isinstance(layer, Norm)]
+        return ", ".join([self.architecture, *parts, *eps, *(["late"] if self.is_late else []), *self.labels])
 
 
-def read_classifier(folder: Path, config: Mapping[str, Json]) -> Classifier | None:
-    """Return the head of a checkpoint that scores pairs; ``None`` if its class is not known.
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The head of one of transformers' classes.
+
+    Attributes:
+        num_segments: kinds of segments where the configuration does not say; ``None`` for a model that takes none.
+    """
+
+    layers: tuple[Layer, ...]
+    num_segments: int | None = None
+    pooling: Pooling = Pooling.CLS
+
+
+def _dense(dense: str, activation: str, output: str) -> tuple[Layer, ...]:
+    return Linear(dense), Activation(activation), Linear(output)
+
+
+# Those with BERT's pooler; those with RoBERTa's classification head; the others, each with
+# the rules of its class for sequence classification; transformers' generic one of the decoders.
+_ENCODER_HEADS = {
+    "Bert": _Head(_dense("bert.pooler.dense", "tanh", "classifier"), 2),
+    "Albert": _Head(_dense("albert.pooler", "tanh", "classifier"), 2),
+    "Gte": _Head(_dense("gte.pooler.dense", "tanh", "classifier"), 1),
+    "New": _Head(_dense("new.pooler.dense", "tanh", "classifier"), 1),  # GTE as it was published
+    "Roberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj"), 2),
+    "XLMRoberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj"), 2),
+    "Camembert": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj"), 2),
+    "MPNet": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
+    "Electra": _Head(_dense("classifier.dense", "gelu", "classifier.out_proj"), 2),
+    "DistilBert": _Head(_dense("pre_classifier", "relu", "classifier")),
+    "DebertaV2": _Head(_dense("pooler.dense", "gelu", "classifier"), 0),
+    "ModernBert": _Head((Linear("head.dense"), Activation("gelu"), Norm("head.norm"), Linear("classifier"))),
+    "EuroBert": _Head(_dense("dense", "gelu", "classifier")),
+}
+_DECODERS = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3Text")
+_CLASS = "ForSequenceClassification"
+HEADS = {name + _CLASS: head for name, head in _ENCODER_HEADS.items()} | {
+    name + _CLASS: _Head((Linear("score"),), pooling=Pooling.LAST) for name in _DECODERS
+}
+"""The heads that are known, by transformers' class; some differ with the configuration."""
+
+# Code of a checkpoint that computes the same as transformers' class.
+_SAME_CODE = {"NewForSequenceClassification", "GteForSequenceClassification"}
+# Activations of sentence-transformers' `CrossEncoder`, as functions of labels.
+_FUNCTIONS = {"Sigmoid": LabelFunction.SIGMOID, "Softmax": LabelFunction.SOFTMAX}
+
+
+def read_classifier(
+    folder: Path, config: Mapping[str, Json], sentence_config: Mapping[str, Json] | None = None
+) -> Classifier | None:
+    """Return the head of a checkpoint that scores or classifies; ``None`` if its class is not known.
 
     Args:
         config: the content of ``config.json``, in transformers' words.
+        sentence_config: the content of ``config_sentence_transformers.json``.
 
     Raises:
-        LoadError: the model classifies into several labels, or with its own code.
+        LoadError: the model has its own code, or labels or settings that make no sense.
     """
     name = architecture(config)
-    if name not in ARCHITECTURES:
+    head = HEADS.get(name or "")
+    if name is None or head is None:
         return None
-    if own_class(config, "AutoModelForSequenceClassification") is not None:
+    own = own_class(config, "AutoModelForSequenceClassification")
+    if own is not None and own not in _SAME_CODE:
         raise LoadError(
             f"{folder}: {name} has its own code (auto_map), and may score in another way than transformers'"
         )
-    labels = config.get("id2label")
-    num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", _DEFAULT_LABELS)
-    if num_labels != 1:
-        raise LoadError(
-            f"{folder}: {name} with {num_labels} labels is not supported: a model that reranks has 1, the score of a pair"
-        )
-    if name != "ModernBertForSequenceClassification":
-        return replace(ARCHITECTURES[name], has_segments=config.get("type_vocab_size", _DEFAULT_SEGMENTS) not in (0, 1))
-    pooling, eps = config.get("classifier_pooling", "cls"), config.get("norm_eps", _DEFAULT_NORM_EPS)
-    if pooling not in ("cls", "mean") or not isinstance(eps, int | float):
-        raise LoadError(f"{folder}/config.json: classifier_pooling {pooling!r} or norm_eps {eps!r} is not supported")
-    activation = str(config.get("classifier_activation", "gelu"))
-    return replace(ARCHITECTURES[name], pooling=str(pooling), activation=activation, norm_eps=float(eps))
-
-
-ARCHITECTURES = {
-    one.architecture: one
-    for one in (
-        Classifier(
-            "XLMRobertaForSequenceClassification", "cls", "classifier.dense", None, "classifier.out_proj", "tanh"
-        ),
-        Classifier("BertForSequenceClassification", "cls", "bert.pooler.dense", None, "classifier", "tanh"),
-        Classifier("ModernBertForSequenceClassification", "cls", "head.dense", "head.norm", "classifier", "gelu"),
+    labels = _read_labels(config, folder / "config.json")
+    has_segments = head.num_segments is not None and config.get("type_vocab_size", head.num_segments) not in (0, 1)
+    plain = Classifier(
+        architecture=name,
+        pooling=head.pooling,
+        layers=head.layers,
+        labels=labels,
+        function=_read_function(config, sentence_config or {}, len(labels), folder),
+        has_segments=has_segments,
     )
-}
-"""The heads that are known, by transformers' class; ModernBERT's differs with its configuration."""
+    return _configured(plain, config, folder / "config.json")
 
 
 def architecture(config: Mapping[str, Json]) -> str | None:
@@ -106,3 +184,84 @@ def own_class(config: Mapping[str, Json], auto_class: str) -> str | None:
     if isinstance(value, list):  # a tokenizer's, slow and fast
         value = next((name for name in value if name), None)
     return value.rpartition(".")[2] if isinstance(value, str) else None
+
+
+def _configured(classifier: Classifier, config: Mapping[str, Json], path: Path) -> Classifier:
+    """Return the head with the settings that some classes have for it.
+
+    Raises:
+        LoadError: a setting is not supported.
+    """
+    layers, pooling = classifier.layers, config.get("classifier_pooling")
+    match classifier.architecture.removesuffix(_CLASS):
+        case "ModernBert":
+            eps = config.get("norm_eps", _DEFAULT_NORM_EPS)
+            if not isinstance(eps, int | float):
+                raise LoadError(f"{path}: norm_eps must be a number, got {eps!r}")
+            activation = Activation(str(config.get("classifier_activation", "gelu")))
+            layers = (layers[0], activation, Norm("head.norm", float(eps)), layers[3])
+            pooling = pooling or "cls"
+            known = {"cls": Pooling.CLS, "mean": Pooling.MEAN}
+        case "EuroBert":
+            pooling = pooling or "late"
+            known = {"bos": Pooling.CLS, "mean": Pooling.MEAN, "late": Pooling.MEAN}
+        case "DebertaV2":
+            layers = (layers[0], Activation(str(config.get("pooler_hidden_act", "gelu"))), layers[2])
+            return replace(classifier, layers=layers)
+        case _:
+            return classifier
+    if not isinstance(pooling, str) or pooling not in known:
+        raise LoadError(f"{path}: classifier_pooling {pooling!r} is not supported; supported: {', '.join(known)}")
+    return replace(classifier, layers=layers, pooling=known[pooling], is_late=pooling == "late")
+
+
+def _read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
+    """Return the names of the labels, in the order of the numbers; transformers' own names if it has no names.
+
+    Raises:
+        LoadError: they are not numbered from 0, or there are several counts of them.
+    """
+    names, count = config.get("id2label"), config.get("num_labels")
+    if names is None or names == {}:
+        count = _DEFAULT_LABELS if count is None else count
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise LoadError(f"{path}: num_labels must be a positive integer, got {count!r}")
+        return tuple(f"LABEL_{i}" for i in range(count))
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
+        raise LoadError(f"{path}: id2label must have a name for each number from 0 on, got {names!r}")
+    if count is not None and count != len(names):
+        raise LoadError(f"{path}: num_labels is {count!r}, but id2label has {len(names)} names")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def _read_function(
+    config: Mapping[str, Json], sentence_config: Mapping[str, Json], num_labels: int, folder: Path
+) -> LabelFunction:
+    """Return how the head's numbers become scores, as transformers and sentence-transformers' ``CrossEncoder`` do it.
+
+    Raises:
+        LoadError: by a function that is not supported.
+    """
+    own = config.get("sentence_transformers")
+    path = sentence_config.get("activation_fn") or (own.get("activation_fn") if isinstance(own, dict) else None)
+    path = path or config.get("sbert_ce_default_activation_function")
+    if isinstance(path, str) and path.startswith("torch."):  # any other is code, which CrossEncoder passes over
+        name = path.rpartition(".")[2]
+        if name not in ("Identity", *_FUNCTIONS) or (name == "Softmax" and num_labels == 1):
+            raise LoadError(
+                f"{folder}: the activation_fn {path!r} of its scores is not supported; supported: Identity, Sigmoid, and "
+                "Softmax of several labels"
+            )
+        if num_labels > 1 and name in _FUNCTIONS:
+            return _FUNCTIONS[name]
+    match config.get("problem_type"):
+        case None | "single_label_classification" | "multi_label_classification" | "regression" if num_labels == 1:
+            return LabelFunction.SIGMOID  # as `CrossEncoder`, whatever the model was trained for
+        case None | "single_label_classification":
+            return LabelFunction.SOFTMAX
+        case "multi_label_classification":
+            return LabelFunction.SIGMOID
+        case "regression":
+            return LabelFunction.NONE
+        case other:
+            raise LoadError(f"{folder}/config.json: problem_type {other!r} is not supported")

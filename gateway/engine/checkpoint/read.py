@@ -135,7 +135,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     config = read_config(root)
     model_type = require_model_type(config, folder)
     has_own_code = require_known_code(root, config, model_type, trust_remote_code=trust_remote_code)
-    classifier = None if modules is not None and modules.pooling is not None else read_classifier(folder, config)
+    classifier = _read_head(folder, config, modules)
     adapters = _find_adapters(folder)
     is_jina = model_type == "jina_embeddings_v3"
     if classifier is None and not (is_jina and adapters):  # adapters for tasks of retrieval are an embedder's
@@ -178,6 +178,24 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     return _with_fingerprint(checkpoint, truncated_width)
 
 
+def _read_head(folder: Path, config: Mapping[str, Json], modules: Modules | None) -> Classifier | None:
+    """Return the head of a model that scores pairs; ``None`` for any other model.
+
+    Raises:
+        LoadError: the head is of a kind that is not supported.
+    """
+    if modules is not None and modules.pooling is not None:
+        return None
+    sentence_config = read_object(folder / "config_sentence_transformers.json", optional=True)
+    classifier = read_classifier(folder, config, sentence_config)
+    if classifier is not None and not classifier.is_reranker:
+        raise LoadError(
+            f"{folder}: {classifier.architecture} with {len(classifier.labels)} labels is not supported: a model that "
+            "reranks has 1, the score of a pair"
+        )
+    return classifier
+
+
 def _require_embedder(
     folder: Path, config: Mapping[str, Json], modules: Modules | None, model_type: str, *, has_own_code: bool
 ) -> None:
@@ -214,7 +232,7 @@ def _read_sentence_config(folder: Path, classifier: Classifier | None) -> tuple[
 
 def _pooling(folder: Path, modules: Modules | None, classifier: Classifier | None) -> Pooling:
     if classifier is not None:
-        return Pooling(classifier.pooling)
+        return classifier.pooling
     return Pooling.MEAN if modules is None or modules.pooling is None else read_pooling(folder / modules.pooling)
 
 

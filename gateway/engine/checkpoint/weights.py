@@ -55,8 +55,7 @@ def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[s
     What is left changes vectors: a projection behind the transformer, for example, or layers that the configuration denies.
     """
     classifier = checkpoint.classifier
-    head = () if classifier is None else (classifier.dense, classifier.norm, classifier.output)
-    known = tuple(f"{layer}." for layer in head if layer is not None)
+    known = frozenset() if classifier is None else classifier.tensors
     patterns = [_UNUSED]
     if classifier is None and checkpoint.has_pooling_module:
         patterns.append(_TASK_HEADS)
@@ -64,6 +63,4 @@ def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[s
         patterns.append(_PRETRAINING)
         if checkpoint.model_type == "modernbert":
             patterns.append(_MODERNBERT_UNUSED)
-    return sorted(
-        name for name in unexpected if not name.startswith(known) and not any(one.search(name) for one in patterns)
-    )
+    return sorted(name for name in unexpected if name not in known and not any(one.search(name) for one in patterns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from gateway.engine.checkpoint.classifier import Classifier
+from gateway.engine.checkpoint.classifier import Activation, Classifier, Layer, Linear
 from gateway.engine.checkpoint.files import require_content, weights_files
 from gateway.engine.checkpoint.modules import read_dense
 from gateway.engine.checkpoint.read import Checkpoint
@@ -102,7 +103,7 @@ class MultiVectorHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """A cross-encoder's score of a pair: transformers' classification head with one label, in float32.
+    """The head of a model that scores or classifies: the layers of its description, in float32.
 
     Raises:
         LoadError: the checkpoint's weights hold no such head.
@@ -111,24 +112,44 @@ class ScoreHead(nn.Module):
     def __init__(self, checkpoint: Checkpoint, classifier: Classifier) -> None:
         super().__init__()
         self._pooling = checkpoint.pooling
-        with _reading(checkpoint.folder, f"a head of {classifier.architecture}"):
-            layers = (classifier.dense, classifier.norm, classifier.output)
-            names = {f"{layer}.{part}" for layer in layers if layer is not None for part in ("weight", "bias")}
-            tensors = read_tensors(checkpoint.weights, names)
-            dense = _linear_of(tensors, classifier.dense)
-            output = _linear_of(tensors, classifier.output)
-            norm = nn.Identity() if classifier.norm is None else _norm_of(tensors, classifier.norm, classifier.norm_eps)
-            self.layers = nn.Sequential(dense, ACT2FN[classifier.activation], norm, output)
-        _require_inputs(checkpoint.folder, dense, checkpoint.hidden_width)
-        _require_inputs(checkpoint.folder, output, dense.out_features)
-        if output.out_features != 1:
-            raise LoadError(f"{checkpoint.folder}: the head gives {output.out_features} numbers, promised was 1 label")
+        self._is_late = classifier.is_late
+        folder, width = checkpoint.folder, checkpoint.hidden_width
+        own = read_tensors(checkpoint.weights, classifier.tensors)
+        self.layers = nn.Sequential()
+        for layer in classifier.layers:
+            with _reading(folder, f"a head of {classifier.architecture}"):
+                self.layers.append(_layer_of(layer, own))
+            if isinstance(linear := self.layers[-1], nn.Linear):
+                _require_inputs(folder, linear, width)
+                width = linear.out_features
+        if width != len(classifier.labels):
+            raise LoadError(f"{folder}: the head gives {width} numbers, promised are {len(classifier.labels)} labels")
         self.requires_grad_(False)
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
-        """Return the score of each pair before any sigmoid, ``(n, 1)`` float32; there are no spans here."""
+        """Return a number for each label, before any function of it, ``(n, labels)`` float32; there are no spans here."""
+        if self._is_late:
+            return replace(states, flat=self.layers(states.flat.float())).pool(self._pooling)
         scores: torch.Tensor = self.layers(states.pool(self._pooling))
         return scores
+
+
+def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a layer of a head.
+
+    Args:
+        own: tensors of the transformer's weights.
+
+    Raises:
+        Exception: of any class, for tensors that make no such layer.
+    """
+    if isinstance(layer, Activation):
+        activation: nn.Module = ACT2FN[layer.name]
+        return activation
+    tensors = own if layer.folder is None else read_tensors(weights_files(layer.folder))
+    return (
+        _linear_of(tensors, layer.tensors) if isinstance(layer, Linear) else _norm_of(tensors, layer.tensors, layer.eps)
+    )
 
 
 def _linear_of(tensors: Mapping[str, torch.Tensor], layer: str) -> nn.Linear:

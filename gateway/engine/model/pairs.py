@@ -62,8 +62,9 @@ class PairTokenizer(Tokenizer):
     ) -> Steps[list[Tokens]]:
         """Tokenize each text behind the query.
 
-        What is too long loses the end of its text, or its start if ``truncate`` says so. Only where the query leaves no
-        room for any text, its end is cut as well, to half of the room.
+        A pair that is too long is cut "longest first", as tokenizers does it for sentence-transformers'
+        ``CrossEncoder``: the longer of the two loses its end until both are of one length, and then both do. The text
+        loses its start instead, if ``truncate`` says so.
 
         Args:
             first_index: place of the first text in its request, for the error message.
@@ -81,9 +82,8 @@ class PairTokenizer(Tokenizer):
         if len(query.ids) + len(wanted) > self._room:
             if truncate is Truncate.REFUSE:
                 raise self._too_long(query, text, len(wanted), index)
-            if len(query.ids) >= self._room:
-                kept_query = query.ids[: self._room // 2]
-            kept = _keep(wanted, self._room - len(kept_query), truncate)
+            num_query, num_text = _longest_first(len(query.ids), len(wanted), self._room)
+            kept_query, kept = query.ids[:num_query], _keep(wanted, num_text, truncate)
         is_cut = len(kept_query) < len(query.ids) or len(kept) < len(text.ids)
         return self._pair(kept_query, kept, is_cut)
 
@@ -101,6 +101,18 @@ class PairTokenizer(Tokenizer):
             f"{'' if is_exact else 'at least '}{num_tokens} tokens together. Shorten one of them, or leave out "
             "truncate: false."
         )
+
+
+def _longest_first(num_query: int, num_text: int, room: int) -> tuple[int, int]:
+    """Return how many tokens of a query and of a text are kept, if together they have more than ``room``.
+
+    The rule is that of tokenizers (truncate_encodings in its file truncation.rs).
+    """
+    shorter = min(num_query, num_text)
+    if 2 * shorter > room:
+        half, rest = room // 2, room - room // 2
+        return (half, rest) if num_query <= num_text else (rest, half)
+    return (shorter, room - shorter) if num_query <= num_text else (room - shorter, shorter)
 
 
 def _keep(ids: list[int], num: int | None, truncate: Truncate) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gateway.engine.checkpoint.classifier import Classifier
+from gateway.engine.checkpoint.classifier import Activation, Classifier, Linear, Norm
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
@@ -210,7 +210,11 @@ def test_a_dense_layer_that_does_not_fit_is_refused(
 
 # --------------------------------------------------------------------------------------------------------------- score
 
-HEAD = Classifier("BertForSequenceClassification", "cls", "dense", "norm", "out", "tanh", norm_eps=0.5)
+HEAD = Classifier(
+    "BertForSequenceClassification",
+    Pooling.CLS,
+    (Linear("dense"), Activation("tanh"), Norm("norm", eps=0.5), Linear("out")),
+)
 TENSORS = {
     "dense.weight": torch.tensor([[1.0, 0.0], [0.0, 2.0]]),
     "dense.bias": torch.tensor([0.0, 1.0]),
@@ -252,7 +256,10 @@ def test_a_score_is_the_head_of_the_first_state(without: tuple[str, ...], rerank
     [
         ({"dense_weight": None}, "cannot read a head of BertForSequenceClassification: KeyError: 'dense.weight'"),
         ({"norm_weight": None}, "cannot read a head of BertForSequenceClassification: KeyError: 'norm.weight'"),
-        ({"out_weight": torch.ones(2, 2), "out_bias": torch.ones(2)}, "the head gives 2 numbers, promised was 1 label"),
+        (
+            {"out_weight": torch.ones(2, 2), "out_bias": torch.ones(2)},
+            "the head gives 2 numbers, promised are 1 labels",
+        ),
         ({"out_weight": torch.ones(1, 3)}, "takes 3 numbers, but what it is to read has 2"),
         ({"dense_weight": torch.ones(2, 3)}, "takes 3 numbers, but what it is to read has 2"),
         ({"norm_bias": torch.ones(3)}, "cannot read a head of BertForSequenceClassification: RuntimeError"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -100,11 +101,14 @@ def test_the_largest_id_may_be_one_of_the_template() -> None:
         pytest.param("q", "a b c d", 7, Truncate.END, [1, 3, 2, 6, 7, 8, 2], True, id="the end of the text goes"),
         pytest.param("q", "a b c d", 7, Truncate.START, [1, 3, 2, 7, 8, 9, 2], True, id="the start of the text goes"),
         pytest.param(
-            "q r s", "a b", 7, Truncate.END, [1, 3, 4, 5, 2, 6, 2], True, id="the query leaves room for a token"
+            "q r s", "a", 6, Truncate.END, [1, 3, 4, 2, 6, 2], True, id="the longer one goes first: the query"
         ),
-        pytest.param("q r s q", "a b c", 7, Truncate.END, [1, 3, 4, 2, 6, 7, 2], True, id="the query leaves no room"),
+        pytest.param("q r s q", "a b c", 7, Truncate.END, [1, 3, 4, 2, 6, 7, 2], True, id="both are cut to one length"),
+        pytest.param(
+            "q r s", "a b c d", 8, Truncate.END, [1, 3, 4, 2, 6, 7, 8, 2], True, id="the longer one has the rest"
+        ),
         pytest.param("q r s q", "", 7, Truncate.END, [1, 3, 4, 5, 3, 2, 2], False, id="a query alone fills it"),
-        pytest.param("q r s q r", "", 7, Truncate.END, [1, 3, 4, 2, 2], True, id="a query alone is too long"),
+        pytest.param("q r s q r", "", 7, Truncate.END, [1, 3, 4, 5, 3, 2, 2], True, id="a query alone is too long"),
     ],
 )
 def test_what_is_too_long_is_cut(
@@ -113,6 +117,20 @@ def test_what_is_too_long_is_cut(
     [(got, _second, was_cut)] = pairs(query, [text], max_tokens, truncate=truncate)
 
     assert (got, was_cut) == (ids, is_cut)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 7, 8, 13])
+def test_pairs_are_cut_as_tokenizers_own_strategy_does_it(max_tokens: int) -> None:
+    theirs = tokenizer(BERT)
+    theirs.enable_truncation(max_tokens, strategy="longest_first")
+    for query, text in product(["q r s"[: 2 * n] for n in range(4)] + ["q r s q r s q r s q"], repeat=2):
+        expected = theirs.encode(query, text)
+
+        [(ids, second, is_cut)] = pairs(query, [text], max_tokens)
+
+        assert ids == expected.ids
+        assert second == sum(type_ == 0 for type_ in expected.type_ids)
+        assert is_cut == bool(expected.overflowing)
 
 
 def test_each_text_is_cut_where_the_request_says() -> None:
