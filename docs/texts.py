@@ -220,5 +220,11 @@ QUERIES = (
     ),
 )
 
-RUNTIMES = {"openvino": "OpenVINO", "torch": "torch", "packed": "packed", "padded": "padded"}
+RUNTIMES = {
+    "openvino": "OpenVINO",
+    "torch": "torch",
+    "packed": "packed",
+    "padded": "padded",
+    "table": "table, on the CPU",
+}
 """The words of `tests/models/served.toml` for what computes a model, as `docs/models.md` shows them."""

@@ -22,7 +22,10 @@ from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
 from gateway.engine.model.encoder import Encoder
-from gateway.engine.model.items import Encoded, Item
+from gateway.engine.model.items import Encoded, Item, Tokens
+from gateway.engine.model.static import MAX_BATCH_TOKENS as MAX_TABLE_TOKENS
+from gateway.engine.model.static import RUNTIME as TABLE
+from gateway.engine.model.static import require_table_settings
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden
@@ -65,6 +68,11 @@ class LoadPlan:
         return ModelKind.EMBED if self.checkpoint.classifier is None else ModelKind.RERANK
 
     @property
+    def has_states(self) -> bool:
+        """Whether a text's tokens have states, which its vector is made of."""
+        return self.kind is ModelKind.EMBED and self.checkpoint.static is None
+
+    @property
     def info(self) -> ModelInfo:
         """The model's description for the rest of the gateway."""
         return ModelInfo(
@@ -82,13 +90,13 @@ class LoadPlan:
             engine=f"infinity/{self.runtime}",
             memory_bytes=self.memory.total_bytes,
             outputs=self.entry.outputs,
-            can_chunk_late=self.kind is ModelKind.EMBED
+            can_chunk_late=self.has_states
             and self.checkpoint.pooling is Pooling.MEAN
             and Output.DENSE in self.entry.outputs,
             tasks=self.tasks,
             default_task=self.entry.default_task and canonical_task(self.entry.default_task),
             instruction=self.instruction,
-            has_states=self.kind is ModelKind.EMBED,
+            has_states=self.has_states,
             kind=self.kind,
         )
 
@@ -123,12 +131,8 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     checkpoint = read_checkpoint(folder, trust_remote_code=entry.trust_remote_code)
     if checkpoint.classifier is not None:
         _require_plain_reranker(entry)
-    devices = choose_devices(entry.device)
-    device = devices[0]
-    dtype = choose_dtype(entry.dtype, device)
-    runtime = choose_runtime(entry.runtime, device, checkpoint.model_type)
+    devices, dtype, runtime, max_batch_tokens = _place(entry, checkpoint)
     max_tokens = _max_tokens(entry, checkpoint)
-    max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[device.partition(":")[0]]
     tasks = _tasks(entry, checkpoint)
     missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
     if missing:
@@ -148,6 +152,17 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         instruction=_instruction(checkpoint, tasks),
         memory=plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens),
     )
+
+
+def _place(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[tuple[str, ...], str, str, int]:
+    """Return where and how a model runs: its devices, dtype, runtime, and the tokens of a batch."""
+    if checkpoint.static is not None:
+        require_table_settings(entry)
+        return ("cpu",), "float32", TABLE, entry.max_batch_tokens or MAX_TABLE_TOKENS
+    devices = choose_devices(entry.device)
+    dtype = choose_dtype(entry.dtype, devices[0])
+    runtime = choose_runtime(entry.runtime, devices[0], checkpoint.model_type)
+    return devices, dtype, runtime, entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
 
 
 def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = True) -> Engine:
@@ -214,7 +229,10 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
     """Run the shortest and the largest batch once, so that no request pays for first-time allocations."""
     num_longest = max(1, plan.max_batch_tokens // plan.max_tokens)
     texts = ["warm up", *["warm up " * plan.max_tokens] * num_longest]
-    tokens = encoder.tokenize(texts, plan.info.default_task, Truncate.END)
+    if plan.checkpoint.static is None:
+        tokens = encoder.tokenize(texts, plan.info.default_task, Truncate.END)
+    else:  # whose tokenizer may know none of the words above
+        tokens = [Tokens(list(range(plan.checkpoint.vocab_size)))] * 2
     outputs = frozenset(plan.entry.outputs)
     for batch in (tokens[:1], tokens[1:]):
         try:

@@ -48,6 +48,9 @@ class Shape:
 
 def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
     """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``."""
+    if checkpoint.static is not None:  # the table, once as it is read; a batch holds the ids of its tokens
+        table_bytes = 4 * checkpoint.vocab_size * checkpoint.hidden_width
+        return MemoryPlan(weights_bytes=2 * table_bytes, batch_bytes=8 * max_batch_tokens)
     shape = Shape(
         sum(_num_weights(path) for path in checkpoint.all_weights),
         checkpoint.hidden_width,

@@ -262,7 +262,7 @@ OTHER_MODULES = {
         [f"{MODULES}.Transformer", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"],
         "a reranker of a kind that is not supported",
     ),
-    "static": ([f"{MODULES}.StaticEmbedding", f"{MODULES}.Normalize"], "static embeddings"),
+    "static": ([f"{MODULES}.StaticEmbedding", f"{MODULES}.Dense"], "static embeddings"),
     "CLIP": ([f"{MODULES}.CLIPModel"], "a model of images and texts (CLIP)"),
     "Router": ([f"{MODULES}.Router", f"{MODULES}.SpladePooling"], "a router with different modules"),
     "words": ([f"{MODULES}.WordEmbeddings", f"{MODULES}.Pooling"], "word embeddings without a transformer"),

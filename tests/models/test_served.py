@@ -49,6 +49,9 @@ def test_a_row_says_all_that_the_table_shows(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_a_row_names_the_runtime_that_the_code_takes_on_a_gpu(row: dict[str, Any]) -> None:
+    if row["cpu"] == "table":  # static embeddings have no forward pass
+        assert row["cuda"] == "table"
+        return
     assert row["cuda"] == ("packed" if row["model_type"] in PACKED_MODEL_TYPES else "padded")
 
 

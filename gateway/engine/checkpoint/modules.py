@@ -27,7 +27,7 @@ _KINDS = {
     "SparseAutoEncoder": SPARSE,
     "SparseStaticEmbedding": SPARSE,
     "LogitScore": RERANKER,
-    "StaticEmbedding": "static embeddings: a table of token vectors without a transformer, which is not supported",
+    "StaticEmbedding": "static embeddings with further modules behind them, which are not supported",
     "WordEmbeddings": "word embeddings without a transformer, which is not supported",
     "BoW": "a bag of words without a transformer, which is not supported",
     "CLIPModel": "a model of images and texts (CLIP), which is not supported",
@@ -129,21 +129,11 @@ def read_modules(folder: Path) -> Modules | None:
         LoadError: it cannot be read, or lists modules that are not supported; names the kind of model that they make.
     """
     path = folder / "modules.json"
-    if not path.exists():
+    rows = _list_classes(path)
+    if rows is None:
         return None
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise LoadError(f"{path}: must hold a list, got {type(rows).__name__}")
-    types, folders = [], []
-    for row in rows:
-        if not isinstance(row, dict):
-            raise LoadError(f"{path}: each entry must be an object, got {row!r}")
-        type_, folder_ = require_string(row, "type", path), _inside(require_string(row, "path", path), path)
-        if type_ not in _IN_TRAINING:
-            types.append(type_)
-            folders.append(folder_)
-    # The classes moved between releases; the last part of the name has stayed.
-    kinds = [type_.rsplit(".", 1)[-1] for type_ in types]
+    types, folders = [type_ for type_, _place in rows], [place for _type, place in rows]
+    kinds = [_kind(type_) for type_ in types]
     dense = [at for kind, at in zip(kinds, folders, strict=True) if kind == "Dense"]
     for kind, at in zip(kinds, folders, strict=True):
         if kind == "Normalize":
@@ -163,6 +153,36 @@ def read_modules(folder: Path) -> Modules | None:
         is_normalized="Normalize" in kinds,
         own_code=tuple(type_ for type_ in types if not type_.startswith("sentence_transformers.")),
     )
+
+
+def list_modules(folder: Path) -> list[tuple[str, str]] | None:
+    """Return the kind and the folder of each module, in order; ``None`` without ``modules.json``.
+
+    Raises:
+        LoadError: the file cannot be read.
+    """
+    rows = _list_classes(folder / "modules.json")
+    return None if rows is None else [(_kind(type_), place) for type_, place in rows]
+
+
+def _list_classes(path: Path) -> list[tuple[str, str]] | None:
+    """Return the class and the folder of each module that has an effect; ``None`` if there is no such file."""
+    if not path.exists():
+        return None
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise LoadError(f"{path}: must hold a list, got {type(rows).__name__}")
+    modules = []
+    for row in rows:
+        if not isinstance(row, dict):
+            raise LoadError(f"{path}: each entry must be an object, got {row!r}")
+        modules.append((require_string(row, "type", path), _inside(require_string(row, "path", path), path)))
+    return [(type_, place) for type_, place in modules if type_ not in _IN_TRAINING]
+
+
+def _kind(type_: str) -> str:
+    """Return the name of a class without its module: classes moved between releases, and kept their names."""
+    return type_.rsplit(".", 1)[-1]
 
 
 def _inside(place: str, path: Path) -> str:

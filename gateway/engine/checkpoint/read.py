@@ -35,6 +35,7 @@ from gateway.engine.checkpoint.modules import (
 from gateway.engine.checkpoint.prompts import Prompts, jina_prompts, read_prompts
 from gateway.engine.checkpoint.sizes import Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
+from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
 from gateway.errors import LoadError
 from gateway.types import Output
 
@@ -73,8 +74,9 @@ class Checkpoint:
         is_named: whether ``config.json`` names the class of the model.
         weights: files that hold the transformer's weights.
         fingerprint: hex sha256 over all weights files, the tokenizer, the pooling and lower-casing, the scaling of the
-            adapters, the activations of the dense layers, the settings of the classifier, and the dimensions that
-            vectors are cut to.
+            adapters, the activations of the dense layers, the settings of the classifier, the dimensions that vectors
+            are cut to, and the rules of static embeddings.
+        static: the rules for texts, if the checkpoint is a table of token vectors without a transformer.
     """
 
     folder: Path
@@ -104,6 +106,7 @@ class Checkpoint:
     is_named: bool
     weights: tuple[Path, ...]
     fingerprint: str
+    static: StaticRule | None = None
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -129,6 +132,9 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
     """
+    table = find_static_table(folder)
+    if table is not None:
+        return _read_static(folder, table)
     modules = read_modules(folder)
     root = folder if modules is None else folder / modules.transformer
     require_model(root)
@@ -194,6 +200,41 @@ def _read_head(folder: Path, config: Mapping[str, Json], modules: Modules | None
             "reranks has 1, the score of a pair"
         )
     return classifier
+
+
+def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
+    prompts, truncated_width = _read_sentence_config(folder, None)
+    checkpoint = Checkpoint(
+        folder=folder,
+        transformer=table.folder,
+        model_type="static",
+        width=min(table.width, truncated_width or table.width),
+        hidden_width=table.width,
+        vocab_size=table.vocab_size,
+        num_layers=0,
+        num_heads=0,
+        intermediate_width=0,
+        max_tokens=table.max_tokens,
+        position_limit=table.position_limit,
+        pooling=Pooling.MEAN,
+        is_normalized=table.is_normalized,
+        is_lower_cased=False,
+        dense_layers=(),
+        prompts=prompts.texts,
+        default_prompt=prompts.default,
+        adapters={},
+        sparse_head=None,
+        multivector_head=None,
+        classifier=None,
+        layout=None,
+        has_own_code=False,
+        has_pooling_module=True,
+        is_named=True,
+        weights=weights_files(table.folder),
+        fingerprint="",
+        static=table.rule,
+    )
+    return _with_fingerprint(checkpoint, truncated_width)
 
 
 def _require_embedder(
@@ -267,6 +308,8 @@ def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Ch
         for path in (*checkpoint.all_weights, *tokenizer_files(checkpoint.transformer))
     }
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
+    if checkpoint.static is not None:
+        parts["static"] = checkpoint.static.value
     if truncated_width is not None:
         parts["truncated"] = str(checkpoint.width)
     if checkpoint.classifier is not None:

@@ -29,6 +29,7 @@ from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
+from gateway.engine.model.static import load_table
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import LoadError
 
@@ -71,8 +72,14 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
     Raises:
         LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
     """
-    tokenizer, special_ids = _load_tokenizer(checkpoint, options)
-    runtimes = _build_runtimes(checkpoint, options, tokenizer)
+    special_ids: frozenset[int] = frozenset()
+    runtimes: Sequence[Runtime]
+    if checkpoint.static is not None:
+        tokenizer, table = load_table(checkpoint, options.max_tokens)
+        runtimes = [table]
+    else:
+        tokenizer, special_ids = _load_tokenizer(checkpoint, options)
+        runtimes = _build_runtimes(checkpoint, options, tokenizer)
     device = torch.device(options.device)
     classifier = checkpoint.classifier
     dense: DenseHead | ScoreHead = DenseHead(checkpoint) if classifier is None else ScoreHead(checkpoint, classifier)
