@@ -13,6 +13,7 @@ from gateway.engine.checkpoint.flash_layout import as_xlm_roberta, is_flash_layo
 from gateway.engine.checkpoint.gte_layout import as_gte, is_gte_layout
 from gateway.engine.checkpoint.json_files import Json
 from gateway.engine.checkpoint.nomic_layout import as_nomic_bert, is_nomic_layout
+from gateway.engine.checkpoint.voyage_layout import as_two_way_qwen3, is_voyage_layout
 
 
 class Layout(StrEnum):
@@ -24,6 +25,8 @@ class Layout(StrEnum):
     """Nomic's names for the sizes: :mod:`gateway.engine.checkpoint.nomic_layout`. Its code runs if it is trusted."""
     GTE = "gte"
     """GTE as ``model_type: new``: :mod:`gateway.engine.checkpoint.gte_layout`."""
+    VOYAGE = "voyage"
+    """Qwen3 that reads both ways, and is projected: :mod:`gateway.engine.checkpoint.voyage_layout`."""
 
 
 _LAYOUTS: Mapping[
@@ -33,6 +36,7 @@ _LAYOUTS: Mapping[
     Layout.FLASH: (is_flash_layout, as_xlm_roberta),
     Layout.NOMIC: (is_nomic_layout, as_nomic_bert),
     Layout.GTE: (is_gte_layout, as_gte),
+    Layout.VOYAGE: (is_voyage_layout, as_two_way_qwen3),
 }
 
 

@@ -157,7 +157,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         transformer=root,
         model_type=model_type,
         width=1 if classifier else _width(sizes, dense_layers, truncated_width),
-        hidden_width=sizes.width,
+        hidden_width=sizes.state_width,
         vocab_size=sizes.vocab_size,
         num_layers=sizes.num_layers,
         num_heads=sizes.num_heads,
@@ -278,7 +278,7 @@ def _pooling(folder: Path, modules: Modules | None, classifier: Classifier | Non
 
 
 def _width(sizes: Sizes, dense_layers: tuple[Path, ...], truncated_width: int | None) -> int:
-    width = sizes.width
+    width = sizes.state_width
     for layer in dense_layers:
         width = read_dense(layer).width
     return width if truncated_width is None else min(width, truncated_width)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gateway.engine.checkpoint.headers import Shapes
 from gateway.engine.checkpoint.json_files import Json, read_object
-from gateway.engine.checkpoint.layouts import layout_of, translated
+from gateway.engine.checkpoint.layouts import Layout, layout_of, translated
 from gateway.errors import LoadError
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ class Sizes:
     """The sizes that determine how long a text may be, and how much memory a model needs.
 
     Attributes:
+        state_width: dimensions of a token's state: ``width``, unless a layer follows the last one of the transformer.
         num_positions: positions that a text's tokens can have: what the table or the configuration has, less those
             that the architecture leaves out.
     """
 
     width: int
+    state_width: int
     num_layers: int
     num_heads: int
     intermediate_width: int
@@ -63,7 +65,7 @@ class Sizes:
                 _require_layers(name, given.get(name), shapes, where)
         try:
             config = load_config(folder)
-            sizes = cls._of(config)
+            sizes = cls._of(config, is_projected=layout_of(read_object(where)) is Layout.VOYAGE)
         except LoadError:
             raise
         except Exception as error:  # transformers' validation raises errors of many classes
@@ -76,12 +78,13 @@ class Sizes:
         return sizes
 
     @classmethod
-    def _of(cls, config: PreTrainedConfig) -> Sizes:
+    def _of(cls, config: PreTrainedConfig, *, is_projected: bool) -> Sizes:
         unused = _UNUSED_POSITIONS.get(config.model_type, 0)
         if config.model_type in OFFSET_BY_PADDING:
             unused = int(config.pad_token_id) + 1
         return cls(
             width=int(config.hidden_size),
+            state_width=int(config.num_labels if is_projected else config.hidden_size),
             num_layers=int(config.num_hidden_layers),
             num_heads=int(config.num_attention_heads),
             intermediate_width=int(

@@ -10,7 +10,9 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 
+from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.voyage_layout import PROJECTION
 
 
 def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> dict[str, torch.Tensor]:
@@ -56,6 +58,8 @@ def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[s
     """
     classifier = checkpoint.classifier
     known = frozenset() if classifier is None else classifier.tensors
+    if checkpoint.layout is Layout.VOYAGE:
+        known |= {PROJECTION}
     patterns = [_UNUSED]
     if classifier is None and checkpoint.has_pooling_module:
         patterns.append(_TASK_HEADS)

@@ -26,6 +26,7 @@ from gateway.engine.model.adapters import AdapterMask, install_adapters
 from gateway.engine.model.encoder import Encoder, Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.model.pairs import PairTokenizer
+from gateway.engine.model.projection import install_projection
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
@@ -228,9 +229,9 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
         raise
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
-    if not fast.encode("").ids:  # of a row without tokens there is nothing to pool: another text's state would be taken
+    if checkpoint.classifier is not None and not fast.encode("").ids:  # a pair of empty texts would have no state to read
         raise LoadError(
-            f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so it could have no vector: its template "
+            f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so a pair might have no score: its template "
             "adds no special token"
         )
     if ours.largest_id >= checkpoint.vocab_size:
@@ -282,6 +283,8 @@ def _load_model(
     model.config.use_cache = False
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's is a layer over the first token that no embedding uses
+    if checkpoint.layout is Layout.VOYAGE:
+        install_projection(model, checkpoint)
     mask = install_adapters(model, list(checkpoint.adapters.values())) if checkpoint.adapters else None
     if mask is not None:
         mask.to(options.device)

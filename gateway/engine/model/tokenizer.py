@@ -149,9 +149,17 @@ class Tokenizer:
 
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
+            BadInput: a text has no tokens, so there is nothing to make a vector of; special tokens of the model count.
         """
         prefixed = [Prefixed(instruction, text) for text in texts]
         rows = yield from self._rows(prefixed, truncate)
+        for i, row in enumerate(rows, first_index):
+            if not row.ids:
+                raise BadInput(
+                    f"input[{i}] has no tokens, so it has no vector: this model adds no special tokens to a text. Leave it "
+                    "out, or choose a task that has an instruction.",
+                    param="input",
+                )
         return [
             Tokens(row.ids)
             if len(row.ids) <= self.max_tokens
