@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
 from torch.nn import functional
 
 from gateway.engine.loading import plan_load
+from gateway.engine.model.items import Item
+from gateway.engine.model.tokenizer import at_once
 from gateway.errors import LoadError
+from gateway.types import Truncate
 from tests.models.checkpoints import MAX_TOKENS, TEXTS, unigram_tokenizer
 from tests.models.plain import entry
 from tests.models.published import (
@@ -23,6 +27,7 @@ from tests.models.published import (
     gte_frequencies,
     gte_states,
     gte_tensors,
+    linear,
     normalized,
     plain_frequencies,
     random_tensors,
@@ -129,6 +134,42 @@ def test_a_model_without_segments_and_what_a_file_leaves_out(tmp_path: Path, loa
 
     assert plan_load(entry(tmp_path)).max_tokens == 2048
     assert cosines(load(tmp_path, "torch").vectors(TEXTS[:7]), theirs).min() > 0.99999
+
+
+def test_a_published_reranker_gives_its_publishers_scores(tmp_path: Path, load: Load) -> None:
+    """gte-multilingual-reranker-base: the same body, a pooler over the first token, and one label."""
+    tokenizer = unigram_tokenizer()
+    template = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.backend_tokenizer.post_processor = template
+    tensors = gte_tensors(len(tokenizer), 1, "new.") | random_tensors(
+        {
+            "new.pooler.dense.weight": (WIDTH, WIDTH),
+            "new.pooler.dense.bias": (WIDTH,),
+            "classifier.weight": (1, WIDTH),
+            "classifier.bias": (1,),
+        }
+    )
+    changes = {"architectures": ["NewForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    write(tmp_path, {**GTE_CONFIG, **changes, "vocab_size": len(tokenizer)}, tensors, tokenizer)
+    query, documents = "a query", ["", "near vectors", "Berlin is the capital of Germany."]
+    body = {name: tensor for name, tensor in tensors.items() if "pooler" not in name and "classifier" not in name}
+    theirs = []
+    for document in documents:
+        first = gte_states(
+            body,
+            Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(query, document).ids,
+            gte_frequencies(20000, 8.0),
+        )[0]
+        theirs.append(linear(tensors, "classifier", linear(tensors, "new.pooler.dense", first).tanh()).item())
+    encoder = load(tmp_path, "torch").encoder
+    row = at_once(encoder.read_query(query))
+    tokens = at_once(encoder.tokenizer.read_pairs(row, documents, Truncate.END))
+
+    scores = [encoded.dense[0, 0] for encoded in encoder.encode([Item(one, None) for one in tokens])]
+
+    np.testing.assert_allclose(scores, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -62,14 +62,8 @@ def as_gte(config: Mapping[str, Json], folder: Path) -> dict[str, Json]:
     own = {**_DEFAULTS, **config}
     rope = _rope_parameters(own, path)
     dropped = {*_EXPECTED, "rope_theta", "rope_scaling"}
-    names = own.get("architectures")
-    classes = [_transformers_class(name) for name in names] if isinstance(names, list) else names
     kept = {key: value for key, value in own.items() if key not in dropped}
-    return {**kept, "model_type": "gte", "architectures": classes, "rope_parameters": rope}
-
-
-def _transformers_class(name: Json) -> Json:
-    return f"Gte{name.removeprefix('New')}" if isinstance(name, str) and name.startswith("New") else name
+    return {**kept, "model_type": "gte", "rope_parameters": rope}
 
 
 def _rope_parameters(config: Mapping[str, Json], path: Path) -> dict[str, Json]:

@@ -84,7 +84,7 @@ class Sizes:
             unused = int(config.pad_token_id) + 1
         return cls(
             width=int(config.hidden_size),
-            state_width=int(config.num_labels if is_projected else config.hidden_size),
+            state_width=int((config.num_labels if is_projected else None) or config.hidden_size),
             num_layers=int(config.num_hidden_layers),
             num_heads=int(config.num_attention_heads),
             intermediate_width=int(

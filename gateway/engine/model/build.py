@@ -229,7 +229,7 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
         raise
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
-    if checkpoint.classifier is not None and not fast.encode("").ids:  # a pair of empty texts would have no state to read
+    if checkpoint.classifier is not None and not fast.encode("").ids:  # a pair of empty texts has no state
         raise LoadError(
             f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so a pair might have no score: its template "
             "adds no special token"

@@ -26,4 +26,4 @@ def install_projection(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     layer = nn.Linear(shape[1], shape[0], bias=False, dtype=model.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight)
-    model.norm = nn.Sequential(model.norm, layer)
+    model.norm = nn.Sequential(model.get_submodule("norm"), layer)
