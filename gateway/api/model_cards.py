@@ -66,7 +66,13 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
     if info is None:
         return card
 
-    shown = {"kind": info.kind.value, "max_tokens": info.max_tokens, "device": info.device, "dtype": info.dtype}
+    shown = {
+        "kind": info.kind.value,
+        "max_tokens": info.max_tokens,
+        "max_model_len": info.max_tokens,
+        "device": info.device,
+        "dtype": info.dtype,
+    }
     if info.kind is ModelKind.RERANK:  # without vectors and a space
         return card.model_copy(update=shown)
     default_task = task or info.default_task
@@ -106,6 +112,7 @@ def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCa
 
     tasks = common(lambda arm, info, task: (task,) if arm.task else tuple(info.tasks)) or ()
     is_one_space = choice.experiment.kind == "same_space"
+    max_tokens = common(lambda _arm, info, _task: info.max_tokens, infos)
     state, reason = _state(arms)
     return ExperimentModelCard(
         id=choice.asked,
@@ -118,7 +125,8 @@ def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCa
         normalized=common(lambda _arm, info, _task: info.is_normalized),
         width=common(lambda _arm, info, _task: info.width),
         dimensions=list(common(lambda _arm, info, _task: info.dimensions) or ()),
-        max_tokens=common(lambda _arm, info, _task: info.max_tokens, infos),
+        max_tokens=max_tokens,
+        max_model_len=max_tokens,
         tasks=[task for task in tasks if task is not None],
         default_task=common(lambda _arm, _info, task: task),
         outputs=[output.value for output in common(lambda _arm, info, _task: info.outputs) or ()],

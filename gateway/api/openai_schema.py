@@ -194,6 +194,7 @@ class ModelCard(AnswerBody):
     width: int | None = Field(default=None, description="Native dimensions; `null` for a model that reranks.")
     dimensions: list[int] = Field(default_factory=list, description="Accepted values of `dimensions`.")
     max_tokens: int | None = None
+    max_model_len: int | None = Field(default=None, description="Same as `max_tokens`; vLLM's name, which mteb reads.")
     tasks: list[str] = Field(default_factory=list)
     default_task: str | None = None
     outputs: list[str] = Field(default_factory=list)

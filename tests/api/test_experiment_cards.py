@@ -76,6 +76,7 @@ async def test_an_experiment_between_spaces_has_none_and_lists_its_arms(connect:
         "width": None,
         "dimensions": [],
         "max_tokens": 8,
+        "max_model_len": 8,
         "tasks": [],
         "default_task": None,
         "outputs": ["dense"],
@@ -153,6 +154,7 @@ async def test_an_experiment_of_rerankers_has_no_vectors(connect: Connect, make_
     card = await card_of(client)
 
     assert (card["width"], card["dimensions"], card["space"], card["max_tokens"]) == (None, [], None, 256)
+    assert card["max_model_len"] == 256
     assert [(arm["width"], arm["space"]) for arm in card["arms"]] == [(None, None)] * 2
 
 

@@ -61,6 +61,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "width": 32,
         "dimensions": [32, 16, 8],
         "max_tokens": 8,
+        "max_model_len": 8,
         "tasks": ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"],
         "default_task": "text-matching",
         "outputs": ["dense"],

@@ -1,0 +1,102 @@
+"""mteb, the benchmark of embedding models, runs against the gateway as it is, through its client of OpenAI's API."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ir_measures
+import numpy as np
+import pytest
+
+from tests.clients.gateway_process import MODEL, Gateway
+from tests.peers import is_missing
+
+# Of mteb's own dependencies, at import.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+DOCUMENTS = {
+    "paris": "Paris is the capital of France, on the Seine.",
+    "berlin": "Berlin is the capital of Germany, on the Spree.",
+    "bread": "Bread is baked from flour, water, salt and yeast.",
+    "cheese": "Cheese is made from milk by curdling it.",
+    "moon": "The Moon orbits the Earth once a month.",
+    "sun": "The Sun is a star, around which the planets move.",
+    "fox": "The quick brown fox jumps over the lazy dog.",
+}
+QUERIES = {
+    "q1": "What is the largest city of France?",
+    "q2": "How is a loaf made?",
+    "q3": "What do planets move around?",
+    "q4": "Which animal leaps over a dog?",
+}
+# Some as a reader would judge, some not, so that the measure is not simply 1.
+JUDGMENTS = {"q1": {"paris": 1}, "q2": {"bread": 1, "cheese": 1}, "q3": {"sun": 1, "moon": 1}, "q4": {"cheese": 1}}
+
+
+def local_task() -> Any:
+    """Return a retrieval task of mteb whose data is here."""
+    import mteb
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    class Local(AbsTaskRetrieval):
+        metadata = mteb.TaskMetadata(
+            name="LocalRetrieval",
+            description="A few sentences.",
+            reference=None,
+            dataset={"path": "local", "revision": "1"},
+            type="Retrieval",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            date=None,
+            domains=None,
+            task_subtypes=None,
+            license=None,
+            annotations_creators=None,
+            dialect=None,
+            sample_creation=None,
+            bibtex_citation=None,
+        )
+
+        def load_data(self, *args: object, **kwargs: object) -> None:
+            data = {
+                "corpus": Dataset.from_list([{"id": i, "text": text} for i, text in DOCUMENTS.items()]),
+                "queries": Dataset.from_list([{"id": i, "text": text} for i, text in QUERIES.items()]),
+                "relevant_docs": JUDGMENTS,
+                "top_ranked": None,
+            }
+            self.dataset = {"default": {"test": data}}
+            self.data_loaded = True
+
+    return Local()
+
+
+def vectors_of(gateway: Gateway, texts: dict[str, str]) -> np.ndarray:
+    answer = httpx.post(f"{gateway.base_url}/embeddings", json={"model": MODEL, "input": list(texts.values())})
+    return np.array([item["embedding"] for item in answer.json()["data"]])
+
+
+def test_mteb_evaluates_a_model_of_the_gateway(gateway: Gateway, tmp_path: Path) -> None:
+    if find_spec("mteb") is None:
+        is_missing("mteb is not installed: make install-dev")
+    import mteb
+    from mteb.models.openai_wrappers import OpenAIAPIEncodeWrapper
+
+    model = OpenAIAPIEncodeWrapper(gateway.root_url, MODEL, modalities=["text"], use_chat_template=False)
+    result = mteb.evaluate(model, local_task(), cache=None, prediction_folder=tmp_path)
+
+    scores = vectors_of(gateway, QUERIES) @ vectors_of(gateway, DOCUMENTS).T
+    run = {
+        query: dict(zip(DOCUMENTS, map(float, row), strict=True)) for query, row in zip(QUERIES, scores, strict=True)
+    }
+    [expected] = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], JUDGMENTS, run).values()
+    found = result.task_results[0].scores["test"][0]
+    assert 0.5 < expected < 1
+    assert found["ndcg_at_10"] == pytest.approx(expected, abs=1e-4)
+    assert model.max_length == 256
