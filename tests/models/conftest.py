@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +39,7 @@ from tests.models.checkpoints import (
     save_adapters,
     unigram_tokenizer,
 )
+from tests.models.family_layouts import publish
 from tests.models.in_process import Connect, connecting
 
 transformers_logging.disable_progress_bar()
@@ -100,25 +103,40 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         family = FAMILIES[model_type]
         folder = tmp_path_factory.mktemp(model_type)
         transformer = folder / "transformer"
-        make_transformer(transformer, model_type, family.tokenizer(), **family.changes, **changes)
+        make_transformer(transformer, model_type, family.tokenizer(), **{**family.changes, **changes})
         modules = [Transformer(str(transformer)), Pooling(64, pooling_mode=family.pooling)]
         if family.activation is not None:
             modules.append(Dense(64, 48, activation_function=family.activation))
+        widths = (64, *family.dense)
+        modules += [Dense(width, out, bias=False, activation_function=nn.Identity()) for width, out in pairwise(widths)]
         modules += [Normalize()] if family.is_normalized else []
         model = SentenceTransformer(modules=modules, device="cpu", prompts=dict(family.prompts))
         model.save(str(folder), create_model_card=False)
         shutil.rmtree(transformer)
+        publish(folder, family)
         return folder
 
     return make
 
 
+@pytest.fixture(scope="session")
+def plain_original(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that makes a checkpoint of one of transformers' classes once, which no test may change."""
+
+    @cache
+    def make(model_type: str, head: str | None, changes: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"plain-{model_type}") / model_type
+        return plain.make_plain(folder, model_type, head, **json.loads(changes))
+
+    return make
+
+
 @pytest.fixture
-def make_plain(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that makes a checkpoint of one of transformers' classes, without sentence-transformers' files."""
+def make_plain(tmp_path: Path, plain_original: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that gives a checkpoint of one of transformers' classes, without sentence-transformers' files."""
 
     def make(model_type: str, head: str | None = None, **changes: object) -> Path:
-        return plain.make_plain(tmp_path / model_type, model_type, head, **changes)
+        return Path(shutil.copytree(plain_original(model_type, head, json.dumps(changes)), tmp_path / model_type))
 
     return make
 

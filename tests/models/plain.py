@@ -59,7 +59,7 @@ def make_plain(folder: Path, model_type: str, head: str | None, **changes: objec
     family = FAMILIES[model_type]
     tokenizer = family.tokenizer()
     if head is None:
-        make_transformer(folder, model_type, tokenizer, **family.changes, **changes)
+        make_transformer(folder, model_type, tokenizer, **{**family.changes, **changes})
         return folder
     torch.manual_seed(5)
     config = AutoConfig.for_model(

@@ -39,6 +39,9 @@ NO_EMBEDDERS = [
     ("modernbert", "MaskedLM", {}, "predicts masked words: a sparse encoder (SPLADE)"),
     ("qwen3", "CausalLM", {}, "writes text: an LLM reranker"),
     ("qwen3", "CausalLM", {"is_causal": False}, "writes text: an LLM reranker"),
+    *((name, "CausalLM", {}, "writes text") for name in ("gemma3_text", "gemma2", "mistral", "llama", "qwen2", "lfm2")),
+    ("albert", "MaskedLM", {}, "predicts masked words"),
+    ("deberta-v2", "TokenClassification", {"num_labels": 9}, "labels each token"),
     ("bert", "CausalLM", {"is_decoder": True}, "writes text: a model that was not trained to embed"),
 ]
 

@@ -22,6 +22,7 @@ from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES
 from gateway.errors import BadInput, LoadError
 from gateway.types import Output, Truncate, canonical_task
 from tests.models.checkpoints import FAMILIES, MAX_TOKENS, TEXTS, linear_head
+from tests.models.family_layouts import PUBLISHED
 
 Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Load = Callable[..., Any]
@@ -31,11 +32,16 @@ Copy = Callable[[Path], Path]
 Reference = Callable[..., np.ndarray]
 
 # Every text here, and one with a padding token in it.
-PADDING = {"bert": "[PAD]", "modernbert": "[PAD]", "nomic_bert": "[PAD]", "distilbert": "[PAD]", "electra": "[PAD]"}
+PADDING = {
+    **dict.fromkeys(("bert", "modernbert", "nomic_bert", "distilbert", "electra", "deberta-v2"), "[PAD]"),
+    **dict.fromkeys(("qwen3", "qwen2", "lfm2", "eurobert"), "<|pad|>"),
+}
+# OpenVINO gives NaN for windows of attention, and cannot trace Gemma 3.
+NOT_ON_OPENVINO = ("modernbert", "mistral", "gemma3_text")
 RUNTIMES = [
     *((name, "torch") for name in FAMILIES),
     *((name, "packed") for name in FAMILIES if name in PACKED_MODEL_TYPES),
-    *((name, "openvino") for name in FAMILIES if name != "modernbert"),
+    *((name, "openvino") for name in FAMILIES if name not in NOT_ON_OPENVINO),
 ]
 needs_bfloat16 = pytest.mark.skipif(
     choose_dtype("auto", "cpu") != "bfloat16", reason="this processor does not compute in bfloat16"
@@ -43,7 +49,7 @@ needs_bfloat16 = pytest.mark.skipif(
 
 
 def texts_of(name: str) -> list[str]:
-    return [*TEXTS, f"near {PADDING.get(name, '<|pad|>' if name == 'qwen3' else '<pad>')} vectors mean near texts"]
+    return [*TEXTS, f"near {PADDING.get(name, '<pad>')} vectors mean near texts"]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +154,7 @@ def test_a_default_prompt_is_put_before_texts_without_a_task(
 
 @needs_bfloat16
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "modernbert"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in {*PUBLISHED, *NOT_ON_OPENVINO}])
 def test_openvino_in_bfloat16_stays_near(name: str, make_family: MakeFamily, load: Load, cosines: Cosines) -> None:
     """Two streams of one thread each end the process with SIGFPE where the feed-forward is gated, unless helped."""
     folder = make_family(name, initializer_range=0.08)  # else rounding alone moves the vectors

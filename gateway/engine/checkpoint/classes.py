@@ -26,6 +26,16 @@ MODEL_TYPES = {
     "nomic_bert": "NomicBertModel",
     "gte": "GteModel",
     "qwen3": "Qwen3Model",
+    "qwen2": "Qwen2Model",
+    "mistral": "MistralModel",
+    "llama": "LlamaModel",
+    "gemma2": "Gemma2Model",
+    "gemma3_text": "Gemma3TextModel",
+    "lfm2": "Lfm2Model",
+    "eurobert": "EuroBertModel",
+    "albert": "AlbertModel",
+    "deberta-v2": "DebertaV2Model",
+    "t5": "T5EncoderModel",
     "jina_embeddings_v3": "JinaEmbeddingsV3Model",
 }
 """``model_type`` of the architectures that are served, those whose forward gives one state per token, and the class of
@@ -33,11 +43,23 @@ transformers that is the model without a head."""
 
 # Same mathematics under another name, so that transformers' own class gives the same numbers: `model_type`, and the
 # class in the checkpoint's code. Others are read by `gateway.engine.checkpoint.layouts`.
-_SAME_MATHEMATICS = {("nomic_bert", "NomicBertModel"), ("gte", "GteModel"), ("gte", "NewModel")}
+_SAME_MATHEMATICS = {
+    ("nomic_bert", "NomicBertModel"),
+    ("gte", "GteModel"),
+    ("gte", "NewModel"),
+    ("eurobert", "EuroBertModel"),
+}
+# gte-Qwen2 and its kin: Qwen2 whose attention looks both ways, as transformers' does where the configuration says
+# `is_causal: false`. The code of their tokenizer puts the end token behind each text where `add_eos_token` says so.
+_TWO_WAY_CLASSES = {("qwen2", "Qwen2Model")}
+_SAME_TOKENIZERS = {("qwen2", "Qwen2Tokenizer")}
 # facebook/contriever: BERT whose class takes the mean, as is done here without one.
 _SAME_CLASSES = {("bert", "Contriever"), ("gte", "NewModel")}
 
 _REASONS = {
+    "gemma3": (
+        "This is Gemma 3 with its part for images. The part for text is model_type 'gemma3_text', as EmbeddingGemma has it"
+    ),
     "jina_embeddings_v5": "Take one of its repositories for a single task, whose adapter is merged",
 }
 _HEADS = {
@@ -75,6 +97,11 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
             f"{folder}: quantized weights (quantization_config, {name}) are not supported: take the repository with the "
             "weights in float16, bfloat16 or float32"
         )
+    if model_type != "gemma2" and (cap := config.get("attn_logit_softcapping")):
+        raise LoadError(
+            f"{folder}: attn_logit_softcapping {cap!r} is not supported: transformers' {MODEL_TYPES[model_type]} does not "
+            "compute it"
+        )
     if model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         positions = config.get("position_embedding_type")
         if positions not in (None, "absolute"):
@@ -97,20 +124,33 @@ def require_known_code(folder: Path, config: Mapping[str, Json], model_type: str
     if name is not None:
         if trust_remote_code:
             return True
-        if (model_type, name) not in _SAME_MATHEMATICS:
+        is_two_way = (model_type, name) in _TWO_WAY_CLASSES and isinstance(config.get("is_causal"), bool)
+        if (model_type, name) not in _SAME_MATHEMATICS and not is_two_way:
             raise LoadError(
                 f"{folder}: it has its own code ({name}, in auto_map) that would change what {model_type!r} computes: "
                 "without that code its vectors would be wrong. If you trust the code: trust_remote_code: true"
             )
-    tokenizer = own_class(config, "AutoTokenizer") or own_class(
-        read_object(folder / "tokenizer_config.json", optional=True), "AutoTokenizer"
-    )
-    if tokenizer is not None and not trust_remote_code:
+    tokenizer, is_same = _own_tokenizer(folder, config, model_type)
+    if tokenizer is not None and not is_same and not trust_remote_code:
         raise LoadError(
             f"{folder}: its tokenizer has its own code ({tokenizer}, in auto_map): without that code texts might become "
             "other tokens. If you trust the code: trust_remote_code: true"
         )
     return False
+
+
+def must_end_texts(folder: Path, model_type: str) -> bool:
+    """Return whether the code of a tokenizer, which is not run, would put the end token behind each text."""
+    config = read_object(folder / "tokenizer_config.json", optional=True)
+    return _own_tokenizer(folder, config, model_type)[1] and config["add_eos_token"] is True
+
+
+def _own_tokenizer(folder: Path, config: Mapping[str, Json], model_type: str) -> tuple[str | None, bool]:
+    """Return the checkpoint's own class of the tokenizer, and whether the same can be done without its code."""
+    tokenizer_config = read_object(folder / "tokenizer_config.json", optional=True)
+    name = own_class(config, "AutoTokenizer") or own_class(tokenizer_config, "AutoTokenizer")
+    is_known = (model_type, name) in _SAME_TOKENIZERS
+    return name, is_known and isinstance(tokenizer_config.get("add_eos_token"), bool)
 
 
 def require_embedder(folder: Path, config: Mapping[str, Json], model_type: str, *, has_own_code: bool) -> None:

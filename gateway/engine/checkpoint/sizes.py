@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 OFFSET_BY_PADDING = frozenset({"roberta", "xlm-roberta", "camembert"})
 _UNUSED_POSITIONS = {"mpnet": 2, "jina_embeddings_v3": 2}
 
+# T5's positions are relative, without a table: its files name the length, and this bounds what the registry may set.
+_RELATIVE_POSITIONS = 32_768
+
 _NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
-_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
-_WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens)\.weight")
+# T5's `block.0.layer.1`: what it calls layers are parts of one. Of a whole T5 only the encoder counts.
+_LAYER = re.compile(r"(?:^|\.)(?:block|layers?)\.(\d+)\.")
+_OTHER_PARTS = ("decoder.",)
+_WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|shared)\.weight")
 _POSITIONS = re.compile(r"(?:^|\.)position_embeddings\.weight")
 _SEGMENTS = re.compile(r"(?:^|\.)token_type_embeddings\.weight")
 # The last layer of a feed-forward, by the names of all architectures that are served.
-_FEED_FORWARD = re.compile(r"(?:^|\.)layers?\.0\.(?:output\.dense|ffn\.lin2|mlp\.(?:Wo|fc2|down_proj))\.weight")
+_FEED_FORWARD = re.compile(
+    r"(?:^|\.)(?:layers?\.0\.(?:output\.dense|ffn\.lin2|mlp\.(?:Wo|fc2|down_proj)|feed_forward\.w2)"
+    r"|albert_layers\.0\.ffn_output|encoder\.block\.0\.layer\.1\.DenseReluDense\.wo)\.weight"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class Sizes:
         if shapes is not None:
             given = read_object(where)
             # First of all: a configuration of a million layers takes transformers minutes.
-            for name in _NUM_LAYERS:
+            for name in ("num_layers",) if given.get("model_type") == "t5" else _NUM_LAYERS:
                 _require_layers(name, given.get(name), shapes, where)
         try:
             config = load_config(folder)
@@ -87,16 +95,32 @@ class Sizes:
             state_width=int((config.num_labels if is_projected else None) or config.hidden_size),
             num_layers=int(config.num_hidden_layers),
             num_heads=int(config.num_attention_heads),
-            intermediate_width=int(
-                config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
-            ),
-            num_positions=int(config.max_position_embeddings) - unused,
+            intermediate_width=_intermediate_width(config),
+            num_positions=_RELATIVE_POSITIONS
+            if config.model_type == "t5"
+            else int(config.max_position_embeddings) - unused,
             vocab_size=int(config.vocab_size),
         )
 
 
+def _intermediate_width(config: PreTrainedConfig) -> int:
+    match config.model_type:
+        case "distilbert":
+            return int(config.hidden_dim)
+        case "t5":
+            return int(config.d_ff)
+        case "lfm2" if config.block_auto_adjust_ff_dim:  # `Lfm2MLP` in transformers/models/lfm2/modeling_lfm2.py
+            width, multiple = int(2 * config.intermediate_size / 3), config.block_multiple_of
+            if config.block_ffn_dim_multiplier is not None:
+                width = multiple * -(-int(config.block_ffn_dim_multiplier * width) // multiple)
+            return width
+    return int(config.intermediate_size)
+
+
 def _require_layers(name: str, given: object, shapes: Shapes, where: Path) -> None:
-    found = {int(match[1]) for tensor in shapes if (match := _LAYER.search(tensor))}
+    found = {
+        int(match[1]) for tensor in shapes if not tensor.startswith(_OTHER_PARTS) and (match := _LAYER.search(tensor))
+    }
     if found and isinstance(given, int) and given >= 1 and given != len(found):
         raise LoadError(f"{where}: {name} is {given}, but the weights hold {len(found)} layers")
 
@@ -105,9 +129,10 @@ def _require_tables(config: PreTrainedConfig, sizes: Sizes, shapes: Shapes, wher
     """Compare the sizes with the tensors that have them; transformers compares the others."""
     columns = ("embedding_size", int(config.embedding_size)) if hasattr(config, "embedding_size") else None
     width = ("hidden_size", sizes.width)
+    positions = int(getattr(config, "max_position_embeddings", 0))
     expected = {
         _WORDS: (("vocab_size", sizes.vocab_size), columns or width),
-        _POSITIONS: (("max_position_embeddings", int(config.max_position_embeddings)), columns or width),
+        _POSITIONS: (("max_position_embeddings", positions), columns or width),
         _SEGMENTS: (("type_vocab_size", int(getattr(config, "type_vocab_size", 0))), columns or width),
         _FEED_FORWARD: (width, ("intermediate_size", sizes.intermediate_width)),
     }

@@ -11,11 +11,13 @@ from typing import Any
 
 import structlog
 import torch
-from tokenizers import normalizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers, processors
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, XLMRobertaModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, T5EncoderModel, XLMRobertaModel
 from transformers.utils import logging as transformers_logging
 
+from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.flash_layout import rename_tensors
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
@@ -215,6 +217,8 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
                 "long is cut at its end"
             )
         fast = tokenizer.backend_tokenizer
+        if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not options.trust_remote_code:
+            _end_texts(fast, tokenizer.eos_token)
         if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normalizer
             own = [] if fast.normalizer is None else [fast.normalizer]
             fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
@@ -240,6 +244,16 @@ def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Toke
             f"{checkpoint.vocab_size} rows: tokens were added, and the model was not resized for them"
         )
     return ours, frozenset(x for x in special if x is not None)
+
+
+def _end_texts(tokenizer: FastTokenizer, end: str) -> None:
+    """Let a tokenizer put its end token behind each text, unless it does so already."""
+    end_id = tokenizer.token_to_id(end)
+    if tokenizer.encode("").ids[-1:] == [end_id]:
+        return
+    template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, end_id)])
+    own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
+    tokenizer.post_processor = processors.Sequence([*own, template])
 
 
 def _has_growing_rope(config: PreTrainedConfig) -> bool:
@@ -306,7 +320,9 @@ def _read_model(checkpoint: Checkpoint, options: BuildOptions, dtype: torch.dtyp
         )
         model, report = flash
     else:
-        model, report = AutoModel.from_pretrained(
+        # Of T5, `AutoModel` is the whole model, with a decoder.
+        loader: Any = T5EncoderModel if checkpoint.model_type == "t5" else AutoModel
+        model, report = loader.from_pretrained(
             checkpoint.transformer,
             config=None if checkpoint.has_own_code else load_config(checkpoint.transformer),
             dtype=dtype,

@@ -43,7 +43,10 @@ _TRACING = threading.Lock()
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 # OpenVINO fuses the gated feed-forward of these in bfloat16. With a single thread in a stream, compiling that ends the
 # process with SIGFPE, as of 2026.4 (openvinotoolkit/openvino#33300).
-_GATED_MODEL_TYPES = ("gte", "nomic_bert", "qwen3")
+_GATED_MODEL_TYPES = (
+    *("gte", "nomic_bert", "eurobert", "t5"),
+    *("qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"),
+)
 
 
 @dataclass(frozen=True, slots=True)
