@@ -11,13 +11,10 @@ from typing import Any
 
 import structlog
 import torch
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import normalizers, processors
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, T5EncoderModel, XLMRobertaModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, T5EncoderModel, XLMRobertaModel
 from transformers.utils import logging as transformers_logging
 
-from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.flash_layout import rename_tensors
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
@@ -27,7 +24,7 @@ from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask, install_adapters
 from gateway.engine.model.encoder import Encoder, Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.model.pairs import PairTokenizer
+from gateway.engine.model.load_tokenizer import load_tokenizer
 from gateway.engine.model.projection import install_projection
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
@@ -81,7 +78,9 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
         tokenizer, table = load_table(checkpoint, options.max_tokens)
         runtimes = [table]
     else:
-        tokenizer, special_ids = _load_tokenizer(checkpoint, options)
+        tokenizer, special_ids = load_tokenizer(
+            checkpoint, options.max_tokens, trust_remote_code=options.trust_remote_code
+        )
         runtimes = _build_runtimes(checkpoint, options, tokenizer)
     device = torch.device(options.device)
     classifier = checkpoint.classifier
@@ -200,60 +199,6 @@ def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tok
         )
         cosines.append(functional.cosine_similarity(ours, theirs))
     return float(torch.cat(cosines).min())
-
-
-def _load_tokenizer(checkpoint: Checkpoint, options: BuildOptions) -> tuple[Tokenizer, frozenset[int]]:
-    """Return the tokenizer, and the ids that BGE-M3's sparse rule leaves out: cls, eos, pad, unk."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.transformer,
-            config=None if checkpoint.layout is None else load_config(checkpoint.transformer),
-            local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
-        )
-        if tokenizer.truncation_side != "right":
-            raise LoadError(
-                f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: a text that is too "
-                "long is cut at its end"
-            )
-        fast = tokenizer.backend_tokenizer
-        if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not options.trust_remote_code:
-            _end_texts(fast, tokenizer.eos_token)
-        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normalizer
-            own = [] if fast.normalizer is None else [fast.normalizer]
-            fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        if checkpoint.classifier is None:
-            ours = Tokenizer(fast, options.max_tokens)
-        else:
-            # A tokenizer's template may mark segments that transformers does not hand to the model.
-            has_segments = checkpoint.classifier.has_segments and "token_type_ids" in tokenizer.model_input_names
-            ours = PairTokenizer(fast, options.max_tokens, has_segments=has_segments)
-    except LoadError:
-        raise
-    except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
-        raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
-    if checkpoint.classifier is not None and not fast.encode("").ids:  # a pair of empty texts has no state
-        raise LoadError(
-            f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so a pair might have no score: its template "
-            "adds no special token"
-        )
-    if ours.largest_id >= checkpoint.vocab_size:
-        raise LoadError(
-            f"{checkpoint.folder}: the tokenizer has token ids up to {ours.largest_id}, but the model's table of words has "
-            f"{checkpoint.vocab_size} rows: tokens were added, and the model was not resized for them"
-        )
-    return ours, frozenset(x for x in special if x is not None)
-
-
-def _end_texts(tokenizer: FastTokenizer, end: str) -> None:
-    """Let a tokenizer put its end token behind each text, unless it does so already."""
-    end_id = tokenizer.token_to_id(end)
-    if tokenizer.encode("").ids[-1:] == [end_id]:
-        return
-    template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, end_id)])
-    own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
-    tokenizer.post_processor = processors.Sequence([*own, template])
 
 
 def _has_growing_rope(config: PreTrainedConfig) -> bool:

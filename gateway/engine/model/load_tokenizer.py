@@ -1,0 +1,74 @@
+"""Load a checkpoint's tokenizer, and let it treat texts as sentence-transformers or the publisher's code would."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers, processors
+from transformers import AutoTokenizer
+
+from gateway.engine.checkpoint.classes import must_end_texts
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.sizes import load_config
+from gateway.engine.model.pairs import PairTokenizer
+from gateway.engine.model.tokenizer import Tokenizer
+from gateway.errors import LoadError
+
+
+def load_tokenizer(
+    checkpoint: Checkpoint, max_tokens: int, *, trust_remote_code: bool
+) -> tuple[Tokenizer, frozenset[int]]:
+    """Return the tokenizer, and the ids that BGE-M3's sparse rule leaves out: cls, eos, pad, unk.
+
+    Raises:
+        LoadError: it cannot be read, does not belong to the model, or treats texts in a way that is not supported.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.transformer,
+            config=None if checkpoint.layout is None else load_config(checkpoint.transformer),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+        if tokenizer.truncation_side != "right":
+            raise LoadError(
+                f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: a text that is too "
+                "long is cut at its end"
+            )
+        fast = tokenizer.backend_tokenizer
+        if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not trust_remote_code:
+            _end_texts(fast, tokenizer.eos_token)
+        if checkpoint.is_lower_cased:  # as sentence-transformers does it: before the tokenizer's own normalizer
+            own = [] if fast.normalizer is None else [fast.normalizer]
+            fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        if checkpoint.classifier is None:
+            ours = Tokenizer(fast, max_tokens)
+        else:
+            # A tokenizer's template may mark segments that transformers does not hand to the model.
+            has_segments = checkpoint.classifier.has_segments and "token_type_ids" in tokenizer.model_input_names
+            ours = PairTokenizer(fast, max_tokens, has_segments=has_segments)
+    except LoadError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
+        raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
+    if checkpoint.classifier is not None and not fast.encode("").ids:  # a pair of empty texts has no state
+        raise LoadError(
+            f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so a pair might have no score: its template "
+            "adds no special token"
+        )
+    if ours.largest_id >= checkpoint.vocab_size:
+        raise LoadError(
+            f"{checkpoint.folder}: the tokenizer has token ids up to {ours.largest_id}, but the model's table of words has "
+            f"{checkpoint.vocab_size} rows: tokens were added, and the model was not resized for them"
+        )
+    return ours, frozenset(x for x in special if x is not None)
+
+
+def _end_texts(tokenizer: FastTokenizer, end: str) -> None:
+    """Let a tokenizer put its end token behind each text, unless it does so already."""
+    end_id = tokenizer.token_to_id(end)
+    if tokenizer.encode("").ids[-1:] == [end_id]:
+        return
+    template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, end_id)])
+    own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
+    tokenizer.post_processor = processors.Sequence([*own, template])
