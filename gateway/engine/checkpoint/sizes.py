@@ -23,7 +23,7 @@ _UNUSED_POSITIONS = {"mpnet": 2, "jina_embeddings_v3": 2}
 _RELATIVE_POSITIONS = 32_768
 
 _NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
-# T5's `block.0.layer.1`: what it calls layers are parts of one. Of a whole T5 only the encoder counts.
+# A layer of T5 is a "block", and its "layers" are the parts of one. Of a whole T5 only the encoder counts.
 _LAYER = re.compile(r"(?:^|\.)(?:block|layers?)\.(\d+)\.")
 _OTHER_PARTS = ("decoder.",)
 _WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|shared)\.weight")
@@ -109,7 +109,7 @@ def _intermediate_width(config: PreTrainedConfig) -> int:
             return int(config.hidden_dim)
         case "t5":
             return int(config.d_ff)
-        case "lfm2" if config.block_auto_adjust_ff_dim:  # `Lfm2MLP` in transformers/models/lfm2/modeling_lfm2.py
+        case "lfm2" if config.block_auto_adjust_ff_dim:  # as in transformers/models/lfm2/modeling_lfm2.py
             width, multiple = int(2 * config.intermediate_size / 3), config.block_multiple_of
             if config.block_ffn_dim_multiplier is not None:
                 width = multiple * -(-int(config.block_ffn_dim_multiplier * width) // multiple)
