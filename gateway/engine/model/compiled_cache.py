@@ -1,0 +1,104 @@
+"""Keep compiled models on disk: a later start needs neither the torch model nor the trace of it.
+
+An entry is a folder whose name is a key: a hash over everything that the result depends on. It is written next to its
+final place and renamed, so that it is whole or absent; and its files are hashed, so that a damaged entry is noticed and
+made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from gateway.engine.checkpoint.sources import file_sha256
+from gateway.errors import LoadError
+
+log = structlog.get_logger(__name__)
+
+_ENTRY = "entry.json"
+_UNUSED_S = 30 * 24 * 3600.0
+# Left free on the disk, and room for an entry that two processes write at once.
+_MIN_FREE_BYTES = 1 << 30
+
+
+def default_folder(environ: Mapping[str, str]) -> Path:
+    """Return the folder of compiled models where the settings name none."""
+    base = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "embedding-gateway" / "compiled"
+
+
+def key_of(parts: Mapping[str, object]) -> str:
+    """Return the key of an entry: 32 hex digits over everything that it depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class CompiledCache:
+    """A folder of compiled models. No fault of the disk ends a start: the model is then compiled again.
+
+    Args:
+        folder: made when the first entry is stored; ``None`` keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def find(self, key: str) -> Path | None:
+        """Return the folder of an entry; ``None`` if there is no such entry, or if its files are not what was written."""
+        if self._folder is None:
+            return None
+        entry = self._folder / key
+        if not entry.exists():
+            return None
+        try:
+            files = json.loads((entry / _ENTRY).read_bytes())
+            if all(file_sha256(entry / name) == digest for name, digest in files.items()):
+                os.utime(entry)  # the time of its last use
+                return entry
+            reason = "its files are not what was written"
+        except (OSError, ValueError, AttributeError, TypeError, LoadError) as error:
+            reason = str(error)
+        log.warning("compiled_cache_damaged", entry=str(entry), reason=reason, consequence="the model is compiled again")
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+
+    def store(self, key: str, num_bytes: int, write: Callable[[Path], None]) -> None:
+        """Store an entry, unless the disk is too full or cannot be written; and drop entries unused for 30 days.
+
+        Args:
+            num_bytes: the approximate size of the entry.
+            write: puts the files of the entry into the folder that it is given.
+        """
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._drop_unused()
+            free = shutil.disk_usage(self._folder).free
+            if free < num_bytes + _MIN_FREE_BYTES:
+                log.info("compiled_cache_full", folder=str(self._folder), free_bytes=free, needed_bytes=num_bytes)
+                return
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=self._folder, ignore_cleanup_errors=True) as new:
+                write(Path(new))
+                digests = {path.name: file_sha256(path) for path in sorted(Path(new).iterdir())}
+                (Path(new) / _ENTRY).write_text(json.dumps(digests), encoding="utf-8")
+                os.rename(new, self._folder / key)
+                os.mkdir(new)  # which the end of the block removes
+        except OSError as error:
+            if not (self._folder / key).exists():  # else another process was faster
+                log.info("compiled_cache_off", folder=str(self._folder), error=str(error))
+
+    def _drop_unused(self) -> None:
+        assert self._folder is not None  # noqa: S101  the caller has checked
+        before = time.time() - _UNUSED_S
+        for entry in self._folder.iterdir():
+            if entry.stat().st_mtime < before:
+                shutil.rmtree(entry, ignore_errors=True)
+                log.info("compiled_cache_dropped", entry=str(entry), reason="not used for 30 days")
