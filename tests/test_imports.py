@@ -124,3 +124,10 @@ def test_only_the_engine_imports_torch(path: Path) -> None:
 def test_importing_does_not_load_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_planning_a_model_does_not_load_transformers_models() -> None:
+    """They take longer to import than torch, and a compiled model that is kept on disk needs none of them."""
+    slow = ("transformers.modeling_utils", "torch.distributed.tensor", "torch._dynamo")
+    code = f"import gateway.engine.loading, sys; sys.exit(any(name in sys.modules for name in {slow}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,7 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.classes import MODEL_TYPES
 from gateway.engine.devices import CpuThreads, choose_dtype
 from gateway.engine.loading import plan_load
-from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES
+from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
 from gateway.errors import BadInput, LoadError
 from gateway.types import Output, Truncate, canonical_task
 from tests.models.checkpoints import FAMILIES, MAX_TOKENS, TEXTS, linear_head

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.engine.checkpoint.classes import MODEL_TYPES
-from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES
+from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
 
 ROWS: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("served.toml").read_text())["models"]
 IDS = [f"{row['example']}" for row in ROWS]

@@ -6,32 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle
-from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
 from torch.nn import functional
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, T5EncoderModel, XLMRobertaModel
-from transformers.utils import logging as transformers_logging
 
-from gateway.engine.checkpoint.flash_layout import rename_tensors
-from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
-from gateway.engine.checkpoint.sizes import load_config
-from gateway.engine.checkpoint.weights import read_tensors, unknown_tensors
 from gateway.engine.devices import CpuThreads
-from gateway.engine.model.adapters import AdapterMask, install_adapters
+from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.encoder import Encoder, Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.model.load_tokenizer import load_tokenizer
-from gateway.engine.model.projection import install_projection
-from gateway.engine.model.runtimes.base import Runtime
-from gateway.engine.model.runtimes.packed import PACKED_MODEL_TYPES, PackedRuntime
+from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES, Runtime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
 from gateway.engine.model.static import load_table
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import LoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = structlog.get_logger(__name__)
 
@@ -140,7 +134,19 @@ def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: To
     obstacle = _why_not_packed(checkpoint, model)
     if options.runtime == "packed" and obstacle:
         raise LoadError(f"{checkpoint.folder}: {obstacle} cannot be packed")
-    return [PackedRuntime(model, mask) if runtime == "torch-packed" and not obstacle else PaddedRuntime(model, mask)]
+    if runtime != "torch-packed" or obstacle:
+        return [PaddedRuntime(model, mask)]
+    from gateway.engine.model.runtimes.packed import PackedRuntime  # slow to import
+
+    return [PackedRuntime(model, mask)]
+
+
+def _load_model(
+    checkpoint: Checkpoint, options: BuildOptions, dtype: str
+) -> tuple[PreTrainedModel, AdapterMask | None]:
+    from gateway.engine.model.load_model import load_model  # slow to import
+
+    return load_model(checkpoint, options.device, dtype, trust_remote_code=options.trust_remote_code)
 
 
 def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
@@ -199,81 +205,3 @@ def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tok
         )
         cosines.append(functional.cosine_similarity(ours, theirs))
     return float(torch.cat(cosines).min())
-
-
-def _has_growing_rope(config: PreTrainedConfig) -> bool:
-    """Return whether rotary positions depend on the longest text of a batch."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    rows = [parameters, *(row for row in parameters.values() if isinstance(row, dict))]  # some have a row a layer type
-    return any(row.get("rope_type") in ("dynamic", "longrope") for row in rows)
-
-
-def _load_model(
-    checkpoint: Checkpoint, options: BuildOptions, dtype: str
-) -> tuple[PreTrainedModel, AdapterMask | None]:
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters is checked below
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write over our own lines
-    try:
-        model, report = _read_model(checkpoint, options, getattr(torch, dtype))
-    except UnpicklingError as error:  # torch's own message explains at length how to run the code after all
-        raise LoadError(
-            f"{checkpoint.folder}: the weights cannot be loaded: the file holds more than weights, and could run code"
-        ) from error
-    except Exception as error:  # a configuration that makes no sense can make transformers raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise LoadError(f"{checkpoint.folder}: the weights cannot be loaded: {reason}") from error
-    # transformers fills what is missing with random numbers and only warns. The pooler is not used here.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing or report["mismatched_keys"]:
-        raise LoadError(
-            f"{checkpoint.folder}: the weights do not belong to this configuration: missing "
-            f"{missing[:3] or 'none'} ({len(missing)} in all), of the wrong shape: {len(report['mismatched_keys'])}"
-        )
-    if unknown := unknown_tensors(report["unexpected_keys"], checkpoint):
-        raise LoadError(
-            f"{checkpoint.folder}: the weights hold {unknown[:3]} ({len(unknown)} in all), which {type(model).__name__} "
-            "does not use: the checkpoint computes something else, or more"
-        )
-    if _has_growing_rope(model.config):
-        raise LoadError(
-            f"{checkpoint.folder}: rotary positions that change with the longest text of a batch (rope_type dynamic or "
-            "longrope) are not supported: a text's vector would depend on the other texts"
-        )
-    model.config.use_cache = False
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # BERT's is a layer over the first token that no embedding uses
-    if checkpoint.layout is Layout.VOYAGE:
-        install_projection(model, checkpoint)
-    mask = install_adapters(model, list(checkpoint.adapters.values())) if checkpoint.adapters else None
-    if mask is not None:
-        mask.to(options.device)
-    model.eval().requires_grad_(False)
-    model.to(torch.device(options.device))
-    loaded: PreTrainedModel = model
-    return loaded, mask
-
-
-def _read_model(checkpoint: Checkpoint, options: BuildOptions, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Return the transformer, and what transformers reports of the weights that it found."""
-    if checkpoint.layout is Layout.FLASH:
-        flash: Any = XLMRobertaModel.from_pretrained(
-            None,
-            config=load_config(checkpoint.transformer),
-            state_dict=rename_tensors(read_tensors(checkpoint.weights)),
-            dtype=dtype,
-            output_loading_info=True,
-        )
-        model, report = flash
-    else:
-        # Of T5, `AutoModel` is the whole model, with a decoder.
-        loader: Any = T5EncoderModel if checkpoint.model_type == "t5" else AutoModel
-        model, report = loader.from_pretrained(
-            checkpoint.transformer,
-            config=None if checkpoint.has_own_code else load_config(checkpoint.transformer),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
-            weights_only=True,
-            output_loading_info=True,
-        )
-    return model, report

@@ -65,7 +65,9 @@ class CompiledCache:
             reason = "its files are not what was written"
         except (OSError, ValueError, AttributeError, TypeError, LoadError) as error:
             reason = str(error)
-        log.warning("compiled_cache_damaged", entry=str(entry), reason=reason, consequence="the model is compiled again")
+        log.warning(
+            "compiled_cache_damaged", entry=str(entry), reason=reason, consequence="the model is compiled again"
+        )
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
@@ -85,12 +87,13 @@ class CompiledCache:
             if free < num_bytes + _MIN_FREE_BYTES:
                 log.info("compiled_cache_full", folder=str(self._folder), free_bytes=free, needed_bytes=num_bytes)
                 return
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=self._folder, ignore_cleanup_errors=True) as new:
-                write(Path(new))
-                digests = {path.name: file_sha256(path) for path in sorted(Path(new).iterdir())}
-                (Path(new) / _ENTRY).write_text(json.dumps(digests), encoding="utf-8")
-                os.rename(new, self._folder / key)
-                os.mkdir(new)  # which the end of the block removes
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=self._folder, ignore_cleanup_errors=True) as parent:
+                new = Path(parent) / key
+                new.mkdir()
+                write(new)
+                digests = {path.name: file_sha256(path) for path in sorted(new.iterdir())}
+                (new / _ENTRY).write_text(json.dumps(digests), encoding="utf-8")
+                new.rename(self._folder / key)
         except OSError as error:
             if not (self._folder / key).exists():  # else another process was faster
                 log.info("compiled_cache_off", folder=str(self._folder), error=str(error))

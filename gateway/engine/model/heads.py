@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
 
 from gateway.engine.checkpoint.classifier import Activation, Classifier, Layer, Linear
 from gateway.engine.checkpoint.files import require_content, weights_files
@@ -144,6 +143,8 @@ def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor]) -> nn.Module:
         Exception: of any class, for tensors that make no such layer.
     """
     if isinstance(layer, Activation):
+        from transformers.activations import ACT2FN  # slow to import
+
         activation: nn.Module = ACT2FN[layer.name]
         return activation
     tensors = own if layer.folder is None else read_tensors(weights_files(layer.folder))

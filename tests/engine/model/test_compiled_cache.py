@@ -44,9 +44,7 @@ def test_only_the_user_can_read_the_folder_and_nothing_else_is_left_in_it(cache:
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing", "no digests", "no entry"])
-def test_a_damaged_entry_is_not_used_and_can_be_stored_again(
-    cache: CompiledCache, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_entry_is_not_used_and_can_be_stored_again(cache: CompiledCache, tmp_path: Path, damage: str) -> None:
     cache.store(KEY, 10, write("weights"))
     entry = tmp_path / "compiled" / KEY
     match damage:

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from gateway.engine.model.states import TokenStates
 
+PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "jina_embeddings_v3")
+"""``model_type`` of the architectures whose forward takes a packed row on CUDA."""
+
 
 class Runtime(Protocol):
     """Computes a transformer's forward.

@@ -12,18 +12,20 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.runtimes.padded import pad, pad_segments
 from gateway.engine.model.states import TokenStates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # OpenVINO's telemetry reports each import and each conversion. Without the package, it uses a stub that sends nothing.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

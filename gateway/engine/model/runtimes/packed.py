@@ -25,8 +25,6 @@ from gateway.engine.model.runtimes.padded import pad_segments
 from gateway.engine.model.states import TokenStates
 
 ATTENTION = "gateway_packed"
-PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "jina_embeddings_v3")
-"""``model_type`` of the architectures whose forward takes a packed row."""
 
 
 @dataclass(frozen=True, slots=True)
