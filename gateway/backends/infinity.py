@@ -63,6 +63,9 @@ class InfinityBackend:
         return info
 
     def _make_plan(self) -> LoadPlan:
+        from gateway.engine.checkpoint.sources import require_present
+
+        require_present(self._entry)  # before the imports, which take seconds
         _import_libraries()
         from gateway.engine.loading import plan_load
 

@@ -166,18 +166,32 @@ class Plans:
 
 def make_plans(registry: Registry) -> Plans:
     """Plan each model in turn. Loads and downloads nothing."""
-    from gateway.engine.forecast import Forecaster  # imports torch
+    certain = [_certain_plan(entry) for entry in registry.models]
+    if None in certain:
+        from gateway.engine.forecast import Forecaster  # imports torch, which takes seconds
 
-    forecaster = Forecaster()
-    plans = Plans([_plan(entry, forecaster) for entry in registry.models], ())
+        forecaster = Forecaster()
+        certain = [plan or _plan(entry, forecaster) for plan, entry in zip(certain, registry.models, strict=True)]
+    plans = Plans([plan for plan in certain if plan is not None], ())
     return Plans(plans.models, broken_rules(registry, plans))
 
 
-def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
+def _certain_plan(entry: ModelEntry) -> Plan | None:
+    """Return the plan of a model that would not load here, as far as that is known without reading a checkpoint."""
+    from gateway.engine.checkpoint.sources import require_present
+
     if reason := why_disabled(entry):
         return Plan(entry.id, "off", [reason])
     if entry.upstream is not None:
         return Plan(entry.id, "elsewhere", [", ".join(entry.upstream.urls), "not asked"])
+    try:
+        require_present(entry)
+    except LoadError as error:
+        return Plan(entry.id, "no", [str(error)])
+    return None
+
+
+def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
     try:
         forecast = forecaster.forecast(entry)
     except LoadError as error:

@@ -41,7 +41,8 @@ ALIAS = {"default": "mini"}
 
 
 def reserved() -> float:
-    return float(metrics.REGISTRY.get_sample_value("gateway_memory_reserved_bytes") or 0)
+    [metric] = metrics.MEMORY_RESERVED.collect()  # a hundredth of the work of asking the registry for it
+    return metric.samples[0].value
 
 
 @pytest.fixture(autouse=True)

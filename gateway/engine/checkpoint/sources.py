@@ -65,6 +65,18 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
     return folder
 
 
+def require_present(entry: ModelEntry) -> None:
+    """Refuse a source for which there is no need to ask the hub, or to import what reads a checkpoint.
+
+    Raises:
+        LoadError: the folder or package does not exist, or another repository must be used instead.
+    """
+    if entry.parsed_source.kind == "hub":
+        require_readable(entry)
+    else:
+        locate(entry)
+
+
 def require_readable(entry: ModelEntry) -> None:
     """Refuse a repository of the hub whose model is published in another one for transformers to read.
 
