@@ -66,7 +66,7 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
 
 
 def require_present(entry: ModelEntry) -> None:
-    """Refuse a source for which there is no need to ask the hub, or to import what reads a checkpoint.
+    """Refuse a source that cannot be used, where neither the hub nor the checkpoint must be asked to see that.
 
     Raises:
         LoadError: the folder or package does not exist, or another repository must be used instead.
