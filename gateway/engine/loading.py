@@ -13,6 +13,7 @@ from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
 from gateway.engine.cards import read_cards
+from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.prompts import tasks_of
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
@@ -306,6 +307,11 @@ def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
         if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for
             raise LoadError(f"the task {bare[0]!r} has no adapter; there are: {', '.join(checkpoint.adapters)}")
     default = entry.default_task
+    if default is None and checkpoint.layout is Layout.JINA_V5:
+        raise LoadError(
+            f"default_task must be set: Jina v5 has no vectors without a task. Choose one of {', '.join(tasks)}; "
+            "text-matching treats all texts alike"
+        )
     if default is not None and canonical_task(default) not in tasks:
         raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")
     return tasks

@@ -60,7 +60,6 @@ _REASONS = {
     "gemma3": (
         "This is Gemma 3 with its part for images. The part for text is model_type 'gemma3_text', as EmbeddingGemma has it"
     ),
-    "jina_embeddings_v5": "Take one of its repositories for a single task, whose adapter is merged",
 }
 _HEADS = {
     "ForTokenClassification": "labels each token (named entities, for example)",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.flash_layout import as_xlm_roberta, is_flash_layout
 from gateway.engine.checkpoint.gte_layout import as_gte, is_gte_layout
+from gateway.engine.checkpoint.jina_v5_layout import as_jina_v5_base, is_jina_v5_layout
 from gateway.engine.checkpoint.json_files import Json
 from gateway.engine.checkpoint.nomic_layout import as_nomic_bert, is_nomic_layout
 from gateway.engine.checkpoint.voyage_layout import as_two_way_qwen3, is_voyage_layout
@@ -28,6 +29,9 @@ class Layout(StrEnum):
     VOYAGE = "voyage"
     """Qwen3 that reads both ways, and is projected: :mod:`gateway.engine.checkpoint.voyage_layout`."""
 
+    JINA_V5 = "jina v5"
+    """Qwen3 or EuroBERT with an adapter for each task: :mod:`gateway.engine.checkpoint.jina_v5_layout`."""
+
 
 _LAYOUTS: Mapping[
     Layout,
@@ -37,6 +41,7 @@ _LAYOUTS: Mapping[
     Layout.NOMIC: (is_nomic_layout, as_nomic_bert),
     Layout.GTE: (is_gte_layout, as_gte),
     Layout.VOYAGE: (is_voyage_layout, as_two_way_qwen3),
+    Layout.JINA_V5: (is_jina_v5_layout, as_jina_v5_base),
 }
 
 

@@ -19,6 +19,7 @@ from gateway.engine.checkpoint.classes import require_embedder, require_known_co
 from gateway.engine.checkpoint.classifier import Classifier, architecture, read_classifier
 from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
 from gateway.engine.checkpoint.headers import read_shapes
+from gateway.engine.checkpoint.jina_tasks import read_jina_tasks
 from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of
 from gateway.engine.checkpoint.modules import (
@@ -32,20 +33,13 @@ from gateway.engine.checkpoint.modules import (
     read_truncated_width,
     require_sentence_transformer,
 )
-from gateway.engine.checkpoint.prompts import Prompts, jina_prompts, read_prompts
+from gateway.engine.checkpoint.prompts import Prompts, read_prompts
 from gateway.engine.checkpoint.sizes import Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
 from gateway.errors import LoadError
 from gateway.types import Output
 
-_ADAPTER_TASKS = {
-    "retrieval_query": "retrieval.query",
-    "retrieval_passage": "retrieval.passage",
-    "separation": "separation",
-    "classification": "classification",
-    "text_matching": "text-matching",
-}
 _SPARSE_HEAD = "sparse_linear.pt"
 _MULTIVECTOR_HEAD = "colbert_linear.pt"
 
@@ -64,7 +58,7 @@ class Checkpoint:
         dense_layers: folders of the linear layers behind the pooling, in order.
         prompts: instruction of each task, as named by the checkpoint.
         default_prompt: name of the prompt for texts without a task, if the checkpoint names one.
-        adapters: folder of each task's adapter.
+        adapters: folder of each task's adapter; tasks may share one.
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         classifier: the head that scores a pair of texts, if the model is a cross-encoder.
@@ -115,10 +109,15 @@ class Checkpoint:
         return (Output.DENSE, *(output for output, head in heads if head is not None))
 
     @property
+    def adapter_folders(self) -> tuple[Path, ...]:
+        """The folder of each adapter, once: an adapter's index in the runtime is its place here."""
+        return tuple(dict.fromkeys(self.adapters.values()))
+
+    @property
     def all_weights(self) -> tuple[Path, ...]:
         """Every file with weights: the transformer's, the adapters', and those of the layers behind it."""
         heads = (head for head in (self.sparse_head, self.multivector_head) if head is not None)
-        adapters = (file for folder in self.adapters.values() for file in weights_files(folder, ADAPTER_WEIGHTS))
+        adapters = (file for folder in self.adapter_folders for file in weights_files(folder, ADAPTER_WEIGHTS))
         layers = (file for folder in self.dense_layers for file in weights_files(folder))
         return (*self.weights, *adapters, *layers, *heads)
 
@@ -142,9 +141,9 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     model_type = require_model_type(config, folder)
     has_own_code = require_known_code(root, config, model_type, trust_remote_code=trust_remote_code)
     classifier = _read_head(folder, config, modules)
-    adapters = _find_adapters(folder)
-    is_jina = model_type == "jina_embeddings_v3"
-    if classifier is None and not (is_jina and adapters):  # adapters for tasks of retrieval are an embedder's
+    layout = layout_of(read_object(root / "config.json"))
+    tasks = read_jina_tasks(folder, config, layout, modules)
+    if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
         _require_embedder(folder, config, modules, model_type, has_own_code=has_own_code)
     settings = read_transformer(root, is_embedder=classifier is None)
     prompts, truncated_width = _read_sentence_config(folder, classifier)
@@ -164,17 +163,17 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         intermediate_width=sizes.intermediate_width,
         max_tokens=_max_tokens(root, settings.max_tokens, sizes.num_positions),
         position_limit=sizes.num_positions,
-        pooling=_pooling(folder, modules, classifier),
-        is_normalized=is_jina or (modules is not None and modules.is_normalized),
+        pooling=tasks.pooling or _pooling(folder, modules, classifier),
+        is_normalized=tasks.is_jina or (modules is not None and modules.is_normalized),
         is_lower_cased=settings.is_lower_cased,
         dense_layers=dense_layers,
-        prompts=jina_prompts(adapters, prompts.texts) if is_jina else prompts.texts,
+        prompts=tasks.prompts(prompts.texts),
         default_prompt=prompts.default,
-        adapters=adapters,
+        adapters=tasks.adapters,
         sparse_head=sparse_head,
         multivector_head=multivector_head,
         classifier=classifier,
-        layout=layout_of(read_object(root / "config.json")),
+        layout=layout,
         has_own_code=has_own_code,
         has_pooling_module=modules is not None and modules.pooling is not None,
         is_named=architecture(config) is not None,
@@ -288,13 +287,6 @@ def _max_tokens(folder: Path, named: int | None, position_limit: int) -> int:
     """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
     tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
     return min(named or as_length(tokenizer.get("model_max_length")) or position_limit, position_limit)
-
-
-def _find_adapters(folder: Path) -> dict[str, Path]:
-    """Return the folder of each task's adapter; the folder's name says the task."""
-    return {
-        task: folder / name for name, task in _ADAPTER_TASKS.items() if (folder / name / "adapter_config.json").exists()
-    }
 
 
 def _existing(path: Path) -> Path | None:

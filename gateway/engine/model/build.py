@@ -77,7 +77,7 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
         )
         runtimes = _build_runtimes(checkpoint, options, tokenizer)
     device = torch.device(options.device)
-    classifier = checkpoint.classifier
+    classifier, folders = checkpoint.classifier, checkpoint.adapter_folders
     dense: DenseHead | ScoreHead = DenseHead(checkpoint) if classifier is None else ScoreHead(checkpoint, classifier)
     heads = Heads(
         dense=dense.to(device),
@@ -95,7 +95,7 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
             heads,
             width=checkpoint.width,
             tasks=options.tasks,
-            adapters={task: index for index, task in enumerate(checkpoint.adapters)},
+            adapters={task: folders.index(folder) for task, folder in checkpoint.adapters.items()},
             instruction=options.instruction,
         )
         for runtime in runtimes
@@ -193,7 +193,7 @@ def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tok
     go wrong there.
     """
     ids = tokenizer.sample_ids()
-    adapter = cycle(range(-1, len(checkpoint.adapters)))
+    adapter = cycle(range(-1, len(checkpoint.adapter_folders)))
     cosines = []
     for batch in _SAMPLE_LENGTHS:
         lengths = [min(length, tokenizer.max_tokens) for length in batch]

@@ -64,7 +64,7 @@ def load_model(
         model.pooler = None  # BERT's is a layer over the first token that no embedding uses
     if checkpoint.layout is Layout.VOYAGE:
         install_projection(model, checkpoint)
-    mask = install_adapters(model, list(checkpoint.adapters.values())) if checkpoint.adapters else None
+    mask = install_adapters(model, checkpoint.adapter_folders) if checkpoint.adapters else None
     if mask is not None:
         mask.to(device)
     model.eval().requires_grad_(False)

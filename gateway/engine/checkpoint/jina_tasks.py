@@ -1,0 +1,64 @@
+"""Jina's models with an adapter for each task, v3 and v5: where the adapters are, and how a text's vector is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.engine.checkpoint.jina_v5_layout import find_jina_v5_adapters, jina_v5_prompts
+from gateway.engine.checkpoint.json_files import Json
+from gateway.engine.checkpoint.layouts import Layout
+from gateway.engine.checkpoint.modules import Modules, Pooling
+from gateway.engine.checkpoint.prompts import jina_prompts
+from gateway.errors import LoadError
+
+# v3's folders, each next to the weights.
+_V3_TASKS = {
+    "retrieval_query": "retrieval.query",
+    "retrieval_passage": "retrieval.passage",
+    "separation": "separation",
+    "classification": "classification",
+    "text_matching": "text-matching",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JinaTasks:
+    """The tasks of a checkpoint that have adapters.
+
+    Attributes:
+        is_jina: whether it is one of Jina's models, which say in their code that vectors are normalized.
+        adapters: folder of each task's adapter; tasks may share one.
+        pooling: how a text's vector is made, where the model's code says so.
+    """
+
+    is_jina: bool
+    adapters: Mapping[str, Path]
+    pooling: Pooling | None = None
+
+    def prompts(self, own: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the instruction of each task; ``own`` are those of the checkpoint's files."""
+        if not self.is_jina:
+            return own
+        return jina_prompts(self.adapters, own) if self.pooling is None else jina_v5_prompts(self.adapters, own)
+
+
+def read_jina_tasks(
+    folder: Path, config: Mapping[str, Json], layout: Layout | None, modules: Modules | None
+) -> JinaTasks:
+    """Find the adapters of a checkpoint; there are none in most of them.
+
+    Raises:
+        LoadError: an adapter is missing, or further modules follow a model whose code makes the vectors.
+    """
+    if layout is Layout.JINA_V5:
+        if modules is not None and (modules.pooling is not None or modules.dense or modules.is_normalized):
+            raise LoadError(
+                f"{folder}/modules.json: lists more than the Transformer, which in Jina v5 makes the vectors"
+            )
+        return JinaTasks(is_jina=True, adapters=find_jina_v5_adapters(folder, config), pooling=Pooling.LAST)
+    found = {
+        task: folder / name for name, task in _V3_TASKS.items() if (folder / name / "adapter_config.json").exists()
+    }
+    return JinaTasks(is_jina=config.get("model_type") == "jina_embeddings_v3", adapters=found)
