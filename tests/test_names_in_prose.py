@@ -27,7 +27,7 @@ FOREIGN = {
     *("Auto", "BertPooler", "ModernBertPredictionHead", "XLMRobertaClassificationHead", "clear_class_registry"),
     *("BatchHandler", "CustomFIFOQueue", "select_model"),
     *("NTKScalingRotaryEmbedding", "NewConfig", "logn_attention_clip1"),  # publishers' own code, and vLLM's
-    "VoyageQwen3BidirectionalEmbedModel",
+    *("JinaEmbeddingsV5Model", "VoyageQwen3BidirectionalEmbedModel"),
     *("OpenAIEmbeddings", "cl100k_base", "_process_token_weights", "encode_document", "encode_query"),
 }
 """Names of HTTP, and of libraries in places that are not imported: transformers, Infinity, LangChain, FlagEmbedding."""

@@ -47,7 +47,7 @@ class JinaTasks:
 def read_jina_tasks(
     folder: Path, config: Mapping[str, Json], layout: Layout | None, modules: Modules | None
 ) -> JinaTasks:
-    """Find the adapters of a checkpoint; there are none in most of them.
+    """Find the adapters of a checkpoint; most checkpoints have no adapters.
 
     Raises:
         LoadError: an adapter is missing, or further modules follow a model whose code makes the vectors.
