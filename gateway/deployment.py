@@ -12,6 +12,8 @@ import structlog
 
 from gateway.backends.base import Backend
 from gateway.backends.infinity import InfinityBackend
+from gateway.backends.on_demand import OnDemandBackend
+from gateway.backends.residents import Residents
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.description import server_names
 from gateway.config.registry import ModelEntry, Registry
@@ -37,7 +39,7 @@ class Reloaded:
     """The changes of a reload.
 
     Attributes:
-        loaded: ids of the models that were loaded for it.
+        loaded: ids of the models that were loaded for it, or are loaded on demand from now on.
         kept: ids of the models that did not change.
         removed: ids of the models that are gone.
         aliases: the change of each alias that is new, gone, or leads elsewhere now.
@@ -52,9 +54,12 @@ class Reloaded:
     seconds: float
 
 
-def make_real_backend(entry: ModelEntry, settings: Settings) -> Backend:
-    """Return the backend of a model: an engine in this process, or other servers."""
-    return UpstreamBackend(entry, settings) if entry.is_remote else InfinityBackend(entry, settings)
+def make_real_backend(entry: ModelEntry, settings: Settings, residents: Residents) -> Backend:
+    """Return the backend of a model: an engine in this process, maybe only while it is used, or other servers."""
+    if entry.is_remote:
+        return UpstreamBackend(entry, settings)
+    engine = InfinityBackend(entry, settings, residents)
+    return OnDemandBackend(entry, engine, settings, residents) if entry.is_on_demand else engine
 
 
 class Deployment:
@@ -78,7 +83,8 @@ class Deployment:
         read_registry: ReadRegistry | None = None,
         make_backend: MakeBackend | None = None,
     ) -> None:
-        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings))
+        residents = Residents()
+        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings, residents))
         self.settings = settings
         self.is_draining = False
         self.resources = AsyncExitStack()
@@ -164,7 +170,7 @@ class Deployment:
             if model.id not in ids:
                 metrics.forget_model(model.id)
         return Reloaded(
-            loaded=tuple(m.id for m in fleet if m not in old_fleet and m.state is ModelState.READY),
+            loaded=tuple(m.id for m in fleet if m not in old_fleet and m.takes_requests),
             kept=tuple(m.id for m in fleet if m in old_fleet),
             removed=tuple(m.id for m in old_fleet if m.id not in ids),
             aliases=changed_aliases(old_registry, registry),

@@ -6,6 +6,7 @@
     ├── StartError                      the process or a model cannot start
     │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
     │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
+    │   │   ├── TooLittleMemory         it does not fit next to what the device holds now
     │   │   └── NotReachable            no server that runs the model returns vectors
     │   └── CompareError                the data, the models or the gateway do not allow a comparison
     └── RequestError                    one request failed; carries the HTTP status and the code
@@ -96,6 +97,20 @@ class ConfigError(StartError):
 
 class LoadError(StartError):
     """A model cannot be loaded: its checkpoint is missing, corrupt or unsupported, or does not fit into memory."""
+
+
+class TooLittleMemory(LoadError):
+    """A model does not fit into the memory that a device has left.
+
+    Attributes:
+        device: torch device, such as ``cpu`` or ``cuda:0``.
+        missing_bytes: how much more is needed; 0 if that is unknown.
+    """
+
+    def __init__(self, message: str, device: str, missing_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.device = device
+        self.missing_bytes = missing_bytes
 
 
 class NotReachable(LoadError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -13,6 +13,7 @@ from typing import TypeAlias
 import structlog
 
 from gateway.backends.base import Backend
+from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LoadError, StartError
@@ -26,6 +27,9 @@ MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
 
 # Between two attempts to load a model whose servers were absent.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
+
+# Of a model that is loaded on demand, and has been started.
+_ON_DEMAND_STATES = (ModelState.UNLOADED, ModelState.LOADING)
 
 _NO_ACCELERATOR = "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)"
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
@@ -55,12 +59,24 @@ class Model:
     def id(self) -> str:
         return self.entry.id
 
+    @property
+    def on_demand(self) -> OnDemandBackend | None:
+        """The backend, if it loads the model on demand."""
+        return self.backend if isinstance(self.backend, OnDemandBackend) else None
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether the model is ready, or a request makes it ready."""
+        if self.on_demand is not None and self.state in _ON_DEMAND_STATES:
+            return self.on_demand.is_started
+        return self.state is ModelState.READY
+
     def report(self, state: ModelState, reason: str) -> None:
         """Set the state, and show it in the metrics."""
         self.state, self.reason = state, reason
         if self._is_retired:  # the metrics of this id belong to another model by now, or are gone
             return
-        metrics.MODEL_READY.labels(self.id).set(state is ModelState.READY)
+        metrics.MODEL_READY.labels(self.id).set(self.takes_requests)
         for possible in ModelState:
             metrics.MODEL_STATE.labels(self.id, possible.value).set(possible is state)
 
@@ -76,11 +92,11 @@ class Model:
         golden = None if self.entry.golden is None or self.entry.is_remote else Path(self.entry.golden)
         return Reference(self.info, self.state, golden, self.embed)
 
-    @contextmanager
-    def vocabulary(self) -> Iterator[Vocabulary]:
+    @asynccontextmanager
+    async def vocabulary(self) -> AsyncIterator[Vocabulary]:
         """Give the model's vocabulary, and keep the backend running while the context lasts."""
         with self.in_use():
-            yield self.backend.vocabulary()
+            yield await self.backend.vocabulary()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -156,8 +172,8 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the gateway can take traffic: loading has ended, and a model and all required ones are ready."""
-        is_ready = {model.id: model.state is ModelState.READY for model in self}
+        """Whether the gateway can take traffic: loading has ended, and a model and all required ones take requests."""
+        is_ready = {model.id: model.takes_requests for model in self}
         required = [model.id for model in self if model.entry.required]
         return self.started.is_set() and any(is_ready.values()) and all(is_ready[name] for name in required)
 
@@ -178,8 +194,9 @@ class Fleet:
     async def load(self) -> None:
         """Load the models that are enabled and not loaded yet.
 
-        Models of this process load one after the other, so that each sees the memory that the others left. Models on other
-        servers need none, and load all at once. A model that is compared with another one waits for it.
+        Models of this process load one after the other, so that each sees the memory that the others left; those that are
+        loaded on demand come last. Models on other servers need none, and load all at once. A model that is compared with
+        another one waits for it.
         """
         waiting = [model for model in self if model.state is ModelState.LOADING]
         for model in waiting:
@@ -200,13 +217,14 @@ class Fleet:
                     has_loaded[model.id].set()
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(load(*(model for model in loading if not model.entry.is_remote)))
+            here = [model for model in loading if not model.entry.is_remote]
+            tasks.create_task(load(*sorted(here, key=lambda model: model.entry.is_on_demand)))
             for model in loading:
                 if model.entry.is_remote:
                     tasks.create_task(load(model))
 
     async def load_one(self, model: Model) -> None:
-        """Load a model; afterwards it is ready, or failed with a reason."""
+        """Load a model, unless it is loaded on demand; afterwards it takes requests, or has failed with a reason."""
         # The load of a model with absent or wrong servers is retried again and again: log the reason only when it changes.
         logged = model.reason if model.state is ModelState.FAILED else None
         (log.info if logged is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
@@ -224,8 +242,13 @@ class Fleet:
             (log.debug if model.reason == logged else log.error)("model_failed", model=model.id, exc_info=True)
         else:
             model.created = int(time.time())
-            model.report(ModelState.READY, "")
-            log.info("model_ready", model=model.id, seconds=round(time.monotonic() - started, 2))
+            seconds = round(time.monotonic() - started, 2)
+            if model.on_demand is None:
+                model.report(ModelState.READY, "")
+                log.info("model_ready", model=model.id, seconds=seconds)
+            else:
+                model.report(ModelState.UNLOADED, "")
+                log.info("model_on_demand", model=model.id, seconds=seconds)
 
     def is_absent(self, model: Model) -> bool:
         """Return whether the servers of a model could not be reached, or were wrong, when it was loaded."""
@@ -273,8 +296,9 @@ class Fleet:
     async def stop(self) -> None:
         """Stop every model; requests that still wait get an error."""
         for model in self:
+            did_take_requests = model.takes_requests
             await model.backend.stop()
-            if model.state is ModelState.READY:
+            if did_take_requests:
                 model.report(ModelState.STOPPED, "the gateway is shutting down")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from gateway.routing.names import GATEWAY, Client
 from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space
 from gateway.telemetry import metrics
-from gateway.types import PER_TOKEN, TOKEN_BYTES, EmbedJob, ModelInfo, Output, Vocabulary
+from gateway.types import PER_TOKEN, TOKEN_BYTES, EmbedJob, ModelInfo, ModelState, Output, Vocabulary
 
 _FLOAT_BYTES = 4
 # Finishing needs dense vectors three times: as computed, cut, and normalized.
@@ -106,8 +107,8 @@ class EmbeddingService:
             if arm.weight or arm is choice.experiment.control:
                 router.targets(Choice(arm_model, task, asked=arm.model, name=arm.model), None)
 
-    @contextmanager
-    def vocabulary(self, target: Target, operation: str) -> Iterator[Vocabulary]:
+    @asynccontextmanager
+    async def vocabulary(self, target: Target, operation: str) -> AsyncIterator[Vocabulary]:
         """Give the vocabulary of a target's model, which keeps running until the context ends; count the use.
 
         Args:
@@ -117,22 +118,38 @@ class EmbeddingService:
             ModelNotReady: the model is not loaded.
             UnsupportedOutput: the model runs elsewhere, and its vocabulary is not known here.
         """
-        with observe_tokenizer(target.model.id, operation), target.model.vocabulary() as vocabulary:
-            yield vocabulary
+        with observe_tokenizer(target.model.id, operation):
+            async with target.model.vocabulary() as vocabulary:
+                yield vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """How long a target may take.
+
+    Attributes:
+        deadline: see :class:`gateway.types.EmbedJob`.
+        may_wait: whether it may be loaded first; not if the next target is ready.
+    """
+
+    deadline: float
+    may_wait: bool
 
 
 async def _answer(
-    router: Router, choice: Choice, request: R, compute: Callable[[Target, Choice, R], Awaitable[A]]
+    router: Router, choice: Choice, request: R, compute: Callable[[Target, Choice, R, _Patience], Awaitable[A]]
 ) -> A:
     """Answer a request with the first target, or, if that fails, with the next: all targets are in one space."""
     targets = router.targets(choice, request.task)
+    deadline = time.monotonic() + request.timeout_s
     with ExitStack() as in_use:
         # All of them: a reload must not stop one before its turn comes.
         for target in targets:
             in_use.enter_context(target.model.in_use())
         for target, alternative in zip_longest(targets, targets[1:]):
+            may_wait = alternative is None or alternative.model.state is not ModelState.READY
             try:
-                return await compute(target, choice, request)
+                return await compute(target, choice, request, _Patience(deadline, may_wait))
             except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
                 if alternative is None:
                     raise
@@ -140,7 +157,7 @@ async def _answer(
     raise AssertionError("there is always a target")
 
 
-async def _embed(target: Target, choice: Choice, request: EmbedRequest) -> EmbedAnswer:
+async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience: _Patience) -> EmbedAnswer:
     """Check that a target can do what a request asks for, have it embed the texts, and finish the vectors."""
     info = target.info
     dimensions = _dimensions(info, request.dimensions)
@@ -168,7 +185,8 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest) -> Embed
             texts=request.texts,
             task=target.task,
             truncate=request.truncate,
-            deadline=time.monotonic() + request.timeout_s,
+            deadline=patience.deadline,
+            may_wait=patience.may_wait,
             caller=request.caller,
             outputs=outputs,
             is_late_chunked=request.is_late_chunked,
@@ -196,14 +214,15 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest) -> Embed
     )
 
 
-async def _score(target: Target, choice: Choice, request: RerankRequest) -> RerankAnswer:
+async def _score(target: Target, choice: Choice, request: RerankRequest, patience: _Patience) -> RerankAnswer:
     """Have a target score the texts of a request, and check the scores."""
     result = await target.model.embed(
         EmbedJob(
             texts=request.texts,
             task=None,
             truncate=request.truncate,
-            deadline=time.monotonic() + request.timeout_s,
+            deadline=patience.deadline,
+            may_wait=patience.may_wait,
             caller=request.caller,
             query=request.query,
             max_text_tokens=request.max_text_tokens,

@@ -91,6 +91,8 @@ class ModelState(StrEnum):
     """The state of a model; shown in ``/v1/models`` and ``/health/ready``."""
 
     DISABLED = "disabled"
+    UNLOADED = "unloaded"
+    """Loaded when a request needs it."""
     LOADING = "loading"
     READY = "ready"
     RECOVERING = "recovering"
@@ -152,6 +154,11 @@ class ModelInfo:
     has_raw: bool = True
     has_states: bool = False
     kind: ModelKind = ModelKind.EMBED
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that each hold a replica of the model."""
+        return tuple(self.device.split(", "))
 
     def space(
         self,
@@ -231,6 +238,7 @@ class EmbedJob:
         query: for a model that reranks: the query to score the texts against. The vector of a text is then its score.
         max_text_tokens: the most tokens of each text before it is combined with the query; ``None`` for no such limit.
         max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
+        may_wait: the job may wait for a model that has to be loaded first; otherwise it fails at once.
         on_tokens: takes the number of tokens of all texts, as far as known, before they are computed; may refuse them.
     """
 
@@ -244,6 +252,7 @@ class EmbedJob:
     query: str | None = None
     max_text_tokens: int | None = None
     max_total_tokens: int | None = None
+    may_wait: bool = True
     on_tokens: Callable[[int], None] = lambda _num_tokens: None
 
     def check_total(self, num_tokens: int) -> None:

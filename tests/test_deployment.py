@@ -218,7 +218,7 @@ async def test_a_model_whose_tokens_are_used_is_not_stopped_meanwhile(gateway: G
     backend = backend_of(deployment, "two")
     service = EmbeddingService(deployment, ExperimentStats(None))
 
-    with service.vocabulary(service.target("two", None, GATEWAY), "tokenize") as vocabulary:
+    async with service.vocabulary(service.target("two", None, GATEWAY), "tokenize") as vocabulary:
         await gateway.reload(models(one="a"))
         await asyncio.sleep(0.01)
         assert not backend.is_stopped

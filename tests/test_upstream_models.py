@@ -21,6 +21,7 @@ from gateway import fleet as fleet_module
 from gateway.app import create_app
 from gateway.backends.base import Backend
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.backends.residents import Residents
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.cli.lock import differences, make_lock
 from gateway.cli.verify import record_golden, verify
@@ -70,7 +71,7 @@ class Gateway:
 
         def make_backend(entry: ModelEntry) -> Backend:
             if entry.is_remote:
-                return make_real_backend(entry, Settings())
+                return make_real_backend(entry, Settings(), Residents())
             return FakeBackend(fake_info(entry.id, max_tokens=512), on_embed=fail)
 
         registry = load_registry(self.path, {})

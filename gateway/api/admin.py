@@ -21,7 +21,7 @@ class ReloadAnswer(AnswerBody):
     """The registry was re-read, and is served."""
 
     status: Literal["reloaded"] = "reloaded"
-    loaded: list[str] = Field(description="Models that were loaded for it.")
+    loaded: list[str] = Field(description="Models that were loaded for it, or are loaded on demand from now on.")
     kept: list[str] = Field(description="Models that stayed as they were.")
     removed: list[str] = Field(description="Models that are gone.")
     aliases: dict[str, str] = Field(description="The change of each alias: `mini -> jina:retrieval.query`.")

@@ -13,7 +13,7 @@ from gateway.api.ollama import OllamaEmbedBody
 from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, TextsBody, TokenizeBody
 from gateway.deployment import Deployment
-from gateway.types import ModelInfo, ModelKind, ModelState, Output
+from gateway.types import ModelInfo, ModelKind, Output
 
 Schema = dict[str, Any]
 """JSON, as sent."""
@@ -86,7 +86,7 @@ def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
         schema = routes_schema()
         paths = {path: {**operations} for path, operations in schema["paths"].items()}
         if "/v1/embeddings" in paths:
-            infos = [model.info for model in deployment.fleet if model.info and model.state is ModelState.READY]
+            infos = [model.info for model in deployment.fleet if model.info and model.takes_requests]
             model = next((info.id for info in infos if info.kind is ModelKind.EMBED), deployment.registry.models[0].id)
             paths |= {other.path: other.operation(model) for other in _OTHERS}
             paths["/v1/embeddings"] = _with_examples(paths["/v1/embeddings"], dict(_embed_examples(model, infos)))

@@ -25,7 +25,6 @@ from gateway.api.pieces import Parts, object_around, vector_list
 from gateway.http.context import RequestContext
 from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.routing.router import Choice, Router
-from gateway.types import ModelState
 
 
 class OllamaEmbedBody(RequestBody):
@@ -86,7 +85,7 @@ def _write(request: Request, body: OllamaEmbedBody, answer: EmbedAnswer) -> Part
 
 def _is_ready(choice: Choice, router: Router) -> bool:
     models = [choice.model] if choice.experiment is None else [model for _arm, model, _task in router.arms(choice)]
-    return all(model.info is not None and model.state is ModelState.READY for model in models)
+    return all(model.info is not None and model.takes_requests for model in models)
 
 
 def _tag(choice: Choice) -> dict[str, object]:

@@ -188,7 +188,7 @@ class ModelCard(AnswerBody):
     stats: dict[str, float] = Field(default_factory=dict, description="Always empty; clients of Infinity ask for it.")
     source: str | None = Field(default=None, description="Where the weights come from; `null` for an experiment.")
     revision: str | None = None
-    state: Literal["disabled", "loading", "ready", "recovering", "failed", "stopped"]
+    state: Literal["disabled", "unloaded", "loading", "ready", "recovering", "failed", "stopped"]
     reason: str | None = Field(default=None, description="Why the model is not ready.")
     aliases: list[str] = Field(default_factory=list, description="Other names of the model that a request may send.")
     width: int | None = Field(default=None, description="Native dimensions; `null` for a model that reranks.")

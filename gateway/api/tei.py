@@ -104,7 +104,7 @@ class TeiDialect:
             texts = [target.info.tasks[target.task] + text for text in texts]
         num_characters = sum(map(len, texts))
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
-        with self._endpoint.service.vocabulary(target, "tokenize") as vocabulary:
+        async with self._endpoint.service.vocabulary(target, "tokenize") as vocabulary:
             split = partial(vocabulary.split, texts, add_special_tokens=body.add_special_tokens)
             rows = await self._endpoint.in_turn(request, num_characters, split, self._tokenizing)
         return await self._answer_about(
@@ -177,7 +177,7 @@ class TeiDialect:
     async def _join(
         self, request: Request, target: Target, rows: list[list[int]], *, skip_special_tokens: bool
     ) -> Sequence[str]:
-        with self._endpoint.service.vocabulary(target, "decode") as vocabulary:
+        async with self._endpoint.service.vocabulary(target, "decode") as vocabulary:
             join = partial(vocabulary.join, rows, skip_special_tokens=skip_special_tokens)
             return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._tokenizing)
 

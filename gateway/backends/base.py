@@ -38,7 +38,7 @@ class Backend(Protocol):
             RequestError: the job was refused or failed; one of the classes in ``gateway.errors``.
         """
 
-    def vocabulary(self) -> Vocabulary:
+    async def vocabulary(self) -> Vocabulary:
         """Return the model's tokens.
 
         Raises:
@@ -47,4 +47,7 @@ class Backend(Protocol):
         """
 
     async def stop(self) -> None:
-        """Stop; requests that still wait get an error. Does nothing when the backend is not running."""
+        """Stop; requests that still wait get an error. Does nothing when the backend is not running.
+
+        A backend that was stopped can be started again.
+        """

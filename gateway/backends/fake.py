@@ -97,7 +97,7 @@ class FakeBackend:
             states=[_states(n) for n in num_tokens] if Output.STATES in job.outputs else None,
         )
 
-    def vocabulary(self) -> FakeVocabulary:
+    async def vocabulary(self) -> FakeVocabulary:
         return self._vocabulary
 
     async def stop(self) -> None:

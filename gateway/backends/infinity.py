@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.backends.base import Report
+from gateway.backends.residents import Residents
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.errors import InternalError, LoadError, ModelNotReady, ModelRecovering, RequestError, ShuttingDown
+from gateway.errors import (
+    InternalError,
+    LoadError,
+    ModelNotReady,
+    ModelRecovering,
+    RequestError,
+    ShuttingDown,
+    TooLittleMemory,
+)
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
 
@@ -37,16 +46,21 @@ class InfinityBackend:
     A watchdog looks at the engine. When a forward takes longer than ``forward_timeout_s``, or a replica fails on a text
     that it has embedded before, all waiting requests get a 503, and the model is reloaded, with growing pauses between
     attempts that fail; until then it is ``recovering``.
+
+    Args:
+        residents: gives the turn to load, and makes room.
     """
 
-    def __init__(self, entry: ModelEntry, settings: Settings) -> None:
+    def __init__(self, entry: ModelEntry, settings: Settings, residents: Residents | None = None) -> None:
         self._entry = entry
         self._settings = settings
+        self._residents = residents or Residents()
         self._plan: LoadPlan | None = None
         self._fingerprint = ""
         self._question = ""
         self._engine: Engine | None = None
         self._is_stopped = False
+        self._may_hold_memory = False
         self._watch: asyncio.Task[None] | None = None
         metrics.ENGINE_RESTARTS.labels(entry.id)  # at 0: the first restart is an increase then
 
@@ -54,11 +68,22 @@ class InfinityBackend:
         self._plan = await asyncio.to_thread(self._make_plan)
         return self._plan.info
 
+    async def require_room(self) -> None:
+        """Refuse a model that has been planned and does not fit now.
+
+        Raises:
+            TooLittleMemory: one of its devices has too little.
+        """
+        from gateway.engine.loading import require_room
+
+        assert self._plan is not None  # noqa: S101  the caller has planned it
+        await asyncio.to_thread(require_room, self._plan)
+
     async def start(self, report: Report) -> ModelInfo:
-        engine, info = await asyncio.to_thread(self._load)
+        self._is_stopped, self._may_hold_memory = False, True
+        engine, info = await self._load_in_turn()
         await self._start_engine(engine)
         self._engine = engine
-        self._fingerprint = info.fingerprint
         self._watch = asyncio.create_task(self._watch_engine(report))
         return info
 
@@ -69,21 +94,26 @@ class InfinityBackend:
         _import_libraries()
         from gateway.engine.loading import plan_load
 
-        return plan_load(self._entry)
-
-    def _load(self) -> tuple[Engine, ModelInfo]:
-        _import_libraries()
-        from gateway.engine.loading import load_engine
-
-        # Taken once: reloading the engine re-reads the checkpoint.
-        plan, self._plan = self._plan or self._make_plan(), None
+        plan = plan_load(self._entry)
         if self._fingerprint and plan.info.fingerprint != self._fingerprint:  # before gigabytes are loaded for nothing
             raise LoadError(
                 "the checkpoint's files have changed: these would be vectors of another space. Put the files back, or "
                 "restart the gateway"
             )
-        engine = load_engine(plan, self._settings)
-        return engine, plan.as_loaded(engine).info
+        self._fingerprint = plan.info.fingerprint
+        return plan
+
+    def _load(self) -> tuple[Engine, ModelInfo]:
+        # Taken once: reloading the engine re-reads the checkpoint.
+        plan, self._plan = self._plan or self._make_plan(), None
+        try:
+            return _load_engine(plan, self._settings)
+        except TooLittleMemory:
+            self._plan = plan  # for the next attempt, when there is room
+            raise
+
+    async def _load_in_turn(self) -> tuple[Engine, ModelInfo]:
+        return await self._residents.load(lambda: asyncio.to_thread(self._load))
 
     async def _start_engine(self, engine: Engine) -> None:
         """Start an engine, and find a text that it can embed: the one that the watchdog asks.
@@ -107,7 +137,7 @@ class InfinityBackend:
     async def embed(self, job: EmbedJob) -> Embeddings:
         return await self._running().submit(job)
 
-    def vocabulary(self) -> Vocabulary:
+    async def vocabulary(self) -> Vocabulary:
         return self._running().encoders[0].tokenizer
 
     def _running(self) -> Engine:
@@ -122,9 +152,12 @@ class InfinityBackend:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait((self._watch,))
+            self._watch = None  # the traceback of its end holds the engine
         if self._engine is not None:
             await self._engine.astop()
             self._engine = None
+        if self._may_hold_memory:
+            self._may_hold_memory = False
             await asyncio.to_thread(_free_memory)
 
     # ------------------------------------------------------------------------------------------------- watchdog
@@ -198,7 +231,7 @@ class InfinityBackend:
         while True:
             metrics.ENGINE_RESTARTS.labels(self._entry.id).inc()
             try:
-                replacement, _info = await asyncio.to_thread(self._load)
+                replacement, _info = await self._load_in_turn()
                 await self._start_engine(replacement)
             except Exception as error:  # loading may raise anything; the next attempt may find the device well again
                 log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)
@@ -252,6 +285,23 @@ def _import_libraries() -> None:
 
     gc.collect()
     gc.freeze()
+
+
+def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]:
+    from gateway.engine.devices import is_out_of_memory
+    from gateway.engine.loading import load_engine
+
+    try:
+        engine = load_engine(plan, settings)
+        return engine, plan.as_loaded(engine).info
+    except TooLittleMemory:
+        raise
+    except Exception as error:  # the libraries raise anything
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
+        reason = str(error)
+    # Outside of the handler: the old error holds what had been loaded.
+    raise TooLittleMemory(f"too little memory on {plan.device}, although the plan fitted: {reason}", plan.device)
 
 
 def _free_memory() -> None:

@@ -22,7 +22,7 @@ from gateway.types import ModelInfo, ModelKind, ModelState
 if TYPE_CHECKING:
     from gateway.engine.forecast import Forecast, Forecaster
 
-_STYLES = {ModelState.READY: "green", ModelState.FAILED: "red", ModelState.DISABLED: "dim"}
+_STYLES = {ModelState.READY: "green", ModelState.UNLOADED: "cyan", ModelState.FAILED: "red", ModelState.DISABLED: "dim"}
 _KEY_PLACEHOLDER = "YOUR_KEY"
 
 
@@ -39,7 +39,7 @@ def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: boo
     for what, lines in _configured(deployment.registry, addresses, has_keys=has_keys):
         names.add_row(what, "\n".join(lines))
     console.print(names)
-    ready = next((model for model in deployment.fleet if model.state is ModelState.READY), None)
+    ready = next((model for model in deployment.fleet if model.takes_requests), None)
     if ready is None:
         say(console, "No model is ready; requests are answered with 503.", "red")
         return

@@ -16,6 +16,7 @@ from gateway.routing.names import GATEWAY, Names
 from gateway.types import ModelState
 
 _PATIENCE_S = 86_400.0
+_LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None}
 
 
 @asynccontextmanager
@@ -57,9 +58,7 @@ def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
         wanted.add(found.model)
     return registry.model_copy(
         update={
-            "models": tuple(
-                entry.model_copy(update={"enabled": True}) for entry in registry.models if entry.id in wanted
-            ),
+            "models": tuple(entry.model_copy(update=_LOADED_NOW) for entry in registry.models if entry.id in wanted),
             "aliases": {name: alias for name, alias in registry.aliases.items() if alias.model in wanted},
             "experiments": (),
             "shadows": (),

@@ -57,6 +57,7 @@ def find_conflicts(
         elif model_id in others:
             path = ("fallbacks", model_id, others.index(model_id))
             yield Conflict(path, "is the model itself; a fallback is another model of the same space")
+    yield from _on_demand_conflicts(models, experiments, shadows)
 
 
 def _references(
@@ -139,6 +140,36 @@ def _same_space_problem(model: ModelEntry, other: str, names: _Names) -> str | N
     if other in names.same_space_ids:
         return f"must be a model with its own space, and {quote(other)} has the space of another model"
     return None
+
+
+def _on_demand_conflicts(
+    models: Sequence[ModelEntry], experiments: Sequence[Experiment], shadows: Sequence[Shadow]
+) -> Iterator[Conflict]:
+    """Yield the uses of a model that must be loaded, where the model is loaded on demand."""
+    on_demand = {model.id: model for model in models if model.is_on_demand}
+    for index, experiment in enumerate(experiments):
+        for arm_index, arm in enumerate(experiment.arms):
+            if arm.model in on_demand:
+                yield Conflict(
+                    ("experiments", index, "arms", arm_index, "model"),
+                    f"must be loaded at the start, and {quote(arm.model)} has `load: on_demand`: requests that wait for a "
+                    "load would make the arm look slow",
+                )
+    for index, shadow in enumerate(shadows):
+        if shadow.to in on_demand:
+            yield Conflict(
+                ("shadows", index, "to"),
+                f"must be loaded at the start, and {quote(shadow.to)} has `load: on_demand`: copies would displace models "
+                "that clients wait for",
+            )
+    for index, model in enumerate(models):
+        other = on_demand.get(model.same_space_as or "")
+        if other is not None and other.golden is None:
+            yield Conflict(
+                ("models", index, "same_space_as"),
+                f"must be loaded at the start or have `golden` vectors to compare with, and {quote(other.id)} has `load: "
+                "on_demand` and no `golden`",
+            )
 
 
 def _shadow_problems(shadow: Shadow, names: _Names) -> Iterator[tuple[str, str]]:

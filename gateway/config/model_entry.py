@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
@@ -29,7 +30,7 @@ from gateway.config.fields import (
     Sha256,
     Source,
 )
-from gateway.config.upstream import Upstream
+from gateway.config.upstream import PositiveSeconds, Upstream
 from gateway.config.wording import enumerate_names, quote
 from gateway.types import Output
 
@@ -74,6 +75,16 @@ class ModelEntry(Frozen):
         default=False,
         description="Whether the gateway stops if this model fails to load. Otherwise it serves the other models, and "
         "answers 503 for this one.",
+    )
+    load: Literal["eager", "on_demand"] = Field(
+        default="eager",
+        description="When the model is loaded. `eager`: at the start, for good. `on_demand`: when a request needs it; it "
+        "leaves the memory when another model needs the room. At the start, only its description is read.",
+    )
+    idle_unload_s: PositiveSeconds | None = Field(
+        default=None,
+        description="Seconds without requests after which a model with `load: on_demand` leaves the memory. By default it "
+        "stays until another model needs the room.",
     )
     device: Device = Field(
         default="auto",
@@ -179,9 +190,14 @@ class ModelEntry(Frozen):
         """Whether the model runs on upstream servers."""
         return self.upstream is not None
 
+    @property
+    def is_on_demand(self) -> bool:
+        """Whether the model is loaded only when a request needs it."""
+        return self.load == "on_demand"
+
     @model_validator(mode="after")
     def _check_backend(self) -> ModelEntry:
-        if problem := next(_backend_problems(self), ""):
+        if problem := next(chain(_backend_problems(self), _load_problems(self)), ""):
             raise ValueError(problem)
         return self
 
@@ -235,6 +251,7 @@ _ENGINE_FIELDS = (
     "device",
     "dtype",
     "runtime",
+    "load",
     "max_batch_tokens",
     "fp16_accumulation",
     "trust_remote_code",
@@ -257,3 +274,11 @@ def _backend_problems(entry: ModelEntry) -> Iterator[str]:
         yield f"`outputs` must be `[dense]` for `backend: {entry.backend}`"
     if entry.upstream is not None and entry.prompts and entry.upstream.tasks:
         yield "`prompts` are added to texts here and `upstream.tasks` are applied by the servers: set only one of them"
+
+
+def _load_problems(entry: ModelEntry) -> Iterator[str]:
+    """Yield the problems of fields that do not fit the time of loading."""
+    if entry.is_on_demand and entry.required:
+        yield "`required` is for models that are loaded at the start: remove it, or `load: on_demand`"
+    if entry.idle_unload_s is not None and not entry.is_on_demand:
+        yield "`idle_unload_s` needs `load: on_demand`: a model that is loaded at the start stays loaded"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -339,7 +340,11 @@ class Batcher:
     # ------------------------------------------------------------------------------------------- start and stop
 
     async def spawn(self) -> None:
-        metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(self.oldest_s)
+        # The gauge stays, and must not keep the weights of a model that was stopped in memory.
+        this = weakref.ref(self)
+        metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(
+            lambda: 0.0 if (batcher := this()) is None else batcher.oldest_s()
+        )
         self._tokenizers.start()
         for worker in self._workers:
             worker.start()
@@ -350,7 +355,9 @@ class Batcher:
         self._batches.close()
         self._tokenizers.close()
         for worker in self._workers:
-            if not await asyncio.to_thread(worker.join, _STOP_S):
+            # A thread of asyncio's keeps its last call for a moment: with the worker, that would be the weights.
+            await asyncio.to_thread(worker.thread.join, _STOP_S)
+            if worker.thread.is_alive():
                 log.error("batch_hangs", model=self._model, seconds=_STOP_S)
         self._end_all(_shutting_down)
         if not await asyncio.to_thread(self._tokenizers.join, _STOP_S):

@@ -166,6 +166,16 @@ def _place(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[tuple[str, ...], 
     return devices, dtype, runtime, entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
 
 
+def require_room(plan: LoadPlan) -> None:
+    """Refuse a model that does not fit into the memory that is free now.
+
+    Raises:
+        TooLittleMemory: one of its devices has too little.
+    """
+    for device in plan.devices:
+        require_memory(plan.memory, available_bytes(device), device)
+
+
 def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = True) -> Engine:
     """Load the weights, warm the model up, and return its engine, not yet started.
 
@@ -173,7 +183,8 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         checks_golden: check the model's golden vectors, if it has any.
 
     Raises:
-        LoadError: the weights are corrupt, do not fit, or give vectors that are not finite or not the golden ones.
+        TooLittleMemory: a device has too little memory left.
+        LoadError: the weights are corrupt, or give vectors that are not finite or not the golden ones.
     """
     threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
     torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch").per_stream)
@@ -182,9 +193,9 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     if checks_golden and plan.entry.golden is not None:
         vectors = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         golden = GoldenCheck(plan.entry.id, vectors, MIN_COSINE[plan.dtype])
+    require_room(plan)
     encoders = []
     for device in plan.devices:
-        require_memory(plan.memory, available_bytes(device), device)
         for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads)):
             _warm_up(encoder, plan)
             if golden is not None:

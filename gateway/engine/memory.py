@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,11 +11,12 @@ import psutil
 
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.read import Checkpoint
-from gateway.errors import LoadError
+from gateway.errors import TooLittleMemory
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+_CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +84,16 @@ def require_memory(plan: MemoryPlan, available_bytes: int, device: str) -> None:
     """Refuse a model that would not fit.
 
     Raises:
-        LoadError: the plan needs more than is available; names the settings that would lower it.
+        TooLittleMemory: the plan needs more than is available; names the settings that would lower it.
     """
     if plan.total_bytes > available_bytes:
-        raise LoadError(
+        raise TooLittleMemory(
             f"too little memory on {device}: needs {format_bytes(plan.total_bytes)} "
             f"({format_bytes(plan.weights_bytes)} weights + {format_bytes(plan.batch_bytes)} for the largest batch), "
             f"{format_bytes(available_bytes)} are free. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
-            "or disable another model"
+            "or disable another model",
+            device,
+            plan.total_bytes - available_bytes,
         )
 
 
@@ -98,10 +102,23 @@ def available_host_bytes() -> int:
     available = psutil.virtual_memory().available
     try:
         # Inside a container the limit of its control group (version 2) is what counts; "max" means none.
-        limit = int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text())
+        limit = int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()) + _evictable_bytes()
     except (OSError, ValueError):
         return available
     return max(0, min(available, limit))
+
+
+def _evictable_bytes() -> int:
+    """Return the bytes of files that the control group holds in memory and gives up when it needs the room.
+
+    They count as used: after a few checkpoints have been read, little else would seem to be free.
+    """
+    with suppress(OSError):
+        for line in _CGROUP_STAT.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "inactive_file":
+                return int(value)
+    return 0
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -152,6 +152,9 @@ class Worker:
         on_fault: called in the thread when its own code, not the model, has failed, with the batch in hand, which is
             lost. Without a batch, the queue has failed, and its content may be lost.
         replica: index of the model's replica.
+
+    Attributes:
+        thread: computes, from ``start`` until the queue is closed.
     """
 
     def __init__(
@@ -169,18 +172,13 @@ class Worker:
         self._deliver = deliver
         self._on_fault = on_fault
         self._replica = replica
-        self._thread = threading.Thread(target=self._run, name=f"{name}-compute", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"{name}-compute", daemon=True)
         self._forward_started: float | None = None
         self.in_hand: Sequence[TokenSequence] = ()
         self.num_failed_in_a_row = 0
 
     def start(self) -> None:
-        self._thread.start()
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end, and return whether it did."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        self.thread.start()
 
     @property
     def busy_since(self) -> float | None:

@@ -147,7 +147,7 @@ class Router:
         ]
 
     def targets(self, choice: Choice, task: str | None) -> list[Target]:
-        """Return the targets that can answer a request: the chosen model and its fallbacks, as far as they are ready.
+        """Return the targets that can answer a request: the chosen model and its fallbacks, as far as they take requests.
 
         All targets are in the same space.
 
@@ -200,8 +200,8 @@ class Router:
         return self._splits[experiment_id].generation
 
     def _candidates(self, model: Model) -> Iterator[tuple[Model, ModelInfo]]:
-        """Yield the model and its fallbacks, those that are ready and, with the same vectors, can replace it."""
-        if model.state is ModelState.READY and model.info is not None:
+        """Yield the model and its fallbacks, those that take requests and, with the same vectors, can replace it."""
+        if model.takes_requests and model.info is not None:
             yield model, model.info
         if model.state is ModelState.DISABLED or model.info is None:
             return
@@ -209,7 +209,7 @@ class Router:
             other = self._fleet.get(name)
             if (
                 other is not None
-                and other.state is ModelState.READY
+                and other.takes_requests
                 and other.info is not None
                 and not why_not_interchangeable(model.info, other.info)
             ):
@@ -226,7 +226,7 @@ def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
     match model.state:
         case ModelState.DISABLED:
             return ModelDisabled(f"model {model.id!r} is disabled: {model.reason}", param="model")
-        case ModelState.LOADING | ModelState.READY:
+        case ModelState.LOADING | ModelState.UNLOADED | ModelState.READY:
             return ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
         case ModelState.RECOVERING:
             return ModelRecovering(f"model {model.id!r} is being reloaded: {model.reason}", retry_after_s=5)

@@ -145,6 +145,21 @@ WORKER_FAULTS = Counter(
     ["model"],
 )
 ENGINE_RESTARTS = Counter("gateway_engine_restarts", "Attempts to reload a model after it hung or failed.", ["model"])
+MODEL_LOADS = Counter(
+    "gateway_model_loads", "Loads of a model that is loaded on demand, by `ok` or `failed`.", ["model", "outcome"]
+)
+MODEL_LOAD_SECONDS = Histogram(
+    "gateway_model_load_seconds",
+    "Duration of a successful load on demand: its turn and the room are waited for, the model is warm at the end.",
+    ["model"],
+    buckets=(1, 2.5, 5, 10, 20, 30, 60, 120, 300),
+)
+MODEL_UNLOADS = Counter(
+    "gateway_model_unloads",
+    "Times that a model which is loaded on demand left the memory: it was `idle`, another model needed the `memory`, or the "
+    "`operator` unloaded it.",
+    ["model", "reason"],
+)
 UPSTREAM_REQUESTS = Counter(
     "gateway_upstream_requests",
     "Requests to upstream servers. `outcome`: ok, refused, overloaded, unready, unreachable, timeout, broken, failed, "
@@ -163,10 +178,13 @@ UPSTREAM_UP = Gauge(
     ["model", "server"],
 )
 UPSTREAM_TEXTS = Gauge("gateway_upstream_texts", "Texts in flight to an upstream server.", ["model", "server"])
-MODEL_READY = Gauge("gateway_model_ready", "1 if the model is ready, else 0.", ["model"])
+MODEL_READY = Gauge(
+    "gateway_model_ready", "1 if the model takes requests: it is ready, or is loaded on demand; else 0.", ["model"]
+)
 MODEL_STATE = Gauge(
     "gateway_model_state",
-    "1 for the current state of the model, 0 for the others: disabled, loading, ready, recovering, failed, stopped.",
+    "1 for the current state of the model, 0 for the others: disabled, unloaded, loading, ready, recovering, failed, "
+    "stopped.",
     ["model", "state"],
 )
 MODEL_INFO = Gauge(

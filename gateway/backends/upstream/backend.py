@@ -282,7 +282,7 @@ class UpstreamBackend:
         is_permanent = all(server.is_refusing for server in self.servers)
         return unavailable(f"{what}, and no server answers: {reasons}", RETRY_AFTER_S, is_permanent=is_permanent)
 
-    def vocabulary(self) -> Vocabulary:
+    async def vocabulary(self) -> Vocabulary:
         raise UnsupportedOutput(
             f"model {self._entry.id!r} runs elsewhere, and its tokenizer is not here", param="model"
         )

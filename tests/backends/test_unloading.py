@@ -1,0 +1,121 @@
+"""A real engine that is loaded and unloaded again and again: the memory comes back, and the vectors stay the same."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from gateway.backends.infinity import InfinityBackend
+from gateway.backends.on_demand import OnDemandBackend
+from gateway.backends.residents import Residents
+from gateway.config.registry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.errors import ModelUnavailable
+from gateway.types import EmbedJob, ModelState, Truncate
+from tests.models.checkpoints import make_transformer, wordpiece_tokenizer
+
+MIB = 2**20
+NUM_CYCLES = 5
+
+
+def job(text: str = "Berlin is the capital of Germany.") -> EmbedJob:
+    return EmbedJob([text], None, Truncate.END, time.monotonic() + 60, "someone")
+
+
+def make_backend(folder: Path, runtime: str) -> OnDemandBackend:
+    entry = ModelEntry.model_validate(
+        {
+            "id": "large",
+            "source": str(folder),
+            "enabled": True,
+            "device": "cpu",
+            "dtype": "float32",
+            "runtime": runtime,
+            "load": "on_demand",
+            "max_batch_tokens": 64,
+        }
+    )
+    residents = Residents()
+    return OnDemandBackend(entry, InfinityBackend(entry, Settings(), residents), Settings(), residents)
+
+
+def resident_mib() -> float:
+    return psutil.Process().memory_info().rss / MIB
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a checkpoint of about 150 MB, almost all of it in the layers: a forward pass reads them whole."""
+    folder = tmp_path_factory.mktemp("large")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 8}
+    make_transformer(folder, "bert", wordpiece_tokenizer(), max_position_embeddings=64, **sizes)
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    assert 150e6 < num_bytes < 160e6
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    make_transformer(folder, "bert", wordpiece_tokenizer())
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+async def test_unloading_returns_the_memory(large: Path, small: Path, runtime: str) -> None:
+    first = make_backend(small, runtime)  # what the libraries keep for good is theirs from now on
+    await first.start(lambda _state, _reason: None)
+    await first.embed(job())
+    await first.unload()
+    backend = make_backend(large, runtime)
+    states: list[str] = []
+    await backend.start(lambda state, _reason: states.append(state.value))
+    assert backend.info.memory_bytes > 150e6
+    base = resident_mib()
+
+    vectors, loaded, unloaded = [], [], []
+    for _ in range(NUM_CYCLES):
+        vectors.append((await backend.embed(job())).vectors)
+        loaded.append(resident_mib())
+        await backend.unload()
+        unloaded.append(resident_mib())
+
+    figures = f"{runtime}: MiB before {base:.0f}, loaded {loaded}, unloaded {unloaded}"
+    assert min(loaded) > base + 140, figures
+    assert max(unloaded) < base + 60, figures
+    assert unloaded[-1] < unloaded[0] + 40, figures
+    assert states == [state.value for state in (ModelState.LOADING, ModelState.READY, ModelState.UNLOADED)] * NUM_CYCLES
+    assert all(np.array_equal(other, vectors[0]) for other in vectors)
+    await backend.stop()
+
+
+async def test_nothing_of_an_engine_is_left(small: Path) -> None:
+    backend = make_backend(small, "torch")
+    await backend.start(lambda _state, _reason: None)
+    await backend.embed(job())
+    inner = backend._inner
+    assert isinstance(inner, InfinityBackend)
+    assert inner._engine is not None
+    left = [weakref.ref(inner._engine), *(weakref.ref(encoder) for encoder in inner._engine.encoders)]
+
+    await backend.unload()
+
+    assert [reference() for reference in left] == [None] * len(left)
+
+
+async def test_a_checkpoint_that_has_changed_is_not_loaded_again(tmp_path: Path, small: Path) -> None:
+    """Clients know the space of the files that were there at the start."""
+    folder = tmp_path / "changing"
+    shutil.copytree(small, folder)
+    backend = make_backend(folder, "torch")
+    await backend.start(lambda _state, _reason: None)
+    make_transformer(folder, "bert", wordpiece_tokenizer(), initializer_range=0.5)
+
+    with pytest.raises(ModelUnavailable, match="the checkpoint's files have changed"):
+        await backend.embed(job())
