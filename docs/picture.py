@@ -33,6 +33,7 @@ BOXES: Final = {
     "api": Box(1, 3, "one module per dialect", "edge"),
     "http": Box(0, 4, "connections, bodies, errors", "edge"),
     "service": Box(1, 4, "texts in, vectors out", "core"),
+    "scoring": Box(2, 4, "scores of pairs, of labels", "core"),
     "access": Box(0, 5, "keys, quotas, memory", "edge"),
     "deployment": Box(1, 5, "what is served; reloads", "core"),
     "observation": Box(2, 5, "record each result", "core"),

@@ -20,11 +20,7 @@ from gateway.api.documentation import document
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
-from gateway.api.ollama import ollama_router
-from gateway.api.openai import openai_router
-from gateway.api.rerank import rerank_router
-from gateway.api.spaces import spaces_router
-from gateway.api.tei import tei_router
+from gateway.api.routes import client_routers
 from gateway.api.unknown_path import on_http_exception
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
@@ -65,15 +61,7 @@ def create_app(deployment: Deployment) -> FastAPI:
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
     endpoint = Endpoint(service, deployment, settings, quotas)
-    routers = [
-        openai_router(endpoint),
-        rerank_router(endpoint),
-        tei_router(endpoint),
-        ollama_router(endpoint),
-        experiments_router(deployment, stats),
-        spaces_router(deployment),
-        health_router(deployment),
-    ]
+    routers = [*client_routers(endpoint, deployment), experiments_router(deployment, stats), health_router(deployment)]
     if settings.admin_port is None:
         routers.append(admin_router(deployment, are_metrics_open=not keyring))
     _include(app, routers)

@@ -16,6 +16,11 @@ from gateway.telemetry import metrics, semconv, tracing
 from gateway.types import ModelKind, canonical_task
 
 A = TypeVar("A", bound=Answer)
+_OPERATIONS = {
+    ModelKind.EMBED: semconv.EMBEDDINGS,
+    ModelKind.RERANK: semconv.RERANK,
+    ModelKind.CLASSIFY: semconv.CLASSIFY,
+}
 
 
 class Observer:
@@ -122,7 +127,7 @@ def _target_metrics(choice: Choice, model: str, task: str | None) -> metrics.Tar
 def _span(choice: Choice, request: Request) -> AbstractContextManager[tracing.EmbeddingsSpan | None]:
     assignment = choice.assignment
     return tracing.embeddings_span(
-        operation=semconv.EMBEDDINGS if request.kind is ModelKind.EMBED else semconv.RERANK,
+        operation=_OPERATIONS[request.kind],
         model=choice.asked,
         provider=choice.model.entry.backend,
         num_texts=len(request.texts),

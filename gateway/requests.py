@@ -1,4 +1,4 @@
-"""Requests for embeddings and for scores, and their answers, in the gateway's own terms: no HTTP, no YAML."""
+"""Requests for embeddings, for scores and for labels, and their answers, in the gateway's own terms: no HTTP, no YAML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import ClassVar
 
 from gateway.experiments.split import Assignment, UnitSource, no_unit_source
 from gateway.routing.names import Client
-from gateway.types import ModelKind, MultiVector, Output, SparseVector, States, Timings, Truncate, Vectors
+from gateway.types import (
+    LabelFunction,
+    ModelKind,
+    MultiVector,
+    Output,
+    SparseVector,
+    States,
+    Timings,
+    Truncate,
+    Vectors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,11 @@ class Request:
     truncate: Truncate = Truncate.END
     unit_source: UnitSource = no_unit_source
     reserve: Callable[[int], None] = lambda _num_bytes: None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters that the model reads for each text."""
+        return list(map(len, self.texts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +92,44 @@ class RerankRequest(Request):
 
     query: str
     max_text_tokens: int | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters that the model reads for each text: the query counts with each."""
+        return [len(self.query) + len(text) for text in self.texts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifyRequest(Request):
+    """A request for the scores of a text's labels.
+
+    Attributes:
+        firsts: the text that is read before each text, as a pair with it; ``None`` for a text alone, or for all of them.
+    """
+
+    kind: ClassVar[ModelKind] = ModelKind.CLASSIFY
+
+    firsts: Sequence[str | None] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters that the model reads for each text, with the first one of its pair."""
+        if self.firsts is None:
+            return list(map(len, self.texts))
+        return [len(first or "") + len(text) for first, text in zip(self.firsts, self.texts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a target may take.
+
+    Attributes:
+        deadline: see :class:`gateway.types.EmbedJob`.
+        may_wait: whether it may be loaded first; not if the next target is ready.
+    """
+
+    deadline: float
+    may_wait: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,3 +217,28 @@ class RerankAnswer(Answer):
     @property
     def num_bytes(self) -> int:
         return self.scores.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifyAnswer(Answer):
+    """Numbers of the labels of texts.
+
+    Attributes:
+        logits: ``(n, labels)`` float32, checked, before any function of them, in input order.
+        labels: the names, in the order of the columns.
+        function: how the numbers become scores.
+    """
+
+    logits: Vectors
+    labels: Sequence[str]
+    function: LabelFunction
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.logits)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the numbers, and of the names that the answer repeats with each."""
+        names = sum(map(len, self.labels))
+        return self.logits.nbytes + len(self.logits) * names

@@ -1,11 +1,10 @@
-"""Embed texts, or score them against a query, with a model by its public name. Knows no HTTP and no YAML."""
+"""Embed texts, score them against a query, or classify them, with a model by its public name. Knows no HTTP and no YAML."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from gateway.errors import (
 )
 from gateway.experiments.stats import ExperimentStats
 from gateway.observation import Observer, observe_tokenizer
-from gateway.requests import EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
+from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience, Request
 from gateway.routing.names import GATEWAY, Client
 from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space
@@ -35,8 +34,8 @@ _FLOAT_BYTES = 4
 _DENSE_COPIES = 3
 # An index of 8 bytes, a weight of 4.
 _SPARSE_BYTES = 12
-R = TypeVar("R", EmbedRequest, RerankRequest)
-A = TypeVar("A", EmbedAnswer, RerankAnswer)
+R = TypeVar("R", bound=Request)
+A = TypeVar("A", bound=Answer)
 
 
 class EmbeddingService:
@@ -59,15 +58,18 @@ class EmbeddingService:
         shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
         return answer
 
-    async def rerank(self, request: RerankRequest) -> RerankAnswer:
-        """Score the texts of a request against its query.
+    async def score(self, request: R, compute: Callable[[Target, Choice, R, Patience], Awaitable[A]]) -> A:
+        """Score the texts of a request.
+
+        Args:
+            compute: one of the functions of :mod:`gateway.scoring`.
 
         Raises:
             RequestError: the request cannot be answered; one of the classes in ``gateway.errors``.
         """
         router = self._deployment.router
         choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
-        return await self._observer.observe(choice, request, _answer(router, choice, request, _score))
+        return await self._observer.observe(choice, request, _answer(router, choice, request, compute))
 
     def target(self, model: str | None, task: str | None, client: Client) -> Target:
         """Resolve a name to a ready target, for anything other than embedding.
@@ -123,21 +125,8 @@ class EmbeddingService:
                 yield vocabulary
 
 
-@dataclass(frozen=True, slots=True)
-class _Patience:
-    """How long a target may take.
-
-    Attributes:
-        deadline: see :class:`gateway.types.EmbedJob`.
-        may_wait: whether it may be loaded first; not if the next target is ready.
-    """
-
-    deadline: float
-    may_wait: bool
-
-
 async def _answer(
-    router: Router, choice: Choice, request: R, compute: Callable[[Target, Choice, R, _Patience], Awaitable[A]]
+    router: Router, choice: Choice, request: R, compute: Callable[[Target, Choice, R, Patience], Awaitable[A]]
 ) -> A:
     """Answer a request with the first target, or, if that fails, with the next: all targets are in one space."""
     targets = router.targets(choice, request.task)
@@ -149,7 +138,7 @@ async def _answer(
         for target, alternative in zip_longest(targets, targets[1:]):
             may_wait = alternative is None or alternative.model.state is not ModelState.READY
             try:
-                return await compute(target, choice, request, _Patience(deadline, may_wait))
+                return await compute(target, choice, request, Patience(deadline, may_wait))
             except (ModelNotReady, InferenceFailed, OutOfMemory) as error:
                 if alternative is None:
                     raise
@@ -157,7 +146,7 @@ async def _answer(
     raise AssertionError("there is always a target")
 
 
-async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience: _Patience) -> EmbedAnswer:
+async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience: Patience) -> EmbedAnswer:
     """Check that a target can do what a request asks for, have it embed the texts, and finish the vectors."""
     info = target.info
     dimensions = _dimensions(info, request.dimensions)
@@ -210,33 +199,6 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
         sparse=result.sparse,
         multivectors=result.multivectors,
         states=result.states,
-        assignment=choice.assignment,
-    )
-
-
-async def _score(target: Target, choice: Choice, request: RerankRequest, patience: _Patience) -> RerankAnswer:
-    """Have a target score the texts of a request, and check the scores."""
-    result = await target.model.embed(
-        EmbedJob(
-            texts=request.texts,
-            task=None,
-            truncate=request.truncate,
-            deadline=patience.deadline,
-            may_wait=patience.may_wait,
-            caller=request.caller,
-            query=request.query,
-            max_text_tokens=request.max_text_tokens,
-            on_tokens=lambda num_tokens: request.reserve(num_tokens * TOKEN_BYTES),
-        )
-    )
-    scores = vector_math.finish(result.vectors, (len(request.texts), 1), 1, normalize=False)
-    return RerankAnswer(
-        scores=scores[:, 0],
-        name=target.name,
-        model=target.info.id,
-        num_tokens=sum(result.num_tokens),
-        truncated=result.truncated,
-        timings=result.timings,
         assignment=choice.assignment,
     )
 

@@ -65,6 +65,10 @@ class ModelKind(StrEnum):
     """A number for each of several labels of a text, or of a pair of texts."""
 
 
+DOES = {ModelKind.EMBED: "embeds", ModelKind.RERANK: "reranks", ModelKind.CLASSIFY: "classifies"}
+"""What a model of a kind does with texts, for messages."""
+
+
 class LabelFunction(StrEnum):
     """How the numbers that a model gives for the labels of a text become scores."""
 
@@ -130,7 +134,9 @@ class ModelInfo:
         instruction: the instruction for a text without a task.
         has_raw: the model can return vectors as they were pooled, not normalized.
         has_states: the model can return the states of a text's tokens, in addition to ``outputs``.
-        kind: the ``width`` of a model that reranks is 1.
+        kind: the ``width`` of a model that reranks is 1, that of one that classifies is the number of its labels.
+        labels: of a model that classifies.
+        label_function: how its numbers become scores.
     """
 
     id: str
@@ -154,6 +160,8 @@ class ModelInfo:
     has_raw: bool = True
     has_states: bool = False
     kind: ModelKind = ModelKind.EMBED
+    labels: tuple[str, ...] = ()
+    label_function: LabelFunction = LabelFunction.NONE
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -236,6 +244,8 @@ class EmbedJob:
         deadline: point on ``time.monotonic()`` after which the caller no longer waits.
         caller: the party that the work is for; callers share the device fairly.
         query: for a model that reranks: the query to score the texts against. The vector of a text is then its score.
+        firsts: for a model that classifies: the text that is read before each text, as a pair with it; ``None`` for a
+            text alone, or for all of them. The vector of a text then has a number for each label.
         max_text_tokens: the most tokens of each text before it is combined with the query; ``None`` for no such limit.
         max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
         may_wait: the job may wait for a model that has to be loaded first; otherwise it fails at once.
@@ -250,10 +260,17 @@ class EmbedJob:
     outputs: frozenset[Output] = frozenset({Output.DENSE})
     is_late_chunked: bool = False
     query: str | None = None
+    firsts: Sequence[str | None] | None = None
     max_text_tokens: int | None = None
     max_total_tokens: int | None = None
     may_wait: bool = True
     on_tokens: Callable[[int], None] = lambda _num_tokens: None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters that the model reads for each text, together with what is read before it."""
+        firsts = self.firsts or [self.query] * len(self.texts)
+        return [len(first or "") + len(text) for first, text in zip(firsts, self.texts, strict=True)]
 
     def check_total(self, num_tokens: int) -> None:
         """Refuse texts that have too many tokens together, for the limit or for the free memory.

@@ -34,6 +34,9 @@ def _record(required: Schema, **optional: Any) -> Schema:
 IDS = _list({**COUNT, "maximum": 2**31 - 1})
 TEXTS: Schema = {"anyOf": [STRING, _list(STRING)]}
 INPUTS: Schema = {"anyOf": [STRING, IDS, _list({"anyOf": [STRING, IDS]})]}
+_SEQUENCE: Schema = {**_list(STRING), "minItems": 1, "maxItems": 2}
+SEQUENCES: Schema = {"anyOf": [STRING, _SEQUENCE, _list(_SEQUENCE)]}
+LABELED = _list(_record({"score": NUMBER, "label": STRING}))
 DIRECTION: Schema = {"enum": ["Left", "Right"]}
 CUTTING: Schema = {"truncate": _nullable(FLAG), "truncation_direction": DIRECTION}
 PROMPT: Schema = {"prompt_name": _nullable(STRING)}
@@ -44,6 +47,7 @@ REQUESTS: dict[str, Schema] = {
     "/embed_all": _record({"inputs": INPUTS}, **CUTTING, **PROMPT),
     "/embed_sparse": _record({"inputs": INPUTS}, **CUTTING, **PROMPT),
     "/rerank": _record({"query": STRING, "texts": _list(STRING)}, raw_scores=FLAG, return_text=FLAG, **CUTTING),
+    "/predict": _record({"inputs": SEQUENCES}, raw_scores=FLAG, **CUTTING),
     "/similarity": _record(
         {"inputs": _record({"source_sentence": STRING, "sentences": _list(STRING)})},
         parameters=_nullable(_record({}, **CUTTING, **PROMPT)),
@@ -57,6 +61,7 @@ ANSWERS: dict[str, Schema] = {
     "/embed_all": _list(_list(_list(NUMBER))),
     "/embed_sparse": _list(_list(_record({"index": COUNT, "value": NUMBER}))),
     "/rerank": _list(_record({"index": COUNT, "score": NUMBER}, text=_nullable(STRING))),
+    "/predict": {"anyOf": [LABELED, _list(LABELED)]},
     "/similarity": _list(NUMBER),
     "/tokenize": _list(
         _list(_record({"id": COUNT, "text": STRING, "special": FLAG}, start=_nullable(COUNT), stop=_nullable(COUNT)))

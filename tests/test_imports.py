@@ -25,6 +25,7 @@ app
 api
 http
 service
+scoring
 observation
 requests
 deployment

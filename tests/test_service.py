@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gateway import scoring
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import Arm, Experiment, Registry
 from gateway.config.settings import Settings
@@ -396,7 +397,7 @@ async def test_a_reranker_does_not_embed_under_any_of_its_names(mixed: Embedding
 @pytest.mark.parametrize("name", ["jina", "owner/jina", "search", "embeds"])
 async def test_a_model_that_embeds_does_not_rerank_under_any_of_its_names(mixed: EmbeddingService, name: str) -> None:
     with pytest.raises(UnsupportedOutput) as caught:
-        await mixed.rerank(rerank_request(model=name))
+        await mixed.score(rerank_request(model=name), scoring.rerank)
 
     assert caught.value.param == "model"
     assert caught.value.message.endswith("embeds texts and does not rerank; models that rerank: ranker")
@@ -409,7 +410,7 @@ async def test_the_only_reranker_that_has_been_read_answers_without_a_name(
     ranker = mixed.target("ranker", None, GATEWAY).model
     await ranker.backend.start(ranker.report)
 
-    answer = await mixed.rerank(rerank_request(model=name))
+    answer = await mixed.score(rerank_request(model=name), scoring.rerank)
 
     assert (answer.model, answer.name, answer.num_texts, answer.space, answer.task) == (
         "ranker",
@@ -428,14 +429,18 @@ async def test_a_request_to_rerank_without_a_name_does_not_go_to_a_default_that_
     await ranker.backend.start(ranker.report)
     service = _service(*make_fleet(make_model("jina"), ranker, aliases={"default": "jina"}))
 
-    assert (await service.rerank(rerank_request(model=None))).model == "ranker"
+    assert (await service.score(rerank_request(model=None), scoring.rerank)).model == "ranker"
 
 
 @pytest.mark.parametrize("ask", ["embed", "rerank"])
 async def test_a_model_that_has_not_been_read_is_loading_for_either_kind_of_request(
     mixed: EmbeddingService, ask: str
 ) -> None:
-    answering = mixed.embed(request(model="late")) if ask == "embed" else mixed.rerank(rerank_request(model="late"))
+    answering = (
+        mixed.embed(request(model="late"))
+        if ask == "embed"
+        else mixed.score(rerank_request(model="late"), scoring.rerank)
+    )
 
     with pytest.raises(ModelNotReady, match="'late' is still loading"):
         await answering

@@ -103,14 +103,12 @@ class Quotas:
         return ticket
 
     @asynccontextmanager
-    async def reserve(
-        self, ticket: Ticket, texts: Sequence[str], max_tokens: int, query: str = ""
-    ) -> AsyncIterator[None]:
+    async def reserve(self, ticket: Ticket, lengths: Sequence[int], max_tokens: int) -> AsyncIterator[None]:
         """Reserve an estimate of the texts' tokens while they are embedded.
 
         Args:
+            lengths: characters that the model reads for each text.
             max_tokens: the length at which the longest model truncates a text.
-            query: read by the model with each text.
 
         Raises:
             RateLimited: no tokens are left by now, apart from those that the client's running requests need.
@@ -121,7 +119,7 @@ class Quotas:
             return
         # Again: other requests may have used tokens while this one's body arrived.
         await self._check_tokens(ticket)
-        num_tokens = sum(min(max_tokens, 1 + (len(query) + len(text)) // _CHARACTERS_PER_TOKEN) for text in texts)
+        num_tokens = sum(min(max_tokens, 1 + length // _CHARACTERS_PER_TOKEN) for length in lengths)
         self.reserved[client.name] = self.reserved.get(client.name, 0) + num_tokens
         try:
             yield

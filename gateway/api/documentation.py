@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
 from gateway.api.openai_schema import EmbeddingsBody
-from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, TextsBody, TokenizeBody
+from gateway.api.tei_schema import DecodeBody, EmbedBody, PredictBody, SimilarityBody, TextsBody, TokenizeBody
 from gateway.deployment import Deployment
 from gateway.types import ModelInfo, ModelKind, Output
 
@@ -74,6 +74,9 @@ _OTHERS = (
 )
 
 
+_PREDICT = _Path("/tei/{model}/predict", "TEI", "The labels of a text.", PredictBody, {"inputs": _TEXT})
+
+
 def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
     """Extend an application's schema beyond its routes.
 
@@ -90,6 +93,9 @@ def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
             model = next((info.id for info in infos if info.kind is ModelKind.EMBED), deployment.registry.models[0].id)
             paths |= {other.path: other.operation(model) for other in _OTHERS}
             paths["/v1/embeddings"] = _with_examples(paths["/v1/embeddings"], dict(_embed_examples(model, infos)))
+            if labeler := next((info.id for info in infos if info.kind is ModelKind.CLASSIFY), None):
+                paths[_PREDICT.path] = _PREDICT.operation(labeler)
+            paths["/v1/classify"] = _with_examples(paths["/v1/classify"], _classify_examples(infos))
             for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
                 paths[path] = _with_examples(paths[path], _rerank_examples(infos))
         for path, operations in paths.items():
@@ -144,3 +150,8 @@ def _rerank_examples(infos: list[ModelInfo]) -> dict[str, Schema]:
     return {
         model: {"model": model, "query": "What is the capital of France?", "documents": documents} for model in rankers
     }
+
+
+def _classify_examples(infos: list[ModelInfo]) -> dict[str, Schema]:
+    classifiers = [info.id for info in infos if info.kind is ModelKind.CLASSIFY]
+    return {model: {"model": model, "input": ["I like you.", "I hate pineapples."]} for model in classifiers}

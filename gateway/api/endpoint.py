@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from email.message import Message
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -24,8 +25,9 @@ from gateway.experiments.split import UnitSource
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm
 from gateway.http.turns import Turns
-from gateway.requests import Answer, EmbedAnswer, EmbedRequest, RerankAnswer, RerankRequest
+from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience
 from gateway.requests import Request as ServiceRequest
+from gateway.routing.router import Choice, Target
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Timings
@@ -48,6 +50,9 @@ Parse: TypeAlias = Callable[[dict[str, Json]], B]
 
 Ask: TypeAlias = Callable[[Request, B], Awaitable[R]]
 """Turns a request and its parsed body into a request to the service."""
+
+Compute: TypeAlias = Callable[[Target, Choice, R, Patience], Awaitable[A]]
+"""Has a target do what a request asks for."""
 
 Write: TypeAlias = Callable[[Request, B, A], Parts]
 """Returns the writer of an answer in a dialect's form."""
@@ -80,26 +85,28 @@ class Endpoint:
         answer = await self._run(request, ticket, asked, self.service.embed)
         return await self._respond(request, asked, answer, write(request, body, answer), answer.num_bytes)
 
-    async def rerank(
+    async def score(
         self,
         request: Request,
         parse: Parse[B],
-        ask: Ask[B, RerankRequest],
-        write: Write[B, RerankAnswer],
-        held_bytes: Callable[[B], int],
+        ask: Ask[B, R],
+        compute: Compute[R, A],
+        write: Write[B, A],
+        held_bytes: Callable[[B], int] = lambda _body: 0,
     ) -> Response:
-        """Answer a request for the scores of texts.
+        """Answer a request for scores of texts.
 
         Args:
+            compute: one of the functions of :mod:`gateway.scoring`.
             held_bytes: the memory of what the answer repeats of the body.
 
         Raises:
-            RequestError: it is refused or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.rerank`.
+            RequestError: it is refused or fails, in ``parse``, ``ask`` or :meth:`EmbeddingService.score`.
             ClientDisconnected: the client went away first.
         """
         ticket, body = await self.receive(request, parse)
         asked = await ask(request, body)
-        answer = await self._run(request, ticket, asked, self.service.rerank)
+        answer = await self._run(request, ticket, asked, partial(self.service.score, compute=compute))
         num_bytes = answer.num_bytes + held_bytes(body)
         return await self._respond(request, asked, answer, write(request, body, answer), num_bytes)
 
@@ -174,7 +181,7 @@ class Endpoint:
         """Have the service answer, and charge the client for the tokens."""
         RequestContext.of(request).asked = asked.model
         longest = self.deployment.fleet.max_tokens
-        async with self._quotas.reserve(ticket, asked.texts, longest, query=_query(asked)):
+        async with self._quotas.reserve(ticket, asked.lengths, longest):
             answer = await unless_disconnected(request, compute(asked))
             await self._quotas.charge(ticket, answer.num_tokens)
         return answer
@@ -197,7 +204,7 @@ class Endpoint:
             timings = replace(timings, serialize_s=written_s)
         headers = answer_headers(answer, timings, context.elapsed_s)
         if context.error_form is ErrorForm.TEI:
-            headers |= tei_headers(_num_characters(asked), answer.num_tokens, timings, context.elapsed_s)
+            headers |= tei_headers(sum(asked.lengths), answer.num_tokens, timings, context.elapsed_s)
         if content is not None:
             note_answer(context, answer, written_s)
             context.memory.shrink(len(content))
@@ -322,16 +329,6 @@ def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> 
     if answer.assignment is not None:
         context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
     metrics.target_metrics(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
-
-
-def _query(asked: ServiceRequest) -> str:
-    """Return the query that the model reads with each text; empty for embeddings."""
-    return asked.query if isinstance(asked, RerankRequest) else ""
-
-
-def _num_characters(asked: ServiceRequest) -> int:
-    """Return the number of characters that the model reads: of all texts, and the query once with each."""
-    return len(asked.texts) * len(_query(asked)) + sum(map(len, asked.texts))
 
 
 def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[str, str]:

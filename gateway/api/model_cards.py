@@ -73,8 +73,9 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         "device": info.device,
         "dtype": info.dtype,
     }
-    if info.kind is ModelKind.RERANK:  # without vectors and a space
-        return card.model_copy(update=shown)
+    if info.kind is not ModelKind.EMBED:  # without vectors and a space
+        labels = {"labels": list(info.labels), "label_function": info.label_function.value} if info.labels else {}
+        return card.model_copy(update={**shown, **labels})
     default_task = task or info.default_task
     return card.model_copy(
         update={

@@ -179,9 +179,9 @@ class ModelCard(AnswerBody):
 
     id: str
     object: Literal["model"] = "model"
-    kind: Literal["embed", "rerank", "experiment"] | None = Field(
+    kind: Literal["embed", "rerank", "classify", "experiment"] | None = Field(
         default=None,
-        description="What it computes: embeddings, or scores of pairs. An experiment does what its arms do.",
+        description="What it computes: embeddings, scores of pairs or of labels. An experiment does what its arms do.",
     )
     created: int = Field(description="Unix time at which the model became ready; 0 before.")
     owned_by: str
@@ -191,7 +191,9 @@ class ModelCard(AnswerBody):
     state: Literal["disabled", "unloaded", "loading", "ready", "recovering", "failed", "stopped"]
     reason: str | None = Field(default=None, description="Why the model is not ready.")
     aliases: list[str] = Field(default_factory=list, description="Other names of the model that a request may send.")
-    width: int | None = Field(default=None, description="Native dimensions; `null` for a model that reranks.")
+    width: int | None = Field(
+        default=None, description="Native dimensions; `null` for a model that reranks or classifies."
+    )
     dimensions: list[int] = Field(default_factory=list, description="Accepted values of `dimensions`.")
     max_tokens: int | None = None
     max_model_len: int | None = Field(default=None, description="Same as `max_tokens`; vLLM's name, which mteb reads.")
@@ -200,6 +202,11 @@ class ModelCard(AnswerBody):
     outputs: list[str] = Field(default_factory=list)
     normalized: bool | None = Field(
         default=None, description="Whether vectors have L2 norm 1 unless a request asks otherwise."
+    )
+    labels: list[str] = Field(default_factory=list, description="The labels of a model that classifies.")
+    label_function: Literal["softmax", "sigmoid", "none"] | None = Field(
+        default=None,
+        description="How its numbers become scores: `softmax` if one label applies, `sigmoid` if any number do.",
     )
     space: str | None = Field(
         default=None,

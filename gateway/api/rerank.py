@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from gateway import scoring
 from gateway.api.endpoint import Endpoint, reserve_texts, timeout_s, unit_source
 from gateway.api.json_body import Json
 from gateway.api.pieces import Parts, object_around, value_list
@@ -97,8 +98,13 @@ class Reranker:
 
     async def rerank(self, request: Request) -> Response:
         """Score texts against a query, the best first."""
-        return await self._endpoint.rerank(
-            request, partial(self._parse, request), self._ask, self._write, lambda parsed: parsed.held_bytes
+        return await self._endpoint.score(
+            request,
+            partial(self._parse, request),
+            self._ask,
+            scoring.rerank,
+            self._write,
+            held_bytes=lambda parsed: parsed.held_bytes,
         )
 
     def _parse(self, request: Request, content: dict[str, Json]) -> _Parsed:

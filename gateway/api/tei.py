@@ -5,7 +5,6 @@ At the root for the registry's default model, and under ``/tei/{model}/`` for ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +12,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
+from gateway.api.classify import Predictor
 from gateway.api.endpoint import Endpoint
 from gateway.api.json_body import Json, as_list, check_batch
 from gateway.api.pieces import Parts, dumps, nested_list, value_list, vector_list
@@ -55,16 +55,21 @@ class TeiDialect:
         self._settings = endpoint.settings
         # One at a time: it takes a core, which the models need more.
         self._tokenizing = Turns("tokens")
+        self.predict = Predictor(endpoint).predict
         self._reranker = Reranker(endpoint, RerankPath(TEI_ADDRESS, is_tei=True))
 
     async def compute(self, request: Request) -> Response:
-        """Embed or rerank, as the model does: for clients that have only an address."""
-        if self._kind(request) is ModelKind.RERANK:
-            return await self._reranker.rerank(request)
-        return await self.embed(request)
+        """Embed, rerank or classify, as the model does: for clients that have only an address."""
+        match self._kind(request):
+            case ModelKind.EMBED:
+                return await self.embed(request)
+            case ModelKind.RERANK:
+                return await self._reranker.rerank(request)
+            case ModelKind.CLASSIFY:
+                return await self.predict(request)
 
     async def compute_at_address(self, request: Request) -> Response:
-        """Embed or rerank at a model's address, unless the path only resembles one."""
+        """Embed, rerank or classify at a model's address, unless the path only resembles one."""
         self._check_address(request, str(_model(request)))
         return await self.compute(request)
 
@@ -176,7 +181,7 @@ class TeiDialect:
 
     async def _join(
         self, request: Request, target: Target, rows: list[list[int]], *, skip_special_tokens: bool
-    ) -> Sequence[str]:
+    ) -> list[str]:
         async with self._endpoint.service.vocabulary(target, "decode") as vocabulary:
             join = partial(vocabulary.join, rows, skip_special_tokens=skip_special_tokens)
             return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._tokenizing)
@@ -199,7 +204,7 @@ class TeiDialect:
         deployment, model = self._endpoint.deployment, _model(request)
         if model is None and DEFAULT_ALIAS not in deployment.registry.aliases:
             kinds = {known.info.kind for known in deployment.fleet if known.info is not None}
-            return ModelKind.RERANK if kinds == {ModelKind.RERANK} else ModelKind.EMBED
+            return kinds.pop() if len(kinds) == 1 else ModelKind.EMBED
         info = deployment.router.choose(model, RequestContext.of(request).client).model.info
         return ModelKind.EMBED if info is None else info.kind
 
@@ -235,6 +240,7 @@ def tei_router(endpoint: Endpoint) -> APIRouter:
         "embed": dialect.embed,
         "embed_sparse": dialect.embed_sparse,
         "embed_all": dialect.embed_all,
+        "predict": dialect.predict,
         "similarity": dialect.similarity,
         "tokenize": dialect.tokenize,
         "decode": dialect.decode,

@@ -27,6 +27,7 @@ from gateway.types import ModelInfo, ModelKind, Truncate
 
 _TEXTS = "a string or a list of strings"
 _INPUTS = "a string, a list of token ids, or a list of such"
+_SEQUENCES = "a string, a pair of strings, or a list of lists of one or two strings"
 _IDS = "a list of token ids, or a list of such lists"
 _BOOL = "true or false"
 # Limits of all texts and of all ids of one request: their tokens are written one by one.
@@ -74,6 +75,38 @@ class EmbedBody(TextsBody):
 
     normalize: Flag = Field(True, title=_BOOL)
     dimensions: PositiveInteger | None = Field(None, title="a positive integer")
+
+
+class PredictBody(RequestBody):
+    """``POST /predict``: a text, a pair of texts, or a batch of lists of one or two texts."""
+
+    inputs: str | Texts | Annotated[list[Texts], Field(fail_fast=True)] = Field(title=_SEQUENCES)
+    truncate: Truncation = Field(None, title=TRUNCATION)
+    truncation_direction: Direction = Field(None, title=DIRECTION)
+    raw_scores: Flag = Field(False, title=_BOOL)
+
+    @property
+    def wanted_truncation(self) -> Truncate:
+        return wanted_truncation(self.truncate, self.truncation_direction)
+
+    @property
+    def is_batch(self) -> bool:
+        return isinstance(self.inputs, list) and (not self.inputs or isinstance(self.inputs[0], list))
+
+    @property
+    def sequences(self) -> list[list[str]]:
+        """The texts of each item: one, or the two of a pair.
+
+        Raises:
+            BadInput: an item has no text, or more than two.
+        """
+        if isinstance(self.inputs, str):
+            return [[self.inputs]]
+        items = cast(list[list[str]], self.inputs if self.is_batch else [self.inputs])
+        for item in items:
+            if len(item) not in (1, 2):
+                raise BadInput(f"`inputs` must be {_SEQUENCES}: an item has {len(item)} texts", param="inputs")
+        return items
 
 
 class SimilarityInputs(RequestBody):
@@ -160,4 +193,7 @@ def describe_model(target: Target, settings: Settings) -> dict[str, Any]:
 def _model_type(info: ModelInfo) -> dict[str, object]:
     if info.kind is ModelKind.RERANK:  # it has one label, and this is what transformers calls it
         return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+    if info.kind is ModelKind.CLASSIFY:
+        names = {str(i): label for i, label in enumerate(info.labels)}
+        return {"classifier": {"id2label": names, "label2id": {label: int(i) for i, label in names.items()}}}
     return {"embedding": {"pooling": "last_token" if info.pooling == "lasttoken" else info.pooling}}

@@ -44,7 +44,8 @@ class FakeBackend:
 
     The sparse weights of every text are 0.5 for token 3 and 0.25 for token 70,000.
 
-    Its score of a text against a query is the number of its words that are in the query, less 1.
+    Its score of a text against a query is the number of its words that are in the query, less 1. As a pair, two texts are
+    embedded as one.
 
     Args:
         info: the info of the model that it claims to be.
@@ -74,8 +75,11 @@ class FakeBackend:
             raise ModelNotReady("the fake backend is not started")
         self._on_embed(job)
         await asyncio.sleep(self._delay_s)
-        beside = len((job.query or "").split())
-        words = [beside + len(text.split()[: job.max_text_tokens]) for text in job.texts]
+        firsts = job.firsts or [job.query] * len(job.texts)
+        words = [
+            len((first or "").split()) + len(text.split()[: job.max_text_tokens])
+            for first, text in zip(firsts, job.texts, strict=True)
+        ]
         limit = self._info.max_tokens
         if job.truncate is Truncate.REFUSE and max(words) > limit:
             param = "input" if job.query is None else None

@@ -12,6 +12,7 @@ from rich.text import Text
 from gateway.cli.console import make_console, make_table, say
 from gateway.cli.verify import Check
 from gateway.config.registry import Arm, ModelEntry, Registry
+from gateway.config.wording import cut
 from gateway.deployment import Deployment
 from gateway.errors import LoadError
 from gateway.fleet import Model, why_disabled
@@ -48,6 +49,14 @@ def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: boo
     console.print(_curl(url, ready, has_keys=has_keys), soft_wrap=True)
 
 
+# What to try first, by the kind of the model.
+_TRIED = {
+    ModelKind.EMBED: ("embeddings", '"input": "Hello, world"'),
+    ModelKind.RERANK: ("rerank", '"query": "a greeting", "documents": ["Hello, world"]'),
+    ModelKind.CLASSIFY: ("classify", '"input": "Hello, world"'),
+}
+
+
 def _described(model: Model) -> Iterator[str]:
     info = model.info
     if info is None or model.state in {ModelState.FAILED, ModelState.DISABLED}:
@@ -69,9 +78,13 @@ def runtime(info: ModelInfo) -> str:
 
 
 def _space(info: ModelInfo) -> str:
-    if info.kind is ModelKind.RERANK:
-        return "no space: it reranks"
-    return info.space()
+    match info.kind:
+        case ModelKind.EMBED:
+            return info.space()
+        case ModelKind.RERANK:
+            return "no space: it reranks"
+        case ModelKind.CLASSIFY:
+            return f"no space: it classifies ({cut(', '.join(info.labels))})"
 
 
 def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:
@@ -102,9 +115,7 @@ def _arm(arm: Arm) -> str:
 
 
 def _curl(base_url: str, model: Model, *, has_keys: bool) -> str:
-    is_reranker = model.info is not None and model.info.kind is ModelKind.RERANK
-    path = "rerank" if is_reranker else "embeddings"
-    asked = '"query": "a greeting", "documents": ["Hello, world"]' if is_reranker else '"input": "Hello, world"'
+    path, asked = _TRIED[ModelKind.EMBED if model.info is None else model.info.kind]
     key = f"-H 'authorization: Bearer {_KEY_PLACEHOLDER}' " if has_keys else ""
     return (
         f"  curl {base_url}/v1/{path} {key}-H 'content-type: application/json' "

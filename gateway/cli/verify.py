@@ -47,8 +47,8 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
     from gateway.engine.loading import load_reference, plan_load
 
     plan = plan_load(entry)
-    if plan.kind is ModelKind.RERANK:
-        raise LoadError(f"{entry.id} scores pairs of texts: it has no vectors to record")
+    if plan.kind is not ModelKind.EMBED:
+        raise LoadError(f"{entry.id} scores texts: it has no vectors to record")
     vectors = golden.record(load_reference(plan).embed, [None, *plan.tasks])
     golden.write(path, plan.checkpoint.fingerprint, vectors)
     return len(vectors)

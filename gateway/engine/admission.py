@@ -82,8 +82,7 @@ class Admission:
         )
 
     def _estimate_tokens(self, job: EmbedJob) -> int:
-        num_query_chars = len(job.query or "")
-        return sum(min(self._longest_text, (num_query_chars + len(text)) // _CHARS_PER_TOKEN + 2) for text in job.texts)
+        return sum(min(self._longest_text, length // _CHARS_PER_TOKEN + 2) for length in job.lengths)
 
     def _count(self, num_texts: int, num_tokens: int) -> None:
         self.num_texts += num_texts

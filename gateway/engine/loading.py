@@ -31,7 +31,7 @@ from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden
 from gateway.telemetry import metrics
-from gateway.types import ModelInfo, ModelKind, Output, Truncate, canonical_task
+from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate, canonical_task
 
 # On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -66,7 +66,10 @@ class LoadPlan:
 
     @property
     def kind(self) -> ModelKind:
-        return ModelKind.EMBED if self.checkpoint.classifier is None else ModelKind.RERANK
+        classifier = self.checkpoint.classifier
+        if classifier is None:
+            return ModelKind.EMBED
+        return ModelKind.RERANK if classifier.is_reranker else ModelKind.CLASSIFY
 
     @property
     def has_states(self) -> bool:
@@ -76,6 +79,7 @@ class LoadPlan:
     @property
     def info(self) -> ModelInfo:
         """The model's description for the rest of the gateway."""
+        classifier = self.checkpoint.classifier if self.kind is ModelKind.CLASSIFY else None
         return ModelInfo(
             id=self.entry.id,
             source=self.entry.source,
@@ -99,6 +103,8 @@ class LoadPlan:
             instruction=self.instruction,
             has_states=self.has_states,
             kind=self.kind,
+            labels=() if classifier is None else classifier.labels,
+            label_function=LabelFunction.NONE if classifier is None else classifier.function,
         )
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
@@ -131,7 +137,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     verify_sha256(folder, entry.sha256)
     checkpoint = read_checkpoint(folder, trust_remote_code=entry.trust_remote_code)
     if checkpoint.classifier is not None:
-        _require_plain_reranker(entry)
+        _require_no_vectors(entry)
     devices, dtype, runtime, max_batch_tokens = _place(entry, checkpoint)
     max_tokens = _max_tokens(entry, checkpoint)
     tasks = _tasks(entry, checkpoint)
@@ -283,7 +289,7 @@ def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None
         raise LoadError(f"{folder}: the model returns vectors of zeros: are its weights all zero?")
 
 
-def _require_plain_reranker(entry: ModelEntry) -> None:
+def _require_no_vectors(entry: ModelEntry) -> None:
     """Refuse keys of the registry that only a model that embeds may have.
 
     Raises:
@@ -292,7 +298,7 @@ def _require_plain_reranker(entry: ModelEntry) -> None:
     asked = [key for key in ("default_task", "prompts", "dimensions", "golden") if getattr(entry, key)]
     asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
     if asked:
-        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores pairs of texts, and gives no vectors")
+        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")
 
 
 def _max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:

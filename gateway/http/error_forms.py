@@ -37,7 +37,17 @@ class ErrorForm(Enum):
 
 
 _TEI_ROOT_PATHS = frozenset(
-    ("/embed", "/embed_all", "/embed_sparse", "/similarity", "/tokenize", "/decode", "/info", "/invocations")
+    (
+        "/embed",
+        "/embed_all",
+        "/embed_sparse",
+        "/similarity",
+        "/predict",
+        "/tokenize",
+        "/decode",
+        "/info",
+        "/invocations",
+    )
 )
 # Two paths below /tei/ are OpenAI's, for clients of TEI that speak that dialect.
 _TEI_MODEL_PATH = re.compile(r"/tei/(?!.*/embeddings$)")

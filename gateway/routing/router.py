@@ -22,7 +22,7 @@ from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
 from gateway.routing.names import GATEWAY, Client, Names, one_task
 from gateway.routing.spaces import why_not_interchangeable
-from gateway.types import ModelInfo, ModelKind, ModelState, canonical_task, known_task_names
+from gateway.types import DOES, ModelInfo, ModelKind, ModelState, canonical_task, known_task_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,37 +106,37 @@ class Router:
         """Return the model that a name leads to, if it is of the kind that a request needs.
 
         Args:
-            name: see :meth:`choose`. A request to rerank that has no name gets the only model that reranks.
+            name: see :meth:`choose`. A request to rerank or classify that has no name gets the only model for it.
 
         Raises:
             UnsupportedOutput: the model is of another kind; names the ones of this kind that the client may use.
-            RequestError: one of those of :meth:`choose`; or a request to rerank has no name, and none or several models
-                rerank, or the models are not known yet.
+            RequestError: one of those of :meth:`choose`; or a request to rerank or classify has no name, and no model or
+                several can do that, or the models are not known yet.
         """
-        if name is None and kind is ModelKind.RERANK:
-            name = self._only_reranker(client)
+        if name is None and kind is not ModelKind.EMBED:
+            name = self._only_one(kind, client)
         choice = self.choose(name, client, unit_source)
         info = choice.model.info
         if info is None or info.kind is kind:  # `targets` says why a model that has not been read does not answer
             return choice
         others = ", ".join(self._names_of(kind, client)) or "none"
-        if kind is ModelKind.RERANK:
-            message = f"model {choice.asked!r} embeds texts and does not rerank; models that rerank: {others}"
-        else:
-            message = f"model {choice.asked!r} reranks texts and does not embed; models that embed: {others}"
-        raise UnsupportedOutput(message, param="model")
+        raise UnsupportedOutput(
+            f"model {choice.asked!r} {DOES[info.kind]} texts and does not {kind}; models that {kind}: {others}",
+            param="model",
+        )
 
-    def _only_reranker(self, client: Client) -> str:
-        names = self._names_of(ModelKind.RERANK, client)
+    def _only_one(self, kind: ModelKind, client: Client) -> str:
+        """Return the name of the only model of a kind that a client may use."""
+        names = self._names_of(kind, client)
         if len(names) == 1:
             return names[0]
         if not self._fleet.started.is_set():
             raise ModelNotReady("the models are still loading; try again, or name one in `model`", retry_after_s=5)
         if names:
-            raise BadInput(f"`model` is required, as several models rerank: {', '.join(names)}", param="model")
-        if self._names_of(ModelKind.RERANK, GATEWAY):
-            raise ModelNotAllowed("this API key may not use any model that reranks", param="model")
-        raise BadInput("no model in the registry reranks", param="model")
+            raise BadInput(f"`model` is required, as several models {kind}: {', '.join(names)}", param="model")
+        if self._names_of(kind, GATEWAY):
+            raise ModelNotAllowed(f"this API key may not use any model that {DOES[kind]}", param="model")
+        raise BadInput(f"no model in the registry {DOES[kind]}", param="model")
 
     def _names_of(self, kind: ModelKind, client: Client) -> list[str]:
         """Return the names of the models of a kind that a client may use; a model that has not been read has no kind."""

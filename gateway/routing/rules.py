@@ -9,7 +9,7 @@ from gateway.config.registry import Experiment, Registry
 from gateway.fleet import Fleet
 from gateway.routing.names import Name, Names
 from gateway.routing.spaces import is_same_space, why_not_interchangeable
-from gateway.types import ModelInfo, ModelKind, canonical_task, known_task_names
+from gateway.types import DOES, ModelInfo, ModelKind, canonical_task, known_task_names
 
 
 class Described(Protocol):
@@ -91,7 +91,7 @@ def _foreign_arms(experiment: Experiment, fleet: Models) -> Iterator[str]:
 
 
 def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
-    """Yield each mix of models that embed and models that rerank: no request could be for both."""
+    """Yield each mix of models of different kinds: no request could be for both."""
     for experiment in registry.experiments:
         kinds = {arm.model: info.kind.value for arm in experiment.arms if (info := _info(fleet, arm.model)) is not None}
         if len(set(kinds.values())) > 1:
@@ -100,7 +100,7 @@ def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
     for shadow in registry.shadows:
         info = _info(fleet, shadow.to)
         if info is not None and info.kind is not ModelKind.EMBED:
-            yield f"{shadow.to!r} cannot be a shadow of {shadow.of!r}: it reranks, and only embeddings are copied"
+            yield f"{shadow.to!r} cannot be a shadow of {shadow.of!r}: it {DOES[info.kind]}, and only embeddings are copied"
 
 
 def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:

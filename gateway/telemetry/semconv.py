@@ -35,6 +35,8 @@ EMBEDDINGS: Final = "embeddings"
 """The operation, which also begins the span's name: ``embeddings {model}``."""
 RERANK: Final = "rerank"
 """The operation of a rerank request; OpenTelemetry defines none for it."""
+CLASSIFY: Final = "classify"
+"""The operation of a request to classify, likewise."""
 
 # Our own.
 GATEWAY_REQUEST_ID: Final = "gateway.request_id"

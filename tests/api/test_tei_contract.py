@@ -19,15 +19,20 @@ from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.fleet import Fleet, Model
-from gateway.types import ModelKind, ModelState, Output
+from gateway.types import LabelFunction, ModelKind, ModelState, Output
 from tests.tei_contract import ANSWERS, REQUESTS, document, validate_answer
 
 
 def make_app() -> FastAPI:
-    """Return a gateway with a model that embeds in every way, and one that reranks."""
+    """Return a gateway with a model that embeds in every way, one that reranks and one that classifies."""
     fields = {"outputs": (Output.DENSE, Output.SPARSE), "dimensions": (8, 4)}
     models = []
-    for info in (fake_info("mini", **fields), fake_info("ranker", width=1, kind=ModelKind.RERANK)):
+    labels = {"labels": ("a", "b"), "label_function": LabelFunction.SOFTMAX, "kind": ModelKind.CLASSIFY}
+    for info in (
+        fake_info("mini", **fields),
+        fake_info("ranker", width=1, kind=ModelKind.RERANK),
+        fake_info("labeler", width=2, **labels),
+    ):
         backend = FakeBackend(info)
         asyncio.run(backend.start())
         entry = ModelEntry(id=info.id, source=info.source, revision="0" * 40, enabled=True)
@@ -44,9 +49,10 @@ def make_app() -> FastAPI:
 
 
 APP = make_app()
+OF_PATHS = {"/rerank": "ranker", "/predict": "labeler"}
 PLACES: dict[str, Callable[[str], str]] = {
     "root": lambda path: path,
-    "model": lambda path: f"/tei/{'ranker' if path == '/rerank' else 'mini'}{path}",
+    "model": lambda path: f"/tei/{OF_PATHS.get(path, 'mini')}{path}",
 }
 MODES = schemathesis.GenerationMode
 generation = GenerationConfig(modes=list(MODES), deterministic=True, database="none")

@@ -39,6 +39,7 @@ from tests.models.checkpoints import (
     save_adapters,
     unigram_tokenizer,
 )
+from tests.models.cross_encoders import make_cross_encoder
 from tests.models.family_layouts import publish
 from tests.models.in_process import Connect, connecting
 
@@ -250,6 +251,19 @@ def tokenize() -> Callable[..., list[int]]:
         return ids
 
     return tokenize
+
+
+@pytest.fixture(scope="session")
+def make_reranker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that makes a cross-encoder with random weights, as transformers saves it."""
+
+    @cache
+    def make(model_type: str, **changes: object) -> Path:
+        folder = tmp_path_factory.mktemp(f"{model_type}-reranker")
+        make_cross_encoder(folder, model_type, **changes)
+        return folder
+
+    return make
 
 
 # -------------------------------------------------------------------------------------------------------------- HTTP

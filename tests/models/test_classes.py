@@ -31,7 +31,6 @@ MakePlain = Callable[..., Path]
 NO_EMBEDDERS = [
     ("nomic_bert", "SequenceClassification", {"num_labels": 1}, "a reranker (cross-encoder) of a class"),
     ("nomic_bert", "SequenceClassification", {"num_labels": 3}, "a classifier with 3 labels"),
-    ("bert", "SequenceClassification", {"num_labels": 3}, "with 3 labels is not supported: a model that reranks has 1"),
     ("bert", "TokenClassification", {"num_labels": 9}, "labels each token"),
     ("distilbert", "QuestionAnswering", {}, "finds an answer in a text"),
     ("bert", "MaskedLM", {}, "predicts masked words: a sparse encoder (SPLADE)"),

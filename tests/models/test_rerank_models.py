@@ -17,9 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
-from tokenizers import processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gateway.cli.verify import record_golden, verify
 from gateway.config.registry import ModelEntry
@@ -32,7 +31,8 @@ from gateway.engine.model.items import Item
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
 from tests.engine.model.reading import tokenize_pairs
-from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SENTENCES, SIZES
+from tests.models.checkpoints import MAX_TOKENS, SENTENCES
+from tests.models.cross_encoders import PAIRS
 
 EditJson = Callable[..., None]
 Copy = Callable[[Path], Path]
@@ -50,20 +50,6 @@ DOCUMENTS = [
     "The quick brown fox jumps over the lazy dog, again and again. Embeddings map a text to a vector!",
     *SENTENCES,
 ]
-PAIRS = {
-    "xlm-roberta": "{cls} $A {sep} {sep} $B {sep}",
-    "bert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-    "modernbert": "{cls} $A {sep} $B {sep}",
-    "roberta": "{cls} $A {sep} {sep} $B {sep}",
-    "camembert": "{cls} $A {sep} {sep} $B {sep}",
-    "mpnet": "{cls} $A {sep} {sep} $B {sep}",
-    "electra": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-    "distilbert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-    "gte": "{cls} $A {sep} {sep} $B {sep}",
-    "qwen3": "$A $B {sep}",
-}
-"""The template for pairs that the checkpoints of an architecture have."""
-WITH_SEGMENTS = ("bert", "electra")
 TYPES = list(PAIRS)
 FLASH_RUNTIMES = ["torch", "packed", "openvino"]
 RUNTIMES = [
@@ -75,56 +61,6 @@ RUNTIMES = [
 ]
 # Of a score, to sentence-transformers' in float32.
 TOLERANCES = {"torch": 1e-5, "packed": 1e-5, "openvino": 1e-4}
-
-
-def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with the template for pairs that the checkpoints of the architecture have."""
-    cls, sep = tokenizer.cls_token, tokenizer.sep_token
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}" if cls is not None else f"$A {sep}",
-        pair=PAIRS[model_type].format(cls=cls, sep=sep),
-        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in (cls, sep) if name is not None],
-    )
-    if model_type in WITH_SEGMENTS:
-        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def make_reranker(tmp_path_factory: pytest.TempPathFactory) -> MakeReranker:
-    """Return a function that makes a cross-encoder with random weights, as transformers saves it."""
-
-    @cache
-    def make(model_type: str, **changes: object) -> Path:
-        family = FAMILIES[model_type]
-        tokenizer = with_pairs(family.tokenizer(), model_type)
-        torch.manual_seed(11)
-        sizes = {"type_vocab_size": 1} if PAIRS[model_type].count("{sep}") == 3 else {}
-        config = AutoConfig.for_model(
-            model_type,
-            **{
-                **SIZES,
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "max_position_embeddings": MAX_TOKENS + 2,
-                "num_labels": 1,
-                **sizes,
-                **family.changes,
-                **changes,
-            },
-        )
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:  # what is always 0 or 1 at first would hide mistakes
-                nn.init.normal_(weight, float("norm" in name.lower() and name.endswith("weight")), 0.1)
-        folder = tmp_path_factory.mktemp(f"{model_type}-reranker")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -453,19 +389,14 @@ def test_the_head_is_part_of_the_fingerprint(make_reranker: MakeReranker, copy: 
 def test_what_only_embedding_models_have_is_refused(
     changes: dict[str, object], key: str, make_reranker: MakeReranker
 ) -> None:
-    with pytest.raises(LoadError, match=f"^{key} cannot be set: this model scores pairs"):
+    with pytest.raises(LoadError, match=f"^{key} cannot be set: this model scores texts"):
         plan_load(entry(make_reranker("bert"), **changes))
 
 
 def test_a_reranker_has_no_golden_vectors_to_record(make_reranker: MakeReranker, tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="tiny scores pairs of texts"):
+    with pytest.raises(LoadError, match="tiny scores texts"):
         record_golden(entry(make_reranker("bert")), tmp_path / "golden.json")
     assert verify(entry(make_reranker("bert")), Settings(cpu_threads=1)) == []
-
-
-def test_several_labels_are_refused(make_reranker: MakeReranker) -> None:
-    with pytest.raises(LoadError, match="BertForSequenceClassification with 3 labels is not supported"):
-        plan_load(entry(make_reranker("bert", num_labels=3)))
 
 
 @pytest.mark.parametrize(

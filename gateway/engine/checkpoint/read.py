@@ -50,7 +50,7 @@ class Checkpoint:
 
     Attributes:
         transformer: folder of the transformer and its tokenizer: as a rule ``folder`` itself.
-        width: dimensions of a dense vector; 1, the score, where there is a classifier.
+        width: dimensions of a dense vector; where there is a classifier, the number of its labels.
         hidden_width: dimensions of a token's state.
         vocab_size: rows of the table of words; every token id is below it.
         max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
@@ -61,7 +61,7 @@ class Checkpoint:
         adapters: folder of each task's adapter; tasks may share one.
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
-        classifier: the head that scores a pair of texts, if the model is a cross-encoder.
+        classifier: the head that scores or classifies, if the model has one.
         layout: a publisher's layout, in which its files are written; ``None`` for transformers'.
         has_own_code: whether the checkpoint brings, in place of transformers' class, code that is trusted.
         has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
@@ -155,7 +155,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         folder=folder,
         transformer=root,
         model_type=model_type,
-        width=1 if classifier else _width(sizes, dense_layers, truncated_width),
+        width=len(classifier.labels) if classifier else _width(sizes, dense_layers, truncated_width),
         hidden_width=sizes.state_width,
         vocab_size=sizes.vocab_size,
         num_layers=sizes.num_layers,
@@ -184,7 +184,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
 
 
 def _read_head(folder: Path, config: Mapping[str, Json], modules: Modules | None) -> Classifier | None:
-    """Return the head of a model that scores pairs; ``None`` for any other model.
+    """Return the head of a model that scores or classifies texts; ``None`` for any other model.
 
     Raises:
         LoadError: the head is of a kind that is not supported.
@@ -192,13 +192,7 @@ def _read_head(folder: Path, config: Mapping[str, Json], modules: Modules | None
     if modules is not None and modules.pooling is not None:
         return None
     sentence_config = read_object(folder / "config_sentence_transformers.json", optional=True)
-    classifier = read_classifier(folder, config, sentence_config)
-    if classifier is not None and not classifier.is_reranker:
-        raise LoadError(
-            f"{folder}: {classifier.architecture} with {len(classifier.labels)} labels is not supported: a model that "
-            "reranks has 1, the score of a pair"
-        )
-    return classifier
+    return read_classifier(folder, config, sentence_config)
 
 
 def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
@@ -265,7 +259,7 @@ def _read_sentence_config(folder: Path, classifier: Classifier | None) -> tuple[
         return prompts, read_truncated_width(config, path)
     if prompts.texts.get(prompts.default or ""):
         raise LoadError(
-            f"{path}: default_prompt_name {prompts.default!r} is not supported: a reranker has no prompts here"
+            f"{path}: default_prompt_name {prompts.default!r} is not supported: a model that scores has no prompts here"
         )
     return Prompts(), None
 

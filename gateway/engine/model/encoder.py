@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,10 @@ class Encoder:
 
         Raises:
             BadInput: a text is too long, and the job says to refuse, or a chunk has no tokens.
-            TypeError: the job has a query, and the model scores no pairs.
+            TypeError: the job has pairs, and the model scores no pairs.
         """
+        if job.firsts is not None:
+            return self._read_firsts(job.firsts[first : first + len(texts)], texts, job.truncate, first)
         if query is not None:
             limit = job.max_text_tokens
             return self._pairs.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
@@ -127,6 +130,21 @@ class Encoder:
     def _read_document(self, chunks: Sequence[str], task: str | None) -> Steps[list[Tokens]]:
         document = yield from self.tokenizer.read_chunks(chunks, self.instruction(task))
         return [document]
+
+    def _read_firsts(
+        self, firsts: Sequence[str | None], texts: Sequence[str], truncate: Truncate, first_index: int
+    ) -> Steps[list[Tokens]]:
+        """Tokenize pairs of texts; a text without a first one stays alone."""
+        rows: list[Tokens] = []
+        for has_first, group in groupby(range(len(texts)), key=lambda i: firsts[i] is not None):
+            places = list(group)
+            index, some = first_index + places[0], [texts[i] for i in places]
+            if has_first:
+                befores = [firsts[i] or "" for i in places]
+                rows += yield from self._pairs.read_each(befores, some, truncate, first_index=index)
+            else:
+                rows += yield from self.tokenizer.read(some, self._instruction, truncate, index)
+        return rows
 
     @property
     def _pairs(self) -> PairTokenizer:

@@ -74,14 +74,32 @@ class PairTokenizer(Tokenizer):
             ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
         """
         rows = yield from self._rows([Prefixed("", text) for text in texts], truncate, has_special=False)
-        return [self._cut_pair(query, row, truncate, max_text_tokens, i) for i, row in enumerate(rows, first_index)]
+        return [
+            self._cut_pair(query, row, truncate, max_text_tokens, f"the query and text {i}")
+            for i, row in enumerate(rows, first_index)
+        ]
 
-    def _cut_pair(self, query: Row, text: Row, truncate: Truncate, max_text_tokens: int | None, index: int) -> Tokens:
+    def read_each(
+        self, firsts: Sequence[str], texts: Sequence[str], truncate: Truncate, *, first_index: int = 0
+    ) -> Steps[list[Tokens]]:
+        """Tokenize each text behind the first one of its pair; see :meth:`read_pairs`.
+
+        Raises:
+            ContextLengthExceeded: a pair is too long, and ``truncate`` says to refuse.
+        """
+        befores = yield from self._rows([Prefixed("", text) for text in firsts], Truncate.END, has_special=False)
+        rows = yield from self._rows([Prefixed("", text) for text in texts], truncate, has_special=False)
+        return [
+            self._cut_pair(before, row, truncate, None, f"the two texts of input[{i}]")
+            for i, (before, row) in enumerate(zip(befores, rows, strict=True), first_index)
+        ]
+
+    def _cut_pair(self, query: Row, text: Row, truncate: Truncate, max_text_tokens: int | None, what: str) -> Tokens:
         wanted = _keep(text.ids, max_text_tokens, truncate)
         kept_query, kept = query.ids, wanted
         if len(query.ids) + len(wanted) > self._room:
             if truncate is Truncate.REFUSE:
-                raise self._too_long(query, text, len(wanted), index)
+                raise self._too_long(query, text, len(wanted), what)
             num_query, num_text = _longest_first(len(query.ids), len(wanted), self._room)
             kept_query, kept = query.ids[:num_query], _keep(wanted, num_text, truncate)
         is_cut = len(kept_query) < len(query.ids) or len(kept) < len(text.ids)
@@ -92,12 +110,12 @@ class PairTokenizer(Tokenizer):
         second = None if self._segment_offset is None else len(self._before) + len(query) + self._segment_offset
         return Tokens(ids, is_truncated=is_cut, second=second)
 
-    def _too_long(self, query: Row, text: Row, num_text_tokens: int, index: int) -> ContextLengthExceeded:
+    def _too_long(self, query: Row, text: Row, num_text_tokens: int, what: str) -> ContextLengthExceeded:
         num_tokens = self.max_tokens - self._room + len(query.ids) + num_text_tokens
         # A text that is cut in any case counts with what is left of it.
         is_exact = query.is_whole and (text.is_whole or num_text_tokens < len(text.ids))
         return ContextLengthExceeded(
-            f"This model's maximum context length is {self.max_tokens} tokens, however the query and text {index} have "
+            f"This model's maximum context length is {self.max_tokens} tokens, however {what} have "
             f"{'' if is_exact else 'at least '}{num_tokens} tokens together. Shorten one of them, or leave out "
             "truncate: false."
         )
