@@ -157,6 +157,27 @@ ROWS = [
                     )
                 ],
             ),
+            Panel(
+                "Loads and unloads on demand",
+                [
+                    Query(
+                        f"sum by (model, outcome) (increase(gateway_model_loads_total{{{_MODEL}}}[$__rate_interval]))",
+                        "{{model}} load {{outcome}}",
+                    ),
+                    Query(
+                        f"sum by (model, reason) (increase(gateway_model_unloads_total{{{_MODEL}}}[$__rate_interval]))",
+                        "{{model}} unload {{reason}}",
+                    ),
+                ],
+                width=12,
+                description="Many of them: the models that are used do not fit together.",
+            ),
+            Panel(
+                "p95 of loads on demand",
+                [Query(quantile(0.95, "gateway_model_load_seconds", "model"), "{{model}}")],
+                unit="s",
+                width=12,
+            ),
             Panel("What they are", [Query(f"gateway_model_info{{{_MODEL}}}")], kind="table", width=24),
         ],
     ),

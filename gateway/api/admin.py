@@ -1,8 +1,10 @@
-"""The operator's requests to a running gateway: its metrics, and a reload of its registry."""
+"""The operator's requests to a running gateway: its metrics, a reload of its registry, and loads of single models."""
 
 from __future__ import annotations
 
 import hmac
+import time
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -11,8 +13,11 @@ from pydantic import Field, SecretStr
 
 from gateway.access.keyring import key_digest
 from gateway.api.wire import AnswerBody, error_responses, responses
+from gateway.backends.on_demand import OnDemandBackend
+from gateway.config.wording import cut
 from gateway.deployment import Deployment
-from gateway.errors import Forbidden, ReloadRefused
+from gateway.errors import BadInput, Forbidden, ModelNotFound, ModelNotReady, ModelUnavailable, ReloadRefused
+from gateway.fleet import Fleet, Model
 from gateway.http.context import RequestContext
 from gateway.telemetry import metrics
 
@@ -27,6 +32,14 @@ class ReloadAnswer(AnswerBody):
     aliases: dict[str, str] = Field(description="The change of each alias: `mini -> jina:retrieval.query`.")
     experiments: dict[str, str] = Field(description="The change of each experiment, and whether its counts go on.")
     seconds: float
+
+
+class ModelAnswer(AnswerBody):
+    """A model that is loaded on demand was loaded or unloaded."""
+
+    id: str
+    state: str
+    seconds: float = Field(description="How long that took; work in flight ends before a model is unloaded.")
 
 
 def require_operator(request: Request, key: SecretStr | None) -> None:
@@ -73,6 +86,43 @@ class Admin:
             seconds=round(reloaded.seconds, 3),
         )
 
+    async def load(self, model: str, request: Request) -> ModelAnswer:
+        """Load a model that is loaded on demand, and wait for that."""
+        return await self._change(request, model, lambda backend: backend.load())
+
+    async def unload(self, model: str, request: Request) -> ModelAnswer:
+        """Unload a model that is loaded on demand, when its work in flight is done. The next request loads it again."""
+        return await self._change(request, model, lambda backend: backend.unload())
+
+    async def _change(
+        self, request: Request, model_id: str, change: Callable[[OnDemandBackend], Awaitable[None]]
+    ) -> ModelAnswer:
+        require_operator(request, self._deployment.settings.admin_key)
+        started = time.monotonic()
+        model, backend = _on_demand(self._deployment.fleet, model_id)
+        with model.in_use():
+            await change(backend)
+        return ModelAnswer(id=model.id, state=model.state.value, seconds=round(time.monotonic() - started, 3))
+
+
+def _on_demand(fleet: Fleet, model_id: str) -> tuple[Model, OnDemandBackend]:
+    """Return a model that is loaded on demand, with its backend.
+
+    Raises:
+        ModelNotFound: no model has this id.
+        BadInput: the model is not loaded on demand.
+        ModelUnavailable: the model is disabled or has failed.
+    """
+    model = fleet.get(model_id)
+    if model is None:
+        raise ModelNotFound(f"no model has the id {cut(model_id)!r}; there are: {', '.join(one.id for one in fleet)}")
+    backend = model.on_demand
+    if backend is None:
+        raise BadInput(f"model {model.id!r} is loaded at the start, for good: set `load: on_demand` in models.yaml")
+    if not backend.is_started:
+        raise ModelUnavailable(f"model {model.id!r} is {model.state.value}: {model.reason}", is_permanent=True)
+    return model, backend
+
 
 def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter:
     """Return the operator's routes.
@@ -91,4 +141,11 @@ def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter
     router.add_api_route(
         "/admin/reload", admin.reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
     )
+    for name, handler in (("load", admin.load), ("unload", admin.unload)):
+        router.add_api_route(
+            f"/admin/models/{{model:path}}/{name}",
+            handler,
+            methods=["POST"],
+            responses=responses(ModelAnswer, BadInput, Forbidden, ModelNotFound, ModelNotReady, ModelUnavailable),
+        )
     return router

@@ -132,7 +132,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_sizes_and_the_remedy() ->
 def test_the_limit_of_a_container_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, used: str | None, expected: int | None
 ) -> None:
-    for name, text in (("_CGROUP_LIMIT", limit), ("_CGROUP_USED", used)):
+    for name, text in (("_CGROUP_LIMIT", limit), ("_CGROUP_USED", used), ("_CGROUP_STAT", None)):
         path = tmp_path / name
         monkeypatch.setattr(memory, name, path)
         if text is not None:
@@ -141,6 +141,16 @@ def test_the_limit_of_a_container_counts(
     available = available_host_bytes()
 
     assert available == expected if expected is not None else available > 10**6
+
+
+def test_files_that_a_container_would_evict_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read from checkpoints stays in memory until it is needed otherwise."""
+    stat = "anon 1000\ninactive_anon 700\ninactive_file 2500\nactive_file 300\n"
+    for name, text in (("_CGROUP_LIMIT", "5000"), ("_CGROUP_USED", "4000"), ("_CGROUP_STAT", stat)):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(memory, name, tmp_path / name)
+
+    assert available_host_bytes() == 3500
 
 
 @pytest.mark.parametrize(
