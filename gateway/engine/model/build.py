@@ -18,6 +18,7 @@ from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.encoder import Encoder, Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.model.load_tokenizer import load_tokenizer
+from gateway.engine.model.runtimes.attention import attention_rule
 from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES, Runtime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
 from gateway.engine.model.static import load_table
@@ -31,8 +32,8 @@ log = structlog.get_logger(__name__)
 
 # Cosine to torch's float32 that a compiled model must keep on every text, by the precision it computes in.
 _MIN_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
-# Tokens of the texts it is measured on, batch by batch.
-_SAMPLE_LENGTHS = ((60, 24, 7, 2), (300, 40))
+# Tokens of the texts it is measured on, forward by forward: in one row if they can share it, in two, and a text alone.
+_SAMPLE_LENGTHS = ((60, 24, 7, 2), (300, 40, 30, 20), (17,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +165,10 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
 
     model, mask = _load_model(checkpoint, options, "float32")
     reference = PaddedRuntime(model, mask)
+    rule = None if checkpoint.has_own_code else attention_rule(model.config)
     try:
         runtimes = OpenVinoRuntime.compile(
-            model, mask, options.dtype, options.threads, has_segments=tokenizer.has_segments
+            model, mask, options.dtype, options.threads, has_segments=tokenizer.has_segments, rule=rule
         )
         cosine = _agreement(runtimes[0], reference, checkpoint, tokenizer)
     except Exception as error:  # an architecture that cannot be traced or compiled may raise anything
@@ -187,9 +189,9 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
 
 @torch.inference_mode()
 def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tokenizer: Tokenizer) -> float:
-    """Return the smallest cosine between two runtimes, over padded batches of texts of several lengths; NaN is possible.
+    """Return the smallest cosine between two runtimes, over texts of several lengths in several forwards; NaN is possible.
 
-    One batch reaches beyond the window of attention that some architectures have: what is traced with a short text may
+    One text reaches beyond the window of attention that some architectures have: what is traced with a short text may
     go wrong there.
     """
     ids = tokenizer.sample_ids()

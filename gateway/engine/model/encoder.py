@@ -20,11 +20,6 @@ from gateway.engine.model.states import TokenStates
 from gateway.engine.model.tokenizer import Row, Steps, Tokenizer
 from gateway.types import EmbedJob, Output, Truncate
 
-# A forward costs about as much as this many tokens before it has computed any: what splitting a batch must save.
-_FORWARD_OVERHEAD_TOKENS = 64
-# At most this share of a padded batch may be padding once it is larger than the overhead.
-_MAX_PADDING_SHARE = 0.10
-
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -44,7 +39,7 @@ class Group:
         features: what the runtime made of them.
     """
 
-    rows: list[int]
+    rows: Sequence[int]
     items: list[Item]
     features: Any
 
@@ -166,11 +161,10 @@ class Encoder:
 
     def prepare(self, items: Sequence[Item]) -> list[Group]:
         """Group the texts as the runtime needs them, and put them where it reads them."""
-        lengths = [len(item.tokens.ids) for item in items]
-        groups = [list(range(len(items)))] if self.runtime.is_packed else group_by_length(lengths)
+        groups = self.runtime.groups([item.num_tokens for item in items])
         return [self._prepare(rows, [items[row] for row in rows]) for rows in groups]
 
-    def _prepare(self, rows: list[int], items: list[Item]) -> Group:
+    def _prepare(self, rows: Sequence[int], items: list[Item]) -> Group:
         adapters = [-1 if item.task is None else self._adapters.get(item.task, -1) for item in items]
         seconds = [item.tokens.second for item in items]
         attended = None
@@ -217,25 +211,3 @@ class Encoder:
             if Output.STATES in items[i].outputs
         }
         return [Encoded(next(rows).numpy(), sparse.get(i), multi.get(i), whole.get(i)) for i in range(len(items))]
-
-
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Split texts into groups of similar length, longest first, so that little of what is computed is padding.
-
-    A group ends where the next text would make padding more than 10 % of it, unless that padding still costs less
-    than another forward does.
-
-    Returns:
-        Positions in ``lengths``; each occurs once.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    longest = padding = 0
-    for i in order:
-        padding += longest - lengths[i]
-        if groups and padding <= max(_FORWARD_OVERHEAD_TOKENS, _MAX_PADDING_SHARE * longest * (len(groups[-1]) + 1)):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            longest, padding = lengths[i], 0
-    return groups

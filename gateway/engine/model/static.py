@@ -164,10 +164,12 @@ class StaticRuntime:
     """
 
     name = RUNTIME
-    is_packed = True
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
+
+    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        return [range(len(lengths))]
 
     def prepare(
         self,

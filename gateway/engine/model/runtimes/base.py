@@ -16,12 +16,19 @@ class Runtime(Protocol):
 
     Attributes:
         name: what ``ModelInfo.engine`` says.
-        is_packed: whether texts of any mix of lengths go into one forward; otherwise a forward pads all of its texts to
-            the longest, and it is for the caller to group them.
     """
 
     name: str
-    is_packed: bool
+
+    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Split a batch into forwards.
+
+        Args:
+            lengths: tokens of each text.
+
+        Returns:
+            The positions of each forward's texts in ``lengths``; each occurs once.
+        """
 
     def prepare(
         self,

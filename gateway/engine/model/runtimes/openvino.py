@@ -1,6 +1,7 @@
-"""Run a compiled copy of the model with OpenVINO: on a CPU two to three times faster than torch.
+"""Run a compiled copy of the model with OpenVINO: on a CPU three to four times faster than torch.
 
-transformers' model is traced once with dynamic shapes; its weights are shared with the compiled copy or packed into the
+transformers' model is traced once with dynamic shapes. Where its family allows it (:mod:`.attention`), several texts share
+a row (:mod:`.rows`), and masks and positions are inputs. Its weights are shared with the compiled copy or packed into the
 processor's own layout, and the torch model can go. OpenVINO's threads sleep when idle, where torch's spin.
 """
 
@@ -10,9 +11,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,16 @@ from torch import nn
 
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask
-from gateway.engine.model.runtimes.padded import pad, pad_segments
+from gateway.engine.model.runtimes.attention import (
+    FULL,
+    SLIDING,
+    AttentionRule,
+    make_masks,
+    positions,
+    uncounted_id,
+)
+from gateway.engine.model.runtimes.padded import group_by_length
+from gateway.engine.model.runtimes.rows import Layout, lay_out, plan_forwards
 from gateway.engine.model.states import TokenStates
 
 if TYPE_CHECKING:
@@ -33,13 +43,15 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 import openvino  # type: ignore[import-untyped]  # noqa: E402
 
 AdapterTable: TypeAlias = npt.NDArray[np.float32]
-# OpenVINO compiles kernels for each shape of a batch and by default keeps those of thousands: memory grows by 100 MiB for
+# OpenVINO compiles kernels for each shape of a forward and by default keeps those of thousands: memory grows by 100 MiB for
 # each thousand batches of mixed shapes. With 512 kernels it stays flat, at the same speed; without a cache, a short text
 # takes twice as long.
 _CACHED_KERNELS = 512
-# The first batch of a new shape takes 5 to 10 ms longer, as much as a hundred tokens and more: batches of several texts
-# are padded to a multiple of this, so that shapes recur. Computing the padding costs less.
+# The first batch of a new shape takes 5 to 10 ms longer, as much as a hundred tokens and more: where each text has a row to
+# itself, several are padded to a multiple of this, so that shapes recur. Computing the padding costs less.
 _LENGTH_STEP = 8
+# In a mask that is added to the attention's scores: closed. Smaller numbers may overflow once others are added.
+_CLOSED = np.float32(-1e9)
 # The tracer's state is the process's: one model at a time.
 _TRACING = threading.Lock()
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
@@ -50,52 +62,146 @@ _GATED_MODEL_TYPES = (
     *("qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"),
 )
 
+Inputs: TypeAlias = dict[str, npt.NDArray[np.generic]]
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledFeatures:
-    """The inputs of the compiled model by name, and the tokens of each text."""
+    """The inputs of the compiled model by name, and where the tokens of the texts are.
 
-    inputs: Mapping[str, npt.NDArray[np.generic]]
+    Attributes:
+        places: of each text's tokens, one text after the other, among the tokens of all rows.
+        lengths: tokens of each text.
+    """
+
+    inputs: Inputs
+    places: npt.NDArray[np.intp]
     lengths: Sequence[int]
 
 
 class _Traced(nn.Module):
-    """The model as a function of tensors alone, which is what can be traced."""
+    """The model as a function of tensors alone, which is what can be traced.
 
-    def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
+    The arguments of ``forward`` have the names of the inputs, and the order in which :class:`InputMaker` makes them.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask: AdapterMask | None, rule: AttentionRule | None) -> None:
         super().__init__()
         self._model = model
         self._mask = mask
+        self._takes_mask_by_type = rule is not None and bool(rule.layer_types)
 
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        full_attention: torch.Tensor | None = None,
+        sliding_attention: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         adapter_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self._mask is not None and adapter_mask is not None:
             self._mask.value = adapter_mask
-        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        mask: Any = next((one for one in (attention_mask, full_attention, sliding_attention) if one is not None), None)
+        if self._takes_mask_by_type:
+            mask = {FULL: full_attention, SLIDING: sliding_attention}
+        optional = {"position_ids": position_ids, "token_type_ids": token_type_ids}
         states: torch.Tensor = self._model(
-            input_ids=input_ids, attention_mask=attention_mask, **segments
+            input_ids=input_ids,
+            attention_mask=mask,
+            **{name: tensor for name, tensor in optional.items() if tensor is not None},
         ).last_hidden_state
         return states
+
+
+class InputMaker:
+    """Makes the inputs of a compiled model from the texts of a forward.
+
+    Args:
+        rule: what tells texts in one row apart; ``None``: each has a row to itself, and the model makes its masks.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mask: AdapterMask | None, rule: AttentionRule | None, *, has_segments: bool
+    ):
+        config = model.config
+        self.rule = rule
+        self._pad_id: int = config.pad_token_id or 0
+        self._width: int = config.hidden_size
+        self._uncounted_id = uncounted_id(config)
+        # An attention that is not torch's own adds its mask to the scores.
+        self._is_added = config._attn_implementation != "sdpa"
+        self._adapter_table: AdapterTable | None = None if mask is None else mask.table.float().numpy()
+        self._has_segments = has_segments
+
+    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Return the texts of each forward."""
+        return group_by_length(lengths) if self.rule is None else plan_forwards(lengths, self._width)
+
+    def make(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+        seconds: Sequence[int | None] | None = None,
+        attended: Sequence[int] | None = None,
+    ) -> CompiledFeatures:
+        """Make the inputs; the arguments are those of :meth:`gateway.engine.model.runtimes.base.Runtime.prepare`."""
+        lengths = [len(row) for row in rows]
+        layout = self._lay_out(lengths)
+        shape = (len(layout.rows), layout.length)
+        owners = np.full(shape, -1)
+        ids = np.full(shape, self._pad_id)
+        position_ids = np.zeros(shape, np.int64)
+        segments = np.zeros(shape, np.int64)
+        is_key = None if attended is None else np.zeros(shape, bool)
+        starts = [0] * len(rows)
+        for i, row in enumerate(layout.rows):
+            start = 0
+            for text in row:
+                end = start + lengths[text]
+                starts[text] = i * layout.length + start
+                owners[i, start:end] = text
+                ids[i, start:end] = rows[text]
+                position_ids[i, start:end] = positions(rows[text], self._uncounted_id)
+                if seconds is not None and (second := seconds[text]) is not None:
+                    segments[i, start + second : end] = 1
+                if is_key is not None and attended is not None:
+                    is_key[i, start : start + attended[text]] = True
+                start = end
+        inputs: Inputs = {"input_ids": ids, **self._masks(owners, is_key)}
+        if self.rule is not None:
+            inputs["position_ids"] = position_ids
+        if self._adapter_table is not None:
+            inputs["adapter_mask"] = self._adapter_table[np.array([*adapters, -1])[owners]]
+        if self._has_segments:
+            inputs["token_type_ids"] = segments
+        places = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+        return CompiledFeatures(inputs, places, lengths)
+
+    def _lay_out(self, lengths: Sequence[int]) -> Layout:
+        if self.rule is not None:
+            return lay_out(lengths, self._width)
+        step = _LENGTH_STEP if len(lengths) > 1 else 1
+        return Layout([[i] for i in range(len(lengths))], -(-max(lengths) // step) * step)
+
+    def _masks(self, owners: npt.NDArray[np.intp], is_key: npt.NDArray[np.bool_] | None) -> Inputs:
+        if self.rule is None:
+            return {"attention_mask": (owners >= 0 if is_key is None else is_key).astype(np.int64)}
+        masks = make_masks(owners, is_key, self.rule)
+        return {
+            name: np.where(mask, np.float32(0), _CLOSED) if self._is_added else mask for name, mask in masks.items()
+        }
 
 
 class OpenVinoRuntime:
     """The :class:`~gateway.engine.model.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU."""
 
     name = "openvino"
-    is_packed = False
 
-    def __init__(
-        self, compiled: openvino.CompiledModel, pad_id: int, adapter_table: AdapterTable | None, *, has_segments: bool
-    ) -> None:
+    def __init__(self, compiled: openvino.CompiledModel, inputs: InputMaker) -> None:
         self._request = compiled.create_infer_request()
-        self._pad_id = pad_id
-        self._adapter_table = adapter_table
-        self._has_segments = has_segments
+        self._inputs = inputs
 
     @classmethod
     def compile(
@@ -106,6 +212,7 @@ class OpenVinoRuntime:
         threads: CpuThreads,
         *,
         has_segments: bool = False,
+        rule: AttentionRule | None = None,
     ) -> list[OpenVinoRuntime]:
         """Compile a model and return a runtime for each stream; they share the weights and run side by side.
 
@@ -113,14 +220,16 @@ class OpenVinoRuntime:
             model: in float32, on the CPU; not needed afterwards.
             dtype: ``float32`` or ``bfloat16``, which the processor must have.
             has_segments: the model takes segment ids, which mark the tokens of a pair's second text.
+            rule: what tells texts in one row apart; ``None``: each has a row to itself.
 
         Raises:
             RuntimeError: OpenVINO cannot compile the model.
         """
         if dtype == "bfloat16" and model.config.model_type in _GATED_MODEL_TYPES:
             threads = _wide_streams(threads)
+        inputs = InputMaker(model, mask, rule, has_segments=has_segments)
         compiled = openvino.Core().compile_model(
-            _convert(model, mask, has_segments=has_segments),
+            _convert(_Traced(model, mask, rule), inputs, [0, -1] if mask is not None else [-1, -1]),
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
@@ -129,9 +238,10 @@ class OpenVinoRuntime:
                 "INFERENCE_NUM_THREADS": threads.num_streams * threads.per_stream,
             },
         )
-        table = None if mask is None else mask.table.float().numpy()
-        pad_id: int = model.config.pad_token_id or 0
-        return [cls(compiled, pad_id, table, has_segments=has_segments) for _ in range(threads.num_streams)]
+        return [cls(compiled, inputs) for _ in range(threads.num_streams)]
+
+    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        return self._inputs.groups(lengths)
 
     def prepare(
         self,
@@ -140,22 +250,15 @@ class OpenVinoRuntime:
         seconds: Sequence[int | None] | None = None,
         attended: Sequence[int] | None = None,
     ) -> CompiledFeatures:
-        input_ids, attention_mask = pad(rows, self._pad_id, _LENGTH_STEP if len(rows) > 1 else 1, attended)
-        inputs: dict[str, npt.NDArray[np.generic]] = {
-            "input_ids": input_ids.numpy(),
-            "attention_mask": attention_mask.numpy(),
-        }
-        if self._adapter_table is not None:
-            inputs["adapter_mask"] = self._adapter_table[list(adapters)][:, None, :]
-        if self._has_segments:
-            segments = pad_segments(rows, seconds, input_ids.shape[1])
-            inputs["token_type_ids"] = (torch.zeros_like(input_ids) if segments is None else segments).numpy()
-        return CompiledFeatures(inputs, [len(row) for row in rows])
+        return self._inputs.make(rows, adapters, seconds, attended)
 
     def forward(self, features: CompiledFeatures) -> TokenStates:
-        result = self._request.infer(features.inputs, share_inputs=True)
+        # The result is the request's own memory, which the next forward writes to: taking the texts' tokens copies them.
+        result = self._request.infer(features.inputs, share_inputs=True, share_outputs=True)
         states = torch.from_numpy(next(iter(result.values())))
-        return TokenStates.from_padded(states, features.lengths)
+        num_computed = states.shape[0] * states.shape[1]
+        flat = states.flatten(0, 1)[torch.from_numpy(features.places)]
+        return TokenStates(flat, features.lengths, num_computed - len(features.places))
 
 
 def _wide_streams(threads: CpuThreads) -> CpuThreads:
@@ -172,26 +275,23 @@ def _wide_streams(threads: CpuThreads) -> CpuThreads:
     return CpuThreads(num_streams, num_threads // num_streams)
 
 
-def _convert(model: PreTrainedModel, mask: AdapterMask | None, *, has_segments: bool) -> openvino.Model:
-    """Trace the model with any batch size and length."""
-    example = {
-        "input_ids": torch.ones(2, 8, dtype=torch.long),
-        "attention_mask": torch.ones(2, 8, dtype=torch.long),
-    }
-    shapes = {"input_ids": [-1, -1], "attention_mask": [-1, -1]}
-    if mask is not None:
-        example["adapter_mask"] = mask.rows([0, -1])[:, None, :]
-        shapes["adapter_mask"] = [-1, 1, example["adapter_mask"].shape[-1]]
-    if has_segments:
-        example["token_type_ids"] = torch.tensor([[0] * 4 + [1] * 4] * 2)
-        shapes["token_type_ids"] = [-1, -1]
+def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> openvino.Model:
+    """Trace the model with any number of rows of any length."""
+    texts = [[1] * 9, [1] * 7, [1] * 16]  # rows of 16 tokens, of which one has two texts where that is possible
+    example = inputs.make(texts, [*adapters, -1], [4] * 3).inputs
+    shapes = {name: [-1] * array.ndim for name, array in example.items()}
+    if "adapter_mask" in example:
+        shapes["adapter_mask"][-1] = example["adapter_mask"].shape[-1]
+    for name in (FULL, SLIDING):
+        if name in shapes:
+            shapes[name][1] = 1
     # The tracer warns of each Python branch on a shape; that the result holds for other shapes is checked on load.
     with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return openvino.convert_model(
-                _Traced(model, mask).eval(),
-                example_input=example,
+                traced.eval(),
+                example_input={name: torch.from_numpy(array) for name, array in example.items()},
                 input=[(name, openvino.PartialShape(shape)) for name, shape in shapes.items()],
             )
         finally:

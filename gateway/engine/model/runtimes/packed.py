@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from gateway.engine.checkpoint.sizes import OFFSET_BY_PADDING
 from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.runtimes.attention import positions, uncounted_id
 from gateway.engine.model.runtimes.padded import pad_segments
 from gateway.engine.model.states import TokenStates
 
@@ -68,16 +69,15 @@ class PackedRuntime:
     """The :class:`~gateway.engine.model.runtimes.base.Runtime` that packs."""
 
     name = "torch-packed"
-    is_packed = True
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
         self._mask = mask
-        # RoBERTa's kind counts from behind the padding id, and does not count a padding token that a text contains.
-        self._uncounted_id: int | None = None
-        if model.config.model_type in OFFSET_BY_PADDING:
-            self._uncounted_id = model.config.pad_token_id
+        self._uncounted_id = uncounted_id(model.config)
         model.set_attn_implementation(ATTENTION)
+
+    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        return [range(len(lengths))]
 
     def prepare(
         self,
@@ -87,6 +87,7 @@ class PackedRuntime:
         attended: Sequence[int] | None = None,
     ) -> PackedFeatures:
         lengths = [len(row) for row in rows]
+        position_ids = np.concatenate([positions(row, self._uncounted_id) for row in rows])
         adapter_mask = None
         if self._mask is not None:
             adapter_mask = self._mask.rows(adapters).repeat_interleave(
@@ -97,7 +98,7 @@ class PackedRuntime:
             segments = torch.cat([row[:length] for row, length in zip(segments, lengths, strict=True)])[None]
         return PackedFeatures(
             input_ids=self._to_device(torch.tensor([[token for row in rows for token in row]])),
-            position_ids=self._to_device(torch.cat([self._positions(row) for row in rows])[None]),
+            position_ids=self._to_device(torch.from_numpy(position_ids)[None]),
             boundaries=self._to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
             adapter_mask=adapter_mask,
             segments=None if segments is None else self._to_device(segments),
@@ -126,12 +127,6 @@ class PackedRuntime:
             packed_keys=features.keys,
         ).last_hidden_state
         return TokenStates(states[0], features.lengths)
-
-    def _positions(self, row: Sequence[int]) -> torch.Tensor:
-        if self._uncounted_id is None:
-            return torch.arange(len(row))
-        is_counted = torch.tensor(row) != self._uncounted_id
-        return is_counted.cumsum(0) * is_counted + self._uncounted_id
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy from pinned memory, so that the copy overlaps with the forward before it."""

@@ -14,6 +14,11 @@ from gateway.engine.model.states import TokenStates
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# A forward costs about as much as this many tokens before it has computed any: what splitting a batch must save.
+_FORWARD_OVERHEAD_TOKENS = 64
+# At most this share of a padded batch may be padding once it is larger than the overhead.
+_MAX_PADDING_SHARE = 0.10
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedFeatures:
@@ -38,12 +43,14 @@ class PaddedRuntime:
     """The :class:`~gateway.engine.model.runtimes.base.Runtime` that pads."""
 
     name = "torch"
-    is_packed = False
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
         self._mask = mask
         self._pad_id = model.config.pad_token_id or 0
+
+    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        return group_by_length(lengths)
 
     def prepare(
         self,
@@ -102,3 +109,25 @@ def pad_segments(
     starts = [end if second is None else second for end, second in zip(ends, seconds, strict=True)]
     positions = torch.arange(num_positions)
     return ((positions >= torch.tensor(starts)[:, None]) & (positions < torch.tensor(ends)[:, None])).long()
+
+
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Split texts into groups of similar length, longest first, so that little of what is computed is padding.
+
+    A group ends where the next text would make padding more than 10 % of it, unless that padding still costs less
+    than another forward does.
+
+    Returns:
+        Positions in ``lengths``; each occurs once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    longest = padding = 0
+    for i in order:
+        padding += longest - lengths[i]
+        if groups and padding <= max(_FORWARD_OVERHEAD_TOKENS, _MAX_PADDING_SHARE * longest * (len(groups[-1]) + 1)):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            longest, padding = lengths[i], 0
+    return groups

@@ -1,0 +1,168 @@
+"""What tells the texts of a row apart, by family: the masks and the positions that transformers' forward is given.
+
+A forward that takes masks as inputs computes several texts in one row, and masks made here are right where those that a
+model makes itself go wrong in a compiled copy (padding that sees nothing within its window gives NaN).
+
+**A family is added here** by an entry in ``_RULES``. It may be added if its forward takes ``position_ids``, hands a
+four-dimensional ``attention_mask`` on to its attention as it is (all that is built on ``transformers.masking_utils`` does),
+and mixes the tokens of a row in its attention alone. Relative positions need nothing: within a text they do not depend on
+where the text is in its row. Without an entry, each text has a row to itself, and the model makes its masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.engine.checkpoint.sizes import OFFSET_BY_PADDING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# MPNet's is a constant in its code (``transformers.models.mpnet.modeling_mpnet.MPNetEmbeddings``).
+_MPNET_PADDING_ID = 1
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """What a token of a text sees, by family: never more than the text that it is in.
+
+    Attributes:
+        is_causal: nothing that comes after it.
+        window: in layers of the type ``sliding_attention``, nothing that is more than this many tokens away.
+        layer_types: names under which the forward takes a mask for each type of its layers; empty if it takes one mask
+            for all.
+        every_layer: the type of all layers, if the forward takes one mask.
+    """
+
+    is_causal: bool = False
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    every_layer: str = FULL
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """The masks that the forward takes."""
+        return self.layer_types or (self.every_layer,)
+
+
+def _two_way(_config: PreTrainedConfig) -> AttentionRule:
+    return AttentionRule()
+
+
+def _two_way_with_windows(config: PreTrainedConfig) -> AttentionRule:
+    # ``transformers.masking_utils.sliding_window_bidirectional_overlay``: the last is included.
+    return AttentionRule(window=config.sliding_window, layer_types=_layer_types(config))
+
+
+def _decoder(config: PreTrainedConfig) -> AttentionRule:
+    """Return the rule of a decoder, whose window counts the token itself.
+
+    So does ``transformers.masking_utils.sliding_window_overlay``.
+    """
+    layer_types = _layer_types(config)
+    window = config.sliding_window - 1 if SLIDING in layer_types else None
+    return AttentionRule(_is_causal(config), window, layer_types)
+
+
+def _plain_decoder(config: PreTrainedConfig) -> AttentionRule:
+    """Return the rule of a decoder whose layers take one mask for all."""
+    if (window := getattr(config, "sliding_window", None)) is None:
+        return AttentionRule(_is_causal(config))
+    return AttentionRule(_is_causal(config), window - 1, every_layer=SLIDING)
+
+
+def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
+    return tuple(sorted(set(config.layer_types)))
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "is_causal", True)) and not getattr(config, "use_bidirectional_attention", False)
+
+
+_RULES: Mapping[str, Callable[[PreTrainedConfig], AttentionRule]] = {
+    "albert": _two_way,
+    "bert": _two_way,
+    "camembert": _two_way,
+    "distilbert": _two_way,
+    "electra": _two_way,
+    "eurobert": _two_way,
+    "gemma2": _decoder,
+    "gemma3_text": _decoder,
+    "gte": _two_way,
+    "jina_embeddings_v3": _two_way,
+    "llama": _plain_decoder,
+    "mistral": _plain_decoder,
+    "modernbert": _two_way_with_windows,
+    "mpnet": _two_way,
+    "nomic_bert": _two_way,
+    "qwen2": _decoder,
+    "qwen3": _decoder,
+    "roberta": _two_way,
+    "xlm-roberta": _two_way,
+}
+
+
+def attention_rule(config: PreTrainedConfig) -> AttentionRule | None:
+    """Return the rule of a model; ``None`` for one whose texts cannot share a row."""
+    rule = _RULES.get(config.model_type)
+    if rule is None or getattr(config, "is_decoder", False):  # a BERT that was made a decoder
+        return None
+    return rule(config)
+
+
+def uncounted_id(config: PreTrainedConfig) -> int | None:
+    """Return the token id that positions do not count, and behind which they begin; ``None``: they begin with 0."""
+    if config.model_type in OFFSET_BY_PADDING:
+        return int(config.pad_token_id)
+    return _MPNET_PADDING_ID if config.model_type == "mpnet" else None
+
+
+def positions(ids: Sequence[int], uncounted: int | None) -> npt.NDArray[np.int64]:
+    """Return the position of each token of a text, ``(t,)``.
+
+    RoBERTa's kind counts from behind the padding id, and does not count a padding token that a text contains
+    (``transformers.models.mpnet.modeling_mpnet.create_position_ids_from_input_ids``).
+    """
+    if uncounted is None:
+        return np.arange(len(ids))
+    is_counted = np.array(ids) != uncounted
+    numbers: npt.NDArray[np.int64] = is_counted.cumsum() * is_counted + uncounted
+    return numbers
+
+
+def make_masks(
+    owners: npt.NDArray[np.intp], is_key: npt.NDArray[np.bool_] | None, rule: AttentionRule
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return which token of a row sees which, by mask: ``(b, 1, t, t)``, or ``(b, 1, 1, t)`` if it is the same for all.
+
+    Args:
+        owners: ``(b, t)``: the text of each token, -1 for padding.
+        is_key: ``(b, t)``: whether other tokens see it; ``None`` for all tokens.
+    """
+    is_padding = owners < 0
+    is_relative = rule.is_causal or rule.window is not None
+    if not is_relative and ((owners == owners[:, :1]) | is_padding).all():  # each row has one text
+        seen = ~is_padding if is_key is None else is_key
+        return dict.fromkeys(rule.mask_names, seen[:, None, None, :])
+    # Padding is a text too: a token that sees nothing would give NaN.
+    full = owners[:, None, :, None] == owners[:, None, None, :]
+    if is_key is not None:
+        full &= (is_key | is_padding)[:, None, None, :]
+    masks = {FULL: full}
+    if is_relative:
+        places = np.arange(owners.shape[1])
+        distance = places[:, None] - places[None, :]
+        if rule.is_causal:
+            full &= distance >= 0
+        if rule.window is not None:
+            masks[SLIDING] = full & (abs(distance) <= rule.window)
+            if is_key is not None:  # a token that is not seen may have nothing else within its window
+                sees_nothing = ~masks[SLIDING].any(axis=-1, keepdims=True)
+                masks[SLIDING] |= sees_nothing & (distance == 0)
+    return {name: masks[name] for name in rule.mask_names}
