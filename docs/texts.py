@@ -73,6 +73,8 @@ models:
 
   - id: house/e5
     source: ./checkpoints/e5-finetuned
+    load: on_demand      # by the first request
+    idle_unload_s: 900
     device: cpu
     dtype: float32
     prompts:

@@ -335,7 +335,7 @@ class UnsupportedTransferCoding(RequestError):
 
 
 class ModelNotReady(RequestError):
-    """The model is still loading. Retry after the seconds in ``Retry-After``."""
+    """The model is still loading, at the start or on demand. Retry after the seconds in ``Retry-After``."""
 
     status, type, code = 503, "server_error", "model_not_ready"
 

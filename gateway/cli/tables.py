@@ -62,7 +62,7 @@ def _described(model: Model) -> Iterator[str]:
     if info is None or model.state in {ModelState.FAILED, ModelState.DISABLED}:
         yield model.reason
         return
-    yield ", ".join(_run(info))
+    yield ", ".join([*_run(info), *(["on demand"] if model.entry.is_on_demand else [])])
     yield _space(info)
 
 
@@ -147,7 +147,7 @@ class Plan:
     """Whether and how one model would load.
 
     Attributes:
-        verdict: ``yes``, ``no``, ``off``, ``elsewhere``, or ``after a download``.
+        verdict: ``yes``, ``on demand``, ``no``, ``off``, ``elsewhere``, or ``after a download``.
         lines: how the model would run, or why it would not load.
         info: of the model, if its checkpoint could be read.
     """
@@ -160,10 +160,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The plans of all models for this machine, and the broken rules between the models."""
+    """The plans of all models for this machine, the broken rules between the models, and what else is worth knowing."""
 
     models: Sequence[Plan]
     broken: Sequence[str]
+    notes: Sequence[str] = ()
 
     @property
     def is_sound(self) -> bool:
@@ -177,14 +178,29 @@ class Plans:
 
 def make_plans(registry: Registry) -> Plans:
     """Plan each model in turn. Loads and downloads nothing."""
-    certain = [_certain_plan(entry) for entry in registry.models]
-    if None in certain:
+    made = {entry.id: plan for entry in registry.models if (plan := _certain_plan(entry)) is not None}
+    notes: list[str] = []
+    if len(made) < len(registry.models):
         from gateway.engine.forecast import Forecaster  # imports torch, which takes seconds
 
         forecaster = Forecaster()
-        certain = [plan or _plan(entry, forecaster) for plan, entry in zip(certain, registry.models, strict=True)]
-    plans = Plans([plan for plan in certain if plan is not None], ())
-    return Plans(plans.models, broken_rules(registry, plans))
+        # As the gateway loads them: first those that stay.
+        for entry in sorted(registry.models, key=lambda entry: entry.is_on_demand):
+            if entry.id not in made:
+                made[entry.id] = _plan(entry, forecaster)
+        notes += _notes(forecaster)
+    plans = Plans([made[entry.id] for entry in registry.models], ())
+    return Plans(plans.models, broken_rules(registry, plans), notes)
+
+
+def _notes(forecaster: Forecaster) -> Iterator[str]:
+    from gateway.engine.memory import format_bytes
+
+    for device, (need, free) in forecaster.excesses().items():
+        yield (
+            f"The models that are loaded on demand need {format_bytes(need)} together on {device}, and {format_bytes(free)} "
+            "are free for them: they do not all fit at once, and take turns."
+        )
 
 
 def _certain_plan(entry: ModelEntry) -> Plan | None:
@@ -207,7 +223,8 @@ def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
         forecast = forecaster.forecast(entry)
     except LoadError as error:
         return Plan(entry.id, "no", [str(error)])
-    return Plan(entry.id, "yes" if forecast.info else "after a download", list(_lines(forecast)), forecast.info)
+    verdict = "on demand" if entry.is_on_demand else "yes"
+    return Plan(entry.id, verdict if forecast.info else "after a download", list(_lines(forecast)), forecast.info)
 
 
 def _lines(forecast: Forecast) -> Iterator[str]:
@@ -233,7 +250,7 @@ def _download(forecast: Forecast) -> str:
     return f"download: about {size}; {forecast.download_note}" if forecast.download_note else f"download: {size}"
 
 
-_VERDICT_STYLES = {"yes": "green", "after a download": "yellow", "no": "red"}
+_VERDICT_STYLES = {"yes": "green", "on demand": "cyan", "after a download": "yellow", "no": "red"}
 
 
 def print_plans(plans: Plans) -> None:
@@ -244,5 +261,7 @@ def print_plans(plans: Plans) -> None:
         style = _VERDICT_STYLES.get(plan.verdict, "dim")
         table.add_row(plan.model, Text(plan.verdict, style=style), "\n".join(plan.lines))
     console.print(table)
+    for note in plans.notes:
+        say(console, note)
     for problem in plans.broken:
         say(console, problem, "red")

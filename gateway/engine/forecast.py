@@ -57,10 +57,14 @@ _KNOWN = {
 
 
 class Forecaster:
-    """Forecasts one model after the other, each with the memory that those before it leave."""
+    """Forecasts one model after the other, each with the memory that those before it leave.
+
+    Models that are loaded on demand come last: each may have all of the memory that those loaded at the start leave.
+    """
 
     def __init__(self) -> None:
         self._free: dict[str, int] = {}
+        self._on_demand: dict[str, int] = {}
 
     def forecast(self, entry: ModelEntry) -> Forecast:
         """Return how a model of this process would run here.
@@ -74,8 +78,19 @@ class Forecaster:
             for device in found.devices:
                 require_memory(found.memory, self.free_bytes(device), device)
             for device in found.devices:
-                self._free[device] -= found.memory.total_bytes
+                if entry.is_on_demand:
+                    self._on_demand[device] = self._on_demand.get(device, 0) + found.memory.total_bytes
+                else:
+                    self._free[device] -= found.memory.total_bytes
         return found
+
+    def excesses(self) -> dict[str, tuple[int, int]]:
+        """Return the devices on which the models that are loaded on demand do not fit together.
+
+        With the bytes that they need together, and those that they may share.
+        """
+        free = {device: self.free_bytes(device) for device in self._on_demand}
+        return {device: (need, free[device]) for device, need in self._on_demand.items() if need > free[device]}
 
     def free_bytes(self, device: str) -> int:
         """Return the memory of a device that is not assigned to a model yet."""

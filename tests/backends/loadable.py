@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class SteeredClock:
     """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
-        self.time = 1_000.0
+        self.time = time.monotonic()
         self.timers: list[SteeredTimer] = []
         self.clock = Clock(lambda: self.time, self._call_later)
 

@@ -55,6 +55,31 @@ def test_a_model_that_the_ones_before_leave_no_room_for_is_refused(
     assert not plans.is_sound
 
 
+def test_models_that_are_loaded_on_demand_may_share_what_the_others_leave(
+    monkeypatch: pytest.MonkeyPatch, printed: Printed
+) -> None:
+    # Each needs about 220 MiB: room for the one that stays, and one of the others at a time.
+    monkeypatch.setattr(forecast, "available_bytes", lambda _device: 500 * MIB)
+    models = [minilm("first", load="on_demand"), minilm("stays"), minilm("second", load="on_demand")]
+
+    plans = make_plans(registry_of(*models))
+    print_plans(plans)
+
+    assert [(plan.model, plan.verdict) for plan in plans.models] == [
+        ("first", "on demand"),
+        ("stays", "yes"),
+        ("second", "on demand"),
+    ]
+    assert plans.is_sound
+    said = printed()
+    assert "The models that are loaded on demand need 4" in said
+    assert "together on cpu, and 2" in said
+    monkeypatch.setattr(forecast, "available_bytes", lambda _device: 1000 * MIB)
+    assert make_plans(registry_of(*models)).notes == []
+    monkeypatch.setattr(forecast, "available_bytes", lambda _device: 300 * MIB)
+    assert [plan.verdict for plan in make_plans(registry_of(*models)).models] == ["no", "yes", "no"]
+
+
 def test_a_torch_runtime_is_named(printed: Printed) -> None:
     print_plans(make_plans(registry_of(minilm("first", runtime="torch"))))
 
