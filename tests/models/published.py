@@ -232,3 +232,105 @@ def gte_states(tensors: Tensors, ids: Sequence[int], frequencies: torch.Tensor) 
 
 def normalized(vectors: Sequence[torch.Tensor]) -> np.ndarray:
     return functional.normalize(torch.stack(list(vectors)), dim=-1).numpy()
+
+
+# ------------------------------------------------------------------------------------------ Nomic's mixture of experts
+
+MOE_EXPERTS = 4
+MOE_CHOSEN = 2
+MOE_CONFIG = {
+    "activation_function": "gelu",
+    "add_pooling_layer": False,
+    "architectures": ["NomicBertModel"],
+    "auto_map": {
+        "AutoConfig": "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig",
+        "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel",
+    },
+    "causal": False,
+    "expert_choice_router": False,
+    "ffn_div": 1,
+    "layer_norm_epsilon": 1e-05,
+    "max_trained_positions": 2048,
+    "mlp_fc1_bias": True,
+    "mlp_fc2_bias": True,
+    "model_type": "nomic_bert",
+    "moe_every_n_layers": 2,
+    "moe_impl": "megablocks",
+    "moe_normalize_expert_weights": False,
+    "moe_top_k": MOE_CHOSEN,
+    "n_embd": WIDTH,
+    "n_head": HEADS,
+    "n_inner": INTERMEDIATE,
+    "n_layer": LAYERS,
+    "n_positions": 2048,
+    "num_experts": MOE_EXPERTS,
+    "num_shared_experts": 0,
+    "pad_token_id": 1,
+    "parallel_block": False,
+    "prenorm": False,
+    "qkv_proj_bias": True,
+    "rotary_emb_base": 10000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "rotary_scaling_factor": None,
+    "type_vocab_size": 1,
+    "use_flash_attn": True,
+    "use_rms_norm": None,
+}
+
+
+def moe_tensors(vocab_size: int) -> dict[str, torch.Tensor]:
+    """Return tensors under Nomic's names: layer 0 is plain, layer 1 has experts."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (vocab_size, WIDTH),
+        "embeddings.token_type_embeddings.weight": (1, WIDTH),
+        "encoder.layers.0.mlp.fc1.weight": (INTERMEDIATE, WIDTH),
+        "encoder.layers.0.mlp.fc1.bias": (INTERMEDIATE,),
+        "encoder.layers.0.mlp.fc2.weight": (WIDTH, INTERMEDIATE),
+        "encoder.layers.0.mlp.fc2.bias": (WIDTH,),
+        "encoder.layers.1.mlp.router.layer.weight": (MOE_EXPERTS, WIDTH),
+        "encoder.layers.1.mlp.experts.mlp.w1": (MOE_EXPERTS * INTERMEDIATE, WIDTH),
+        "encoder.layers.1.mlp.experts.mlp.w2": (MOE_EXPERTS * INTERMEDIATE, WIDTH),
+        "encoder.layers.1.mlp.experts.bias": (WIDTH,),
+    }
+    norms = ["emb_ln"]
+    for layer in (f"encoder.layers.{i}" for i in range(LAYERS)):
+        shapes[f"{layer}.attn.Wqkv.weight"] = (3 * WIDTH, WIDTH)
+        shapes[f"{layer}.attn.Wqkv.bias"] = (3 * WIDTH,)
+        shapes[f"{layer}.attn.out_proj.weight"] = (WIDTH, WIDTH)
+        shapes[f"{layer}.attn.out_proj.bias"] = (WIDTH,)
+        norms += [f"{layer}.norm1", f"{layer}.norm2"]
+    shapes |= {f"{norm}.{part}": (WIDTH,) for norm in norms for part in ("weight", "bias")}
+    tensors = random_tensors(shapes)
+    for name in ("embeddings.word_embeddings.weight", "encoder.layers.1.mlp.router.layer.weight"):
+        tensors[name] *= 4  # else all tokens would go to the same experts
+    return tensors
+
+
+def moe_states(tensors: Tensors, ids: Sequence[int]) -> torch.Tensor:
+    """Return the token states of one text, ``(t, width)``, as the published model computes them."""
+    x = tensors["embeddings.word_embeddings.weight"][list(ids)] + tensors["embeddings.token_type_embeddings.weight"][0]
+    x = layer_norm(tensors, "emb_ln", x, 1e-5)
+    for i in range(LAYERS):
+        layer = f"encoder.layers.{i}"
+        packed = linear(tensors, f"{layer}.attn.Wqkv", x)
+        read = linear(tensors, f"{layer}.attn.out_proj", attend(packed, plain_frequencies(10000)))
+        x = layer_norm(tensors, f"{layer}.norm1", x + read, 1e-5)
+        if i % 2:
+            fed = torch.stack([_expert_sum(tensors, f"{layer}.mlp", token) for token in x])
+        else:
+            fed = linear(tensors, f"{layer}.mlp.fc2", functional.gelu(linear(tensors, f"{layer}.mlp.fc1", x)))
+        x = layer_norm(tensors, f"{layer}.norm2", x + fed, 1e-5)
+    return x
+
+
+def _expert_sum(tensors: Tensors, name: str, token: torch.Tensor) -> torch.Tensor:
+    """Send one token through the experts with the largest shares; the shares keep their size, the bias is added once."""
+    shares = linear(tensors, f"{name}.router.layer", token).softmax(0)
+    total = tensors[f"{name}.experts.bias"].clone()
+    for expert in sorted(range(MOE_EXPERTS), key=lambda expert: -shares[expert].item())[:MOE_CHOSEN]:
+        rows = slice(expert * INTERMEDIATE, (expert + 1) * INTERMEDIATE)
+        up, down = (tensors[f"{name}.experts.mlp.{part}"][rows] for part in ("w1", "w2"))
+        total += shares[expert] * (functional.gelu(up @ token) @ down)
+    return total

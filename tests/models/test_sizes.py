@@ -185,7 +185,7 @@ def test_nomics_published_names_are_read_and_its_length_is_the_publishers(
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"num_experts": 8, "moe_every_n_layers": 2}, "num_experts 8, moe_every_n_layers 2"),
+        ({"num_experts": 0, "moe_every_n_layers": 2}, "moe_every_n_layers 2"),
         ({"rotary_emb_fraction": 0.5}, "rotary_emb_fraction 0.5"),
         ({"rotary_scaling_factor": 2}, "rotary_scaling_factor 2"),
         ({"activation_function": "gelu"}, "activation_function 'gelu'"),

@@ -13,7 +13,12 @@ from gateway.engine.checkpoint.flash_layout import as_xlm_roberta, is_flash_layo
 from gateway.engine.checkpoint.gte_layout import as_gte, is_gte_layout
 from gateway.engine.checkpoint.jina_v5_layout import as_jina_v5_base, is_jina_v5_layout
 from gateway.engine.checkpoint.json_files import Json
-from gateway.engine.checkpoint.nomic_layout import as_nomic_bert, is_nomic_layout
+from gateway.engine.checkpoint.nomic_layout import (
+    as_nomic_bert,
+    as_nomic_mixture,
+    is_nomic_layout,
+    is_nomic_mixture,
+)
 from gateway.engine.checkpoint.voyage_layout import as_two_way_qwen3, is_voyage_layout
 
 
@@ -22,6 +27,8 @@ class Layout(StrEnum):
 
     FLASH = "flash"
     """XLM-RoBERTa with Jina's names: :mod:`gateway.engine.checkpoint.flash_layout`."""
+    NOMIC_MIXTURE = "nomic mixture"
+    """The same with a mixture of experts, which is :mod:`gateway.engine.model.nomic_moe`."""
     NOMIC = "nomic"
     """Nomic's names for the sizes: :mod:`gateway.engine.checkpoint.nomic_layout`. Its code runs if it is trusted."""
     GTE = "gte"
@@ -38,6 +45,7 @@ _LAYOUTS: Mapping[
     tuple[Callable[[Mapping[str, Json]], bool], Callable[[Mapping[str, Json], Path], dict[str, Json]]],
 ] = {
     Layout.FLASH: (is_flash_layout, as_xlm_roberta),
+    Layout.NOMIC_MIXTURE: (is_nomic_mixture, as_nomic_mixture),
     Layout.NOMIC: (is_nomic_layout, as_nomic_bert),
     Layout.GTE: (is_gte_layout, as_gte),
     Layout.VOYAGE: (is_voyage_layout, as_two_way_qwen3),

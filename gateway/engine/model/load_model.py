@@ -15,6 +15,7 @@ from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.checkpoint.weights import read_tensors, unknown_tensors
 from gateway.engine.model.adapters import AdapterMask, install_adapters
+from gateway.engine.model.nomic_moe import NomicMoeModel
 from gateway.engine.model.projection import install_projection
 from gateway.errors import LoadError
 
@@ -85,8 +86,9 @@ def _read_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         )
         model, report = flash
     else:
-        # Of T5, `AutoModel` is the whole model, with a decoder.
-        loader: Any = T5EncoderModel if checkpoint.model_type == "t5" else AutoModel
+        loader: Any = NomicMoeModel if checkpoint.layout is Layout.NOMIC_MIXTURE else AutoModel
+        if checkpoint.model_type == "t5":  # the whole model has a decoder
+            loader = T5EncoderModel
         model, report = loader.from_pretrained(
             checkpoint.transformer,
             config=None if checkpoint.has_own_code else load_config(checkpoint.transformer),
