@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from gateway.engine.cores import Cores, read_cores
 from gateway.engine.memory import available_host_bytes
 from gateway.errors import LoadError
 
@@ -60,12 +60,6 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _num_cores() -> int:
-    """Return the physical cores that this process may use: a second thread on a core does not make matrices faster."""
-    physical = psutil.cpu_count(logical=False) or 1
-    return min(physical, len(os.sched_getaffinity(0)))
-
-
 def available_bytes(device: str) -> int:
     """Return the free memory of a device, in bytes."""
     if device == "cpu":
@@ -76,26 +70,50 @@ def available_bytes(device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CpuThreads:
-    """The cores of a model: forwards that run side by side, and the threads of each."""
+    """The cores of a model: forwards that run side by side, and the threads of each.
+
+    Attributes:
+        are_bound: each stream stays on the cores of one NUMA node, near its memory.
+    """
 
     num_streams: int
     per_stream: int
+    are_bound: bool = False
 
 
 def choose_cpu_threads(setting: int, runtime: str) -> CpuThreads:
-    """Share the cores out; ``setting`` is the number of threads to use, 0 lets the gateway choose.
+    """Share out the cores that this process may use; see :func:`share_cores`."""
+    return share_cores(read_cores(), setting, runtime)
+
+
+def share_cores(cores: Cores, setting: int, runtime: str) -> CpuThreads:
+    """Share cores out to the forwards of a model; ``setting`` is the number of threads to use, 0 lets the gateway choose.
 
     The threads of one forward wait for each other after every operation: as soon as one of them shares its core with the
     event loop, all are late. Forwards side by side do not wait for each other, so OpenVINO runs several streams of few
-    threads. torch has one pool of threads, which spin while they wait: it leaves one core to the event loop. Measured in
-    docs/performance.md.
+    threads, and no stream has threads on two NUMA nodes. torch has one pool of threads, which spin while they wait: it
+    leaves one core to the event loop. Measured in docs/performance.md.
     """
-    num_cores = _num_cores()
+    num_threads = setting or cores.num_usable
     if runtime != "openvino":
-        return CpuThreads(1, setting or max(1, num_cores - 1))
-    num_threads = setting or num_cores
-    num_streams = min(num_threads, max(_MIN_STREAMS, num_threads // _MAX_THREADS_A_STREAM))
-    return CpuThreads(num_streams, num_threads // num_streams)
+        return CpuThreads(1, setting or max(1, num_threads - 1))
+    if num_threads <= cores.per_node[0]:  # one node has room for all
+        num_streams = min(num_threads, max(_MIN_STREAMS, num_threads // _MAX_THREADS_A_STREAM))
+        return CpuThreads(num_streams, num_threads // num_streams)
+    if num_threads > sum(cores.per_node) or len(cores.per_node) == 1:  # more than there are, as the setting says
+        return share_cores(Cores((num_threads,)), setting, runtime)
+    used = _first(cores.per_node, num_threads)
+    per_stream = used[0] // max(1, used[0] // _MAX_THREADS_A_STREAM)
+    # A container with a quota shares its cores with others, which would bind theirs to the same ones.
+    return CpuThreads(sum(node // per_stream for node in used), per_stream, are_bound=cores.quota is None)
+
+
+def _first(per_node: Sequence[int], num_cores: int) -> list[int]:
+    """Return how many cores of each node are used when ``num_cores`` are, node by node."""
+    used: list[int] = []
+    for node in per_node:
+        used.append(min(node, num_cores - sum(used)))
+    return used
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.engine import devices
+from gateway.engine.cores import Cores
 from gateway.engine.devices import (
     CpuThreads,
     available_bytes,
@@ -17,6 +21,7 @@ from gateway.engine.devices import (
     has_accelerator,
     is_out_of_memory,
     release_memory,
+    share_cores,
 )
 from gateway.engine.memory import available_host_bytes
 from gateway.errors import LoadError
@@ -90,49 +95,66 @@ def test_float16_on_a_cpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "runtime", "num_cores", "expected"),
+    ("setting", "runtime", "cores", "expected"),
     [
-        (0, "torch", 1, CpuThreads(1, 1)),
-        (0, "torch", 2, CpuThreads(1, 1)),
-        (0, "torch", 16, CpuThreads(1, 15)),
-        (6, "torch", 2, CpuThreads(1, 6)),
-        (0, "openvino", 1, CpuThreads(1, 1)),
-        (0, "openvino", 2, CpuThreads(2, 1)),
-        (0, "openvino", 4, CpuThreads(2, 2)),
-        (0, "openvino", 8, CpuThreads(2, 4)),
-        (0, "openvino", 16, CpuThreads(4, 4)),
-        (0, "openvino", 64, CpuThreads(16, 4)),
-        (1, "openvino", 16, CpuThreads(1, 1)),
-        (4, "openvino", 16, CpuThreads(2, 2)),
+        (0, "torch", Cores((1,)), CpuThreads(1, 1)),
+        (0, "torch", Cores((2,)), CpuThreads(1, 1)),
+        (0, "torch", Cores((16,)), CpuThreads(1, 15)),
+        (0, "torch", Cores((32, 32)), CpuThreads(1, 63)),
+        (0, "torch", Cores((32, 32), quota=4.0), CpuThreads(1, 3)),
+        (6, "torch", Cores((2,)), CpuThreads(1, 6)),
+        (0, "openvino", Cores((1,)), CpuThreads(1, 1)),
+        (0, "openvino", Cores((2,)), CpuThreads(2, 1)),
+        (0, "openvino", Cores((4,)), CpuThreads(2, 2)),
+        (0, "openvino", Cores((8,)), CpuThreads(2, 4)),
+        (0, "openvino", Cores((16,)), CpuThreads(4, 4)),
+        (0, "openvino", Cores((64,)), CpuThreads(16, 4)),
+        (0, "openvino", Cores((64,), quota=2.5), CpuThreads(2, 1)),
+        (0, "openvino", Cores((64,), quota=0.5), CpuThreads(1, 1)),
+        (0, "openvino", Cores((2,), quota=8.0), CpuThreads(2, 1)),
+        (1, "openvino", Cores((16,)), CpuThreads(1, 1)),
+        (4, "openvino", Cores((16,)), CpuThreads(2, 2)),
+        (4, "openvino", Cores((2,)), CpuThreads(2, 2)),
+        (0, "openvino", Cores((32, 32)), CpuThreads(16, 4, are_bound=True)),
+        (0, "openvino", Cores((6, 6)), CpuThreads(2, 6, are_bound=True)),
+        (0, "openvino", Cores((1, 1)), CpuThreads(2, 1, are_bound=True)),
+        (0, "openvino", Cores((16, 4)), CpuThreads(5, 4, are_bound=True)),
+        (0, "openvino", Cores((32, 32), quota=48.0), CpuThreads(12, 4)),
+        (0, "openvino", Cores((32, 32), quota=8.0), CpuThreads(2, 4)),
+        (40, "openvino", Cores((32, 32)), CpuThreads(10, 4, are_bound=True)),
+        (8, "openvino", Cores((32, 32)), CpuThreads(2, 4)),
+        (80, "openvino", Cores((32, 32)), CpuThreads(20, 4)),
     ],
 )
-def test_the_cores_are_shared_out(
-    monkeypatch: pytest.MonkeyPatch, setting: int, runtime: str, num_cores: int, expected: CpuThreads
-) -> None:
-    monkeypatch.setattr(devices, "_num_cores", lambda: num_cores)
-
-    assert choose_cpu_threads(setting, runtime) == expected
+def test_the_cores_are_shared_out(setting: int, runtime: str, cores: Cores, expected: CpuThreads) -> None:
+    assert share_cores(cores, setting, runtime) == expected
 
 
 @pytest.mark.parametrize("num_cores", range(1, 130))
-def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
-    monkeypatch.setattr(devices, "_num_cores", lambda: num_cores)
-
+def test_no_more_threads_than_cores(num_cores: int) -> None:
     for setting in range(num_cores + 1):
-        threads = choose_cpu_threads(setting, "openvino")
+        threads = share_cores(Cores((num_cores,)), setting, "openvino")
         total = threads.num_streams * threads.per_stream
         assert min(threads.num_streams, threads.per_stream) >= 1
         assert total <= (setting or num_cores) < total + threads.num_streams
 
 
-@pytest.mark.parametrize(("physical", "allowed", "expected"), [(4, 8, 4), (8, 2, 2), (None, 8, 1)])
-def test_cores_are_physical_and_allowed(
-    monkeypatch: pytest.MonkeyPatch, physical: int | None, allowed: int, expected: int
-) -> None:
-    monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: None if logical else physical)
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _pid: set(range(allowed)))
+@given(st.lists(st.integers(1, 64), min_size=2, max_size=4), st.integers(0, 300), st.none() | st.floats(0.1, 300))
+def test_no_stream_has_threads_on_two_nodes(nodes: list[int], setting: int, quota: float | None) -> None:
+    cores = Cores(tuple(sorted(nodes, reverse=True)), quota)
 
-    assert devices._num_cores() == expected
+    threads = share_cores(cores, setting, "openvino")
+
+    total = threads.num_streams * threads.per_stream
+    assert 1 <= total <= (setting or cores.num_usable)
+    if threads.are_bound:
+        assert threads.num_streams <= sum(node // threads.per_stream for node in cores.per_node)
+
+
+def test_the_cores_are_those_of_this_process() -> None:
+    threads = choose_cpu_threads(0, "openvino")
+
+    assert 1 <= threads.num_streams * threads.per_stream <= len(os.sched_getaffinity(0))
 
 
 def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

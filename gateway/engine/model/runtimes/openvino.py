@@ -236,6 +236,8 @@ class OpenVinoRuntime:
                 "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS,
                 "NUM_STREAMS": threads.num_streams,
                 "INFERENCE_NUM_THREADS": threads.num_streams * threads.per_stream,
+                # Bound to cores, the streams of every model and process would take the same ones first.
+                "ENABLE_CPU_PINNING": threads.are_bound,
             },
         )
         return [cls(compiled, inputs) for _ in range(threads.num_streams)]
@@ -272,7 +274,7 @@ def _wide_streams(threads: CpuThreads) -> CpuThreads:
     if num_threads < 2:
         raise RuntimeError("bfloat16 on a single thread crashes it with this architecture (openvino#33300)")
     num_streams = min(threads.num_streams, num_threads // 2)
-    return CpuThreads(num_streams, num_threads // num_streams)
+    return CpuThreads(num_streams, num_threads // num_streams, threads.are_bound)
 
 
 def _convert(traced: _Traced, inputs: InputMaker, adapters: Sequence[int]) -> openvino.Model:
