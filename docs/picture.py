@@ -44,9 +44,10 @@ BOXES: Final = {
     "backends": Box(1, 9, "this process, other servers", "engine"),
     "engine": Box(1, 10, "schedule, tokenize, compute", "engine"),
     "golden": Box(1, 11, "vectors known to be right", "engine"),
+    "ranges": Box(2, 11, "steps of int8 vectors", "engine"),
     "vectors": Box(1, 12, "check, cut, normalize", "engine"),
 }
-FOUNDATION: Final = ("config", "telemetry", "types", "errors")
+FOUNDATION: Final = ("config", "telemetry", "types", "precision", "errors")
 """Imported by nearly all others; their arrows are left out."""
 
 WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW_HEIGHT, MARGIN = 760, 216, 40, 62, 12

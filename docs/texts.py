@@ -59,6 +59,7 @@ models:
     runtime: torch
     fp16_accumulation: true
     golden: golden/jina-embeddings-v3.json
+    ranges: ranges/jina-embeddings-v3.json
     default_task: text-matching
     dimensions: [1024, 768, 512, 256, 128, 64, 32]
     max_tokens: ${JINA_MAX_TOKENS:-8192}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gateway.experiments.split import Assignment, UnitSource, no_unit_source
+from gateway.precision import Precision, Ranges
 from gateway.routing.names import Client
 from gateway.types import (
     LabelFunction,
@@ -64,6 +65,7 @@ class EmbedRequest(Request):
         dimensions: requested size, or ``None`` for the model's own.
         is_normalized: ``None`` for what the model does by default.
         expect_space: the space that the vectors must be in, if the caller says.
+        precision: the kind of numbers that the dense vectors of the answer have.
         encoding: how the answer will write the vectors, for the trace.
         max_token_vectors: the most tokens that all texts may have, if the answer has a vector for each token.
     """
@@ -75,6 +77,7 @@ class EmbedRequest(Request):
     outputs: Sequence[Output] = (Output.DENSE,)
     is_late_chunked: bool = False
     expect_space: str | None = None
+    precision: Precision = Precision.FLOAT
     encoding: str | None = None
     max_token_vectors: int | None = None
 
@@ -177,10 +180,14 @@ class EmbedAnswer(Answer):
     Attributes:
         vectors: ``(n, d)`` float32, checked, cut and normalized, in input order.
         has_dense: the request asked for dense vectors.
+        precision: what the vectors are to be written in.
+        ranges: of their dimensions, if the precision needs them.
     """
 
     vectors: Vectors
     has_dense: bool
+    precision: Precision = Precision.FLOAT
+    ranges: Ranges | None = None
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
     states: Sequence[States] | None = None

@@ -22,6 +22,7 @@ from gateway.errors import (
 )
 from gateway.experiments.stats import ExperimentStats
 from gateway.observation import Observer, observe_tokenizer
+from gateway.precision import CALIBRATED, Precision
 from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience, Request
 from gateway.routing.names import GATEWAY, Client
 from gateway.routing.router import Choice, Router, Target
@@ -159,7 +160,9 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
     _check_outputs(info, request)
     outputs = frozenset(request.outputs)
     output = Output.STATES if Output.STATES in outputs else Output.DENSE
-    space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output)
+    _check_precision(info, request.precision, is_normalized=is_normalized)
+    precision = request.precision
+    space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output, precision=precision)
     if request.expect_space is not None and not is_same_space(request.expect_space, space):
         expected = cut(request.expect_space)  # a header can have 64 KiB
         raise SpaceMismatch(
@@ -184,10 +187,12 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
         )
     )
     vector_math.require_finite(result.sparse or (), result.multivectors or (), result.states or ())
+    shape = (len(request.texts), info.width)
+    vectors = vector_math.finish(result.vectors, shape, dimensions, normalize=is_normalized)
     return EmbedAnswer(
-        vectors=vector_math.finish(
-            result.vectors, (len(request.texts), info.width), dimensions, normalize=is_normalized
-        ),
+        vectors=vectors,
+        precision=precision,
+        ranges=info.ranges.get(dimensions),
         name=target.name,
         model=info.id,
         task=target.task,
@@ -220,6 +225,24 @@ def _dimensions(info: ModelInfo, dimensions: int | None) -> int:
             param="dimensions",
         )
     return dimensions
+
+
+def _check_precision(info: ModelInfo, precision: Precision, *, is_normalized: bool) -> None:
+    if precision not in CALIBRATED:
+        return
+    if not info.ranges:
+        raise BadInput(
+            f"{precision.value} vectors need the range of each dimension, and model {info.id!r} has no ranges: set "
+            f"`ranges: ranges/{info.id}.json` on it in models.yaml, and run `gateway calibrate {info.id} --texts FILE` with "
+            "texts like yours",
+            param="embedding_type",
+        )
+    if is_normalized != info.is_normalized:
+        raise BadInput(
+            f"`normalized` is {str(is_normalized).lower()}, but the ranges of model {info.id!r} for {precision.value} were "
+            "measured on vectors as they are by default: leave it out",
+            param="normalized",
+        )
 
 
 def _check_outputs(info: ModelInfo, request: EmbedRequest) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.errors import BadInput
+from gateway.precision import CALIBRATED, Precision, Ranges
 
 # Raise it when the gateway's own treatment of a text changes the vectors: then every space is a new one.
 PREPROCESSING_VERSION = 1
@@ -137,6 +138,7 @@ class ModelInfo:
         kind: the ``width`` of a model that reranks is 1, that of one that classifies is the number of its labels.
         labels: of a model that classifies.
         label_function: how its numbers become scores.
+        ranges: of the vectors of each size, normalized or not as is the model's default; empty without calibration.
     """
 
     id: str
@@ -162,6 +164,7 @@ class ModelInfo:
     kind: ModelKind = ModelKind.EMBED
     labels: tuple[str, ...] = ()
     label_function: LabelFunction = LabelFunction.NONE
+    ranges: Mapping[int, Ranges] = field(default_factory=dict)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -175,6 +178,7 @@ class ModelInfo:
         *,
         is_normalized: bool | None = None,
         output: Output = Output.DENSE,
+        precision: Precision = Precision.FLOAT,
     ) -> str:
         """Return the space of the model's vectors: ``<model id>@<12 hex>``.
 
@@ -186,6 +190,9 @@ class ModelInfo:
         of the gateway's preprocessing. It leaves out device, dtype and engine, which change a vector too little to matter
         in a comparison. The part before ``@`` is for people.
 
+        int8 and uint8 vectors are in a space that also depends on their ranges. Binary vectors are in that of the vectors
+        whose signs they hold.
+
         Sparse weights and multi-vectors share the space of the dense vector that comes with them; token states have their
         own.
 
@@ -193,6 +200,7 @@ class ModelInfo:
             task: one of ``tasks`` by any of its names; ``None`` for the default. A model without tasks ignores it.
             dimensions: ``None`` for ``width``.
             is_normalized: ``None`` for what the model does by default.
+            precision: one of ``CALIBRATED`` only if ``ranges`` has the dimensions.
         """
         task = canonical_task(task) if task is not None and self.tasks else self.default_task
         family = _FAMILIES.get(task, task) if task is not None else None
@@ -201,16 +209,19 @@ class ModelInfo:
             if task is not None
             else {"": self.instruction}
         )
-        states = {"output": output.value} if output is Output.STATES else {}
+        size = self.width if dimensions is None else dimensions
+        extra = {"output": output.value} if output is Output.STATES else {}
+        if precision in CALIBRATED:
+            extra |= {"precision": precision.value, "ranges": self.ranges[size].digest}
         return _space_id(
             self.id.replace("/", "-"),
             json.dumps(
-                states
+                extra
                 | {
                     "fingerprint": self.fingerprint,
                     # The spelling is part of every id that has been stored.
                     "is_normalised": self.is_normalized if is_normalized is None else is_normalized,
-                    "dimensions": self.width if dimensions is None else dimensions,
+                    "dimensions": size,
                     "family": family,
                     "instructions": instructions,
                     "preprocessing": PREPROCESSING_VERSION,

@@ -5,25 +5,26 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.errors import InvalidVectors
+from gateway.precision import Precision, Ranges
 from gateway.types import MultiVector, SparseVector, States, Vectors
+
+Quantized: TypeAlias = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
+"""The vectors of one request in fewer bits: a byte per dimension or per eight of them, rows in input order."""
 
 
 class Encoding(StrEnum):
     """How a vector is written into the answer."""
 
-    FLOAT = "float"
-    """A list of float32 numbers in their shortest form that reads back exactly."""
+    LIST = "list"
+    """A list of numbers; float32 in their shortest form that reads back exactly."""
     BASE64 = "base64"
-    """Base64 of the little-endian float32 bytes."""
-    BINARY = "binary"
-    """One bit per dimension (1 where positive), eight bits per signed byte: the unsigned byte minus 128."""
-    UBINARY = "ubinary"
-    """One bit per dimension (1 where positive), eight bits per unsigned byte, the first in the highest bit."""
+    """Base64 of the bytes of the numbers; float32 is little-endian."""
 
 
 def finish(vectors: Vectors, shape: tuple[int, int], dimensions: int, *, normalize: bool) -> Vectors:
@@ -88,17 +89,38 @@ def _invalid(what: str, is_good: npt.NDArray[np.bool_] | None = None) -> Invalid
     return InvalidVectors(f"{place}the model returned {what}", is_permanent=True)
 
 
-def encode(vectors: Vectors, encoding: Encoding) -> Sequence[npt.NDArray[np.float32 | np.int8 | np.uint8] | str]:
+def quantize(vectors: Vectors, precision: Precision, ranges: Ranges | None = None) -> Vectors | Quantized:
+    """Return vectors in another precision: ``(n, d)``, or ``(n, ceil(d / 8))`` for the binary ones.
+
+    The rules are those of sentence-transformers (``util/quantization.py``), bit for bit.
+
+    Args:
+        ranges: of the dimensions, for int8 and uint8. Each is divided into 255 steps; a number outside counts as its end.
+
+    Raises:
+        ValueError: the precision needs ranges.
+    """
+    match precision:
+        case Precision.FLOAT:
+            return vectors
+        case Precision.UBINARY:
+            return _pack_signs(vectors)
+        case Precision.BINARY:
+            return (_pack_signs(vectors).astype(np.int16) - 128).astype(np.int8)
+        case Precision.INT8 | Precision.UINT8:
+            if ranges is None:
+                raise ValueError(f"{precision} needs ranges")
+            steps = (ranges.high - ranges.low) / 255
+            place = np.floor((vectors - ranges.low) / np.where(steps == 0, 1, steps)).clip(0, 255)
+            return place.astype(np.uint8) if precision is Precision.UINT8 else (place - 128).astype(np.int8)
+
+
+def encode(vectors: Vectors | Quantized, encoding: Encoding) -> Sequence[npt.NDArray[np.generic] | str]:
     """Return each vector encoded for the answer: an array, which becomes a JSON list, or a base64 string."""
-    match encoding:
-        case Encoding.FLOAT:
-            return list(vectors)
-        case Encoding.BASE64:
-            return [base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode("ascii") for row in vectors]
-        case Encoding.UBINARY:
-            return list(_pack_signs(vectors))
-        case Encoding.BINARY:
-            return list((_pack_signs(vectors).astype(np.int16) - 128).astype(np.int8))
+    if encoding is Encoding.LIST:
+        return list(vectors)
+    ordered = vectors.astype("<f4", copy=False) if vectors.dtype == np.float32 else vectors
+    return [base64.b64encode(row.tobytes()).decode("ascii") for row in ordered]
 
 
 def _pack_signs(vectors: Vectors) -> npt.NDArray[np.uint8]:

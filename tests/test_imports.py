@@ -36,11 +36,13 @@ experiments
 backends
 engine
 golden
+ranges
 vectors
 config
 telemetry
 cli.console
 types
+precision
 config.files
 errors
 """

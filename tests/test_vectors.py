@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gateway.errors import InvalidVectors
+from gateway.precision import Precision, Ranges
 from gateway.types import SparseVector
-from gateway.vectors import Encoding, encode, finish, require_finite
+from gateway.vectors import Encoding, encode, finish, quantize, require_finite
 
 RANDOM = np.random.default_rng(7).standard_normal((5, 20)).astype(np.float32)
 
@@ -165,13 +166,13 @@ def test_a_finished_vector_has_length_one(vectors: np.ndarray) -> None:
 
 @given(arrays(np.float32, (2, 5), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)))
 def test_floats_read_back_exactly(vectors: np.ndarray) -> None:
-    rows = orjson.loads(orjson.dumps(encode(vectors, Encoding.FLOAT), option=orjson.OPT_SERIALIZE_NUMPY))
+    rows = orjson.loads(orjson.dumps(encode(vectors, Encoding.LIST), option=orjson.OPT_SERIALIZE_NUMPY))
 
     np.testing.assert_array_equal(np.array(rows, np.float32), vectors)
 
 
 def test_floats_are_written_in_their_shortest_form() -> None:
-    rows = encode(np.array([[0.1, -2.0, 1e-7]], np.float32), Encoding.FLOAT)
+    rows = encode(np.array([[0.1, -2.0, 1e-7]], np.float32), Encoding.LIST)
 
     assert orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY) == b"[[0.1,-2.0,1e-7]]"
 
@@ -183,25 +184,54 @@ def test_base64_is_little_endian_float32() -> None:
     assert encode(np.array([[1.0, -2.0]], np.float32), Encoding.BASE64) == ["AACAPwAAAMA="]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_base64_of_small_numbers_has_a_byte_for_each(dtype: str) -> None:
+    rows = encode(np.array([[1, 255], [128, 0]], np.uint8).view(dtype), Encoding.BASE64)
+
+    assert [base64.b64decode(row) for row in rows] == [b"\x01\xff", b"\x80\x00"]
+
+
+# --------------------------------------------------------------------------------------------------------- quantize
+
+
+def test_float_is_what_the_model_gave() -> None:
+    assert quantize(RANDOM, Precision.FLOAT) is RANDOM
+
+
 def test_ubinary_has_a_bit_for_each_sign_the_first_highest() -> None:
     vector = np.array([[1, -1, 1, 1, -1, -1, -1, 1, 0, 2, -2, -2, -2, -2, -2, -2]], np.float32)
 
-    rows = encode(vector, Encoding.UBINARY)
+    rows = quantize(vector, Precision.UBINARY)
 
-    assert [row.tolist() for row in rows] == [[0b10110001, 0b01000000]]
-    assert rows[0].dtype == np.uint8
+    assert rows.tolist() == [[0b10110001, 0b01000000]]
+    assert rows.dtype == np.uint8
 
 
 def test_binary_is_ubinary_less_128() -> None:
-    unsigned = np.array(encode(RANDOM, Encoding.UBINARY), np.int16)
+    unsigned = quantize(RANDOM, Precision.UBINARY).astype(np.int16)
 
-    signed = np.array(encode(RANDOM, Encoding.BINARY))
+    signed = quantize(RANDOM, Precision.BINARY)
 
     assert signed.dtype == np.int8
     np.testing.assert_array_equal(signed, unsigned - 128)
 
 
 def test_signs_that_do_not_fill_a_byte_are_padded_with_zeros() -> None:
-    rows = encode(np.ones((1, 10), np.float32), Encoding.UBINARY)
+    assert quantize(np.ones((1, 10), np.float32), Precision.UBINARY).tolist() == [[0b11111111, 0b11000000]]
 
-    assert rows[0].tolist() == [0b11111111, 0b11000000]
+
+def test_a_range_is_divided_into_steps_and_what_is_outside_counts_as_its_end() -> None:
+    ranges = Ranges(np.array([0, 0, 1], np.float32), np.array([255, 255, 1], np.float32), "digest")
+    vectors = np.array([[0, 254.9, 1], [-7, 999, 1], [255, 128, 0.5]], np.float32)
+
+    unsigned, signed = (quantize(vectors, precision, ranges) for precision in (Precision.UINT8, Precision.INT8))
+
+    assert unsigned.tolist() == [[0, 254, 0], [0, 255, 0], [255, 128, 0]]
+    assert signed.tolist() == [[-128, 126, -128], [-128, 127, -128], [127, 0, -128]]
+    assert (unsigned.dtype, signed.dtype) == (np.uint8, np.int8)
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.UINT8])
+def test_steps_need_ranges(precision: Precision) -> None:
+    with pytest.raises(ValueError, match="needs ranges"):
+        quantize(RANDOM, precision)

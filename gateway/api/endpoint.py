@@ -25,13 +25,13 @@ from gateway.experiments.split import UnitSource
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm
 from gateway.http.turns import Turns
+from gateway.precision import Precision
 from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience
 from gateway.requests import Request as ServiceRequest
 from gateway.routing.router import Choice, Target
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Timings
-from gateway.vectors import Encoding
 
 # Answers of up to this size are written at once, on the event loop, in less than a millisecond.
 _SMALL_ANSWER_BYTES = 64 * 1024
@@ -213,7 +213,7 @@ class Endpoint:
         def note(serialize_s: float) -> None:
             note_answer(context, answer, serialize_s)
 
-        has_length = isinstance(asked, EmbedRequest) and asked.encoding not in (None, Encoding.FLOAT)
+        has_length = isinstance(asked, EmbedRequest) and asked.encoding not in (None, Precision.FLOAT)
         return await self.stream(request, parts, num_bytes, headers, note, has_length=has_length)
 
     async def stream(

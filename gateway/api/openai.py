@@ -29,8 +29,9 @@ from gateway.errors import (
     SpaceMismatch,
 )
 from gateway.http.context import RequestContext
+from gateway.precision import Precision
 from gateway.requests import EmbedAnswer, EmbedRequest
-from gateway.vectors import Encoding, encode
+from gateway.vectors import Encoding, encode, quantize
 
 # Azure's, whose deployments are our models, and two for clients of TEI that speak OpenAI's dialect and send no model.
 _PATHS_WITH_MODEL = (
@@ -93,6 +94,8 @@ class OpenAIDialect:
     async def _ask(self, request: Request, parsed: tuple[EmbeddingsBody, list[Item]]) -> EmbedRequest:
         """Return the request to the service. A model in the path counts, whatever the body says."""
         body, items = parsed
+        precision, encoding = body.wanted_precision, body.wanted_encoding
+        _check_decoding(request, precision, encoding)
         texts = await self._decode(request, items)
         items.clear()
         return replace(
@@ -103,7 +106,8 @@ class OpenAIDialect:
             truncate=body.wanted_truncation,
             outputs=body.wanted_outputs,
             is_late_chunked=bool(body.late_chunking),
-            encoding=body.wanted_encoding,
+            precision=precision,
+            encoding=encoding.value if encoding is Encoding.BASE64 else precision.value,
         )
 
     async def _decode(self, request: Request, items: list[Item]) -> list[str]:
@@ -192,6 +196,19 @@ def decode_items(items: Iterable[Item]) -> list[str]:
     return [item if isinstance(item, str) else item.decode() for item in items]
 
 
+def _check_decoding(request: Request, precision: Precision, encoding: Encoding) -> None:
+    """Refuse base64 that the client would read as other numbers.
+
+    OpenAI's clients ask for base64 unless told otherwise, and read it as float32, whatever else the body asks for.
+    """
+    if encoding is Encoding.BASE64 and precision is not Precision.FLOAT and "x-stainless-lang" in request.headers:
+        raise BadInput(
+            f"OpenAI's clients ask for base64 by themselves and read it as float32, which would make wrong numbers of "
+            f'{precision.value}: pass `encoding_format="{precision.value}"` to the call, and leave out the other field',
+            param="encoding_format",
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------- answer
 
 
@@ -211,7 +228,8 @@ def _rows(answer: EmbedAnswer, encoding: Encoding) -> Iterator[Iterable[bytes]]:
     for i in range(answer.num_texts):
         row: dict[str, object] = {"object": "embedding", "index": i}
         if answer.has_dense:
-            [row["embedding"]] = encode(answer.vectors[i : i + 1], encoding)
+            vector = quantize(answer.vectors[i : i + 1], answer.precision, answer.ranges)
+            [row["embedding"]] = encode(vector, encoding)
         if answer.sparse is not None:
             row["sparse"] = {"indices": answer.sparse[i].indices, "values": answer.sparse[i].values}
         written = dumps(row)

@@ -24,6 +24,7 @@ from gateway.api.json_body import (
     wanted_truncation,
 )
 from gateway.api.wire import AnswerBody, Usage
+from gateway.precision import Precision
 from gateway.types import Output, Truncate, canonical_task
 from gateway.vectors import Encoding
 
@@ -48,8 +49,8 @@ _INPUT_SCHEMA = {
     ],
 }
 
-_ENCODING = "`float`, `base64`, `binary` or `ubinary`"
-EncodingName = Annotated[Literal["float", "base64", "binary", "ubinary"], IN_ANY_CASE]
+_ENCODING = "`float`, `base64`, `int8`, `uint8`, `binary` or `ubinary`"
+EncodingName = Annotated[Literal["float", "base64", "int8", "uint8", "binary", "ubinary"], IN_ANY_CASE]
 OutputName = Annotated[Literal["dense", "sparse", "multivector"], IN_ANY_CASE]
 OutputNames = Annotated[list[OutputName], Field(min_length=1, max_length=16, fail_fast=True)]
 
@@ -73,10 +74,14 @@ class EmbeddingsBody(RequestBody):
         None, description="Same as `dimensions`.", title="a positive integer"
     )
     encoding_format: EncodingName | None = Field(
-        None, description="How vectors are written; `float` by default.", title=_ENCODING
+        None,
+        description="The numbers of the vectors, and how they are written; `float` by default. `base64` and one of `int8`, "
+        "`uint8`, `binary`, `ubinary`, in two of these fields, means base64 of those numbers' bytes.",
+        title=_ENCODING,
     )
     embedding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
     encoding_type: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
+    output_dtype: EncodingName | None = Field(None, description="Same as `encoding_format`.", title=_ENCODING)
     task: Name | None = Field(
         None,
         description="The purpose of the vectors, such as `retrieval.query`; ignored by models without tasks.",
@@ -118,10 +123,25 @@ class EmbeddingsBody(RequestBody):
 
     @property
     def wanted_encoding(self) -> Encoding:
-        name = resolve_synonyms(
-            encoding_format=self.encoding_format, embedding_type=self.embedding_type, encoding_type=self.encoding_type
-        )
-        return Encoding(name or "float")
+        return Encoding.BASE64 if "base64" in self._formats.values() else Encoding.LIST
+
+    @property
+    def wanted_precision(self) -> Precision:
+        """The kind of numbers. Only of the quantized ones can `base64` say in addition how they are written."""
+        formats = self._formats
+        if not {"float", "base64"}.issuperset(name for name in formats.values() if name):
+            formats = {field: name for field, name in formats.items() if name != "base64"}
+        name = resolve_synonyms(**formats)
+        return Precision.FLOAT if name in ("base64", None) else Precision(name)
+
+    @property
+    def _formats(self) -> dict[str, str | None]:
+        return {
+            "encoding_format": self.encoding_format,
+            "embedding_type": self.embedding_type,
+            "encoding_type": self.encoding_type,
+            "output_dtype": self.output_dtype,
+        }
 
     @property
     def wanted_task(self) -> str | None:
@@ -157,7 +177,8 @@ class Embedding(BaseModel):
     index: int = Field(description="Place of the text in the input.")
     embedding: list[float] | str | None = Field(
         None,
-        description="A list of numbers, or base64 of little-endian float32. Left out when `outputs` is without `dense`.",
+        description="A list of numbers, or base64 of their bytes: little-endian float32, or single bytes of a quantized "
+        "vector. Left out when `outputs` is without `dense`.",
     )
     sparse: SparseEmbedding | None = Field(None, description="When `outputs` has `sparse`.")
     multivector: list[list[float]] | None = Field(

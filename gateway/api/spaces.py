@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -13,6 +14,7 @@ from gateway.api.wire import AnswerBody, responses
 from gateway.deployment import Deployment
 from gateway.fleet import Model
 from gateway.http.context import RequestContext
+from gateway.precision import CALIBRATED, Precision
 from gateway.routing.names import Client
 from gateway.routing.router import Choice, Router
 from gateway.types import ModelInfo, ModelKind, canonical_task
@@ -36,6 +38,9 @@ class SpaceCard(AnswerBody):
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"] = "space"
     dimensions: int
+    precision: Precision = Field(
+        description="The numbers of the vectors. Binary vectors are in the space of the float ones whose signs they hold."
+    )
     normalized: bool
     pooling: str
     fingerprint: str = Field(description="SHA-256 over the weights, the tokenizer and the kind of pooling.")
@@ -79,18 +84,19 @@ def space_cards(router: Router, models: Iterable[Model], client: Client) -> list
         members = [
             member for task in info.spaces_by_task() if (member := _member(choices, router, model, task, client))
         ]
-        for size in info.dimensions:
-            for member in members:
-                space = info.space(member.task, size)
-                card = cards.setdefault(space.rpartition("@")[2], _card(space, info, size))
-                card.members.append(member)
+        precisions = [Precision.FLOAT, *sorted(CALIBRATED)] if info.ranges else [Precision.FLOAT]
+        for size, precision, member in product(info.dimensions, precisions, members):
+            space = info.space(member.task, size, precision=precision)
+            card = cards.setdefault(space.rpartition("@")[2], _card(space, info, size, precision))
+            card.members.append(member)
     return list(cards.values())
 
 
-def _card(space: str, info: ModelInfo, size: int) -> SpaceCard:
+def _card(space: str, info: ModelInfo, size: int, precision: Precision) -> SpaceCard:
     return SpaceCard(
         id=space,
         dimensions=size,
+        precision=precision,
         normalized=info.is_normalized,
         pooling=info.pooling,
         fingerprint=info.fingerprint,

@@ -22,7 +22,8 @@ import typer
 from typer.core import TyperGroup
 
 from gateway import __version__
-from gateway.config.registry import Registry, load_registry
+from gateway.cli.streams import open_standard_streams
+from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import load_settings
 from gateway.config.wording import count
 from gateway.errors import StartError
@@ -64,27 +65,10 @@ def main() -> None:
     """Run the command line."""
     from gateway.telemetry.logs import configure_logs
 
-    _open_standard_streams()
+    open_standard_streams()
     # Logs go to standard error, since standard output is for results. `serve` configures them again from its settings.
     configure_logs("warning", "console")
     app()
-
-
-def _open_standard_streams() -> None:
-    """Open /dev/null for each standard stream that the process was started without.
-
-    Otherwise its number goes to whatever is opened next, a socket say, and warnings are written there.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  open as long as the process runs
 
 
 def _print_version(is_asked: bool) -> None:
@@ -267,15 +251,12 @@ def verify(
     from gateway.cli.verify import record_golden
     from gateway.cli.verify import verify as verify_model
 
-    path, registry = _read_registry(models)
-    try:
-        entry = registry.model(model)
-    except KeyError:
-        known = ", ".join(entry.id for entry in registry.models)
-        raise StartError(f"{path}: no model {model!r}; known: {known}") from None
+    registry, entry = _read_entry(models, model)
     if record:
         if entry.golden is None:
-            raise StartError(f"{path}: set `golden: golden/{model}.json` for {model} to say where to store them")
+            raise StartError(
+                f"{registry.path}: set `golden: golden/{model}.json` for {model} to say where to store them"
+            )
         typer.echo(f"{entry.golden}: {record_golden(entry, Path(entry.golden))} golden vectors")
         return
     checks = verify_model(entry, load_settings(os.environ))
@@ -285,6 +266,21 @@ def verify(
         )
     print_checks(model, checks)
     raise typer.Exit(0 if all(check.is_passed for check in checks) else 1)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Id of a model of models.yaml.")],
+    texts: Annotated[
+        Path, typer.Option(help="Texts: one per line, or JSON lines like corpus.jsonl of `gateway compare`.")
+    ],
+    models: ModelsOption = None,
+    max_texts: Annotated[int, typer.Option(min=2, help="How many of the texts to draw, if there are more.")] = 10_000,
+) -> None:
+    """Measure the ranges of int8 vectors on your texts."""
+    from gateway.compare.calibration import calibrate as measure
+
+    typer.echo(measure(*_read_entry(models, model), load_settings(os.environ), texts, max_texts))
 
 
 @app.command()
@@ -387,6 +383,15 @@ def experiments(
 def _read_registry(models: Path | None) -> tuple[Path, Registry]:
     path = models or load_settings(os.environ).models
     return path, load_registry(path, os.environ)
+
+
+def _read_entry(models: Path | None, model: str) -> tuple[Registry, ModelEntry]:
+    path, registry = _read_registry(models)
+    try:
+        return registry, registry.model(model)
+    except KeyError:
+        known = ", ".join(entry.id for entry in registry.models)
+        raise StartError(f"{path}: no model {model!r}; known: {known}") from None
 
 
 def _summary(registry: Registry) -> str:

@@ -90,7 +90,7 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
     if not folder.is_dir():
         raise CompareError(f"{folder}: is not a folder; a data set is a folder with corpus.jsonl and queries.jsonl")
     qrels = _qrels_path(folder, split)
-    documents, queries = _read_texts(folder / "corpus.jsonl"), _read_texts(folder / "queries.jsonl")
+    documents, queries = read_texts(folder / "corpus.jsonl"), read_texts(folder / "queries.jsonl")
     notes: list[str] = []
     judgments: Mapping[str, Mapping[str, int]] = {}
     num_queries = len(queries)
@@ -133,7 +133,7 @@ def _qrels_path(folder: Path, split: str | None) -> Path | None:
     return next(iter(found.values()))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the lines that are not blank, each with its ``file:line``."""
     try:
         with open_regular(path) as file:
@@ -148,10 +148,10 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise CompareError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read_texts(path: Path) -> dict[str, str]:
+def read_texts(path: Path) -> dict[str, str]:
     """Read the texts of ``corpus.jsonl`` or ``queries.jsonl`` by id, with the title, if there is one, in front."""
     texts: dict[str, str] = {}
-    for place, line in _lines(path):
+    for place, line in read_lines(path):
         try:
             entry = orjson.loads(line)
         except orjson.JSONDecodeError as error:
@@ -190,7 +190,7 @@ def _text(place: str, entry: Mapping[str, Any], key: str) -> str:
 def _read_judgments(path: Path) -> dict[str, dict[str, int]]:
     judgments: dict[str, dict[str, int]] = {}
     is_first = True
-    for place, line in _lines(path):
+    for place, line in read_lines(path):
         columns = _columns(place, line)
         if is_first:
             if _is_number(columns[2]):

@@ -23,7 +23,18 @@ _LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None}
 async def in_process_client(
     registry: Registry, settings: Settings, names: Iterable[str]
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Load the models with these names, even if the registry disables them, and yield a client of them.
+    """Load the models with these names, and yield a client of them; see :func:`in_process_deployment`."""
+    async with in_process_deployment(registry, settings, names) as deployment:
+        transport = httpx.ASGITransport(create_app(deployment))
+        async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as client:  # noqa: S113
+            yield client
+
+
+@asynccontextmanager
+async def in_process_deployment(
+    registry: Registry, settings: Settings, names: Iterable[str]
+) -> AsyncIterator[Deployment]:
+    """Load the models with these names, even if the registry disables them, and yield their deployment.
 
     Raises:
         CompareError: a name is unknown or an experiment's, or its model cannot be loaded.
@@ -37,9 +48,7 @@ async def in_process_client(
         for model in deployment.fleet:
             if model.state is not ModelState.READY:
                 raise CompareError(f"{model.id}: {model.reason}")
-        transport = httpx.ASGITransport(create_app(deployment))
-        async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as client:  # noqa: S113
-            yield client
+        yield deployment
     finally:
         await deployment.stop()
 

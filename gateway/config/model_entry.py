@@ -133,6 +133,12 @@ class ModelEntry(Frozen):
         "verify MODEL --record` writes it. For an upstream model, it verifies from one start to the next that the "
         "servers still run the same model.",
     )
+    ranges: NonEmptyText | None = Field(
+        default=None,
+        description="File with the range of each dimension of the model's vectors, relative to this file, for `int8` and "
+        "`uint8` vectors. `gateway calibrate MODEL --texts FILE` writes it. The ranges are part of the space of those "
+        "vectors: with others, stored vectors can no longer be compared with new ones.",
+    )
     outputs: DistinctListed[Head] = Field(
         default=(Output.DENSE,), description="Outputs that the model can return for a text."
     )
@@ -179,9 +185,9 @@ class ModelEntry(Frozen):
         unloaded = {"required", "allow_space_change"}
         return self.model_dump(exclude=unloaded) == other.model_dump(exclude=unloaded)
 
-    @field_validator("golden")
+    @field_validator("golden", "ranges")
     @classmethod
-    def _resolve_golden(cls, text: str | None, info: ValidationInfo) -> str | None:
+    def _resolve_file(cls, text: str | None, info: ValidationInfo) -> str | None:
         base: Path = (info.context or {}).get("folder", Path())
         return None if text is None else str((base / text).resolve())
 

@@ -24,12 +24,12 @@ from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
-from gateway.engine.model.static import MAX_BATCH_TOKENS as MAX_TABLE_TOKENS
-from gateway.engine.model.static import RUNTIME as TABLE
-from gateway.engine.model.static import require_table_settings
+from gateway.engine.model.static import place_table
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden
+from gateway.precision import Ranges
+from gateway.ranges import read as read_ranges
 from gateway.telemetry import metrics
 from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate, canonical_task
 
@@ -45,6 +45,7 @@ class LoadPlan:
         tasks: instruction of each task, by canonical name.
         instruction: put before a text that has no task.
         dimensions: accepted sizes, largest first.
+        ranges: of the dimensions, by size, if the registry names a file.
     """
 
     entry: ModelEntry
@@ -57,6 +58,7 @@ class LoadPlan:
     dimensions: tuple[int, ...]
     tasks: dict[str, str]
     instruction: str
+    ranges: Mapping[int, Ranges]
     memory: MemoryPlan
 
     @property
@@ -105,6 +107,7 @@ class LoadPlan:
             kind=self.kind,
             labels=() if classifier is None else classifier.labels,
             label_function=LabelFunction.NONE if classifier is None else classifier.function,
+            ranges=self.ranges,
         )
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
@@ -146,6 +149,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         raise LoadError(
             f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}"
         )
+    dimensions = _dimensions(entry, checkpoint)
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
@@ -154,9 +158,10 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         runtime=runtime,
         max_tokens=max_tokens,
         max_batch_tokens=max_batch_tokens,
-        dimensions=_dimensions(entry, checkpoint),
+        dimensions=dimensions,
         tasks=tasks,
         instruction=_instruction(checkpoint, tasks),
+        ranges=read_ranges(entry.ranges, checkpoint.fingerprint, dimensions, is_normalized=checkpoint.is_normalized),
         memory=plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens),
     )
 
@@ -164,8 +169,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
 def _place(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[tuple[str, ...], str, str, int]:
     """Return where and how a model runs: its devices, dtype, runtime, and the tokens of a batch."""
     if checkpoint.static is not None:
-        require_table_settings(entry)
-        return ("cpu",), "float32", TABLE, entry.max_batch_tokens or MAX_TABLE_TOKENS
+        return place_table(entry)
     devices = choose_devices(entry.device)
     dtype = choose_dtype(entry.dtype, devices[0])
     runtime = choose_runtime(entry.runtime, devices[0], checkpoint.model_type)
@@ -295,7 +299,7 @@ def _require_no_vectors(entry: ModelEntry) -> None:
     Raises:
         LoadError: names the keys.
     """
-    asked = [key for key in ("default_task", "prompts", "dimensions", "golden") if getattr(entry, key)]
+    asked = [key for key in ("default_task", "prompts", "dimensions", "golden", "ranges") if getattr(entry, key)]
     asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
     if asked:
         raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")

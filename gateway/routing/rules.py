@@ -7,8 +7,9 @@ from typing import Protocol
 
 from gateway.config.registry import Experiment, Registry
 from gateway.fleet import Fleet
+from gateway.precision import CALIBRATED
 from gateway.routing.names import Name, Names
-from gateway.routing.spaces import is_same_space, why_not_interchangeable
+from gateway.routing.spaces import is_same_space, why_not_interchangeable, why_other_ranges
 from gateway.types import DOES, ModelInfo, ModelKind, canonical_task, known_task_names
 
 
@@ -82,7 +83,7 @@ def _foreign_arms(experiment: Experiment, fleet: Models) -> Iterator[str]:
                 ""
                 if is_same_space(space, arm_space)
                 else f"{control.label} is in space {space}, and {arm.label} in {arm_space}"
-            )
+            ) or why_other_ranges(info, arm_info)
         if reason:
             yield (
                 f"the arms of experiment {experiment.id!r} are not in one space: {reason}; if that is intended, "
@@ -106,7 +107,7 @@ def _mixed_kinds(registry: Registry, fleet: Models) -> Iterator[str]:
 def name_spaces(registry: Registry, fleet: Fleet) -> dict[str, dict[str, str]]:
     """Return the spaces of each name, by task; only of names whose model has been read.
 
-    The space of a request without a task has the key ``""``.
+    The space of a request without a task has the key ``""``; those of its int8 and uint8 vectors have the precision's name.
     """
     named = {name: _spaces(fleet, meaning.model, task) for name, meaning, task in _one_space_names(registry)}
     return {name: spaces for name, spaces in named.items() if spaces}
@@ -127,7 +128,7 @@ def moved_names(known: Mapping[str, Mapping[str, str]], registry: Registry, flee
         old, new = known.get(name, {}), _spaces(fleet, meaning.model, task)
         for key in sorted(old.keys() & new.keys()):
             if not is_same_space(old[key], new[key]):
-                what = f" (task {key})" if key else ""
+                what = f" ({'' if key in CALIBRATED else 'task '}{key})" if key else ""
                 moved.append(
                     f"{name!r} would move from space {old[key]} to {new[key]}{what}: vectors stored under this name could "
                     "not be compared with new ones; set `allow_space_change: true` on it if none are"
@@ -150,9 +151,9 @@ def _spaces(fleet: Fleet, model: str, task: str | None) -> dict[str, str]:
     info = _info(fleet, model)
     if info is None or info.kind is not ModelKind.EMBED:  # clients do not store scores to compare them later
         return {}
-    return {"": info.space(task)} | (
-        {} if task else {key: space for key, space in info.spaces_by_task().items() if key}
-    )
+    quantized = {precision.value: info.space(task, precision=precision) for precision in CALIBRATED if info.ranges}
+    by_task = {} if task else {key: space for key, space in info.spaces_by_task().items() if key}
+    return {"": info.space(task)} | quantized | by_task
 
 
 def _info(fleet: Models, model_id: str) -> ModelInfo | None:

@@ -17,6 +17,11 @@ def why_not_interchangeable(info: ModelInfo, other: ModelInfo) -> str:
     return next(_differences(info, other), "")
 
 
+def why_other_ranges(info: ModelInfo, other: ModelInfo) -> str:
+    """Return why the int8 and uint8 vectors of two models in one space are in two; empty if they are not."""
+    return "" if info.ranges == other.ranges else f"{info.id} and {other.id} have other `ranges` for int8 vectors"
+
+
 def _differences(info: ModelInfo, other: ModelInfo) -> Iterator[str]:
     spaces, others = info.spaces_by_task(), other.spaces_by_task()
     for task, space in spaces.items():
@@ -24,6 +29,8 @@ def _differences(info: ModelInfo, other: ModelInfo) -> Iterator[str]:
             yield f"{other.id} has no task {task!r}" if task else f"{other.id} has tasks, and {info.id} has none"
         elif not is_same_space(space, others[task]):
             yield f"{info.id} is in space {space}, and {other.id} in {others[task]}" + (f" ({task})" if task else "")
+    if reason := why_other_ranges(info, other):
+        yield reason
     if info.default_task != other.default_task:
         yield f"the default task of {info.id} is {info.default_task}, and that of {other.id} is {other.default_task}"
     if other.max_tokens < info.max_tokens:

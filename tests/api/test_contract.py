@@ -442,7 +442,7 @@ WRONG_VALUES = [
     ),
     (
         ["encoding_format", "embedding_type", "encoding_type"],
-        "`float`, `base64`, `binary` or `ubinary`",
+        "`float`, `base64`, `int8`, `uint8`, `binary` or `ubinary`",
         [
             ("hex", "the string 'hex'"),
             (1, "the number 1"),

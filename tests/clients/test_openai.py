@@ -75,6 +75,17 @@ def test_base64_which_the_client_asks_for_unasked_equals_float_to_the_bit(client
     assert np.array_equal(vectors(unasked), vectors(floats))
 
 
+def test_quantized_numbers_are_a_list_and_never_read_as_float32(client: OpenAI) -> None:
+    """The client asks for base64 by itself, and would make 12 floats of the 48 bytes."""
+    floats = np.array(client.embeddings.create(model=MODEL, input="hello").data[0].embedding)
+
+    signs = client.embeddings.create(model=MODEL, input="hello", encoding_format="ubinary").data[0].embedding
+
+    assert signs == np.packbits(floats > 0).tolist()
+    with pytest.raises(openai.BadRequestError, match=r'pass `encoding_format="ubinary"` to the call'):
+        client.embeddings.create(model=MODEL, input="hello", extra_body={"embedding_type": "ubinary"})
+
+
 def test_base64_asked_for_is_handed_on_as_a_string_of_little_endian_float32(client: OpenAI) -> None:
     text = client.embeddings.create(model=MODEL, input="hello", encoding_format="base64").data[0].embedding
     floats = client.embeddings.create(model=MODEL, input="hello", encoding_format="float").data[0].embedding

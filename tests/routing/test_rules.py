@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gateway.config.registry import Alias, Arm, Experiment, Registry, Shadow
 from gateway.fleet import Fleet, Model
+from gateway.precision import Ranges
+from gateway.ranges import between
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.types import ModelKind, ModelState, known_task_names
 
@@ -312,3 +315,50 @@ def test_a_name_that_is_a_source_stays_in_its_space(make_model: MakeModel, sourc
     moved = moved_names(known, after, Fleet(new))
 
     assert [one.partition(" would move")[0] for one in moved if one.startswith(repr(name))] == [repr(name)]
+
+
+# -------------------------------------------------------------------------------------------------------- int8 vectors
+
+
+RANGES, OTHER_RANGES = ({8: between(np.zeros(8, np.float32), np.full(8, high, np.float32))} for high in (1, 2))
+
+
+def alike(make_model: MakeModel, *ranges: dict[int, Ranges]) -> list[Model]:
+    """Return models with the same weights, and these ranges."""
+    return [make_model(f"m{i}", fingerprint="f" * 64, ranges=one) for i, one in enumerate(ranges)]
+
+
+@pytest.mark.parametrize(("ranges", "is_fine"), [(RANGES, True), (OTHER_RANGES, False), ({}, False)])
+@pytest.mark.parametrize("task", [None, "separation"])
+def test_models_of_one_space_must_have_the_same_ranges(
+    make_model: MakeModel, ranges: dict[int, Ranges], is_fine: bool, task: str | None
+) -> None:
+    """An int8 vector of the other one could not be compared with those that are stored."""
+    models = alike(make_model, RANGES, ranges)
+    arms = (Arm(model="m0", weight=1, task=task), Arm(model="m1", weight=1, task=task))
+    experiment = Experiment(id="exp", kind="same_space", unit={"from": ("api_key",)}, salt="s", arms=arms)
+    registry = Registry(
+        path=Path("models.yaml"),
+        version=1,
+        models=tuple(model.entry for model in models),
+        experiments=(experiment,),
+        fallbacks={"m0": ("m1",)},
+    )
+
+    problems = broken_rules(registry, Fleet(models))
+
+    assert len(problems) == (0 if is_fine else 2)
+    assert all("m0 and m1 have other `ranges` for int8 vectors" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("after", "is_moved"), [(RANGES, False), (OTHER_RANGES, True), ({}, False)])
+def test_a_name_does_not_silently_get_other_ranges(
+    make_model: MakeModel, after: dict[int, Ranges], is_moved: bool
+) -> None:
+    [before], [now] = alike(make_model, RANGES), alike(make_model, after)
+    registry = Registry(path=Path("models.yaml"), version=1, models=(now.entry,))
+
+    moved = moved_names(name_spaces(registry, Fleet([before])), registry, Fleet([now]))
+
+    found = [re.findall(r"m0@\w+ \((u?int8)\)", problem) for problem in moved]
+    assert found == [["int8"]] * (2 if is_moved else 0)  # of the id, and of the source

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gateway import golden
+from gateway import golden, ranges
 from gateway.backends.upstream.dialects import Facts
 from gateway.backends.upstream.failures import Failure
 from gateway.backends.upstream.server import Server
@@ -99,17 +99,18 @@ def describe(
     """Return the model's info.
 
     Raises:
-        LoadError: the entry lists dimensions that are larger than the model's.
+        LoadError: the entry lists dimensions that are larger than the model's, or ranges that are not the model's.
     """
     if too_wide := [size for size in entry.dimensions if size > width]:
         raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {width}")
+    sizes = tuple(sorted({width, *entry.dimensions}, reverse=True))
     return ModelInfo(
         id=entry.id,
         source=entry.source,
         revision=entry.revision,
         fingerprint=fingerprint,
         width=width,
-        dimensions=tuple(sorted({width, *entry.dimensions}, reverse=True)),
+        dimensions=sizes,
         max_tokens=entry.max_tokens or facts.max_tokens or _DEFAULT_MAX_TOKENS,
         pooling="unknown",
         is_normalized=True,
@@ -120,4 +121,5 @@ def describe(
         tasks=tasks.instructions,
         default_task=entry.default_task and canonical_task(entry.default_task),
         has_raw=has_raw,
+        ranges=ranges.read(entry.ranges, fingerprint, sizes, is_normalized=True),
     )

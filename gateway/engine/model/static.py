@@ -24,17 +24,16 @@ from gateway.engine.model.tokenizer import Steps, Tokenizer
 from gateway.errors import BadInput, ContextLengthExceeded, LoadError
 from gateway.types import Truncate
 
-RUNTIME = "table"
-"""The name of the runtime."""
-MAX_BATCH_TOKENS = 65_536
-"""Tokens of a batch: they are only summed, so what a batch costs is mostly its overhead."""
+_RUNTIME = "table"
+# Tokens of a batch: they are only summed, so what a batch costs is mostly its overhead.
+_MAX_BATCH_TOKENS = 65_536
 
 
-def require_table_settings(entry: ModelEntry) -> None:
-    """Refuse settings of the registry that static embeddings cannot follow.
+def place_table(entry: ModelEntry) -> tuple[tuple[str, ...], str, str, int]:
+    """Return where and how static embeddings run: devices, dtype, runtime, and the tokens of a batch.
 
     Raises:
-        LoadError: names the setting.
+        LoadError: names the setting of the registry that they cannot follow.
     """
     for key, value, allowed in (
         ("device", entry.device, ("auto", "cpu")),
@@ -46,6 +45,7 @@ def require_table_settings(entry: ModelEntry) -> None:
                 f"{key} {value} is not supported for static embeddings, which are summed in float32 on the CPU: use "
                 f"{' or '.join(allowed)}"
             )
+    return ("cpu",), "float32", _RUNTIME, entry.max_batch_tokens or _MAX_BATCH_TOKENS
 
 
 def load_table(checkpoint: Checkpoint, max_tokens: int) -> tuple[Tokenizer, StaticRuntime]:
@@ -163,7 +163,7 @@ class StaticRuntime:
     The rows of a batch are summed without being copied out of the table first.
     """
 
-    name = RUNTIME
+    name = _RUNTIME
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
