@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
+from gateway.engine.checkpoint.sizes import Attention
 from gateway.engine.checkpoint.sources import download_bytes, is_cached, require_readable
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
@@ -50,9 +51,9 @@ class _Known:
 # The two of `models.yaml` that come from the hub.
 _KNOWN = {
     "jinaai/jina-embeddings-v3-hf": _Known(
-        Shape(572_000_000, 1024, 4096, 16), "jina_embeddings_v3", 8192, 1_200_000_000
+        Shape(572_000_000, 1024, 4096, Attention(16, 1024)), "jina_embeddings_v3", 8192, 1_200_000_000
     ),
-    "BAAI/bge-m3": _Known(Shape(568_000_000, 1024, 4096, 16), "xlm-roberta", 8192, 2_300_000_000),
+    "BAAI/bge-m3": _Known(Shape(568_000_000, 1024, 4096, Attention(16, 1024)), "xlm-roberta", 8192, 2_300_000_000),
 }
 
 

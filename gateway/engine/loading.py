@@ -35,6 +35,8 @@ from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate,
 
 # On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# The longest text of the warm-up.
+_WARM_UP_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +250,15 @@ def _set_accumulation(plan: LoadPlan) -> None:
 
 
 def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
-    """Run the shortest and the largest batch once, so that no request pays for first-time allocations."""
-    num_longest = max(1, plan.max_batch_tokens // plan.max_tokens)
-    texts = ["warm up", *["warm up " * plan.max_tokens] * num_longest]
+    """Run the shortest batch and a large one once, so that no request pays for first-time allocations.
+
+    A text of 32,768 tokens would take a large model minutes on a CPU.
+    """
+    longest = min(plan.max_tokens, _WARM_UP_TOKENS)
+    texts = ["warm up", *["warm up " * longest] * max(1, plan.max_batch_tokens // longest)]
     if plan.checkpoint.static is None:
-        tokens = encoder.tokenize(texts, plan.info.default_task, Truncate.END)
+        rows = encoder.tokenize(texts, plan.info.default_task, Truncate.END)
+        tokens = [replace(row, ids=row.ids[:longest]) for row in rows]
     else:  # whose tokenizer may know none of the words above
         tokens = [Tokens(list(range(plan.checkpoint.vocab_size)))] * 2
     outputs = frozenset(plan.entry.outputs)

@@ -11,6 +11,7 @@ import psutil
 
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.sizes import Attention
 from gateway.errors import TooLittleMemory
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -31,6 +32,19 @@ class MemoryPlan:
         return self.weights_bytes + self.batch_bytes
 
 
+# Measured with torch 2.13 and transformers 5.23; `tests/engine/test_memory_of_texts.py` measures them again.
+# Bytes for each head and pair of tokens, in models whose attention is not computed in one kernel: scores, their copies
+# in float32, and what is added to them.
+_SCORE_BYTES = {"mpnet": 13, "t5": 13, "gemma2": 12, "deberta-v2": 28}
+# OpenVINO computes DeBERTa's with more copies.
+_COMPILED_SCORE_BYTES = {**_SCORE_BYTES, "deberta-v2": 52}
+# Bytes for each pair of tokens of a text: masks of windows, and the numbers that they are made from.
+_WINDOW_BYTES = 22
+# A mask of 0 and 1 for each pair of tokens; the kernel makes numbers of it.
+_MASK_BYTES = 1
+_COMPILED_MASK_BYTES = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes that determine a model's memory.
@@ -39,25 +53,23 @@ class Shape:
         num_weights: count of the numbers in its weights.
         hidden_width: width of a layer's input.
         intermediate_width: width inside a layer's feed-forward.
-        num_heads: heads of its attention.
     """
 
     num_weights: int
     hidden_width: int
     intermediate_width: int
-    num_heads: int
+    attention: Attention
+    model_type: str = ""
 
 
 def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
     """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``."""
-    if checkpoint.static is not None:  # the table, once as it is read; a batch holds the ids of its tokens
-        table_bytes = 4 * checkpoint.vocab_size * checkpoint.hidden_width
-        return MemoryPlan(weights_bytes=2 * table_bytes, batch_bytes=8 * max_batch_tokens)
     shape = Shape(
         sum(_num_weights(path) for path in checkpoint.all_weights),
         checkpoint.hidden_width,
         checkpoint.intermediate_width,
-        checkpoint.num_heads,
+        checkpoint.attention,
+        checkpoint.model_type,
     )
     return estimate_memory(shape, dtype, runtime, max_tokens, max_batch_tokens)
 
@@ -66,18 +78,40 @@ def estimate_memory(shape: Shape, dtype: str, runtime: str, max_tokens: int, max
     """Estimate the memory of a model of the given shape.
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
-    context, and the feed-forward's input before and after its activation: T * (6 * width + 2 * intermediate) numbers,
-    plus one text's attention scores (heads * length^2), which an attention without packing may write out.
+    context, and the feed-forward's input before and after its activation: T * (2 * width + 4 * attention + 2 *
+    intermediate) numbers, and three times the width in float32, in which norms are computed. A document whose chunks are embedded together is one text. What grows with the square of
+    a text's length is in :func:`_bytes_per_pair`.
     """
     size = DTYPE_BYTES[dtype]
     tokens = max(max_batch_tokens, max_tokens)
-    activations = tokens * (6 * shape.hidden_width + 2 * shape.intermediate_width)
-    scores = 0 if runtime == "torch-packed" else shape.num_heads * max_tokens**2
+    numbers = 2 * shape.hidden_width + 4 * shape.attention.width + 2 * shape.intermediate_width
+    activations = tokens * (numbers * size + 3 * shape.hidden_width * DTYPE_BYTES["float32"])
+    # One text of the largest length, or a batch of texts that are as long as its tokens allow.
+    alone, together = max_tokens**2, max_batch_tokens * min(max_tokens, max_batch_tokens)
+    scores, mask, window = _bytes_per_pair(shape, size, runtime)
+    pairs = scores * max(alone, together) + mask * together + window * alone
     return MemoryPlan(
         # OpenVINO packs a copy from torch's float32 weights, which are there until it is done.
         weights_bytes=shape.num_weights * (size + DTYPE_BYTES["float32"] if runtime == "openvino" else size),
-        batch_bytes=(activations + scores) * size,
+        batch_bytes=activations + pairs,
     )
+
+
+def _bytes_per_pair(shape: Shape, size: int, runtime: str) -> tuple[int, int, int]:
+    """Return the bytes that a forward holds for each pair of tokens of a text.
+
+    Attention in one kernel writes no scores out, and a text that is computed alone needs no mask, unless there are windows.
+
+    Returns:
+        Those of the scores, of the mask of a batch of several lengths, and of the masks of a text alone.
+    """
+    if runtime == "torch-packed":
+        return 0, 0, 0
+    if runtime == "openvino":
+        scores = _COMPILED_SCORE_BYTES.get(shape.model_type, 0) * shape.attention.num_heads
+        return scores, _COMPILED_MASK_BYTES, _COMPILED_MASK_BYTES * (2 if shape.attention.has_windows else 1)
+    scores = _SCORE_BYTES.get(shape.model_type, 0) * shape.attention.num_heads
+    return scores, _MASK_BYTES + size, _WINDOW_BYTES if shape.attention.has_windows else 0
 
 
 def require_memory(plan: MemoryPlan, available_bytes: int, device: str) -> None:

@@ -32,7 +32,7 @@ def test_openvino_needs_the_float32_weights_as_well_as_its_own(
     plain, compiled = (plan_memory(checkpoint, dtype, runtime, 256, 2048) for runtime in ("torch", "openvino"))
 
     assert compiled.weights_bytes == 22_713_728 * num_bytes
-    assert compiled.batch_bytes == plain.batch_bytes
+    assert plain.weights_bytes == 22_713_728 * (num_bytes - 4)
 
 
 def test_adapters_layers_and_heads_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -70,15 +70,17 @@ def test_all_shards_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_a_batch_costs_what_its_tokens_cost(checkpoint: Checkpoint) -> None:
-    small, large = (plan_memory(checkpoint, "float32", "torch", 256, tokens).batch_bytes for tokens in (2048, 4096))
+    small, large = (
+        plan_memory(checkpoint, "float32", "torch-packed", 256, tokens).batch_bytes for tokens in (2048, 4096)
+    )
 
-    assert large - small == 2048 * (6 * 384 + 2 * 1536) * 4
+    assert large - small == 2048 * (6 * 384 + 2 * 1536 + 3 * 384) * 4
 
 
 def test_a_text_longer_than_the_budget_is_a_batch_by_itself(checkpoint: Checkpoint) -> None:
     assert (
-        plan_memory(checkpoint, "float32", "torch", 512, 100).batch_bytes
-        == plan_memory(checkpoint, "float32", "torch", 512, 512).batch_bytes
+        plan_memory(checkpoint, "float32", "torch-packed", 512, 100).batch_bytes
+        == plan_memory(checkpoint, "float32", "torch-packed", 512, 512).batch_bytes
     )
 
 
@@ -160,8 +162,21 @@ def test_sizes_are_printed_for_people(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
 
 
-def test_packed_texts_need_no_room_for_attention_scores(checkpoint: Checkpoint) -> None:
+def test_packed_texts_need_no_room_for_masks(checkpoint: Checkpoint) -> None:
     padded, packed = (plan_memory(checkpoint, "float16", name, 256, 2048) for name in ("torch", "torch-packed"))
 
-    assert padded.batch_bytes - packed.batch_bytes == checkpoint.num_heads * 256**2 * 2
+    assert padded.batch_bytes - packed.batch_bytes == 2048 * 256 * (1 + 2)
     assert padded.weights_bytes == packed.weights_bytes
+
+
+@pytest.mark.parametrize("model_type", ["mpnet", "t5", "gemma2", "deberta-v2"])
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_attention_that_writes_its_scores_out_takes_the_square_of_a_length_for_each_head(
+    checkpoint: Checkpoint, model_type: str, runtime: str
+) -> None:
+    fused, written = (
+        plan_memory(replace(checkpoint, model_type=name), "float32", runtime, 4096, 2048).batch_bytes
+        for name in ("bert", model_type)
+    )
+
+    assert written - fused >= 12 * checkpoint.attention.num_heads * 4096**2

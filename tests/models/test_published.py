@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from gateway.engine.checkpoint.classes import MODEL_TYPES
 from gateway.engine.loading import plan_load
+from gateway.engine.model.runtimes.padded import PaddedRuntime
 from gateway.errors import LoadError
 from gateway.types import Truncate
 from tests.models.checkpoints import TEXTS
@@ -291,6 +292,30 @@ def test_t5_takes_texts_of_the_length_that_its_files_name(
 
     assert plan.max_tokens == right.max_seq_length == 700
     assert cosines(load(folder, "torch").vectors(texts), right.encode(texts)).min() > 0.99999
+
+
+# ------------------------------------------------------------------------------------------------------ long texts
+
+
+def test_a_model_for_long_texts_is_warmed_up_with_shorter_ones(
+    make_plain: MakePlain, edit_json: EditJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text of 32,768 tokens would take Qwen3-Embedding minutes on a CPU."""
+    folder = make_plain("qwen3", max_position_embeddings=32_768)
+    edit_json(folder / "tokenizer_config.json", model_max_length=32_768)
+    seen: list[int] = []
+    prepare = PaddedRuntime.prepare
+
+    def spy(self: PaddedRuntime, rows: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
+        seen.append(sum(map(len, rows)))
+        return prepare(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(PaddedRuntime, "prepare", spy)
+
+    load_whole(folder)
+
+    assert plan_load(entry(folder)).max_tokens == 32_768
+    assert max(seen) == 2048
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts

@@ -34,7 +34,7 @@ from gateway.engine.checkpoint.modules import (
     require_sentence_transformer,
 )
 from gateway.engine.checkpoint.prompts import Prompts, read_prompts
-from gateway.engine.checkpoint.sizes import Sizes, read_config
+from gateway.engine.checkpoint.sizes import Attention, Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
 from gateway.errors import LoadError
@@ -80,7 +80,7 @@ class Checkpoint:
     hidden_width: int
     vocab_size: int
     num_layers: int
-    num_heads: int
+    attention: Attention
     intermediate_width: int
     max_tokens: int
     position_limit: int
@@ -159,7 +159,7 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         hidden_width=sizes.state_width,
         vocab_size=sizes.vocab_size,
         num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
+        attention=sizes.attention,
         intermediate_width=sizes.intermediate_width,
         max_tokens=_max_tokens(root, settings.max_tokens, sizes.num_positions),
         position_limit=sizes.num_positions,
@@ -205,7 +205,7 @@ def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
         hidden_width=table.width,
         vocab_size=table.vocab_size,
         num_layers=0,
-        num_heads=0,
+        attention=Attention(0, 0),
         intermediate_width=0,
         max_tokens=table.max_tokens,
         position_limit=table.position_limit,

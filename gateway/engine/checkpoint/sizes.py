@@ -37,6 +37,31 @@ _FEED_FORWARD = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """The sizes of a layer's attention.
+
+    Attributes:
+        num_heads: of the queries.
+        width: of the queries of all heads together; not always the width of the layer.
+        has_windows: whether some layers see only what is near.
+    """
+
+    num_heads: int
+    width: int
+    has_windows: bool = False
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Attention:
+        num_heads = int(config.num_attention_heads)
+        head_width = getattr(config, "head_dim", None) or int(config.hidden_size) // max(1, num_heads)
+        layer_types = getattr(config, "layer_types", None)
+        has_windows = bool(getattr(config, "sliding_window", None))
+        if layer_types is not None:
+            has_windows = "sliding_attention" in layer_types
+        return cls(num_heads, num_heads * int(head_width), has_windows)
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
     """The sizes that determine how long a text may be, and how much memory a model needs.
 
@@ -49,7 +74,7 @@ class Sizes:
     width: int
     state_width: int
     num_layers: int
-    num_heads: int
+    attention: Attention
     intermediate_width: int
     num_positions: int
     vocab_size: int
@@ -78,7 +103,10 @@ class Sizes:
             raise
         except Exception as error:  # transformers' validation raises errors of many classes
             raise LoadError(f"{where}: not a configuration that can be used: {error}") from error
-        if min(sizes.width, sizes.num_layers, sizes.num_heads, sizes.intermediate_width, sizes.num_positions) < 1:
+        if (
+            min(sizes.width, sizes.num_layers, sizes.attention.num_heads, sizes.intermediate_width, sizes.num_positions)
+            < 1
+        ):
             raise LoadError(f"{where}: every size must be positive, got {sizes}")
         if shapes is not None:
             _require_layers("num_hidden_layers", sizes.num_layers, shapes, where)
@@ -94,7 +122,7 @@ class Sizes:
             width=int(config.hidden_size),
             state_width=int((config.num_labels if is_projected else None) or config.hidden_size),
             num_layers=int(config.num_hidden_layers),
-            num_heads=int(config.num_attention_heads),
+            attention=Attention.of(config),
             intermediate_width=_intermediate_width(config),
             num_positions=_RELATIVE_POSITIONS
             if config.model_type == "t5"

@@ -22,7 +22,7 @@ MakeCheckpoint = Callable[..., Path]
 def test_the_bundled_model(bundled_folder: Path) -> None:
     checkpoint = read_checkpoint(bundled_folder)
 
-    assert (checkpoint.model_type, checkpoint.width, checkpoint.num_layers, checkpoint.num_heads) == (
+    assert (checkpoint.model_type, checkpoint.width, checkpoint.num_layers, checkpoint.attention.num_heads) == (
         "bert",
         384,
         6,
@@ -40,7 +40,7 @@ def test_the_sizes_are_found_under_each_architectures_names(
 ) -> None:
     checkpoint = read_checkpoint(plain_checkpoints(model_type))
 
-    sizes = (checkpoint.width, checkpoint.num_layers, checkpoint.num_heads, checkpoint.intermediate_width)
+    sizes = (checkpoint.width, checkpoint.num_layers, checkpoint.attention.num_heads, checkpoint.intermediate_width)
     assert sizes == (32, 2, 4, 64)
     assert checkpoint.hidden_width == 32
     # Jina's own code normalizes, and its checkpoint has no modules that say so.

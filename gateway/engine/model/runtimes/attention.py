@@ -156,13 +156,14 @@ def make_masks(
         full &= (is_key | is_padding)[:, None, None, :]
     masks = {FULL: full}
     if is_relative:
-        places = np.arange(owners.shape[1])
-        distance = places[:, None] - places[None, :]
+        # Compared, not subtracted: of a text of 32,768 tokens the distances would take 8 GiB.
+        place, other = np.arange(owners.shape[1])[:, None], np.arange(owners.shape[1])[None, :]
         if rule.is_causal:
-            full &= distance >= 0
+            full &= other <= place
         if rule.window is not None:
-            masks[SLIDING] = full & (abs(distance) <= rule.window)
+            masks[SLIDING] = full & (other >= place - rule.window)
+            masks[SLIDING] &= other <= place + rule.window
             if is_key is not None:  # a token that is not seen may have nothing else within its window
                 sees_nothing = ~masks[SLIDING].any(axis=-1, keepdims=True)
-                masks[SLIDING] |= sees_nothing & (distance == 0)
+                masks[SLIDING] |= sees_nothing & (other == place)
     return {name: masks[name] for name in rule.mask_names}
