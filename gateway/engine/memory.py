@@ -36,8 +36,8 @@ class MemoryPlan:
 # Bytes for each head and pair of tokens, in models whose attention is not computed in one kernel: scores, their copies
 # in float32, and what is added to them.
 _SCORE_BYTES = {"mpnet": 13, "t5": 13, "gemma2": 12, "deberta-v2": 28}
-# OpenVINO computes DeBERTa's with more copies.
-_COMPILED_SCORE_BYTES = {**_SCORE_BYTES, "deberta-v2": 52}
+# The same in OpenVINO 2026.4.
+_COMPILED_SCORE_BYTES = {"mpnet": 16, "t5": 13, "gemma2": 4, "deberta-v2": 52}
 # Bytes for each pair of tokens of a text: masks of windows, and the numbers that they are made from.
 _WINDOW_BYTES = 22
 # A mask of 0 and 1 for each pair of tokens; the kernel makes numbers of it.
@@ -79,8 +79,8 @@ def estimate_memory(shape: Shape, dtype: str, runtime: str, max_tokens: int, max
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
     context, and the feed-forward's input before and after its activation: T * (2 * width + 4 * attention + 2 *
-    intermediate) numbers, and three times the width in float32, in which norms are computed. A document whose chunks are embedded together is one text. What grows with the square of
-    a text's length is in :func:`_bytes_per_pair`.
+    intermediate) numbers, and three times the width in float32, in which norms are computed. What grows with the square
+    of a text's length is in :func:`_bytes_per_pair`. A document whose chunks are embedded together is one text.
     """
     size = DTYPE_BYTES[dtype]
     tokens = max(max_batch_tokens, max_tokens)
