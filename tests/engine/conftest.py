@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import structlog
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
@@ -198,10 +198,15 @@ def save_transformer(folder: Path, model_type: str = "bert", **sizes: int) -> No
     torch.manual_seed(7)
     names = {"distilbert": {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}}
     names["distilbert"]["intermediate_size"] = "hidden_dim"
+    names["t5"] = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+    names["t5"]["intermediate_size"] = "d_ff"
     renamed = {names.get(model_type, {}).get(key, key): value for key, value in {**SIZES, **sizes}.items()}
     if model_type == "electra":
         renamed["embedding_size"] = 16
-    model = AutoModel.from_config(AutoConfig.for_model(model_type, **renamed))
+    if model_type == "lfm2":
+        renamed["block_auto_adjust_ff_dim"] = False
+    config = AutoConfig.for_model(model_type, **renamed)
+    model = T5EncoderModel(config) if model_type == "t5" else AutoModel.from_config(config)
     model.save_pretrained(folder)
     train_tokenizer(model_type).save_pretrained(folder)
 

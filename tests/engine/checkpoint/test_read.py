@@ -237,8 +237,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config is a list": (write("config.json", "[]"), "config.json: must hold a JSON object, got list"),
     "no model type": (write("config.json", "{}"), "model_type must be a string, got None"),
     "another architecture": (
-        change_json("config.json", model_type="qwen2"),
-        "model_type 'qwen2' is not supported; supported: bert, roberta, ",
+        change_json("config.json", model_type="gpt2"),
+        "model_type 'gpt2' is not supported; supported: bert, roberta, ",
     ),
     "no width": (
         change_json("config.json", hidden_size=None),
