@@ -241,6 +241,12 @@ class Settings(BaseSettings):
     cpu_threads: int = Field(
         default=0, ge=0, description="Number of threads for models on the CPU; 0: chosen by the engine."
     )
+    cache_dir: Literal["off"] | Path | None = Field(
+        default=None,
+        description="Folder for compiled copies of the models on the CPU, which make later starts faster: as large as the "
+        "weights in float32. `off`: none are kept. By default `embedding-gateway/compiled` in `$XDG_CACHE_HOME` or "
+        "`~/.cache`.",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         default="info", description="Minimum severity of the events that are logged."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threa
 from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
+from gateway.engine.model.compiled_cache import compiled_folder
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.static import place_table
@@ -118,7 +120,7 @@ class LoadPlan:
         memory = plan_memory(self.checkpoint, self.dtype, runtime, self.max_tokens, self.max_batch_tokens)
         return replace(self, runtime=runtime, memory=memory)
 
-    def build_options(self, device: str, threads: CpuThreads) -> BuildOptions:
+    def build_options(self, device: str, threads: CpuThreads, compiled_folder: Path | None = None) -> BuildOptions:
         """Return the options for building the encoder of one replica."""
         return BuildOptions(
             device=device,
@@ -129,6 +131,7 @@ class LoadPlan:
             tasks=self.tasks,
             instruction=self.instruction,
             trust_remote_code=self.entry.trust_remote_code,
+            compiled_folder=compiled_folder,
         )
 
 
@@ -206,9 +209,10 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         vectors = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         golden = GoldenCheck(plan.entry.id, vectors, MIN_COSINE[plan.dtype])
     require_room(plan)
+    compiled = compiled_folder(settings.cache_dir, os.environ)
     encoders = []
     for device in plan.devices:
-        for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads)):
+        for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads, compiled)):
             _warm_up(encoder, plan)
             if golden is not None:
                 golden.check(encoder.embed)

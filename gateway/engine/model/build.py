@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -13,8 +15,10 @@ import torch
 from torch.nn import functional
 
 from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.compiled_cache import CompiledCache, key_of
 from gateway.engine.model.encoder import Encoder, Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.model.load_tokenizer import load_tokenizer
@@ -49,6 +53,7 @@ class BuildOptions:
         tasks: instruction of each task.
         instruction: put before a text that has no task.
         trust_remote_code: let the checkpoint bring Python code that then runs in this process.
+        compiled_folder: where compiled models are kept for a later start; ``None`` keeps none.
     """
 
     device: str
@@ -59,6 +64,7 @@ class BuildOptions:
     tasks: Mapping[str, str]
     instruction: str = ""
     trust_remote_code: bool = False
+    compiled_folder: Path | None = None
 
 
 def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
@@ -160,16 +166,25 @@ def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
 
 
 def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
-    """Compile the model, and keep the result only if it agrees with torch; nothing otherwise."""
-    from gateway.engine.model.runtimes.openvino import OpenVinoRuntime  # slow to import, and only needed on a CPU
+    """Compile the model, and keep the result only if it agrees with torch; nothing otherwise.
 
+    A model that has agreed is kept on disk, and is not compared again: nothing that the comparison depends on may differ.
+    """
+    from gateway.engine.model.runtimes.openvino import OpenVinoRuntime, TracedModel  # slow to import, only for a CPU
+
+    cache = CompiledCache(None if checkpoint.has_own_code else options.compiled_folder)
+    key = _compiled_key(checkpoint, options, tokenizer)
+    if (entry := cache.find(key)) is not None:
+        try:
+            return OpenVinoRuntime.compile(TracedModel.read(entry), options.dtype, options.threads)
+        except Exception as error:  # OpenVINO and json raise many classes
+            log.warning("compiled_cache_unusable", entry=str(entry), error=str(error))
     model, mask = _load_model(checkpoint, options, "float32")
     reference = PaddedRuntime(model, mask)
     rule = None if checkpoint.has_own_code else attention_rule(model.config)
     try:
-        runtimes = OpenVinoRuntime.compile(
-            model, mask, options.dtype, options.threads, has_segments=tokenizer.has_segments, rule=rule
-        )
+        traced = TracedModel.trace(model, mask, rule, has_segments=tokenizer.has_segments)
+        runtimes = OpenVinoRuntime.compile(traced, options.dtype, options.threads)
         cosine = _agreement(runtimes[0], reference, checkpoint, tokenizer)
     except Exception as error:  # an architecture that cannot be traced or compiled may raise anything
         if options.runtime == "openvino":
@@ -184,7 +199,28 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
             raise LoadError(f"{checkpoint.folder}: {message}")
         log.warning("openvino_differs", folder=str(checkpoint.folder), reason=message, fallback="torch")
         return []
+    cache.store(key, sum(tensor.nbytes for tensor in model.parameters()), traced.save)
     return runtimes
+
+
+def _compiled_key(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> str:
+    """Return the key of a compiled model: a hash over all that its numbers, and their agreement with torch, depend on."""
+    from gateway.engine.model.runtimes.openvino import describe_processor
+
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return key_of(
+        {
+            "checkpoint": checkpoint.fingerprint,
+            "config": file_sha256(checkpoint.transformer / "config.json"),  # parts of it are not in the fingerprint
+            "adapters": list(checkpoint.adapters),
+            "dtype": options.dtype,
+            "max_tokens": options.max_tokens,
+            "has_segments": tokenizer.has_segments,
+            "processor": describe_processor(),
+            "versions": [version(package) for package in ("torch", "transformers")],
+            "engine": [file_sha256(source) for source in sources],
+        }
+    )
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -29,8 +30,12 @@ _UNUSED_S = 30 * 24 * 3600.0
 _MIN_FREE_BYTES = 1 << 30
 
 
-def default_folder(environ: Mapping[str, str]) -> Path:
-    """Return the folder of compiled models where the settings name none."""
+def compiled_folder(setting: Path | Literal["off"] | None, environ: Mapping[str, str]) -> Path | None:
+    """Return the folder of compiled models: that of the setting, else one in the user's cache; ``None`` for ``off``."""
+    if setting == "off":
+        return None
+    if setting is not None:
+        return Path(setting)
     base = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(base) / "embedding-gateway" / "compiled"
 

@@ -13,25 +13,16 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask
-from gateway.engine.model.runtimes.attention import (
-    FULL,
-    SLIDING,
-    AttentionRule,
-    make_masks,
-    positions,
-    uncounted_id,
-)
-from gateway.engine.model.runtimes.padded import group_by_length
-from gateway.engine.model.runtimes.rows import Layout, lay_out, plan_forwards
+from gateway.engine.model.runtimes.attention import FULL, SLIDING, AttentionRule
+from gateway.engine.model.runtimes.inputs import CompiledFeatures, InputMaker
 from gateway.engine.model.states import TokenStates
 
 if TYPE_CHECKING:
@@ -42,16 +33,10 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import openvino  # type: ignore[import-untyped]  # noqa: E402
 
-AdapterTable: TypeAlias = npt.NDArray[np.float32]
 # OpenVINO compiles kernels for each shape of a forward and by default keeps those of thousands: memory grows by 100 MiB for
 # each thousand batches of mixed shapes. With 512 kernels it stays flat, at the same speed; without a cache, a short text
 # takes twice as long.
 _CACHED_KERNELS = 512
-# The first batch of a new shape takes 5 to 10 ms longer, as much as a hundred tokens and more: where each text has a row to
-# itself, several are padded to a multiple of this, so that shapes recur. Computing the padding costs less.
-_LENGTH_STEP = 8
-# In a mask that is added to the attention's scores: closed. Smaller numbers may overflow once others are added.
-_CLOSED = np.float32(-1e9)
 # The tracer's state is the process's: one model at a time.
 _TRACING = threading.Lock()
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
@@ -61,22 +46,7 @@ _GATED_MODEL_TYPES = (
     *("gte", "nomic_bert", "eurobert", "t5"),
     *("qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"),
 )
-
-Inputs: TypeAlias = dict[str, npt.NDArray[np.generic]]
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledFeatures:
-    """The inputs of the compiled model by name, and where the tokens of the texts are.
-
-    Attributes:
-        places: of each text's tokens, one text after the other, among the tokens of all rows.
-        lengths: tokens of each text.
-    """
-
-    inputs: Inputs
-    places: npt.NDArray[np.intp]
-    lengths: Sequence[int]
+_MODEL = "model.xml"
 
 
 class _Traced(nn.Module):
@@ -115,83 +85,53 @@ class _Traced(nn.Module):
         return states
 
 
-class InputMaker:
-    """Makes the inputs of a compiled model from the texts of a forward.
+@dataclass(frozen=True, slots=True)
+class TracedModel:
+    """A model in OpenVINO's form, with its weights in float32, and what makes its inputs."""
 
-    Args:
-        rule: what tells texts in one row apart; ``None``: each has a row to itself, and the model makes its masks.
-    """
+    model: openvino.Model
+    inputs: InputMaker
 
-    def __init__(
-        self, model: PreTrainedModel, mask: AdapterMask | None, rule: AttentionRule | None, *, has_segments: bool
-    ):
-        config = model.config
-        self.rule = rule
-        self._pad_id: int = config.pad_token_id or 0
-        self._width: int = config.hidden_size
-        self._uncounted_id = uncounted_id(config)
-        # An attention that is not torch's own adds its mask to the scores.
-        self._is_added = config._attn_implementation != "sdpa"
-        self._adapter_table: AdapterTable | None = None if mask is None else mask.table.float().numpy()
-        self._has_segments = has_segments
+    @classmethod
+    def trace(
+        cls, model: PreTrainedModel, mask: AdapterMask | None, rule: AttentionRule | None, *, has_segments: bool
+    ) -> TracedModel:
+        """Trace a torch model in float32 on the CPU; it shares its weights.
 
-    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
-        """Return the texts of each forward."""
-        return group_by_length(lengths) if self.rule is None else plan_forwards(lengths, self._width)
+        Args:
+            rule: what tells texts in one row apart; ``None``: each has a row to itself.
+            has_segments: the model takes segment ids, which mark the tokens of a pair's second text.
 
-    def make(
-        self,
-        rows: Sequence[Sequence[int]],
-        adapters: Sequence[int],
-        seconds: Sequence[int | None] | None = None,
-        attended: Sequence[int] | None = None,
-    ) -> CompiledFeatures:
-        """Make the inputs; the arguments are those of :meth:`gateway.engine.model.runtimes.base.Runtime.prepare`."""
-        lengths = [len(row) for row in rows]
-        layout = self._lay_out(lengths)
-        shape = (len(layout.rows), layout.length)
-        owners = np.full(shape, -1)
-        ids = np.full(shape, self._pad_id)
-        position_ids = np.zeros(shape, np.int64)
-        segments = np.zeros(shape, np.int64)
-        is_key = None if attended is None else np.zeros(shape, bool)
-        starts = [0] * len(rows)
-        for i, row in enumerate(layout.rows):
-            start = 0
-            for text in row:
-                end = start + lengths[text]
-                starts[text] = i * layout.length + start
-                owners[i, start:end] = text
-                ids[i, start:end] = rows[text]
-                position_ids[i, start:end] = positions(rows[text], self._uncounted_id)
-                if seconds is not None and (second := seconds[text]) is not None:
-                    segments[i, start + second : end] = 1
-                if is_key is not None and attended is not None:
-                    is_key[i, start : start + attended[text]] = True
-                start = end
-        inputs: Inputs = {"input_ids": ids, **self._masks(owners, is_key)}
-        if self.rule is not None:
-            inputs["position_ids"] = position_ids
-        if self._adapter_table is not None:
-            inputs["adapter_mask"] = self._adapter_table[np.array([*adapters, -1])[owners]]
-        if self._has_segments:
-            inputs["token_type_ids"] = segments
-        places = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-        return CompiledFeatures(inputs, places, lengths)
+        Raises:
+            Exception: of any class: the architecture cannot be traced.
+        """
+        inputs = InputMaker.of(model, mask, rule, has_segments=has_segments)
+        return cls(_convert(_Traced(model, mask, rule), inputs, [0, -1] if mask is not None else [-1, -1]), inputs)
 
-    def _lay_out(self, lengths: Sequence[int]) -> Layout:
-        if self.rule is not None:
-            return lay_out(lengths, self._width)
-        step = _LENGTH_STEP if len(lengths) > 1 else 1
-        return Layout([[i] for i in range(len(lengths))], -(-max(lengths) // step) * step)
+    def save(self, folder: Path) -> None:
+        """Write everything into files of a folder, for :meth:`read`.
 
-    def _masks(self, owners: npt.NDArray[np.intp], is_key: npt.NDArray[np.bool_] | None) -> Inputs:
-        if self.rule is None:
-            return {"attention_mask": (owners >= 0 if is_key is None else is_key).astype(np.int64)}
-        masks = make_masks(owners, is_key, self.rule)
-        return {
-            name: np.where(mask, np.float32(0), _CLOSED) if self._is_added else mask for name, mask in masks.items()
-        }
+        Raises:
+            OSError, RuntimeError: they cannot be written.
+        """
+        openvino.save_model(self.model, folder / _MODEL, compress_to_fp16=False)
+        self.inputs.save(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> TracedModel:
+        """Return what :meth:`save` has written. The weights stay in their file, which is mapped into memory.
+
+        Raises:
+            OSError, ValueError, TypeError, RuntimeError: the files are not what was written.
+        """
+        return cls(openvino.Core().read_model(folder / _MODEL), InputMaker.read(folder))
+
+
+def describe_processor() -> list[str]:
+    """Return what the computed numbers depend on besides the model: OpenVINO's version, and the processor."""
+    core = openvino.Core()
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [openvino.__version__, core.get_property("CPU", "FULL_DEVICE_NAME"), *capabilities]
 
 
 class OpenVinoRuntime:
@@ -204,32 +144,19 @@ class OpenVinoRuntime:
         self._inputs = inputs
 
     @classmethod
-    def compile(
-        cls,
-        model: PreTrainedModel,
-        mask: AdapterMask | None,
-        dtype: str,
-        threads: CpuThreads,
-        *,
-        has_segments: bool = False,
-        rule: AttentionRule | None = None,
-    ) -> list[OpenVinoRuntime]:
+    def compile(cls, traced: TracedModel, dtype: str, threads: CpuThreads) -> list[OpenVinoRuntime]:
         """Compile a model and return a runtime for each stream; they share the weights and run side by side.
 
         Args:
-            model: in float32, on the CPU; not needed afterwards.
             dtype: ``float32`` or ``bfloat16``, which the processor must have.
-            has_segments: the model takes segment ids, which mark the tokens of a pair's second text.
-            rule: what tells texts in one row apart; ``None``: each has a row to itself.
 
         Raises:
             RuntimeError: OpenVINO cannot compile the model.
         """
-        if dtype == "bfloat16" and model.config.model_type in _GATED_MODEL_TYPES:
+        if dtype == "bfloat16" and traced.inputs.model_type in _GATED_MODEL_TYPES:
             threads = _wide_streams(threads)
-        inputs = InputMaker(model, mask, rule, has_segments=has_segments)
         compiled = openvino.Core().compile_model(
-            _convert(_Traced(model, mask, rule), inputs, [0, -1] if mask is not None else [-1, -1]),
+            traced.model,
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
@@ -240,7 +167,7 @@ class OpenVinoRuntime:
                 "ENABLE_CPU_PINNING": threads.are_bound,
             },
         )
-        return [cls(compiled, inputs) for _ in range(threads.num_streams)]
+        return [cls(compiled, traced.inputs) for _ in range(threads.num_streams)]
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         return self._inputs.groups(lengths)
