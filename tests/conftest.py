@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,25 @@ settings.load_profile("patient")
 # FastAPI builds a validator for each documented response of each route: two thirds of the time that an application takes
 # to make. They are the same in each of the thousand applications that the tests make.
 fastapi.routing.create_model_field = functools.cache(fastapi.routing.create_model_field)  # type: ignore[attr-defined]
+
+
+# A folder for all workers in place of the user's: a model is compiled once in a run, not at each start of a gateway.
+_CACHE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the user's cache out of the tests."""
+    if not hasattr(
+        config, "workerinput"
+    ):  # the workers of pytest-xdist get the variable from the process that starts them
+        config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="gateway-tests-", ignore_cleanup_errors=True)
+        os.environ["XDG_CACHE_HOME"] = config.stash[_CACHE].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cache."""
+    if (folder := config.stash.get(_CACHE, None)) is not None:
+        folder.cleanup()
 
 
 def pytest_collection_finish() -> None:
