@@ -136,7 +136,7 @@ def logs() -> Iterator[list[dict[str, object]]]:
 
 
 @pytest.mark.parametrize("damage", ["weights", "graph", "inputs", "consistent nonsense"])
-def test_a_damaged_entry_is_told_and_made_again(
+def test_a_damaged_entry_is_logged_and_made_again(
     damage: str, bert: Path, start: Start, traces: list[Path], cache: Path, logs: list[dict[str, object]]
 ) -> None:
     before = Loaded(start(bert)).vectors(SENTENCES)

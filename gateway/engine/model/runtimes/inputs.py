@@ -96,7 +96,7 @@ class InputMaker:
 
     @classmethod
     def read(cls, folder: Path) -> InputMaker:
-        """Return what :meth:`save` has written.
+        """Read the files that :meth:`save` has written.
 
         Raises:
             OSError, ValueError, TypeError: the files are not what was written.

@@ -119,7 +119,7 @@ class TracedModel:
 
     @classmethod
     def read(cls, folder: Path) -> TracedModel:
-        """Return what :meth:`save` has written. The weights stay in their file, which is mapped into memory.
+        """Read the files that :meth:`save` has written. The weights stay in their file, which is mapped into memory.
 
         Raises:
             OSError, ValueError, TypeError, RuntimeError: the files are not what was written.
@@ -128,7 +128,7 @@ class TracedModel:
 
 
 def describe_processor() -> list[str]:
-    """Return what the computed numbers depend on besides the model: OpenVINO's version, and the processor."""
+    """Return OpenVINO's version and the processor, on which the computed numbers depend as on the model."""
     core = openvino.Core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [openvino.__version__, core.get_property("CPU", "FULL_DEVICE_NAME"), *capabilities]
