@@ -7,6 +7,7 @@ descriptions.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -266,6 +267,14 @@ class Settings(BaseSettings):
     exposure_log_backups: int = Field(
         default=5, ge=1, description="Number of rotated exposure logs to keep; all of them are read at the start."
     )
+
+    @property
+    def compiled_folder(self) -> Path | None:
+        """The folder of ``cache_dir``, by default one in the user's cache; ``None`` for ``off``."""
+        if self.cache_dir == "off":
+            return None
+        user = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        return self.cache_dir or Path(user, "embedding-gateway", "compiled")
 
     @field_validator("admin_port")
     @classmethod

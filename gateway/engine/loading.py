@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threa
 from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
-from gateway.engine.model.compiled_cache import compiled_folder
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.static import place_table
@@ -209,10 +207,9 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         vectors = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         golden = GoldenCheck(plan.entry.id, vectors, MIN_COSINE[plan.dtype])
     require_room(plan)
-    compiled = compiled_folder(settings.cache_dir, os.environ)
     encoders = []
     for device in plan.devices:
-        for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads, compiled)):
+        for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads, settings.compiled_folder)):
             _warm_up(encoder, plan)
             if golden is not None:
                 golden.check(encoder.embed)

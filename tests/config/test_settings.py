@@ -51,6 +51,7 @@ DEFAULTS = {
     "forward_timeout_s": 120.0,
     "golden_interval_s": 3600.0,
     "cpu_threads": 0,
+    "cache_dir": None,
     "log_level": "info",
     "log_format": "auto",
     "exposure_log": None,
@@ -311,3 +312,15 @@ def test_every_number_must_be_finite(name: str, text: str) -> None:
     (problem,) = problems_of({f"GATEWAY_{name.upper()}": text})
 
     assert problem.message.startswith("must be")
+
+
+def test_compiled_models_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert Settings().compiled_folder == Path("/cache/embedding-gateway/compiled")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Settings().compiled_folder == Path.home() / ".cache/embedding-gateway/compiled"
+
+
+def test_compiled_models_are_kept_elsewhere_or_not_at_all() -> None:
+    assert load_settings({"GATEWAY_CACHE_DIR": "/var/lib/gateway"}).compiled_folder == Path("/var/lib/gateway")
+    assert load_settings({"GATEWAY_CACHE_DIR": "off"}).compiled_folder is None

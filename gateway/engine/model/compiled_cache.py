@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import structlog
 
@@ -28,16 +27,6 @@ _ENTRY = "entry.json"
 _UNUSED_S = 30 * 24 * 3600.0
 # Left free on the disk, and room for an entry that two processes write at once.
 _MIN_FREE_BYTES = 1 << 30
-
-
-def compiled_folder(setting: Path | Literal["off"] | None, environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of compiled models: that of the setting, else one in the user's cache; ``None`` for ``off``."""
-    if setting == "off":
-        return None
-    if setting is not None:
-        return Path(setting)
-    base = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "embedding-gateway" / "compiled"
 
 
 def key_of(parts: Mapping[str, object]) -> str:

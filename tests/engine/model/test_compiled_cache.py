@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.engine.model.compiled_cache import CompiledCache, compiled_folder, key_of
+from gateway.engine.model.compiled_cache import CompiledCache, key_of
 
 KEY = key_of({"model": "a"})
 
@@ -121,13 +121,3 @@ def test_without_a_folder_nothing_is_kept() -> None:
     cache = CompiledCache(None)
     cache.store(KEY, 10, write("weights"))
     assert cache.find(KEY) is None
-
-
-def test_the_default_folder_is_the_users_cache() -> None:
-    assert compiled_folder(None, {"XDG_CACHE_HOME": "/cache"}) == Path("/cache/embedding-gateway/compiled")
-    assert compiled_folder(None, {}) == Path.home() / ".cache/embedding-gateway/compiled"
-
-
-def test_the_setting_names_another_folder_or_turns_the_cache_off() -> None:
-    assert compiled_folder(Path("here"), {"XDG_CACHE_HOME": "/cache"}) == Path("here")
-    assert compiled_folder("off", {"XDG_CACHE_HOME": "/cache"}) is None
