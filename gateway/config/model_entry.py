@@ -108,6 +108,11 @@ class ModelEntry(Frozen):
         default_factory=dict,
         description="Instruction put in front of the text, by task. Overrides the checkpoint's own instructions.",
     )
+    instruction: NonEmptyText | None = Field(
+        default=None,
+        description="Instruction of an LLM that reranks, such as Qwen3-Reranker; by default its own. For a model that was "
+        "trained from Qwen3-Reranker, it also says that the model reads pairs by that template.",
+    )
     dimensions: Distinct[Positive] = Field(
         default=(),
         description="Sizes that clients may request with `dimensions`. The native width is always allowed; list smaller "
@@ -258,6 +263,7 @@ _ENGINE_FIELDS = (
     "dtype",
     "runtime",
     "load",
+    "instruction",
     "max_batch_tokens",
     "fp16_accumulation",
     "trust_remote_code",

@@ -141,7 +141,9 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     """
     folder = locate(entry, may_download=may_download)
     verify_sha256(folder, entry.sha256)
-    checkpoint = read_checkpoint(folder, trust_remote_code=entry.trust_remote_code)
+    checkpoint = read_checkpoint(
+        folder, trust_remote_code=entry.trust_remote_code, source=entry.source, instruction=entry.instruction
+    )
     if checkpoint.classifier is not None:
         _require_no_vectors(entry)
     devices, dtype, runtime, max_batch_tokens = _place(entry, checkpoint)

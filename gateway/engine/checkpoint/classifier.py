@@ -46,7 +46,21 @@ class Activation:
     name: str
 
 
-Layer: TypeAlias = Linear | Norm | Activation
+@dataclass(frozen=True, slots=True)
+class TokenLogit:
+    """The logit of one token as the next one, less that of another, by sentence-transformers' ``LogitScore``.
+
+    Attributes:
+        table: which matrix has a row for each token: ``lm_head``, or ``embed_tokens`` where the two are one.
+        negative: ``None`` for the logit alone.
+    """
+
+    table: str
+    positive: int
+    negative: int | None
+
+
+Layer: TypeAlias = Linear | Norm | Activation | TokenLogit
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +92,28 @@ class Classifier:
     @property
     def tensors(self) -> frozenset[str]:
         """Names of the tensors among the transformer's weights that belong to the head."""
-        layers = [layer for layer in self.layers if not isinstance(layer, Activation) and layer.folder is None]
+        layers = [layer for layer in self.layers if isinstance(layer, Linear | Norm) and layer.folder is None]
         return frozenset(f"{layer.tensors}.{part}" for layer in layers for part in ("weight", "bias"))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of the modules with layers of the head."""
+        layers = (layer for layer in self.layers if isinstance(layer, Linear | Norm))
+        return tuple(layer.folder for layer in layers if layer.folder is not None)
 
     @property
     def settings(self) -> str:
         """The settings that determine a score and are not in a weights file, except the pooling."""
-        parts = [layer.name if isinstance(layer, Activation) else layer.tensors for layer in self.layers]
+        parts = [layer.tensors if isinstance(layer, Linear | Norm) else str(layer) for layer in self.layers]
         eps = [str(layer.eps) for layer in self.layers if isinstance(layer, Norm)]
         return ", ".join([self.architecture, *parts, *eps, *(["late"] if self.is_late else []), *self.labels])
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """The head of one of transformers' classes.
-
-    Attributes:
-        num_segments: kinds of segments where the configuration does not say; ``None`` for a model that takes none.
-    """
+    """The head of one of transformers' classes."""
 
     layers: tuple[Layer, ...]
-    num_segments: int | None = None
     pooling: Pooling = Pooling.CLS
 
 
@@ -109,19 +124,31 @@ def _dense(dense: str, activation: str, output: str) -> tuple[Layer, ...]:
 # Those with BERT's pooler; those with RoBERTa's classification head; the others, each with
 # the rules of its class for sequence classification; transformers' generic one of the decoders.
 _ENCODER_HEADS = {
-    "Bert": _Head(_dense("bert.pooler.dense", "tanh", "classifier"), 2),
-    "Albert": _Head(_dense("albert.pooler", "tanh", "classifier"), 2),
-    "Gte": _Head(_dense("gte.pooler.dense", "tanh", "classifier"), 1),
-    "New": _Head(_dense("new.pooler.dense", "tanh", "classifier"), 1),  # GTE as it was published
-    "Roberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj"), 2),
-    "XLMRoberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj"), 2),
-    "Camembert": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj"), 2),
+    "Bert": _Head(_dense("bert.pooler.dense", "tanh", "classifier")),
+    "Albert": _Head(_dense("albert.pooler", "tanh", "classifier")),
+    "Gte": _Head(_dense("gte.pooler.dense", "tanh", "classifier")),
+    "New": _Head(_dense("new.pooler.dense", "tanh", "classifier")),  # GTE as it was published
+    "Roberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
+    "XLMRoberta": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
+    "Camembert": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
     "MPNet": _Head(_dense("classifier.dense", "tanh", "classifier.out_proj")),
-    "Electra": _Head(_dense("classifier.dense", "gelu", "classifier.out_proj"), 2),
+    "Electra": _Head(_dense("classifier.dense", "gelu", "classifier.out_proj")),
     "DistilBert": _Head(_dense("pre_classifier", "relu", "classifier")),
-    "DebertaV2": _Head(_dense("pooler.dense", "gelu", "classifier"), 0),
+    "DebertaV2": _Head(_dense("pooler.dense", "gelu", "classifier")),
     "ModernBert": _Head((Linear("head.dense"), Activation("gelu"), Norm("head.norm"), Linear("classifier"))),
     "EuroBert": _Head(_dense("dense", "gelu", "classifier")),
+}
+# Kinds of segments where the configuration does not say, of the models that take any.
+_SEGMENTS = {
+    "bert": 2,
+    "albert": 2,
+    "electra": 2,
+    "roberta": 2,
+    "xlm-roberta": 2,
+    "camembert": 2,
+    "nomic_bert": 2,
+    "gte": 1,
+    "deberta-v2": 0,
 }
 _DECODERS = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3Text")
 _CLASS = "ForSequenceClassification"
@@ -157,17 +184,23 @@ def read_classifier(
         raise LoadError(
             f"{folder}: {name} has its own code (auto_map), and may score in another way than transformers'"
         )
-    labels = _read_labels(config, folder / "config.json")
-    has_segments = head.num_segments is not None and config.get("type_vocab_size", head.num_segments) not in (0, 1)
+    labels = read_labels(config, folder / "config.json")
     plain = Classifier(
         architecture=name,
         pooling=head.pooling,
         layers=head.layers,
         labels=labels,
-        function=_read_function(config, sentence_config or {}, len(labels), folder),
-        has_segments=has_segments,
+        function=read_function(config, sentence_config or {}, len(labels), folder),
+        has_segments=takes_segments(config),
     )
     return _configured(plain, config, folder / "config.json")
+
+
+def takes_segments(config: Mapping[str, Json]) -> bool:
+    """Return whether a model tells the texts of a pair apart by segment ids."""
+    return config.get("type_vocab_size", _SEGMENTS.get(str(config.get("model_type")), 0)) not in (0, 1) and (
+        config.get("model_type") in _SEGMENTS
+    )
 
 
 def architecture(config: Mapping[str, Json]) -> str | None:
@@ -215,7 +248,7 @@ def _configured(classifier: Classifier, config: Mapping[str, Json], path: Path) 
     return replace(classifier, layers=layers, pooling=known[pooling], is_late=pooling == "late")
 
 
-def _read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
+def read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
     """Return the names of the labels, in the order of the numbers; transformers' own names if it has no names.
 
     Raises:
@@ -234,7 +267,7 @@ def _read_labels(config: Mapping[str, Json], path: Path) -> tuple[str, ...]:
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
-def _read_function(
+def read_function(
     config: Mapping[str, Json], sentence_config: Mapping[str, Json], num_labels: int, folder: Path
 ) -> LabelFunction:
     """Return how the head's numbers become scores, as transformers and sentence-transformers' ``CrossEncoder`` do it.

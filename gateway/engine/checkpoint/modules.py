@@ -245,8 +245,11 @@ def read_pooling(folder: Path) -> Pooling:
     return Pooling(mode)
 
 
-def read_dense(folder: Path) -> DenseLayer:
+def read_dense(folder: Path, *, gives_scores: bool = False) -> DenseLayer:
     """Read the configuration of a ``Dense`` module.
+
+    Args:
+        gives_scores: it is the last one of a cross-encoder.
 
     Raises:
         LoadError: it is more than a linear layer over the pooled vector.
@@ -254,9 +257,10 @@ def read_dense(folder: Path) -> DenseLayer:
     path = folder / "config.json"
     config = read_object(path)
     _require_known(config, _DENSE_KEYS, path)
-    if _output_of(config) == "scores":
+    if _output_of(config) == "scores" and not gives_scores:
         raise LoadError(f"{path}: gives scores: {RERANKER}")
-    names = {str(config.get(f"module_{end}_name") or "sentence_embedding") for end in ("input", "output")}
+    ends = ("input",) if gives_scores else ("input", "output")
+    names = {str(config.get(f"module_{end}_name") or "sentence_embedding") for end in ends}
     if config.get("use_residual") or names != {"sentence_embedding"}:
         raise LoadError(f"{path}: only a plain layer behind the pooling is supported: no use_residual, no other names")
     width = config.get("out_features")
@@ -283,7 +287,7 @@ class TransformerSettings:
     is_lower_cased: bool
 
 
-def read_transformer(folder: Path, *, is_embedder: bool) -> TransformerSettings:
+def read_transformer(folder: Path, *, is_embedder: bool, is_llm: bool = False) -> TransformerSettings:
     """Read the length and lower-casing; the first releases of sentence-transformers named the file for the model.
 
     Raises:
@@ -294,7 +298,7 @@ def read_transformer(folder: Path, *, is_embedder: bool) -> TransformerSettings:
         config = read_object(path, optional=True)
         if config:
             config = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
-            _require_plain(config, path, is_embedder=is_embedder)
+            _require_plain(config, path, is_embedder=is_embedder, is_llm=is_llm)
             arguments = config.get("processor_kwargs")
             given = arguments.get("model_max_length") if isinstance(arguments, dict) else None
             length = as_length(given) or as_length(config.get("max_seq_length"))
@@ -309,13 +313,15 @@ def as_length(value: Json) -> int | None:
     return int(min(value, 2**62)) if is_number and value >= 1 else None  # type: ignore[type-var,operator,arg-type]
 
 
-def _require_plain(config: Mapping[str, Json], path: Path, *, is_embedder: bool) -> None:
+def _require_plain(config: Mapping[str, Json], path: Path, *, is_embedder: bool, is_llm: bool) -> None:
     """Refuse settings with which sentence-transformers would call the tokenizer or the model differently.
 
     Raises:
         LoadError: names the setting.
     """
     task, output = ("feature-extraction", "token_embeddings") if is_embedder else ("sequence-classification", "scores")
+    if is_llm:
+        task, output = "text-generation", "causal_logits"
     state = "last_hidden_state" if is_embedder else "logits"
     match config.get("modality_config"):
         case {"text": {"method_output_name": str(name)}} if name != state:
@@ -332,6 +338,14 @@ def _require_plain(config: Mapping[str, Json], path: Path, *, is_embedder: bool)
             raise LoadError(f"{path}: {key}: {', '.join(strange)} is not supported")
     known = {*_HARMLESS_KEYS, *_HARMLESS_ARGUMENTS, "transformer_task", "module_output_name"}
     known |= {"query_length", "document_length"}  # looked at with the length
+    if not is_embedder:
+        match config.get("processing_kwargs"):
+            case dict(options) if not options.keys() - {"chat_template", "text"} and options.get("text") in (
+                None,
+                {},
+                {"logits_to_keep": 1},
+            ):
+                known.add("processing_kwargs")
     _require_known({key: value for key, value in config.items() if value not in (None, {}, [])}, known, path)
 
 

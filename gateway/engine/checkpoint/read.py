@@ -4,7 +4,7 @@ The layout is sentence-transformers': ``modules.json`` lists the modules, ``sent
 ``1_Pooling/config.json`` the pooling, ``config_sentence_transformers.json`` the prompts. A folder without
 ``modules.json`` is a plain transformers checkpoint. If its class is a model without a head,
 sentence-transformers' own default applies: mean pooling and no normalization. (Its other default, the last token of a
-``…ForCausalLM``, is for models that are refused here: an LLM reranker looks the same.)
+``…ForCausalLM``, is for models that are refused here: an LLM reranker, which ``ranking`` recognizes, looks the same.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gateway.engine.checkpoint.classes import require_embedder, require_known_code, require_model_type
-from gateway.engine.checkpoint.classifier import Classifier, architecture, read_classifier
+from gateway.engine.checkpoint.classifier import Classifier, architecture
 from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.jina_tasks import read_jina_tasks
@@ -27,13 +27,12 @@ from gateway.engine.checkpoint.modules import (
     Pooling,
     as_length,
     read_dense,
-    read_modules,
     read_pooling,
     read_transformer,
-    read_truncated_width,
-    require_sentence_transformer,
 )
-from gateway.engine.checkpoint.prompts import Prompts, read_prompts
+from gateway.engine.checkpoint.pair_template import PairTemplate
+from gateway.engine.checkpoint.ranking import read_ranking, read_sentence_config
+from gateway.engine.checkpoint.score_modules import read_all_modules
 from gateway.engine.checkpoint.sizes import Attention, Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
@@ -62,6 +61,7 @@ class Checkpoint:
         sparse_head: weights of the layer that gives each token its weight, if there is one.
         multivector_head: weights of the layer that gives each token its vector, if there is one.
         classifier: the head that scores or classifies, if the model has one.
+        pair_template: the texts around the query and the text of a pair, if the model reads them as one text.
         layout: a publisher's layout, in which its files are written; ``None`` for transformers'.
         has_own_code: whether the checkpoint brings, in place of transformers' class, code that is trusted.
         has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
@@ -94,6 +94,7 @@ class Checkpoint:
     sparse_head: Path | None
     multivector_head: Path | None
     classifier: Classifier | None
+    pair_template: PairTemplate | None
     layout: Layout | None
     has_own_code: bool
     has_pooling_module: bool
@@ -118,15 +119,20 @@ class Checkpoint:
         """Every file with weights: the transformer's, the adapters', and those of the layers behind it."""
         heads = (head for head in (self.sparse_head, self.multivector_head) if head is not None)
         adapters = (file for folder in self.adapter_folders for file in weights_files(folder, ADAPTER_WEIGHTS))
-        layers = (file for folder in self.dense_layers for file in weights_files(folder))
+        further = self.dense_layers if self.classifier is None else self.classifier.folders
+        layers = (file for folder in further for file in weights_files(folder))
         return (*self.weights, *adapters, *layers, *heads)
 
 
-def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, *, trust_remote_code: bool = False, source: str = "", instruction: str | None = None
+) -> Checkpoint:
     """Read the description of the checkpoint in ``folder``.
 
     Args:
         trust_remote_code: the checkpoint's own code may run in place of transformers' class.
+        source: the registry's name of the checkpoint.
+        instruction: the registry's instruction for a model that reranks.
 
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
@@ -134,19 +140,24 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     table = find_static_table(folder)
     if table is not None:
         return _read_static(folder, table)
-    modules = read_modules(folder)
+    return _read_transformer(folder, trust_remote_code, source, instruction)
+
+
+def _read_transformer(folder: Path, trust_remote_code: bool, source: str, instruction: str | None) -> Checkpoint:
+    modules, scores = read_all_modules(folder)
     root = folder if modules is None else folder / modules.transformer
     require_model(root)
     config = read_config(root)
     model_type = require_model_type(config, folder)
     has_own_code = require_known_code(root, config, model_type, trust_remote_code=trust_remote_code)
-    classifier = _read_head(folder, config, modules)
+    ranking = read_ranking(folder, root, config, scores, modules, source=source, instruction=instruction)
+    classifier = ranking.classifier
     layout = layout_of(read_object(root / "config.json"))
     tasks = read_jina_tasks(folder, config, layout, modules)
     if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
         _require_embedder(folder, config, modules, model_type, has_own_code=has_own_code)
-    settings = read_transformer(root, is_embedder=classifier is None)
-    prompts, truncated_width = _read_sentence_config(folder, classifier)
+    settings = read_transformer(root, is_embedder=ranking.is_pooled, is_llm=ranking.is_llm)
+    prompts, truncated_width = read_sentence_config(folder, scores=ranking.classifier is not None)
     weights = weights_files(root)
     sizes = Sizes.read(root, None if has_own_code else read_shapes(weights))
     dense_layers = tuple(folder / path for path in modules.dense) if modules is not None else ()
@@ -173,9 +184,10 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
         sparse_head=sparse_head,
         multivector_head=multivector_head,
         classifier=classifier,
+        pair_template=ranking.template,
         layout=layout,
         has_own_code=has_own_code,
-        has_pooling_module=modules is not None and modules.pooling is not None,
+        has_pooling_module=ranking.is_pooled and modules is not None,
         is_named=architecture(config) is not None,
         weights=weights,
         fingerprint="",
@@ -183,20 +195,8 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     return _with_fingerprint(checkpoint, truncated_width)
 
 
-def _read_head(folder: Path, config: Mapping[str, Json], modules: Modules | None) -> Classifier | None:
-    """Return the head of a model that scores or classifies texts; ``None`` for any other model.
-
-    Raises:
-        LoadError: the head is of a kind that is not supported.
-    """
-    if modules is not None and modules.pooling is not None:
-        return None
-    sentence_config = read_object(folder / "config_sentence_transformers.json", optional=True)
-    return read_classifier(folder, config, sentence_config)
-
-
 def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
-    prompts, truncated_width = _read_sentence_config(folder, None)
+    prompts, truncated_width = read_sentence_config(folder, scores=False)
     checkpoint = Checkpoint(
         folder=folder,
         transformer=table.folder,
@@ -219,6 +219,7 @@ def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
         sparse_head=None,
         multivector_head=None,
         classifier=None,
+        pair_template=None,
         layout=None,
         has_own_code=False,
         has_pooling_module=True,
@@ -247,21 +248,6 @@ def _require_embedder(
         raise LoadError(f"{folder}/modules.json: lists a Transformer and no Pooling: nothing makes a vector of a text")
     if modules.own_code:
         raise LoadError(f"{folder}/modules.json: {modules.own_code[0]} is the checkpoint's own code, which is not run")
-
-
-def _read_sentence_config(folder: Path, classifier: Classifier | None) -> tuple[Prompts, int | None]:
-    """Return the prompts, and the number of dimensions that vectors are cut to."""
-    path = folder / "config_sentence_transformers.json"
-    config = read_object(path, optional=True)
-    prompts = read_prompts(config, path)
-    if classifier is None:
-        require_sentence_transformer(config, path)
-        return prompts, read_truncated_width(config, path)
-    if prompts.texts.get(prompts.default or ""):
-        raise LoadError(
-            f"{path}: default_prompt_name {prompts.default!r} is not supported: a model that scores has no prompts here"
-        )
-    return Prompts(), None
 
 
 def _pooling(folder: Path, modules: Modules | None, classifier: Classifier | None) -> Pooling:
@@ -300,6 +286,8 @@ def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Ch
         parts["truncated"] = str(checkpoint.width)
     if checkpoint.classifier is not None:
         parts["classifier"] = checkpoint.classifier.settings
+    if checkpoint.pair_template is not None:
+        parts["pair template"] = str(checkpoint.pair_template)
     for layer in checkpoint.dense_layers:  # what the weights do not say
         parts[f"activation of {layer.name}"] = str(read_object(layer / "config.json").get("activation_function"))
     for task, adapter in checkpoint.adapters.items():

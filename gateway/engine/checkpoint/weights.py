@@ -38,6 +38,34 @@ def read_tensors(files: Sequence[Path], names: Container[str] | None = None) -> 
     return found
 
 
+def read_rows(files: Sequence[Path], matrix: str, rows: Sequence[int]) -> torch.Tensor:
+    """Read some rows of a matrix, and nothing else if the files are safetensors: ``(rows, width)``.
+
+    Args:
+        matrix: the end of its name, without ``.weight``; a model without a head has it without a prefix.
+
+    Raises:
+        KeyError: no file holds it, or it has fewer rows.
+        OSError, RuntimeError, SafetensorError, UnpicklingError: as :func:`read_tensors`.
+    """
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                    if _is_called(name, matrix):
+                        slices = tensors.get_slice(name)
+                        return torch.stack([slices[row] for row in rows])
+        else:
+            found = [tensor for name, tensor in read_tensors([path]).items() if _is_called(name, matrix)]
+            if found:
+                return found[0][list(rows)].clone()
+    raise KeyError(f"{matrix}.weight")
+
+
+def _is_called(name: str, matrix: str) -> bool:
+    return f".{name}".endswith(f".{matrix}.weight")
+
+
 # Tensors that no embedding needs: the pooler over the first token, and tables of constants that older releases of
 # transformers wrote.
 _UNUSED = re.compile(r"(?:^|\.)pooler\.|(?:^|\.)(?:position_ids|token_type_ids|inv_freq|masked_bias)$")

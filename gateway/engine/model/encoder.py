@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gateway.engine.model.chat_pairs import ChatPairTokenizer
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.pairs import PairTokenizer
@@ -94,15 +95,17 @@ class Encoder:
         """
         return self.tokenizer.tokenize(texts, self.instruction(task), truncate)
 
-    def read_query(self, query: str) -> Steps[Row]:
+    def read_query(self, query: str) -> Steps[Row] | Steps[str]:
         """Tokenize the query of pairs; see :meth:`gateway.engine.model.pairs.PairTokenizer.read_query`.
 
         Raises:
             TypeError: the model scores no pairs.
         """
+        if isinstance(self.tokenizer, ChatPairTokenizer):
+            return self.tokenizer.read_query(query)
         return self._pairs.read_query(query)
 
-    def read(self, job: EmbedJob, first: int, texts: Sequence[str], query: Row | None) -> Steps[list[Tokens]]:
+    def read(self, job: EmbedJob, first: int, texts: Sequence[str], query: Row | str | None) -> Steps[list[Tokens]]:
         """Tokenize some of the texts of a job, step by step; see :mod:`gateway.engine.model.tokenizer`.
 
         Args:
@@ -117,6 +120,9 @@ class Encoder:
             return self._read_firsts(job.firsts[first : first + len(texts)], texts, job.truncate, first)
         if query is not None:
             limit = job.max_text_tokens
+            if isinstance(query, str):
+                chat = self._chat_pairs
+                return chat.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
             return self._pairs.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
         if job.is_late_chunked:
             return self._read_document(texts, job.task)
@@ -140,6 +146,12 @@ class Encoder:
             else:
                 rows += yield from self.tokenizer.read(some, self._instruction, truncate, index)
         return rows
+
+    @property
+    def _chat_pairs(self) -> ChatPairTokenizer:
+        if not isinstance(self.tokenizer, ChatPairTokenizer):
+            raise TypeError("this model reads no pairs by a template")
+        return self.tokenizer
 
     @property
     def _pairs(self) -> PairTokenizer:

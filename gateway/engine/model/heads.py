@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gateway.engine.checkpoint.classifier import Activation, Classifier, Layer, Linear
+from gateway.engine.checkpoint.classifier import Activation, Classifier, Layer, Linear, TokenLogit
 from gateway.engine.checkpoint.files import require_content, weights_files
 from gateway.engine.checkpoint.modules import read_dense
 from gateway.engine.checkpoint.read import Checkpoint
-from gateway.engine.checkpoint.weights import read_tensors
+from gateway.engine.checkpoint.weights import read_rows, read_tensors
 from gateway.engine.model.states import TokenStates
 from gateway.errors import LoadError
 from gateway.types import MultiVector, SparseVector
@@ -117,7 +117,7 @@ class ScoreHead(nn.Module):
         self.layers = nn.Sequential()
         for layer in classifier.layers:
             with _reading(folder, f"a head of {classifier.architecture}"):
-                self.layers.append(_layer_of(layer, own))
+                self.layers.append(_layer_of(layer, own, checkpoint.weights))
             if isinstance(linear := self.layers[-1], nn.Linear):
                 _require_inputs(folder, linear, width)
                 width = linear.out_features
@@ -133,11 +133,12 @@ class ScoreHead(nn.Module):
         return scores
 
 
-def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor]) -> nn.Module:
+def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor], weights: Sequence[Path]) -> nn.Module:
     """Return a layer of a head.
 
     Args:
         own: tensors of the transformer's weights.
+        weights: files with them.
 
     Raises:
         Exception: of any class, for tensors that make no such layer.
@@ -147,6 +148,10 @@ def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor]) -> nn.Module:
 
         activation: nn.Module = ACT2FN[layer.name]
         return activation
+    if isinstance(layer, TokenLogit):
+        tokens = [layer.positive] if layer.negative is None else [layer.positive, layer.negative]
+        rows = read_rows(weights, layer.table, tokens).float()
+        return _linear(rows[:1] - rows[1:].sum(dim=0), None)
     tensors = own if layer.folder is None else read_tensors(weights_files(layer.folder))
     return (
         _linear_of(tensors, layer.tensors) if isinstance(layer, Linear) else _norm_of(tensors, layer.tensors, layer.eps)

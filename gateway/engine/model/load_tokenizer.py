@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
+from gateway.engine.model.chat_pairs import ChatPairTokenizer
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import LoadError
@@ -41,7 +42,9 @@ def load_tokenizer(
             own = [] if fast.normalizer is None else [fast.normalizer]
             fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        if checkpoint.classifier is None:
+        if checkpoint.pair_template is not None:
+            ours: Tokenizer = ChatPairTokenizer(fast, max_tokens, checkpoint.pair_template)
+        elif checkpoint.classifier is None:
             ours = Tokenizer(fast, max_tokens)
         else:
             # A tokenizer's template may mark segments that transformers does not hand to the model.
@@ -51,7 +54,8 @@ def load_tokenizer(
         raise
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
         raise LoadError(f"{checkpoint.folder}: the tokenizer cannot be loaded: {error}") from error
-    if checkpoint.classifier is not None and not fast.encode("").ids:  # a pair of empty texts has no state
+    has_pairs = checkpoint.classifier is not None and checkpoint.pair_template is None
+    if has_pairs and not fast.encode("").ids:  # a pair of empty texts has no state
         raise LoadError(
             f"{checkpoint.folder}: the tokenizer gives an empty text no tokens, so a pair might have no score: its template "
             "adds no special token"
