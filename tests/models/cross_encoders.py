@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tests.models.checkpoints import FAMILIES, MAX_TOKENS, SIZES
+from tests.models.family_layouts import PUBLISHED
 
 PAIRS = {
     "xlm-roberta": "{cls} $A {sep} {sep} $B {sep}",
@@ -22,14 +23,21 @@ PAIRS = {
     "distilbert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
     "gte": "{cls} $A {sep} {sep} $B {sep}",
     "qwen3": "$A $B {sep}",
+    "qwen2": "$A $B {sep}",
+    "llama": "$A $B {sep}",
+    "mistral": "$A $B {sep}",
+    "gemma2": "$A $B {sep}",
+    "albert": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    "deberta-v2": "{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    "eurobert": "{cls} $A {sep} $B {sep}",
 }
 """The template for pairs that the checkpoints of an architecture have."""
-WITH_SEGMENTS = ("bert", "electra")
+WITH_SEGMENTS = ("bert", "electra", "albert", "deberta-v2")
 
 
 def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTrainedTokenizerFast:
     """Return the tokenizer with the template for pairs that the checkpoints of the architecture have."""
-    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token or tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}" if cls is not None else f"$A {sep}",
         pair=PAIRS[model_type].format(cls=cls, sep=sep),
@@ -42,7 +50,7 @@ def with_pairs(tokenizer: PreTrainedTokenizerFast, model_type: str) -> PreTraine
 
 def make_cross_encoder(folder: Path, model_type: str, **changes: object) -> None:
     """Write a cross-encoder with random weights, by default with one label, and its tokenizer."""
-    family = FAMILIES[model_type]
+    family = FAMILIES.get(model_type) or PUBLISHED[model_type]
     tokenizer = with_pairs(family.tokenizer(), model_type)
     torch.manual_seed(11)
     sizes = {"type_vocab_size": 1} if PAIRS[model_type].count("{sep}") == 3 else {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -197,6 +198,18 @@ def test_probabilities_are_those_of_the_model_card(case: str, published: Path) -
     assert query == LONG_QUERY or np.ptp(expected) > 0.01  # else any two numbers would do
     np.testing.assert_allclose(1 / (1 + np.exp(-batched[:, 0])), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(1 / (1 + np.exp(-alone[:, 0])), expected, rtol=0, atol=1e-5)
+
+
+async def test_over_http_it_reranks(connect: Callable[..., Awaitable[httpx.AsyncClient]], published: Path) -> None:
+    """Loaded and warmed up as the gateway does it."""
+    client = await connect(entry(published, id="qwen", instruction=QWEN3_INSTRUCTION))
+
+    response = await client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS})
+
+    expected = card_probabilities(published, QUERY, DOCUMENTS, QWEN3_INSTRUCTION)
+    found = {one["index"]: one["relevance_score"] for one in response.json()["results"]}
+    assert [found[i] for i in range(len(DOCUMENTS))] == pytest.approx(expected.tolist(), abs=2e-3)
+    assert response.headers["x-gateway-truncated"] == "4"
 
 
 def test_openvino_gives_the_same(published: Path) -> None:

@@ -133,6 +133,18 @@ def test_the_query_counts(model_type: str, make_reranker: MakeReranker, load: Lo
     assert np.abs(one - other).min() > 1e-4
 
 
+@pytest.mark.parametrize("pooling", ["bos", "mean"])
+def test_eurobert_pools_as_its_configuration_says(
+    pooling: str, make_reranker: MakeReranker, load: Load, reference: Reference
+) -> None:
+    """By default it averages the scores of all tokens, which the tests above hold."""
+    folder = make_reranker("eurobert", classifier_pooling=pooling)
+
+    scores = score(load(folder, "torch"), QUERY, DOCUMENTS)
+
+    np.testing.assert_allclose(scores, reference(folder, QUERY, DOCUMENTS), rtol=0, atol=1e-5)
+
+
 def test_modernbert_may_average(make_reranker: MakeReranker, load: Load, reference: Reference) -> None:
     folder = make_reranker("modernbert", classifier_pooling="mean", classifier_bias=True, norm_bias=True)
 

@@ -150,7 +150,7 @@ _SEGMENTS = {
     "gte": 1,
     "deberta-v2": 0,
 }
-_DECODERS = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3Text")
+_DECODERS = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2")
 _CLASS = "ForSequenceClassification"
 HEADS = {name + _CLASS: head for name, head in _ENCODER_HEADS.items()} | {
     name + _CLASS: _Head((Linear("score"),), pooling=Pooling.LAST) for name in _DECODERS
