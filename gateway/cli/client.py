@@ -20,11 +20,13 @@ from pydantic import BaseModel, ValidationError
 from gateway.api.openai_schema import ModelCard
 from gateway.errors import StartError
 from gateway.experiments.report import ExperimentList, ExperimentReport
+from gateway.precision import Precision
 from gateway.types import Vectors
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _MAX_SHOWN_CHARACTERS = 200
+_DTYPES = {Precision.FLOAT: "<f4", Precision.INT8: "i1", Precision.UINT8: "u1"}
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
@@ -110,8 +112,12 @@ class GatewayClient:
         task: str | None = None,
         dimensions: int | None = None,
         expect_space: str | None = None,
+        precision: Precision = Precision.FLOAT,
     ) -> EmbeddedTexts:
         """Embed texts.
+
+        Args:
+            precision: float, int8 or uint8; the numbers of the vectors are then integers.
 
         Raises:
             Refused: the gateway refuses the request: for example, the space is not the expected one.
@@ -120,12 +126,13 @@ class GatewayClient:
         body: dict[str, object] = {"model": model, "input": list(texts), "encoding_format": "base64"}
         body |= {"task": task} if task is not None else {}
         body |= {"dimensions": dimensions} if dimensions is not None else {}
+        body |= {"embedding_type": precision.value} if precision is not Precision.FLOAT else {}
         headers = {"x-gateway-expect-space": expect_space} if expect_space is not None else {}
         started = time.monotonic()
         answer = await self._send("POST", "/v1/embeddings", orjson.dumps(body), headers)
         try:
             content = orjson.loads(answer.content)
-            rows = [np.frombuffer(base64.b64decode(row["embedding"]), dtype="<f4") for row in content["data"]]
+            rows = [np.frombuffer(base64.b64decode(row["embedding"]), _DTYPES[precision]) for row in content["data"]]
             vectors = np.stack(rows).astype(np.float32, copy=False)
             space = answer.headers["x-gateway-space"]
             num_tokens = int(content["usage"]["prompt_tokens"])

@@ -271,9 +271,7 @@ def verify(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Id of a model of models.yaml.")],
-    texts: Annotated[
-        Path, typer.Option(help="Texts: one per line, or JSON lines like corpus.jsonl of `gateway compare`.")
-    ],
+    texts: Annotated[Path, typer.Option(help="Texts: one per line, or JSON lines like a corpus.jsonl.")],
     models: ModelsOption = None,
     max_texts: Annotated[int, typer.Option(min=2, help="How many of the texts to draw, if there are more.")] = 10_000,
 ) -> None:
@@ -287,7 +285,7 @@ def calibrate(
 def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     arms: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Models to compare, the baseline first; MODEL@256 for a smaller size."),
+        typer.Argument(metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL:int8, MODEL@256:binary."),
     ],
     data: Annotated[Path, typer.Option(help="Folder with corpus.jsonl, queries.jsonl and, with judgments, qrels/.")],
     split: Annotated[

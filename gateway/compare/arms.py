@@ -9,20 +9,25 @@ from dataclasses import dataclass
 from gateway.api.openai_schema import ModelCard
 from gateway.cli.client import GatewayClient, Refused
 from gateway.errors import CompareError
+from gateway.precision import CALIBRATED, Precision
 from gateway.routing.spaces import is_same_space
 
 _PROBE = "What is compared here?"
 QUERY_TASK = "retrieval.query"
 PASSAGE_TASK = "retrieval.passage"
+_ARM = re.compile(
+    rf"(?P<model>[^@]+?)(?:@(?P<size>[1-9]\d{{0,5}}))?(?::(?P<precision>{'|'.join(Precision)}))?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ArmName:
-    """An arm as written on the command line: ``MODEL`` or ``MODEL@DIMENSIONS``."""
+    """An arm as written on the command line: ``MODEL``, ``MODEL@DIMENSIONS``, or either with ``:PRECISION``."""
 
     text: str
     model: str
     dimensions: int | None
+    precision: Precision = Precision.FLOAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class Side:
     Attributes:
         asked_task: the task that requests name; ``None`` to use that of the model's name.
         task: the task of the vectors; ``None`` for a model without tasks.
-        native_space: of the vectors with native dimensions.
+        native_space: of the vectors that the gateway is asked for.
         space: of the vectors that are compared.
     """
 
@@ -47,7 +52,9 @@ class PlannedArm:
     """An arm that can be embedded.
 
     Attributes:
-        dimensions: size of the compared vectors. They are embedded with native dimensions, and then cut.
+        width: dimensions of the vectors that the gateway is asked for.
+        dimensions: size of the compared vectors. They are embedded with native dimensions, and then cut; only int8 and
+            uint8 vectors are embedded as they are compared, since the gateway knows their ranges.
     """
 
     name: ArmName
@@ -63,6 +70,32 @@ class PlannedArm:
         return self.queries.space
 
     @property
+    def precision(self) -> Precision:
+        """The kind of numbers that are compared."""
+        return self.name.precision
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the compared vectors have fewer bits than the model's own."""
+        return self.precision is not Precision.FLOAT
+
+    @property
+    def asked_precision(self) -> Precision:
+        """The precision that the gateway is asked for: it knows the ranges of int8 and uint8 vectors."""
+        return self.precision if self.precision in CALIBRATED else Precision.FLOAT
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """The size of a stored vector."""
+        match self.precision:
+            case Precision.FLOAT:
+                return 4 * self.dimensions
+            case Precision.INT8 | Precision.UINT8:
+                return self.dimensions
+            case Precision.BINARY | Precision.UBINARY:
+                return -(-self.dimensions // 8)
+
+    @property
     def is_normalized(self) -> bool:
         """Whether the model's vectors have L2 norm 1, so that cut ones are normalized again."""
         return bool(self.card.normalized)
@@ -76,10 +109,14 @@ def parse_arms(names: Sequence[str]) -> list[ArmName]:
     """
     arms = []
     for text in names:
-        parts = re.fullmatch(r"(?P<model>[^@]+)(?:@(?P<size>[1-9]\d{0,5}))?", text, re.ASCII)
+        parts = _ARM.fullmatch(text)
         if parts is None:
-            raise CompareError(f"{text!r}: must be MODEL or MODEL@DIMENSIONS, such as jina-embeddings-v3@256")
-        arms.append(ArmName(text, parts["model"], int(parts["size"]) if parts["size"] else None))
+            raise CompareError(
+                f"{text!r}: must be MODEL, MODEL@DIMENSIONS, MODEL:PRECISION or MODEL@DIMENSIONS:PRECISION, such as "
+                f"jina-embeddings-v3@256:binary; precisions are {', '.join(Precision)}"
+            )
+        size = int(parts["size"]) if parts["size"] else None
+        arms.append(ArmName(text, parts["model"], size, Precision(parts["precision"] or "float")))
     if len(arms) < 2:
         raise CompareError("a comparison needs at least two models: the baseline, and another one")
     for index, arm in enumerate(arms):
@@ -116,7 +153,8 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
             f"{name.text}: its queries would be in space {queries.space} (task {queries.task or 'none'}) and its documents "
             f"in {passages.space} (task {passages.task}): they cannot be compared; name a task, {name.model}:TASK"
         )
-    return PlannedArm(name, card, card.width, dimensions, queries, passages)
+    width = dimensions if name.precision in CALIBRATED else card.width
+    return PlannedArm(name, card, width, dimensions, queries, passages)
 
 
 async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, wanted: str, dimensions: int) -> Side:
@@ -130,5 +168,8 @@ async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, want
         probe = await client.embed(name.model, [_PROBE])
     if probe.is_experiment:
         raise CompareError(f"{name.text} is an experiment, which uses several models: name those")
+    if name.precision in CALIBRATED:
+        space = (await client.embed(name.model, [_PROBE], task, dimensions, precision=name.precision)).space
+        return Side(task, probe.task, space, space)
     cut = await client.embed(name.model, [_PROBE], task, dimensions)
     return Side(task, probe.task, probe.space, cut.space)

@@ -47,7 +47,7 @@ class CompareRequest:
     """The arms and the data of a comparison.
 
     Attributes:
-        arms: as written on the command line, ``MODEL`` or ``MODEL@DIMENSIONS``; the first is the baseline.
+        arms: as written on the command line, such as ``MODEL@DIMENSIONS:PRECISION``; the first is the baseline.
         split: of the judgments; ``None`` for the only one, or ``test``.
         cache: folder of the vectors of earlier runs.
         num_resamples: of the bootstrap and of the randomization test.
@@ -161,7 +161,7 @@ def _arm(arm: PlannedArm, qualities: Qualities, costs: Mapping[str, Cost], reque
         model=arm.card.id,
         space=arm.space,
         dimensions=arm.dimensions,
-        bytes_per_vector=4 * arm.dimensions,
+        bytes_per_vector=arm.bytes_per_vector,
         device=arm.card.device or "",
         dtype=arm.card.dtype or "",
         query_task=arm.queries.task,
@@ -235,6 +235,11 @@ def _notes(
         for arm in arms
         if not is_same_space(arm.queries.space, arm.passages.space)
     ]
+    if any(arm.is_quantized for arm in arms):
+        notes.append(
+            "int8 and uint8 vectors are compared by the dot product of their integers, binary ones by their Hamming "
+            "distance, without another pass over float vectors."
+        )
     if cache.num_reused:
         notes.append(f"{cache.num_reused:,} vectors were embedded by an earlier run, and read from {cache.folder}.")
     if not request.measures_cost:
@@ -243,7 +248,9 @@ def _notes(
 
 
 def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
-    return is_same_space(arm.space, other.space) and is_same_space(arm.passages.space, other.passages.space)
+    has_one_precision = arm.precision is other.precision
+    is_one_space = is_same_space(arm.space, other.space) and is_same_space(arm.passages.space, other.passages.space)
+    return has_one_precision and is_one_space
 
 
 def _note_of_space(one: PlannedArm, other: PlannedArm) -> str:

@@ -86,4 +86,11 @@ async def _measure_round(
 
 
 async def _embed(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> EmbeddedTexts:
-    return await client.embed(arm.name.model, texts, side.asked_task, arm.dimensions, expect_space=side.space)
+    return await client.embed(
+        arm.name.model,
+        texts,
+        side.asked_task,
+        arm.dimensions,
+        expect_space=side.space,
+        precision=arm.asked_precision,
+    )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from gateway.cli.client import GatewayClient, Refused
 from gateway.compare.arms import PlannedArm, Side
 from gateway.compare.cache import VectorCache, VectorFile
 from gateway.compare.progress import Reporter, Step
 from gateway.errors import CompareError
+from gateway.precision import Precision
 from gateway.routing.spaces import is_same_space
 from gateway.types import Vectors
 from gateway.vectors import finish
@@ -31,9 +34,11 @@ async def embed_side(
     reporter: Reporter,
     what: str,
 ) -> Vectors:
-    """Return the vectors of texts: ``(n, dimensions)`` float32, in their order.
+    """Return the vectors of texts: ``(n, dimensions)`` float32, in their order, ready to be searched by dot product.
 
-    The cache keeps native vectors, which are cut here: one run over the texts gives all sizes of a model.
+    The cache keeps native vectors, which are cut here, and reduced to their signs: one run over the texts gives all sizes
+    of a model, and its binary vectors. The dot product of signs, 1 and -1, orders documents by the Hamming distance. int8
+    and uint8 vectors are requested as such, and their dot product is that of the integers.
 
     Raises:
         CompareError: the model has changed meanwhile.
@@ -54,9 +59,11 @@ async def embed_side(
         step = reporter.step(f"{arm.name.model}: {what}", len(missing))
         await _embed_missing(client, arm, side, missing, stored, step)
     native = stored.read(texts)
-    if arm.dimensions == arm.width:
-        return native
-    return finish(native, (len(texts), arm.width), arm.dimensions, normalize=arm.is_normalized)
+    if arm.dimensions != arm.width:
+        native = finish(native, (len(texts), arm.width), arm.dimensions, normalize=arm.is_normalized)
+    if arm.precision in (Precision.BINARY, Precision.UBINARY):
+        return np.where(native > 0, np.float32(1), np.float32(-1))
+    return native
 
 
 async def _embed_missing(
@@ -81,7 +88,14 @@ async def _embed_batch(
     client: GatewayClient, arm: PlannedArm, side: Side, batch: Sequence[str], stored: VectorFile, step: Step
 ) -> None:
     try:
-        embedded = await client.embed(arm.name.model, batch, side.asked_task, expect_space=side.native_space)
+        embedded = await client.embed(
+            arm.name.model,
+            batch,
+            side.asked_task,
+            None if arm.asked_precision is Precision.FLOAT else arm.dimensions,
+            expect_space=side.native_space,
+            precision=arm.asked_precision,
+        )
     except Refused as refused:
         if refused.status not in _TOO_MUCH or len(batch) == 1:
             raise

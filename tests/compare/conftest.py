@@ -24,6 +24,7 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.fleet import Fleet, Model
+from gateway.ranges import Meter
 from gateway.types import Embeddings, EmbedJob, ModelState
 from tests.peers import find
 
@@ -124,6 +125,22 @@ async def start_gateway(make_words_model: MakeModel, make_fleet: MakeFleet) -> A
             return FakeGateway(GatewayClient(http, "http://gateway", patience_s=600), transport, fleet)
 
         yield start
+
+
+@pytest.fixture
+def start_quantized(start_gateway: StartGateway, make_words_model: MakeModel) -> StartGateway:
+    """Return a function that starts a gateway of ``tasks``, which is calibrated, and of ``raw``."""
+    meter = Meter((64, 8), is_normalized=True)
+    meter.add(word_vectors([f"{a} {b}" for a in DOCUMENTS.values() for b in DOCUMENTS], 64, "tasks"))
+    sizes = {"width": 64, "dimensions": (64, 8), "ranges": meter.ranges()}
+
+    async def start() -> FakeGateway:
+        return await start_gateway(
+            make_words_model("tasks", tasks=RETRIEVAL_TASKS, default_task="text-matching", **sizes),
+            make_words_model("raw", width=16, dimensions=(16, 4), is_normalized=False),
+        )
+
+    return start
 
 
 DOCUMENTS = {

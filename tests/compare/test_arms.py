@@ -9,6 +9,7 @@ import pytest
 
 from gateway.compare.arms import ArmName, parse_arms, plan_arm
 from gateway.errors import CompareError, StartError
+from gateway.precision import Precision
 from gateway.types import ModelState
 from tests.compare.conftest import RETRIEVAL_TASKS, MakeModel, StartGateway
 
@@ -23,6 +24,15 @@ def test_names() -> None:
         ArmName("jina@256", "jina", 256),
         ArmName("team/mini:retrieval.query@8", "team/mini:retrieval.query", 8),
     ]
+    assert parse_arms(
+        ["jina:int8", "jina@256:binary", "jina:retrieval.query:uint8", "a:query@8:ubinary", "a:float"]
+    ) == [
+        ArmName("jina:int8", "jina", None, Precision.INT8),
+        ArmName("jina@256:binary", "jina", 256, Precision.BINARY),
+        ArmName("jina:retrieval.query:uint8", "jina:retrieval.query", None, Precision.UINT8),
+        ArmName("a:query@8:ubinary", "a:query", 8, Precision.UBINARY),
+        ArmName("a:float", "a", None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -31,12 +41,14 @@ def test_names() -> None:
         ([], "a comparison needs at least two models"),
         (["a"], "a comparison needs at least two models"),
         (["a", "b", "a"], "'a' is named twice"),
-        (["a", "b@"], "'b@': must be MODEL or MODEL@DIMENSIONS, such as jina-embeddings-v3@256"),
+        (["a", "b@"], "'b@': must be MODEL, MODEL@DIMENSIONS, MODEL:PRECISION or MODEL@DIMENSIONS:PRECISION, such as"),
         (["a", "b@0"], "'b@0': must be MODEL"),
         (["a", "b@-1"], "'b@-1': must be MODEL"),
         (["a", "b@many"], "'b@many': must be MODEL"),
         (["a", "b@8@8"], "'b@8@8': must be MODEL"),
         (["a", "@8"], "'@8': must be MODEL"),
+        (["a", "b@8:int4"], "precisions are float, int8, uint8, binary, ubinary"),
+        (["a", "b@:int8"], "'b@:int8': must be MODEL"),
         (["a", ""], "'': must be MODEL"),
     ],
 )
@@ -130,3 +142,19 @@ async def test_an_unknown_model_is_an_error(start_gateway: StartGateway) -> None
     gateway = await start_gateway()
     with pytest.raises(StartError, match=r"answers 404: no model is called 'absent'; there are: plain, tasks"):
         await plan_arm(gateway.client, arm("absent"))
+
+
+async def test_int8_without_ranges_is_refused_with_the_line_that_mends_it(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway()
+
+    with pytest.raises(StartError, match=r"set `ranges: ranges/plain.json` on it in models.yaml"):
+        await plan_arm(gateway.client, arm("plain:int8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("tasks", 256), ("tasks@8", 32), ("tasks:int8", 64), ("tasks:binary", 8), ("raw@4:ubinary", 1)]
+)
+async def test_the_size_of_a_stored_vector(start_quantized: StartGateway, name: str, size: int) -> None:
+    gateway = await start_quantized()
+
+    assert (await plan_arm(gateway.client, arm(name))).bytes_per_vector == size

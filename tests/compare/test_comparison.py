@@ -69,6 +69,24 @@ async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteD
     assert {"gateway", "numpy", "ir-measures"} <= found.versions.keys()
 
 
+async def test_small_vectors_are_arms_side_by_side(start_quantized: StartGateway, write_data: WriteData) -> None:
+    names = ("tasks", "tasks:int8", "tasks@8:uint8", "tasks:binary", "tasks@8:ubinary")
+
+    found, rankings = await run(await start_quantized(), request_for(write_data(), *names, measures_cost=True))
+
+    assert [arm.bytes_per_vector for arm in found.arms] == [256, 64, 8, 8, 1]
+    assert [arm.dimensions for arm in found.arms] == [64, 64, 8, 64, 8]
+    whole, signed, unsigned, binary, _cut = [arm.space for arm in found.arms]
+    assert len({whole, signed, unsigned}) == 3
+    assert binary == whole
+    assert all(arm.quality["nDCG@10"].mean > 0 and arm.cost is not None for arm in found.arms)
+    assert {score == int(score) for name in names[1:] for hits in rankings[name].values() for _, score in hits} == {
+        True
+    }
+    assert not any("difference is one of rounding" in note for note in found.notes)
+    assert "".join(found.notes).count("by the dot product of their integers") == 1
+
+
 async def test_the_first_hundred_are_ranked_and_the_first_ten_shown(
     gateway: FakeGateway, write_data: WriteData
 ) -> None:

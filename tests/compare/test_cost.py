@@ -16,6 +16,7 @@ from gateway.compare import cost
 from gateway.compare.arms import ArmName, PlannedArm, Side
 from gateway.compare.cost import measure_costs
 from gateway.compare.progress import Silent
+from gateway.precision import Precision
 from tests.cli.cards import make_card
 
 DOCUMENTS = [f"document {i}" for i in range(200)]
@@ -46,6 +47,7 @@ class SteadyClient(GatewayClient):
         task: str | None = None,
         dimensions: int | None = None,
         expect_space: str | None = None,
+        precision: Precision = Precision.FLOAT,
     ) -> EmbeddedTexts:
         self.asked.append((model, task, dimensions, expect_space, list(texts)))
         is_first = len(self.of(model)) <= 2

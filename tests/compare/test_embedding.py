@@ -180,3 +180,40 @@ def test_batches_are_bounded_and_leave_nothing_out(lengths: list[int]) -> None:
     assert [text for batch in batches for text in batch] == texts
     assert all(len(batch) <= 64 for batch in batches)
     assert all(len(batch) == 1 or sum(map(len, batch)) <= 100_000 for batch in batches)
+
+
+# ------------------------------------------------------------------------------------------------------- small vectors
+
+
+@pytest.mark.parametrize("name", ["tasks:int8", "tasks@8:uint8"])
+async def test_integers_are_those_that_clients_get(start_quantized: StartGateway, tmp_path: Path, name: str) -> None:
+    gateway = await start_quantized()
+    arm = await planned(gateway, name)
+
+    vectors = await embed(gateway, arm, tmp_path)
+
+    served = await gateway.client.embed(
+        "tasks", TEXTS, "retrieval.passage", arm.dimensions, expect_space=arm.space, precision=arm.precision
+    )
+    np.testing.assert_array_equal(vectors, served.vectors)
+    assert np.abs(vectors).max() > 100
+    assert arm.space == arm.passages.space != (await planned(gateway, name.partition(":")[0])).space
+    gateway.transport.embedded.clear()
+    np.testing.assert_array_equal(await embed(gateway, arm, tmp_path), vectors)
+    assert gateway.transport.texts() == []
+
+
+@pytest.mark.parametrize(("precision", "size"), [("binary", 64), ("ubinary", 8)])
+async def test_signs_are_ordered_by_their_hamming_distance_and_embed_nothing_again(
+    start_quantized: StartGateway, tmp_path: Path, precision: str, size: int
+) -> None:
+    gateway = await start_quantized()
+    floats = await embed(gateway, await planned(gateway, f"tasks@{size}"), tmp_path)
+    gateway.transport.embedded.clear()
+
+    vectors = await embed(gateway, await planned(gateway, f"tasks@{size}:{precision}"), tmp_path)
+
+    assert gateway.transport.texts() == []
+    bits = np.packbits(floats > 0, axis=1)
+    distances = np.bitwise_count(bits[:, None] ^ bits[None]).sum(axis=2)
+    np.testing.assert_array_equal(vectors @ vectors.T, size - 2.0 * distances)
