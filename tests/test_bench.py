@@ -325,7 +325,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["bench.compare", "bench.gpu"])
+@pytest.mark.parametrize("module", ["bench.compare", "bench.cpu", "bench.gpu"])
 def test_help(module):
     assert "--update" in run(module, "--help")
 
