@@ -33,6 +33,9 @@ from gateway.types import PER_TOKEN, TOKEN_BYTES, EmbedJob, ModelInfo, ModelStat
 _FLOAT_BYTES = 4
 # Finishing needs dense vectors three times: as computed, cut, and normalized.
 _DENSE_COPIES = 3
+_BY_DEFAULT = " (as a request without it does)"
+# More than a trained sparse encoder gives a text, which is some hundreds: a vocabulary has a quarter of a million.
+_USUAL_WEIGHTS = 4096
 # An index of 8 bytes, a weight of 4.
 _SPARSE_BYTES = 12
 R = TypeVar("R", bound=Request)
@@ -150,6 +153,7 @@ async def _answer(
 async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience: Patience) -> EmbedAnswer:
     """Check that a target can do what a request asks for, have it embed the texts, and finish the vectors."""
     info = target.info
+    _check_outputs(info, request)
     dimensions = _dimensions(info, request.dimensions)
     is_normalized = info.is_normalized if request.is_normalized is None else request.is_normalized
     if not is_normalized and not info.has_raw:
@@ -157,21 +161,15 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
             f"`normalized` is false, but the server that runs model {info.id!r} returns normalized vectors only",
             param="normalized",
         )
-    _check_outputs(info, request)
     outputs = frozenset(request.outputs)
     output = Output.STATES if Output.STATES in outputs else Output.DENSE
     _check_precision(info, request.precision, is_normalized=is_normalized)
     precision = request.precision
     space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output, precision=precision)
-    if request.expect_space is not None and not is_same_space(request.expect_space, space):
-        expected = cut(request.expect_space)  # a header can have 64 KiB
-        raise SpaceMismatch(
-            f"the vectors would be in space {space}, but the request expects {expected}: they could not be compared with "
-            "the stored ones"
-        )
-    dense_bytes = _DENSE_COPIES * _FLOAT_BYTES * len(request.texts) * info.width
+    _check_space(space, request.expect_space)
+    texts_bytes = len(request.texts) * _text_bytes(info, outputs)
     token_bytes = TOKEN_BYTES + _output_bytes(info, outputs)
-    request.reserve(dense_bytes)
+    request.reserve(texts_bytes)
     result = await target.model.embed(
         EmbedJob(
             texts=request.texts,
@@ -183,12 +181,14 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
             outputs=outputs,
             is_late_chunked=request.is_late_chunked,
             max_total_tokens=request.max_token_vectors if outputs & PER_TOKEN else None,
-            on_tokens=lambda num_tokens: request.reserve(dense_bytes + num_tokens * token_bytes),
+            on_tokens=lambda num_tokens: request.reserve(texts_bytes + num_tokens * token_bytes),
         )
     )
+    if info.max_weights > _USUAL_WEIGHTS:
+        request.reserve(max(texts_bytes, _SPARSE_BYTES * sum(len(one.indices) for one in result.sparse or ())))
     vector_math.require_finite(result.sparse or (), result.multivectors or (), result.states or ())
     shape = (len(request.texts), info.width)
-    vectors = vector_math.finish(result.vectors, shape, dimensions, normalize=is_normalized)
+    vectors = vector_math.finish(result.vectors, shape, dimensions, normalize=is_normalized and info.width > 0)
     return EmbedAnswer(
         vectors=vectors,
         precision=precision,
@@ -208,15 +208,35 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
     )
 
 
+def _check_space(space: str, expected: str | None) -> None:
+    if expected is not None and not is_same_space(expected, space):
+        raise SpaceMismatch(  # a header can have 64 KiB
+            f"the vectors would be in space {space}, but the request expects {cut(expected)}: they could not be compared "
+            "with the stored ones"
+        )
+
+
+def _text_bytes(info: ModelInfo, outputs: frozenset[Output]) -> int:
+    """Return the bytes of output per text, whatever its length."""
+    num_weights = min(info.max_weights, _USUAL_WEIGHTS) if Output.SPARSE in outputs else 0
+    return _DENSE_COPIES * _FLOAT_BYTES * info.width + _SPARSE_BYTES * num_weights
+
+
 def _output_bytes(info: ModelInfo, outputs: frozenset[Output]) -> int:
     """Return the most bytes of output per token."""
-    num_vectors = len(outputs & PER_TOKEN)
-    return num_vectors * _FLOAT_BYTES * info.width + (_SPARSE_BYTES if Output.SPARSE in outputs else 0)
+    numbers = {Output.MULTIVECTOR: info.token_width, Output.STATES: info.width}
+    num_bytes = _FLOAT_BYTES * sum(numbers[output] for output in outputs & PER_TOKEN)
+    return num_bytes + (_SPARSE_BYTES if Output.SPARSE in outputs and not info.max_weights else 0)
 
 
 def _dimensions(info: ModelInfo, dimensions: int | None) -> int:
     if dimensions is None:
         return info.width
+    if not info.dimensions:
+        raise UnsupportedDimensions(
+            f"`dimensions` is {dimensions}, but model {info.id!r} has no dense vectors, whose size it is",
+            param="dimensions",
+        )
     if dimensions not in info.dimensions:
         sizes = ", ".join(str(size) for size in info.dimensions)
         raise UnsupportedDimensions(
@@ -246,6 +266,8 @@ def _check_precision(info: ModelInfo, precision: Precision, *, is_normalized: bo
 
 
 def _check_outputs(info: ModelInfo, request: EmbedRequest) -> None:
+    if Output.STATES in request.outputs and not info.dimensions:
+        raise UnsupportedOutput(f"model {info.id!r} pools no token states; it returns: {', '.join(info.outputs)}")
     if Output.STATES in request.outputs and not info.has_states:
         raise UnsupportedOutput(
             f"model {info.id!r} runs on another server, which does not return un-pooled token vectors"
@@ -253,7 +275,8 @@ def _check_outputs(info: ModelInfo, request: EmbedRequest) -> None:
     missing = [output.value for output in request.outputs if output not in (*info.outputs, Output.STATES)]
     if missing:
         raise UnsupportedOutput(
-            f"`outputs` asks for {', '.join(missing)}, but model {info.id!r} returns only: {', '.join(info.outputs)}",
+            f"`outputs` asks for {', '.join(missing)}{_BY_DEFAULT if missing == ['dense'] else ''}, but model {info.id!r} "
+            f"returns only: {', '.join(info.outputs)}",
             param="outputs",
         )
     if not request.is_late_chunked:

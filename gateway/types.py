@@ -30,7 +30,7 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 
 
 MultiVector: TypeAlias = npt.NDArray[np.float32]
-"""A vector for each token of one text: shape ``(t, d)``, float32, each of L2 norm 1."""
+"""A vector for each token of one text: shape ``(t, d)``, float32, as a rule each of L2 norm 1."""
 
 
 States: TypeAlias = npt.NDArray[np.float32]
@@ -111,7 +111,7 @@ class SparseVector:
 
     Attributes:
         indices: the model's token ids, ascending, each once; int64.
-        values: their weights, above 0; float32.
+        values: their weights, as a rule above 0, and never 0; float32.
     """
 
     indices: npt.NDArray[np.int64]
@@ -125,8 +125,10 @@ class ModelInfo:
     Attributes:
         fingerprint: hex sha256 over the parts of the checkpoint that determine its vectors: the weights files, the
             tokenizer, and the kind of pooling.
-        width: native dimensions of a dense vector.
+        width: native dimensions of a dense vector; 0 for a model without one.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
+        token_width: dimensions of a vector in the multi-vector output; 0 without that output.
+        max_weights: the most weights that a text may have in the sparse output, whatever its length; 0 for one per token.
         max_tokens: the longest text in tokens, special tokens included.
         is_normalized: vectors have L2 norm 1, unless a request asks otherwise.
         tasks: each task of the model, with the instruction that is put before the text (may be empty).
@@ -161,6 +163,8 @@ class ModelInfo:
     instruction: str = ""
     has_raw: bool = True
     has_states: bool = False
+    token_width: int = 0
+    max_weights: int = 0
     kind: ModelKind = ModelKind.EMBED
     labels: tuple[str, ...] = ()
     label_function: LabelFunction = LabelFunction.NONE
@@ -193,8 +197,8 @@ class ModelInfo:
         int8 and uint8 vectors are in a space that also depends on their ranges. Binary vectors are in that of the vectors
         whose signs they hold.
 
-        Sparse weights and multi-vectors share the space of the dense vector that comes with them; token states have their
-        own.
+        Sparse weights and multi-vectors share the space of the dense vector that comes with them, or that would; token
+        states have their own.
 
         Args:
             task: one of ``tasks`` by any of its names; ``None`` for the default. A model without tasks ignores it.

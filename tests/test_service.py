@@ -318,8 +318,8 @@ async def test_other_outputs_must_be_finite_too(make_service: MakeService, outpu
     [
         pytest.param([Output.DENSE], 0, id="dense"),
         pytest.param([Output.DENSE, Output.SPARSE], 12, id="sparse: an index and a weight"),
-        pytest.param([Output.MULTIVECTOR], 4 * 8, id="multivector: a vector"),
-        pytest.param([Output.MULTIVECTOR, Output.STATES, Output.SPARSE], 2 * 4 * 8 + 12, id="all"),
+        pytest.param([Output.MULTIVECTOR], 4 * 5, id="multivector: a vector"),
+        pytest.param([Output.MULTIVECTOR, Output.STATES, Output.SPARSE], 4 * 5 + 4 * 8 + 12, id="all"),
     ],
 )
 async def test_memory_is_reserved_for_the_vectors_and_then_for_the_tokens(
@@ -328,7 +328,9 @@ async def test_memory_is_reserved_for_the_vectors_and_then_for_the_tokens(
     """For three texts of width 8: three copies of the vectors as float32; per token what waits, and its outputs."""
     reserved: list[int] = []
     backend = StubBackend()
-    service = make_service(backend, outputs=(Output.DENSE, Output.SPARSE, Output.MULTIVECTOR), has_states=True)
+    service = make_service(
+        backend, outputs=(Output.DENSE, Output.SPARSE, Output.MULTIVECTOR), has_states=True, token_width=5
+    )
 
     await service.embed(request(outputs=outputs, reserve=reserved.append))
     backend.jobs[0].on_tokens(10)

@@ -90,7 +90,8 @@ def document(app: FastAPI, deployment: Deployment, *, needs_key: bool) -> None:
         paths = {path: {**operations} for path, operations in schema["paths"].items()}
         if "/v1/embeddings" in paths:
             infos = [model.info for model in deployment.fleet if model.info and model.takes_requests]
-            model = next((info.id for info in infos if info.kind is ModelKind.EMBED), deployment.registry.models[0].id)
+            embedders = (info.id for info in infos if Output.DENSE in info.outputs and info.kind is ModelKind.EMBED)
+            model = next(embedders, deployment.registry.models[0].id)
             paths |= {other.path: other.operation(model) for other in _OTHERS}
             paths["/v1/embeddings"] = _with_examples(paths["/v1/embeddings"], dict(_embed_examples(model, infos)))
             if labeler := next((info.id for info in infos if info.kind is ModelKind.CLASSIFY), None):
@@ -137,11 +138,9 @@ def _embed_examples(model: str, infos: list[ModelInfo]) -> Iterator[tuple[str, S
         if info.tasks:
             more: Schema = {"dimensions": small[0]} if small else {}
             yield "a query", {"model": info.id, "input": _TEXT, "task": next(iter(info.tasks)), **more}
-        if Output.SPARSE in info.outputs:
-            yield (
-                "sparse weights as well as the vector",
-                {"model": info.id, "input": _TEXT, "outputs": ["dense", "sparse"]},
-            )
+        if len(info.outputs) > 1 or Output.DENSE not in info.outputs:
+            outputs = [output.value for output in info.outputs]
+            yield f"outputs of {info.id}", {"model": info.id, "input": _TEXT, "outputs": outputs}
 
 
 def _rerank_examples(infos: list[ModelInfo]) -> dict[str, Schema]:

@@ -80,7 +80,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
     return card.model_copy(
         update={
             **shown,
-            "width": info.width,
+            "width": info.width or None,
             "dimensions": list(info.dimensions),
             "tasks": list(info.tasks),
             "default_task": default_task,
@@ -124,7 +124,7 @@ def _experiment_card(choice: Choice, arms: Sequence[ArmOf]) -> ExperimentModelCa
         state=state.value,
         reason=reason,
         normalized=common(lambda _arm, info, _task: info.is_normalized),
-        width=common(lambda _arm, info, _task: info.width),
+        width=common(lambda _arm, info, _task: info.width or None),
         dimensions=list(common(lambda _arm, info, _task: info.dimensions) or ()),
         max_tokens=max_tokens,
         max_model_len=max_tokens,
@@ -147,7 +147,7 @@ def _arm_card(arm: Arm, model: Model, task: str | None) -> ArmModelCard:
         task=task,
         weight=arm.weight,
         state=model.state.value,
-        width=info.width if info and has_vectors else None,
+        width=(info.width or None) if info and has_vectors else None,
         max_tokens=info.max_tokens if info else None,
         space=info.space(task) if info and has_vectors else None,
     )

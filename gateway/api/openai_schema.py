@@ -213,7 +213,7 @@ class ModelCard(AnswerBody):
     reason: str | None = Field(default=None, description="Why the model is not ready.")
     aliases: list[str] = Field(default_factory=list, description="Other names of the model that a request may send.")
     width: int | None = Field(
-        default=None, description="Native dimensions; `null` for a model that reranks or classifies."
+        default=None, description="Native dimensions of a dense vector; `null` for a model without."
     )
     dimensions: list[int] = Field(default_factory=list, description="Accepted values of `dimensions`.")
     max_tokens: int | None = None

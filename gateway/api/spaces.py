@@ -37,7 +37,8 @@ class SpaceCard(AnswerBody):
 
     id: str = Field(description="`NAME@HASH`; two ids with the same hash are the same space.")
     object: Literal["space"] = "space"
-    dimensions: int
+    dimensions: int | None = Field(description="Of dense vectors; `null` for sparse and multi-vector ones alone.")
+    outputs: list[str] = Field(description="What is in the space.")
     precision: Precision = Field(
         description="The numbers of the vectors. Binary vectors are in the space of the float ones whose signs they hold."
     )
@@ -85,17 +86,18 @@ def space_cards(router: Router, models: Iterable[Model], client: Client) -> list
             member for task in info.spaces_by_task() if (member := _member(choices, router, model, task, client))
         ]
         precisions = [Precision.FLOAT, *sorted(CALIBRATED)] if info.ranges else [Precision.FLOAT]
-        for size, precision, member in product(info.dimensions, precisions, members):
+        for size, precision, member in product(info.dimensions or (None,), precisions, members):
             space = info.space(member.task, size, precision=precision)
             card = cards.setdefault(space.rpartition("@")[2], _card(space, info, size, precision))
             card.members.append(member)
     return list(cards.values())
 
 
-def _card(space: str, info: ModelInfo, size: int, precision: Precision) -> SpaceCard:
+def _card(space: str, info: ModelInfo, size: int | None, precision: Precision) -> SpaceCard:
     return SpaceCard(
         id=space,
         dimensions=size,
+        outputs=[output.value for output in info.outputs],
         precision=precision,
         normalized=info.is_normalized,
         pooling=info.pooling,

@@ -68,7 +68,8 @@ def _described(model: Model) -> Iterator[str]:
 
 def _run(info: ModelInfo) -> list[str]:
     """Return a model's device, precision, runtime, dimensions and longest input."""
-    width = [f"{info.width} dimensions"] if info.kind is ModelKind.EMBED else []
+    width = [f"{info.width} dimensions" if info.width else " and ".join(info.outputs)]
+    width = width if info.kind is ModelKind.EMBED else []
     return [info.device, info.dtype, runtime(info), *width, f"{info.max_tokens} tokens"]
 
 

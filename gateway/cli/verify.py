@@ -49,6 +49,8 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
     plan = plan_load(entry)
     if plan.kind is not ModelKind.EMBED:
         raise LoadError(f"{entry.id} scores texts: it has no vectors to record")
+    if not plan.info.width:
+        raise LoadError(f"{entry.id} has no dense vectors to record, only: {', '.join(plan.outputs)}")
     vectors = golden.record(load_reference(plan).embed, [None, *plan.tasks])
     golden.write(path, plan.checkpoint.fingerprint, vectors)
     return len(vectors)

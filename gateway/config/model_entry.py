@@ -145,7 +145,9 @@ class ModelEntry(Frozen):
         "vectors: with others, stored vectors can no longer be compared with new ones.",
     )
     outputs: DistinctListed[Head] = Field(
-        default=(Output.DENSE,), description="Outputs that the model can return for a text."
+        default=(Output.DENSE,),
+        description="Outputs that the model can return for a text. A model without dense vectors returns its own by "
+        "default; `[sparse]` also says that a masked language model without `modules.json` is a SPLADE model.",
     )
     trust_remote_code: bool = Field(
         default=False,

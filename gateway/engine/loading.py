@@ -15,7 +15,7 @@ from gateway.engine.batcher import Limits
 from gateway.engine.cards import read_cards
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.checkpoint.prompts import tasks_of
+from gateway.engine.checkpoint.prompts import RETRIEVAL, tasks_of
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
@@ -46,12 +46,14 @@ class LoadPlan:
     Attributes:
         tasks: instruction of each task, by canonical name.
         instruction: put before a text that has no task.
-        dimensions: accepted sizes, largest first.
+        outputs: the outputs that are served.
+        dimensions: accepted sizes of a dense vector, largest first; none for a model without one.
         ranges: of the dimensions, by size, if the registry names a file.
     """
 
     entry: ModelEntry
     checkpoint: Checkpoint
+    outputs: tuple[Output, ...]
     devices: tuple[str, ...]
     dtype: str
     runtime: str
@@ -78,7 +80,7 @@ class LoadPlan:
     @property
     def has_states(self) -> bool:
         """Whether a text's tokens have states, which its vector is made of."""
-        return self.kind is ModelKind.EMBED and self.checkpoint.static is None
+        return self.kind is ModelKind.EMBED and self.checkpoint.static is None and self.checkpoint.width > 0
 
     @property
     def info(self) -> ModelInfo:
@@ -92,20 +94,22 @@ class LoadPlan:
             width=self.checkpoint.width,
             dimensions=self.dimensions,
             max_tokens=self.max_tokens,
-            pooling=self.checkpoint.pooling.value,
+            pooling=self.checkpoint.head,
             is_normalized=self.checkpoint.is_normalized,
             device=", ".join(self.devices),
             dtype=self.dtype,
             engine=f"infinity/{self.runtime}",
             memory_bytes=self.memory.total_bytes,
-            outputs=self.entry.outputs,
-            can_chunk_late=self.has_states
-            and self.checkpoint.pooling is Pooling.MEAN
-            and Output.DENSE in self.entry.outputs,
+            outputs=self.outputs,
+            can_chunk_late=self.has_states and self.checkpoint.pooling is Pooling.MEAN and Output.DENSE in self.outputs,
             tasks=self.tasks,
-            default_task=self.entry.default_task and canonical_task(self.entry.default_task),
+            default_task=canonical_task(self.entry.default_task)
+            if self.entry.default_task
+            else self.checkpoint.default_task,
             instruction=self.instruction,
             has_states=self.has_states,
+            token_width=self.checkpoint.token_width if Output.MULTIVECTOR in self.outputs else 0,
+            max_weights=self.checkpoint.max_weights,
             kind=self.kind,
             labels=() if classifier is None else classifier.labels,
             label_function=LabelFunction.NONE if classifier is None else classifier.function,
@@ -130,6 +134,9 @@ class LoadPlan:
             instruction=self.instruction,
             trust_remote_code=self.entry.trust_remote_code,
             compiled_folder=compiled_folder,
+            max_query_tokens=min(
+                self.checkpoint.max_query_tokens, self.entry.max_tokens or self.checkpoint.position_limit
+            ),
         )
 
 
@@ -142,22 +149,23 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     folder = locate(entry, may_download=may_download)
     verify_sha256(folder, entry.sha256)
     checkpoint = read_checkpoint(
-        folder, trust_remote_code=entry.trust_remote_code, source=entry.source, instruction=entry.instruction
+        folder,
+        trust_remote_code=entry.trust_remote_code,
+        source=entry.source,
+        instruction=entry.instruction,
+        is_sparse=entry.outputs == (Output.SPARSE,),
     )
     if checkpoint.classifier is not None:
         _require_no_vectors(entry)
     devices, dtype, runtime, max_batch_tokens = _place(entry, checkpoint)
     max_tokens = _max_tokens(entry, checkpoint)
     tasks = _tasks(entry, checkpoint)
-    missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
-    if missing:
-        raise LoadError(
-            f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}"
-        )
+    outputs = _outputs(entry, checkpoint)
     dimensions = _dimensions(entry, checkpoint)
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
+        outputs=outputs,
         devices=devices,
         dtype=dtype,
         runtime=runtime,
@@ -259,20 +267,21 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
     """
     longest = min(plan.max_tokens, _WARM_UP_TOKENS)
     texts = ["warm up", *["warm up " * longest] * max(1, plan.max_batch_tokens // longest)]
-    if plan.checkpoint.static is None:
-        rows = encoder.tokenize(texts, plan.info.default_task, Truncate.END)
-        tokens = [replace(row, ids=row.ids[:longest]) for row in rows]
-    else:  # whose tokenizer may know none of the words above
-        tokens = [Tokens(list(range(plan.checkpoint.vocab_size)))] * 2
-    outputs = frozenset(plan.entry.outputs)
-    for batch in (tokens[:1], tokens[1:]):
-        try:
-            encoded = encoder.encode([Item(row, plan.info.default_task, outputs) for row in batch])
-        except Exception as error:  # a configuration that makes no sense can make a model raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
-        for row, one in zip(batch, encoded, strict=True):
-            _require_promised(one, len(row.ids), plan)
+    outputs = frozenset(plan.outputs)
+    for task in RETRIEVAL if plan.checkpoint.has_sides else (plan.info.default_task,):
+        if plan.checkpoint.static is None:
+            rows = encoder.tokenize(texts, task, Truncate.END)
+            tokens = [row if len(row.ids) <= longest else replace(row, ids=row.ids[:longest]) for row in rows]
+        else:  # whose tokenizer may know none of the words above
+            tokens = [Tokens(list(range(plan.checkpoint.vocab_size)))] * 2
+        for batch in (tokens[:1], tokens[1:]):
+            try:
+                encoded = encoder.encode([Item(row, task, outputs) for row in batch])
+            except Exception as error:  # a configuration that makes no sense can make a model raise anything
+                reason = f"{type(error).__name__}: {error}"
+                raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
+            for row, one in zip(batch, encoded, strict=True):
+                _require_promised(one, len(row.ids), plan)
 
 
 def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None:
@@ -281,24 +290,30 @@ def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None
     Raises:
         LoadError: an output has another shape, or is not finite.
     """
-    folder, width = plan.checkpoint.folder, plan.checkpoint.width
+    checkpoint = plan.checkpoint
+    folder, width = checkpoint.folder, checkpoint.width
     if encoded.dense.shape != (1, width):
         raise LoadError(f"{folder}: the model gives {encoded.dense.shape[-1]} numbers, promised are {width}")
     found = {Output.DENSE: encoded.dense}
     if encoded.sparse is not None:
         found[Output.SPARSE] = encoded.sparse.values
     if encoded.multivector is not None:
-        found[Output.MULTIVECTOR] = encoded.multivector
-        if len(encoded.multivector) != num_tokens - 1:
-            raise LoadError(f"{folder}: the model gives {len(encoded.multivector)} vectors for {num_tokens} tokens")
-    missing = [output for output in plan.entry.outputs if output not in found]
+        found[Output.MULTIVECTOR] = vectors = encoded.multivector
+        # BGE-M3's rule leaves out the first token; ColBERT's those of some words.
+        is_right = len(vectors) <= num_tokens if checkpoint.colbert else len(vectors) == num_tokens - 1
+        if not is_right or vectors.shape[1] != checkpoint.token_width:
+            raise LoadError(
+                f"{folder}: the model gives {len(vectors)} vectors of {vectors.shape[1]} numbers for {num_tokens} tokens, "
+                f"promised are {checkpoint.token_width}"
+            )
+    missing = [output for output in plan.outputs if output not in found]
     if missing:
         raise LoadError(f"{folder}: the model gives no {', '.join(missing)}")
     for output, numbers in found.items():
         if not np.isfinite(numbers).all():
             what = "vectors" if output is Output.DENSE else f"{output} vectors"
             raise LoadError(f"{folder}: the model returns {what} that are not finite in {plan.dtype}")
-    if plan.kind is ModelKind.EMBED and not encoded.dense.any():
+    if plan.kind is ModelKind.EMBED and width and not encoded.dense.any():
         raise LoadError(f"{folder}: the model returns vectors of zeros: are its weights all zero?")
 
 
@@ -314,6 +329,23 @@ def _require_no_vectors(entry: ModelEntry) -> None:
         raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")
 
 
+def _outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
+    """Return the outputs to serve: those of the registry; a model without a dense output has its own by default."""
+    if Output.DENSE not in checkpoint.outputs:
+        if named := [key for key in ("dimensions", "golden", "ranges") if getattr(entry, key)]:
+            raise LoadError(
+                f"{' and '.join(named)} cannot be set: this model has no dense vectors, only {', '.join(checkpoint.outputs)}"
+            )
+        if "outputs" not in entry.model_fields_set:
+            return checkpoint.outputs
+    missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
+    if missing:
+        raise LoadError(
+            f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}"
+        )
+    return entry.outputs
+
+
 def _max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
     if entry.max_tokens is not None and entry.max_tokens > checkpoint.position_limit:
         raise LoadError(
@@ -326,12 +358,16 @@ def _dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
     too_wide = [size for size in entry.dimensions if size > checkpoint.width]
     if too_wide:
         raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {checkpoint.width}")
-    return tuple(sorted({checkpoint.width, *entry.dimensions}, reverse=True))
+    return tuple(sorted({checkpoint.width, *entry.dimensions} - {0}, reverse=True))
 
 
 def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own."""
     tasks = tasks_of(checkpoint.prompts, entry.prompts, checkpoint.adapters)
+    if checkpoint.has_sides:
+        tasks = {**dict.fromkeys(RETRIEVAL, ""), **tasks}
+        if others := [task for task in tasks if task not in RETRIEVAL]:
+            raise LoadError(f"the task {others[0]!r} cannot be: this model has queries and documents only")
     if checkpoint.adapters:
         bare = [task for task in tasks if task not in checkpoint.adapters]
         if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for

@@ -58,6 +58,7 @@ async def test_a_card_tells_what_the_vectors_are(client: httpx.AsyncClient) -> N
         "id": models[0]["space"],
         "object": "space",
         "dimensions": 8,
+        "outputs": ["dense"],
         "precision": "float",
         "normalized": True,
         "pooling": "mean",

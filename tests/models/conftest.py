@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from gateway.config.registry import ModelEntry
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
-from gateway.engine.model.build import BuildOptions, build_encoders
+from gateway.engine.model.build import build_encoders
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.types import Output, Truncate
@@ -187,15 +187,7 @@ def load() -> Load:
     @cache
     def load(folder: Path, runtime: str, dtype: str = "float32", threads: CpuThreads = ONE_THREAD) -> Loaded:
         plan = plan_load(ModelEntry(id="tiny", source=str(folder), device="cpu", enabled=True))
-        options = BuildOptions(
-            device="cpu",
-            dtype=dtype,
-            runtime=runtime,
-            max_tokens=plan.max_tokens,
-            threads=threads,
-            tasks=plan.tasks,
-            instruction=plan.instruction,
-        )
+        options = replace(plan.build_options("cpu", threads), dtype=dtype, runtime=runtime)
         return Loaded(build_encoders(plan.checkpoint, options)[0])
 
     return load

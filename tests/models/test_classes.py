@@ -33,9 +33,24 @@ NO_EMBEDDERS = [
     ("nomic_bert", "SequenceClassification", {"num_labels": 3}, "a classifier with 3 labels"),
     ("bert", "TokenClassification", {"num_labels": 9}, "labels each token"),
     ("distilbert", "QuestionAnswering", {}, "finds an answer in a text"),
-    ("bert", "MaskedLM", {}, "predicts masked words: a sparse encoder (SPLADE)"),
-    ("distilbert", "MaskedLM", {}, "predicts masked words: a sparse encoder (SPLADE)"),
-    ("modernbert", "MaskedLM", {}, "predicts masked words: a sparse encoder (SPLADE)"),
+    (
+        "bert",
+        "MaskedLM",
+        {},
+        "predicts masked words: a sparse encoder (set `outputs: [sparse]` if it is a SPLADE model)",
+    ),
+    (
+        "distilbert",
+        "MaskedLM",
+        {},
+        "predicts masked words: a sparse encoder (set `outputs: [sparse]` if it is a SPLADE model)",
+    ),
+    (
+        "modernbert",
+        "MaskedLM",
+        {},
+        "predicts masked words: a sparse encoder (set `outputs: [sparse]` if it is a SPLADE model)",
+    ),
     ("qwen3", "CausalLM", {}, "writes text: an LLM reranker"),
     ("qwen3", "CausalLM", {"is_causal": False}, "writes text: an LLM reranker"),
     *((name, "CausalLM", {}, "writes text") for name in ("gemma3_text", "gemma2", "mistral", "llama", "qwen2", "lfm2")),
@@ -61,7 +76,6 @@ def test_a_model_with_another_head_is_refused_and_named(
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("HF_ColBERT", "a multi-vector model (ColBERT)"),
         ("ColBERT", "a multi-vector model (ColBERT)"),
         ("JinaForRanking", "a reranker of a kind that is not supported"),
         ("BertForPreTraining", "a pretrained model that was not trained to embed"),

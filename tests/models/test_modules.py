@@ -237,18 +237,7 @@ def test_a_normalization_of_token_vectors_is_refused(make_family: MakeFamily, co
 
 MODULES = "sentence_transformers.models"
 OTHER_MODULES = {
-    "SPLADE": ([f"{MODULES}.Transformer", f"{MODULES}.SpladePooling"], "a sparse encoder (SPLADE)"),
-    "SPLADE, release 5": (
-        [
-            "sentence_transformers.sparse_encoder.models.MLMTransformer",
-            "sentence_transformers.sparse_encoder.models.SpladePooling",
-        ],
-        "a sparse encoder (SPLADE)",
-    ),
-    "PyLate": (
-        ["pylate.models.Transformer.Transformer", "pylate.models.Dense.Dense"],
-        "a multi-vector model (ColBERT)",
-    ),
+    "router": ([f"{MODULES}.Pooling", f"{MODULES}.Router"], "a router with different modules"),
     "multi-vector, release 6": (
         [
             f"{MODULES}.Transformer",
@@ -264,7 +253,6 @@ OTHER_MODULES = {
     ),
     "static": ([f"{MODULES}.StaticEmbedding", f"{MODULES}.Dense"], "static embeddings"),
     "CLIP": ([f"{MODULES}.CLIPModel"], "a model of images and texts (CLIP)"),
-    "Router": ([f"{MODULES}.Router", f"{MODULES}.SpladePooling"], "a router with different modules"),
     "words": ([f"{MODULES}.WordEmbeddings", f"{MODULES}.Pooling"], "word embeddings without a transformer"),
 }
 
@@ -303,8 +291,6 @@ def test_a_reranker_of_modules_is_named(dense: Path) -> None:
     [
         ("SparseEncoder", "a sparse"),
         ("CrossEncoder", "a reranker"),
-        ("MultiVectorEncoder", "a multi"),
-        ("ColBERT", "a multi"),
     ],
 )
 def test_what_sentence_transformers_calls_otherwise_is_refused(

@@ -63,7 +63,8 @@ _REASONS = {
 }
 _HEADS = {
     "ForTokenClassification": "labels each token (named entities, for example)",
-    "ForMaskedLM": "predicts masked words: a sparse encoder (SPLADE), or a pretrained model that was not trained to embed",
+    "ForMaskedLM": "predicts masked words: a sparse encoder (set `outputs: [sparse]` if it is a SPLADE model), or a "
+    "pretrained model that was not trained to embed",
     "ForCausalLM": "writes text: an LLM reranker, or a model that was not trained to embed",
     "LMHeadModel": "writes text: a model that was not trained to embed",
     "ForConditionalGeneration": "writes text: a model that was not trained to embed",

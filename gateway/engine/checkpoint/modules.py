@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from gateway.engine.checkpoint.json_files import Json, read_json, read_object, require_string
 from gateway.errors import LoadError
 
-MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, which is not supported"
-SPARSE = "a sparse encoder (SPLADE), which is not supported"
+MULTI_VECTOR = "a multi-vector model (ColBERT): a vector for each token, of a form that is not supported"
+SPARSE = "a sparse encoder (SPLADE) of a form that is not supported"
 RERANKER = "a reranker of a kind that is not supported"
 
 # What a module says about the model that it is part of.
@@ -31,8 +31,8 @@ _KINDS = {
     "WordEmbeddings": "word embeddings without a transformer, which is not supported",
     "BoW": "a bag of words without a transformer, which is not supported",
     "CLIPModel": "a model of images and texts (CLIP), which is not supported",
-    "Router": "a router with different modules for queries and documents, which is not supported",
-    "Asym": "a router with different modules for queries and documents, which is not supported",
+    "Router": "a router with different modules for queries and documents, which is supported in sparse encoders alone",
+    "Asym": "a router with different modules for queries and documents, which is supported in sparse encoders alone",
 }
 # sentence-transformers' class of the whole model, in `config_sentence_transformers.json`.
 _MODEL_TYPES = {
@@ -67,17 +67,6 @@ _DENSE_KEYS = {
     "module_output_name",
     "use_residual",
 }
-# The arguments that sentence-transformers puts into calls of transformers, by their names before release 5.4.
-_OLD_NAMES = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "config_args": "config_kwargs"}
-# Those of them that leave vectors as they are; and the length, which is read. What code may run is the registry's to say.
-_HARMLESS_ANYWHERE = {"trust_remote_code", "revision", "code_revision"}
-_HARMLESS_MEMORY = {"torch_dtype", "dtype", "attn_implementation", "use_memory_efficient_attention", "unpad_inputs"}
-_HARMLESS_ARGUMENTS = {
-    "model_kwargs": {"add_pooling_layer", "device_map", "use_safetensors", *_HARMLESS_MEMORY, *_HARMLESS_ANYWHERE},
-    "processor_kwargs": {"model_max_length", "use_fast", "padding_side", *_HARMLESS_ANYWHERE},
-    "config_kwargs": {"use_cache", *_HARMLESS_MEMORY, *_HARMLESS_ANYWHERE},
-}
-_HARMLESS_KEYS = {"max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend", "cache_dir"}
 
 
 class Pooling(StrEnum):
@@ -91,6 +80,19 @@ class Pooling(StrEnum):
     """Maximum over all tokens, for each dimension."""
     LAST = "lasttoken"
     """State of the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """An entry of ``modules.json``: a class, and its folder relative to the checkpoint."""
+
+    type: str
+    folder: str
+
+    @property
+    def kind(self) -> str:
+        """Name of the class without its module: classes moved between releases, and kept their names."""
+        return self.type.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +113,17 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """A linear layer behind the pooling, as its configuration describes it.
+    """A linear layer behind the pooling or over each token, as its configuration describes it.
 
     Attributes:
         activation: torch's class of the activation behind it, without its module.
+        has_residual: its input is added to its output: as it is, or through a layer without a bias if the widths differ.
     """
 
     width: int
     activation: str
     has_bias: bool
+    has_residual: bool = False
 
 
 def read_modules(folder: Path) -> Modules | None:
@@ -129,11 +133,10 @@ def read_modules(folder: Path) -> Modules | None:
         LoadError: it cannot be read, or lists modules that are not supported; names the kind of model that they make.
     """
     path = folder / "modules.json"
-    rows = _list_classes(path)
+    rows = list_rows(folder)
     if rows is None:
         return None
-    types, folders = [type_ for type_, _place in rows], [place for _type, place in rows]
-    kinds = [_kind(type_) for type_ in types]
+    types, folders, kinds = [row.type for row in rows], [row.folder for row in rows], [row.kind for row in rows]
     dense = [at for kind, at in zip(kinds, folders, strict=True) if kind == "Dense"]
     for kind, at in zip(kinds, folders, strict=True):
         if kind == "Normalize":
@@ -161,12 +164,17 @@ def list_modules(folder: Path) -> list[tuple[str, str]] | None:
     Raises:
         LoadError: the file cannot be read.
     """
-    rows = _list_classes(folder / "modules.json")
-    return None if rows is None else [(_kind(type_), place) for type_, place in rows]
+    rows = list_rows(folder)
+    return None if rows is None else [(row.kind, row.folder) for row in rows]
 
 
-def _list_classes(path: Path) -> list[tuple[str, str]] | None:
-    """Return the class and the folder of each module that has an effect; ``None`` if there is no such file."""
+def list_rows(folder: Path) -> list[ModuleRow] | None:
+    """Return the modules that have an effect, in order; ``None`` without ``modules.json``.
+
+    Raises:
+        LoadError: the file cannot be read.
+    """
+    path = folder / "modules.json"
     if not path.exists():
         return None
     rows = read_json(path)
@@ -176,16 +184,11 @@ def _list_classes(path: Path) -> list[tuple[str, str]] | None:
     for row in rows:
         if not isinstance(row, dict):
             raise LoadError(f"{path}: each entry must be an object, got {row!r}")
-        modules.append((require_string(row, "type", path), _inside(require_string(row, "path", path), path)))
-    return [(type_, place) for type_, place in modules if type_ not in _IN_TRAINING]
+        modules.append(ModuleRow(require_string(row, "type", path), inside(require_string(row, "path", path), path)))
+    return [module for module in modules if module.type not in _IN_TRAINING]
 
 
-def _kind(type_: str) -> str:
-    """Return the name of a class without its module: classes moved between releases, and kept their names."""
-    return type_.rsplit(".", 1)[-1]
-
-
-def _inside(place: str, path: Path) -> str:
+def inside(place: str, path: Path) -> str:
     """Return the folder of a module, which must be part of the checkpoint."""
     parts = PurePosixPath(place)
     if parts.is_absolute() or ".." in parts.parts:
@@ -228,7 +231,7 @@ def read_pooling(folder: Path) -> Pooling:
     """
     path = folder / "config.json"
     config = read_object(path)
-    _require_known(config, _POOLING_KEYS, path)
+    require_known(config, _POOLING_KEYS, path)
     if config.get("include_prompt") is False:
         raise LoadError(f"{path}: include_prompt: false is not supported: prompt tokens are always pooled")
     flags = {f"pooling_mode_{flag}" for flag in _POOLING_FLAGS.values()}
@@ -256,109 +259,48 @@ def read_dense(folder: Path, *, gives_scores: bool = False) -> DenseLayer:
     """
     path = folder / "config.json"
     config = read_object(path)
-    _require_known(config, _DENSE_KEYS, path)
     if _output_of(config) == "scores" and not gives_scores:
         raise LoadError(f"{path}: gives scores: {RERANKER}")
     ends = ("input",) if gives_scores else ("input", "output")
     names = {str(config.get(f"module_{end}_name") or "sentence_embedding") for end in ends}
     if config.get("use_residual") or names != {"sentence_embedding"}:
         raise LoadError(f"{path}: only a plain layer behind the pooling is supported: no use_residual, no other names")
+    return _dense_layer(config, path)
+
+
+def read_token_dense(folder: Path) -> DenseLayer:
+    """Read the configuration of a ``Dense`` module over each token of a multi-vector model, also PyLate's.
+
+    Raises:
+        LoadError: it is not one.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    if {str(config.get(f"module_{end}_name") or "token_embeddings") for end in ("input", "output")} != {
+        "token_embeddings"
+    }:
+        raise LoadError(f"{path}: must read and write token_embeddings in a multi-vector model")
+    return _dense_layer(config, path)
+
+
+def _dense_layer(config: Mapping[str, Json], path: Path) -> DenseLayer:
+    require_known(config, _DENSE_KEYS, path)
     width = config.get("out_features")
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise LoadError(f"{path}: out_features must be a positive integer, got {width!r}")
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if not isinstance(activation, str) or not activation.startswith("torch."):
         raise LoadError(f"{path}: activation_function must be a class of torch's, got {activation!r}")
-    return DenseLayer(width, activation.rsplit(".", 1)[-1], config.get("bias") is not False)
+    residual = config.get("use_residual") is True
+    return DenseLayer(width, activation.rsplit(".", 1)[-1], config.get("bias") is not False, residual)
 
 
-# ------------------------------------------------------------------------------------------------------- transformer
-
-
-@dataclass(frozen=True, slots=True)
-class TransformerSettings:
-    """How sentence-transformers calls the tokenizer.
-
-    Attributes:
-        max_tokens: longest text that the file names, if it names one.
-    """
-
-    max_tokens: int | None
-    is_lower_cased: bool
-
-
-def read_transformer(folder: Path, *, is_embedder: bool, is_llm: bool = False) -> TransformerSettings:
-    """Read the length and lower-casing; the first releases of sentence-transformers named the file for the model.
+def require_known(config: Mapping[str, Json], known: Iterable[str], path: Path) -> None:
+    """Refuse keys of a configuration that are not known.
 
     Raises:
-        LoadError: the file asks for another treatment of texts.
+        LoadError: names them.
     """
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
-        path = folder / f"sentence_{name}_config.json"
-        config = read_object(path, optional=True)
-        if config:
-            config = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
-            _require_plain(config, path, is_embedder=is_embedder, is_llm=is_llm)
-            arguments = config.get("processor_kwargs")
-            given = arguments.get("model_max_length") if isinstance(arguments, dict) else None
-            length = as_length(given) or as_length(config.get("max_seq_length"))
-            _require_one_length(config, length, path)
-            return TransformerSettings(length, config.get("do_lower_case") is True)
-    return TransformerSettings(None, is_lower_cased=False)
-
-
-def as_length(value: Json) -> int | None:
-    """Return a number of tokens from a checkpoint's file; ``None`` for a value that is not one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return int(min(value, 2**62)) if is_number and value >= 1 else None  # type: ignore[type-var,operator,arg-type]
-
-
-def _require_plain(config: Mapping[str, Json], path: Path, *, is_embedder: bool, is_llm: bool) -> None:
-    """Refuse settings with which sentence-transformers would call the tokenizer or the model differently.
-
-    Raises:
-        LoadError: names the setting.
-    """
-    task, output = ("feature-extraction", "token_embeddings") if is_embedder else ("sequence-classification", "scores")
-    if is_llm:
-        task, output = "text-generation", "causal_logits"
-    state = "last_hidden_state" if is_embedder else "logits"
-    match config.get("modality_config"):
-        case {"text": {"method_output_name": str(name)}} if name != state:
-            raise LoadError(f"{path}: method_output_name {name!r} is not supported, only {state!r}")
-        case {"text": {"method": str(name)}} if name != "forward":
-            raise LoadError(f"{path}: method {name!r} is not supported, only 'forward'")
-    for key, expected in (("transformer_task", task), ("module_output_name", output)):
-        if config.get(key) not in (None, expected):
-            raise LoadError(f"{path}: {key} {config[key]!r} is not supported, only {expected!r}")
-    for key, harmless in _HARMLESS_ARGUMENTS.items():
-        arguments = config.get(key)
-        strange = [name for name in arguments if name not in harmless] if isinstance(arguments, dict) else []
-        if strange:
-            raise LoadError(f"{path}: {key}: {', '.join(strange)} is not supported")
-    known = {*_HARMLESS_KEYS, *_HARMLESS_ARGUMENTS, "transformer_task", "module_output_name"}
-    known |= {"query_length", "document_length"}  # looked at with the length
-    if not is_embedder:
-        match config.get("processing_kwargs"):
-            case dict(options) if not options.keys() - {"chat_template", "text"} and options.get("text") in (
-                None,
-                {},
-                {"logits_to_keep": 1},
-            ):
-                known.add("processing_kwargs")
-    _require_known({key: value for key, value in config.items() if value not in (None, {}, [])}, known, path)
-
-
-def _require_one_length(config: Mapping[str, Json], length: int | None, path: Path) -> None:
-    for key in ("query_length", "document_length"):
-        if config.get(key) is not None and as_length(config[key]) != length:
-            raise LoadError(
-                f"{path}: {key} {config[key]!r} is not supported: queries and documents are cut at the same length"
-                + (f", here {length}" if length else "")
-            )
-
-
-def _require_known(config: Mapping[str, Json], known: Iterable[str], path: Path) -> None:
     unknown = [key for key in config if key not in known]
     if unknown:
         raise LoadError(

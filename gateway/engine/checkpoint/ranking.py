@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.classifier import Classifier, architecture, own_class, read_classifier
 from gateway.engine.checkpoint.json_files import Json, read_object
-from gateway.engine.checkpoint.modules import Modules, Pooling, read_truncated_width, require_sentence_transformer
+from gateway.engine.checkpoint.modules import Pooling, read_truncated_width, require_sentence_transformer
 from gateway.engine.checkpoint.pair_template import (
     PairTemplate,
     has_chat_template,
@@ -42,8 +42,9 @@ def read_ranking(
     root: Path,
     config: Mapping[str, Json],
     scores: ScoreModules | None,
-    modules: Modules | None,
     *,
+    is_embedder: bool,
+    is_plain: bool,
     source: str,
     instruction: str | None,
 ) -> Ranking:
@@ -52,15 +53,17 @@ def read_ranking(
     Args:
         root: folder of the transformer.
         config: the content of its ``config.json``, in transformers' words.
+        is_embedder: its modules say that it embeds.
+        is_plain: it has no modules.
         source, instruction: see :func:`gateway.engine.checkpoint.read.read_checkpoint`.
 
     Raises:
         LoadError: it scores in a way that is not supported.
     """
-    if modules is not None and modules.pooling is not None:
+    if is_embedder:
         ranking = Ranking()
     else:
-        ranking = _read(folder, root, config, scores, is_plain=modules is None, source=source, instruction=instruction)
+        ranking = _read(folder, root, config, scores, is_plain=is_plain, source=source, instruction=instruction)
     if instruction is not None and ranking.template is None:
         raise LoadError(
             f"{folder}: instruction is for a model that reads a query and a text by a template, which this one does not"
@@ -115,11 +118,12 @@ def _read(
     return found
 
 
-def read_sentence_config(folder: Path, *, scores: bool) -> tuple[Prompts, int | None]:
+def read_sentence_config(folder: Path, *, scores: bool, is_by_token: bool = False) -> tuple[Prompts, int | None]:
     """Return the prompts, and the number of dimensions that vectors are cut to.
 
     Args:
         scores: the model scores, and has neither.
+        is_by_token: the model has no vector of a whole text that could be cut.
 
     Raises:
         LoadError: ``config_sentence_transformers.json`` says that the model is of another kind.
@@ -128,6 +132,8 @@ def read_sentence_config(folder: Path, *, scores: bool) -> tuple[Prompts, int | 
         return Prompts(), None
     path = folder / "config_sentence_transformers.json"
     config = read_object(path, optional=True)
+    if is_by_token:
+        return read_prompts(config, path), None
     require_sentence_transformer(config, path)
     return read_prompts(config, path), read_truncated_width(config, path)
 

@@ -17,25 +17,22 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.classes import require_embedder, require_known_code, require_model_type
 from gateway.engine.checkpoint.classifier import Classifier, architecture
+from gateway.engine.checkpoint.colbert import Colbert
+from gateway.engine.checkpoint.description import Description
 from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
 from gateway.engine.checkpoint.headers import read_shapes
 from gateway.engine.checkpoint.jina_tasks import read_jina_tasks
 from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of
-from gateway.engine.checkpoint.modules import (
-    Modules,
-    Pooling,
-    as_length,
-    read_dense,
-    read_pooling,
-    read_transformer,
-)
+from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.pair_template import PairTemplate
+from gateway.engine.checkpoint.prompts import Prompts
 from gateway.engine.checkpoint.ranking import read_ranking, read_sentence_config
-from gateway.engine.checkpoint.score_modules import read_all_modules
 from gateway.engine.checkpoint.sizes import Attention, Sizes, read_config
 from gateway.engine.checkpoint.sources import file_sha256
+from gateway.engine.checkpoint.splade import Splade, require_masked_lm
 from gateway.engine.checkpoint.static import StaticRule, StaticTable, find_static_table
+from gateway.engine.checkpoint.transformer import read_transformer
 from gateway.errors import LoadError
 from gateway.types import Output
 
@@ -49,10 +46,11 @@ class Checkpoint:
 
     Attributes:
         transformer: folder of the transformer and its tokenizer: as a rule ``folder`` itself.
-        width: dimensions of a dense vector; where there is a classifier, the number of its labels.
+        width: dimensions of a dense vector, 0 without that output; where there is a classifier, the number of its labels.
         hidden_width: dimensions of a token's state.
         vocab_size: rows of the table of words; every token id is below it.
         max_tokens: longest text, special tokens included: what sentence-transformers cuts at.
+        max_query_tokens: longest query, where queries and documents are treated differently; else ``max_tokens``.
         position_limit: longest text that the architecture can take at all.
         dense_layers: folders of the linear layers behind the pooling, in order.
         prompts: instruction of each task, as named by the checkpoint.
@@ -71,6 +69,8 @@ class Checkpoint:
             adapters, the activations of the dense layers, the settings of the classifier, the dimensions that vectors
             are cut to, and the rules of static embeddings.
         static: the rules for texts, if the checkpoint is a table of token vectors without a transformer.
+        splade: how its sparse vectors are made, if the model is a sparse encoder.
+        colbert: how its token vectors are made, if the model is a multi-vector model.
     """
 
     folder: Path
@@ -83,6 +83,7 @@ class Checkpoint:
     attention: Attention
     intermediate_width: int
     max_tokens: int
+    max_query_tokens: int
     position_limit: int
     pooling: Pooling
     is_normalized: bool
@@ -102,10 +103,16 @@ class Checkpoint:
     weights: tuple[Path, ...]
     fingerprint: str
     static: StaticRule | None = None
+    splade: Splade | None = None
+    colbert: Colbert | None = None
 
     @property
     def outputs(self) -> tuple[Output, ...]:
         """The outputs that the checkpoint can give for a text."""
+        if self.splade is not None:
+            return (Output.SPARSE,)
+        if self.colbert is not None:
+            return (Output.MULTIVECTOR,)
         heads = ((Output.SPARSE, self.sparse_head), (Output.MULTIVECTOR, self.multivector_head))
         return (Output.DENSE, *(output for output, head in heads if head is not None))
 
@@ -115,17 +122,52 @@ class Checkpoint:
         return tuple(dict.fromkeys(self.adapters.values()))
 
     @property
+    def token_width(self) -> int:
+        """Dimensions of a token's vector in the multi-vector output."""
+        return self.hidden_width if self.colbert is None else self.colbert.width
+
+    @property
+    def max_weights(self) -> int:
+        """The most weights of a text in the sparse output, whatever its length; 0 for one per token."""
+        return 0 if self.splade is None else self.splade.max_active or self.vocab_size
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether queries and documents are treated differently, beyond the text before them."""
+        return self.colbert is not None or (self.splade is not None and self.splade.queries is not None)
+
+    @property
+    def default_task(self) -> str | None:
+        """The task of a text that names none, where the checkpoint has one: a ColBERT's texts are documents."""
+        if self.colbert is not None:
+            return "retrieval.passage"
+        return None if self.splade is None else self.splade.default_task
+
+    @property
+    def head(self) -> str:
+        """Name of the rule by which token states become the output."""
+        if self.colbert is not None:
+            return "colbert"
+        return self.pooling.value if self.splade is None else "splade"
+
+    @property
     def all_weights(self) -> tuple[Path, ...]:
         """Every file with weights: the transformer's, the adapters', and those of the layers behind it."""
         heads = (head for head in (self.sparse_head, self.multivector_head) if head is not None)
         adapters = (file for folder in self.adapter_folders for file in weights_files(folder, ADAPTER_WEIGHTS))
         further = self.dense_layers if self.classifier is None else self.classifier.folders
         layers = (file for folder in further for file in weights_files(folder))
-        return (*self.weights, *adapters, *layers, *heads)
+        queries = () if self.splade is None or self.splade.table is None else (self.splade.table,)
+        return (*self.weights, *adapters, *layers, *heads, *queries)
 
 
 def read_checkpoint(
-    folder: Path, *, trust_remote_code: bool = False, source: str = "", instruction: str | None = None
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    source: str = "",
+    instruction: str | None = None,
+    is_sparse: bool = False,
 ) -> Checkpoint:
     """Read the description of the checkpoint in ``folder``.
 
@@ -133,6 +175,7 @@ def read_checkpoint(
         trust_remote_code: the checkpoint's own code may run in place of transformers' class.
         source: the registry's name of the checkpoint.
         instruction: the registry's instruction for a model that reranks.
+        is_sparse: the registry says that the model gives sparse vectors alone, as a folder without modules cannot.
 
     Raises:
         LoadError: a file is missing or malformed, or the model is of a kind that is not served.
@@ -140,49 +183,54 @@ def read_checkpoint(
     table = find_static_table(folder)
     if table is not None:
         return _read_static(folder, table)
-    return _read_transformer(folder, trust_remote_code, source, instruction)
+    files = Description.read(folder, is_sparse=is_sparse)
+    return _read_transformer(folder, files, trust_remote_code, source, instruction)
 
 
-def _read_transformer(folder: Path, trust_remote_code: bool, source: str, instruction: str | None) -> Checkpoint:
-    modules, scores = read_all_modules(folder)
-    root = folder if modules is None else folder / modules.transformer
+def _read_transformer(
+    folder: Path, files: Description, trust_remote_code: bool, source: str, instruction: str | None
+) -> Checkpoint:
+    root, modules = folder / files.transformer, files.modules
     require_model(root)
     config = read_config(root)
     model_type = require_model_type(config, folder)
     has_own_code = require_known_code(root, config, model_type, trust_remote_code=trust_remote_code)
-    ranking = read_ranking(folder, root, config, scores, modules, source=source, instruction=instruction)
+    if files.splade is not None:
+        require_masked_lm(folder, model_type)
+    sides = {"is_embedder": files.has_pooling or files.is_by_token, "is_plain": modules is None}
+    ranking = read_ranking(folder, root, config, files.scores, **sides, source=source, instruction=instruction)
     classifier = ranking.classifier
     layout = layout_of(read_object(root / "config.json"))
     tasks = read_jina_tasks(folder, config, layout, modules)
     if classifier is None and not (tasks.is_jina and tasks.adapters):  # adapters for retrieval are an embedder's
-        _require_embedder(folder, config, modules, model_type, has_own_code=has_own_code)
-    settings = read_transformer(root, is_embedder=ranking.is_pooled, is_llm=ranking.is_llm)
-    prompts, truncated_width = read_sentence_config(folder, scores=ranking.classifier is not None)
+        _require_embedder(folder, config, files, model_type, has_own_code=has_own_code)
+    settings = read_transformer(root, files.task(ranking), has_sides=files.colbert is not None)
+    prompts, truncated_width = _read_prompts(folder, files, scores=classifier is not None)
     weights = weights_files(root)
     sizes = Sizes.read(root, None if has_own_code else read_shapes(weights))
-    dense_layers = tuple(folder / path for path in modules.dense) if modules is not None else ()
-    sparse_head, multivector_head = (_existing(folder / name) for name in (_SPARSE_HEAD, _MULTIVECTOR_HEAD))
+    max_tokens, max_query_tokens = files.lengths(root, settings.max_tokens, sizes.num_positions)
     checkpoint = Checkpoint(
         folder=folder,
         transformer=root,
         model_type=model_type,
-        width=len(classifier.labels) if classifier else _width(sizes, dense_layers, truncated_width),
+        width=files.width(folder, sizes.state_width, truncated_width, classifier),
         hidden_width=sizes.state_width,
         vocab_size=sizes.vocab_size,
         num_layers=sizes.num_layers,
         attention=sizes.attention,
         intermediate_width=sizes.intermediate_width,
-        max_tokens=_max_tokens(root, settings.max_tokens, sizes.num_positions),
+        max_tokens=max_tokens,
+        max_query_tokens=max_query_tokens,
         position_limit=sizes.num_positions,
-        pooling=tasks.pooling or _pooling(folder, modules, classifier),
-        is_normalized=tasks.is_jina or (modules is not None and modules.is_normalized),
+        pooling=tasks.pooling or files.pooling(folder, classifier),
+        is_normalized=tasks.is_jina or files.is_normalized,
         is_lower_cased=settings.is_lower_cased,
-        dense_layers=dense_layers,
+        dense_layers=tuple(folder / path for path in files.dense),
         prompts=tasks.prompts(prompts.texts),
         default_prompt=prompts.default,
         adapters=tasks.adapters,
-        sparse_head=sparse_head,
-        multivector_head=multivector_head,
+        sparse_head=_existing(folder / _SPARSE_HEAD),
+        multivector_head=_existing(folder / _MULTIVECTOR_HEAD),
         classifier=classifier,
         pair_template=ranking.template,
         layout=layout,
@@ -191,6 +239,8 @@ def _read_transformer(folder: Path, trust_remote_code: bool, source: str, instru
         is_named=architecture(config) is not None,
         weights=weights,
         fingerprint="",
+        splade=files.splade,
+        colbert=files.colbert,
     )
     return _with_fingerprint(checkpoint, truncated_width)
 
@@ -208,6 +258,7 @@ def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
         attention=Attention(0, 0),
         intermediate_width=0,
         max_tokens=table.max_tokens,
+        max_query_tokens=table.max_tokens,
         position_limit=table.position_limit,
         pooling=Pooling.MEAN,
         is_normalized=table.is_normalized,
@@ -232,9 +283,12 @@ def _read_static(folder: Path, table: StaticTable) -> Checkpoint:
 
 
 def _require_embedder(
-    folder: Path, config: Mapping[str, Json], modules: Modules | None, model_type: str, *, has_own_code: bool
+    folder: Path, config: Mapping[str, Json], files: Description, model_type: str, *, has_own_code: bool
 ) -> None:
     """Refuse a checkpoint that does not say how its token states become the vector of a text."""
+    modules = files.modules
+    if files.is_by_token:
+        return
     if modules is None or modules.pooling is None:
         require_embedder(folder, config, model_type, has_own_code=has_own_code)
     if modules is None:
@@ -250,23 +304,10 @@ def _require_embedder(
         raise LoadError(f"{folder}/modules.json: {modules.own_code[0]} is the checkpoint's own code, which is not run")
 
 
-def _pooling(folder: Path, modules: Modules | None, classifier: Classifier | None) -> Pooling:
-    if classifier is not None:
-        return classifier.pooling
-    return Pooling.MEAN if modules is None or modules.pooling is None else read_pooling(folder / modules.pooling)
-
-
-def _width(sizes: Sizes, dense_layers: tuple[Path, ...], truncated_width: int | None) -> int:
-    width = sizes.state_width
-    for layer in dense_layers:
-        width = read_dense(layer).width
-    return width if truncated_width is None else min(width, truncated_width)
-
-
-def _max_tokens(folder: Path, named: int | None, position_limit: int) -> int:
-    """Return the length that the sentence-transformers file names, else the tokenizer's; at most the positions."""
-    tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
-    return min(named or as_length(tokenizer.get("model_max_length")) or position_limit, position_limit)
+def _read_prompts(folder: Path, files: Description, *, scores: bool) -> tuple[Prompts, int | None]:
+    """Return the prompts, and the number of dimensions that vectors are cut to."""
+    prompts, truncated_width = read_sentence_config(folder, scores=scores, is_by_token=files.is_by_token)
+    return prompts if files.colbert is None else Prompts(files.colbert.prompts), truncated_width
 
 
 def _existing(path: Path) -> Path | None:
@@ -286,6 +327,10 @@ def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Ch
         parts["truncated"] = str(checkpoint.width)
     if checkpoint.classifier is not None:
         parts["classifier"] = checkpoint.classifier.settings
+    if checkpoint.splade is not None:
+        parts["splade"] = checkpoint.splade.settings
+    if checkpoint.colbert is not None:
+        parts["colbert"] = checkpoint.colbert.settings
     if checkpoint.pair_template is not None:
         parts["pair template"] = str(checkpoint.pair_template)
     for layer in checkpoint.dense_layers:  # what the weights do not say

@@ -26,7 +26,7 @@ _NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
 # A layer of T5 is a "block", and its "layers" are the parts of one. Of a whole T5 only the encoder counts.
 _LAYER = re.compile(r"(?:^|\.)(?:block|layers?)\.(\d+)\.")
 _OTHER_PARTS = ("decoder.",)
-_WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|shared)\.weight")
+WORDS = re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|shared)\.weight")
 _POSITIONS = re.compile(r"(?:^|\.)position_embeddings\.weight")
 _SEGMENTS = re.compile(r"(?:^|\.)token_type_embeddings\.weight")
 # The last layer of a feed-forward, by the names of all architectures that are served.
@@ -159,7 +159,7 @@ def _require_tables(config: PreTrainedConfig, sizes: Sizes, shapes: Shapes, wher
     width = ("hidden_size", sizes.width)
     positions = int(getattr(config, "max_position_embeddings", 0))
     expected = {
-        _WORDS: (("vocab_size", sizes.vocab_size), columns or width),
+        WORDS: (("vocab_size", sizes.vocab_size), columns or width),
         _POSITIONS: (("max_position_embeddings", positions), columns or width),
         _SEGMENTS: (("type_vocab_size", int(getattr(config, "type_vocab_size", 0))), columns or width),
         _FEED_FORWARD: (width, ("intermediate_size", sizes.intermediate_width)),

@@ -19,7 +19,8 @@ from pathlib import Path
 from gateway.engine.checkpoint.files import tokenizer_files, weights_files
 from gateway.engine.checkpoint.headers import Shapes, read_shapes
 from gateway.engine.checkpoint.json_files import Json, read_object
-from gateway.engine.checkpoint.modules import as_length, list_modules
+from gateway.engine.checkpoint.modules import list_modules
+from gateway.engine.checkpoint.transformer import as_length
 from gateway.errors import LoadError
 
 _MODEL2VEC_LENGTH = 512

@@ -10,6 +10,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 
+from gateway.engine.checkpoint.colbert import STANFORD_PROJECTION
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.voyage_layout import PROJECTION
@@ -88,10 +89,12 @@ def unknown_tensors(unexpected: Iterable[str], checkpoint: Checkpoint) -> list[s
     known = frozenset() if classifier is None else classifier.tensors
     if checkpoint.layout is Layout.VOYAGE:
         known |= {PROJECTION}
+    if checkpoint.colbert is not None and checkpoint.colbert.has_projection:
+        known |= {f"{STANFORD_PROJECTION}.weight"}
     patterns = [_UNUSED]
     if classifier is None and checkpoint.has_pooling_module:
         patterns.append(_TASK_HEADS)
-    if checkpoint.has_pooling_module or checkpoint.is_named:
+    if checkpoint.has_pooling_module or checkpoint.is_named or checkpoint.splade is not None:
         patterns.append(_PRETRAINING)
         if checkpoint.model_type == "modernbert":
             patterns.append(_MODERNBERT_UNUSED)

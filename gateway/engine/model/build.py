@@ -18,13 +18,14 @@ from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.devices import CpuThreads
 from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.build_heads import build_heads, build_query_table
 from gateway.engine.model.compiled_cache import CompiledCache, key_of
-from gateway.engine.model.encoder import Encoder, Heads
-from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
-from gateway.engine.model.load_tokenizer import load_tokenizer
+from gateway.engine.model.encoder import Encoder
+from gateway.engine.model.load_tokenizer import Tokenizers, load_tokenizers
 from gateway.engine.model.runtimes.attention import attention_rule
 from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES, Runtime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
+from gateway.engine.model.splade import QueryTableEncoder
 from gateway.engine.model.static import load_table
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import LoadError
@@ -49,6 +50,7 @@ class BuildOptions:
         dtype: name of the torch dtype to compute in.
         runtime: ``auto``, ``torch``, ``openvino``; or, whatever the device, ``reference`` (torch, padded) or ``packed``.
         max_tokens: the longest text; at most the checkpoint's own limit.
+        max_query_tokens: the longest query, where queries and documents are treated differently.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
         instruction: put before a text that has no task.
@@ -65,6 +67,7 @@ class BuildOptions:
     instruction: str = ""
     trust_remote_code: bool = False
     compiled_folder: Path | None = None
+    max_query_tokens: int = 2**62
 
 
 def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
@@ -73,40 +76,33 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
     Raises:
         LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
     """
-    special_ids: frozenset[int] = frozenset()
     runtimes: Sequence[Runtime]
     if checkpoint.static is not None:
-        tokenizer, table = load_table(checkpoint, options.max_tokens)
-        runtimes = [table]
+        tokenizer, static = load_table(checkpoint, options.max_tokens)
+        tokenizers, runtimes = Tokenizers(tokenizer), [static]
     else:
-        tokenizer, special_ids = load_tokenizer(
-            checkpoint, options.max_tokens, trust_remote_code=options.trust_remote_code
-        )
-        runtimes = _build_runtimes(checkpoint, options, tokenizer)
-    device = torch.device(options.device)
-    classifier, folders = checkpoint.classifier, checkpoint.adapter_folders
-    dense: DenseHead | ScoreHead = DenseHead(checkpoint) if classifier is None else ScoreHead(checkpoint, classifier)
-    heads = Heads(
-        dense=dense.to(device),
-        sparse=None
-        if checkpoint.sparse_head is None
-        else SparseHead(checkpoint.sparse_head, checkpoint.hidden_width, special_ids).to(device),
-        multivector=None
-        if checkpoint.multivector_head is None
-        else MultiVectorHead(checkpoint.multivector_head, checkpoint.hidden_width).to(device),
-    )
-    return [
-        Encoder(
-            tokenizer,
+        limits, may_run = (options.max_tokens, options.max_query_tokens), options.trust_remote_code
+        tokenizers = load_tokenizers(checkpoint, *limits, trust_remote_code=may_run)
+        runtimes = _build_runtimes(checkpoint, options, tokenizers.texts)
+    folders = checkpoint.adapter_folders
+    heads = build_heads(checkpoint, options.device, options.dtype, tokenizers)
+    table = build_query_table(checkpoint, options.max_query_tokens)
+    encoders = []
+    for runtime in runtimes:
+        encoder = (Encoder if table is None else QueryTableEncoder)(
+            tokenizers.texts,
             runtime,
             heads,
             width=checkpoint.width,
             tasks=options.tasks,
             adapters={task: folders.index(folder) for task, folder in checkpoint.adapters.items()},
             instruction=options.instruction,
+            query_tokenizer=tokenizers.queries if table is None else table.tokenizer,
         )
-        for runtime in runtimes
-    ]
+        if isinstance(encoder, QueryTableEncoder) and table is not None:
+            encoder.query_table = table
+        encoders.append(encoder)
+    return encoders
 
 
 def choose_runtime(setting: str, device: str, model_type: str) -> str:

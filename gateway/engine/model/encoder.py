@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -13,22 +13,25 @@ import numpy.typing as npt
 import torch
 
 from gateway.engine.model.chat_pairs import ChatPairTokenizer
-from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.model.heads import DenseHead, ScoreHead
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.states import TokenStates
 from gateway.engine.model.tokenizer import Row, Steps, Tokenizer
-from gateway.types import EmbedJob, Output, Truncate
+from gateway.types import EmbedJob, MultiVector, Output, SparseVector, Truncate
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What a model can be asked for; the one number of a cross-encoder takes the place of a vector."""
+    """What a model can be asked for; the one number of a cross-encoder takes the place of a vector.
 
-    dense: DenseHead | ScoreHead
-    sparse: SparseHead | None = None
-    multivector: MultiVectorHead | None = None
+    The last two take the states of all texts, their items, and the places of those that are wanted.
+    """
+
+    dense: DenseHead | ScoreHead | None
+    sparse: Callable[[TokenStates, Sequence[Item], Sequence[int]], list[SparseVector]] | None = None
+    multivector: Callable[[TokenStates, Sequence[Item], Sequence[int]], list[MultiVector]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Encoder:
         tasks: instruction of each task.
         adapters: index of each task's adapter in the runtime; tasks without one use none.
         instruction: put before a text that has no task.
-        width: dimensions of a dense vector.
+        width: dimensions of a dense vector; 0 for a model without one.
+        query_tokenizer: reads the texts of ``retrieval.query`` where they are not read as others are.
 
     Attributes:
         num_padding: tokens of padding that have been computed so far.
@@ -72,8 +76,10 @@ class Encoder:
         tasks: Mapping[str, str],
         adapters: Mapping[str, int],
         instruction: str = "",
+        query_tokenizer: Tokenizer | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._query_tokenizer = query_tokenizer or tokenizer
         self.width = width
         self.runtime = runtime
         self._heads = heads
@@ -93,7 +99,10 @@ class Encoder:
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
         """
-        return self.tokenizer.tokenize(texts, self.instruction(task), truncate)
+        return self._reader(task).tokenize(texts, self.instruction(task), truncate)
+
+    def _reader(self, task: str | None) -> Tokenizer:
+        return self._query_tokenizer if task == "retrieval.query" else self.tokenizer
 
     def read_query(self, query: str) -> Steps[Row] | Steps[str]:
         """Tokenize the query of pairs; see :meth:`gateway.engine.model.pairs.PairTokenizer.read_query`.
@@ -126,7 +135,7 @@ class Encoder:
             return self._pairs.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
         if job.is_late_chunked:
             return self._read_document(texts, job.task)
-        return self.tokenizer.read(texts, self.instruction(job.task), job.truncate, first)
+        return self._reader(job.task).read(texts, self.instruction(job.task), job.truncate, first)
 
     def _read_document(self, chunks: Sequence[str], task: str | None) -> Steps[list[Tokens]]:
         document = yield from self.tokenizer.read_chunks(chunks, self.instruction(task))
@@ -206,16 +215,17 @@ class Encoder:
         return [encoded[row] for row in range(len(encoded))]
 
     def _outputs(self, items: list[Item], states: TokenStates) -> list[Encoded]:
-        dense = self._heads.dense(states, [item.tokens.spans for item in items]).to("cpu", torch.float32)
-        rows = iter(dense.split([item.tokens.num_vectors for item in items]))
+        dense: torch.Tensor = torch.zeros(len(items), 0)
+        if self._heads.dense is not None:
+            dense = self._heads.dense(states, [item.tokens.spans for item in items]).to("cpu", torch.float32)
+        rows = iter(torch.split(dense, [item.tokens.num_vectors for item in items]))
         sparse_rows = [i for i, item in enumerate(items) if Output.SPARSE in item.outputs]
         multi_rows = [i for i, item in enumerate(items) if Output.MULTIVECTOR in item.outputs]
         sparse, multi = {}, {}
         if sparse_rows and self._heads.sparse is not None:
-            ids = [item.tokens.ids for item in items]
-            sparse = dict(zip(sparse_rows, self._heads.sparse(states, ids, sparse_rows), strict=True))
+            sparse = dict(zip(sparse_rows, self._heads.sparse(states, items, sparse_rows), strict=True))
         if multi_rows and self._heads.multivector is not None:
-            multi = dict(zip(multi_rows, self._heads.multivector(states, multi_rows), strict=True))
+            multi = dict(zip(multi_rows, self._heads.multivector(states, items, multi_rows), strict=True))
         # Copies: a view would keep the states of the whole batch.
         whole = {
             i: text.to("cpu", torch.float32, copy=True).numpy()

@@ -15,15 +15,16 @@ from torch.nn import functional
 
 from gateway.engine.checkpoint.classifier import Activation, Classifier, Layer, Linear, TokenLogit
 from gateway.engine.checkpoint.files import require_content, weights_files
-from gateway.engine.checkpoint.modules import read_dense
+from gateway.engine.checkpoint.modules import DenseLayer, read_dense
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.weights import read_rows, read_tensors
+from gateway.engine.model.items import Item
 from gateway.engine.model.states import TokenStates
 from gateway.errors import LoadError
 from gateway.types import MultiVector, SparseVector
 
 # The classes that sentence-transformers writes into a Dense layer's configuration.
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh, "GELU": nn.GELU, "ReLU": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh, "GELU": nn.GELU, "ReLU": nn.ReLU}
 
 
 class DenseHead(nn.Module):
@@ -38,9 +39,9 @@ class DenseHead(nn.Module):
         self.layers = nn.Sequential()
         width = checkpoint.hidden_width
         for folder in checkpoint.dense_layers:
-            linear, activation = _load_dense(folder, width)
-            self.layers.append(nn.Sequential(linear, activation))
-            width = linear.out_features
+            layer = Dense(folder, read_dense(folder), width)
+            self.layers.append(layer)
+            width = layer.out_features
         self._cut_to = checkpoint.width if checkpoint.width < width else None
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
@@ -70,13 +71,13 @@ class SparseHead(nn.Module):
             raise LoadError(f"{weights}: must give 1 number per token, gives {self.linear.out_features}")
         self._special_ids = torch.tensor(sorted(special_ids))
 
-    def forward(self, states: TokenStates, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> list[SparseVector]:
-        """Return the token weights of the texts at ``rows``; ``ids`` are the token ids of all texts."""
+    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[SparseVector]:
+        """Return the token weights of the texts at ``rows``; ``items`` are those of all texts."""
         texts = states.texts()
         sparse = []
         for row in rows:
             weights = torch.relu(self.linear(texts[row].float())).squeeze(-1).cpu()
-            tokens = torch.tensor(list(ids[row]))
+            tokens = torch.tensor(items[row].tokens.ids)
             is_kept = ~torch.isin(tokens, self._special_ids)
             unique, place = torch.unique(tokens[is_kept], return_inverse=True)
             largest = torch.zeros(len(unique)).scatter_reduce_(0, place, weights[is_kept], "amax")
@@ -92,8 +93,8 @@ class MultiVectorHead(nn.Module):
         super().__init__()
         self.linear = _load_linear(weights, hidden_width)
 
-    def forward(self, states: TokenStates, rows: Sequence[int]) -> list[MultiVector]:
-        """Return the ``(t - 1, width)`` float32 vectors of the texts at ``rows``."""
+    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[MultiVector]:
+        """Return the ``(t - 1, width)`` float32 vectors of the texts at ``rows``; ``items`` are those of all texts."""
         texts = states.texts()
         return [
             functional.normalize(self.linear(texts[row][1:].float()), dim=-1).cpu().numpy().astype(np.float32)
@@ -116,10 +117,10 @@ class ScoreHead(nn.Module):
         own = read_tensors(checkpoint.weights, classifier.tensors)
         self.layers = nn.Sequential()
         for layer in classifier.layers:
-            with _reading(folder, f"a head of {classifier.architecture}"):
+            with reading(folder, f"a head of {classifier.architecture}"):
                 self.layers.append(_layer_of(layer, own, checkpoint.weights))
             if isinstance(linear := self.layers[-1], nn.Linear):
-                _require_inputs(folder, linear, width)
+                require_inputs(folder, linear, width)
                 width = linear.out_features
         if width != len(classifier.labels):
             raise LoadError(f"{folder}: the head gives {width} numbers, promised are {len(classifier.labels)} labels")
@@ -154,15 +155,15 @@ def _layer_of(layer: Layer, own: Mapping[str, torch.Tensor], weights: Sequence[P
         return _linear(rows[:1] - rows[1:].sum(dim=0), None)
     tensors = own if layer.folder is None else read_tensors(weights_files(layer.folder))
     return (
-        _linear_of(tensors, layer.tensors) if isinstance(layer, Linear) else _norm_of(tensors, layer.tensors, layer.eps)
+        linear_of(tensors, layer.tensors) if isinstance(layer, Linear) else norm_of(tensors, layer.tensors, layer.eps)
     )
 
 
-def _linear_of(tensors: Mapping[str, torch.Tensor], layer: str) -> nn.Linear:
+def linear_of(tensors: Mapping[str, torch.Tensor], layer: str) -> nn.Linear:
     return _linear(tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias"))
 
 
-def _norm_of(tensors: Mapping[str, torch.Tensor], layer: str, eps: float) -> nn.LayerNorm:
+def norm_of(tensors: Mapping[str, torch.Tensor], layer: str, eps: float) -> nn.LayerNorm:
     weight, bias = tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias")
     norm = nn.LayerNorm(len(weight), eps=eps, bias=bias is not None, dtype=torch.float32)
     norm.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
@@ -172,15 +173,15 @@ def _norm_of(tensors: Mapping[str, torch.Tensor], layer: str, eps: float) -> nn.
 def _load_linear(path: Path, num_in: int) -> nn.Linear:
     """Load a single linear layer from a pickled state dict."""
     require_content(path)
-    with _reading(path, "a linear layer"):
+    with reading(path, "a linear layer"):
         tensors = read_tensors([path])
         linear = _linear(tensors["weight"], tensors.get("bias"))
-    _require_inputs(path, linear, num_in)
+    require_inputs(path, linear, num_in)
     return linear
 
 
 @contextmanager
-def _reading(where: Path, what: str) -> Iterator[None]:
+def reading(where: Path, what: str) -> Iterator[None]:
     """Raise :class:`LoadError` for whatever a broken file, or one that is something else, makes the readers raise."""
     try:
         yield
@@ -193,30 +194,47 @@ def _reading(where: Path, what: str) -> Iterator[None]:
         raise LoadError(f"{where}: cannot read {what}: {type(error).__name__}: {error}") from error
 
 
-def _require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
+def require_inputs(where: Path, layer: nn.Linear, num_in: int) -> None:
     if layer.in_features != num_in:
         raise LoadError(f"{where}: takes {layer.in_features} numbers, but what it is to read has {num_in}")
 
 
-def _load_dense(folder: Path, num_in: int) -> tuple[nn.Linear, nn.Module]:
-    """Load one of sentence-transformers' ``Dense`` modules."""
-    config = read_dense(folder)
-    if config.activation not in _ACTIVATIONS:
-        raise LoadError(
-            f"{folder}: activation {config.activation} is not supported; supported: {', '.join(_ACTIVATIONS)}"
-        )
-    with _reading(folder, "a Dense layer"):
-        tensors = read_tensors(weights_files(folder))
-        linear = _linear_of(tensors, "linear")
-    expected = {"linear.weight", "linear.bias"} if config.has_bias else {"linear.weight"}
-    if tensors.keys() != expected:
-        raise LoadError(
-            f"{folder}: holds {', '.join(sorted(tensors))}, but its configuration {', '.join(sorted(expected))}"
-        )
-    _require_inputs(folder, linear, num_in)
-    if linear.out_features != config.width:
-        raise LoadError(f"{folder}: the vectors have {linear.out_features} dimensions, promised are {config.width}")
-    return linear, _ACTIVATIONS[config.activation]()
+class Dense(nn.Module):
+    """One of sentence-transformers' ``Dense`` modules: ``activation(linear(x))``, perhaps plus ``x`` or a layer over it.
+
+    Raises:
+        LoadError: its weights are not those that its configuration describes.
+    """
+
+    def __init__(self, folder: Path, config: DenseLayer, num_in: int) -> None:
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise LoadError(
+                f"{folder}: activation {config.activation} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        expected = {"linear.weight", "linear.bias"} if config.has_bias else {"linear.weight"}
+        has_other_width = config.has_residual and num_in != config.width
+        expected |= {"residual.weight"} if has_other_width else set()
+        with reading(folder, "a Dense layer"):
+            tensors = read_tensors(weights_files(folder))
+            self.linear = linear_of(tensors, "linear")
+        if tensors.keys() != expected:
+            raise LoadError(
+                f"{folder}: holds {', '.join(sorted(tensors))}, but its configuration {', '.join(sorted(expected))}"
+            )
+        require_inputs(folder, self.linear, num_in)
+        self.out_features = self.linear.out_features
+        if self.out_features != config.width:
+            raise LoadError(f"{folder}: the vectors have {self.out_features} dimensions, promised are {config.width}")
+        self.activation = ACTIVATIONS[config.activation]()
+        self.residual: nn.Module | None = None
+        if config.has_residual:
+            self.residual = linear_of(tensors, "residual") if has_other_width else nn.Identity()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Return ``(n, out_features)`` for ``(n, in_features)`` float32."""
+        result: torch.Tensor = self.activation(self.linear(states))
+        return result if self.residual is None else result + self.residual(states)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

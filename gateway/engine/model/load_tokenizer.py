@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
@@ -10,15 +13,32 @@ from gateway.engine.checkpoint.classes import must_end_texts
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.model.chat_pairs import ChatPairTokenizer
+from gateway.engine.model.colbert import find_skipped_ids, keep_markers_whole, query_tokenizer
 from gateway.engine.model.pairs import PairTokenizer
 from gateway.engine.model.tokenizer import Tokenizer
 from gateway.errors import LoadError
 
 
-def load_tokenizer(
-    checkpoint: Checkpoint, max_tokens: int, *, trust_remote_code: bool
-) -> tuple[Tokenizer, frozenset[int]]:
-    """Return the tokenizer, and the ids that BGE-M3's sparse rule leaves out: cls, eos, pad, unk.
+@dataclass(frozen=True, slots=True)
+class Tokenizers:
+    """The tokenizers of a model, and the ids of tokens that a head treats differently.
+
+    Attributes:
+        texts: reads every text, or, if there is one for queries, documents.
+        special_ids: cls, eos, pad, unk: BGE-M3's sparse rule leaves them out.
+        skipped_ids: tokens that get no vector in a multi-vector model.
+    """
+
+    texts: Tokenizer
+    queries: Tokenizer | None = None
+    special_ids: frozenset[int] = frozenset()
+    skipped_ids: frozenset[int] = frozenset()
+
+
+def load_tokenizers(
+    checkpoint: Checkpoint, max_tokens: int, max_query_tokens: int, *, trust_remote_code: bool
+) -> Tokenizers:
+    """Return the tokenizer of a checkpoint, and in a multi-vector model that of its queries.
 
     Raises:
         LoadError: it cannot be read, does not belong to the model, or treats texts in a way that is not supported.
@@ -35,6 +55,9 @@ def load_tokenizer(
                 f"{checkpoint.folder}: truncation_side {tokenizer.truncation_side!r} is not supported: a text that is too "
                 "long is cut at its end"
             )
+        colbert = checkpoint.colbert
+        if colbert is not None:
+            keep_markers_whole(tokenizer, colbert)
         fast = tokenizer.backend_tokenizer
         if must_end_texts(checkpoint.transformer, checkpoint.model_type) and not trust_remote_code:
             _end_texts(fast, tokenizer.eos_token)
@@ -42,14 +65,9 @@ def load_tokenizer(
             own = [] if fast.normalizer is None else [fast.normalizer]
             fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         special = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        if checkpoint.pair_template is not None:
-            ours: Tokenizer = ChatPairTokenizer(fast, max_tokens, checkpoint.pair_template)
-        elif checkpoint.classifier is None:
-            ours = Tokenizer(fast, max_tokens)
-        else:
-            # A tokenizer's template may mark segments that transformers does not hand to the model.
-            has_segments = checkpoint.classifier.has_segments and "token_type_ids" in tokenizer.model_input_names
-            ours = PairTokenizer(fast, max_tokens, has_segments=has_segments)
+        ours = _reader(checkpoint, fast, max_tokens, tokenizer.model_input_names)
+        queries = None if colbert is None else query_tokenizer(tokenizer, colbert, max_query_tokens)
+        skipped_ids = frozenset() if colbert is None else find_skipped_ids(tokenizer, colbert)
     except LoadError:
         raise
     except Exception as error:  # transformers and tokenizers raise a bare Exception for a malformed file
@@ -65,7 +83,17 @@ def load_tokenizer(
             f"{checkpoint.folder}: the tokenizer has token ids up to {ours.largest_id}, but the model's table of words has "
             f"{checkpoint.vocab_size} rows: tokens were added, and the model was not resized for them"
         )
-    return ours, frozenset(x for x in special if x is not None)
+    return Tokenizers(ours, queries, frozenset(x for x in special if x is not None), skipped_ids)
+
+
+def _reader(checkpoint: Checkpoint, fast: FastTokenizer, max_tokens: int, input_names: Sequence[str]) -> Tokenizer:
+    if checkpoint.pair_template is not None:
+        return ChatPairTokenizer(fast, max_tokens, checkpoint.pair_template)
+    if checkpoint.classifier is None:
+        return Tokenizer(fast, max_tokens)
+    # A tokenizer's template may mark segments that transformers does not hand to the model.
+    has_segments = checkpoint.classifier.has_segments and "token_type_ids" in input_names
+    return PairTokenizer(fast, max_tokens, has_segments=has_segments)
 
 
 def _end_texts(tokenizer: FastTokenizer, end: str) -> None:

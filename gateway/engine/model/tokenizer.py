@@ -83,6 +83,7 @@ class Tokenizer:
     Args:
         tokenizer: the checkpoint's tokenizer; its own truncation and padding are switched off.
         max_tokens: the longest result, special tokens included.
+        has_template: the model's template puts special tokens around each text; if not, a text may have no tokens.
 
     Attributes:
         has_segments: the model needs the place where the second text of a pair begins.
@@ -91,7 +92,7 @@ class Tokenizer:
 
     has_segments = False
 
-    def __init__(self, tokenizer: FastTokenizer, max_tokens: int) -> None:
+    def __init__(self, tokenizer: FastTokenizer, max_tokens: int, *, has_template: bool = True) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -99,7 +100,8 @@ class Tokenizer:
         self.max_tokens = max_tokens
         self._window_chars = max(max_tokens * _WINDOW_CHARS_PER_TOKEN, _MIN_WINDOW_CHARS)
         # The model's template puts special tokens before and after every text: [CLS] text [SEP].
-        template = tokenizer.encode("a")
+        self._has_template = has_template
+        template = tokenizer.encode("a", add_special_tokens=has_template)
         content = template.special_tokens_mask.index(0) if 0 in template.special_tokens_mask else 0
         num_content = template.special_tokens_mask.count(0)
         self._head = template.ids[:content]
@@ -154,7 +156,7 @@ class Tokenizer:
         prefixed = [Prefixed(instruction, text) for text in texts]
         rows = yield from self._rows(prefixed, truncate)
         for i, row in enumerate(rows, first_index):
-            if not row.ids:
+            if not row.ids and self._has_template:
                 raise BadInput(
                     f"input[{i}] has no tokens, so it has no vector: this model adds no special tokens to a text. Leave it "
                     "out, or choose a task that has an instruction.",
@@ -207,12 +209,15 @@ class Tokenizer:
         spans[-1] = (spans[-1][0], len(ids) + len(self._tail))
         return Tokens([*ids, *self._tail], spans=tuple(spans))
 
-    def _rows(self, texts: Sequence[Prefixed], truncate: Truncate, *, has_special: bool = True) -> Steps[list[Row]]:
+    def _rows(
+        self, texts: Sequence[Prefixed], truncate: Truncate, *, has_special: bool | None = None
+    ) -> Steps[list[Row]]:
         """Return the token ids of each text, of a long one only so many that what is kept can be cut from them.
 
         Args:
-            has_special: put the model's special tokens around each text.
+            has_special: put the model's special tokens around each text; ``None`` to do so if it has a template.
         """
+        has_special = self._has_template if has_special is None else has_special
         window = self._window_chars
         yield sum(min(len(text), window) for text in texts)
         short = [text.part(0, window) for text in texts if len(text) <= window]
@@ -277,7 +282,8 @@ class Tokenizer:
         before = len(text.instruction)
         if not before:
             return self._head
-        [encoding] = self._tokenizer.encode_batch([text.part(0, before + self._window_chars)])
+        part = text.part(0, before + self._window_chars)
+        [encoding] = self._tokenizer.encode_batch([part], add_special_tokens=self._has_template)
         kept = sum(1 for start, end in encoding.offsets if start < end <= before)
         ids: list[int] = encoding.ids[: len(self._head) + kept]
         return ids

@@ -18,6 +18,7 @@ from gateway.engine.checkpoint.classifier import Activation, Classifier, Linear,
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.model.items import Item, Tokens
 from gateway.engine.model.states import TokenStates
 from gateway.errors import LoadError
 
@@ -39,6 +40,10 @@ def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return replace(read_checkpoint(make_checkpoint()), hidden_width=2, width=2, pooling=Pooling.MEAN)
 
 
+def items(*ids: list[int]) -> list[Item]:
+    return [Item(Tokens(row)) for row in ids]
+
+
 # -------------------------------------------------------------------------------------------------------------- sparse
 
 
@@ -48,7 +53,7 @@ def test_a_sparse_vector_has_the_largest_weight_of_each_token_that_is_not_specia
     text = [[9.0, 0.0], [3.0, 0.0], [5.0, 0.0], [1.0, 0.0], [0.5, 0.0], [2.0, 0.0], [9.0, 0.0]]
     other = [[9.0, 0.0], [7.0, 0.0]]
 
-    first, second = head(states(text, other), [[0, 8, 8, 7, 6, 5, 2], [0, 4]], [0, 1])
+    first, second = head(states(text, other), items([0, 8, 8, 7, 6, 5, 2], [0, 4]), [0, 1])
 
     # Weight 0 of token 7 and below 0 of token 6 are left out, as the special tokens 0 and 2 are.
     assert (first.indices.tolist(), first.values.tolist()) == ([5, 8], [1.0, 4.0])
@@ -60,7 +65,7 @@ def test_only_the_texts_that_want_it_have_a_sparse_vector(tmp_path: Path) -> Non
     torch.save(linear([[1.0, 0.0]]), tmp_path / "head.pt")
     head = SparseHead(tmp_path / "head.pt", 2, frozenset())
 
-    [only] = head(states([[1.0, 0.0]], [[2.0, 0.0]]), [[3], [4]], [1])
+    [only] = head(states([[1.0, 0.0]], [[2.0, 0.0]]), items([3], [4]), [1])
 
     assert (only.indices.tolist(), only.values.tolist()) == ([4], [2.0])
 
@@ -90,8 +95,8 @@ def test_a_multi_vector_has_a_vector_of_norm_1_for_each_token_but_the_first(tmp_
     head = MultiVectorHead(tmp_path / "head.pt", 2)
 
     _skipped, [vectors] = (
-        head(states([[1.0, 0.0]], [[7.0, 7.0]]), [0]),
-        head(states([[1.0, 0.0]], [[7.0, 7.0], [3.0, 4.0], [0.0, 2.0]]), [1]),
+        head(states([[1.0, 0.0]], [[7.0, 7.0]]), [], [0]),
+        head(states([[1.0, 0.0]], [[7.0, 7.0], [3.0, 4.0], [0.0, 2.0]]), [], [1]),
     )
 
     np.testing.assert_allclose(vectors, [[0.8, 0.6, 0.0], [1.0, 0.0, 0.0]], atol=1e-6)

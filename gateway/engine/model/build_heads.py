@@ -1,0 +1,52 @@
+"""Build the heads of a checkpoint: the outputs that are read off its token states."""
+
+from __future__ import annotations
+
+import torch
+
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.model.colbert import TokenVectorHead
+from gateway.engine.model.encoder import Heads
+from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
+from gateway.engine.model.load_tokenizer import Tokenizers
+from gateway.engine.model.splade import QueryTable, SpladeHead
+
+
+def build_heads(checkpoint: Checkpoint, device_name: str, dtype: str, tokenizers: Tokenizers) -> Heads:
+    """Return the heads of a checkpoint on a device.
+
+    Args:
+        device_name: torch device, such as ``cpu`` or ``cuda:0``.
+        dtype: name of the torch dtype for products with the whole vocabulary; all else is in float32.
+
+    Raises:
+        LoadError: the checkpoint is corrupt, incomplete, or not what its configuration says.
+    """
+    device, width = torch.device(device_name), checkpoint.hidden_width
+    if checkpoint.splade is not None:
+        return Heads(None, sparse=SpladeHead(checkpoint, checkpoint.splade, getattr(torch, dtype)).to(device))
+    if checkpoint.colbert is not None:
+        head = TokenVectorHead(checkpoint, checkpoint.colbert, tokenizers.skipped_ids)
+        return Heads(None, multivector=head.to(device))
+    classifier, sparse, multivector = checkpoint.classifier, checkpoint.sparse_head, checkpoint.multivector_head
+    dense: DenseHead | ScoreHead = DenseHead(checkpoint) if classifier is None else ScoreHead(checkpoint, classifier)
+    return Heads(
+        dense=dense.to(device),
+        sparse=None if sparse is None else SparseHead(sparse, width, tokenizers.special_ids).to(device),
+        multivector=None if multivector is None else MultiVectorHead(multivector, width).to(device),
+    )
+
+
+def build_query_table(checkpoint: Checkpoint, max_tokens: int) -> QueryTable | None:
+    """Return the table of fixed weights for queries, if the checkpoint has one.
+
+    Args:
+        max_tokens: the longest query.
+
+    Raises:
+        LoadError: it cannot be read, or does not belong to the model.
+    """
+    splade = checkpoint.splade
+    if splade is None or splade.queries is None or splade.table is None:
+        return None
+    return QueryTable(checkpoint, splade.queries, splade.table, max_tokens)

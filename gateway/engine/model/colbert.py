@@ -1,0 +1,149 @@
+"""ColBERT: a vector for each token of a text, with mask tokens behind a query and none for a document's punctuation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+from torch import nn
+from torch.nn import functional
+
+from gateway.engine.checkpoint.colbert import STANFORD_PROJECTION, Colbert, Expansion
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.weights import read_tensors
+from gateway.engine.model.heads import Dense, linear_of, reading, require_inputs
+from gateway.engine.model.items import Item, Tokens
+from gateway.engine.model.states import TokenStates
+from gateway.engine.model.tokenizer import Steps, Tokenizer
+from gateway.errors import LoadError
+from gateway.types import MultiVector, Truncate
+
+_QUERY = "retrieval.query"
+
+
+def keep_markers_whole(tokenizer: Any, colbert: Colbert) -> None:
+    """Make the markers of queries and documents tokens that the tokenizer does not take apart.
+
+    The rule is sentence-transformers' (``multi_vector_encoder/model.py``): a marker, or its first word, that
+    the vocabulary has becomes a special token.
+
+    Args:
+        tokenizer: transformers' tokenizer of the checkpoint, which is changed.
+    """
+    added, vocab = set(tokenizer.added_tokens_encoder), tokenizer.get_vocab()
+    for marker in colbert.markers:
+        words = [word for word in (marker, *marker.split(None, 1)[:1]) if word in added or word in vocab]
+        if words and tokenizer.tokenize(words[0]) != [words[0]]:
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [AddedToken(words[0], normalized=False, special=True)]}
+            )
+
+
+class QueryTokenizer(Tokenizer):
+    """A tokenizer of queries, which puts mask tokens behind each.
+
+    Args:
+        mask_id: id of the mask token.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, max_tokens: int, expansion: Expansion, mask_id: int) -> None:
+        super().__init__(tokenizer, max_tokens)
+        self._expansion = expansion
+        self._mask_id = mask_id
+        self.largest_id = max(self.largest_id, mask_id)
+
+    def read(
+        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+    ) -> Steps[list[Tokens]]:
+        rows = yield from super().read(texts, instruction, truncate, first_index)
+        return [self._expanded(row) for row in rows]
+
+    def _expanded(self, row: Tokens) -> Tokens:
+        num_masks = min(self._expansion.length, self.max_tokens) - len(row.ids)
+        if num_masks <= 0:
+            return row
+        num_attended = None if self._expansion.is_attended else len(row.ids)
+        return replace(row, ids=[*row.ids, *[self._mask_id] * num_masks], num_attended=num_attended)
+
+
+def query_tokenizer(tokenizer: Any, colbert: Colbert, max_tokens: int) -> Tokenizer:
+    """Return the tokenizer of queries.
+
+    Args:
+        tokenizer: transformers' tokenizer of the checkpoint.
+
+    Raises:
+        LoadError: there is no token to put behind a query.
+    """
+    expansion, fast = colbert.expansion, tokenizer.backend_tokenizer
+    if expansion is None:
+        return Tokenizer(fast, max_tokens)
+    mask_id = tokenizer.eos_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+    if expansion.token is not None:
+        mask_id = tokenizer.get_vocab().get(expansion.token)
+    if mask_id is None:
+        raise LoadError(f"no token to put behind a query: the tokenizer has no {expansion.token or 'mask token'}")
+    return QueryTokenizer(fast, max_tokens, expansion, int(mask_id))
+
+
+def find_skipped_ids(tokenizer: Any, colbert: Colbert) -> frozenset[int]:
+    """Return the ids of the tokens that get no vector; a word that is not a token is passed over.
+
+    Args:
+        tokenizer: transformers' tokenizer of the checkpoint.
+    """
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in colbert.skipped}
+    return frozenset(
+        id_
+        for word, id_ in ids.items()
+        if id_ is not None and (id_ != tokenizer.unk_token_id or word == tokenizer.unk_token)
+    )
+
+
+class TokenVectorHead(nn.Module):
+    """Linear layers over each token's state, and L2 normalization if the checkpoint has it; all in float32.
+
+    Args:
+        skipped: ids of the tokens that get no vector.
+
+    Raises:
+        LoadError: the checkpoint's weights are not those that it describes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, colbert: Colbert, skipped: frozenset[int]) -> None:
+        super().__init__()
+        self._is_normalized = colbert.is_normalized
+        self._skips = frozenset({"query": True, "document": False}[side] for side in colbert.skips)
+        self._skipped = torch.tensor(sorted(skipped), dtype=torch.long)
+        self.layers = nn.Sequential()
+        width = checkpoint.hidden_width
+        for name, config in colbert.layers.items():
+            layer = Dense(checkpoint.folder / name, config, width)
+            self.layers.append(layer)
+            width = layer.out_features
+        if colbert.has_projection:
+            with reading(checkpoint.folder, "the projection"):
+                name = f"{STANFORD_PROJECTION}.weight"
+                projection = linear_of(read_tensors(checkpoint.weights, {name}), STANFORD_PROJECTION)
+            require_inputs(checkpoint.folder, projection, width)
+            self.layers.append(projection)
+        self.requires_grad_(False)
+
+    def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[MultiVector]:
+        """Return the ``(k, width)`` float32 vectors of the texts at ``rows``; ``items`` are those of all texts."""
+        texts = states.texts()
+        return [self._vectors(texts[row], items[row]) for row in rows]
+
+    def _vectors(self, states: torch.Tensor, item: Item) -> MultiVector:
+        if len(self._skipped) and (item.task == _QUERY) in self._skips:
+            is_kept = ~torch.isin(torch.tensor(item.tokens.ids), self._skipped)
+            states = states[is_kept.to(states.device)]
+        vectors = self.layers(states.float())
+        if self._is_normalized:
+            vectors = functional.normalize(vectors, dim=-1)
+        return np.asarray(vectors.cpu().numpy(), np.float32)
