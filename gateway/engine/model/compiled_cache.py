@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -24,6 +26,9 @@ from gateway.errors import LoadError
 log = structlog.get_logger(__name__)
 
 _ENTRY = "entry.json"
+_NEW = ".new-"
+# The folder is the operator's choice, and may hold other things, which are not ours to delete.
+_OURS = re.compile(rf"[0-9a-f]{{32}}|{re.escape(_NEW)}.*")
 _UNUSED_S = 30 * 24 * 3600.0
 # Left free on the disk, and room for an entry that two processes write at once.
 _MIN_FREE_BYTES = 1 << 30
@@ -49,12 +54,13 @@ class CompiledCache:
         if self._folder is None:
             return None
         entry = self._folder / key
-        if not entry.exists():
-            return None
         try:
+            if not entry.exists():
+                return None
             files = json.loads((entry / _ENTRY).read_bytes())
             if all(file_sha256(entry / name) == digest for name, digest in files.items()):
-                os.utime(entry)  # the time of its last use
+                with suppress(OSError):  # another user's, or on a disk that cannot be written
+                    os.utime(entry)  # the time of its last use
                 return entry
             reason = "its files are not what was written"
         except (OSError, ValueError, AttributeError, TypeError, LoadError) as error:
@@ -81,21 +87,22 @@ class CompiledCache:
             if free < num_bytes + _MIN_FREE_BYTES:
                 log.info("compiled_cache_full", folder=str(self._folder), free_bytes=free, needed_bytes=num_bytes)
                 return
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=self._folder, ignore_cleanup_errors=True) as parent:
+            with tempfile.TemporaryDirectory(prefix=_NEW, dir=self._folder, ignore_cleanup_errors=True) as parent:
                 new = Path(parent) / key
                 new.mkdir()
                 write(new)
                 digests = {path.name: file_sha256(path) for path in sorted(new.iterdir())}
                 (new / _ENTRY).write_text(json.dumps(digests), encoding="utf-8")
                 new.rename(self._folder / key)
-        except OSError as error:
-            if not (self._folder / key).exists():  # else another process was faster
+        except Exception as error:  # OpenVINO raises more than OSError where it cannot write
+            if not os.path.exists(self._folder / key):  # else another process was faster
                 log.info("compiled_cache_off", folder=str(self._folder), error=str(error))
 
     def _drop_unused(self) -> None:
         assert self._folder is not None  # noqa: S101  the caller has checked
         before = time.time() - _UNUSED_S
         for entry in self._folder.iterdir():
-            if entry.stat().st_mtime < before:
-                shutil.rmtree(entry, ignore_errors=True)
-                log.info("compiled_cache_dropped", entry=str(entry), reason="not used for 30 days")
+            with suppress(OSError):  # another process may have dropped it
+                if _OURS.fullmatch(entry.name) and entry.stat().st_mtime < before:
+                    shutil.rmtree(entry)
+                    log.info("compiled_cache_dropped", entry=str(entry), reason="not used for 30 days")

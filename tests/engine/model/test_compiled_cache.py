@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -96,6 +97,45 @@ def test_an_entry_that_was_not_used_for_a_month_goes_when_another_comes(cache: C
     assert cache.find(other) is not None
 
 
+def test_what_others_keep_in_the_folder_stays(cache: CompiledCache, tmp_path: Path) -> None:
+    """An operator may name a folder that is not for this cache alone, such as /var/cache."""
+    theirs = [tmp_path / "compiled" / name for name in ("photos", "fedcba98", KEY.upper())]
+    then = time.time() - 365 * 24 * 3600
+    for folder in theirs:
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("theirs")
+        os.utime(folder, (then, then))
+    left_over = tmp_path / "compiled" / ".new-of-a-crash"
+    left_over.mkdir()
+    os.utime(left_over, (then, then))
+    cache.store(KEY, 10, write("weights"))
+    assert [(folder / "file").read_text() for folder in theirs] == ["theirs"] * 3
+    assert not left_over.exists()
+    assert cache.find(KEY) is not None
+
+
+def test_an_entry_that_cannot_be_written_is_used(cache: CompiledCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an image, on a read-only disk, or filled by another user."""
+    cache.store(KEY, 10, write("weights"))
+
+    def refuse(_path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.find(KEY) is not None
+    assert cache.find(KEY) is not None
+
+
+def test_an_entry_that_vanishes_meanwhile_is_no_obstacle(
+    cache: CompiledCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "compiled"
+    gone, present = folder / ".new-of-another-process", Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: [*([gone] if path == folder else []), *present(path)])
+    cache.store(KEY, 10, write("weights"))
+    assert cache.find(KEY) is not None
+
+
 def test_nothing_is_stored_on_a_full_disk(cache: CompiledCache, tmp_path: Path) -> None:
     cache.store(KEY, shutil.disk_usage(tmp_path).free, write("weights"))
     assert cache.find(KEY) is None
@@ -108,10 +148,18 @@ def test_a_folder_that_cannot_be_made_keeps_nothing(tmp_path: Path) -> None:
     assert cache.find(KEY) is None
 
 
-def test_a_write_that_fails_leaves_nothing(cache: CompiledCache, tmp_path: Path) -> None:
+def test_a_name_that_no_disk_takes_keeps_nothing(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path / ("x" * 300))
+    assert cache.find(KEY) is None
+    cache.store(KEY, 10, write("weights"))
+    assert cache.find(KEY) is None
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("as OpenVINO says it")])
+def test_a_write_that_fails_leaves_nothing(cache: CompiledCache, tmp_path: Path, error: Exception) -> None:
     def fail(folder: Path) -> None:
         write("weights")(folder)
-        raise OSError("No space left on device")
+        raise error
 
     cache.store(KEY, 10, fail)
     assert list((tmp_path / "compiled").iterdir()) == []
