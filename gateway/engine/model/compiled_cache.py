@@ -95,7 +95,8 @@ class CompiledCache:
                 (new / _ENTRY).write_text(json.dumps(digests), encoding="utf-8")
                 new.rename(self._folder / key)
         except Exception as error:  # OpenVINO raises more than OSError where it cannot write
-            if not os.path.exists(self._folder / key):  # else another process was faster
+            if not os.path.exists(self._folder / key):  # noqa: PTH110  Path.exists raises where a name is too long
+                # Otherwise another process was faster.
                 log.info("compiled_cache_off", folder=str(self._folder), error=str(error))
 
     def _drop_unused(self) -> None:
