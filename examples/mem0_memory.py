@@ -15,17 +15,15 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-# Mem0 reports usage unless this is set, and reads it when it is imported.
-os.environ["MEM0_TELEMETRY"] = "False"
+from typing import TYPE_CHECKING, Any
 
 try:
+    from openai import APIConnectionError, APIStatusError, OpenAI
+    from openai.types import Model
+except ModuleNotFoundError:
+    sys.exit("openai is not installed. It comes with Mem0: pip install mem0ai qdrant-client")
+if TYPE_CHECKING:
     from mem0 import Memory
-except ModuleNotFoundError as error:
-    sys.exit(f"{error.name} is not installed: pip install mem0ai qdrant-client, or mem0ai pymilvus milvus-lite")
-from openai import APIConnectionError, APIStatusError, OpenAI
-from openai.types import Model
 
 USER = {"user_id": "ada"}
 
@@ -34,6 +32,7 @@ def main() -> None:
     """Store, find, change and delete memories."""
     options = parse_options()
     card = ask_gateway(options)
+    Memory = import_mem0()  # noqa: N806  a class
     with tempfile.TemporaryDirectory() as temporary:
         memory = Memory.from_config(mem0_config(options, card, options.dir or Path(temporary)))
         print(f"{card.id}: {card.width} dimensions, space {card.space}")
@@ -86,6 +85,17 @@ def ask_gateway(options: argparse.Namespace) -> Model:
     if card.state != "ready":
         sys.exit(f"Model {card.id} is {card.state}: {card.reason or 'try again soon'}")
     return card
+
+
+def import_mem0() -> type[Memory]:
+    """Import Mem0, which takes seconds, after everything that may be wrong with the gateway or the model is known."""
+    # Mem0 reports usage unless this is set, and reads it when it is imported.
+    os.environ["MEM0_TELEMETRY"] = "False"
+    try:
+        from mem0 import Memory
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is not installed: pip install mem0ai qdrant-client, or mem0ai pymilvus milvus-lite")
+    return Memory
 
 
 def mem0_config(options: argparse.Namespace, card: Model, folder: Path) -> dict[str, Any]:

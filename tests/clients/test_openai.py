@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.clients.conftest import KEY
-from tests.clients.gateway_process import HUB_NAME, MODEL, WIDTH, Gateway
+from tests.clients.gateway_process import HUB_NAME, MODEL, PROMPTED, RERANKER, WIDTH, Gateway
 
 TEXTS = ["A gateway for embeddings", "", "日本語 😀", "two\nlines"]
 
@@ -202,7 +202,7 @@ async def test_50_requests_at_once_each_get_their_own_vector(gateway: Gateway) -
 def test_models_are_listed(client: OpenAI) -> None:
     models = client.models.list().data
 
-    assert [model.id for model in models] == [MODEL]
+    assert [model.id for model in models] == [MODEL, PROMPTED, RERANKER]
     assert models[0].object == "model"
     assert models[0].created > 1_700_000_000
     assert models[0].owned_by
