@@ -54,6 +54,7 @@ class Victim:
     registry: Path
     rng: random.Random = field(default_factory=lambda: random.Random(1))  # noqa: S311  not for secrets
     budget: int = 2048
+    burn_s: float = 5.0
 
     @property
     def url(self) -> str:
@@ -176,7 +177,7 @@ def connect_all_at_once(victim: Victim) -> None:
 
 def take_processor(victim: Victim) -> None:
     """Another process takes every core for a while."""
-    burn = "import time\nend = time.time() + 5\nwhile time.time() < end: pass"
+    burn = f"import time\nend = time.time() + {victim.burn_s}\nwhile time.time() < end: pass"
     others = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(psutil.cpu_count() or 1)]
     for other in others:
         other.wait()

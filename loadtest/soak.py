@@ -38,6 +38,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 _FORWARD_TIMEOUT_S = 5
 _START_S = 120.0
 _NUM_TEXTS = 100
+_BURN_S = 5.0
 _COUNTED = "gateway_embed_requests_total"
 # Memory may grow by this much: a reload leaves fragments.
 MAX_GROWTH = 1.1
@@ -104,7 +105,8 @@ class Soak:
 def soak(seconds: float, peak: int) -> Soak:
     """Run a gateway under load for about ``seconds``, and do everything to it, again and again."""
     with tempfile.TemporaryDirectory() as folder:
-        victim = _start(Path(folder))
+        # A short run does not take the processor for half of it.
+        victim = _start(Path(folder), burn_s=min(_BURN_S, seconds / 10))
         try:
             return _run(victim, Path(folder), seconds, peak)
         finally:
@@ -112,7 +114,7 @@ def soak(seconds: float, peak: int) -> Soak:
             victim.process.communicate()
 
 
-def _start(folder: Path) -> Victim:
+def _start(folder: Path, burn_s: float) -> Victim:
     port = free_port()
     environ = {
         **clean_environ(),
@@ -134,7 +136,7 @@ def _start(folder: Path) -> Victim:
             stderr=log,
             text=True,
         )
-    victim = Victim(process, port, folder / "models.yaml")
+    victim = Victim(process, port, folder / "models.yaml", burn_s=burn_s)
     if math.isnan(victim.recover()):
         process.kill()
         raise RuntimeError(f"the gateway does not start:\n{(folder / 'gateway.log').read_text()[-2000:]}")

@@ -11,6 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+# Read when numpy and torch are imported, here and in what the tests start. The workers share the cores: threads that wait
+# for each other spin on them. (A gateway sets the number for its models itself.)
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 import fastapi.routing
 import pytest
 import structlog

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import runpy
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -325,9 +326,19 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def run_here(monkeypatch, module, *arguments):
+    """Run a module as ``python -m`` does, in this process, which has torch and transformers imported."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    runpy.run_module(module, run_name="__main__")
+
+
 @pytest.mark.parametrize("module", ["bench.compare", "bench.cpu", "bench.gpu"])
-def test_help(module):
-    assert "--update" in run(module, "--help")
+def test_help(module, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, module, "--help")
+
+    assert ended.value.code == 0
+    assert "--update" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(
@@ -335,9 +346,10 @@ def test_help(module):
     reason="gateway.engine.model.runtimes, which it measures, is not there",
 )
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu():
-    printed = run("bench.gpu", "--device", "cpu", "--tiny")
+def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu(monkeypatch, capsys):
+    run_here(monkeypatch, "bench.gpu", "--device", "cpu", "--tiny")
 
+    printed = capsys.readouterr().out
     cosines = [line.split(" | ")[-2] for line in printed.splitlines() if line.endswith("n/a |")]
     assert len(cosines) == 6
     assert set(cosines) == {"1.000000"}

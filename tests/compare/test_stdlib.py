@@ -1,4 +1,4 @@
-"""``gateway compare`` as a process, on real texts, with a model and two that are known to be worse.
+"""``gateway compare`` on real texts, with a model and two that are known to be worse.
 
 What is cut from a model must show: of its six layers four, or of its 384 dimensions, which were not trained to be cut, all
 but 32.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,10 @@ from typing import Any
 import ir_measures
 import pytest
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from gateway.cli.client import GatewayClient
+from gateway.cli.main import app
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.in_process import in_process_client
@@ -95,16 +94,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     make_shallow(folder / "shallow", 2)
     (folder / "models.yaml").write_text(REGISTRY)
     arms, options = ["full", "shallow", "full@32"], ["--out", "out", "--no-cost", "--resamples", "1000"]
-    process = subprocess.run(
-        [sys.executable, "-m", "gateway", "compare", *arms, "--data", "data", *options],
-        env={**os.environ, "GATEWAY_MODELS": "models.yaml", "XDG_CACHE_HOME": "cache"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return Run(folder, process.stdout, process.stderr)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("GATEWAY_MODELS", "models.yaml")
+        patch.setenv("XDG_CACHE_HOME", "cache")
+        result = CliRunner().invoke(app, ["compare", *arms, "--data", "data", *options])
+    assert result.exit_code == 0, result.stderr
+    return Run(folder, result.stdout, result.stderr)
 
 
 def test_cuts_are_worse(run: Run) -> None:

@@ -67,13 +67,21 @@ def tokenizer(request: pytest.FixtureRequest, fast: Any) -> Tokenizer:
 # ------------------------------------------------------------------------------------------------------------- END
 
 
+@pytest.fixture(scope="session")
+def whole_ids(hugging_face: Any) -> dict[str, list[int]]:
+    """Return the ids of each text, uncut: for one of 100,000 characters they take longer than the rest of a test."""
+    return {name: hugging_face(text, verbose=False)["input_ids"] for name, text in TEXTS.items()}
+
+
 @pytest.mark.parametrize("name", TEXTS)
-def test_the_ids_are_those_of_hugging_face(tokenizer: Tokenizer, hugging_face: Any, name: str) -> None:
+def test_the_ids_are_those_of_hugging_face(
+    tokenizer: Tokenizer, hugging_face: Any, whole_ids: dict[str, list[int]], name: str
+) -> None:
     [tokens] = tokenizer.tokenize([TEXTS[name]], "", Truncate.END)
 
     limit = tokenizer.max_tokens
     assert tokens.ids == hugging_face(TEXTS[name], truncation=True, max_length=limit)["input_ids"]
-    assert tokens.is_truncated == (len(hugging_face(TEXTS[name], verbose=False)["input_ids"]) > limit)
+    assert tokens.is_truncated == (len(whole_ids[name]) > limit)
 
 
 def test_texts_of_all_lengths_together_are_tokenized_as_each_alone(tokenizer: Tokenizer) -> None:
@@ -113,23 +121,25 @@ def test_any_text_is_cut_as_hugging_face_cuts_it(
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_start_keeps_the_last_tokens(tokenizer: Tokenizer, hugging_face: Any, name: str) -> None:
+def test_start_keeps_the_last_tokens(tokenizer: Tokenizer, whole_ids: dict[str, list[int]], name: str) -> None:
     [tokens] = tokenizer.tokenize([TEXTS[name]], "", Truncate.START)
 
-    whole = hugging_face(TEXTS[name], verbose=False)["input_ids"]
+    whole = whole_ids[name]
     limit = tokenizer.max_tokens
     assert tokens.ids == (whole if len(whole) <= limit else [whole[0], *whole[len(whole) - limit + 1 :]])
     assert tokens.is_truncated == (len(whole) > limit)
 
 
 @pytest.mark.parametrize("name", ["some over", "long", "CJK", "a word of 100,000 letters, then words"])
-def test_start_keeps_the_instruction(bundled_encoder: Encoder, hugging_face: Any, name: str) -> None:
+def test_start_keeps_the_instruction(
+    bundled_encoder: Encoder, hugging_face: Any, whole_ids: dict[str, list[int]], name: str
+) -> None:
     instruction = "represent the query: "
 
     [tokens] = bundled_encoder.tokenizer.tokenize([TEXTS[name]], instruction, Truncate.START)
 
     before = hugging_face(instruction)["input_ids"][:-1]
-    whole = hugging_face(TEXTS[name], verbose=False)["input_ids"]
+    whole = whole_ids[name]
     assert tokens.ids == [*before, *whole[-(256 - len(before)) :]]
 
 
