@@ -33,6 +33,12 @@ Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | dict[str, Val
 KeyPath: TypeAlias = tuple[str | int, ...]
 """Keys and list indices from the top of the file: ``("models", 1, "revision")``."""
 
+# What to do, by a part of the parser's message.
+_ADVICE = {
+    r"'\t'": "this is a tab; indent with spaces",
+    "<block end>": "indent this line like the others of its list or mapping",
+    "mapping values are not allowed": "put a text that contains `: ` in quotes, or indent this line like the one before",
+}
 _TAG = "tag:yaml.org,2002:"
 _SUBSTITUTION = re.compile(
     r"""
@@ -206,7 +212,8 @@ def _compose(yaml: YAML, text: str, file: str) -> Node | None:
             message = f"the file has more than {yaml.composer.max_nodes:,} values and keys"
             raise ConfigError([Problem(file, *place, "", message)]) from None
         problem = " ".join(str(part) for part in (error.context, error.problem) if part)
-        raise ConfigError([Problem(file, *place, "", f"is not valid YAML: {problem}")]) from error
+        advice = "".join(f": {advice}" for sign, advice in _ADVICE.items() if sign in problem)
+        raise ConfigError([Problem(file, *place, "", f"is not valid YAML: {problem}{advice}")]) from error
     except (YAMLError, ValueError) as error:
         raise ConfigError([Problem(file, 0, 0, "", f"is not valid YAML: {error}")]) from error
     return root

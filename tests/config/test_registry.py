@@ -280,6 +280,23 @@ def test_a_file_that_is_not_a_yaml_mapping_is_placed(
     assert part in problem.message
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("version: 1\nmodels:\n\t- {id: a}\n", "this is a tab; indent with spaces"),
+        ("models:\n  - {id: a}\n   - {id: b}\n", "indent this line like the others of its list"),
+        ("models:\n  - id: a: b\n", "contains `: ` in quotes"),
+        ("version: 1\n  models: []\n", "indent this line like the one before"),
+    ],
+    ids=["tab", "deeper", "colon", "mapping"],
+)
+def test_what_is_no_yaml_is_reported_with_what_to_do(tmp_path: Path, text: str, advice: str) -> None:
+    [problem] = problems_of(tmp_path, text)
+
+    assert "is not valid YAML: " in problem.message
+    assert advice in problem.message
+
+
 def test_a_huge_file_is_not_parsed(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, VALID + "#" * MAX_FILE_BYTES)
 
