@@ -2,12 +2,12 @@
 
 ::
 
-    python docs/check_prose.py              print every bad word outside the folders that are still to do; exit 1
+    python docs/check_prose.py              print every bad word outside the folders that are not checked yet; exit 1
     python docs/check_prose.py --all        the same for all files
     python docs/check_prose.py gateway/api  the same for one folder or file
     python docs/check_prose.py --count      how many are left, by file
 
-``docs/prose.toml`` lists the folders that are still to do, and the lines where a word is right, such as the name of
+``docs/prose.toml`` lists the folders that are not checked yet, and the lines where a word is right, such as the name of
 another project's parameter.
 """
 

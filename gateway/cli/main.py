@@ -30,7 +30,7 @@ from gateway.errors import StartError
 
 
 class _Commands(TyperGroup):
-    """The commands, with one exit for what stops any of them."""
+    """The commands, with one exit for the errors that stop a command."""
 
     def invoke(self, ctx: Any) -> Any:  # as click declares it
         try:

@@ -22,17 +22,17 @@ from gateway.types import Output
 
 log = structlog.get_logger(__name__)
 
-# Less than this is not shared out between idle threads: a forward costs about as much before it has computed anything.
+# Fewer tokens than this are not split between idle threads: the fixed cost of a forward is about as high.
 _LEAST_SHARE_TOKENS = 64
 # A batch should take no longer than this, as requests that arrive meanwhile wait for it.
 _LONGEST_BATCH_S = 0.5
-# But no batch is made smaller than this: forwards of fewer tokens are clearly slower per token.
+# No batch is made smaller than this: forwards of fewer tokens are clearly slower per token.
 _FULL_FORWARD_TOKENS = 512
-# This part of a batch may be of large requests when a small one waits for it as well, and for a while after the last
-# small one: the next one will wait for the batch that runs when it comes.
+# Large requests get one of this many parts of a batch while a small request waits, and for some seconds after the last
+# small one: the next small request has to wait for the batch that is running when it arrives.
 _SHARED_PART = 4
 _SHARED_S = 1.0
-# After a fault in the code around the model, which may come again at once, and fill the log.
+# The pause after a fault in the code around the model: it may recur at once and fill the log.
 _FAULT_PAUSE_S = 0.05
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
@@ -47,12 +47,12 @@ class BatchQueue:
         self._pinned: defaultdict[int, FairQueue[Waiter]] = defaultdict(FairQueue)
         self._changed = threading.Condition()
         self._is_closed = False
-        self._num_idle = 0  # threads that wait for a batch, or are about to be given one
+        self._num_idle = 0  # threads that wait for a batch, or are about to get one
         self._tokens_per_s: float | None = None
         self._shared_until = -inf
 
     def add(self, waiters: Iterable[Waiter], replica: int | None = None) -> None:
-        """Queue waiters, for the first thread that is free or for that of one replica."""
+        """Queue waiters for the first free thread, or for the thread of one replica."""
         with self._changed:
             if replica is None:
                 self._queue.add(waiters)
@@ -71,7 +71,7 @@ class BatchQueue:
                     if batch := take(self._pinned[replica], self._max_batch_tokens, now):
                         return batch
                     if batch := self._take(now):
-                        if self._queue:  # for the next thread that waits: `add` has woken one alone
+                        if self._queue:  # wake the next waiting thread: `add` woke only one
                             self._changed.notify()
                         return batch
                     self._changed.wait()
@@ -93,13 +93,13 @@ class BatchQueue:
         return min(self._largest_batch(), share)
 
     def _largest_batch(self) -> int:
-        """Return the limit of tokens: fewer than configured where so many would take long, as a newcomer waits for them."""
+        """Return the token limit: lower than configured where a full batch would make newcomers wait too long."""
         if self._tokens_per_s is None:
             return self._max_batch_tokens
         return min(self._max_batch_tokens, max(_FULL_FORWARD_TOKENS, round(self._tokens_per_s * _LONGEST_BATCH_S)))
 
     def note_rate(self, num_tokens: int, seconds: float) -> None:
-        """Learn how fast one thread computes from a batch; a small one says little: it has cost what a forward costs."""
+        """Learn the speed of one thread from a batch; a small batch says little, because a forward has a fixed cost."""
         if num_tokens >= _FULL_FORWARD_TOKENS:
             rate = num_tokens / max(seconds, 1e-6)
             with self._changed:
@@ -182,7 +182,7 @@ class Worker:
 
     @property
     def busy_since(self) -> float | None:
-        """When the forward in hand began, or last finished a part of its batch; ``None`` without one."""
+        """When the current forward began, or last finished a part of its batch; ``None`` without one."""
         started = self._forward_started  # the thread may clear it at any time
         return None if started is None else max(started, self._encoder.progressed_at)
 
@@ -193,7 +193,7 @@ class Worker:
                     self.in_hand = batch
                     self._deliver(self.compute(batch))
                     self.in_hand = ()
-            except BaseException:  # a fault of this code must not be the end of the model: start again
+            except BaseException:  # a fault of this code must not end the model: start again
                 lost, self.in_hand = self.in_hand, ()
                 self.num_failed_in_a_row += 1
                 metrics.WORKER_FAULTS.labels(self._model).inc()
@@ -229,7 +229,7 @@ class Worker:
         return finished
 
     def _encode(self, items: Sequence[Item]) -> list[Encoded | RequestError]:
-        """Encode items. When that fails, halve the batch and try again, until only the guilty text is left to fail."""
+        """Encode items. When that fails, halve the batch and try again, until only the text at fault fails."""
         self._forward_started = time.monotonic()  # each half is progress
         try:
             encoded = self._encoder.encode(items)

@@ -61,7 +61,7 @@ class Checkpoint:
         classifier: the head that scores or classifies, if the model has one.
         pair_template: the texts around the query and the text of a pair, if the model reads them as one text.
         layout: a publisher's layout, in which its files are written; ``None`` for transformers'.
-        has_own_code: whether the checkpoint brings, in place of transformers' class, code that is trusted.
+        has_own_code: whether the model's class is trusted code of the checkpoint rather than transformers'.
         has_pooling_module: whether sentence-transformers' files say how a text's vector is made.
         is_named: whether ``config.json`` names the class of the model.
         weights: files that hold the transformer's weights.
@@ -152,7 +152,7 @@ class Checkpoint:
 
     @property
     def all_weights(self) -> tuple[Path, ...]:
-        """Every file with weights: the transformer's, the adapters', and those of the layers behind it."""
+        """Every file with weights: the transformer's, the adapters', and those of the layers after it."""
         heads = (head for head in (self.sparse_head, self.multivector_head) if head is not None)
         adapters = (file for folder in self.adapter_folders for file in weights_files(folder, ADAPTER_WEIGHTS))
         further = self.dense_layers if self.classifier is None else self.classifier.folders
