@@ -200,6 +200,25 @@ def test_a_window_is_kept_in_rows_of_several_texts(wide_window: Path, load: Load
     assert cosines(vectors, load(wide_window, "torch").vectors(texts)).min() > 0.99999
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"sliding_window": 16}),  # which Llama does not have
+        ("llama", {"use_bidirectional_attention": True}),  # nor that
+        ("mistral", {"sliding_window": 16, "is_causal": False}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    ],
+)
+def test_a_compiled_model_sees_what_transformers_own_sees(
+    name: str, changes: dict[str, object], make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load
+) -> None:
+    """If it did not, this would be refused; with a window longer than what is compared on load it would not be noticed."""
+    folder = copy(make_family(name))
+    edit_json(folder / "config.json", **changes)
+
+    assert load(folder, "openvino").encoder.runtime.name == "openvino"
+
+
 def test_what_openvino_computes_wrongly_falls_back_to_torch(
     wide_window: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +359,24 @@ def test_without_special_tokens_a_text_without_tokens_fails_alone(
             model.encoder.tokenizer.tokenize(["fox", empty], "", Truncate.END, first_index=4)
     if name == "qwen3":
         assert len(model.vectors([""], ["retrieval.query"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("eurobert", {"is_causal": True}, "is_causal True is not supported for 'eurobert'"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "names sliding_attention, but no sliding_window is set"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 3}, "names linear_attention, which qwen3 does not have"),
+    ],
+)
+def test_layers_that_see_what_transformers_does_not_compute_are_refused(
+    name: str, changes: dict[str, object], reason: str, make_family: MakeFamily, copy: Copy, edit_json: EditJson
+) -> None:
+    folder = copy(make_family(name))
+    edit_json(folder / "config.json", **changes)
+
+    with pytest.raises(LoadError, match=reason):
+        plan_load(ModelEntry(id="tiny", source=str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -41,6 +41,8 @@ MODEL_TYPES = {
 """``model_type`` of the architectures that are served, those whose forward gives one state per token, and the class of
 transformers that is the model without a head."""
 
+_DECODERS = {"qwen3", "qwen2", "mistral", "llama", "gemma2", "gemma3_text", "lfm2"}
+
 # Same mathematics under another name, so that transformers' own class gives the same numbers: `model_type`, and the
 # class in the checkpoint's code. Others are read by `gateway.engine.checkpoint.layouts`.
 _SAME_MATHEMATICS = {
@@ -101,6 +103,11 @@ def require_model_type(config: Mapping[str, Json], folder: Path) -> str:
         raise LoadError(
             f"{folder}: attn_logit_softcapping {cap!r} is not supported: transformers' {MODEL_TYPES[model_type]} does not "
             "compute it"
+        )
+    if config.get("is_causal") and model_type not in _DECODERS:
+        raise LoadError(
+            f"{folder}: is_causal {config['is_causal']!r} is not supported for {model_type!r}: transformers then looks one "
+            "way in a batch without padding and both ways in one with padding"
         )
     if model_type in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         positions = config.get("position_embedding_type")

@@ -22,6 +22,7 @@ _UNUSED_POSITIONS = {"mpnet": 2, "jina_embeddings_v3": 2}
 # T5's positions are relative, without a table: its files name the length, and this bounds what the registry may set.
 _RELATIVE_POSITIONS = 32_768
 
+_LAYER_TYPES = {"full_attention", "sliding_attention", "conv"}
 _NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
 # A layer of T5 is a "block", and its "layers" are the parts of one. Of a whole T5 only the encoder counts.
 _LAYER = re.compile(r"(?:^|\.)(?:block|layers?)\.(\d+)\.")
@@ -52,12 +53,22 @@ class Attention:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Attention:
+        """Read the sizes.
+
+        Raises:
+            ValueError: a layer has a type that does not exist, or a window without a size.
+        """
         num_heads = int(config.num_attention_heads)
         head_width = getattr(config, "head_dim", None) or int(config.hidden_size) // max(1, num_heads)
         layer_types = getattr(config, "layer_types", None)
-        has_windows = bool(getattr(config, "sliding_window", None))
+        window = getattr(config, "sliding_window", None)
+        has_windows = bool(window)
         if layer_types is not None:
             has_windows = "sliding_attention" in layer_types
+            if unknown := set(layer_types) - _LAYER_TYPES:
+                raise ValueError(f"layer_types names {min(unknown)}, which {config.model_type} does not have")
+            if has_windows and not window:
+                raise ValueError("layer_types names sliding_attention, but no sliding_window is set, or none is used")
         return cls(num_heads, num_heads * int(head_width), has_windows)
 
 

@@ -12,7 +12,7 @@ where the text is in its row. Without an entry, each text has a row to itself, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,20 +61,37 @@ def _two_way_with_windows(config: PreTrainedConfig) -> AttentionRule:
 
 
 def _decoder(config: PreTrainedConfig) -> AttentionRule:
-    """Return the rule of a decoder, whose window counts the token itself.
-
-    So does ``transformers.masking_utils.sliding_window_overlay``.
-    """
+    """Return the rule of a decoder whose layers take a mask by their type."""
     layer_types = _layer_types(config)
-    window = config.sliding_window - 1 if SLIDING in layer_types else None
-    return AttentionRule(_is_causal(config), window, layer_types)
+    return AttentionRule(_is_causal(config), _window(config) if SLIDING in layer_types else None, layer_types)
 
 
-def _plain_decoder(config: PreTrainedConfig) -> AttentionRule:
-    """Return the rule of a decoder whose layers take one mask for all."""
-    if (window := getattr(config, "sliding_window", None)) is None:
+def _gemma3(config: PreTrainedConfig) -> AttentionRule:
+    rule = _decoder(config)
+    return replace(rule, is_causal=False) if config.use_bidirectional_attention else rule
+
+
+def _llama(config: PreTrainedConfig) -> AttentionRule:
+    # A ``sliding_window`` in its configuration, as one made out of a Mistral has it, is not looked at.
+    return AttentionRule(_is_causal(config))
+
+
+def _mistral(config: PreTrainedConfig) -> AttentionRule:
+    """Return the rule of a decoder whose layers take one mask, with a window if there is one."""
+    if config.sliding_window is None:
         return AttentionRule(_is_causal(config))
-    return AttentionRule(_is_causal(config), window - 1, every_layer=SLIDING)
+    return AttentionRule(_is_causal(config), _window(config), every_layer=SLIDING)
+
+
+def _window(config: PreTrainedConfig) -> int:
+    """Return how far away a token is seen.
+
+    A decoder's window counts the token itself (``transformers.masking_utils.sliding_window_overlay``, and Gemma 3's own
+    for both ways), unless ``is_causal: false`` makes it look both ways
+    (``transformers.masking_utils.sliding_window_bidirectional_overlay``).
+    """
+    window: int = config.sliding_window
+    return window - 1 if _is_causal(config) else window
 
 
 def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -82,7 +99,7 @@ def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def _is_causal(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "is_causal", True)) and not getattr(config, "use_bidirectional_attention", False)
+    return bool(getattr(config, "is_causal", True))
 
 
 _RULES: Mapping[str, Callable[[PreTrainedConfig], AttentionRule]] = {
@@ -93,11 +110,11 @@ _RULES: Mapping[str, Callable[[PreTrainedConfig], AttentionRule]] = {
     "electra": _two_way,
     "eurobert": _two_way,
     "gemma2": _decoder,
-    "gemma3_text": _decoder,
+    "gemma3_text": _gemma3,
     "gte": _two_way,
     "jina_embeddings_v3": _two_way,
-    "llama": _plain_decoder,
-    "mistral": _plain_decoder,
+    "llama": _llama,
+    "mistral": _mistral,
     "modernbert": _two_way_with_windows,
     "mpnet": _two_way,
     "nomic_bert": _two_way,
