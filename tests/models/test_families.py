@@ -219,6 +219,16 @@ def test_a_compiled_model_sees_what_transformers_own_sees(
     assert load(folder, "openvino").encoder.runtime.name == "openvino"
 
 
+def test_a_padding_id_that_is_no_token_does_not_matter(
+    make_family: MakeFamily, copy: Copy, edit_json: EditJson, load: Load, reference: Reference, cosines: Cosines
+) -> None:
+    folder = copy(make_family("llama"))
+    edit_json(folder / "config.json", pad_token_id=-1)
+
+    for runtime in ("torch", "openvino"):
+        assert cosines(load(folder, runtime).vectors(texts_of("llama")), reference("llama")).min() > 0.99999
+
+
 def test_what_openvino_computes_wrongly_falls_back_to_torch(
     wide_window: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

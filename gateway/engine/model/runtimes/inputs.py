@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.engine.model.runtimes.attention import AttentionRule, make_masks, positions, uncounted_id
-from gateway.engine.model.runtimes.padded import group_by_length
+from gateway.engine.model.runtimes.padded import group_by_length, padding_id
 from gateway.engine.model.runtimes.rows import Layout, lay_out, plan_forwards
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class InputMaker:
         config = model.config
         return cls(
             model_type=config.model_type,
-            pad_id=config.pad_token_id or 0,
+            pad_id=padding_id(config),
             width=config.hidden_size,
             rule=rule,
             uncounted_id=uncounted_id(config),

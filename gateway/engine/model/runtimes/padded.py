@@ -12,7 +12,7 @@ from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.states import TokenStates
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # A forward costs about as much as this many tokens before it has computed any: what splitting a batch must save.
 _FORWARD_OVERHEAD_TOKENS = 64
@@ -47,7 +47,7 @@ class PaddedRuntime:
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
         self._mask = mask
-        self._pad_id = model.config.pad_token_id or 0
+        self._pad_id = padding_id(model.config)
 
     def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
         return group_by_length(lengths)
@@ -79,6 +79,12 @@ class PaddedRuntime:
             input_ids=features.input_ids, attention_mask=features.attention_mask, **segments
         ).last_hidden_state
         return TokenStates.from_padded(states, features.lengths)
+
+
+def padding_id(config: PreTrainedConfig) -> int:
+    """Return a token id to pad with; old files of Llama say -1, which is no row of the table of words."""
+    id_ = config.pad_token_id
+    return id_ if id_ is not None and id_ > 0 else 0
 
 
 def pad(
