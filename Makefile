@@ -66,7 +66,7 @@ test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without 
 test-plan:
 	@[ -e build/clients/.installed ] || echo "First, tools and clients are installed into build/ (2 GB, a minute or two)," \
 	  "nothing into $(VENV)."
-	@echo "All tests take about ten minutes on two cores. One minute tells whether the installation works: make smoke"
+	@echo "All tests take about a quarter of an hour on two cores. One minute tells whether the installation works: make smoke"
 
 check: install-dev ## Check format, lint, types, imports, words, budgets, generated docs and the locks
 	$(DEV_BIN)/ruff format --check .

