@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
+from weakref import ReferenceType
 
 import structlog
 
@@ -153,12 +154,13 @@ class InfinityBackend:
             self._watch.cancel()
             await asyncio.wait((self._watch,))
             self._watch = None  # the traceback of its end holds the engine
+        holders = None
         if self._engine is not None:
             await self._engine.astop()
-            self._engine = None
+            holders, self._engine = self._engine.holders(), None
         if self._may_hold_memory:
             self._may_hold_memory = False
-            await asyncio.to_thread(_free_memory)
+            await asyncio.to_thread(_free_memory, holders)
 
     # ------------------------------------------------------------------------------------------------- watchdog
 
@@ -304,10 +306,16 @@ def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]
     raise TooLittleMemory(f"too little memory on {plan.device}, although the plan fitted: {reason}", plan.device)
 
 
-def _free_memory() -> None:
-    """Give back the memory of an engine that was stopped or given up: cycles of references still hold it."""
+def _free_memory(holders: Sequence[ReferenceType[object]] | None = None) -> None:
+    """Give back the memory of an engine that was stopped or given up.
+
+    Args:
+        holders: what held its weights. If cycles of references still hold some of it, which is so after the first load of a
+            process, all garbage is collected: every request stops for some tenths of a second. ``None``: collect anyway.
+    """
     from gateway.engine.devices import release_memory, trim_host_memory
 
-    gc.collect()
+    if holders is None or any(holder() is not None for holder in holders):
+        gc.collect()
     release_memory()
     trim_host_memory()

@@ -362,6 +362,8 @@ class Batcher:
         self._end_all(_shutting_down)
         if not await asyncio.to_thread(self._tokenizers.join, _STOP_S):
             log.error("tokenizer_hangs", model=self._model, seconds=_STOP_S)
+        # They refer back to this object: without the cycle, the weights go when nothing else holds them.
+        self._workers.clear()
 
 
 def _shutting_down() -> ShuttingDown:

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec, module_from_spec
@@ -22,6 +23,7 @@ from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.model.encoder import Encoder
@@ -162,6 +164,15 @@ class Engine(AsyncEmbeddingEngine):
     def num_failed_in_a_row(self, replica: int) -> int:
         """Return how many batches in a row have given nothing but errors on a replica."""
         return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)
+
+    def holders(self) -> list[weakref.ref[object]]:
+        """Return weak references to what holds the weights, by which to see whether they have gone."""
+        holders: list[object] = []
+        for encoder in self.encoders:
+            holders += [encoder, encoder.runtime]
+            for part in vars(encoder.runtime).values():
+                holders += part.modules() if isinstance(part, nn.Module) else []
+        return [weakref.ref(holder) for holder in holders]
 
     def _started(self) -> Batcher:
         if self._batcher is None:

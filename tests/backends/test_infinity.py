@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType
 
 import httpx
 import numpy as np
@@ -264,6 +265,9 @@ class SteeredEngine:
     async def astart(self) -> None:
         if self.start_error is not None:
             raise self.start_error
+
+    def holders(self) -> list[ReferenceType[object]]:
+        return []
 
     async def astop(self) -> None:
         self.is_stopped = True

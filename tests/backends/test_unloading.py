@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import shutil
 import time
 import weakref
@@ -107,6 +109,31 @@ async def test_nothing_of_an_engine_is_left(small: Path) -> None:
     await backend.unload()
 
     assert [reference() for reference in left] == [None] * len(left)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+async def test_unloading_does_not_stop_other_requests(
+    small: Path, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full collection holds the interpreter for some tenths of a second; the weights go without one."""
+    backend = make_backend(small, runtime)
+    await backend.start(lambda _state, _reason: None)
+    await backend.embed(job())
+    await backend.unload()  # the imports of a first load leave cycles that hold it
+    await backend.embed(job())
+    await asyncio.gather(*(backend.embed(job(text)) for text in ("a", "b c", "")))
+    inner = backend._inner
+    assert isinstance(inner, InfinityBackend)
+    assert inner._engine is not None
+    holders = inner._engine.holders()
+    collections: list[object] = []
+    monkeypatch.setattr(gc, "collect", collections.append)
+
+    await backend.unload()
+
+    assert len(holders) > (10 if runtime == "torch" else 1)
+    assert [holder() for holder in holders] == [None] * len(holders)
+    assert collections == []
 
 
 async def test_a_checkpoint_that_has_changed_is_not_loaded_again(tmp_path: Path, small: Path) -> None:

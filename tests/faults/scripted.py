@@ -6,6 +6,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -49,6 +51,7 @@ class ScriptedEncoder(Encoder):
         fast.pre_tokenizer = pre_tokenizers.Whitespace()
         self.tokenizer = Tokenizer(fast, max_tokens=64)
         self.width = WIDTH
+        self.runtime: Any = SimpleNamespace()
         self.memory_tokens = 1000
         self.is_broken = False
         self.is_hanging = threading.Event()
