@@ -139,7 +139,7 @@ def prepared(model: Any) -> PreTrainedModel:
     return loaded
 
 
-def bundled_table(rows: Rows, dtype: str, threads: CpuThreads, clock: Clock) -> str:
+def bundled_table(rows: Rows, sizes: Sequence[int], dtype: str, threads: CpuThreads, clock: Clock) -> str:
     """Compare rows that are shared with rows that are not, with the bundled model."""
     model = prepared(AutoModel.from_pretrained(bundled_model()))
     subjects = {
@@ -149,7 +149,7 @@ def bundled_table(rows: Rows, dtype: str, threads: CpuThreads, clock: Clock) -> 
     num_threads = subjects["shared rows"].num_threads
     per_text = operations_per_token(model) * sum(map(len, rows)) / len(rows)
     lines = []
-    for size in _BATCHES:
+    for size in sizes:
         note(f"batches of {size}")
         found = compare(subjects, rows, size, clock)
         limit = matmul_rate(dtype, num_threads, clock)
@@ -175,7 +175,9 @@ def modernbert_table(rows: Rows, dtype: str, threads: CpuThreads, clock: Clock) 
     torch.set_num_threads(num_threads)
     theirs = Subject([PaddedRuntime(model.to(getattr(torch, dtype)), None)], num_threads)
     note("ModernBERT")
-    found = compare({"torch": theirs, "OpenVINO": ours}, rows[: len(rows) // _MODERNBERT_SHARE], _MIXED, clock)
+    found = compare(
+        {"torch": theirs, "OpenVINO": ours}, rows[: max(_MIXED, len(rows) // _MODERNBERT_SHARE)], _MIXED, clock
+    )
     (before, _), (after, padding) = found.values()
     row = [str(_MIXED), number(before), number(after), f"{after / before:.2f}", number(100 * padding)]
     return table(("texts per batch", "texts/s, torch", "OpenVINO", "ratio", "padding, %"), [row])
@@ -185,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clock", choices=tuple(_CLOCKS), default="wall")
     parser.add_argument("--texts", type=int, default=720)
+    parser.add_argument("--batches", type=int, nargs="+", default=_BATCHES, help="texts per batch")
     parser.add_argument("--update", action="store_true", help="write the tables into docs/performance.md")
     options = parser.parse_args()
     clock = Clock(options.clock)
@@ -196,7 +199,12 @@ def main() -> None:
     )
     if clock.name == "cpu":
         about += "Rates are of processor time, shared by the threads: others used the machine."
-    parts = [describe_machine(), about, "**all-MiniLM-L6-v2**", bundled_table(rows, dtype, threads, clock)]
+    parts = [
+        describe_machine(),
+        about,
+        "**all-MiniLM-L6-v2**",
+        bundled_table(rows, options.batches, dtype, threads, clock),
+    ]
     parts += ["**ModernBERT, 22 layers of 768**", modernbert_table(rows, dtype, threads, clock)]
     markdown = "\n\n".join(parts)
     print(f"\n{markdown}")
