@@ -152,14 +152,25 @@ def install_infinity() -> Path:
 
     It cannot share ours: with its extras it needs transformers 4, and sentence-transformers before 4.
     """
-    python = _INFINITY_VENV / "bin" / "python"
-    mark = _INFINITY_VENV / ".installed-from"
-    wanted = _INFINITY_LOCK.read_text()
+    steps = [(_TORCH, "-c", str(_INFINITY_LOCK)), ("--no-deps", "-r", str(_INFINITY_LOCK))]
+    return make_environment(_INFINITY_VENV, INFINITY, _INFINITY_LOCK, steps)
+
+
+def make_environment(folder: Path, name: str, lock: Path, steps: Sequence[Sequence[str]]) -> Path:
+    """Make an environment, unless it was already made from this lock file, and return its Python.
+
+    Args:
+        name: what is installed, for a message.
+        steps: the arguments of each ``pip install``.
+    """
+    python = folder / "bin" / "python"
+    mark = folder / ".installed-from"
+    wanted = lock.read_text()
     if mark.exists() and mark.read_text() == wanted:
         return python
-    print(f"installing {INFINITY} into {_INFINITY_VENV.relative_to(ROOT)}", file=sys.stderr)
-    venv.create(_INFINITY_VENV, clear=True, with_pip=True)
-    for arguments in ((_TORCH, "-c", str(_INFINITY_LOCK)), ("--no-deps", "-r", str(_INFINITY_LOCK))):
+    print(f"installing {name} into {folder.relative_to(ROOT)}", file=sys.stderr)
+    venv.create(folder, clear=True, with_pip=True)
+    for arguments in steps:
         subprocess.run(
             [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q", *arguments], check=True
         )
