@@ -171,7 +171,8 @@ class Engine(AsyncEmbeddingEngine):
         for encoder in self.encoders:
             holders += [encoder, encoder.runtime]
             for part in vars(encoder.runtime).values():
-                holders += part.modules() if isinstance(part, nn.Module) else []
+                held = part() if isinstance(part, weakref.ref) else part
+                holders += held.modules() if isinstance(held, nn.Module) else []
         return [weakref.ref(holder) for holder in holders]
 
     def _started(self) -> Batcher:

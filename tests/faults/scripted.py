@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -33,6 +32,10 @@ COMMANDS = ("raise", "nan", "narrow", "hang", "slow")
 VOCABULARY = {"[UNK]": 0, **{word: number for number, word in enumerate(COMMANDS, start=1)}}
 
 
+class _NoRuntime:
+    """Holds no weights."""
+
+
 class ScriptedEncoder(Encoder):
     """Embeds a text as (number of tokens, 1, 2, 3), unless a word of it says to fail.
 
@@ -51,7 +54,7 @@ class ScriptedEncoder(Encoder):
         fast.pre_tokenizer = pre_tokenizers.Whitespace()
         self.tokenizer = Tokenizer(fast, max_tokens=64)
         self.width = WIDTH
-        self.runtime: Any = SimpleNamespace()
+        self.runtime: Any = _NoRuntime()
         self.memory_tokens = 1000
         self.is_broken = False
         self.is_hanging = threading.Event()

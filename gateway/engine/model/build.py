@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -195,6 +196,7 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
             raise LoadError(f"{checkpoint.folder}: {message}")
         log.warning("openvino_differs", folder=str(checkpoint.folder), reason=message, fallback="torch")
         return []
+    runtimes[0].origin = weakref.ref(model)
     cache.store(key, sum(tensor.nbytes for tensor in model.parameters()), traced.save)
     return runtimes
 

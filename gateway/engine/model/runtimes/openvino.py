@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,14 @@ def describe_processor() -> list[str]:
 
 
 class OpenVinoRuntime:
-    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU."""
+    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that runs a compiled copy of a torch model on the CPU.
+
+    Attributes:
+        origin: the torch model that was traced, which nothing but the tracer's own cycles of references holds any more.
+    """
 
     name = "openvino"
+    origin: weakref.ref[nn.Module] | None = None
 
     def __init__(self, compiled: openvino.CompiledModel, inputs: InputMaker) -> None:
         self._request = compiled.create_infer_request()
