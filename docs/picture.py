@@ -46,6 +46,7 @@ BOXES: Final = {
     "golden": Box(1, 11, "vectors known to be right", "engine"),
     "ranges": Box(2, 11, "steps of int8 vectors", "engine"),
     "vectors": Box(1, 12, "check, cut, normalize", "engine"),
+    "similarity": Box(2, 12, "of query and text", "engine"),
 }
 FOUNDATION: Final = ("config", "telemetry", "types", "precision", "errors")
 """Imported by nearly all others; their arrows are left out."""

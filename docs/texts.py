@@ -71,6 +71,7 @@ models:
     source: BAAI/bge-m3
     revision: 5617a9f61b028005a4858fdac845db406aefb181
     outputs: [dense, sparse, multivector]
+    rerank: {dense: 0.4, sparse: 0.2, multivector: 0.4}    # how /v1/rerank weights them
 
   - id: house/e5
     source: ./checkpoints/e5-finetuned

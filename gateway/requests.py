@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,12 +89,14 @@ class RerankRequest(Request):
     Attributes:
         truncate: what to cut from the text when it and the query are too long together; a query loses its end.
         max_text_tokens: the most tokens of each text; ``None`` for no such limit.
+        score_by: for a model that embeds: the outputs to score by, with their weights; ``None`` for its own.
     """
 
     kind: ClassVar[ModelKind] = ModelKind.RERANK
 
     query: str
     max_text_tokens: int | None = None
+    score_by: Mapping[Output, float] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -213,9 +215,11 @@ class RerankAnswer(Answer):
 
     Attributes:
         scores: ``(n,)`` float32, checked, before any sigmoid, in input order: a larger one answers the query better.
+        are_logits: their sigmoid is a probability; otherwise they are similarities of vectors.
     """
 
     scores: Vectors
+    are_logits: bool = True
 
     @property
     def num_texts(self) -> int:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from gateway import vectors as vector_math
+from gateway.errors import BadInput, UnsupportedOutput
 from gateway.requests import ClassifyAnswer, ClassifyRequest, Patience, RerankAnswer, RerankRequest
 from gateway.routing.router import Choice, Target
-from gateway.types import TOKEN_BYTES, EmbedJob
+from gateway.similarity import QueryVectors
+from gateway.types import TOKEN_BYTES, EmbedJob, ModelInfo, ModelKind, Output, Timings, Truncate
 
 _FLOAT_BYTES = 4
+# The tasks of a query and of the texts that it is compared with.
+_SIDES = ("retrieval.query", "retrieval.passage")
 
 
 async def rerank(target: Target, choice: Choice, request: RerankRequest, patience: Patience) -> RerankAnswer:
     """Have a target score the texts of a request, and check the scores."""
+    if target.info.kind is ModelKind.EMBED:
+        return await _rerank_by_vectors(target, choice, request, patience)
+    if request.score_by is not None:
+        raise BadInput(
+            f"`score_by` is for models that embed, and model {target.info.id!r} scores pairs of texts: leave it out",
+            param="score_by",
+        )
     result = await target.model.embed(
         EmbedJob(
             texts=request.texts,
@@ -35,6 +49,71 @@ async def rerank(target: Target, choice: Choice, request: RerankRequest, patienc
         timings=result.timings,
         assignment=choice.assignment,
     )
+
+
+async def _rerank_by_vectors(
+    target: Target, choice: Choice, request: RerankRequest, patience: Patience
+) -> RerankAnswer:
+    """Embed the query, then have each text scored by its vectors as soon as they are computed: none are kept."""
+    info = target.info
+    weights = _weights(info, request.score_by)
+    query_task, text_task = (task if task in info.tasks else target.task for task in _SIDES)
+    job = EmbedJob(
+        texts=[request.query],
+        task=query_task,
+        truncate=Truncate.REFUSE if request.truncate is Truncate.REFUSE else Truncate.END,
+        deadline=patience.deadline,
+        may_wait=patience.may_wait,
+        caller=request.caller,
+        outputs=frozenset(weights),
+        text_name="query",
+    )
+    query = await target.model.embed(job)
+    scorer = QueryVectors(weights, query, info.is_normalized, info.is_mean_maxsim).score
+    num_query_tokens = sum(query.num_tokens)
+    result = await target.model.embed(
+        replace(
+            job,
+            texts=request.texts,
+            task=text_task,
+            truncate=request.truncate,
+            scorer=scorer,
+            text_name="documents",
+            max_text_tokens=request.max_text_tokens,
+            on_tokens=lambda num_tokens: request.reserve(num_tokens * TOKEN_BYTES),
+        )
+    )
+    scores = vector_math.finish(result.vectors, (len(request.texts), 1), 1, normalize=False)
+    return RerankAnswer(
+        scores=scores[:, 0],
+        are_logits=False,
+        name=target.name,
+        model=info.id,
+        num_tokens=num_query_tokens + sum(result.num_tokens),
+        truncated=range(len(request.texts)) if query.truncated else result.truncated,
+        timings=_sum(query.timings, result.timings),
+        assignment=choice.assignment,
+    )
+
+
+def _sum(one: Timings, other: Timings) -> Timings:
+    return Timings(one.tokenize_s + other.tokenize_s, one.queue_s + other.queue_s, one.inference_s + other.inference_s)
+
+
+def _weights(info: ModelInfo, asked: Mapping[Output, float] | None) -> Mapping[Output, float]:
+    """Return the outputs to score by, with their weights.
+
+    Raises:
+        UnsupportedOutput: the model does not have one of them.
+    """
+    if asked is None:
+        return info.rerank
+    if missing := [output.value for output in asked if output not in info.outputs]:
+        raise UnsupportedOutput(
+            f"`score_by` asks for {', '.join(missing)}, but model {info.id!r} returns only: {', '.join(info.outputs)}",
+            param="score_by",
+        )
+    return asked
 
 
 async def classify(target: Target, choice: Choice, request: ClassifyRequest, patience: Patience) -> ClassifyAnswer:

@@ -28,10 +28,8 @@ _FAMILIES = {"retrieval.query": "retrieval", "retrieval.passage": "retrieval"}
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
 
-
 MultiVector: TypeAlias = npt.NDArray[np.float32]
 """A vector for each token of one text: shape ``(t, d)``, float32, as a rule each of L2 norm 1."""
-
 
 States: TypeAlias = npt.NDArray[np.float32]
 """The last hidden state of each token of one text: shape ``(t, d)``, float32, special tokens included."""
@@ -49,7 +47,6 @@ class Output(StrEnum):
 
 PER_TOKEN = frozenset({Output.MULTIVECTOR, Output.STATES})
 """Outputs whose size grows with the length of the text."""
-
 
 TOKEN_BYTES = 56
 """Memory per token while its text waits: an integer in a list, and again in the key that finds equal texts."""
@@ -123,12 +120,13 @@ class ModelInfo:
     """The properties and abilities of a model.
 
     Attributes:
-        fingerprint: hex sha256 over the parts of the checkpoint that determine its vectors: the weights files, the
-            tokenizer, and the kind of pooling.
+        fingerprint: hex sha256 over what determines its vectors: the weights files, the tokenizer, the kind of pooling.
         width: native dimensions of a dense vector; 0 for a model without one.
         dimensions: every accepted size of a dense vector, largest (``width``) first.
         token_width: dimensions of a vector in the multi-vector output; 0 without that output.
         max_weights: the most weights that a text may have in the sparse output, whatever its length; 0 for one per token.
+        rerank: for a model that embeds: outputs by which it scores texts against a query, with their weights; may be empty.
+        is_mean_maxsim: multi-vectors are compared by the mean over the query's vectors; otherwise by their sum.
         max_tokens: the longest text in tokens, special tokens included.
         is_normalized: vectors have L2 norm 1, unless a request asks otherwise.
         tasks: each task of the model, with the instruction that is put before the text (may be empty).
@@ -165,6 +163,8 @@ class ModelInfo:
     has_states: bool = False
     token_width: int = 0
     max_weights: int = 0
+    rerank: Mapping[Output, float] = field(default_factory=dict)
+    is_mean_maxsim: bool = True
     kind: ModelKind = ModelKind.EMBED
     labels: tuple[str, ...] = ()
     label_function: LabelFunction = LabelFunction.NONE
@@ -197,8 +197,7 @@ class ModelInfo:
         int8 and uint8 vectors are in a space that also depends on their ranges. Binary vectors are in that of the vectors
         whose signs they hold.
 
-        Sparse weights and multi-vectors share the space of the dense vector that comes with them, or that would; token
-        states have their own.
+        Sparse weights and multi-vectors share the space of the dense vector that comes, or would come, with them.
 
         Args:
             task: one of ``tasks`` by any of its names; ``None`` for the default. A model without tasks ignores it.
@@ -261,7 +260,9 @@ class EmbedJob:
         query: for a model that reranks: the query to score the texts against. The vector of a text is then its score.
         firsts: for a model that classifies: the text that is read before each text, as a pair with it; ``None`` for a
             text alone, or for all of them. The vector of a text then has a number for each label.
-        max_text_tokens: the most tokens of each text before it is combined with the query; ``None`` for no such limit.
+        scorer: turns the outputs of a text into a number, which is then the text's only output, as a vector of width 1.
+        text_name: the name of the texts in an error.
+        max_text_tokens: the most tokens of each text, before it is combined with a query; ``None`` for no such limit.
         max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
         may_wait: the job may wait for a model that has to be loaded first; otherwise it fails at once.
         on_tokens: takes the number of tokens of all texts, as far as known, before they are computed; may refuse them.
@@ -276,6 +277,8 @@ class EmbedJob:
     is_late_chunked: bool = False
     query: str | None = None
     firsts: Sequence[str | None] | None = None
+    scorer: Callable[[Vectors, SparseVector | None, MultiVector | None], float] | None = None
+    text_name: str = "input"
     max_text_tokens: int | None = None
     max_total_tokens: int | None = None
     may_wait: bool = True

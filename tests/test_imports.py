@@ -37,6 +37,7 @@ backends
 engine
 golden
 ranges
+similarity
 vectors
 config
 telemetry

@@ -86,6 +86,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
             "default_task": default_task,
             "normalized": info.is_normalized,
             "outputs": [output.value for output in info.outputs],
+            "rerank": {output.value: weight for output, weight in info.rerank.items()},
             "space": info.space(default_task),
             "spaces": {task: info.space(task) for task in info.tasks},
         }

@@ -221,6 +221,10 @@ class ModelCard(AnswerBody):
     tasks: list[str] = Field(default_factory=list)
     default_task: str | None = None
     outputs: list[str] = Field(default_factory=list)
+    rerank: dict[str, float] = Field(
+        default_factory=dict,
+        description="Of a model that embeds: the outputs by which `/v1/rerank` scores documents, and their weights.",
+    )
     normalized: bool | None = Field(
         default=None, description="Whether vectors have L2 norm 1 unless a request asks otherwise."
     )

@@ -129,6 +129,7 @@ class Reranker:
             caller=context.caller,
             truncate=body.wanted_truncation,
             max_text_tokens=body.max_tokens_per_doc,
+            score_by=body.wanted_scores,
             unit_source=unit_source(request, body.user),
             client=context.client,
             reserve=reserve_texts(request, [body.query, *texts]),
@@ -140,7 +141,7 @@ class Reranker:
         before, after = _envelope(RequestContext.of(request).request_id, answer)
 
         def parts() -> Iterator[bytes]:
-            results = value_list(_results(answer.scores, shown, body, is_plain=self._path.is_plain))
+            results = value_list(_results(answer, shown, body, is_plain=self._path.is_plain))
             return results if body.is_tei else object_around(before, "results", results, after)
 
         return parts
@@ -162,17 +163,17 @@ def rerank_router(endpoint: Endpoint) -> APIRouter:
 
 
 def _results(
-    scores: Vectors, texts: Sequence[str] | None, body: RerankBody, *, is_plain: bool
+    answer: RerankAnswer, texts: Sequence[str] | None, body: RerankBody, *, is_plain: bool
 ) -> Iterator[dict[str, object]]:
     """Yield the results, the best first; equal ones stay in the order of the request.
 
     Args:
-        scores: ``(n,)`` float32, before any sigmoid.
         texts: the texts that were scored, if the results repeat them.
         is_plain: write a document as a string rather than an object.
     """
+    scores = answer.scores
     order = np.argsort(-scores, kind="stable")[: body.top_n]
-    values = scores if body.raw_scores else _sigmoid(scores)
+    values = _sigmoid(scores) if answer.are_logits and not body.raw_scores else scores
     for i in order:
         result: dict[str, object] = {"index": int(i), "score" if body.is_tei else "relevance_score": values[i]}
         if texts is not None and body.is_tei:

@@ -24,7 +24,7 @@ from gateway.api.json_body import (
 )
 from gateway.api.wire import ErrorBody, Responses, Usage, responses
 from gateway.errors import BadInput, EmptyInput, RequestError
-from gateway.types import Truncate
+from gateway.types import Output, Truncate
 
 _TEXTS_SCHEMA = {
     "type": "array",
@@ -35,6 +35,23 @@ _TEXTS_SCHEMA = {
             {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
         ]
     },
+}
+
+
+_SCORE_BY = [Output.DENSE.value, Output.SPARSE.value, Output.MULTIVECTOR.value]
+_SCORE_BY_TITLE = "one or more of `dense`, `sparse`, `multivector`, or an object of weights above 0 by these names"
+_MAX_WEIGHT = 1e6
+_SCORE_BY_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "enum": _SCORE_BY},
+        {"type": "array", "minItems": 1, "items": {"type": "string", "enum": _SCORE_BY}},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": {"enum": _SCORE_BY},
+            "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": _MAX_WEIGHT},
+        },
+    ]
 }
 
 
@@ -91,11 +108,37 @@ class RerankBody(RequestBody):
     max_tokens_per_doc: PositiveInteger | None = Field(
         None, description="Where each document is cut in any case.", title="a positive integer"
     )
+    score_by: Annotated[Any, WithJsonSchema(_SCORE_BY_SCHEMA)] = Field(
+        None,
+        description="For models that embed: the output that documents are scored by, several, or several with their "
+        "weights; by default as the model's `rerank` in `/v1/models` says.",
+    )
     user: User = Field(
         None,
         description="The end user: the unit of an experiment that is split by it, otherwise ignored.",
         title=f"of at most {MAX_USER_CHARS} characters",
     )
+
+    @property
+    def wanted_scores(self) -> dict[Output, float] | None:
+        """The outputs to score by, with their weights; ``None`` if the request does not say.
+
+        Raises:
+            BadInput: an output is not known, a weight is not a number above 0, or the value is empty.
+        """
+        given: Json = self.score_by
+        if given is None:
+            return None
+        names = given if isinstance(given, dict | list) else [given]
+        rows = list(names.items()) if isinstance(names, dict) else [(name, 1.0) for name in names]
+        weights: dict[Output, float] = {}
+        for name, weight in rows:
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= _MAX_WEIGHT
+            if isinstance(name, str) and name.lower() in _SCORE_BY and is_number:
+                weights[Output(name.lower())] = float(weight)  # type: ignore[arg-type]
+        if not weights or len(weights) < len(rows):
+            raise BadInput(f"`score_by` must be {_SCORE_BY_TITLE}, got {describe(given)}", param="score_by")
+        return weights
 
     @property
     def is_tei(self) -> bool:
@@ -154,7 +197,10 @@ class Reranked(BaseModel):
     """One text and its score."""
 
     index: int = Field(description="Place of the text in the request.")
-    relevance_score: float = Field(description="A larger one answers the query better; 0 to 1 unless `raw_scores`.")
+    relevance_score: float = Field(
+        description="A larger one answers the query better; 0 to 1 unless `raw_scores`. Of a model that embeds: the "
+        "similarity of the vectors."
+    )
     document: DocumentText | str | None = Field(
         None, description="The text, if requested; a plain string on `/rerank`, which Infinity's clients use."
     )

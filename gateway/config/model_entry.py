@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -34,6 +34,7 @@ from gateway.config.upstream import PositiveSeconds, Upstream
 from gateway.config.wording import enumerate_names, quote
 from gateway.types import Output
 
+Weight = Annotated[float, Field(gt=0, le=1e6)]
 Head = Literal[Output.DENSE, Output.SPARSE, Output.MULTIVECTOR]
 
 _COMMIT = "40 lowercase hex digits such as `d18862d9a48706220815554fac3ebb4dfa46fc28`"
@@ -148,6 +149,12 @@ class ModelEntry(Frozen):
         default=(Output.DENSE,),
         description="Outputs that the model can return for a text. A model without dense vectors returns its own by "
         "default; `[sparse]` also says that a masked language model without `modules.json` is a SPLADE model.",
+    )
+    rerank: Mapping[Head, Weight] = Field(
+        default_factory=dict,
+        description="For a model that embeds: the outputs by which it answers `/v1/rerank`, with their weights, such as "
+        "`{dense: 0.4, sparse: 0.2, multivector: 0.4}`. By default all of `outputs`, equally, if they are more than "
+        "`dense`.",
     )
     trust_remote_code: bool = Field(
         default=False,
@@ -266,6 +273,7 @@ _ENGINE_FIELDS = (
     "runtime",
     "load",
     "instruction",
+    "rerank",
     "max_batch_tokens",
     "fp16_accumulation",
     "trust_remote_code",

@@ -153,7 +153,7 @@ class Batcher:
         pending = _PendingRequest(
             done=self._loop.create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
-            text_name="input" if job.query is None else "documents",
+            text_name=job.text_name if job.query is None else "documents",
         )
         self._pending[handle] = pending
         if not job.texts:
@@ -196,7 +196,7 @@ class Batcher:
             pending.num_tokens += sum(len(row.ids) for row in tokens)
             job.check_total(pending.num_tokens)
             for i, row in enumerate(tokens):
-                sequence = self._join(TokenSequence(Item(row, job.task, job.outputs), replica=replica))
+                sequence = self._join(TokenSequence(Item(row, job.task, job.outputs, job.scorer), replica=replica))
                 waiter = Waiter(handle, first + i, sequence, now)
                 sequence.waiters.append(waiter)
                 pending.sequences.add(sequence)
@@ -375,7 +375,7 @@ def _key(sequence: TokenSequence) -> Hashable:
     item = sequence.item
     tokens = item.tokens
     places = (tokens.spans, tokens.second, tokens.num_attended)
-    return array("q", tokens.ids).tobytes(), item.task, item.outputs, places, sequence.replica
+    return array("q", tokens.ids).tobytes(), item.task, item.outputs, item.scorer, places, sequence.replica
 
 
 def _token_counts(tokens: Tokens) -> list[int]:

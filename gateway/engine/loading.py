@@ -25,6 +25,7 @@ from gateway.engine.model.build import BuildOptions, build_encoders, choose_runt
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.static import place_table
+from gateway.engine.reranking import choose_weights
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden
@@ -110,6 +111,8 @@ class LoadPlan:
             has_states=self.has_states,
             token_width=self.checkpoint.token_width if Output.MULTIVECTOR in self.outputs else 0,
             max_weights=self.checkpoint.max_weights,
+            rerank=choose_weights(self.entry, self.outputs) if self.kind is ModelKind.EMBED else {},
+            is_mean_maxsim=self.checkpoint.colbert is None or self.checkpoint.colbert.is_mean,
             kind=self.kind,
             labels=() if classifier is None else classifier.labels,
             label_function=LabelFunction.NONE if classifier is None else classifier.function,
@@ -161,6 +164,7 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
     max_tokens = _max_tokens(entry, checkpoint)
     tasks = _tasks(entry, checkpoint)
     outputs = _outputs(entry, checkpoint)
+    choose_weights(entry, outputs)
     dimensions = _dimensions(entry, checkpoint)
     return LoadPlan(
         entry=entry,
@@ -323,7 +327,9 @@ def _require_no_vectors(entry: ModelEntry) -> None:
     Raises:
         LoadError: names the keys.
     """
-    asked = [key for key in ("default_task", "prompts", "dimensions", "golden", "ranges") if getattr(entry, key)]
+    asked = [
+        key for key in ("default_task", "prompts", "dimensions", "golden", "ranges", "rerank") if getattr(entry, key)
+    ]
     asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
     if asked:
         raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")

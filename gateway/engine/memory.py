@@ -64,8 +64,11 @@ class Shape:
 
 def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
     """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``."""
+    num_weights = sum(_num_weights(path) for path in checkpoint.all_weights)
+    if checkpoint.splade is not None:  # its head holds a copy of the table of words
+        num_weights += checkpoint.vocab_size * checkpoint.hidden_width
     shape = Shape(
-        sum(_num_weights(path) for path in checkpoint.all_weights),
+        num_weights,
         checkpoint.hidden_width,
         checkpoint.intermediate_width,
         checkpoint.attention,

@@ -266,7 +266,14 @@ class Worker:
         for output, numbers in beside.items():
             if numbers is not None and not np.isfinite(numbers).all():
                 return _invalid(f"the model returned a {output} output that is not finite (NaN or infinity)")
-        return encoded
+        return encoded if item.scorer is None else self._scored(item.scorer, encoded)
+
+    @staticmethod
+    def _scored(scorer: Callable[..., float], encoded: Encoded) -> Encoded | RequestError:
+        score = scorer(encoded.dense, encoded.sparse, encoded.multivector)
+        if not np.isfinite(score):
+            return _invalid("the score of its vectors is not finite (NaN or infinity)")
+        return Encoded(np.array([[score]], np.float32))
 
     def _failure(self, item: Item, *, is_memory: bool) -> RequestError:
         if is_memory:

@@ -117,7 +117,7 @@ class Router:
             name = self._only_one(kind, client)
         choice = self.choose(name, client, unit_source)
         info = choice.model.info
-        if info is None or info.kind is kind:  # `targets` says why a model that has not been read does not answer
+        if info is None or _can(info, kind):  # `targets` says why a model that has not been read does not answer
             return choice
         others = ", ".join(self._names_of(kind, client)) or "none"
         raise UnsupportedOutput(
@@ -128,6 +128,8 @@ class Router:
     def _only_one(self, kind: ModelKind, client: Client) -> str:
         """Return the name of the only model of a kind that a client may use."""
         names = self._names_of(kind, client)
+        if len(names) > 1:  # a model made for it comes before one that does it with its vectors
+            names = [name for name in names if self._kind_of(name, client) is kind] or names
         if len(names) == 1:
             return names[0]
         if not self._fleet.started.is_set():
@@ -143,8 +145,12 @@ class Router:
         return [
             choice.asked
             for choice in self.listed(client)
-            if choice.experiment is None and choice.model.info is not None and choice.model.info.kind is kind
+            if choice.experiment is None and choice.model.info is not None and _can(choice.model.info, kind)
         ]
+
+    def _kind_of(self, name: str, client: Client) -> ModelKind | None:
+        info = self.choose(name, client).model.info
+        return None if info is None else info.kind
 
     def targets(self, choice: Choice, task: str | None) -> list[Target]:
         """Return the targets that can answer a request: the chosen model and its fallbacks, as far as they take requests.
@@ -219,6 +225,11 @@ class Router:
         model = self._fleet.get(model_id)
         assert model is not None  # noqa: S101  the registry has checked it
         return model
+
+
+def _can(info: ModelInfo, kind: ModelKind) -> bool:
+    """Return whether a model does what one of a kind does: some models that embed also rerank, by their vectors."""
+    return info.kind is kind or (kind is ModelKind.RERANK and bool(info.rerank))
 
 
 def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:

@@ -29,7 +29,13 @@ class NumberTokenizer:
         self.on_tokenize: Callable[[Sequence[str]], None] = lambda _texts: None
 
     def read(
-        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+        self,
+        texts: Sequence[str],
+        instruction: str,
+        truncate: Truncate,
+        first_index: int = 0,
+        name: str = "input",
+        max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
         yield sum(map(len, texts))
         self.on_tokenize(texts)

@@ -29,6 +29,7 @@ from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.types import Output, Truncate
 from tests.models import plain
+from tests.models.by_token import inference_free, make_base, make_masked_lm, stanford  # noqa: F401  fixtures
 from tests.models.checkpoints import (
     FAMILIES,
     JINA_TASKS,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer
 
 from gateway.engine.loading import plan_load
 from gateway.engine.model.items import Item, Tokens
 from gateway.errors import ContextLengthExceeded, LoadError
 from gateway.types import Output, Truncate
-from tests.models.checkpoints import FAMILIES, SENTENCES, make_transformer
+from tests.models.by_token import write
+from tests.models.checkpoints import SENTENCES
 from tests.models.plain import entry, load_whole
 
 Load = Callable[..., Any]
@@ -43,28 +43,6 @@ TEXTS = (
     "near vectors " * 60,
 )
 LAYOUTS = ("native", "pylate", "stanford")
-
-
-def tokenizer_with_marks(model_type: str) -> PreTrainedTokenizerFast:
-    """Return the architecture's tokenizer with a mask token, and what Stanford's and PyLate's checkpoints use as markers."""
-    tokenizer = FAMILIES[model_type].tokenizer()
-    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    tokenizer.add_tokens(["[unused0]", "[unused1]", "[Q] ", "[D] "])
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeColbert:
-    """Return a function that makes a transformer, without sentence-transformers' files."""
-
-    @cache
-    def make(model_type: str) -> Path:
-        folder = tmp_path_factory.mktemp(model_type) / "base"
-        sizes = {**FAMILIES[model_type].changes, "num_hidden_layers": 2}
-        make_transformer(folder, model_type, tokenizer_with_marks(model_type), **sizes)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -144,36 +122,6 @@ def pylate(make_base: MakeColbert, tmp_path_factory: pytest.TempPathFactory) -> 
         skiplist_words=list(string.punctuation),
     )
     return folder
-
-
-@pytest.fixture(scope="module")
-def stanford(make_base: MakeColbert, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a checkpoint as Stanford's ColBERT saves it: the projection among the weights, and its settings in a file."""
-    folder = tmp_path_factory.mktemp("stanford") / "stanford"
-    folder.mkdir()
-    for path in make_base("bert").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    write(folder / "config.json", **{**config, "architectures": ["HF_ColBERT"]})
-    weights = {f"bert.{name}": part for name, part in load_file(folder / "model.safetensors").items()}
-    torch.manual_seed(8)
-    save_file({**weights, "linear.weight": torch.randn(24, 64) * 0.3}, folder / "model.safetensors", {"format": "pt"})
-    write(
-        folder / "artifact.metadata",
-        query_token_id="[unused0]",
-        doc_token_id="[unused1]",
-        query_maxlen=12,
-        doc_maxlen=28,
-        dim=24,
-        mask_punctuation=True,
-        attend_to_mask_tokens=False,
-        similarity="cosine",
-    )
-    return folder
-
-
-def write(path: Path, **content: object) -> None:
-    path.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")

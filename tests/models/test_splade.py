@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
-from sentence_transformers.base.modules import Router, Transformer
-from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from gateway.engine.loading import plan_load
 from gateway.engine.model.splade import LOGITS_AT_ONCE, SpladeHead
 from gateway.engine.model.states import TokenStates
 from gateway.errors import LoadError
 from gateway.types import Output, SparseVector, Truncate
+from tests.models.by_token import save
 from tests.models.checkpoints import MAX_TOKENS, TEXTS
-from tests.models.plain import entry, load_whole, make_plain
+from tests.models.plain import entry, load_whole
 
 Load = Callable[..., Any]
 Copy = Callable[[Path], Path]
@@ -32,29 +33,6 @@ MakeSplade = Callable[..., Path]
 TYPES = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "modernbert")
 SPARSE = (Output.SPARSE,)
 QUERIES = ("fox", "", "Berlin, Berlin, the capital of Germany?", "near vectors " * 60)
-
-
-def save(model: SparseEncoder, folder: Path) -> Path:
-    model.save(str(folder), create_model_card=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def make_masked_lm(tmp_path_factory: pytest.TempPathFactory) -> MakeSplade:
-    """Return a function that makes a masked language model without sentence-transformers' files."""
-
-    @cache
-    def make(model_type: str) -> Path:
-        folder = make_plain(tmp_path_factory.mktemp(model_type) / "lm", model_type, "MaskedLM", num_hidden_layers=2)
-        path = folder / "model.safetensors"
-        torch.manual_seed(9)
-        tensors = load_file(path)
-        for name, tensor in tensors.items():  # biases are 0 at first, which would hide mistakes
-            tensors[name] = tensor + torch.randn_like(tensor) * 0.3 if tensor.ndim == 1 else tensor
-        save_file(tensors, path, {"format": "pt"})
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +47,6 @@ def make_splade(make_masked_lm: MakeSplade, tmp_path_factory: pytest.TempPathFac
         return save(model, tmp_path_factory.mktemp("splade") / "splade")
 
     return make
-
-
-@pytest.fixture(scope="module")
-def inference_free(make_masked_lm: MakeSplade, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a sparse encoder whose queries have fixed weights."""
-    document = Transformer(str(make_masked_lm("bert")), transformer_task="fill-mask")
-    torch.manual_seed(2)
-    weights = torch.rand(len(document.tokenizer)) * (torch.rand(len(document.tokenizer)) > 0.2)
-    router = Router.for_query_document(
-        query_modules=[SparseStaticEmbedding(document.tokenizer, weights, frozen=True)],
-        document_modules=[document, SpladePooling("max", activation_function="log1p_relu")],
-        default_route="query",
-    )
-    return save(SparseEncoder(modules=[router], device="cpu"), tmp_path_factory.mktemp("free") / "free")
 
 
 def check(found: SparseVector, right: np.ndarray, tolerance: float = 1e-5) -> None:

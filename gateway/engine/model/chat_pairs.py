@@ -85,7 +85,7 @@ class ChatPairTokenizer(Tokenizer):
                 f"{'' if row.is_whole else 'at least '}{len(whole)} tokens together, with the template around them. Shorten "
                 "one of them, or leave out truncate: false."
             )
-        return self._cut(Row(whole, row.is_whole), pair, truncate, index)
+        return self._cut(Row(whole, row.is_whole), pair, truncate, f"input[{index}]", self.max_tokens)
 
     def _head_ids(self, text: Prefixed) -> list[int]:
         """Return the tokens of the template and the query."""

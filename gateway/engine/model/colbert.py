@@ -58,9 +58,15 @@ class QueryTokenizer(Tokenizer):
         self.largest_id = max(self.largest_id, mask_id)
 
     def read(
-        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+        self,
+        texts: Sequence[str],
+        instruction: str,
+        truncate: Truncate,
+        first_index: int = 0,
+        name: str = "input",
+        max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
-        rows = yield from super().read(texts, instruction, truncate, first_index)
+        rows = yield from super().read(texts, instruction, truncate, first_index, name, max_text_tokens)
         return [self._expanded(row) for row in rows]
 
     def _expanded(self, row: Tokens) -> Tokens:

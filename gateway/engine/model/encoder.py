@@ -135,7 +135,8 @@ class Encoder:
             return self._pairs.read_pairs(query, texts, job.truncate, first_index=first, max_text_tokens=limit)
         if job.is_late_chunked:
             return self._read_document(texts, job.task)
-        return self._reader(job.task).read(texts, self.instruction(job.task), job.truncate, first)
+        reader, name = self._reader(job.task), job.text_name
+        return reader.read(texts, self.instruction(job.task), job.truncate, first, name, job.max_text_tokens)
 
     def _read_document(self, chunks: Sequence[str], task: str | None) -> Steps[list[Tokens]]:
         document = yield from self.tokenizer.read_chunks(chunks, self.instruction(task))

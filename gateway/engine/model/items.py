@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.types import MultiVector, Output, SparseVector, States, Vectors
@@ -30,11 +31,16 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One text as an encoder takes it."""
+    """One text as an encoder takes it.
+
+    Attributes:
+        scorer: see :class:`gateway.types.EmbedJob`; applied to what the encoder returns.
+    """
 
     tokens: Tokens
     task: str | None = None
     outputs: frozenset[Output] = frozenset({Output.DENSE})
+    scorer: Callable[[Vectors, SparseVector | None, MultiVector | None], float] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -101,7 +101,13 @@ class StaticTokenizer(Tokenizer):
             self._max_chars = max_tokens * int(median(map(len, tokenizer.get_vocab())))
 
     def read(
-        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+        self,
+        texts: Sequence[str],
+        instruction: str,
+        truncate: Truncate,
+        first_index: int = 0,
+        name: str = "input",
+        max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
         """Tokenize texts; as :meth:`Tokenizer.read`, which says what it raises.
 
@@ -109,13 +115,13 @@ class StaticTokenizer(Tokenizer):
             BadInput: a text has no token with a vector, so there is nothing to take the mean of.
         """
         cut = [self._cut_characters(text, instruction, truncate, first_index + i) for i, text in enumerate(texts)]
-        rows = yield from super().read(cut, instruction, truncate, first_index)
+        rows = yield from super().read(cut, instruction, truncate, first_index, name, max_text_tokens)
         tokens = []
         for i, (text, kept, row) in enumerate(zip(texts, cut, rows, strict=True)):
             ids = row.ids if self._unknown is None else [id_ for id_ in row.ids if id_ != self._unknown]
             if not ids:
                 raise BadInput(
-                    f"input[{first_index + i}] has no token with a vector in this model, whose vectors are the mean over a "
+                    f"{name}[{first_index + i}] has no token with a vector in this model, whose vectors are the mean over a "
                     "text's tokens: leave out texts that are blank or in another script",
                     param="input",
                 )

@@ -143,11 +143,20 @@ class Tokenizer:
         return at_once(self.read(texts, instruction, truncate, first_index))
 
     def read(
-        self, texts: Sequence[str], instruction: str, truncate: Truncate, first_index: int = 0
+        self,
+        texts: Sequence[str],
+        instruction: str,
+        truncate: Truncate,
+        first_index: int = 0,
+        name: str = "input",
+        max_text_tokens: int | None = None,
     ) -> Steps[list[Tokens]]:
         """Tokenize texts with ``instruction`` put before each.
 
-        ``first_index`` is the place of the first text in its request, for the error message.
+        Args:
+            first_index: place of the first text in its request, for the error message.
+            name: of the texts, for the error message.
+            max_text_tokens: limit of each text, special tokens and the instruction not counted, which cuts in any case.
 
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` says to refuse.
@@ -158,14 +167,20 @@ class Tokenizer:
         for i, row in enumerate(rows, first_index):
             if not row.ids and self._has_template:
                 raise BadInput(
-                    f"input[{i}] has no tokens, so it has no vector: this model adds no special tokens to a text. Leave it "
+                    f"{name}[{i}] has no tokens, so it has no vector: this model adds no special tokens to a text. Leave it "
                     "out, or choose a task that has an instruction.",
                     param="input",
                 )
+        limit = self.max_tokens
+        if max_text_tokens is not None:
+            num_others = len(self._head_ids(Prefixed(instruction, ""))) + len(self._tail)
+            limit = min(limit, num_others + max_text_tokens)
+        if truncate is Truncate.REFUSE and limit < self.max_tokens:  # what is cut in any case is not too long
+            truncate = Truncate.END
         return [
             Tokens(row.ids)
-            if len(row.ids) <= self.max_tokens
-            else self._cut(row, prefixed[i], truncate, first_index + i)
+            if len(row.ids) <= limit
+            else self._cut(row, prefixed[i], truncate, f"{name}[{first_index + i}]", limit)
             for i, row in enumerate(rows)
         ]
 
@@ -264,17 +279,17 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=has_special)[0].ids
         return ids
 
-    def _cut(self, row: Row, text: Prefixed, truncate: Truncate, index: int) -> Tokens:
-        ids, room = row.ids, self.max_tokens - len(self._tail)
+    def _cut(self, row: Row, text: Prefixed, truncate: Truncate, name: str, limit: int) -> Tokens:
+        ids, room = row.ids, limit - len(self._tail)
         if truncate is Truncate.END:
             return Tokens([*ids[:room], *self._tail], is_truncated=True)
         if truncate is Truncate.START:
             head = self._head_ids(text)[:room]
-            return Tokens([*head, *ids[len(ids) - (self.max_tokens - len(head)) :]], is_truncated=True)
+            return Tokens([*head, *ids[len(ids) - (limit - len(head)) :]], is_truncated=True)
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {self.max_tokens} tokens, however input[{index}] has "
+            f"This model's maximum context length is {self.max_tokens} tokens, however {name} has "
             f"{'' if row.is_whole else 'at least '}{len(ids)} tokens. Shorten it, or leave out truncate: false.",
-            param="input",
+            param="input" if name.startswith("input") else None,
         )
 
     def _head_ids(self, text: Prefixed) -> list[int]:
