@@ -312,6 +312,26 @@ def test_pairs_are_the_tokenizers_own(
     assert max(len(row.ids) for row in tokens) == MAX_TOKENS
 
 
+@pytest.mark.parametrize(("runtime", "is_causal"), [("torch", False), ("torch", True), ("openvino", True)])
+def test_a_decoder_that_pads_with_the_token_that_ends_a_text_reads_the_state_before_it(
+    runtime: str,
+    is_causal: bool,
+    make_reranker: MakeReranker,
+    copy: Copy,
+    edit_json: EditJson,
+    load: Load,
+    reference: Reference,
+) -> None:
+    folder = copy(make_reranker("qwen3"))
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    edit_json(folder / "config.json", pad_token_id=end, is_causal=is_causal)
+    texts = [*DOCUMENTS, "", "fox <|endoftext|>"]
+
+    scores = score(load(folder, runtime), QUERY, texts)
+
+    np.testing.assert_allclose(scores, reference(folder, QUERY, texts), rtol=0, atol=TOLERANCES[runtime])
+
+
 @pytest.mark.parametrize("model_type", ["bert", "qwen3"])
 @pytest.mark.parametrize("query", [LONG, "fox " * (MAX_TOKENS - 4), "fox " * (MAX_TOKENS // 2)])
 def test_a_long_query_is_cut_as_sentence_transformers_does_it(

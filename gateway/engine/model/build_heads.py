@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from gateway.engine.checkpoint.classifier import HEADS
+from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.checkpoint.sizes import load_config
 from gateway.engine.model.colbert import TokenVectorHead
 from gateway.engine.model.encoder import Heads
 from gateway.engine.model.heads import DenseHead, MultiVectorHead, ScoreHead, SparseHead
@@ -34,7 +37,22 @@ def build_heads(checkpoint: Checkpoint, device_name: str, dtype: str, tokenizers
         dense=dense.to(device),
         sparse=None if sparse is None else SparseHead(sparse, width, tokenizers.special_ids).to(device),
         multivector=None if multivector is None else MultiVectorHead(multivector, width).to(device),
+        unread_id=_unread_id(checkpoint),
     )
+
+
+def _unread_id(checkpoint: Checkpoint) -> int | None:
+    """Return the token id that a decoder's head passes over at the end of a text.
+
+    It reads the state of the last token that is not padding, and knows padding by its id alone
+    (``transformers.modeling_layers.GenericForSequenceClassification``). Many decoders pad with the token that ends a text:
+    the state read is then that of the token before it.
+    """
+    classifier = checkpoint.classifier
+    if classifier is None or checkpoint.pooling is not Pooling.LAST or classifier.architecture not in HEADS:
+        return None
+    id_: int | None = load_config(checkpoint.transformer).pad_token_id
+    return id_
 
 
 def build_query_table(checkpoint: Checkpoint, max_tokens: int) -> QueryTable | None:

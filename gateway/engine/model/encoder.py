@@ -26,12 +26,24 @@ from gateway.types import EmbedJob, MultiVector, Output, SparseVector, Truncate
 class Heads:
     """What a model can be asked for; the one number of a cross-encoder takes the place of a vector.
 
-    The last two take the states of all texts, their items, and the places of those that are wanted.
+    The next two take the states of all texts, their items, and the places of those that are wanted.
+
+    Attributes:
+        unread_id: a token id whose states are not read where it ends a text.
     """
 
     dense: DenseHead | ScoreHead | None
     sparse: Callable[[TokenStates, Sequence[Item], Sequence[int]], list[SparseVector]] | None = None
     multivector: Callable[[TokenStates, Sequence[Item], Sequence[int]], list[MultiVector]] | None = None
+    unread_id: int | None = None
+
+    def spans(self, tokens: Tokens) -> Sequence[tuple[int, int]] | None:
+        """Return the parts of a text whose states are read; ``None`` for all of it, by the model's pooling."""
+        ids = tokens.ids
+        if self.unread_id is None or ids[-1] != self.unread_id:
+            return tokens.spans
+        last = next((i for i in reversed(range(len(ids))) if ids[i] != self.unread_id), 0)
+        return [(last, last + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +230,9 @@ class Encoder:
     def _outputs(self, items: list[Item], states: TokenStates) -> list[Encoded]:
         dense: torch.Tensor = torch.zeros(len(items), 0)
         if self._heads.dense is not None:
-            dense = self._heads.dense(states, [item.tokens.spans for item in items]).to("cpu", torch.float32)
+            dense = self._heads.dense(states, [self._heads.spans(item.tokens) for item in items]).to(
+                "cpu", torch.float32
+            )
         rows = iter(torch.split(dense, [item.tokens.num_vectors for item in items]))
         sparse_rows = [i for i, item in enumerate(items) if Output.SPARSE in item.outputs]
         multi_rows = [i for i, item in enumerate(items) if Output.MULTIVECTOR in item.outputs]

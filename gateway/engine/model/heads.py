@@ -127,7 +127,15 @@ class ScoreHead(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, states: TokenStates, spans: Sequence[Sequence[tuple[int, int]] | None]) -> torch.Tensor:
-        """Return a number for each label, before any function of it, ``(n, labels)`` float32; there are no spans here."""
+        """Return a number for each label, before any function of it, ``(n, labels)`` float32.
+
+        Args:
+            spans: for each text the one token that is read; ``None`` where the pooling says which.
+        """
+        if any(text_spans is not None for text_spans in spans):  # and the pooling is that of the last token
+            ends = [[(n - 1, n)] if one is None else one for one, n in zip(spans, states.lengths, strict=True)]
+            read: torch.Tensor = self.layers(states.pool_spans(ends))
+            return read
         if self._is_late:
             return replace(states, flat=self.layers(states.flat.float())).pool(self._pooling)
         scores: torch.Tensor = self.layers(states.pool(self._pooling))
