@@ -367,6 +367,12 @@ def test_an_adapter_that_does_not_fit_is_refused(
         {"alora_invocation_tokens": [1]},
         {"init_lora_weights": "pissa"},
         {"r": None},
+        # PEFT would leave some of the tensors out.
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"target_modules": None},
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["q_proj"]},
     ],
 )
 def test_a_method_that_computes_something_else_is_refused(

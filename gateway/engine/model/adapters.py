@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ _UNSUPPORTED = (
     "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
+    "exclude_modules",
+    "layers_to_transform",
 )
 # Ways to begin the training that also change the base weights, which are then not the checkpoint's.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -148,15 +151,29 @@ def _read(folder: Path) -> _Adapter:
     unsupported = [key for key in _UNSUPPORTED if config.get(key)]
     if str(config.get("init_lora_weights")).lower() in _CHANGE_THE_BASE:
         unsupported.append("init_lora_weights")
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if config.get("peft_type") != "LORA" or unsupported:
         raise LoadError(
             f"{folder}: only plain LoRA adapters are supported, not {unsupported or config.get('peft_type')}"
         )
     strange = sorted(key for key in tensors if not key.endswith(_SUFFIXES))
     if strange:
         raise LoadError(f"{folder}: holds {strange[0]}, which is no part of a plain LoRA adapter")
+    tensors = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    if unused := sorted(key for key in tensors if not _is_target(_layer(key), config.get("target_modules"))):
+        raise LoadError(
+            f"{folder}: holds {unused[0]}, but target_modules is {config.get('target_modules')!r}: PEFT would leave it out"
+        )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return _Adapter(rank, scaling, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
+    return _Adapter(rank, scaling, tensors)
+
+
+def _is_target(layer: str, targets: object) -> bool:
+    """Return whether PEFT adapts a layer: by the end of its name, or a pattern for all of it."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, layer) is not None
+    return isinstance(targets, list) and any(layer == one or layer.endswith(f".{one}") for one in targets)
 
 
 def _layer(key: str) -> str:
