@@ -20,6 +20,7 @@ from gateway.errors import BadInput, Forbidden, ModelNotFound, ModelNotReady, Mo
 from gateway.fleet import Fleet, Model
 from gateway.http.context import RequestContext
 from gateway.telemetry import metrics
+from gateway.types import ModelState
 
 
 class ReloadAnswer(AnswerBody):
@@ -111,14 +112,19 @@ def _on_demand(fleet: Fleet, model_id: str) -> tuple[Model, OnDemandBackend]:
     Raises:
         ModelNotFound: no model has this id.
         BadInput: the model is not loaded on demand.
+        ModelNotReady: the gateway has just been started, and has not read the model yet.
         ModelUnavailable: the model is disabled or has failed.
     """
     model = fleet.get(model_id)
     if model is None:
         raise ModelNotFound(f"no model has the id {cut(model_id)!r}; there are: {', '.join(one.id for one in fleet)}")
     backend = model.on_demand
+    if model.entry.is_remote:
+        raise BadInput(f"model {model.id!r} runs on other servers, and is loaded there")
     if backend is None:
         raise BadInput(f"model {model.id!r} is loaded at the start, for good: set `load: on_demand` in models.yaml")
+    if model.state is ModelState.LOADING and not backend.is_started:
+        raise ModelNotReady(f"model {model.id!r} cannot be loaded yet: the gateway is starting", retry_after_s=5)
     if not backend.is_started:
         raise ModelUnavailable(f"model {model.id!r} is {model.state.value}: {model.reason}", is_permanent=True)
     return model, backend

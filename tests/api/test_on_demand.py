@@ -215,6 +215,34 @@ async def test_what_the_operator_cannot_do_has_a_reason(gateway: Gateway, check_
         assert answer.status_code == (503 if action == "load" else 200)
 
 
+@pytest.mark.parametrize("action", ["load", "unload"])
+async def test_a_model_that_has_not_been_read_yet_can_be_loaded_soon(
+    gateway: Gateway, check_error: CheckError, action: str
+) -> None:
+    async with await gateway.start():
+        starting = Deployment(gateway.registry(), gateway.machine.settings, make_backend=gateway.make_backend)
+        transport = httpx.ASGITransport(create_app(starting))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            answer = await client.post(f"/admin/models/two/{action}", headers=ADMIN)
+
+    message = check_error(answer, 503, "model_not_ready", type_="server_error")
+    assert message == "model 'two' cannot be loaded yet: the gateway is starting"
+    assert (answer.headers["retry-after"], answer.headers.get("x-should-retry")) == ("5", None)
+
+
+@pytest.mark.parametrize("action", ["load", "unload"])
+async def test_a_model_on_other_servers_is_loaded_there(gateway: Gateway, check_error: CheckError, action: str) -> None:
+    upstream = {"urls": ("http://127.0.0.1:9/v1",)}
+    gateway.entries.append(
+        ModelEntry.model_validate({"id": "far", "source": "x", "backend": "openai", "upstream": upstream})
+    )
+    async with await gateway.start() as client:
+        answer = await client.post(f"/admin/models/far/{action}", headers=ADMIN)
+
+    message = check_error(answer, 400, "invalid_input")
+    assert message == "model 'far' runs on other servers, and is loaded there"
+
+
 # ---------------------------------------------------------------------------------------------------------- reloading
 
 
