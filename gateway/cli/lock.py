@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gateway.config.files import read_bounded, write_whole
 from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.errors import StartError
+from gateway.precision import CALIBRATED
 from gateway.routing.rules import broken_rules
 from gateway.types import PREPROCESSING_VERSION, ModelInfo, canonical_task
 
@@ -37,7 +38,8 @@ class LockedModel(_Frozen):
     Attributes:
         prompts: those of the registry. With the revision, they determine the spaces even without the checkpoint.
         fingerprint: of the checkpoint; ``None`` if it was not on the machine.
-        spaces: of each task, with native dimensions; a model without tasks has one, under the empty name.
+        spaces: of each task, with native dimensions; a model without tasks has one, under the empty name. Those of int8 and
+            uint8 vectors, which depend on the ranges, have the precision's name.
     """
 
     source: str
@@ -139,8 +141,13 @@ def _locked(entry: ModelEntry, info: ModelInfo | None) -> LockedModel:
         prompts=dict(entry.prompts),
         default_task=entry.default_task,
         fingerprint=info.fingerprint if info else None,
-        spaces={task or "": space for task, space in info.spaces_by_task().items()} if info else {},
+        spaces=_spaces(info) if info else {},
     )
+
+
+def _spaces(info: ModelInfo) -> dict[str, str]:
+    quantized = {name.value: info.space(precision=name) for name in sorted(CALIBRATED) if info.ranges}
+    return {task or "": space for task, space in info.spaces_by_task().items()} | quantized
 
 
 def _alias_space(alias: Alias, info: ModelInfo | None, model: LockedModel) -> str | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from gateway.cli.lock import Lock, LockedModel, ReadInfo, differences, lock_path
 from gateway.cli.main import app
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.errors import StartError
+from gateway.ranges import between
 from gateway.types import ModelInfo
 
 COMMIT = "5617a9f61b028005a4858fdac845db406aefb181"
@@ -123,6 +125,22 @@ def test_other_weights_behind_the_same_entry_are_reported(tmp_path: Path) -> Non
     found = changes(tmp_path, checkpoints={**AT_HAND, "mini": {"fingerprint": "upgraded"}})
 
     assert [line.partition(": would")[0] for line in found] == ["models: mini", "aliases: default"]
+
+
+def test_other_ranges_behind_the_same_entry_are_reported(tmp_path: Path) -> None:
+    """A new calibration moves stored int8 vectors to another space, and leaves all others where they are."""
+    low, high = np.zeros(8, np.float32), np.ones(8, np.float32)
+    locked, now = (
+        {**AT_HAND, "mini": {"fingerprint": "f1", "ranges": {8: between(low, end)}}} for end in (high, 2 * high)
+    )
+
+    moved = changes(tmp_path, checkpoints=now, locked=locked)
+
+    assert [message.partition(" would be in ")[0] for message in moved] == ["models: mini int8:", "models: mini uint8:"]
+    assert changes(tmp_path, checkpoints=now, locked=now) == []
+    assert [message.rpartition(", but ")[2] for message in changes(tmp_path, checkpoints=now)] == [
+        "the lock does not have it"
+    ] * 2
 
 
 def test_a_missing_model_is_reported(tmp_path: Path) -> None:
