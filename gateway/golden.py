@@ -127,7 +127,11 @@ class GoldenCheck:
 
 
 def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
-    """Store golden vectors: a reader, or a crash, sees the old file or the new one, and never half of it."""
+    """Store golden vectors: a reader, or a crash, sees the old file or the new one, and never half of it.
+
+    Raises:
+        LoadError: they cannot be written; the old file stays.
+    """
     content = {
         "version": _VERSION,
         "fingerprint": fingerprint,
@@ -140,8 +144,11 @@ def write(path: Path, fingerprint: str, golden: Sequence[GoldenVector]) -> None:
             for one in golden
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise LoadError(f"{path}: golden vectors cannot be written: {error.strerror or error}") from error
 
 
 def read(path: Path, fingerprint: str, tasks: Collection[str]) -> list[GoldenVector]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gateway.config.files import read_bounded, write_whole
-from gateway.errors import LoadError
+from gateway.errors import LoadError, StartError
 from gateway.precision import Ranges
 from gateway.types import Vectors
 from gateway.vectors import finish
@@ -58,7 +58,11 @@ def between(low: Vectors, high: Vectors) -> Ranges:
 
 
 def write(path: Path, fingerprint: str, ranges: Mapping[int, Ranges], *, is_normalized: bool, num_texts: int) -> None:
-    """Store ranges: a reader, or a crash, sees the old file or the new one, and never half of it."""
+    """Store ranges: a reader, or a crash, sees the old file or the new one, and never half of it.
+
+    Raises:
+        StartError: they cannot be written; the old file stays.
+    """
     content = {
         "version": _VERSION,
         "fingerprint": fingerprint,
@@ -66,8 +70,27 @@ def write(path: Path, fingerprint: str, ranges: Mapping[int, Ranges], *, is_norm
         "num_texts": num_texts,
         "ranges": {str(size): {"low": _text(one.low), "high": _text(one.high)} for size, one in ranges.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    make_folder(path)
+    try:
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a file of ranges.
+
+    Raises:
+        StartError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> StartError:
+    return StartError(f"{path}: ranges cannot be written: {error.strerror or error}")
 
 
 def read(file: str | None, fingerprint: str, sizes: Sequence[int], *, is_normalized: bool) -> dict[int, Ranges]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gateway.errors import LoadError
+from gateway.errors import LoadError, StartError
 from gateway.precision import Ranges
 from gateway.ranges import Meter, between, read, write
 from gateway.vectors import finish
@@ -54,6 +54,15 @@ def test_what_is_written_is_read(file: Path, measured: dict[int, Ranges]) -> Non
     assert found == measured
     np.testing.assert_array_equal(found[8].low, measured[8].low)
     assert read(str(file), "abc", (4,), is_normalized=True) == {4: measured[4]}
+
+
+@pytest.mark.parametrize("place", ["file/mini.json", "folder"])
+def test_a_place_that_cannot_be_written_is_named(measured: dict[int, Ranges], tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(StartError, match=f"{place}: ranges cannot be written: "):
+        write(tmp_path / place, "abc", measured, is_normalized=True, num_texts=40)
 
 
 def test_a_model_without_a_file_has_no_ranges() -> None:

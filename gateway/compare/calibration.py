@@ -38,14 +38,15 @@ def calibrate(registry: Registry, entry: ModelEntry, settings: Settings, texts: 
         max_texts: how many of them to draw, if there are more.
 
     Raises:
-        StartError: the model has no file for ranges, gives no vectors or cannot be loaded; or the texts cannot be read, or
-            embedded.
+        StartError: the model has no file for ranges, gives no vectors or cannot be loaded; the texts cannot be read, or
+            embedded; or the ranges cannot be written.
     """
     if entry.ranges is None:
         raise StartError(
             f"{registry.path}: set `ranges: ranges/{entry.id}.json` for {entry.id} to say where to store them"
         )
     chosen = _choose(texts, max_texts)
+    ranges.make_folder(Path(entry.ranges))  # before an hour of work
     configure_logs("warning", "auto")  # a progress bar shows the steps
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Without the file, which may not exist yet, or belong to other weights.

@@ -211,6 +211,13 @@ def test_the_file_that_the_malformed_ones_are_made_of_can_be_read(tmp_path: Path
     assert (one.text, one.task, one.vector.tolist()) == ("a", None, [1.0, 0.0])
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(LoadError, match="golden vectors cannot be written: "):
+        write(tmp_path / "file" / "mini.json", "some fingerprint", [])
+
+
 @pytest.mark.parametrize("fails_at", ["os.fsync", "pathlib.Path.replace"])
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
     fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -224,7 +231,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(fails_at, fail)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(LoadError, match="no space left"):
             write(path, "new", [GoldenVector("b", None, np.ones(2, np.float32))])
 
     assert path.read_bytes() == before
