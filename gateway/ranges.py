@@ -116,7 +116,7 @@ def read(file: str | None, fingerprint: str, sizes: Sequence[int], *, is_normali
         raise LoadError(f"{path}: there is no such file. {_ADVICE}") from error
     except OSError as error:
         raise LoadError(f"{path}: ranges cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{path}: not ranges that can be read: {error!r}") from error
     if recorded != fingerprint:
         raise LoadError(
@@ -138,6 +138,10 @@ def _text(end: Vectors) -> str:
 
 def _ranges(size: int, row: Mapping[str, str]) -> Ranges:
     low, high = (np.frombuffer(base64.b64decode(row[end], validate=True), dtype="<f4") for end in ("low", "high"))
-    if low.shape != (size,) or high.shape != (size,) or not np.isfinite([low, high]).all() or (low > high).any():
+    if low.shape != (size,) or high.shape != (size,) or (low > high).any():
         raise ValueError(f"no ranges of {size} dimensions")
+    with np.errstate(all="ignore"):  # NaN and infinity are refused here, and a width that overflows
+        widths = high - low
+    if not np.isfinite([low, high, widths]).all():
+        raise ValueError(f"ranges of {size} dimensions that are not finite")
     return between(low, high)

@@ -101,6 +101,7 @@ def test_ranges_of_other_vectors_are_refused(
         {"ranges": {"8": {"low": "AAAAAA==", "high": "AAAAAA=="}}},
         {"ranges": {"1": {"low": "AACAPw==", "high": "AAAAAA=="}}},  # 1 to 0
         {"ranges": {"1": {"low": "AAAAAA==", "high": "AADAfw=="}}},  # 0 to NaN
+        {"ranges": {"1": {"low": "//9//w==", "high": "//9/fw=="}}},  # the largest number, on both sides of 0
         {"ranges": {"1": {"low": "?", "high": "?"}}},
         {"ranges": {"eight": {}}},
         {"ranges": None},
@@ -108,6 +109,13 @@ def test_ranges_of_other_vectors_are_refused(
 )
 def test_a_malformed_file_is_refused(file: Path, changes: dict[str, object]) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    with pytest.raises(LoadError, match="not ranges that can be read"):
+        read(str(file), "abc", SIZES, is_normalized=True)
+
+
+def test_a_file_that_is_nested_too_deep_is_refused(file: Path) -> None:
+    file.write_text("[" * 100_000)
 
     with pytest.raises(LoadError, match="not ranges that can be read"):
         read(str(file), "abc", SIZES, is_normalized=True)
