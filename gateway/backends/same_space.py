@@ -60,6 +60,8 @@ async def verify_same_space(info: ModelInfo, backend: Backend, reference: Refere
         is_normalized=theirs.is_normalized,
         tasks={task: theirs.tasks[task] for task in info.tasks},
         instruction=theirs.instruction,
+        # Equal vectors have equal ranges; those of a size that the other model does not have are unknown.
+        ranges=info.ranges or (theirs.ranges if set(info.dimensions) <= theirs.ranges.keys() else {}),
     )
 
 

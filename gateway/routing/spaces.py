@@ -19,7 +19,10 @@ def why_not_interchangeable(info: ModelInfo, other: ModelInfo) -> str:
 
 def why_other_ranges(info: ModelInfo, other: ModelInfo) -> str:
     """Return why the int8 and uint8 vectors of two models in one space are in two; empty if they are not."""
-    return "" if info.ranges == other.ranges else f"{info.id} and {other.id} have other `ranges` for int8 vectors"
+    is_same = all(
+        info.ranges.get(size) == other.ranges.get(size) for size in info.dimensions if size in other.dimensions
+    )
+    return "" if is_same else f"{info.id} and {other.id} have other `ranges` for int8 vectors"
 
 
 def _differences(info: ModelInfo, other: ModelInfo) -> Iterator[str]:

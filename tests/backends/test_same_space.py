@@ -18,6 +18,9 @@ from gateway.backends.same_space import verify_same_space
 from gateway.config.model_entry import ModelEntry
 from gateway.errors import LoadError, ModelNotReady, Overloaded
 from gateway.fleet import Fleet, Model
+from gateway.precision import Precision
+from gateway.ranges import between
+from gateway.routing.spaces import why_other_ranges
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vectors
 from tests.backends.stand_in import vector_of
 
@@ -102,6 +105,22 @@ async def test_it_takes_over_what_makes_the_space() -> None:
     assert info.id == "far"
     assert (info.fingerprint, info.is_normalized, info.instruction) == ("f" * 64, True, "embed: ")
     assert dict(info.tasks) == TASKS
+
+
+async def test_equal_vectors_have_the_ranges_of_the_other_model() -> None:
+    """So int8 vectors are in one space too, and one model may be the fallback of the other."""
+    ranges = {size: between(np.zeros(size, np.float32), np.ones(size, np.float32)) for size in (WIDTH, 4)}
+    other = await near(dimensions=(WIDTH, 4), ranges=ranges)
+    assert other.info is not None
+
+    info = await adopt(other)
+
+    assert (
+        info.space(precision=Precision.INT8).partition("@")[2]
+        == other.info.space(precision=Precision.INT8).partition("@")[2]
+    )
+    assert why_other_ranges(other.info, info) == ""
+    assert (await adopt(other, dimensions=(WIDTH, 6))).ranges == {}, "of a size that was not measured"
 
 
 async def test_it_may_have_fewer_tasks() -> None:
