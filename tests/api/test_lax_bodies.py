@@ -9,11 +9,20 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import httpx
 import pytest
 
+from gateway.api.classify_schema import ClassifyBody
 from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
 from gateway.api.openai_schema import EmbeddingsBody
 from gateway.api.rerank_schema import RerankBody
-from gateway.api.tei_schema import DecodeBody, EmbedBody, SimilarityBody, SimilarityInputs, TextsBody, TokenizeBody
+from gateway.api.tei_schema import (
+    DecodeBody,
+    EmbedBody,
+    PredictBody,
+    SimilarityBody,
+    SimilarityInputs,
+    TextsBody,
+    TokenizeBody,
+)
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.fleet import Model
 from gateway.types import EmbedJob, ModelKind, Output, Truncate
@@ -30,6 +39,8 @@ LEAST: dict[type[RequestBody], dict[str, Any]] = {
     SimilarityInputs: {"source_sentence": "a", "sentences": ["a"]},
     TokenizeBody: {"inputs": "a"},
     DecodeBody: {"ids": [1]},
+    PredictBody: {"inputs": "a"},
+    ClassifyBody: {"input": "a"},
     OllamaEmbedBody: {"input": "a"},
 }
 

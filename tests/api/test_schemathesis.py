@@ -74,6 +74,7 @@ def narrowed(app: FastAPI) -> dict[str, Any]:
         "output_dimension",
         "embedding_type",
         "encoding_type",
+        "output_dtype",
         "input_type",
         "normalize",
         "truncation_direction",
@@ -82,6 +83,7 @@ def narrowed(app: FastAPI) -> dict[str, Any]:
     fields["model"] = {"enum": ["mini", "default", "owner/mini", "mini:query", "", None]}
     fields["task"] = {"enum": ["retrieval.query", "query", "search_query", "", None]}
     fields["dimensions"] = {"enum": [8, 4, 2, 8.0, None]}
+    fields["encoding_format"] = {"enum": ["float", "base64", "binary", "ubinary", None]}  # int8 needs measured ranges
     fields["late_chunking"] = {"enum": [False, None]}
     fields["outputs"] = {"enum": [["dense"], None]}
     _token_ids, token_id_list = fields["input"]["anyOf"][1]["items"]["anyOf"][2], fields["input"]["anyOf"][2]
