@@ -332,7 +332,7 @@ FC1 = "base_model.model.layers.0.mlp.fc1.lora_"
                     "base_model.model.embeddings.LayerNorm.lora_B.weight": torch.zeros(64, 4),
                 }
             ),
-            r"is for embeddings\.LayerNorm, which is a LayerNorm",
+            r"holds embeddings\.LayerNorm\.lora_A\.weight, which the adapter's target_modules do not name",
             id="a layer of another kind",
         ),
         pytest.param(

@@ -163,7 +163,8 @@ def _read(folder: Path) -> _Adapter:
     tensors = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
     if unused := sorted(key for key in tensors if not _is_target(_layer(key), config.get("target_modules"))):
         raise LoadError(
-            f"{folder}: holds {unused[0]}, but target_modules is {config.get('target_modules')!r}: PEFT would leave it out"
+            f"{folder}: holds {unused[0]}, which the adapter's target_modules do not name, so that PEFT would leave it out: "
+            f"{config.get('target_modules')!r}"
         )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return _Adapter(rank, scaling, tensors)
