@@ -114,21 +114,23 @@ class ClassifyBody(RequestBody):
             raise BadInput(
                 f"`input` has {len(items)} items, the limit is {max_inputs}: send several requests", param="input"
             )
-        pairs = [_pair(item, i) for i, item in enumerate(items)]
+        pairs = [_pair(item, f"input[{i}]" if isinstance(given, list) else "input") for i, item in enumerate(items)]
         firsts = [first for first, _text in pairs]
         return [text for _first, text in pairs], None if all(first is None for first in firsts) else firsts
 
 
-def _pair(item: Json, index: int) -> tuple[str | None, str]:
+def _pair(item: Json, place: str) -> tuple[str | None, str]:
     match item:
         case str(text):
             return None, text
         case [str(first), str(text)]:
             return first, text
+        case [_, _]:
+            wrong = next(part for part in item if not isinstance(part, str))
+            shown = f"a list with {describe(wrong)}"
         case _:
-            raise BadInput(
-                f"`input[{index}]` must be a string, or a list of two strings, got {describe(item)}", param="input"
-            )
+            shown = describe(item)
+    raise BadInput(f"`{place}` must be a string, or a list of two strings, got {shown}", param="input")
 
 
 class Classified(BaseModel):

@@ -34,6 +34,10 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         raise MethodNotAllowed(f"{context.method} is not allowed on {path}; use {allow}", allow=allow)
     if error.status_code in (404, 405):
         near = difflib.get_close_matches(path, request.app.state.shown_paths, n=1)
-        hint = f"did you mean {near[0]}?" if near else "embeddings are at POST /v1/embeddings, models at GET /v1/models"
+        hint = (
+            f"did you mean {near[0].replace(':path', '')}?"
+            if near
+            else "embeddings are at POST /v1/embeddings, models at GET /v1/models"
+        )
         raise NotFound(f"no such path: {path}; {hint}")
     raise InternalError(f"unexpected status {error.status_code} from the framework")

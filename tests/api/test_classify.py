@@ -178,7 +178,12 @@ async def test_the_headers_are_those_of_rerank(client: httpx.AsyncClient) -> Non
     [
         ({"input": None}, "input", "`input` is required"),
         ({"input": []}, "input", "empty list"),
-        ({"input": 7}, "input", "must be a string, or a list of two strings, got"),
+        ({"input": 7}, "input", "`input` must be a string, or a list of two strings, got the number 7"),
+        (
+            {"input": ["a", ["b", None]]},
+            "input",
+            r"`input\[1\]` must be a string, or a list of two strings, got a list with null",
+        ),
         ({"input": ["a", 7]}, "input", r"input\[1\]"),
         ({"input": [["a"]]}, "input", r"input\[0\]"),
         ({"input": [["a", "b", "c"]]}, "input", r"input\[0\]"),

@@ -243,6 +243,14 @@ async def test_a_model_on_other_servers_is_loaded_there(gateway: Gateway, check_
     assert message == "model 'far' runs on other servers, and is loaded there"
 
 
+async def test_a_similar_path_is_shown_as_the_documentation_writes_it(
+    client: httpx.AsyncClient, check_error: CheckError
+) -> None:
+    message = check_error(await client.post("/admin/models/two/loads", headers=ADMIN), 404, "not_found")
+
+    assert message == "no such path: /admin/models/two/loads; did you mean /admin/models/{model}/load?"
+
+
 # ---------------------------------------------------------------------------------------------------------- reloading
 
 
