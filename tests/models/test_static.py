@@ -259,6 +259,17 @@ def test_weights_that_are_not_a_table_of_the_tokenizer_are_refused(
         load(save_model2vec(tmp_path, wordpiece_tokenizer(), tensors=tensors))
 
 
+def test_texts_that_lose_their_start_are_refused(tmp_path: Path) -> None:
+    """sentence-transformers lets the tokenizer cut them as its file says."""
+    tokenizer = unigram_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(5, direction="left")
+    module = StaticEmbedding(tokenizer.backend_tokenizer, embedding_weights=table(len(tokenizer)))
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path), create_model_card=False)
+
+    with pytest.raises(LoadError, match="truncation at another side than the right is not supported"):
+        load(tmp_path)
+
+
 def test_modules_behind_the_table_are_refused(tmp_path: Path) -> None:
     save_model2vec(tmp_path, wordpiece_tokenizer())
     (tmp_path / "config.json").unlink()

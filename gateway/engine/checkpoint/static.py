@@ -70,9 +70,17 @@ def find_static_table(folder: Path) -> StaticTable | None:
     if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]):
         return None
     root = folder / modules[0][1]
-    truncation = read_object(root / "tokenizer.json").get("truncation")
-    length = as_length(truncation.get("max_length")) if isinstance(truncation, dict) else None
+    length = _truncation_length(root / "tokenizer.json")
     return _table(StaticRule.SENTENCE_TRANSFORMERS, root, length, is_normalized="Normalize" in kinds)
+
+
+def _truncation_length(path: Path) -> int | None:
+    truncation = read_object(path).get("truncation")
+    if not isinstance(truncation, dict):
+        return None
+    if truncation.get("direction", "Right") != "Right":
+        raise LoadError(f"{path}: truncation at another side than the right is not supported: a text is cut at its end")
+    return as_length(truncation.get("max_length"))
 
 
 def _model2vec_length(config: Mapping[str, Json], path: Path) -> int | None:
