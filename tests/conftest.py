@@ -61,6 +61,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# No logger keeps the setup of the log that it was first used with, not even one by a fixture of a session:
+# `structlog.testing.capture_logs` would see nothing of it later.
+_configure = structlog.configure
+structlog.configure = lambda **how: _configure(**{**how, "cache_logger_on_first_use": False})
+
 # What the tests of these folders start or make for a session takes long, so one worker runs all of them.
 _TOGETHER = ("clients", "models")
 
@@ -79,14 +84,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def same_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo a test's setup of the log; no logger keeps it, or ``structlog.testing.capture_logs`` would see nothing later."""
-    before, configure = structlog.get_config(), structlog.configure
-    monkeypatch.setattr(structlog, "configure", lambda **how: configure(**{**how, "cache_logger_on_first_use": False}))
+def same_logs() -> Iterator[None]:
+    """Undo a test's setup of the log."""
+    before = structlog.get_config()
     loggers = [logging.getLogger(name) for name in ("", "gateway", "uvicorn")]
     states = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
-    configure(**before)
+    structlog.configure(**before)
     for logger, handlers, propagate, level in states:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)

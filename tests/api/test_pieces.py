@@ -84,7 +84,7 @@ def test_an_answer_is_what_one_go_would_write(encoding: Encoding, has_dense: boo
     for i, row in enumerate(written["data"]):
         assert list(row) == names
         assert row["index"] == i
-        if encoding is Encoding.FLOAT and has_dense:
+        if encoding is Encoding.LIST and has_dense:
             np.testing.assert_array_equal(np.array(row["embedding"], np.float32), vectors[i])
         if "sparse" in others:
             assert row["sparse"] == {"indices": [1, i + 2], "values": [0.5, 0.25]}

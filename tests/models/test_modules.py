@@ -168,7 +168,6 @@ def test_a_setting_that_changes_no_vector_is_passed_over(
             "activation_function must be a class of torch's, got 'my.own.Tanh'",
         ),
         ("2_Dense", {"activation_function": None}, "activation_function must be a class of torch's, got None"),
-        ("2_Dense", {"module_output_name": "scores"}, "gives scores: a reranker"),
         ("2_Dense", {"bias": False}, "holds linear.bias, linear.weight, but its configuration linear.weight"),
     ],
 )
@@ -247,10 +246,6 @@ OTHER_MODULES = {
         "a multi-vector model (ColBERT)",
     ),
     "Dense without Pooling": ([f"{MODULES}.Transformer", f"{MODULES}.Dense"], "a multi-vector model (ColBERT)"),
-    "LLM reranker, release 6": (
-        [f"{MODULES}.Transformer", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"],
-        "a reranker of a kind that is not supported",
-    ),
     "static": ([f"{MODULES}.StaticEmbedding", f"{MODULES}.Dense"], "static embeddings"),
     "CLIP": ([f"{MODULES}.CLIPModel"], "a model of images and texts (CLIP)"),
     "words": ([f"{MODULES}.WordEmbeddings", f"{MODULES}.Pooling"], "word embeddings without a transformer"),
@@ -270,7 +265,7 @@ def test_modules_of_another_kind_of_model_are_named(name: str, has_config: bool,
         plan_load(entry(dense))
 
 
-def test_a_reranker_of_modules_is_named(dense: Path) -> None:
+def test_a_reranker_of_modules_needs_the_weights_of_each(dense: Path) -> None:
     """Ettin's layout: the layers behind the pooling give a score."""
     kinds = ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
     rows = [
@@ -282,7 +277,7 @@ def test_a_reranker_of_modules_is_named(dense: Path) -> None:
     config = {"in_features": 48, "out_features": 1, "module_output_name": "scores"}
     (dense / "4_Dense" / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(LoadError, match="Dense, LayerNorm, Dense are not supported: a reranker"):
+    with pytest.raises(LoadError, match="3_LayerNorm: no weights"):
         plan_load(entry(dense))
 
 
@@ -325,5 +320,7 @@ def test_a_reranker_with_a_prompt_is_refused(make_plain: MakePlain) -> None:
     config = {"model_type": "CrossEncoder", "prompts": {"query": "Find: "}, "default_prompt_name": "query"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
 
-    with pytest.raises(LoadError, match="default_prompt_name 'query' is not supported: a reranker has no prompts"):
+    with pytest.raises(
+        LoadError, match="default_prompt_name 'query' is not supported: a model that scores has no prompts"
+    ):
         plan_load(entry(folder))
