@@ -114,7 +114,9 @@ def save_adapters(adapters: Sequence[Adapter], folder: Path) -> list[Path]:
         save_file(
             {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}, path / "adapter_model.safetensors"
         )
-        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}))
+        targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapter})
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
+        (path / "adapter_config.json").write_text(json.dumps(config))
     return folders
 
 

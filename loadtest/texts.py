@@ -18,6 +18,8 @@ _QUERY_WORDS = (3, 12)
 _MEDIAN_WORDS, _SIGMA, _MAX_WORDS = 60, 0.8, 400
 # One word in so many is exchanged.
 _EXCHANGE_ONE_IN = 6
+# A text that has been given is made again so often before it gets another word.
+_TRIES_PER_LENGTH = 20
 
 
 def read_sentences(path: Path | None) -> tuple[str, ...]:
@@ -73,12 +75,15 @@ class Texts:
     def _new(self, num_words: int) -> str:
         if self.fixed:
             return self._random.choice(self.fixed)
+        num_tries = 0
         while True:
-            text = self._vary(num_words)
+            # Few words make few different texts: when most of them have been given, the next is longer.
+            text = self._vary(num_words + num_tries // _TRIES_PER_LENGTH)
             mark = hash(text)
             if mark not in self._given:
                 self._given.add(mark)
                 return text
+            num_tries += 1
 
     def _vary(self, num_words: int) -> str:
         words: list[str] = []

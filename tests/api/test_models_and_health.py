@@ -65,6 +65,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "tasks": ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"],
         "default_task": "text-matching",
         "outputs": ["dense"],
+        "rerank": {},
         "normalized": True,
         "labels": [],
         "label_function": None,
