@@ -255,7 +255,7 @@ def _check_precision(info: ModelInfo, precision: Precision, *, is_normalized: bo
             f"{precision.value} vectors need the range of each dimension, and model {info.id!r} has no ranges: set "
             f"`ranges: ranges/{info.id}.json` on it in models.yaml, and run `gateway calibrate {info.id} --texts FILE` with "
             "texts like yours",
-            param="embedding_type",
+            param="encoding_format",
         )
     if is_normalized != info.is_normalized:
         raise BadInput(

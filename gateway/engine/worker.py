@@ -258,12 +258,12 @@ class Worker:
         if not is_finite.all():
             chunk = "" if item.tokens.spans is None else f"input[{int(np.argmin(is_finite))}]: "
             return _invalid(f"{chunk}the model returned a vector that is not finite (NaN or infinity)")
-        beside = {
+        others = {
             Output.SPARSE: None if encoded.sparse is None else encoded.sparse.values,
             Output.MULTIVECTOR: encoded.multivector,
             Output.STATES: encoded.states,
         }
-        for output, numbers in beside.items():
+        for output, numbers in others.items():
             if numbers is not None and not np.isfinite(numbers).all():
                 return _invalid(f"the model returned a {output} output that is not finite (NaN or infinity)")
         return encoded if item.scorer is None else self._scored(item.scorer, encoded)

@@ -152,8 +152,9 @@ async def test_unknown_fields_are_ignored(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        "model", "dimensions", "output_dimension", "encoding_format", "embedding_type", "encoding_type", "task",
-        "input_type", "normalized", "normalize", "truncate", "late_chunking", "outputs", "user", "unknown",
+        "model", "dimensions", "output_dimension", "encoding_format", "embedding_type", "encoding_type",
+        "output_dtype", "task", "input_type", "normalized", "normalize", "truncate", "late_chunking", "outputs",
+        "user", "unknown",
     ],
 )  # fmt: skip
 async def test_null_means_absent(client: httpx.AsyncClient, field: str) -> None:
@@ -441,7 +442,7 @@ WRONG_VALUES = [
         ],
     ),
     (
-        ["encoding_format", "embedding_type", "encoding_type"],
+        ["encoding_format", "embedding_type", "encoding_type", "output_dtype"],
         "`float`, `base64`, `int8`, `uint8`, `binary` or `ubinary`",
         [
             ("hex", "the string 'hex'"),
@@ -655,7 +656,9 @@ def decode_base64(embedding: Any) -> np.ndarray:
     return np.frombuffer(base64.b64decode(embedding, validate=True), "<f4")
 
 
-ENCODING_FIELDS = pytest.mark.parametrize("field", ["encoding_format", "embedding_type", "encoding_type"])
+ENCODING_FIELDS = pytest.mark.parametrize(
+    "field", ["encoding_format", "embedding_type", "encoding_type", "output_dtype"]
+)
 
 
 @ENCODING_FIELDS

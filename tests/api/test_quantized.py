@@ -189,9 +189,9 @@ async def test_the_spaces_are_listed(client: httpx.AsyncClient) -> None:
 async def test_without_ranges_the_line_that_mends_it_is_named(
     client: httpx.AsyncClient, check_error: CheckError, precision: str
 ) -> None:
-    refused = await embed(client, model="plain", embedding_type=precision)
+    refused = await embed(client, model="plain", encoding_format=precision)
 
-    message = check_error(refused, 400, "invalid_input", param="embedding_type")
+    message = check_error(refused, 400, "invalid_input", param="encoding_format")
     assert "set `ranges: ranges/plain.json` on it in models.yaml" in message
     assert "run `gateway calibrate plain --texts FILE`" in message
     assert (await embed(client, model="plain", embedding_type="binary")).status_code == 200
