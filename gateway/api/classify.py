@@ -17,7 +17,7 @@ from gateway.api.endpoint import Endpoint, add, reserve_texts, timeout_s, unit_s
 from gateway.api.json_body import Json, check_batch
 from gateway.api.pieces import Parts, object_around, value_list
 from gateway.api.tei_schema import PredictBody
-from gateway.api.wire import RERANK_HEADERS, responses
+from gateway.api.wire import RERANK_HEADERS, request_body, responses
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -44,9 +44,7 @@ _ANSWERS = responses(
     DeadlineExceeded,
     headers=RERANK_HEADERS,
 )
-_REQUEST = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": ClassifyBody.model_json_schema()}}}
-}
+_REQUEST = request_body(ClassifyBody)
 
 
 class _Parsed(NamedTuple):

@@ -17,7 +17,7 @@ from gateway.api.model_cards import find_card, list_cards
 from gateway.api.openai_schema import AnyModelCard, EmbeddingsAnswer, EmbeddingsBody, ModelList
 from gateway.api.pieces import Parts, dumps, nested_list, object_around, vector_list
 from gateway.api.token_ids import MAX_IDS, TokenIds
-from gateway.api.wire import EMBEDDINGS_HEADERS, EXPECT_SPACE, responses
+from gateway.api.wire import EMBEDDINGS_HEADERS, EXPECT_SPACE, request_body, responses
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -58,7 +58,7 @@ _EMBEDDINGS_ANSWERS = responses(
 _MODEL_ANSWERS = responses(AnyModelCard, BadInput, ModelNotAllowed, ModelNotFound)
 _REQUEST = {
     "parameters": [EXPECT_SPACE],
-    "requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsBody.model_json_schema()}}},
+    **request_body(EmbeddingsBody),
 }
 
 

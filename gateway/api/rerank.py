@@ -19,7 +19,7 @@ from gateway.api.endpoint import Endpoint, reserve_texts, timeout_s, unit_source
 from gateway.api.json_body import Json
 from gateway.api.pieces import Parts, object_around, value_list
 from gateway.api.rerank_schema import RerankBody, rerank_responses
-from gateway.api.wire import RERANK_HEADERS
+from gateway.api.wire import RERANK_HEADERS, request_body
 from gateway.errors import (
     BadInput,
     BodyTooLarge,
@@ -44,9 +44,7 @@ _ANSWERS = rerank_responses(
     DeadlineExceeded,
     headers=RERANK_HEADERS,
 )
-_REQUEST = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": RerankBody.model_json_schema()}}}
-}
+_REQUEST = request_body(RerankBody)
 _META = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
 
 

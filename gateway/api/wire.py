@@ -86,9 +86,14 @@ EXPECT_SPACE = {
     "name": "x-gateway-expect-space",
     "in": "header",
     "required": False,
-    "description": "AnswerBody 412 instead of vectors of another space.",
+    "description": "Answer 412 instead of vectors of another space.",
     "schema": {"type": "string"},
 }
+
+
+def request_body(body: type[BaseModel]) -> dict[str, Any]:
+    """Describe the body of an operation that reads it itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
 def responses(
