@@ -44,7 +44,7 @@ class Health:
         self._deployment = deployment
 
     async def live(self) -> Live:
-        """AnswerBody as long as the process can: restart it when this fails."""
+        """Answer as long as the process can: restart it when this fails."""
         return Live()
 
     async def started(self, response: Response) -> Ready:
