@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+import httptools
 import orjson
 import uvloop
 
@@ -133,10 +134,8 @@ class _Client(asyncio.Protocol):
     def __init__(self, tally: _Tally) -> None:
         self._tally = tally
         self._transport: asyncio.Transport | None = None
-        self._head = b""
+        self._parser = httptools.HttpResponseParser(self)  # calls the methods on_body and on_message_complete
         self._body: list[bytes] = []
-        self._status = ""
-        self._num_missing = -1  # bytes of the body; below zero while the head is read
         self._is_busy = False
         self._is_first = True
 
@@ -155,40 +154,32 @@ class _Client(asyncio.Protocol):
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        if self._num_missing < 0:
-            self._head += data
-            head, end, data = self._head.partition(b"\r\n\r\n")
-            if not end:
-                return
-            self._head = b""
-            self._status, self._num_missing = _parse_head(head)
-        self._num_missing -= len(data)
+        self._parser.feed_data(data)
+
+    def on_body(self, data: bytes) -> None:
         if self._is_first:
             self._body.append(data)
-        else:
+        else:  # the end is enough, which may come in two pieces
             self._body[:] = (self._body[-1:] if len(data) < 100 else []) + [data]
-        if self._num_missing <= 0:
-            self._end_answer()
 
-    def _end_answer(self) -> None:
-        self._num_missing = -1
-        tally = self._tally
+    def on_message_complete(self) -> None:
+        tally, status = self._tally, str(self._parser.get_status_code())
         if not tally.is_over:
-            self._count(tally)
+            self._count(tally, status)
         self._body.clear()
         self._is_busy = False
         tally.num_busy -= 1
-        if self._status == "200":
+        if status == "200":
             self.send()
         else:
             asyncio.get_running_loop().call_later(_BACK_OFF_S, self.send)
 
-    def _count(self, tally: _Tally) -> None:
+    def _count(self, tally: _Tally, status: str) -> None:
         body = b"".join(self._body)
-        is_right = self._status == "200" and (not self._is_first or _is_complete(body, tally.group.texts_per_request))
+        is_right = status == "200" and (not self._is_first or _is_complete(body, tally.group.texts_per_request))
         self._is_first = False
         if not is_right:
-            tally.failures[self._status if self._status != "200" else "wrong answer"] += 1
+            tally.failures[status if status != "200" else "wrong answer"] += 1
             return
         tally.last_answer = time.perf_counter()
         tally.latencies.append(tally.last_answer - self._sent)
@@ -223,16 +214,6 @@ def _request(load: Load, texts: Sequence[str]) -> bytes:
         f"content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
-
-
-def _parse_head(head: bytes) -> tuple[str, int]:
-    """Return the status and the length of the body."""
-    status, *lines = head.decode("latin-1").split("\r\n")
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.lower() == "content-length":
-            return status.split()[1], int(value)
-    raise ValueError(f"an answer without content-length: {status}")
 
 
 def _is_complete(body: bytes, num_texts: int) -> bool:

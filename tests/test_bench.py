@@ -157,6 +157,18 @@ async def test_load_counts_texts_tokens_and_failures():
     assert [orjson.loads(body)["input"] for body in received] == [texts[i : i + 2] for i in range(0, 8, 2)]
 
 
+async def test_load_counts_an_answer_whose_length_is_not_known_before_its_end():
+    """The gateway sends large answers in chunks."""
+    chunks = [VECTORS[:20], VECTORS[20:-3], VECTORS[-3:], b""]
+    body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body
+
+    async with server_that_says(answer, answer, received=[]) as port:
+        [sample] = await make_load(Load(port, "/", "m", 0.5, [Group(1, 2, ["a", "b"] * 2)]))
+
+    assert (sample.num_texts, sample.num_tokens, sample.failures) == (4, 14, {})
+
+
 async def test_an_answer_with_too_few_vectors_is_a_failure():
     answer = http_answer(b'{"data":[{"embedding":[1.0]}]}')
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -34,6 +35,15 @@ HEADS = {
 def entry(folder: Path, **changes: object) -> ModelEntry:
     fields = {"id": "tiny", "source": str(folder), "device": "cpu", "dtype": "float32", "enabled": True, **changes}
     return ModelEntry(**fields)
+
+
+def assert_same_logits(found: np.ndarray, expected: np.ndarray) -> None:
+    """Assert that two libraries computed the same numbers in float32.
+
+    A logit has no bound, and float32 rounds in proportion: sums in another order differ from one processor to the next by
+    some units in the sixth digit of the largest terms, which a limit for probabilities does not allow.
+    """
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1.0, 2 * float(np.abs(expected).max())))
 
 
 def load_whole(folder: Path, **changes: object) -> None:

@@ -24,7 +24,7 @@ from gateway.types import LabelFunction, ModelKind, Truncate
 from tests.engine.model.reading import tokenize_pairs
 from tests.models.checkpoints import FAMILIES, SENTENCES, make_transformer
 from tests.models.cross_encoders import with_pairs
-from tests.models.plain import entry
+from tests.models.plain import assert_same_logits, entry
 
 Copy = Callable[[Path], Path]
 EditJson = Callable[..., None]
@@ -68,7 +68,7 @@ def scores(folder: Path) -> np.ndarray:
     tokens = tokenize_pairs(encoder.tokenizer, QUERY, DOCUMENTS, Truncate.END)
     batched = np.concatenate([one.dense for one in encoder.encode([Item(row) for row in tokens])])
     alone = np.concatenate([encoder.encode([Item(row)])[0].dense for row in tokens])
-    np.testing.assert_allclose(alone, batched, rtol=0, atol=1e-5)
+    assert_same_logits(alone, batched)
     return batched
 
 
@@ -79,7 +79,7 @@ def test_ettin_gives_sentence_transformers_scores(ettin: Path) -> None:
     found = scores(ettin)
 
     assert np.ptp(expected) > 0.1  # else any two numbers would do
-    np.testing.assert_allclose(found[:, 0], expected.reshape(-1), rtol=0, atol=1e-5)
+    assert_same_logits(found[:, 0], expected.reshape(-1))
     info = plan_load(entry(ettin)).info
     assert (info.kind, info.width, info.labels) == (ModelKind.RERANK, 1, ())
 
@@ -89,7 +89,7 @@ def test_several_labels_classify(tmp_path: Path) -> None:
     theirs = CrossEncoder(str(folder), device="cpu")
     expected = theirs.predict([(QUERY, text) for text in DOCUMENTS], activation_fn=nn.Identity())
 
-    np.testing.assert_allclose(scores(folder), expected, rtol=0, atol=1e-5)
+    assert_same_logits(scores(folder), expected)
     info = plan_load(entry(folder)).info
     assert (info.kind, info.labels) == (ModelKind.CLASSIFY, ("LABEL_0", "LABEL_1", "LABEL_2"))
     assert info.label_function is LabelFunction.SOFTMAX

@@ -21,6 +21,7 @@ from gateway.engine.checkpoint.colbert import Colbert
 from gateway.engine.checkpoint.description import Description
 from gateway.engine.checkpoint.files import ADAPTER_WEIGHTS, require_model, tokenizer_files, weights_files
 from gateway.engine.checkpoint.headers import read_shapes
+from gateway.engine.checkpoint.identity import settings as settings_of
 from gateway.engine.checkpoint.jina_tasks import read_jina_tasks
 from gateway.engine.checkpoint.json_files import Json, read_object
 from gateway.engine.checkpoint.layouts import Layout, layout_of
@@ -320,6 +321,7 @@ def _with_fingerprint(checkpoint: Checkpoint, truncated_width: int | None) -> Ch
         path.relative_to(folder).as_posix(): file_sha256(path)
         for path in (*checkpoint.all_weights, *tokenizer_files(checkpoint.transformer))
     }
+    parts |= settings_of(checkpoint.transformer)
     parts |= {"pooling": checkpoint.pooling.value, "lower_case": str(checkpoint.is_lower_cased)}
     if checkpoint.static is not None:
         parts["static"] = checkpoint.static.value
