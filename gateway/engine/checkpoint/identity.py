@@ -109,13 +109,13 @@ _TOKENIZER = {
 
 
 def settings(transformer: Path) -> dict[str, str]:
-    """Return what ``config.json`` and the tokenizer's files set and vectors may depend on, by file, as sorted JSON.
+    """Return the settings in ``config.json`` and the tokenizer's files that vectors may depend on, by file, as sorted JSON.
 
     Args:
         transformer: the folder of the transformer and its tokenizer.
 
     Raises:
-        LoadError: a file is no JSON object.
+        LoadError: a file does not hold a JSON object.
     """
     model, tokenizer = _ORIGIN | _COMPUTATION | _OTHER_USES, _ORIGIN | _TOKENIZER
     files = {
