@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 __main__
 cli.main
+cli.comparing
 compare
 cli
 server

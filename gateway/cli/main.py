@@ -22,6 +22,8 @@ import typer
 from typer.core import TyperGroup
 
 from gateway import __version__
+from gateway.cli.comparing import compare
+from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
 from gateway.cli.streams import open_standard_streams
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import load_settings
@@ -52,13 +54,6 @@ app = typer.Typer(
     # Typer's own tracebacks show local variables, API keys among them.
     pretty_exceptions_enable=False,
 )
-
-ModelsOption = Annotated[
-    Path | None,
-    typer.Option("--models", metavar="FILE", help="The file of models. By default GATEWAY_MODELS, or models.yaml."),
-]
-ApiKeyOption = Annotated[str, typer.Option(help="Environment variable with the key for the gateway.")]
-_API_KEY_ENV = "EMBEDDINGS_API_KEY"
 
 
 def main() -> None:
@@ -281,56 +276,7 @@ def calibrate(
     typer.echo(measure(*_read_entry(models, model), load_settings(os.environ), texts, max_texts))
 
 
-@app.command()
-def compare(  # noqa: PLR0913, PLR0917  an argument for each option
-    arms: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL:int8, MODEL@256:binary."),
-    ],
-    data: Annotated[Path, typer.Option(help="Folder with corpus.jsonl, queries.jsonl and, with judgments, qrels/.")],
-    split: Annotated[
-        str | None, typer.Option(help="The file of qrels/ to use. By default test, or the only one.")
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="A running gateway. By default the models are loaded here, from --models.")
-    ] = None,
-    api_key_env: ApiKeyOption = _API_KEY_ENV,
-    models: ModelsOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder to keep vectors in. By default ~/.cache/embedding-gateway/compare.")
-    ] = None,
-    max_documents: Annotated[
-        int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For all random draws.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="How many to draw for intervals and p-values.")] = 10_000,
-    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
-) -> None:
-    """Compare models on your own texts.
-
-    Reports quality, differences and cost as tables, JSON, run files, and a page with plots.
-    """
-    try:
-        from gateway.compare.command import OwnModels, RunningGateway, default_cache, run_comparison
-        from gateway.compare.comparison import CompareRequest
-    except ModuleNotFoundError as error:
-        raise StartError(f"{error.name} is not installed: pip install 'embedding-gateway[compare]'") from error
-    request = CompareRequest(
-        arms=arms,
-        data=data,
-        cache=cache or default_cache(os.environ),
-        split=split,
-        max_documents=max_documents,
-        seed=seed,
-        num_resamples=resamples,
-        measures_cost=cost,
-    )
-    if url is not None:
-        run_comparison(request, RunningGateway(url, os.environ.get(api_key_env)), out)
-    else:
-        settings = load_settings(os.environ, models=models)
-        run_comparison(request, OwnModels(load_registry(settings.models, os.environ), settings), out)
+app.command()(compare)
 
 
 @app.command()
@@ -342,7 +288,7 @@ def experiments(
         list[Path] | None, typer.Argument(metavar="FILE", help="Only with --exposures: more exposure logs.")
     ] = None,
     url: Annotated[str, typer.Option(help="The gateway to ask.")] = "http://127.0.0.1:8000",
-    api_key_env: ApiKeyOption = _API_KEY_ENV,
+    api_key_env: ApiKeyOption = API_KEY_ENV,
     exposures: Annotated[
         list[Path] | None,
         typer.Option(

@@ -1,0 +1,17 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelsOption = Annotated[
+    Path | None,
+    typer.Option("--models", metavar="FILE", help="The file of models. By default GATEWAY_MODELS, or models.yaml."),
+]
+ApiKeyOption = Annotated[str, typer.Option(help="Environment variable with the key for the gateway.")]
+
+API_KEY_ENV = "EMBEDDINGS_API_KEY"
+"""The variable, if ``ApiKeyOption`` names no other one."""
