@@ -16,6 +16,7 @@ from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
+from gateway.api.assignments import assignments_router
 from gateway.api.documentation import document
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiments import experiments_router
@@ -61,7 +62,12 @@ def create_app(deployment: Deployment) -> FastAPI:
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
     endpoint = Endpoint(service, deployment, settings, quotas)
-    routers = [*client_routers(endpoint, deployment), experiments_router(deployment, stats), health_router(deployment)]
+    routers = [
+        *client_routers(endpoint, deployment),
+        assignments_router(endpoint),  # before the experiments, whose ids may hold a slash
+        experiments_router(deployment, stats),
+        health_router(deployment),
+    ]
     if settings.admin_port is None:
         routers.append(admin_router(deployment, are_metrics_open=not keyring))
     _include(app, routers)

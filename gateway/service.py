@@ -166,7 +166,7 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
     _check_precision(info, request.precision, is_normalized=is_normalized)
     precision = request.precision
     space = info.space(target.task, dimensions, is_normalized=is_normalized, output=output, precision=precision)
-    _check_space(space, request.expect_space)
+    _check_space(space, request.expect_space, choice)
     texts_bytes = len(request.texts) * _text_bytes(info, outputs)
     token_bytes = TOKEN_BYTES + _output_bytes(info, outputs)
     request.reserve(texts_bytes)
@@ -208,11 +208,24 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
     )
 
 
-def _check_space(space: str, expected: str | None) -> None:
-    if expected is not None and not is_same_space(expected, space):
+def _check_space(space: str, sent: str | None, choice: Choice) -> None:
+    """Compare the space of the vectors with the header x-gateway-expect-space, and with the hash in the name.
+
+    Raises:
+        SpaceMismatch: they differ.
+    """
+    for expected in (sent, choice.space):
+        if expected is None or is_same_space(expected, space):
+            continue
+        advice = ""
+        if choice.assignment is not None:
+            advice = (
+                f". The request is in arm {choice.assignment.arm.label!r} of the experiment now: ask "
+                f"GET /v1/experiments/{choice.assignment.experiment}/assignment which collection belongs to it"
+            )
         raise SpaceMismatch(  # a header can have 64 KiB
             f"the vectors would be in space {space}, but the request expects {cut(expected)}: they could not be compared "
-            "with the stored ones"
+            f"with the stored ones{advice}"
         )
 
 

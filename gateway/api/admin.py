@@ -99,6 +99,7 @@ class Admin:
         self, request: Request, model_id: str, change: Callable[[OnDemandBackend], Awaitable[None]]
     ) -> ModelAnswer:
         require_operator(request, self._deployment.settings.admin_key)
+        RequestContext.of(request).asked = model_id
         started = time.monotonic()
         model, backend = _on_demand(self._deployment.fleet, model_id)
         with model.in_use():

@@ -116,18 +116,32 @@ class Endpoint:
         Raises:
             RateLimited: the client has no request or no token left in this minute.
             BadInput: the body is not a JSON object, or ``parse`` does not accept it.
-            RequestError: one of those of :meth:`gateway.http.body.Body.receive`.
+            RequestError: one of those of :meth:`read`.
         """
         context = RequestContext.of(request)
+        self.note_name(request, request.path_params.get("model"))
         ticket = await self._quotas.admit(context.client, context.headers)
+        return ticket, await self.read(request, parse)
+
+    def note_name(self, request: Request, name: str | None) -> None:
+        """Note the name that a request asks for, for its log line, without the unit that it may hold."""
+        if name is not None:
+            RequestContext.of(request).asked = self.deployment.router.names.shown(name)
+
+    async def read(self, request: Request, parse: Parse[B]) -> B:
+        """Read the body of a request; a large one is parsed in a thread.
+
+        Raises:
+            BadInput: the body is not a JSON object, or ``parse`` does not accept it.
+            RequestError: one of those of :meth:`gateway.http.body.Body.receive`.
+        """
         charset = _charset(request)
         received = [await _receive_all(request)]
         num_bytes = len(received[0])
         if num_bytes <= SMALL_BYTES:
-            return ticket, parse(parse_object(received.pop(), charset))
+            return parse(parse_object(received.pop(), charset))
         # The list gives the only reference away, so that the bytes are freed as soon as they are parsed.
-        body = await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset)))
-        return ticket, body
+        return await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset)))
 
     async def in_turn(self, request: Request, cost: int, work: Callable[[], T], turns: Turns | None = None) -> T:
         """Do work that would hold up the event loop in a thread, when its client's turn comes.
@@ -179,7 +193,7 @@ class Endpoint:
         self, request: Request, ticket: Ticket, asked: R, compute: Callable[[R], Coroutine[Any, Any, A]]
     ) -> A:
         """Have the service answer, and charge the client for the tokens."""
-        RequestContext.of(request).asked = asked.model
+        self.note_name(request, asked.model)
         longest = self.deployment.fleet.max_tokens
         async with self._quotas.reserve(ticket, asked.lengths, longest):
             answer = await unless_disconnected(request, compute(asked))

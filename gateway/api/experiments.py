@@ -29,29 +29,41 @@ class Experiments:
 
     async def list_experiments(self, request: Request) -> ExperimentList:
         """List the experiments of the registry that the key may use."""
-        return ExperimentList(data=[describe_experiment(experiment) for experiment in self._usable(request)])
+        return ExperimentList(
+            data=[describe_experiment(experiment) for experiment in _usable(self._deployment, request)]
+        )
 
     async def retrieve_experiment(self, request: Request, experiment_id: str) -> ExperimentReport:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
         # The test of the split needs it, and its first import takes a second, in which no request would be answered.
         # First of all, so that no reload comes between the steps below.
         await asyncio.to_thread(importlib.import_module, "scipy.stats")
-        experiment, usable = self._deployment.registry.experiment(experiment_id), self._usable(request)
-        if experiment is None:
-            known = ", ".join(other.id for other in usable) or "none"
-            raise ExperimentNotFound(f"no experiment is called {cut(experiment_id)!r}; there are: {known}")
-        if experiment not in usable:
-            raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
+        experiment = find_experiment(self._deployment, request, experiment_id)
         generation = self._deployment.router.generation(experiment.id)
         since = self._deployment.counting_since[experiment.id]
         return self._stats.report(experiment, generation, since)
 
-    def _usable(self, request: Request) -> list[Experiment]:
-        """Return the experiments that the client may use."""
-        client, names = RequestContext.of(request).client, self._deployment.router.names
-        return [
-            experiment for experiment in self._deployment.registry.experiments if names.allows(client, experiment.id)
-        ]
+
+def find_experiment(deployment: Deployment, request: Request, experiment_id: str) -> Experiment:
+    """Return the experiment with an id.
+
+    Raises:
+        ExperimentNotFound: no experiment has it.
+        ModelNotAllowed: the client may not use it.
+    """
+    experiment, usable = deployment.registry.experiment(experiment_id), _usable(deployment, request)
+    if experiment is None:
+        known = ", ".join(other.id for other in usable) or "none"
+        raise ExperimentNotFound(f"no experiment is called {cut(experiment_id)!r}; there are: {known}")
+    if experiment not in usable:
+        raise ModelNotAllowed(f"this API key is not for experiment {experiment.id!r}", param="model")
+    return experiment
+
+
+def _usable(deployment: Deployment, request: Request) -> list[Experiment]:
+    """Return the experiments that the client may use."""
+    client, names = RequestContext.of(request).client, deployment.router.names
+    return [experiment for experiment in deployment.registry.experiments if names.allows(client, experiment.id)]
 
 
 def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRouter:

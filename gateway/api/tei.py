@@ -60,6 +60,7 @@ class TeiDialect:
 
     async def compute(self, request: Request) -> Response:
         """Embed, rerank or classify, as the model does: for clients that have only an address."""
+        self._endpoint.note_name(request, _model(request))
         match self._kind(request):
             case ModelKind.EMBED:
                 return await self.embed(request)
@@ -70,11 +71,13 @@ class TeiDialect:
 
     async def compute_at_address(self, request: Request) -> Response:
         """Embed, rerank or classify at a model's address, unless the path only resembles one."""
+        self._endpoint.note_name(request, _model(request))
         self._check_address(request, str(_model(request)))
         return await self.compute(request)
 
-    async def health(self, model: str) -> Response:
+    async def health(self, request: Request, model: str) -> Response:
         """Answer 200 while requests to the model are answered."""
+        self._endpoint.note_name(request, model)
         self._endpoint.service.check_ready(model)
         if self._endpoint.deployment.is_draining:
             raise ModelNotReady("the gateway is shutting down", retry_after_s=5)
@@ -187,6 +190,7 @@ class TeiDialect:
             return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._tokenizing)
 
     def _target(self, request: Request, task: str | None = None) -> Target:
+        self._endpoint.note_name(request, _model(request))
         context = RequestContext.of(request)
         target = self._endpoint.service.target(_model(request), task, context.client)
         context.model = target.model.id

@@ -22,6 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfolder>.+))?")
 _HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
+# A unit that is written after the id of its experiment, as `search/UNIT`: for clients that can send nothing else.
+FROM_NAME = "model"
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
 # Well-known names of weights, with the source of the same weights in a form that the gateway can read.
@@ -137,10 +139,10 @@ def _check_header_source(text: str) -> str:
 
 
 def _check_request_value(text: str) -> str:
-    if text in ("body:user", "api_key"):
+    if text in (FROM_NAME, "body:user", "api_key"):
         return text
     if not _HEADER.fullmatch(text):
-        raise ValueError(f"must be `header:NAME`, `body:user` or `api_key`, got {quote(text)}")
+        raise ValueError(f"must be `model`, `header:NAME`, `body:user` or `api_key`, got {quote(text)}")
     return text.lower()
 
 

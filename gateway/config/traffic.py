@@ -73,8 +73,8 @@ class Experiment(Frozen):
     unit: Units = Field(
         default=(),
         validate_default=True,
-        description="The unit that is assigned to an arm, as `{from: [...]}`: the first of `header:NAME`, `body:user` and "
-        "`api_key` that a request has.",
+        description="The unit that is assigned to an arm, as `{from: [...]}`: the first of these that a request has: "
+        "`model` (written after the id, as in `search/UNIT`), `header:NAME`, `body:user`, `api_key`.",
     )
     salt: NonEmptyText | None = Field(
         default=None,

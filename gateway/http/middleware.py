@@ -253,7 +253,7 @@ def _record(scope: Scope, context: RequestContext) -> None:
     if context.error_code is not None:
         metrics.ERRORS.labels(context.error_code).inc()
     write = log.debug if path in _QUIET_PATHS else log.info
-    model = context.model or context.asked or scope.get("path_params", {}).get("model")
+    model = context.model or context.asked
     timings = context.timings
     stages = {} if timings is None else {f"{name}_ms": round(s * 1000, 2) for name, s in timings.stages.items()}
     write(

@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Protocol
 
+from gateway.config.fields import FROM_NAME
 from gateway.config.registry import Experiment, Registry
 from gateway.config.wording import cut
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotFound
-from gateway.types import canonical_task
+from gateway.routing.written import Written, decode_unit, read_after, readings
+from gateway.types import canonical_task, known_task_names
 
 DEFAULT_ALIAS = "default"
-# Ollama's clients, and those of its OpenAI paths, add this tag to a name without one; it is not a task.
-_DEFAULT_TAG = "latest"
 _MAX_SHOWN = 100
+_HIDDEN = "…"
 
 
 class Client(Protocol):
@@ -46,6 +47,8 @@ class Name:
         model: id of the model; for an experiment, the model of its control arm.
         answer: what an answer says in ``model``: the name itself if it is a model's id or source, else the model's id.
         task: the task that the alias, or a task written after the name, fixes.
+        unit: the unit that is written after the name of an experiment.
+        space: the space, or its hash alone, that the name says the vectors must be in.
         allow_space_change: a reload may move the name to another space.
     """
 
@@ -53,6 +56,8 @@ class Name:
     model: str
     answer: str
     task: str | None = None
+    unit: str | None = None
+    space: str | None = None
     experiment: Experiment | None = None
     allow_space_change: bool = False
 
@@ -74,7 +79,11 @@ class Names:
         for experiment in registry.experiments:
             control = experiment.control.model
             self._known[experiment.id] = Name(
-                experiment.id, control, control, None, experiment, experiment.allow_space_change
+                experiment.id,
+                control,
+                control,
+                experiment=experiment,
+                allow_space_change=experiment.allow_space_change,
             )
         # A model that may change its space may do so under its own id, not under the names that others know it by.
         for alias in registry.aliases.values():
@@ -82,6 +91,9 @@ class Names:
                 alias.name, alias.model, alias.model, alias.task, allow_space_change=alias.allow_space_change
             )
         self._listed = registry.names()
+        self._written_sources = {entry.source for entry in registry.models}
+        # The longest first: the id of one may begin with the id of another and a slash.
+        self._experiments = sorted((experiment.id for experiment in registry.experiments), key=len, reverse=True)
 
     def __iter__(self) -> Iterator[tuple[str, Name]]:
         """Yield every name, sources included, with its meaning."""
@@ -106,28 +118,51 @@ class Names:
         """Return the meaning of a name.
 
         Args:
-            name: an id, an alias, an experiment, a model's source, or one of these with a task, ``name:task``; ``None``
-                for the registry's default.
+            name: an id, an alias, an experiment, a model's source, or one of these with parts after it, see
+                :mod:`gateway.routing.written`; ``None`` for the registry's default.
 
         Raises:
             ModelNotFound: the registry has no such name.
             ModelNotAllowed: the client may not use it.
-            BadInput: no name and no default, or a task after an alias for another task.
+            BadInput: no name and no default, a task after an alias for another task, or a unit that the experiment does
+                not take or that is not encoded.
         """
         if name is None:
             if DEFAULT_ALIAS not in self._known:
                 raise BadInput(f"`model` is required; one of: {', '.join(self.usable_by(client))}", param="model")
             name = DEFAULT_ALIAS
-        for bare, task in _readings(name):
-            if (known := self._known.get(bare)) is None:
-                continue
-            if not self.allows(client, bare):
-                raise ModelNotAllowed(f"this API key is not for model {known.id!r}", param="model")
-            if task is None:
-                return known
-            answer = name if known.answer == bare else known.answer
-            return replace(known, task=one_task(known.id, known.task, task), answer=answer)
-        raise self._not_found(name, client)
+        written = self._read(name)
+        if written is None:
+            raise self._not_found(name, client)
+        known = self._known[written.name]
+        if not self.allows(client, written.name):
+            raise ModelNotAllowed(f"this API key is not for model {known.id!r}", param="model")
+        return known if written == Written(written.name) else _with_parts(known, written, name)
+
+    def shown(self, name: str) -> str:
+        """Return a name as it may be logged: without a unit, which identifies a person.
+
+        Of an unknown name, everything after a slash may be a unit: of an experiment that is gone, or that is misspelled.
+        """
+        written = self._read(name)
+        if written is not None:
+            return name if written.unit is None else f"{written.name}/{_HIDDEN}"
+        head, slash, _unit = name.partition("/")
+        return f"{head}/{_HIDDEN}" if slash and not self._resembles_model(name) else name
+
+    def _read(self, name: str) -> Written | None:
+        """Return the parts of a name; ``None`` if the registry does not have it."""
+        known = (written for written in readings(name) if written.name in self._known)
+        of_units = (written for one in self._experiments if (written := read_after(one, name)))
+        return next(known, None) or next(of_units, None)
+
+    def _resembles_model(self, name: str) -> bool:
+        if name in self._written_sources:  # of two models, so that it names neither
+            return True
+        guess = _similar(name, [*self._known])
+        if guess is None or self._known[guess].experiment is not None:
+            return False
+        return "/" in guess or guess.casefold() == name.rpartition("/")[2].partition(":")[0].casefold()
 
     def _not_found(self, name: str, client: Client) -> ModelNotFound:
         """Return the error for an unknown name; it suggests a similar one that the client may use."""
@@ -135,8 +170,41 @@ class Names:
         guess = _similar(name, [*names, *(source for source in self._sources if self.allows(client, source))])
         hint = f" (did you mean {guess!r}?)" if guess else ""
         return ModelNotFound(
-            f"no model is called {cut(name)!r}{hint}; there are: {', '.join(names) or 'none'}", param="model"
+            f"no model is called {cut(self.shown(name))!r}{hint}; there are: {', '.join(names) or 'none'}",
+            param="model",
         )
+
+
+def _with_parts(known: Name, written: Written, name: str) -> Name:
+    """Return the meaning of a name with the parts that are written after it.
+
+    Raises:
+        BadInput: a task that differs from the fixed one, or a unit that the experiment does not take or that is not encoded.
+    """
+    unit = None
+    if written.unit is not None and known.experiment is not None:
+        unit = _unit(known.experiment, written)
+    task = known.task if written.task is None else one_task(known.id, known.task, written.task)
+    answer = name if known.answer == written.name else known.answer
+    return replace(known, task=task, answer=answer, unit=unit, space=written.space_hash)
+
+
+def _unit(experiment: Experiment, written: Written) -> str:
+    if FROM_NAME not in experiment.unit:
+        sources = ", ".join(experiment.unit) or "nothing"
+        raise BadInput(
+            f"experiment {experiment.id!r} takes its unit from {sources}, not from the name: send "
+            f"`model` = {experiment.id!r}, or add `{FROM_NAME}` to its `unit` in models.yaml",
+            param="model",
+        )
+    if written.task is not None and written.task not in known_task_names():
+        # What looks like a task may be a part of the unit.
+        raise BadInput(
+            f"the text after the colon in `model` is not a task; if it belongs to the unit after {experiment.id + '/'!r}, "
+            "write the colon as %3A",
+            param="model",
+        )
+    return decode_unit(experiment.id, written.unit or "")
 
 
 def one_task(name: str, fixed: str | None, written: str | None) -> str | None:
@@ -152,14 +220,6 @@ def one_task(name: str, fixed: str | None, written: str | None) -> str | None:
             param="model",
         )
     return fixed if written is None else written
-
-
-def _readings(name: str) -> Sequence[tuple[str, str | None]]:
-    """Return the ways to read a name: as it is (a source may hold a colon), or as ``name:task``."""
-    bare, colon, task = name.rpartition(":")
-    if not colon:
-        return ((name, None),)
-    return ((name, None), (bare, None if task == _DEFAULT_TAG else task))
 
 
 def _similar(name: str, names: Sequence[str]) -> str | None:

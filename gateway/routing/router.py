@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from gateway.config.fields import FROM_NAME
 from gateway.config.registry import Arm, Experiment, Registry
 from gateway.config.wording import cut
 from gateway.errors import (
@@ -48,6 +49,7 @@ class Choice:
         task: the task that the name, the alias or the arm fixes.
         asked: the model, alias or experiment that the request names, as the registry writes it.
         name: the value of ``model`` in the answer: the name in the request if it is a model's, else the model's id.
+        space: the space, or its hash alone, that the name says the vectors must be in.
         assignment: the arm of the request, if it names an experiment.
         experiment: the experiment that the request names; without an assignment, ``model`` is that of the control arm.
     """
@@ -56,6 +58,7 @@ class Choice:
     task: str | None
     asked: str
     name: str
+    space: str | None = None
     assignment: Assignment | None = None
     experiment: Experiment | None = None
 
@@ -96,11 +99,14 @@ class Router:
         """
         known = self.names.find(name, client)
         if known.experiment is None:
-            return Choice(self._model(known.model), known.task, known.id, known.answer)
-        assignment = self._splits[known.id].assign(unit_source, datetime.now(UTC)) if unit_source else None
+            return Choice(self._model(known.model), known.task, known.id, known.answer, known.space)
+        assignment = None
+        if unit_source is not None:
+            source = _with_unit(known.unit, unit_source)
+            assignment = self._splits[known.id].assign(source, datetime.now(UTC))
         arm = assignment.arm if assignment else known.experiment.control
         task = one_task(known.id, arm.task, known.task)
-        return Choice(self._model(arm.model), task, known.id, arm.model, assignment, known.experiment)
+        return Choice(self._model(arm.model), task, known.id, arm.model, known.space, assignment, known.experiment)
 
     def choose_for(self, kind: ModelKind, name: str | None, client: Client, unit_source: UnitSource) -> Choice:
         """Return the model that a name leads to, if it is of the kind that a request needs.
@@ -225,6 +231,11 @@ class Router:
         model = self._fleet.get(model_id)
         assert model is not None  # noqa: S101  the registry has checked it
         return model
+
+
+def _with_unit(unit: str | None, unit_source: UnitSource) -> UnitSource:
+    """Return the lookup of a request's values with the unit that is written in its name."""
+    return lambda source: unit if source == FROM_NAME else unit_source(source)
 
 
 def _can(info: ModelInfo, kind: ModelKind) -> bool:

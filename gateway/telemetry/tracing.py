@@ -7,6 +7,7 @@ text or a key, and its name holds only names of the registry. ``trace_export`` s
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,8 @@ from gateway.types import Timings
 
 # Clients can send any path; a span keeps the beginning.
 _MAX_PATH_CHARS = 256
+# The name after these may hold a unit of an experiment, which identifies a person.
+_NAME_IN_PATH = re.compile(r"(/tei/|/openai/deployments/|/models/).+", re.DOTALL)
 _FIRST_SERVER_ERROR = 500
 
 _OFF: AbstractContextManager[None] = nullcontext()
@@ -120,7 +123,7 @@ def _request_span(tracer: Tracer, scope: Scope, headers: Headers, request_id: st
         attributes={
             semconv.HTTP_REQUEST_METHOD: scope["method"] if is_known else semconv.OTHER_METHOD,
             semconv.URL_SCHEME: scope["scheme"],
-            semconv.URL_PATH: scope["path"][:_MAX_PATH_CHARS],
+            semconv.URL_PATH: _NAME_IN_PATH.sub(r"\1…", scope["path"])[:_MAX_PATH_CHARS],
             semconv.GATEWAY_REQUEST_ID: request_id,
         },
     )

@@ -112,9 +112,9 @@ E = "experiments[0]"
             ("    kind: cross_space\n", ""), f"2:5 {E}.kind: is missing and required: `same_space`", id="no kind"
         ),
         pytest.param(
-            ("header:X-Unit", "header:"), f"4:11 {E}.unit[0]: must be `header:NAME`, `body:user`", id="header"
+            ("header:X-Unit", "header:"), f"4:11 {E}.unit[0]: must be `model`, `header:NAME`, `body:user`", id="header"
         ),
-        pytest.param(("body:user", "body:name"), f"4:11 {E}.unit[1]: must be `header:NAME`", id="body"),
+        pytest.param(("body:user", "body:name"), f"4:11 {E}.unit[1]: must be `model`, `header:NAME`", id="body"),
         pytest.param(("{from:", "{form:"), f"4:11 {E}.unit: must have the one key `from`, got `form`", id="unit key"),
         pytest.param(
             ("    unit: {from: [header:X-Unit, body:user, api_key]}\n", ""),

@@ -1,0 +1,189 @@
+"""The arms of units, before anything is embedded: for clients that must know their collection first, such as Mem0."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
+
+from gateway.api.endpoint import Endpoint, add, unit_source
+from gateway.api.experiments import find_experiment
+from gateway.api.json_body import RequestBody, Texts
+from gateway.api.wire import AnswerBody, request_body, responses
+from gateway.config.fields import FROM_NAME
+from gateway.config.registry import Experiment
+from gateway.errors import BadInput, ExperimentNotFound, ModelNotAllowed
+from gateway.experiments.split import Reason, UnitSource
+from gateway.http.context import RequestContext
+from gateway.routing.router import Choice, Router
+from gateway.routing.written import MAX_UNIT_BYTES, write_name
+from gateway.types import ModelKind
+
+_MAX_UNITS = 1_000
+_EXPECT_SPACE = "x-gateway-expect-space"
+
+
+class Sending(AnswerBody):
+    """The parts of a request for embeddings that counts for the experiment, and fails rather than mix two spaces."""
+
+    model: str = Field(
+        description="The value of `model`: the experiment, the unit if the experiment takes it from the name, and the hash "
+        "of the space. Vectors of another space are a 412."
+    )
+    headers: dict[str, str] = Field(description="The same check by a header, for clients that can send one.")
+    unit_from: list[str] = Field(description="The places for the unit, of which a request needs one.")
+
+
+class AssignmentCard(AnswerBody):
+    """The arm of a unit now: a change of the weights may move it."""
+
+    object: Literal["assignment"] = "assignment"
+    experiment: str
+    generation: str = Field(description="Identifies salt, arms and weights; with another one, units may have moved.")
+    unit: str | None = Field(description="As it was sent; `null` where the unit is the API key, or is missing.")
+    arm: str
+    model: str
+    task: str | None = Field(description="Of a request without a task; `null` for a model without tasks.")
+    width: int | None = Field(description="Dimensions of a full vector; `null` while the model is not known yet.")
+    space: str | None = Field(description="Of full vectors in this task. Name the collection after it.")
+    state: str = Field(description="`ready` if the model answers now.")
+    reason: str = Field(
+        description="`unit` if the unit chose the arm. Otherwise a request is not counted: `forced`, `excluded`, "
+        "`no_unit`, `not_started` or `ended`."
+    )
+    counted: bool = Field(description="Whether a request for embeddings would count for the experiment.")
+    send: Sending
+
+
+class AssignmentList(AnswerBody):
+    """The arms of several units, in the order of the request."""
+
+    object: Literal["list"] = "list"
+    data: list[AssignmentCard]
+
+
+class UnitsBody(RequestBody):
+    """``POST /v1/experiments/{id}/assignment``."""
+
+    units: Texts = Field(title="a list of strings", description=f"The units: at most {_MAX_UNITS:,}.")
+
+
+_ERRORS = (BadInput, ModelNotAllowed, ExperimentNotFound)
+
+
+class Assignments:
+    """The handlers: one unit, or several."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._deployment = endpoint.deployment
+
+    async def retrieve_assignment(
+        self,
+        request: Request,
+        experiment_id: str,
+        unit: Annotated[
+            str | None, Query(description="The unit. By default that of the request: its header or API key.")
+        ] = None,
+    ) -> AssignmentCard:
+        """Return the arm of a unit, its model and its space. Costs nothing, and counts only once texts are embedded."""
+        experiment = find_experiment(self._deployment, request, experiment_id)
+        return self._assign(request, experiment, unit, "unit")
+
+    async def list_assignments(self, request: Request, experiment_id: str) -> AssignmentList:
+        """Return the arms of several units, in their order."""
+        units = (await self._endpoint.read(request, UnitsBody.parse)).units
+        experiment = find_experiment(self._deployment, request, experiment_id)  # nothing awaits from here on
+        if not 0 < len(units) <= _MAX_UNITS:
+            raise BadInput(f"`units` has {len(units)} units; 1 to {_MAX_UNITS} are accepted", param="units")
+        return AssignmentList(data=[self._assign(request, experiment, unit, "units") for unit in units])
+
+    def _assign(self, request: Request, experiment: Experiment, unit: str | None, field: str) -> AssignmentCard:
+        """Return the assignment of a unit.
+
+        Args:
+            unit: ``None`` for that of the request.
+            field: where the unit comes from, for an error.
+
+        Raises:
+            BadInput: the unit is empty or too long, or the experiment has no units.
+        """
+        if unit is not None:
+            _check_unit(unit, field)
+        own = unit_source(request, None)
+        source = own if unit is None else _given(unit, experiment, own)
+        router = self._deployment.router
+        choice = router.choose(experiment.id, RequestContext.of(request).client, source)
+        return _card(experiment, choice, router, unit)
+
+
+def assignments_router(endpoint: Endpoint) -> APIRouter:
+    """Return the routes of the assignments, with and without ``/v1``."""
+    router = APIRouter(tags=["Experiments"])
+    handlers = Assignments(endpoint)
+    path = "/experiments/{experiment_id:path}/assignment"
+    add(router, path, handlers.retrieve_assignment, responses(AssignmentCard, *_ERRORS))
+    add(
+        router,
+        path,
+        handlers.list_assignments,
+        responses(AssignmentList, *_ERRORS),
+        method="POST",
+        request=request_body(UnitsBody),
+    )
+    return router
+
+
+def _check_unit(unit: str, field: str) -> None:
+    """Refuse a unit that no request for embeddings could have.
+
+    Raises:
+        BadInput: it is empty or too long. The message does not quote it: it may be logged.
+    """
+    num_bytes = len(unit.encode())
+    if not 0 < num_bytes <= MAX_UNIT_BYTES:
+        raise BadInput(f"a unit has 1 to {MAX_UNIT_BYTES} bytes, this one has {num_bytes}", param=field)
+
+
+def _given(unit: str, experiment: Experiment, own: UnitSource) -> UnitSource:
+    """Return a lookup that finds the unit in every place, and the header that forces an arm where it is."""
+    return lambda source: own(source) if source == experiment.force else unit
+
+
+def _card(experiment: Experiment, choice: Choice, router: Router, unit: str | None) -> AssignmentCard:
+    """Return the assignment that a choice holds.
+
+    Raises:
+        BadInput: no unit chose the arm, and the next request may be in another one.
+    """
+    assignment = choice.assignment
+    assert assignment is not None  # noqa: S101  the name is that of an experiment
+    if assignment.reason is Reason.RANDOM:
+        takes = f"send one, as {', '.join(experiment.unit)}" if experiment.unit else "it has no `unit` in models.yaml"
+        raise BadInput(
+            f"experiment {experiment.id!r} assigns requests without a unit at random, each separately; {takes}",
+            param="unit",
+        )
+    info, task = choice.model.info, router.task_of(choice)
+    embeds = info is not None and info.kind is ModelKind.EMBED
+    space = info.space(task) if info is not None and embeds else None
+    in_name = unit if FROM_NAME in experiment.unit else None
+    return AssignmentCard(
+        experiment=experiment.id,
+        generation=assignment.generation,
+        unit=unit,
+        arm=assignment.arm.label,
+        model=choice.model.id,
+        task=task,
+        width=(info.width or None) if info is not None and embeds else None,
+        space=space,
+        state=choice.model.state.value,
+        reason=assignment.reason.value,
+        counted=assignment.is_counted,
+        send=Sending(
+            model=write_name(experiment.id, in_name, space),
+            headers={} if space is None else {_EXPECT_SPACE: space},
+            unit_from=list(experiment.unit),
+        ),
+    )
