@@ -31,7 +31,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 # Of a model that is loaded on demand, and has been started.
 _ON_DEMAND_STATES = (ModelState.UNLOADED, ModelState.LOADING)
 
-_NO_ACCELERATOR = "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)"
+_ON_THE_CPU = "(`enabled: true` in models.yaml runs it on the CPU)"
+# What needs no warning: there is nothing to be mended.
+_USUAL = f"no accelerator is present {_ON_THE_CPU}"
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 
 
@@ -202,6 +204,8 @@ class Fleet:
         for model in waiting:
             if reason := await asyncio.to_thread(why_disabled, model.entry):
                 model.report(ModelState.DISABLED, reason)
+                note = log.info if reason in (_SWITCHED_OFF, _USUAL) else log.warning
+                note("model_disabled", model=model.id, reason=reason)
         loading = [model for model in waiting if model.state is ModelState.LOADING]
         if loading:
             log.info("models_loading", number=len(loading), of=len(self._models))
@@ -310,7 +314,20 @@ def why_disabled(entry: ModelEntry) -> str:
     if entry.enabled is False:
         return _SWITCHED_OFF
     if entry.enabled == "auto" and not entry.is_remote:
-        from gateway.engine.devices import has_accelerator
-
-        return "" if has_accelerator() else _NO_ACCELERATOR
+        return _why_no_card("auto" if entry.device == "cpu" else entry.device)
     return ""
+
+
+def _why_no_card(setting: str) -> str:
+    """Return why a setting of ``device`` gets no card on this machine; empty if it gets one."""
+    from gateway.engine.cards import read_machine
+
+    machine = read_machine()
+    if machine.is_unsure:
+        from gateway.engine.devices import see_cards  # imports torch
+
+        machine = see_cards()
+    obstacle = machine.obstacle_to(setting)
+    if obstacle is None:
+        return ""
+    return f"{obstacle} {_ON_THE_CPU}" if setting == "auto" else str(obstacle)

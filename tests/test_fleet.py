@@ -16,6 +16,7 @@ from gateway.errors import LoadError, StartError
 from gateway.fleet import Fleet, Model, why_disabled
 from gateway.telemetry import metrics
 from gateway.types import ModelInfo, ModelState
+from tests.nvml import FakeCard, FakeDriver, install, install_torch
 
 PATIENCE_S = 30
 
@@ -354,7 +355,7 @@ async def test_the_state_of_a_model_is_shown_until_it_is_retired(made: Models) -
 
 
 @pytest.mark.parametrize(
-    ("enabled", "has_accelerator", "reason"),
+    ("enabled", "has_card", "reason"),
     [
         (True, False, ""),
         (False, True, "switched off in models.yaml (`enabled: false`)"),
@@ -363,9 +364,10 @@ async def test_the_state_of_a_model_is_shown_until_it_is_retired(made: Models) -
     ],
 )
 def test_a_model_is_enabled_as_the_registry_says(
-    made: Models, monkeypatch: pytest.MonkeyPatch, enabled: object, has_accelerator: bool, reason: str
+    made: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, enabled: object, has_card: bool, reason: str
 ) -> None:
-    monkeypatch.setattr("gateway.engine.devices.has_accelerator", lambda: has_accelerator)
+    install(monkeypatch, FakeDriver([FakeCard()] if has_card else []))
+    install_torch(monkeypatch, tmp_path, "2.13.0", cuda="13.0")
     made.add("here", is_remote=False)
     made.add("far")
 
@@ -373,6 +375,46 @@ def test_a_model_is_enabled_as_the_registry_says(
 
     assert why_disabled(here) == reason
     assert why_disabled(far) == (reason if enabled is False else "")  # no card is needed here
+
+
+@pytest.mark.parametrize(
+    ("enabled", "device", "cards", "level", "reason"),
+    [
+        (False, "auto", [FakeCard()], "info", "switched off in models.yaml (`enabled: false`)"),
+        ("auto", "auto", [], "info", "no accelerator is present (`enabled: true` in models.yaml runs it on the CPU)"),
+        (
+            "auto",
+            "auto",
+            [FakeCard()],
+            "warning",
+            "an NVIDIA GeForce RTX 3090 is here, but driver 550.54.14 (CUDA 12.4)",
+        ),
+        ("auto", "cuda:0", [FakeCard()], "warning", "an NVIDIA GeForce RTX 3090 is here, but driver 550.54.14"),
+    ],
+)
+async def test_a_model_that_a_card_would_run_says_in_the_log_why_none_does(
+    made: Models,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    enabled: object,
+    device: str,
+    cards: list[FakeCard],
+    level: str,
+    reason: str,
+) -> None:
+    install(monkeypatch, FakeDriver(cards, "550.54.14", 12040))
+    install_torch(monkeypatch, tmp_path, "2.13.0", cuda="13.0")
+    made.add("here", is_remote=False)
+    [model] = made.models
+    model.entry = model.entry.model_copy(update={"enabled": enabled, "device": device})
+
+    with capture_logs() as lines:
+        await made.fleet().start()
+
+    [line] = [line for line in lines if line["event"] == "model_disabled"]
+    assert (line["model"], line["log_level"], line["reason"]) == ("here", level, model.reason)
+    assert model.reason.startswith(reason)
+    assert model.reason.endswith("in models.yaml runs it on the CPU)") == (enabled == "auto" and device == "auto")
 
 
 async def test_a_model_that_is_switched_off_is_not_loaded(made: Models) -> None:

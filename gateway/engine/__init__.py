@@ -11,3 +11,5 @@ import os
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
+# CUDA, which reads this when it starts, then numbers the cards as the driver and `nvidia-smi` do, and not by their speed.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

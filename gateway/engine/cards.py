@@ -1,54 +1,395 @@
-"""Read the state of the graphics cards, for the metrics."""
+"""Find the graphics cards, decide whether each can be used, and say what to do about one that cannot.
+
+Imports no torch: commands that load no model ask here too. :func:`read_machine` looks at the machine,
+:meth:`Machine.obstacle_to` says why a setting gets no card, and :func:`find_obstacle` alone decides about a single card.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
 
-import structlog
-import torch
+from gateway.engine.nvml import Card, Driver, Failure, read_driver
 
-from gateway.telemetry import metrics
+PACKING_CAPABILITY = (8, 0)
+"""The least compute capability of the kernel that attends to packed texts (FlashAttention-2)."""
 
-log = structlog.get_logger(__name__)
+CUDA_12_INDEX = "https://download.pytorch.org/whl/cu126"
+"""The package index with the build of torch for drivers that run CUDA 12 and not 13."""
+
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+_LEAST_DRIVER = {13: 580, 12: 525}
+# https://github.com/pytorch/pytorch/blob/main/RELEASE.md#pytorch-cuda-support-matrix: the capabilities that the builds for
+# a version of CUDA, and for those up to the next, have kernels for: the least, and the first beyond the greatest.
+_KERNELS = {(12, 0): ((5, 0), (10, 0)), (12, 8): ((7, 5), (99, 0)), (13, 0): ((7, 5), (99, 0))}
+
+_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD"}
+_PCI = Path("/sys/bus/pci/devices")
+_ROOT = Path("/")
 
 
-def read_cards() -> None:
-    """Set the metrics of every card that this process may use.
+class Reason(StrEnum):
+    """Why a card, or all cards, cannot be used; stable, for programs."""
 
-    They come from the driver's own library (NVML), which also answers when a card hangs; a call to CUDA would wait then,
-    and with it the whole gateway.
+    NO_CARD = "no_card"
+    NOT_NVIDIA = "not_nvidia"
+    NO_DRIVER = "no_driver"
+    DRIVER_FAILED = "driver_failed"
+    DRIVER_TOO_OLD = "driver_too_old"
+    NO_CUDA_LIBRARY = "no_cuda_library"
+    NO_TORCH = "no_torch"
+    TORCH_WITHOUT_CUDA = "torch_without_cuda"
+    HIDDEN = "hidden"
+    CARD_FAILED = "card_failed"
+    CARD_TOO_OLD = "card_too_old"
+    CARD_TOO_NEW = "card_too_new"
+    NOT_CHOSEN = "not_chosen"
+    CUDA_FAILED = "cuda_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a card, or all cards, cannot be used.
+
+    Attributes:
+        what: half a sentence that says what is wrong, with versions.
+        mend: half a sentence that says what to do, with the command; empty if nothing can be done.
     """
-    if (nvml := _nvml()) is None:
-        return
-    for index in range(torch.cuda.device_count()):
-        device = f"cuda:{index}"
-        metrics.GPU_MEMORY.labels(device, "allocated").set(torch.cuda.memory_allocated(index))
-        try:
-            handle = _handle(nvml, index)
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
-            metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
-            metrics.GPU_UTILIZATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except nvml.NVMLError as error:  # a slice of a card (MIG) reports no utilization
-            log.debug("card_not_read", device=device, error=str(error))
+
+    reason: Reason
+    what: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.mend}" if self.mend else self.what
 
 
-@cache
-def _nvml() -> Any:
-    """Return the initialized library, or ``None`` without a driver."""
-    import pynvml
+@dataclass(frozen=True, slots=True)
+class TorchBuild:
+    """The installed torch.
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        log.warning("cards_not_read", error=str(error))
+    Attributes:
+        cuda: the CUDA version that it is built for; ``None`` for a build without CUDA.
+    """
+
+    version: str
+    cuda: tuple[int, int] | None
+    is_rocm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where the process runs, as far as it matters for the advice.
+
+    Attributes:
+        vendors: makers of the graphics cards on the PCI bus, which a container sees even if it may not use them.
+    """
+
+    is_container: bool = False
+    is_wsl: bool = False
+    is_mac: bool = False
+    vendors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The cards of this machine, and all that decides whether they can be used.
+
+    Attributes:
+        visible: the cards that CUDA shows this process: ``cuda:0`` is the first.
+        visible_devices: the value of ``CUDA_VISIBLE_DEVICES``, if it is set.
+        cuda_error: what CUDA said when torch started it, empty if it works; ``None`` if torch has not been asked.
+    """
+
+    torch: TorchBuild | None
+    driver: Driver | Failure
+    visible: tuple[Card, ...]
+    visible_devices: str | None
+    surroundings: Surroundings
+    cuda_error: str | None = None
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """All cards that the driver knows."""
+        return () if isinstance(self.driver, Failure) else self.driver.cards
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """Why no card can be used at all; ``None`` if one can."""
+        if self.cuda_error != "" and (problem := self._common_obstacle()) is not None:
+            return problem
+        return _shared([find_obstacle(card, self.torch) for card in self.visible])
+
+    def _common_obstacle(self) -> Obstacle | None:
+        """Return what keeps this process from all cards alike; ``None`` without it."""
+        if isinstance(self.driver, Failure):
+            return _driver_obstacle(self.driver, self.surroundings)
+        if not self.cards:
+            return _absent(self.surroundings)
+        problem = _torch_obstacle(self.torch, self.driver, self.surroundings)
+        if problem is None and not self.visible:
+            what = f"CUDA_VISIBLE_DEVICES={self.visible_devices!r} hides it"
+            problem = Obstacle(Reason.HIDDEN, what, "unset it, or list numbers that `nvidia-smi -L` shows")
+        elif problem is None and self.cuda_error:
+            problem = Obstacle(Reason.CUDA_FAILED, f"CUDA does not start ({self.cuda_error})", _MEND_CUDA)
+        if problem is None:
+            return None
+        card = _a(self.cards[0].name) if self.cards[0].name else "a card"
+        return Obstacle(problem.reason, f"{card} is here, but {problem.what}", problem.mend)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether torch has to be asked: the driver's library does not answer, and this torch could use a card."""
+        has_cuda = self.torch is not None and self.torch.cuda is not None
+        return has_cuda and isinstance(self.driver, Failure) and self.cuda_error is None
+
+    def obstacle_to(self, setting: str) -> Obstacle | None:
+        """Return why a setting of ``device`` gets no card; ``None`` if it gets one.
+
+        Args:
+            setting: ``auto``, ``cuda`` or ``cuda:N``.
+        """
+        if self.obstacle is not None or setting == "cuda":
+            return self.obstacle
+        if setting == "auto":
+            return _shared([self.left_out(index) for index in range(len(self.visible))])
+        index = int(setting.removeprefix("cuda:"))
+        if index >= len(self.visible):
+            here = ", ".join(f"cuda:{number} {card.name}" for number, card in enumerate(self.visible))
+            return Obstacle(Reason.NO_CARD, f"there is no {setting} here, only {here}")
+        return find_obstacle(self.visible[index], self.torch)
+
+    def left_out(self, index: int) -> Obstacle | None:
+        """Return why ``device: auto`` leaves a visible card out; ``None`` if it uses it."""
+        card = self.visible[index]
+        if (obstacle := find_obstacle(card, self.torch)) is not None or card.capability >= PACKING_CAPABILITY:
+            return obstacle
+        return Obstacle(
+            Reason.NOT_CHOSEN,
+            f"{_a(card.name)} has compute capability {_dots(card.capability)}, and texts are packed from "
+            f"{_dots(PACKING_CAPABILITY)} on",
+            f"`device: cuda:{index}` in models.yaml uses it all the same, with padding",
+        )
+
+
+def read_machine(environ: Mapping[str, str] = os.environ) -> Machine:
+    """Look at the driver, its cards, torch's build and the surroundings, as they are now. Takes some milliseconds."""
+    driver = read_driver()
+    visible_devices = environ.get("CUDA_VISIBLE_DEVICES")
+    cards = () if isinstance(driver, Failure) else driver.cards
+    return Machine(read_torch(), driver, _visible(cards, visible_devices), visible_devices, _surroundings(environ))
+
+
+def read_torch() -> TorchBuild | None:
+    """Read what the installed torch is built for, without importing it; ``None`` without torch."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
         return None
-    return pynvml
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    values = dict(re.findall(r"^(\w+)(?:: [^=\n]+)? = '([^'\n]*)'$", text, re.MULTILINE))
+    cuda = re.match(r"(\d+)\.(\d+)", values.get("cuda", ""))
+    return TorchBuild(
+        values.get("__version__", ""), (int(cuda[1]), int(cuda[2])) if cuda else None, is_rocm="hip" in values
+    )
 
 
-@cache
-def _handle(nvml: Any, index: int) -> Any:
-    """Return NVML's handle of a card; NVML counts all cards of the machine, and CUDA those that this process may use."""
-    uuid = torch.cuda.get_device_properties(index).uuid
-    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+def find_obstacle(card: Card, torch: TorchBuild | None) -> Obstacle | None:
+    """Return why a card cannot be used with a torch that is built for CUDA, whatever a model's entry says."""
+    if card.error:
+        return Obstacle(
+            Reason.CARD_FAILED,
+            f"the driver cannot read card {card.index} ({card.error})",
+            "look for `Xid` in `dmesg`, and restart the machine",
+        )
+    cuda = (13, 0) if torch is None or torch.cuda is None else torch.cuda
+    least, beyond = _KERNELS[max(version for version in _KERNELS if version <= max(cuda, (12, 0)))]
+    what = (
+        f"torch for CUDA {_dots(cuda)} has no kernels for {_a(card.name)} (compute capability {_dots(card.capability)})"
+    )
+    if card.capability < least:
+        older = _KERNELS[12, 0][0]
+        mend = f"install the build for CUDA 12.6, {_install(CUDA_12_INDEX)}" if older <= card.capability else ""
+        return Obstacle(Reason.CARD_TOO_OLD, what, mend)
+    if card.capability >= beyond:
+        return Obstacle(
+            Reason.CARD_TOO_NEW, what, f"upgrade the driver to {_LEAST_DRIVER[13]} or newer, then {_install('')}"
+        )
+    return None
+
+
+def describe_others(card: Card) -> str:
+    """Describe the other processes on a card, such as ``ollama (pid 812) 5,120 MiB``; empty if there are none."""
+    return ", ".join(
+        f"{process.name} (pid {process.pid})"
+        + ("" if process.memory_bytes is None else f" {process.memory_bytes / 2**20:,.0f} MiB")
+        for process in card.others
+    )
+
+
+def torch_index(driver: Driver) -> str | None:
+    """Return the package index of the torch that a driver can run: empty for PyPI; ``None`` if the driver is too old."""
+    major = 0 if driver.cuda is None else driver.cuda[0]
+    return "" if major >= 13 else CUDA_12_INDEX if major == 12 else None
+
+
+# --------------------------------------------------------------------------------------------------- what is in the way
+
+
+def _shared(obstacles: Sequence[Obstacle | None]) -> Obstacle | None:
+    """Return the obstacle of several cards: that of the first, or ``None`` if one of them has none."""
+    return None if None in obstacles else obstacles[0]
+
+
+def _torch_obstacle(torch: TorchBuild | None, driver: Driver, where: Surroundings) -> Obstacle | None:
+    """Return why this torch cannot use any card with this driver."""
+    if torch is None:
+        return Obstacle(Reason.NO_TORCH, "torch is not installed", "`make install`")
+    if torch.is_rocm:
+        what = f"torch {torch.version} is built for AMD's cards (ROCm)"
+        return Obstacle(Reason.TORCH_WITHOUT_CUDA, what, _mend_torch(driver, where))
+    if torch.cuda is None:
+        what = f"torch {torch.version} is a build without CUDA"
+        return Obstacle(Reason.TORCH_WITHOUT_CUDA, what, _mend_torch(driver, where))
+    if driver.cuda is None:
+        mend = "install the driver's compute part (libcuda.so.1)"
+        if where.is_container:
+            mend = "NVIDIA_DRIVER_CAPABILITIES must be `compute,utility` for this container"
+        return Obstacle(Reason.NO_CUDA_LIBRARY, f"driver {driver.version} comes without its CUDA library", mend)
+    if driver.cuda[0] < torch.cuda[0]:
+        needed = _LEAST_DRIVER.get(torch.cuda[0])
+        what = (
+            f"driver {driver.version} (CUDA {_dots(driver.cuda)}) is too old for torch {torch.version}, which is built for "
+            f"CUDA {_dots(torch.cuda)}" + ("" if needed is None else f" and needs driver {needed} or newer")
+        )
+        return Obstacle(Reason.DRIVER_TOO_OLD, what, _mend_torch(driver, where))
+    return None
+
+
+def _mend_torch(driver: Driver, where: Surroundings) -> str:
+    index = torch_index(driver)
+    if index is None:
+        return f"upgrade the driver to {_LEAST_DRIVER[13]} or newer (now {driver.version})" + (
+            " on Windows, not in WSL" if where.is_wsl else ""
+        )
+    other = "" if not index else f", or upgrade the driver to {_LEAST_DRIVER[13]} or newer"
+    return f"install the build that fits, {_install(index, is_container=where.is_container)}{other}"
+
+
+def _install(index: str, *, is_container: bool = False) -> str:
+    """Return the command that installs torch from an index; empty for PyPI."""
+    if is_container:
+        return f"`docker build --build-arg TORCH_INDEX={index} .`"
+    return f"`make clean run TORCH_INDEX={index}`" if index else "`make clean run`"
+
+
+def _absent(where: Surroundings) -> Obstacle:
+    """Return why there is no card for a driver that works, or for none."""
+    if where.is_mac:
+        return Obstacle(Reason.NOT_NVIDIA, "no accelerator is present that is supported; Apple's GPU (MPS) is not")
+    if "NVIDIA" not in where.vendors and "AMD" in where.vendors:
+        return Obstacle(Reason.NOT_NVIDIA, "no accelerator is present that is supported; AMD's cards (ROCm) are not")
+    return Obstacle(Reason.NO_CARD, "no accelerator is present")
+
+
+# NVML's codes, which are part of its interface: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceEnumvs.html
+_NO_PERMISSION, _NOT_LOADED, _NO_LIBRARY, _LOST, _MISMATCH, _UNKNOWN = 4, 9, 12, 15, 18, 999
+_MENDS = {
+    _NO_PERMISSION: "let this user read and write /dev/nvidia* (groups `video` and `render`)",
+    _NOT_LOADED: "load the module with `sudo modprobe nvidia`; after an update of the kernel or the driver, restart the "
+    "machine",
+    _LOST: "look for `Xid` in `dmesg`, and restart the machine",
+    _MISMATCH: "the driver was updated while its old module is loaded: restart the machine",
+}
+_MEND_CUDA = (
+    "restart the machine, or after it was suspended `sudo modprobe --remove nvidia_uvm && sudo modprobe nvidia_uvm`"
+)
+_USE_GPUS = "start the container with `--gpus all`; the host needs NVIDIA's container toolkit"
+_CONTAINER_MENDS = {
+    _NOT_LOADED: _USE_GPUS,
+    _NO_LIBRARY: _USE_GPUS,
+    _NO_PERMISSION: f"{_USE_GPUS}, and the container's user needs access to /dev/nvidia*",
+    _MISMATCH: "the host's driver was updated: restart the host, then the container",
+    _UNKNOWN: "restart the container: the host has taken its cards away (`systemctl daemon-reload` does that)",
+}
+
+
+def _driver_obstacle(failure: Failure, where: Surroundings) -> Obstacle:
+    """Return why the driver does not answer."""
+    if failure.code == _NO_LIBRARY and "NVIDIA" not in where.vendors and not where.is_wsl:
+        return _absent(where)
+    if where.is_wsl and failure.code in (_NO_LIBRARY, _NOT_LOADED):
+        mend = "install NVIDIA's driver on Windows, not in WSL, and run `wsl --update`"
+    elif where.is_container and failure.code in _CONTAINER_MENDS:
+        mend = _CONTAINER_MENDS[failure.code]
+    else:
+        mend = _MENDS.get(failure.code, "`nvidia-smi` must work first; restarting the machine often helps")
+    if failure.code == _NO_LIBRARY:
+        if not where.is_container and not where.is_wsl:
+            mend = f"install NVIDIA's driver, {_LEAST_DRIVER[13]} or newer"
+        return Obstacle(Reason.NO_DRIVER, "an NVIDIA card is here, but its driver is not", mend)
+    return Obstacle(Reason.DRIVER_FAILED, f"NVIDIA's driver does not answer ({failure.message})", mend)
+
+
+# ----------------------------------------------------------------------------------------------------------- what is here
+
+
+def _visible(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
+    """Return the cards that CUDA shows: those listed, up to the first entry that is none of them, as CUDA reads it.
+
+    CUDA numbers them in the order of the list, or of the PCI bus, which ``gateway.engine`` asks it to use.
+    """
+    if setting is None:
+        return cards
+    shown: list[Card] = []
+    for entry in setting.split(","):
+        name = entry.strip()
+        card = next((one for one in cards if name and (name == str(one.index) or one.uuid.startswith(name))), None)
+        if card is None or card in shown:
+            break
+        shown.append(card)
+    return tuple(shown)
+
+
+def _surroundings(environ: Mapping[str, str]) -> Surroundings:
+    kernel = _read(_ROOT / "proc/sys/kernel/osrelease").lower()
+    markers = (_ROOT / ".dockerenv", _ROOT / "run/.containerenv")
+    return Surroundings(
+        is_container="KUBERNETES_SERVICE_HOST" in environ or any(marker.exists() for marker in markers),
+        is_wsl="microsoft" in kernel and (_ROOT / "dev/dxg").exists(),
+        is_mac=sys.platform == "darwin",
+        vendors=tuple(_vendors_on_bus()),
+    )
+
+
+def _vendors_on_bus() -> list[str]:
+    """Return the makers of the graphics cards and accelerators on the PCI bus (its classes 0x03 and 0x12)."""
+    found = set()
+    for folder in sorted(_PCI.glob("*")):
+        if _read(folder / "class")[:4] in ("0x03", "0x12"):
+            found.add(_VENDORS.get(_read(folder / "vendor"), ""))
+    return sorted(found - {""})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _dots(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _a(name: str) -> str:
+    """Return a card's name with its article."""
+    return f"an {name}" if name[:1] in ("N", "A") else f"a {name}"

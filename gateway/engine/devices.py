@@ -5,37 +5,86 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from gateway.engine.cards import Machine, Reason, find_obstacle, read_machine
 from gateway.engine.cores import Cores, read_cores
 from gateway.engine.memory import available_host_bytes
+from gateway.engine.nvml import Card
 from gateway.errors import LoadError
 
 _MIN_STREAMS = 2
 _MAX_THREADS_A_STREAM = 4
 
 
-def has_accelerator() -> bool:
-    """Return whether a CUDA device is present."""
-    return torch.cuda.is_available()
-
-
 def choose_devices(setting: str) -> tuple[str, ...]:
     """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the devices that get a replica of the model each.
 
+    ``auto`` uses every card that texts can be packed on, and the CPU if this machine has none. ``cuda`` uses the same, or
+    the older cards where there are only those, and never the CPU.
+
     Raises:
-        LoadError: the device is not present.
+        LoadError: the device is not present, or cannot be used; the message says what to do.
     """
-    num_cards = torch.cuda.device_count() if has_accelerator() else 0
-    if setting == "cpu" or (setting == "auto" and not num_cards):
+    if setting == "cpu":
         return ("cpu",)
-    if setting in ("auto", "cuda") and num_cards:
-        return tuple(f"cuda:{index}" for index in range(num_cards))
-    if setting == "cuda" or int(setting.partition(":")[2]) >= num_cards:
-        raise LoadError(f"device {setting} is not present; this machine has {num_cards} CUDA devices")
-    return (setting,)
+    machine = see_cards()
+    obstacle = machine.obstacle_to(setting)
+    if obstacle is None and setting in ("auto", "cuda"):
+        every = range(len(machine.visible))
+        best = [index for index in every if machine.left_out(index) is None]
+        usable = [index for index in every if find_obstacle(machine.visible[index], machine.torch) is None]
+        return tuple(f"cuda:{index}" for index in best or usable)
+    if obstacle is None:
+        return (setting,)
+    if setting != "auto":
+        raise LoadError(f"device {setting} cannot be used: {obstacle}")
+    if obstacle.reason is Reason.CUDA_FAILED:  # the card is good and would be idle, unnoticed
+        raise LoadError(f"{obstacle}; `device: cpu` in models.yaml runs it on the CPU")
+    return ("cpu",)
+
+
+def see_cards() -> Machine:
+    """Return the machine with the cards as CUDA itself shows them. Takes as long as it takes to start CUDA.
+
+    Where the driver's library does not answer, or does not know a card, CUDA's own description of it counts.
+    """
+    machine = read_machine()
+    if machine.torch is None or machine.torch.cuda is None:  # without CUDA, or ROCm, which also calls itself so
+        return machine
+    if not torch.cuda.is_available():
+        return replace(machine, cuda_error=_why_cuda_fails())
+    known = {card.uuid: card for card in machine.cards}
+    shown = [known.get(card_uuid(index)) or _describe(index) for index in range(torch.cuda.device_count())]
+    return replace(machine, visible=tuple(shown), cuda_error="")
+
+
+def _why_cuda_fails() -> str:
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # of several classes
+        return str(error).splitlines()[0]
+    return "torch.cuda.is_available() is false"
+
+
+def _describe(index: int) -> Card:
+    properties = torch.cuda.get_device_properties(index)
+    return Card(
+        index,
+        card_uuid(index),
+        properties.name,
+        (properties.major, properties.minor),
+        properties.total_memory,
+        properties.total_memory,
+    )
+
+
+def card_uuid(index: int) -> str:
+    """Return the name by which the driver knows a CUDA device."""
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
 def choose_dtype(setting: str, device: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
-from gateway.engine.cards import read_cards
+from gateway.engine.card_metrics import read_cards
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.prompts import RETRIEVAL, tasks_of

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 
+import pynvml
 import pytest
 import torch
 from hypothesis import given
@@ -18,54 +21,129 @@ from gateway.engine.devices import (
     choose_cpu_threads,
     choose_devices,
     choose_dtype,
-    has_accelerator,
     is_out_of_memory,
     release_memory,
+    see_cards,
     share_cores,
 )
 from gateway.engine.memory import available_host_bytes
 from gateway.errors import LoadError
+from tests.nvml import GIB, FakeCard, FakeDriver, install, install_cuda, install_surroundings, install_torch
+
+GT_1030 = FakeCard("NVIDIA GeForce GT 1030", (6, 1), 2 * GIB, 2 * GIB, "GPU-1030")
+RTX_2080 = FakeCard("NVIDIA GeForce RTX 2080 Ti", (7, 5), 11 * GIB, 11 * GIB, "GPU-2080")
+RTX_3090, RTX_3090_TOO = FakeCard(), FakeCard(uuid="GPU-second")
+
+See = Callable[..., None]
 
 
 @pytest.fixture
-def cards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """The number of CUDA devices that torch sees."""
-    number: int = request.param
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
-    return number
+def see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> See:
+    """Return a function that puts cards into this machine, with a driver and a torch that fit."""
+
+    def see(*cards: FakeCard, cuda_error: str = "", **driver: int) -> None:
+        install(monkeypatch, FakeDriver(list(cards), **driver))
+        install_torch(monkeypatch, tmp_path, "2.13.0", cuda="13.0")
+        install_surroundings(monkeypatch, tmp_path, vendors=("0x10de",) if cards else ())
+        install_cuda(monkeypatch, list(cards), cuda_error)
+
+    return see
 
 
 @pytest.mark.parametrize(
     ("cards", "setting", "expected"),
     [
-        (0, "auto", ("cpu",)),
-        (0, "cpu", ("cpu",)),
-        (1, "auto", ("cuda:0",)),
-        (1, "cuda", ("cuda:0",)),
-        (1, "cpu", ("cpu",)),
-        (3, "auto", ("cuda:0", "cuda:1", "cuda:2")),
-        (3, "cuda", ("cuda:0", "cuda:1", "cuda:2")),
-        (3, "cuda:0", ("cuda:0",)),
-        (3, "cuda:2", ("cuda:2",)),
-        (3, "cpu", ("cpu",)),
+        ([], "auto", ("cpu",)),
+        ([], "cpu", ("cpu",)),
+        ([RTX_3090], "auto", ("cuda:0",)),
+        ([RTX_3090], "cuda", ("cuda:0",)),
+        ([RTX_3090], "cpu", ("cpu",)),
+        ([RTX_3090, RTX_3090_TOO], "auto", ("cuda:0", "cuda:1")),
+        ([RTX_3090, RTX_3090_TOO], "cuda", ("cuda:0", "cuda:1")),
+        ([RTX_3090, RTX_3090_TOO], "cuda:1", ("cuda:1",)),
+        ([GT_1030, RTX_3090], "auto", ("cuda:1",)),
+        ([RTX_3090, RTX_2080], "auto", ("cuda:0",)),
+        ([RTX_3090, RTX_2080], "cuda", ("cuda:0",)),
+        ([RTX_3090, RTX_2080], "cuda:1", ("cuda:1",)),
+        ([GT_1030, RTX_2080], "auto", ("cpu",)),
+        ([GT_1030, RTX_2080], "cuda", ("cuda:1",)),
+        ([GT_1030], "auto", ("cpu",)),
     ],
-    indirect=["cards"],
 )
-def test_a_replica_runs_on_each_device_that_is_asked_for(cards: int, setting: str, expected: tuple[str, ...]) -> None:
-    assert has_accelerator() == (cards > 0)
+def test_a_replica_runs_on_each_device_that_is_asked_for(
+    see: See, cards: list[FakeCard], setting: str, expected: tuple[str, ...]
+) -> None:
+    see(*cards)
+
     assert choose_devices(setting) == expected
 
 
 @pytest.mark.parametrize(
-    ("cards", "setting"),
-    [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (3, "cuda:3"), (3, "cuda:10")],
-    indirect=["cards"],
+    ("cards", "setting", "message"),
+    [
+        ([], "cuda", "device cuda cannot be used: no accelerator is present"),
+        ([], "cuda:0", "device cuda:0 cannot be used: no accelerator is present"),
+        (
+            [RTX_3090],
+            "cuda:1",
+            "device cuda:1 cannot be used: there is no cuda:1 here, only cuda:0 NVIDIA GeForce RTX 3090",
+        ),
+        (
+            [GT_1030],
+            "cuda:0",
+            "device cuda:0 cannot be used: torch for CUDA 13.0 has no kernels for an NVIDIA GeForce GT 1030",
+        ),
+    ],
 )
-def test_a_device_that_is_not_there_is_refused(cards: int, setting: str) -> None:
-    message = f"device {setting} is not present; this machine has {cards} CUDA devices"
-    with pytest.raises(LoadError, match=f"^{re.escape(message)}$"):
+def test_a_device_that_cannot_be_used_is_refused(see: See, cards: list[FakeCard], setting: str, message: str) -> None:
+    see(*cards)
+
+    with pytest.raises(LoadError, match=f"^{re.escape(message)}"):
         choose_devices(setting)
+
+
+@pytest.mark.parametrize("setting", ["auto", "cuda", "cuda:0"])
+def test_a_card_that_cuda_cannot_start_is_never_replaced_by_the_cpu(see: See, setting: str) -> None:
+    """The driver says that it is well, so its owner would not notice for days."""
+    see(RTX_3090, cuda_error="CUDA unknown error - this may be due to a suspended machine\nand more")
+
+    with pytest.raises(LoadError) as caught:
+        choose_devices(setting)
+
+    assert (
+        "an NVIDIA GeForce RTX 3090 is here, but CUDA does not start (CUDA unknown error - this may be due to a suspended "
+        "machine): restart the machine, or after it was suspended `sudo modprobe" in str(caught.value)
+    )
+    assert "and more" not in str(caught.value)
+    assert ("; `device: cpu` in models.yaml runs it on the CPU" in str(caught.value)) == (setting == "auto")
+
+
+def test_cuda_numbers_the_cards(see: See, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator may have set CUDA_DEVICE_ORDER to another order."""
+    see(GT_1030, RTX_3090)
+    install_cuda(monkeypatch, [RTX_3090, GT_1030])
+
+    assert [card.uuid for card in see_cards().visible] == ["GPU-3090", "GPU-1030"]
+    assert choose_devices("auto") == ("cuda:0",)
+
+
+def test_a_card_that_only_cuda_knows_is_used(see: See) -> None:
+    """Some small boards have CUDA without NVML."""
+    see(RTX_3090, error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    [card] = see_cards().visible
+
+    assert (card.name, card.uuid, card.capability, card.total_bytes) == (
+        RTX_3090.name,
+        RTX_3090.uuid,
+        (8, 6),
+        24 * GIB,
+    )
+    assert choose_devices("auto") == choose_devices("cuda:0") == ("cuda:0",)
+
+
+def test_the_cards_have_the_numbers_that_the_driver_shows() -> None:
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 @pytest.mark.parametrize(
@@ -193,9 +271,10 @@ def test_torch_says_so_when_there_is_too_little_memory() -> None:
     assert is_out_of_memory(caught.value)
 
 
-@pytest.mark.parametrize("cards", [0, 1], indirect=True)
+@pytest.mark.parametrize("cards", [0, 1])
 def test_cached_memory_is_given_back_where_there_is_a_cache(monkeypatch: pytest.MonkeyPatch, cards: int) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
 
     release_memory()

