@@ -127,7 +127,7 @@ class Machine:
         return _shared([find_obstacle(card, self.torch) for card in self.visible])
 
     def _common_obstacle(self) -> Obstacle | None:
-        """Return what keeps this process from all cards alike; ``None`` without it."""
+        """Return the obstacle that all cards have in common; ``None`` without one."""
         if isinstance(self.driver, Failure):
             return _driver_obstacle(self.driver, self.surroundings)
         if not self.cards:
@@ -227,7 +227,7 @@ def find_obstacle(card: Card, torch: TorchBuild | None) -> Obstacle | None:
 
 
 def describe_others(card: Card) -> str:
-    """Describe the other processes on a card, such as ``ollama (pid 812) 5,120 MiB``; empty if there are none."""
+    """Describe the other processes on a card, such as ``ollama (pid 812) 5,120 MiB``; empty without others."""
     return ", ".join(
         f"{process.name} (pid {process.pid})"
         + ("" if process.memory_bytes is None else f" {process.memory_bytes / 2**20:,.0f} MiB")
@@ -245,7 +245,7 @@ def torch_index(driver: Driver) -> str | None:
 
 
 def _shared(obstacles: Sequence[Obstacle | None]) -> Obstacle | None:
-    """Return the obstacle of several cards: that of the first, or ``None`` if one of them has none."""
+    """Return the obstacle of several cards: that of the first card, or ``None`` if a card has no obstacle."""
     return None if None in obstacles else obstacles[0]
 
 
@@ -343,7 +343,7 @@ def _driver_obstacle(failure: Failure, where: Surroundings) -> Obstacle:
 
 
 def _visible(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
-    """Return the cards that CUDA shows: those listed, up to the first entry that is none of them, as CUDA reads it.
+    """Return the cards that CUDA shows: those listed, up to the first entry that is not a card, as CUDA reads it.
 
     CUDA numbers them in the order of the list, or of the PCI bus, which ``gateway.engine`` asks it to use.
     """

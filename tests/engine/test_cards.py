@@ -360,7 +360,7 @@ def test_the_slices_of_a_divided_card_are_its_cards(look: Look) -> None:
     assert machine.obstacle_to("auto") is None
 
 
-def test_a_card_without_memory_of_its_own_is_a_card(look: Look) -> None:
+def test_a_card_that_shares_the_memory_of_the_cpu_is_a_card(look: Look) -> None:
     machine = look(FakeCard("NVIDIA GB10", (12, 1), has_memory=False))
 
     assert machine.obstacle_to("auto") is None
