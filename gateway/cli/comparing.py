@@ -36,7 +36,13 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="For all random draws.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="How many to draw for intervals and p-values.")] = 10_000,
+    resamples: Annotated[int, typer.Option(min=100, help="How many signs to draw for p-values.")] = 100_000,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="A difference in nDCG@10 that does not matter; fix it before you look.")
+    ] = 0.01,
+    judged: Annotated[
+        Path | None, typer.Option(help="More judgments: a filled-in to_judge.tsv of an earlier comparison.")
+    ] = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
 ) -> None:
     """Compare models on your own texts.
@@ -57,6 +63,8 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         seed=seed,
         num_resamples=resamples,
         measures_cost=cost,
+        margin=margin,
+        judged=judged,
     )
     if url is not None:
         run_comparison(request, RunningGateway(url, os.environ.get(api_key_env)), out)

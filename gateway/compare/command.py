@@ -18,7 +18,7 @@ from gateway.cli.client import GatewayClient, connect
 from gateway.cli.console import make_console
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
-from gateway.compare.dataset import read_dataset
+from gateway.compare.dataset import Dataset, read_dataset
 from gateway.compare.in_process import in_process_client
 from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page
@@ -26,6 +26,7 @@ from gateway.compare.progress import progress_on
 from gateway.compare.results import Comparison
 from gateway.compare.search import Ranking
 from gateway.compare.table import print_comparison
+from gateway.compare.unjudged import write_to_judge
 from gateway.config.files import write_whole
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
@@ -64,19 +65,22 @@ def run_comparison(request: CompareRequest, gateway: RunningGateway | OwnModels,
     """
     folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     _check_folder(folder)
+    parse_arms(request.arms)  # before files are read
     console, progress = make_console(), make_console(is_error=True)
-    comparison, rankings = asyncio.run(_compare(request, gateway, progress))
+    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed, request.judged)
+    comparison, rankings = asyncio.run(_compare(request, dataset, gateway, progress))
     print_comparison(comparison, console)
     written = [*write_results(comparison, rankings, folder), _write_page(comparison, folder)]
+    to_judge = write_to_judge(comparison, dataset, folder)
+    written += [to_judge] if to_judge else []
     for line in ("\nWritten:", *(f"  {path}" for path in written)):
         console.print(line, soft_wrap=True)
 
 
 async def _compare(
-    request: CompareRequest, gateway: RunningGateway | OwnModels, console: Console
+    request: CompareRequest, dataset: Dataset, gateway: RunningGateway | OwnModels, console: Console
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
     names = [arm.model for arm in parse_arms(request.arms)]
-    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed)
     async with AsyncExitStack() as stack:
         with console.status(Text(f"getting {', '.join(dict.fromkeys(names))} ready")):
             client = await stack.enter_async_context(_client(gateway, names))

@@ -1,33 +1,20 @@
-"""Retrieval data in BEIR's layout: documents, queries, and judgments of which document answers which query.
-
-::
-
-    corpus.jsonl        {"_id": "…", "title": "…", "text": "…"}    one document per line; the title is optional
-    queries.jsonl       {"_id": "…", "text": "…"}
-    qrels/test.tsv      query-id <tab> corpus-id <tab> score      optional: without it, no quality is measured
-
-(Thakur et al. 2021, https://arxiv.org/abs/2104.08663.)
-"""
+"""The documents, queries and judgments of a comparison, from a folder in BEIR's layout, and notes on them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 
+from gateway.compare.beir import Corpus, Judgments, add_judgments, qrels_path, read_corpus, read_judgments, read_queries
+from gateway.compare.groups import group_queries
 from gateway.compare.results import DatasetSummary
-from gateway.config.files import open_regular
-from gateway.config.wording import count, cut
+from gateway.config.wording import count
 from gateway.errors import CompareError
-
-HEADER = "query-id\tcorpus-id\tscore"
-
-_MAX_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +29,8 @@ class Dataset:
             a score above 0 is relevant.
         num_unjudged_queries: queries that were left out because no judgment names them.
         notes: sentences on the parts that were left out.
+        groups: of the queries that depend on others, by query.
+        own_documents: ids of queries whose document of the same id is the query itself, and is left out of its ranking.
     """
 
     folder: Path
@@ -51,6 +40,8 @@ class Dataset:
     judgments: Mapping[str, Mapping[str, int]]
     num_unjudged_queries: int
     notes: tuple[str, ...]
+    groups: Mapping[str, str]
+    own_documents: frozenset[str]
 
     def summary(self) -> DatasetSummary:
         """Return the counts of the data, and a hash that does not depend on the order of the files' lines."""
@@ -62,12 +53,13 @@ class Dataset:
             num_queries=len(self.queries),
             num_judgments=sum(len(scores) for scores in self.judgments.values()),
             num_unjudged_queries=self.num_unjudged_queries,
+            num_groups=len({self.groups.get(query, (query,)) for query in self.queries}),
         )
 
     def _sha256(self) -> str:
         hashed = hashlib.sha256()
         # As JSON with the kind in front, so that no two data sets look the same.
-        for kind, texts in (("document", self.documents), ("query", self.queries)):
+        for kind, texts in (("document", self.documents), ("query", self.queries), ("group", self.groups)):
             for id_ in sorted(texts):
                 hashed.update(orjson.dumps((kind, id_, texts[id_]), option=orjson.OPT_APPEND_NEWLINE))
         for query, scores in sorted(self.judgments.items()):
@@ -76,32 +68,41 @@ class Dataset:
         return hashed.hexdigest()
 
 
-def read_dataset(folder: Path, split: str | None, max_documents: int | None = None, seed: int = 0) -> Dataset:
+def read_dataset(
+    folder: Path, split: str | None, max_documents: int | None = None, seed: int = 0, judged: Path | None = None
+) -> Dataset:
     """Read a folder in BEIR's layout.
 
     Args:
         split: which file of ``qrels/`` to take; ``None`` takes ``test``, or the only one.
         max_documents: how many documents to keep: all that have a judgment, and a sample of the others.
         seed: of that sample.
+        judged: more judgments, such as those of a filled-in ``to_judge.tsv``.
 
     Raises:
         CompareError: a file is missing, a line is wrong, or no judgment is usable.
     """
     if not folder.is_dir():
         raise CompareError(f"{folder}: is not a folder; a data set is a folder with corpus.jsonl and queries.jsonl")
-    qrels = _qrels_path(folder, split)
-    documents, queries = read_texts(folder / "corpus.jsonl"), read_texts(folder / "queries.jsonl")
+    qrels = qrels_path(folder, split)
+    asked = read_queries(folder / "queries.jsonl")
+    corpus = read_corpus(folder / "corpus.jsonl", asked.texts)
+    documents, queries = corpus.texts, asked.texts
     notes: list[str] = []
     judgments: Mapping[str, Mapping[str, int]] = {}
-    num_queries = len(queries)
-    if qrels is not None:
-        judgments = _known(_read_judgments(qrels), documents, queries, qrels, notes)
+    if qrels is not None or judged is not None:
+        read = _read_all(qrels, judged, notes)
+        judgments = _known(read, documents, queries, qrels or folder, notes)
         queries = {id_: text for id_, text in queries.items() if id_ in judgments}
         judgments = {query: judgments[query] for query in queries}
         _note_unanswerable(judgments, notes)
-    num_unjudged = num_queries - len(queries)
+    num_unjudged = len(asked.texts) - len(queries)
     if num_unjudged:
         notes.insert(0, f"{count(num_unjudged, 'query was', 'queries were')} left out: no judgment names them.")
+    if asked.num_titles:
+        notes.append(f"{count(asked.num_titles, 'query has a title', 'queries have titles')}, which BEIR does not use.")
+    groups = group_queries({id_: asked.groups[id_] for id_ in queries if id_ in asked.groups}, judgments, notes)
+    own = _own_documents(corpus, queries, judgments, notes)
     documents = _sampled(documents, judgments, max_documents, seed, notes)
     _note_empty(documents, "documents", notes)
     _note_empty(queries, "queries", notes)
@@ -113,131 +114,27 @@ def read_dataset(folder: Path, split: str | None, max_documents: int | None = No
         judgments=judgments,
         num_unjudged_queries=num_unjudged,
         notes=tuple(notes),
+        groups=groups,
+        own_documents=own,
     )
 
 
-def _qrels_path(folder: Path, split: str | None) -> Path | None:
-    """Return the file of judgments, or ``None`` if the folder has no such file."""
-    found = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
-    names = ", ".join(found) or "none"
-    if split is not None:
-        if split not in found:
-            raise CompareError(f"{folder / 'qrels' / split}.tsv: there is no such file; the splits are: {names}")
-        return found[split]
-    if not found:
-        return None
-    if "test" in found:
-        return found["test"]
-    if len(found) > 1:
-        raise CompareError(f"{folder / 'qrels'}: has several splits but not `test`; choose one with --split: {names}")
-    return next(iter(found.values()))
+def _read_all(qrels: Path | None, judged: Path | None, notes: list[str]) -> Judgments:
+    """Read the judgments of the split, and those that were made later.
 
-
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the lines that are not blank, each with its ``file:line``."""
-    try:
-        with open_regular(path) as file:
-            for number, line in enumerate(file, start=1):
-                # Some editors put a byte order mark in front.
-                content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-                if content.strip():
-                    yield f"{path}:{number}", content
-    except FileNotFoundError:
-        raise CompareError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise CompareError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def read_texts(path: Path) -> dict[str, str]:
-    """Read the texts of ``corpus.jsonl`` or ``queries.jsonl`` by id, with the title, if there is one, in front."""
-    texts: dict[str, str] = {}
-    for place, line in read_lines(path):
-        try:
-            entry = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise CompareError(f"{place}: is not JSON: {error.msg}") from error
-        if not isinstance(entry, dict):
-            raise CompareError(f"{place}: must be a JSON object with _id and text, and is {_shown(entry)}")
-        id_ = _id(place, entry)
-        if id_ in texts:
-            raise CompareError(f"{place}: _id {id_!r} appears twice; every id must be unique")
-        title = _text(place, entry, "title") if entry.get("title") is not None else ""
-        texts[id_] = f"{title} {_text(place, entry, 'text')}".strip()
-    if not texts:
-        raise CompareError(f"{path}: is empty; at least one line is needed")
-    return texts
-
-
-def _id(place: str, entry: Mapping[str, Any]) -> str:
-    if "_id" not in entry:
-        raise CompareError(f"{place}: has no _id; its keys: {', '.join(entry) or 'none'}")
-    id_ = entry["_id"]
-    if isinstance(id_, int) and not isinstance(id_, bool):
-        return str(id_)
-    if not isinstance(id_, str) or not id_ or "\0" in id_:
-        raise CompareError(f"{place}: _id must be a non-empty text or an integer, and is {_shown(id_)}")
-    return id_
-
-
-def _text(place: str, entry: Mapping[str, Any], key: str) -> str:
-    if key not in entry:
-        raise CompareError(f"{place}: has no {key}; its keys: {', '.join(entry)}")
-    if not isinstance(entry[key], str):
-        raise CompareError(f"{place}: {key} must be a text, and is {_shown(entry[key])}")
-    return str(entry[key])
-
-
-def _read_judgments(path: Path) -> dict[str, dict[str, int]]:
-    judgments: dict[str, dict[str, int]] = {}
-    is_first = True
-    for place, line in read_lines(path):
-        columns = _columns(place, line)
-        if is_first:
-            if _is_number(columns[2]):
-                raise CompareError(
-                    f"{place}: the header is missing: the first line must be {HEADER!r}, and is {_shown_line(columns)}"
-                )
-            is_first = False
-            continue
-        query, document, text = columns
-        score = _integer(text)
-        if score is None:
-            raise CompareError(f"{place}: the score must be an integer, and is {text!r}")
-        scores = judgments.setdefault(query, {})
-        if scores.setdefault(document, score) != score:
+    Raises:
+        CompareError: there are none, or a line is wrong.
+    """
+    judgments = read_judgments(qrels) if qrels else {}
+    if judged is not None:
+        num_added, num_empty = add_judgments(judgments, judged)
+        if not judgments:
             raise CompareError(
-                f"{place}: query {query!r} and document {document!r} have score {score}, and {scores[document]} earlier"
+                f"{judged}: has no scores; fill in the column `score`: 0 for a document that does not help"
             )
-    if not judgments:
-        raise CompareError(f"{path}: is empty; at least one judgment below the header is needed")
+        left = f"; {count(num_empty, 'line has', 'lines have')} no score yet" if num_empty else ""
+        notes.append(f"{count(num_added, 'judgment was', 'judgments were')} added from {judged}{left}.")
     return judgments
-
-
-def _columns(place: str, line: bytes) -> list[str]:
-    try:
-        columns = [column.strip() for column in line.decode().split("\t")]
-    except UnicodeDecodeError as error:
-        raise CompareError(f"{place}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    if len(columns) != 3 or not all(columns):
-        raise CompareError(
-            f"{place}: must have 3 columns, separated by tabs (query-id, corpus-id, score), and is {_shown_line(columns)}"
-        )
-    return columns
-
-
-def _integer(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _known(
@@ -253,19 +150,23 @@ def _known(
         CompareError: no judgment is left.
     """
     known: dict[str, dict[str, int]] = {}
-    num_unknown_queries = num_unknown_documents = 0
+    num_unknown_queries = num_unknown_documents = num_lost = 0
     for query, scores in judgments.items():
         if query not in queries:
             num_unknown_queries += len(scores)
             continue
         kept = {document: score for document, score in scores.items() if document in documents}
         num_unknown_documents += len(scores) - len(kept)
+        num_lost += sum(score > 0 for document, score in scores.items() if document not in documents)
         if kept:
             known[query] = kept
     for number, file in ((num_unknown_queries, "queries.jsonl"), (num_unknown_documents, "corpus.jsonl")):
         if number:
             were = count(number, "judgment was", "judgments were")
             notes.append(f"{were} dropped: the id is not in {file}.")
+    if num_lost:
+        name = count(num_lost, "of them names a relevant document", "of them name relevant documents")
+        notes[-1] += f" {name}, so figures are higher than on the whole corpus."
     if not known:
         example = next(iter(judgments.items()))
         raise CompareError(
@@ -285,6 +186,29 @@ def _note_empty(texts: Mapping[str, str], what: str, notes: list[str]) -> None:
     number = sum(not text for text in texts.values())
     if number:
         notes.append(f"Among the {what}, {count(number, 'text is', 'texts are')} empty.")
+
+
+def _own_documents(
+    corpus: Corpus, queries: Mapping[str, str], judgments: Mapping[str, Mapping[str, int]], notes: list[str]
+) -> frozenset[str]:
+    """Return the queries whose document of the same id is the query itself, and note what an equal id means here.
+
+    BEIR leaves every document with the query's id out of its ranking, since in ArguAna and Quora these are the queries
+    themselves. Files that number both from 1 share ids by chance: there, it would remove answers.
+    """
+    own = frozenset(id_ for id_ in corpus.same_text & queries.keys() if judgments.get(id_, {}).get(id_, 0) <= 0)
+    if own:
+        were = count(len(own), "document was", "documents were")
+        notes.append(
+            f"{were} left out of one ranking: that of the query with the same id and the same text, as BEIR does."
+        )
+    num_others = len(corpus.other_text & queries.keys())
+    if num_others:
+        notes.append(
+            f"{count(num_others, 'query has', 'queries have')} the id of a document with another text. Such a document is "
+            "searched like all others; BEIR would leave it out."
+        )
+    return own
 
 
 def _sampled(
@@ -314,11 +238,3 @@ def _sampled(
         f"{num_others:,} of the others, drawn at random. Quality is higher on a part than on the whole."
     )
     return {id_: documents[id_] for id_ in kept}
-
-
-def _shown(value: object) -> str:
-    return cut(repr(value), _MAX_SHOWN)
-
-
-def _shown_line(columns: Sequence[str]) -> str:
-    return _shown("\t".join(columns))

@@ -82,8 +82,12 @@ def error_bar(estimates: Sequence[Estimate]) -> Json:
     return {
         "type": "data",
         "symmetric": False,
-        "array": [estimate.high - estimate.mean for estimate in estimates],
-        "arrayminus": [estimate.mean - estimate.low for estimate in estimates],
+        "array": [
+            (estimate.mean if estimate.high is None else estimate.high) - estimate.mean for estimate in estimates
+        ],
+        "arrayminus": [
+            estimate.mean - (estimate.mean if estimate.low is None else estimate.low) for estimate in estimates
+        ],
         "thickness": 1.5,
         "width": 0,
     }

@@ -15,7 +15,6 @@ from gateway.compare.plots import make_plots
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast, Estimate, Hit, QueryResult
 from gateway.compare.sentences import (
     agreement_sentence,
-    bottom_line,
     cost_sentence,
     fixed,
     interval,
@@ -102,7 +101,7 @@ def render_page(comparison: Comparison) -> str:
         verdicts=[contrast for contrast in comparison.contrasts if contrast.measure == PRIMARY_MEASURE],
         say_verdict=lambda contrast: verdict_sentence(comparison, contrast),
         say_agreement=agreement_sentence,
-        conclusion=bottom_line(comparison),
+        conclusion=comparison.bottom_line.text if comparison.has_judgments else "",
         costs={arm.name: cost_sentence(arm, comparison.baseline) for arm in comparison.arms},
         table=list(_table(comparison)),
         plots=plots,
@@ -161,7 +160,7 @@ def _difference_cell(comparison: Comparison, contrast: Contrast | None, arm: Arm
     if contrast is None:
         return Cell(_NONE if arm is comparison.baseline else "")
     parts = (signed_interval(contrast.difference), f"p {p_value(contrast.p_holm)}")
-    note = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    note = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts if part)
     return Cell(signed(contrast.difference.mean), note)
 
 

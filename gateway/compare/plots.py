@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gateway.compare.drawing import COLORS, Json, Plot, error_bar, make_layout, marker, marks, plain
 from gateway.compare.query_plots import make_histograms, make_query_bars
-from gateway.compare.results import PRIMARY_MEASURE, Arm, Comparison, Estimate
+from gateway.compare.results import JUDGED, PRIMARY_MEASURE, Arm, Comparison, Estimate
 from gateway.compare.sentences import fixed, interval, milliseconds, signed, signed_interval
 
 _ROW = 17  # pixels for an arm in a row of points
@@ -34,8 +34,12 @@ def _quality(comparison: Comparison) -> Plot:
     return Plot(
         id="plot-quality",
         title="Quality",
-        caption="Mean over the queries, with its 95 % interval; further right is better. Judged@10 is not "
-        "a quality: it is the share of the first ten documents that have a judgment.",
+        caption="Mean over the queries, with its 95 % interval; further right is better."
+        + (
+            " Judged@10 is not a quality: it is the share of the first ten documents that have a judgment."
+            if JUDGED in comparison.baseline.quality
+            else ""
+        ),
         label=f"Means of each measure with intervals. {PRIMARY_MEASURE}: {', '.join(primary)}.",
         legend=list(rows),
         spec=_point_rows(comparison, rows, signs=False),
@@ -202,7 +206,8 @@ def _trade_off(
             trace["error_x"] = tail | {"thickness": 1.5, "width": 3}
         traces.append(trace)
     estimates = [arm.quality[PRIMARY_MEASURE] for arm in arms]
-    low, high = min(one.low for one in estimates), max(one.high for one in estimates)
+    low = min(one.mean if one.low is None else one.low for one in estimates)
+    high = max(one.mean if one.high is None else one.high for one in estimates)
     margin = max(0.08 * (high - low), 0.01)
     y: Json = {"title": PRIMARY_MEASURE, "range": [low - margin, high + margin], "tickformat": ".3~f", "nticks": 7}
     y["zeroline"] = False

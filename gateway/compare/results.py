@@ -12,26 +12,70 @@ from enum import StrEnum
 PRIMARY_MEASURE = "nDCG@10"
 """The measure of the verdict, chosen before anything is computed."""
 
-MEASURES = (PRIMARY_MEASURE, "R@10", "R@100", "RR@10", "Success@1", "Judged@10")
+JUDGED = "Judged@10"
+"""Not a quality: the share of the first ten documents that have a judgment."""
+
+MEASURES = (PRIMARY_MEASURE, "R@10", "R@100", "RR@10", "Success@1", JUDGED)
 """Every measure, by its name in ``ir-measures``."""
 
 
 class Verdict(StrEnum):
-    """The conclusion on an arm against the baseline."""
+    """The conclusion on an arm against the baseline.
+
+    Attributes:
+        AS_GOOD: the difference, if there is one, is below the margin.
+        NOT_WORSE: the arm is not worse by more than the margin; whether it is better is not shown.
+        TOO_FEW_DIFFER: nearly all queries are tied.
+        NOT_JUDGED_ALIKE: the conclusion depends on whether documents without judgment count as irrelevant.
+    """
 
     BETTER = "better"
     WORSE = "worse"
+    AS_GOOD = "as good"
+    NOT_WORSE = "not worse"
     INCONCLUSIVE = "inconclusive"
     TOO_FEW_QUERIES = "too few queries"
+    TOO_FEW_DIFFER = "too few differ"
+    NOT_JUDGED_ALIKE = "not judged alike"
+
+
+class Advice(StrEnum):
+    """What to do about the baseline."""
+
+    SWITCH = "switch"
+    STAY = "stay"
+    TOO_FEW_QUERIES = "too few queries"
+    TOO_EASY = "too easy"
+    TOO_FEW_DIFFER = "too few differ"
+    JUDGE_MORE = "judge more"
+    NO_JUDGMENTS = "no judgments"
+
+
+@dataclass(frozen=True, slots=True)
+class BottomLine:
+    """The recommendation that follows from a comparison.
+
+    Attributes:
+        arm: to use from now on; ``None`` if the comparison does not tell.
+        text: the recommendation with its reason, as one or two sentences.
+    """
+
+    advice: Advice
+    arm: str | None
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over the queries, with the bounds of its 95 % bootstrap interval."""
+    """A mean over the queries, with the bounds of its 95 % interval.
+
+    Attributes:
+        low: ``None``, like ``high``, where nothing varies: equal values, or a single one, say nothing of other queries.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +126,39 @@ class Contrast:
     """An arm against the baseline in one measure, query by query.
 
     Attributes:
-        difference: mean of (arm - baseline), with its bootstrap interval.
+        difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms.
+        standard_error: of that mean.
         p: two-sided, of the paired randomization test.
-        p_holm: the same after Holm's correction for the number of arms compared.
+        p_error: the standard error of ``p`` that random draws leave; 0 if all signs were tried.
+        p_holm: ``p`` after Holm's correction for the number of arms, not for that of the measures.
         wins: queries where the arm is better than the baseline.
-        verdict: only for the primary measure; ``None`` for the others.
+        num_independent: queries, or groups of queries that depend on each other.
+        num_untied: those of them that are not tied.
+        verdict: only for the primary measure; ``None`` for the others, as are the fields below.
+        detectable: the difference that queries like these would show in 80 % of comparisons; ``None`` if too few differ.
+        queries_needed: how many queries like these would show a small difference as often.
+        condensed: the difference with documents without judgment left out, if the arms are not judged alike.
+        condensed_verdict: the verdict on that.
     """
 
     arm: str
     baseline: str
     measure: str
     difference: Estimate
+    standard_error: float
     p: float
+    p_error: float
     p_holm: float
     wins: int
     ties: int
     losses: int
-    verdict: Verdict | None
+    num_independent: int
+    num_untied: int
+    verdict: Verdict | None = None
+    detectable: float | None = None
+    queries_needed: int | None = None
+    condensed: Estimate | None = None
+    condensed_verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +219,7 @@ class DatasetSummary:
         sha256: hex hash over the documents, queries and judgments that were used.
         num_judgments: 0 without judgments.
         num_unjudged_queries: queries of the file that no judgment names, and that were left out.
+        num_groups: of queries that depend on each other; a query that does not is a group by itself.
     """
 
     folder: str
@@ -168,6 +229,7 @@ class DatasetSummary:
     num_queries: int
     num_judgments: int
     num_unjudged_queries: int
+    num_groups: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +239,8 @@ class Comparison:
     Attributes:
         created: when it ended, ISO 8601 in UTC.
         source: the gateway of the vectors: a URL, or ``in process``.
+        num_resamples: of the randomization test.
+        margin: a smaller difference does not matter.
         versions: of the gateway and of the libraries that the figures depend on, by name.
         notes: caveats on the figures, such as arms with different shares of judged documents.
         contrasts: for each arm but the baseline, every measure in order; empty without judgments.
@@ -188,9 +252,11 @@ class Comparison:
     dataset: DatasetSummary
     seed: int
     num_resamples: int
+    margin: float
     versions: Mapping[str, str]
     notes: Sequence[str]
     arms: Sequence[Arm]
+    bottom_line: BottomLine
     contrasts: Sequence[Contrast]
     agreements: Sequence[Agreement]
     queries: Sequence[QueryResult]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from gateway.compare.results import PRIMARY_MEASURE, Agreement, Arm, Comparison, Contrast, Estimate, Verdict
+from gateway.compare.results import Agreement, Arm, Comparison, Contrast, Estimate, Verdict
+from gateway.compare.statistics import ALPHA, SMALL_DIFFERENCE
 from gateway.config.wording import count
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+EASY = 0.9
+"""Queries that the baseline answers as well as this on average leave little to be better at."""
 
 
 def fixed(value: float, digits: int = 3) -> str:
@@ -28,11 +31,13 @@ def significant(value: float) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    return f"{fixed(estimate.low)} to {fixed(estimate.high)}"
+    """Return the bounds of an interval; empty where nothing varies."""
+    return "" if estimate.low is None or estimate.high is None else f"{fixed(estimate.low)} to {fixed(estimate.high)}"
 
 
 def signed_interval(estimate: Estimate) -> str:
-    return f"{signed(estimate.low)} to {signed(estimate.high)}"
+    """Return the bounds of the interval of a difference; empty where nothing varies."""
+    return "" if estimate.low is None or estimate.high is None else f"{signed(estimate.low)} to {signed(estimate.high)}"
 
 
 def percent(value: float) -> str:
@@ -46,50 +51,93 @@ def p_value(p: float) -> str:
 
 def verdict_sentence(comparison: Comparison, contrast: Contrast) -> str:
     """Return the verdict on an arm against the baseline, with its figures."""
-    arm, baseline, measure = contrast.arm, contrast.baseline, contrast.measure
-    mean, bounds = signed(contrast.difference.mean), f"95 % interval {signed_interval(contrast.difference)}"
-    tests = f"{_p_holm(comparison, contrast)}); {_wins(contrast)}."
+    arm, baseline = contrast.arm, contrast.baseline
+    within = f"{comparison.margin:g}"
     match contrast.verdict:
         case Verdict.BETTER | Verdict.WORSE:
-            return f"{arm} is {contrast.verdict} than {baseline}: {measure} {mean} ({bounds}, {tests}"
+            said = f"{arm} is {contrast.verdict} than {baseline}"
+        case Verdict.AS_GOOD:
+            said = f"{arm} is as good as {baseline}, within {within}"
+        case Verdict.NOT_WORSE:
+            said = f"{arm} is not worse than {baseline} by more than {within}, and may be better"
         case Verdict.TOO_FEW_QUERIES:
-            num_queries = len(comparison.queries)
-            return (
-                f"{num_queries:,} {'query is' if num_queries == 1 else 'queries are'} too few to tell {arm} from "
-                f"{baseline}: {measure} {mean} so far ({bounds}, {tests}"
-            )
+            number = len(comparison.queries)
+            said = f"{number:,} {'query is' if number == 1 else 'queries are'} too few to tell {arm} from {baseline}"
+        case Verdict.TOO_FEW_DIFFER:
+            return f"{_few_differ(comparison, contrast)} {_figures(comparison, contrast)}."
+        case Verdict.NOT_JUDGED_ALIKE:
+            return f"{_not_judged_alike(contrast)} {_wins(contrast)}."
         case _:
-            return (
-                f"These queries do not show whether {arm} is better or worse than {baseline}: the difference in "
-                f"{measure} lies between {signed(contrast.difference.low)} and {signed(contrast.difference.high)} "
-                f"(95 % interval; mean {mean}, {tests}{_beyond_interval(contrast)}"
-            )
+            said = f"These queries do not show whether {arm} is better or worse than {baseline}"
+    text = f"{said}: {_figures(comparison, contrast)}."
+    if contrast.verdict in {Verdict.INCONCLUSIVE, Verdict.NOT_WORSE}:
+        text += f"{_beyond_interval(contrast)}{_power(comparison, contrast)}"
+    return text
 
 
-def bottom_line(comparison: Comparison) -> str:
-    """Return the recommendation that follows from the judgments; empty without any."""
-    verdicts = {one.arm: one.verdict for one in comparison.contrasts if one.measure == PRIMARY_MEASURE}
-    if not verdicts:
+def _figures(comparison: Comparison, contrast: Contrast) -> str:
+    """Return the difference with interval, p and wins."""
+    bounds = signed_interval(contrast.difference)
+    parts = [f"95 % interval {bounds}"] if bounds else []
+    parts.append(_p_holm(comparison, contrast))
+    return f"{contrast.measure} {signed(contrast.difference.mean)} ({', '.join(parts)}); {_wins(contrast)}"
+
+
+def _few_differ(comparison: Comparison, contrast: Contrast) -> str:
+    names = f"{contrast.arm} from {contrast.baseline}"
+    level = comparison.baseline.quality[contrast.measure].mean
+    if not contrast.wins and not contrast.losses:
+        each = f" at {fixed(level)}" if level in {0.0, 1.0} else ""
+        why = f"these queries are too easy to tell {names}" if level >= EASY else f"they do not tell {names}"
+        return f"Every query is tied{each}: {why}:"
+    if contrast.num_independent < contrast.wins + contrast.ties + contrast.losses:
+        differ = f"{contrast.num_untied:,} of {count(contrast.num_independent, 'group')} of queries differ"
+    else:
+        differ = f"{contrast.ties:,} of {len(comparison.queries):,} queries are tied"
+    return f"{differ}: too few differ to tell {names}:"
+
+
+def _not_judged_alike(contrast: Contrast) -> str:
+    condensed = contrast.condensed or contrast.difference
+    return (
+        f"{contrast.arm} and {contrast.baseline} are not judged alike. If documents without judgment count as irrelevant, "
+        f"{contrast.measure} differs by {signed(contrast.difference.mean)} ({signed_interval(contrast.difference)}); if "
+        f"they are left out, by {signed(condensed.mean)} ({signed_interval(condensed)}). Judge the first ten of both."
+    )
+
+
+def _power(comparison: Comparison, contrast: Contrast) -> str:
+    """Return which difference would have been found, and how many queries a small one needs."""
+    if contrast.detectable is None or contrast.queries_needed is None:
         return ""
-    baseline = comparison.baseline.name
-    better = [arm for arm, verdict in verdicts.items() if verdict is Verdict.BETTER]
-    if better:
-        return f"Better than {baseline} on these queries: {', '.join(better)}."
-    if Verdict.TOO_FEW_QUERIES in verdicts.values():
-        return f"These queries are too few to decide whether to replace {baseline}."
-    return f"Nothing here is shown to be better than {baseline}: keep it."
+    number = len(comparison.queries)
+    said = f" {number:,} queries like these show a difference of {fixed(contrast.detectable)} in 80 % of comparisons"
+    if contrast.queries_needed <= number:
+        return f"{said}."
+    return (
+        f"{said}; one of {max(SMALL_DIFFERENCE, comparison.margin):g} needs about {_rounded(contrast.queries_needed)}."
+    )
+
+
+def _rounded(number: int) -> str:
+    """Return a number with two significant digits."""
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def _beyond_interval(contrast: Contrast) -> str:
     """Return why a difference whose interval excludes 0 is still inconclusive."""
-    if contrast.difference.low <= 0 <= contrast.difference.high:
+    low, high = contrast.difference.low, contrast.difference.high
+    if low is None or high is None or low <= 0 <= high:
         return ""
     return " The interval excludes 0, but p is not small enough to rely on that."
 
 
 def _p_holm(comparison: Comparison, contrast: Contrast) -> str:
     is_corrected = len(comparison.arms) > 2
-    return f"p {p_value(contrast.p_holm)}{' after Holm' if is_corrected else ''}"
+    # Other draws may then be on the other side of 0.05.
+    error = contrast.p_error * contrast.p_holm / contrast.p
+    shown = f" ± {fixed(error)}" if abs(contrast.p_holm - ALPHA) < 3 * error else ""
+    return f"p {p_value(contrast.p_holm)}{shown}{' after Holm' if is_corrected else ''}"
 
 
 def _wins(contrast: Contrast) -> str:
@@ -100,10 +148,20 @@ def agreement_sentence(agreement: Agreement) -> str:
     """Return how alike the rankings are, without a judgment on which is better."""
     return (
         f"{agreement.arm} and {agreement.baseline} have {percent(agreement.overlap.mean)} of their first ten documents "
-        f"in common (95 % interval {percent(agreement.overlap.low)} to {percent(agreement.overlap.high)}), and the "
-        f"same first document for {percent(agreement.same_first.mean)} of the queries; "
-        f"rank-biased overlap {fixed(agreement.rbo.mean)} ({interval(agreement.rbo)})."
+        f"in common{_percent_interval(agreement.overlap)}, and the same first document for "
+        f"{percent(agreement.same_first.mean)} of the queries; rank-biased overlap {fixed(agreement.rbo.mean)}"
+        f"{_in_brackets(interval(agreement.rbo))}."
     )
+
+
+def _percent_interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" (95 % interval {percent(estimate.low)} to {percent(estimate.high)})"
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def cost_sentence(arm: Arm, baseline: Arm) -> str:

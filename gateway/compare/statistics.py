@@ -1,13 +1,15 @@
 """Conclusions from the values of all queries: intervals, tests, and the verdict.
 
 The queries are a sample of those that users will send. Differences between systems are tested by a paired randomization
-test, as recommended by Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528).
+test, as recommended by Smucker, Allan & Carterette 2007 (https://doi.org/10.1145/1321440.1321528). ``bench.evidence``
+measures how often all this errs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,68 +20,130 @@ from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
 MIN_QUERIES = 50
 """With fewer queries, their spread is so large that the verdict would depend on which of them were picked."""
 
+MIN_UNTIED = 15
+"""Only queries that differ say anything. With fewer, a rare and large loss is easily missed."""
+
 ALPHA = 0.05
 TIE = 1e-9
 """Values of a query that differ by no more than this are equal."""
 
-# A batch of resamples is drawn as 8-byte indices and gathered as 8-byte values.
-_MAX_BATCH_BYTES = 64 * 2**20
+SMALL_DIFFERENCE = 0.02
+"""The number of queries that would show such a difference is reported; a larger margin takes its place."""
+
+_POWER = 0.8
+_BITS = 8  # signs are drawn by the byte
+_ROUNDING = 1e-12  # relative: sums of the same numbers in another order are equal
+
+Floats = npt.NDArray[np.float64]
 
 
-def estimate(values: Sequence[float] | npt.NDArray[np.float64], num_resamples: int, seed: int) -> Estimate:
-    """Return the mean with the bounds of its 95 % bootstrap interval (BCa; Efron 1987).
+@dataclass(frozen=True, slots=True)
+class Design:
+    """How conclusions are drawn, fixed before anything is computed.
 
-    Equal values, or a single one, have an interval without width: resampling them changes nothing.
+    Attributes:
+        num_resamples: of the randomization test.
+        seed: of its draws.
+        margin: a smaller difference does not matter; with 0, any does.
+        groups: of queries that depend on each other, by query.
+    """
+
+    num_resamples: int = 100_000
+    seed: int = 0
+    margin: float = 0.01
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Values of queries, summed by group.
+
+    Attributes:
+        sums: of the values of each group.
+        sizes: number of queries of each group.
+    """
+
+    mean: float
+    sums: Floats
+    sizes: Floats
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean; that of independent groups, not of queries (linearized ratio estimator)."""
+        number = self.sums.size
+        if number < 2:
+            return 0.0
+        spread = float(np.sum((self.sums - self.mean * self.sizes) ** 2)) * number / (number - 1)
+        return math.sqrt(spread) / float(self.sizes.sum())
+
+    def interval(self, level: float, lowest: float, highest: float) -> Estimate:
+        """Return the mean with its t interval, cut to the possible means."""
+        if self.error <= TIE:
+            return Estimate(self.mean, None, None)
+        margin = float(stats.t.ppf(0.5 + level / 2, self.sums.size - 1)) * self.error
+        return Estimate(self.mean, max(lowest, self.mean - margin), min(highest, self.mean + margin))
+
+
+def estimate(values: Mapping[str, float], groups: Mapping[str, str]) -> Estimate:
+    """Return the mean of values between 0 and 1, by query, with its 95 % t interval.
+
+    Args:
+        groups: of queries that depend on each other, by query.
 
     Raises:
         ValueError: there are no values.
     """
-    sample = np.asarray(values, dtype=np.float64)
-    if not sample.size:
+    return _sample(values, groups).interval(1 - ALPHA, 0.0, 1.0)
+
+
+def _sample(values: Mapping[str, float], groups: Mapping[str, str]) -> _Sample:
+    if not values:
         raise ValueError("there are no values to estimate a mean of")
-    mean = float(np.mean(sample))
-    if np.ptp(sample) <= TIE:
-        return Estimate(mean, mean, mean)
-    bounds = stats.bootstrap(
-        (sample,),
-        np.mean,
-        n_resamples=num_resamples,
-        batch=_batch(sample.size),
-        vectorized=True,
-        axis=-1,
-        confidence_level=1 - ALPHA,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(mean, float(bounds.low), float(bounds.high))
+    numbers = np.fromiter(values.values(), dtype=np.float64, count=len(values))
+    # A group never has the name of a query, which would be a text and not a tuple.
+    names: dict[object, int] = {}
+    places = [names.setdefault(groups.get(query, (query,)), len(names)) for query in values]
+    # fsum, so that the mean does not depend on the order of the queries.
+    mean = math.fsum(numbers) / numbers.size
+    sums: Floats = np.bincount(places, numbers).astype(np.float64)
+    return _Sample(mean, sums, np.bincount(places).astype(np.float64))
 
 
-def randomization_p(differences: Sequence[float] | npt.NDArray[np.float64], num_resamples: int, seed: int) -> float:
-    """Return the two-sided p of the paired randomization test: how often random signs make as large a mean.
+def randomization_p(sums: Sequence[float] | Floats, num_resamples: int, seed: int) -> tuple[float, float]:
+    """Return the two-sided p of the paired randomization test, and its standard error from the random draws.
 
-    With few queries (``2 ** queries <= num_resamples``), every choice of signs is tried, and p is exact.
+    p is how often random signs make as large a total. With few differences (``2 ** number <= num_resamples``), every
+    choice of signs is tried, and p is exact. p depends neither on the order of the differences nor on which arm is first.
+
+    Args:
+        sums: differences of independent queries, or their sums by group.
     """
-    sample = np.asarray(differences, dtype=np.float64)
-    if not np.any(np.abs(sample) > TIE):
-        return 1.0
-    if sample.size == 1:
-        return 1.0  # both signs make as large a mean
-    found = stats.permutation_test(
-        (sample,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        axis=-1,
-        n_resamples=num_resamples,
-        batch=_batch(2 * sample.size),
-        alternative="two-sided",
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+    differences = np.asarray(sums, dtype=np.float64)
+    # Which of two signs is drawn for a difference makes no difference, so only the sizes count; sorted, also no order.
+    sizes = np.sort(np.abs(differences[np.abs(differences) > TIE]))
+    if not sizes.size:
+        return 1.0, 0.0
+    total = float(sizes.sum())
+    least = abs(math.fsum(differences)) - _ROUNDING * total
+    if 2**sizes.size <= num_resamples:
+        totals = np.zeros(1)
+        for size in sizes[1:]:  # the first sign is free: the other one gives the same totals, negated
+            totals = np.concatenate((totals - size, totals + size))
+        return float(np.mean(np.abs(totals + sizes[0]) >= least)), 0.0
+    dice = np.random.default_rng(seed)
+    totals = np.zeros(num_resamples)
+    for start in range(0, sizes.size, _BITS):
+        drawn = dice.integers(0, 2**_BITS, num_resamples, dtype=np.uint8)
+        totals += _signed_sums(sizes[start : start + _BITS])[drawn]
+    p = (int(np.count_nonzero(np.abs(totals) >= least)) + 1) / (num_resamples + 1)
+    return p, math.sqrt(p * (1 - p) / num_resamples)
 
 
-def _batch(size: int) -> int:
-    return max(1, _MAX_BATCH_BYTES // (16 * size))
+def _signed_sums(sizes: Floats) -> Floats:
+    """Return the sum of up to eight numbers for each of the 256 choices of their signs."""
+    bits = np.unpackbits(np.arange(2**_BITS, dtype=np.uint8)[:, None], axis=1, count=sizes.size)
+    totals: Floats = (2.0 * bits - 1.0) @ sizes
+    return totals
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -101,15 +165,14 @@ def contrast(
     measure: str,
     arm_values: Mapping[str, float],
     baseline_values: Mapping[str, float],
-    num_resamples: int,
-    seed: int,
+    design: Design,
 ) -> Contrast:
     """Compare an arm with the baseline in one measure.
 
-    ``p_holm`` equals ``p``, and the verdict is ``None``, until ``with_holm`` has seen all arms.
+    ``p_holm`` equals ``p``, and the verdict is ``None``, until ``with_verdicts`` has seen all arms.
 
     Args:
-        arm_values: value of the measure by query.
+        arm_values: value of the measure by query, from 0 to 1.
         baseline_values: the same of the same queries.
 
     Raises:
@@ -117,24 +180,29 @@ def contrast(
     """
     if arm_values.keys() != baseline_values.keys():
         raise ValueError(f"{arm} and {baseline} have values of different queries, and cannot be compared in pairs")
-    differences = np.array([arm_values[query] - value for query, value in baseline_values.items()], dtype=np.float64)
-    wins, losses = int(np.sum(differences > TIE)), int(np.sum(differences < -TIE))
-    p = randomization_p(differences, num_resamples, seed)
+    differences = {query: arm_values[query] - value for query, value in baseline_values.items()}
+    sample = _sample(differences, design.groups)
+    wins = sum(value > TIE for value in differences.values())
+    losses = sum(value < -TIE for value in differences.values())
+    p, p_error = randomization_p(sample.sums, design.num_resamples, design.seed)
     return Contrast(
         arm=arm,
         baseline=baseline,
         measure=measure,
-        difference=estimate(differences, num_resamples, seed),
+        difference=sample.interval(1 - ALPHA, -1.0, 1.0),
+        standard_error=sample.error,
         p=p,
+        p_error=p_error,
         p_holm=p,
         wins=wins,
-        ties=differences.size - wins - losses,
+        ties=len(differences) - wins - losses,
         losses=losses,
-        verdict=None,
+        num_independent=sample.sums.size,
+        num_untied=int(np.count_nonzero(np.abs(sample.sums) > TIE)),
     )
 
 
-def with_holm(contrasts: Sequence[Contrast]) -> list[Contrast]:
+def with_verdicts(contrasts: Sequence[Contrast], margin: float) -> list[Contrast]:
     """Correct p for the number of arms, and add the verdict if the measure is the primary one.
 
     Args:
@@ -146,15 +214,56 @@ def with_holm(contrasts: Sequence[Contrast]) -> list[Contrast]:
     if len({one.measure for one in contrasts}) > 1:
         raise ValueError("contrasts must be of one measure to be corrected together")
     corrected = [replace(one, p_holm=p) for one, p in zip(contrasts, holm([one.p for one in contrasts]), strict=True)]
-    return [replace(one, verdict=_verdict(one)) if one.measure == PRIMARY_MEASURE else one for one in corrected]
+    if not corrected or corrected[0].measure != PRIMARY_MEASURE:
+        return corrected
+    return [_with_power(replace(one, verdict=_verdict(one, margin, len(contrasts))), margin) for one in corrected]
 
 
-def _verdict(one: Contrast) -> Verdict:
-    if one.wins + one.ties + one.losses < MIN_QUERIES:
+def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:
+    if num_queries(one) < MIN_QUERIES:
         return Verdict.TOO_FEW_QUERIES
-    # The test and the interval can disagree in borderline cases; a verdict needs both.
-    if one.p_holm < ALPHA and one.difference.low > 0:
-        return Verdict.BETTER
-    if one.p_holm < ALPHA and one.difference.high < 0:
-        return Verdict.WORSE
-    return Verdict.INCONCLUSIVE
+    if one.num_untied < MIN_UNTIED:
+        return Verdict.AS_GOOD if _most_untied(one, num_arms) <= margin else Verdict.TOO_FEW_DIFFER
+    low, high = _simultaneous(one, num_arms)
+    if -margin <= low and high <= margin:
+        return Verdict.AS_GOOD
+    if _is_told(one):
+        return Verdict.BETTER if one.difference.mean > 0 else Verdict.WORSE
+    return Verdict.NOT_WORSE if margin and low > -margin else Verdict.INCONCLUSIVE
+
+
+def _is_told(one: Contrast) -> bool:
+    """Return whether a difference is shown: the test and the interval can disagree in borderline cases, so by both."""
+    low, high = one.difference.low, one.difference.high
+    return one.p_holm < ALPHA and low is not None and high is not None and not low <= 0 <= high
+
+
+def num_queries(one: Contrast) -> int:
+    """Return how many queries a contrast is of."""
+    return one.wins + one.ties + one.losses
+
+
+def _simultaneous(one: Contrast, num_arms: int) -> tuple[float, float]:
+    """Return an interval that holds for all arms at once in 95 % of comparisons (Bonferroni)."""
+    margin = float(stats.t.ppf(1 - ALPHA / 2 / num_arms, one.num_independent - 1)) * one.standard_error
+    return one.difference.mean - margin, one.difference.mean + margin
+
+
+def _most_untied(one: Contrast, num_arms: int) -> float:
+    """Return an upper bound of the share of queries that differ (Clopper & Pearson 1934).
+
+    No query differs by more than 1, so this is a bound of the mean difference as well, whatever the differences are.
+    """
+    num_tied = one.num_independent - one.num_untied
+    if not num_tied or one.num_independent < num_queries(one):  # a large group may differ
+        return 1.0
+    return float(stats.beta.ppf(1 - ALPHA / num_arms, one.num_untied + 1, num_tied))
+
+
+def _with_power(one: Contrast, margin: float) -> Contrast:
+    """Add the difference that would have been found, and the number of queries for a small one."""
+    if one.num_untied < MIN_UNTIED or one.standard_error <= 0:
+        return one
+    detectable = float(stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(_POWER)) * one.standard_error
+    target = max(SMALL_DIFFERENCE, margin)
+    return replace(one, detectable=detectable, queries_needed=math.ceil(num_queries(one) * (detectable / target) ** 2))

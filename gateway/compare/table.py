@@ -14,7 +14,6 @@ from gateway.cli.console import say
 from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast
 from gateway.compare.sentences import (
     agreement_sentence,
-    bottom_line,
     cost_sentence,
     fixed,
     interval,
@@ -53,14 +52,15 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             console.print(made)
     for sentence in _sentences(comparison):
         say(console, f"\n{sentence}")
-    if conclusion := bottom_line(comparison):
-        say(console, f"\n{conclusion}")
+    if comparison.has_judgments:
+        say(console, f"\n{comparison.bottom_line.text}")
     for note in comparison.notes:
         say(console, f"\nNote: {note}")
 
 
 def _quality_table(comparison: Comparison) -> Table:
-    others = [measure for measure in MEASURES if measure != PRIMARY_MEASURE]
+    measured = comparison.baseline.quality
+    others = [measure for measure in MEASURES if measure in measured and measure != PRIMARY_MEASURE]
     rows = []
     for arm in comparison.arms:
         if arm.quality:

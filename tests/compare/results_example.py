@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gateway.compare.bottom_line import decide
 from gateway.compare.results import (
     MEASURES,
-    PRIMARY_MEASURE,
     Agreement,
     Arm,
     Comparison,
@@ -21,10 +21,9 @@ from gateway.compare.results import (
     Estimate,
     Hit,
     QueryResult,
-    Verdict,
 )
+from gateway.compare.statistics import Design, contrast, with_verdicts
 
-MIN_QUERIES = 30
 POOL = 40
 
 THINGS = [
@@ -92,17 +91,22 @@ def make_comparison(
         num_queries=num_queries,
         num_judgments=3 * num_queries if has_judgments else 0,
         num_unjudged_queries=12 if has_judgments else 0,
+        num_groups=num_queries,
     )
+    arms = [_make_arm(one, queries, has_cost=has_cost) for one in likenesses]
+    contrasts = _contrasts(names, queries) if has_judgments else []
     return Comparison(
         created="2026-11-23T16:40:12Z",
         source="in process",
         dataset=dataset,
         seed=seed,
-        num_resamples=10_000,
+        num_resamples=100_000,
+        margin=0.01,
         versions={"gateway": "0.3.0", "ir-measures": "0.4.3", "numpy": "1.26.4", "torch": "2.13.0"},
         notes=["12 queries were left out: no judgment names them."] if has_judgments else [],
-        arms=[_make_arm(one, queries, has_cost=has_cost) for one in likenesses],
-        contrasts=_contrasts(names, queries) if has_judgments else [],
+        arms=arms,
+        bottom_line=decide(arms, contrasts, 0.01),
+        contrasts=contrasts,
         agreements=[_agreement(name, names[0], queries) for name in names[1:]],
         queries=queries,
     )
@@ -169,6 +173,8 @@ def _rbo(one: Sequence[int], other: Sequence[int], p: float = 0.9) -> float:
 
 def _estimate(values: Sequence[float]) -> Estimate:
     mean = float(np.mean(values))
+    if max(values) - min(values) < 1e-9:
+        return Estimate(mean, None, None)
     margin = 1.96 * float(np.std(values)) / math.sqrt(len(values))
     return Estimate(mean, mean - margin, mean + margin)
 
@@ -199,27 +205,22 @@ def hash_like(name: str) -> str:
 
 
 def _contrasts(names: Sequence[str], queries: Sequence[QueryResult]) -> list[Contrast]:
-    return [_contrast(name, names[0], measure, queries, len(names) - 1) for name in names[1:] for measure in MEASURES]
+    design = Design(num_resamples=2_000)
 
+    def values(name: str, measure: str) -> Mapping[str, float]:
+        return {query.id: query.quality[name][measure] for query in queries}
 
-def _contrast(arm: str, baseline: str, measure: str, queries: Sequence[QueryResult], num_arms: int) -> Contrast:
-    values = [query.quality[arm][measure] - query.quality[baseline][measure] for query in queries]
-    difference = _estimate(values)
-    margin = difference.high - difference.mean
-    p = max(math.erfc(1.96 * abs(difference.mean) / margin / math.sqrt(2)), 0.0001) if margin else 1.0
-    p_holm = min(1.0, p * num_arms)
-    verdict = Verdict.BETTER if difference.mean > 0 else Verdict.WORSE
-    if len(queries) < MIN_QUERIES:
-        verdict = Verdict.TOO_FEW_QUERIES
-    elif p_holm >= 0.05:
-        verdict = Verdict.INCONCLUSIVE
-    return Contrast(
-        arm, baseline, measure, difference, p, p_holm,
-        wins=sum(value > 0 for value in values),
-        ties=sum(value == 0 for value in values),
-        losses=sum(value < 0 for value in values),
-        verdict=verdict if measure == PRIMARY_MEASURE else None,
-    )  # fmt: skip
+    found = {
+        measure: with_verdicts(
+            [
+                contrast(name, names[0], measure, values(name, measure), values(names[0], measure), design)
+                for name in names[1:]
+            ],
+            0.01,
+        )
+        for measure in MEASURES
+    }
+    return [one for name in names[1:] for contrasts in found.values() for one in contrasts if one.arm == name]
 
 
 def _agreement(arm: str, baseline: str, queries: Sequence[QueryResult]) -> Agreement:

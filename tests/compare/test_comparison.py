@@ -17,8 +17,9 @@ from gateway.compare.dataset import read_dataset
 from gateway.compare.outputs import write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import Silent, Step
-from gateway.compare.results import MEASURES, Comparison, Verdict
+from gateway.compare.results import MEASURES, Advice, Comparison, Verdict
 from gateway.compare.search import Ranking
+from gateway.compare.unjudged import write_to_judge
 from gateway.errors import CompareError
 from tests.compare.conftest import FakeGateway, StartGateway, WriteData
 
@@ -30,7 +31,7 @@ async def gateway(start_gateway: StartGateway) -> FakeGateway:
 
 
 async def run(gateway: FakeGateway, request: CompareRequest) -> tuple[Comparison, dict[str, Ranking]]:
-    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed)
+    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed, request.judged)
     return await compare(request, dataset, gateway.client, Silent())
 
 
@@ -59,9 +60,11 @@ async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteD
     assert (whole.query_task, whole.passage_task) == ("retrieval.query", "retrieval.passage")
     assert (plain.query_task, plain.device, plain.dtype, plain.cost) == (None, "cpu", "float32", None)
     assert len({arm.space for arm in found.arms}) == 3
-    assert tuple(whole.quality) == MEASURES
+    # The first ten of five documents are all of them.
+    measured = ("nDCG@10", "RR@10", "Success@1", "Judged@10")
+    assert tuple(whole.quality) == measured
     assert [(one.arm, one.measure) for one in found.contrasts] == [
-        (arm, measure) for arm in ("tasks@8", "plain") for measure in MEASURES
+        (arm, measure) for arm in ("tasks@8", "plain") for measure in measured
     ]
     assert [one.arm for one in found.agreements] == ["tasks@8", "plain"]
     assert found.contrasts[0].verdict == Verdict.TOO_FEW_QUERIES
@@ -136,7 +139,7 @@ async def test_figures_are_those_of_ir_measures_on_the_written_runs(
     for arm, path in zip(found.arms, runs, strict=True):
         by_hand = ir_measures.calc_aggregate(measures, judgments, ir_measures.read_trec_run(str(path)))
         means = {name: estimate.mean for name, estimate in arm.quality.items()}
-        assert {str(measure): value for measure, value in by_hand.items()} == pytest.approx(means, abs=1e-12)
+        assert means == pytest.approx({name: by_hand[ir_measures.parse_measure(name)] for name in means}, abs=1e-12)
         assert means["nDCG@10"] > 0
 
 
@@ -164,20 +167,32 @@ async def test_without_judgments_there_is_a_difference_and_no_quality(
 
 async def test_the_same_seed_gives_the_same_figures(gateway: FakeGateway, write_data: WriteData) -> None:
     data = write_data(**many_queries(60))
-    first, again, other = [
-        (await run(gateway, request_for(data, "tasks", "tasks@8", seed=seed)))[0] for seed in (1, 1, 2)
-    ]
+    first, again, other = [(await run(gateway, request_for(data, "plain", "raw", seed=seed)))[0] for seed in (1, 1, 2)]
     assert (first.arms, first.contrasts, first.agreements, first.queries) == (
         again.arms, again.contrasts, again.agreements, again.queries,
     )  # fmt: skip
     assert first.contrasts[0].difference.mean == other.contrasts[0].difference.mean
-    assert first.contrasts[0].difference.low != other.contrasts[0].difference.low
+    assert (first.seed, other.seed) == (1, 2)
 
 
-async def test_a_document_with_the_id_of_the_query_is_left_out(gateway: FakeGateway, write_data: WriteData) -> None:
+async def test_the_query_itself_is_left_out(gateway: FakeGateway, write_data: WriteData) -> None:
     data = write_data({"x": "red balloon", "y": "blue balloon"}, {"x": "red balloon"}, {("x", "y"): 1})
     _, rankings = await run(gateway, request_for(data, "plain", "tasks"))
     assert [document for document, _ in rankings["plain"]["x"]] == ["y"]
+
+
+async def test_documents_that_are_numbered_like_the_queries_are_found(
+    gateway: FakeGateway, write_data: WriteData
+) -> None:
+    """Both are numbered from 0, and each query is answered by the document of its number."""
+    data = write_data(
+        {str(number): f"thing{number} and more{number}" for number in range(100)},
+        {str(number): f"thing{number} and" for number in range(100)},
+        {(str(number), str(number)): 1 for number in range(100)},
+    )
+    found, _ = await run(gateway, request_for(data, "tasks", "plain"))
+    assert found.arms[0].quality["nDCG@10"].mean > 0.95
+    assert "100 queries have the id of a document with another text." in "\n".join(found.notes)
 
 
 async def test_another_run_embeds_nothing_and_says_so(gateway: FakeGateway, write_data: WriteData) -> None:
@@ -221,15 +236,58 @@ async def test_an_instruction_for_queries_alone_is_noted(gateway: FakeGateway, w
     assert "plain has an instruction" not in said
 
 
-async def test_arms_with_different_shares_of_judged_documents_are_noted(
-    gateway: FakeGateway, write_data: WriteData
+async def test_arms_that_are_not_judged_alike_get_no_verdict_until_they_are(
+    gateway: FakeGateway, write_data: WriteData, tmp_path: Path
 ) -> None:
-    """As when the judgments were made by looking at what one of the models finds."""
-    made = many_queries(60)
-    _, rankings = await run(gateway, request_for(write_data(**made), "tasks", "tasks@8"))
-    pooled = {(query, document): 1 for query, found in rankings["tasks"].items() for document, _ in found[:10]}
-    said = await notes(gateway, write_data(made["documents"], made["queries"], pooled), "tasks", "tasks@8")
-    assert "The arms differ in how many of their first ten documents were judged (tasks 1.00, tasks@8 0." in said
+    """Judged is what the worse arm finds, so that it looks better; the form that is written then tells the truth."""
+    made = many_queries(80)
+    whole = write_data(**made)
+    arms = ("tasks@8", "tasks")
+    _, rankings = await run(gateway, request_for(whole, *arms))
+    right = {f"q{number}": f"d{number}" for number in range(80)}
+    pooled = {
+        (query, document): int(document == right[query] or place == 9)
+        for query, found in rankings["tasks@8"].items()
+        for place, (document, _) in enumerate(found[:10])
+    }
+    data = write_data(made["documents"], made["queries"], pooled)
+    found, _ = await run(gateway, request_for(data, *arms))
+    assert found.contrasts[0].difference.mean < 0
+    assert found.contrasts[0].condensed is not None
+    assert found.contrasts[0].condensed.mean > 0
+    assert found.contrasts[0].verdict == Verdict.NOT_JUDGED_ALIKE
+    assert found.bottom_line.advice == Advice.JUDGE_MORE
+    said = "\n".join(found.notes)
+    assert "The arms differ in how many of their first ten documents were judged (tasks@8 1.00, tasks 0." in said
+    assert "tasks and tasks@8 are not judged alike" in render_page(found)
+
+    dataset = read_dataset(data, None)
+    form = write_to_judge(found, dataset, tmp_path)
+    assert form is not None
+    header, *lines = form.read_text().splitlines()
+    assert header == "query-id\tcorpus-id\tscore\tquery\tdocument"
+    cells = [line.split("\t") for line in lines]
+    assert {tuple(line[:2]) for line in cells}.isdisjoint(pooled)
+    assert all(line[2] == "" and line[4] == made["documents"][line[1]] for line in cells)
+    filled = "\n".join("\t".join([*line[:2], str(int(right[line[0]] == line[1]))]) for line in cells)
+    (tmp_path / "filled.tsv").write_text(f"query-id\tcorpus-id\tscore\n{filled}\n")
+    found, _ = await run(gateway, request_for(data, *arms, judged=tmp_path / "filled.tsv"))
+    assert found.contrasts[0].condensed is None
+    assert found.contrasts[0].verdict == Verdict.BETTER
+
+
+async def test_lists_of_relevant_documents_alone_are_said_to_be_that(
+    gateway: FakeGateway, write_data: WriteData, tmp_path: Path
+) -> None:
+    """The share of judged documents is then the precision, and differs because one arm is better."""
+    data = write_data(**many_queries(60))
+    found, _ = await run(gateway, request_for(data, "tasks", "tasks@8"))
+    assert "Judged@10" not in found.arms[0].quality
+    assert found.contrasts[0].verdict == Verdict.WORSE
+    said = "\n".join(found.notes)
+    assert "Only relevant documents are listed" in said
+    assert "first ten documents were judged" not in said
+    assert write_to_judge(found, read_dataset(data, None), tmp_path) is None
 
 
 async def test_cost_is_measured_in_turns(gateway: FakeGateway, write_data: WriteData) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_judgments_of_what_is_not_there_are_dropped_and_noted(tmp_path: Path) ->
     assert dataset.judgments == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1}}
     assert dataset.notes[1:] == (
         "2 judgments were dropped: the id is not in queries.jsonl.",
-        "2 judgments were dropped: the id is not in corpus.jsonl.",
+        "2 judgments were dropped: the id is not in corpus.jsonl. 2 of them name relevant documents, so figures are higher "
+        "than on the whole corpus.",
     )
 
 
@@ -171,12 +173,12 @@ def test_refuses(tmp_path: Path, name: str, content: str | bytes, message: str) 
 def test_refuses_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="nowhere: is not a folder"):
         read_dataset(tmp_path / "nowhere", None)
-    with pytest.raises(CompareError, match=r"corpus\.jsonl: there is no such file"):
-        read_dataset(tmp_path, None)
-    write(tmp_path, {"corpus.jsonl": CORPUS})
     with pytest.raises(CompareError, match=r"queries\.jsonl: there is no such file"):
         read_dataset(tmp_path, None)
     write(tmp_path, {"queries.jsonl": QUERIES})
+    with pytest.raises(CompareError, match=r"corpus\.jsonl: there is no such file"):
+        read_dataset(tmp_path, None)
+    write(tmp_path, {"corpus.jsonl": CORPUS})
     with pytest.raises(CompareError, match=r"test\.tsv: there is no such file; the splits are: none"):
         read_dataset(tmp_path, "test")
     write(tmp_path, {"qrels/dev.tsv": QRELS, "qrels/train.tsv": QRELS})
@@ -191,3 +193,156 @@ def test_refuses_what_is_missing(tmp_path: Path) -> None:
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     files = {name: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() for name, text in FILES.items()}
     assert read(tmp_path / "a", files).summary().sha256 == read(tmp_path / "b", FILES).summary().sha256
+
+
+def test_lost_judgments_of_irrelevant_documents_raise_no_figure(tmp_path: Path) -> None:
+    dataset = read(tmp_path, {**FILES, "qrels/test.tsv": QRELS + "q1\td9\t0\n"})
+    assert dataset.notes[1:] == ("1 judgment was dropped: the id is not in corpus.jsonl.",)
+
+
+def test_titles_of_queries_are_not_searched_for(tmp_path: Path) -> None:
+    dataset = read(tmp_path, {**FILES, "queries.jsonl": QUERIES + '{"_id": "q4", "title": "Long", "text": "short"}\n'})
+    assert "q4" not in dataset.queries
+    asked = QUERIES.replace('"text": "ask"', '"title": "Please", "text": "ask"')
+    dataset = read(tmp_path, {**FILES, "queries.jsonl": asked})
+    assert dataset.queries["q1"] == "ask"
+    assert "1 query has a title, which BEIR does not use." in dataset.notes
+
+
+# ------------------------------------------------------------------------------------------- ids of queries and documents
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "is_own"),
+    [
+        ("Is it  wise to\nask?", None, True),
+        ("IS IT WISE TO ASK?", "Debate", True),
+        ("wise to ask?", "Is it", True),
+        ("Is it wise to ask? [1]", None, False),
+        ("Is it wise to ask? " * 3, None, False),
+        ("It is, since others cannot know.", None, False),
+        ("", None, False),
+    ],
+)
+def test_a_document_is_the_query_only_with_its_text(tmp_path: Path, text: str, title: str | None, is_own: bool) -> None:
+    corpus = json.dumps({"_id": 1, "title": title, "text": text}) + '\n{"_id": 2, "text": "No."}\n'
+    files = {
+        "corpus.jsonl": corpus,
+        "queries.jsonl": '{"_id": 1, "text": "Is it wise to ask?"}',
+        "qrels/test.tsv": "query-id\tcorpus-id\tscore\n1\t2\t1\n",
+    }
+    dataset = read(tmp_path, files)
+    assert dataset.own_documents == (frozenset({"1"}) if is_own else frozenset())
+    assert ("1 document was left out of one ranking" in " ".join(dataset.notes)) == is_own
+    assert ("1 query has the id of a document with another text" in " ".join(dataset.notes)) != is_own
+
+
+def test_a_long_argument_with_a_reference_is_still_the_query(tmp_path: Path) -> None:
+    argument = " ".join(f"word{number}" for number in range(40))
+    files = {
+        "corpus.jsonl": json.dumps({"_id": "a", "text": f"{argument} [1]"}),
+        "queries.jsonl": json.dumps({"_id": "a", "text": argument}),
+    }
+    assert read(tmp_path, files).own_documents == {"a"}
+
+
+def test_a_document_that_is_judged_relevant_is_never_left_out(tmp_path: Path) -> None:
+    files = {
+        "corpus.jsonl": '{"_id": 1, "text": "same"}\n{"_id": 2, "text": "also"}\n',
+        "queries.jsonl": '{"_id": 1, "text": "same"}\n{"_id": 2, "text": "also"}\n',
+        "qrels/test.tsv": "query-id\tcorpus-id\tscore\n1\t1\t1\n2\t1\t1\n2\t2\t0\n",
+    }
+    assert read(tmp_path, files).own_documents == {"2"}
+
+
+# ----------------------------------------------------------------------------------------------------------------- groups
+
+
+def queries_about(documents: list[list[str]], groups: Mapping[int, object] | None = None) -> dict[str, str]:
+    """Write queries with these relevant documents, and groups by the number of the query."""
+    names = sorted({document for found in documents for document in found})
+    lines = [
+        json.dumps({"_id": f"q{number}", "text": "x"} | ({"group": groups[number]} if number in (groups or {}) else {}))
+        for number in range(len(documents))
+    ]
+    judged = [f"q{number}\t{document}\t1" for number, found in enumerate(documents) for document in found]
+    return {
+        "corpus.jsonl": "\n".join(json.dumps({"_id": name, "text": name}) for name in names),
+        "queries.jsonl": "\n".join(lines),
+        "qrels/test.tsv": "\n".join(["query-id\tcorpus-id\tscore", *judged]),
+    }
+
+
+def test_named_groups(tmp_path: Path) -> None:
+    dataset = read(tmp_path, queries_about([["d"]] * 5, {0: "ada", 1: "ada", 2: 7, 3: 7, 4: "alone"}))
+    assert dataset.groups == {"q0": "ada", "q1": "ada", "q2": "7", "q3": "7"}
+    assert dataset.summary().num_groups == 3
+    assert "4 queries belong to 2 groups, named in queries.jsonl." in " ".join(dataset.notes)
+    other = read(tmp_path, queries_about([["d"]] * 5, {0: "ada", 1: "ada"}))
+    assert other.summary().sha256 != dataset.summary().sha256
+    with pytest.raises(
+        CompareError, match=r"queries.jsonl:1: group must be a non-empty text or an integer, and is \[\]"
+    ):
+        read(tmp_path, queries_about([["d"]], {0: []}))
+
+
+def test_queries_that_share_a_relevant_document_are_a_group(tmp_path: Path) -> None:
+    apart = [[f"d{number}"] for number in range(30)]
+    dataset = read(tmp_path, queries_about([*apart, ["x"], ["x", "y"], ["y"], ["z"], ["z"]]))
+    assert set(dataset.groups) == {"q30", "q31", "q32", "q33", "q34"}
+    assert dataset.groups["q30"] == dataset.groups["q31"] == dataset.groups["q32"] != dataset.groups["q33"]
+    assert dataset.summary().num_groups == 32
+    assert "5 of 35 queries share a relevant document with another query: intervals" in " ".join(dataset.notes)
+
+
+def test_few_that_share_and_all_that_are_linked_stay_apart(tmp_path: Path) -> None:
+    apart = [[f"d{number}"] for number in range(30)]
+    few = read(tmp_path, queries_about([*apart, ["x"], ["x"]]))
+    assert (few.groups, few.notes) == ({}, ())
+    chain = [[f"d{number}", f"d{number + 1}"] for number in range(30)]
+    linked = read(tmp_path, queries_about(chain))
+    assert linked.groups == {}
+    assert "through which most of them are linked, so they are counted as independent" in " ".join(linked.notes)
+
+
+# ---------------------------------------------------------------------------------------------------------- more judgments
+
+FORM = "query-id\tcorpus-id\tscore\tquery\tdocument\nq1\td2\t0\task\tZurück\nq2\t7\t\treset\t=1+1\nq3\td2\t1\tx\ty\n"
+
+
+def test_filled_in_judgments_are_added(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**FILES, "to_judge.tsv": FORM})
+    dataset = read_dataset(folder, None, judged=folder / "to_judge.tsv")
+    assert dataset.judgments == {"q2": {"d1": 2, "d3": 0}, "q1": {"7": 1, "d2": 0}, "q3": {"d2": 1}}
+    assert dataset.notes == (f"2 judgments were added from {folder}/to_judge.tsv; 1 line has no score yet.",)
+
+
+def test_filled_in_judgments_may_be_the_only_ones(tmp_path: Path) -> None:
+    files = {name: text for name, text in FILES.items() if name != "qrels/test.tsv"}
+    folder = write(tmp_path, {**files, "to_judge.tsv": FORM})
+    dataset = read_dataset(folder, None, judged=folder / "to_judge.tsv")
+    assert (dataset.split, dataset.judgments) == (None, {"q1": {"d2": 0}, "q3": {"d2": 1}})
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            FORM.replace("q1\td2\t0", "q2\td1\t1"),
+            "to_judge.tsv:2: query 'q2' and document 'd1' have score 1, and 2 earlier",
+        ),
+        (FORM.replace("d2\t0", "d2\tyes"), "to_judge.tsv:2: the score must be an integer, and is 'yes'"),
+        (FORM.replace("q1\td2\t0\task\tZurück", "q1 d2 0"), "to_judge.tsv:2: must have 3 columns"),
+    ],
+)
+def test_wrong_forms_are_refused(tmp_path: Path, form: str, message: str) -> None:
+    folder = write(tmp_path, {**FILES, "to_judge.tsv": form})
+    with pytest.raises(CompareError, match=message):
+        read_dataset(folder, None, judged=folder / "to_judge.tsv")
+
+
+def test_an_empty_form_says_what_to_do(tmp_path: Path) -> None:
+    files = {name: text for name, text in FILES.items() if name != "qrels/test.tsv"}
+    folder = write(tmp_path, {**files, "to_judge.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t\n"})
+    with pytest.raises(CompareError, match="has no scores; fill in the column `score`"):
+        read_dataset(folder, None, judged=folder / "to_judge.tsv")

@@ -6,66 +6,81 @@ import math
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
-from gateway.compare.statistics import ALPHA, MIN_QUERIES, TIE, contrast, estimate, holm, randomization_p, with_holm
+from gateway.compare.statistics import ALPHA, TIE, Design, contrast, estimate, holm, randomization_p, with_verdicts
 
 
 def compared(
-    differences: Sequence[float], measure: str = PRIMARY_MEASURE, num_resamples: int = 999, seed: int = 0
+    differences: Sequence[float],
+    measure: str = PRIMARY_MEASURE,
+    num_resamples: int = 999,
+    seed: int = 0,
+    groups: Sequence[int] | None = None,
 ) -> Contrast:
-    baseline = {str(place): 0.5 for place in range(len(differences))}
+    baseline = {f"q{place}": 0.5 for place in range(len(differences))}
     arm = {query: 0.5 + difference for query, difference in zip(baseline, differences, strict=True)}
-    return contrast("new", "old", measure, arm, baseline, num_resamples, seed)
+    named = {query: str(group) for query, group in zip(baseline, groups, strict=True)} if groups is not None else {}
+    return contrast("new", "old", measure, arm, baseline, Design(num_resamples, seed, groups=named))
+
+
+def verdict_of(differences: Sequence[float], margin: float = 0.01) -> Verdict | None:
+    (found,) = with_verdicts([compared(differences)], margin)
+    return found.verdict
+
+
+def mean_of(values: Sequence[float], groups: Sequence[int] | None = None) -> Estimate:
+    named = {f"q{place}": str(group) for place, group in enumerate(groups or ())}
+    return estimate({f"q{place}": value for place, value in enumerate(values)}, named)
 
 
 # ------------------------------------------------------------------------------------------------------- intervals
 
 
-@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30))
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 @settings(max_examples=60)
-def test_interval_is_finite_and_within_the_values(values: list[float]) -> None:
-    found = estimate(values, 99, 1)
+def test_interval_is_within_the_possible_means(values: list[float]) -> None:
+    found = mean_of(values)
     assert found.mean == pytest.approx(np.mean(values))
-    assert min(values) - 1e-12 <= found.low <= found.high <= max(values) + 1e-12
+    if found.low is not None and found.high is not None:
+        assert 0 <= found.low <= found.mean <= found.high <= 1
 
 
 @pytest.mark.parametrize("values", [[0.25], [0.25] * 9, [0.1 + 0.2, 0.3] * 4])
-def test_equal_values_have_an_interval_of_no_width(values: list[float]) -> None:
-    found = estimate(values, 999, 0)
-    assert found.low == found.mean == found.high == pytest.approx(values[0])
+def test_equal_values_have_no_interval(values: list[float]) -> None:
+    found = mean_of(values)
+    assert (found.low, found.high) == (None, None)
+    assert found.mean == pytest.approx(values[0])
 
 
-def test_interval_of_many_values_is_near_the_normal_one() -> None:
-    values = np.random.default_rng(0).normal(0.4, 0.2, 500)
-    found = estimate(values, 4999, 0)
-    margin = 1.96 * values.std(ddof=1) / math.sqrt(500)
-    assert found.low == pytest.approx(values.mean() - margin, abs=0.002)
-    assert found.high == pytest.approx(values.mean() + margin, abs=0.002)
+def test_interval_is_that_of_the_t_distribution() -> None:
+    values = np.random.default_rng(0).beta(2, 1, 20)
+    found = mean_of(list(values))
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 19, values.mean(), stats.sem(values)))
 
 
-def test_interval_leans_to_where_the_values_are_far_out() -> None:
-    found = estimate([0.0] * 57 + [1.0] * 3, 4999, 0)
-    assert found.high - found.mean > found.mean - found.low
-
-
-def test_interval_covers_the_mean_about_as_often_as_it_says() -> None:
-    dice = np.random.default_rng(4)
-    covered = 0
-    for number in range(150):
-        found = estimate(dice.beta(2, 1, 60), 399, number)
-        covered += found.low <= 2 / 3 <= found.high
-    assert 0.88 <= covered / 150 <= 0.99
+def test_interval_of_copies_is_that_of_the_originals() -> None:
+    """Five copies of each query are no more evidence than one, if they are named a group."""
+    values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.3]
+    once = mean_of(values)
+    copies = mean_of([value for value in values for _ in range(5)], [place for place in range(6) for _ in range(5)])
+    assert (copies.mean, copies.low, copies.high) == pytest.approx((once.mean, once.low, once.high))
+    alone = mean_of([value for value in values for _ in range(5)])
+    assert alone.low is not None
+    assert once.low is not None
+    assert alone.low > once.low + 0.1
 
 
 def test_no_value_has_no_mean() -> None:
     with pytest.raises(ValueError, match="there are no values"):
-        estimate([], 99, 0)
+        estimate({}, {})
 
 
 # --------------------------------------------------------------------------------------------------------- p values
@@ -83,28 +98,44 @@ def test_no_value_has_no_mean() -> None:
     ],
 )
 def test_p_of_few_queries_is_exact(differences: list[float], p: float) -> None:
-    assert randomization_p(differences, 999, 0) == pytest.approx(p)
+    assert randomization_p(differences, 999, 0) == (pytest.approx(p), 0)
 
 
-@given(st.lists(st.sampled_from([-0.5, -0.25, 0.0, 0.25, 1.0]), min_size=1, max_size=30))
+@given(st.lists(st.sampled_from([-0.5, -0.25, 0.0, 0.25, 1.0]), min_size=1, max_size=30), st.randoms())
 @settings(max_examples=50)
-def test_p_is_the_same_with_the_arms_exchanged(differences: list[float]) -> None:
-    p = randomization_p(differences, 199, 0)
+def test_p_does_not_depend_on_the_order_of_the_queries_or_of_the_arms(differences: list[float], dice: Random) -> None:
+    p, error = randomization_p(differences, 199, 0)
     assert 0 < p <= 1
-    # One p is drawn by chance where there are too many signs to go through.
-    margin = 1e-12 if 2 ** len(differences) <= 199 else 0.3
-    assert randomization_p([-one for one in differences], 199, 0) == pytest.approx(p, abs=margin)
+    assert (error == 0) == (p == 1 or 2 ** sum(map(bool, differences)) <= 199)
+    shuffled = dice.sample(differences, len(differences))
+    assert randomization_p(shuffled, 199, 0)[0] == randomization_p([-one for one in differences], 199, 0)[0] == p
+
+
+def test_p_is_that_of_scipy() -> None:
+    differences = np.random.default_rng(5).normal(0.03, 0.2, 90)
+    p, error = randomization_p(differences, 100_000, 0)
+    theirs = stats.permutation_test(
+        (differences,), lambda sample, axis: np.abs(np.mean(sample, axis)), permutation_type="samples", n_resamples=9_999,
+        vectorized=True, alternative="greater", rng=np.random.default_rng(1),
+    )  # fmt: skip
+    assert p == pytest.approx(theirs.pvalue, abs=5 * error * math.sqrt(10))
+
+
+def test_the_error_of_p_is_that_of_other_seeds() -> None:
+    differences = np.random.default_rng(5).normal(0.03, 0.2, 90)
+    found = [randomization_p(differences, 2_000, seed) for seed in range(60)]
+    assert np.std([p for p, _ in found]) == pytest.approx(found[0][1], rel=0.35)
 
 
 def test_p_is_even_where_there_is_no_difference() -> None:
     dice = np.random.default_rng(2)
-    ps = [randomization_p(dice.normal(size=40), 199, number) for number in range(200)]
+    ps = [randomization_p(dice.normal(size=40), 199, number)[0] for number in range(200)]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.1
     assert 0.4 <= np.mean(ps) <= 0.6
 
 
 def test_p_of_a_clear_difference_is_as_small_as_the_resamples_allow() -> None:
-    assert randomization_p(np.full(60, 0.1), 999, 0) == pytest.approx(2 / 1000)
+    assert randomization_p(np.full(60, 0.1), 999, 0)[0] == pytest.approx(1 / 1000)
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
@@ -113,24 +144,16 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     assert compared(differences, seed=5) != compared(differences, seed=6)
 
 
-def test_batches_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    differences = np.random.default_rng(1).normal(0.02, 0.2, 80).tolist()
-    whole = compared(differences)
-    monkeypatch.setattr("gateway.compare.statistics._MAX_BATCH_BYTES", 80 * 16 * 7)
-    assert compared(differences) == whole
-
-
-def test_memory_does_not_grow_with_the_resamples() -> None:
-    """All at once, their indices and values would take 320 MB, and as much for the signs."""
+def test_memory_does_not_grow_with_the_queries() -> None:
+    """All signs at once would take 500 MB."""
     values = np.random.default_rng(1).normal(0.02, 0.2, 5_000)
-    for compute in (estimate, randomization_p):
-        tracemalloc.start()
-        try:
-            compute(values, 3_999, 0)
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert peak < 200 * 2**20
+    tracemalloc.start()
+    try:
+        randomization_p(values, 99_999, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------------------- Holm
@@ -165,29 +188,24 @@ def test_holm_keeps_the_order_and_begins_as_bonferroni(ps: list[float]) -> None:
 def test_wins_ties_and_losses() -> None:
     found = compared([0.1, 0.2, 1e-10, -1e-10, 0.0, -0.3, 1e-8, -1e-8])
     assert (found.wins, found.ties, found.losses) == (3, 3, 2)
+    assert (found.num_independent, found.num_untied) == (8, 5)
     assert found.difference.mean == pytest.approx(0)
     assert (found.p_holm, found.verdict) == (found.p, None)
 
 
 def test_values_that_differ_by_the_least_that_counts_are_a_tie() -> None:
     values = {"above": TIE, "below": -TIE, "equal": 0.0}
-    found = contrast("new", "old", "R@10", values, dict.fromkeys(values, 0.0), 99, 0)
+    found = contrast("new", "old", "R@10", values, dict.fromkeys(values, 0.0), Design(99))
     assert (found.wins, found.ties, found.losses) == (0, 3, 0)
-    assert estimate([0.0, TIE], 99, 0) == Estimate(TIE / 2, TIE / 2, TIE / 2)
-    assert randomization_p([TIE] * 8, 999, 0) == 1
+    assert mean_of([0.0, TIE]).low is None
+    assert randomization_p([TIE] * 8, 999, 0) == (1, 0)
 
 
 def test_queries_are_paired_by_their_ids() -> None:
-    one = contrast("new", "old", "R@10", {"a": 0.75, "b": 0.25}, {"b": 0.0, "a": 0.5}, 99, 0)
-    assert one.difference == Estimate(0.25, 0.25, 0.25)
+    one = contrast("new", "old", "R@10", {"a": 0.75, "b": 0.25}, {"b": 0.0, "a": 0.5}, Design(99))
+    assert one.difference == Estimate(0.25, None, None)
     with pytest.raises(ValueError, match="new and old have values of different queries"):
-        contrast("new", "old", "R@10", {"a": 0.75}, {"b": 0.0}, 99, 0)
-
-
-def test_the_same_rankings_differ_in_nothing() -> None:
-    (found,) = with_holm([compared([0.0] * 60)])
-    assert found.difference == Estimate(0, 0, 0)
-    assert (found.p, found.p_holm, found.ties, found.verdict) == (1, 1, 60, Verdict.INCONCLUSIVE)
+        contrast("new", "old", "R@10", {"a": 0.75}, {"b": 0.0}, Design(99))
 
 
 @pytest.mark.parametrize(
@@ -196,27 +214,82 @@ def test_the_same_rankings_differ_in_nothing() -> None:
         ([0.1, 0.2] * 30, Verdict.BETTER),
         ([-0.1, -0.2] * 30, Verdict.WORSE),
         ([-0.1, 0.1] * 30, Verdict.INCONCLUSIVE),
-        ([0.1] * (MIN_QUERIES - 1), Verdict.TOO_FEW_QUERIES),
-        ([0.1] * MIN_QUERIES, Verdict.BETTER),
+        ([0.1, 0.2] * 24 + [0.1], Verdict.TOO_FEW_QUERIES),
+        ([0.1, 0.2] * 25, Verdict.BETTER),
+        # Only what differs says anything.
+        ([0.1, 0.2] * 7 + [0.0] * 60, Verdict.TOO_FEW_DIFFER),
+        ([0.1, 0.2] * 7 + [0.1] + [0.0] * 35, Verdict.BETTER),
+        ([0.0] * 60, Verdict.TOO_FEW_DIFFER),
+        # Queries of which none differs by more than 1 differ on average by less than the share that may differ.
+        ([0.0] * 299, Verdict.AS_GOOD),
+        ([0.0] * 298, Verdict.TOO_FEW_DIFFER),
+        ([1.0] + [0.0] * 299, Verdict.TOO_FEW_DIFFER),
+        ([1.0] + [0.0] * 599, Verdict.AS_GOOD),
+        # A clear difference that does not matter.
+        ([0.001, 0.002] * 25, Verdict.AS_GOOD),
+        ([-0.001, -0.002] * 25, Verdict.AS_GOOD),
+        ([0.06, -0.04] * 200, Verdict.BETTER),
+        ([0.06, -0.055] * 200, Verdict.AS_GOOD),
+        ([0.11, -0.1] * 200, Verdict.NOT_WORSE),
+        ([0.1, -0.11] * 200, Verdict.INCONCLUSIVE),
     ],
 )
 def test_verdict(differences: list[float], verdict: Verdict) -> None:
-    assert [one.verdict for one in with_holm([compared(differences)])] == [verdict]
+    assert verdict_of(differences) == verdict
+
+
+def test_without_a_margin_every_difference_matters() -> None:
+    assert verdict_of([0.001, 0.002] * 25, margin=0) == Verdict.BETTER
+    assert verdict_of([0.11, -0.1] * 200, margin=0) == Verdict.INCONCLUSIVE
+    assert verdict_of([0.0] * 9_999, margin=0) == Verdict.TOO_FEW_DIFFER
+
+
+def test_queries_of_few_groups_are_too_few() -> None:
+    """Sixty queries about five documents are five observations."""
+    differences = [0.1 + place / 1000 for place in range(60)]
+    (found,) = with_verdicts([compared(differences, groups=[place // 12 for place in range(60)])], 0.01)
+    assert (found.num_independent, found.num_untied, found.verdict) == (5, 5, Verdict.TOO_FEW_DIFFER)
+    (ungrouped,) = with_verdicts([compared(differences)], 0.01)
+    assert ungrouped.verdict == Verdict.BETTER
+
+
+def test_that_few_groups_differ_does_not_bound_the_difference() -> None:
+    groups = [0] * 400 + list(range(1, 401))
+    (found,) = with_verdicts([compared([0.5] * 400 + [0.0] * 400, groups=groups)], 0.02)
+    assert found.verdict == Verdict.TOO_FEW_DIFFER
 
 
 def test_verdict_needs_p_after_holm_and_the_interval() -> None:
     clear = compared([0.1, 0.2] * 30)
     near = replace(clear, p=0.03)
-    assert [one.verdict for one in with_holm([near])] == [Verdict.BETTER]
-    assert [one.verdict for one in with_holm([near, near])] == [Verdict.INCONCLUSIVE] * 2
+    assert [one.verdict for one in with_verdicts([near], 0.0)] == [Verdict.BETTER]
+    assert [one.verdict for one in with_verdicts([near, near], 0.0)] == [Verdict.INCONCLUSIVE] * 2
     for difference in (Estimate(0.1, -0.01, 0.2), Estimate(0.1, 0.0, 0.2), Estimate(-0.1, -0.2, 0.0)):
-        assert [one.verdict for one in with_holm([replace(clear, difference=difference)])] == [Verdict.INCONCLUSIVE]
+        (found,) = with_verdicts([replace(clear, difference=difference)], 0.0)
+        assert found.verdict == Verdict.INCONCLUSIVE
     for unclear in (replace(clear, p=ALPHA), replace(compared([-0.1, -0.2] * 30), p=ALPHA)):
-        assert [one.verdict for one in with_holm([unclear])] == [Verdict.INCONCLUSIVE]
+        assert [one.verdict for one in with_verdicts([unclear], 0.0)] == [Verdict.INCONCLUSIVE]
+
+
+def test_more_arms_need_more_to_be_as_good() -> None:
+    near = compared([0.085, -0.085] * 150)
+    assert [one.verdict for one in with_verdicts([near], 0.01)] == [Verdict.AS_GOOD]
+    assert {one.verdict for one in with_verdicts([near] * 6, 0.01)} == {Verdict.INCONCLUSIVE}
+
+
+def test_says_what_would_have_been_found() -> None:
+    values = np.random.default_rng(0).normal(0, 0.24, 400)
+    (found,) = with_verdicts([compared((values - values.mean()).tolist())], 0.0)
+    assert found.detectable == pytest.approx(2.8 * 0.24 / 20, rel=0.1)
+    assert found.queries_needed == pytest.approx((2.8 * 0.24 / 0.02) ** 2, rel=0.2)
+    (wide,) = with_verdicts([compared((values - values.mean()).tolist())], 0.05)
+    assert wide.queries_needed == pytest.approx((2.8 * 0.24 / 0.05) ** 2, rel=0.2)
+    (tied,) = with_verdicts([compared([0.0] * 60)], 0.01)
+    assert (tied.detectable, tied.queries_needed) == (None, None)
 
 
 def test_verdict_is_of_the_primary_measure_alone() -> None:
-    assert [one.verdict for one in with_holm([compared([0.1, 0.2] * 30, "R@10")])] == [None]
+    assert [one.verdict for one in with_verdicts([compared([0.1, 0.2] * 30, "R@10")], 0.01)] == [None]
     with pytest.raises(ValueError, match="of one measure"):
-        with_holm([compared([0.1], "R@10"), compared([0.1], "R@100")])
-    assert with_holm([]) == []
+        with_verdicts([compared([0.1], "R@10"), compared([0.1], "R@100")], 0.01)
+    assert with_verdicts([], 0.01) == []

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from gateway.compare.bottom_line import decide
 from gateway.compare.page import render_page
-from gateway.compare.results import PRIMARY_MEASURE, Comparison
-from gateway.compare.sentences import bottom_line, fixed, interval, signed, significant
+from gateway.compare.results import PRIMARY_MEASURE, Advice, Comparison, Estimate, Verdict
+from gateway.compare.sentences import fixed, interval, signed, significant, verdict_sentence
+from gateway.compare.statistics import Design, contrast, with_verdicts
 from gateway.compare.table import print_comparison
 from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, Likeness, make_comparison
 
@@ -32,10 +37,10 @@ def test_every_figure_is_there_whole(width: int) -> None:
         assert arm.cost is not None
         assert significant(arm.cost.tokens_per_s) in text
         assert f"{arm.bytes_per_vector:,}" in text
-    for contrast in comparison.contrasts:
-        if contrast.measure == PRIMARY_MEASURE:
-            assert signed(contrast.difference.mean) in text
-            assert f"{contrast.wins}/{contrast.ties}/{contrast.losses}" in text
+    for one in comparison.contrasts:
+        if one.measure == PRIMARY_MEASURE:
+            assert signed(one.difference.mean) in text
+            assert f"{one.wins}/{one.ties}/{one.losses}" in text
     for agreement in comparison.agreements:
         assert fixed(agreement.rbo.mean) in text
 
@@ -64,9 +69,13 @@ def test_says_the_verdict_in_a_sentence_and_the_notes() -> None:
 @pytest.mark.parametrize(
     ("likenesses", "num_queries", "conclusion"),
     [
-        ((JINA, BGE, MINILM), 200, "Better than jina-embeddings-v3 on these queries: bge-m3."),
-        ((JINA, MINILM), 200, "Nothing here is shown to be better than jina-embeddings-v3: keep it."),
-        ((JINA, MINILM), 8, "These queries are too few to decide whether to replace jina-embeddings-v3."),
+        ((JINA, BGE, MINILM), 200, "Switch to bge-m3: it is better than jina-embeddings-v3 on these queries."),
+        ((JINA, MINILM), 200, "Stay with jina-embeddings-v3: all-minilm-l6-v2 is worse."),
+        (
+            (JINA, MINILM),
+            8,
+            "Too few queries: at least 50 are needed to decide whether to replace jina-embeddings-v3, not 8.",
+        ),
     ],
 )
 def test_the_conclusion_is_on_the_terminal_and_on_the_page(
@@ -81,8 +90,8 @@ def test_the_conclusion_is_on_the_terminal_and_on_the_page(
 def test_without_judgments_there_is_no_conclusion() -> None:
     comparison = make_comparison(JINA, MINILM, has_judgments=False)
 
-    assert not bottom_line(comparison)
-    assert "keep it" not in render_page(comparison)
+    assert comparison.bottom_line.advice == Advice.NO_JUDGMENTS
+    assert "Stay with" not in render_page(comparison)
 
 
 def test_without_judgments_it_speaks_of_a_difference_alone() -> None:
@@ -118,3 +127,95 @@ def test_markup_in_names_is_printed() -> None:
     text = printed(make_comparison(arm, replace(BGE, name="[/]")))
     assert "[bold]x[/bold]" in text
     assert "[/] is " in text
+
+
+# ----------------------------------------------------------------------------------------------------- verdicts in words
+
+DESIGN = Design(num_resamples=20_000)
+
+
+def told(differences: Sequence[float], level: float = 0.5, margin: float = 0.01, num_arms: int = 1) -> tuple[str, str]:
+    """Return the sentence of a verdict on these differences, and the bottom line."""
+    comparison = make_comparison(JINA, BGE, num_queries=2)
+    before = {f"q{place}": level for place in range(len(differences))}
+    after = {query: level + difference for query, difference in zip(before, differences, strict=True)}
+    compared = contrast(BGE.name, JINA.name, PRIMARY_MEASURE, after, before, DESIGN)
+    found = with_verdicts([compared] * num_arms, margin)[:1]
+    arms = [replace(arm, quality={PRIMARY_MEASURE: Estimate(level, None, None)}) for arm in comparison.arms]
+    queries = [comparison.queries[0]] * len(differences)
+    comparison = replace(comparison, arms=arms, contrasts=found, queries=queries, margin=margin)
+    return verdict_sentence(comparison, found[0]), decide(arms, found, margin).text
+
+
+@pytest.mark.parametrize(
+    ("differences", "level", "sentence", "conclusion"),
+    [
+        (
+            [0.0] * 80,
+            1.0,
+            "Every query is tied at 1.000: these queries are too easy to tell bge-m3 from jina-embeddings-v3: nDCG@10 0.000 "
+            "(p = 1.000); 0 wins, 80 ties, 0 losses.",
+            "These queries are too easy: jina-embeddings-v3 has nDCG@10 1.000. Take harder ones, or more.",
+        ),
+        (
+            [0.0] * 80,
+            0.5,
+            "Every query is tied: they do not tell bge-m3 from jina-embeddings-v3:",
+            "Too few queries differ to decide whether to replace jina-embeddings-v3: take more.",
+        ),
+        (
+            [0.1, -0.05] + [0.0] * 48,
+            0.5,
+            "48 of 50 queries are tied: too few differ to tell bge-m3 from jina-embeddings-v3: nDCG@10 +0.001",
+            "Too few queries differ",
+        ),
+        ([0.2], 0.5, "1 query is too few to tell bge-m3 from jina-embeddings-v3: nDCG@10 +0.200 (p = 1.000);", "Too few"),
+        (
+            [0.001, 0.002] * 25,
+            0.5,
+            "bge-m3 is as good as jina-embeddings-v3, within 0.01: nDCG@10 +0.002 (95 % interval +0.001 to +0.002, p <",
+            "Stay with jina-embeddings-v3: nothing is better by more than 0.01, or as good with smaller vectors.",
+        ),
+        (
+            [0.11, -0.1] * 200,
+            0.5,
+            "bge-m3 is not worse than jina-embeddings-v3 by more than 0.01, and may be better: nDCG@10 +0.005",
+            "Stay with jina-embeddings-v3: nothing is shown to be better; a difference of 0.015 would probably have been",
+        ),
+        (
+            [0.3, -0.3] * 50,
+            0.5,
+            "show a difference of 0.084 in 80 % of comparisons; one of 0.02 needs about 1,800.",
+            "Stay with jina-embeddings-v3: nothing is shown to be better; a difference of 0.084 would probably",
+        ),
+    ],
+)  # fmt: skip
+def test_verdicts_in_words(differences: list[float], level: float, sentence: str, conclusion: str) -> None:
+    said, bottom = told(differences, level)
+    assert sentence in said
+    assert conclusion in bottom
+
+
+def test_p_near_the_limit_comes_with_its_error() -> None:
+    values = np.random.default_rng(3).normal(0, 1, 100)
+    near = (values - values.mean() + 0.2 * values.std()) / 10
+    said, _ = told(near.tolist())
+    assert re.search(r"p = 0\.0[45]\d ± 0\.002", said)
+
+
+def test_smaller_vectors_that_are_as_good_are_taken() -> None:
+    comparison = make_comparison(JINA, JINA_CUT)
+    found = [
+        replace(one, verdict=Verdict.AS_GOOD) if one.measure == PRIMARY_MEASURE else one for one in comparison.contrasts
+    ]
+    line = decide(comparison.arms, found, 0.01)
+    assert (line.advice, line.arm) == (Advice.SWITCH, JINA_CUT.name)
+    assert line.text == (
+        "Switch to jina-embeddings-v3@256: it is as good as jina-embeddings-v3, within 0.01, and its vectors are smaller."
+    )
+
+
+def test_of_two_better_arms_the_best_is_taken() -> None:
+    comparison = make_comparison(MINILM, JINA, BGE)
+    assert comparison.bottom_line.arm == BGE.name
+    assert "So is jina-embeddings-v3; the difference between them was not tested." in comparison.bottom_line.text

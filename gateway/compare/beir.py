@@ -1,0 +1,270 @@
+"""The files of a data set in BEIR's layout, read line by line.
+
+::
+
+    corpus.jsonl        {"_id": "…", "title": "…", "text": "…"}    one document per line; the title is optional
+    queries.jsonl       {"_id": "…", "text": "…"}                  optional: "group" for queries that depend on each other
+    qrels/test.tsv      query-id <tab> corpus-id <tab> score       optional: without it, no quality is measured
+
+(Thakur et al. 2021, https://arxiv.org/abs/2104.08663.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gateway.config.files import open_regular
+from gateway.config.wording import cut
+from gateway.errors import CompareError
+
+HEADER = "query-id\tcorpus-id\tscore"
+
+_MAX_SHOWN = 60
+# How much of the longer text the shorter one must be, for a document to be its query with a few words more.
+_NEARLY_ALL = 0.9
+
+Judgments = dict[str, dict[str, int]]
+"""Score by document by query."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The documents of a data set.
+
+    Attributes:
+        texts: by id, with the title, if there is one, in front.
+        same_text: ids that a query has as well, with the same text.
+        other_text: ids that a query has as well, with another text.
+    """
+
+    texts: dict[str, str]
+    same_text: frozenset[str]
+    other_text: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """The queries of a data set.
+
+    Attributes:
+        texts: by id, without the titles, as BEIR reads them.
+        groups: name of the group by query, of the queries that name one.
+        num_titles: how many have a title, which is not used.
+    """
+
+    texts: dict[str, str]
+    groups: dict[str, str]
+    num_titles: int
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the lines that are not blank, each with its ``file:line``."""
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(file, start=1):
+                # Some editors put a byte order mark in front.
+                content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
+                if content.strip():
+                    yield f"{path}:{number}", content
+    except FileNotFoundError:
+        raise CompareError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Read the texts of ``corpus.jsonl`` by id, with the title, if there is one, in front."""
+    return read_corpus(path, {}).texts
+
+
+def read_corpus(path: Path, queries: Mapping[str, str]) -> Corpus:
+    """Read ``corpus.jsonl``.
+
+    Args:
+        queries: texts by id, to compare documents with that have the same id.
+    """
+    texts: dict[str, str] = {}
+    same: set[str] = set()
+    other: set[str] = set()
+    for place, id_, entry in _entries(path):
+        title, text = _title(place, entry), _text(place, entry, "text")
+        texts[id_] = f"{title} {text}".strip()
+        if id_ in queries:
+            (same if _is_same(queries[id_], text, texts[id_]) else other).add(id_)
+    return Corpus(texts, frozenset(same), frozenset(other))
+
+
+def _is_same(query: str, text: str, whole: str) -> bool:
+    """Return whether a document is the query, with or without its title, apart from spaces and a few words."""
+    asked = " ".join(query.split()).casefold()
+    for content in (text, whole):
+        found = " ".join(content.split()).casefold()
+        shorter, longer = sorted((asked, found), key=len)
+        if shorter in longer and len(shorter) >= _NEARLY_ALL * len(longer):
+            return True
+    return False
+
+
+def read_queries(path: Path) -> Queries:
+    """Read ``queries.jsonl``."""
+    texts: dict[str, str] = {}
+    groups: dict[str, str] = {}
+    num_titles = 0
+    for place, id_, entry in _entries(path):
+        texts[id_] = _text(place, entry, "text").strip()
+        num_titles += bool(_title(place, entry).strip())
+        if entry.get("group") is not None:
+            groups[id_] = _id(place, entry, "group")
+    return Queries(texts, groups, num_titles)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield the place, the id and the keys of each line; ids are unique, and there is at least one."""
+    seen: set[str] = set()
+    for place, line in read_lines(path):
+        try:
+            entry = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise CompareError(f"{place}: is not JSON: {error.msg}") from error
+        if not isinstance(entry, dict):
+            raise CompareError(f"{place}: must be a JSON object with _id and text, and is {_shown(entry)}")
+        if "_id" not in entry:
+            raise CompareError(f"{place}: has no _id; its keys: {', '.join(entry) or 'none'}")
+        id_ = _id(place, entry, "_id")
+        if id_ in seen:
+            raise CompareError(f"{place}: _id {id_!r} appears twice; every id must be unique")
+        seen.add(id_)
+        yield place, id_, entry
+    if not seen:
+        raise CompareError(f"{path}: is empty; at least one line is needed")
+
+
+def _id(place: str, entry: Mapping[str, Any], key: str) -> str:
+    id_ = entry[key]
+    if isinstance(id_, int) and not isinstance(id_, bool):
+        return str(id_)
+    if not isinstance(id_, str) or not id_ or "\0" in id_:
+        raise CompareError(f"{place}: {key} must be a non-empty text or an integer, and is {_shown(id_)}")
+    return id_
+
+
+def _title(place: str, entry: Mapping[str, Any]) -> str:
+    return _text(place, entry, "title") if entry.get("title") is not None else ""
+
+
+def _text(place: str, entry: Mapping[str, Any], key: str) -> str:
+    if key not in entry:
+        raise CompareError(f"{place}: has no {key}; its keys: {', '.join(entry)}")
+    if not isinstance(entry[key], str):
+        raise CompareError(f"{place}: {key} must be a text, and is {_shown(entry[key])}")
+    return str(entry[key])
+
+
+def qrels_path(folder: Path, split: str | None) -> Path | None:
+    """Return the file of judgments, or ``None`` if the folder has no such file."""
+    found = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
+    names = ", ".join(found) or "none"
+    if split is not None:
+        if split not in found:
+            raise CompareError(f"{folder / 'qrels' / split}.tsv: there is no such file; the splits are: {names}")
+        return found[split]
+    if not found:
+        return None
+    if "test" in found:
+        return found["test"]
+    if len(found) > 1:
+        raise CompareError(f"{folder / 'qrels'}: has several splits but not `test`; choose one with --split: {names}")
+    return next(iter(found.values()))
+
+
+def read_judgments(path: Path) -> Judgments:
+    """Read a file of ``qrels/``."""
+    judgments: Judgments = {}
+    _add(judgments, path, is_form=False)
+    if not judgments:
+        raise CompareError(f"{path}: is empty; at least one judgment below the header is needed")
+    return judgments
+
+
+def add_judgments(judgments: Judgments, path: Path) -> tuple[int, int]:
+    """Add those of a filled-in ``to_judge.tsv``, whose lines may have more columns and may lack a score.
+
+    Returns:
+        How many judgments were added, and how many lines have no score.
+
+    Raises:
+        CompareError: a line is wrong, or contradicts an earlier judgment.
+    """
+    before = sum(map(len, judgments.values()))
+    num_empty = _add(judgments, path, is_form=True)
+    return sum(map(len, judgments.values())) - before, num_empty
+
+
+def _add(judgments: Judgments, path: Path, *, is_form: bool) -> int:
+    """Add the judgments of a file; return how many lines of a form have no score."""
+    is_first = True
+    num_empty = 0
+    for place, line in read_lines(path):
+        query, document, text = _columns(place, line, is_form=is_form)
+        if is_first:
+            if _is_number(text):
+                raise CompareError(
+                    f"{place}: the header is missing: the first line must be {HEADER!r}, and is "
+                    f"{_shown_line((query, document, text))}"
+                )
+            is_first = False
+            continue
+        if not text:
+            num_empty += 1
+            continue
+        score = _integer(text)
+        if score is None:
+            raise CompareError(f"{place}: the score must be an integer, and is {text!r}")
+        scores = judgments.setdefault(query, {})
+        if scores.setdefault(document, score) != score:
+            raise CompareError(
+                f"{place}: query {query!r} and document {document!r} have score {score}, and {scores[document]} earlier"
+            )
+    return num_empty
+
+
+def _columns(place: str, line: bytes, *, is_form: bool) -> Sequence[str]:
+    try:
+        columns = [column.strip() for column in line.decode().split("\t")]
+    except UnicodeDecodeError as error:
+        raise CompareError(f"{place}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    if is_form and len(columns) >= 3 and all(columns[:2]):
+        return columns[:3]
+    if len(columns) != 3 or not all(columns):
+        raise CompareError(
+            f"{place}: must have 3 columns, separated by tabs (query-id, corpus-id, score), and is {_shown_line(columns)}"
+        )
+    return columns
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    return cut(repr(value), _MAX_SHOWN)
+
+
+def _shown_line(columns: Sequence[str]) -> str:
+    return _shown("\t".join(columns))

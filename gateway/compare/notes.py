@@ -1,0 +1,80 @@
+"""Notes on a comparison: what a reader must know before relying on its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.compare.arms import PlannedArm
+from gateway.compare.cache import VectorCache
+from gateway.compare.conclusions import Conclusions
+from gateway.compare.dataset import Dataset
+from gateway.compare.results import JUDGED
+from gateway.compare.statistics import MIN_QUERIES
+from gateway.compare.unjudged import TO_JUDGE, lists_only_relevant
+from gateway.routing.spaces import is_same_space
+
+
+def judgment_notes(dataset: Dataset, found: Conclusions) -> list[str]:
+    """Return notes on the number of queries, and on documents without a judgment."""
+    if not dataset.judgments:
+        return []
+    notes = []
+    if len(dataset.queries) < MIN_QUERIES:
+        notes.append(
+            f"{len(dataset.queries)} queries are too few to tell models apart; at least {MIN_QUERIES} are needed."
+        )
+    if lists_only_relevant(dataset.judgments):
+        notes.append(
+            "Only relevant documents are listed: a document that was not judged cannot be told from an irrelevant one. If "
+            "the judgments come from what one of these models found, they favor it."
+        )
+    elif found.unlike:
+        judged = {name: quality[JUDGED] for name, quality in found.qualities.items()}
+        shares = ", ".join(f"{name} {sum(values.values()) / len(values):.2f}" for name, values in judged.items())
+        notes.append(
+            f"The arms differ in how many of their first ten documents were judged ({shares}). A verdict is given only if "
+            "it is the same with documents without judgment counted as irrelevant, and left out. Judge those in "
+            f"{TO_JUDGE}, and compare again with `--judged {TO_JUDGE}`."
+        )
+    return notes
+
+
+def arm_notes(arms: Sequence[PlannedArm]) -> list[str]:
+    """Return notes on the spaces and precisions of the arms."""
+    notes = [_of_space(other, arm) for i, arm in enumerate(arms) for other in arms[:i] if _share_space(arm, other)]
+    notes += [
+        f"{arm.name.text} has an instruction for queries but not for documents, so the gateway gives them two spaces: "
+        f"{arm.queries.space} and {arm.passages.space}."
+        for arm in arms
+        if not is_same_space(arm.queries.space, arm.passages.space)
+    ]
+    if any(arm.is_quantized for arm in arms):
+        notes.append(
+            "int8 and uint8 vectors are compared by the dot product of their integers, binary ones by their Hamming "
+            "distance, without another pass over float vectors."
+        )
+    return notes
+
+
+def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
+    has_one_precision = arm.precision is other.precision
+    is_one_space = is_same_space(arm.space, other.space) and is_same_space(arm.passages.space, other.passages.space)
+    return has_one_precision and is_one_space
+
+
+def _of_space(one: PlannedArm, other: PlannedArm) -> str:
+    """Return a note on two arms of one space: they may still differ in their tasks."""
+    names = f"{one.name.text} and {other.name.text}"
+    if (one.queries.task, one.passages.task) == (other.queries.task, other.passages.task):
+        return f"{names} are of one space: any difference is one of rounding."
+    return f"{names} are of one space, and differ in the tasks that queries or documents are embedded with."
+
+
+def run_notes(cache: VectorCache, *, measures_cost: bool) -> list[str]:
+    """Return notes on how the figures were made."""
+    notes = ["The search is exact: the loss from the index of a vector database is not measured."]
+    if cache.num_reused:
+        notes.append(f"{cache.num_reused:,} vectors were embedded by an earlier run, and read from {cache.folder}.")
+    if not measures_cost:
+        notes.append("The cost was not measured.")
+    return notes

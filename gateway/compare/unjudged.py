@@ -1,0 +1,109 @@
+"""Documents without a judgment: whether they decide the verdict, and the list of those to judge.
+
+Judgments are often made by looking at what one system finds. A document that only the other one finds then counts as
+irrelevant, and the other one looks worse than it is; leaving such documents out favors it instead (Sakai 2007,
+https://doi.org/10.1145/1277741.1277756, calls the rest a condensed list). In simulations, either alone told clear
+differences of the wrong sign, so a verdict needs both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gateway.compare.beir import HEADER
+from gateway.compare.dataset import Dataset
+from gateway.compare.results import Comparison, Contrast, Verdict
+from gateway.compare.search import Ranking
+from gateway.config.files import write_whole
+from gateway.errors import CompareError
+
+TO_JUDGE = "to_judge.tsv"
+
+_MAX_GAP = 0.05
+# Some sets have a few documents judged irrelevant by chance; judging what was found leaves them for most queries.
+_LEAST_WITH_IRRELEVANT = 0.1
+_MAX_CHARACTERS = 2_000
+_SENSITIVE = ("=", "+", "-", "@")  # spreadsheets compute what begins so
+
+
+def lists_only_relevant(judgments: Mapping[str, Mapping[str, int]]) -> bool:
+    """Return whether the judgments only list relevant documents, as in most of BEIR.
+
+    Then the share of judged documents is the precision, and says nothing of what was not looked at.
+    """
+    number = sum(min(scores.values(), default=1) <= 0 for scores in judgments.values())
+    return number < _LEAST_WITH_IRRELEVANT * len(judgments)
+
+
+def condense(ranking: Ranking, judgments: Mapping[str, Mapping[str, int]]) -> Ranking:
+    """Return the rankings of the judged queries without the documents that have no judgment."""
+    return {query: [hit for hit in ranking[query] if hit[0] in scores] for query, scores in judgments.items()}
+
+
+def are_judged_alike(judged: Mapping[str, Mapping[str, float]], arm: str, baseline: str) -> bool:
+    """Return whether two arms have about the same share of judged documents.
+
+    Args:
+        judged: Judged@10 by arm and query.
+    """
+    shares = [sum(judged[name].values()) / len(judged[name]) for name in (arm, baseline)]
+    return abs(shares[0] - shares[1]) <= _MAX_GAP
+
+
+def reconcile(whole: Contrast, condensed: Contrast) -> Contrast:
+    """Return a contrast with the verdict that it shares with the condensed lists.
+
+    Args:
+        whole: documents without judgment count as irrelevant.
+        condensed: they are left out.
+    """
+    verdict = whole.verdict if whole.verdict is condensed.verdict else Verdict.NOT_JUDGED_ALIKE
+    return replace(whole, verdict=verdict, condensed=condensed.difference, condensed_verdict=condensed.verdict)
+
+
+def write_to_judge(comparison: Comparison, dataset: Dataset, folder: Path) -> Path | None:
+    """Write the documents that an arm has among its first ten, and that have no judgment, for a person to judge.
+
+    The lines do not say which arm found a document. Within a query they are shuffled. ``--judged`` reads the file.
+
+    Returns:
+        The file; ``None`` if there is nothing to judge, or only relevant documents are listed.
+
+    Raises:
+        CompareError: the file cannot be written.
+    """
+    if not dataset.judgments or lists_only_relevant(dataset.judgments):
+        return None
+    lines = list(_lines(comparison, dataset))
+    if not lines:
+        return None
+    path = folder / TO_JUDGE
+    try:
+        write_whole(path, [f"{HEADER}\tquery\tdocument\n".encode(), *lines])
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def _lines(comparison: Comparison, dataset: Dataset) -> Iterator[bytes]:
+    dice = random.Random(comparison.seed)  # noqa: S311  an order, not a secret
+    for query in comparison.queries:
+        judged = dataset.judgments.get(query.id, {})
+        found = {hit.document for hits in query.rankings.values() for hit in hits} - judged.keys()
+        for document in dice.sample(sorted(found), len(found)):
+            texts = (_one_cell(query.text), _one_cell(dataset.documents[document]))
+            yield "\t".join((query.id, document, "", *texts)).encode("utf-8", "replace") + b"\n"
+
+
+def _one_cell(text: str) -> str:
+    line = " ".join(text.split())[:_MAX_CHARACTERS]
+    return f" {line}" if line.startswith(_SENSITIVE) else line
+
+
+def with_condensed(whole: Sequence[Contrast], condensed: Sequence[Contrast], unlike: frozenset[str]) -> list[Contrast]:
+    """Reconcile the contrasts of the arms that are not judged like the baseline."""
+    by_arm = {one.arm: one for one in condensed}
+    return [reconcile(one, by_arm[one.arm]) if one.arm in unlike else one for one in whole]
