@@ -123,7 +123,7 @@ def _read_all(qrels: Path | None, judged: Path | None, notes: list[str]) -> Judg
     """Read the judgments of the split, and those that were made later.
 
     Raises:
-        CompareError: there are none, or a line is wrong.
+        CompareError: no line has a score, or a line is wrong.
     """
     judgments = read_judgments(qrels) if qrels else {}
     if judged is not None:

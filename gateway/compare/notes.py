@@ -25,8 +25,8 @@ def judgment_notes(dataset: Dataset, found: Conclusions) -> list[str]:
         )
     if lists_only_relevant(dataset.judgments):
         notes.append(
-            "Only relevant documents are listed: a document that was not judged cannot be told from an irrelevant one. If "
-            "the judgments come from what one of these models found, they favor it."
+            "Only relevant documents are listed: nothing separates those that were not judged from irrelevant ones. If the "
+            "judgments come from what one of these models found, they favor it."
         )
     elif found.unlike:
         judged = {name: quality[JUDGED] for name, quality in found.qualities.items()}

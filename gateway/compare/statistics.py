@@ -227,12 +227,12 @@ def _verdict(one: Contrast, margin: float, num_arms: int) -> Verdict:
     low, high = _simultaneous(one, num_arms)
     if -margin <= low and high <= margin:
         return Verdict.AS_GOOD
-    if _is_told(one):
+    if _is_shown(one):
         return Verdict.BETTER if one.difference.mean > 0 else Verdict.WORSE
     return Verdict.NOT_WORSE if margin and low > -margin else Verdict.INCONCLUSIVE
 
 
-def _is_told(one: Contrast) -> bool:
+def _is_shown(one: Contrast) -> bool:
     """Return whether a difference is shown: the test and the interval can disagree in borderline cases, so by both."""
     low, high = one.difference.low, one.difference.high
     return one.p_holm < ALPHA and low is not None and high is not None and not low <= 0 <= high
