@@ -43,7 +43,7 @@ class Reloaded:
         kept: ids of the models that did not change.
         removed: ids of the models that are gone.
         aliases: the change of each alias that is new, gone, or leads elsewhere now.
-        experiments: the change of each experiment.
+        experiments: the change of each experiment; see :func:`gateway.routing.changes.changed_experiments`.
     """
 
     loaded: tuple[str, ...]
@@ -142,7 +142,9 @@ class Deployment:
             await self.fleet.started.wait()
             started = time.monotonic()
             registry, fleet = await self._reloader.prepare(self.fleet)
-            reloaded = self._switch_to(registry, fleet, started)
+            # In a thread: it hashes thousands of units. No other reload changes the registry meanwhile.
+            experiments = await asyncio.to_thread(changed_experiments, self.registry, registry)
+            reloaded = self._switch_to(registry, fleet, experiments, started)
             metrics.RELOADS.labels("ok").inc()
             log.info(
                 "reloaded",
@@ -154,7 +156,7 @@ class Deployment:
             )
             return reloaded
 
-    def _switch_to(self, registry: Registry, fleet: Fleet, started: float) -> Reloaded:
+    def _switch_to(self, registry: Registry, fleet: Fleet, experiments: dict[str, str], started: float) -> Reloaded:
         """Serve another registry. Nothing awaits in here, so each request sees either the old one or the new one."""
         old_registry, old_fleet, old_shadows = self.registry, self.fleet, self.shadows
         fleet.take_over(old_fleet, registry)
@@ -174,7 +176,7 @@ class Deployment:
             kept=tuple(m.id for m in fleet if m in old_fleet),
             removed=tuple(m.id for m in old_fleet if m.id not in ids),
             aliases=changed_aliases(old_registry, registry),
-            experiments=changed_experiments(old_registry, registry),
+            experiments=experiments,
             seconds=time.monotonic() - started,
         )
 

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
-from gateway.errors import ClientDisconnected, InternalError, RequestError
-from gateway.experiments.stats import ExperimentStats, RequestRecord
+from gateway.errors import ClientDisconnected, DeadlineExceeded, InternalError, Overloaded, RequestError
+from gateway.experiments.arms import RequestRecord
+from gateway.experiments.stats import ExperimentStats
 from gateway.requests import Answer, EmbedRequest, Request
 from gateway.routing.router import Choice
 from gateway.telemetry import metrics, semconv, tracing
@@ -37,13 +38,13 @@ class Observer:
                 answer = await answering
             except asyncio.CancelledError:
                 # A slow arm must not look better for it: clients that did not wait are its failures.
-                self._record_error(choice, request, ClientDisconnected.code, time.monotonic() - started)
+                self._record_error(choice, request, ClientDisconnected(""), time.monotonic() - started)
                 raise
             except Exception as error:  # an arm that fails, in whatever way, must not look unused
-                code = error.code if isinstance(error, RequestError) else InternalError.code
-                self._record_error(choice, request, code, time.monotonic() - started)
+                failure = error if isinstance(error, RequestError) else InternalError("")
+                self._record_error(choice, request, failure, time.monotonic() - started)
                 raise
-            self._record_answer(choice, answer, time.monotonic() - started)
+            self._record_answer(choice, request, answer, time.monotonic() - started)
             if span is not None:
                 span.describe(
                     model=answer.model,
@@ -56,7 +57,7 @@ class Observer:
                 )
         return answer
 
-    def _record_answer(self, choice: Choice, answer: Answer, elapsed_s: float) -> None:
+    def _record_answer(self, choice: Choice, request: Request, answer: Answer, elapsed_s: float) -> None:
         target_metrics = _target_metrics(choice, answer.model, answer.task)
         target_metrics.count()
         target_metrics.seconds.observe(elapsed_s)
@@ -66,18 +67,24 @@ class Observer:
         target_metrics.tokenize_s.observe(answer.timings.tokenize_s)
         target_metrics.queue_s.observe(answer.timings.queue_s)
         target_metrics.inference_s.observe(answer.timings.inference_s)
-        self._record_in_experiment(choice, elapsed_s, answer=answer)
+        self._record_in_experiment(choice, request, elapsed_s, answer=answer)
 
-    def _record_error(self, choice: Choice, request: Request, code: str, elapsed_s: float) -> None:
+    def _record_error(self, choice: Choice, request: Request, error: RequestError, elapsed_s: float) -> None:
         info = choice.model.info
         task = choice.task or request.task or (info and info.default_task)
         # Only a task that the model has: a client can make up any other.
         label = canonical_task(task) if task and info and canonical_task(task) in info.tasks else None
-        _target_metrics(choice, choice.model.id, label).count(code)
-        self._record_in_experiment(choice, elapsed_s, error_code=code)
+        _target_metrics(choice, choice.model.id, label).count(error.code)
+        self._record_in_experiment(choice, request, elapsed_s, error=error)
 
     def _record_in_experiment(
-        self, choice: Choice, elapsed_s: float, *, answer: Answer | None = None, error_code: str | None = None
+        self,
+        choice: Choice,
+        request: Request,
+        elapsed_s: float,
+        *,
+        answer: Answer | None = None,
+        error: RequestError | None = None,
     ) -> None:
         if (assignment := choice.assignment) is None:
             return
@@ -88,14 +95,19 @@ class Observer:
                 arm=assignment.arm.label,
                 reason=assignment.reason.value,
                 is_counted=assignment.is_counted,
+                share=assignment.share,
                 unit=assignment.unit,
+                source=assignment.source,
                 model=answer.model if answer else choice.model.id,
                 space=answer.space if answer else None,
                 elapsed_s=elapsed_s,
                 num_texts=answer.num_texts if answer else 0,
+                num_characters=sum(request.lengths),
                 num_tokens=answer.num_tokens if answer else 0,
                 queue_s=answer.timings.queue_s if answer else 0.0,
-                error_code=error_code,
+                error_code=error.code if error else None,
+                is_server_error=error is not None and _is_of_the_server(error),
+                is_cut=isinstance(error, DeadlineExceeded | ClientDisconnected),
             )
         )
 
@@ -115,6 +127,11 @@ def observe_tokenizer(model: str, operation: str) -> Iterator[None]:
         raise
     finally:
         metrics.TOKENIZER_REQUESTS.labels(model, operation, outcome).inc()
+
+
+def _is_of_the_server(error: RequestError) -> bool:
+    """Return whether a request failed through no fault of its client: one that hung up had waited too long."""
+    return error.status >= 500 or isinstance(error, Overloaded | ClientDisconnected)
 
 
 def _target_metrics(choice: Choice, model: str, task: str | None) -> metrics.TargetMetrics:

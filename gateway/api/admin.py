@@ -31,7 +31,10 @@ class ReloadAnswer(AnswerBody):
     kept: list[str] = Field(description="Models that stayed as they were.")
     removed: list[str] = Field(description="Models that are gone.")
     aliases: dict[str, str] = Field(description="The change of each alias: `mini -> jina:retrieval.query`.")
-    experiments: dict[str, str] = Field(description="The change of each experiment, and whether its counts go on.")
+    experiments: dict[str, str] = Field(
+        description="The change of each experiment, whether its counts go on, and which share of its units moves to another "
+        "arm: `mini 90, new 10 -> mini 50, new 50; counts begin again; units that move: mini -> new 40.1%`."
+    )
     seconds: float
 
 

@@ -14,7 +14,7 @@ from gateway.api.wire import AnswerBody, request_body, responses
 from gateway.config.fields import FROM_NAME
 from gateway.config.registry import Experiment
 from gateway.errors import BadInput, ExperimentNotFound, ModelNotAllowed
-from gateway.experiments.split import Reason, UnitSource
+from gateway.experiments.split import Reason, UnitSource, read_unit
 from gateway.http.context import RequestContext
 from gateway.routing.router import Choice, Router
 from gateway.routing.written import MAX_UNIT_BYTES, write_name
@@ -139,8 +139,10 @@ def _check_unit(unit: str, field: str) -> None:
     """Refuse a unit that no request for embeddings could have.
 
     Raises:
-        BadInput: it is empty or too long. The message does not quote it: it may be logged.
+        BadInput: it is blank or too long. The message does not quote it: it may be logged.
     """
+    if read_unit(unit) is None:
+        raise BadInput("a unit must have a character other than white space", param=field)
     num_bytes = len(unit.encode())
     if not 0 < num_bytes <= MAX_UNIT_BYTES:
         raise BadInput(f"a unit has 1 to {MAX_UNIT_BYTES} bytes, this one has {num_bytes}", param=field)

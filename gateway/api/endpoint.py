@@ -314,15 +314,15 @@ def unit_source(request: Request, user: object) -> UnitSource:
         user: the body's field ``user``.
     """
 
-    def look_up(source: str) -> str | None:
+    def look_up(source: str) -> str | bytes | None:
         match source.partition(":"):
             case ("header", _, name):
                 value = request.headers.get(name)
+                return None if value is None else value.encode("latin-1")  # its bytes, as the framework decoded them
             case ("body", _, "user"):
-                value = str(user) if isinstance(user, str | int) else None
+                return str(user) if isinstance(user, str | int) else None
             case _:
-                value = RequestContext.of(request).key_owner
-        return value or None
+                return RequestContext.of(request).key_owner
 
     return look_up
 

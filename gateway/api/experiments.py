@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-
 from fastapi import APIRouter, Request
 
 from gateway.api.endpoint import add
@@ -35,9 +32,6 @@ class Experiments:
 
     async def retrieve_experiment(self, request: Request, experiment_id: str) -> ExperimentReport:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
-        # The test of the split needs it, and its first import takes a second, in which no request would be answered.
-        # First of all, so that no reload comes between the steps below.
-        await asyncio.to_thread(importlib.import_module, "scipy.stats")
         experiment = find_experiment(self._deployment, request, experiment_id)
         generation = self._deployment.router.generation(experiment.id)
         since = self._deployment.counting_since[experiment.id]

@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from gateway.cli.client import connect
 from gateway.cli.console import make_console, make_table, say
 from gateway.config.registry import Registry
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, read_exposures
-from gateway.experiments.report import ArmReport, ExperimentList, ExperimentReport
+from gateway.experiments.report import ArmReport, ExperimentList, ExperimentReport, Guardrail
+from gateway.experiments.sample_ratio import SampleRatio
 from gateway.experiments.split import Split
 from gateway.experiments.stats import ExperimentStats
 
@@ -118,12 +121,40 @@ def print_evidence(shown: ExperimentReport, *, has_requests: bool = True) -> Non
     console.print(table)
     if shown.uncounted:
         say(console, f"not counted: {', '.join(f'{reason} {num:,}' for reason, num in shown.uncounted.items())}")
-    if shown.warning:
-        say(console, shown.warning, "bold red")
-    ratio = shown.sample_ratio
+    if len(shown.sources) > 1:
+        sources = (f"{one.source} {one.units:,} ({one.requests:,} requests)" for one in shown.sources)
+        say(console, f"units by source: {', '.join(sources)}")
+    for warning in shown.warnings:
+        say(console, warning, "bold red")
+    for ratio in (shown.sample_ratio, shown.request_ratio):
+        if ratio is not None:
+            _print_ratio(console, ratio)
+    for guardrail in shown.guardrails if has_requests else ():
+        say(console, _sentence(guardrail, shown.arms[0].arm), _GUARDRAIL_STYLES.get(guardrail.verdict, ""))
+
+
+def _print_ratio(console: Console, ratio: SampleRatio) -> None:
     style = "bold red" if ratio.mismatch else "yellow" if ratio.p is None else "green"
     chi2 = "" if ratio.chi2 is None else f" (chi-square {ratio.chi2:.2f}, degrees of freedom {ratio.degrees})"
-    say(console, f"split of the units: {ratio.verdict}{chi2}", style)
+    say(console, f"split of the {ratio.of}: {ratio.verdict}{chi2}", style)
+
+
+_GUARDRAIL_STYLES = {"worse": "bold red", "better": "green"}
+
+
+def _sentence(guardrail: Guardrail, control: str) -> str:
+    """Return a guard-rail as a sentence: what differs, with the interval."""
+    what = f"{guardrail.metric} of {guardrail.arm} against {control}"
+    if guardrail.estimate is None or guardrail.low is None or guardrail.high is None:
+        return f"{what}: not yet; needs {guardrail.least_units} units in each arm, of which enough differ"
+    if guardrail.metric == "latency":
+        figures = (
+            f"x {guardrail.estimate:.2f} ({guardrail.low:.2f} to {guardrail.high:.2f}) at equal length of the texts"
+        )
+    else:
+        points = (100 * number for number in (guardrail.estimate, guardrail.low, guardrail.high))
+        figures = "{:+.2f} points ({:+.2f} to {:+.2f})".format(*points)
+    return f"{what}, by unit: {figures}: {guardrail.verdict}"
 
 
 Figure = Callable[[ArmReport], str]
@@ -141,16 +172,22 @@ def _unit_rows(num_units: int) -> list[tuple[str, Figure]]:
 
 _REQUEST_ROWS: list[tuple[str, Figure]] = [
     ("requests", lambda arm: f"{arm.requests:,}"),
-    ("errors", lambda arm: f"{arm.errors:,}"),
+    ("errors of the server", lambda arm: f"{arm.server_errors:,}"),
+    ("errors of clients", lambda arm: f"{arm.client_errors:,}"),
     ("error rate", lambda arm: f"{arm.error_rate:.2%}" if arm.requests else _NOTHING),
+    ("units without an answer", lambda arm: f"{arm.unanswered_units:,}"),
     ("texts", lambda arm: f"{arm.texts:,}"),
     ("tokens", lambda arm: f"{arm.tokens:,}"),
     ("tokens/s of a request", lambda arm: _NOTHING if arm.tokens_per_s is None else f"{arm.tokens_per_s:,.0f}"),
-    ("p50", lambda arm: _milliseconds(arm.p50_s)),
-    ("p95", lambda arm: _milliseconds(arm.p95_s)),
-    ("p99", lambda arm: _milliseconds(arm.p99_s)),
+    ("p50 (descriptive)", lambda arm: _percentile(arm, "p50_s", arm.p50_s)),
+    ("p95 (descriptive)", lambda arm: _percentile(arm, "p95_s", arm.p95_s)),
+    ("p99 (descriptive)", lambda arm: _percentile(arm, "p99_s", arm.p99_s)),
     ("p95 in the queue", lambda arm: _milliseconds(arm.queue_p95_s)),
 ]
+
+
+def _percentile(arm: ArmReport, name: str, seconds: float | None) -> str:
+    return f"{'>= ' if name in arm.at_least else ''}{_milliseconds(seconds)}"
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -127,6 +127,10 @@ def check(
             "models.lock.json.",
         ),
     ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also print the aliases and experiments that differ from this older file."),
+    ] = None,
 ) -> None:
     """Check models.yaml and the API keys.
 
@@ -134,6 +138,8 @@ def check(
     """
     path, registry = _read_registry(models)
     _check_keys(registry)
+    if against is not None:
+        _print_changes(load_registry(against, os.environ), registry)
     unchecked = "checkpoints, "
     if locked:
         from gateway.cli.lock import check_lock
@@ -142,6 +148,16 @@ def check(
         unchecked = f"the checkpoints of {', '.join(absent)}, which are not on this machine; " if absent else ""
     typer.echo(f"{path}: ok, {_summary(registry)}")
     typer.echo(f"Not checked: {unchecked}devices and memory (see `gateway models`), and other servers.")
+
+
+def _print_changes(old: Registry, new: Registry) -> None:
+    from gateway.routing.changes import changed_aliases, changed_experiments
+
+    changes = changed_aliases(old, new) | changed_experiments(old, new)
+    for name, change in changes.items():
+        typer.echo(f"{name}: {change}")
+    if not changes:
+        typer.echo(f"aliases and experiments as in {old.path}")
 
 
 def _check_keys(registry: Registry) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -15,9 +14,11 @@ from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Annotated
 
 import orjson
 import structlog
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from gateway.config.files import open_regular
 from gateway.errors import StartError
@@ -26,26 +27,39 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 
 _SECONDS_BETWEEN_WARNINGS = 60.0
-_UNIT = re.compile(r"[0-9a-f]{16}")
 
 
+@with_config(ConfigDict(strict=True, extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """The first request of a unit in an arm.
+    """The first request of a unit in an arm. One that fails is written too, and again once the unit gets an answer.
+
+    An analysis of outcomes by arm must keep the units that got errors alone: without them it compares those who were lucky.
 
     Attributes:
         time: ISO 8601 in UTC.
         generation: a hash of the salt, the arms and the weights that chose the arm.
         unit: salted hash, 16 hex digits.
+        model: the one that answered or should have.
+        space: of the vectors; ``None`` without an answer, and for scores.
+        share: the share of the units that the weights give to the arm; ``None`` in logs of earlier versions.
+        source: where the unit came from, such as ``header:x-unit``.
+        answered: whether the request was answered.
     """
 
     time: str
     experiment: str
     generation: str
     arm: str
-    unit: str
+    unit: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     model: str
-    space: str
+    space: str | None
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
+    source: str | None = None
+    answered: bool = True
+
+
+_EXPOSURE = TypeAdapter(Exposure)
 
 
 class ExposureLog:
@@ -156,9 +170,6 @@ def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
 
 def _parse(line: bytes) -> Exposure | None:
     try:
-        values = orjson.loads(line)
-        if all(isinstance(value, str) for value in values.values()) and _UNIT.fullmatch(values["unit"]):
-            return Exposure(**values)
-    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, another set of keys, not an object
-        pass
-    return None
+        return _EXPOSURE.validate_json(line)
+    except ValidationError:
+        return None

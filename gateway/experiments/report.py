@@ -54,17 +54,54 @@ class ArmReport(_Report):
     share: float = Field(description="The share of the units that the weight asks for.")
     units: int = Field(description="Distinct units, with those of the exposure log.")
     requests: int = Field(description="Requests that were counted for the experiment, errors included.")
+    unanswered_units: int = Field(description="Those of the units that have only had errors.")
     errors: int
     error_rate: float
+    server_errors: int = Field(
+        description="Errors through no fault of the client: 5xx, a full queue, and clients that hung up."
+    )
+    client_errors: int = Field(description="The others: 4xx, which a client's mistake causes in whichever arm it is.")
+    errors_by_code: Mapping[str, int]
     texts: int
     tokens: int
     tokens_per_s: float | None = Field(
         description="Mean tokens of a request divided by its mean time: the rate that a single client would see."
     )
-    p50_s: float | None = Field(description="Of requests without an error, like the other times; `null` without any.")
-    p95_s: float | None
-    p99_s: float | None
+    p50_s: float | None = Field(
+        description="Of answered requests, and of those that timed out or whose client hung up, which would have taken "
+        "longer. Percentiles describe the requests of the arm; to compare arms, see `guardrails`."
+    )
+    p95_s: float | None = Field(description="`null` below 200 requests.")
+    p99_s: float | None = Field(description="`null` below 1,000 requests.")
+    at_least: Sequence[Literal["p50_s", "p95_s", "p99_s"]] = Field(
+        description="Those of the percentiles that would be longer if no request had been ended early."
+    )
     queue_p95_s: float | None
+    largest_unit_share: float | None = Field(description="The share of the requests that the unit with the most has.")
+
+
+class Guardrail(_Report):
+    """The difference of an arm from the control in something that should not suffer."""
+
+    metric: Literal["latency", "errors"]
+    arm: str
+    estimate: float | None = Field(
+        description="`latency`: time in this arm divided by that in the control, for texts of equal length. `errors`: "
+        "difference of the share of requests with a server error. Each unit counts once. `null` with too few units."
+    )
+    low: float | None = Field(description="Ends of an interval that holds whenever one looks.")
+    high: float | None
+    units: int = Field(description="Units of both arms; requests without a unit count as one each. The first 200,000.")
+    least_units: int = Field(description="With fewer in either arm, nothing is said.")
+    verdict: Literal["worse", "better", "no difference found", "not yet"]
+
+
+class UnitSource(_Report):
+    """One of the places that units come from."""
+
+    source: str
+    units: int
+    requests: int
 
 
 class ExperimentReport(ExperimentCard):
@@ -76,10 +113,19 @@ class ExperimentReport(ExperimentCard):
         description="When the first of the units was seen: earlier, if there is an exposure log."
     )
     evidence: Sequence[ArmReport]
+    guardrails: Sequence[Guardrail] = Field(description="Two for each arm but the control.")
     uncounted: Mapping[str, int] = Field(description="Requests outside the split, by reason.")
+    sources: Sequence[UnitSource]
     sample_ratio: SampleRatio
-    warning: str | None = Field(
-        description="Why the figures are meaningless, if a reason is known: for example, that no request has a unit."
+    request_ratio: SampleRatio | None = Field(
+        description="The same of the requests without a unit, which a `same_space` experiment splits at random; `null` for "
+        "`cross_space`."
+    )
+    mismatch: bool = Field(
+        description="Whether one of the two found a mismatch: no comparison of the arms can be trusted."
+    )
+    warnings: Sequence[str] = Field(
+        description="Why the figures may be meaningless: no request has a unit, or one unit has most of the requests."
     )
 
 

@@ -1,59 +1,163 @@
-"""The sample ratio check: whether an experiment's units are split as its weights say."""
+"""The sample ratio check: whether an experiment's units are split as its weights say, at whatever time one looks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from gateway.experiments.units import MAX_UNITS
-
-# A p below this is not chance. Lower than the usual 0.05, since people look repeatedly;
-# see Fabijan et al., "Diagnosing Sample Ratio Mismatch in Online Controlled Experiments", KDD 2019.
-SRM_THRESHOLD = 0.001
+# A correct split reaches an E of 100 with a probability of 1 % at most, in all its life (Ville's inequality).
+_MISMATCH_E = 100.0
+# The weight of the prior around the weights, in units: the one of Lindon & Malek, which finds losses of some percent.
+_PRIOR = 1_000.0
 # With fewer expected units the chi-square distribution does not describe the statistic (Cochran 1954).
 _LEAST_EXPECTED = 5
-_MISMATCH = "sample ratio mismatch ({}): units of an arm are being lost; do not trust a comparison of the arms"
+_LARGEST_LOG = 700.0  # of a float
+
+
+@dataclass(slots=True)
+class RatioProcess:
+    """The evidence against the weights, unit by unit: the e-process of a multinomial with a Dirichlet prior.
+
+    From Lindon & Malek, "Anytime-valid inference for multinomial count data", NeurIPS 2022 (arXiv 2011.03567). Under the
+    weights it is a martingale that begins at 1, so its maximum may be looked at after each unit.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    total: int = 0
+    log_e: float = 0.0
+    largest_log_e: float = 0.0
+
+    def add(self, arm: str, share: float) -> None:
+        """Count a unit in an arm that should get a share, above 0, of them."""
+        count = self.counts.get(arm, 0)
+        # The predictive probability of this arm, by its own.
+        self.log_e += math.log((_PRIOR * share + count) / ((_PRIOR + self.total) * share))
+        self.largest_log_e = max(self.largest_log_e, self.log_e)
+        self.counts[arm] = count + 1
+        self.total += 1
+
+
+@dataclass(frozen=True, slots=True)
+class ArmCount:
+    """What arrived in one arm.
+
+    Attributes:
+        num: the units, or the requests, of the arm.
+        share: the share that its weight asks for.
+        server_errors: its requests that failed through no fault of the client.
+    """
+
+    arm: str
+    num: int
+    share: float
+    requests: int = 0
+    server_errors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRatio:
-    """Whether the units are split as the weights say: a chi-square test of goodness of fit.
+    """Whether the units are split as the weights say.
 
     Attributes:
-        p: how often a correct split would be this far off; ``None`` with too few units to tell.
-        mismatch: units of an arm are being lost; a comparison of the arms cannot be trusted.
+        of: what was counted: units, or the requests without one, which are split at random.
+        p: how often a correct split would ever be this far off, however often one looks; 1 at the beginning.
+        mismatch: what arrives is not what the weights ask for; a comparison of the arms cannot be trusted.
+        arm: the arm that lacks most, in standard deviations; ``None`` where nothing can be tested.
+        expected: how many of ``of`` that arm should have.
+        chi2: Pearson's statistic of the present counts, for reading; ``None`` with fewer than 5 expected in an arm.
+        chi2_p: its p-value, which holds for a single look at a time fixed in advance.
     """
 
-    chi2: float | None
-    degrees: int
+    of: Literal["units", "requests"]
     p: float | None
     mismatch: bool
+    arm: str | None
+    expected: float | None
+    chi2: float | None
+    degrees: int
+    chi2_p: float | None
     verdict: str
 
 
-def check_sample_ratio(units: Sequence[int], shares: Sequence[float]) -> SampleRatio:
-    """Test counts of distinct units against the shares given by the weights.
+def check_sample_ratio(
+    counts: Sequence[ArmCount],
+    largest_log_e: float | None = None,
+    *,
+    of: Literal["units", "requests"] = "units",
+    num_tests: int = 1,
+    note: str = "",
+) -> SampleRatio:
+    """Test counts against the shares given by the weights. A single unit in an arm of weight 0 is a mismatch.
 
-    A single unit in an arm of weight 0 is a mismatch.
+    Args:
+        largest_log_e: of a :class:`RatioProcess`; ``None`` if only the present counts are known.
+        num_tests: how many of these tests an experiment has: together they err as often as one.
+        note: added to the verdict.
     """
-    total = sum(units)
-    if any(count and not share for count, share in zip(units, shares, strict=True)):
-        return SampleRatio(None, 0, 0.0, mismatch=True, verdict=_MISMATCH.format("an arm of weight 0 has units"))
-    observed = [count for count, share in zip(units, shares, strict=True) if share]
-    expected = [total * share for share in shares if share]
-    degrees = len(observed) - 1
-    if degrees < 1:
-        return SampleRatio(None, 0, None, mismatch=False, verdict="one arm has all the weight: nothing to test")
-    if max(observed) >= MAX_UNITS:
-        return SampleRatio(
-            None, degrees, None, mismatch=False, verdict=f"units are counted up to {MAX_UNITS:,} per arm"
+    racing = [count for count in counts if count.share]
+    total = sum(count.num for count in racing)
+    if stray := next((count for count in counts if count.num and not count.share), None):
+        verdict = (
+            f"sample ratio mismatch: arm {stray.arm!r} has weight 0, and {stray.num:,} {of}; do not trust a comparison"
         )
-    if min(expected) < _LEAST_EXPECTED:
-        return SampleRatio(None, degrees, None, mismatch=False, verdict=f"too few units to tell: {total}")
-    from scipy.stats import chisquare  # slow to import, and not needed to serve
+        return SampleRatio(of, 0.0, True, stray.arm, 0.0, None, 0, None, verdict)
+    if len(racing) < 2:
+        return SampleRatio(of, None, False, None, None, None, 0, None, "one arm has all the weight: nothing to test")
+    if not total:
+        return SampleRatio(of, None, False, None, None, None, len(racing) - 1, None, f"no {of} yet")
+    log_e = max(_log_e(racing), largest_log_e or 0.0)
+    p = min(1.0, num_tests * math.exp(-min(log_e, _LARGEST_LOG)))
+    mismatch = p <= 1 / _MISMATCH_E
+    fewest = min(racing, key=lambda count: (count.num - total * count.share) / math.sqrt(total * count.share))
+    expected = total * fewest.share
+    chi2, chi2_p = _chi_square(racing)
+    if mismatch:
+        verdict = f"sample ratio mismatch (p = {p:.2g} at any look): {_describe(fewest, expected, of)}"
+    else:
+        verdict = f"no mismatch found, p = {p:.2g} at any look"
+    return SampleRatio(
+        of, p, mismatch, fewest.arm, expected, chi2, len(racing) - 1, chi2_p, f"{verdict}; {note}" if note else verdict
+    )
 
-    result = chisquare(observed, expected)
-    p = float(result.pvalue)
-    if p < SRM_THRESHOLD:
-        return SampleRatio(float(result.statistic), degrees, p, mismatch=True, verdict=_MISMATCH.format(f"p = {p:.2g}"))
-    return SampleRatio(float(result.statistic), degrees, p, mismatch=False, verdict=f"no mismatch found, p = {p:.2g}")
+
+def _describe(fewest: ArmCount, expected: float, of: str) -> str:
+    text = f"arm {fewest.arm!r} has {fewest.num:,} {of}, and {expected:,.0f} are expected"
+    if fewest.server_errors:
+        text += f"; {fewest.server_errors:,} of its {fewest.requests:,} requests failed"
+    return f"{text}; something loses {of} of an arm: do not trust a comparison of the arms"
+
+
+def _log_e(counts: Sequence[ArmCount]) -> float:
+    """Return the logarithm of the e-value of the present counts: that of a :class:`RatioProcess`, in closed form."""
+    total = sum(count.num for count in counts)
+    log_e = math.lgamma(_PRIOR) - math.lgamma(_PRIOR + total)
+    for count in counts:
+        weight = _PRIOR * count.share
+        log_e += math.lgamma(weight + count.num) - math.lgamma(weight) - count.num * math.log(count.share)
+    return log_e
+
+
+def _chi_square(counts: Sequence[ArmCount]) -> tuple[float | None, float | None]:
+    """Return Pearson's statistic and its p-value, if the counts are large enough."""
+    total = sum(count.num for count in counts)
+    if min(total * count.share for count in counts) < _LEAST_EXPECTED:
+        return None, None
+    chi2 = sum((count.num - total * count.share) ** 2 / (total * count.share) for count in counts)
+    return chi2, _chi_square_tail(chi2, len(counts) - 1)
+
+
+def _chi_square_tail(chi2: float, degrees: int) -> float:
+    """Return the probability of a larger statistic: the sum for whole degrees, since scipy takes a second to import.
+
+    See Abramowitz & Stegun, 26.4.4 and 26.4.5.
+    """
+    half = chi2 / 2
+    if degrees % 2 == 0:
+        return math.exp(-half) * sum(half**i / math.factorial(i) for i in range(degrees // 2))
+    tail, term = math.erfc(math.sqrt(half)), math.sqrt(2 * chi2 / math.pi) * math.exp(-half)
+    for i in range(1, (degrees - 1) // 2 + 1):
+        tail += term
+        term *= chi2 / (2 * i + 1)
+    return tail

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import secrets
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,12 +20,33 @@ from gateway.config.registry import Arm, Experiment
 from gateway.config.wording import cut
 from gateway.errors import BadInput
 
-UnitSource: TypeAlias = Callable[[str], str | None]
-"""Looks up a value of a request by its source, ``header:NAME``, ``body:user`` or ``api_key``; ``None`` if absent."""
+UnitSource: TypeAlias = Callable[[str], "str | bytes | None"]
+"""Looks up a value of a request by its source, ``header:NAME`` (bytes), ``body:user`` or ``api_key``; ``None`` if absent."""
 
 
 def no_unit_source(_source: str) -> None:
     """Look up a value of a request that has none."""
+
+
+def read_unit(value: str | bytes | None) -> str | None:
+    """Return the unit that a value is: one spelling of it, from whichever place of a request it comes.
+
+    Args:
+        value: text, or the bytes of a header: UTF-8, or Latin-1 where they are not.
+
+    Returns:
+        The text in Unicode's normal form C, without white space around it; ``None`` if nothing is left.
+    """
+    if isinstance(value, bytes):
+        value = _decode(value)
+    return unicodedata.normalize("NFC", value or "").strip() or None
+
+
+def _decode(value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 class Reason(StrEnum):
@@ -54,14 +76,18 @@ class Assignment:
         experiment: id of the experiment.
         generation: 8 hex digits, a hash of the salt, the arms and their weights. Stats of different weights are not
             comparable.
+        share: the share of the units that the weights give to the arm.
         unit: 16 hex digits, a salted hash: a unit cannot be recognized in the log of another experiment.
+        source: where the unit comes from, such as ``header:x-unit``.
     """
 
     experiment: str
     generation: str
     arm: Arm
     reason: Reason
-    unit: str | None
+    share: float
+    unit: str | None = None
+    source: str | None = None
 
     @property
     def is_counted(self) -> bool:
@@ -89,7 +115,8 @@ class Split:
         self._salt = experiment.salt or experiment.id
         self._arms = {arm.label: arm for arm in experiment.arms}
         self._force_header = experiment.force
-        self._excluded = frozenset(experiment.exclude)
+        self._excluded = frozenset(map(read_unit, experiment.exclude))
+        self._total = sum(arm.weight for arm in experiment.arms)
 
     def assign(self, unit_source: UnitSource, now: datetime) -> Assignment:
         """Choose the arm of a request.
@@ -97,7 +124,7 @@ class Split:
         Raises:
             BadInput: the header that forces an arm names an unknown one.
         """
-        forced = unit_source(self._force_header) if self._force_header else None
+        forced = read_unit(unit_source(self._force_header)) if self._force_header else None
         if forced:
             if forced not in self._arms:
                 raise BadInput(
@@ -105,12 +132,13 @@ class Split:
                     f"{cut(forced)!r} of experiment {self.experiment.id!r}; its arms: {', '.join(self._arms)}"
                 )
             return self._assignment(self._arms[forced], Reason.FORCED)
-        unit = next((value for source in self.experiment.unit if (value := unit_source(source))), None)
+        found = ((source, read_unit(unit_source(source))) for source in self.experiment.unit)
+        source, unit = next((pair for pair in found if pair[1]), (None, None))
         if reason := self._why_outside(unit, now):
             return self._assignment(self.experiment.control, reason)
         if unit is None:
             return self._assignment(self.arm_of(secrets.token_hex(8)), Reason.RANDOM)
-        return self._assignment(self.arm_of(unit), Reason.UNIT, _digest("unit", self._salt, unit)[:16])
+        return self._assignment(self.arm_of(unit), Reason.UNIT, self.hash_of(unit), source)
 
     def _why_outside(self, unit: str | None, now: datetime) -> Reason | None:
         """Return why a request is outside the split, if it is."""
@@ -128,8 +156,16 @@ class Split:
         racing = (arm for arm in self.experiment.arms if arm.weight > 0)
         return min(racing, key=lambda arm: -math.log(_uniform(self._salt, arm.label, unit)) / arm.weight)
 
-    def _assignment(self, arm: Arm, reason: Reason, unit: str | None = None) -> Assignment:
-        return Assignment(self.experiment.id, self.generation, arm, reason, unit)
+    def hash_of(self, unit: str) -> str:
+        """Return the salted hash under which a unit is stored and logged, 16 hex digits."""
+        return _digest("unit", self._salt, unit)[:16]
+
+    def share_of(self, arm: Arm) -> float:
+        """Return the share of the units that an arm gets."""
+        return arm.weight / self._total
+
+    def _assignment(self, arm: Arm, reason: Reason, unit: str | None = None, source: str | None = None) -> Assignment:
+        return Assignment(self.experiment.id, self.generation, arm, reason, self.share_of(arm), unit, source)
 
 
 def _uniform(*parts: str) -> float:

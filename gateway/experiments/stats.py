@@ -2,73 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Literal
 
 from gateway.config.registry import Experiment
+from gateway.experiments.arms import ArmCounts, Generation, RequestRecord
 from gateway.experiments.exposures import Exposure, ExposureLog, now, read_exposures
-from gateway.experiments.report import ArmReport, ExperimentReport, describe_experiment
-from gateway.experiments.sample_ratio import check_sample_ratio
-from gateway.experiments.units import LatencyHistogram, UnitSet
+from gateway.experiments.guardrails import guardrails
+from gateway.experiments.report import ArmReport, ExperimentReport, UnitSource, describe_experiment
+from gateway.experiments.sample_ratio import ArmCount, SampleRatio, check_sample_ratio
+from gateway.experiments.sequence import ALPHA
+from gateway.experiments.units import MAX_UNITS
 
 # About 30 MB. If the log cannot be written for longer than this lasts, further exposures are lost.
 _MAX_UNWRITTEN = 100_000
 _MAX_WRITTEN_AT_ONCE = 100
 # The stats of earlier weights are kept for a while: a reload may be reverted.
 _MAX_GENERATIONS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """One request of an experiment.
-
-    Attributes:
-        is_counted: the request is part of the split.
-        unit: hashed, 16 hex digits; ``None`` where the request has none.
-        space: of the vectors; ``None`` for a request that failed, which exposed its unit to nothing.
-        queue_s: the longest wait of its texts in the queue.
-    """
-
-    experiment: str
-    generation: str
-    arm: str
-    reason: str
-    is_counted: bool
-    unit: str | None
-    model: str
-    space: str | None
-    elapsed_s: float
-    num_texts: int = 0
-    num_tokens: int = 0
-    queue_s: float = 0.0
-    error_code: str | None = None
-
-
-@dataclass(slots=True)
-class _Arm:
-    units: UnitSet = field(default_factory=UnitSet)
-    requests: int = 0
-    texts: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    errors: Counter[str] = field(default_factory=Counter)
-    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
-    queue: LatencyHistogram = field(default_factory=LatencyHistogram)
-
-
-@dataclass(slots=True)
-class _Generation:
-    since: str
-    arms: defaultdict[str, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
-    uncounted: Counter[str] = field(default_factory=Counter)
-    units_since: str | None = None
-
-    def expose(self, exposure: Exposure) -> None:
-        """Count a unit in an arm. The logs of several replicas come in any order."""
-        self.units_since = min(self.units_since or exposure.time, exposure.time)
-        self.arms[exposure.arm].units.add(int(exposure.unit, 16))
+# With fewer requests, a percentile is that of a few of them.
+_LEAST_FOR_P95 = 200
+_LEAST_FOR_P99 = 1_000
+# One unit with more of an arm's requests decides its figures.
+_LARGE_SHARE = 0.1
+_LEAST_FOR_SHARE = 100
 
 
 class ExperimentStats:
@@ -80,9 +38,9 @@ class ExperimentStats:
 
     def __init__(self, log: ExposureLog | None) -> None:
         self._log = log
-        # Exposures that could not be written yet, by experiment, generation, arm and unit.
-        self._unwritten: dict[tuple[str, str, str, str], Exposure] = {}
-        self._experiments: defaultdict[str, OrderedDict[str, _Generation]] = defaultdict(OrderedDict)
+        # Exposures that could not be written yet, by experiment, generation, arm, unit and whether it was answered.
+        self._unwritten: dict[tuple[str, str, str, str, bool], Exposure] = {}
+        self._experiments: defaultdict[str, OrderedDict[str, Generation]] = defaultdict(OrderedDict)
         if log is not None:
             self.add(read_exposures(log.files()))
 
@@ -92,41 +50,33 @@ class ExperimentStats:
             self._generation(exposure.experiment, exposure.generation).expose(exposure)
 
     def record(self, request: RequestRecord) -> None:
-        """Count one request, and log it if it is the first of its unit in an arm."""
+        """Count one request, and log it if it is the first of its unit in an arm, or the first that is answered."""
         generation = self._generation(request.experiment, request.generation)
         if not request.is_counted:
             generation.uncounted[request.reason] += 1
             return
-        arm = generation.arms[request.arm]
-        arm.requests += 1
-        if request.error_code is not None:
-            arm.errors[request.error_code] += 1
-        else:
-            arm.texts += request.num_texts
-            arm.tokens += request.num_tokens
-            arm.seconds += request.elapsed_s
-            arm.latency.observe(request.elapsed_s)
-            arm.queue.observe(request.queue_s)
-        if request.unit is not None and request.space is not None:
-            self._expose(request, request.unit, request.space, generation, is_new=arm.units.add(int(request.unit, 16)))
+        generation.record(request)
+        if request.unit is not None:
+            self._expose(request, request.unit, generation)
 
-    def _expose(self, request: RequestRecord, unit: str, space: str, generation: _Generation, *, is_new: bool) -> None:
-        """Write the first answer of a unit to the log, or retry if that failed before."""
+    def _expose(self, request: RequestRecord, unit: str, generation: Generation) -> None:
+        """Count a unit, and write it to the log if it is new, or retry if that failed before."""
         key = (request.experiment, request.generation, request.arm, unit)
-        if is_new:
-            time = now()
-            generation.units_since = generation.units_since or time
-            exposure = Exposure(time, request.experiment, request.generation, request.arm, unit, request.model, space)
-        elif key in self._unwritten:
-            exposure = self._unwritten.pop(key)
-        else:
-            return
-        if self._log is None:
+        arm, is_answered = generation.arms[request.arm], request.error_code is None
+        exposure = None
+        if int(unit, 16) not in arm.units or (is_answered and int(unit, 16) in arm.unanswered):
+            exposure = Exposure(
+                now(), *key, request.model, request.space, request.share, request.source, answered=is_answered
+            )
+            exposure = exposure if generation.expose(exposure) else None
+        elif self._unwritten:
+            exposure = self._unwritten.pop((*key, False), None) or self._unwritten.pop((*key, True), None)
+        if exposure is None or self._log is None:
             return
         if self._log.write(exposure):
             self._write_rest(self._log)
         elif len(self._unwritten) < _MAX_UNWRITTEN:
-            self._unwritten[key] = exposure
+            self._unwritten[*key, exposure.answered] = exposure
 
     def _write_rest(self, log: ExposureLog, num_most: int = _MAX_WRITTEN_AT_ONCE) -> None:
         """Write what could not be written before. A request waits for it, so only a few at a time."""
@@ -148,62 +98,130 @@ class ExperimentStats:
             since: when it was first served with them; ``None`` for when its first request was counted.
         """
         generations = self._experiments.get(experiment.id, OrderedDict())
-        counted = generations.get(generation) or _Generation(since or now())
+        counted = generations.get(generation) or Generation(since or now())
         total = sum(arm.weight for arm in experiment.arms)
         arms = [
-            _report(arm.label, arm.model, arm.weight, arm.weight / total, counted.arms.get(arm.label, _Arm()))
+            _report(arm.label, arm.model, arm.weight, arm.weight / total, counted.arms.get(arm.label, ArmCounts()))
             for arm in experiment.arms
         ]
+        sample_ratio, request_ratio = _ratios(experiment, arms, counted)
         return ExperimentReport(
             **dict(describe_experiment(experiment)),
             generation=generation,
             since=min(since or counted.since, counted.since),
             units_since=counted.units_since,
             evidence=arms,
+            guardrails=[
+                guardrail
+                for arm in arms[1:]
+                if arm.share and arms[0].share
+                for guardrail in guardrails(
+                    arm.arm,
+                    counted.arms.get(arms[0].arm, ArmCounts()),
+                    counted.arms.get(arm.arm, ArmCounts()),
+                    arm.share / (arm.share + arms[0].share),
+                    ALPHA / (len(arms) - 1),
+                )
+            ],
             uncounted=dict(counted.uncounted),
-            sample_ratio=check_sample_ratio([arm.units for arm in arms], [arm.share for arm in arms]),
-            warning=_warning(experiment, sum(arm.requests for arm in arms), counted.uncounted),
+            sources=[
+                UnitSource(source=name, units=source.units, requests=source.requests)
+                for name, source in counted.sources.items()
+            ],
+            sample_ratio=sample_ratio,
+            request_ratio=request_ratio,
+            mismatch=sample_ratio.mismatch or (request_ratio is not None and request_ratio.mismatch),
+            warnings=[
+                *_warn_of_no_units(experiment, sum(arm.requests for arm in arms), counted.uncounted),
+                *_warn_of_large_units(arms),
+            ],
         )
 
-    def _generation(self, experiment: str, generation: str) -> _Generation:
+    def _generation(self, experiment: str, generation: str) -> Generation:
         generations = self._experiments[experiment]
         if generation not in generations:
-            generations[generation] = _Generation(now())
+            generations[generation] = Generation(now())
             if len(generations) > _MAX_GENERATIONS:
                 generations.popitem(last=False)
         generations.move_to_end(generation)
         return generations[generation]
 
 
-def _report(label: str, model: str, weight: float, share: float, arm: _Arm) -> ArmReport:
+def _ratios(
+    experiment: Experiment, arms: list[ArmReport], counted: Generation
+) -> tuple[SampleRatio, SampleRatio | None]:
+    """Return the tests of the units, and of the requests without one where these are split too."""
+    is_random = experiment.kind == "same_space"
+    num_tests = 1 + is_random
+    nums = {arm.arm: arm.units for arm in arms}
+    if counted.is_full and counted.is_ratio_known:
+        nums |= counted.unit_ratio.counts  # those of the time before one arm was full
+    units = check_sample_ratio(
+        [ArmCount(arm.arm, nums[arm.arm], arm.share, arm.requests, arm.server_errors) for arm in arms],
+        counted.unit_ratio.largest_log_e if counted.is_ratio_known else None,
+        num_tests=num_tests,
+        note=f"units are counted up to {MAX_UNITS:,} per arm" if counted.is_full else "",
+    )
+    if not is_random:
+        return units, None
+    counts = [
+        ArmCount(arm.arm, counted.arms.get(arm.arm, ArmCounts()).random_requests, arm.share, arm.requests)
+        for arm in arms
+    ]
+    requests = check_sample_ratio(counts, counted.request_ratio.largest_log_e, of="requests", num_tests=num_tests)
+    return units, requests
+
+
+def _report(label: str, model: str, weight: float, share: float, arm: ArmCounts) -> ArmReport:
     num_errors = arm.errors.total()
+    latency = arm.latency
+    shown: dict[Literal["p50_s", "p95_s", "p99_s"], float] = {"p50_s": 0.5}
+    shown |= {"p95_s": 0.95} if len(latency) >= _LEAST_FOR_P95 else {}
+    shown |= {"p99_s": 0.99} if len(latency) >= _LEAST_FOR_P99 else {}
     return ArmReport(
         arm=label,
         model=model,
         weight=weight,
         share=share,
         units=len(arm.units),
+        unanswered_units=len(arm.unanswered),
         requests=arm.requests,
         errors=num_errors,
         error_rate=num_errors / arm.requests if arm.requests else 0.0,
+        server_errors=arm.server_errors,
+        client_errors=num_errors - arm.server_errors,
+        errors_by_code=dict(arm.errors.most_common()),
         texts=arm.texts,
         tokens=arm.tokens,
         tokens_per_s=arm.tokens / arm.seconds if arm.seconds else None,
-        p50_s=arm.latency.quantile(0.5),
-        p95_s=arm.latency.quantile(0.95),
-        p99_s=arm.latency.quantile(0.99),
-        queue_p95_s=arm.queue.quantile(0.95),
+        p50_s=latency.quantile(0.5),
+        p95_s=latency.quantile(0.95) if "p95_s" in shown else None,
+        p99_s=latency.quantile(0.99) if "p99_s" in shown else None,
+        at_least=[name for name, share in shown.items() if latency.is_least(share)],
+        queue_p95_s=arm.queue.quantile(0.95) if len(arm.queue) >= _LEAST_FOR_P95 else None,
+        largest_unit_share=arm.largest / arm.requests if arm.largest else None,
     )
 
 
-def _warning(experiment: Experiment, num_counted: int, uncounted: Mapping[str, int]) -> str | None:
+def _warn_of_no_units(experiment: Experiment, num_counted: int, uncounted: Mapping[str, int]) -> Iterator[str]:
     """Warn if most requests have no unit: the control arm answers them, and nothing is split."""
     num_without = uncounted.get("no_unit", 0)
     if not num_without or num_without < num_counted:
-        return None
+        return
     how_many = f"all {num_without:,}" if not num_counted else f"{num_without:,} of {num_without + num_counted:,}"
     sources = ", ".join(f"`{source}`" for source in experiment.unit)
-    return (
+    yield (
         f"{how_many} requests had no unit, so the control arm {experiment.control.label!r} answered them and they are not "
         f"counted: a unit is made from {sources}, and these requests have none of them"
     )
+
+
+def _warn_of_large_units(arms: list[ArmReport]) -> Iterator[str]:
+    """Warn of a unit that makes most of an arm's figures: a service's key, for example, which all of its users share."""
+    for arm in arms:
+        if arm.requests >= _LEAST_FOR_SHARE and (arm.largest_unit_share or 0) > _LARGE_SHARE:
+            yield (
+                f"a single unit sent {arm.largest_unit_share:.0%} of the {arm.requests:,} requests of arm {arm.arm!r}, and "
+                f"decides its latency and errors: if many users share it, such as a service's key, make units of their own "
+                "ids"
+            )

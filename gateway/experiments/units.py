@@ -1,10 +1,14 @@
-"""Counters: distinct units in little memory, and latencies with a small relative error."""
+"""Counters: distinct units in little memory, sums for each unit, and latencies with a small relative error."""
 
 from __future__ import annotations
 
 import math
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 # Units are hashes: their first bits distribute them evenly.
 _SHARD_BITS = 10
@@ -26,6 +30,11 @@ class UnitSet:
     def __len__(self) -> int:
         return self._num
 
+    def __contains__(self, unit: int) -> bool:
+        shard = self._shards.get(unit >> (64 - _SHARD_BITS), array("Q"))
+        place = bisect_left(shard, unit)
+        return place < len(shard) and shard[place] == unit
+
     def add(self, unit: int) -> bool:
         """Add a unit, from 0 to 2**64 - 1, and return whether it is new and the set was not full."""
         prefix = unit >> (64 - _SHARD_BITS)
@@ -41,6 +50,58 @@ class UnitSet:
         self._num += 1
         return True
 
+    def discard(self, unit: int) -> bool:
+        """Remove a unit, and return whether the set had it."""
+        shard = self._shards.get(unit >> (64 - _SHARD_BITS), array("Q"))
+        place = bisect_left(shard, unit)
+        if place == len(shard) or shard[place] != unit:
+            return False
+        del shard[place]
+        self._num -= 1
+        return True
+
+
+class UnitSums:
+    """Sums of a few numbers for each unit, kept in sorted shards like those of a :class:`UnitSet`.
+
+    Args:
+        num_columns: how many sums each unit has, of 8 bytes each.
+    """
+
+    def __init__(self, num_columns: int) -> None:
+        self._num_columns = num_columns
+        self._shards: dict[int, tuple[array[int], list[array[float]]]] = {}
+        self._num = 0
+
+    def __len__(self) -> int:
+        return self._num
+
+    def add(self, unit: int, numbers: Sequence[float], *, may_grow: bool = True) -> float:
+        """Add numbers to the sums of a unit, and return its first sum; 0 if it has none and may not get any."""
+        prefix = unit >> (64 - _SHARD_BITS)
+        shard = self._shards.get(prefix)
+        if shard is None:
+            shard = self._shards[prefix] = (array("Q"), [array("d") for _ in range(self._num_columns)])
+        units, columns = shard
+        place = bisect_left(units, unit)
+        if place == len(units) or units[place] != unit:
+            if not may_grow:
+                return 0.0
+            units.insert(place, unit)
+            for column in columns:
+                column.insert(place, 0.0)
+            self._num += 1
+        for column, number in zip(columns, numbers, strict=True):
+            column[place] += number
+        return columns[0][place]
+
+    def columns(self) -> NDArray[np.float64]:
+        """Return a copy of the sums, ``(num_columns, n)``."""
+        if not self._num:
+            return np.empty((self._num_columns, 0))
+        shards = [columns for _units, columns in self._shards.values()]
+        return np.array([np.concatenate([shard[i] for shard in shards]) for i in range(self._num_columns)])
+
 
 class LatencyHistogram:
     """Counts latencies in buckets that grow by 4%, from 0.1 ms to 15 minutes: a quantile is off by 2% at most."""
@@ -51,22 +112,43 @@ class LatencyHistogram:
 
     def __init__(self) -> None:
         self._counts = [0] * self._NUM_BUCKETS
+        # Those that are at least as long, since they were ended.
+        self._cut = [0] * self._NUM_BUCKETS
         self._num = 0
 
     def __len__(self) -> int:
         return self._num
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds: float, *, is_cut: bool = False) -> None:
+        """Count a latency.
+
+        Args:
+            is_cut: the work was ended after ``seconds``, and would have taken longer.
+        """
         bucket = math.ceil(math.log(max(seconds, self._LEAST_S) / self._LEAST_S) / self._GROWTH)
-        self._counts[min(bucket, self._NUM_BUCKETS - 1)] += 1
+        bucket = min(bucket, self._NUM_BUCKETS - 1)
+        self._counts[bucket] += 1
+        self._cut[bucket] += is_cut
         self._num += 1
 
     def quantile(self, share: float) -> float | None:
         """Return the latency in seconds that a share of them (0 to 1) does not exceed; ``None`` without latencies."""
+        bucket = self._bucket(share, self._counts)
+        if bucket is None:
+            return None
+        return self._LEAST_S * math.exp((bucket - 0.5) * self._GROWTH) if bucket else self._LEAST_S
+
+    def is_least(self, share: float) -> bool:
+        """Return whether a quantile would be longer if nothing had been ended, as far as that is possible."""
+        finished = [count - cut for count, cut in zip(self._counts, self._cut, strict=True)]
+        return self._bucket(share, self._counts) != self._bucket(share, finished)
+
+    def _bucket(self, share: float, counts: Sequence[int]) -> int | None:
+        """Return the bucket of a quantile of all latencies, those that are not in ``counts`` being longer than any."""
         rank = max(1, math.ceil(share * self._num))
         seen = 0
-        for bucket, count in enumerate(self._counts):
+        for bucket, count in enumerate(counts):
             seen += count
             if seen >= rank:
-                return self._LEAST_S * math.exp((bucket - 0.5) * self._GROWTH) if bucket else self._LEAST_S
+                return bucket
         return None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from gateway.config.registry import Alias, Experiment, Registry
 from gateway.experiments.split import Split
+
+_NUM_SAMPLED = 10_000
 
 
 def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
@@ -17,7 +21,10 @@ def changed_aliases(old: Registry, new: Registry) -> dict[str, str]:
 
 
 def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
-    """Return the change of each experiment, and whether its counts begin again."""
+    """Return the change of each experiment, whether its counts begin again, and which share of its units it moves.
+
+    Takes a tenth of a second for each experiment with other arms or weights.
+    """
     changes = {}
     for name in dict.fromkeys(experiment.id for experiment in (*old.experiments, *new.experiments)):
         before, after = old.experiment(name), new.experiment(name)
@@ -26,10 +33,22 @@ def changed_experiments(old: Registry, new: Registry) -> dict[str, str]:
         if before is None or after is None:
             changes[name] = "added" if after else "removed"
         elif Split(before).generation != Split(after).generation:
-            changes[name] = f"{_arms(before)} -> {_arms(after)}; counts begin again"
+            moves = ", ".join(f"{move} {share:.1%}" for move, share in moved_units(before, after).items()) or "none"
+            changes[name] = f"{_arms(before)} -> {_arms(after)}; counts begin again; units that move: {moves}"
         else:
             changes[name] = "changed; counts go on"
     return changes
+
+
+def moved_units(before: Experiment, after: Experiment) -> dict[str, float]:
+    """Return the share of all units that a change moves from one arm to another: ``{"mini -> new": 0.276}``.
+
+    Measured on 10,000 fixed units, so to about half a point.
+    """
+    old, new = Split(before), Split(after)
+    arms = ((old.arm_of(f"unit-{i}").label, new.arm_of(f"unit-{i}").label) for i in range(_NUM_SAMPLED))
+    moves = Counter(f"{source} -> {target}" for source, target in arms if source != target)
+    return {move: num / _NUM_SAMPLED for move, num in moves.most_common()}
 
 
 def _target(alias: Alias | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CheckError = Callable[..., str]
 MakeModel = Callable[..., Model]
 Serve = Callable[..., contextlib.AbstractContextManager[tuple[str, int]]]
 VectorsOf = Callable[..., np.ndarray]
+HeaderTypes = dict[str, str] | list[tuple[bytes, bytes]]
 UNITS = [f"user-{i}" for i in range(12)]
 
 
@@ -57,7 +59,7 @@ def unit_in(arm: str) -> str:
 
 
 async def embed(
-    client: httpx.AsyncClient, headers: dict[str, str] | None = None, *, model: str = "exp", **fields: object
+    client: httpx.AsyncClient, headers: HeaderTypes | None = None, *, model: str = "exp", **fields: object
 ) -> httpx.Response:
     return await client.post("/v1/embeddings", json={"model": model, "input": "a b", **fields}, headers=headers)
 
@@ -116,6 +118,20 @@ async def test_a_unit_has_the_same_arm_by_header_and_body(client: httpx.AsyncCli
     assert sum([(await evidence_of(client, arm))["units"] for arm in ("mini", "new")]) == 1
 
 
+async def test_a_unit_in_any_script_is_the_same_by_header_body_and_key(connect: Connect, tmp_path: Path) -> None:
+    """Also one that is written in two code points, or with blanks around it."""
+    path = tmp_path / "exposures.jsonl"
+    client = await connect(experiments=[experiment()], exposure_log=path)
+
+    for unit in ("Jos\u00e9", "Jose\u0301", " Jos\u00e9 "):
+        for answer in (await embed(client, [(b"x-unit", unit.encode())]), await embed(client, user=unit)):
+            assert answer.headers["x-gateway-arm"] == arm_of("Jos\u00e9")
+
+    (logged,) = read_exposures([path])
+    assert logged.unit == hashlib.sha256(json.dumps(["unit", "exp", "Jos\u00e9"]).encode()).hexdigest()[:16]
+    assert logged.source == "header:x-unit"
+
+
 async def test_the_header_comes_before_the_body(client: httpx.AsyncClient) -> None:
     answer = await embed(client, {"x-unit": unit_in("new")}, user=unit_in("mini"))
 
@@ -158,6 +174,7 @@ async def test_a_client_stays_in_its_arm_when_its_key_is_exchanged(connect: Conn
     [
         ({}, {}),
         ({"x-unit": ""}, {"user": ""}),
+        ({"x-unit": " \t"}, {"user": "\u00a0"}),
         ({"authorization": "Bearer "}, {"user": None}),
         ({"authorization": 'Bearer ""'}, {}),
     ],
@@ -226,7 +243,8 @@ async def test_the_space_that_is_expected_guards_against_the_other_arm(
     assert (await embed(client, {"x-unit": unit_in("mini"), **expecting})).status_code == 200
 
     evidence = await evidence_of(client, "new")
-    assert (evidence["requests"], evidence["errors"], evidence["units"]) == (1, 1, 0)
+    assert (evidence["requests"], evidence["client_errors"], evidence["server_errors"]) == (1, 1, 0)
+    assert (evidence["units"], evidence["unanswered_units"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -249,22 +267,26 @@ async def test_an_arm_that_cannot_answer_is_an_error_and_no_other_arm_steps_in(
     assert (await embed(client, {"x-unit": unit_in("mini")})).status_code == 200
 
     broken, sound = await evidence_of(client, "new"), await evidence_of(client, "mini")
-    assert (broken["requests"], broken["errors"], broken["units"]) == (len(units), len(units), 0)
+    assert (broken["requests"], broken["server_errors"], broken["client_errors"]) == (len(units), len(units), 0)
+    assert (broken["units"], broken["unanswered_units"]) == (len(units), len(units))
     assert (sound["requests"], sound["errors"], sound["units"]) == (1, 0, 1)
 
 
-async def test_an_arm_that_fails_loses_its_units_and_is_called_a_mismatch(
-    connect: Connect, make_model: MakeModel
-) -> None:
+async def test_an_arm_that_fails_keeps_its_units_and_is_called_worse(connect: Connect, make_model: MakeModel) -> None:
     models = [make_model("mini"), make_model("jina", state=ModelState.FAILED, reason="failed to load")]
     client = await connect(*models, aliases={}, experiments=[experiment()])
 
-    for i in range(60):
+    for i in range(240):
         await embed(client, {"x-unit": f"user-{i}"})
 
-    ratio = (await client.get("/v1/experiments/exp")).json()["sample_ratio"]
-    assert ratio["mismatch"] is True
-    assert ratio["p"] < 0.001
+    shown = (await client.get("/v1/experiments/exp")).json()
+    assert shown["mismatch"] is False
+    assert sum(arm["units"] for arm in shown["evidence"]) == 240
+    latency, errors = shown["guardrails"]
+    assert (latency["metric"], latency["verdict"]) == ("latency", "not yet")  # there is none
+    assert (errors["metric"], errors["arm"], errors["verdict"]) == ("errors", "new", "worse")
+    assert 0 < errors["low"] < errors["estimate"] < errors["high"]
+    assert errors["estimate"] == pytest.approx(1, abs=0.2)
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -328,6 +350,7 @@ def test_the_command_asks_a_gateway_that_is_served(serve: Serve) -> None:
 
     assert [(arm.arm, arm.units) for arm in shown.evidence] == [("mini", len(UNITS) - num_new), ("new", num_new)]
     assert shown.sample_ratio.p is not None
+    assert [guardrail.verdict for guardrail in shown.guardrails] == ["not yet", "not yet"]
 
 
 # --------------------------------------------------------------------------------------------------------- crashes
@@ -363,7 +386,8 @@ async def test_an_arm_that_crashes_is_not_taken_for_one_that_is_not_asked(
             check_error(answer, 500, "internal_error", type_="server_error")
 
     found = await evidence_of(client, "new")
-    assert (found["requests"], found["errors"], found["error_rate"], found["units"]) == (3, 3, 1.0, 0)
+    assert (found["requests"], found["server_errors"], found["error_rate"]) == (3, 3, 1.0)
+    assert (found["units"], found["unanswered_units"]) == (1, 1)
     assert num_requests("jina", "new", "internal_error") - before == 3
 
 

@@ -143,3 +143,19 @@ def test_warnings_of_a_command_go_to_standard_error() -> None:
 
     assert result.stdout == f"gateway {__version__}\n"
     assert result.stderr.endswith(" warning: seen by=people\n")
+
+
+def test_a_change_of_weights_says_which_units_it_moves(tmp_path: Path) -> None:
+    models = "version: 1\nmodels:\n  - {id: a, source: package:w}\n  - {id: b, source: package:v}\n"
+    arms = "[{model: a, weight: 9}, {model: b, weight: %s}]"
+    text = models + "experiments:\n  - {id: e, kind: cross_space, unit: {from: [api_key]}, arms: " + arms + "}\n"
+    old = tmp_path / "old.yaml"
+    old.write_text(text % 1, encoding="utf-8")
+    path = write(tmp_path, text % 9)
+
+    changed, unchanged = (
+        CliRunner().invoke(app, ["check", "--models", str(new), "--against", str(old)]) for new in (path, old)
+    )
+
+    assert changed.stdout.startswith("e: a 9, b 1 -> a 9, b 9; counts begin again; units that move: a -> b 4")
+    assert unchanged.stdout.startswith(f"aliases and experiments as in {old}\n")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.config.registry import Arm, Experiment
-from gateway.experiments.stats import RequestRecord
+from gateway.experiments.arms import RequestRecord
 
 MakeExperiment = Callable[..., Experiment]
 MakeRecord = Callable[..., RequestRecord]
@@ -24,7 +24,10 @@ _RECORD = RequestRecord(
     model="model-a",
     space="model-a@0123456789ab",
     elapsed_s=0.1,
+    share=0.5,
+    source="header:x-unit",
     num_texts=2,
+    num_characters=40,
     num_tokens=10,
     queue_s=0.01,
 )

@@ -18,7 +18,9 @@ from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure, ExposureLog, now, read_exposures
 from gateway.telemetry.metrics import REGISTRY
 
-FIRST = Exposure("2026-11-01T00:00:00.000+00:00", "exp", "aaaaaaaa", "a", "0" * 16, "m", "m@0123456789ab")
+FIRST = Exposure(
+    "2026-11-01T00:00:00.000+00:00", "exp", "aaaaaaaa", "a", "0" * 16, "m", "m@0123456789ab", 0.5, "body:user"
+)
 FULL_DISK = Path("/dev/full")
 
 
@@ -50,6 +52,9 @@ def test_a_line_says_all_in_json(tmp_path: Path) -> None:
         "unit": "0000000000000000",
         "model": "m",
         "space": "m@0123456789ab",
+        "share": 0.5,
+        "source": "body:user",
+        "answered": True,
     }
 
 
@@ -120,6 +125,9 @@ def test_a_torn_line_loses_only_itself(tmp_path: Path) -> None:
         json.dumps(dataclasses.asdict(FIRST) | {"unit": "0" * 17}).encode(),
         json.dumps(dataclasses.asdict(FIRST) | {"arm": None}).encode(),
         json.dumps(dataclasses.asdict(FIRST) | {"more": "x"}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"share": 1.5}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"share": "0.5"}).encode(),
+        json.dumps(dataclasses.asdict(FIRST) | {"answered": 1}).encode(),
     ],
 )
 def test_a_malformed_line_is_skipped(tmp_path: Path, line: bytes) -> None:
@@ -130,6 +138,16 @@ def test_a_malformed_line_is_skipped(tmp_path: Path, line: bytes) -> None:
     with capture_logs() as lines:
         assert list(read_exposures([path])) == [FIRST]
     assert [line["lines"] for line in lines] == [1]
+
+
+def test_a_line_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    line = dataclasses.asdict(FIRST)
+    for added in ("share", "source", "answered"):
+        del line[added]
+    path.write_text(json.dumps(line) + "\n")
+
+    assert list(read_exposures([path])) == [dataclasses.replace(FIRST, share=None, source=None)]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:

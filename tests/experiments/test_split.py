@@ -16,7 +16,7 @@ from scipy.stats import chi2_contingency, chisquare
 
 from gateway.config.registry import Experiment
 from gateway.errors import BadInput
-from gateway.experiments.split import Split, UnitSource
+from gateway.experiments.split import Split, UnitSource, read_unit
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 UNITS = [f"user-{i}" for i in range(20_000)]
@@ -188,6 +188,51 @@ def test_the_first_source_that_is_there_gives_the_unit(values: dict[str, str], u
 
     assert assignment.reason == "unit"
     assert assignment.arm is split.arm_of(unit)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit"),
+    [
+        ("ann", "ann"),
+        (b"ann", "ann"),
+        (" ann\t", "ann"),
+        ("\u00a0ann\u2003", "ann"),
+        ("Jose\u0301", "Jos\u00e9"),  # NFD, as macOS writes it
+        ("Jose\u0301".encode(), "Jos\u00e9"),
+        ("Jos\u00e9".encode(), "Jos\u00e9"),
+        ("Jos\u00e9".encode("latin-1"), "Jos\u00e9"),  # not UTF-8
+        ("a b", "a b"),
+        ("", None),
+        (b" \t", None),
+        ("\u3000", None),
+        (None, None),
+    ],
+)
+def test_a_unit_has_one_spelling(value: str | bytes | None, unit: str | None) -> None:
+    assert read_unit(value) == unit
+
+
+def test_a_blank_source_is_passed_over() -> None:
+    assignment = make_split({"a": 1, "b": 1}).assign(asking(unit=" ", user="u2"), NOW)
+
+    assert assignment.source == "body:user"
+    assert assignment.unit == make_split({"a": 1, "b": 1}).assign(asking(user="u2"), NOW).unit
+
+
+def test_an_assignment_has_the_share_of_its_arm() -> None:
+    split = make_split({"a": 3, "b": 1})
+
+    assert {(a.arm.label, a.share) for a in (split.assign(asking(user=unit), NOW) for unit in UNITS[:50])} == {
+        ("a", 0.75),
+        ("b", 0.25),
+    }
+
+
+@pytest.mark.parametrize("spelling", ["Jos\u00e9", " Jose\u0301 "])
+def test_an_excluded_unit_may_be_spelled_in_any_way(spelling: str) -> None:
+    split = make_split({"control": 0, "b": 1}, exclude=(spelling,))
+
+    assert split.assign(asking(user="Jose\u0301"), NOW).reason == "excluded"
 
 
 def test_a_unit_is_kept_as_a_salted_hash() -> None:

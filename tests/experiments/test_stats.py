@@ -11,9 +11,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.config.registry import Experiment
+from gateway.experiments.arms import RequestRecord
 from gateway.experiments.exposures import Exposure, ExposureLog, read_exposures
 from gateway.experiments.report import ArmReport, ExperimentReport, is_running
-from gateway.experiments.stats import ExperimentStats, RequestRecord
+from gateway.experiments.stats import ExperimentStats
 
 MakeExperiment = Callable[..., Experiment]
 MakeRecord = Callable[..., RequestRecord]
@@ -37,48 +38,103 @@ def test_before_any_request_all_is_zero(make_experiment: MakeExperiment) -> None
         weight=10,
         share=0.1,
         units=0,
+        unanswered_units=0,
         requests=0,
         errors=0,
         error_rate=0.0,
+        server_errors=0,
+        client_errors=0,
+        errors_by_code={},
         texts=0,
         tokens=0,
         tokens_per_s=None,
         p50_s=None,
         p95_s=None,
         p99_s=None,
+        at_least=[],
         queue_p95_s=None,
+        largest_unit_share=None,
     )
     assert report.units_since is None
     assert report.uncounted == {}
-    assert report.sample_ratio.verdict == "too few units to tell: 0"
+    assert report.sample_ratio.verdict == "no units yet"
 
 
 def test_the_requests_of_an_arm_are_summed_up(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
     stats = ExperimentStats(None)
-    for i in range(100):
-        stats.record(make_record(i % 7, elapsed_s=(i + 1) / 100, queue_s=(i + 1) / 1000))
+    for i in range(1_000):
+        stats.record(make_record(i % 7, elapsed_s=(i + 1) / 1_000, queue_s=(i + 1) / 10_000))
     stats.record(make_record(99, arm="b", model="model-b"))
 
     arm, other = stats.report(make_experiment(1, 1), GENERATION).evidence
 
-    assert (arm.units, arm.requests, arm.errors, arm.texts, arm.tokens) == (7, 100, 0, 200, 1000)
-    assert arm.tokens_per_s == pytest.approx(1000 / 50.5)
+    assert (arm.units, arm.requests, arm.errors, arm.texts, arm.tokens) == (7, 1_000, 0, 2_000, 10_000)
+    assert arm.tokens_per_s == pytest.approx(10_000 / 500.5)
     assert [arm.p50_s, arm.p95_s, arm.p99_s, arm.queue_p95_s] == pytest.approx([0.5, 0.95, 0.99, 0.095], rel=0.02)
+    assert arm.at_least == []
+    assert arm.largest_unit_share == pytest.approx(143 / 1_000)
     assert (other.units, other.requests) == (1, 1)
 
 
-def test_errors_count_as_requests_and_for_nothing_else(
+@pytest.mark.parametrize(("num", "has_p95", "has_p99"), [(199, False, False), (200, True, False), (1_000, True, True)])
+def test_a_percentile_needs_enough_requests(
+    make_experiment: MakeExperiment, make_record: MakeRecord, num: int, has_p95: bool, has_p99: bool
+) -> None:
+    stats = ExperimentStats(None)
+    for i in range(num):
+        stats.record(make_record(i))
+
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
+
+    assert arm.p50_s is not None
+    assert ((arm.p95_s is not None), (arm.p99_s is not None)) == (has_p95, has_p99)
+    assert (arm.queue_p95_s is not None) == has_p95
+
+
+def test_errors_of_the_server_and_of_clients_are_counted_apart(
     make_experiment: MakeExperiment, make_record: MakeRecord
 ) -> None:
     stats = ExperimentStats(None)
     stats.record(make_record(1))
-    for code in ("overloaded", "overloaded", "deadline_exceeded"):
-        stats.record(make_record(2, space=None, error_code=code, elapsed_s=300.0, num_texts=0, num_tokens=0))
+    failed = {"space": None, "num_texts": 0, "num_tokens": 0, "elapsed_s": 0.00001}
+    for code in ("overloaded", "overloaded", "inference_failed"):
+        stats.record(make_record(2, error_code=code, is_server_error=True, **failed))
+    stats.record(make_record(3, error_code="invalid_input", **failed))
 
     arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
 
-    assert (arm.requests, arm.errors, arm.error_rate, arm.units, arm.texts) == (4, 3, 0.75, 1, 2)
-    assert arm.p99_s == pytest.approx(0.1, rel=0.02)
+    assert (arm.requests, arm.errors, arm.error_rate, arm.texts) == (5, 4, 0.8, 2)
+    assert (arm.server_errors, arm.client_errors) == (3, 1)
+    assert arm.errors_by_code == {"overloaded": 2, "inference_failed": 1, "invalid_input": 1}
+    assert arm.p50_s == pytest.approx(0.1, rel=0.02)  # refusals in microseconds are no latencies
+
+
+def test_units_whose_requests_fail_stay_in_their_arm(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(None)
+    for unit in range(4):
+        stats.record(make_record(unit, space=None, error_code="deadline_exceeded", is_server_error=True, is_cut=True))
+    stats.record(make_record(3))
+
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
+
+    assert (arm.units, arm.unanswered_units) == (4, 3)
+
+
+def test_time_outs_and_hang_ups_are_latencies_of_at_least_what_they_took(
+    make_experiment: MakeExperiment, make_record: MakeRecord
+) -> None:
+    """Without them an arm that answers 5 % of its requests never has the p95 of one that answers all."""
+    stats = ExperimentStats(None)
+    for i in range(1_000):
+        is_cut = i % 20 == 0
+        fields = {"space": None, "error_code": "deadline_exceeded", "is_cut": True, "elapsed_s": 30.0} if is_cut else {}
+        stats.record(make_record(i, **fields))
+
+    arm = stats.report(make_experiment(1, 1), GENERATION).evidence[0]
+
+    assert [arm.p50_s, arm.p95_s, arm.p99_s] == pytest.approx([0.1, 0.1, 30.0], rel=0.02)
+    assert arm.at_least == ["p99_s"]
+    assert arm.tokens_per_s == pytest.approx(100)  # of what was answered
 
 
 def test_requests_outside_the_split_are_counted_by_reason(
@@ -107,19 +163,60 @@ def test_requests_without_a_unit_are_counted_without_one(
     assert (arm.requests, arm.units) == (1, 0)
 
 
-def test_the_first_answer_of_a_unit_in_an_arm_is_logged(tmp_path: Path, make_record: MakeRecord) -> None:
+def test_the_first_request_of_a_unit_in_an_arm_is_logged_and_its_first_answer(
+    tmp_path: Path, make_record: MakeRecord
+) -> None:
     log = open_log(tmp_path)
     stats = ExperimentStats(log)
-    stats.record(make_record(1, space=None, error_code="overloaded"))  # exposed to nothing
+    for _ in range(3):
+        stats.record(make_record(1, space=None, error_code="overloaded"))
     for unit, arm in ((1, "a"), (1, "a"), (2, "a"), (1, "b"), (1, "a")):
         stats.record(make_record(unit, arm=arm))
+    stats.record(make_record(2, space=None, error_code="overloaded"))
     stats.record(make_record(1, generation="bbbbbbbb"))
 
-    assert [(one.unit[-1], one.arm, one.generation, one.model, one.space) for one in read_exposures(log.files())] == [
-        ("1", "a", GENERATION, "model-a", "model-a@0123456789ab"),
-        ("2", "a", GENERATION, "model-a", "model-a@0123456789ab"),
-        ("1", "b", GENERATION, "model-a", "model-a@0123456789ab"),
-        ("1", "a", "bbbbbbbb", "model-a", "model-a@0123456789ab"),
+    assert [
+        (one.unit[-1], one.arm, one.generation, one.space, one.answered) for one in read_exposures(log.files())
+    ] == [
+        ("1", "a", GENERATION, None, False),
+        ("1", "a", GENERATION, "model-a@0123456789ab", True),
+        ("2", "a", GENERATION, "model-a@0123456789ab", True),
+        ("1", "b", GENERATION, "model-a@0123456789ab", True),
+        ("1", "a", "bbbbbbbb", "model-a@0123456789ab", True),
+    ]
+    assert {(one.share, one.source) for one in read_exposures(log.files())} == {(0.5, "header:x-unit")}
+
+
+def test_scores_are_in_no_space_and_their_units_are_counted(
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
+) -> None:
+    log = open_log(tmp_path)
+    stats = ExperimentStats(log)
+    stats.record(make_record(1, space=None))
+
+    assert units(stats.report(make_experiment(1, 1), GENERATION)) == [1, 0]
+    assert [exposure.space for exposure in read_exposures(log.files())] == [None]
+
+
+def test_who_was_never_answered_is_known_after_a_restart(
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
+) -> None:
+    before = ExperimentStats(open_log(tmp_path))
+    for unit in (1, 2):
+        before.record(make_record(unit, space=None, error_code="overloaded"))
+    before.record(make_record(2))
+
+    log = open_log(tmp_path)
+    after = ExperimentStats(log)
+    assert after.report(make_experiment(1, 1), GENERATION).evidence[0].unanswered_units == 1
+    after.record(make_record(1))
+
+    assert after.report(make_experiment(1, 1), GENERATION).evidence[0].unanswered_units == 0
+    assert [(one.unit[-1], one.answered) for one in read_exposures(log.files())] == [
+        ("1", False),
+        ("2", False),
+        ("2", True),
+        ("1", True),
     ]
 
 
@@ -221,9 +318,87 @@ def test_a_wrong_split_is_reported(make_experiment: MakeExperiment, make_record:
     for unit in range(1_000):
         stats.record(make_record(unit, arm="ab"[unit % 2]))
 
-    assert not stats.report(make_experiment(50, 50), GENERATION).sample_ratio.mismatch
-    assert stats.report(make_experiment(60, 40), GENERATION).sample_ratio.mismatch
-    assert stats.report(make_experiment(1, 0), GENERATION).sample_ratio.mismatch
+    assert not stats.report(make_experiment(50, 50), GENERATION).mismatch
+    assert stats.report(make_experiment(60, 40), GENERATION).mismatch
+    assert stats.report(make_experiment(1, 0), GENERATION).mismatch
+
+
+def test_a_mismatch_is_found_again_after_a_restart(
+    tmp_path: Path, make_experiment: MakeExperiment, make_record: MakeRecord
+) -> None:
+    """Though the units that came later have evened out the counts."""
+    log = open_log(tmp_path)
+    stats = ExperimentStats(log)
+    for unit in range(1_400):
+        stats.record(make_record(unit, arm="a" if unit < 700 else "b"))
+
+    for one in (stats, ExperimentStats(log)):
+        report = one.report(make_experiment(50, 50), GENERATION)
+        assert units(report) == [700, 700]
+        assert report.sample_ratio.mismatch
+
+
+def test_an_arm_that_is_full_is_no_mismatch(
+    make_experiment: MakeExperiment, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other arms would catch up with it, so units are tested up to then."""
+    for module in ("arms", "units"):
+        monkeypatch.setattr(f"gateway.experiments.{module}.MAX_UNITS", 300)
+    stats = ExperimentStats(None)
+    for unit in range(600):
+        stats.record(make_record(unit, arm="b" if unit % 4 == 0 else "a", share=0.25 if unit % 4 == 0 else 0.75))
+
+    report = stats.report(make_experiment(3, 1), GENERATION)
+
+    assert units(report) == [300, 150]
+    assert not report.mismatch
+    assert report.sample_ratio.verdict.endswith("; units are counted up to 8,000,000 per arm")
+
+
+def test_requests_without_a_unit_are_tested_too(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(None)
+    for number in range(4_000):
+        stats.record(make_record(None, reason="random", arm="b" if number % 10 == 0 else "a"))
+
+    report = stats.report(make_experiment(50, 50), GENERATION)
+
+    assert (report.sample_ratio.verdict, report.sample_ratio.mismatch) == ("no units yet", False)
+    assert report.request_ratio is not None
+    assert report.request_ratio.mismatch
+    assert report.request_ratio.arm == "b"
+    assert "arm 'b' has 400 requests, and 2,000 are expected" in report.request_ratio.verdict
+    assert report.mismatch
+    assert stats.report(make_experiment(50, 50, kind="cross_space"), GENERATION).request_ratio is None
+
+
+def test_units_are_counted_by_their_source(make_experiment: MakeExperiment, make_record: MakeRecord) -> None:
+    stats = ExperimentStats(None)
+    for unit in range(300):
+        stats.record(make_record(unit))
+    for _ in range(100):
+        stats.record(make_record(1_000, source="api_key"))
+
+    report = stats.report(make_experiment(50, 50), GENERATION)
+
+    assert [(one.source, one.units, one.requests) for one in report.sources] == [
+        ("header:x-unit", 300, 300),
+        ("api_key", 1, 100),
+    ]
+    (warning,) = report.warnings
+    assert warning.startswith(
+        "a single unit sent 25% of the 400 requests of arm 'a', and decides its latency and errors: "
+    )
+
+
+@pytest.mark.parametrize(("num_of_one", "num_others", "is_warned"), [(10, 89, False), (11, 89, True), (10, 90, False)])
+def test_a_unit_is_called_large_above_a_tenth_of_at_least_100_requests(
+    make_experiment: MakeExperiment, make_record: MakeRecord, num_of_one: int, num_others: int, is_warned: bool
+) -> None:
+    stats = ExperimentStats(None)
+    for unit in [0] * num_of_one + list(range(1, num_others + 1)):
+        stats.record(make_record(unit))
+
+    assert bool(stats.report(make_experiment(50, 50), GENERATION).warnings) is is_warned
 
 
 NOW = datetime.now(UTC)
@@ -266,15 +441,15 @@ def test_each_set_of_weights_is_counted_since_it_came(
 
 
 @pytest.mark.parametrize(
-    ("num_without", "num_with", "warning"),
+    ("num_without", "num_with", "warnings"),
     [
-        (0, 0, None),
-        (0, 5, None),
-        (3, 4, None),
-        (1000, 0, "all 1,000 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is "
-                  "made from `header:x-unit`, and these requests have none of them"),
-        (4, 4, "4 of 8 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is made "
-               "from `header:x-unit`, and these requests have none of them"),
+        (0, 0, []),
+        (0, 5, []),
+        (3, 4, []),
+        (1000, 0, ["all 1,000 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit "
+                  "is made from `header:x-unit`, and these requests have none of them"]),
+        (4, 4, ["4 of 8 requests had no unit, so the control arm 'a' answered them and they are not counted: a unit is made "
+               "from `header:x-unit`, and these requests have none of them"]),
     ],
 )  # fmt: skip
 def test_an_experiment_whose_requests_have_no_unit_gets_a_warning(
@@ -282,7 +457,7 @@ def test_an_experiment_whose_requests_have_no_unit_gets_a_warning(
     make_record: MakeRecord,
     num_without: int,
     num_with: int,
-    warning: str | None,
+    warnings: list[str],
 ) -> None:
     stats = ExperimentStats(None)
     for _ in range(num_without):
@@ -290,7 +465,7 @@ def test_an_experiment_whose_requests_have_no_unit_gets_a_warning(
     for unit in range(num_with):
         stats.record(make_record(unit))
 
-    assert stats.report(make_experiment(1, 1), GENERATION).warning == warning
+    assert stats.report(make_experiment(1, 1), GENERATION).warnings == warnings
 
 
 def test_at_the_end_the_log_is_closed(tmp_path: Path, make_record: MakeRecord) -> None:

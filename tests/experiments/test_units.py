@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.experiments import units as units_module
-from gateway.experiments.units import LatencyHistogram, UnitSet
+from gateway.experiments.units import LatencyHistogram, UnitSet, UnitSums
 
 UNITS = st.integers(0, 2**64 - 1)
 
@@ -26,6 +26,38 @@ def test_a_unit_set_is_a_set(units: list[int]) -> None:
         assert found.add(unit) is (unit not in expected)
         expected.add(unit)
         assert len(found) == len(expected)
+
+
+@given(st.lists(st.tuples(st.booleans(), UNITS | st.integers(0, 5))))
+def test_units_can_be_removed_again(steps: list[tuple[bool, int]]) -> None:
+    expected: set[int] = set()
+    found = UnitSet()
+
+    for is_added, unit in steps:
+        assert (unit in found) is (unit in expected)
+        if is_added:
+            found.add(unit)
+            expected.add(unit)
+        else:
+            assert found.discard(unit) is (unit in expected)
+            expected.discard(unit)
+        assert len(found) == len(expected)
+
+
+@given(st.lists(st.tuples(UNITS | st.integers(0, 5), st.integers(-9, 9), st.booleans())))
+def test_each_unit_has_its_sums(steps: list[tuple[int, int, bool]]) -> None:
+    expected: dict[int, list[float]] = {}
+    found = UnitSums(2)
+
+    for unit, number, may_grow in steps:
+        if may_grow or unit in expected:
+            sums = expected.setdefault(unit, [0.0, 0.0])
+            sums[0], sums[1] = sums[0] + number, sums[1] + 2 * number
+        assert found.add(unit, [number, 2 * number], may_grow=may_grow) == expected.get(unit, [0.0])[0]
+
+    assert len(found) == len(expected)
+    assert found.columns().shape == (2, len(expected))
+    assert sorted(map(list, found.columns().T)) == sorted(expected.values())
 
 
 def test_a_unit_set_of_many_units() -> None:
@@ -110,3 +142,28 @@ def test_a_set_that_is_full_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert [full.add(number << 50) for number in (1, 2, 3, 4, 2)] == [True, True, True, False, False]
     assert len(full) == 3
+
+
+@pytest.mark.parametrize(
+    ("cut_s", "share", "is_least"),
+    [
+        pytest.param(30.0, 0.5, False, id="the median would be the same"),
+        pytest.param(30.0, 0.95, False, id="the last that finished"),
+        pytest.param(30.0, 0.96, True, id="one that was cut"),
+        pytest.param(0.001, 0.05, True, id="cut early"),
+        pytest.param(0.001, 0.95, True, id="all would be longer"),
+    ],
+)
+def test_a_quantile_says_if_it_would_be_longer_without_what_was_cut(cut_s: float, share: float, is_least: bool) -> None:
+    latencies = LatencyHistogram()
+    for i in range(95):
+        latencies.observe(1.0 + i / 10)
+    for _ in range(5):
+        latencies.observe(cut_s, is_cut=True)
+
+    assert latencies.is_least(share) is is_least
+    assert len(latencies) == 100
+
+
+def test_without_latencies_nothing_was_cut() -> None:
+    assert not LatencyHistogram().is_least(0.5)

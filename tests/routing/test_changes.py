@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.config.registry import Alias, Experiment, ModelEntry, Registry
-from gateway.routing.changes import changed_aliases, changed_experiments
+from gateway.routing.changes import changed_aliases, changed_experiments, moved_units
 
 ARMS = ({"model": "one", "weight": 1}, {"name": "new", "model": "two", "weight": 0.5})
 
@@ -59,9 +60,22 @@ def test_aliases_are_listed_in_the_order_of_the_files() -> None:
         ({}, None),
         ({"end": "2099-01-01"}, "changed; counts go on"),
         ({"exclude": ("me",)}, "changed; counts go on"),
-        ({"salt": "other"}, "one 1, new 0.5 -> one 1, new 0.5; counts begin again"),
-        ({"arms": (ARMS[0], {**ARMS[1], "weight": 3})}, "one 1, new 0.5 -> one 1, new 3; counts begin again"),
-        ({"arms": (ARMS[0], {"model": "two", "weight": 0.5})}, "one 1, new 0.5 -> one 1, two 0.5; counts begin again"),
+        (
+            {"salt": "other"},
+            "one 1, new 0.5 -> one 1, new 0.5; counts begin again; units that move: *one -> new 2*%*",
+        ),
+        (
+            {"arms": (ARMS[0], {**ARMS[1], "weight": 3})},
+            "one 1, new 0.5 -> one 1, new 3; counts begin again; units that move: one -> new 4*%",
+        ),
+        (
+            {"arms": (ARMS[0], {**ARMS[1], "task": "query"})},
+            "one 1, new 0.5 -> one 1, new 0.5; counts begin again; units that move: none",
+        ),
+        (
+            {"arms": (ARMS[0], {"model": "two", "weight": 0.5})},
+            "one 1, new 0.5 -> one 1, two 0.5; counts begin again; units that move: *new -> two*%*",
+        ),
     ],
 )
 def test_an_experiment_that_changes(changes: dict[str, Any], told: str | None) -> None:
@@ -70,7 +84,28 @@ def test_an_experiment_that_changes(changes: dict[str, Any], told: str | None) -
         registry(None, experiment(**changes), experiment("kept")),
     )
 
-    assert changed_experiments(old, new) == ({"e": told} if told else {})
+    changes_told = changed_experiments(old, new)
+
+    assert list(changes_told) == (["e"] if told else [])
+    assert told is None or fnmatchcase(changes_told["e"], told), changes_told
+
+
+def test_ramping_by_percentages_moves_units_of_an_arm_whose_percentage_stays() -> None:
+    """As docs/ab.md warns: write 80/10/10 -> 80/60/10 instead."""
+
+    def weighing(*weights: float) -> Experiment:
+        return experiment(
+            arms=tuple({"model": "one", "name": n, "weight": w} for n, w in zip("abc", weights, strict=True))
+        )
+
+    before, by_percent, by_weight = weighing(80, 10, 10), weighing(50, 40, 10), weighing(80, 60, 10)
+
+    assert moved_units(before, by_percent) == {
+        "a -> b": pytest.approx(0.276, abs=0.015),
+        "a -> c": pytest.approx(0.023, abs=0.006),
+        "c -> b": pytest.approx(0.023, abs=0.006),
+    }
+    assert set(moved_units(before, by_weight)) == {"a -> b", "c -> b"}
 
 
 def test_experiments_that_come_and_go() -> None:

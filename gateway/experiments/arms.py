@@ -1,0 +1,165 @@
+"""The counts of one arm of an experiment, and of all arms under one set of weights."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from gateway.experiments.exposures import Exposure
+from gateway.experiments.sample_ratio import RatioProcess
+from gateway.experiments.units import MAX_UNITS, LatencyHistogram, UnitSet, UnitSums
+
+MAX_SUMS = 200_000
+"""Units with sums, of all arms of a generation together: 10 MB. Enough for an interval of 1 % around a latency."""
+
+# The columns of an arm's sums.
+REQUESTS, SERVER_ERRORS, TIMED, LOG_SECONDS, LOG_CHARACTERS = range(5)
+_LEAST_S = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request of an experiment.
+
+    Attributes:
+        is_counted: the request is part of the split.
+        share: the share of the units that the weights give to the arm.
+        unit: hashed, 16 hex digits; ``None`` where the request has none.
+        source: where the unit comes from, such as ``header:x-unit``.
+        space: of the vectors; ``None`` for a request that failed, and for scores.
+        num_characters: of the texts: known also of a request that failed, and the same in each arm, unlike tokens.
+        queue_s: the longest wait of its texts in the queue.
+        is_server_error: it failed, and not through a fault of the client; one that hung up had waited too long.
+        is_cut: it was ended after ``elapsed_s``, by the deadline or by its client, and would have taken longer.
+    """
+
+    experiment: str
+    generation: str
+    arm: str
+    reason: str
+    is_counted: bool
+    unit: str | None
+    model: str
+    space: str | None
+    elapsed_s: float
+    share: float = 0.0
+    source: str | None = None
+    num_texts: int = 0
+    num_characters: int = 0
+    num_tokens: int = 0
+    queue_s: float = 0.0
+    error_code: str | None = None
+    is_server_error: bool = False
+    is_cut: bool = False
+
+
+@dataclass(slots=True)
+class ArmCounts:
+    """The counts of one arm.
+
+    Attributes:
+        unanswered: the units that have only had errors so far.
+        seconds: of the answered requests.
+        latency: of the answered requests, and of those that were cut.
+        sums: of each unit, or of each request without one; see the columns above.
+        largest: the requests of the unit with the most.
+    """
+
+    units: UnitSet = field(default_factory=UnitSet)
+    unanswered: UnitSet = field(default_factory=UnitSet)
+    requests: int = 0
+    random_requests: int = 0
+    texts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    errors: Counter[str] = field(default_factory=Counter)
+    server_errors: int = 0
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+    queue: LatencyHistogram = field(default_factory=LatencyHistogram)
+    sums: UnitSums = field(default_factory=lambda: UnitSums(5))
+    largest: int = 0
+
+    def record(self, request: RequestRecord, *, may_grow: bool) -> None:
+        """Count a request, but not its unit.
+
+        Args:
+            may_grow: whether a new unit gets sums.
+        """
+        self.requests += 1
+        is_timed = request.error_code is None or request.is_cut
+        if request.error_code is None:
+            self.texts += request.num_texts
+            self.tokens += request.num_tokens
+            self.seconds += request.elapsed_s
+            self.queue.observe(request.queue_s)
+        else:
+            self.errors[request.error_code] += 1
+            self.server_errors += request.is_server_error
+        sums = [1.0, float(request.is_server_error), 0.0, 0.0, 0.0]
+        if is_timed:
+            self.latency.observe(request.elapsed_s, is_cut=request.is_cut)
+            characters = math.log(1 + request.num_characters)
+            sums[TIMED:] = 1.0, math.log(max(request.elapsed_s, _LEAST_S)), characters
+        # Each request without a unit got its arm by itself.
+        unit = int(request.unit, 16) if request.unit else secrets.randbits(64)
+        num_requests = self.sums.add(unit, sums, may_grow=may_grow)
+        if request.unit:
+            self.largest = max(self.largest, int(num_requests))
+
+
+@dataclass(slots=True)
+class Source:
+    """What came with units from one place of a request."""
+
+    units: int = 0
+    requests: int = 0
+
+
+@dataclass(slots=True)
+class Generation:
+    """The counts under one set of arms and weights."""
+
+    since: str
+    arms: defaultdict[str, ArmCounts] = field(default_factory=lambda: defaultdict(ArmCounts))
+    uncounted: Counter[str] = field(default_factory=Counter)
+    sources: defaultdict[str, Source] = field(default_factory=lambda: defaultdict(Source))
+    units_since: str | None = None
+    unit_ratio: RatioProcess = field(default_factory=RatioProcess)
+    request_ratio: RatioProcess = field(default_factory=RatioProcess)
+    is_ratio_known: bool = True
+
+    def record(self, request: RequestRecord) -> None:
+        """Count a request, but not its unit."""
+        arm = self.arms[request.arm]
+        arm.record(request, may_grow=sum(len(other.sums) for other in self.arms.values()) < MAX_SUMS)
+        if request.unit is not None:
+            self.sources[request.source or "unknown"].requests += 1
+            return
+        arm.random_requests += 1
+        if request.share:
+            self.request_ratio.add(request.arm, request.share)
+
+    def expose(self, exposure: Exposure) -> bool:
+        """Count a unit in an arm; return whether that is new: the unit, or that it got an answer.
+
+        The logs of several replicas come in any order.
+        """
+        arm, unit = self.arms[exposure.arm], int(exposure.unit, 16)
+        if not arm.units.add(unit):
+            return exposure.answered and arm.unanswered.discard(unit)
+        if not exposure.answered:
+            arm.unanswered.add(unit)
+        self.units_since = min(self.units_since or exposure.time, exposure.time)
+        self.sources[exposure.source or "unknown"].units += 1
+        if exposure.share is None:
+            self.is_ratio_known = False  # a log of an earlier version: the order of its units is not followed
+        elif exposure.share and not self.is_full:
+            self.unit_ratio.add(exposure.arm, exposure.share)
+        return True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an arm has as many units as are counted, so that the other arms would catch up with it."""
+        return any(len(arm.units) >= MAX_UNITS for arm in self.arms.values())
