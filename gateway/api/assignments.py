@@ -141,11 +141,11 @@ def _check_unit(unit: str, field: str) -> None:
     Raises:
         BadInput: it is blank or too long. The message does not quote it: it may be logged.
     """
-    if read_unit(unit) is None:
-        raise BadInput("a unit must have a character other than white space", param=field)
     num_bytes = len(unit.encode())
     if not 0 < num_bytes <= MAX_UNIT_BYTES:
         raise BadInput(f"a unit has 1 to {MAX_UNIT_BYTES} bytes, this one has {num_bytes}", param=field)
+    if read_unit(unit) is None:
+        raise BadInput("a unit must have a character other than white space", param=field)
 
 
 def _given(unit: str, experiment: Experiment, own: UnitSource) -> UnitSource:

@@ -60,14 +60,14 @@ def deviation(control: Values, new: Values, zeta: Values, share: float) -> float
     """Return the standard deviation of a contribution: the larger of that found and that of equal arms.
 
     The first alone is far too small while a rare outcome has not occurred in a small arm: of 300 experiments with a 90/10
-    split and an outcome of 1 % of the units, a quarter were told apart at some look, and with the larger one none.
+    split and an outcome of 1 % of the units, a quarter looked different at some look, and with the larger one none.
     """
     pooled = float(np.concatenate([control, new]).std())
     return max(float(zeta.std()), pooled / math.sqrt(share * (1 - share)))
 
 
 def has_enough(control: Values, new: Values, zeta: Values) -> bool:
-    """Return whether there are enough units, of which enough differ, for an interval."""
+    """Return whether the units suffice for an interval: enough of them, and enough that differ."""
     if min(len(control), len(new)) < LEAST_UNITS:
         return False
     squares = np.square(zeta - zeta.mean())

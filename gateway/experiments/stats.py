@@ -222,6 +222,6 @@ def _warn_of_large_units(arms: list[ArmReport]) -> Iterator[str]:
         if arm.requests >= _LEAST_FOR_SHARE and (arm.largest_unit_share or 0) > _LARGE_SHARE:
             yield (
                 f"a single unit sent {arm.largest_unit_share:.0%} of the {arm.requests:,} requests of arm {arm.arm!r}, and "
-                f"decides its latency and errors: if many users share it, such as a service's key, make units of their own "
-                "ids"
+                f"decides its latency and errors: if many users share it, such as a service's key, send the id of each "
+                "user"
             )

@@ -197,6 +197,7 @@ async def test_many_units_are_assigned_at_once_in_their_order(client: httpx.Asyn
         ([], "`units` has 0 units; 1 to 1000 are accepted"),
         (["u"] * 1001, "`units` has 1001 units; 1 to 1000 are accepted"),
         (["u", ""], "a unit has 1 to 256 bytes, this one has 0"),
+        ([" "], "a unit must have a character other than white space"),
         (["é" * 129], "a unit has 1 to 256 bytes, this one has 258"),
         ("u", "`units` must be a list of strings, got the string 'u'"),
         (["u", 3], "`units` must be a list of strings"),

@@ -283,7 +283,7 @@ async def test_an_arm_that_fails_keeps_its_units_and_is_called_worse(connect: Co
     assert shown["mismatch"] is False
     assert sum(arm["units"] for arm in shown["evidence"]) == 240
     latency, errors = shown["guardrails"]
-    assert (latency["metric"], latency["verdict"]) == ("latency", "not yet")  # there is none
+    assert (latency["metric"], latency["verdict"]) == ("latency", "not yet")  # no request was timed
     assert (errors["metric"], errors["arm"], errors["verdict"]) == ("errors", "new", "worse")
     assert 0 < errors["low"] < errors["estimate"] < errors["high"]
     assert errors["estimate"] == pytest.approx(1, abs=0.2)
