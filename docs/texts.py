@@ -51,6 +51,8 @@ models:
   - id: jina-embeddings-v3
     source: jinaai/jina-embeddings-v3-hf
     revision: d18862d9a48706220815554fac3ebb4dfa46fc28
+    license: CC BY-NC 4.0
+    license_accepted: true
     enabled: auto
     required: true
     backend: infinity

@@ -7,6 +7,7 @@
     │   ├── ConfigError                 models.yaml or a setting is wrong (all problems at once)
     │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
     │   │   ├── TooLittleMemory         it does not fit next to what the device holds now
+    │   │   ├── LicenseNotAccepted      a download needs a yes to the license of the weights
     │   │   └── NotReachable            no server that runs the model returns vectors
     │   └── CompareError                the data, the models or the gateway do not allow a comparison
     └── RequestError                    one request failed; carries the HTTP status and the code
@@ -111,6 +112,10 @@ class TooLittleMemory(LoadError):
         super().__init__(message)
         self.device = device
         self.missing_bytes = missing_bytes
+
+
+class LicenseNotAccepted(LoadError):
+    """The weights are not downloaded before models.yaml accepts their license, which forbids commercial use."""
 
 
 class NotReachable(LoadError):

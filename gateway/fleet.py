@@ -16,7 +16,7 @@ from gateway.backends.base import Backend
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
-from gateway.errors import LoadError, StartError
+from gateway.errors import LicenseNotAccepted, LoadError, StartError
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
@@ -30,6 +30,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
 # Of a model that is loaded on demand, and has been started.
 _ON_DEMAND_STATES = (ModelState.UNLOADED, ModelState.LOADING)
+# A reload tries again: what was missing may be there now, such as the file, the card, or a yes to the license.
+_RETRIED_STATES = (ModelState.FAILED, ModelState.DISABLED)
 
 _ON_THE_CPU = "(`enabled: true` in models.yaml runs it on the CPU)"
 # What needs no warning: there is nothing to be mended.
@@ -146,7 +148,7 @@ class Fleet:
         models = []
         for entry in registry.models:
             model = self.get(entry.id)
-            if model is None or model.state is ModelState.FAILED or not model.entry.loads_like(entry):
+            if model is None or model.state in _RETRIED_STATES or not model.entry.loads_like(entry):
                 model = Model(entry, make_backend(entry))
             models.append(model)
         return Fleet(models)
@@ -196,9 +198,9 @@ class Fleet:
     async def load(self) -> None:
         """Load the models that are enabled and not loaded yet.
 
-        Models of this process load one after the other, so that each sees the memory that the others left; those that are
-        loaded on demand come last. Models on other servers need none, and load all at once. A model that is compared with
-        another one waits for it.
+        Models of this process load one after the other, in :func:`load_order`, so that each sees the memory that the others
+        left. Models on other servers need none, and load all at once. A model that is compared with another one waits for
+        it.
         """
         waiting = [model for model in self if model.state is ModelState.LOADING]
         for model in waiting:
@@ -210,6 +212,9 @@ class Fleet:
         if loading:
             log.info("models_loading", number=len(loading), of=len(self._models))
         has_loaded = {model.id: asyncio.Event() for model in loading}
+        by_id = {model.id: model for model in loading if not model.entry.is_remote}
+        order = await asyncio.to_thread(load_order, [model.entry for model in by_id.values()])
+        here = [by_id[entry.id] for entry in order]
 
         async def load(*models: Model) -> None:
             for model in models:
@@ -221,8 +226,7 @@ class Fleet:
                     has_loaded[model.id].set()
 
         async with asyncio.TaskGroup() as tasks:
-            here = [model for model in loading if not model.entry.is_remote]
-            tasks.create_task(load(*sorted(here, key=lambda model: model.entry.is_on_demand)))
+            tasks.create_task(load(*here))
             for model in loading:
                 if model.entry.is_remote:
                     tasks.create_task(load(model))
@@ -234,10 +238,13 @@ class Fleet:
         (log.info if logged is None else log.debug)("model_loading", model=model.id, source=model.entry.source)
         started = time.monotonic()
         try:
-            planned = await model.backend.plan()
+            planned = await model.backend.plan(model.report)
             # With `same_space_as`, the space is unknown until it has been checked.
             model.info = planned if model.entry.same_space_as is None else None
             model.info = await self._checked(model, await model.backend.start(model.report))
+        except LicenseNotAccepted as error:
+            model.report(ModelState.DISABLED, str(error))
+            log.warning("model_disabled", model=model.id, reason=str(error))
         except LoadError as error:
             model.report(ModelState.FAILED, f"failed to load: {error}")
             (log.debug if model.reason == logged else log.error)("model_failed", model=model.id, reason=str(error))
@@ -306,6 +313,17 @@ class Fleet:
                 model.report(ModelState.STOPPED, "the gateway is shutting down")
 
 
+def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
+    """Return models of this process in the order of their loads, so that none waits for gigabytes of another one.
+
+    First those whose checkpoints are on this machine, then those that are downloaded; at last those that are loaded on
+    demand, which only takes a description.
+    """
+    from gateway.engine.checkpoint.sources import is_cached
+
+    return sorted(entries, key=lambda entry: (entry.is_on_demand, not is_cached(entry)))
+
+
 def why_disabled(entry: ModelEntry) -> str:
     """Return why a model is disabled on this machine; empty if it is enabled.
 
@@ -314,7 +332,19 @@ def why_disabled(entry: ModelEntry) -> str:
     if entry.enabled is False:
         return _SWITCHED_OFF
     if entry.enabled == "auto" and not entry.is_remote:
-        return _why_no_card("auto" if entry.device == "cpu" else entry.device)
+        why_no_card = _why_no_card("auto" if entry.device == "cpu" else entry.device)
+        return why_no_card or _why_not_fetched(entry)
+    return ""
+
+
+def _why_not_fetched(entry: ModelEntry) -> str:
+    """Return why the checkpoint of a model may not be downloaded, as far as its entry says; empty if it may, or is here."""
+    from gateway.engine.checkpoint.sources import is_cached, require_license
+
+    try:
+        require_license(entry, entry.license or "")
+    except LicenseNotAccepted as error:
+        return "" if is_cached(entry) else str(error)
     return ""
 
 

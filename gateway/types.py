@@ -1,7 +1,4 @@
-"""The values that pass between the service and the backends: jobs, vectors, and a model's description.
-
-Pure values: no torch, no HTTP, no YAML.
-"""
+"""The values that pass between the service and the backends: no torch, no HTTP, no YAML."""
 
 from __future__ import annotations
 
@@ -95,6 +92,7 @@ class ModelState(StrEnum):
     DISABLED = "disabled"
     UNLOADED = "unloaded"
     """Loaded when a request needs it."""
+    DOWNLOADING = "downloading"
     LOADING = "loading"
     READY = "ready"
     RECOVERING = "recovering"

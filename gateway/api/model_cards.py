@@ -59,6 +59,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         owned_by=model.entry.backend,
         source=model.entry.source,
         revision=model.entry.revision,
+        license=model.entry.license,
         state=model.state.value,
         reason=model.reason or None,
         aliases=[*registry.aliases_of(model.id), *known_by],

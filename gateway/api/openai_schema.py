@@ -209,8 +209,9 @@ class ModelCard(AnswerBody):
     stats: dict[str, float] = Field(default_factory=dict, description="Always empty; clients of Infinity ask for it.")
     source: str | None = Field(default=None, description="Where the weights come from; `null` for an experiment.")
     revision: str | None = None
-    state: Literal["disabled", "unloaded", "loading", "ready", "recovering", "failed", "stopped"]
-    reason: str | None = Field(default=None, description="Why the model is not ready.")
+    state: Literal["disabled", "unloaded", "downloading", "loading", "ready", "recovering", "failed", "stopped"]
+    reason: str | None = Field(default=None, description="Why the model is not ready, or how far its download is.")
+    license: str | None = Field(default=None, description="License of the weights, as `models.yaml` states it.")
     aliases: list[str] = Field(default_factory=list, description="Other names of the model that a request may send.")
     width: int | None = Field(
         default=None, description="Native dimensions of a dense vector; `null` for a model without."

@@ -11,11 +11,18 @@ Report: TypeAlias = Callable[[ModelState, str], None]
 """Takes a model's new state, and the reason for it."""
 
 
+def unreported(_state: ModelState, _reason: str) -> None:
+    """Take the states of a model that no one asks for."""
+
+
 class Backend(Protocol):
     """Something that runs one model."""
 
-    async def plan(self) -> ModelInfo:
+    async def plan(self, report: Report = unreported) -> ModelInfo:
         """Return the model's info without loading it, which is also useful when loading fails.
+
+        Args:
+            report: called on the event loop while the checkpoint is downloaded.
 
         Raises:
             LoadError: the info cannot be determined; the message says why.

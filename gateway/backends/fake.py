@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gateway.backends.base import Report
+from gateway.backends.base import Report, unreported
 from gateway.errors import ContextLengthExceeded, ModelNotReady
 from gateway.types import Embeddings, EmbedJob, ModelInfo, Output, SparseVector, States, Timings, Token, Truncate
 
@@ -62,7 +62,7 @@ class FakeBackend:
         self._is_running = False
         self._vocabulary = FakeVocabulary()
 
-    async def plan(self) -> ModelInfo:
+    async def plan(self, report: Report = unreported) -> ModelInfo:
         return self._info
 
     async def start(self, report: Report = lambda _state, _reason: None) -> ModelInfo:

@@ -6,13 +6,14 @@ import asyncio
 import gc
 import time
 from collections.abc import Awaitable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 from weakref import ReferenceType
 
 import structlog
 
-from gateway.backends.base import Report
+from gateway.backends.base import Report, unreported
 from gateway.backends.residents import Residents
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
@@ -65,9 +66,25 @@ class InfinityBackend:
         self._watch: asyncio.Task[None] | None = None
         metrics.ENGINE_RESTARTS.labels(entry.id)  # at 0: the first restart is an increase then
 
-    async def plan(self) -> ModelInfo:
+    async def plan(self, report: Report = unreported) -> ModelInfo:
+        await asyncio.to_thread(self._download, asyncio.get_running_loop(), report)
         self._plan = await asyncio.to_thread(self._make_plan)
         return self._plan.info
+
+    def _download(self, loop: asyncio.AbstractEventLoop, report: Report) -> None:
+        """Download the checkpoint if it is not on this machine; before anything is imported, which takes seconds."""
+        from gateway.engine.checkpoint.sources import is_cached, locate, require_present
+
+        require_present(self._entry)
+        if is_cached(self._entry):
+            return
+
+        def pass_on(state: ModelState, reason: str) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and the process is about to
+                loop.call_soon_threadsafe(report, state, reason)
+
+        locate(self._entry, report=lambda reason: pass_on(ModelState.DOWNLOADING, reason))
+        pass_on(ModelState.LOADING, "")
 
     async def require_room(self) -> None:
         """Refuse a model that has been planned and does not fit now.
@@ -89,9 +106,6 @@ class InfinityBackend:
         return info
 
     def _make_plan(self) -> LoadPlan:
-        from gateway.engine.checkpoint.sources import require_present
-
-        require_present(self._entry)  # before the imports, which take seconds
         _import_libraries()
         from gateway.engine.loading import plan_load
 

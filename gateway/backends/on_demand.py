@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 import structlog
 
-from gateway.backends.base import Backend, Report
+from gateway.backends.base import Backend, Report, unreported
 from gateway.backends.residents import Residents
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
@@ -116,8 +116,8 @@ class OnDemandBackend:
 
     # ------------------------------------------------------------------------------------------------- as a backend
 
-    async def plan(self) -> ModelInfo:
-        self._info = await self._inner.plan()
+    async def plan(self, report: Report = unreported) -> ModelInfo:
+        self._info = await self._inner.plan(report)
         return self._info
 
     async def start(self, report: Report) -> ModelInfo:

@@ -14,8 +14,8 @@ from gateway.cli.verify import Check
 from gateway.config.registry import Arm, ModelEntry, Registry
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
-from gateway.errors import LoadError
-from gateway.fleet import Model, why_disabled
+from gateway.errors import LicenseNotAccepted, LoadError
+from gateway.fleet import Model, load_order, why_disabled
 from gateway.routing.rules import broken_rules
 from gateway.server import Addresses
 from gateway.types import ModelInfo, ModelKind, ModelState
@@ -185,10 +185,8 @@ def make_plans(registry: Registry) -> Plans:
         from gateway.engine.forecast import Forecaster  # imports torch, which takes seconds
 
         forecaster = Forecaster()
-        # As the gateway loads them: first those that stay.
-        for entry in sorted(registry.models, key=lambda entry: entry.is_on_demand):
-            if entry.id not in made:
-                made[entry.id] = _plan(entry, forecaster)
+        for entry in load_order([entry for entry in registry.models if entry.id not in made]):
+            made[entry.id] = _plan(entry, forecaster)
         notes += _notes(forecaster)
     plans = Plans([made[entry.id] for entry in registry.models], ())
     return Plans(plans.models, broken_rules(registry, plans), notes)
@@ -222,6 +220,8 @@ def _certain_plan(entry: ModelEntry) -> Plan | None:
 def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
     try:
         forecast = forecaster.forecast(entry)
+    except LicenseNotAccepted as error:
+        return Plan(entry.id, "off", [str(error)])
     except LoadError as error:
         return Plan(entry.id, "no", [str(error)])
     verdict = "on demand" if entry.is_on_demand else "yes"
@@ -245,10 +245,15 @@ def _lines(forecast: Forecast) -> Iterator[str]:
 
 
 def _download(forecast: Forecast) -> str:
+    from gateway.engine.checkpoint.hub import format_size
+
+    licensed = f", license {forecast.license}" if forecast.license else ""
     if forecast.download_bytes is None:
-        return f"download: of unknown size; {forecast.download_note}"
-    size = f"{forecast.download_bytes / 1e9:.1f} GB"
-    return f"download: about {size}; {forecast.download_note}" if forecast.download_note else f"download: {size}"
+        return f"download: of unknown size{licensed}; {forecast.download_note}"
+    size = format_size(forecast.download_bytes)
+    if forecast.download_note:
+        return f"download: about {size}{licensed}; {forecast.download_note}"
+    return f"download: {size}{licensed}"
 
 
 _VERDICT_STYLES = {"yes": "green", "on demand": "cyan", "after a download": "yellow", "no": "red"}

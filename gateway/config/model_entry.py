@@ -69,6 +69,16 @@ class ModelEntry(Frozen):
         description="Expected SHA-256 of checkpoint files, by file name. Checked on load; a file that differs is not "
         "loaded.",
     )
+    license: NonEmptyText | None = Field(
+        default=None,
+        description="License of the weights, such as `MIT`, shown in `/v1/models`. By default as on the hub's model card, "
+        "which is read before a download.",
+    )
+    license_accepted: bool = Field(
+        default=False,
+        description="Accepts a license that forbids commercial use (CC BY-NC and the like). Without it, or `enabled: true`, "
+        "such weights are not downloaded. Weights that are on this machine are served in any case.",
+    )
     enabled: Enabled = Field(
         default="auto", description="Whether the model is loaded. `auto`: if an accelerator is present."
     )
@@ -194,9 +204,14 @@ class ModelEntry(Frozen):
         """``source``, parsed."""
         return Source.parse(self.source)
 
+    @property
+    def accepts_license(self) -> bool:
+        """Whether weights may be downloaded whose license forbids commercial use."""
+        return self.license_accepted or self.enabled is True
+
     def loads_like(self, other: ModelEntry) -> bool:
         """Return whether a model loaded for this entry can serve another one."""
-        unloaded = {"required", "allow_space_change"}
+        unloaded = {"required", "allow_space_change", "license", "license_accepted"}
         return self.model_dump(exclude=unloaded) == other.model_dump(exclude=unloaded)
 
     @field_validator("golden", "ranges")
@@ -268,6 +283,7 @@ class ModelEntry(Frozen):
 # Fields that say how a model is computed: for an upstream model, that is decided elsewhere.
 _ENGINE_FIELDS = (
     "sha256",
+    "license_accepted",
     "device",
     "dtype",
     "runtime",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
+from gateway.engine.checkpoint.hub import describe
 from gateway.engine.checkpoint.sizes import Attention
-from gateway.engine.checkpoint.sources import download_bytes, is_cached, require_readable
+from gateway.engine.checkpoint.sources import is_cached, require_license, require_readable
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
@@ -25,8 +26,10 @@ class Forecast:
         info: the model's info; ``None`` before its checkpoint has been downloaded.
         runtime: the runtime that would compute the forward.
         memory: needed on each of its devices; ``None`` where only the download tells.
-        download_bytes: size of the download, 0 for none; ``None`` where the hub does not say.
+        download_bytes: size of the download, 0 for none; ``None`` where the hub does not say. A download that was cut off
+            counts with its rest.
         download_note: why the size is not from the hub, if it is not.
+        license: of the weights; empty if it is not known.
     """
 
     devices: tuple[str, ...]
@@ -36,6 +39,7 @@ class Forecast:
     memory: MemoryPlan | None = None
     download_bytes: int | None = 0
     download_note: str = ""
+    license: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Forecaster:
 
         Raises:
             LoadError: its checkpoint cannot be served, or does not fit.
+            LicenseNotAccepted: its license forbids commercial use, and the entry does not accept that.
         """
         require_readable(entry)
         found = _planned(entry) if is_cached(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
@@ -102,16 +107,21 @@ class Forecaster:
 
 def _planned(entry: ModelEntry) -> Forecast:
     plan = plan_load(entry, may_download=False)
-    return Forecast(plan.devices, plan.dtype, plan.runtime, plan.info, plan.memory)
+    return Forecast(plan.devices, plan.dtype, plan.runtime, plan.info, plan.memory, license=entry.license or "")
 
 
 def _not_downloaded(entry: ModelEntry) -> Forecast:
     known = _KNOWN.get(entry.source)
     size, note = None if known is None else known.download_bytes, ""
+    license_name = entry.license or ""
+    require_license(entry, license_name)
     try:
-        size = download_bytes(entry.source, entry.revision, _HUB_TIMEOUT_S)
+        repository = describe(entry.source, entry.revision or "", _HUB_TIMEOUT_S)
     except LoadError as error:
-        note = f"the model hub does not answer: {error}"
+        note = str(error)
+    else:
+        require_license(entry, repository.license)
+        size, license_name = repository.missing_bytes, license_name or repository.license
     devices = choose_devices(entry.device)
     dtype = choose_dtype(entry.dtype, devices[0])
     runtime = choose_runtime(entry.runtime, devices[0], known.model_type if known else "")
@@ -119,4 +129,6 @@ def _not_downloaded(entry: ModelEntry) -> Forecast:
     if known is not None:
         max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
         memory = estimate_memory(known.shape, dtype, runtime, entry.max_tokens or known.max_tokens, max_batch_tokens)
-    return Forecast(devices, dtype, runtime, memory=memory, download_bytes=size, download_note=note)
+    return Forecast(
+        devices, dtype, runtime, memory=memory, download_bytes=size, download_note=note, license=license_name
+    )

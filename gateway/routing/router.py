@@ -248,6 +248,8 @@ def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
     match model.state:
         case ModelState.DISABLED:
             return ModelDisabled(f"model {model.id!r} is disabled: {model.reason}", param="model")
+        case ModelState.DOWNLOADING:
+            return ModelNotReady(f"model {model.id!r} is still loading ({model.reason})", retry_after_s=30)
         case ModelState.LOADING | ModelState.UNLOADED | ModelState.READY:
             return ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
         case ModelState.RECOVERING:

@@ -183,8 +183,8 @@ MODEL_READY = Gauge(
 )
 MODEL_STATE = Gauge(
     "gateway_model_state",
-    "1 for the current state of the model, 0 for the others: disabled, unloaded, loading, ready, recovering, failed, "
-    "stopped.",
+    "1 for the current state of the model, 0 for the others: disabled, unloaded, downloading, loading, ready, recovering, "
+    "failed, stopped.",
     ["model", "state"],
 )
 MODEL_INFO = Gauge(

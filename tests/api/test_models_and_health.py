@@ -55,6 +55,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "stats": {},
         "source": "jinaai/jina-v3",
         "revision": "0" * 40,
+        "license": None,
         "state": "ready",
         "reason": None,
         "aliases": ["jina-query"],

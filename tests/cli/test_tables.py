@@ -14,6 +14,7 @@ from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine import devices, forecast
+from gateway.engine.checkpoint.hub import HubFile, Repository
 from gateway.errors import LoadError
 from gateway.server import Addresses
 
@@ -100,13 +101,13 @@ def hub_model(**more: object) -> ModelEntry:
     return ModelEntry.model_validate({**HUB, **more})
 
 
-def hub_says(monkeypatch: pytest.MonkeyPatch, answer: int | str) -> None:
-    def ask(_repo: str, _revision: str | None, _timeout_s: float) -> int:
+def hub_says(monkeypatch: pytest.MonkeyPatch, answer: int | str, license_name: str = "mit") -> None:
+    def ask(name: str, revision: str, _timeout_s: float) -> Repository:
         if isinstance(answer, str):
             raise LoadError(answer)
-        return answer
+        return Repository(name, revision, (HubFile("model.safetensors", answer),), license_name)
 
-    monkeypatch.setattr(forecast, "download_bytes", ask)
+    monkeypatch.setattr(forecast, "describe", ask)
     monkeypatch.setattr(forecast, "is_cached", lambda _entry: False)
     monkeypatch.setattr(forecast, "available_bytes", lambda _device: 24 * 2**30)
 
@@ -120,7 +121,7 @@ def test_a_model_of_the_hub_says_what_a_download_would_bring_and_whether_it_fits
     print_plans(plans)
 
     said = printed()
-    assert "m3 after a download cpu, float32, torch download: 2.3 GB memory: about " in said
+    assert "m3 after a download cpu, float32, torch download: 2.3 GB, license mit memory: about " in said
     assert "(2.1 GiB weights" in said
     assert plans.is_sound
 
@@ -132,7 +133,7 @@ def test_a_hub_that_does_not_answer_leaves_what_is_known_of_the_shipped_models(
 
     print_plans(make_plans(registry_of(hub_model())))
 
-    assert "download: about 2.3 GB; the model hub does not answer: no route to host memory: about" in printed()
+    assert "download: about 2.3 GB; no route to host memory: about" in printed()
 
 
 def test_of_another_model_nothing_is_invented(monkeypatch: pytest.MonkeyPatch, printed: Printed) -> None:
@@ -141,7 +142,7 @@ def test_of_another_model_nothing_is_invented(monkeypatch: pytest.MonkeyPatch, p
     print_plans(make_plans(registry_of(hub_model(source="owner/other"))))
 
     said = printed()
-    assert "download: of unknown size; the model hub does not answer: no route to host" in said
+    assert "download: of unknown size; no route to host" in said
     assert "memory: known after the download" in said
 
 

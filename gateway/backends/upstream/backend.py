@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import structlog
 
-from gateway.backends.base import Report
+from gateway.backends.base import Report, unreported
 from gateway.backends.upstream import description
 from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, make_dialect
@@ -74,7 +74,7 @@ class UpstreamBackend:
 
     # -------------------------------------------------------------------------------------------------- loading
 
-    async def plan(self) -> ModelInfo:
+    async def plan(self, report: Report = unreported) -> ModelInfo:
         await self._close()
         self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)

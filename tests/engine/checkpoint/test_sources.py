@@ -6,6 +6,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint import sources
+from gateway.engine.checkpoint.hub import describe
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.forecast import Forecaster
 from gateway.errors import LoadError
@@ -130,7 +132,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, monkeypatch
 
 def test_a_hub_that_never_answers_is_given_up(silent_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", silent_server)
-    monkeypatch.setattr(sources, "_HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(sources, "describe", partial(describe, timeout_s=0.2))
 
     assert "time" in assert_cannot_download()
 
@@ -144,9 +146,15 @@ def test_offline_mode_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (GatedRepoError, "the repository is gated; accept its terms on the hub and set HF_TOKEN"),
+        (
+            GatedRepoError,
+            "the repository is gated; accept its terms on https://huggingface.co/nowhere/nothing, and set HF_",
+        ),
         (RevisionNotFoundError, "the repository exists but has no such revision"),
-        (RepositoryNotFoundError, "no such repository on the hub, or it is private and HF_TOKEN is not set"),
+        (
+            RepositoryNotFoundError,
+            "no such repository on https://huggingface.co, or it is private and HF_TOKEN is not set",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said(error: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,149 @@
+"""Download what is missing of a repository of the hub, and go on where an earlier attempt has ended.
+
+Large files are fetched here, and the others by ``snapshot_download``. That function gives each download a new temporary
+file and deletes it when the process ends (huggingface_hub 2.4, ``_download_to_tmp_and_move``), so gigabytes that were cut
+off would begin at zero. Here a file that was cut off stays next to the blobs of the cache, the next attempt asks for the
+rest, and the whole is compared with the SHA-256 that the hub announced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from gateway.engine.checkpoint.hub import (
+    IGNORED,
+    HubFile,
+    Repository,
+    cache_folder,
+    explain,
+    format_size,
+    mark_complete,
+    patterns,
+    size,
+)
+from gateway.errors import LoadError
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Takes the bytes of a repository that are on this machine, and those that are needed."""
+
+
+def fetch(repository: Repository, report: Progress = lambda _done, _total: None) -> Path:
+    """Download what is missing of a repository, and return its folder.
+
+    Args:
+        report: called from this thread, after each piece.
+
+    Raises:
+        LoadError: the disk has too little room, or the download failed; with the reason, and a way out. The part of a large
+            file that has arrived is kept for the next attempt.
+    """
+    from huggingface_hub import snapshot_download
+
+    require_disk_space(repository)
+    total = repository.num_bytes
+    try:
+        for file in repository.files:
+            if file.sha256 and repository.present_bytes(file) < file.num_bytes:
+                _fetch_large(repository, file, report)
+        # Links the blobs into the snapshot, and fetches the small files.
+        folder = snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=patterns(file.name for file in repository.files),
+            ignore_patterns=list(IGNORED),
+        )
+        mark_complete(Path(folder))
+    except LoadError:
+        raise
+    except Exception as error:  # a full disk, or an error of the hub's HTTP library
+        raise explain(error, repository.name, repository.revision) from error
+    report(total, total)
+    return Path(folder)
+
+
+def require_disk_space(repository: Repository) -> None:
+    """Refuse a download that the disk has no room for.
+
+    Raises:
+        LoadError: with the sizes and a way out.
+    """
+    missing, free = repository.missing_bytes, free_bytes(cache_folder())
+    if missing > free:
+        raise LoadError(
+            f"{repository.name}: {format_size(missing)} are to be downloaded, and {format_size(free)} are free in "
+            f"{cache_folder()}: make room, or set HF_HOME to a folder on another disk"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk on which a folder is, or would be made."""
+    for path in (folder, *folder.parents):
+        if path.exists():
+            return shutil.disk_usage(path).free
+    return 0
+
+
+def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> None:
+    """Download a large file into the cache's blobs, beginning where the last attempt has ended."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._fixes import WeakFileLock
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    blob, partial = repository.blob(file), repository.partial(file)
+    total = repository.num_bytes
+    others = total - repository.missing_bytes - repository.present_bytes(file)
+    lock = cache_folder() / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"  # the one of `snapshot_download`
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():  # another process has fetched it meanwhile
+            return
+        if size(partial) > file.num_bytes:
+            partial.unlink()
+        with partial.open("ab") as target:
+            http_get(
+                hf_hub_url(repository.name, file.name, revision=repository.revision),
+                target,
+                resume_size=target.tell(),
+                headers={**build_hf_headers(), "accept-encoding": "identity"},
+                expected_size=file.num_bytes,
+                displayed_filename=file.name,
+                tqdm_class=cast(Any, _Bar(lambda: report(others + target.tell(), total))),
+            )
+        _require_sha256(partial, file)
+        partial.rename(blob)
+
+
+class _Bar:
+    """Replaces the class of a progress bar, and the bar, for huggingface_hub."""
+
+    def __init__(self, on_update: Callable[[], None]) -> None:
+        self._on_update = on_update
+
+    def __call__(self, **_how: object) -> _Bar:
+        return self
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def update(self, _number: int) -> None:
+        self._on_update()
+
+
+def _require_sha256(path: Path, file: HubFile) -> None:
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != file.sha256:
+        path.unlink()
+        raise LoadError(
+            f"{file.name}: the downloaded bytes have the sha256 {found}, and the hub announced {file.sha256}: something on "
+            "the way changes them, such as a proxy or a mirror. They are deleted; try again, or set another HF_ENDPOINT"
+        )

@@ -1,0 +1,261 @@
+"""The model hub: the files of a repository, those that are in the cache, and the reasons of the hub's errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateway.errors import LoadError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+WEIGHTS_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+
+# The files of a checkpoint but for the weights: those are safetensors, or `.bin` in a repository without any.
+_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.pt",
+    "*/config.json",
+    "*/adapter_config.json",
+    "*/*.safetensors",
+    "*_Dense/*",
+)
+IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
+_COMPLETE = ".gateway-complete"
+TIMEOUT_S = 20.0
+"""For a question about a repository."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository.
+
+    Attributes:
+        sha256: of a large file (in Git LFS), which is also the name of its blob in the cache; empty for a small one.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """The files of one commit of a hub repository that the gateway reads.
+
+    Attributes:
+        license: as on the model card, such as ``mit``; empty if it names none.
+    """
+
+    name: str
+    revision: str
+    files: tuple[HubFile, ...]
+    license: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes that are not in the cache yet; a file that was cut off counts with its rest."""
+        return self.num_bytes - sum(map(self.present_bytes, self.files))
+
+    def present_bytes(self, file: HubFile) -> int:
+        """Return how much of a file is in the cache."""
+        if (snapshot_folder(self.name, self.revision) / file.name).exists():
+            return file.num_bytes
+        if not file.sha256:
+            return 0
+        return file.num_bytes if self.blob(file).exists() else min(size(self.partial(file)), file.num_bytes)
+
+    def blob(self, file: HubFile) -> Path:
+        """Return the place of a large file in the cache."""
+        return _repository_folder(self.name) / "blobs" / file.sha256
+
+    def partial(self, file: HubFile) -> Path:
+        """Return the place of a large file until all of it has arrived."""
+        return self.blob(file).with_name(f"{file.sha256}.gateway-partial")
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloaded repositories, which ``HF_HOME`` or ``HF_HUB_CACHE`` sets."""
+    from huggingface_hub import constants  # slow to import, and only needed where there is a hub
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def endpoint() -> str:
+    """Return the URL of the hub, or of the mirror that ``HF_ENDPOINT`` names."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def describe(name: str, revision: str, timeout_s: float = TIMEOUT_S) -> Repository:
+    """Ask the hub for the files and the license of a repository; downloads nothing.
+
+    Raises:
+        LoadError: the hub does not say; with the reason, and a way out.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(name, revision=revision, timeout=timeout_s, files_metadata=True)
+    except Exception as error:  # of the hub's HTTP library, whose classes its releases have changed, or the hub's own
+        raise explain(error, name, revision) from error
+    return Repository(name, revision, tuple(_wanted(found.siblings or ())), _license(found))
+
+
+def _wanted(files: Iterable[RepoSibling]) -> Iterator[HubFile]:
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    by_name = {file.rfilename: file for file in files}
+    for name in filter_repo_objects(by_name, allow_patterns=patterns(by_name), ignore_patterns=list(IGNORED)):
+        file = by_name[name]
+        yield HubFile(name, file.size or 0, file.lfs.sha256 if file.lfs else "")
+
+
+def _license(found: ModelInfo) -> str:
+    card = found.card_data
+    names = [] if card is None else [card.get("license_name"), card.get("license")]
+    return next((str(name) for name in names if name and name != "other"), "")
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Return patterns of the files to download: weights as safetensors, or as ``.bin`` in a repository without any."""
+    has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
+    return [*_FILES, "*.safetensors" if has_safetensors else "*.bin"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
+
+
+def cached_snapshot(name: str, revision: str) -> Path | None:
+    """Return the cached snapshot of a commit if it has a configuration and weights, else ``None``.
+
+    Smaller files may be missing from it when a download was cut off: only one that :func:`is_complete` is taken without
+    asking the hub. A pinned commit never changes, so that one stays right, and works offline.
+    """
+    # Not with `snapshot_download(local_files_only=True)`: it wants every file of the repository, also those in other forms
+    # of the weights that are not fetched.
+    folder = snapshot_folder(name, revision)
+    # In the layout of sentence-transformers before release 2 the transformer has a folder.
+    root = folder if (folder / "config.json").exists() else folder / "0_Transformer"
+    has_weights = any(any(root.glob(pattern)) for pattern in WEIGHTS_PATTERNS)
+    is_sharded = any(root.glob("*.index.json")) and not is_complete(folder)  # then some may be missing: let the hub say
+    return folder if has_weights and not is_sharded and (root / "config.json").exists() else None
+
+
+def is_complete(snapshot: Path) -> bool:
+    """Return whether the download of a snapshot has ended."""
+    return (snapshot / _COMPLETE).exists()
+
+
+def mark_complete(snapshot: Path) -> None:
+    """Note in a snapshot that its download has ended."""
+    (snapshot / _COMPLETE).touch()
+
+
+def _repository_folder(name: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache_folder() / repo_folder_name(repo_id=name, repo_type="model")
+
+
+def snapshot_folder(name: str, revision: str) -> Path:
+    """Return the folder of a commit's files in the cache, which need not exist."""
+    return _repository_folder(name) / "snapshots" / revision
+
+
+def size(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it does not exist."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def explain(error: Exception, name: str, revision: str) -> LoadError:
+    """Return the error of huggingface_hub, or of the system, in our terms, with a way out."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = f"{name} at {revision}"
+    chain = [error, *([error.__cause__] if isinstance(error.__cause__, Exception) else [])]
+    for one in chain:
+        if isinstance(one, GatedRepoError):
+            return LoadError(
+                f"{where}: the repository is gated; accept its terms on {endpoint()}/{name}, and set HF_TOKEN to a token of "
+                "that account"
+            )
+        if isinstance(one, RevisionNotFoundError):
+            return LoadError(
+                f"{where}: the repository exists but has no such revision; its commits are on "
+                f"{endpoint()}/{name}/commits/main"
+            )
+        if isinstance(one, RepositoryNotFoundError):
+            token = "the token of HF_TOKEN may not read it" if _has_token() else "HF_TOKEN is not set"
+            return LoadError(f"{where}: no such repository on {endpoint()}, or it is private and {token}")
+    return LoadError(f"{where}: cannot download from the model hub: {_reason(chain)}")
+
+
+def _reason(chain: list[Exception]) -> str:
+    """Return the reason for which the hub was not reached, or the file not written, with a way out."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    for error in chain:
+        line = first_line(error)
+        if isinstance(error, OfflineModeIsEnabled):
+            return (
+                "HF_HUB_OFFLINE is set, so only downloaded models are served; unset it, or run `gateway download` on a "
+                f"machine with a network and copy {cache_folder()} (offline mode)"
+            )
+        if isinstance(error, HfHubHTTPError):
+            is_token = error.response.status_code == 401
+            return f"{line}{'. HF_TOKEN is wrong or has expired' if is_token else ''}"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f"the disk of {cache_folder()} is full; make room, or set HF_HOME to a folder on another disk"
+        if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            return f"cannot write to {cache_folder()}: {error.strerror}; set HF_HOME to a folder that this user may write to"
+    return f"{first_line(chain[-1]).rstrip('.')}. {_ways_to(endpoint())}"
+
+
+def _ways_to(url: str) -> str:
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    through = f"through HTTPS_PROXY={_without_password(proxy)}" if proxy else "without a proxy"
+    return f"Asked was {url}, {through}; HF_ENDPOINT sets a mirror, HTTPS_PROXY a proxy"
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class if it has none."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def format_size(num_bytes: int) -> str:
+    """Return a size on a disk or of a download, in decimal units: ``2.3 GB``, ``91 MB``."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            value = num_bytes / factor
+            return f"{value:.1f} {unit}" if unit == "GB" else f"{value:.0f} {unit}"
+    return f"{num_bytes} bytes"

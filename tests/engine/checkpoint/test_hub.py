@@ -1,0 +1,315 @@
+"""Repositories of the hub are described, fetched and resumed; a small hub on this machine answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from structlog.testing import capture_logs
+
+from gateway.config.registry import ModelEntry
+from gateway.engine.checkpoint import fetch as fetching
+from gateway.engine.checkpoint.fetch import Progress, fetch
+from gateway.engine.checkpoint.hub import describe, format_size
+from gateway.engine.checkpoint.sources import is_cached, locate
+from gateway.errors import LicenseNotAccepted, LoadError
+from tests.hub import COMMIT, LARGE, Hub, Repo, running_hub, use
+
+WEIGHTS = os.urandom(5 * LARGE)
+FILES = {
+    "config.json": b'{"model_type": "bert"}',
+    "tokenizer.json": b"{}" * LARGE,
+    "model.safetensors": WEIGHTS,
+    "1_Pooling/config.json": b"{}",
+    # What the gateway does not read.
+    "pytorch_model.bin": WEIGHTS[:LARGE],
+    "onnx/model.onnx": WEIGHTS[LARGE:],
+    "README.md": b"# A model",
+}
+NEEDED = ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
+NUM_BYTES = sum(len(FILES[name]) for name in NEEDED)
+NAME = "owner/model"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """Give an empty cache, and a hub with one repository."""
+    server.reset()
+    server.repos[NAME] = Repo(FILES, {"license": "mit"})
+    use(server, tmp_path / "cache", monkeypatch)
+    return server
+
+
+def entry(**more: object) -> ModelEntry:
+    return ModelEntry.model_validate({"id": "m", "source": NAME, "revision": COMMIT, **more})
+
+
+class Stopped(BaseException):
+    """Ends a download as Ctrl-C does."""
+
+
+def stop_after(num_bytes: int) -> Progress:
+    def report(done: int, _total: int) -> None:
+        if done > num_bytes:
+            raise Stopped
+
+    return report
+
+
+def partial_file(cache: Path) -> Path:
+    [found] = cache.glob("models--owner--model/blobs/*.gateway-partial")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- a download
+
+
+def test_the_files_that_are_read_are_fetched_and_no_others(hub: Hub) -> None:
+    seen: list[tuple[int, int]] = []
+
+    repository = describe(NAME, COMMIT)
+    folder = fetch(repository, lambda done, total: seen.append((done, total)))
+
+    assert (repository.num_bytes, repository.license) == (NUM_BYTES, "mit")
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == {
+        **{name: FILES[name] for name in NEEDED},
+        ".gateway-complete": b"",
+    }
+    assert hub.fetched() == NEEDED
+    assert describe(NAME, COMMIT).missing_bytes == 0
+    assert seen[-1] == (NUM_BYTES, NUM_BYTES)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_what_has_been_fetched_is_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although files of the repository are missing, which the gateway does not read."""
+    assert not is_cached(entry())
+    folder = locate(entry())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+
+    assert is_cached(entry())
+    assert locate(entry(), may_download=False) == folder
+    assert locate(entry()) == folder
+    assert hub.requests == []
+
+
+def test_weights_in_parts_are_found_without_the_hub_once_all_are_there(hub: Hub) -> None:
+    parts = {f"model-0000{number}-of-00002.safetensors": os.urandom(LARGE) for number in (1, 2)}
+    hub.repos[NAME] = Repo({"config.json": b"{}", "model.safetensors.index.json": b"{}", **parts})
+
+    folder = locate(entry())
+    hub.repos.clear()
+
+    assert locate(entry()) == folder
+
+
+def test_a_download_that_was_stopped_goes_on_where_it_ended(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        fetch(describe(NAME, COMMIT), stop_after(len(FILES["tokenizer.json"]) + LARGE))
+    arrived = partial_file(tmp_path / "cache").stat().st_size
+    hub.requests.clear()
+
+    repository = describe(NAME, COMMIT)
+    folder = fetch(repository)
+
+    assert 0 < arrived < len(WEIGHTS)
+    assert hub.ranges() == [f"bytes={arrived}-"]
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert not list((tmp_path / "cache").rglob("*.gateway-partial"))
+
+
+def test_a_connection_that_breaks_is_taken_up_again_in_the_same_download(hub: Hub) -> None:
+    hub.cuts = [LARGE // 2, LARGE // 4]  # of the first file, twice
+
+    folder = fetch(describe(NAME, COMMIT))
+
+    assert hub.ranges() == ["", f"bytes={LARGE // 2}-", "bytes=70000-", ""]  # whole pieces are kept
+    assert (folder / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
+
+
+def test_the_rest_of_a_download_is_what_is_announced_for_it(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        fetch(describe(NAME, COMMIT), stop_after(LARGE))
+
+    rest = describe(NAME, COMMIT).missing_bytes
+
+    assert rest == NUM_BYTES - partial_file(tmp_path / "cache").stat().st_size
+
+
+def test_bytes_that_were_changed_on_the_way_are_deleted(hub: Hub, tmp_path: Path) -> None:
+    hub.corrupts = True
+
+    with pytest.raises(
+        LoadError, match=r"tokenizer\.json: the downloaded bytes have the sha256 .* a proxy or a mirror"
+    ):
+        fetch(describe(NAME, COMMIT))
+
+    assert not list((tmp_path / "cache").rglob("*.gateway-partial"))
+    hub.corrupts = False
+    assert fetch(describe(NAME, COMMIT)).is_dir()
+
+
+def test_a_partial_file_that_is_too_large_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    fetch(describe(NAME, COMMIT))
+    [blob] = [path for path in (tmp_path / "cache").glob("*/blobs/*") if path.stat().st_size == len(WEIGHTS)]
+    blob.with_name(f"{blob.name}.gateway-partial").write_bytes(WEIGHTS + b"more")
+    (blob.parents[1] / "snapshots" / COMMIT / "model.safetensors").unlink()
+    blob.unlink()
+
+    assert (fetch(describe(NAME, COMMIT)) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+# ------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_disk_without_room_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "free_bytes", lambda _folder: 1000)
+
+    with pytest.raises(
+        LoadError, match=r"700 kB are to be downloaded, and 1 kB are free in .*cache: make room, or set HF_HOME"
+    ):
+        fetch(describe(NAME, COMMIT))
+
+    assert hub.fetched() == []
+
+
+def test_a_disk_that_is_full_in_the_middle_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(LoadError, match=r"the disk of .*cache is full; make room, or set HF_HOME"):
+        fetch(describe(NAME, COMMIT), full)
+
+
+def test_a_folder_that_may_not_be_written_to_is_said(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "models--owner--model").write_text("a file where a folder must be")
+
+    with pytest.raises(LoadError, match="cannot download from the model hub: "):
+        fetch(describe(NAME, COMMIT))
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "token", "message"),
+    [
+        pytest.param(None, COMMIT, "", "no such repository on http.* private and HF_TOKEN is not set", id="absent"),
+        pytest.param(Repo(FILES), "f" * 40, "", r"no such revision; its commits are on .*/commits/main", id="revision"),
+        pytest.param(
+            Repo(FILES, token="right"), COMMIT, "wrong", "private and the token of HF_TOKEN may not", id="private"
+        ),
+        pytest.param(Repo(FILES, token="right"), COMMIT, "expired", "HF_TOKEN is wrong or has expired", id="expired"),
+        pytest.param(
+            Repo(FILES, token="right", is_gated=True),
+            COMMIT,
+            "",
+            r"is gated; accept its terms on .*, and set HF_TOKEN",
+            id="gated",
+        ),
+    ],
+)
+def test_a_refusal_of_the_hub_names_the_way_out(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, repo: Repo | None, revision: str, token: str, message: str
+) -> None:
+    hub.repos = {} if repo is None else {NAME: repo}
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    with pytest.raises(LoadError, match=message):
+        locate(entry(revision=revision))
+
+
+def test_the_token_is_sent_to_the_hub_and_not_to_the_host_of_the_files(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos[NAME] = Repo(FILES, token="right")
+    monkeypatch.setenv("HF_TOKEN", "right")
+
+    assert (locate(entry()) / "model.safetensors").is_file()
+
+    assert {path.split("/")[1] for _, path in hub.with_token} == {"api", "owner"}
+
+
+def test_a_proxy_is_named_without_its_password(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("HTTPS_PROXY", "http://ada:secret@proxy.example:3128")
+
+    with pytest.raises(LoadError) as caught:
+        describe(NAME, COMMIT)
+
+    assert "through HTTPS_PROXY=http://proxy.example:3128; HF_ENDPOINT sets a mirror" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- licenses
+
+
+@pytest.mark.parametrize("license_name", ["cc-by-nc-4.0", "CC BY-NC-SA 4.0"])
+@pytest.mark.parametrize("is_stated", [True, False], ids=["in models.yaml", "on the card"])
+def test_weights_whose_license_forbids_commercial_use_are_not_fetched_unasked(
+    hub: Hub, license_name: str, is_stated: bool
+) -> None:
+    hub.repos[NAME] = Repo(FILES, {} if is_stated else {"license": license_name})
+
+    with pytest.raises(
+        LicenseNotAccepted, match=rf"its license, {license_name}, forbids commercial use: .*license_accepted: true"
+    ):
+        locate(entry(license=license_name) if is_stated else entry())
+
+    assert hub.fetched() == []
+    assert (hub.requests == []) == is_stated  # the hub need not be asked
+
+
+@pytest.mark.parametrize("yes", [{"license_accepted": True}, {"enabled": True}], ids=str)
+def test_weights_whose_license_is_accepted_are_fetched_and_stay(hub: Hub, yes: dict[str, object]) -> None:
+    licensed = entry(license="cc-by-nc-4.0", **yes)
+
+    folder = locate(licensed)
+
+    assert locate(entry(license="cc-by-nc-4.0")) == folder  # it is here, so no one need be asked
+
+
+def test_the_license_that_has_no_standard_name_is_the_cards(hub: Hub) -> None:
+    hub.repos[NAME] = Repo(FILES, {"license": "other", "license_name": "sarashina-non-commercial"})
+
+    with pytest.raises(LicenseNotAccepted, match="sarashina-non-commercial"):
+        locate(entry())
+
+
+# ------------------------------------------------------------------------------------------------------------------- log
+
+
+def test_a_download_is_announced_with_source_size_license_and_cache(hub: Hub, tmp_path: Path) -> None:
+    reports: list[str] = []
+
+    with capture_logs() as lines:
+        locate(entry(), report=reports.append)
+
+    [first, last] = lines
+    assert {key: first[key] for key in ("event", "model", "source", "size", "license", "cache")} == {
+        "event": "model_downloading",
+        "model": "m",
+        "source": f"{hub.url}/{NAME}",
+        "size": "700 kB",
+        "license": "mit",
+        "cache": str(tmp_path / "cache"),
+    }
+    assert (last["event"], last["model"]) == ("model_downloaded", "m")
+    assert reports[0].startswith("downloading: ")
+    assert reports[0].endswith(" of 700 kB")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"), [(0, "0 bytes"), (999, "999 bytes"), (90_900_000, "91 MB"), (2_289_000_000, "2.3 GB")]
+)
+def test_sizes_are_shown_in_decimal_units(num_bytes: int, shown: str) -> None:
+    assert format_size(num_bytes) == shown
