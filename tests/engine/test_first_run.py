@@ -90,7 +90,7 @@ async def test_a_download_shows_how_far_it_is(hub: Hub, make_checkpoint: MakeChe
     assert reports[0][1].startswith("downloading: ")
 
 
-def test_a_request_for_a_model_that_is_downloaded_is_told_how_far_that_is() -> None:
+def test_the_answer_for_a_model_that_is_downloaded_says_how_far_that_is() -> None:
     [far] = Fleet.from_registry(
         Registry(path=Path("models.yaml"), version=1, models=(model("far", "owner/model"),)),
         lambda _entry: None,  # type: ignore[arg-type, return-value]
