@@ -1,7 +1,7 @@
 """Download what is missing of a repository of the hub, and go on where an earlier attempt has ended.
 
 Large files are fetched here, and the others by ``snapshot_download``. That function gives each download a new temporary
-file and deletes it when the process ends (huggingface_hub 2.4, ``_download_to_tmp_and_move``), so gigabytes that were cut
+file and deletes it when the process ends (huggingface_hub 2.4), so gigabytes that were cut
 off would begin at zero. Here a file that was cut off stays next to the blobs of the cache, the next attempt asks for the
 rest, and the whole is compared with the SHA-256 that the hub announced.
 """

@@ -51,7 +51,7 @@ class Repository:
     """The files of one commit of a hub repository that the gateway reads.
 
     Attributes:
-        license: as on the model card, such as ``mit``; empty if it names none.
+        license: as on the model card, such as MIT; empty if it names none.
     """
 
     name: str
@@ -86,14 +86,14 @@ class Repository:
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloaded repositories, which ``HF_HOME`` or ``HF_HUB_CACHE`` sets."""
+    """Return the folder of downloaded repositories, which HF_HOME or HF_HUB_CACHE sets."""
     from huggingface_hub import constants  # slow to import, and only needed where there is a hub
 
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def endpoint() -> str:
-    """Return the URL of the hub, or of the mirror that ``HF_ENDPOINT`` names."""
+    """Return the URL of the hub, or of the mirror that HF_ENDPOINT names."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT
