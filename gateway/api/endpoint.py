@@ -33,8 +33,9 @@ from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 from gateway.types import Timings
 
-# Answers of up to this size are written at once, on the event loop, in less than a millisecond.
-_SMALL_ANSWER_BYTES = 64 * 1024
+# Answers of up to this size are written at once, on the event loop. It waits for the writer anyway, which holds the
+# interpreter: 2.5 ms for so many bytes as numbers, 0.3 ms as base64. The switches to a thread and back cost more.
+_SMALL_ANSWER_BYTES = 256 * 1024
 _MAX_SHOWN_CHARSET = 40
 # A header lists so many truncated inputs and then how many more there are: proxies limit headers to 8 KiB.
 _MAX_LISTED_INDICES = 100

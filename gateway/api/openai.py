@@ -15,7 +15,7 @@ from gateway.api.endpoint import Endpoint, add
 from gateway.api.json_body import Json, describe, integral
 from gateway.api.model_cards import find_card, list_cards
 from gateway.api.openai_schema import AnyModelCard, EmbeddingsAnswer, EmbeddingsBody, ModelList
-from gateway.api.pieces import Parts, dumps, nested_list, object_around, vector_list
+from gateway.api.pieces import Parts, dumps, nested_list, object_around, rows_in_piece, vector_list
 from gateway.api.token_ids import MAX_IDS, TokenIds
 from gateway.api.wire import EMBEDDINGS_HEADERS, EXPECT_SPACE, request_body, responses
 from gateway.errors import (
@@ -224,16 +224,26 @@ def answer_parts(answer: EmbedAnswer, encoding: Encoding) -> Iterator[bytes]:
 
 
 def _rows(answer: EmbedAnswer, encoding: Encoding) -> Iterator[Iterable[bytes]]:
-    """Yield the row of each text, in parts."""
-    for i in range(answer.num_texts):
-        row: dict[str, object] = {"object": "embedding", "index": i}
-        if answer.has_dense:
-            vector = quantize(answer.vectors[i : i + 1], answer.precision, answer.ranges)
-            [row["embedding"]] = encode(vector, encoding)
-        if answer.sparse is not None:
-            row["sparse"] = {"indices": answer.sparse[i].indices, "values": answer.sparse[i].values}
-        written = dumps(row)
+    """Yield the rows of the texts, in parts: as many rows together as make one piece, or one that has further outputs."""
+    is_plain = answer.sparse is None and answer.multivectors is None
+    num_together = rows_in_piece(answer.vectors.shape[1]) if is_plain else 1
+    for first in range(0, answer.num_texts, num_together):
+        rows = _values(answer, encoding, range(first, min(first + num_together, answer.num_texts)))
+        written = dumps(rows)[1:-1]
         if answer.multivectors is None:
             yield (written,)
         else:
-            yield chain((written[:-1], b',"multivector":'), vector_list(answer.multivectors[i]), (b"}",))
+            yield chain((written[:-1], b',"multivector":'), vector_list(answer.multivectors[first]), (b"}",))
+
+
+def _values(answer: EmbedAnswer, encoding: Encoding, indices: range) -> list[dict[str, object]]:
+    """Return the rows of some texts, without multi-vectors."""
+    rows: list[dict[str, object]] = [{"object": "embedding", "index": i} for i in indices]
+    if answer.has_dense:
+        vectors = quantize(answer.vectors[indices.start : indices.stop], answer.precision, answer.ranges)
+        for row, vector in zip(rows, encode(vectors, encoding), strict=True):
+            row["embedding"] = vector
+    if answer.sparse is not None:
+        for row, weights in zip(rows, answer.sparse[indices.start : indices.stop], strict=True):
+            row["sparse"] = {"indices": weights.indices, "values": weights.values}
+    return rows

@@ -34,13 +34,18 @@ def dumps(value: object) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def rows_in_piece(width: int) -> int:
+    """Return how many vectors of that many dimensions are written in one go."""
+    return max(1, _NUMBERS_IN_PIECE // max(1, width))
+
+
 def vector_list(vectors: npt.NDArray[np.generic]) -> Iterator[bytes]:
     """Write an array as a list of lists.
 
     Args:
         vectors: ``(n, d)``.
     """
-    rows = max(1, _NUMBERS_IN_PIECE // max(1, vectors.shape[1]))
+    rows = rows_in_piece(vectors.shape[1])
     return _list(dumps(vectors[first : first + rows])[1:-1] for first in range(0, len(vectors), rows))
 
 

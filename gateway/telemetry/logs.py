@@ -28,6 +28,9 @@ MAX_QUEUED_BYTES: Final = 8 * 1024 * 1024
 _WRITE_BYTES: Final = 64 * 1024
 # How long the process waits for the last lines to be written when it ends.
 _FLUSH_S: Final = 2.0
+# Lines are gathered for so long before they are written: to wake the thread for each request costs more than its line, since
+# two threads then take the interpreter from each other. A warning is written immediately.
+_GATHER_S: Final = 0.01
 
 
 def configure_logs(level: str, style: str) -> None:
@@ -106,6 +109,7 @@ class QueuedHandler(logging.Handler):
         self._num_dropped = 0
         self._is_writing = False
         self._changed = threading.Condition()
+        self._is_urgent = threading.Event()
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -128,10 +132,14 @@ class QueuedHandler(logging.Handler):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            if not self._is_writing:
+                self._changed.notify_all()
+        if record.levelno >= logging.WARNING:
+            self._is_urgent.set()
 
     def flush(self) -> None:
         """Wait until everything is written, for at most two seconds."""
+        self._is_urgent.set()
         with self._changed:
             self._changed.wait_for(lambda: not self._lines and not self._is_writing, _FLUSH_S)
 
@@ -142,6 +150,11 @@ class QueuedHandler(logging.Handler):
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._lines)
                 self._is_writing = True
+                is_much = self._num_bytes >= _WRITE_BYTES
+            if not is_much:
+                self._is_urgent.wait(_GATHER_S)
+            self._is_urgent.clear()
+            with self._changed:
                 content = self._take()
             self._write(content)
             with self._changed:

@@ -278,13 +278,15 @@ async def test_texts_count_as_what_they_take(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64", "binary", "ubinary"])
-async def test_a_large_answer_is_that_of_its_texts_one_by_one(connect: Connect, encoding: str) -> None:
-    client = await connect()
+async def test_a_large_answer_is_that_of_its_texts_one_by_one(
+    connect: Connect, make_model: MakeModel, encoding: str
+) -> None:
+    client = await connect(make_model("mini", width=64), aliases=ALIAS)
     texts = [f"text {i}" for i in range(2000)]
 
-    large = await client.post("/v1/embeddings", json={"model": "jina", "input": texts, "encoding_format": encoding})
+    large = await client.post("/v1/embeddings", json={"model": "mini", "input": texts, "encoding_format": encoding})
     small = [
-        await client.post("/v1/embeddings", json={"model": "jina", "input": text, "encoding_format": encoding})
+        await client.post("/v1/embeddings", json={"model": "mini", "input": text, "encoding_format": encoding})
         for text in texts[::500]
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+
 import numpy as np
 import orjson
 import pytest
@@ -95,3 +97,27 @@ def test_an_answer_is_what_one_go_would_write(encoding: Encoding, has_dense: boo
         a.nbytes
         for a in (*(answer.multivectors or ()), *(x for s in answer.sparse or () for x in (s.indices, s.values)))
     )
+
+
+@pytest.mark.parametrize("num_texts", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("encoding", list(Encoding))
+def test_rows_that_are_written_together_are_those_of_each_text(encoding: Encoding, num_texts: int) -> None:
+    vectors = np.random.default_rng(3).standard_normal((num_texts, 1024)).astype(np.float32)
+    answer = EmbedAnswer(
+        vectors=vectors,
+        name="mini",
+        model="mini",
+        task=None,
+        space="s",
+        num_tokens=1,
+        truncated=(),
+        timings=Timings(0, 0, 0),
+    )
+
+    parts = list(answer_parts(answer, encoding))
+    rows = orjson.loads(b"".join(parts))["data"]
+
+    assert [row["index"] for row in rows] == list(range(num_texts))
+    expected = [[float(x) for x in row] if encoding is Encoding.LIST else b64encode(row).decode() for row in vectors]
+    assert [row["embedding"] for row in rows] == expected
+    assert sum(len(part) > 1000 for part in parts) == -(-num_texts // 64)  # 64 rows of 1,024 numbers make a piece
