@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from gateway.compare.results import PRIMARY_MEASURE, Advice, Arm, BottomLine, Contrast, Verdict
-from gateway.compare.sentences import EASY, fixed
+from gateway.compare.results import PRIMARY_MEASURE, Advice, Arm, BottomLine, Contrast, CostContrast, Verdict
+from gateway.compare.sentences import EASY, TIMES, fixed
 from gateway.compare.statistics import MIN_QUERIES, num_queries
 
 
-def decide(arms: Sequence[Arm], contrasts: Sequence[Contrast], margin: float) -> BottomLine:
+def decide(
+    arms: Sequence[Arm], contrasts: Sequence[Contrast], costs: Sequence[CostContrast], margin: float
+) -> BottomLine:
     """Return the recommendation that follows from the verdicts and the costs.
 
     Args:
@@ -20,39 +23,75 @@ def decide(arms: Sequence[Arm], contrasts: Sequence[Contrast], margin: float) ->
         return BottomLine(
             Advice.NO_JUDGMENTS, None, "Without judgments there is a difference, not a quality, and no recommendation."
         )
-    by_name = {arm.name: arm for arm in arms}
-    switch = _better(primary) or _cheaper(primary, by_name, margin)
+    compared = {one.arm: one for one in costs}
+    prices = {arm.name: _price(arm, arms[0], compared.get(arm.name)) for arm in arms[1:]}
+    switch = _better(primary, prices) or _cheaper(primary, prices, margin)
     return switch or _undecided(primary, arms[0]) or _stay(primary, arms[0].name, margin)
 
 
-def _better(primary: Mapping[str, Contrast]) -> BottomLine | None:
+def _better(primary: Mapping[str, Contrast], prices: Mapping[str, _Price]) -> BottomLine | None:
     better = [one for one in primary.values() if one.verdict is Verdict.BETTER]
     if not better:
         return None
     best = max(better, key=lambda one: one.difference.mean)
     others = ", ".join(one.arm for one in better if one is not best)
-    also = f" So is {others}; the difference between them was not tested." if others else ""
-    return BottomLine(
-        Advice.SWITCH, best.arm, f"Switch to {best.arm}: it is better than {best.baseline} on these queries.{also}"
-    )
+    text = f"Switch to {best.arm}: it is better than {best.baseline} on these queries."
+    if others:
+        text += f" So is {others}; the difference between them was not tested."
+    if prices[best.arm].more:
+        text += f" The price: {' and '.join(prices[best.arm].more)}."
+    return BottomLine(Advice.SWITCH, best.arm, text)
 
 
-def _cheaper(primary: Mapping[str, Contrast], arms: Mapping[str, Arm], margin: float) -> BottomLine | None:
-    """Recommend an arm with smaller vectors that is as good, or not worse."""
+def _cheaper(primary: Mapping[str, Contrast], prices: Mapping[str, _Price], margin: float) -> BottomLine | None:
+    """Recommend the cheapest arm that is as good, or not worse: the one with the smallest vectors, then the fastest."""
     said = {
         Verdict.AS_GOOD: f"it is as good as {{}}, within {margin:g}",
         Verdict.NOT_WORSE: f"it is not worse than {{}} by more than {margin:g}",
     }
-    cheaper = [one for one in primary.values() if one.verdict in said and _saves(arms[one.arm], arms[one.baseline])]
+    cheaper = [
+        one for one in primary.values() if one.verdict in said and prices[one.arm].less and not prices[one.arm].more
+    ]
     if not cheaper:
         return None
-    best = min(cheaper, key=lambda one: arms[one.arm].bytes_per_vector)
+    best = min(cheaper, key=lambda one: (prices[one.arm].size, prices[one.arm].time))
     reason = said[Verdict(str(best.verdict))].format(best.baseline)
-    return BottomLine(Advice.SWITCH, best.arm, f"Switch to {best.arm}: {reason}, and its vectors are smaller.")
+    less = " and ".join(prices[best.arm].less)
+    return BottomLine(Advice.SWITCH, best.arm, f"Switch to {best.arm}: {reason}, with {less}.")
 
 
-def _saves(arm: Arm, baseline: Arm) -> bool:
-    return arm.bytes_per_vector < baseline.bytes_per_vector
+@dataclass(frozen=True, slots=True)
+class _Price:
+    """The costs of an arm that differ from the baseline's, in words.
+
+    Attributes:
+        size: ratio of the bytes per vector.
+        time: ratio of the times of one query; 1 if no difference was found.
+    """
+
+    less: Sequence[str]
+    more: Sequence[str]
+    size: float
+    time: float
+
+
+def _price(arm: Arm, baseline: Arm, cost: CostContrast | None) -> _Price:
+    size = arm.bytes_per_vector / baseline.bytes_per_vector
+    time = cost.query_time if cost else None
+    rate = cost.texts_per_s if cost else None
+    ratios = [
+        (size, "the bytes per vector", 1.0),
+        (time.ratio if time and time.is_shown else 1.0, "the time per query", 1.0),
+        # Slower is less throughput.
+        (rate.ratio if rate and rate.is_shown else 1.0, "the throughput", -1.0),
+    ]
+    said = [(ratio**sign, f"{TIMES} {fixed(ratio, 2)} {what}") for ratio, what, sign in ratios]
+    return _Price(
+        less=[text for value, text in said if value < 1],
+        more=[text for value, text in said if value > 1],
+        size=size,
+        time=ratios[1][0],
+    )
 
 
 def _undecided(primary: Mapping[str, Contrast], baseline: Arm) -> BottomLine | None:
@@ -84,7 +123,7 @@ def _stay(primary: Mapping[str, Contrast], baseline: str, margin: float) -> Bott
     if all(verdict is Verdict.WORSE for verdict in verdicts):
         reason = "every other arm is worse" if len(verdicts) > 1 else f"{next(iter(primary))} is worse"
     elif all(verdict in {Verdict.WORSE, Verdict.AS_GOOD} for verdict in verdicts):
-        reason = f"nothing is better by more than {margin:g}, or as good with smaller vectors"
+        reason = f"nothing is better by more than {margin:g}, or as good and cheaper"
     else:
         reason = "nothing is shown to be better"
         found = [one.detectable for one in primary.values() if one.detectable is not None]

@@ -15,7 +15,7 @@ from gateway.compare.arms import PlannedArm, parse_arms, plan_arm
 from gateway.compare.bottom_line import decide
 from gateway.compare.cache import VectorCache
 from gateway.compare.conclusions import Quality, conclude
-from gateway.compare.cost import measure_costs
+from gateway.compare.cost import CostRun, measure_costs
 from gateway.compare.dataset import Dataset
 from gateway.compare.embedding import embed_side
 from gateway.compare.notes import arm_notes, judgment_notes, run_notes
@@ -72,12 +72,12 @@ async def compare(
     arms = [await plan_arm(client, name) for name in names]
     with VectorCache(request.cache) as cache:
         rankings = {arm.name.text: await _rank(client, arm, dataset, cache, reporter) for arm in arms}
-    costs: Mapping[str, Cost] = {}
+    cost = CostRun({}, [], None)
     if request.measures_cost:
         texts = list(dataset.queries.values()), list(dataset.documents.values())
-        costs = await measure_costs(client, arms, *texts, request.seed, reporter)
+        cost = await measure_costs(client, arms, *texts, request.seed, reporter)
     found = conclude(rankings, dataset, design)
-    results = [_arm(arm, found.qualities, costs, design) for arm in arms]
+    results = [_arm(arm, found.qualities, cost.costs, design) for arm in arms]
     comparison = Comparison(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=client.source,
@@ -93,8 +93,10 @@ async def compare(
             *run_notes(cache, measures_cost=request.measures_cost),
         ],
         arms=results,
-        bottom_line=decide(results, found.contrasts, request.margin),
+        bottom_line=decide(results, found.contrasts, cost.contrasts, request.margin),
         contrasts=found.contrasts,
+        cost_contrasts=cost.contrasts,
+        load=cost.load,
         agreements=[_agreement(name, names[0].text, rankings, design) for name in list(rankings)[1:]],
         queries=_queries(dataset, rankings, found.qualities),
     )

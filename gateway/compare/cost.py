@@ -1,40 +1,84 @@
-"""The cost of the arms, measured in turns, so that a busy machine slows all of them alike."""
+"""The cost of the arms: single requests in turns, and the ratio of their times with an interval.
+
+A machine that does other work changes from one second to the next. Measured in blocks, one after the other, the same model
+looked up to 1.6 times as fast as itself. So every text is sent to all arms right after each other, and only the ratios of
+such requests are compared.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import math
+import os
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import stats
 
 from gateway.cli.client import EmbeddedTexts, GatewayClient
 from gateway.compare.arms import PlannedArm, Side
-from gateway.compare.progress import Reporter
-from gateway.compare.results import Cost
+from gateway.compare.progress import Reporter, Step
+from gateway.compare.results import Cost, CostContrast, Load, Ratio
+from gateway.compare.statistics import ALPHA
 
-_NUM_ROUNDS = 5
-_BATCH = 32
-_BATCHES_A_ROUND = 2
-_QUERIES_A_ROUND = 20
+BATCH = 32
+MIN_FOR_P95 = 100
+"""With fewer requests, the 95th percentile is that of a handful of them."""
+
+_BALANCED = 2  # an order and its reverse
+_CHECK_EVERY = 10
+_NARROW = math.log(1.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long one kind of request is measured.
+
+    Attributes:
+        discarded: rounds before those that count; a round is a request of each arm.
+        least: rounds that are made in any case.
+        most: rounds after which measuring ends, even if the interval is still wide.
+        seconds: the time after which it ends, once ``least`` rounds are done.
+    """
+
+    discarded: int
+    least: int
+    most: int
+    seconds: float
+
+
+QUERIES = Effort(discarded=10, least=30, most=400, seconds=40.0)
+BATCHES = Effort(discarded=2, least=10, most=100, seconds=20.0)
+
+
+@dataclass(frozen=True, slots=True)
+class CostRun:
+    """The costs of all arms.
+
+    Attributes:
+        contrasts: for each arm but the baseline.
+        load: of the machine that asked, which is that of the models if they run in this process.
+    """
+
+    costs: Mapping[str, Cost]
+    contrasts: Sequence[CostContrast]
+    load: Load | None
 
 
 @dataclass(slots=True)
-class _Measured:
-    texts_per_s: list[float] = field(default_factory=list)
-    tokens_per_s: list[float] = field(default_factory=list)
-    latencies_s: list[float] = field(default_factory=list)
+class _Series:
+    """The requests of one arm, in rounds that are the same for all arms.
 
-    def cost(self) -> Cost:
-        return Cost(
-            texts_per_s=statistics.median(self.texts_per_s),
-            tokens_per_s=statistics.median(self.tokens_per_s),
-            p50_s=float(np.quantile(self.latencies_s, 0.5)),
-            p95_s=float(np.quantile(self.latencies_s, 0.95)),
-        )
+    Attributes:
+        seconds: of each request.
+        num_tokens: of each request.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
 
 
 async def measure_costs(
@@ -44,53 +88,165 @@ async def measure_costs(
     documents: Sequence[str],
     seed: int,
     reporter: Reporter,
-) -> Mapping[str, Cost]:
-    """Measure every arm on the same sample: A B, B A, A B, …; medians over the rounds.
+    clock: Callable[[], float] = time.monotonic,
+) -> CostRun:
+    """Measure single queries and batches of documents on all arms in turns, until the ratios are known within 10 %.
 
-    A round sends two batches of 32 documents at once, which keeps a model busy, and then single queries, one after the
-    other. The first requests of each arm are not counted.
+    Arms of the same model, device and tasks are measured once: they differ in the size of the vectors alone.
     """
-    chosen = random.Random(seed)  # noqa: S311  a sample, not a secret
+    dice = random.Random(seed)  # noqa: S311  a sample, not a secret
     # Without duplicates, since a gateway computes equal texts only once.
     queries, documents = list(dict.fromkeys(queries)), list(dict.fromkeys(documents))
-    measured = {arm.name.text: _Measured() for arm in arms}
-    step = reporter.step("cost, in turns", _NUM_ROUNDS * len(arms))
-    for number in range(-1, _NUM_ROUNDS):
-        drawn = chosen.sample(documents, min(len(documents), _BATCH * _BATCHES_A_ROUND))
-        passages = [drawn[start : start + _BATCH] for start in range(0, len(drawn), _BATCH)]
-        asked = chosen.sample(queries, min(len(queries), _QUERIES_A_ROUND))
-        for arm in arms if number % 2 == 0 else [*reversed(arms)]:
-            if number < 0:
-                await _embed(client, arm, arm.passages, passages[0])
-                await _embed(client, arm, arm.queries, asked[:1])
-                continue
-            await _measure_round(client, arm, passages, asked, measured[arm.name.text])
-            step.advance(1)
-    return {name: one.cost() for name, one in measured.items()}
-
-
-async def _measure_round(
-    client: GatewayClient,
-    arm: PlannedArm,
-    passages: Sequence[Sequence[str]],
-    queries: Sequence[str],
-    measured: _Measured,
-) -> None:
-    started = time.monotonic()
-    answers = await asyncio.gather(*(_embed(client, arm, arm.passages, batch) for batch in passages))
-    elapsed_s = time.monotonic() - started
-    measured.texts_per_s.append(sum(map(len, passages)) / elapsed_s)
-    measured.tokens_per_s.append(sum(answer.num_tokens for answer in answers) / elapsed_s)
-    for query in queries:
-        measured.latencies_s.append((await _embed(client, arm, arm.queries, [query])).elapsed_s)
-
-
-async def _embed(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> EmbeddedTexts:
-    return await client.embed(
-        arm.name.model,
-        texts,
-        side.asked_task,
-        arm.dimensions,
-        expect_space=side.space,
-        precision=arm.asked_precision,
+    same_as: dict[str, str] = {}
+    measured: dict[tuple[object, ...], PlannedArm] = {}
+    for arm in arms:
+        key = (arm.card.id, arm.card.device, arm.queries.task, arm.passages.task)
+        same_as[arm.name.text] = measured.setdefault(key, arm).name.text
+    turns = _Turns(client, list(measured.values()), dice, clock)
+    step = reporter.step("cost, in turns", QUERIES.most + BATCHES.most)
+    before = _load()
+    single = await turns.measure(lambda: dice.sample(queries, 1), lambda arm: arm.queries, QUERIES, step)
+    batched = await turns.measure(
+        lambda: dice.sample(documents, min(BATCH, len(documents))), lambda arm: arm.passages, BATCHES, step
     )
+    after = _load()
+    num_texts = min(BATCH, len(documents))
+    costs = {name: _cost(single[name], batched[name], num_texts) for name in single}
+    baseline = arms[0].name.text
+    return CostRun(
+        costs={name: costs[same] for name, same in same_as.items()},
+        contrasts=[
+            _contrast(name, baseline, same_as[name], single, batched, turns.alpha) for name in list(same_as)[1:]
+        ],
+        load=Load(before, after, os.cpu_count() or 1) if before is not None and after is not None else None,
+    )
+
+
+class _Turns:
+    """Sends the same texts to all arms, one request at a time.
+
+    Attributes:
+        alpha: of each ratio's interval, so that all of them hold at once in 95 % of comparisons (Bonferroni).
+    """
+
+    def __init__(
+        self, client: GatewayClient, arms: Sequence[PlannedArm], dice: random.Random, clock: Callable[[], float]
+    ) -> None:
+        self._client = client
+        self._arms = arms
+        self._dice = dice
+        self._clock = clock
+        self.alpha = ALPHA / max(1, 2 * (len(arms) - 1))  # of single queries, and of batches
+
+    async def measure(
+        self, draw: Callable[[], Sequence[str]], side: Callable[[PlannedArm], Side], effort: Effort, step: Step
+    ) -> dict[str, _Series]:
+        """Measure rounds of one request per arm until all ratios to the first arm are known well enough."""
+        series = {arm.name.text: _Series() for arm in self._arms}
+        number = 0
+        deadline = math.inf
+        for number, order in enumerate(self._orders(), start=1 - effort.discarded):
+            if number == 1:
+                deadline = self._clock() + effort.seconds
+            texts = draw()
+            for arm in order:
+                answer = await self._embed(arm, side(arm), texts)
+                if number > 0:
+                    series[arm.name.text].seconds.append(answer.elapsed_s)
+                    series[arm.name.text].num_tokens.append(answer.num_tokens)
+            if number > 0:
+                step.advance(1)
+            if number >= effort.least and (
+                number >= effort.most
+                or self._clock() > deadline
+                or (number % _CHECK_EVERY == 0 and self._are_narrow(list(series.values()), effort))
+            ):
+                break
+        step.advance(effort.most - number)
+        return series
+
+    def _orders(self) -> Iterator[Sequence[PlannedArm]]:
+        """Yield orders of the arms: each is drawn, and then reversed, so that being first helps all of them alike."""
+        while True:
+            order = self._dice.sample(self._arms, len(self._arms))
+            yield order
+            yield order[::-1]
+
+    def _are_narrow(self, series: Sequence[_Series], effort: Effort) -> bool:
+        baseline, *others = series
+        if not others:
+            return len(baseline.seconds) >= min(MIN_FOR_P95, effort.most)
+        ratios = [ratio_of(one.seconds, baseline.seconds, self.alpha) for one in others]
+        return all(
+            ratio.low is not None and ratio.high is not None and math.log(ratio.high / ratio.low) / 2 < _NARROW
+            for ratio in ratios
+        )
+
+    async def _embed(self, arm: PlannedArm, side: Side, texts: Sequence[str]) -> EmbeddedTexts:
+        return await self._client.embed(
+            arm.name.model,
+            texts,
+            side.asked_task,
+            arm.dimensions,
+            expect_space=side.space,
+            precision=arm.asked_precision,
+        )
+
+
+def ratio_of(values: Sequence[float], references: Sequence[float], alpha: float) -> Ratio:
+    """Return the median ratio of paired times, with the interval between two of the sorted ratios.
+
+    That interval holds for a median whatever the distribution is (David & Nagaraja 2003, Order Statistics, 7.1).
+
+    Args:
+        alpha: one minus the level of the interval.
+    """
+    logs = np.sort(np.log(np.asarray(values) / np.asarray(references)))
+    rank = int(stats.binom.ppf(alpha / 2, logs.size, 0.5))
+    ratio = math.exp(float(np.median(logs)))
+    if rank < 1:
+        return Ratio(ratio, None, None, logs.size, is_shown=False)
+    low, high = math.exp(logs[rank - 1]), math.exp(logs[-rank])
+    return Ratio(ratio, low, high, logs.size, is_shown=not low <= 1 <= high)
+
+
+def _cost(single: _Series, batched: _Series, num_texts: int) -> Cost:
+    latencies = single.seconds
+    return Cost(
+        texts_per_s=statistics.median(num_texts / seconds for seconds in batched.seconds),
+        tokens_per_s=statistics.median(
+            tokens / seconds for tokens, seconds in zip(batched.num_tokens, batched.seconds, strict=True)
+        ),
+        p50_s=float(np.quantile(latencies, 0.5)),
+        p95_s=float(np.quantile(latencies, 0.95)) if len(latencies) >= MIN_FOR_P95 else None,
+        num_queries=len(latencies),
+        num_batches=len(batched.seconds),
+    )
+
+
+def _contrast(
+    name: str,
+    baseline: str,
+    measured_as: str,
+    single: Mapping[str, _Series],
+    batched: Mapping[str, _Series],
+    alpha: float,
+) -> CostContrast:
+    if measured_as == baseline:
+        return CostContrast(name, baseline, is_same_model=True, query_time=None, texts_per_s=None)
+    return CostContrast(
+        name,
+        baseline,
+        is_same_model=False,
+        query_time=ratio_of(single[measured_as].seconds, single[baseline].seconds, alpha),
+        # More texts in the same time are less time for the same texts.
+        texts_per_s=ratio_of(batched[baseline].seconds, batched[measured_as].seconds, alpha),
+    )
+
+
+def _load() -> float | None:
+    """Return how many processes compute or wait to, on average over the last minute; ``None`` where that is unknown."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None

@@ -12,7 +12,17 @@ from plotly.offline import get_plotlyjs
 
 from gateway.compare.drawing import Plot, marks
 from gateway.compare.plots import make_plots
-from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast, Estimate, Hit, QueryResult
+from gateway.compare.results import (
+    MEASURES,
+    PRIMARY_MEASURE,
+    Arm,
+    Comparison,
+    Contrast,
+    Cost,
+    Estimate,
+    Hit,
+    QueryResult,
+)
 from gateway.compare.sentences import (
     agreement_sentence,
     cost_sentence,
@@ -20,6 +30,7 @@ from gateway.compare.sentences import (
     interval,
     milliseconds,
     p_value,
+    ratio_words,
     signed,
     signed_interval,
     significant,
@@ -102,7 +113,7 @@ def render_page(comparison: Comparison) -> str:
         say_verdict=lambda contrast: verdict_sentence(comparison, contrast),
         say_agreement=agreement_sentence,
         conclusion=comparison.bottom_line.text if comparison.has_judgments else "",
-        costs={arm.name: cost_sentence(arm, comparison.baseline) for arm in comparison.arms},
+        costs={arm.name: cost_sentence(comparison, arm) for arm in comparison.arms},
         table=list(_table(comparison)),
         plots=plots,
         examples={arm.name: list(_examples(comparison, arm.name, key)) for key, arm in enumerate(comparison.arms[1:])},
@@ -181,10 +192,31 @@ def _cost_rows(comparison: Comparison) -> Iterator[Row]:
         yield Row("texts/s", [Cell(significant(cost.texts_per_s) if cost else "not measured") for cost in costs])
         yield Row("tokens/s", [Cell(significant(cost.tokens_per_s) if cost else "not measured") for cost in costs])
         yield Row("one query, p50", [Cell(f"{milliseconds(cost.p50_s)} ms" if cost else "") for cost in costs])
-        yield Row("one query, p95", [Cell(f"{milliseconds(cost.p95_s)} ms" if cost else "") for cost in costs])
+        yield Row("one query, p95", [Cell(_p95(cost)) for cost in costs])
+        yield from _ratio_rows(comparison)
     else:
         yield Row("time", [Cell("not measured") for _ in costs])
     yield Row("bytes per vector", [Cell(f"{arm.bytes_per_vector:,}") for arm in comparison.arms])
+
+
+def _p95(cost: Cost | None) -> str:
+    if cost is None:
+        return ""
+    return f"{milliseconds(cost.p95_s)} ms" if cost.p95_s is not None else "too few requests"
+
+
+def _ratio_rows(comparison: Comparison) -> Iterator[Row]:
+    """Yield the ratios to the baseline of the requests that followed each other."""
+    found = {one.arm: one for one in comparison.cost_contrasts}
+    for label, ratios in (
+        ("time of a query", {name: one.query_time for name, one in found.items()}),
+        ("texts/s", {name: one.texts_per_s for name, one in found.items()}),
+    ):
+        cells = [
+            Cell(ratio_words(ratio) if ratio else "the same model", f"{ratio.num_pairs} pairs" if ratio else "")
+            for ratio in (ratios.get(arm.name) for arm in comparison.arms[1:])
+        ]
+        yield Row(f"{label}, against {comparison.baseline.name}", [Cell(_NONE), *cells])
 
 
 def _vector_rows(comparison: Comparison) -> Iterator[Row]:

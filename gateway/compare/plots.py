@@ -23,7 +23,7 @@ def make_plots(comparison: Comparison) -> Sequence[Plot]:
         _quality(comparison),
         _differences(comparison),
         _latency(comparison),
-        _sizes(comparison),
+        *([_sizes(comparison)] if len({arm.bytes_per_vector for arm in comparison.arms}) > 1 else []),
         *make_query_bars(comparison),
     ]
 
@@ -114,9 +114,10 @@ def _latency(comparison: Comparison) -> Plot:
     missing = [arm.name for arm in comparison.arms if arm.name not in costs]
     note = f" Not measured: {', '.join(missing)}." if missing else ""
     x = {name: 1000 * cost.p50_s for name, cost in costs.items()}
-    tails = {name: 1000 * (cost.p95_s - cost.p50_s) for name, cost in costs.items()}
+    tails = {name: 1000 * ((cost.p95_s or cost.p50_s) - cost.p50_s) for name, cost in costs.items()}
     said = {
-        name: f"p50 {milliseconds(cost.p50_s)} ms, p95 {milliseconds(cost.p95_s)} ms" for name, cost in costs.items()
+        name: f"p50 {milliseconds(cost.p50_s)} ms" + (f", p95 {milliseconds(cost.p95_s)} ms" if cost.p95_s else "")
+        for name, cost in costs.items()
     }
     axis: Json = {"title": "milliseconds for one query"}
     if max(x.values()) > 8 * min(x.values()):

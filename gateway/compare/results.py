@@ -83,16 +83,63 @@ class Cost:
     """The speed of an arm, measured on a sample of the texts, in turns with the other arms.
 
     Attributes:
-        texts_per_s: passages per second, in batches.
+        texts_per_s: passages per second, in batches, one batch at a time; a median.
         tokens_per_s: the same in the model's own tokens.
         p50_s: median time of one query, sent alone.
-        p95_s: 95th percentile of it.
+        p95_s: 95th percentile of it; ``None`` with too few requests.
+        num_queries: requests behind the times of one query.
+        num_batches: requests behind the throughput.
     """
 
     texts_per_s: float
     tokens_per_s: float
     p50_s: float
-    p95_s: float
+    p95_s: float | None
+    num_queries: int
+    num_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A median ratio of requests that followed each other with the same texts.
+
+    Attributes:
+        low: bound of the interval; all intervals of a comparison hold at once in 95 % of comparisons. ``None``, like
+            ``high``, with too few pairs.
+        is_shown: whether the interval leaves 1 out. Otherwise no difference was found.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    num_pairs: int
+    is_shown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CostContrast:
+    """The speed of an arm against that of the baseline.
+
+    Attributes:
+        is_same_model: both are one model on one device, which was measured once.
+        query_time: ratio of the times of one query; above 1 the arm is slower.
+        texts_per_s: ratio of the throughputs; above 1 the arm is faster.
+    """
+
+    arm: str
+    baseline: str
+    is_same_model: bool
+    query_time: Ratio | None
+    texts_per_s: Ratio | None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Processes that compute or wait to, on average over a minute, before and after the cost was measured."""
+
+    before: float
+    after: float
+    num_cores: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +291,8 @@ class Comparison:
         versions: of the gateway and of the libraries that the figures depend on, by name.
         notes: caveats on the figures, such as arms with different shares of judged documents.
         contrasts: for each arm but the baseline, every measure in order; empty without judgments.
+        cost_contrasts: for each arm but the baseline; empty if the cost was not measured.
+        load: of the machine that asked; ``None`` if the cost was not measured.
         agreements: for each arm but the baseline.
     """
 
@@ -258,6 +307,8 @@ class Comparison:
     arms: Sequence[Arm]
     bottom_line: BottomLine
     contrasts: Sequence[Contrast]
+    cost_contrasts: Sequence[CostContrast]
+    load: Load | None
     agreements: Sequence[Agreement]
     queries: Sequence[QueryResult]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gateway.compare.results import Agreement, Arm, Comparison, Contrast, Estimate, Verdict
+import math
+
+from gateway.compare.results import Agreement, Arm, Comparison, Contrast, Estimate, Ratio, Verdict
 from gateway.compare.statistics import ALPHA, SMALL_DIFFERENCE
 from gateway.config.wording import count
 
@@ -10,6 +12,8 @@ MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 EASY = 0.9
 """Queries that the baseline answers as well as this on average leave little to be better at."""
+
+_ABOUT_THE_SAME = 0.15
 
 
 def fixed(value: float, digits: int = 3) -> str:
@@ -164,23 +168,41 @@ def _in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-def cost_sentence(arm: Arm, baseline: Arm) -> str:
-    """Return the cost of an arm, and its ratio to the baseline's."""
-    parts = [_against(f"{arm.bytes_per_vector:,} bytes per vector", arm.bytes_per_vector, baseline.bytes_per_vector)]
-    if arm.cost and baseline.cost:
-        parts = [
-            _against(f"{milliseconds(arm.cost.p50_s)} ms per query", arm.cost.p50_s, baseline.cost.p50_s),
-            _against(f"{significant(arm.cost.texts_per_s)} texts/s", arm.cost.texts_per_s, baseline.cost.texts_per_s),
-            *parts,
+def cost_sentence(comparison: Comparison, arm: Arm) -> str:
+    """Return the cost of an arm, and its ratio to the baseline's where they differ."""
+    baseline = comparison.baseline
+    parts = []
+    if arm.cost:
+        found = next((one for one in comparison.cost_contrasts if one.arm == arm.name), None)
+        times = [
+            (f"{milliseconds(arm.cost.p50_s)} ms per query", found and found.query_time),
+            (f"{significant(arm.cost.texts_per_s)} texts/s", found and found.texts_per_s),
         ]
-    return ", ".join(parts)
+        parts = [f"{what} ({ratio_words(ratio)})" if ratio else what for what, ratio in times]
+        if found and found.is_same_model:
+            parts.append(f"the same model as {baseline.name}, which was not measured twice")
+    size = f"{arm.bytes_per_vector:,} bytes per vector"
+    if arm.bytes_per_vector != baseline.bytes_per_vector:
+        size += f" ({TIMES} {_two_digits(arm.bytes_per_vector / baseline.bytes_per_vector)})"
+    elif arm is not baseline:
+        size += " (the same)"
+    return ", ".join([*parts, size])
 
 
-def _against(what: str, value: float, reference: float) -> str:
-    if not reference or value == reference:
-        return f"{what} (the same)" if value == reference else what
-    ratio = value / reference
-    return f"{what} ({TIMES} {fixed(ratio, 0 if ratio >= 10 else 1 if ratio >= 2 else 2)})"
+def ratio_words(ratio: Ratio) -> str:
+    """Return a ratio with its interval if it differs from 1, and otherwise how much it might."""
+    if ratio.low is None or ratio.high is None:
+        return "too few requests to compare"
+    if ratio.is_shown:
+        return f"{TIMES} {_two_digits(ratio.ratio)}, {_two_digits(ratio.low)} to {_two_digits(ratio.high)}"
+    within = max(ratio.high - 1, 1 / ratio.low - 1)
+    if within <= _ABOUT_THE_SAME:
+        return f"about the same, within {math.ceil(100 * within)} %"
+    return f"no difference found: {TIMES} {_two_digits(ratio.low)} to {_two_digits(ratio.high)}"
+
+
+def _two_digits(ratio: float) -> str:
+    return fixed(ratio, 0 if ratio >= 10 else 1 if ratio >= 2 else 2)
 
 
 def milliseconds(seconds: float) -> str:

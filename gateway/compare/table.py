@@ -115,7 +115,7 @@ def _measured(arm: Arm) -> list[str]:
         significant(arm.cost.texts_per_s),
         significant(arm.cost.tokens_per_s),
         milliseconds(arm.cost.p50_s),
-        milliseconds(arm.cost.p95_s),
+        milliseconds(arm.cost.p95_s) if arm.cost.p95_s is not None else _NOTHING,
     ]
 
 
@@ -132,9 +132,7 @@ def _sentences(comparison: Comparison) -> list[str]:
     said = {one.arm: verdict_sentence(comparison, one) for one in _primary(comparison)}
     said = said or {one.arm: agreement_sentence(one) for one in comparison.agreements}
     return [
-        f"{said[arm.name]} {arm.name}: {cost_sentence(arm, comparison.baseline)}."
-        for arm in comparison.arms
-        if arm.name in said
+        f"{said[arm.name]} {arm.name}: {cost_sentence(comparison, arm)}." for arm in comparison.arms if arm.name in said
     ]
 
 

@@ -17,10 +17,13 @@ from gateway.compare.results import (
     Comparison,
     Contrast,
     Cost,
+    CostContrast,
     DatasetSummary,
     Estimate,
     Hit,
+    Load,
     QueryResult,
+    Ratio,
 )
 from gateway.compare.statistics import Design, contrast, with_verdicts
 
@@ -95,6 +98,7 @@ def make_comparison(
     )
     arms = [_make_arm(one, queries, has_cost=has_cost) for one in likenesses]
     contrasts = _contrasts(names, queries) if has_judgments else []
+    costs = [_cost_contrast(one, likenesses[0]) for one in likenesses[1:]] if has_cost else []
     return Comparison(
         created="2026-11-23T16:40:12Z",
         source="in process",
@@ -105,8 +109,10 @@ def make_comparison(
         versions={"gateway": "0.3.0", "ir-measures": "0.4.3", "numpy": "1.26.4", "torch": "2.13.0"},
         notes=["12 queries were left out: no judgment names them."] if has_judgments else [],
         arms=arms,
-        bottom_line=decide(arms, contrasts, 0.01),
+        bottom_line=decide(arms, contrasts, costs, 0.01),
         contrasts=contrasts,
+        cost_contrasts=costs,
+        load=Load(0.4, 1.6, 16) if has_cost else None,
         agreements=[_agreement(name, names[0], queries) for name in names[1:]],
         queries=queries,
     )
@@ -195,7 +201,20 @@ def _make_arm(one: Likeness, queries: Sequence[QueryResult], *, has_cost: bool) 
             measure: _estimate([query.quality[one.name][measure] for query in queries])
             for measure in (MEASURES if queries[0].quality else ())
         },
-        cost=Cost(one.texts_per_s, 83 * one.texts_per_s, one.p50_s, 1.6 * one.p50_s) if has_cost else None,
+        cost=Cost(one.texts_per_s, 83 * one.texts_per_s, one.p50_s, 1.6 * one.p50_s, 180, 30) if has_cost else None,
+    )
+
+
+def _cost_contrast(one: Likeness, baseline: Likeness) -> CostContrast:
+    if one.model == baseline.model:
+        return CostContrast(one.name, baseline.name, is_same_model=True, query_time=None, texts_per_s=None)
+    time, rate = one.p50_s / baseline.p50_s, one.texts_per_s / baseline.texts_per_s
+    return CostContrast(
+        one.name,
+        baseline.name,
+        is_same_model=False,
+        query_time=Ratio(time, 0.93 * time, 1.07 * time, 180, is_shown=True),
+        texts_per_s=Ratio(rate, 0.93 * rate, 1.07 * rate, 30, is_shown=True),
     )
 
 

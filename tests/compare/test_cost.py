@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import types
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from gateway.cli.client import EmbeddedTexts, GatewayClient
-from gateway.compare import cost
 from gateway.compare.arms import ArmName, PlannedArm, Side
-from gateway.compare.cost import measure_costs
+from gateway.compare.cost import BATCHES, MIN_FOR_P95, QUERIES, CostRun, measure_costs, ratio_of
 from gateway.compare.progress import Silent
+from gateway.compare.results import Ratio
 from gateway.precision import Precision
 from tests.cli.cards import make_card
 
 DOCUMENTS = [f"document {i}" for i in range(200)]
-QUERIES = [f"query {i}" for i in range(50)]
+TEXTS = [f"query {i}" for i in range(50)]
 TOKENS_A_TEXT = 3
 FIRST_REQUEST_S = 60.0
 
@@ -33,12 +32,19 @@ def arm(name: str, model: str = "", dimensions: int = 8) -> PlannedArm:
 
 
 class SteadyClient(GatewayClient):
-    """Takes so many seconds a text for each model, but a minute for the first two requests; and keeps what it is asked."""
+    """Takes so many seconds a text for each model, but a minute for the first two requests; and keeps what it is asked.
 
-    def __init__(self, **seconds_a_text: float) -> None:
+    Args:
+        noise: standard deviation of the logarithm of each time.
+    """
+
+    def __init__(self, noise: float = 0.0, seed: int = 0, **seconds_a_text: float) -> None:
         self.now = 0.0
         self.asked: list[tuple[str, str | None, int | None, str | None, list[str]]] = []
         self._seconds_a_text = seconds_a_text
+        self._noise = noise
+        self._numbers: Counter[tuple[str, str | None]] = Counter()
+        self._dice = np.random.default_rng(seed)
 
     async def embed(
         self,
@@ -50,95 +56,154 @@ class SteadyClient(GatewayClient):
         precision: Precision = Precision.FLOAT,
     ) -> EmbeddedTexts:
         self.asked.append((model, task, dimensions, expect_space, list(texts)))
-        is_first = len(self.of(model)) <= 2
+        self._numbers[model, task] += 1
+        is_first = self._numbers[model, task] <= 2
         elapsed_s = FIRST_REQUEST_S if is_first else len(texts) * self._seconds_a_text[model]
+        elapsed_s *= float(np.exp(self._noise * self._dice.normal()))
         self.now += elapsed_s
         vectors = np.zeros((len(texts), 8), np.float32)
         return EmbeddedTexts(vectors, "space", model, task, TOKENS_A_TEXT * len(texts), elapsed_s, is_experiment=False)
 
-    def of(self, model: str) -> list[list[str]]:
-        """Return the texts of each request for a model."""
-        return [request[4] for request in self.asked if request[0] == model]
+    def of(self, model: str, task: str | None) -> list[list[str]]:
+        """Return the texts of each request for a model with a task."""
+        return [request[4] for request in self.asked if request[:2] == (model, task)]
+
+    async def measure(
+        self,
+        *arms: PlannedArm,
+        queries: Sequence[str] = TEXTS,
+        documents: Sequence[str] = DOCUMENTS,
+        seed: int = 0,
+        reporter: Silent | None = None,
+    ) -> CostRun:
+        return await measure_costs(self, arms, queries, documents, seed, reporter or Silent(), lambda: self.now)
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> SteadyClient:
-    client = SteadyClient(quick=0.01, slow=0.03)
-    monkeypatch.setattr(cost, "time", types.SimpleNamespace(monotonic=lambda: client.now))
-    return client
+def client() -> SteadyClient:
+    return SteadyClient(quick=0.001, slow=0.003)
+
+
+def test_a_median_ratio_has_an_interval_of_two_ratios() -> None:
+    """The second of nine values: fewer than two of nine are below the median in 2 % of samples."""
+    ratio = ratio_of([1, 2, 4, 8, 16, 32, 64, 128, 256], [1] * 9, 0.05)
+    assert (ratio.ratio, ratio.low, ratio.high) == pytest.approx((16, 2, 128))
+    assert (ratio.num_pairs, ratio.is_shown) == (9, True)
+    assert 2 * stats.binom.cdf(1, 9, 0.5) < 0.05 < 2 * stats.binom.cdf(2, 9, 0.5)
+
+
+def test_five_pairs_have_no_interval() -> None:
+    assert ratio_of([2.0] * 5, [1] * 5, 0.05) == Ratio(2, None, None, 5, is_shown=False)
+    assert ratio_of([2.0] * 6, [1] * 6, 0.05) == Ratio(2, pytest.approx(2), pytest.approx(2), 6, is_shown=True)
 
 
 async def test_figures_leave_the_first_requests_out(client: SteadyClient) -> None:
-    costs = await measure_costs(client, [arm("quick"), arm("slow")], QUERIES, DOCUMENTS, 0, Silent())
-    assert list(costs) == ["quick", "slow"]
-    for name, seconds in (("quick", 0.01), ("slow", 0.03)):
-        assert costs[name].texts_per_s == pytest.approx(1 / seconds)
-        assert costs[name].tokens_per_s == pytest.approx(TOKENS_A_TEXT / seconds)
-        assert costs[name].p50_s == pytest.approx(seconds)
-        assert costs[name].p95_s == pytest.approx(seconds)
+    found = await client.measure(arm("quick"), arm("slow"))
+    assert list(found.costs) == ["quick", "slow"]
+    for name, seconds in (("quick", 0.001), ("slow", 0.003)):
+        assert found.costs[name].texts_per_s == pytest.approx(1 / seconds)
+        assert found.costs[name].tokens_per_s == pytest.approx(TOKENS_A_TEXT / seconds)
+        assert found.costs[name].p50_s == pytest.approx(seconds)
+        assert (found.costs[name].num_queries, found.costs[name].num_batches) == (QUERIES.least, BATCHES.least)
+    (ratios,) = found.contrasts
+    assert (ratios.arm, ratios.baseline, ratios.is_same_model) == ("slow", "quick", False)
+    assert ratios.query_time == Ratio(
+        pytest.approx(3), pytest.approx(3), pytest.approx(3), QUERIES.least, is_shown=True
+    )
+    assert ratios.texts_per_s is not None
+    assert (ratios.texts_per_s.ratio, ratios.texts_per_s.is_shown) == (pytest.approx(1 / 3), True)
 
 
-async def test_both_arms_are_asked_the_same_in_turns(client: SteadyClient) -> None:
-    await measure_costs(client, [arm("quick"), arm("slow")], QUERIES, DOCUMENTS, 0, Silent())
-    assert client.of("quick") == client.of("slow")
-    firsts = [model for model, task, *_ in client.asked if task == "retrieval.passage"][2:]
-    # A round is two batches of passages.
-    assert firsts == ["quick"] * 2 + ["slow"] * 4 + ["quick"] * 4 + ["slow"] * 4 + ["quick"] * 4 + ["slow"] * 2
+async def test_both_arms_get_the_same_texts_one_after_the_other(client: SteadyClient) -> None:
+    await client.measure(arm("quick"), arm("slow"))
+    assert client.of("quick", "retrieval.query") == client.of("slow", "retrieval.query")
+    assert client.of("quick", "retrieval.passage") == client.of("slow", "retrieval.passage")
+    models = [request[0] for request in client.asked]
+    assert all({*pair} == {"quick", "slow"} for pair in zip(models[::2], models[1::2], strict=True))
+    # Each order is followed by its reverse, and which one comes first is drawn.
+    fours = ["".join(model[0] for model in models[start : start + 4]) for start in range(0, len(models), 4)]
+    assert {*fours} == {"qssq", "sqqs"}
 
 
-async def test_latencies_are_those_of_the_queries(client: SteadyClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 50 queries, each slower than the one before; 20 of them are drawn each round."""
-    taken: list[float] = []
-    embed = client.embed
+async def test_noise_is_measured_until_the_ratio_is_known(client: SteadyClient) -> None:
+    noisy = SteadyClient(noise=0.3, quick=0.001, slow=0.003)
+    found = await noisy.measure(arm("quick"), arm("slow"))
+    ratio = found.contrasts[0].query_time
+    assert ratio is not None
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.num_pairs > 2 * QUERIES.least
+    assert ratio.high / ratio.low < 1.1**2
+    wild = SteadyClient(noise=3.0, quick=0.00001, slow=0.00001)
+    found = await wild.measure(arm("quick"), arm("slow"))
+    assert found.costs["quick"].num_queries == QUERIES.most
+    assert found.costs["quick"].num_batches == BATCHES.most
 
-    async def slower_and_slower(
-        model: str, texts: Sequence[str], task: str | None, *args: Any, **more: Any
-    ) -> EmbeddedTexts:
-        answer = await embed(model, texts, task, *args, **more)
-        if task == "retrieval.query":
-            taken.append(0.01 * (len(taken) + 1))
-            return replace(answer, elapsed_s=taken[-1])
-        return answer
 
-    monkeypatch.setattr(client, "embed", slower_and_slower)
-    costs = await measure_costs(client, [arm("quick")], QUERIES, DOCUMENTS, 0, Silent())
-    assert len(taken) == 1 + 5 * 20
-    assert costs["quick"].p50_s == pytest.approx(np.median(taken[1:]))
-    assert costs["quick"].p95_s == pytest.approx(np.quantile(taken[1:], 0.95))
+async def test_slow_models_are_measured_for_a_limited_time() -> None:
+    client = SteadyClient(noise=3.0, quick=0.5, slow=0.5)
+    found = await client.measure(arm("quick"), arm("slow"))
+    assert QUERIES.least <= found.costs["quick"].num_queries < QUERIES.most
+    assert found.costs["quick"].num_batches == BATCHES.least
+
+
+async def test_the_tail_of_few_requests_is_not_reported() -> None:
+    few = await SteadyClient(quick=0.001, slow=0.003).measure(arm("quick"), arm("slow"))
+    assert few.costs["quick"].p95_s is None
+    many = await SteadyClient(noise=0.9, quick=0.001, slow=0.001).measure(arm("quick"), arm("slow"))
+    assert many.costs["quick"].num_queries >= MIN_FOR_P95
+    assert many.costs["quick"].p95_s == pytest.approx(0.001 * np.exp(0.9 * 1.64), rel=0.5)
+
+
+async def test_one_model_in_two_sizes_is_measured_once(client: SteadyClient) -> None:
+    found = await client.measure(arm("quick"), arm("quick@4", "quick", 4), arm("slow"))
+    assert {request[2] for request in client.asked} == {8}
+    assert found.costs["quick"] == found.costs["quick@4"]
+    same, other = found.contrasts
+    assert (same.arm, same.is_same_model, same.query_time, same.texts_per_s) == ("quick@4", True, None, None)
+    assert not other.is_same_model
+    against = await SteadyClient(quick=0.001, slow=0.003).measure(arm("slow"), arm("quick"), arm("quick@4", "quick", 4))
+    assert against.contrasts[0].query_time == against.contrasts[1].query_time
+
+
+async def test_a_model_alone_is_measured_as_often_as_its_tail_needs(client: SteadyClient) -> None:
+    found = await client.measure(arm("quick"), arm("quick@4", "quick", 4))
+    assert found.costs["quick"].num_queries == MIN_FOR_P95
+    assert found.costs["quick"].p95_s == pytest.approx(0.001)
 
 
 async def test_each_side_is_asked_as_it_is_embedded(client: SteadyClient) -> None:
-    await measure_costs(client, [arm("quick@4", "quick", 4), arm("slow")], QUERIES, DOCUMENTS, 0, Silent())
+    await client.measure(arm("quick@4", "quick", 4), arm("slow"))
     for model, task, dimensions, expect_space, texts in client.asked:
         assert (dimensions, expect_space) == ((4, "space of quick@4") if model == "quick" else (8, "space of slow"))
         assert task == ("retrieval.query" if texts[0].startswith("query") else "retrieval.passage")
         assert len(texts) == (1 if task == "retrieval.query" else 32)
 
 
-async def test_no_text_is_asked_twice_in_a_round(client: SteadyClient) -> None:
+async def test_no_text_is_twice_in_a_batch(client: SteadyClient) -> None:
     """Not even where the data has it under several ids: the second one would cost nothing."""
-    documents, queries = DOCUMENTS[:40] * 10, QUERIES[:10] * 10
-    await measure_costs(client, [arm("quick"), arm("slow")], queries, documents, 0, Silent())
-    texts = [text for batch in client.of("quick")[2:] for text in batch]
-    assert Counter(texts) == dict.fromkeys([*documents[:40], *queries[:10]], 5)
+    await client.measure(arm("quick"), arm("slow"), documents=DOCUMENTS[:40] * 10)
+    for batch in client.of("quick", "retrieval.passage"):
+        assert set(Counter(batch).values()) == {1}
 
 
 async def test_one_document_and_one_query_are_enough(client: SteadyClient) -> None:
-    costs = await measure_costs(client, [arm("quick"), arm("slow")], ["q"], ["d"], 0, Silent())
-    assert client.of("quick") == [["d"], ["q"]] * 6
-    assert costs["slow"].texts_per_s == pytest.approx(1 / 0.03)
+    found = await client.measure(arm("quick"), arm("slow"), queries=["q"], documents=["d"])
+    assert client.of("quick", "retrieval.query") == [["q"]] * (QUERIES.discarded + QUERIES.least)
+    assert client.of("quick", "retrieval.passage") == [["d"]] * (BATCHES.discarded + BATCHES.least)
+    assert found.costs["slow"].texts_per_s == pytest.approx(1 / 0.003)
 
 
 async def test_the_seed_draws_the_texts(client: SteadyClient) -> None:
     asked = []
     for seed in (0, 0, 1):
         client.asked.clear()
-        await measure_costs(client, [arm("quick"), arm("slow")], QUERIES, DOCUMENTS, seed, Silent())
-        asked.append(client.of("quick"))
+        await client.measure(arm("quick"), arm("slow"), seed=seed)
+        asked.append(client.of("quick", "retrieval.query"))
     assert asked[0] == asked[1] != asked[2]
 
 
-async def test_progress_counts_every_round_of_every_arm(client: SteadyClient) -> None:
+async def test_progress_ends_when_the_measurement_does(client: SteadyClient) -> None:
     class Counting(Silent):
         total = done = 0
 
@@ -150,5 +215,19 @@ async def test_progress_counts_every_round_of_every_arm(client: SteadyClient) ->
             self.done += number
 
     counting = Counting()
-    await measure_costs(client, [arm("quick"), arm("slow")], QUERIES, DOCUMENTS, 0, counting)
-    assert counting.done == counting.total == 10
+    await client.measure(arm("quick"), arm("slow"), reporter=counting)
+    assert counting.done == counting.total == QUERIES.most + BATCHES.most
+
+
+def test_one_model_against_itself_is_rarely_different() -> None:
+    """Both ratios of a comparison together: 5 % of 150 are 8, and 14 would come about in 2 % of such tests."""
+
+    async def is_different(seed: int) -> bool:
+        client = SteadyClient(noise=0.5, seed=seed, one=0.001, other=0.001)
+        (found,) = (await client.measure(arm("one"), arm("other"), seed=seed)).contrasts
+        return any(ratio is not None and ratio.is_shown for ratio in (found.query_time, found.texts_per_s))
+
+    async def count() -> int:
+        return sum([await is_different(seed) for seed in range(150)])
+
+    assert asyncio.run(count()) <= 13

@@ -13,8 +13,17 @@ from rich.console import Console
 
 from gateway.compare.bottom_line import decide
 from gateway.compare.page import render_page
-from gateway.compare.results import PRIMARY_MEASURE, Advice, Comparison, Estimate, Verdict
-from gateway.compare.sentences import fixed, interval, signed, significant, verdict_sentence
+from gateway.compare.results import PRIMARY_MEASURE, Advice, Comparison, Estimate, Ratio, Verdict
+from gateway.compare.sentences import (
+    TIMES,
+    cost_sentence,
+    fixed,
+    interval,
+    ratio_words,
+    signed,
+    significant,
+    verdict_sentence,
+)
 from gateway.compare.statistics import Design, contrast, with_verdicts
 from gateway.compare.table import print_comparison
 from tests.compare.results_example import BGE, JINA, JINA_CUT, MINILM, Likeness, make_comparison
@@ -144,7 +153,7 @@ def told(differences: Sequence[float], level: float = 0.5, margin: float = 0.01,
     arms = [replace(arm, quality={PRIMARY_MEASURE: Estimate(level, None, None)}) for arm in comparison.arms]
     queries = [comparison.queries[0]] * len(differences)
     comparison = replace(comparison, arms=arms, contrasts=found, queries=queries, margin=margin)
-    return verdict_sentence(comparison, found[0]), decide(arms, found, margin).text
+    return verdict_sentence(comparison, found[0]), decide(arms, found, [], margin).text
 
 
 @pytest.mark.parametrize(
@@ -174,7 +183,7 @@ def told(differences: Sequence[float], level: float = 0.5, margin: float = 0.01,
             [0.001, 0.002] * 25,
             0.5,
             "bge-m3 is as good as jina-embeddings-v3, within 0.01: nDCG@10 +0.002 (95 % interval +0.001 to +0.002, p <",
-            "Stay with jina-embeddings-v3: nothing is better by more than 0.01, or as good with smaller vectors.",
+            "Stay with jina-embeddings-v3: nothing is better by more than 0.01, or as good and cheaper.",
         ),
         (
             [0.11, -0.1] * 200,
@@ -208,10 +217,11 @@ def test_smaller_vectors_that_are_as_good_are_taken() -> None:
     found = [
         replace(one, verdict=Verdict.AS_GOOD) if one.measure == PRIMARY_MEASURE else one for one in comparison.contrasts
     ]
-    line = decide(comparison.arms, found, 0.01)
+    line = decide(comparison.arms, found, comparison.cost_contrasts, 0.01)
     assert (line.advice, line.arm) == (Advice.SWITCH, JINA_CUT.name)
     assert line.text == (
-        "Switch to jina-embeddings-v3@256: it is as good as jina-embeddings-v3, within 0.01, and its vectors are smaller."
+        f"Switch to jina-embeddings-v3@256: it is as good as jina-embeddings-v3, within 0.01, with {TIMES} 0.25 the bytes "
+        "per vector."
     )
 
 
@@ -219,3 +229,54 @@ def test_of_two_better_arms_the_best_is_taken() -> None:
     comparison = make_comparison(MINILM, JINA, BGE)
     assert comparison.bottom_line.arm == BGE.name
     assert "So is jina-embeddings-v3; the difference between them was not tested." in comparison.bottom_line.text
+
+
+def test_the_price_of_a_better_arm_is_said() -> None:
+    assert make_comparison(JINA, BGE).bottom_line.text == (
+        "Switch to bge-m3: it is better than jina-embeddings-v3 on these queries."
+    )
+    assert make_comparison(MINILM, JINA).bottom_line.text.endswith(
+        f" The price: {TIMES} 2.67 the bytes per vector and {TIMES} 7.45 the time per query and {TIMES} 0.06 the throughput."
+    )
+
+
+def test_an_arm_that_is_as_good_but_slower_is_not_taken() -> None:
+    comparison = make_comparison(BGE, JINA)
+    found = [
+        replace(one, verdict=Verdict.AS_GOOD) if one.measure == PRIMARY_MEASURE else one for one in comparison.contrasts
+    ]
+    slower = comparison.cost_contrasts
+    assert decide(comparison.arms, found, slower, 0.01).advice == Advice.STAY
+    ratio = slower[0].query_time
+    assert ratio is not None
+    faster = [replace(slower[0], query_time=replace(ratio, ratio=0.5), texts_per_s=None)]
+    line = decide(comparison.arms, found, faster, 0.01)
+    assert line.text.endswith(f"within 0.01, with {TIMES} 0.50 the time per query.")
+    unclear = [replace(slower[0], query_time=replace(ratio, ratio=0.5, is_shown=False), texts_per_s=None)]
+    assert decide(comparison.arms, found, unclear, 0.01).advice == Advice.STAY
+
+
+# ---------------------------------------------------------------------------------------------------------- cost in words
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (Ratio(2.84, 2.61, 3.04, 50, is_shown=True), f"{TIMES} 2.8, 2.6 to 3.0"),
+        (Ratio(0.5, 0.45, 0.56, 50, is_shown=True), f"{TIMES} 0.50, 0.45 to 0.56"),
+        (Ratio(0.98, 0.943, 1.03, 50, is_shown=False), "about the same, within 7 %"),
+        (Ratio(0.9, 0.7, 1.4, 50, is_shown=False), f"no difference found: {TIMES} 0.70 to 1.40"),
+        (Ratio(3.0, None, None, 5, is_shown=False), "too few requests to compare"),
+    ],
+)
+def test_ratios_in_words(ratio: Ratio, words: str) -> None:
+    assert ratio_words(ratio) == words
+
+
+def test_one_model_in_two_sizes_is_said_to_be_measured_once() -> None:
+    comparison = make_comparison(JINA, JINA_CUT)
+    assert cost_sentence(comparison, comparison.arms[1]) == (
+        "22.9 ms per query, 75.1 texts/s, the same model as jina-embeddings-v3, which was not measured twice, "
+        f"1,024 bytes per vector ({TIMES} 0.25)"
+    )
+    assert cost_sentence(comparison, comparison.arms[0]) == "23.1 ms per query, 74.6 texts/s, 4,096 bytes per vector"
