@@ -77,8 +77,9 @@ def ask_gateway(options: argparse.Namespace) -> Model:
     if card.kind == "experiment" and card.space is None:
         arms = "".join(f"\n  --model {arm['model']}   (space {arm['space'] or 'not known yet'})" for arm in card.arms)
         sys.exit(
-            f"{card.id} is an experiment between spaces: who asks decides which model answers, and vectors of two models "
-            f"can't be compared. Mem0 writes all of them into one collection, so give it one of the models:{arms}"
+            f"{card.id} is an experiment between spaces: each user gets one of several models, and vectors of two models "
+            f"cannot be compared. This example has one collection for all users, so name one of the models:{arms}\n"
+            "Or compare the models with your users: examples/mem0_ab.py keeps a collection for each arm (docs/ab-mem0.md)."
         )
     if card.kind == "rerank":
         sys.exit(f"{card.id} reranks texts and returns no vectors; --model wants one that embeds")

