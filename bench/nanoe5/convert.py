@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import shutil
 import struct
 import tempfile
@@ -224,7 +223,7 @@ def convert(packed: Path, folder: Path) -> None:
         unfinished.chmod(0o755)
         if not (folder / "model.safetensors").exists():  # else another process was faster
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(unfinished, folder)
+            unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
