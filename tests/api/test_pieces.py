@@ -112,12 +112,15 @@ def test_rows_that_are_written_together_are_those_of_each_text(encoding: Encodin
         num_tokens=1,
         truncated=(),
         timings=Timings(0, 0, 0),
+        has_dense=True,
     )
 
     parts = list(answer_parts(answer, encoding))
     rows = orjson.loads(b"".join(parts))["data"]
 
     assert [row["index"] for row in rows] == list(range(num_texts))
-    expected = [[float(x) for x in row] if encoding is Encoding.LIST else b64encode(row).decode() for row in vectors]
-    assert [row["embedding"] for row in rows] == expected
+    if encoding is Encoding.LIST:
+        np.testing.assert_array_equal(np.array([row["embedding"] for row in rows], np.float32), vectors)
+    else:
+        assert [row["embedding"] for row in rows] == [b64encode(row).decode() for row in vectors]
     assert sum(len(part) > 1000 for part in parts) == -(-num_texts // 64)  # 64 rows of 1,024 numbers make a piece
