@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -21,9 +21,9 @@ from gateway.api.documentation import document
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiments import experiments_router
 from gateway.api.health import health_router
+from gateway.api.live import live_router
 from gateway.api.routes import client_routers
 from gateway.api.unknown_path import on_http_exception
-from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
@@ -66,10 +66,20 @@ def create_app(deployment: Deployment) -> FastAPI:
         *client_routers(endpoint, deployment),
         assignments_router(endpoint),  # before the experiments, whose ids may hold a slash
         experiments_router(deployment, stats),
+        live_router(deployment, has_keys=bool(keyring)),
         health_router(deployment),
     ]
+    is_console_here = settings.console == "public" or settings.admin_port is None
     if settings.admin_port is None:
         routers.append(admin_router(deployment, are_metrics_open=not keyring))
+    app.state.operator_routers = []
+    if settings.console != "off":
+        # Imported only where it is used: so are the templates and their library.
+        from gateway.console.site import console_router
+
+        port = settings.port if is_console_here else settings.admin_port or 0
+        console = console_router(deployment, endpoint, stats, keyring, port)
+        (routers if is_console_here else app.state.operator_routers).append(console)
     _include(app, routers)
     if settings.cors_origins:
         # The outermost: a page must be able to read the middleware's answers too, for example a 401.
@@ -83,15 +93,17 @@ def create_app(deployment: Deployment) -> FastAPI:
     return app
 
 
-def create_admin_app(deployment: Deployment, keyring: Keyring | None = None) -> FastAPI:
-    """Return the application for the operator's port: health, metrics, and the paths below ``/admin``.
+def create_admin_app(deployment: Deployment, clients: FastAPI | None = None) -> FastAPI:
+    """Return the application for the operator's port: health, metrics, the paths below ``/admin``, and the console.
 
     Args:
-        keyring: the one of the clients' application, so that one check of the file updates both.
+        clients: the clients' application, whose keys and counts the operator's shares; by default a new one.
     """
+    clients = clients or create_app(deployment)
     memory = MemoryBudget(deployment.settings.memory_budget_bytes)
-    app = _application(deployment, keyring or Keyring(deployment.settings), memory)
-    _include(app, [health_router(deployment), admin_router(deployment, are_metrics_open=True)])
+    app = _application(deployment, clients.state.keyring, memory)
+    routers = [health_router(deployment), admin_router(deployment, are_metrics_open=True)]
+    _include(app, [*routers, *clients.state.operator_routers])
     return app
 
 
@@ -113,20 +125,23 @@ def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget)
         redirect_slashes=False,  # the middleware removes trailing slashes: a redirect would never end
         # The middleware has its own spans and metrics; the framework's would count each request twice.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-        middleware=layers(deployment.settings, keyring, memory, lambda: deployment.is_draining),
+        middleware=layers(deployment, keyring, memory),
     )
     app.add_exception_handler(HTTPException, on_http_exception)
     document(app, deployment, needs_key=bool(keyring))
     return app
 
 
-def layers(
-    settings: Settings, keyring: Keyring, memory: MemoryBudget, is_draining: Callable[[], bool]
-) -> list[Middleware]:
+def layers(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> list[Middleware]:
     """Return the layers around every request, the outermost first."""
+    settings = deployment.settings
+
+    def is_draining() -> bool:
+        return deployment.is_draining
+
     return [
         Middleware(Identification, settings=settings, memory=memory, is_draining=is_draining),
-        Middleware(Record),
+        Middleware(Record, errors=deployment.errors),
         Middleware(ErrorExit, is_draining=is_draining),
         Middleware(Admission, settings=settings, keyring=keyring),
     ]

@@ -22,6 +22,7 @@ from gateway.errors import ConfigError, ReloadRefused, StartError
 from gateway.experiments.exposures import now
 from gateway.experiments.split import Split
 from gateway.fleet import Fleet, MakeBackend, Model
+from gateway.recent import RecentErrors, RecentTraffic
 from gateway.routing.changes import changed_aliases, changed_experiments
 from gateway.routing.router import Router
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
@@ -73,6 +74,8 @@ class Deployment:
     Attributes:
         resources: connections and files, which are closed once everything has stopped.
         counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
+        errors: the last requests that failed.
+        traffic: the rate and the latency of each model.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class Deployment:
         self.is_draining = False
         self.resources = AsyncExitStack()
         self.counting_since: dict[str, str] = {}
+        self.errors = RecentErrors()
+        self.traffic = RecentTraffic()
         self._generations: dict[str, str] = {}
         self._reloader = Reloader(read_registry or (lambda: registry), make_backend)
         self._reloading = asyncio.Lock()
@@ -168,6 +173,7 @@ class Deployment:
             if model not in fleet:
                 self._run_in_background(self._retire(model))
         ids = {model.id for model in fleet}
+        self.traffic.keep(ids)
         for model in old_fleet:
             if model.id not in ids:
                 metrics.forget_model(model.id)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from gateway.errors import ClientDisconnected, DeadlineExceeded, InternalError, Overloaded, RequestError
 from gateway.experiments.arms import RequestRecord
 from gateway.experiments.stats import ExperimentStats
+from gateway.recent import RecentTraffic
 from gateway.requests import Answer, EmbedRequest, Request
 from gateway.routing.router import Choice
 from gateway.telemetry import metrics, semconv, tracing
@@ -27,8 +28,9 @@ _OPERATIONS = {
 class Observer:
     """Awaits answers, and records each answer or error once."""
 
-    def __init__(self, stats: ExperimentStats) -> None:
+    def __init__(self, stats: ExperimentStats, traffic: RecentTraffic) -> None:
         self._stats = stats
+        self._traffic = traffic
 
     async def observe(self, choice: Choice, request: Request, answering: Awaitable[A]) -> A:
         """Await the answer to a request, record the answer or the error, and return or raise it."""
@@ -67,6 +69,7 @@ class Observer:
         target_metrics.tokenize_s.observe(answer.timings.tokenize_s)
         target_metrics.queue_s.observe(answer.timings.queue_s)
         target_metrics.inference_s.observe(answer.timings.inference_s)
+        self._traffic.record(answer.model, elapsed_s, is_error=False)
         self._record_in_experiment(choice, request, elapsed_s, answer=answer)
 
     def _record_error(self, choice: Choice, request: Request, error: RequestError, elapsed_s: float) -> None:
@@ -75,6 +78,7 @@ class Observer:
         # Only a task that the model has: a client can make up any other.
         label = canonical_task(task) if task and info and canonical_task(task) in info.tasks else None
         _target_metrics(choice, choice.model.id, label).count(error.code)
+        self._traffic.record(choice.model.id, elapsed_s, is_error=True)
         self._record_in_experiment(choice, request, elapsed_s, error=error)
 
     def _record_in_experiment(

@@ -87,7 +87,7 @@ def _serve_apps(deployment: Deployment, announce: Announce) -> None:
     listeners = [_bind(settings.host, settings.port, "port")]
     admin_app = None
     if settings.admin_port is not None:
-        admin_app = create_admin_app(deployment, app.state.keyring)
+        admin_app = create_admin_app(deployment, app)
         listeners.append(_bind(settings.host, settings.admin_port, "admin_port"))
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         runner.run(_serve(deployment, app, admin_app, listeners, announce))

@@ -47,7 +47,7 @@ class EmbeddingService:
 
     def __init__(self, deployment: Deployment, stats: ExperimentStats) -> None:
         self._deployment = deployment
-        self._observer = Observer(stats)
+        self._observer = Observer(stats, deployment.traffic)
 
     async def embed(self, request: EmbedRequest) -> EmbedAnswer:
         """Embed the texts of a request.

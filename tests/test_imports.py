@@ -23,6 +23,7 @@ compare
 cli
 server
 app
+console
 api
 http
 service
@@ -33,6 +34,7 @@ deployment
 access
 routing
 fleet
+recent
 experiments
 backends
 engine
@@ -135,4 +137,11 @@ def test_planning_a_model_does_not_load_transformers_models() -> None:
     """They take longer to import than torch, and a compiled model that is kept on disk needs none of them."""
     slow = ("transformers.modeling_utils", "torch.distributed.tensor", "torch._dynamo")
     code = f"import gateway.engine.loading, sys; sys.exit(any(name in sys.modules for name in {slow}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_console_is_imported_only_where_it_is_switched_on() -> None:
+    code = (
+        "import gateway.app, sys; sys.exit(any(name.startswith(('gateway.console', 'jinja2')) for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, SecretStr
 
 from gateway.access.keyring import key_digest
+from gateway.api.live import ErrorList, error_list
 from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.config.wording import cut
@@ -90,6 +91,11 @@ class Admin:
             seconds=round(reloaded.seconds, 3),
         )
 
+    async def errors(self, request: Request) -> ErrorList:
+        """List the last errors of all clients, the latest first."""
+        require_operator(request, self._deployment.settings.admin_key)
+        return error_list(self._deployment.errors)
+
     async def load(self, model: str, request: Request) -> ModelAnswer:
         """Load a model that is loaded on demand, and wait for that."""
         return await self._change(request, model, lambda backend: backend.load())
@@ -151,6 +157,7 @@ def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter
     router.add_api_route(
         "/admin/reload", admin.reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
     )
+    router.add_api_route("/admin/errors", admin.errors, responses=responses(ErrorList, Forbidden))
     for name, handler in (("load", admin.load), ("unload", admin.unload)):
         router.add_api_route(
             f"/admin/models/{{model:path}}/{name}",

@@ -155,6 +155,12 @@ class Settings(BaseSettings):
         description="Separate port for `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` "
         "needs no key there. Must differ from `GATEWAY_PORT`. Without it, these paths are on the clients' port.",
     )
+    console: Annotated[Literal["off", "admin", "public"], BeforeValidator(_lower)] = Field(
+        default="admin",
+        description="Pages for people, at `/console`. `admin`: for the operator, on `GATEWAY_ADMIN_PORT` if that is set, "
+        "else on the clients' port; they ask for `GATEWAY_ADMIN_KEY` if any key is set. `public`: for all clients, on "
+        "their port, with the rights of their keys. `off`: no pages.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
         default=(),
         description="Origins of web pages that may send requests from a browser, comma-separated: "

@@ -131,6 +131,11 @@ class LatencyHistogram:
         self._cut[bucket] += is_cut
         self._num += 1
 
+    def add(self, other: LatencyHistogram) -> None:
+        """Add the latencies of another one."""
+        self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts, strict=True)]
+        self._num += other._num
+
     def quantile(self, share: float) -> float | None:
         """Return the latency in seconds that a share of them (0 to 1) does not exceed; ``None`` without latencies."""
         bucket = self._bucket(share, self._counts)

@@ -31,6 +31,7 @@ from gateway.http.error_forms import error_form, is_tei_probe, send_error
 from gateway.http.head import sent_key
 from gateway.http.pace import Pace
 from gateway.http.protocol import MAX_HEADERS, REFUSED
+from gateway.recent import ErrorFacts, RecentErrors
 from gateway.telemetry import metrics, tracing
 
 log = structlog.get_logger("gateway.access")
@@ -38,8 +39,8 @@ log = structlog.get_logger("gateway.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _MAX_NAME = 100
 _SLASHES = re.compile(r"//+")
-# Answered without a key: probes carry none, and the documentation is public anyway.
-_OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
+# Answered without a key: probes carry none, the documentation is public anyway, and the console asks for one itself.
+_OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs", "/console")
 
 # For the operator only: `api/admin` asks for their key.
 _OPERATOR_PATHS = ("/admin", "/metrics")
@@ -96,8 +97,9 @@ class Identification:
 class Record:
     """Records each request when it has ended, for whatever reason: metrics, span, log line. Releases its memory."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, errors: RecentErrors) -> None:
         self._app = app
+        self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,7 +125,7 @@ class Record:
                 await self._app(scope, receive, send_noted)
             finally:
                 context.memory.release()
-                _record(scope, context)
+                _record(scope, context, self._errors)
 
 
 class ErrorExit:
@@ -177,7 +179,7 @@ class Admission:
             raise refused
         context = RequestContext.in_scope(scope)
         self._check_headers(context.sent)
-        if not context.path.startswith(_OPEN_PATHS) and not is_tei_probe(context.path):
+        if not _is_open(context):
             context.api_key = sent_key(context.sent)
             if not context.path.startswith(_OPERATOR_PATHS):
                 context.client = await self._keyring.identify(context.api_key, context.client.name)
@@ -195,6 +197,14 @@ class Admission:
             raise HeadersTooLarge(
                 f"the request's headers have {num_bytes} bytes, the limit is {self._settings.max_header_bytes}"
             )
+
+
+def _is_open(context: RequestContext) -> bool:
+    """Return whether a request needs no key."""
+    is_reader = (
+        context.path == "/" and context.method in ("GET", "HEAD") and "text/html" in context.sent.get("accept", "")
+    )
+    return is_reader or context.path.startswith(_OPEN_PATHS) or is_tei_probe(context.path)
 
 
 def _request_id(headers: Headers) -> str:
@@ -242,7 +252,7 @@ async def _at_once() -> None:
     """Do not wait for the rest of a request."""
 
 
-def _record(scope: Scope, context: RequestContext) -> None:
+def _record(scope: Scope, context: RequestContext, errors: RecentErrors) -> None:
     if not context.status:  # nothing was sent: the client is gone
         context.status = ClientDisconnected.status
         context.error_code = context.error_code or ClientDisconnected.code
@@ -250,10 +260,13 @@ def _record(scope: Scope, context: RequestContext) -> None:
     path = getattr(route, "path", "other")  # never the path itself: clients make those up
     metrics.REQUESTS.labels(path, context.status).inc()
     metrics.REQUEST_SECONDS.labels(path).observe(context.elapsed_s)
+    model = context.model or context.asked
+    name = None if model is None else model[:_MAX_NAME]
     if context.error_code is not None:
         metrics.ERRORS.labels(context.error_code).inc()
+        facts = ErrorFacts(context.status, context.error_code, path, name, context.caller, context.param)
+        errors.add(facts, context.reason, context.request_id)
     write = log.debug if path in _QUIET_PATHS else log.info
-    model = context.model or context.asked
     timings = context.timings
     stages = {} if timings is None else {f"{name}_ms": round(s * 1000, 2) for name, s in timings.stages.items()}
     write(
@@ -265,7 +278,7 @@ def _record(scope: Scope, context: RequestContext) -> None:
         status=context.status,
         ms=round(context.elapsed_s * 1000, 2),
         **context.trace_ids,
-        **({} if model is None else {"model": model[:_MAX_NAME]}),
+        **({} if name is None else {"model": name}),
         **stages,
         **{
             name: value

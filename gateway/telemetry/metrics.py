@@ -229,6 +229,17 @@ def declared() -> list[MetricWrapperBase]:
     return [metric for metric in globals().values() if isinstance(metric, MetricWrapperBase)]
 
 
+def values(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
+    """Return the value of each series of a counter or a gauge, by its labels in the order of their declaration."""
+    name = f"{metric._name}_total" if metric._type == "counter" else metric._name
+    return {
+        tuple(sample.labels[label] for label in metric._labelnames): sample.value
+        for family in metric.collect()
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
 def describe_model(model: str, **facts: str) -> None:
     """Set the info of a model, and remove its earlier one.
 
@@ -270,10 +281,15 @@ def _forget(**labels: str) -> None:
             metric.remove_by_labels(labels)
 
 
-def render() -> bytes:
-    """Return all metrics in Prometheus' text format."""
+def refresh() -> None:
+    """Set the metrics that are read only when they are asked for."""
     for reader in _scrape_readers:
         reader()
+
+
+def render() -> bytes:
+    """Return all metrics in Prometheus' text format."""
+    refresh()
     return generate_latest(REGISTRY)
 
 

@@ -1,0 +1,1 @@
+"""Pages for people: what answers, how models differ, which is better. Imported only where the console is switched on."""

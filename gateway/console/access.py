@@ -1,0 +1,152 @@
+"""Who may see the console: a key is exchanged for a cookie, and only the console's own pages may change anything."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from fastapi import Request
+
+from gateway.access.keyring import Client, Keyring, key_digest
+from gateway.config.settings import Settings
+from gateway.errors import Forbidden, Unauthorized
+from gateway.http.context import RequestContext
+
+_SESSION_S = 12 * 3600.0
+# Only a valid key makes one.
+_MAX_SESSIONS = 1000
+_OPERATOR = "operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """The reader of a page.
+
+    Attributes:
+        client: with the rights and the quotas of the key.
+        is_operator: may reload, load and unload.
+        sees_all: sees the errors of all clients.
+        is_signed_in: has a session to leave.
+    """
+
+    client: Client
+    is_operator: bool = False
+    sees_all: bool = False
+    is_signed_in: bool = False
+
+
+@dataclass(slots=True)
+class _Session:
+    digest: str
+    expires: float
+    message: str = ""
+
+
+class Gate:
+    """Decides who sees the console, and with which rights.
+
+    With ``GATEWAY_CONSOLE=public``, that is every client of the API, with its own rights. Otherwise it is the operator, who
+    needs the operator's key as soon as the gateway has any key; without one, the API is open as well.
+    """
+
+    def __init__(self, settings: Settings, keyring: Keyring, port: int) -> None:
+        self._settings = settings
+        self._keyring = keyring
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self.is_public = settings.console == "public"
+        # Browsers send a cookie to all ports of a host: two gateways must not sign each other's readers out.
+        self.cookie = f"gateway_console_{port}"
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether there is a key to sign in with as the operator."""
+        return self._settings.admin_key is not None
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a reader must sign in first."""
+        return bool(self._keyring) or (self.has_operator and not self.is_public)
+
+    @property
+    def takes_api_keys(self) -> bool:
+        """Whether a client's key opens the console."""
+        return self.is_public and bool(self._keyring)
+
+    async def visitor(self, request: Request) -> Visitor | None:
+        """Return the reader of a page, or ``None`` if they must sign in first."""
+        address = RequestContext.of(request).client.name
+        session = self._find(request.cookies.get(self.cookie, ""))
+        if session is not None:
+            try:
+                return await self._identify(session.digest, address)
+            except Unauthorized:  # the key was removed, or has expired
+                pass
+        if self.needs_key:
+            return None
+        return Visitor(await self._keyring.identify(None, address), sees_all=not self.is_public)
+
+    async def sign_in(self, key: str, address: str) -> str:
+        """Exchange a key for the value of the cookie.
+
+        Raises:
+            Unauthorized: the key does not open the console.
+        """
+        digest = key_digest(key.strip())
+        await self._identify(digest, address)
+        token = secrets.token_urlsafe(32)
+        self._sessions[key_digest(token)] = _Session(digest, time.monotonic() + _SESSION_S)
+        if len(self._sessions) > _MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return token
+
+    def sign_out(self, request: Request) -> None:
+        """End the session of a reader."""
+        self._sessions.pop(key_digest(request.cookies.get(self.cookie, "")), None)
+
+    def leave_message(self, request: Request, message: str) -> None:
+        """Keep a message for the next page of a reader who has signed in."""
+        if (session := self._find(request.cookies.get(self.cookie, ""))) is not None:
+            session.message = message
+
+    def take_message(self, request: Request) -> str:
+        """Return the message for this page, once."""
+        session = self._find(request.cookies.get(self.cookie, ""))
+        if session is None:
+            return ""
+        message, session.message = session.message, ""
+        return message
+
+    async def _identify(self, digest: str, address: str) -> Visitor:
+        key = self._settings.admin_key
+        if key is not None and hmac.compare_digest(digest, key_digest(key.get_secret_value())):
+            limits = self._settings
+            client = Client(_OPERATOR, None, limits.requests_per_minute, limits.tokens_per_minute)
+            return Visitor(client, is_operator=True, sees_all=True, is_signed_in=True)
+        if not self.takes_api_keys:
+            raise Unauthorized("this is not the operator's key (GATEWAY_ADMIN_KEY)")
+        return Visitor(await self._keyring.identify(digest, address), is_signed_in=True)
+
+    def _find(self, token: str) -> _Session | None:
+        session = self._sessions.get(key_digest(token)) if token else None
+        return session if session is not None and session.expires > time.monotonic() else None
+
+
+def check_origin(request: Request) -> None:
+    """Refuse a form that another site had a browser send. Browsers name the site that a form comes from.
+
+    Raises:
+        Forbidden: the form comes from elsewhere, or from no page at all.
+    """
+    origin = request.headers.get("origin")
+    if origin is None:
+        is_own = request.headers.get("sec-fetch-site") == "same-origin"
+    else:
+        is_own = bool(urlsplit(origin).netloc) and urlsplit(origin).netloc == request.headers.get("host")
+    if not is_own:
+        raise Forbidden(
+            "a form of the console must come from the console itself; open the page again, and send it there"
+        )

@@ -1,0 +1,123 @@
+"""The paths of the console."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
+
+from gateway.access.keyring import Keyring
+from gateway.api.endpoint import Endpoint
+from gateway.console.access import Gate
+from gateway.console.overview import Overview
+from gateway.console.parts import Parts
+from gateway.console.web import ROOT, THEME_COOKIE, THEMES, Pages, chosen, read_form
+from gateway.deployment import Deployment
+from gateway.errors import RequestError, Unauthorized
+from gateway.experiments.stats import ExperimentStats
+from gateway.http.context import RequestContext
+
+_THEME_S = 365 * 86_400
+
+
+class Site:
+    """The pages that are not a view: the way in, the theme, static files."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+        self._gate = pages.gate
+
+    async def root(self, request: Request) -> Response:
+        """Lead a browser to the console; for an API client, the path does not exist."""
+        if "text/html" not in request.headers.get("accept", ""):
+            raise HTTPException(404)
+        response = self._pages.redirect(request, "")
+        response.headers["vary"] = "accept"
+        return response
+
+    async def file(self, name: str) -> Response:
+        """Return a static file."""
+        response = self._pages.file(name)
+        if response is None:
+            raise HTTPException(404)
+        return response
+
+    async def sign_in_page(self, request: Request) -> Response:
+        """Ask for a key."""
+        return self._sign_in_page(request, _local(request.query_params.get("next", "")))
+
+    async def sign_in(self, request: Request) -> Response:
+        """Exchange a key for a cookie."""
+        form = await read_form(request)
+        to = _local(form.first("next"))
+        try:
+            token = await self._gate.sign_in(form.first("key"), RequestContext.of(request).client.name)
+        except Unauthorized as error:
+            RequestContext.of(request).refuse(error)
+            return self._sign_in_page(request, to, error)
+        response = self._pages.redirect(request, to)
+        _set_cookie(request, response, self._gate.cookie, token)
+        return response
+
+    async def sign_out(self, request: Request) -> Response:
+        """End the session."""
+        self._gate.sign_out(request)
+        response = self._pages.redirect(request, "")
+        _set_cookie(request, response, self._gate.cookie, "", 0)
+        return response
+
+    async def theme(self, request: Request) -> Response:
+        """Remember the theme of this browser."""
+        form = await read_form(request)
+        response = self._pages.redirect(request, _local(form.first("back")))
+        theme = chosen(form.first("theme"), THEMES, "auto")
+        _set_cookie(request, response, THEME_COOKIE, theme, _THEME_S)
+        return response
+
+    def _sign_in_page(self, request: Request, to: str, error: RequestError | None = None) -> Response:
+        status = 200 if error is None else error.status
+        return self._pages.render(request, "sign_in.html.j2", status, to=ROOT + to, error=error)
+
+
+def _set_cookie(request: Request, response: Response, name: str, value: str, max_age: int | None = None) -> None:
+    """Set a cookie that no script and no other site gets; without ``max_age``, until the browser ends."""
+    path = request.scope.get("root_path", "") + ROOT
+    is_secure = request.url.scheme == "https"
+    response.set_cookie(name, value, max_age, path=path, httponly=True, samesite="strict", secure=is_secure)
+
+
+def _local(path: str) -> str:
+    """Return the part of a path after the console's root; empty for any other place, such as another site."""
+    is_own = path == ROOT or path.startswith((f"{ROOT}/", f"{ROOT}?"))
+    return path.removeprefix(ROOT) if is_own and "\\" not in path and path.isprintable() else ""
+
+
+def console_router(
+    deployment: Deployment, endpoint: Endpoint, stats: ExperimentStats, keyring: Keyring, port: int
+) -> APIRouter:
+    """Return the paths of the console.
+
+    Args:
+        port: the port that serves it.
+    """
+    pages = Pages(Gate(deployment.settings, keyring, port))
+    parts = Parts(deployment, endpoint, stats, pages)
+    router = APIRouter(include_in_schema=False)
+    site, overview = Site(pages), Overview(parts)
+
+    router.add_api_route("/", site.root)
+    router.add_api_route(f"{ROOT}/static/{{name}}", site.file)
+    for path, open_handler, method in (
+        ("/sign-in", site.sign_in_page, "GET"),
+        ("/sign-in", site.sign_in, "POST"),
+        ("/sign-out", site.sign_out, "POST"),
+        ("/theme", site.theme, "POST"),
+    ):
+        router.add_api_route(ROOT + path, pages.guard(open_handler, is_open=True), methods=[method])
+    for path, handler, method in (
+        ("", overview.show, "GET"),
+        ("/reload", overview.reload, "POST"),
+        ("/models/{model:path}/load", overview.load, "POST"),
+        ("/models/{model:path}/unload", overview.unload, "POST"),
+    ):
+        router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
+    return router

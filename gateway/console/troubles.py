@@ -1,0 +1,162 @@
+"""The troubles of a gateway, each with its next step. Pure: figures in, sentences out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from gateway.api.live import ErrorCard, LiveCard, LiveModel, ShadowCard
+from gateway.config.wording import count
+from gateway.console.words import percent, read_time, size
+from gateway.experiments.report import ExperimentReport
+
+_RECENT = timedelta(hours=1)
+# A few refusals are how a full queue is meant to work.
+_MANY_REFUSALS = 20
+_FULL_CARD = 0.95
+_MANY_DROPPED = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that needs a person.
+
+    Attributes:
+        level: ``bad`` if requests are refused for it, else ``warn``.
+        subject: the name that the title begins with.
+        text: the facts.
+        step: what to do next.
+        link: a page of the console with more, without its root.
+        line: a line to copy; empty for none.
+        can_reload: a reload of the registry may help.
+    """
+
+    level: Literal["bad", "warn"]
+    subject: str
+    title: str
+    text: str
+    step: str = ""
+    link: str = ""
+    line: str = ""
+    can_reload: bool = False
+
+
+def find_troubles(
+    models: Sequence[LiveModel],
+    cards: Sequence[LiveCard],
+    experiments: Sequence[ExperimentReport],
+    shadows: Sequence[ShadowCard],
+    errors: Sequence[ErrorCard],
+    now: datetime | None = None,
+) -> list[Trouble]:
+    """Return the troubles, those first for which requests are refused."""
+    since = (now or datetime.now(UTC)) - _RECENT
+    troubles = [
+        *_of_models(models),
+        *(trouble for error in errors if (trouble := _of_error(error, since))),
+        *(trouble for report in experiments if (trouble := _of_experiment(report))),
+        *(trouble for shadow in shadows if (trouble := _of_shadow(shadow))),
+        *(trouble for card in cards if (trouble := _of_card(card))),
+    ]
+    return sorted(troubles, key=lambda trouble: trouble.level == "warn")
+
+
+def _of_models(models: Sequence[LiveModel]) -> Iterator[Trouble]:
+    for model in models:
+        if model.state == "failed":
+            yield Trouble(
+                "bad",
+                model.id,
+                "does not answer",
+                _sentence(model.reason or "it failed"),
+                "Mend the cause, then read models.yaml again: a model that has failed is loaded again then.",
+                can_reload=True,
+            )
+        elif model.state == "recovering":
+            yield Trouble("bad", model.id, "is being reloaded", _sentence(model.reason or "it hung or failed"))
+        elif _drifts(model):
+            yield Trouble(
+                "bad",
+                model.id,
+                "returns other vectors than it should",
+                f"Its lowest cosine to a golden vector is {model.golden_cosine:.5f}, the limit is {model.golden_limit:.5f}.",
+                "The model is reloaded. If it stays so, the weights or the device are at fault.",
+                line=f"gateway verify {model.id}",
+            )
+
+
+def _drifts(model: LiveModel) -> bool:
+    cosine, limit = model.golden_cosine, model.golden_limit
+    return cosine is not None and limit is not None and cosine < limit
+
+
+def _of_error(error: ErrorCard, since: datetime) -> Trouble | None:
+    """Return a trouble for refusals that recur, and for faults of the gateway or its models."""
+    is_fault, is_refusal = error.status >= 500, error.status == 429
+    if read_time(error.last) < since or not (is_fault or (is_refusal and error.number >= _MANY_REFUSALS)):
+        return None
+    times = "once" if error.number == 1 else f"{error.number:,} times"
+    text = f"{_sentence(error.message or error.code)} The last request was {error.request_id}, from {error.client}."
+    steps = {
+        "rate_limit_exceeded": "Raise the limit of this key, or let the client wait for `Retry-After`.",
+        "overloaded": "Let the client send fewer requests at once, or give its key a quota.",
+        "memory_full": "Let clients send fewer texts per request, or raise GATEWAY_MEMORY_BUDGET_BYTES.",
+        "internal_error": "The log has a traceback under this request id.",
+    }
+    return Trouble(
+        "warn",
+        error.model or error.path,
+        f"answered {error.status} {error.code} {times}",
+        text,
+        steps.get(error.code, ""),
+    )
+
+
+def _of_experiment(report: ExperimentReport) -> Trouble | None:
+    link = f"/experiments/{report.id}"
+    if report.sample_ratio.mismatch:
+        return Trouble(
+            "warn",
+            report.id,
+            "loses units of an arm",
+            _sentence(report.sample_ratio.verdict),
+            "No comparison of its arms can be trusted until the cause is found.",
+            link,
+        )
+    if report.warning is not None:
+        return Trouble("warn", report.id, "splits nothing", _sentence(report.warning), "", link)
+    return None
+
+
+def _of_shadow(shadow: ShadowCard) -> Trouble | None:
+    num_all, num_dropped = sum(shadow.outcomes.values()), shadow.outcomes.get("dropped", 0)
+    if num_dropped <= _MANY_DROPPED * num_all:
+        return None
+    return Trouble(
+        "warn",
+        shadow.to,
+        f"is too slow for its copies of {shadow.of}",
+        f"{count(num_dropped, 'copy', 'copies')} of {num_all:,} were dropped ({percent(num_dropped / num_all)}).",
+        f"Lower `sample`, which is {shadow.sample:g}.",
+    )
+
+
+def _of_card(card: LiveCard) -> Trouble | None:
+    if not card.total_bytes or not card.used_bytes or card.used_bytes <= _FULL_CARD * card.total_bytes:
+        return None
+    others = card.used_bytes - (card.allocated_bytes or 0)
+    return Trouble(
+        "warn",
+        card.device,
+        "is nearly full",
+        f"{size(card.total_bytes - card.used_bytes)} of {size(card.total_bytes)} are free; "
+        f"{size(others)} are not tensors of this process.",
+        "End other processes on the card, or give a model another `device`.",
+    )
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "?", "!")) else f"{text}."

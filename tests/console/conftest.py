@@ -1,0 +1,91 @@
+"""A browser for the pages: what it says on its console is a failure, and so is a request to elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.console.served import Gateway, serving
+from tests.peers import find, is_missing
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+AXE = Path(__file__).parent / "vendor" / "axe-core-4.14.1.min.js"
+_WIDE = {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """Serve a gateway without keys for all tests of a module."""
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start Chromium for the tests of a module; not of a session, as Playwright keeps an event loop running."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        is_missing("playwright is not installed (make install-dev)")
+    chromium = find("chromium", "chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+OpenPage = Callable[..., "contextmanager[Page]"]
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Callable[..., Any]:
+    """Return a context manager that gives an empty page, and checks at its end what the browser complained about."""
+
+    @contextmanager
+    def visit(url: str, *, theme: str = "light", expected: tuple[str, ...] = (), **options: Any) -> Iterator[Page]:
+        context: BrowserContext = browser.new_context(**{"viewport": _WIDE, "color_scheme": theme, **options})
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        complaints: list[str] = []
+        elsewhere: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: None if request.url.startswith(url) else elsewhere.append(request.url))
+        try:
+            yield page
+        finally:
+            context.close()
+        unexpected = [text for text in complaints if not any(part in text for part in expected)]
+        assert not unexpected
+        assert not elsewhere
+
+    return visit
+
+
+@pytest.fixture(scope="module")
+def check_accessibility() -> Callable[[Page], None]:
+    """Return a function that checks a page with axe-core."""
+    axe = AXE.read_text(encoding="utf-8")
+
+    def check(page: Page) -> None:
+        page.evaluate(axe)  # past the page's CSP, which allows no such script
+        results = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        found = [(rule["id"], [node["target"] for node in rule["nodes"]][:5]) for rule in results["violations"]]
+        assert not found
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def picture_folder() -> Path:
+    """Return the folder of the screenshots, which people look at after a change."""
+    folder = Path(__file__).parents[2] / "build" / "console"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,147 @@
+"""The overview in a browser: states, troubles with their next step, live figures, both themes, narrow and wide."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.console.served import HOSTILE, Gateway, serving
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traffic(gateway: Gateway) -> None:
+    """Send a few requests, some of which fail."""
+    with httpx.Client(base_url=gateway.url) as client:
+        for number in range(6):
+            body = {"model": "search-exp", "input": "a text", "user": f"unit-{number}"}
+            assert client.post("/v1/embeddings", json=body).status_code == 200
+        assert client.post("/v1/embeddings", json={"model": HOSTILE, "input": "x"}).status_code == 404
+        for _ in range(25):
+            assert client.post("/v1/embeddings", json={"model": "bge", "input": "overload"}).status_code == 429
+
+
+def test_a_browser_that_asks_for_the_root_gets_the_console(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(gateway.url)
+        assert page.url == f"{gateway.url}/console"
+        assert page.locator("h1").inner_text() == "2 of 3 models answer"
+
+
+def test_the_overview_says_what_is_wrong_and_what_to_do(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console")
+        todo = page.locator(".todo > li")
+        failed = todo.filter(has_text="broken")
+        assert "does not answer" in failed.inner_text()
+        assert f"no weights in {HOSTILE}" in failed.inner_text()
+        refused = todo.filter(has_text="answered 429")
+        assert "bge answered 429 overloaded 25 times" in refused.inner_text().replace("\n", " ")
+        assert "give its key a quota" in refused.inner_text()
+
+
+def test_the_overview_shows_models_names_and_errors(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console")
+        row = page.locator(".models tbody tr").filter(has_text="bge").first
+        assert "ready" in row.inner_text()
+        assert "429 overloaded" in row.inner_text()
+        off = page.locator(".models tr.off")
+        assert "switched off in models.yaml" in off.inner_text()
+        names = page.locator("section", has=page.locator("#names")).inner_text()
+        assert "search-exp" in names
+        assert re.search(r"6 units, 6 requests", names)
+        assert "jina:retrieval.query" in names
+        errors = page.locator("table.errors").inner_text()
+        assert HOSTILE in errors
+        assert "req-" in errors
+
+
+def test_figures_are_asked_for_again_and_can_be_paused(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.clock.install()
+        page.goto(f"{gateway.url}/console")
+        page.locator("summary", has_text="jina").click()
+        page.evaluate("document.activeElement.blur()")
+        with httpx.Client(base_url=gateway.url) as client:
+            client.post("/v1/embeddings", json={"model": "nothing-like-it", "input": "x"})
+        page.clock.run_for(5_100)
+        page.locator("table.errors", has_text="nothing-like-it").wait_for()
+        assert page.locator("details[open]").count() == 1  # what was open stays open
+        page.locator("[data-pause]").click()
+        assert page.locator("[data-pause]").inner_text() == "go on"
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.clock.run_for(20_000)
+        assert not requests
+
+
+def test_a_gateway_that_stops_is_noticed(visit: Callable[..., Any]) -> None:
+    with serving() as short, visit(short.url, expected=("Failed to load resource",)) as page:
+        page.clock.install()
+        page.goto(f"{short.url}/console")
+        page.route("**/console", lambda route: route.abort())
+        page.clock.run_for(5_100)
+        page.get_by_role("alert").wait_for()
+        assert "The gateway does not answer" in page.get_by_role("alert").inner_text()
+        assert page.locator("#live.old").count() == 1  # the last figures stay, and are grayed
+
+
+def test_reading_needs_no_script(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url, java_script_enabled=False) as page:
+        page.goto(f"{gateway.url}/console")
+        assert page.locator("h1").inner_text() == "2 of 3 models answer"
+        page.locator("summary", has_text="jina").click()
+        assert page.get_by_text("64, 32, 16").is_visible()
+        assert not page.locator("[data-copy]").first.is_visible()  # buttons that need a script are hidden
+        page.get_by_role("button", name="Theme: auto").click()
+        assert page.locator("html").get_attribute("data-theme") == "light"
+
+
+def test_keys_lead_to_the_views_and_can_be_switched_off(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/sign-in")
+        page.locator("h1").click()
+        page.keyboard.press("g")
+        page.keyboard.press("o")
+        page.wait_for_url(f"{gateway.url}/console")
+        page.keyboard.press("?")
+        assert page.get_by_role("dialog").is_visible()
+        page.get_by_role("button", name="Keys of one letter are on").click()
+        page.get_by_role("button", name="Close").click()
+        page.keyboard.press("?")
+        assert not page.get_by_role("dialog").is_visible()
+
+
+def test_the_theme_is_remembered(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console")
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        with page.expect_response("**/console/theme"):
+            page.get_by_role("button", name="Theme: auto").click()
+        with page.expect_response("**/console/theme"):
+            page.get_by_role("button", name="Theme: light").click()
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.reload()
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark != light
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_the_overview_is_accessible_in_both_themes_narrow_and_wide(
+    gateway: Gateway,
+    visit: Callable[..., Any],
+    check_accessibility: Callable[[Any], None],
+    picture_folder: Path,
+    theme: str,
+    width: int,
+) -> None:
+    with visit(gateway.url, theme=theme, viewport={"width": width, "height": 900}) as page:
+        page.goto(f"{gateway.url}/console")
+        page.screenshot(path=picture_folder / f"overview-{width}-{theme}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        check_accessibility(page)
