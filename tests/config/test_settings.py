@@ -31,6 +31,7 @@ DEFAULTS = {
     "quota_storage": "memory://",
     "admin_key": None,
     "admin_port": None,
+    "console": "admin",
     "cors_origins": (),
     "trusted_proxies": (),
     "root_path": "",
