@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +49,7 @@ class Overview:
     async def show(self, request: Request) -> Response:
         """Show the page."""
         deployment, visitor = self._parts.deployment, visitor_of(request)
-        reports = await self._reports(visitor.client)
+        reports = self._reports(visitor.client)
         now = live(deployment, visitor.client)
         errors = self._errors(request)
         shadows = shadow_cards(deployment, visitor.client)
@@ -109,13 +107,9 @@ class Overview:
 
     # ------------------------------------------------------------------------------------------------------ contents
 
-    async def _reports(self, client: Client) -> list[ExperimentReport]:
+    def _reports(self, client: Client) -> list[ExperimentReport]:
         """Return the reports of the experiments that a client may use."""
         deployment = self._parts.deployment
-        if not deployment.registry.experiments:
-            return []
-        # As in `api/experiments`: its first import takes a second, in which no request would be answered.
-        await asyncio.to_thread(importlib.import_module, "scipy.stats")
         names = deployment.router.names
         return [
             self._parts.report(experiment)

@@ -25,7 +25,7 @@ class Parts:
     pages: Pages
 
     def report(self, experiment: Experiment) -> ExperimentReport:
-        """Return the figures of an experiment; ``scipy.stats`` must have been imported."""
+        """Return the figures of an experiment."""
         deployment = self.deployment
         generation = deployment.router.generation(experiment.id)
         return self.stats.report(experiment, generation, deployment.counting_since[experiment.id])

@@ -116,17 +116,18 @@ def _of_error(error: ErrorCard, since: datetime) -> Trouble | None:
 
 def _of_experiment(report: ExperimentReport) -> Trouble | None:
     link = f"/experiments/{report.id}"
-    if report.sample_ratio.mismatch:
+    if report.mismatch:
+        ratio = report.sample_ratio if report.sample_ratio.mismatch else report.request_ratio or report.sample_ratio
         return Trouble(
             "warn",
             report.id,
             "loses units of an arm",
-            _sentence(report.sample_ratio.verdict),
+            _sentence(ratio.verdict),
             "No comparison of its arms can be trusted until the cause is found.",
             link,
         )
-    if report.warning is not None:
-        return Trouble("warn", report.id, "splits nothing", _sentence(report.warning), "", link)
+    if report.warnings:
+        return Trouble("warn", report.id, "tells little", " ".join(map(_sentence, report.warnings)), "", link)
     return None
 
 
