@@ -63,7 +63,7 @@ class Gate:
 
     @property
     def has_operator(self) -> bool:
-        """Whether there is a key to sign in with as the operator."""
+        """Whether the operator has a key to sign in with."""
         return self._settings.admin_key is not None
 
     @property
