@@ -11,7 +11,7 @@ from gateway.engine.checkpoint.sources import is_cached, require_license, requir
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
-from gateway.engine.model.build import choose_runtime
+from gateway.engine.model.choose import choose_runtime
 from gateway.errors import LoadError
 from gateway.types import ModelInfo
 
@@ -124,7 +124,7 @@ def _not_downloaded(entry: ModelEntry) -> Forecast:
         size, license_name = repository.missing_bytes, license_name or repository.license
     devices = choose_devices(entry.device)
     dtype = choose_dtype(entry.dtype, devices[0])
-    runtime = choose_runtime(entry.runtime, devices[0], known.model_type if known else "")
+    runtime = choose_runtime(entry.runtime, devices[0], dtype, known.model_type if known else "")
     memory = None
     if known is not None:
         max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]

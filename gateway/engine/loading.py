@@ -21,7 +21,7 @@ from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
 from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
-from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime
+from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime_of
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.static import place_table
@@ -120,10 +120,11 @@ class LoadPlan:
         )
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
-        """Return the plan with the runtime that the model has got: torch may have replaced OpenVINO."""
-        runtime = engine.encoders[0].runtime.name
-        memory = plan_memory(self.checkpoint, self.dtype, runtime, self.max_tokens, self.max_batch_tokens)
-        return replace(self, runtime=runtime, memory=memory)
+        """Return the plan with the runtime that the model has got: torch may have replaced OpenVINO or packing."""
+        runtime = engine.encoders[0].runtime
+        memory = plan_memory(self.checkpoint, self.dtype, runtime.name, self.max_tokens, self.max_batch_tokens)
+        memory = replace(memory, weights_bytes=memory.weights_bytes + runtime.extra_bytes)
+        return replace(self, runtime=runtime.name, memory=memory)
 
     def build_options(self, device: str, threads: CpuThreads, compiled_folder: Path | None = None) -> BuildOptions:
         """Return the options for building the encoder of one replica."""
@@ -189,7 +190,7 @@ def _place(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[tuple[str, ...], 
         return place_table(entry)
     devices = choose_devices(entry.device)
     dtype = choose_dtype(entry.dtype, devices[0])
-    runtime = choose_runtime(entry.runtime, devices[0], checkpoint.model_type)
+    runtime = choose_runtime_of(checkpoint, entry.runtime, devices[0], dtype)
     return devices, dtype, runtime, entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
 
 

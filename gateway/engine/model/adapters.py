@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterMask(nn.Module):
-    """The mask of the forward that is running, shared by all adapted layers.
+    """The mask of the forward that is running, shared by all adapted layers: one forward at a time.
+
+    The packed forward (:mod:`.runtimes.network`) takes its adapters as an argument instead.
 
     Args:
         ranks: rank of each adapter, in the order of their indices.
@@ -60,17 +63,21 @@ class AdapterMask(nn.Module):
 
     def __init__(self, ranks: Sequence[int]) -> None:
         super().__init__()
+        self.ranks = tuple(ranks)
         self.value = torch.empty(0)
         table = torch.zeros(len(ranks) + 1, sum(ranks))  # the last row, which -1 selects, is no adapter
-        first = 0
-        for index, rank in enumerate(ranks):
-            table[index, first : first + rank] = 1
-            first += rank
+        for index, part in enumerate(self.parts()):
+            table[index, part] = 1
         self.table = nn.Buffer(table, persistent=False)
 
     def rows(self, adapters: Sequence[int]) -> torch.Tensor:
         """Return the mask of each adapter index, ``(b, sum of ranks)``; -1 is no adapter."""
         return self.table[torch.tensor(adapters, device=self.table.device)]
+
+    def parts(self) -> list[slice]:
+        """Return the place of each adapter among the stacked ranks."""
+        ends = list(accumulate(self.ranks))
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
 
 
 class AdaptedLinear(nn.Module):

@@ -6,25 +6,23 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-import torch
-from torch.nn import functional
 
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
-from gateway.engine.devices import CpuThreads
+from gateway.engine.devices import CpuThreads, available_bytes, is_out_of_memory
 from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.agreement import MIN_COSINE, least_cosine
 from gateway.engine.model.build_heads import build_heads, build_query_table
+from gateway.engine.model.choose import choose_runtime_of
 from gateway.engine.model.compiled_cache import CompiledCache, key_of
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.load_tokenizer import Tokenizers, load_tokenizers
 from gateway.engine.model.runtimes.attention import attention_rule
-from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES, Runtime
+from gateway.engine.model.runtimes.base import Runtime
 from gateway.engine.model.runtimes.padded import PaddedRuntime
 from gateway.engine.model.splade import QueryTableEncoder
 from gateway.engine.model.static import load_table
@@ -34,12 +32,13 @@ from gateway.errors import LoadError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# The plan of a model asks for its runtime by the same function that builds it.
+__all__ = ["BuildOptions", "build_encoders", "choose_runtime_of"]
+
 log = structlog.get_logger(__name__)
 
-# Cosine to torch's float32 that a compiled model must keep on every text, by the precision it computes in.
-_MIN_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
-# Tokens of the texts it is measured on, forward by forward: in one row if they can share it, in two, and a text alone.
-_SAMPLE_LENGTHS = ((60, 24, 7, 2), (300, 40, 30, 20), (17,))
+# The weights that are made for each of a model's adapters may take this share of a card's free memory.
+_MERGED_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,43 +105,50 @@ def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encode
     return encoders
 
 
-def choose_runtime(setting: str, device: str, model_type: str) -> str:
-    """Return the runtime of a setting of :class:`BuildOptions`: ``openvino``, ``torch`` or ``torch-packed``.
-
-    ``auto`` is OpenVINO on a CPU, where it is installed, and elsewhere torch, packed where the architecture allows it.
-
-    Raises:
-        LoadError: OpenVINO is asked for and is not installed, or not on a CPU.
-    """
-    if setting == "reference":
-        return "torch"
-    if setting == "packed":
-        return "torch-packed"
-    if setting == "openvino" and device != "cpu":
-        raise LoadError(f"runtime openvino is for the CPU, and this model runs on {device}; use runtime: torch or auto")
-    is_installed = find_spec("openvino") is not None
-    if setting == "openvino" and not is_installed:
-        raise LoadError("runtime openvino: the package openvino is not installed; use runtime: torch or auto")
-    if device != "cpu":
-        return "torch-packed" if model_type in PACKED_MODEL_TYPES else "torch"
-    return "openvino" if is_installed and setting in ("auto", "openvino") else "torch"
-
-
 def _build_runtimes(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
-    runtime = choose_runtime(options.runtime, options.device, checkpoint.model_type)
+    runtime = choose_runtime_of(checkpoint, options.runtime, options.device, options.dtype)
     if runtime == "openvino":
         runtimes = _try_openvino(checkpoint, options, tokenizer)
         if runtimes:
             return runtimes
     model, mask = _load_model(checkpoint, options, options.dtype)
-    obstacle = _why_not_packed(checkpoint, model)
-    if options.runtime == "packed" and obstacle:
-        raise LoadError(f"{checkpoint.folder}: {obstacle} cannot be packed")
-    if runtime != "torch-packed" or obstacle:
-        return [PaddedRuntime(model, mask)]
+    reference = PaddedRuntime(model, mask)
+    if runtime == "torch-packed":
+        return [_try_packed(checkpoint, options, tokenizer, model, mask) or reference]
+    return [reference]
+
+
+def _try_packed(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    tokenizer: Tokenizer,
+    model: PreTrainedModel,
+    mask: AdapterMask | None,
+) -> Runtime | None:
+    """Return the runtime that packs, if it agrees with transformers' own code on the same weights; ``None`` otherwise."""
     from gateway.engine.model.runtimes.packed import PackedRuntime  # slow to import
 
-    return [PackedRuntime(model, mask)]
+    message = ""
+    try:
+        packed = PackedRuntime(model, mask)
+        if options.device != "cpu" and packed.merged_bytes <= _MERGED_SHARE * available_bytes(options.device):
+            packed.merge()
+        cosine = least_cosine(packed, PaddedRuntime(model, mask), checkpoint, tokenizer, is_packed=True)
+        if not cosine >= MIN_COSINE[options.dtype]:  # it may be NaN
+            message = (
+                f"packed vectors have a cosine of {cosine:.6f} to those of padded texts, the least is "
+                f"{MIN_COSINE[options.dtype]}"
+            )
+    except Exception as error:  # a card without one of the kernels may raise anything
+        if is_out_of_memory(error):
+            raise
+        message = f"the packed forward cannot be computed: {type(error).__name__}: {error}"
+    if not message:
+        return packed
+    if options.runtime == "packed":
+        raise LoadError(f"{checkpoint.folder}: {message}")
+    log.warning("packed_refused", folder=str(checkpoint.folder), reason=message, fallback="torch")
+    return None
 
 
 def _load_model(
@@ -151,15 +157,6 @@ def _load_model(
     from gateway.engine.model.load_model import load_model  # slow to import
 
     return load_model(checkpoint, options.device, dtype, trust_remote_code=options.trust_remote_code)
-
-
-def _why_not_packed(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
-    """Return the obstacle to computing texts in one packed row; empty without one."""
-    if checkpoint.model_type not in PACKED_MODEL_TYPES:
-        return f"model_type {checkpoint.model_type!r}"
-    if checkpoint.has_own_code:  # its attention may not be the one that keeps to a text
-        return f"{type(model).__name__}, which is the checkpoint's own code,"
-    return "one-way attention (is_decoder: true)" if getattr(model.config, "is_decoder", False) else ""
 
 
 def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Tokenizer) -> Sequence[Runtime]:
@@ -182,15 +179,15 @@ def _try_openvino(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
     try:
         traced = TracedModel.trace(model, mask, rule, has_segments=tokenizer.has_segments)
         runtimes = OpenVinoRuntime.compile(traced, options.dtype, options.threads)
-        cosine = _agreement(runtimes[0], reference, checkpoint, tokenizer)
+        cosine = least_cosine(runtimes[0], reference, checkpoint, tokenizer)
     except Exception as error:  # an architecture that cannot be traced or compiled may raise anything
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: OpenVINO cannot run it: {error}") from error
         log.warning("openvino_failed", folder=str(checkpoint.folder), error=str(error), fallback="torch")
         return []
-    if not cosine >= _MIN_COSINE[options.dtype]:  # it may be NaN
+    if not cosine >= MIN_COSINE[options.dtype]:  # it may be NaN
         message = (
-            f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, the least is {_MIN_COSINE[options.dtype]}"
+            f"OpenVINO's vectors have a cosine of {cosine:.6f} to torch's, the least is {MIN_COSINE[options.dtype]}"
         )
         if options.runtime == "openvino":
             raise LoadError(f"{checkpoint.folder}: {message}")
@@ -219,25 +216,3 @@ def _compiled_key(checkpoint: Checkpoint, options: BuildOptions, tokenizer: Toke
             "engine": [file_sha256(source) for source in sources],
         }
     )
-
-
-@torch.inference_mode()
-def _agreement(runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tokenizer: Tokenizer) -> float:
-    """Return the smallest cosine between two runtimes, over texts of several lengths in several forwards; NaN is possible.
-
-    One text reaches beyond the window of attention that some architectures have: what is traced with a short text may
-    go wrong there.
-    """
-    ids = tokenizer.sample_ids()
-    adapter = cycle(range(-1, len(checkpoint.adapter_folders)))
-    cosines = []
-    for batch in _SAMPLE_LENGTHS:
-        lengths = [min(length, tokenizer.max_tokens) for length in batch]
-        rows = [(ids * length)[:length] for length in lengths]
-        adapters = [next(adapter) for _ in rows]
-        seconds = [length // 2 if tokenizer.has_segments else None for length in lengths]
-        ours, theirs = (
-            one.forward(one.prepare(rows, adapters, seconds)).pool(checkpoint.pooling) for one in (runtime, reference)
-        )
-        cosines.append(functional.cosine_similarity(ours, theirs))
-    return float(torch.cat(cosines).min())

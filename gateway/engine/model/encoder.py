@@ -195,17 +195,20 @@ class Encoder:
 
     def prepare(self, items: Sequence[Item]) -> list[Group]:
         """Group the texts as the runtime needs them, and put them where it reads them."""
-        groups = self.runtime.groups([item.num_tokens for item in items])
+        groups = self.runtime.groups([item.num_tokens for item in items], [self._adapter(item) for item in items])
         return [self._prepare(rows, [items[row] for row in rows]) for rows in groups]
 
     def _prepare(self, rows: Sequence[int], items: list[Item]) -> Group:
-        adapters = [-1 if item.task is None else self._adapters.get(item.task, -1) for item in items]
+        adapters = [self._adapter(item) for item in items]
         seconds = [item.tokens.second for item in items]
         attended = None
         if any(item.tokens.num_attended is not None for item in items):
             attended = [item.tokens.num_attended or item.num_tokens for item in items]
         ids = [item.tokens.ids for item in items]
         return Group(rows, items, self.runtime.prepare(ids, adapters, seconds, attended))
+
+    def _adapter(self, item: Item) -> int:
+        return -1 if item.task is None else self._adapters.get(item.task, -1)
 
     @torch.inference_mode()
     def forward(self, groups: Sequence[Group]) -> list[tuple[Group, TokenStates]]:

@@ -170,11 +170,12 @@ class StaticRuntime:
     """
 
     name = _RUNTIME
+    extra_bytes = 0
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
 
-    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
         return [range(len(lengths))]
 
     def prepare(

@@ -153,6 +153,27 @@ def positions(ids: Sequence[int], uncounted: int | None) -> npt.NDArray[np.int64
     return numbers
 
 
+def packed_positions(
+    ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int_], uncounted: int | None
+) -> npt.NDArray[np.int32]:
+    """Return :func:`positions` of the tokens of texts one after the other, ``(total,)``.
+
+    Args:
+        lengths: ``(b,)`` tokens of each text, at least 1.
+    """
+    starts = lengths.cumsum() - lengths
+    if uncounted is None:
+        numbers: npt.NDArray[np.int32] = np.arange(len(ids), dtype=np.int32) - np.repeat(starts, lengths).astype(
+            np.int32
+        )
+        return numbers
+    is_counted = (ids != uncounted).astype(np.int32)
+    counted = is_counted.cumsum(dtype=np.int32)
+    before = np.repeat(counted[starts] - is_counted[starts], lengths)
+    offsets: npt.NDArray[np.int32] = (counted - before) * is_counted + np.int32(uncounted)
+    return offsets
+
+
 def make_masks(
     owners: npt.NDArray[np.intp], is_key: npt.NDArray[np.bool_] | None, rule: AttentionRule
 ) -> dict[str, npt.NDArray[np.bool_]]:

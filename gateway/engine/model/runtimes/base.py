@@ -16,15 +16,18 @@ class Runtime(Protocol):
 
     Attributes:
         name: what ``ModelInfo.engine`` says.
+        extra_bytes: memory of weights that the checkpoint does not have.
     """
 
     name: str
+    extra_bytes: int
 
-    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
         """Split a batch into forwards.
 
         Args:
             lengths: tokens of each text.
+            adapters: for each text the index of its adapter, or -1 for none.
 
         Returns:
             The positions of each forward's texts in ``lengths``; each occurs once.

@@ -143,6 +143,7 @@ class OpenVinoRuntime:
     """
 
     name = "openvino"
+    extra_bytes = 0
     origin: weakref.ref[nn.Module] | None = None
 
     def __init__(self, compiled: openvino.CompiledModel, inputs: InputMaker) -> None:
@@ -175,7 +176,7 @@ class OpenVinoRuntime:
         )
         return [cls(compiled, traced.inputs) for _ in range(threads.num_streams)]
 
-    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
         return self._inputs.groups(lengths)
 
     def prepare(

@@ -1,83 +1,84 @@
-"""Run transformers' own model on texts of any length packed into one row: nothing is padded (CUDA).
-
-transformers' encoders take a packed row as it is: an attention function and a mask function are registered,
-and the boundaries of the texts reach the attention through the forward's keyword arguments. torch's built-in
-``varlen_attn`` needs no flash-attn package to compile. On a CPU, where it does not exist, each text is attended to by
-itself: slow, but the same function, so that everything around it can be tested without a GPU.
-"""
+"""Compute texts of any length packed into one row: nothing is padded (CUDA). :mod:`.network` has the forward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from gateway.engine.model.adapters import AdapterMask
-from gateway.engine.model.runtimes.attention import positions, uncounted_id
-from gateway.engine.model.runtimes.padded import pad_segments
+from gateway.engine.model.runtimes.attention import packed_positions, uncounted_id
+from gateway.engine.model.runtimes.flash import Texts
+from gateway.engine.model.runtimes.low_rank import Choice
+from gateway.engine.model.runtimes.network import Network, Row
 from gateway.engine.model.states import TokenStates
 
-ATTENTION = "gateway_packed"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A part of a batch that has one task and so many tokens is a separate forward: with the task's merged weights, it costs
+# less than the adapters of a mixed one do. Smaller parts would not keep a card busy.
+_MIN_PART_TOKENS = 2048
+
+_Indices: TypeAlias = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedFeatures:
-    """Texts one after the other, on the device.
+    """Texts one after the other, on the device."""
 
-    Attributes:
-        input_ids: ``(1, total)`` int64.
-        position_ids: ``(1, total)`` int64, from the architecture's first position for each text.
-        boundaries: ``(b + 1,)`` int32: where each text begins, and the end of the last.
-        adapter_mask: ``(1, total, sum of ranks)``, or ``None`` for a model without adapters.
-        segments: ``(1, total)`` int64, 1 for the tokens of a pair's second text, or ``None`` for a batch without any.
-        keys: what is attended to, if that is not every token.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    boundaries: torch.Tensor
-    adapter_mask: torch.Tensor | None
-    segments: torch.Tensor | None
-    lengths: Sequence[int]
-    keys: AttendedKeys | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AttendedKeys:
-    """The tokens of a packed row that are attended to, where those of some texts are not all of them.
-
-    Attributes:
-        positions: ``(k,)`` int64: their places in the row.
-        boundaries: ``(b + 1,)`` int32: where those of each text begin, and the end of the last.
-        lengths: how many each text has.
-    """
-
-    positions: torch.Tensor
-    boundaries: torch.Tensor
+    row: Row
     lengths: Sequence[int]
 
 
 class PackedRuntime:
-    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that packs."""
+    """The :class:`~gateway.engine.model.runtimes.base.Runtime` that packs.
+
+    Args:
+        model: transformers' model, which keeps views of the weights.
+
+    Attributes:
+        extra_bytes: memory of the weights that :meth:`merge` has made.
+    """
 
     name = "torch-packed"
+    extra_bytes = 0
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
-        self._mask = mask
+        self._device = model.device
         self._uncounted_id = uncounted_id(model.config)
-        model.set_attn_implementation(ATTENTION)
+        self._network = Network(model, mask)
+        num_adapters = 0 if mask is None else len(mask.ranks)
+        # Row 0 is no adapter.
+        self._choices = torch.eye(num_adapters + 1, num_adapters, dtype=model.dtype).roll(1, 0).to(self._device)
 
-    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
-        return [range(len(lengths))]
+    @property
+    def merged_bytes(self) -> int:
+        """Memory that :meth:`merge` would take."""
+        return self._network.merged_bytes * self._choices.shape[1]
+
+    def merge(self) -> None:
+        """Make weights for each adapter, for batches that have one task."""
+        self._network.merge(range(self._choices.shape[1]))
+        self.extra_bytes = self.merged_bytes
+
+    def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
+        """Return all texts as one forward, but for the tasks with merged weights and enough tokens to keep a card busy."""
+        if not self.extra_bytes or adapters is None or len(set(adapters)) < 2:
+            return [range(len(lengths))]
+        texts: dict[int, list[int]] = {}
+        for text, adapter in enumerate(adapters):
+            texts.setdefault(adapter, []).append(text)
+        large = [part for part in texts.values() if sum(lengths[i] for i in part) >= _MIN_PART_TOKENS]
+        taken = set(chain.from_iterable(large))
+        mixed = [text for text in range(len(lengths)) if text not in taken]
+        return [*large, mixed] if mixed else large
 
     def prepare(
         self,
@@ -87,92 +88,67 @@ class PackedRuntime:
         attended: Sequence[int] | None = None,
     ) -> PackedFeatures:
         lengths = [len(row) for row in rows]
-        position_ids = np.concatenate([positions(row, self._uncounted_id) for row in rows])
-        adapter_mask = None
-        if self._mask is not None:
-            adapter_mask = self._mask.rows(adapters).repeat_interleave(
-                self._to_device(torch.tensor(lengths)), dim=0, output_size=sum(lengths)
-            )[None]
-        segments = pad_segments(rows, seconds, max(lengths))
-        if segments is not None:
-            segments = torch.cat([row[:length] for row, length in zip(segments, lengths, strict=True)])[None]
-        return PackedFeatures(
-            input_ids=self._to_device(torch.tensor([[token for row in rows for token in row]])),
-            position_ids=self._to_device(torch.from_numpy(position_ids)[None]),
-            boundaries=self._to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
-            adapter_mask=adapter_mask,
-            segments=None if segments is None else self._to_device(segments),
-            lengths=lengths,
-            keys=None if attended is None else self._keys(lengths, attended),
+        counts = np.array(lengths)
+        ids = np.fromiter(chain.from_iterable(rows), np.int32, int(counts.sum()))
+        boundaries = _boundaries(lengths)
+        parts = {"ids": ids, "boundaries": boundaries}
+        parts["positions"] = packed_positions(ids, counts, self._uncounted_id)
+        is_adapted = self._choices.shape[1] > 0 and any(adapter >= 0 for adapter in adapters)
+        is_mixed = is_adapted and len(set(adapters)) > 1
+        owners = np.repeat(np.array(adapters, np.int32), counts)
+        if is_adapted and self._network.has_word_adapters:
+            # A token without an adapter reads any row: its mask is 0.
+            parts["places"] = np.maximum(owners, 0) * np.int32(self._network.num_words) + ids
+        if is_mixed:
+            parts["choices"] = owners + np.int32(1)
+        kinds = _segments(lengths, seconds)
+        if is_adapted or kinds is not None:
+            offsets = (owners + 1) * np.int32(self._network.num_kinds) if is_adapted else np.int32(0)
+            parts["kinds"] = offsets + (np.zeros_like(ids) if kinds is None else kinds)
+        if attended is not None:
+            parts["keys"] = _within(lengths, attended).nonzero()[0].astype(np.int32)
+            parts["key_boundaries"] = _boundaries(attended)
+        tensors = self._to_device(parts)
+        choice: Choice = None
+        if is_adapted:
+            choice = self._choices.index_select(0, tensors["choices"]) if is_mixed else int(adapters[0])
+        row = Row(
+            ids=tensors["ids"],
+            kinds=tensors.get("kinds"),
+            positions=tensors["positions"],
+            places=tensors.get("places"),
+            choice=choice,
+            texts=Texts(tensors["boundaries"], lengths),
+            keys=None if attended is None else (tensors["keys"], Texts(tensors["key_boundaries"], attended)),
         )
-
-    def _keys(self, lengths: Sequence[int], attended: Sequence[int]) -> AttendedKeys:
-        starts = [0, *accumulate(lengths)]
-        positions = [torch.arange(start, start + n) for start, n in zip(starts, attended, strict=False)]
-        return AttendedKeys(
-            positions=self._to_device(torch.cat(positions)),
-            boundaries=self._to_device(torch.tensor([0, *accumulate(attended)], dtype=torch.int32)),
-            lengths=attended,
-        )
+        return PackedFeatures(row, lengths)
 
     def forward(self, features: PackedFeatures) -> TokenStates:
-        if self._mask is not None and features.adapter_mask is not None:
-            self._mask.value = features.adapter_mask.to(self._model.dtype)
-        states = self._model(
-            input_ids=features.input_ids,
-            position_ids=features.position_ids,
-            **({} if features.segments is None else {"token_type_ids": features.segments}),
-            packed_boundaries=features.boundaries,
-            packed_lengths=features.lengths,
-            packed_keys=features.keys,
-        ).last_hidden_state
-        return TokenStates(states[0], features.lengths)
+        return TokenStates(self._network(features.row), features.lengths)
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy from pinned memory, so that the copy overlaps with the forward before it."""
-        device = self._model.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    def _to_device(self, parts: Mapping[str, _Indices]) -> Mapping[str, torch.Tensor]:
+        """Copy arrays in one transfer, from pinned memory: the host does not wait for it."""
+        together = torch.from_numpy(np.concatenate([*parts.values()], dtype=np.int32))
+        if self._device.type == "cuda":
+            together = together.pin_memory()
+        split = torch.split(together.to(self._device, non_blocking=True), [len(part) for part in parts.values()])
+        return dict(zip(parts, split, strict=True))
 
 
-def _packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend within each text of a packed row: ``(1, heads, total, d)`` each, to ``(1, total, heads, d)``."""
-    lengths: Sequence[int] = kwargs["packed_lengths"]
-    boundaries = kwargs["packed_boundaries"]
-    keys: AttendedKeys | None = kwargs["packed_keys"]
-    key_lengths, key_boundaries = lengths, boundaries
-    if keys is not None:
-        key, value = key[:, :, keys.positions], value[:, :, keys.positions]
-        key_lengths, key_boundaries = keys.lengths, keys.boundaries
-    if query.is_cuda:
-        packed = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            boundaries,
-            key_boundaries,
-            max(lengths),
-            max(key_lengths),
-            scale=scaling,
-        )
-        assert isinstance(packed, torch.Tensor)  # noqa: S101  it returns a pair only when asked to
-        return packed[None], None
-    counts = ((query, lengths), (key, key_lengths), (value, key_lengths))
-    pieces = zip(*(torch.split(tensor, list(numbers), dim=2) for tensor, numbers in counts), strict=True)
-    attended = [functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in pieces]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+def _boundaries(lengths: Sequence[int]) -> _Indices:
+    return np.array([0, *accumulate(lengths)], np.int32)
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
+def _within(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Return whether a token is among the first of its text, ``(total,)``; ``counts`` says how many those are."""
+    starts = np.array([0, *accumulate(lengths)][:-1])
+    is_first: npt.NDArray[np.bool_] = np.arange(sum(lengths)) < np.repeat(starts + np.array(counts), lengths)
+    return is_first
 
 
-AttentionInterface.register(ATTENTION, _packed_attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+def _segments(lengths: Sequence[int], seconds: Sequence[int | None] | None) -> _Indices | None:
+    """Return 1 for each token of a pair's second text and 0 for all others, ``(total,)``; ``None`` without any."""
+    if seconds is None or all(second is None for second in seconds):
+        return None
+    firsts = [n if second is None else second for n, second in zip(lengths, seconds, strict=True)]
+    return (~_within(lengths, firsts)).astype(np.int32)

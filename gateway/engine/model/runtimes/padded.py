@@ -43,13 +43,14 @@ class PaddedRuntime:
     """The :class:`~gateway.engine.model.runtimes.base.Runtime` that pads."""
 
     name = "torch"
+    extra_bytes = 0
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
         self._mask = mask
         self._pad_id = padding_id(model.config)
 
-    def groups(self, lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
         return group_by_length(lengths)
 
     def prepare(

@@ -1,0 +1,74 @@
+"""Compare what serves a model with transformers' own code on padded texts, before a request is answered with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch.nn import functional
+
+from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.model.runtimes.base import Runtime
+from gateway.engine.model.tokenizer import Tokenizer
+
+MIN_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.999}
+"""Least cosine to the reference that every sample must keep, by the precision that is computed in."""
+
+# Tokens of the texts, forward by forward: in one row if they can share it, in two, and a text alone.
+_LENGTHS = ((60, 24, 7, 2), (300, 40, 30, 20), (17,))
+_SHORT = (60, 24)
+# Long enough for another shape of the attention kernel, and for positions far from the first.
+_LONG = (2000,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A forward: the tokens of each text, its adapter, and how many of its tokens are attended to (all, if ``None``)."""
+
+    lengths: Sequence[int]
+    adapters: Sequence[int]
+    attended: Sequence[int] | None = None
+
+
+@torch.inference_mode()
+def least_cosine(
+    runtime: Runtime, reference: Runtime, checkpoint: Checkpoint, tokenizer: Tokenizer, *, is_packed: bool = False
+) -> float:
+    """Return the smallest cosine between two runtimes, over texts of several lengths in several forwards; NaN is possible.
+
+    One text reaches beyond the window of attention that some architectures have: what is traced with a short text may
+    go wrong there.
+
+    Args:
+        is_packed: also compare a long text; each adapter in a batch of its texts alone, which is computed in another way
+            than one among others; texts whose last tokens are not attended to; and the means over all tokens.
+    """
+    num_adapters = len(checkpoint.adapter_folders)
+    ids = tokenizer.sample_ids()
+    cosines: list[torch.Tensor] = []
+    for batch in _batches(num_adapters, is_packed=is_packed):
+        lengths = [min(length, tokenizer.max_tokens) for length in batch.lengths]
+        rows = [(ids * length)[:length] for length in lengths]
+        seconds = [length // 2 if tokenizer.has_segments else None for length in lengths]
+        attended = None
+        if batch.attended is not None:
+            attended = [min(number, length) for number, length in zip(batch.attended, lengths, strict=True)]
+        ours, theirs = (
+            one.forward(one.prepare(rows, batch.adapters, seconds, attended)) for one in (runtime, reference)
+        )
+        poolings = {checkpoint.pooling, Pooling.MEAN} if is_packed else {checkpoint.pooling}
+        cosines += [functional.cosine_similarity(ours.pool(one), theirs.pool(one)) for one in poolings]
+    return float(torch.cat(cosines).min())
+
+
+def _batches(num_adapters: int, *, is_packed: bool) -> Iterator[_Batch]:
+    adapter = cycle(range(-1, num_adapters))
+    for lengths in (*_LENGTHS, _LONG) if is_packed else _LENGTHS:
+        yield _Batch(lengths, [next(adapter) for _ in lengths])
+    if is_packed:
+        yield _Batch(_SHORT, [-1, -1], [length // 2 for length in _SHORT])
+        for one in range(num_adapters):
+            yield _Batch(_SHORT, [one, one])

@@ -1,0 +1,73 @@
+"""Attention within the texts of a packed row: FlashAttention on a card, and the same text by text elsewhere.
+
+torch has the kernel built in (CUDA): no flash-attn package is needed, which would have to be compiled. It is called as it
+is: torch's function for texts of varying length launches a second kernel and passes through Python for each layer. On a CPU,
+where the kernel does not exist, each text is attended to by itself: slow, but the same function, so that everything around
+it can be tested without a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+# What the kernel takes: the checks in pytorch's flash_api.cpp.
+DTYPES = ("float16", "bfloat16")
+MIN_CAPABILITY = (8, 0)
+HEAD_WIDTH_STEP, MAX_HEAD_WIDTH = 8, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Where the texts of a packed row are.
+
+    Attributes:
+        boundaries: ``(b + 1,)`` int32, on the device: where each text begins, and the end of the last.
+        lengths: tokens of each text.
+    """
+
+    boundaries: torch.Tensor
+    lengths: Sequence[int]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def has_kernel(tensor: torch.Tensor) -> bool:
+    """Return whether attention over a tensor is computed by the kernel."""
+    return tensor.is_cuda
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, texts: Texts, keys: Texts, scale: float
+) -> torch.Tensor:
+    """Attend within each text.
+
+    Args:
+        query: ``(total, heads, d)``, the last dimension contiguous.
+        key: ``(k, heads, d)``: the tokens that are attended to; so is ``value``.
+        texts: where the texts are in ``query``.
+        keys: where they are in ``key`` and ``value``.
+
+    Returns:
+        ``(total, heads, d)``.
+    """
+    if has_kernel(query):
+        flash = torch.ops.aten._flash_attention_forward
+        longest = texts.longest, keys.longest
+        options = 0.0, False, False  # no dropout, not causal, no mask for debugging
+        attended: torch.Tensor = flash(
+            query, key, value, texts.boundaries, keys.boundaries, *longest, *options, scale=scale
+        )[0]
+        return attended
+    counts = ((query, texts.lengths), (key, keys.lengths), (value, keys.lengths))
+    pieces = zip(*(torch.split(tensor, list(numbers)) for tensor, numbers in counts), strict=True)
+    alone = []
+    for piece in pieces:
+        q, k, v = (one.transpose(0, 1) for one in piece)
+        alone.append(functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1))
+    return torch.cat(alone)

@@ -1,0 +1,327 @@
+"""The forward of BERT's family and of Jina v3 on a packed row, in few calls of torch.
+
+A short text is computed in less time than it takes to launch its kernels, and each call holds the interpreter's lock for a
+while. So this is transformers' arithmetic with fewer kernels and without its modules:
+
+- query, key and value are one product, and all weights are shared with transformers' model, which stays as the reference
+  that :mod:`.agreement` compares with;
+- the sum with the residual is part of the product before it: ``x += a W'``, in place. The bias of that product is folded
+  into the bias of the layer norm that makes ``x``, and the bias of the other product that reads ``x`` takes it out again;
+- rotary positions turn query and key in one go, with tables in place of sines;
+- adapters are added in place (:mod:`.low_rank`), or are merged into weights for each task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gateway.engine.model.adapters import AdapterMask
+from gateway.engine.model.runtimes.flash import Texts, attend
+from gateway.engine.model.runtimes.low_rank import (
+    Choice,
+    LowRank,
+    TableAdapters,
+    expand_table,
+    stack_layers,
+    stack_table,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed row, on the device; all indices are int32.
+
+    Attributes:
+        ids: ``(total,)``.
+        kinds: ``(total,)`` rows of the table of kinds; ``None``: row 0 for all tokens.
+        positions: ``(total,)``.
+        places: ``(total,)`` rows of the adapters of the table of words, or ``None``.
+        keys: what is attended to: ``(k,)`` places in the row, and where the texts are in it; ``None`` for every token.
+    """
+
+    ids: torch.Tensor
+    kinds: torch.Tensor | None
+    positions: torch.Tensor
+    places: torch.Tensor | None
+    choice: Choice
+    texts: Texts
+    keys: tuple[torch.Tensor, Texts] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A linear layer: ``x W' + b``, and the adapters next to it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    adapters: LowRank | None
+
+    def __call__(self, x: torch.Tensor, choice: Choice) -> torch.Tensor:
+        y = functional.linear(x, self.weight, self.bias)
+        if self.adapters is not None and choice is not None:
+            self.adapters.add(y, x, choice)
+        return y
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, choice: Choice) -> None:
+        """Add the product to ``y``, which has its bias already."""
+        y.addmm_(x, self.weight.t())
+        if self.adapters is not None and choice is not None:
+            self.adapters.add(y, x, choice)
+
+    def without(self, folded: torch.Tensor | None) -> Product:
+        """Return the product for an input to which ``folded``, ``(in,)`` float32, has been added."""
+        if folded is None:
+            return self
+        bias = -(self.weight.float() @ folded) + (0 if self.bias is None else self.bias.float())
+        adapters = None if self.adapters is None else self.adapters.shifted(folded)
+        return Product(self.weight, bias.to(self.weight.dtype), adapters)
+
+    def merged(self, adapter: int) -> Product:
+        if self.adapters is None:
+            return self
+        weight, shift = self.adapters.merged(self.weight, adapter), self.adapters.shift
+        if shift is None or self.bias is None:
+            return Product(weight, self.bias, None)
+        part = slice(adapter * self.adapters.block, (adapter + 1) * self.adapters.block)
+        bias = self.bias.float() + shift[part].float() @ self.adapters.up[part].float()
+        return Product(weight, bias.to(self.bias.dtype), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A layer norm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> Norm:
+        return cls(norm.get_parameter("weight"), norm.get_parameter("bias"), float(norm.eps))  # type: ignore[arg-type]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def plus(self, folded: torch.Tensor | None) -> Norm:
+        return self if folded is None else replace(self, bias=(self.bias.float() + folded).to(self.bias.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer: attention and a feed-forward, with a norm behind each sum."""
+
+    qkv: Product
+    out: Product
+    norm: Norm
+    up: Product
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    down: Product
+    last_norm: Norm
+
+    def merged(self, adapter: int) -> Layer:
+        names = ("qkv", "out", "up", "down")
+        return replace(self, **{name: getattr(self, name).merged(adapter) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """The modules of a layer of transformers, by what they do; the first three make query, key and value."""
+
+    qkv: Sequence[nn.Module]
+    out: nn.Module
+    norm: nn.Module
+    up: nn.Module
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    down: nn.Module
+    last_norm: nn.Module
+
+
+# Where they are in a layer, by family: the layers, and the fields of _Modules.
+_JINA = (
+    ("layers", [f"self_attn.{name}_proj" for name in "qkv"]),
+    (
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.fc1",
+        "mlp.activation_fn",
+        "mlp.fc2",
+        "post_mlp_layernorm",
+    ),
+)
+_BERT = (
+    ("encoder.layer", [f"attention.self.{name}" for name in ("query", "key", "value")]),
+    (
+        "attention.output.dense",
+        "attention.output.LayerNorm",
+        "intermediate.dense",
+        "intermediate.intermediate_act_fn",
+        "output.dense",
+        "output.LayerNorm",
+    ),
+)
+
+
+def _modules(model: nn.Module) -> Iterator[_Modules]:
+    """Yield the layers of a model.
+
+    Raises:
+        AttributeError: the model is of another family.
+    """
+    (layers, projections), others = _JINA if hasattr(model, "rotary_emb") else _BERT
+    for layer in model.get_submodule(layers).children():
+        yield _Modules([_part(layer, name) for name in projections], *(_part(layer, name) for name in others))
+
+
+def _part(layer: nn.Module, name: str) -> Any:
+    return attrgetter(name)(layer)
+
+
+class Network:
+    """The forward; its weights are those of ``model``, which then holds views of them.
+
+    Args:
+        model: transformers' model of BERT's family or Jina v3, on its device.
+        mask: of its adapters, if it has any.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
+        self.num_heads = int(model.config.num_attention_heads)
+        embeddings = model.get_submodule("embeddings")
+        words, kinds = (embeddings.get_submodule(f"{name}_embeddings") for name in ("word", "token_type"))
+        self._words = words.get_parameter("weight")
+        self._word_adapters: TableAdapters | None = stack_table(words, mask)
+        self._kinds = expand_table(kinds, mask)
+        self._rotary: torch.Tensor | None = None
+        self._positions: torch.Tensor | None = None
+        if hasattr(model, "rotary_emb"):
+            self._rotary = _rotary_table(model)
+        else:
+            self._positions = embeddings.get_submodule("position_embeddings").get_parameter("weight")
+        norm = Norm.of(embeddings.get_submodule("LayerNorm"))
+        self._norm, self._layers = _build_layers(norm, list(_modules(model)), mask)
+        self._merged: dict[int, Sequence[Layer]] = {}
+        width = int(self._layers[0].qkv.weight.shape[0]) // 3
+        self.scale = (width // self.num_heads) ** -0.5
+        self.num_words, self.num_kinds = len(self._words), int(kinds.get_parameter("weight").shape[0])
+
+    @property
+    def has_word_adapters(self) -> bool:
+        return self._word_adapters is not None
+
+    @property
+    def merged_bytes(self) -> int:
+        """Memory of the weights that :meth:`merge` adds for an adapter."""
+        products = [product for one in self._layers for product in (one.qkv, one.out, one.up, one.down)]
+        return sum(product.weight.nbytes for product in products if product.adapters is not None)
+
+    def merge(self, adapters: Sequence[int]) -> None:
+        """Make weights for each of the adapters, with which a row of its texts alone is computed."""
+        self._merged = {adapter: [one.merged(adapter) for one in self._layers] for adapter in adapters}
+
+    def __call__(self, row: Row) -> torch.Tensor:
+        """Return the states of a row's tokens, ``(total, width)``, in the dtype of the weights."""
+        x = self._embed(row)
+        layers: Sequence[Layer] = self._layers
+        choice = row.choice
+        if isinstance(choice, int) and choice in self._merged:
+            layers, choice = self._merged[choice], None
+        turns = None
+        if self._rotary is not None:
+            turns = functional.embedding(row.positions, self._rotary)[:, None, None].chunk(2, dim=-1)
+        for layer in layers:
+            qkv = layer.qkv(x, choice).view(len(x), 3, self.num_heads, -1)
+            query_key = qkv[:, :2] if turns is None else _rotate(qkv[:, :2], *turns)
+            layer.out.add_to(x, self._attend(query_key, qkv[:, 2], row).flatten(1), choice)
+            x = layer.norm(x)
+            layer.down.add_to(x, layer.activation(layer.up(x, choice)), choice)
+            x = layer.last_norm(x)
+        return x
+
+    def _attend(self, query_key: torch.Tensor, value: torch.Tensor, row: Row) -> torch.Tensor:
+        query, key = query_key.unbind(1)
+        if row.keys is None:
+            return attend(query, key, value, row.texts, row.texts, self.scale)
+        places, keys = row.keys
+        key, value = key.index_select(0, places), value.index_select(0, places)
+        return attend(query, key, value, row.texts, keys, self.scale)
+
+    def _embed(self, row: Row) -> torch.Tensor:
+        x = functional.embedding(row.ids, self._words)
+        if self._word_adapters is not None and row.choice is not None and row.places is not None:
+            self._word_adapters.add(x, row.places, row.choice)
+        x.add_(self._kinds[0] if row.kinds is None else functional.embedding(row.kinds, self._kinds))
+        if self._positions is not None:
+            x.add_(functional.embedding(row.positions, self._positions))
+        return self._norm(x)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn ``(total, 2, heads, d)`` by their positions (Su et al., 2021): the halves of ``d`` are the pairs' parts.
+
+    Args:
+        cos: ``(total, 1, 1, d / 2)``.
+    """
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (first, second), (new_first, new_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    return turned
+
+
+@torch.no_grad()
+def _rotary_table(model: PreTrainedModel) -> torch.Tensor:
+    """Return the cosines and sines of all positions, ``(positions, d)``, as transformers computes them."""
+    places = torch.arange(model.config.max_position_embeddings, device=model.device)[None]
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    cos, sin = (one[0] for one in model.get_submodule("rotary_emb")(like, places))
+    half = cos.shape[-1] // 2  # the second half repeats the first
+    return torch.cat((cos[:, :half], sin[:, :half]), dim=-1).contiguous()
+
+
+@torch.no_grad()
+def _build_layers(norm: Norm, layers: Sequence[_Modules], mask: AdapterMask | None) -> tuple[Norm, list[Layer]]:
+    """Return the norm of the embeddings and the layers behind it, with the biases of residual products in the norms."""
+    built: list[Layer] = []
+    for modules in layers:
+        out, down = _product([modules.out], mask), _product([modules.down], mask)
+        out_bias, down_bias = (None if one.bias is None else one.bias.float() for one in (out, down))
+        if built:
+            built[-1] = replace(built[-1], last_norm=built[-1].last_norm.plus(out_bias))
+        else:
+            norm = norm.plus(out_bias)
+        built.append(
+            Layer(
+                qkv=_product(modules.qkv, mask).without(out_bias),
+                out=out,
+                norm=Norm.of(modules.norm).plus(down_bias),
+                up=_product([modules.up], mask).without(down_bias),
+                activation=modules.activation,
+                down=down,
+                last_norm=Norm.of(modules.last_norm),
+            )
+        )
+    return norm, built
+
+
+def _product(layers: Sequence[nn.Module], mask: AdapterMask | None) -> Product:
+    """Return layers that read the same input as one product, and let them keep views of its weights."""
+    weights: list[torch.Tensor] = [layer.get_parameter("weight") for layer in layers]
+    biases = [layer.bias if isinstance(layer.bias, torch.Tensor) else None for layer in layers]
+    adapters = stack_layers(layers, mask)
+    if len(layers) == 1:
+        return Product(weights[0], biases[0], adapters)
+    weight = torch.cat(weights)
+    for layer, part in zip(layers, torch.split(weight, [len(one) for one in weights]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    known = [weight.new_zeros(len(old)) if bias is None else bias for bias, old in zip(biases, weights, strict=True)]
+    return Product(weight, torch.cat(known), adapters)

@@ -1,0 +1,199 @@
+"""A graphics card, as far as a CPU can emulate one: devices, shapes and dtypes, and the attention kernel's own checks.
+
+A fake tensor says that it is on ``cuda:0`` and computes nothing, so that a full-size model takes no memory. torch's build
+for CPUs lacks one thing for that: a guard that makes a device the current one. The CPU's own, which does nothing, serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from gateway.engine.model.adapters import AdaptedEmbedding, AdaptedLinear, AdapterMask
+from gateway.engine.model.runtimes import flash
+
+_CPU, _CUDA = 0, 1  # torch's numbers of the device types
+# c10::impl::device_guard_impl_registry
+_GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
+# In evaluation mode they return what they are given; a fake tensor does not know.
+_NO_KERNEL = ("aten::dropout", "aten::detach", "aten::alias")
+
+
+# ------------------------------------------------------------------------------------------------------- fake tensors
+
+
+@contextlib.contextmanager
+def fake_card() -> Iterator[None]:
+    """Let all tensors be fake ones, and those on ``cuda`` possible."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 2).in_dll(library, _GUARDS)
+    before = guards[_CUDA]
+    guards[_CUDA] = before or guards[_CPU]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _fake_transfers(), torch.inference_mode():
+            yield
+    finally:
+        guards[_CUDA] = before
+
+
+@contextlib.contextmanager
+def _fake_transfers() -> Iterator[None]:
+    """Replace the two calls that no fake tensor has: pinning memory, and sharing it with NumPy."""
+
+    def from_numpy(array: np.ndarray) -> torch.Tensor:
+        return torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
+
+    with (
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+        mock.patch.object(torch, "from_numpy", from_numpy),
+    ):
+        yield
+
+
+def fake_model(
+    config: PreTrainedConfig, dtype: torch.dtype, num_adapters: int = 0
+) -> tuple[PreTrainedModel, AdapterMask | None]:
+    """Return a model on the fake card, and the mask of its adapters of rank 4; to be called within :func:`fake_card`."""
+    with unset_fake_temporarily(), torch.inference_mode(mode=False), torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    model.pooler = None
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    tensors[name] = nn.Parameter(fake, requires_grad=False) if tensors is module._parameters else fake
+    return model, _add_adapters(model, num_adapters) if num_adapters else None
+
+
+def _add_adapters(model: nn.Module, number: int) -> AdapterMask:
+    mask = AdapterMask([4] * number)
+    mask.table = nn.Buffer(torch.empty(mask.table.shape, device="cuda"), persistent=False)
+    for name, layer in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(layer, nn.Linear):
+            kind, num_in, num_out = AdaptedLinear, layer.in_features, layer.out_features
+        elif isinstance(layer, nn.Embedding) and leaf != "position_embeddings":
+            kind, num_in, num_out = AdaptedEmbedding, layer.num_embeddings, layer.embedding_dim
+        else:
+            continue
+        down, up = torch.empty(4 * number, num_in, device="cuda"), torch.empty(num_out, 4 * number, device="cuda")
+        setattr(model.get_submodule(parent), leaf, kind(layer, mask, down, up))  # type: ignore[arg-type]
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------------------- counting
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a card would launch: a call of torch that writes numbers is one.
+
+    Attributes:
+        kernels: by the name of the call.
+        num_calls: of the dispatcher, views and allocations included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.num_calls = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.kernels.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._flash_attention_forward.default:
+            check_attention(*args, **kwargs or {})
+        made = func(*args, **kwargs or {})
+        self.num_calls += 1
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        is_new = any(tensor.untyped_storage()._cdata not in given for tensor in _tensors(made))
+        is_allocation = func.name().startswith("aten::empty")
+        if (is_new or func._schema.is_mutable) and not is_allocation and func.name() not in _NO_KERNEL:
+            self.kernels[func.name()] += 1
+        return made
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# ---------------------------------------------------------------------------------------------- the attention kernel
+
+
+def check_attention(  # noqa: PLR0917  the operator's
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    dropout: float,
+    is_causal: bool,
+    return_mask: bool,
+    *,
+    scale: float,
+) -> None:
+    """Make the checks of ``mha_varlen_fwd`` (pytorch, aten/native/transformers/cuda/flash_attn/flash_api.cpp)."""
+    total, num_heads, width = query.shape
+    assert query.dtype in (torch.float16, torch.bfloat16), (
+        f"FlashAttention only supports fp16 and bf16, not {query.dtype}"
+    )
+    assert key.dtype == value.dtype == query.dtype, "query, key and value must have the same dtype"
+    assert width % 8 == 0, "head_size must be a multiple of 8"
+    assert width <= 256, "FlashAttention forward only supports head dimension at most 256"
+    assert key.shape == value.shape == (len(key), num_heads, width)
+    assert all(one.stride(-1) == 1 for one in (query, key, value)), "the last dimension must be contiguous"
+    for ends, longest, count in ((query_ends, longest_query, total), (key_ends, longest_key, len(key))):
+        assert ends.dtype == torch.int32, "cu_seqlens must have dtype int32"
+        assert ends.is_contiguous()
+        assert ends.device == query.device
+        assert ends.shape == query_ends.shape
+        assert type(longest) is int
+        assert longest <= count
+    assert (dropout, is_causal, return_mask) == (0.0, False, False)
+    assert isinstance(scale, float)
+
+
+def compute_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """Compute what the kernel does, with its checks: each text by itself, in float32, rounded at the end."""
+    check_attention(*args, **kwargs)
+    query, key, value, query_ends, key_ends, longest_query, longest_key = args[:7]
+    for ends, longest, tensor in ((query_ends, longest_query, query), (key_ends, longest_key, key)):
+        assert ends[0] == 0
+        assert ends[-1] == len(tensor)
+        assert ends.diff().max() == longest, "max_q is the longest of the texts"
+    out = torch.empty_like(query)
+    for i in range(len(query_ends) - 1):
+        rows, keys = slice(*query_ends[i : i + 2].tolist()), slice(*key_ends[i : i + 2].tolist())
+        q, k, v = (one.transpose(0, 1).float() for one in (query[rows], key[keys], value[keys]))
+        shares = (q @ k.transpose(1, 2) * kwargs["scale"]).softmax(dim=-1)
+        out[rows] = (shares @ v).transpose(0, 1).to(out.dtype)
+    none = torch.empty(0)
+    return out, none, none, none, none
+
+
+@contextlib.contextmanager
+def kernel_on_the_cpu() -> Iterator[None]:
+    """Let packed attention take the card's branch on the CPU, with the kernel replaced by :func:`compute_attention`."""
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        mock.patch.object(flash, "has_kernel", return_value=True),
+    ):
+        library.impl("_flash_attention_forward", compute_attention, "CPU")
+        yield

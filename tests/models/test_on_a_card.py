@@ -1,0 +1,176 @@
+"""What a card would be given: the packed forward at full size on fake tensors, and its numbers with the kernel's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, JinaEmbeddingsV3Config, PreTrainedConfig
+
+from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
+from gateway.engine.model.runtimes.flash import Texts, attend
+from gateway.engine.model.runtimes.packed import PackedRuntime
+from gateway.types import Output
+from tests.models.checkpoints import TEXTS
+from tests.models.emulated_card import Launches, fake_card, fake_model, kernel_on_the_cpu
+
+Load = Callable[..., Any]
+MakeFamily = Callable[..., Path]
+Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+HALF = torch.float16
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+ROBERTA = {"max_position_embeddings": 514, "pad_token_id": 1, "type_vocab_size": 1}
+
+
+@cache
+def config_of(model_type: str) -> PreTrainedConfig:
+    """Return the full-size configuration of the best-known model of a family."""
+    match model_type:
+        case "jina_embeddings_v3":
+            return JinaEmbeddingsV3Config()
+        case "xlm-roberta":  # BGE-M3
+            changes = {**LARGE, **ROBERTA, "vocab_size": 250_002, "max_position_embeddings": 8194}
+        case "bert":
+            changes = {**BASE, "vocab_size": 30_522, "pad_token_id": 0}
+        case _:
+            changes = {**BASE, **ROBERTA, "vocab_size": 50_265}
+    return AutoConfig.for_model(model_type, **changes)
+
+
+# ----------------------------------------------------------------------------------------------- full size, no numbers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "merges"), [*((name, False) for name in PACKED_MODEL_TYPES), ("jina_embeddings_v3", True)]
+)
+def test_the_whole_way_of_a_batch_fits_a_card(model_type: str, merges: bool) -> None:
+    """Devices, dtypes and shapes, from the tokens to the vectors on the host, and the checks of the attention kernel."""
+    num_adapters = 5 if model_type == "jina_embeddings_v3" else 0
+    lengths = [16, 1, 300, 40]
+    rows = [[5 + i] * length for i, length in enumerate(lengths)]
+    with fake_card():
+        model, mask = fake_model(config_of(model_type), HALF, num_adapters)
+        runtime = PackedRuntime(model, mask)
+        if merges:
+            runtime.merge()
+        seconds = [8, None, 100, None] if model_type == "bert" else None
+        for adapters in [[0, -1, 4, 2], [3] * 4, [-1] * 4] if num_adapters else [[-1] * 4]:
+            for attended in (None, [12, 1, 300, 8]):
+                features = runtime.prepare(rows, adapters, seconds, attended)
+                assert {one.device.type for one in (features.row.ids, features.row.texts.boundaries)} == {"cuda"}
+                with Launches() as launches:
+                    states = runtime.forward(features)
+                assert launches.kernels["aten::_flash_attention_forward"] == len(list(layers(model)))
+                assert (states.flat.shape, states.flat.dtype) == ((357, model.config.hidden_size), HALF)
+                assert states.flat.device.type == "cuda"
+        for pooling in Pooling:
+            assert on_host(states.pool(pooling)) == (4, model.config.hidden_size)
+        spans = [[(0, 8), (8, 16)], [(0, 1)], [(5, 300)], [(0, 2), (2, 3), (3, 40)]]
+        assert on_host(states.pool_spans(spans)) == (7, model.config.hidden_size)
+
+
+def layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].isdigit():
+            yield module
+
+
+def on_host(pooled: torch.Tensor) -> tuple[int, ...]:
+    """Copy pooled states to the host as the encoder does, and return their shape."""
+    assert pooled.device.type == "cuda"
+    copied = pooled.to("cpu", torch.float32)
+    assert copied.device.type == "cpu"
+    return tuple(copied.shape)
+
+
+# The number of kernels is the time of a short text; transformers' own code takes 319, and 1,151 with adapters.
+@pytest.mark.parametrize(
+    ("model_type", "adapters", "merges", "most"),
+    [
+        ("xlm-roberta", [-1, -1], False, 8 * 24 + 5),
+        ("jina_embeddings_v3", [-1, -1], False, 12 * 24 + 5),
+        ("jina_embeddings_v3", [2, 2], True, 12 * 24 + 8),
+        ("jina_embeddings_v3", [2, 2], False, 20 * 24 + 8),
+        ("jina_embeddings_v3", [2, 4], False, 24 * 24 + 8),
+    ],
+)
+def test_a_forward_launches_few_kernels(model_type: str, adapters: Sequence[int], merges: bool, most: int) -> None:
+    with fake_card():
+        model, mask = fake_model(config_of(model_type), HALF, 5 if model_type == "jina_embeddings_v3" else 0)
+        runtime = PackedRuntime(model, mask)
+        if merges:
+            runtime.merge()
+        features = runtime.prepare([[5] * 9, [6] * 7], adapters)
+        with Launches() as launches:
+            runtime.forward(features)
+
+    assert launches.total <= most, launches.kernels
+
+
+# ---------------------------------------------------------------------------------------- tiny models, the kernel's numbers
+
+
+@pytest.fixture
+def on_the_card(load: Load) -> Iterator[Load]:
+    """Return a function that loads a model as a card would run it: 16 bits, and the attention kernel's branch."""
+    with kernel_on_the_cpu():
+        yield lambda folder, dtype: load.__wrapped__(folder, "packed", dtype)  # type: ignore[attr-defined]
+
+
+LIMITS = {"float16": 0.99999, "bfloat16": 0.999}
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_jina_s_tasks_mixed(jina: Path, load: Load, on_the_card: Load, cosines: Cosines, dtype: str) -> None:
+    tasks = [None, "retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
+    mixed = [tasks[i % 6] for i in range(len(TEXTS))]
+
+    vectors = on_the_card(jina, dtype).vectors(TEXTS, mixed)
+
+    assert cosines(vectors, load(jina, "reference").vectors(TEXTS, mixed)).min() > LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_all_outputs_of_bge_m3(m3: Path, load: Load, on_the_card: Load, cosines: Cosines, dtype: str) -> None:
+    wanted = [[Output.DENSE, Output.SPARSE, Output.MULTIVECTOR]] * len(TEXTS)
+    ours, theirs = (model.encode(TEXTS, outputs=wanted) for model in (on_the_card(m3, dtype), load(m3, "reference")))
+
+    for one, other in zip(ours, theirs, strict=True):
+        assert cosines(one.dense, other.dense).min() > LIMITS[dtype]
+        assert cosines(one.multivector, other.multivector).min() > 0.998
+        shared = dict(zip(other.sparse.indices.tolist(), other.sparse.values.tolist(), strict=True))
+        given = dict(zip(one.sparse.indices.tolist(), one.sparse.values.tolist(), strict=True))
+        assert max((abs(given.get(id_, 0) - shared.get(id_, 0)) for id_ in {*given, *shared}), default=0) < 0.1
+
+
+@pytest.mark.parametrize("model_type", [name for name in PACKED_MODEL_TYPES if name != "jina_embeddings_v3"])
+def test_every_packed_family(
+    make_family: MakeFamily, load: Load, on_the_card: Load, cosines: Cosines, model_type: str
+) -> None:
+    folder = make_family(model_type)
+
+    vectors = on_the_card(folder, "float16").vectors(TEXTS)
+
+    assert cosines(vectors, load(folder, "reference").vectors(TEXTS)).min() > LIMITS["float16"]
+
+
+def test_float32_is_what_the_kernel_does_not_take() -> None:
+    """Otherwise the tests above would not show that the kernel's checks are made."""
+    texts = Texts(torch.tensor([0, 2], dtype=torch.int32), [2])
+    with kernel_on_the_cpu():
+        for dtype in (torch.float16, torch.bfloat16):
+            qkv = torch.randn(2, 3, 1, 8).to(dtype)
+            assert attend(*qkv.unbind(1), texts, texts, 1.0).shape == (2, 1, 8)
+        with pytest.raises(AssertionError, match="only supports fp16 and bf16"):
+            attend(*qkv.float().unbind(1), texts, texts, 1.0)
+        with pytest.raises(AssertionError, match="the longest of the texts"):
+            attend(*qkv.unbind(1), replace(texts, lengths=[1]), texts, 1.0)
