@@ -246,6 +246,28 @@ def models(models: ModelsOption = None) -> None:
 
 
 @app.command()
+def download(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Ids of models. By default all that would be loaded on this machine."
+        ),
+    ] = None,
+    models: ModelsOption = None,
+) -> None:
+    """Download what models need from the hub.
+
+    Fetches the files that the gateway reads, and goes on where an earlier attempt has ended. HF_ENDPOINT sets a mirror,
+    HF_TOKEN a token, HTTPS_PROXY a proxy, HF_HOME the folder. Then `HF_HUB_OFFLINE=1 gateway serve` needs no network.
+    """
+    from gateway.cli.download import download as fetch
+
+    _path, registry = _read_registry(models)
+    entries = [_read_entry(models, name)[1] for name in names or ()]
+    raise typer.Exit(0 if fetch(registry, entries) else 1)
+
+
+@app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="Id of a model of models.yaml.")],
     models: ModelsOption = None,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -43,7 +44,7 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
     """
     from huggingface_hub import snapshot_download
 
-    require_disk_space(repository)
+    require_disk_space([repository])
     total = repository.num_bytes
     try:
         for file in repository.files:
@@ -55,6 +56,7 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
             revision=repository.revision,
             allow_patterns=patterns(file.name for file in repository.files),
             ignore_patterns=list(IGNORED),
+            tqdm_class=_no_bars(),
         )
         mark_complete(Path(folder))
     except LoadError:
@@ -65,17 +67,17 @@ def fetch(repository: Repository, report: Progress = lambda _done, _total: None)
     return Path(folder)
 
 
-def require_disk_space(repository: Repository) -> None:
-    """Refuse a download that the disk has no room for.
+def require_disk_space(repositories: Sequence[Repository]) -> None:
+    """Refuse downloads that the disk has no room for.
 
     Raises:
         LoadError: with the sizes and a way out.
     """
-    missing, free = repository.missing_bytes, free_bytes(cache_folder())
+    missing, free = sum(one.missing_bytes for one in repositories), free_bytes(cache_folder())
     if missing > free:
         raise LoadError(
-            f"{repository.name}: {format_size(missing)} are to be downloaded, and {format_size(free)} are free in "
-            f"{cache_folder()}: make room, or set HF_HOME to a folder on another disk"
+            f"{format_size(missing)} are to be downloaded, and {format_size(free)} are free in {cache_folder()}: make room, "
+            "or set HF_HOME to a folder on another disk"
         )
 
 
@@ -117,6 +119,18 @@ def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> Non
             )
         _require_sha256(partial, file)
         partial.rename(blob)
+
+
+@cache
+def _no_bars() -> Any:
+    """Return a class of progress bars that are not shown, whatever the environment says: the caller shows the progress."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args: object, **how: object) -> None:
+            super().__init__(*args, **{**how, "disable": True})  # type: ignore[no-untyped-call]
+
+    return NoBar
 
 
 class _Bar:

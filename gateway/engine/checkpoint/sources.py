@@ -16,6 +16,7 @@ from gateway.config.licenses import forbids_commercial_use
 from gateway.config.registry import ModelEntry, Source
 from gateway.engine.checkpoint.fetch import fetch
 from gateway.engine.checkpoint.hub import (
+    Repository,
     cache_folder,
     cached_snapshot,
     describe,
@@ -143,17 +144,32 @@ def _downloaded(entry: ModelEntry) -> Path:
     return cached
 
 
+def find_download(entry: ModelEntry) -> Repository | None:
+    """Return the repository that has to be downloaded for a model from the hub; ``None`` if all of it is here.
+
+    Raises:
+        LoadError: another repository must be used instead, or the hub cannot be reached or refuses.
+        LicenseNotAccepted: the license forbids commercial use, and none of the weights are here.
+    """
+    require_readable(entry)
+    cached = cached_snapshot(entry.source, _revision(entry))
+    if cached is not None and is_complete(cached):
+        return None
+    if cached is None:  # the hub need not be asked to see that
+        require_license(entry, entry.license or "")
+    repository = describe(entry.source, _revision(entry))
+    if cached is None:
+        require_license(entry, repository.license)
+    return repository
+
+
 def _hub_snapshot(entry: ModelEntry, report: Report) -> Path:
     """Take one commit of a hub repository from the local cache without asking the hub, or download it."""
     cached = cached_snapshot(entry.source, _revision(entry))
-    if cached is not None and is_complete(cached):
-        return cached
     try:
-        if cached is None:  # the hub need not be asked to see that
-            require_license(entry, entry.license or "")
-        repository = describe(entry.source, _revision(entry))
-        if cached is None:
-            require_license(entry, repository.license)
+        repository = find_download(entry)
+        if repository is None:
+            return _downloaded(entry)
         progress = _Progress(entry, report)
         log.info(
             "model_downloading",

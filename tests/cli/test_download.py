@@ -1,0 +1,169 @@
+"""``gateway download`` fetches what models need and says what it does; then a gateway serves without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from gateway.cli.main import app
+from gateway.engine.checkpoint import fetch as fetching
+from tests.hub import COMMIT, LARGE, Hub, Repo, running_hub, use
+from tests.nvml import FakeDriver, install
+
+FILES = {
+    "config.json": b"{}",
+    "tokenizer.json": b"[]",
+    "model.safetensors": os.urandom(3 * LARGE),
+    "onnx/model.onnx": os.urandom(LARGE),
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    server.reset()
+    server.repos = {"owner/one": Repo(FILES, {"license": "mit"}), "owner/two": Repo(FILES, {"license": "cc-by-nc-4.0"})}
+    use(server, tmp_path / "cache", monkeypatch)
+    install(monkeypatch, FakeDriver([]))
+    return server
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "models.yaml"
+    path.write_text(f"""\
+version: 1
+models:
+  - {{id: one, source: owner/one, revision: {COMMIT}, enabled: true}}
+  - {{id: two, source: owner/two, revision: {COMMIT}}}
+  - {{id: near, source: ./near, enabled: true}}
+  - {{id: elsewhere, source: a/b, backend: tei, upstream: {{urls: ["http://127.0.0.1:9"]}}}}
+""")
+    return path
+
+
+def run(models: Path, *names: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["download", *names, "--models", str(models)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_what_would_be_loaded_is_fetched_with_its_size_license_and_cache(
+    hub: Hub, models: Path, tmp_path: Path
+) -> None:
+    status, said, errors = run(models)
+
+    assert (status, errors) == (0, "")
+    lines = said.splitlines()
+    cache = tmp_path / "cache"
+    assert lines[0] == f"one: 300 kB in 3 files, {hub.url}/owner/one at {COMMIT[:12]}, license mit, into {cache}"
+    assert lines[1].startswith("two: not downloaded, because it would not be loaded here: no accelerator is present")
+    assert lines[1].endswith("`gateway download two` does")
+    assert lines[2:4] == [
+        "near: nothing to download, its source is a folder",
+        "elsewhere: runs on other servers, so nothing is downloaded for it",
+    ]
+    assert lines[4] == "one: 300 kB of 300 kB"
+    assert lines[-1] == "Done. To serve without a network: HF_HUB_OFFLINE=1 gateway serve"
+    assert hub.fetched() == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_second_time_nothing_is_fetched_and_the_hub_is_not_asked(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(models)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    status, said, _ = run(models, "one")
+
+    assert status == 0
+    assert said.startswith("one: is here already, in ")
+    assert hub.requests == []
+
+
+def test_a_named_model_needs_a_yes_to_its_license_too(hub: Hub, models: Path) -> None:
+    status, _, errors = run(models, "two")
+
+    assert status == 1
+    assert "two: its license, cc-by-nc-4.0, forbids commercial use: it is downloaded once its entry" in errors
+    models.write_text(models.read_text().replace("id: two,", "id: two, license_accepted: true,"))
+    assert run(models, "two")[0] == 0
+
+
+def test_a_model_that_fails_does_not_keep_the_others_from_their_download(hub: Hub, models: Path) -> None:
+    models.write_text(models.read_text().replace("id: two,", "id: two, enabled: true,"))
+    del hub.repos["owner/one"]
+
+    status, said, errors = run(models)
+
+    assert status == 1
+    assert "one: owner/one at " in errors
+    assert "no such repository on" in errors
+    assert "two: 300 kB of 300 kB" in said
+    assert "Done" not in said
+
+
+def test_a_disk_that_is_too_small_for_all_together_is_said_first(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "free_bytes", lambda _folder: 400_000)
+    models.write_text(models.read_text().replace("id: two,", "id: two, enabled: true,"))
+
+    status, _, errors = run(models)
+
+    assert status == 1
+    assert "600 kB are to be downloaded, and 400 kB are free" in errors
+    assert hub.fetched() == []
+
+
+def test_a_stop_keeps_what_has_arrived(hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = fetching.fetch
+
+    def stop(done: int, _total: int) -> None:
+        if done > LARGE:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetching, "fetch", lambda repository, _report: fetch(repository, stop))
+    status, _, errors = run(models, "one")
+    monkeypatch.setattr(fetching, "fetch", fetch)
+    hub.requests.clear()
+
+    assert (status, errors) == (1, "one: stopped. What has arrived is kept; the same command goes on from there\n")
+    status, said, _ = run(models, "one")
+    assert status == 0
+    assert said.startswith("one: 1")
+    assert " kB of 300 kB in 3 files" in said
+    assert hub.ranges() == ["bytes=110000-"]
+
+
+def test_the_command_reads_the_environment(hub: Hub, models: Path, tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads HF_ENDPOINT, HF_TOKEN and HF_HOME when it is imported."""
+    hub.repos["owner/one"] = Repo(FILES, token="right")
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "right",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    command_line = [sys.executable, "-m", "gateway", "download", "one", "--models", str(models)]
+
+    done = subprocess.run(command_line, check=False, capture_output=True, text=True, env=environ, timeout=60)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"into {tmp_path / 'home' / 'hub'}" in done.stdout
+    assert (
+        tmp_path / "home/hub/models--owner--one/snapshots" / COMMIT / "model.safetensors"
+    ).stat().st_size == 3 * LARGE
