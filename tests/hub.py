@@ -119,7 +119,7 @@ def running_hub() -> Iterator[Hub]:
         daemon_threads = True
 
         def handle_error(self, request: object, client_address: object) -> None:
-            """Say nothing of a client that stops in the middle of a file."""
+            """Print nothing about a client that stops in the middle of a file."""
 
     Handler.hub = hub
     with Server(("127.0.0.1", 0), Handler) as server:

@@ -149,7 +149,7 @@ def test_a_stop_keeps_what_has_arrived(hub: Hub, models: Path, monkeypatch: pyte
 
 
 def test_the_command_reads_the_environment(hub: Hub, models: Path, tmp_path: Path) -> None:
-    """In a process of its own: huggingface_hub reads HF_ENDPOINT, HF_TOKEN and HF_HOME when it is imported."""
+    """In a separate process: huggingface_hub reads HF_ENDPOINT, HF_TOKEN and HF_HOME when it is imported."""
     hub.repos["owner/one"] = Repo(FILES, token="right")
     environ = {
         "PATH": os.environ["PATH"],
