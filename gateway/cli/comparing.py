@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,22 @@ from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
 from gateway.config.registry import load_registry
 from gateway.config.settings import load_settings
 from gateway.errors import StartError
+
+if TYPE_CHECKING:
+    from gateway.compare.judge.judging import JudgeRequest
+
+JudgeOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="Let a chat model at this OpenAI-style API grade what the arms find.")
+]
+JudgeModelOption = Annotated[str | None, typer.Option(metavar="NAME", help="The chat model, as its API names it.")]
+JudgeKeyOption = Annotated[str, typer.Option(metavar="VARIABLE", help="Environment variable with the key for --judge.")]
+JudgeBudgetOption = Annotated[
+    int | None, typer.Option(metavar="TOKENS", min=1, help="Go on without a question up to this price, and stop there.")
+]
+JudgeCheckOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A judge_check.tsv that people have filled in.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Agree to the price of the judge.")]
 
 
 def compare(  # noqa: PLR0913, PLR0917  an argument for each option
@@ -44,6 +60,12 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         Path | None, typer.Option(help="More judgments: a filled-in to_judge.tsv of an earlier comparison.")
     ] = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_key_env: JudgeKeyOption = "JUDGE_API_KEY",
+    judge_budget: JudgeBudgetOption = None,
+    judge_check: JudgeCheckOption = None,
+    yes: YesOption = False,
 ) -> None:
     """Compare models on your own texts.
 
@@ -52,12 +74,14 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     try:
         from gateway.compare.command import OwnModels, RunningGateway, default_cache, run_comparison
         from gateway.compare.comparison import CompareRequest
+        from gateway.compare.judge.command import make_judging
     except ModuleNotFoundError as error:
         raise StartError(f"{error.name} is not installed: pip install 'embedding-gateway[compare]'") from error
+    cache = cache or default_cache(os.environ)
     request = CompareRequest(
         arms=arms,
         data=data,
-        cache=cache or default_cache(os.environ),
+        cache=cache,
         split=split,
         max_documents=max_documents,
         seed=seed,
@@ -66,8 +90,25 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         margin=margin,
         judged=judged,
     )
+    judging = None
+    if wanted := _judge_request(judge, judge_model, judge_key_env, cache, judge_check, judge_budget):
+        judging = make_judging(wanted, is_agreed=yes)
     if url is not None:
-        run_comparison(request, RunningGateway(url, os.environ.get(api_key_env)), out)
+        run_comparison(request, RunningGateway(url, os.environ.get(api_key_env)), out, judging)
     else:
         settings = load_settings(os.environ, models=models)
-        run_comparison(request, OwnModels(load_registry(settings.models, os.environ), settings), out)
+        run_comparison(request, OwnModels(load_registry(settings.models, os.environ), settings), out, judging)
+
+
+def _judge_request(
+    url: str | None, model: str | None, key_env: str, cache: Path, check: Path | None, max_tokens: int | None
+) -> JudgeRequest | None:
+    from gateway.compare.judge.judging import JudgeRequest
+
+    if url is not None and model is not None:
+        return JudgeRequest(url, model, os.environ.get(key_env), cache / "judge", check, max_tokens)
+    if url is not None or model is not None:
+        raise StartError("--judge and --judge-model are needed together: the address of an API, and a model there")
+    if check is not None:
+        raise StartError("--judge-check needs --judge and --judge-model: the judge whose grades were checked")
+    return None

@@ -20,6 +20,8 @@ from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
 from gateway.compare.in_process import in_process_client
+from gateway.compare.judge.command import Judging, show_judged
+from gateway.compare.judge.values import JudgeReport
 from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import progress_on
@@ -54,11 +56,14 @@ class OwnModels:
     settings: Settings
 
 
-def run_comparison(request: CompareRequest, gateway: RunningGateway | OwnModels, out: Path | None) -> None:
+def run_comparison(
+    request: CompareRequest, gateway: RunningGateway | OwnModels, out: Path | None, judging: Judging | None = None
+) -> None:
     """Compare, print the tables, and write the files.
 
     Args:
         out: folder for the files; by default one named after the time.
+        judging: the judge of the arms, if there is one.
 
     Raises:
         CompareError: the comparison cannot be made, or its results cannot be written.
@@ -70,11 +75,21 @@ def run_comparison(request: CompareRequest, gateway: RunningGateway | OwnModels,
     dataset = read_dataset(request.data, request.split, request.max_documents, request.seed, request.judged)
     comparison, rankings = asyncio.run(_compare(request, dataset, gateway, progress))
     print_comparison(comparison, console)
-    written = [*write_results(comparison, rankings, folder), _write_page(comparison, folder)]
+    written = write_results(comparison, rankings, folder)
+    judged, failure = None, None
+    try:
+        judged = judging.run(comparison, dataset, rankings, progress) if judging else None
+    except CompareError as error:
+        failure = error  # the comparison is worth its page without the judge
+    if judged is not None:
+        written += show_judged(judged, dataset, folder, request.seed, console)
+    written.append(_write_page(comparison, folder, judged.report if judged else None))
     to_judge = write_to_judge(comparison, dataset, folder)
     written += [to_judge] if to_judge else []
     for line in ("\nWritten:", *(f"  {path}" for path in written)):
         console.print(line, soft_wrap=True)
+    if failure is not None:
+        raise failure
 
 
 async def _compare(
@@ -117,10 +132,10 @@ def _check_folder(folder: Path) -> None:
         raise CompareError(f"--out {folder}: {there} is not writable")
 
 
-def _write_page(comparison: Comparison, folder: Path) -> Path:
+def _write_page(comparison: Comparison, folder: Path, judged: JudgeReport | None) -> Path:
     path = folder / "report.html"
     try:
-        write_whole(path, render_page(comparison))
+        write_whole(path, render_page(comparison, judged))
     except OSError as error:
         raise CompareError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -146,6 +146,7 @@ def _arm(arm: PlannedArm, qualities: Mapping[str, Quality], costs: Mapping[str, 
         passage_task=arm.passages.task,
         quality={name: estimate(values, design.groups) for name, values in quality.items()},
         cost=costs.get(arm.name.text),
+        source=arm.card.source or "",
     )
 
 

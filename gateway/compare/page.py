@@ -11,6 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from gateway.compare.drawing import Plot, marks
+from gateway.compare.judge.sentences import judge_sentences
+from gateway.compare.judge.values import JudgeReport
 from gateway.compare.page_table import table_groups
 from gateway.compare.plots import make_plots
 from gateway.compare.results import PRIMARY_MEASURE, Comparison, Hit, QueryResult
@@ -58,7 +60,7 @@ class Example:
     arm: Sequence[Line]
 
 
-def render_page(comparison: Comparison) -> str:
+def render_page(comparison: Comparison, judged: JudgeReport | None = None) -> str:
     """Render the page, with styles, plots and the script that draws them."""
     plots = make_plots(comparison)
     environment = Environment(
@@ -70,6 +72,8 @@ def render_page(comparison: Comparison) -> str:
     )
     page = environment.get_template("page.html.j2").render(
         comparison=comparison,
+        judged=judged,
+        judge_sentences=judge_sentences(judged) if judged else [],
         primary=PRIMARY_MEASURE,
         marks=marks(comparison),
         verdicts=[contrast for contrast in comparison.contrasts if contrast.measure == PRIMARY_MEASURE],

@@ -153,6 +153,7 @@ class Arm:
         query_task: the task of the queries; ``None`` for a model without tasks.
         quality: mean of each measure over the queries; empty without judgments.
         cost: ``None`` if it was not measured.
+        source: where the model's weights come from; empty if the gateway does not say.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Arm:
     passage_task: str | None
     quality: Mapping[str, Estimate]
     cost: Cost | None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

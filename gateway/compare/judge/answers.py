@@ -1,0 +1,120 @@
+"""Read the grade in the response of a chat endpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from gateway.compare.judge.values import MAX_GRADE
+
+# The innermost braces: models without a schema like to write around the object, or to think before it.
+_OBJECT = re.compile(r"\{[^{}]*\}")
+
+
+class Outcome(StrEnum):
+    """The result of asking for a grade."""
+
+    GRADED = "graded"
+    REFUSED = "refused"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response of the judge.
+
+    Attributes:
+        grade: ``None`` unless it is ``GRADED``.
+        model: id of the model that answered, as it names itself; may be empty.
+        prompt_tokens, completion_tokens: 0 if the endpoint does not count them.
+    """
+
+    outcome: Outcome
+    grade: int | None = None
+    model: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Part(BaseModel):
+    text: str | None = None
+
+
+class _Message(BaseModel):
+    content: str | list[_Part] | None = None
+    refusal: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _ChatCompletion(BaseModel):
+    """The part of OpenAI's chat completion that is read."""
+
+    choices: list[_Choice]
+    model: str | None = None
+    usage: _Usage | None = None
+
+
+def read_answer(content: bytes) -> Answer:
+    """Read a response; one that cannot be read is ``UNREADABLE``, whatever it is."""
+    try:
+        completion = _ChatCompletion.model_validate_json(content)
+    except ValidationError:
+        return Answer(Outcome.UNREADABLE)
+    if not completion.choices:
+        return Answer(Outcome.UNREADABLE)
+    choice, usage = completion.choices[0], completion.usage or _Usage()
+    grade = read_grade(choice.message.text)
+    if choice.message.refusal or choice.finish_reason == "content_filter":
+        outcome, grade = Outcome.REFUSED, None
+    else:
+        outcome = Outcome.UNREADABLE if grade is None else Outcome.GRADED
+    return Answer(
+        outcome, grade, completion.model or "", max(0, usage.prompt_tokens or 0), max(0, usage.completion_tokens or 0)
+    )
+
+
+def read_grade(text: str) -> int | None:
+    """Return the grade in the text of an answer: of the JSON object that it is, or of the last one in it that has one."""
+    for candidate in _candidates(text):
+        try:
+            parsed = json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(parsed, dict) and (grade := _grade(parsed.get("grade"))) is not None:
+            return grade
+    return None
+
+
+def _candidates(text: str) -> Iterator[str]:
+    yield text
+    yield text[text.find("{") : text.rfind("}") + 1]
+    yield from reversed(_OBJECT.findall(text))
+
+
+def _grade(value: Any) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]\s*", value, re.ASCII):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(MAX_GRADE + 1):
+        return None
+    return int(value)

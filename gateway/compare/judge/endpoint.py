@@ -1,0 +1,280 @@
+"""A chat endpoint with OpenAI's API: ask for a grade, find out what it accepts, and repeat what may succeed later."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+from gateway.compare.judge.answers import Answer, Outcome, read_answer
+from gateway.compare.judge.prompt import ANSWER_SCHEMA, Message, as_one_message
+from gateway.errors import CompareError
+
+_PATH = "/chat/completions"
+_FORMATS = ("json_schema", "json_object", "text")
+# Enough for a model that thinks before it answers; the answer itself has some 40 tokens.
+_MAX_ANSWER_TOKENS = 2_048
+_MAX_ANSWER_BYTES = 2**20
+_ANSWER_TIMEOUT_S = 180.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_MAX_SHOWN_CHARACTERS = 200
+_LATER = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_NOT_ACCEPTED = frozenset({400, 413, 422})
+_HINTS = {
+    401: "; --judge-key-env names the environment variable with its key",
+    403: "; --judge-key-env names the environment variable with its key",
+    404: "; is it the address of an OpenAI-style API, such as http://127.0.0.1:8080/v1, and does it have the model?",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The parts of OpenAI's API that an endpoint or its model accepts.
+
+    Attributes:
+        answer_format: ``json_schema``, ``json_object``, or ``text`` if it accepts no ``response_format``.
+        has_temperature: accepts temperature 0; some models that think first do not.
+        limit: the name of the field that bounds the length of the answer.
+        has_system: accepts a message of the system.
+    """
+
+    answer_format: str = _FORMATS[0]
+    has_temperature: bool = True
+    limit: str = "max_tokens"
+    has_system: bool = True
+
+    def body(self, model: str, messages: Sequence[Message]) -> bytes:
+        """Return the body of a request."""
+        fields: dict[str, object] = {
+            "model": model,
+            "messages": list(messages) if self.has_system else as_one_message(messages),
+            self.limit: _MAX_ANSWER_TOKENS,
+        }
+        if self.has_temperature:
+            fields["temperature"] = 0
+        if self.answer_format == "json_schema":
+            schema = {"name": "grade", "strict": True, "schema": ANSWER_SCHEMA}
+            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif self.answer_format == "json_object":
+            fields["response_format"] = {"type": "json_object"}
+        return json.dumps(fields).encode()
+
+    def others(self, complaint: str) -> Iterator[Dialect]:
+        """Yield what to try next if a request is not accepted, the most likely first.
+
+        Args:
+            complaint: the error's text.
+        """
+        said = complaint.lower()
+        if "max_completion_tokens" in said and self.limit == "max_tokens":
+            yield replace(self, limit="max_completion_tokens")
+        if "temperature" in said and self.has_temperature:
+            yield replace(self, has_temperature=False)
+        if "system" in said and self.has_system:
+            yield replace(self, has_system=False)
+        yield from (
+            replace(self, answer_format=name) for name in _FORMATS[_FORMATS.index(self.answer_format) + 1 :][:1]
+        )
+
+
+class ChatEndpoint:
+    """Sends requests to a chat endpoint.
+
+    Args:
+        http: a client with the key in its headers.
+        url: of the chat completions.
+        patience_s: how long to repeat a request that may succeed later.
+        secret: the key, which no message may show.
+    """
+
+    def __init__(
+        self, http: httpx.AsyncClient, url: httpx.URL, model: str, patience_s: float, secret: str | None = None
+    ) -> None:
+        self._http = http
+        self._url = url
+        self._patience_s = patience_s
+        self._secret = secret
+        self._resume_at = 0.0
+        self._has_answered = False
+        self.model = model
+        self.dialect = Dialect()
+        self.name = f"the judge ({_shown(url)})"
+
+    async def find_dialect(self, messages: Sequence[Message]) -> Answer:
+        """Ask for a grade until the endpoint accepts the request and its answer has a grade, and keep to that dialect.
+
+        Raises:
+            CompareError: it accepts no form of the request, gives no readable answer, or does not answer.
+        """
+        untried = [self.dialect]
+        tried: set[Dialect] = set()
+        complaint = ""
+        while untried:
+            dialect = untried.pop()
+            if dialect in tried:
+                continue
+            tried.add(dialect)
+            status, content = await self._send(dialect.body(self.model, messages))
+            if status not in _NOT_ACCEPTED:
+                answer = read_answer(content)
+                if answer.outcome is not Outcome.UNREADABLE:
+                    self.dialect = dialect
+                    return answer
+            complaint = self._quote(content)
+            untried += reversed(list(dialect.others(complaint)))
+        raise CompareError(f"{self.name} gives no grade, in whatever form it is asked; its last answer: {complaint}")
+
+    async def ask(self, messages: Sequence[Message]) -> Answer:
+        """Ask for a grade. A request that is not accepted is ``REFUSED``: for example by a filter for content.
+
+        Raises:
+            CompareError: the endpoint does not answer, or rejects the key or the model.
+        """
+        status, content = await self._send(self.dialect.body(self.model, messages))
+        return Answer(Outcome.REFUSED) if status in _NOT_ACCEPTED else read_answer(content)
+
+    async def _send(self, body: bytes) -> tuple[int, bytes]:
+        """Send a request, and repeat it where that can help and while the patience lasts; all requests pause together."""
+        deadline = time.monotonic() + self._patience_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
+            asked_pause_s: float | None = None
+            try:
+                response, content = await self._post(body)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                failure = f"{self.name} cannot be reached: {str(error) or 'it takes too long'}"
+                if not self._has_answered:
+                    raise CompareError(failure) from error
+            # Without the message of the error, which can hold the key.
+            except (httpx.TransportError, TimeoutError) as error:
+                failure = f"{self.name} broke off: {type(error).__name__}"
+            except httpx.HTTPError as error:
+                raise CompareError(f"{self.name} cannot be asked: {type(error).__name__}") from error
+            else:
+                status, self._has_answered = response.status_code, True
+                if status == 200 or status in _NOT_ACCEPTED:
+                    return status, content
+                failure = f"{self.name} answers {status}: {self._quote(content) or response.reason_phrase}"
+                if status not in _LATER:
+                    raise CompareError(f"{failure}{_HINTS.get(status, '')}")
+                asked_pause_s = _retry_after_s(response)
+            # Not all at once afterwards.
+            pause_s = min(pause_s, _LONGEST_PAUSE_S)
+            wait_s = asked_pause_s if asked_pause_s is not None else pause_s * random.uniform(0.75, 1.25)  # noqa: S311
+            if time.monotonic() + wait_s > deadline:
+                raise CompareError(
+                    f"{failure}; gave up after {self._patience_s:.0f} s. Run again to go on: grades are kept"
+                )
+            self._resume_at = max(self._resume_at, time.monotonic() + wait_s)
+            pause_s *= 2
+
+    async def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
+        """Send a request and read the response, up to a size and for a time: a broken server may send without an end."""
+        async with (
+            asyncio.timeout(_ANSWER_TIMEOUT_S),
+            self._http.stream(
+                "POST", self._url, content=body, headers={"content-type": "application/json"}
+            ) as response,
+        ):
+            content = bytearray()
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > _MAX_ANSWER_BYTES:
+                    break
+            return response, bytes(content)
+
+    def _quote(self, content: bytes) -> str:
+        """Return the message in an error's body, cut, without the key."""
+        text = content[: 16 * _MAX_SHOWN_CHARACTERS].decode(errors="replace")
+        try:
+            error = json.loads(content)
+            found = error.get("error", error) if isinstance(error, dict) else error
+            text = str(found.get("message", text)) if isinstance(found, dict) else str(found)
+        except (ValueError, RecursionError):
+            pass
+        if self._secret:
+            text = text.replace(self._secret, "…")
+        return " ".join(text.split())[:_MAX_SHOWN_CHARACTERS]
+
+
+@asynccontextmanager
+async def connect_judge(
+    url: str, model: str, api_key: str | None, *, patience_s: float = 600.0
+) -> AsyncIterator[ChatEndpoint]:
+    """Yield a client of a chat endpoint.
+
+    Args:
+        url: the address of the API, with or without ``/chat/completions``.
+
+    Raises:
+        CompareError: ``url`` is not an address.
+    """
+    address = chat_url(url)
+    key = api_key.strip() if api_key else None
+    headers = {b"authorization": f"Bearer {key}".encode(errors="surrogateescape")} if key else None
+    timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=10.0)
+    # A proxy of the environment would carry the texts off the machine.
+    async with httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=not is_on_this_machine(address)) as http:
+        yield ChatEndpoint(http, address, model, patience_s, key)
+
+
+def chat_url(text: str) -> httpx.URL:
+    """Return the address of the chat completions of an API.
+
+    Raises:
+        CompareError: ``text`` is not an address, or holds a password.
+    """
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise CompareError(f"--judge {text}: {error}") from error
+    if url.userinfo:
+        raise CompareError("--judge: the address holds a password; --judge-key-env names the variable with the key")
+    if url.scheme not in {"http", "https"} or not url.host or (url.port or 0) > 65_535 or url.fragment:
+        raise CompareError(f"--judge {text}: must be an address such as http://127.0.0.1:8080/v1")
+    path = url.path.rstrip("/")
+    if not path.endswith(_PATH):
+        path = f"{path or '/v1'}{_PATH}"
+    return url.copy_with(path=path)
+
+
+def is_on_this_machine(url: httpx.URL) -> bool:
+    """Return whether requests to an address stay on this machine."""
+    if url.host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(url.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _shown(url: httpx.URL) -> str:
+    return str(url.copy_with(query=None))
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """Return the pause that an answer asks for, in seconds or as a date."""
+    text = response.headers.get("retry-after", "").strip()
+    try:
+        pause_s = float(text)
+        return max(0.0, pause_s) if math.isfinite(pause_s) else None
+    except ValueError:
+        pass
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

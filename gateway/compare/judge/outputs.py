@@ -1,0 +1,56 @@
+"""The files of a judge, next to those of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+
+from gateway.compare.dataset import HEADER, Dataset
+from gateway.compare.judge.check import CHECK_FILE, check_lines
+from gateway.compare.judge.judging import Judged
+from gateway.config.files import write_whole
+from gateway.errors import CompareError
+
+
+def write_judgments(judged: Judged, dataset: Dataset, folder: Path, seed: int) -> list[Path]:
+    """Write a judge's results into a folder, which is created if missing.
+
+    ::
+
+        judge.json          everything except the grades: judge, prompt, agreement, verdicts
+        judge_grades.tsv    the judge's grades, in the layout of qrels
+        judge_check.tsv     pairs for people to grade; grades that they have made are filled in
+
+    Returns:
+        The files.
+
+    Raises:
+        CompareError: a file cannot be written.
+    """
+    report = asdict(judged.report)
+    del report["grades"]
+    contents: list[tuple[str, Iterable[bytes]]] = [
+        ("judge.json", [orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)]),
+        ("judge_grades.tsv", _grade_lines(judged)),
+        (CHECK_FILE, check_lines(dataset, judged.pool, seed, judged.people)),
+    ]
+    written = []
+    for name, lines in contents:
+        path = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lines)
+        except OSError as error:
+            raise CompareError(f"{path}: cannot be written: {error.strerror or error}") from error
+        written.append(path)
+    return written
+
+
+def _grade_lines(judged: Judged) -> Iterator[bytes]:
+    yield f"{HEADER}\n".encode()
+    for query, scores in judged.report.grades.items():
+        for document, grade in scores.items():
+            yield f"{query}\t{document}\t{grade}\n".encode(errors="replace")

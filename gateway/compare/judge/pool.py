@@ -1,0 +1,63 @@
+"""The pairs that a judge grades: the first documents of every arm, without a trace of the arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from gateway.compare.judge.values import DEPTH, Grades, Pair
+from gateway.compare.search import Ranking
+
+Item = TypeVar("Item")
+
+NUM_CHECKED = 60
+"""Queries for people to check."""
+
+_REPEATED_SHARE = 0.1
+_MIN_REPEATED = 30
+
+
+def make_pool(rankings: Mapping[str, Ranking], seed: int) -> list[Pair]:
+    """Return the first ten documents of every arm for every query, each pair once, in random order.
+
+    Args:
+        rankings: of every arm.
+    """
+    queries = next(iter(rankings.values()))
+    pairs = {
+        Pair(query, document)
+        for query in queries
+        for ranking in rankings.values()
+        for document, _score in ranking[query][:DEPTH]
+    }
+    # Sorted, so that the order depends on the pairs and not on the arms.
+    return _shuffled(sorted(pairs, key=lambda pair: (pair.query, pair.document)), seed)
+
+
+def draw_repeated(pool: Sequence[Pair], seed: int) -> list[Pair]:
+    """Return the pairs to be graded again: a tenth, at least 30 if there are as many."""
+    number = max(_MIN_REPEATED, round(_REPEATED_SHARE * len(pool)))
+    return _shuffled(pool, seed + 1)[:number]
+
+
+def draw_checked(queries: Sequence[str], seed: int) -> list[str]:
+    """Return the queries for people to check, in random order; they depend on nothing but the queries and the seed."""
+    return _shuffled(sorted(queries), seed + 2)[:NUM_CHECKED]
+
+
+def first_documents(rankings: Ranking, grades: Grades) -> dict[str, list[tuple[str, float]]]:
+    """Return the first ten documents of each query that has grades, without those that have none.
+
+    An unjudged document counts neither for nor against an arm: the next one moves up (Sakai 2007, condensed lists).
+    """
+    return {
+        query: [hit for hit in rankings[query][:DEPTH] if hit[0] in scores]
+        for query, scores in grades.items()
+        if query in rankings
+    }
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    return [items[place] for place in np.random.default_rng(seed).permutation(len(items))]

@@ -1,0 +1,172 @@
+"""The report on a judge: its grades, its check, the verdicts, and the notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from gateway.compare.dataset import Dataset
+from gateway.compare.judge.answers import Outcome
+from gateway.compare.judge.check import CHECK_FILE
+from gateway.compare.judge.endpoint import ChatEndpoint
+from gateway.compare.judge.grading import Grader, Question
+from gateway.compare.judge.inference import kappa, self_agreement
+from gateway.compare.judge.makers import relatives
+from gateway.compare.judge.prompt import MAX_DOCUMENT_CHARACTERS, ORDERS, prompt_hash, template
+from gateway.compare.judge.values import Asked, Grades, JudgeReport, PeopleCheck, SelfAgreement, Usage
+from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, Evidence, conclude, levels
+from gateway.compare.search import Ranking
+from gateway.config.wording import count
+from gateway.errors import CompareError
+
+MIN_SELF_AGREEMENT = 0.8
+"""Below it, a note says that the judge's grades depend on chance."""
+
+_NUM_RESAMPLES = 10_000  # for the interval of kappa
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The comparison to judge.
+
+    Attributes:
+        rankings: of every arm, the baseline first.
+        sources: by arm, the names that tell the maker of its model.
+    """
+
+    dataset: Dataset
+    rankings: Mapping[str, Ranking]
+    sources: Mapping[str, str]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """The questions that were asked, and who has the answers.
+
+    Attributes:
+        questions: of each pair.
+        again: of the pairs that were graded again, with the examples in other orders.
+        num_known: how many of both an earlier run had asked.
+    """
+
+    grader: Grader
+    questions: Sequence[Question]
+    again: Sequence[Question]
+    num_known: int
+
+
+def describe(address: httpx.URL, endpoint: ChatEndpoint, answered_as: Sequence[str]) -> Asked:
+    """Return the judge and its prompt, for the results."""
+    return Asked(
+        url=str(address.copy_with(query=None)),
+        model=endpoint.model,
+        answered_as=answered_as,
+        prompt=template(),
+        prompt_sha256=prompt_hash(),
+        answer_format=endpoint.dialect.answer_format,
+        temperature=0.0 if endpoint.dialect.has_temperature else None,
+    )
+
+
+def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades | None) -> JudgeReport:
+    """Conclude from the grades.
+
+    Args:
+        checked: people's grades of the queries that they checked whole; ``None`` without a check.
+
+    Raises:
+        CompareError: there is a check, and no query of it is whole.
+    """
+    grades = _grades(graded, list(subject.dataset.queries))
+    unjudged = graded.grader.unjudged(graded.questions)
+    check = None if checked is None else _check(checked, grades, subject)
+    evidence = Evidence(subject.rankings, grades, checked or {}, check, len(unjudged) / len(graded.questions))
+    repeats, tally = _self_agreement(graded), graded.grader.tally
+    return JudgeReport(
+        asked=asked,
+        num_queries=len(grades),
+        num_pairs=len(graded.questions),
+        num_refused=unjudged.count(Outcome.REFUSED),
+        num_unreadable=unjudged.count(Outcome.UNREADABLE),
+        usage=Usage(tally.num_calls, graded.num_known, tally.prompt_tokens, tally.completion_tokens),
+        self_agreement=repeats,
+        check=check,
+        levels=levels(evidence),
+        contrasts=conclude(evidence),
+        notes=[
+            *_notes_on_grades(graded, len(unjudged), repeats),
+            *_notes_on_judge(asked, subject),
+            *_notes_on_documents(graded),
+        ],
+        grades=grades,
+    )
+
+
+def _grades(graded: Graded, queries: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return the judge's grades in the order of the queries; a query without any is left out."""
+    found: dict[str, dict[str, int]] = {query: {} for query in queries}
+    for question in graded.questions:
+        if (grade := graded.grader.known(question)) is not None:
+            found[question.pair.query][question.pair.document] = grade
+    return {query: dict(sorted(scores.items())) for query, scores in found.items() if scores}
+
+
+def _check(checked: Grades, grades: Grades, subject: Subject) -> PeopleCheck:
+    if not checked:
+        raise CompareError(
+            f"no query of the check is complete: each document that {CHECK_FILE} lists for it needs a score"
+        )
+    return PeopleCheck(
+        num_queries=len(checked),
+        num_pairs=sum(map(len, checked.values())),
+        kappa=kappa(checked, grades, _NUM_RESAMPLES, subject.seed),
+    )
+
+
+def _self_agreement(graded: Graded) -> SelfAgreement | None:
+    gradings = []
+    for pair in dict.fromkeys(question.pair for question in graded.again):
+        grades = [graded.grader.known(Question(pair, order)) for order in range(len(ORDERS))]
+        if None not in grades:
+            gradings.append([grade for grade in grades if grade is not None])
+    return SelfAgreement(len(gradings), self_agreement(gradings)) if gradings else None
+
+
+def _notes_on_grades(graded: Graded, num_unjudged: int, repeats: SelfAgreement | None) -> list[str]:
+    notes = []
+    if num_unjudged:
+        share = 100 * num_unjudged / len(graded.questions)
+        notes.append(
+            f"{count(num_unjudged, 'pair has', 'pairs have')} no grade ({share:.1f} %): refused, or answered without one. "
+            f"Above {100 * MAX_UNJUDGED_SHARE:.0f} % there is no verdict."
+        )
+    if repeats and repeats.share < MIN_SELF_AGREEMENT:
+        notes.append(
+            f"With the examples of its prompt in another order, the judge repeats only {100 * repeats.share:.0f} % of its "
+            "grades: a part of them is chance."
+        )
+    return notes
+
+
+def _notes_on_judge(asked: Asked, subject: Subject) -> list[str]:
+    notes = [
+        f"{arm} and the judge {asked.model} are both of {maker}: a judge prefers what its relatives find. Use another "
+        "judge, or rely on the check by people."
+        for arm, maker in relatives(asked.model, subject.sources).items()
+    ]
+    if len(asked.answered_as) > 1:
+        notes.append(f"The grades are of several versions of the judge: {', '.join(asked.answered_as)}.")
+    if asked.temperature is None:
+        notes.append(f"{asked.model} does not accept temperature 0, so another run may give other grades.")
+    return notes
+
+
+def _notes_on_documents(graded: Graded) -> list[str]:
+    texts = (graded.grader.texts(question.pair)[1] for question in graded.questions)
+    num_cut = len({text for text in texts if len(text) > MAX_DOCUMENT_CHARACTERS})
+    if not num_cut:
+        return []
+    return [f"Of {count(num_cut, 'document')}, the judge read the first {MAX_DOCUMENT_CHARACTERS:,} characters only."]

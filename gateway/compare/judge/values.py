@@ -1,0 +1,174 @@
+"""The results of a judge: plain values, the source of the tables, the files and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+Grades = Mapping[str, Mapping[str, int]]
+"""Grade, 0 to 3, by query and document."""
+
+MAX_GRADE = 3
+DEPTH = 10
+"""How many documents of each arm are graded for a query."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query and a document that an arm finds for it, by their ids."""
+
+    query: str
+    document: str
+
+
+class JudgeVerdict(StrEnum):
+    """The conclusion on an arm against the baseline by the judge's grades.
+
+    Only ``BETTER`` and ``WORSE`` are about quality, and need the check by people. The judge may share the taste of an arm.
+    """
+
+    BETTER = "better"
+    WORSE = "worse"
+    INCONCLUSIVE = "inconclusive"
+    PREFERRED = "preferred by the judge"
+    NOT_PREFERRED = "baseline preferred by the judge"
+    NO_PREFERENCE = "no preference"
+    TOO_FEW_QUERIES = "too few queries"
+    TOO_FEW_CHECKED = "too few queries checked"
+    TOO_MANY_UNJUDGED = "too many unjudged"
+    UNUSABLE = "judge cannot be used"
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeContrast:
+    """An arm against the baseline in nDCG@10, query by query.
+
+    Attributes:
+        judged: mean of (arm - baseline) by the judge's grades, over all queries.
+        judged_p: two-sided p of it, after Holm's correction for the number of arms.
+        people: the same difference by people's grades, over the queries that they checked; ``None`` without a check.
+        corrected: the difference by both, see :func:`gateway.compare.judge.inference.corrected_difference`.
+        corrected_p: two-sided p of it, after Holm's correction.
+        weight: from 0 to 1, how much the judge's grades count in ``corrected``.
+        num_untied: queries whose grades tell the arm from the baseline: people's with a check, otherwise the judge's.
+    """
+
+    arm: str
+    baseline: str
+    judged: Figure
+    judged_p: float
+    people: Figure | None
+    corrected: Figure | None
+    corrected_p: float | None
+    weight: float | None
+    num_untied: int
+    verdict: JudgeVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class PeopleCheck:
+    """How well the judge agrees with people.
+
+    Attributes:
+        num_queries: queries whose pooled documents people have all graded.
+        num_pairs: their documents.
+        kappa: Cohen's, with quadratic weights, and its 95 % bootstrap interval over the queries.
+    """
+
+    num_queries: int
+    num_pairs: int
+    kappa: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class SelfAgreement:
+    """How often the judge repeats its grade if its prompt has the examples in another order.
+
+    Attributes:
+        num_pairs: pairs that were graded three times.
+        share: of two gradings of a pair, how often both are equal.
+    """
+
+    num_pairs: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The requests of this run.
+
+    Attributes:
+        num_calls: answered ones.
+        num_cached: grades that an earlier run had.
+        prompt_tokens, completion_tokens: as the endpoint counts them; 0 if it does not.
+    """
+
+    num_calls: int
+    num_cached: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The judge and its prompt.
+
+    Attributes:
+        url: of the endpoint, without a query.
+        model: as asked for.
+        answered_as: ids of the models that answered.
+        prompt: the messages, with ``{query}``, ``{document}`` and ``{code}`` for the parts that change.
+        prompt_sha256: of them.
+        answer_format: how the form of the answer was asked for: ``json_schema``, ``json_object`` or ``text``.
+        temperature: ``None`` if the model does not accept 0.
+    """
+
+    url: str
+    model: str
+    answered_as: Sequence[str]
+    prompt: Sequence[Mapping[str, str]]
+    prompt_sha256: str
+    answer_format: str
+    temperature: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeReport:
+    """Everything that a judge contributes to a comparison.
+
+    Attributes:
+        num_refused: pairs that the judge, or a filter in front of it, refused to grade.
+        num_unreadable: pairs whose answer has no grade.
+        levels: mean nDCG@10 of each arm by the judge's grades.
+        contrasts: for each arm but the baseline.
+        notes: caveats.
+        grades: of the judge.
+    """
+
+    asked: Asked
+    num_queries: int
+    num_pairs: int
+    num_refused: int
+    num_unreadable: int
+    usage: Usage
+    self_agreement: SelfAgreement | None
+    check: PeopleCheck | None
+    levels: Mapping[str, Figure]
+    contrasts: Sequence[JudgeContrast]
+    notes: Sequence[str]
+    grades: Grades = field(repr=False)
+
+    @property
+    def unjudged_share(self) -> float:
+        """The share of the pairs that have no grade."""
+        return (self.num_refused + self.num_unreadable) / self.num_pairs if self.num_pairs else 0.0

@@ -1,0 +1,142 @@
+"""From grades to verdicts: each arm against the baseline in nDCG@10, by the judge and, where they checked it, by people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from gateway.compare.judge.inference import Tested, corrected_difference, mean_of
+from gateway.compare.judge.pool import first_documents
+from gateway.compare.judge.values import Figure, Grades, JudgeContrast, JudgeVerdict, PeopleCheck
+from gateway.compare.quality import measure
+from gateway.compare.results import PRIMARY_MEASURE
+from gateway.compare.search import Ranking
+from gateway.compare.statistics import ALPHA, MIN_QUERIES, TIE, holm
+
+MAX_UNJUDGED_SHARE = 0.02
+"""With more pairs without a grade, there is no verdict."""
+
+MIN_KAPPA = 0.4
+"""A judge can be used if its kappa is above this with 95 % confidence."""
+
+MIN_UNTIED = 15
+"""Queries whose grades tell the arms apart; with fewer, Student's t does not hold."""
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The grades behind the verdicts.
+
+    Attributes:
+        rankings: of every arm, the baseline first.
+        judged: the judge's grades.
+        people: people's grades of the queries that they checked; empty without a check.
+        check: their agreement; ``None`` without a check.
+        unjudged_share: the share of the pairs that the judge did not grade.
+    """
+
+    rankings: Mapping[str, Ranking]
+    judged: Grades
+    people: Grades
+    check: PeopleCheck | None
+    unjudged_share: float
+
+
+def quality(rankings: Mapping[str, Ranking], grades: Grades) -> dict[str, Values]:
+    """Return nDCG@10 of each query by arm, in the order of the grades.
+
+    A query without a document above grade 0 has 0 for every arm.
+    """
+    values = {}
+    for arm, ranking in rankings.items():
+        measured = measure(first_documents(ranking, grades), grades)
+        values[arm] = measured.get(PRIMARY_MEASURE, {})
+    return values
+
+
+def levels(evidence: Evidence) -> dict[str, Figure]:
+    """Return the mean nDCG@10 of each arm by the judge's grades."""
+    values = quality(evidence.rankings, evidence.judged)
+    return {arm: mean_of(list(one.values())).figure for arm, one in values.items() if one}
+
+
+def conclude(evidence: Evidence) -> list[JudgeContrast]:
+    """Compare each arm with the baseline."""
+    judged = quality(evidence.rankings, evidence.judged)
+    people = quality(evidence.rankings, evidence.people)
+    baseline, *arms = evidence.rankings
+    if not judged[baseline]:
+        return []
+    by_judge = [_differences(arm, baseline, judged) for arm in arms]
+    by_people = [_differences(arm, baseline, people) for arm in arms]
+    simple = [mean_of(list(values.values())) for values in by_judge]
+    corrected = [_corrected(*both) for both in zip(by_people, by_judge, strict=True)]
+    simple_ps, corrected_ps = holm([one.p for one in simple]), _with_holm(corrected)
+    found = []
+    for place, arm in enumerate(arms):
+        both, checked = corrected[place], list(by_people[place].values())
+        one = JudgeContrast(
+            arm=arm,
+            baseline=baseline,
+            judged=simple[place].figure,
+            judged_p=simple_ps[place],
+            people=mean_of(checked).figure if checked else None,
+            corrected=None if both is None else both.figure,
+            corrected_p=corrected_ps[place],
+            weight=None if both is None else both.weight,
+            num_untied=_num_untied(by_people[place] if evidence.check else by_judge[place]),
+            verdict=JudgeVerdict.INCONCLUSIVE,
+        )
+        found.append(replace(one, verdict=_verdict(evidence, one)))
+    return found
+
+
+def _differences(arm: str, baseline: str, values: Mapping[str, Values]) -> dict[str, float]:
+    return {query: values[arm][query] - value for query, value in values[baseline].items()}
+
+
+def _num_untied(differences: Values) -> int:
+    return sum(abs(value) > TIE for value in differences.values())
+
+
+def _corrected(people: Values, judged: Values) -> Tested | None:
+    known = {query: value for query, value in people.items() if query in judged}
+    return corrected_difference(known, judged) if len(known) >= 3 else None
+
+
+def _with_holm(corrected: Sequence[Tested | None]) -> list[float | None]:
+    ps = iter(holm([one.p for one in corrected if one is not None]))
+    return [None if one is None else next(ps) for one in corrected]
+
+
+def _verdict(evidence: Evidence, found: JudgeContrast) -> JudgeVerdict:
+    if evidence.unjudged_share > MAX_UNJUDGED_SHARE:
+        return JudgeVerdict.TOO_MANY_UNJUDGED
+    if len(evidence.judged) < MIN_QUERIES:
+        return JudgeVerdict.TOO_FEW_QUERIES
+    if evidence.check is None:
+        if found.num_untied < MIN_UNTIED:
+            return JudgeVerdict.NO_PREFERENCE
+        direction = _direction(found.judged, found.judged_p)
+        return (JudgeVerdict.NOT_PREFERRED, JudgeVerdict.NO_PREFERENCE, JudgeVerdict.PREFERRED)[direction + 1]
+    return _checked_verdict(evidence.check, found)
+
+
+def _checked_verdict(check: PeopleCheck, found: JudgeContrast) -> JudgeVerdict:
+    if check.num_queries < MIN_QUERIES:
+        return JudgeVerdict.TOO_FEW_CHECKED
+    if check.kappa.low < MIN_KAPPA:
+        return JudgeVerdict.UNUSABLE
+    if found.corrected is None or found.corrected_p is None or found.num_untied < MIN_UNTIED:
+        return JudgeVerdict.TOO_FEW_CHECKED
+    direction = _direction(found.corrected, found.corrected_p)
+    return (JudgeVerdict.WORSE, JudgeVerdict.INCONCLUSIVE, JudgeVerdict.BETTER)[direction + 1]
+
+
+def _direction(difference: Figure, p: float) -> int:
+    """Return 1 or -1 if the difference is shown, else 0: the test and the interval must agree."""
+    if p >= ALPHA:
+        return 0
+    return 1 if difference.low > 0 else -1 if difference.high < 0 else 0

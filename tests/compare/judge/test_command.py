@@ -1,0 +1,137 @@
+"""``gateway compare --judge``: the price first, consent, and the files and tables at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gateway.compare.judge.command import Judging, make_judging
+from gateway.compare.judge.judging import JudgeRequest
+from gateway.compare.judge.price import Price, estimate_price
+from gateway.errors import CompareError
+from tests.compare.conftest import MakeModel, WriteData
+from tests.compare.judge.conftest import StartJudge
+from tests.compare.judge.stand_in import graded, texts_of
+from tests.compare.test_comparison import many_queries
+from tests.compare.test_served import Serve, compare, serve  # noqa: F401  a fixture
+
+PRICE = Price(4_000, 12, 2_911_000, 160_000, "judge.example.com")
+
+
+@pytest.fixture
+def url(serve: Serve, make_words_model: MakeModel) -> Iterator[str]:  # noqa: F811  the fixture
+    """Serve two models that know nothing but words."""
+    with serve(make_words_model("plain", width=32), make_words_model("cut", width=64, dimensions=(64, 4))) as address:
+        yield address
+
+
+def asking(max_tokens: int | None = None, *, is_agreed: bool = False) -> Judging:
+    request = JudgeRequest("http://127.0.0.1:1", "m", None, Path("cache"), max_tokens=max_tokens)
+    return Judging(request, is_agreed)
+
+
+def test_the_price_and_where_the_texts_go() -> None:
+    said = f"{PRICE} {PRICE.privacy}"
+    assert said == (
+        "The judge needs 4,000 requests (12 grades are known from an earlier run), with about 2.9 million tokens to read "
+        "and 160,000 to write; one that thinks first writes more. Queries and documents are sent to judge.example.com."
+    )
+    here = estimate_price([("a query", "a document", 0)], 0, None)
+    assert str(here).startswith("The judge needs 1 request, with about ")
+    assert here.privacy == "Queries and documents stay on this machine."
+
+
+@pytest.mark.parametrize(
+    ("judging", "message"),
+    [
+        (asking(), "the judge has not been asked: agree to its price by --yes, or by --judge-budget TOKENS"),
+        (asking(1_000_000), "--judge-budget is 1,000,000 tokens, and about 3,071,000 are needed"),
+        (asking(1_000_000, is_agreed=True), "--judge-budget is 1,000,000 tokens"),
+    ],
+)
+def test_without_consent_it_stops(judging: Judging, message: str) -> None:
+    console = Console(file=open("/dev/null", "w"), width=200)  # noqa: SIM115, PTH123
+    with console.file, pytest.raises(CompareError, match=re.escape(message)):
+        judging.agree(PRICE, console)
+
+
+@pytest.mark.parametrize("judging", [asking(is_agreed=True), asking(4_000_000)])
+def test_with_consent_it_goes_on(judging: Judging, capsys: pytest.CaptureFixture[str]) -> None:
+    judging.agree(PRICE, Console(width=400))
+    assert "The judge needs 4,000 requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("typed", "goes_on"), [("y", True), ("n", False), ("", False)])
+def test_on_a_terminal_it_asks(monkeypatch: pytest.MonkeyPatch, typed: str, goes_on: bool) -> None:
+    console = Console(force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    monkeypatch.setattr(console, "input", lambda *_arguments, **_options: typed)
+    with console.file:
+        if goes_on:
+            asking().agree(PRICE, console)
+        else:
+            with pytest.raises(CompareError, match="the judge has not been asked"):
+                asking().agree(PRICE, console)
+
+
+def test_mistakes_are_found_before_anything_is_embedded(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match="--judge nowhere: must be an address"):
+        make_judging(JudgeRequest("nowhere", "m", None, tmp_path), is_agreed=True)
+    with pytest.raises(CompareError, match="there is no such file"):
+        make_judging(JudgeRequest("http://h", "m", None, tmp_path, tmp_path / "absent.tsv"), is_agreed=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--judge", "http://127.0.0.1:1"], "--judge and --judge-model are needed together"),
+        (["--judge-model", "m"], "--judge and --judge-model are needed together"),
+        (["--judge-check", "f.tsv"], "--judge-check needs --judge and --judge-model"),
+        (["--judge", "127.0.0.1", "--judge-model", "m"], "--judge 127.0.0.1: must be an address"),
+    ],
+)
+def test_options_that_need_each_other(tmp_path: Path, write_data: WriteData, options: list[str], message: str) -> None:
+    result = compare(tmp_path, "a", "b", "--data", write_data(), "--url", "http://127.0.0.1:1", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_comparison_with_a_judge(
+    url: str, write_data: WriteData, start_judge: StartJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    data = write_data(**{**many_queries(60), "judgments": None})
+
+    def grade(query: str, document: str) -> int:
+        return 3 if query.split(maxsplit=1)[0] == document.split(maxsplit=1)[0] else 0
+
+    judge = start_judge(lambda body, _number: graded(grade(*texts_of(body))))
+    arguments = ["cut", "cut@4", "--data", data, "--url", url, "--judge", judge.url, "--judge-model", "<b>stand-in"]
+
+    refused = compare(tmp_path, *arguments, "--out", tmp_path / "first")
+    assert refused.exit_code == 1
+    assert "The judge needs " in refused.stderr
+    assert "Queries and documents stay on this machine." in refused.stderr
+    assert "the judge has not been asked" in refused.stderr
+    assert (tmp_path / "first" / "report.html").exists()  # of the comparison without the judge
+    assert judge.bodies == []
+
+    out = tmp_path / "second"
+    result = compare(tmp_path, *arguments, "--out", out, "--yes")
+
+    assert result.exit_code == 0, result.stderr
+    assert "The judge prefers cut to cut@4: nDCG@10 \N{MINUS SIGN}0." in result.stdout
+    for name in ("judge.json", "judge_grades.tsv", "judge_check.tsv"):
+        assert f"  {out / name}\n" in result.stdout
+    assert set(judge.keys) == {"Bearer secret"}
+    report = json.loads((out / "judge.json").read_text())
+    assert report["contrasts"][0]["verdict"] == "baseline preferred by the judge"
+    page = (out / "report.html").read_text()
+    assert "The judge prefers cut to cut@4" in page
+    assert "&lt;b&gt;stand-in" in page
+    assert report["asked"]["prompt_sha256"] in page
+    assert "secret" not in page + result.stdout + result.stderr + json.dumps(report)
