@@ -16,6 +16,26 @@ from gateway.errors import StartError
 if TYPE_CHECKING:
     from gateway.compare.judge.judging import JudgeRequest
 
+ArmsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL:int8, MODEL@256:binary."),
+]
+SplitOption = Annotated[str | None, typer.Option(help="The file of qrels/ to use. By default test, or the only one.")]
+UrlOption = Annotated[
+    str | None, typer.Option(help="A running gateway. By default the models are loaded here, from --models.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Folder to keep vectors in. By default ~/.cache/embedding-gateway/compare.")
+]
+MaxDocumentsOption = Annotated[
+    int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
+]
+MarginOption = Annotated[
+    float, typer.Option(min=0, max=1, help="A difference in nDCG@10 that does not matter; fix it before you look.")
+]
+JudgedOption = Annotated[
+    Path | None, typer.Option(help="More judgments: a filled-in to_judge.tsv of an earlier comparison.")
+]
 JudgeOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Let a chat model at this OpenAI-style API grade what the arms find.")
 ]
@@ -31,34 +51,19 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Agree to the price of th
 
 
 def compare(  # noqa: PLR0913, PLR0917  an argument for each option
-    arms: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL:int8, MODEL@256:binary."),
-    ],
+    arms: ArmsArgument,
     data: Annotated[Path, typer.Option(help="Folder with corpus.jsonl, queries.jsonl and, with judgments, qrels/.")],
-    split: Annotated[
-        str | None, typer.Option(help="The file of qrels/ to use. By default test, or the only one.")
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="A running gateway. By default the models are loaded here, from --models.")
-    ] = None,
+    split: SplitOption = None,
+    url: UrlOption = None,
     api_key_env: ApiKeyOption = API_KEY_ENV,
     models: ModelsOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder to keep vectors in. By default ~/.cache/embedding-gateway/compare.")
-    ] = None,
-    max_documents: Annotated[
-        int | None, typer.Option(min=1, help="Compare on a sample: all judged documents, and others up to this number.")
-    ] = None,
+    cache: CacheOption = None,
+    max_documents: MaxDocumentsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="For all random draws.")] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="How many signs to draw for p-values.")] = 100_000,
-    margin: Annotated[
-        float, typer.Option(min=0, max=1, help="A difference in nDCG@10 that does not matter; fix it before you look.")
-    ] = 0.01,
-    judged: Annotated[
-        Path | None, typer.Option(help="More judgments: a filled-in to_judge.tsv of an earlier comparison.")
-    ] = None,
+    margin: MarginOption = 0.01,
+    judged: JudgedOption = None,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Whether to measure latency and throughput.")] = True,
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = None,

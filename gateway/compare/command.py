@@ -21,7 +21,6 @@ from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
 from gateway.compare.in_process import in_process_client
 from gateway.compare.judge.command import Judging, show_judged
-from gateway.compare.judge.values import JudgeReport
 from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page
 from gateway.compare.progress import progress_on
@@ -83,7 +82,7 @@ def run_comparison(
         failure = error  # the comparison is worth its page without the judge
     if judged is not None:
         written += show_judged(judged, dataset, folder, request.seed, console)
-    written.append(_write_page(comparison, folder, judged.report if judged else None))
+    written.append(_write_page(render_page(comparison, judged.report if judged else None), folder))
     to_judge = write_to_judge(comparison, dataset, folder)
     written += [to_judge] if to_judge else []
     for line in ("\nWritten:", *(f"  {path}" for path in written)):
@@ -132,10 +131,10 @@ def _check_folder(folder: Path) -> None:
         raise CompareError(f"--out {folder}: {there} is not writable")
 
 
-def _write_page(comparison: Comparison, folder: Path, judged: JudgeReport | None) -> Path:
+def _write_page(page: str, folder: Path) -> Path:
     path = folder / "report.html"
     try:
-        write_whole(path, render_page(comparison, judged))
+        write_whole(path, page)
     except OSError as error:
         raise CompareError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -14,7 +14,8 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gateway.compare.dataset import Dataset, read_lines
+from gateway.compare.beir import read_lines
+from gateway.compare.dataset import Dataset
 from gateway.compare.judge.pool import draw_checked
 from gateway.compare.judge.prompt import cut
 from gateway.compare.judge.values import MAX_GRADE, Grades, Pair
@@ -41,7 +42,7 @@ def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grade
     """
     yield _line(_HEADER)
     by_query = _by_query(pool)
-    for query in draw_checked(list(dataset.queries), seed):
+    for query in draw_checked(list(dataset.queries), dataset.groups, seed):
         for document in by_query.get(query, ()):
             known = (people or {}).get(query, {}).get(document)
             score = "" if known is None else str(known)
@@ -98,7 +99,7 @@ def complete_queries(
     Raises:
         CompareError: the file is of other data or another seed: its queries would not be a random sample of these.
     """
-    drawn = draw_checked(list(dataset.queries), seed)
+    drawn = draw_checked(list(dataset.queries), dataset.groups, seed)
     others = sorted(set(people) - set(drawn))
     if others:
         raise CompareError(

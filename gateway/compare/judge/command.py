@@ -66,7 +66,7 @@ class Judging:
             return asyncio.run(judge(self.request, subject, lambda price: self.agree(price, console), reporter))
 
     def agree(self, price: Price, console: Console) -> None:
-        """Say the price, and ask for consent unless it was given.
+        """Print the price, and ask for consent unless it was given.
 
         Raises:
             CompareError: the price is beyond the budget, or there is no consent.

@@ -70,7 +70,7 @@ class Dialect:
         return json.dumps(fields).encode()
 
     def others(self, complaint: str) -> Iterator[Dialect]:
-        """Yield what to try next if a request is not accepted, the most likely first.
+        """Yield dialects to try next if a request is not accepted, the most likely first.
 
         Args:
             complaint: the error's text.

@@ -114,7 +114,7 @@ def kappa(people: Grades, judged: Grades, num_resamples: int, seed: int) -> Figu
     """Return Cohen's kappa with quadratic weights, and its 95 % interval by bootstrap over the queries.
 
     0 means no more agreement than by chance, 1 equal grades. Whole queries are drawn, since the documents of a query are not
-    independent. If all grades are equal, kappa is not defined, and counts as 0: agreement that cannot be told from chance.
+    independent. If all grades are equal, kappa is not defined, and counts as 0: agreement that may be chance.
 
     Args:
         people, judged: grade by query and document; only pairs that both have count.

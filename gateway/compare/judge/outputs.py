@@ -8,7 +8,8 @@ from pathlib import Path
 
 import orjson
 
-from gateway.compare.dataset import HEADER, Dataset
+from gateway.compare.beir import HEADER
+from gateway.compare.dataset import Dataset
 from gateway.compare.judge.check import CHECK_FILE, check_lines
 from gateway.compare.judge.judging import Judged
 from gateway.config.files import write_whole

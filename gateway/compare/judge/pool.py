@@ -42,9 +42,26 @@ def draw_repeated(pool: Sequence[Pair], seed: int) -> list[Pair]:
     return _shuffled(pool, seed + 1)[:number]
 
 
-def draw_checked(queries: Sequence[str], seed: int) -> list[str]:
-    """Return the queries for people to check, in random order; they depend on nothing but the queries and the seed."""
-    return _shuffled(sorted(queries), seed + 2)[:NUM_CHECKED]
+def draw_checked(queries: Sequence[str], groups: Mapping[str, str], seed: int) -> list[str]:
+    """Return the queries for people to check, in random order; they depend on nothing but the queries and the seed.
+
+    Of queries that depend on each other, one is drawn, and more of them only if there are not enough others.
+
+    Args:
+        groups: of queries that depend on each other, by query.
+    """
+    turns: dict[str, int] = {}
+    rounds: dict[str, int] = {}
+    for query in _shuffled(sorted(queries), seed + 2):
+        group = unit_of(query, groups)
+        rounds[query] = turns.get(group, 0)
+        turns[group] = rounds[query] + 1
+    return sorted(rounds, key=lambda query: rounds[query])[:NUM_CHECKED]
+
+
+def unit_of(query: str, groups: Mapping[str, str]) -> str:
+    """Return the group of a query, or the query itself, by a name that no other group or query has."""
+    return f"group {groups[query]}" if query in groups else f"query {query}"
 
 
 def first_documents(rankings: Ranking, grades: Grades) -> dict[str, list[tuple[str, float]]]:

@@ -83,7 +83,8 @@ def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades 
     grades = _grades(graded, list(subject.dataset.queries))
     unjudged = graded.grader.unjudged(graded.questions)
     check = None if checked is None else _check(checked, grades, subject)
-    evidence = Evidence(subject.rankings, grades, checked or {}, check, len(unjudged) / len(graded.questions))
+    unjudged_share = len(unjudged) / len(graded.questions)
+    evidence = Evidence(subject.rankings, grades, checked or {}, check, unjudged_share, subject.dataset.groups)
     repeats, tally = _self_agreement(graded), graded.grader.tally
     return JudgeReport(
         asked=asked,
@@ -99,7 +100,7 @@ def make_report(subject: Subject, asked: Asked, graded: Graded, checked: Grades 
         notes=[
             *_notes_on_grades(graded, len(unjudged), repeats),
             *_notes_on_judge(asked, subject),
-            *_notes_on_documents(graded),
+            *_notes_on_data(graded, subject.dataset.groups),
         ],
         grades=grades,
     )
@@ -164,9 +165,13 @@ def _notes_on_judge(asked: Asked, subject: Subject) -> list[str]:
     return notes
 
 
-def _notes_on_documents(graded: Graded) -> list[str]:
+def _notes_on_data(graded: Graded, groups: Mapping[str, str]) -> list[str]:
+    notes = []
     texts = (graded.grader.texts(question.pair)[1] for question in graded.questions)
-    num_cut = len({text for text in texts if len(text) > MAX_DOCUMENT_CHARACTERS})
-    if not num_cut:
-        return []
-    return [f"Of {count(num_cut, 'document')}, the judge read the first {MAX_DOCUMENT_CHARACTERS:,} characters only."]
+    if num_cut := len({text for text in texts if len(text) > MAX_DOCUMENT_CHARACTERS}):
+        notes.append(
+            f"Of {count(num_cut, 'document')}, the judge read the first {MAX_DOCUMENT_CHARACTERS:,} characters only."
+        )
+    if groups:
+        notes.append("Queries that depend on each other count as one: the judge's figures are means over such groups.")
+    return notes

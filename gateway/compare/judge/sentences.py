@@ -6,10 +6,10 @@ from rich.console import Console
 
 from gateway.cli.console import say
 from gateway.compare.judge.values import Figure, JudgeContrast, JudgeReport, JudgeVerdict, PeopleCheck
-from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, MIN_KAPPA, MIN_UNTIED
+from gateway.compare.judge.verdicts import MAX_UNJUDGED_SHARE, MIN_KAPPA
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.sentences import fixed, p_value, percent, signed
-from gateway.compare.statistics import MIN_QUERIES
+from gateway.compare.statistics import MIN_QUERIES, MIN_UNTIED
 from gateway.config.wording import count
 
 _WITHOUT_CHECK = (

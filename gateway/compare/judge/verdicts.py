@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gateway.compare.judge.inference import Tested, corrected_difference, mean_of
-from gateway.compare.judge.pool import first_documents
+from gateway.compare.judge.pool import first_documents, unit_of
 from gateway.compare.judge.values import Figure, Grades, JudgeContrast, JudgeVerdict, PeopleCheck
 from gateway.compare.quality import measure
 from gateway.compare.results import PRIMARY_MEASURE
 from gateway.compare.search import Ranking
-from gateway.compare.statistics import ALPHA, MIN_QUERIES, TIE, holm
+from gateway.compare.statistics import ALPHA, MIN_QUERIES, MIN_UNTIED, TIE, holm
 
 MAX_UNJUDGED_SHARE = 0.02
 """With more pairs without a grade, there is no verdict."""
 
 MIN_KAPPA = 0.4
 """A judge can be used if its kappa is above this with 95 % confidence."""
-
-MIN_UNTIED = 15
-"""Queries whose grades tell the arms apart; with fewer, Student's t does not hold."""
 
 Values = Mapping[str, float]
 
@@ -35,6 +32,7 @@ class Evidence:
         people: people's grades of the queries that they checked; empty without a check.
         check: their agreement; ``None`` without a check.
         unjudged_share: the share of the pairs that the judge did not grade.
+        groups: of queries that depend on each other, by query; a group counts as one query.
     """
 
     rankings: Mapping[str, Ranking]
@@ -42,6 +40,7 @@ class Evidence:
     people: Grades
     check: PeopleCheck | None
     unjudged_share: float
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 def quality(rankings: Mapping[str, Ranking], grades: Grades) -> dict[str, Values]:
@@ -59,7 +58,7 @@ def quality(rankings: Mapping[str, Ranking], grades: Grades) -> dict[str, Values
 def levels(evidence: Evidence) -> dict[str, Figure]:
     """Return the mean nDCG@10 of each arm by the judge's grades."""
     values = quality(evidence.rankings, evidence.judged)
-    return {arm: mean_of(list(one.values())).figure for arm, one in values.items() if one}
+    return {arm: mean_of(list(_by_unit(one, evidence.groups).values())).figure for arm, one in values.items() if one}
 
 
 def conclude(evidence: Evidence) -> list[JudgeContrast]:
@@ -69,10 +68,16 @@ def conclude(evidence: Evidence) -> list[JudgeContrast]:
     baseline, *arms = evidence.rankings
     if not judged[baseline]:
         return []
-    by_judge = [_differences(arm, baseline, judged) for arm in arms]
-    by_people = [_differences(arm, baseline, people) for arm in arms]
+    every_query = [_differences(arm, baseline, judged) for arm in arms]
+    by_judge = [_by_unit(values, evidence.groups) for values in every_query]
+    by_people = [_by_unit(_differences(arm, baseline, people), evidence.groups) for arm in arms]
+    # The judge's opinion of a group that people checked is that of the queries that they checked.
+    same = [
+        _by_unit({query: one[query] for query in evidence.people if query in one}, evidence.groups)
+        for one in every_query
+    ]
     simple = [mean_of(list(values.values())) for values in by_judge]
-    corrected = [_corrected(*both) for both in zip(by_people, by_judge, strict=True)]
+    corrected = [_corrected(theirs, all_ | ours) for theirs, all_, ours in zip(by_people, by_judge, same, strict=True)]
     simple_ps, corrected_ps = holm([one.p for one in simple]), _with_holm(corrected)
     found = []
     for place, arm in enumerate(arms):
@@ -97,12 +102,20 @@ def _differences(arm: str, baseline: str, values: Mapping[str, Values]) -> dict[
     return {query: values[arm][query] - value for query, value in values[baseline].items()}
 
 
+def _by_unit(values: Values, groups: Mapping[str, str]) -> dict[str, float]:
+    """Return the mean value of each group; a query without a group is one of itself."""
+    found: dict[str, list[float]] = {}
+    for query, value in values.items():
+        found.setdefault(unit_of(query, groups), []).append(value)
+    return {unit: sum(several) / len(several) for unit, several in found.items()}
+
+
 def _num_untied(differences: Values) -> int:
     return sum(abs(value) > TIE for value in differences.values())
 
 
 def _corrected(people: Values, judged: Values) -> Tested | None:
-    known = {query: value for query, value in people.items() if query in judged}
+    known = {unit: value for unit, value in people.items() if unit in judged}
     return corrected_difference(known, judged) if len(known) >= 3 else None
 
 
@@ -114,18 +127,19 @@ def _with_holm(corrected: Sequence[Tested | None]) -> list[float | None]:
 def _verdict(evidence: Evidence, found: JudgeContrast) -> JudgeVerdict:
     if evidence.unjudged_share > MAX_UNJUDGED_SHARE:
         return JudgeVerdict.TOO_MANY_UNJUDGED
-    if len(evidence.judged) < MIN_QUERIES:
+    if len({unit_of(query, evidence.groups) for query in evidence.judged}) < MIN_QUERIES:
         return JudgeVerdict.TOO_FEW_QUERIES
     if evidence.check is None:
         if found.num_untied < MIN_UNTIED:
             return JudgeVerdict.NO_PREFERENCE
         direction = _direction(found.judged, found.judged_p)
         return (JudgeVerdict.NOT_PREFERRED, JudgeVerdict.NO_PREFERENCE, JudgeVerdict.PREFERRED)[direction + 1]
-    return _checked_verdict(evidence.check, found)
+    num_checked = len({unit_of(query, evidence.groups) for query in evidence.people})
+    return _checked_verdict(evidence.check, num_checked, found)
 
 
-def _checked_verdict(check: PeopleCheck, found: JudgeContrast) -> JudgeVerdict:
-    if check.num_queries < MIN_QUERIES:
+def _checked_verdict(check: PeopleCheck, num_checked: int, found: JudgeContrast) -> JudgeVerdict:
+    if num_checked < MIN_QUERIES:
         return JudgeVerdict.TOO_FEW_CHECKED
     if check.kappa.low < MIN_KAPPA:
         return JudgeVerdict.UNUSABLE

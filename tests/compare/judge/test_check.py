@@ -20,7 +20,7 @@ HEADER = "query-id\tcorpus-id\tscore\tquery\tdocument"
 def make_dataset(num_queries: int = 3) -> Dataset:
     queries = {f"q{i}": f'query\t{i}\nwith "quotes"' for i in range(num_queries)}
     documents = {"d 1": "=1+1", "d2": "x" * 30_000, 'd"3"': "a\rb\ud83d"}
-    return Dataset(Path("data"), None, documents, queries, {}, 0, ())
+    return Dataset(Path("data"), None, documents, queries, {}, 0, (), {}, frozenset())
 
 
 def make_rankings(dataset: Dataset) -> dict[str, dict[str, list[tuple[str, float]]]]:
@@ -115,7 +115,18 @@ def test_samples_are_random_and_the_same_each_time() -> None:
     assert again == draw_repeated(pool, 0)
     assert len(draw_repeated(pool[:40], 0)) == 30
     queries = [f"q{i}" for i in range(300)]
-    checked = draw_checked(queries, 0)
+    checked = draw_checked(queries, {}, 0)
     assert len(set(checked)) == 60
-    assert checked == draw_checked(queries[::-1], 0)
-    assert checked != draw_checked(queries, 1)
+    assert checked == draw_checked(queries[::-1], {}, 0)
+    assert checked != draw_checked(queries, {}, 1)
+
+
+def test_of_queries_that_depend_on_each_other_one_is_checked_first() -> None:
+    queries = [f"q{i}" for i in range(120)]
+    groups = {
+        query: f"topic {int(query[1:]) // 3}" for query in queries[:90]
+    }  # 30 topics of three, and 30 queries alone
+    checked = draw_checked(queries, groups, 0)
+    assert len(checked) == 60
+    assert len({groups.get(query, query) for query in checked}) == 60
+    assert len(draw_checked(queries[:90], groups, 0)) == 60

@@ -70,7 +70,7 @@ def make_world(gain: float = 0.0, num_queries: int = NUM_QUERIES) -> World:
             chosen = found["both"] + found[arm]
             chance.shuffle(chosen)
             ranking[query] = [(document, 1.0 - place / 100) for place, document in enumerate(chosen)]
-    dataset = Dataset(Path("data"), None, documents, queries, {}, 0, ())
+    dataset = Dataset(Path("data"), None, documents, queries, {}, 0, (), {}, frozenset())
     return World(Subject(dataset, rankings, {"old": "old", "new": "new"}, 0), people)
 
 
@@ -225,7 +225,7 @@ async def test_queries_that_are_checked_in_part_do_not_count(tmp_path: Path) -> 
     assert any(
         "20 queries are checked in part, and left out: 20 documents have no score" in one for one in again.report.notes
     )
-    # The new file has the grades that there are.
+    # The new file has the known grades.
     write_judgments(again, world.subject.dataset, tmp_path / "again", 0)
     scores = [line.split("\t")[2] for line in (tmp_path / "again" / CHECK_FILE).read_text().splitlines()[1:]]
     assert (len(scores), scores.count("")) == (60 * PAIRS_PER_QUERY, 20)
@@ -291,7 +291,7 @@ async def test_no_consent_and_no_request(start_judge: StartJudge, tmp_path: Path
     assert price.prompt_tokens == pytest.approx(price.num_calls * prompt_characters / 4, rel=0.25)
 
 
-async def test_few_refusals_are_told_and_many_prevent_a_verdict(start_judge: StartJudge, tmp_path: Path) -> None:
+async def test_few_refusals_are_noted_and_many_prevent_a_verdict(start_judge: StartJudge, tmp_path: Path) -> None:
     def refusing(share: float) -> Callable[[dict[str, Any], int], Reply]:
         def respond(body: dict[str, Any], number: int) -> Reply:
             texts = texts_of(body)
