@@ -55,11 +55,13 @@ class Reloaded:
     seconds: float
 
 
-def make_real_backend(entry: ModelEntry, settings: Settings, residents: Residents) -> Backend:
+def make_real_backend(
+    entry: ModelEntry, settings: Settings, residents: Residents, on_card_lost: Callable[[str], None]
+) -> Backend:
     """Return the backend of a model: an engine in this process, maybe only while it is used, or other servers."""
     if entry.is_remote:
         return UpstreamBackend(entry, settings)
-    engine = InfinityBackend(entry, settings, residents)
+    engine = InfinityBackend(entry, settings, residents, on_card_lost)
     return OnDemandBackend(entry, engine, settings, residents) if entry.is_on_demand else engine
 
 
@@ -73,6 +75,8 @@ class Deployment:
 
     Attributes:
         resources: connections and files, which are closed once everything has stopped.
+        card_lost: why a card can compute nothing more in this process, which then has to end; empty as a rule.
+        on_card_lost: called once when that happens.
         counting_since: when each experiment was first served with its present arms and weights, ISO 8601.
         errors: the last requests that failed.
         traffic: the rate and the latency of each model.
@@ -87,9 +91,11 @@ class Deployment:
         make_backend: MakeBackend | None = None,
     ) -> None:
         residents = Residents()
-        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings, residents))
+        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings, residents, self.lose_card))
         self.settings = settings
         self.is_draining = False
+        self.card_lost = ""
+        self.on_card_lost: Callable[[], None] = lambda: None
         self.resources = AsyncExitStack()
         self.counting_since: dict[str, str] = {}
         self.errors = RecentErrors()
@@ -133,6 +139,13 @@ class Deployment:
     def drain(self) -> None:
         """Announce that this process is about to stop; it still answers the requests that come until then."""
         self.is_draining = True
+
+    def lose_card(self, reason: str) -> None:
+        """Become unready, and have the process end: a lost card comes back only to a new one."""
+        if not self.card_lost:
+            self.card_lost = reason
+            self.drain()
+            self.on_card_lost()
 
     async def reload(self) -> Reloaded:
         """Read the registry again and serve it, once all of its models are loaded and warm.

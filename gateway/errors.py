@@ -8,6 +8,7 @@
     │   ├── LoadError                   a model's checkpoint is missing, corrupt, unsuitable or too large
     │   │   ├── TooLittleMemory         it does not fit next to what the device holds now
     │   │   ├── LicenseNotAccepted      a download needs a yes to the license of the weights
+    │   │   ├── CardLostAtLoad          its card can compute nothing more in this process
     │   │   └── NotReachable            no server that runs the model returns vectors
     │   └── CompareError                the data, the models or the gateway do not allow a comparison
     └── RequestError                    one request failed; carries the HTTP status and the code
@@ -116,6 +117,16 @@ class TooLittleMemory(LoadError):
 
 class LicenseNotAccepted(LoadError):
     """The weights are not downloaded before models.yaml accepts their license, which forbids commercial use."""
+class CardLostAtLoad(LoadError):
+    """The card failed while a model was loaded on it, and can compute nothing more in this process.
+
+    Attributes:
+        device: torch device, such as ``cuda:0``.
+    """
+
+    def __init__(self, message: str, device: str) -> None:
+        super().__init__(message)
+        self.device = device
 
 
 class NotReachable(LoadError):
@@ -352,7 +363,7 @@ class ModelUnavailable(ModelNotReady):
 
 
 class ModelRecovering(ModelNotReady):
-    """The model hung or failed and is being reloaded. Retry after the seconds in ``Retry-After``."""
+    """The model hung or failed and is being reloaded, or the process restarts. Retry after the seconds in `Retry-After`."""
 
     code = "model_recovering"
 

@@ -29,12 +29,18 @@ from gateway.deployment import Deployment
 from gateway.errors import StartError
 from gateway.http.protocol import bounded
 from gateway.telemetry import metrics
+from gateway.telemetry.logs import flush_logs
 
 log = structlog.get_logger(__name__)
+
+EXIT_CARD_LOST = 75
+"""Exit code after a card was lost (``EX_TEMPFAIL``): a new process can use it again, if it is not broken."""
 
 _ANNOUNCE = "announce"
 # How long the end of the process waits for threads that may end soon.
 _LAST_WAIT_S = 1.0
+# How long the models and connections get to end after the grace period, when a card has been lost and may hang.
+_LAST_RESORT_S = 15.0
 # The least time between two log lines about exhausted file descriptors.
 _LIMIT_LOG_S = 10.0
 
@@ -106,6 +112,7 @@ async def _serve(
     _warn_if_open(deployment.settings, keyring)
     asyncio.get_running_loop().set_default_executor(_Threads())
     server = _Server(server_config(app, deployment.settings), deployment, addresses.clients)
+    deployment.on_card_lost = server.end_without_card
     # Once, in a thread: the first reader of the documentation would otherwise delay all requests for a moment.
     describing = asyncio.get_running_loop().run_in_executor(None, app.openapi)
     loading = asyncio.create_task(_load(deployment, server, lambda: announce(addresses, bool(keyring))))
@@ -264,6 +271,31 @@ class _Server(uvicorn.Server):
         log.info("stopping", signal=number.name, drain_delay_s=delay_s)
         asyncio.get_running_loop().call_later(delay_s, self.handle_exit, number, None)
 
+    def end_without_card(self) -> None:
+        """Stop as a signal would have it, though within a time limit that nothing can exceed."""
+        settings = self._deployment.settings
+        log.error(
+            "stopping_without_card",
+            reason=self._deployment.card_lost,
+            exit_code=EXIT_CARD_LOST,
+            drain_delay_s=settings.drain_delay_s,
+            grace_s=settings.shutdown_grace_s,
+        )
+        _end_within(settings.drain_delay_s + settings.shutdown_grace_s + _LAST_RESORT_S)
+        asyncio.get_running_loop().call_later(settings.drain_delay_s, self.handle_exit, signal.SIGTERM, None)
+
+
+def _end_within(limit_s: float) -> None:
+    """End the process after some seconds, from a thread: with a lost card, anything else may hang."""
+
+    def end() -> None:
+        time.sleep(limit_s)
+        log.error("end_forced", seconds=limit_s)
+        flush_logs()
+        os._exit(EXIT_CARD_LOST)
+
+    threading.Thread(target=end, name="last-resort", daemon=True).start()
+
 
 async def _load(deployment: Deployment, server: uvicorn.Server, announce: Callable[[], None]) -> str:
     """Load the models; stop the server and return the reason if that fails, else return nothing."""
@@ -288,8 +320,14 @@ def _announce(announce: Callable[[], None]) -> None:
         log.exception("announce_failed")
 
 
-def leave_stuck_threads() -> None:
-    """End the process with 0 if Python would wait for a thread: one that loads a model, or writes without a reader."""
+def leave(deployment: Deployment) -> None:
+    """End the process as its deployment has ended; return if Python may end it.
+
+    Python would wait for threads that load a model, or write without a reader; and with a lost card it would clean up in a
+    way that may hang or crash.
+    """
+    if deployment.card_lost:
+        os._exit(EXIT_CARD_LOST)
     deadline = time.monotonic() + _LAST_WAIT_S
     for thread in threading.enumerate():
         if thread is threading.main_thread() or (thread.daemon and thread.name != _ANNOUNCE):

@@ -71,7 +71,7 @@ class Gateway:
 
         def make_backend(entry: ModelEntry) -> Backend:
             if entry.is_remote:
-                return make_real_backend(entry, Settings(), Residents())
+                return make_real_backend(entry, Settings(), Residents(), lambda _reason: None)
             return FakeBackend(fake_info(entry.id, max_tokens=512), on_embed=fail)
 
         registry = load_registry(self.path, {})

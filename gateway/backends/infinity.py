@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+<<<<<<< HEAD
 import time
 from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
+=======
+from collections.abc import Callable, Sequence
+>>>>>>> 97e62f4 (A lost or hung card ends the process with its own exit code: nothing is halved, retried or reloaded)
 from functools import cache
 from typing import TYPE_CHECKING
 from weakref import ReferenceType
@@ -15,10 +19,11 @@ import structlog
 
 from gateway.backends.base import Report, unreported
 from gateway.backends.residents import Residents
+from gateway.backends.watchdog import Watchdog
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import (
-    InternalError,
+    CardLostAtLoad,
     LoadError,
     ModelNotReady,
     ModelRecovering,
@@ -27,7 +32,7 @@ from gateway.errors import (
     TooLittleMemory,
 )
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Truncate, Vocabulary
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
 if TYPE_CHECKING:
     from gateway.engine.infinity import Engine
@@ -35,11 +40,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# A poisoned request can fail a few batches by itself; after this many, the watchdog asks the model if it still works.
-_SUSPICIOUS_FAILURES = 3
 _LONGEST_BACKOFF_S = 60.0
-# The watchdog asks the first of these that the model has embedded at its start: some model may fail on any one text.
-_QUESTIONS = ("Does it still work?", "The quick brown fox jumps over the lazy dog.", "1", "a")
+_CARD_LOST = "its card was lost, and the gateway ends to be restarted"
 
 
 class InfinityBackend:
@@ -49,22 +51,35 @@ class InfinityBackend:
     that it has embedded before, all waiting requests get a 503, and the model is reloaded, with growing pauses between
     attempts that fail; until then it is ``recovering``.
 
+    A card on which a forward hangs, or after whose error no call to CUDA succeeds, is lost to this process: nothing is
+    reloaded. Its requests get a 503, the replicas on other cards go on, and the process has to end.
+
     Args:
         residents: gives the turn to load, and makes room.
+        on_card_lost: called when a card is lost, with the reason.
     """
 
-    def __init__(self, entry: ModelEntry, settings: Settings, residents: Residents | None = None) -> None:
+    def __init__(
+        self,
+        entry: ModelEntry,
+        settings: Settings,
+        residents: Residents | None = None,
+        on_card_lost: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
         self._entry = entry
         self._settings = settings
         self._residents = residents or Residents()
+        self._on_card_lost = on_card_lost
+        self._has_lost_card = False
         self._plan: LoadPlan | None = None
         self._fingerprint = ""
-        self._question = ""
+        self._watchdog = Watchdog(entry.id, settings)
         self._engine: Engine | None = None
         self._is_stopped = False
         self._may_hold_memory = False
         self._watch: asyncio.Task[None] | None = None
         metrics.ENGINE_RESTARTS.labels(entry.id)  # at 0: the first restart is an increase then
+        metrics.DEVICES_LOST.labels(entry.id)
 
     async def plan(self, report: Report = unreported) -> ModelInfo:
         await asyncio.to_thread(self._download, asyncio.get_running_loop(), report)
@@ -138,13 +153,11 @@ class InfinityBackend:
         """
         await engine.astart()
         try:
-            for self._question in _QUESTIONS:
-                if not (problem := await self._try(engine, 0)):
-                    return
-            raise LoadError(problem)
+            if problem := await self._watchdog.find_question(engine):
+                raise LoadError(problem)
         except RequestError as error:
             await engine.astop()
-            raise LoadError(f"it does not embed {self._question!r}: {error.message}") from error
+            raise LoadError(f"it does not embed {self._watchdog.question!r}: {error.message}") from error
         except BaseException:
             await engine.astop()
             raise
@@ -172,66 +185,32 @@ class InfinityBackend:
         if self._engine is not None:
             await self._engine.astop()
             holders, self._engine = self._engine.holders(), None
-        if self._may_hold_memory:
+        if self._may_hold_memory and not self._has_lost_card:  # its memory goes with the process, and a call may hang
             self._may_hold_memory = False
             await asyncio.to_thread(_free_memory, holders)
 
-    # ------------------------------------------------------------------------------------------------- watchdog
+    # ------------------------------------------------------------------------------------------------------ trouble
 
     async def _watch_engine(self, report: Report) -> None:
         while self._engine is not None:
-            reason = await self._until_wrong(self._engine)
-            await self._replace(self._engine, reason, report)
+            engine, handled = self._engine, set[int]()
+            while (trouble := await self._watchdog.until_wrong(engine, handled)).replica is not None:
+                handled.add(trouble.replica)
+                engine.lose(trouble.replica, trouble.reason)
+                self._note_lost_card(engine.device(trouble.replica), trouble.reason)
+                if len(handled) == engine.num_replicas:
+                    report(
+                        ModelState.RECOVERING,
+                        f"its card was lost, and the gateway ends to be restarted: {trouble.reason}",
+                    )
+                    return
+            await self._replace(engine, trouble.reason, report)
 
-    async def _until_wrong(self, engine: Engine) -> str:
-        """Watch an engine until it has to be replaced, and return why. While it is asked something, the watch goes on."""
-        limit_s = self._settings.forward_timeout_s
-        interval_s = min(1.0, limit_s / 4)
-        stopwatch = _Stopwatch(2 * interval_s, time.monotonic())
-        next_recheck = time.monotonic() + self._settings.golden_interval_s
-        question: asyncio.Task[str] | None = None
-        try:
-            while True:
-                await asyncio.sleep(interval_s)
-                replicas, now = range(engine.num_replicas), time.monotonic()
-                busy_s = stopwatch.look([engine.busy_since(replica) for replica in replicas], now)
-                if busy_s > limit_s:
-                    return f"a forward has been running for {busy_s:.0f} s, the limit is {limit_s:.0f} s"
-                if question is not None and question.done():
-                    if reason := question.result():
-                        return reason
-                    question = None
-                if question is not None:
-                    continue
-                suspects = [one for one in replicas if engine.num_failed_in_a_row(one) >= _SUSPICIOUS_FAILURES]
-                if suspects:
-                    question = asyncio.create_task(self._ask(self._try(engine, one) for one in suspects))
-                elif now >= next_recheck:
-                    next_recheck = now + self._settings.golden_interval_s
-                    question = asyncio.create_task(self._ask(engine.recheck(limit_s, one) for one in replicas))
-        finally:
-            if question is not None:
-                question.cancel()
-
-    async def _try(self, engine: Engine, replica: int) -> str:
-        deadline = time.monotonic() + self._settings.forward_timeout_s
-        try:
-            await engine.submit(EmbedJob([self._question], None, Truncate.END, deadline, caller="watchdog"), replica)
-        except InternalError as error:
-            return f"it fails on every text: {error.message}"
-        return ""
-
-    async def _ask(self, questions: Iterable[Awaitable[str]]) -> str:
-        """Return the first problem that a question finds; a model that cannot be asked counts as healthy."""
-        for question in questions:
-            try:
-                if reason := await question:
-                    return reason
-            except (
-                Exception
-            ) as error:  # a full queue, for example, says nothing about the model, and must not end the watch
-                log.warning("watchdog_not_answered", model=self._entry.id, error=repr(error))
-        return ""
+    def _note_lost_card(self, device: str, reason: str) -> None:
+        self._has_lost_card = True
+        log.error("device_lost", model=self._entry.id, device=device, reason=reason)
+        metrics.DEVICES_LOST.labels(self._entry.id).inc()
+        self._on_card_lost(f"{device}, on which {self._entry.id} runs: {reason}")
 
     async def _replace(self, engine: Engine, reason: str, report: Report) -> None:
         """Reload the model, until that succeeds."""
@@ -249,6 +228,10 @@ class InfinityBackend:
             try:
                 replacement, _info = await self._load_in_turn()
                 await self._start_engine(replacement)
+            except CardLostAtLoad as error:
+                self._note_lost_card(error.device, str(error))
+                report(ModelState.RECOVERING, f"{_CARD_LOST}: {error}")
+                return
             except Exception as error:  # loading may raise anything; the next attempt may find the device well again
                 log.exception("engine_restart_failed", model=self._entry.id, pause_s=pause_s)
                 report(ModelState.RECOVERING, f"{reason}; reloading it failed: {error}")
@@ -259,35 +242,6 @@ class InfinityBackend:
                 report(ModelState.READY, "")
                 log.info("engine_restarted", model=self._entry.id)
                 return
-
-
-class _Stopwatch:
-    """Measures for how long the same forwards have been running, in time that the watchdog has seen pass.
-
-    A process that was stopped, or a machine that was asleep, has not computed meanwhile: between two looks no more than
-    ``longest_look_s`` counts, whatever the clock says.
-    """
-
-    def __init__(self, longest_look_s: float, now: float) -> None:
-        self._longest_look_s = longest_look_s
-        self._looked_at = now
-        self._seen: dict[int, tuple[float, float]] = {}  # when a replica's forward began, and how long it was seen
-
-    def look(self, busy_since: Sequence[float | None], now: float) -> float:
-        """Return the seconds of the forward that has been running longest; 0 if none is.
-
-        Args:
-            busy_since: when each replica's forward began.
-        """
-        elapsed_s = min(now - self._looked_at, self._longest_look_s)
-        self._looked_at = now
-        before, self._seen = self._seen, {}
-        for replica, started in enumerate(busy_since):
-            if started is not None:
-                last_started, seen_s = before.get(replica, (None, 0.0))
-                is_same = last_started == started
-                self._seen[replica] = (started, seen_s + elapsed_s if is_same else min(now - started, elapsed_s))
-        return max((seen_s for _started, seen_s in self._seen.values()), default=0.0)
 
 
 @cache
@@ -304,7 +258,7 @@ def _import_libraries() -> None:
 
 
 def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]:
-    from gateway.engine.devices import is_out_of_memory
+    from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory
     from gateway.engine.loading import load_engine
 
     try:
@@ -313,7 +267,12 @@ def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]
     except TooLittleMemory:
         raise
     except Exception as error:  # the libraries raise anything
-        if not is_out_of_memory(error.__cause__ or error):
+        cause = error.__cause__ or error
+        for device in plan.devices:
+            if isinstance(cause, CardLost) or is_card_lost(cause, device):
+                lost = f"{device} was lost while the model was loaded, and the gateway has to be restarted: {error}"
+                raise CardLostAtLoad(lost, device) from error
+        if not is_out_of_memory(cause):
             raise
         reason = str(error)
     # Outside of the handler: the old error holds what had been loaded.
@@ -327,7 +286,8 @@ def _free_memory(holders: Sequence[ReferenceType[object]] | None = None) -> None
         holders: what held its weights. If cycles of references still hold some of it, which is so after the first load of a
             process, all garbage is collected: every request stops for some tenths of a second. ``None``: collect anyway.
     """
-    from gateway.engine.devices import release_memory, trim_host_memory
+    from gateway.engine.devices import trim_host_memory
+    from gateway.engine.faults import release_memory
 
     if holders is None or any(holder() is not None for holder in holders):
         gc.collect()

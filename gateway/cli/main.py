@@ -91,7 +91,8 @@ def serve(
 ) -> None:
     """Serve the models over HTTP.
 
-    All settings are environment variables, GATEWAY_*: docs/configuration.md lists them.
+    All settings are environment variables, GATEWAY_*: docs/configuration.md lists them. Exits 0 after a signal, 1 if the
+    start fails, and 75 if a graphics card is lost, to be started again.
     """
     from gateway.config.otel import read_trace_settings
     from gateway.telemetry import trace_export
@@ -103,7 +104,7 @@ def serve(
     # Only after the checks, because OTEL_PROPAGATORS is read on import.
     from gateway.cli.tables import print_serving
     from gateway.deployment import Deployment
-    from gateway.server import leave_stuck_threads
+    from gateway.server import leave
     from gateway.server import serve as serve_http
 
     configure_logs(settings.log_level, settings.log_format)
@@ -113,7 +114,7 @@ def serve(
             serve_http(deployment, lambda addresses, has_keys: print_serving(deployment, addresses, has_keys=has_keys))
     finally:
         flush_logs()
-    leave_stuck_threads()
+    leave(deployment)
 
 
 @app.command()

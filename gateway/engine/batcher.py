@@ -15,28 +15,30 @@ import weakref
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import structlog
 
 from gateway.engine.admission import Admission
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.tokenizer import Steps, slices
+from gateway.engine.pending import PendingRequest
 from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
-from gateway.engine.timeline import Stage, Timeline
+from gateway.engine.timeline import Stage
 from gateway.engine.tokenizer_pool import TokenizerPool
 from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
-from gateway.errors import DeadlineExceeded, InferenceFailed, RequestError, ShuttingDown
+from gateway.errors import DeadlineExceeded, InferenceFailed, ModelRecovering, RequestError, ShuttingDown
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, Output, Truncate
+from gateway.types import Embeddings, EmbedJob, Truncate
 
 log = structlog.get_logger(__name__)
 
 # How long a stop waits for the batch in hand.
 _STOP_S = 10.0
+# When clients may try again after a card was lost: the process ends, is started again, and loads its models.
+_RESTART_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,52 +50,6 @@ class Limits:
     max_queue_tokens: int
 
 
-@dataclass(eq=False, slots=True)
-class _PendingRequest:
-    """A request in flight: filled batch by batch, then done.
-
-    Attributes:
-        text_name: name of its texts in an error.
-        tokenizing: the step of tokenizing that it waits for.
-        encoded: results of its items so far.
-        sequences: the sequences that it waits for.
-    """
-
-    done: asyncio.Future[None]
-    num_missing: int
-    text_name: str
-    tokenizing: asyncio.Future[Any] | None = None
-    encoded: dict[int, Encoded] = field(default_factory=dict)
-    tokens: list[Tokens] = field(default_factory=list)
-    num_tokens: int = 0
-    sequences: set[TokenSequence] = field(default_factory=set)
-    timeline: Timeline = field(default_factory=Timeline)
-    error: RequestError | None = None
-    admitted_at: float = field(default_factory=time.monotonic)
-
-    def end(self, error: RequestError | None = None) -> None:
-        if not self.done.done():
-            self.error = error
-            self.done.set_result(None)
-        if self.tokenizing is not None and not self.tokenizing.done():  # its turn will not come
-            self.tokenizing.set_result([])
-
-    def embeddings(self, outputs: frozenset[Output], width: int) -> Embeddings:
-        rows = [self.encoded[i] for i in range(len(self.encoded))]
-        num_tokens = [n for tokens in self.tokens for n in _token_counts(tokens)]
-        return Embeddings(
-            vectors=np.concatenate([row.dense for row in rows]) if rows else np.zeros((0, width), np.float32),
-            num_tokens=num_tokens,
-            truncated=[i for i, tokens in enumerate(self.tokens) if tokens.is_truncated],
-            timings=self.timeline.timings(),
-            sparse=[row.sparse for row in rows if row.sparse is not None] if Output.SPARSE in outputs else None,
-            multivectors=[row.multivector for row in rows if row.multivector is not None]
-            if Output.MULTIVECTOR in outputs
-            else None,
-            states=[row.states for row in rows if row.states is not None] if Output.STATES in outputs else None,
-        )
-
-
 class Batcher:
     """Batches the texts of all requests for one model.
 
@@ -101,23 +57,27 @@ class Batcher:
 
     Args:
         encoders: the replicas of the model, one for each device; they share one queue.
+
+    Attributes:
+        lost: the replicas whose cards can compute nothing more, with the reason.
     """
 
     def __init__(self, model: str, encoders: Sequence[Encoder], limits: Limits) -> None:
         self._model = model
         self._encoder = encoders[0]
         self._limits = limits
-        self._pending: dict[RequestHandle, _PendingRequest] = {}
+        self._pending: dict[RequestHandle, PendingRequest] = {}
         self._sequences: dict[Hashable, TokenSequence] = {}
         self._admission = Admission(
             model, limits.max_queue_texts, limits.max_queue_tokens, self._encoder.tokenizer.max_tokens
         )
         self._refusal: Callable[[], RequestError] | None = None
+        self.lost: dict[int, str] = {}
         self._loop = asyncio.get_running_loop()
         self._tokenizers = TokenizerPool(model, self._loop)
         self._batches = BatchQueue(limits.max_batch_tokens)
         self._workers = [
-            Worker(model, encoder, self._batches, self._finished, self._faulted, replica)
+            Worker(model, encoder, self._batches, self._finished, self._faulted, replica, self._card_lost)
             for replica, encoder in enumerate(encoders)
         ]
 
@@ -147,10 +107,10 @@ class Batcher:
             raise pending.error
         return pending.embeddings(job.outputs, self._encoder.width)
 
-    async def _finish(self, job: EmbedJob, replica: int | None) -> _PendingRequest:
+    async def _finish(self, job: EmbedJob, replica: int | None) -> PendingRequest:
         """Queue a job and wait until its request is done or has failed."""
         handle = RequestHandle(job.caller, job.deadline)
-        pending = _PendingRequest(
+        pending = PendingRequest(
             done=self._loop.create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
             text_name=job.text_name if job.query is None else "documents",
@@ -170,7 +130,7 @@ class Batcher:
             self._forget(handle, pending)
         return pending
 
-    def _forget(self, handle: RequestHandle, pending: _PendingRequest) -> None:
+    def _forget(self, handle: RequestHandle, pending: PendingRequest) -> None:
         """Drop what is left of a request that has ended."""
         handle.is_live = False
         del self._pending[handle]
@@ -182,7 +142,7 @@ class Batcher:
     # ------------------------------------------------------------------------------------------------ tokenizing
 
     async def _enqueue(
-        self, job: EmbedJob, handle: RequestHandle, pending: _PendingRequest, replica: int | None
+        self, job: EmbedJob, handle: RequestHandle, pending: PendingRequest, replica: int | None
     ) -> None:
         """Tokenize in slices, and queue each slice at once: the device starts while the rest is tokenized."""
         waiters: list[Waiter] = []
@@ -207,7 +167,7 @@ class Batcher:
                 self._batches.add(waiters, replica)
                 waiters = []
 
-    async def _read(self, handle: RequestHandle, pending: _PendingRequest, steps: Steps[Any]) -> Any:
+    async def _read(self, handle: RequestHandle, pending: PendingRequest, steps: Steps[Any]) -> Any:
         """Run steps in their turn, and return their result; an empty list if the request has ended."""
         if pending.done.done():
             return []
@@ -235,18 +195,44 @@ class Batcher:
         safe = {one for worker in self._workers for one in worker.in_hand}
         if not lost:
             self._batches.clear()
-        self._call_soon(lambda: self._end_lost(lost, safe))
+        self._call_soon(lambda: self._end_unsafe(lost, safe))
 
-    def _end_lost(self, lost: Sequence[TokenSequence], safe: set[TokenSequence]) -> None:
+    def _end_unsafe(self, lost: Sequence[TokenSequence], safe: set[TokenSequence]) -> None:
         if not lost:
             safe = safe | {one for worker in self._workers for one in worker.in_hand}
             lost = [one for one in self._sequences.values() if one not in safe]
+        message = f"model {self._model!r} failed while it computed this request"
+        self._end_requests(lost, lambda: InferenceFailed(message))
+
+    def _end_requests(self, lost: Sequence[TokenSequence], error: Callable[[], RequestError]) -> None:
+        """Answer the requests that wait for sequences which will never be computed."""
         for sequence in lost:
             self._sequences.pop(_key(sequence), None)
             for waiter in sequence.waiters:
                 waiter.handle.is_live = False
                 if (pending := self._pending.get(waiter.handle)) is not None:
-                    pending.end(InferenceFailed(f"model {self._model!r} failed while it computed this request"))
+                    pending.end(error())
+
+    def _card_lost(self, replica: int, reason: str) -> None:
+        self._call_soon(lambda: self.lose(replica, reason))
+
+    def lose(self, replica: int, reason: str) -> None:
+        """Give a replica up whose card can compute nothing more: its batch gets an error, and others take what is queued.
+
+        Without another replica, all requests get the error, now and later.
+        """
+        worker = self._workers[replica]
+        worker.is_retired = True
+        self.lost.setdefault(replica, reason)
+
+        def error() -> RequestError:
+            message = f"model {self._model!r}: its card was lost, and the gateway is about to restart: {reason}"
+            return ModelRecovering(message, retry_after_s=_RESTART_S)
+
+        if len(self.lost) == len(self._workers):
+            self.give_up(error)
+        else:
+            self._end_requests(worker.in_hand, error)
 
     def _call_soon(self, callback: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # at the end of the process the loop may be closed before a thread has ended
@@ -276,7 +262,7 @@ class Batcher:
                 self._fill(waiter, pending, result)
 
     @staticmethod
-    def _fill(waiter: Waiter, pending: _PendingRequest, result: Encoded | RequestError) -> None:
+    def _fill(waiter: Waiter, pending: PendingRequest, result: Encoded | RequestError) -> None:
         if isinstance(result, RequestError):
             # An error belongs to one request: raising it for two would mix their tracebacks.
             is_document = waiter.sequence.item.tokens.spans is not None
@@ -351,6 +337,8 @@ class Batcher:
 
     async def shutdown(self) -> None:
         """Stop after the batch in hand; requests that still wait get :class:`ShuttingDown`."""
+        if len(self.lost) == len(self._workers):  # given up: a thread may hang
+            return
         self._refusal = _shutting_down
         self._batches.close()
         self._tokenizers.close()
@@ -376,8 +364,3 @@ def _key(sequence: TokenSequence) -> Hashable:
     tokens = item.tokens
     places = (tokens.spans, tokens.second, tokens.num_attended)
     return array("q", tokens.ids).tobytes(), item.task, item.outputs, item.scorer, places, sequence.replica
-
-
-def _token_counts(tokens: Tokens) -> list[int]:
-    """Return the number of tokens of each vector that ``tokens`` will give."""
-    return [len(tokens.ids)] if tokens.spans is None else [end - first for first, end in tokens.spans]

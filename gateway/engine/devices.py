@@ -165,23 +165,6 @@ def _first(per_node: Sequence[int], num_cores: int) -> list[int]:
     return used
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception reports too little memory, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # torch's CPU allocator and OpenVINO raise a plain RuntimeError.
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in message for sign in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
-    )
-
-
-def release_memory() -> None:
-    """Give cached blocks of device memory back, so that a smaller batch finds room."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def trim_host_memory() -> None:
     """Give freed host memory back to the system, where the C library can: glibc keeps what lies between live blocks."""
     with suppress(AttributeError):  # musl has none

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -164,6 +164,20 @@ class Engine(AsyncEmbeddingEngine):
     def num_failed_in_a_row(self, replica: int) -> int:
         """Return how many batches in a row have given nothing but errors on a replica."""
         return 0 if self._batcher is None else self._batcher.num_failed_in_a_row(replica)
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        """The replicas whose cards can compute nothing more in this process, with the reason."""
+        return {} if self._batcher is None else self._batcher.lost
+
+    def lose(self, replica: int, reason: str) -> None:
+        """Give a replica up whose card hangs; see :meth:`Batcher.lose`."""
+        if self._batcher is not None:
+            self._batcher.lose(replica, reason)
+
+    def device(self, replica: int) -> str:
+        """Return the torch device of a replica."""
+        return self.encoders[replica].device
 
     def holders(self) -> list[weakref.ref[object]]:
         """Return weak references to what holds the weights, by which to see whether they have gone."""

@@ -225,6 +225,7 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     encoders = []
     for device in plan.devices:
         for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads, settings.compiled_folder)):
+            encoder.device = device
             _warm_up(encoder, plan)
             if golden is not None:
                 golden.check(encoder.embed)

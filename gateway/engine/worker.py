@@ -12,7 +12,7 @@ from math import ceil, inf
 import numpy as np
 import structlog
 
-from gateway.engine.devices import is_out_of_memory, release_memory
+from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory, release_memory
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.engine.scheduler import FairQueue, TokenSequence, Waiter, take
@@ -151,10 +151,13 @@ class Worker:
         deliver: called in the thread with each finished batch.
         on_fault: called in the thread when its own code, not the model, has failed, with the batch in hand, which is
             lost. Without a batch, the queue has failed, and its content may be lost.
+        on_card_lost: called in the thread when its card can compute nothing more, with the replica and the reason; the
+            batch in hand is lost, and the thread ends.
         replica: index of the model's replica.
 
     Attributes:
-        thread: computes, from ``start`` until the queue is closed.
+        thread: computes, from ``start`` until the queue is closed or the card is lost.
+        is_retired: it takes no more batches.
     """
 
     def __init__(
@@ -165,13 +168,16 @@ class Worker:
         deliver: Callable[[FinishedBatch], None],
         on_fault: Callable[[Sequence[TokenSequence]], None],
         replica: int = 0,
+        on_card_lost: Callable[[int, str], None] = lambda _replica, _reason: None,
     ) -> None:
         self._model = name
         self._encoder = encoder
         self._batches = batch_queue
         self._deliver = deliver
         self._on_fault = on_fault
+        self._on_card_lost = on_card_lost
         self._replica = replica
+        self.is_retired = False
         self.thread = threading.Thread(target=self._run, name=f"{name}-compute", daemon=True)
         self._forward_started: float | None = None
         self.in_hand: Sequence[TokenSequence] = ()
@@ -189,10 +195,13 @@ class Worker:
     def _run(self) -> None:
         while True:
             try:
-                while batch := self._batches.next_batch(self._replica):
+                while not self.is_retired and (batch := self._batches.next_batch(self._replica)):
                     self.in_hand = batch
                     self._deliver(self.compute(batch))
                     self.in_hand = ()
+            except CardLost as error:
+                self._on_card_lost(self._replica, str(error))
+                return
             except BaseException:  # a fault of this code must not end the model: start again
                 lost, self.in_hand = self.in_hand, ()
                 self.num_failed_in_a_row += 1
@@ -204,7 +213,11 @@ class Worker:
                 return
 
     def compute(self, batch: list[TokenSequence]) -> FinishedBatch:
-        """Compute a batch now, in the calling thread."""
+        """Compute a batch now, in the calling thread.
+
+        Raises:
+            CardLost: the card can compute nothing more.
+        """
         padding_before = self._encoder.num_padding
         started = time.monotonic()
         try:
@@ -229,7 +242,11 @@ class Worker:
         return finished
 
     def _encode(self, items: Sequence[Item]) -> list[Encoded | RequestError]:
-        """Encode items. When that fails, halve the batch and try again, until only the text at fault fails."""
+        """Encode items. When that fails, halve the batch and try again, until only the text at fault fails.
+
+        Raises:
+            CardLost: every further attempt would fail.
+        """
         self._forward_started = time.monotonic()  # each half is progress
         try:
             encoded = self._encoder.encode(items)
@@ -238,11 +255,15 @@ class Worker:
         except (
             BaseException
         ) as error:  # the model's code may raise anything, and each of these callers must get an answer
-            is_memory = is_out_of_memory(error)
+            is_lost = is_card_lost(error, self._encoder.device)
+            is_memory = not is_lost and is_out_of_memory(error)
+            reason = str(error).partition("\n")[0]
             metrics.FAILED_BATCHES.labels(self._model).inc()
             log.warning("batch_failed", model=self._model, texts=len(items), exc_info=not is_memory, error=repr(error))
         else:
             return [self._checked(item, one) for item, one in zip(items, encoded, strict=True)]
+        if is_lost:
+            raise CardLost(reason)
         if is_memory:  # only now: the error's traceback held what the forward had allocated
             release_memory()
         if len(items) == 1:

@@ -253,7 +253,7 @@ def _not_ready(model: Model) -> ModelNotFound | ModelNotReady:
         case ModelState.LOADING | ModelState.UNLOADED | ModelState.READY:
             return ModelNotReady(f"model {model.id!r} is still loading", retry_after_s=5)
         case ModelState.RECOVERING:
-            return ModelRecovering(f"model {model.id!r} is being reloaded: {model.reason}", retry_after_s=5)
+            return ModelRecovering(f"model {model.id!r} is recovering: {model.reason}", retry_after_s=5)
         case ModelState.FAILED:
             return ModelUnavailable(f"model {model.id!r} {model.reason}", is_permanent=True)
         case ModelState.STOPPED:

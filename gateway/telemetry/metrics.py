@@ -145,6 +145,12 @@ WORKER_FAULTS = Counter(
     ["model"],
 )
 ENGINE_RESTARTS = Counter("gateway_engine_restarts", "Attempts to reload a model after it hung or failed.", ["model"])
+DEVICES_LOST = Counter(
+    "gateway_device_lost",
+    "Cards that a model lost: a forward pass hung, or an error of CUDA was final. The process then ends with exit code 75, "
+    "to be started again.",
+    ["model"],
+)
 MODEL_LOADS = Counter(
     "gateway_model_loads", "Loads of a model that is loaded on demand, by `ok` or `failed`.", ["model", "outcome"]
 )

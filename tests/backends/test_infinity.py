@@ -10,26 +10,33 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import ReferenceType
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import uvicorn
+from structlog.testing import capture_logs
 
 from gateway.app import create_app
+from gateway.backends import infinity
 from gateway.backends.fake import fake_info
-from gateway.backends.infinity import InfinityBackend, _Stopwatch
+from gateway.backends.infinity import InfinityBackend
+from gateway.backends.watchdog import Stopwatch
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine import loading
 from gateway.engine.checkpoint.sources import locate
+from gateway.engine.faults import CardLost
 from gateway.engine.infinity import Engine
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
 from gateway.errors import (
+    CardLostAtLoad,
     DeadlineExceeded,
     InferenceFailed,
     InvalidVectors,
@@ -41,6 +48,7 @@ from gateway.errors import (
     ShuttingDown,
 )
 from gateway.fleet import Fleet
+from gateway.telemetry import metrics
 from gateway.types import EmbedJob, ModelState, Truncate
 from tests.listener import make_listener
 
@@ -259,8 +267,17 @@ class SteeredEngine:
         self.rechecks: list[int] = []
         self.is_stopped = False
 
+        self.devices = ["cpu", "cpu"]
+        self.lost: dict[int, str] = {}
+
     def hang(self) -> None:
         self.since[1] = time.monotonic()
+
+    def device(self, replica: int) -> str:
+        return self.devices[replica]
+
+    def lose(self, replica: int, reason: str) -> None:
+        self.lost.setdefault(replica, reason)
 
     async def astart(self) -> None:
         if self.start_error is not None:
@@ -302,11 +319,12 @@ class SteeredEngine:
 
 @dataclass
 class Watched:
-    """A backend whose engines are steered, and what it reported."""
+    """A backend whose engines are steered, what it reported, and the cards that it lost."""
 
     backend: InfinityBackend
     engines: list[SteeredEngine]
     reports: list[tuple[ModelState, str]]
+    losses: list[str]
 
     @property
     def engine(self) -> Any:
@@ -324,7 +342,8 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
 
     monkeypatch.setattr(InfinityBackend, "_load", load)
     settings = Settings(forward_timeout_s=0.02, golden_interval_s=0.03)
-    watched = Watched(InfinityBackend(MINILM, settings), engines, [])
+    losses: list[str] = []
+    watched = Watched(InfinityBackend(MINILM, settings, on_card_lost=losses.append), engines, [], losses)
     await watched.backend.start(lambda state, reason: watched.reports.append((state, reason)))
     yield watched
     await watched.backend.stop()
@@ -466,7 +485,7 @@ async def test_an_answer_that_says_nothing_of_the_model_does_not_replace_it(watc
 
 
 def test_a_process_that_was_stopped_has_not_been_computing() -> None:
-    stopwatch = _Stopwatch(longest_look_s=2.0, now=0.0)
+    stopwatch = Stopwatch(longest_look_s=2.0, now=0.0)
 
     assert stopwatch.look([0.5, None], now=1.0) == 0.5
     assert stopwatch.look([0.5, None], now=2.0) == 1.5
@@ -478,7 +497,7 @@ def test_a_process_that_was_stopped_has_not_been_computing() -> None:
 
 
 def test_a_forward_that_began_while_the_process_was_stopped_is_new() -> None:
-    stopwatch = _Stopwatch(longest_look_s=2.0, now=0.0)
+    stopwatch = Stopwatch(longest_look_s=2.0, now=0.0)
 
     assert stopwatch.look([10.0], now=100.0) == 2.0
 
@@ -521,6 +540,177 @@ async def test_a_stop_during_a_replacement_ends(watched: Watched, monkeypatch: p
 
     async with asyncio.timeout(1):
         await watched.backend.stop()
+
+
+# -------------------------------------------------------------------------------------------------------- a lost card
+
+
+def lost_devices() -> float:
+    return metrics.REGISTRY.get_sample_value("gateway_device_lost_total", {"model": "minilm"}) or 0.0
+
+
+def restarts() -> float:
+    return metrics.REGISTRY.get_sample_value("gateway_engine_restarts_total", {"model": "minilm"}) or 0.0
+
+
+async def test_a_forward_that_hangs_on_a_card_is_not_reloaded(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freeing its memory would wait for it forever, and no load can succeed in this process."""
+    released: list[object] = []
+    monkeypatch.setattr("gateway.backends.infinity._free_memory", released.append)
+    lost_before, restarts_before = lost_devices(), restarts()
+    watched.engines[0].devices = ["cpu", "cuda:0"]
+
+    with capture_logs() as lines:
+        watched.engines[0].hang()
+        await until(lambda: bool(watched.losses))
+
+    [loss] = watched.losses
+    assert loss.startswith("cuda:0, on which minilm runs: a forward has been running for ")
+    assert [(line["event"], line["device"]) for line in lines] == [("device_lost", "cuda:0")]
+    assert (lost_devices(), restarts()) == (lost_before + 1, restarts_before)
+    assert list(watched.engines[0].lost) == [1]
+    assert watched.reports == []  # the other replica goes on
+    assert len(watched.engines) == 1
+
+    watched.engines[0].devices = ["cuda:1", "cuda:0"]
+    watched.engines[0].lost[0] = "CUDA error: an illegal memory access was encountered"
+    await until(lambda: bool(watched.reports))
+
+    assert watched.losses[1:] == ["cuda:1, on which minilm runs: CUDA error: an illegal memory access was encountered"]
+    assert watched.reports == [
+        (
+            ModelState.RECOVERING,
+            "its card was lost, and the gateway ends to be restarted: CUDA error: an illegal memory access was encountered",
+        )
+    ]
+    assert watched.backend._watch is not None
+    await asyncio.wait((watched.backend._watch,), timeout=PATIENCE_S)
+    assert watched.backend._watch.done()  # nothing is tried again and again
+    assert (lost_devices(), restarts()) == (lost_before + 2, restarts_before)
+    assert len(watched.engines) == 1
+    await watched.backend.stop()
+    assert released == []
+
+
+async def test_an_engine_on_a_card_that_is_wrong_is_reloaded_and_a_card_that_is_lost_meanwhile_ends_that(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_backend: InfinityBackend) -> Any:
+        raise CardLostAtLoad("cuda:0 was lost while the model was loaded", "cuda:0")
+
+    monkeypatch.setattr(InfinityBackend, "_load", load)
+    watched.engines[0].devices = ["cuda:0", "cuda:0"]
+    watched.engines[0].drift = "golden vectors: cosine 0.9"
+    await until(lambda: bool(watched.losses))
+    assert watched.backend._watch is not None
+    await asyncio.wait((watched.backend._watch,), timeout=PATIENCE_S)
+
+    assert watched.losses == ["cuda:0, on which minilm runs: cuda:0 was lost while the model was loaded"]
+    assert [state for state, _reason in watched.reports] == [ModelState.RECOVERING] * 2
+    with pytest.raises(ModelNotReady):
+        await watched.backend.embed(job("hello"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: device-side assert triggered"),
+            "cuda:1 was lost while the model was loaded",
+        ),
+        (torch.AcceleratorError("CUDA error: invalid configuration argument"), "the model cannot be run"),
+        (CardLost("a forward on it has not ended after 120 s"), "cuda:1 was lost while the model was loaded"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory on cuda:1, although the plan fitted"),
+    ],
+    ids=repr,
+)
+def test_a_card_that_is_lost_while_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    def load_engine(_plan: object, _settings: object) -> None:
+        raise LoadError("the model cannot be run") from error
+
+    monkeypatch.setattr(loading, "load_engine", load_engine)
+    monkeypatch.setattr("gateway.engine.faults.still_computes", lambda _device: True)
+    plan = SimpleNamespace(device="cuda:1", devices=("cuda:1",))
+
+    with pytest.raises(LoadError, match=expected) as caught:
+        infinity._load_engine(plan, Settings())  # type: ignore[arg-type]
+
+    assert isinstance(caught.value, CardLostAtLoad) == ("was lost" in expected)
+
+
+class CardForward:
+    """Stands before each encoder's ``encode``, as a card would: once its context is broken, each call fails, or hangs."""
+
+    def __init__(self, encoders: Sequence[Encoder], monkeypatch: pytest.MonkeyPatch, *, hangs: bool) -> None:
+        self.is_broken = False
+        self.end = threading.Event()
+        self.num_calls = 0
+        self._hangs = hangs
+        for encoder in encoders:
+            encoder.device = "cuda:0"
+            monkeypatch.setattr(encoder, "encode", partial(self._run, encoder.encode))
+
+    def _run(self, encode: Callable[[Sequence[Item]], list[Encoded]], items: Sequence[Item]) -> list[Encoded]:
+        self.num_calls += 1
+        if not self.is_broken:
+            return encode(items)
+        if self._hangs:
+            self.end.wait(PATIENCE_S)
+        raise torch.AcceleratorError(
+            "CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA"
+        )
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+async def test_every_client_of_a_lost_card_gets_a_503_and_the_process_has_to_end(
+    monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    entry = MINILM.model_copy(update={"runtime": "torch"})
+    deployment = Deployment(
+        Registry(path=Path("models.yaml"), version=1, models=(entry,), aliases={}), Settings(forward_timeout_s=0.3)
+    )
+    ends: list[str] = []
+    deployment.on_card_lost = lambda: ends.append(deployment.card_lost)
+    await deployment.start()
+    [model] = deployment.fleet
+    engine = engine_of(model.backend)
+    forward = CardForward(engine.encoders, monkeypatch, hangs=hangs)
+    transport = httpx.ASGITransport(create_app(deployment))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=PATIENCE_S) as client:
+
+        async def post(text: str) -> httpx.Response:
+            return await client.post("/v1/embeddings", json={"model": "minilm", "input": text})
+
+        assert (await post("hello")).status_code == 200
+        calls_before, restarts_before = forward.num_calls, restarts()
+        forward.is_broken = True
+        with capture_logs() as lines:
+            answers = await asyncio.gather(*[post(f"text number {n}") for n in range(40)])
+            await until(lambda: bool(ends))
+            late = await post("hello")
+        ready, live = await client.get("/health/ready"), await client.get("/health/live")
+
+    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in (*answers, late)} == {
+        (503, "model_recovering")
+    }
+    assert all(int(answer.headers["retry-after"]) >= 5 for answer in answers)
+    assert forward.num_calls - calls_before == 1  # nothing was halved
+    events = [line["event"] for line in lines if line["event"] in ("batch_failed", "device_lost", "engine_lost")]
+    assert events == (["device_lost"] if hangs else ["batch_failed", "device_lost"])
+    assert len(ends) == 1
+    assert ends[0].startswith(
+        "cuda:0, on which minilm runs: " + ("a forward has" if hangs else "CUDA error: an illegal")
+    )
+    assert restarts() == restarts_before
+    assert (ready.status_code, live.status_code) == (503, 200)
+    assert ready.json()["models"][0]["state"] == "recovering"
+    async with asyncio.timeout(5):
+        await deployment.stop()
+    forward.end.set()
 
 
 # ------------------------------------------------------------------------------------------- files that have changed

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import structlog
+import torch
 
 from gateway.engine import batcher as batcher_module
 from gateway.engine import worker as worker_module
@@ -868,6 +869,85 @@ async def test_giving_up_answers_those_who_are_being_tokenized(
 
     assert {type(error) for error in await asyncio.gather(*requests)} == {ModelRecovering}
     assert encoder.computed == []
+    assert not loop_errors
+
+
+async def test_a_lost_card_answers_all_requests_at_once(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, gate: Gate, loop_errors: list[dict[str, Any]]
+) -> None:
+    batcher = await start_batcher(max_batch_tokens=1)
+    encoder.device = "cuda:0"
+
+    def fail(batch: object) -> None:
+        gate(batch)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    encoder.on_forward = fail
+    requests = [asyncio.create_task(answer(batcher.submit(make_job(str(n))))) for n in range(20)]
+    await gate.reached()
+    assert await becomes(lambda: batcher.num_queued >= 19)
+
+    gate.open()
+    answers = await asyncio.gather(*requests)
+
+    assert {type(error) for error in answers} == {ModelRecovering}
+    assert len(set(map(id, answers))) == 20
+    assert {(error.message, error.status, error.retry_after_s) for error in answers} == {
+        (
+            "model 'numbers': its card was lost, and the gateway is about to restart: CUDA error: an illegal memory access "
+            "was encountered",
+            503,
+            20,
+        )
+    }
+    assert isinstance(await answer(batcher.submit(make_job("1"))), ModelRecovering)
+    assert batcher.lost == {0: "CUDA error: an illegal memory access was encountered"}
+    assert encoder.computed == [0]
+    assert await becomes(lambda: "numbers-compute" not in threads_of("numbers"))
+    assert not loop_errors
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_what_a_lost_card_leaves_in_the_queue_is_computed_on_the_other_one(
+    start_batcher: StartBatcher, make_job: MakeJob, encoder: Any, hangs: bool, loop_errors: list[dict[str, Any]]
+) -> None:
+    other, gates = NumberEncoder(), [Gate(), Gate()]
+    batcher = await start_batcher(max_batch_tokens=1, others=[other])
+    encoder.device, other.device = "cuda:0", "cuda:1"
+    held: dict[int, str] = {}
+
+    def hold(replica: int) -> Callable[[list[list[int]]], None]:
+        def on_forward(batch: list[list[int]]) -> None:
+            if replica not in held:
+                held[replica] = str(batch[0][0])
+                gates[replica](batch)
+                if replica == 1 and not hangs:
+                    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+        return on_forward
+
+    encoder.on_forward, other.on_forward = hold(0), hold(1)
+    requests = {n: asyncio.create_task(answer(batcher.submit(make_job(n, caller=n)))) for n in "12345"}
+    for its_gate in gates:
+        await its_gate.reached()
+    assert await becomes(lambda: batcher.num_queued == 3)
+
+    if hangs:
+        batcher.lose(1, "it hangs")
+    else:
+        gates[1].open()
+    lost = await requests[held[1]]
+    assert isinstance(lost, ModelRecovering)
+    gates[0].open()
+    others = [await request for number, request in requests.items() if number != held[1]]
+
+    assert [type(one) for one in others] == [Embeddings] * 4
+    assert len(other.computed) == 1
+    assert isinstance(await batcher.submit(make_job("7")), Embeddings)
+    gates[1].open()  # a late result has no request left, and its thread ends
+    assert await becomes(lambda: threads_of("numbers").count("numbers-compute") == 1)
+    assert len(other.computed) == 1
+    assert await becomes(lambda: batcher.is_idle)
     assert not loop_errors
 
 

@@ -1,4 +1,4 @@
-"""Device, number format and threads are chosen by the machine, and memory errors are distinguished from others."""
+"""Device, number format and threads are chosen by the machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from gateway.engine.devices import (
     choose_cpu_threads,
     choose_devices,
     choose_dtype,
-    is_out_of_memory,
-    release_memory,
     see_cards,
     share_cores,
 )
@@ -241,42 +239,3 @@ def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert (available_bytes("cuda:1"), available_bytes("cpu")) == (5, 7)
     assert available_host_bytes() > 7
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("anything"), True),
-        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"), True),
-        (RuntimeError("Exception from src/inference: std::bad_alloc"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (RuntimeError("the device has fallen off the bus"), False),
-        (ValueError("out of memory"), False),
-        (KeyboardInterrupt("out of memory"), False),
-    ],
-    ids=repr,
-)
-def test_out_of_memory_is_distinguished_from_other_errors(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) == expected
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has memory that is really too large to ask for")
-def test_torch_says_so_when_there_is_too_little_memory() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**55, dtype=torch.float32)
-
-    assert is_out_of_memory(caught.value)
-
-
-@pytest.mark.parametrize("cards", [0, 1])
-def test_cached_memory_is_given_back_where_there_is_a_cache(monkeypatch: pytest.MonkeyPatch, cards: int) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
-
-    release_memory()
-
-    assert len(calls) == cards

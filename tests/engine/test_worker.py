@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
+from gateway.engine import faults
 from gateway.engine import worker as worker_module
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.scheduler import RequestHandle, TokenSequence, Waiter
@@ -76,9 +78,13 @@ def start(delivered: Delivered) -> Iterator[Start]:
     started: list[tuple[Worker, BatchQueue]] = []
 
     def start(
-        encoder: NumberEncoder, batch_queue: BatchQueue, on_fault: Callable[..., None] = no_fault, replica: int = 0
+        encoder: NumberEncoder,
+        batch_queue: BatchQueue,
+        on_fault: Callable[..., None] = no_fault,
+        replica: int = 0,
+        on_card_lost: Callable[[int, str], None] = no_fault,
     ) -> Worker:
-        worker = Worker("numbers", encoder, batch_queue, delivered, on_fault, replica)
+        worker = Worker("numbers", encoder, batch_queue, delivered, on_fault, replica, on_card_lost)
         worker.start()
         started.append((worker, batch_queue))
         return worker
@@ -523,6 +529,82 @@ def test_a_fault_that_recurs_is_a_failure_of_its_replica(
 
     assert lost == [[one] for one in batch]
     assert worker.num_failed_in_a_row == 3
+
+
+# -------------------------------------------------------------------------------------------------------- a lost card
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError(
+            f"{ILLEGAL}\nCUDA kernel errors might be asynchronously reported at some other API call"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"),
+    ],
+    ids=repr,
+)
+def test_a_batch_on_a_lost_card_is_not_halved(
+    start: Start, delivered: Delivered, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """Every further call would fail: 127 attempts for a batch of 64, and a traceback for each."""
+    monkeypatch.setattr(faults, "still_computes", lambda _device: False)
+    batch_queue, lost = BatchQueue(max_batch_tokens=10**6), list[tuple[int, str]]()
+    encoder = NumberEncoder()
+    encoder.device = "cuda:1"
+    encoder.on_forward = raise_for(13, error)
+    batch_queue.add(waiters(sequences(range(64))))
+
+    with capture_logs() as lines:
+        worker = start(encoder, batch_queue, replica=1, on_card_lost=lambda *how: lost.append(how))
+        worker.thread.join(PATIENCE_S)
+
+    assert not worker.thread.is_alive()
+    assert [len(batch) for batch in encoder.batches] == [64]
+    assert lost == [(1, str(error).split("\n")[0])]
+    assert len(worker.in_hand) == 64
+    assert worker.busy_since is None
+    assert [(line["event"], line["exc_info"]) for line in lines] == [("batch_failed", True)]
+    assert delivered.batches == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        torch.AcceleratorError("CUDA error: invalid configuration argument"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("the device has fallen off the bus"),
+    ],
+    ids=repr,
+)
+def test_an_error_that_a_card_survives_costs_its_own_text(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    monkeypatch.setattr(faults, "still_computes", lambda _device: True)
+    encoder = NumberEncoder()
+    encoder.device = "cuda:0"
+    encoder.on_forward = raise_for(13, error)
+
+    finished = run_one(encoder, sequences(range(64)))
+
+    assert [i for i, result in enumerate(finished.results) if not isinstance(result, Encoded)] == [13]
+
+
+def test_a_replica_that_was_given_up_takes_no_more_batches(start: Start, delivered: Delivered) -> None:
+    """It hung, another took its place, and now it comes back."""
+    batch_queue, gate, encoder = BatchQueue(max_batch_tokens=1), Gate(), NumberEncoder()
+    encoder.on_forward = gate
+    batch_queue.add(waiters(sequences([1, 2])))
+    worker = start(encoder, batch_queue)
+    assert gate.wait_reached()
+
+    worker.is_retired = True
+    gate.open()
+    worker.thread.join(PATIENCE_S)
+
+    assert encoder.computed == [1]
+    assert batch_queue.num_waiting == 1
 
 
 # ------------------------------------------------------------------------------------------------ how large a batch is

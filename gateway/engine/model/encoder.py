@@ -73,10 +73,12 @@ class Encoder:
     Attributes:
         num_padding: tokens of padding that have been computed so far.
         progressed_at: when a part of the batch in hand was last done, on ``time.monotonic()``: it is not hung then.
+        device: torch device that it computes on.
     """
 
     num_padding = 0
     progressed_at = 0.0
+    device = "cpu"
 
     def __init__(
         self,

@@ -1,0 +1,98 @@
+"""The meaning of an error of a forward pass: too little memory, a lost card, or a fault of its batch alone."""
+
+from __future__ import annotations
+
+import threading
+
+import structlog
+import torch
+
+log = structlog.get_logger(__name__)
+
+# torch's CPU allocator and OpenVINO raise a plain RuntimeError; on a card that is full, cuBLAS gets no workspace.
+_MEMORY_SIGNS = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+)
+# Messages of the errors after which "the process must be terminated and relaunched":
+# https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
+_FINAL_SIGNS = (
+    "illegal memory access",
+    "misaligned address",
+    "unspecified launch failure",
+    "launch timed out",
+    "device-side assert",
+    "illegal instruction",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
+    "hardware stack error",
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "context is destroyed",
+    "busy or unavailable",
+)
+# Any call to CUDA or to its libraries that fails may be the first to notice.
+_CUDA_SIGNS = ("cuda error", "cublas_status_", "cudnn_status_", "cuda driver error")
+# How long cached memory may take to be given back: freeing it waits for the kernels of its card, and one may hang.
+_RELEASE_S = 5.0
+
+
+class CardLost(Exception):
+    """A card computes nothing more in this process; the message has the device and the reason."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception reports too little memory, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in message for sign in _MEMORY_SIGNS)
+
+
+def is_card_lost(error: BaseException, device: str) -> bool:
+    """Return whether a card can compute nothing more in this process, after an error on it.
+
+    CUDA's errors are of two kinds. After some, such as an illegal access to memory, every call fails with the same error
+    until the process ends. Others, such as a shape that a kernel cannot take, are over with the call. Where the message does
+    not tell, the card is asked to compute something.
+
+    Args:
+        device: torch device on which the error was raised.
+    """
+    if device == "cpu" or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    message = str(error).lower()
+    if any(sign in message for sign in _FINAL_SIGNS):
+        return True
+    is_from_cuda = isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _CUDA_SIGNS)
+    return is_from_cuda and "out of memory" not in message and not still_computes(device)
+
+
+def still_computes(device: str) -> bool:
+    """Return whether a card computes; too little memory does not count as a failure."""
+    try:
+        return float(torch.ones(8, device=device).sum()) == 8
+    except Exception as error:  # of any class: that is the question
+        return is_out_of_memory(error)
+
+
+def release_memory() -> None:
+    """Give cached blocks of device memory back, so that others find room; wait a few seconds at most."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    thread = threading.Thread(target=_empty_cache, name="release-memory", daemon=True)
+    thread.start()
+    thread.join(_RELEASE_S)
+    if thread.is_alive():
+        log.error("memory_not_released", reason=f"a card has not finished its work for {_RELEASE_S:.0f} s")
+
+
+def _empty_cache() -> None:
+    try:
+        torch.cuda.empty_cache()
+    except Exception as error:  # a lost card raises it from every call
+        log.warning("memory_not_released", reason=str(error))

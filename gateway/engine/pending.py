@@ -1,0 +1,67 @@
+"""A request in flight, and its answer once all of its texts are computed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gateway.engine.model.items import Encoded, Tokens
+from gateway.engine.scheduler import TokenSequence
+from gateway.engine.timeline import Timeline
+from gateway.errors import RequestError
+from gateway.types import Embeddings, Output
+
+
+@dataclass(eq=False, slots=True)
+class PendingRequest:
+    """A request in flight: filled batch by batch, then done.
+
+    Attributes:
+        text_name: name of its texts in an error.
+        tokenizing: the step of tokenizing that it waits for.
+        encoded: results of its items so far.
+        sequences: the sequences that it waits for.
+    """
+
+    done: asyncio.Future[None]
+    num_missing: int
+    text_name: str
+    tokenizing: asyncio.Future[Any] | None = None
+    encoded: dict[int, Encoded] = field(default_factory=dict)
+    tokens: list[Tokens] = field(default_factory=list)
+    num_tokens: int = 0
+    sequences: set[TokenSequence] = field(default_factory=set)
+    timeline: Timeline = field(default_factory=Timeline)
+    error: RequestError | None = None
+    admitted_at: float = field(default_factory=time.monotonic)
+
+    def end(self, error: RequestError | None = None) -> None:
+        if not self.done.done():
+            self.error = error
+            self.done.set_result(None)
+        if self.tokenizing is not None and not self.tokenizing.done():  # its turn will not come
+            self.tokenizing.set_result([])
+
+    def embeddings(self, outputs: frozenset[Output], width: int) -> Embeddings:
+        rows = [self.encoded[i] for i in range(len(self.encoded))]
+        num_tokens = [n for tokens in self.tokens for n in _token_counts(tokens)]
+        return Embeddings(
+            vectors=np.concatenate([row.dense for row in rows]) if rows else np.zeros((0, width), np.float32),
+            num_tokens=num_tokens,
+            truncated=[i for i, tokens in enumerate(self.tokens) if tokens.is_truncated],
+            timings=self.timeline.timings(),
+            sparse=[row.sparse for row in rows if row.sparse is not None] if Output.SPARSE in outputs else None,
+            multivectors=[row.multivector for row in rows if row.multivector is not None]
+            if Output.MULTIVECTOR in outputs
+            else None,
+            states=[row.states for row in rows if row.states is not None] if Output.STATES in outputs else None,
+        )
+
+
+def _token_counts(tokens: Tokens) -> list[int]:
+    """Return the number of tokens of each vector that ``tokens`` will give."""
+    return [len(tokens.ids)] if tokens.spans is None else [end - first for first, end in tokens.spans]
