@@ -117,6 +117,8 @@ class TooLittleMemory(LoadError):
 
 class LicenseNotAccepted(LoadError):
     """The weights are not downloaded before models.yaml accepts their license, which forbids commercial use."""
+
+
 class CardLostAtLoad(LoadError):
     """The card failed while a model was loaded on it, and can compute nothing more in this process.
 

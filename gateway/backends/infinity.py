@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-<<<<<<< HEAD
-import time
-from collections.abc import Awaitable, Iterable, Sequence
-from contextlib import suppress
-=======
 from collections.abc import Callable, Sequence
->>>>>>> 97e62f4 (A lost or hung card ends the process with its own exit code: nothing is halved, retried or reloaded)
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 from weakref import ReferenceType

@@ -13,7 +13,8 @@ import structlog
 
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
-from gateway.engine.devices import CpuThreads, available_bytes, is_out_of_memory
+from gateway.engine.devices import CpuThreads, available_bytes
+from gateway.engine.faults import is_out_of_memory
 from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.agreement import MIN_COSINE, least_cosine
 from gateway.engine.model.build_heads import build_heads, build_query_table
