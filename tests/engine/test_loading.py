@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     monkeypatch.setattr(loading, "choose_devices", lambda _setting: ("cuda:0", "cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     monkeypatch.setattr(loading, "available_bytes", lambda device: asked.append(device) or 10**12)
-    monkeypatch.setattr(loading, "build_encoders", lambda _checkpoint, options: [options.device])
+    monkeypatch.setattr(loading, "build_encoders", lambda _checkpoint, options: [SimpleNamespace(built_for=options.device)])
     monkeypatch.setattr(loading, "_warm_up", lambda _encoder, _plan: None)
     monkeypatch.setattr(loading, "engine_args", lambda *_, **_options: EngineArgs(device="cpu"))  # looks for the cards
 
@@ -101,7 +102,9 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
 
     assert plan.info.device == "cuda:0, cuda:1"
     assert plan.runtime == "torch-packed"
-    assert list(engine.encoders) == asked == ["cuda:0", "cuda:1"]
+    built: Any = engine.encoders
+    assert [(one.built_for, one.device) for one in built] == [("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")]
+    assert asked == ["cuda:0", "cuda:1"]
 
 
 def test_a_checkpoint_that_does_not_pool_by_the_mean_cannot_chunk_late(make_checkpoint: MakeCheckpoint) -> None:
