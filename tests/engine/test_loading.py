@@ -93,7 +93,9 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     monkeypatch.setattr(loading, "choose_devices", lambda _setting: ("cuda:0", "cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     monkeypatch.setattr(loading, "available_bytes", lambda device: asked.append(device) or 10**12)
-    monkeypatch.setattr(loading, "build_encoders", lambda _checkpoint, options: [SimpleNamespace(built_for=options.device)])
+    monkeypatch.setattr(
+        loading, "build_encoders", lambda _checkpoint, options: [SimpleNamespace(built_for=options.device)]
+    )
     monkeypatch.setattr(loading, "_warm_up", lambda _encoder, _plan: None)
     monkeypatch.setattr(loading, "engine_args", lambda *_, **_options: EngineArgs(device="cpu"))  # looks for the cards
 
