@@ -34,7 +34,7 @@ from gateway.telemetry.logs import flush_logs
 log = structlog.get_logger(__name__)
 
 EXIT_CARD_LOST = 75
-"""Exit code after a card was lost (``EX_TEMPFAIL``): a new process can use it again, if it is not broken."""
+"""Exit code after a card was lost ("try again later" in sysexits.h): a new process can use it again, if it is not broken."""
 
 _ANNOUNCE = "announce"
 # How long the end of the process waits for threads that may end soon.
