@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from gateway import errors
 from gateway.config.api_keys import KeyEntry, KeyFile
+from gateway.config.capture import Capture
 from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow
 from gateway.config.settings import Settings, variable
 from gateway.config.upstream import Upstream
@@ -67,6 +68,8 @@ def configuration_page() -> str:
         _keys_table(Experiment),
         "### `experiments[].arms[]`\n",
         _keys_table(Arm),
+        "### `capture`\n\nOf an alias or an experiment, see [ab.md](ab.md#capture-queries):\n",
+        _keys_table(Capture),
         "### `shadows[]`\n",
         _keys_table(Shadow),
         f"### Example\n\n```yaml\n{texts.EXAMPLE}```\n",

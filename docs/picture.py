@@ -38,6 +38,7 @@ BOXES: Final = {
     "access": Box(0, 5, "keys, quotas, memory", "edge"),
     "deployment": Box(1, 5, "what is served; reloads", "core"),
     "observation": Box(2, 5, "record each result", "core"),
+    "capture": Box(0, 6, "sampled queries, to a file", "core"),
     "requests": Box(2, 6, "requests and answers", "core"),
     "routing": Box(1, 7, "name → model; spaces", "core"),
     "recent": Box(0, 7, "last errors, traffic", "core"),

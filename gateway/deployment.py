@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -29,6 +30,9 @@ from gateway.routing.rules import broken_rules, moved_names, name_spaces
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics
 from gateway.types import ModelKind, ModelState
+
+if TYPE_CHECKING:
+    from gateway.capture.captures import Captures
 
 log = structlog.get_logger(__name__)
 
@@ -100,6 +104,7 @@ class Deployment:
         self.counting_since: dict[str, str] = {}
         self.errors = RecentErrors()
         self.traffic = RecentTraffic()
+        self.captures: Captures | None = None
         self._generations: dict[str, str] = {}
         self._reloader = Reloader(read_registry or (lambda: registry), make_backend)
         self._reloading = asyncio.Lock()
@@ -117,6 +122,7 @@ class Deployment:
         self.fleet = fleet
         self.router = Router(registry, fleet)
         self.shadows = Shadows(registry, self.router)
+        self.captures = _captures(registry, self.captures)
 
     async def start(self) -> None:
         """Load the models.
@@ -126,7 +132,7 @@ class Deployment:
                 registry breaks a rule, such as a fallback in another space.
         """
         await self.fleet.start()
-        if problems := broken_rules(self.registry, self.fleet):
+        if problems := [*broken_rules(self.registry, self.fleet), *_capture_problems(self.registry)]:
             raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
         self._accept_models()
         self._seek_absent_models()
@@ -177,10 +183,13 @@ class Deployment:
     def _switch_to(self, registry: Registry, fleet: Fleet, experiments: dict[str, str], started: float) -> Reloaded:
         """Serve another registry. Nothing awaits in here, so each request sees either the old one or the new one."""
         old_registry, old_fleet, old_shadows = self.registry, self.fleet, self.shadows
+        old_captures = self.captures
         fleet.take_over(old_fleet, registry)
         self._serve(registry, fleet)
         self._accept_models()
         self._run_in_background(self._retire_names(old_registry, old_shadows))
+        if old_captures is not None:
+            self._run_in_background(asyncio.to_thread(old_captures.stop, self.captures))
         self._seek_absent_models()
         for model in old_fleet:
             if model not in fleet:
@@ -268,6 +277,25 @@ class Deployment:
                 task.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
             await self.fleet.stop()
+            if self.captures is not None:
+                await asyncio.to_thread(self.captures.stop)
+
+
+def _captures(registry: Registry, before: Captures | None) -> Captures | None:
+    """Return the captures of a registry; without any, their package is not imported."""
+    if before is None and not registry.captures():
+        return None
+    from gateway.capture.captures import Captures
+
+    return Captures(registry, before)
+
+
+def _capture_problems(registry: Registry) -> list[str]:
+    if not registry.captures():
+        return []
+    from gateway.capture.captures import capture_problems
+
+    return capture_problems(registry)
 
 
 class Reloader:
@@ -320,6 +348,7 @@ class Reloader:
             problems = [
                 *(problem for model in new if (problem := _why_not_loaded(model, served.get(model.id)))),
                 *self.find_problems(registry, fleet),
+                *_capture_problems(registry),
             ]
             if problems:
                 raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from itertools import zip_longest
 from typing import TypeVar
 
 from gateway import vectors as vector_math
+from gateway.config.capture import QUERY_TASK
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
 from gateway.errors import (
@@ -23,7 +24,7 @@ from gateway.errors import (
 from gateway.experiments.stats import ExperimentStats
 from gateway.observation import Observer, observe_tokenizer
 from gateway.precision import CALIBRATED, Precision
-from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience, Request
+from gateway.requests import Answer, EmbedAnswer, EmbedRequest, Patience, Request, RerankRequest
 from gateway.routing.names import GATEWAY, Client
 from gateway.routing.router import Choice, Router, Target
 from gateway.routing.spaces import is_same_space
@@ -60,6 +61,7 @@ class EmbeddingService:
         choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
         answer = await self._observer.observe(choice, request, _answer(router, choice, request, _embed))
         shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
+        self._capture(choice, request, request.texts, request.task)
         return answer
 
     async def score(self, request: R, compute: Callable[[Target, Choice, R, Patience], Awaitable[A]]) -> A:
@@ -73,7 +75,15 @@ class EmbeddingService:
         """
         router = self._deployment.router
         choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
-        return await self._observer.observe(choice, request, _answer(router, choice, request, compute))
+        answer = await self._observer.observe(choice, request, _answer(router, choice, request, compute))
+        if isinstance(request, RerankRequest):
+            self._capture(choice, request, [request.query], QUERY_TASK)
+        return answer
+
+    def _capture(self, choice: Choice, request: Request, texts: Sequence[str], task: str | None) -> None:
+        """Keep a sample of the texts, if the registry has a capture of the name."""
+        if (captures := self._deployment.captures) is not None:
+            captures.offer(choice, texts, task, request.unit_source)
 
     def target(self, model: str | None, task: str | None, client: Client) -> Target:
         """Resolve a name to a ready target, for anything other than embedding.

@@ -32,6 +32,7 @@ observation
 requests
 deployment
 access
+capture
 routing
 fleet
 recent

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from gateway.config.capture import Capture
 from gateway.config.model_entry import ModelEntry
 from gateway.config.traffic import Alias, Experiment, Shadow
 from gateway.config.wording import did_you_mean, enumerate_names, quote
@@ -58,6 +59,7 @@ def find_conflicts(
             path = ("fallbacks", model_id, others.index(model_id))
             yield Conflict(path, "is the model itself; a fallback is another model of the same space")
     yield from _on_demand_conflicts(models, experiments, shadows)
+    yield from _capture_conflicts(aliases, experiments)
 
 
 def _references(
@@ -170,6 +172,24 @@ def _on_demand_conflicts(
                 f"must be loaded at the start or have `golden` vectors to compare with, and {quote(other.id)} has `load: "
                 "on_demand` and no `golden`",
             )
+
+
+def _capture_conflicts(aliases: Mapping[str, Alias], experiments: Sequence[Experiment]) -> Iterator[Conflict]:
+    """Yield each capture to the file of another one: the days and the scrub of both would apply to neither."""
+    captures: list[tuple[str, KeyPath, Capture | None]] = [
+        *((alias.name, ("aliases", name), alias.capture) for name, alias in aliases.items()),
+        *((experiment.id, ("experiments", index), experiment.capture) for index, experiment in enumerate(experiments)),
+    ]
+    owners: dict[str, str] = {}
+    for name, path, capture in captures:
+        if capture is None:
+            continue
+        if capture.to in owners:
+            yield Conflict(
+                (*path, "capture", "to"),
+                f"must be a separate file, and {quote(owners[capture.to])} and {quote(name)} have the same file",
+            )
+        owners.setdefault(capture.to, name)
 
 
 def _shadow_problems(shadow: Shadow, names: _Names) -> Iterator[tuple[str, str]]:

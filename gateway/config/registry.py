@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from gateway.config.capture import Capture
 from gateway.config.conflicts import ConflictError, find_conflicts
 from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Frozen, Listed, Name, Source, Version
 from gateway.config.model_entry import ModelEntry
@@ -67,6 +68,14 @@ class Registry(Frozen):
     def experiment(self, experiment_id: str) -> Experiment | None:
         """Return the experiment with exactly this id, if there is one."""
         return next((experiment for experiment in self.experiments if experiment.id == experiment_id), None)
+
+    def captures(self) -> dict[str, Capture]:
+        """Return the capture of each alias and experiment that has one."""
+        entries = [
+            *((alias.name, alias.capture) for alias in self.aliases.values()),
+            *((experiment.id, experiment.capture) for experiment in self.experiments),
+        ]
+        return {name: capture for name, capture in entries if capture is not None}
 
     def aliases_of(self, model_id: str) -> list[str]:
         """Return the other names of a model."""
@@ -171,12 +180,12 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     match path:
         case ("models", int(), *rest):
             return Upstream.model_fields if rest[:1] == ["upstream"] and len(rest) > 1 else ModelEntry.model_fields
-        case ("aliases", str(), _, *_):
-            return Alias.model_fields
+        case ("aliases", str(), key, *rest):
+            return Capture.model_fields if key == "capture" and rest else Alias.model_fields
         case ("experiments", int(), "arms", int(), *_):
             return Arm.model_fields
-        case ("experiments", int(), *_):
-            return Experiment.model_fields
+        case ("experiments", int(), *rest):
+            return Capture.model_fields if rest[:1] == ["capture"] and len(rest) > 1 else Experiment.model_fields
         case ("shadows", int(), *_):
             return Shadow.model_fields
         case _:

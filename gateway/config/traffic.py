@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from gateway.config.capture import Capture
 from gateway.config.fields import (
     Distinct,
     Frozen,
@@ -33,6 +34,10 @@ class Alias(Frozen):
     allow_space_change: bool = Field(
         default=False,
         description="Whether a reload may move this name to another space. Only if nothing is stored in the old space.",
+    )
+    capture: Capture | None = Field(
+        default=None,
+        description="A sample of the queries under this name, kept for a comparison of models. By default none.",
     )
 
 
@@ -97,6 +102,10 @@ class Experiment(Frozen):
         default=False,
         description="Whether a reload may move an experiment of kind `same_space` to another space. Only if nothing is "
         "stored in the old space.",
+    )
+    capture: Capture | None = Field(
+        default=None,
+        description="A sample of the queries under this name, kept for a comparison of models. By default none.",
     )
     arms: Listed[Arm] = Field(description="Models to choose from, at least two. The first is the control.")
 

@@ -90,9 +90,12 @@ def decode_unit(experiment: str, written: str) -> str:
             param="model",
         )
     try:
-        return content.decode()
+        unit = content.decode()
     except UnicodeDecodeError:
         raise BadInput(f"the unit after {experiment + '/'!r} in `model` is not UTF-8; {how}", param="model") from None
+    if not unit.strip():
+        raise BadInput(f"the unit after {experiment + '/'!r} in `model` is blank", param="model")
+    return unit
 
 
 def write_name(experiment: str, unit: str | None, space: str | None) -> str:

@@ -70,6 +70,12 @@ TOKENIZER_REQUESTS = Counter(
 SHADOW_REQUESTS = Counter(
     "gateway_shadow_requests", "Shadow requests, by `ok`, `dropped` or the error code.", ["of", "to", "outcome"]
 )
+CAPTURED_TEXTS = Counter(
+    "gateway_captured_texts",
+    "Texts sampled for a capture: `written`, `scrubbed` (the hook dropped them), `dropped` (too many waited), `too_long`, "
+    "`full` (the file of the day), or `failed`.",
+    ["name", "outcome"],
+)
 SHADOW_TEXTS = Counter("gateway_shadow_texts", "Texts embedded for shadows.", ["of", "to"])
 SHADOW_TOKENS = Counter("gateway_shadow_tokens", "Tokens embedded for shadows.", ["of", "to"])
 SHADOW_SECONDS = Histogram(
@@ -278,6 +284,11 @@ def forget_experiment(experiment: str, arm: str | None = None) -> None:
 def forget_shadow(of: str, to: str) -> None:
     """Remove the series of a shadow that was removed."""
     _forget(of=of, to=to)
+
+
+def forget_capture(name: str) -> None:
+    """Remove the series of a capture that was removed."""
+    _forget(name=name)
 
 
 def _forget(**labels: str) -> None:

@@ -197,6 +197,7 @@ async def test_many_units_are_assigned_at_once_in_their_order(client: httpx.Asyn
         ([], "`units` has 0 units; 1 to 1000 are accepted"),
         (["u"] * 1001, "`units` has 1001 units; 1 to 1000 are accepted"),
         (["u", ""], "a unit has 1 to 256 bytes, this one has 0"),
+        ([" "], "a character other than white space"),
         ([" "], "a unit must have a character other than white space"),
         (["é" * 129], "a unit has 1 to 256 bytes, this one has 258"),
         ("u", "`units` must be a list of strings, got the string 'u'"),
@@ -273,6 +274,7 @@ async def test_any_unit_can_be_written_in_a_name(client: httpx.AsyncClient, unit
     ("written", "message"),
     [
         ("", "must have a unit after 'exp/'"),
+        ("%20%09", "is blank"),
         ("a b", "all other characters as %XX"),
         ("a/b", "all other characters as %XX"),
         ("ada@example.com", "all other characters as %XX"),

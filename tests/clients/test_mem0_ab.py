@@ -19,7 +19,7 @@ from tests.clients.gateway_process import MODEL, Gateway, running_gateway
 from tests.peers import is_missing
 from tests.second_model import e5_small
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mem0_ab")]
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECOND, EXPERIMENT = "multilingual-e5-small", "mem0-ab"

@@ -1,0 +1,99 @@
+"""Every capture of a registry: which texts are queries, and which of them are kept."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gateway.capture.writer import Captured, CaptureWriter, load_scrub
+from gateway.config.capture import QUERY_TASK, Capture
+from gateway.config.registry import Registry
+from gateway.experiments.split import UnitSource, read_unit
+from gateway.routing.router import Choice
+from gateway.telemetry import metrics
+from gateway.types import canonical_task
+
+# Of a sender that no experiment gives a unit: the first that a request has.
+_SENDERS = ("body:user", "api_key")
+
+
+class Captures:
+    """The captures of a registry.
+
+    Args:
+        before: those of the registry before a reload, whose files go on where nothing has changed.
+    """
+
+    def __init__(self, registry: Registry, before: Captures | None = None) -> None:
+        known = before.writers if before else {}
+        self.writers: Mapping[str, CaptureWriter] = {
+            name: _writer(known.get(name), name, capture, _path(registry, capture))
+            for name, capture in registry.captures().items()
+        }
+
+    def offer(self, choice: Choice, texts: Sequence[str], task: str | None, unit_source: UnitSource) -> None:
+        """Keep a sample of the texts of a request, if its name is captured; return at once.
+
+        Args:
+            task: the task of the request by any of its names; ``None`` if it names none.
+        """
+        writer = self.writers.get(choice.asked)
+        if writer is None:
+            return
+        capture = writer.capture
+        named = choice.task or task
+        task = canonical_task(named) if named else choice.model.info and choice.model.info.default_task
+        if task != QUERY_TASK and not capture.passages:
+            return
+        sampled = [text for text in texts if random.random() < capture.queries]  # noqa: S311  a sample, not a secret
+        if not sampled:
+            return
+        unit = _unit(choice, unit_source)
+        for text in sampled:
+            writer.offer(Captured(text, choice.asked, choice.model.id, task, unit))
+
+    def stop(self, successor: Captures | None = None) -> None:
+        """Stop the writers that a successor does not go on with. Waits for them."""
+        kept = set(successor.writers.values()) if successor else set()
+        for writer in self.writers.values():
+            if writer not in kept:
+                writer.stop()
+            if successor is not None and writer.name not in successor.writers:
+                metrics.forget_capture(writer.name)
+
+
+def capture_problems(registry: Registry) -> list[str]:
+    """Return a message for each capture that cannot work: nothing may be kept without its scrub."""
+    problems = []
+    for name, capture in registry.captures().items():
+        path = _path(registry, capture)
+        if capture.scrub is not None:
+            try:
+                load_scrub(capture.scrub)
+            except Exception as error:  # a module can raise anything when it is imported
+                problems.append(f"`scrub` of the capture of {name!r} cannot be imported: {error}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problems.append(f"the folder of the capture of {name!r} cannot be made: {path.parent}: {error.strerror}")
+        else:
+            if not os.access(path.parent, os.W_OK):
+                problems.append(f"the folder of the capture of {name!r} cannot be written to: {path.parent}")
+    return problems
+
+
+def _path(registry: Registry, capture: Capture) -> Path:
+    return capture.path(registry.path.parent)
+
+
+def _writer(known: CaptureWriter | None, name: str, capture: Capture, path: Path) -> CaptureWriter:
+    is_same = known is not None and (known.capture, known.path) == (capture, path)
+    return known if known is not None and is_same else CaptureWriter(name, capture, path)
+
+
+def _unit(choice: Choice, unit_source: UnitSource) -> str | None:
+    if choice.assignment is not None and choice.assignment.unit is not None:
+        return choice.assignment.unit
+    return next((value for source in _SENDERS if (value := read_unit(unit_source(source)))), None)

@@ -1,0 +1,187 @@
+"""Write captured texts to a file for each day, in a thread, and delete the files of days that are over."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+
+import orjson
+import structlog
+
+from gateway.config.capture import Capture, dated, dated_files
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+MAX_WAITING = 1_000
+"""Texts that wait to be written; further ones are dropped."""
+MAX_CHARACTERS = 10_000
+"""A longer text is dropped: it is not a question, and a few of them would fill the memory."""
+MAX_BYTES_PER_DAY = 64 * 1024 * 1024
+"""Of a file; further texts of the day are dropped."""
+
+_CLEAN_EVERY_S = 600.0
+_SECONDS_BETWEEN_WARNINGS = 60.0
+_STOP_LIMIT_S = 5.0
+
+Scrubber = Callable[[str], "str | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A text as it is offered.
+
+    Attributes:
+        unit: what identifies the sender; only a keyed hash of it is written.
+    """
+
+    text: str
+    name: str
+    model: str
+    task: str | None
+    unit: str | None
+
+
+class CaptureWriter:
+    """Appends texts to the file of the day.
+
+    ``offer`` never waits. The thread scrubs, writes and deletes; what it cannot write is counted and lost.
+
+    Args:
+        path: the file without a date.
+    """
+
+    def __init__(self, name: str, capture: Capture, path: Path) -> None:
+        self.name = name
+        self.capture = capture
+        self.path = path
+        self._waiting: queue.Queue[Captured | None] = queue.Queue(MAX_WAITING)
+        self._warned_at = -_SECONDS_BETWEEN_WARNINGS
+        self._thread = threading.Thread(target=self._run, name=f"capture-{name}", daemon=True)
+        self._thread.start()
+
+    def offer(self, captured: Captured) -> None:
+        """Queue a text, or drop it; return at once."""
+        if len(captured.text) > MAX_CHARACTERS:
+            self._count("too_long")
+            return
+        try:
+            self._waiting.put_nowait(captured)
+        except queue.Full:
+            self._count("dropped")
+
+    def stop(self) -> None:
+        """Write what waits, for some seconds at most, and end the thread."""
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=_STOP_LIMIT_S)
+        self._thread.join(_STOP_LIMIT_S)
+
+    def _run(self) -> None:
+        cleaned_at = -_CLEAN_EVERY_S
+        while True:
+            if time.monotonic() - cleaned_at >= _CLEAN_EVERY_S:
+                cleaned_at = time.monotonic()
+                self._guard(self._delete_old)
+            try:
+                captured = self._waiting.get(timeout=_CLEAN_EVERY_S)
+            except queue.Empty:
+                continue
+            if captured is None:
+                return
+            self._count(self._guard(lambda one=captured: self._write(one)) or "failed")
+
+    def _guard(self, work: Callable[[], str | None]) -> str | None:
+        """Do a step, whatever happens: a full disk or a faulty hook must not end the thread."""
+        try:
+            return work()
+        except Exception as error:
+            if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
+                self._warned_at = time.monotonic()
+                # Its kind alone: the message of a hook's error may quote the text.
+                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+                log.error("capture_failed", name=self.name, path=str(self.path), reason=reason)
+            return None
+
+    def _write(self, captured: Captured) -> str:
+        """Write a text, and return the outcome for the metrics."""
+        text = captured.text if self._scrub is None else self._scrub(captured.text)
+        if text is None:
+            return "scrubbed"
+        now = datetime.now(UTC)
+        entry = {
+            "_id": secrets.token_hex(8),
+            "text": text,
+            "time": now.isoformat(timespec="seconds"),
+            "name": captured.name,
+            "model": captured.model,
+            "task": captured.task,
+        }
+        if captured.unit is not None:
+            entry["group"] = hmac.digest(self._key, captured.unit.encode(), hashlib.sha256).hex()[:16]
+        line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+        descriptor = os.open(dated(self.path, now.date()), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_size + len(line) > MAX_BYTES_PER_DAY:
+                return "full"
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+        return "written"
+
+    def _delete_old(self) -> None:
+        """Delete the files whose first text may be ``days`` old."""
+        last = datetime.now(UTC).date() - timedelta(days=self.capture.days)
+        for day, file in dated_files(self.path).items():
+            if day <= last:
+                file.unlink(missing_ok=True)
+                log.info("capture_deleted", name=self.name, path=str(file))
+
+    @cached_property
+    def _scrub(self) -> Scrubber | None:
+        return None if self.capture.scrub is None else load_scrub(self.capture.scrub)
+
+    @cached_property
+    def _key(self) -> bytes:
+        """The secret of the units' hashes: a file next to the texts. Without it, no hash can be tied to a unit."""
+        path = self.path.with_name(f"{self.path.name}.key")
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, secrets.token_bytes(32))
+            finally:
+                os.close(descriptor)
+        key = path.read_bytes()
+        if len(key) < 32:
+            raise ValueError("the key of the captured units is cut short")
+        return key
+
+    def _count(self, outcome: str) -> None:
+        metrics.CAPTURED_TEXTS.labels(self.name, outcome).inc()
+
+
+def load_scrub(place: str) -> Scrubber:
+    """Import a function for ``scrub``, such as ``package.module:function``.
+
+    Raises:
+        ImportError: the module cannot be imported.
+        AttributeError: the module has no such function.
+        TypeError: it is not a function.
+    """
+    module, _, name = place.partition(":")
+    function: object = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{place} is not a function")
+    scrub: Scrubber = function
+    return scrub

@@ -1,0 +1,416 @@
+"""Captured queries: which texts are kept, what is written of them, and that no request waits or fails for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from gateway.app import create_app
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.capture import writer as writing
+from gateway.capture.captures import Captures
+from gateway.capture.scrubbing import mask
+from gateway.capture.writer import Captured, CaptureWriter
+from gateway.config.capture import Capture, dated, dated_files
+from gateway.config.registry import load_registry
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.errors import ConfigError, ReloadRefused, StartError
+from gateway.telemetry import metrics
+from gateway.types import ModelKind
+
+TODAY = datetime.now(UTC).date()
+REGISTRY = """
+version: 1
+models:
+  - {{id: mini, source: owner/mini, revision: {revision}, enabled: true}}
+  - {{id: jina, source: owner/jina, revision: {revision}, enabled: true}}
+  - {{id: ranker, source: owner/ranker, revision: {revision}, enabled: true}}
+aliases:
+  search: {{model: jina, capture: {capture}}}
+  questions: {{model: mini, task: retrieval.query, capture: {{queries: 1.0, to: questions.jsonl}}}}
+  plain: jina
+  ranked: {{model: ranker, capture: {{queries: 1.0, to: ranked.jsonl}}}}
+experiments:
+  - id: exp
+    kind: cross_space
+    unit: {{from: [model, "header:x-unit"]}}
+    capture: {{queries: 1.0, to: exp.jsonl}}
+    arms: [{{model: jina, weight: 1}}, {{model: mini, weight: 1}}]
+"""
+ALL = "{queries: 1.0, to: kept/search.jsonl}"
+TASKS = {"retrieval.query": "q: ", "retrieval.passage": "p: "}
+
+Serve = Callable[..., Awaitable[httpx.AsyncClient]]
+
+
+def written(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for file in dated_files(folder / name).values():
+        lines += map(json.loads, file.read_text().splitlines())
+    return lines
+
+
+@pytest.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    """Return a function that serves a registry with captures, and returns a client; ``finish`` waits for the files."""
+    async with AsyncExitStack() as stack:
+
+        async def serve(capture: str = ALL) -> httpx.AsyncClient:
+            path = tmp_path / "models.yaml"
+            path.write_text(REGISTRY.format(revision="a" * 40, capture=capture))
+            infos = {
+                "mini": fake_info("mini"),
+                "jina": fake_info("jina", tasks=TASKS, default_task="retrieval.passage"),
+                "ranker": fake_info("ranker", kind=ModelKind.RERANK, width=1),
+            }
+            deployment = Deployment(
+                load_registry(path, {}),
+                Settings(),
+                read_registry=lambda: load_registry(path, {}),
+                make_backend=lambda entry: FakeBackend(infos[entry.id]),
+            )
+            stack.push_async_callback(deployment.stop)
+            await deployment.start()
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(create_app(deployment)), base_url="http://gateway")
+            client.deployment = deployment  # type: ignore[attr-defined]
+            return await stack.enter_async_context(client)
+
+        yield serve
+
+
+async def embed(client: httpx.AsyncClient, model: str, text: str | list[str], **fields: object) -> None:
+    headers = {"authorization": "Bearer key-of-ada", **fields.pop("headers", {})}  # type: ignore[dict-item]
+    answer = await client.post("/v1/embeddings", json={"model": model, "input": text, **fields}, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+async def finish(client: httpx.AsyncClient) -> None:
+    await asyncio.to_thread(client.deployment.captures.stop)  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------------ which texts are kept
+
+
+async def test_queries_under_a_name_are_kept_and_passages_are_not(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+
+    await embed(client, "search", "a question", task="query")
+    await embed(client, "search", "a passage", task="passage")
+    await embed(client, "search", "a passage by default")
+    await embed(client, "plain", "under another name", task="query")
+    await embed(client, "jina", "under the model's name", task="query")
+    await embed(client, "questions", "a question by the alias")
+    await finish(client)
+
+    assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["a question"]
+    assert [line["text"] for line in written(tmp_path, "questions.jsonl")] == ["a question by the alias"]
+
+
+async def test_passages_are_kept_where_the_entry_asks_for_them(serve: Serve, tmp_path: Path) -> None:
+    client = await serve("{queries: 1.0, to: all.jsonl, passages: true}")
+
+    await embed(client, "search", ["one", "two"])
+    await finish(client)
+
+    assert [(line["text"], line["task"]) for line in written(tmp_path, "all.jsonl")] == [
+        ("one", "retrieval.passage"),
+        ("two", "retrieval.passage"),
+    ]
+
+
+async def test_a_request_that_fails_is_not_kept(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+
+    answer = await client.post(
+        "/v1/embeddings", json={"model": "search", "input": "a", "task": "query", "dimensions": 7}
+    )
+    await finish(client)
+
+    assert answer.status_code == 400
+    assert written(tmp_path, "kept/search.jsonl") == []
+
+
+async def test_the_query_of_a_rerank_request_is_kept(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+
+    answer = await client.post("/v1/rerank", json={"model": "ranked", "query": "a question", "documents": ["b", "c"]})
+    await finish(client)
+
+    assert answer.status_code == 200, answer.text
+    assert [line["text"] for line in written(tmp_path, "ranked.jsonl")] == ["a question"]
+
+
+async def test_a_fraction_is_kept(serve: Serve, tmp_path: Path) -> None:
+    client = await serve("{queries: 0.2, to: some.jsonl}")
+
+    for _ in range(4):
+        await embed(client, "search", [f"text {i}" for i in range(200)], task="query")
+    await finish(client)
+
+    # 160 expected of 800; 6 standard deviations of 11.3 on each side.
+    assert 92 < len(written(tmp_path, "some.jsonl")) < 228
+
+
+def test_without_a_capture_its_package_is_not_imported() -> None:
+    code = "import gateway.app, gateway.service, gateway.deployment, sys; sys.exit('gateway.capture' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+
+
+async def test_a_line_has_the_text_and_a_keyed_hash_of_the_unit(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+    for unit, text in (("ada", "first"), ("ada", "second"), ("bob", "third")):
+        await embed(client, f"exp/{unit}", text, task="query")
+    await finish(client)
+
+    lines = written(tmp_path, "exp.jsonl")
+    content = (tmp_path / f"exp-{TODAY}.jsonl").read_text()
+
+    assert [line["text"] for line in lines] == ["first", "second", "third"]
+    assert lines[0]["group"] == lines[1]["group"] != lines[2]["group"]
+    assert re.fullmatch("[0-9a-f]{16}", lines[0]["group"])
+    assert "ada" not in content
+    assert len({line["_id"] for line in lines}) == 3
+    assert {line["name"] for line in lines} == {"exp"}
+    assert {line["model"] for line in lines} <= {"jina", "mini"}
+
+
+async def test_the_hash_of_a_unit_depends_on_a_key_next_to_the_file(tmp_path: Path) -> None:
+    def group(folder: Path) -> str:
+        folder.mkdir(exist_ok=True)
+        writer = CaptureWriter("search", Capture(queries=1, to="q.jsonl"), folder / "q.jsonl")
+        writer.offer(Captured("text", "search", "mini", None, "ada"))
+        writer.stop()
+        return str(written(folder, "q.jsonl")[-1]["group"])
+
+    first, again, other = group(tmp_path / "one"), group(tmp_path / "one"), group(tmp_path / "two")
+
+    assert first == again != other
+    assert (tmp_path / "one" / "q.jsonl.key").stat().st_size == 32
+    for file in (tmp_path / "one").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+async def test_the_sender_without_an_experiment_is_the_user_or_the_key(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+
+    await embed(client, "search", "by key", task="query")
+    await embed(client, "search", "by user", task="query", user="ada")
+    await embed(client, "search", "by user again", task="query", user="ada", headers={"authorization": "Bearer other"})
+    await finish(client)
+
+    groups = {line["text"]: line["group"] for line in written(tmp_path, "kept/search.jsonl")}
+    assert groups["by user"] == groups["by user again"] != groups["by key"]
+    assert "key-of-ada" not in str(groups)
+
+
+def test_texts_are_scrubbed_before_they_are_written(tmp_path: Path) -> None:
+    capture = Capture(queries=1, to="q.jsonl", scrub="gateway.capture.scrubbing:mask")
+    writer = CaptureWriter("search", capture, tmp_path / "q.jsonl")
+
+    writer.offer(
+        Captured("write to ada@example.com about https://x.y/z?a=1 or 0171 234 56 78 in 2026", "s", "m", None, None)
+    )
+    writer.stop()
+
+    [line] = written(tmp_path, "q.jsonl")
+    assert line["text"] == "write to [email] about [link] or [number] in 2026"
+    assert "group" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("What cost 1,250 euros in 2025?", "What cost 1,250 euros in 2025?"),
+        ("card 4111 1111 1111 1111", "card [number]"),
+        ("+49 (171) 2345678, please", "[number], please"),
+        ("ftp://host/a b", "[link] b"),
+        ("Zoë.O'Neil+x@mail.example.co.uk!", "[email]!"),
+        ("no secrets here", "no secrets here"),
+    ],
+)
+def test_the_mask_replaces_addresses_links_and_long_numbers(text: str, masked: str) -> None:
+    assert mask(text) == masked
+
+
+HOOKS = """
+def drop(text):
+    return None if "secret" in text else text
+
+def fail(text):
+    raise ValueError(text)
+"""
+
+
+def test_a_hook_may_drop_a_text_and_one_that_fails_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hooks_of_the_test.py").write_text(HOOKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    for hook, outcome in (("drop", "scrubbed"), ("fail", "failed")):
+        before = count(hook, outcome)
+        capture = Capture(queries=1, to=f"{hook}.jsonl", scrub=f"hooks_of_the_test:{hook}")
+        writer = CaptureWriter(hook, capture, tmp_path / f"{hook}.jsonl")
+        with capture_logs() as lines:
+            writer.offer(Captured("a secret", "s", "m", None, None))
+            writer.stop()
+        assert written(tmp_path, f"{hook}.jsonl") == []
+        assert count(hook, outcome) == before + 1
+        assert "a secret" not in str(lines)
+
+
+# ------------------------------------------------------------------------------------------------- bounds and deletion
+
+
+def count(name: str, outcome: str) -> float:
+    return metrics.CAPTURED_TEXTS.labels(name, outcome)._value.get()
+
+
+def test_old_files_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    for age in (0, 1, 6, 7, 40):
+        dated(path, TODAY - timedelta(days=age)).write_text("{}\n")
+    others = [tmp_path / name for name in ("q.jsonl", "q-2020-01-01.txt", "qq-2020-01-01.jsonl", "q-2020-99-01.jsonl")]
+    for other in others:
+        other.write_text("")
+
+    CaptureWriter("search", Capture(queries=1, to="q.jsonl", days=7), path).stop()
+
+    assert list(dated_files(path)) == [TODAY - timedelta(days=age) for age in (6, 1, 0)]
+    assert all(other.exists() for other in others)
+
+
+def test_a_full_queue_drops_texts_and_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, free = threading.Event(), threading.Event()
+
+    def hold(_place: str) -> Callable[[str], str]:
+        held.set()
+        free.wait(30)
+        return lambda text: text
+
+    monkeypatch.setattr(writing, "load_scrub", hold)
+    writer = CaptureWriter("slow", Capture(queries=1, to="q.jsonl", scrub="a:b"), tmp_path / "q.jsonl")
+    before = count("slow", "dropped")
+    writer.offer(Captured("first", "s", "m", None, None))
+    assert held.wait(30)
+
+    started = time.monotonic()
+    for _ in range(writing.MAX_WAITING + 50):
+        writer.offer(Captured("text", "s", "m", None, None))
+    took = time.monotonic() - started
+
+    free.set()
+    writer.stop()
+    assert count("slow", "dropped") == before + 50
+    assert took < 5
+    assert len(written(tmp_path, "q.jsonl")) == 1 + writing.MAX_WAITING
+
+
+def test_a_long_text_and_a_full_day_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "MAX_BYTES_PER_DAY", 400)
+    writer = CaptureWriter("bounded", Capture(queries=1, to="q.jsonl"), tmp_path / "q.jsonl")
+
+    writer.offer(Captured("x" * (writing.MAX_CHARACTERS + 1), "s", "m", None, None))
+    for _ in range(10):
+        writer.offer(Captured("x" * 50, "s", "m", None, None))
+    writer.stop()
+
+    assert count("bounded", "too_long") == 1
+    assert count("bounded", "full") > 0
+    assert count("bounded", "full") + count("bounded", "written") == 10
+    assert os.stat(dated(tmp_path / "q.jsonl", TODAY)).st_size <= 400  # noqa: PTH116
+
+
+async def test_a_file_that_cannot_be_written_costs_no_request(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+    dated(tmp_path / "kept" / "search.jsonl", TODAY).mkdir()
+
+    with capture_logs() as lines:
+        await embed(client, "search", "a secret", task="query")
+        await embed(client, "search", "a secret", task="query")
+        await finish(client)
+
+    failures = [line for line in lines if line["event"] == "capture_failed"]
+    assert [line["reason"] for line in failures] == ["Is a directory"]
+    assert "secret" not in str(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the registry, reloads
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        ("{queries: 0, to: q.jsonl}", "capture.queries"),
+        ("{queries: 1.5, to: q.jsonl}", "capture.queries"),
+        ("{queries: 0.1}", "capture.to"),
+        ("{queries: 0.1, to: q.jsonl, days: 0}", "capture.days"),
+        ("{queries: 0.1, to: q.jsonl, scrub: nothing}", "must be `package.module:function`, got `nothing`"),
+        ("{queries: 0.1, to: q.jsonl, day: 3}", "did you mean `days`?"),
+        ("{queries: 0.1, to: exp.jsonl}", "`search` and `exp` have the same file"),
+    ],
+)
+def test_a_wrong_capture_is_reported_with_its_place(tmp_path: Path, capture: str, message: str) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY.format(revision="a" * 40, capture=capture))
+
+    with pytest.raises(ConfigError) as caught:
+        load_registry(path, {})
+
+    assert message in str(caught.value)
+
+
+async def test_nothing_starts_or_is_reloaded_without_its_scrub(serve: Serve, tmp_path: Path) -> None:
+    wrong = "{queries: 1.0, to: q.jsonl, scrub: gateway.capture.scrubbing:unmask}"
+    with pytest.raises(StartError, match=r"`scrub` of the capture of 'search' cannot be imported: .*unmask"):
+        await serve(wrong)
+    client = await serve()
+    (tmp_path / "models.yaml").write_text(REGISTRY.format(revision="a" * 40, capture=wrong))
+
+    with pytest.raises(ReloadRefused, match="unmask"):
+        await client.deployment.reload()  # type: ignore[attr-defined]
+
+    await embed(client, "search", "still kept", task="query")
+    await finish(client)
+    assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["still kept"]
+
+
+async def test_a_reload_keeps_what_is_unchanged_and_stops_what_is_gone(serve: Serve, tmp_path: Path) -> None:
+    client = await serve()
+    deployment: Deployment = client.deployment  # type: ignore[attr-defined]
+    before = deployment.captures
+    assert isinstance(before, Captures)
+    await embed(client, "search", "before", task="query")
+    content = REGISTRY.format(revision="a" * 40, capture="{queries: 1.0, to: other.jsonl}")
+    (tmp_path / "models.yaml").write_text(content.replace("capture: {queries: 1.0, to: exp.jsonl}", ""))
+
+    await deployment.reload()
+    await embed(client, "search", "after", task="query")
+    await embed(client, "exp/ada", "not kept", task="query")
+    await finish(client)
+
+    assert deployment.captures is not None
+    assert deployment.captures.writers["questions"] is before.writers["questions"]
+    assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["before"]
+    assert [line["text"] for line in written(tmp_path, "other.jsonl")] == ["after"]
+    assert written(tmp_path, "exp.jsonl") == []
