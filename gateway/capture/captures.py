@@ -44,7 +44,8 @@ class Captures:
             return
         capture = writer.capture
         named = choice.task or task
-        task = canonical_task(named) if named else choice.model.info and choice.model.info.default_task
+        info = choice.model.info
+        task = canonical_task(named) if named else info.default_task if info is not None else None
         if task != QUERY_TASK and not capture.passages:
             return
         sampled = [text for text in texts if random.random() < capture.queries]  # noqa: S311  a sample, not a secret

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import orjson
@@ -100,7 +100,7 @@ class CaptureWriter:
                 continue
             if captured is None:
                 return
-            self._count(self._guard(lambda one=captured: self._write(one)) or "failed")
+            self._count(self._guard(partial(self._write, captured)) or "failed")
 
     def _guard(self, work: Callable[[], str | None]) -> str | None:
         """Do a step, whatever happens: a full disk or a faulty hook must not end the thread."""
