@@ -10,11 +10,11 @@ from dataclasses import replace
 from email.message import Message
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
 from gateway.access.quotas import Quotas, Ticket
+from gateway.api.answer_headers import answer_headers, tei_headers
 from gateway.api.json_body import SMALL_BYTES, Json, parse_object
 from gateway.api.pieces import PIECE_BYTES, Parts, Streamed, unless_disconnected
 from gateway.api.wire import Responses
@@ -31,14 +31,11 @@ from gateway.requests import Request as ServiceRequest
 from gateway.routing.router import Choice, Target
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
-from gateway.types import Timings
 
 # Answers of up to this size are written at once, on the event loop. It waits for the writer anyway, which holds the
 # interpreter: 2.5 ms for so many bytes as numbers, 0.3 ms as base64. The switches to a thread and back cost more.
 _SMALL_ANSWER_BYTES = 256 * 1024
 _MAX_SHOWN_CHARSET = 40
-# A header lists so many truncated inputs and then how many more there are: proxies limit headers to 8 KiB.
-_MAX_LISTED_INDICES = 100
 # How much of a content type is parsed: the parser takes 20 ms for 60 KB.
 _MAX_CONTENT_TYPE = 1_000
 T = TypeVar("T")
@@ -189,6 +186,17 @@ class Endpoint:
             max_token_vectors=self.settings.max_token_vectors,
             reserve=reserve_texts(request, texts),
         )
+
+    async def answer(self, request: Request, asked: EmbedRequest) -> EmbedAnswer:
+        """Have the service answer a request that comes from a page, counted like one of the API.
+
+        Raises:
+            RequestError: it is refused or fails.
+            ClientDisconnected: the reader went away first.
+        """
+        context = RequestContext.of(request)
+        ticket = await self._quotas.admit(context.client, context.headers)
+        return await self._run(request, ticket, asked, self.service.embed)
 
     async def _run(
         self, request: Request, ticket: Ticket, asked: R, compute: Callable[[R], Coroutine[Any, Any, A]]
@@ -346,55 +354,3 @@ def note_answer(context: RequestContext, answer: Answer, serialize_s: float) -> 
     if answer.assignment is not None:
         context.experiment, context.arm = answer.assignment.experiment, answer.assignment.arm.label
     metrics.target_metrics(answer.model, answer.task, context.experiment, context.arm).serialize_s.observe(serialize_s)
-
-
-def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[str, str]:
-    """Return the headers of the gateway: the model, space and arm that answered, and the time of each stage.
-
-    Args:
-        timings: with the time that writing the answer took, if it has been written.
-        elapsed_s: seconds since the request began.
-    """
-    stages = {**timings.stages, "total": elapsed_s}
-    headers = {
-        "x-gateway-model": answer.model,
-        "server-timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
-    }
-    if answer.space is not None:
-        headers["x-gateway-space"] = answer.space
-    if answer.task is not None:
-        headers["x-gateway-task"] = quote(answer.task)  # the registry may call a task anything
-    if answer.assignment is not None:
-        headers["x-gateway-experiment"] = answer.assignment.experiment
-        headers["x-gateway-arm"] = answer.assignment.arm.label
-        headers["x-gateway-assignment"] = answer.assignment.reason.value
-    if answer.truncated:
-        headers["x-gateway-truncated"] = _list_indices(answer.truncated)
-    return headers
-
-
-def tei_headers(num_characters: int, num_tokens: int, timings: Timings, elapsed_s: float) -> dict[str, str]:
-    """Return TEI's headers: the size of a request, and the time of each stage in whole milliseconds.
-
-    Args:
-        num_characters: of all texts; a query counts once with each text.
-        num_tokens: of all texts, after truncation.
-        elapsed_s: seconds since the request began.
-    """
-    times = {
-        "x-total-time": elapsed_s,
-        "x-tokenization-time": timings.tokenize_s,
-        "x-queue-time": timings.queue_s,
-        "x-inference-time": timings.inference_s,
-    }
-    return {
-        "x-compute-characters": str(num_characters),
-        "x-compute-tokens": str(num_tokens),
-        **{name: str(int(seconds * 1000)) for name, seconds in times.items()},
-    }
-
-
-def _list_indices(indices: Sequence[int]) -> str:
-    listed = ",".join(str(i) for i in indices[:_MAX_LISTED_INDICES])
-    more = len(indices) - _MAX_LISTED_INDICES
-    return f"{listed},+{more}" if more > 0 else listed

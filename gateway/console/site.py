@@ -10,6 +10,7 @@ from gateway.api.endpoint import Endpoint
 from gateway.console.access import Gate
 from gateway.console.overview import Overview
 from gateway.console.parts import Parts
+from gateway.console.playground import Playground
 from gateway.console.web import ROOT, THEME_COOKIE, THEMES, Pages, chosen, read_form
 from gateway.deployment import Deployment
 from gateway.errors import RequestError, Unauthorized
@@ -102,7 +103,7 @@ def console_router(
     pages = Pages(Gate(deployment.settings, keyring, port))
     parts = Parts(deployment, endpoint, stats, pages)
     router = APIRouter(include_in_schema=False)
-    site, overview = Site(pages), Overview(parts)
+    site, overview, playground = Site(pages), Overview(parts), Playground(parts)
 
     router.add_api_route("/", site.root)
     router.add_api_route(f"{ROOT}/static/{{name}}", site.file)
@@ -118,6 +119,8 @@ def console_router(
         ("/reload", overview.reload, "POST"),
         ("/models/{model:path}/load", overview.load, "POST"),
         ("/models/{model:path}/unload", overview.unload, "POST"),
+        ("/playground", playground.show, "GET"),
+        ("/playground", playground.run, "POST"),
     ):
         router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
     return router

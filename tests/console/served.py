@@ -51,7 +51,7 @@ def make(model_id: str, state: ModelState = ModelState.READY, reason: str = "", 
     """Return a model whose backend runs."""
     known = fake_info(model_id, **info)
     entry = ModelEntry(id=model_id, source=f"owner/{zlib.crc32(model_id.encode())}", revision="0" * 40, enabled=True)
-    backend = WordsBackend(known)
+    backend = WordsBackend(known, delay_s=0.002)
     is_ready = state is ModelState.READY
     return Model(entry, backend, state, known if is_ready else None, reason, int(is_ready))
 

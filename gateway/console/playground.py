@@ -1,0 +1,283 @@
+"""The playground: two or three arms on the same texts, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+
+from gateway.console.arms import PASSAGE_TASK, QUERY_TASK
+from gateway.console.charts import NUM_SHADES
+from gateway.console.parts import Parts
+from gateway.console.snippets import Snippet, snippets
+from gateway.console.trial import MAX_COMPARED, ArmFailure, ArmResult, run_arm
+from gateway.console.web import Form, read_form, visitor_of
+from gateway.errors import BadInput, RequestError
+from gateway.http.context import RequestContext
+from gateway.types import ModelKind, ModelState, Timings
+
+MAX_ARMS = 3
+MAX_TEXTS = 50
+_MAX_ARM = 200
+_TOP = 5
+_FAR = 3
+_FULL_SHADE = 0.8  # cosines of different texts rarely exceed it
+_KINDS = ("query", "texts")
+_EXAMPLE = (
+    "How does Ada like to travel?",
+    (
+        "Prefers trains to planes, even when it takes a day longer",
+        "Afraid of flying since the storm over Lyon in 2019",
+        "Booked a window seat on the night train to Vienna, 14 March",
+        "Rides her bicycle along the canal to the office",
+        "Flies to London for work once a quarter",
+        "Travel insurance, policy 88-2041, ends on 30 June",
+        "Does not eat meat; fish is fine",
+        "Her sister Mary lives in Lisbon",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The content of the form."""
+
+    kind: str
+    query: str
+    candidates: Sequence[str]
+    arms: Sequence[str]
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The candidates, one per line."""
+        return self.candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A text's way from its rank in one arm to its rank in the next, in percent of the height."""
+
+    text: int
+    start: str
+    end: str
+    is_far: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell of a heat map: its value, and its shade on the scale of all arms and on that of its own."""
+
+    value: str
+    shade: int
+    own_shade: int
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """An arm with what is drawn of it.
+
+    Attributes:
+        index: its place, which gives its shape and color.
+        lines: to the arm after it; empty if there is no such arm, or one of the two failed.
+        heat: the lower triangle, row by row.
+        bars: for each of the two requests: the widths of its stages in percent of the longest.
+    """
+
+    index: int
+    result: ArmResult
+    lines: Sequence[Line]
+    heat: Sequence[Sequence[Cell]]
+    query_bars: Sequence[tuple[str, str, str]]
+    texts_bars: Sequence[tuple[str, str, str]]
+    snippets: Sequence[Snippet]
+
+
+class Playground:
+    """The handlers: the form, and its results."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def show(self, request: Request) -> Response:
+        """Show the form, with the arms of the link, or the texts of an example."""
+        arms = [arm[:_MAX_ARM] for arm in request.query_params.getlist("arm") if arm][:MAX_ARMS]
+        query, candidates = _EXAMPLE if "example" in request.query_params else ("", ())
+        return self._page(request, Asked("query", query, candidates, arms or self._usual_arms(request)))
+
+    async def run(self, request: Request) -> Response:
+        """Run the arms one after the other, so that none slows down another, and show the results."""
+        asked = _read(await read_form(request))
+        problem = _problem(asked)
+        if problem is not None:
+            RequestContext.of(request).refuse(problem)
+            return self._page(request, asked, problem=problem)
+        query = asked.query if asked.kind == "query" else ""
+        results = [await run_arm(self._parts.endpoint, request, arm, query, asked.candidates) for arm in asked.arms]
+        return self._page(request, asked, results)
+
+    def _page(
+        self,
+        request: Request,
+        asked: Asked,
+        results: Sequence[ArmResult | ArmFailure] = (),
+        problem: RequestError | None = None,
+    ) -> Response:
+        pages = self._parts.pages
+        api = f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}/v1"
+        shown = asked.query if asked.kind == "query" else next(iter(asked.candidates), "")
+        columns = list(_columns(results, api, shown, needs_key=pages.gate.needs_key))
+        return pages.render(
+            request,
+            "playground.html.j2",
+            200 if problem is None else problem.status,
+            asked=asked,
+            names=self._names(request),
+            problem=problem,
+            results=results,
+            columns=columns,
+            has_rankings=bool(columns) and asked.kind == "query",
+            summary=_summary(columns) if asked.kind == "query" else "",
+            max_arms=MAX_ARMS,
+            max_texts=MAX_TEXTS,
+            max_compared=MAX_COMPARED,
+            side_note=side_note,
+        )
+
+    def _names(self, request: Request) -> list[str]:
+        """Return what a reader may write as an arm."""
+        router, client = self._parts.deployment.router, visitor_of(request).client
+        names: list[str] = []
+        for choice in router.listed(client):
+            info = choice.model.info
+            if choice.experiment is not None or info is None or info.kind is not ModelKind.EMBED:
+                continue
+            names += [choice.asked, *(f"{choice.asked}:{task}" for task in info.tasks if choice.task is None)]
+            names += [f"{choice.asked}@{size}" for size in info.dimensions[1:]]
+            names += [f"{choice.asked}:binary", *(f"{choice.asked}+{output}" for output in info.outputs[1:])]
+        return names
+
+    def _usual_arms(self, request: Request) -> list[str]:
+        """Return the first two models that a reader may use."""
+        router, client = self._parts.deployment.router, visitor_of(request).client
+        return [
+            choice.asked
+            for choice in router.listed(client)
+            if choice.experiment is None
+            and choice.model.state is ModelState.READY
+            and choice.model.info is not None
+            and choice.model.info.kind is ModelKind.EMBED
+        ][:2]
+
+
+def _read(form: Form) -> Asked:
+    lines = [line.strip() for line in form.first("candidates").splitlines()]
+    arms = [arm.strip()[:_MAX_ARM] for arm in form.all("arm")]
+    kind = form.first("kind")
+    return Asked(
+        kind if kind in _KINDS else "query",
+        form.first("query").strip(),
+        [line for line in lines if line],
+        [arm for arm in arms if arm],
+    )
+
+
+def _problem(asked: Asked) -> BadInput | None:
+    """Return what is wrong with the form; its message holds none of its texts."""
+    if asked.kind == "query" and not asked.query:
+        return BadInput("the query is empty: write what a person would ask", param="query")
+    least = 1 if asked.kind == "query" else 2
+    if not least <= len(asked.candidates) <= MAX_TEXTS:
+        return BadInput(
+            f"{len(asked.candidates)} texts were sent; {least} to {MAX_TEXTS} are accepted", param="candidates"
+        )
+    if not 1 <= len(asked.arms) <= MAX_ARMS:
+        return BadInput(f"{len(asked.arms)} arms were sent; 1 to {MAX_ARMS} are accepted", param="arm")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+
+
+def _columns(results: Sequence[ArmResult | ArmFailure], api: str, text: str, *, needs_key: bool) -> Iterator[Column]:
+    answered = [result for result in results if isinstance(result, ArmResult)]
+    longest = max(
+        (_total(times) for result in answered for times in (result.query_times, result.texts_times)), default=0
+    )
+    for index, result in enumerate(results):
+        if isinstance(result, ArmFailure):
+            continue
+        after = results[index + 1] if index + 1 < len(results) else None
+        yield Column(
+            index=index,
+            result=result,
+            lines=list(_lines(result, after)) if isinstance(after, ArmResult) and result.scores else [],
+            heat=list(_heat(result)),
+            query_bars=_bars(result.query_times, longest),
+            texts_bars=_bars(result.texts_times, longest),
+            snippets=snippets(result, api, text, needs_key=needs_key),
+        )
+
+
+def _lines(one: ArmResult, other: ArmResult) -> Iterator[Line]:
+    num = len(one.order)
+    ranks = {text: rank for rank, text in enumerate(other.order)}
+    for rank, text in enumerate(one.order):
+        places = [f"{100 * (place + 0.5) / num:.3f}%" for place in (rank, ranks[text])]
+        yield Line(text, places[0], places[1], abs(rank - ranks[text]) >= _FAR)
+
+
+def _heat(result: ArmResult) -> Iterator[list[Cell]]:
+    rows = [row[:number] for number, row in enumerate(result.likeness) if number]
+    values = [value for row in rows for value in row]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    for row in rows:
+        yield [Cell(_short(value), _shade(value / _FULL_SHADE), _shade((value - low) / span)) for value in row]
+
+
+def _shade(share: float) -> int:
+    return min(NUM_SHADES - 1, max(0, int(share * NUM_SHADES)))
+
+
+def _short(value: float) -> str:
+    """Return a similarity in two digits without the leading 0, and a dot for 0."""
+    text = f"{value:.2f}"
+    if text in ("0.00", "-0.00"):
+        return "·"
+    return text[:3] if abs(value) >= 0.995 else text.replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
+
+
+def _total(times: Timings | None) -> float:
+    return sum(times.stages.values()) if times else 0.0
+
+
+def _bars(times: Timings | None, longest: float) -> list[tuple[str, str, str]]:
+    """Return the name, the start and the width of each stage, in percent of the longest request."""
+    bars, start = [], 0.0
+    for name, seconds in times.stages.items() if times else ():
+        width = 100 * seconds / longest if longest else 0.0
+        bars.append((name, f"{start:.2f}%", f"{width:.2f}%"))
+        start += width
+    return bars
+
+
+def _summary(columns: Sequence[Column]) -> str:
+    """Return how alike the rankings of the first two arms are."""
+    if len(columns) < 2:
+        return ""
+    one, other = columns[0].result, columns[1].result
+    top = min(_TOP, len(one.order))
+    shared = len(set(one.order[:top]) & set(other.order[:top]))
+    first = "put the same text first" if one.order[0] == other.order[0] else "put different texts first"
+    return f"{one.arm.text} and {other.arm.text} {first} and share {shared} of their first {top}."
+
+
+def side_note(result: ArmResult) -> str:
+    """Return the tasks of the two sides."""
+    if result.plan.query_task == QUERY_TASK:
+        passages = result.plan.passage_task or "the same task"
+        return f"query: {QUERY_TASK}, candidates: {passages if passages != PASSAGE_TASK else PASSAGE_TASK}"
+    return f"task: {result.task}" if result.task else "no tasks"
