@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell of a heat map: its value, and its shade on the scale of all arms and on that of its own."""
+    """A cell of a heat map: its value, and its shade on the scale of all arms and on the scale of its arm alone."""
 
     value: str
     shade: int
@@ -145,7 +145,7 @@ class Playground:
         )
 
     def _names(self, request: Request) -> list[str]:
-        """Return what a reader may write as an arm."""
+        """Return the arms that a reader may write."""
         router, client = self._parts.deployment.router, visitor_of(request).client
         names: list[str] = []
         for choice in router.listed(client):
@@ -183,7 +183,7 @@ def _read(form: Form) -> Asked:
 
 
 def _problem(asked: Asked) -> BadInput | None:
-    """Return what is wrong with the form; its message holds none of its texts."""
+    """Return the error of a form, without any of its texts."""
     if asked.kind == "query" and not asked.query:
         return BadInput("the query is empty: write what a person would ask", param="query")
     least = 1 if asked.kind == "query" else 2
