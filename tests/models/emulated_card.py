@@ -70,13 +70,18 @@ def fake_model(
     with unset_fake_temporarily(), torch.inference_mode(mode=False), torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     model.pooler = None
+    to_card(model)
+    return model, _add_adapters(model, num_adapters) if num_adapters else None
+
+
+def to_card(model: nn.Module) -> None:
+    """Replace the weights by fake ones on the card."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
                     tensors[name] = nn.Parameter(fake, requires_grad=False) if tensors is module._parameters else fake
-    return model, _add_adapters(model, num_adapters) if num_adapters else None
 
 
 def _add_adapters(model: nn.Module, number: int) -> AdapterMask:

@@ -14,12 +14,16 @@ import torch
 from transformers import AutoConfig, JinaEmbeddingsV3Config, PreTrainedConfig
 
 from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.model import heads
+from gateway.engine.model.heads import MultiVectorHead, SparseHead
+from gateway.engine.model.items import Item, Tokens
 from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
 from gateway.engine.model.runtimes.flash import Texts, attend
 from gateway.engine.model.runtimes.packed import PackedRuntime
+from gateway.engine.model.states import TokenStates
 from gateway.types import Output
 from tests.models.checkpoints import TEXTS
-from tests.models.emulated_card import Launches, fake_card, fake_model, kernel_on_the_cpu
+from tests.models.emulated_card import Launches, fake_card, fake_model, kernel_on_the_cpu, to_card
 
 Load = Callable[..., Any]
 MakeFamily = Callable[..., Path]
@@ -114,6 +118,35 @@ def test_a_forward_launches_few_kernels(model_type: str, adapters: Sequence[int]
             runtime.forward(features)
 
     assert launches.total <= most, launches.kernels
+
+
+@pytest.mark.parametrize("kind", [SparseHead, MultiVectorHead])
+def test_a_head_reads_a_whole_batch_in_one_go(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many kernels and transfers for a hundred texts as for one."""
+    width = {SparseHead: 1, MultiVectorHead: 1024}[kind]
+    torch.save(torch.nn.Linear(1024, width).state_dict(), tmp_path / "head.pt")
+    head = kind(tmp_path / "head.pt", 1024, *[frozenset({0, 2})] * (kind is SparseHead))
+    copied: list[tuple[tuple[int, ...], str, torch.dtype]] = []
+
+    def copy(tensor: torch.Tensor) -> np.ndarray:
+        copied.append((tuple(tensor.shape), tensor.device.type, tensor.dtype))
+        return np.ones(tensor.shape, np.float32)
+
+    monkeypatch.setattr(heads, "to_host", copy)
+    counts = []
+    with fake_card():
+        to_card(head)
+        for number in (1, 100):
+            items = [Item(Tokens([0, 5, 6, 5, 2]))] * number
+            states = TokenStates(torch.empty(5 * number, 1024, dtype=HALF, device="cuda"), [5] * number)
+            with Launches() as launches:
+                outputs = head(states, items, range(number))
+            counts.append(launches.total)
+            assert len(outputs) == number
+
+    assert counts[0] == counts[1] <= 8
+    shapes = [(5,), (500,)] if kind is SparseHead else [(5, 1024), (500, 1024)]
+    assert copied == [(shape, "cuda", torch.float32) for shape in shapes]
 
 
 # ---------------------------------------------------------------------------------------- tiny models, the kernel's numbers

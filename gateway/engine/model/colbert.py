@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
@@ -16,9 +15,9 @@ from torch.nn import functional
 from gateway.engine.checkpoint.colbert import STANFORD_PROJECTION, Colbert, Expansion
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.weights import read_tensors
-from gateway.engine.model.heads import Dense, linear_of, reading, require_inputs
+from gateway.engine.model.heads import Dense, linear_of, reading, require_inputs, token_ids
 from gateway.engine.model.items import Item, Tokens
-from gateway.engine.model.states import TokenStates
+from gateway.engine.model.states import TokenStates, to_host
 from gateway.engine.model.tokenizer import Steps, Tokenizer
 from gateway.errors import LoadError
 from gateway.types import MultiVector, Truncate
@@ -125,7 +124,7 @@ class TokenVectorHead(nn.Module):
         super().__init__()
         self._is_normalized = colbert.is_normalized
         self._skips = frozenset({"query": True, "document": False}[side] for side in colbert.skips)
-        self._skipped = torch.tensor(sorted(skipped), dtype=torch.long)
+        self._skipped = np.array(sorted(skipped), np.int64)
         self.layers = nn.Sequential()
         width = checkpoint.hidden_width
         for name, config in colbert.layers.items():
@@ -142,14 +141,14 @@ class TokenVectorHead(nn.Module):
 
     def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[MultiVector]:
         """Return the ``(k, width)`` float32 vectors of the texts at ``rows``; ``items`` are those of all texts."""
-        texts = states.texts()
-        return [self._vectors(texts[row], items[row]) for row in rows]
-
-    def _vectors(self, states: torch.Tensor, item: Item) -> MultiVector:
-        if len(self._skipped) and (item.task == _QUERY) in self._skips:
-            is_kept = ~torch.isin(torch.tensor(item.tokens.ids), self._skipped)
-            states = states[is_kept.to(states.device)]
-        vectors = self.layers(states.float())
+        chosen = states.select(rows)
+        vectors = self.layers(chosen.flat.float())
         if self._is_normalized:
             vectors = functional.normalize(vectors, dim=-1)
-        return np.asarray(vectors.cpu().numpy(), np.float32)
+        is_kept = np.ones(len(chosen.flat), bool)
+        if len(self._skipped):
+            skips = np.array([(items[row].task == _QUERY) in self._skips for row in rows])
+            is_kept = ~(np.repeat(skips, chosen.lengths) & np.isin(token_ids(items, rows), self._skipped))
+        host = to_host(vectors)
+        places = [slice(start, start + n) for start, n in zip(chosen.starts, chosen.lengths, strict=True)]
+        return [host[place][is_kept[place]] for place in places]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
@@ -19,7 +21,7 @@ from gateway.engine.checkpoint.modules import DenseLayer, read_dense
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.weights import read_rows, read_tensors
 from gateway.engine.model.items import Item
-from gateway.engine.model.states import TokenStates
+from gateway.engine.model.states import TokenStates, to_host
 from gateway.errors import LoadError
 from gateway.types import MultiVector, SparseVector
 
@@ -69,21 +71,43 @@ class SparseHead(nn.Module):
         self.linear = _load_linear(weights, hidden_width)
         if self.linear.out_features != 1:
             raise LoadError(f"{weights}: must give 1 number per token, gives {self.linear.out_features}")
-        self._special_ids = torch.tensor(sorted(special_ids))
+        self._special_ids = np.array(sorted(special_ids), np.int64)
 
     def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[SparseVector]:
         """Return the token weights of the texts at ``rows``; ``items`` are those of all texts."""
-        texts = states.texts()
-        sparse = []
-        for row in rows:
-            weights = torch.relu(self.linear(texts[row].float())).squeeze(-1).cpu()
-            tokens = torch.tensor(items[row].tokens.ids)
-            is_kept = ~torch.isin(tokens, self._special_ids)
-            unique, place = torch.unique(tokens[is_kept], return_inverse=True)
-            largest = torch.zeros(len(unique)).scatter_reduce_(0, place, weights[is_kept], "amax")
-            positive = ~(largest <= 0)  # NaN stays, and is reported
-            sparse.append(SparseVector(unique[positive].numpy(), largest[positive].numpy()))
-        return sparse
+        chosen = states.select(rows)
+        weights = to_host(torch.relu(self.linear(chosen.flat.float())).squeeze(-1))
+        ids = token_ids(items, rows)
+        is_kept = ~np.isin(ids, self._special_ids)
+        owners = np.repeat(np.arange(len(rows)), chosen.lengths)[is_kept]
+        return _largest_by_token(owners, ids[is_kept], weights[is_kept], len(rows))
+
+
+def token_ids(items: Sequence[Item], rows: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the token ids of the texts at ``rows``, one text after the other."""
+    return np.fromiter(chain.from_iterable(items[row].tokens.ids for row in rows), np.int64)
+
+
+def _largest_by_token(
+    owners: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], num_texts: int
+) -> list[SparseVector]:
+    """Return the largest weight of each token of each text, if it is above 0.
+
+    Args:
+        owners: the text of each token, in order; so are ``ids`` and ``weights``.
+    """
+    order = np.lexsort((ids, owners))
+    owners, ids = owners[order], ids[order]
+    is_first = np.ones(len(ids), bool)
+    is_first[1:] = (np.diff(ids) != 0) | (np.diff(owners) != 0)
+    firsts = is_first.nonzero()[0]
+    largest = np.maximum.reduceat(weights[order], firsts) if len(firsts) else weights
+    is_positive = ~(largest <= 0)  # NaN stays, and is reported
+    firsts, largest = firsts[is_positive], largest[is_positive]
+    ends = np.searchsorted(owners[firsts], np.arange(num_texts + 1))
+    parts = [slice(start, end) for start, end in pairwise(ends)]
+    # Copies: a view would keep those of the whole batch.
+    return [SparseVector(ids[firsts[part]], largest[part].copy()) for part in parts]
 
 
 class MultiVectorHead(nn.Module):
@@ -95,11 +119,9 @@ class MultiVectorHead(nn.Module):
 
     def forward(self, states: TokenStates, items: Sequence[Item], rows: Sequence[int]) -> list[MultiVector]:
         """Return the ``(t - 1, width)`` float32 vectors of the texts at ``rows``; ``items`` are those of all texts."""
-        texts = states.texts()
-        return [
-            functional.normalize(self.linear(texts[row][1:].float()), dim=-1).cpu().numpy().astype(np.float32)
-            for row in rows
-        ]
+        chosen = states.select(rows)
+        vectors = to_host(functional.normalize(self.linear(chosen.flat.float()), dim=-1))
+        return [vectors[start + 1 : start + n].copy() for start, n in zip(chosen.starts, chosen.lengths, strict=True)]
 
 
 class ScoreHead(nn.Module):

@@ -6,9 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gateway.engine.checkpoint.modules import Pooling
+
+
+def to_host(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Copy a float32 tensor to the host in one transfer, from a card through pinned memory, which is several times faster.
+
+    Keep no views of the result: pinned memory is scarce.
+    """
+    if not tensor.is_cuda:
+        return np.asarray(tensor.numpy())
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return np.asarray(pinned.copy_(tensor).numpy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,13 @@ class TokenStates:
     def texts(self) -> tuple[torch.Tensor, ...]:
         """Return the states of each text, ``(t, width)``."""
         return torch.split(self.flat, list(self.lengths))
+
+    def select(self, rows: Sequence[int]) -> TokenStates:
+        """Return the states of some of the texts, in the order of ``rows``; without a copy if those are all of them."""
+        if list(rows) == list(range(len(self.lengths))):
+            return self
+        texts = self.texts()
+        return TokenStates(torch.cat([texts[row] for row in rows]), [self.lengths[row] for row in rows])
 
     def pool(self, pooling: Pooling) -> torch.Tensor:
         """Pool each text into a vector: ``(b, width)`` float32.
