@@ -279,7 +279,8 @@ def verify(
 ) -> None:
     """Check that a model is computed correctly.
 
-    Compares its vectors with the golden ones, and with published numbers if the model has any. Exits 1 if they differ.
+    Compares what serves with transformers' own code in float32, with the golden vectors, and with published numbers if the
+    model has any. Exits 1 if they differ.
     """
     from gateway.cli.tables import print_checks
     from gateway.cli.verify import record_golden

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.config.registry import ModelEntry
@@ -14,6 +15,10 @@ from gateway.errors import LoadError
 from gateway.golden import SAME_MODEL_COSINE, GoldenVector, compare_recorded, read, write
 from gateway.types import ModelKind, Truncate
 
+if TYPE_CHECKING:
+    from gateway.engine.loading import LoadPlan
+    from gateway.engine.model.encoder import Encoder
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -21,7 +26,7 @@ class Check:
 
     Attributes:
         what: the text or task that was computed.
-        quantity: ``cosine``, ``tokens`` or ``deviation``.
+        quantity: ``cosine``, ``least cosine``, ``tokens`` or ``deviation``.
     """
 
     what: str
@@ -57,56 +62,95 @@ def record_golden(entry: ModelEntry, path: Path) -> int:
 
 
 def verify(entry: ModelEntry, settings: Settings) -> list[Check]:
-    """Load a model as the gateway would, and compare it with its golden vectors and, for Jina v3, the published numbers.
+    """Load a model as the gateway would, and compare it with transformers' own code in float32.
+
+    Also with its golden vectors, if it has any, and for Jina v3 with the published numbers.
 
     Raises:
         LoadError: the model cannot be loaded, or its golden file is another model's.
     """
     if entry.is_remote:
         return _verify_servers(entry)
-    from gateway import golden  # imports torch
-    from gateway.engine import published
+    from gateway.engine import published  # imports torch
     from gateway.engine.loading import load_engine, load_reference, plan_load
 
     plan = plan_load(entry)
+    # Loading would refuse a model whose vectors differ, instead of showing by how much.
+    engine = load_engine(plan, settings, checks_golden=False)
+    serving = _Serving(plan, dict(zip(plan.devices, _by_device(engine.encoders, len(plan.devices)), strict=True)))
     checks = []
-    if entry.source == published.SOURCE:
+    if plan.checkpoint.static is None:
         reference = load_reference(plan)
-        ids = reference.tokenize([published.TEXT], None, Truncate.END)[0].ids
-        checks.append(
-            Check(
-                "the published text",
-                "tokens",
-                str(len(ids)),
-                str(published.NUM_TOKENS),
-                len(ids) == published.NUM_TOKENS,
-            )
-        )
-        adapters: dict[str | None, int] = {None: -1, **{task: i for i, task in enumerate(plan.checkpoint.adapters)}}
-        for task, deviation in published.largest_deviation(reference.runtime, ids, adapters).items():
-            checks.append(
-                Check(
-                    f"published states, {task or 'no adapter'}",
-                    "deviation",
-                    f"{deviation:.6f}",
-                    f"at most {published.TOLERANCE}",
-                    deviation <= published.TOLERANCE,
-                )
-            )
-    if entry.golden is not None:
-        vectors = golden.read(Path(entry.golden), plan.checkpoint.fingerprint, plan.tasks)
-        # Loading would refuse a model whose vectors differ, instead of showing by how much.
-        engine = load_engine(plan, settings, checks_golden=False)
-        num_streams = len(engine.encoders) // len(plan.devices)
-        worst: dict[tuple[str | None, str], tuple[float, str]] = {}
-        for number, encoder in enumerate(engine.encoders):
-            device = plan.devices[number // num_streams]
+        checks += _check_published(serving, reference) if entry.source == published.SOURCE else []
+        checks += [_check_agreement(serving, reference, device) for device in plan.devices]
+    return checks + (_check_golden(serving) if entry.golden is not None else [])
+
+
+def _by_device(encoders: Sequence[Encoder], num_devices: int) -> list[Sequence[Encoder]]:
+    num_streams = len(encoders) // num_devices
+    return [encoders[first : first + num_streams] for first in range(0, len(encoders), num_streams)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """A model as it serves.
+
+    Attributes:
+        encoders: of each device, one for each stream.
+    """
+
+    plan: LoadPlan
+    encoders: Mapping[str, Sequence[Encoder]]
+
+
+def _check_published(serving: _Serving, reference: Encoder) -> list[Check]:
+    """Compare the published states with those of the reference, and of what serves on the first device."""
+    from gateway.engine import published
+
+    plan = serving.plan
+    ids = reference.tokenize([published.TEXT], None, Truncate.END)[0].ids
+    number, expected = len(ids), published.NUM_TOKENS
+    checks = [Check("the published text", "tokens", str(number), str(expected), number == expected)]
+    adapters: dict[str | None, int] = {None: -1, **{task: i for i, task in enumerate(plan.checkpoint.adapters)}}
+    served = serving.encoders[plan.device][0]
+    for encoder, what, limit in (
+        (reference, "published states", published.TOLERANCE),
+        (served, f"published states, {served.runtime.name} in {plan.dtype}", published.SERVED_TOLERANCES[plan.dtype]),
+    ):
+        for task, deviation in published.largest_deviation(encoder.runtime, ids, adapters).items():
+            name = f"{what}, {task or 'no adapter'}"
+            checks.append(Check(name, "deviation", f"{deviation:.6f}", f"at most {limit}", deviation <= limit))
+    return checks
+
+
+def _check_agreement(serving: _Serving, reference: Encoder, device: str) -> Check:
+    """Compare what serves with transformers' own code in float32, on texts of several lengths."""
+    from gateway.engine.model.agreement import MIN_COSINE, least_cosine
+
+    plan, [encoder, *_streams] = serving.plan, serving.encoders[device]
+    runtime, limit = encoder.runtime, MIN_COSINE[plan.dtype]
+    is_packed = runtime.name == "torch-packed"
+    cosine = least_cosine(runtime, reference.runtime, plan.checkpoint, encoder.tokenizer, is_packed=is_packed)
+    what = f"{runtime.name} in {plan.dtype} on {device}, compared with torch in float32"
+    return Check(what, "least cosine", f"{cosine:.6f}", f"at least {limit}", cosine >= limit)
+
+
+def _check_golden(serving: _Serving) -> list[Check]:
+    """Compare the golden vectors with those of each stream, and return the worst of each."""
+    from gateway import golden
+
+    plan = serving.plan
+    vectors = golden.read(Path(str(plan.entry.golden)), plan.checkpoint.fingerprint, plan.tasks)
+    worst: dict[tuple[str | None, str], tuple[float, str]] = {}
+    for device, encoders in serving.encoders.items():
+        for encoder in encoders:
             for one in golden.compare(encoder.embed([(one.text, one.task) for one in vectors]), vectors):
                 key = one.golden.task, one.golden.text
                 worst[key] = min((one.cosine, device), worst.get(key, (2.0, "")))
-        for (task, text), (cosine, device) in worst.items():
-            where = f", worst on {device}" if len(plan.devices) > 1 else ""
-            checks.append(_cosine_check(task, text, cosine, golden.MIN_COSINE[plan.dtype], where))
+    checks = []
+    for (task, text), (cosine, device) in worst.items():
+        where = f", worst on {device}" if len(plan.devices) > 1 else ""
+        checks.append(_cosine_check(task, text, cosine, golden.MIN_COSINE[plan.dtype], where))
     return checks
 
 

@@ -23,12 +23,13 @@ from transformers import AutoModel
 from gateway.cli.verify import verify
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine import published
+from gateway.engine import loading, published
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.read import read_checkpoint
 from gateway.engine.devices import choose_dtype
-from gateway.engine.loading import plan_load
+from gateway.engine.loading import load_engine, plan_load
 from gateway.engine.model.adapters import install_adapters
+from gateway.engine.model.runtimes.inputs import InputMaker
 from gateway.errors import LoadError
 from gateway.types import Truncate
 from tests.models.checkpoints import JINA_TASKS, MAX_TOKENS, SENTENCES, TEXTS, make_transformer, save_adapters
@@ -89,9 +90,37 @@ def test_a_model_that_gives_the_published_numbers_is_verified(published_model: M
     assert [check.what for check in checks] == [
         "the published text",
         *(f"published states, {task or 'no adapter'}" for task in (None, *TASKS)),
+        *(f"published states, openvino in float32, {task or 'no adapter'}" for task in (None, *TASKS)),
+        "openvino in float32 on cpu, compared with torch in float32",
     ]
-    assert [check.quantity for check in checks] == ["tokens", *["deviation"] * 6]
+    assert [check.quantity for check in checks] == ["tokens", *["deviation"] * 12, "least cosine"]
     assert all(check.is_passed for check in checks), checks
+
+
+def test_what_serves_is_compared_with_the_published_numbers(
+    published_model: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that the serving runtime mistakes for another, as no comparison with the reference alone would show."""
+    make = InputMaker.make
+
+    def mistake(self: InputMaker, rows: Any, adapters: Sequence[int], *others: Any) -> Any:
+        return make(self, rows, [0 if adapter == 2 else adapter for adapter in adapters], *others)
+
+    verified = load_engine  # the model is compared when it is compiled, so the mistake comes after that
+
+    def load_and_break(*arguments: Any, **options: Any) -> Any:
+        engine = verified(*arguments, **options)
+        monkeypatch.setattr(InputMaker, "make", mistake)
+        return engine
+
+    monkeypatch.setattr(loading, "load_engine", load_and_break)
+
+    wrong = [check for check in verify(published_model, Settings()) if not check.is_passed]
+
+    assert [check.what for check in wrong] == [
+        "published states, openvino in float32, separation",
+        "openvino in float32 on cpu, compared with torch in float32",
+    ]
 
 
 @pytest.mark.parametrize("task", [None, "separation"])

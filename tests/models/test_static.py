@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from transformers import PreTrainedTokenizerFast
 
+from gateway.cli.verify import verify
 from gateway.config.settings import Settings
 from gateway.engine.loading import load_engine, plan_load
 from gateway.engine.model.encoder import Encoder
@@ -316,3 +317,9 @@ async def test_it_is_served_like_any_other_model(tmp_path: Path, connect: Connec
     assert blank.status_code == late.status_code == 400
     assert "input[1] has no token" in blank.json()["error"]["message"]
     assert "`late_chunking` is not supported" in late.json()["error"]["message"]
+
+
+def test_a_table_has_nothing_to_be_compared_with_but_golden_vectors(tmp_path: Path) -> None:
+    folder = save_model2vec(tmp_path / "table", wordpiece_tokenizer())
+
+    assert verify(entry(folder), Settings()) == []
