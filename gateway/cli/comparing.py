@@ -47,12 +47,19 @@ JudgeBudgetOption = Annotated[
 JudgeCheckOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A judge_check.tsv that people have filled in.")
 ]
+QueriesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Take these queries instead: the file of a capture, without the date for all days."
+    ),
+]
 YesOption = Annotated[bool, typer.Option("--yes", help="Agree to the price of the judge.")]
 
 
 def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     arms: ArmsArgument,
     data: Annotated[Path, typer.Option(help="Folder with corpus.jsonl, queries.jsonl and, with judgments, qrels/.")],
+    queries: QueriesOption = None,
     split: SplitOption = None,
     url: UrlOption = None,
     api_key_env: ApiKeyOption = API_KEY_ENV,
@@ -94,6 +101,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
         measures_cost=cost,
         margin=margin,
         judged=judged,
+        queries=queries,
     )
     judging = None
     if wanted := _judge_request(judge, judge_model, judge_key_env, cache, judge_check, judge_budget):

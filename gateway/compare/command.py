@@ -71,7 +71,9 @@ def run_comparison(
     _check_folder(folder)
     parse_arms(request.arms)  # before files are read
     console, progress = make_console(), make_console(is_error=True)
-    dataset = read_dataset(request.data, request.split, request.max_documents, request.seed, request.judged)
+    dataset = read_dataset(
+        request.data, request.split, request.max_documents, request.seed, request.judged, request.queries
+    )
     comparison, rankings = asyncio.run(_compare(request, dataset, gateway, progress))
     print_comparison(comparison, console)
     written = write_results(comparison, rankings, folder)

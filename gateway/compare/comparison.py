@@ -41,6 +41,7 @@ class CompareRequest:
         num_resamples: of the randomization test.
         margin: a smaller difference does not matter.
         judged: more judgments, such as those of a filled-in ``to_judge.tsv``.
+        queries: a file of captured queries to take in place of the data's.
     """
 
     arms: Sequence[str]
@@ -53,6 +54,7 @@ class CompareRequest:
     seed: int = 0
     margin: float = 0.01
     judged: Path | None = None
+    queries: Path | None = None
 
 
 async def compare(

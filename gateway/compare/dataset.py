@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 
 from gateway.compare.beir import Corpus, Judgments, add_judgments, qrels_path, read_corpus, read_judgments, read_queries
+from gateway.compare.captured import read_captured
 from gateway.compare.groups import group_queries
 from gateway.compare.results import DatasetSummary
 from gateway.config.wording import count
@@ -69,7 +70,12 @@ class Dataset:
 
 
 def read_dataset(
-    folder: Path, split: str | None, max_documents: int | None = None, seed: int = 0, judged: Path | None = None
+    folder: Path,
+    split: str | None,
+    max_documents: int | None = None,
+    seed: int = 0,
+    judged: Path | None = None,
+    captured: Path | None = None,
 ) -> Dataset:
     """Read a folder in BEIR's layout.
 
@@ -78,17 +84,19 @@ def read_dataset(
         max_documents: how many documents to keep: all that have a judgment, and a sample of the others.
         seed: of that sample.
         judged: more judgments, such as those of a filled-in ``to_judge.tsv``.
+        captured: queries to take in place of the folder's, see :func:`gateway.compare.captured.read_captured`. The folder's
+            judgments are about its own queries, so they count only if ``split`` names them.
 
     Raises:
         CompareError: a file is missing, a line is wrong, or no judgment is usable.
     """
     if not folder.is_dir():
         raise CompareError(f"{folder}: is not a folder; a data set is a folder with corpus.jsonl and queries.jsonl")
-    qrels = qrels_path(folder, split)
-    asked = read_queries(folder / "queries.jsonl")
+    notes: list[str] = []
+    qrels = None if captured is not None and split is None else qrels_path(folder, split)
+    asked = read_captured(captured, notes) if captured is not None else read_queries(folder / "queries.jsonl")
     corpus = read_corpus(folder / "corpus.jsonl", asked.texts)
     documents, queries = corpus.texts, asked.texts
-    notes: list[str] = []
     judgments: Mapping[str, Mapping[str, int]] = {}
     if qrels is not None or judged is not None:
         read = _read_all(qrels, judged, notes)

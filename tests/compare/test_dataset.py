@@ -35,6 +35,50 @@ def read(folder: Path, files: Mapping[str, str | bytes], split: str | None = Non
     return read_dataset(write(folder, files), split)
 
 
+CAPTURED = (
+    '{"_id": "c1", "text": " reset ", "time": "2026-11-25T10:00:00+00:00", "name": "search", "group": "aa"}\n'
+    '{"_id": "c2", "text": "ask", "group": "bb"}\n{"_id": "c3", "text": " "}\n'
+)
+
+
+def test_captured_queries_replace_those_of_the_folder(tmp_path: Path) -> None:
+    """All days are read, the oldest first; the same text stays once; the folder's judgments are of other queries."""
+    folder = write(tmp_path / "data", FILES)
+    days = {
+        "q-2026-11-25.jsonl": CAPTURED,
+        "q-2026-11-26.jsonl": '{"_id": "c4", "text": "reset"}\n{"_id": "c5", "text": "new"}\n',
+    }
+    write(tmp_path / "kept", days | {"q.jsonl.key": "key"})
+
+    dataset = read_dataset(folder, None, captured=tmp_path / "kept" / "q.jsonl")
+    one_day = read_dataset(folder, None, captured=tmp_path / "kept" / "q-2026-11-26.jsonl")
+
+    assert list(dataset.queries.items()) == [("c1", "reset"), ("c2", "ask"), ("c5", "new")]
+    assert dataset.judgments == {}
+    assert dataset.split is None
+    assert dataset.notes == ("1 query was left out: the same text was captured before.",)
+    assert list(one_day.queries) == ["c4", "c5"]
+
+
+def test_judgments_of_captured_queries_count_if_they_are_named(tmp_path: Path) -> None:
+    qrels = "query-id\tcorpus-id\tscore\nc1\td1\t1\n"
+    folder = write(tmp_path / "data", {"corpus.jsonl": CORPUS, "qrels/captured.tsv": qrels})
+    write(tmp_path, {"q-2026-11-25.jsonl": CAPTURED})
+
+    dataset = read_dataset(folder, "captured", captured=tmp_path / "q.jsonl")
+
+    assert dataset.judgments == {"c1": {"d1": 1}}
+
+
+def test_a_capture_that_kept_nothing_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", FILES)
+
+    with pytest.raises(
+        CompareError, match=r"q.jsonl: there is no such file, and none of a day, such as q-2026-11-25.jsonl"
+    ):
+        read_dataset(folder, None, captured=tmp_path / "q.jsonl")
+
+
 def test_reads_titles_ids_and_judgments(tmp_path: Path) -> None:
     dataset = read(tmp_path, FILES)
     assert dict(dataset.documents) == {

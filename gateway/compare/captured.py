@@ -1,0 +1,43 @@
+"""Captured queries as the queries of a data set: one file, or the files of all days."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gateway.compare.beir import Queries, read_queries
+from gateway.config.capture import dated_files
+from gateway.config.wording import count
+from gateway.errors import CompareError
+
+
+def read_captured(path: Path, notes: list[str]) -> Queries:
+    """Read queries from a file in the layout of ``queries.jsonl``, or from the files of ``capture.to``.
+
+    A text that was sent several times stays once: its results would count as often, and are not independent.
+
+    Raises:
+        CompareError: there is no such file, or a line is wrong.
+    """
+    files = [path] if path.is_file() else list(dated_files(path).values())
+    if not files:
+        raise CompareError(
+            f"{path}: there is no such file, and none of a day, such as {path.stem}-2026-11-25{path.suffix}: the capture "
+            "has kept nothing yet, or writes elsewhere"
+        )
+    texts: dict[str, str] = {}
+    groups: dict[str, str] = {}
+    seen: set[str] = set()
+    num_repeated = num_titles = 0
+    for queries in map(read_queries, files):
+        num_titles += queries.num_titles
+        for id_, text in queries.texts.items():
+            if not text or text in seen:
+                num_repeated += bool(text)
+                continue
+            seen.add(text)
+            texts[id_] = text
+            if id_ in queries.groups:
+                groups[id_] = queries.groups[id_]
+    if num_repeated:
+        notes.append(f"{count(num_repeated, 'query was', 'queries were')} left out: the same text was captured before.")
+    return Queries(texts, groups, num_titles)
