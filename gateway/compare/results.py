@@ -175,10 +175,11 @@ class Contrast:
     """An arm against the baseline in one measure, query by query.
 
     Attributes:
-        difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms.
+        difference: mean of (arm - baseline), with its interval, which is not corrected for the number of arms. Without
+            bounds if too few queries differ.
         standard_error: of that mean.
-        p: two-sided, of the paired randomization test.
-        p_error: the standard error of ``p`` that random draws leave; 0 if all signs were tried.
+        p: two-sided; the larger one of the paired randomization test and of the empirical likelihood ratio test.
+        p_error: the standard error of ``p`` that random draws leave; 0 without any.
         p_holm: ``p`` after Holm's correction for the number of arms, not for that of the measures.
         wins: queries where the arm is better than the baseline.
         num_independent: queries, or groups of queries that depend on each other.

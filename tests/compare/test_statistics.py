@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gateway.compare.results import PRIMARY_MEASURE, Contrast, Estimate, Verdict
-from gateway.compare.statistics import ALPHA, TIE, Design, contrast, estimate, holm, randomization_p, with_verdicts
+from gateway.compare.statistics import (
+    ALPHA,
+    TIE,
+    Design,
+    contrast,
+    estimate,
+    holm,
+    likelihood_p,
+    randomization_p,
+    with_verdicts,
+)
 
 
 def compared(
@@ -125,6 +135,36 @@ def test_the_error_of_p_is_that_of_other_seeds() -> None:
     differences = np.random.default_rng(5).normal(0.03, 0.2, 90)
     found = [randomization_p(differences, 2_000, seed) for seed in range(60)]
     assert np.std([p for p, _ in found]) == pytest.approx(found[0][1], rel=0.35)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(30, 20), (9, 3), (1, 12)])
+def test_the_likelihood_ratio_of_equal_differences_is_that_of_coins(wins: int, losses: int) -> None:
+    number = wins + losses
+    ratio = 2 * (wins * math.log(2 * wins / number) + losses * math.log(2 * losses / number))
+    ties = [0.0] * 40
+    assert likelihood_p([0.2] * wins + [-0.2] * losses + ties) == pytest.approx(stats.chi2.sf(ratio, 1))
+
+
+def test_likelihood_without_both_signs_leaves_the_word_to_the_random_signs() -> None:
+    assert likelihood_p([0.0, 0.1, 0.2]) == likelihood_p([-0.1]) == 0
+    assert likelihood_p([0.0, 0.0]) == 1
+    assert compared([0.1] * 8).p == pytest.approx(2 / 256)
+
+
+def test_rare_losses_that_are_missing_from_the_sample_make_no_arm_better() -> None:
+    """Thirty gains of 0.2 in 300 queries; of the seven or eight losses of 0.8 that would cancel them, two were seen."""
+    differences = [0.2] * 30 + [-0.8] * 2 + [0.0] * 268
+    found = compared(differences, num_resamples=20_000)
+    assert randomization_p(differences, 20_000, 0)[0] < 0.006
+    assert found.p == pytest.approx(likelihood_p(differences))
+    assert found.p > 0.02
+    assert {one.verdict for one in with_verdicts([found] * 3, 0.0)} == {Verdict.INCONCLUSIVE}
+
+
+@pytest.mark.parametrize(("num_differ", "num_tied", "has_interval"), [(14, 15, False), (14, 14, True), (15, 90, True)])
+def test_few_differences_among_many_ties_have_no_interval(num_differ: int, num_tied: int, has_interval: bool) -> None:
+    found = compared([0.1 + place / 100 for place in range(num_differ)] + [0.0] * num_tied)
+    assert (found.difference.low is not None) == has_interval
 
 
 def test_p_is_even_where_there_is_no_difference() -> None:

@@ -1,0 +1,88 @@
+"""Conclusions err as rarely as promised, in small simulations that are always the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from bench.evidence import __main__ as evidence
+from bench.evidence.registry import Case, Rate, Simulation, measure
+from bench.evidence.values import DRAWS
+
+KNOWN = {simulation.name: simulation for simulation in evidence.simulations()}
+
+
+def happens(share: float, dice: np.random.Generator) -> bool:
+    return dice.random() < share
+
+
+def simulation_of(share: float, runs: int = 400) -> Simulation:
+    case = Case("a row", "a column", partial(happens, share), runs, runs // 4)
+    return Simulation("coins", "Coins", "heads", "<=", 0.05, [case])
+
+
+def small(name: str, runs: int, *rows: str) -> list[Rate]:
+    """Run a simulation this often, in these rows only."""
+    simulation = KNOWN[name]
+    cases = [replace(case, quick=runs) for case in simulation.cases if case.row in rows or not rows]
+    assert cases
+    return measure(replace(simulation, cases=cases), 0, is_quick=True, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "rows"),
+    [
+        ("verdict", 100, ["50 queries", "100 queries", "300 queries"]),
+        ("arms", 60, ["3 arms, 50 queries", "6 arms, 100 queries"]),
+        ("interval", 100, ["100 queries"]),
+        ("margin", 100, ["300 queries"]),
+        ("groups", 100, ["300 queries of 30 topics", "100 queries of 20 topics"]),
+        ("unjudged", 4, ["its first 10"]),
+        ("judged", 4, []),
+        ("cost", 15, []),
+        ("slower", 5, []),
+    ],
+)
+def test_promises_are_kept(name: str, runs: int, rows: list[str]) -> None:
+    broken = [(rate.case, rate.value) for rate in small(name, runs, *rows) if not rate.is_kept(KNOWN[name])]
+    assert not broken
+
+
+def test_every_simulation_is_tried_here() -> None:
+    assert len(KNOWN) == len(list(evidence.simulations())), "a name is used twice"
+    mark = next(mark for mark in test_promises_are_kept.pytestmark if mark.name == "parametrize")
+    assert {name for name, *_ in mark.args[1]} == KNOWN.keys()
+
+
+def test_a_broken_promise_shows() -> None:
+    kept, broken = (measure(simulation_of(share), 0, is_quick=False, workers=1) for share in (0.05, 0.1))
+    assert kept[0].is_kept(simulation_of(0.05))
+    assert not broken[0].is_kept(simulation_of(0.1))
+    text = evidence.markdown([(simulation_of(0.1), [*broken, *broken])])
+    assert f"| {100 * broken[0].value:.1f} % (a row, a column) | **no** |" in text
+    assert f"**{100 * broken[0].value:.1f} %**" in text
+
+
+def test_counts_do_not_depend_on_the_workers() -> None:
+    one, two = (measure(simulation_of(0.3), 0, is_quick=False, workers=workers) for workers in (1, 2))
+    other = measure(simulation_of(0.3), 1, is_quick=False, workers=1)
+    assert [rate.count for rate in one] == [rate.count for rate in two] != [rate.count for rate in other]
+
+
+def test_arms_of_the_draws_are_equally_good_and_vary_as_they_do_in_reality() -> None:
+    spread = {"single": 0.24, "binary": 0.4, "easy": 0.15, "multi": 0.15, "skew": 0.14}
+    for kind, draw in DRAWS.items():
+        before, after = draw(np.random.default_rng(0), 2, 40_000)
+        assert np.mean(after - before) == pytest.approx(0, abs=0.005)
+        assert np.std(after - before) == pytest.approx(spread[kind], abs=0.02)
+
+
+def test_the_command_prints_and_tells_by_its_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "simulations", lambda: [simulation_of(0.02), simulation_of(0.2)])
+    assert evidence.main(["--quick", "--workers", "1"]) == 1
+    assert capsys.readouterr().out.count("| Coins | heads | <= 5.0 % |") == 2
