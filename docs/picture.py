@@ -26,6 +26,7 @@ class Box:
 
 
 BOXES: Final = {
+    "doctor": Box(0, 0, "gateway doctor", "start"),
     "cli": Box(1, 0, "commands", "start"),
     "compare": Box(2, 0, "gateway compare", "start"),
     "server": Box(0, 1, "bind, serve, reload, stop", "start"),
@@ -95,7 +96,8 @@ def arrows(imported: Mapping[str, set[str]]) -> list[tuple[str, str]]:
         ValueError: an import points up.
     """
     below = {
-        name: {other for other in others if other in BOXES and (name, other) != ("compare", "cli")}
+        # Commands in separate packages use what the other commands print with, and are called by `cli.main`.
+        name: {other for other in others if other in BOXES and not (other == "cli" and name in ("compare", "doctor"))}
         for name, others in imported.items()
         if name in BOXES
     }

@@ -170,6 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/cdn/"):
             self._send_large(path.removeprefix("/cdn/"))
             return
+        if path == "/api/whoami-v2":
+            is_known = self.headers.get("Authorization") == "Bearer right"
+            self._send(200 if is_known else 401, b'{"name": "ada"}', {"Content-Type": "application/json"})
+            return
         name = path.removeprefix("/api/models/").removeprefix("/")
         owner, repo_name, kind, *rest = [*name.split("/", 3), "", ""]
         repo = self.hub.repos.get(f"{owner}/{repo_name}")

@@ -135,8 +135,8 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> None:
 def install_cuda(monkeypatch: pytest.MonkeyPatch, cards: list[FakeCard], error: str = "") -> None:
     """Have torch find these cards with CUDA, or say that CUDA does not start."""
 
-    def properties(index: int) -> Any:
-        card = cards[index]
+    def properties(device: int | str) -> Any:
+        card = cards[int(str(device).removeprefix("cuda:"))]
         major, minor = card.capability
         uuid = card.uuid.removeprefix("GPU-")
         return SimpleNamespace(uuid=uuid, name=card.name, major=major, minor=minor, total_memory=card.total)

@@ -247,6 +247,21 @@ def models(models: ModelsOption = None) -> None:
 
 
 @app.command()
+def doctor(
+    models: ModelsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings for a program.")] = False,
+) -> None:
+    """Look at this machine, and say what to do.
+
+    Checks the card and its driver, torch, memory, disk, ports, the model hub, models.yaml, and for each model its download,
+    license and memory. Loads and downloads nothing. Exits 1 if there is something to do.
+    """
+    from gateway.doctor.command import diagnose
+
+    raise typer.Exit(0 if diagnose(models, as_json=as_json) else 1)
+
+
+@app.command()
 def download(
     names: Annotated[
         list[str] | None,

@@ -151,12 +151,14 @@ class Plan:
         verdict: ``yes``, ``on demand``, ``no``, ``off``, ``elsewhere``, or ``after a download``.
         lines: how the model would run, or why it would not load.
         info: of the model, if its checkpoint could be read.
+        forecast: how it would run, if it would.
     """
 
     model: str
     verdict: str
     lines: Sequence[str]
     info: ModelInfo | None = None
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +227,12 @@ def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
     except LoadError as error:
         return Plan(entry.id, "no", [str(error)])
     verdict = "on demand" if entry.is_on_demand else "yes"
-    return Plan(entry.id, verdict if forecast.info else "after a download", list(_lines(forecast)), forecast.info)
+    verdict = verdict if forecast.info else "after a download"
+    return Plan(entry.id, verdict, list(describe_forecast(forecast)), forecast.info, forecast)
 
 
-def _lines(forecast: Forecast) -> Iterator[str]:
+def describe_forecast(forecast: Forecast) -> Iterator[str]:
+    """Yield how a model would run, what would be downloaded for it, and its memory."""
     from gateway.engine.memory import format_bytes
 
     if forecast.info is not None:

@@ -232,11 +232,12 @@ def _reason(chain: list[Exception]) -> str:
 
 def _ways_to(url: str) -> str:
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    through = f"through HTTPS_PROXY={_without_password(proxy)}" if proxy else "without a proxy"
+    through = f"through HTTPS_PROXY={without_password(proxy)}" if proxy else "without a proxy"
     return f"Asked was {url}, {through}; HF_ENDPOINT sets a mirror, HTTPS_PROXY a proxy"
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
+    """Return the URL of a proxy without its user and password."""
     scheme, separator, rest = url.rpartition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 

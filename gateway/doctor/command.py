@@ -1,0 +1,94 @@
+"""Run all checks, print them, and say what to run next."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.text import Text
+
+from gateway import __version__
+from gateway.cli.console import make_console, make_table, say
+from gateway.config.settings import Settings, load_settings
+from gateway.doctor.finding import Finding, Status, run_checks
+from gateway.doctor.hub import hub_checks
+from gateway.doctor.machine import machine_checks
+from gateway.doctor.models import model_check, registry_check
+from gateway.errors import ConfigError
+
+_STYLES = {Status.OK: "green", Status.NOTE: "yellow", Status.TODO: "red"}
+
+
+def examine(models: Path | None) -> list[Finding]:
+    """Return the findings of all checks. Nothing is loaded or downloaded, and no check holds up or ends the others.
+
+    Args:
+        models: the file of models; by default the one of the settings.
+    """
+    findings: list[Finding] = []
+    try:
+        settings = load_settings(os.environ, models=models)
+    except ConfigError as error:
+        mend = "correct these variables; docs/configuration.md lists them"
+        findings.append(Finding("settings", Status.TODO, str(error), mend))
+        settings = Settings() if models is None else Settings(models=models)
+    registry_look, registries = registry_check(settings.models)
+    first = [*machine_checks(settings), *hub_checks(), registry_look]
+    findings += run_checks(first)
+    has_torch = not any(finding.check == "torch" and finding.status is Status.TODO for finding in findings)
+    if registries and has_torch:  # the plans of models import torch
+        findings += run_checks([model_check(registries[0])])
+    return findings
+
+
+def next_steps(findings: Sequence[Finding]) -> list[str]:
+    """Return what to do, in order: the mends, or the commands that come after a check without any."""
+    mends = [finding.mend for finding in findings if finding.status is Status.TODO and finding.mend]
+    if any(finding.status is Status.TODO for finding in findings):
+        return [*dict.fromkeys(mends), "gateway doctor"]
+    verdicts = {
+        str(finding.details.get("id")): finding.details.get("verdict")
+        for finding in findings
+        if finding.check == "model"
+    }
+    steps = ["gateway download"] if "after a download" in verdicts.values() else []
+    if any(finding.check == "port" and "serves here already" in finding.text for finding in findings):
+        return [*steps, "gateway verify MODEL"]
+    return [*steps, "gateway serve"]
+
+
+def diagnose(models: Path | None, *, as_json: bool) -> bool:
+    """Run the checks, print them, and return whether nothing has to be done."""
+    findings = examine(models)
+    steps = next_steps(findings)
+    is_well = all(finding.status is not Status.TODO for finding in findings)
+    if as_json:
+        report = {
+            "version": __version__,
+            "status": "ok" if is_well else "todo",
+            "findings": [asdict(finding) for finding in findings],
+            "next": steps,
+        }
+        print(json.dumps(report, indent=2))  # noqa: T201  for programs, not for a console
+        return is_well
+    _print(findings, steps, is_well=is_well)
+    return is_well
+
+
+def _print(findings: Sequence[Finding], steps: Sequence[str], *, is_well: bool) -> None:
+    console = make_console()
+    table = make_table("check", "status", "found", has_header=False)
+    for finding in findings:
+        lines = [finding.text, *([f"→ {finding.mend}"] if finding.mend else [])]
+        table.add_row(finding.check, Text(finding.status.value, style=_STYLES[finding.status]), "\n".join(lines))
+    console.print(table)
+    if is_well:
+        say(console, "All is well. Next:", "green")
+    else:
+        number = sum(finding.status is Status.TODO for finding in findings)
+        say(console, f"{number} thing{'' if number == 1 else 's'} to do. Next:", "red")
+    for step in steps:
+        console.print(Text(f"  {step}"), soft_wrap=True)
