@@ -45,7 +45,7 @@ def examine(models: Path | None) -> list[Finding]:
 
 
 def next_steps(findings: Sequence[Finding]) -> list[str]:
-    """Return what to do, in order: the mends, or the commands that come after a check without any."""
+    """Return the next steps in their order: the mends, or if there are none the commands that come next."""
     mends = [finding.mend for finding in findings if finding.status is Status.TODO and finding.mend]
     if any(finding.status is Status.TODO for finding in findings):
         return [*dict.fromkeys(mends), "gateway doctor"]
