@@ -45,7 +45,7 @@ def examine(models: Path | None) -> list[Finding]:
 
 
 def next_steps(findings: Sequence[Finding]) -> list[str]:
-    """Return the next steps in their order: the mends, or if there are none the commands that come next."""
+    """Return the next steps in their order: the mends, or the commands that follow a check without one."""
     mends = [finding.mend for finding in findings if finding.status is Status.TODO and finding.mend]
     if any(finding.status is Status.TODO for finding in findings):
         return [*dict.fromkeys(mends), "gateway doctor"]
