@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from gateway.access.keyring import Keyring
 from gateway.api.endpoint import Endpoint
 from gateway.console.access import Gate
+from gateway.console.experiments import Experiments
 from gateway.console.overview import Overview
 from gateway.console.parts import Parts
 from gateway.console.playground import Playground
@@ -104,6 +105,7 @@ def console_router(
     parts = Parts(deployment, endpoint, stats, pages)
     router = APIRouter(include_in_schema=False)
     site, overview, playground = Site(pages), Overview(parts), Playground(parts)
+    experiments = Experiments(parts)
 
     router.add_api_route("/", site.root)
     router.add_api_route(f"{ROOT}/static/{{name}}", site.file)
@@ -121,6 +123,10 @@ def console_router(
         ("/models/{model:path}/unload", overview.unload, "POST"),
         ("/playground", playground.show, "GET"),
         ("/playground", playground.run, "POST"),
+        ("/experiments", experiments.first, "GET"),
+        ("/experiments/{experiment_id:path}/assignment", experiments.assign, "POST"),
+        ("/experiments/{experiment_id:path}/weights", experiments.ramp, "POST"),
+        ("/experiments/{experiment_id:path}", experiments.show, "GET"),
     ):
         router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
     return router

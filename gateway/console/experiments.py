@@ -1,0 +1,259 @@
+"""The experiments: is the split right, which arm is slower or fails, who gets what, and what a new weight moves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+
+from gateway.api.experiments import find_experiment
+from gateway.config.registry import Arm, Experiment
+from gateway.console.charts import Scale
+from gateway.console.parts import Parts
+from gateway.console.web import Form, read_form, visitor_of
+from gateway.errors import BadInput, RequestError
+from gateway.experiments.report import ExperimentReport, Guardrail
+from gateway.experiments.split import Assignment
+from gateway.http.context import RequestContext
+from gateway.routing.changes import moved_units
+
+_MAX_UNIT = 256
+_MAX_WEIGHT = 1_000_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Whisker:
+    """An interval to draw, in percent of the width.
+
+    Attributes:
+        zero: the place of "no difference".
+    """
+
+    guardrail: Guardrail
+    index: int
+    zero: str
+    start: str
+    width: str
+    point: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiffLine:
+    """A line of a change of ``models.yaml``: with ``+``, ``-`` or a blank before it."""
+
+    sign: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """New weights, and their consequences.
+
+    Attributes:
+        moves: the share of all units that move, by the two arms: ``jina -> bge``.
+    """
+
+    weights: Mapping[str, str]
+    moves: Mapping[str, float]
+    diff: Sequence[DiffLine]
+
+    @property
+    def text(self) -> str:
+        """The lines as they should be in ``models.yaml``."""
+        return "\n".join(line.text for line in self.diff if line.sign != "-")
+
+
+class Experiments:
+    """The handlers of the pages."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def first(self, request: Request) -> Response:
+        """Show the first experiment, or how to begin one."""
+        usable = self._usable(request)
+        if not usable:
+            return self._parts.pages.render(request, "experiment_none.html.j2")
+        return self._page(request, usable[0])
+
+    async def show(self, request: Request) -> Response:
+        """Show one experiment."""
+        return self._page(request, self._find(request))
+
+    async def assign(self, request: Request) -> Response:
+        """Show the arm of a unit. Nothing is counted."""
+        experiment = self._find(request)
+        unit = (await read_form(request)).first("unit").strip()
+        if not 0 < len(unit.encode()) <= _MAX_UNIT:
+            return self._refuse(
+                request, experiment, f"a unit has 1 to {_MAX_UNIT} bytes, this one has {len(unit.encode())}"
+            )
+        router, force = self._parts.deployment.router, experiment.force
+        choice = router.choose(
+            experiment.id, visitor_of(request).client, lambda source: None if source == force else unit
+        )
+        return self._page(request, experiment, unit=unit, assignment=choice.assignment)
+
+    async def ramp(self, request: Request) -> Response:
+        """Show what new weights change, as lines for ``models.yaml``, which stays the truth."""
+        experiment = self._find(request)
+        try:
+            changed, weights = _reweighted(experiment, await read_form(request))
+        except RequestError as error:
+            return self._refuse(request, experiment, error.message)
+        moves = await asyncio.to_thread(moved_units, experiment, changed)
+        return self._page(request, experiment, ramp=Ramp(weights, moves, _diff(experiment, changed)))
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def _usable(self, request: Request) -> list[Experiment]:
+        names, client = self._parts.deployment.router.names, visitor_of(request).client
+        return [one for one in self._parts.deployment.registry.experiments if names.allows(client, one.id)]
+
+    def _find(self, request: Request) -> Experiment:
+        return find_experiment(self._parts.deployment, request, request.path_params["experiment_id"])
+
+    def _refuse(self, request: Request, experiment: Experiment, message: str) -> Response:
+        error = BadInput(message)
+        RequestContext.of(request).refuse(error)
+        return self._page(request, experiment, problem=error)
+
+    def _page(
+        self,
+        request: Request,
+        experiment: Experiment,
+        *,
+        unit: str = "",
+        assignment: Assignment | None = None,
+        ramp: Ramp | None = None,
+        problem: RequestError | None = None,
+    ) -> Response:
+        report = self._parts.report(experiment)
+        fleet = self._parts.deployment.fleet
+        infos = {arm.label: model.info for arm in experiment.arms if (model := fleet.get(arm.model)) is not None}
+        return self._parts.pages.render(
+            request,
+            "experiment.html.j2",
+            200 if problem is None else problem.status,
+            experiments=self._usable(request),
+            experiment=experiment,
+            report=report,
+            conclusion=_conclude(report),
+            spaces={label: info.space() if info else None for label, info in infos.items()},
+            whiskers=_whiskers(report),
+            shares=[_share(report, index) for index in range(len(report.evidence))],
+            unit=unit,
+            assignment=assignment,
+            arm_index={arm.label: index for index, arm in enumerate(experiment.arms)},
+            ramp=ramp,
+            problem=problem,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """The headline of an experiment."""
+
+    level: str
+    title: str
+    text: str
+
+
+def _conclude(report: ExperimentReport) -> Conclusion:
+    """Return the conclusion that the figures allow now."""
+    if report.mismatch:
+        ratio = report.sample_ratio if report.sample_ratio.mismatch else report.request_ratio or report.sample_ratio
+        return Conclusion("bad", "The split is not as asked for: trust no comparison", f"{ratio.verdict}.")
+    if not report.running:
+        return Conclusion("", "Not running", "The first arm answers all requests.")
+    if report.warnings:
+        return Conclusion("warn", "These figures tell little", " ".join(f"{warning}." for warning in report.warnings))
+    if not any(arm.requests for arm in report.evidence):
+        return Conclusion("", "No requests yet", f"Clients send `model: {report.id}` and a unit.")
+    return _conclude_from_guardrails(report)
+
+
+def _conclude_from_guardrails(report: ExperimentReport) -> Conclusion:
+    worse = [one for one in report.guardrails if one.verdict == "worse"]
+    if worse:
+        what = ", ".join(f"{one.arm} in {one.metric}" for one in worse)
+        return Conclusion("bad", "An arm is worse in something that should not suffer", f"{what}.")
+    if all(one.verdict == "not yet" for one in report.guardrails):
+        num_units = sum(arm.units for arm in report.evidence)
+        least = max((one.least_units for one in report.guardrails), default=0)
+        return Conclusion(
+            "",
+            "Too early: keep it running",
+            f"{num_units:,} units so far; an arm needs {least:,} before it is compared.",
+        )
+    return Conclusion("good", "The split is as asked for", "No arm was found slower or less reliable than the first.")
+
+
+def _whiskers(report: ExperimentReport) -> list[Whisker]:
+    """Return the drawings of the guard-rails that have an interval: latency as a ratio, errors as a difference."""
+    indices = {arm.arm: index for index, arm in enumerate(report.evidence)}
+    drawn = []
+    for one in report.guardrails:
+        if one.estimate is None or one.low is None or one.high is None:
+            continue
+        none = 1.0 if one.metric == "latency" else 0.0
+        reach = max(abs(one.low - none), abs(one.high - none)) * 1.15 or 1.0
+        scale = Scale(none - reach, none + reach)
+        drawn.append(
+            Whisker(
+                one,
+                indices[one.arm],
+                scale.at(none),
+                scale.at(one.low),
+                scale.length(one.low, one.high),
+                scale.at(one.estimate),
+            )
+        )
+    return drawn
+
+
+def _share(report: ExperimentReport, index: int) -> float | None:
+    total = sum(arm.units for arm in report.evidence)
+    return report.evidence[index].units / total if total else None
+
+
+def _reweighted(experiment: Experiment, form: Form) -> tuple[Experiment, dict[str, str]]:
+    """Return an experiment with the weights of a form.
+
+    Raises:
+        BadInput: a weight is not a number from 0 on, or all are 0.
+    """
+    weights = dict(zip((arm.label for arm in experiment.arms), form.all("weight"), strict=False))
+    arms: list[Arm] = []
+    for arm in experiment.arms:
+        written = weights.get(arm.label, "")
+        try:
+            weight = float(written)
+        except ValueError:
+            weight = -1.0
+        if not 0 <= weight <= _MAX_WEIGHT:
+            raise BadInput(f"the weight of {arm.label!r} must be a number from 0 to {_MAX_WEIGHT:,.0f}")
+        arms.append(arm.model_copy(update={"weight": weight}))
+    if not any(arm.weight for arm in arms):
+        raise BadInput("at least one arm needs a weight above 0")
+    return experiment.model_copy(update={"arms": tuple(arms)}), weights
+
+
+def _diff(before: Experiment, after: Experiment) -> list[DiffLine]:
+    lines = [DiffLine(" ", f"  - id: {before.id}"), DiffLine(" ", "    arms:")]
+    for old, new in zip(before.arms, after.arms, strict=True):
+        lines.append(DiffLine(" ", f"      - model: {old.model}"))
+        if old.name:
+            lines.append(DiffLine(" ", f"        name: {old.name}"))
+        if old.task:
+            lines.append(DiffLine(" ", f"        task: {old.task}"))
+        if old.weight == new.weight:
+            lines.append(DiffLine(" ", f"        weight: {old.weight:g}"))
+        else:
+            lines += [
+                DiffLine("-", f"        weight: {old.weight:g}"),
+                DiffLine("+", f"        weight: {new.weight:g}"),
+            ]
+    return lines

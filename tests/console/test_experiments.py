@@ -1,0 +1,106 @@
+"""The experiments in a browser: the split, the arms, the arm of a unit, and what new weights move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.console.served import HOSTILE, Gateway, serving
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traffic(gateway: Gateway) -> None:
+    with httpx.Client(base_url=gateway.url) as client:
+        for number in range(240):
+            client.post("/v1/embeddings", json={"model": "search-exp", "input": "a text", "user": f"unit-{number}"})
+        client.post("/v1/embeddings", json={"model": "search-exp", "input": "a text"})
+
+
+@pytest.fixture(scope="module")
+def without_experiments() -> Iterator[Gateway]:
+    with serving(experiments=()) as served:
+        yield served
+
+
+def test_an_experiment_shows_its_arms_side_by_side(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    report = httpx.get(f"{gateway.url}/v1/experiments/search-exp").json()
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/experiments")
+        assert page.locator("h1").inner_text() == "search-exp"
+        units = page.locator(".versus tr", has_text="Units").locator("td").all_inner_texts()
+        assert units == [str(arm["units"]) for arm in report["evidence"]]
+        assert "1 no unit" in page.locator(".versus tr", has_text="Not counted").inner_text()
+        assert report["sample_ratio"]["verdict"] in page.locator(".versus").inner_text()
+        assert page.locator(".banner").first.inner_text()
+
+
+def test_the_arm_of_a_unit_is_the_one_that_answers(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    body = {"model": "search-exp", "input": "x", "user": "ada"}
+    arm = httpx.post(f"{gateway.url}/v1/embeddings", json=body).headers["x-gateway-arm"]
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/experiments/search-exp")
+        page.get_by_role("textbox", name="Unit").fill("ada")
+        page.get_by_role("button", name="Look up").click()
+        assert page.get_by_role("status").inner_text().strip().startswith(arm)
+        assert "ada" not in page.url
+
+
+def test_new_weights_show_who_moves_and_the_lines_to_copy(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url, expected=("status of 400",)) as page:
+        page.goto(f"{gateway.url}/console/experiments/search-exp")
+        page.get_by_label("jina").fill("30")
+        page.get_by_label("bge").fill("70")
+        page.get_by_role("button", name="Show the change").click()
+        change = page.get_by_role("status").inner_text()
+        assert "of the units move jina → bge" in change
+        assert float(change.split(" %")[0]) == pytest.approx(20, abs=2)
+        assert "bge → jina" not in change
+        assert page.locator(".gone").all_inner_texts() == ["-         weight: 50", "-         weight: 50"]
+        assert page.locator(".added").all_inner_texts() == ["+         weight: 30", "+         weight: 70"]
+        page.get_by_label("jina").fill(HOSTILE)
+        page.get_by_role("button", name="Show the change").click()
+        assert "must be a number from 0" in page.get_by_role("alert").inner_text()
+
+
+@pytest.mark.parametrize("weights", [["0", "0"], ["-1", "2"], ["nan", "1"], ["1e99", "1"], ["1"]])
+def test_wrong_weights_are_refused(gateway: Gateway, weights: list[str]) -> None:
+    url = f"{gateway.url}/console/experiments/search-exp/weights"
+    assert httpx.post(url, data={"weight": weights}, headers={"origin": gateway.url}).status_code == 400
+
+
+def test_an_unknown_experiment_is_a_page_too(gateway: Gateway) -> None:
+    answer = httpx.get(f"{gateway.url}/console/experiments/{HOSTILE}")
+    assert answer.status_code == 404
+    assert "<img" not in answer.text
+
+
+def test_without_experiments_the_page_says_how_to_begin(
+    without_experiments: Gateway, visit: Callable[..., Any]
+) -> None:
+    with visit(without_experiments.url) as page:
+        page.goto(f"{without_experiments.url}/console/experiments")
+        assert page.locator("h1").inner_text() == "No experiment yet"
+        assert "cross_space" in page.locator("pre").inner_text()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_the_experiments_are_accessible(
+    gateway: Gateway,
+    visit: Callable[..., Any],
+    check_accessibility: Callable[[Any], None],
+    picture_folder: Path,
+    theme: str,
+    width: int,
+) -> None:
+    with visit(gateway.url, theme=theme, viewport={"width": width, "height": 900}) as page:
+        page.goto(f"{gateway.url}/console/experiments/search-exp")
+        page.get_by_label("bge").fill("70")
+        page.get_by_role("button", name="Show the change").click()
+        page.screenshot(path=picture_folder / f"experiment-{width}-{theme}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        check_accessibility(page)
