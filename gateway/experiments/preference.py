@@ -74,8 +74,8 @@ def judge(ballots: Iterable[Ballot], threshold: float = THRESHOLD) -> Preference
 def interval(first: int, second: int, threshold: float = THRESHOLD) -> tuple[float, float]:
     """Return the shares that the votes do not contradict: those with evidence below the threshold against them.
 
-    That is all p with ``B(5 + w, 5 + l) / B(5, 5) / (p**w * (1 - p)**l) < threshold``: an interval, as the likelihood has one
-    maximum.
+    That is all p with ``B(5 + w, 5 + l) / B(5, 5) / (p**w * (1 - p)**l) < threshold``: an interval, as the likelihood
+    has one maximum.
     """
     limit = _log_mixture(first, second) - math.log(threshold)
 
