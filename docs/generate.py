@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from gateway import errors
 from gateway.config.api_keys import KeyEntry, KeyFile
 from gateway.config.capture import Capture
-from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow
+from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Outcome, Registry, Shadow
 from gateway.config.settings import Settings, variable
 from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable
@@ -66,6 +66,8 @@ def configuration_page() -> str:
         _keys_table(Alias),
         "### `experiments[]`\n",
         _keys_table(Experiment),
+        "### `experiments[].outcome`\n",
+        _keys_table(Outcome),
         "### `experiments[].arms[]`\n",
         _keys_table(Arm),
         "### `capture`\n\nOf an alias or an experiment, see [ab.md](ab.md#capture-queries):\n",

@@ -43,6 +43,7 @@ BOXES: Final = {
     "requests": Box(2, 6, "requests and answers", "core"),
     "routing": Box(1, 7, "name → model; spaces", "core"),
     "recent": Box(0, 7, "last errors, traffic", "core"),
+    "outcomes": Box(2, 7, "which arm is better", "core"),
     "fleet": Box(1, 8, "every model and its state", "core"),
     "experiments": Box(2, 8, "unit → arm; results", "core"),
     "backends": Box(1, 9, "this process, other servers", "engine"),

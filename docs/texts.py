@@ -135,6 +135,7 @@ experiments:
     force: header:x-gateway-force-arm
     exclude: [load-test, ann@example.com]
     allow_space_change: false
+    outcome: {name: kept, per: unit, better: more, margin: 0.01}
     arms:
       - {model: jina-embeddings-v3, weight: 90}
       - {name: m3, model: bge-m3, weight: 10}

@@ -19,15 +19,17 @@ from gateway.api.admin import admin_router
 from gateway.api.assignments import assignments_router
 from gateway.api.documentation import document
 from gateway.api.endpoint import Endpoint
-from gateway.api.experiments import experiments_router
+from gateway.api.experiments import Experiments, experiments_router
 from gateway.api.health import health_router
 from gateway.api.live import live_router
+from gateway.api.outcomes import outcomes_router
 from gateway.api.routes import client_routers
 from gateway.api.unknown_path import on_http_exception
 from gateway.deployment import Deployment
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.middleware import Admission, ErrorExit, Identification, Record
+from gateway.outcomes.keeper import Keeper
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
 
@@ -43,6 +45,7 @@ def create_app(deployment: Deployment) -> FastAPI:
 
     Raises:
         ConfigError: the file of API keys or the storage of quotas is wrong.
+        StartError: the exposure log or the file of experiments cannot be written.
     """
     settings = deployment.settings
     keyring = Keyring(settings)
@@ -51,7 +54,10 @@ def create_app(deployment: Deployment) -> FastAPI:
         if settings.exposure_log
         else None
     )
-    stats = ExperimentStats(log)
+    keeper = _make_keeper(deployment)
+    stats = ExperimentStats(log) if keeper is None else ExperimentStats(log, keeper.offer)
+    while keeper is not None and (exposures := keeper.read_log()):
+        stats.add(exposures)
     deployment.resources.callback(stats.close)
     quotas = Quotas(settings.quota_storage)
     deployment.resources.push_async_callback(quotas.close)
@@ -62,10 +68,12 @@ def create_app(deployment: Deployment) -> FastAPI:
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
     endpoint = Endpoint(service, deployment, settings, quotas)
+    experiments = Experiments(deployment, stats, keeper)
     routers = [
         *client_routers(endpoint, deployment),
         assignments_router(endpoint),  # before the experiments, whose ids may hold a slash
-        experiments_router(deployment, stats),
+        outcomes_router(endpoint, experiments, keeper),
+        experiments_router(experiments),
         live_router(deployment, has_keys=bool(keyring)),
         health_router(deployment),
     ]
@@ -91,6 +99,15 @@ def create_app(deployment: Deployment) -> FastAPI:
             expose_headers=["*"],
         )
     return app
+
+
+def _make_keeper(deployment: Deployment) -> Keeper | None:
+    settings = deployment.settings
+    if settings.state_dir is None:
+        return None
+    keeper = Keeper(settings.state_dir, settings.state_max_bytes, lambda: deployment.registry.experiments)
+    deployment.resources.callback(keeper.close)
+    return keeper
 
 
 def create_admin_app(deployment: Deployment, clients: FastAPI | None = None) -> FastAPI:

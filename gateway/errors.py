@@ -46,12 +46,12 @@
         │   ├── ModelRecovering
         │   ├── UpstreamUnavailable
         │   └── ShuttingDown
+        ├── OutcomesUnavailable    503
         ├── DeadlineExceeded       504
         └── ClientDisconnected     499  (only logged: the client is gone)
 
 The middleware is the one exit: it renders every ``RequestError`` that a handler raises. Only ``gateway.http.protocol``
-responds by itself, with an ``InvalidHttp``, to bytes that are not a request and so never reach the middleware.
-The table in ``docs/errors.md`` is generated from these classes.
+responds by itself, with an ``InvalidHttp``, to bytes that are not a request. ``docs/errors.md`` is made from these classes.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class ModelNotAllowed(Forbidden):
 
 
 class NotFound(RequestError):
-    """The path does not exist."""
+    """The path does not exist, or is switched off; then the message says how to switch it on."""
 
     status, type, code = 404, "invalid_request_error", "not_found"
 
@@ -380,6 +380,12 @@ class ShuttingDown(ModelNotReady):
     """The gateway is stopping; another replica or the restarted one will answer."""
 
     code = "shutting_down"
+
+
+class OutcomesUnavailable(RequestError):
+    """The file of experiments is busy (retry after ``Retry-After`` seconds) or full; nothing was kept."""
+
+    status, type, code = 503, "server_error", "outcomes_unavailable"
 
 
 class DeadlineExceeded(RequestError):

@@ -19,6 +19,7 @@ LAYERS = """
 __main__
 cli.main
 cli.comparing
+cli.experimenting
 doctor
 compare
 cli
@@ -37,6 +38,7 @@ capture
 routing
 fleet
 recent
+outcomes
 experiments
 backends
 engine

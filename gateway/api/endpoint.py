@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from email.message import Message
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.access.quotas import Quotas, Ticket
 from gateway.api.answer_headers import answer_headers, tei_headers
-from gateway.api.json_body import SMALL_BYTES, Json, parse_object
+from gateway.api.json_body import SMALL_BYTES, Json, charset_of, parse_object
 from gateway.api.pieces import PIECE_BYTES, Parts, Streamed, unless_disconnected
 from gateway.api.wire import Responses
 from gateway.config.settings import Settings
@@ -35,9 +34,6 @@ from gateway.telemetry import metrics
 # Answers of up to this size are written at once, on the event loop. It waits for the writer anyway, which holds the
 # interpreter: 2.5 ms for so many bytes as numbers, 0.3 ms as base64. The switches to a thread and back cost more.
 _SMALL_ANSWER_BYTES = 256 * 1024
-_MAX_SHOWN_CHARSET = 40
-# How much of a content type is parsed: the parser takes 20 ms for 60 KB.
-_MAX_CONTENT_TYPE = 1_000
 T = TypeVar("T")
 B = TypeVar("B")
 R = TypeVar("R", bound=ServiceRequest)
@@ -108,7 +104,7 @@ class Endpoint:
         num_bytes = answer.num_bytes + held_bytes(body)
         return await self._respond(request, asked, answer, write(request, body, answer), num_bytes)
 
-    async def receive(self, request: Request, parse: Parse[B]) -> tuple[Ticket, B]:
+    async def receive(self, request: Request, parse: Parse[B], rows: str | None = None) -> tuple[Ticket, B]:
         """Count a request, then read its body; a large one is parsed in a thread.
 
         Raises:
@@ -119,27 +115,30 @@ class Endpoint:
         context = RequestContext.of(request)
         self.note_name(request, request.path_params.get("model"))
         ticket = await self._quotas.admit(context.client, context.headers)
-        return ticket, await self.read(request, parse)
+        return ticket, await self.read(request, parse, rows)
 
     def note_name(self, request: Request, name: str | None) -> None:
         """Note the name that a request asks for, for its log line, without the unit that it may hold."""
         if name is not None:
             RequestContext.of(request).asked = self.deployment.router.names.shown(name)
 
-    async def read(self, request: Request, parse: Parse[B]) -> B:
+    async def read(self, request: Request, parse: Parse[B], rows: str | None = None) -> B:
         """Read the body of a request; a large one is parsed in a thread.
+
+        Args:
+            rows: see :func:`gateway.api.json_body.parse_object`.
 
         Raises:
             BadInput: the body is not a JSON object, or ``parse`` does not accept it.
             RequestError: one of those of :meth:`gateway.http.body.Body.receive`.
         """
-        charset = _charset(request)
+        charset = charset_of(request.headers.get("content-type", ""))
         received = [await _receive_all(request)]
         num_bytes = len(received[0])
         if num_bytes <= SMALL_BYTES:
-            return parse(parse_object(received.pop(), charset))
+            return parse(parse_object(received.pop(), charset, rows))
         # The list gives the only reference away, so that the bytes are freed as soon as they are parsed.
-        return await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset)))
+        return await self.in_turn(request, num_bytes, lambda: parse(parse_object(received.pop(), charset, rows)))
 
     async def in_turn(self, request: Request, cost: int, work: Callable[[], T], turns: Turns | None = None) -> T:
         """Do work that would hold up the event loop in a thread, when its client's turn comes.
@@ -271,6 +270,7 @@ def add(
     *,
     method: str = "GET",
     request: dict[str, Any] | None = None,
+    status: int = 200,
 ) -> None:
     """Serve a path under ``/v1``, and without it, where the documentation does not show it.
 
@@ -278,8 +278,10 @@ def add(
         request: describes parameters and body, where the handler's signature does not.
     """
     # The framework builds a validator for each described answer, shown or not: most of the time that an application takes.
-    router.add_api_route("/v1" + path, handler, methods=[method], responses=answers, openapi_extra=request)
-    router.add_api_route(path, handler, methods=[method], include_in_schema=False)
+    router.add_api_route(
+        "/v1" + path, handler, methods=[method], responses=answers, openapi_extra=request, status_code=status
+    )
+    router.add_api_route(path, handler, methods=[method], include_in_schema=False, status_code=status)
 
 
 async def _receive_all(request: Request) -> bytearray:
@@ -291,17 +293,6 @@ async def _receive_all(request: Request) -> bytearray:
         body += message.get("body", b"")
         has_more = message.get("more_body", False)
     return body
-
-
-def _charset(request: Request) -> str | None:
-    """Return the charset that a request's content type names, if it names one."""
-    content_type = request.headers.get("content-type", "")[:_MAX_CONTENT_TYPE]
-    if "charset" not in content_type.lower():
-        return None
-    header = Message()
-    header["content-type"] = content_type
-    charset = header.get_param("charset")
-    return charset[:_MAX_SHOWN_CHARSET] if isinstance(charset, str) else None
 
 
 def reserve_texts(request: Request, texts: Sequence[str]) -> Callable[[int], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 
 from gateway.api.endpoint import add
@@ -9,20 +11,24 @@ from gateway.api.wire import responses
 from gateway.config.registry import Experiment
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
-from gateway.errors import ExperimentNotFound, ModelNotAllowed
+from gateway.errors import ExperimentNotFound, ModelNotAllowed, OutcomesUnavailable
 from gateway.experiments.report import ExperimentList, ExperimentReport, describe_experiment
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.context import RequestContext
+from gateway.outcomes.keeper import Keeper
 
-_ANSWERS = responses(ExperimentReport, ModelNotAllowed, ExperimentNotFound)
+_ANSWERS = responses(ExperimentReport, ModelNotAllowed, ExperimentNotFound, OutcomesUnavailable)
+# Some milliseconds of the event loop.
+_AT_ONCE = 1_000
 
 
 class Experiments:
     """The handlers: the list, and the figures of one."""
 
-    def __init__(self, deployment: Deployment, stats: ExperimentStats) -> None:
+    def __init__(self, deployment: Deployment, stats: ExperimentStats, keeper: Keeper | None) -> None:
         self._deployment = deployment
         self._stats = stats
+        self._keeper = keeper
 
     async def list_experiments(self, request: Request) -> ExperimentList:
         """List the experiments of the registry that the key may use."""
@@ -32,10 +38,35 @@ class Experiments:
 
     async def retrieve_experiment(self, request: Request, experiment_id: str) -> ExperimentReport:
         """Show the arms of an experiment side by side, and whether the split is as it should be."""
-        experiment = find_experiment(self._deployment, request, experiment_id)
+        return await self.report(find_experiment(self._deployment, request, experiment_id))
+
+    async def report(self, experiment: Experiment) -> ExperimentReport:
+        """Return the figures of an experiment, with its outcomes if they are kept.
+
+        Raises:
+            ExperimentNotFound: a reload has removed it.
+            OutcomesUnavailable: the file of experiments cannot be read now.
+        """
+        if self._keeper is not None:
+            await self._count_units_of_others(self._keeper)
+        current = self._deployment.registry.experiment(experiment.id)  # a reload may have come between
+        if current is None:
+            raise ExperimentNotFound(f"no experiment is called {experiment.id!r} any more: the registry was reloaded")
+        experiment = current
         generation = self._deployment.router.generation(experiment.id)
-        since = self._deployment.counting_since[experiment.id]
-        return self._stats.report(experiment, generation, since)
+        report = self._stats.report(experiment, generation, self._deployment.counting_since[experiment.id])
+        if self._keeper is None:
+            return report
+        ratios = (report.sample_ratio, report.request_ratio)
+        mismatch = next((ratio.verdict for ratio in ratios if ratio is not None and ratio.mismatch), None)
+        return report.model_copy(update={"outcomes": await self._keeper.report(experiment, mismatch)})
+
+    async def _count_units_of_others(self, keeper: Keeper) -> None:
+        """Count the units that other replicas, which share the file, have had since."""
+        while exposures := await keeper.read_new():
+            for first in range(0, len(exposures), _AT_ONCE):
+                self._stats.add(exposures[first : first + _AT_ONCE])
+                await asyncio.sleep(0)
 
 
 def find_experiment(deployment: Deployment, request: Request, experiment_id: str) -> Experiment:
@@ -60,10 +91,9 @@ def _usable(deployment: Deployment, request: Request) -> list[Experiment]:
     return [experiment for experiment in deployment.registry.experiments if names.allows(client, experiment.id)]
 
 
-def experiments_router(deployment: Deployment, stats: ExperimentStats) -> APIRouter:
+def experiments_router(handlers: Experiments) -> APIRouter:
     """Return the routes of the experiments, with and without ``/v1``."""
     router = APIRouter(tags=["Experiments"])
-    handlers = Experiments(deployment, stats)
     add(router, "/experiments", handlers.list_experiments, responses(ExperimentList))
     add(router, "/experiments/{experiment_id:path}", handlers.retrieve_experiment, _ANSWERS)
     return router

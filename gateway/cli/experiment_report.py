@@ -11,13 +11,15 @@ from rich.console import Console
 
 from gateway.cli.client import connect
 from gateway.cli.console import make_console, make_table, say
+from gateway.cli.outcome_report import print_outcomes
 from gateway.config.registry import Registry
 from gateway.errors import StartError
-from gateway.experiments.exposures import Exposure, read_exposures
+from gateway.experiments.exposures import Exposure
 from gateway.experiments.report import ArmReport, ExperimentList, ExperimentReport, Guardrail
 from gateway.experiments.sample_ratio import SampleRatio
 from gateway.experiments.split import Split
 from gateway.experiments.stats import ExperimentStats
+from gateway.outcomes.files import is_store, read_units, report_files
 
 _TIMEOUT_S = 10.0
 _NOTHING = "-"
@@ -54,10 +56,14 @@ def ask_evidence(url: str, experiment_id: str, api_key: str | None) -> Experimen
     return asyncio.run(ask())
 
 
-def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path]) -> ExperimentReport:
-    """Count the units of an experiment in exposure logs, those of several replicas together.
+def read_evidence(
+    registry: Registry, experiment_id: str, files: Sequence[Path], outcomes: Sequence[Path] = ()
+) -> ExperimentReport:
+    """Count the units of an experiment in files, those of several replicas together, and compare their outcomes.
 
     Args:
+        files: exposure logs, and files of experiments (``experiments.sqlite3``), which also hold outcomes.
+        outcomes: CSV files, and files of experiments.
         registry: has the arms and weights to compare the units with. Lines from other arms or weights are left out, and
             counted in ``uncounted``.
 
@@ -72,7 +78,7 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
     left_out: Counter[str] = Counter()
 
     def current() -> Iterator[Exposure]:
-        for exposure in read_exposures(files):
+        for exposure in read_units(dict.fromkeys([*files, *(path for path in outcomes if is_store(path))])):
             if exposure.experiment == experiment.id:
                 if exposure.generation == generation:
                     yield exposure
@@ -81,7 +87,12 @@ def read_evidence(registry: Registry, experiment_id: str, files: Sequence[Path])
 
     stats = ExperimentStats(None)
     stats.add(current())
-    return stats.report(experiment, generation).model_copy(update={"uncounted": dict(left_out)})
+    has_outcomes = bool(outcomes) or any(map(is_store, files))
+    update = {
+        "uncounted": dict(left_out),
+        "outcomes": report_files(experiment, files, outcomes) if has_outcomes else None,
+    }
+    return stats.report(experiment, generation).model_copy(update=update)
 
 
 # ----------------------------------------------------------------------------------------------------------- print
@@ -129,6 +140,8 @@ def print_evidence(shown: ExperimentReport, *, has_requests: bool = True) -> Non
     for ratio in (shown.sample_ratio, shown.request_ratio):
         if ratio is not None:
             _print_ratio(console, ratio)
+    if shown.outcomes is not None:
+        print_outcomes(console, shown.outcomes)
     for guardrail in shown.guardrails if has_requests else ():
         say(console, _sentence(guardrail, shown.arms[0].arm), _GUARDRAIL_STYLES.get(guardrail.verdict, ""))
 

@@ -23,7 +23,8 @@ from typer.core import TyperGroup
 
 from gateway import __version__
 from gateway.cli.comparing import compare
-from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
+from gateway.cli.experimenting import experiments
+from gateway.cli.options import ModelsOption
 from gateway.cli.streams import open_standard_streams
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.config.settings import load_settings
@@ -334,49 +335,7 @@ def calibrate(
 app.command()(compare)
 
 
-@app.command()
-def experiments(
-    experiment: Annotated[
-        str | None, typer.Argument(metavar="ID", help="The experiment to show. By default all are listed.")
-    ] = None,
-    files: Annotated[
-        list[Path] | None, typer.Argument(metavar="FILE", help="Only with --exposures: more exposure logs.")
-    ] = None,
-    url: Annotated[str, typer.Option(help="The gateway to ask.")] = "http://127.0.0.1:8000",
-    api_key_env: ApiKeyOption = API_KEY_ENV,
-    exposures: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE...",
-            help="Count the units in these exposure logs, against the weights of --models, and ask no gateway.",
-        ),
-    ] = None,
-    models: ModelsOption = None,
-) -> None:
-    """Show how an experiment is going.
-
-    Shows its arms side by side: requests, latency, errors, and whether the split of units matches the weights.
-    """
-    from gateway.cli.experiment_report import (
-        ask_evidence,
-        ask_experiments,
-        print_evidence,
-        print_experiments,
-        read_evidence,
-    )
-
-    if files and not exposures:
-        raise StartError(f"only one experiment can be shown at a time, also got: {', '.join(map(str, files))}")
-    if exposures and experiment is None:
-        raise StartError("--exposures: name the experiment first: gateway experiments ID --exposures FILE...")
-    api_key = os.environ.get(api_key_env)
-    if experiment is None:
-        print_experiments(ask_experiments(url, api_key))
-    elif exposures:
-        _path, registry = _read_registry(models)
-        print_evidence(read_evidence(registry, experiment, [*exposures, *(files or ())]), has_requests=False)
-    else:
-        print_evidence(ask_evidence(url, experiment, api_key))
+app.command()(experiments)
 
 
 def _read_registry(models: Path | None) -> tuple[Path, Registry]:

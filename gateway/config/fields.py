@@ -21,6 +21,7 @@ SUPPORTED_VERSIONS = (1,)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _HUB_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_][A-Za-z0-9_.]*)(?:/(?P<subfolder>.+))?")
+OUTCOME_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _HEADER = re.compile(r"header:[A-Za-z0-9][A-Za-z0-9_-]*")
 # A unit that is written after the id of its experiment, as `search/UNIT`: for clients that can send nothing else.
 FROM_NAME = "model"
@@ -132,6 +133,12 @@ def _check_enabled(value: object) -> object:
     return value
 
 
+def _check_outcome_name(text: str) -> str:
+    if not OUTCOME_NAME.fullmatch(text):
+        raise ValueError(f"must have 1 to 64 letters, digits and `.`, `_`, `-`, got {quote(text)}")
+    return text
+
+
 def _check_header_source(text: str) -> str:
     if not _HEADER.fullmatch(text):
         raise ValueError(f"must be `header:NAME`, such as `header:x-unit`, got {quote(text)}")
@@ -185,6 +192,7 @@ Device: TypeAlias = Annotated[str, AfterValidator(_check_device)]
 Enabled: TypeAlias = Annotated[Literal["auto", True, False], BeforeValidator(_check_enabled)]
 FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
 Sha256: TypeAlias = Annotated[str, AfterValidator(_check_sha256)]
+OutcomeName: TypeAlias = Annotated[str, AfterValidator(_check_outcome_name)]
 HeaderSource: TypeAlias = Annotated[str, AfterValidator(_check_header_source)]
 RequestValue: TypeAlias = Annotated[str, AfterValidator(_check_request_value)]
 Time: TypeAlias = Annotated[datetime, BeforeValidator(_parse_time)]

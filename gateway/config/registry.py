@@ -19,13 +19,13 @@ from gateway.config.conflicts import ConflictError, find_conflicts
 from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Frozen, Listed, Name, Source, Version
 from gateway.config.model_entry import ModelEntry
 from gateway.config.problems import field_problems
-from gateway.config.traffic import Alias, Arm, Experiment, Shadow
+from gateway.config.traffic import Alias, Arm, Experiment, Outcome, Shadow
 from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable, describe, unknown_key
 from gateway.config.yaml_source import Document, FileKind, KeyPath, Value, read_document
 from gateway.errors import ConfigError, Problem
 
-__all__ = ["Alias", "Arm", "Experiment", "ModelEntry", "Registry", "Shadow", "Source", "load_registry"]
+__all__ = ["Alias", "Arm", "Experiment", "ModelEntry", "Outcome", "Registry", "Shadow", "Source", "load_registry"]
 
 
 _MODELS_FILE = FileKind("`version: 1` and `models:`", "name another with GATEWAY_MODELS or on the command line")

@@ -274,6 +274,17 @@ class Settings(BaseSettings):
         default=5, ge=1, description="Number of rotated exposure logs to keep; all of them are read at the start."
     )
 
+    state_dir: Path | None = Field(
+        default=None,
+        description="Folder on a local disk for `experiments.sqlite3`, the exposures and outcomes of experiments. Replicas "
+        "on one machine may share it. By default none are kept.",
+    )
+    state_max_bytes: int = Field(
+        default=2 * 1024**3,
+        ge=1024**2,
+        description="Maximum size of that file in bytes, about 200 per outcome; beyond it, outcomes are refused.",
+    )
+
     @property
     def compiled_folder(self) -> Path | None:
         """The folder of ``cache_dir``, by default one in the user's cache; ``None`` for ``off``."""

@@ -15,6 +15,7 @@ from gateway.config.fields import (
     Listed,
     Name,
     NonEmptyText,
+    OutcomeName,
     Positive,
     RequestValue,
     Time,
@@ -66,6 +67,23 @@ class Arm(Frozen):
 Units: TypeAlias = Annotated[Distinct[RequestValue], BeforeValidator(unwrap_sources)]
 
 
+class Outcome(Frozen):
+    """The one outcome by which an experiment is decided."""
+
+    name: OutcomeName = Field(description="Name under which the application posts it, such as `kept`.")
+    per: Literal["unit", "mean", "ratio"] = Field(
+        default="unit",
+        description="`unit`: the sum of a unit's values, 0 without any (conversions). `mean`: the mean of each unit, "
+        "`value` / `of`, of units with an outcome (ratings). `ratio`: all values / all chances `of` (clicks per search).",
+    )
+    better: Literal["more", "less"] = Field(default="more", description="Whether more of it is better, or less.")
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=0.01,
+        description="The largest difference that does not matter, in the unit of the outcome: within it, arms are as good "
+        "as each other. Fix it before the experiment begins.",
+    )
+
+
 class Experiment(Frozen):
     """A name under which requests are split between models."""
 
@@ -106,6 +124,9 @@ class Experiment(Frozen):
     capture: Capture | None = Field(
         default=None,
         description="A sample of the queries under this name, kept for a comparison of models. By default none.",
+    )
+    outcome: Outcome | None = Field(
+        default=None, description="The outcome by which the arms are compared. Needs `GATEWAY_STATE_DIR`."
     )
     arms: Listed[Arm] = Field(description="Models to choose from, at least two. The first is the control.")
 

@@ -147,6 +147,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def iso(seconds: float) -> str:
+    """Return a time in seconds since the epoch in the log's format."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
 def read_exposures(paths: Iterable[Path]) -> Iterator[Exposure]:
     """Read logs, one after the other; malformed lines (say, cut short by a crash) are skipped and logged.
 

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.config.registry import Experiment
+from gateway.experiments.outcome_report import OutcomesReport
 from gateway.experiments.sample_ratio import SampleRatio
 
 
@@ -120,6 +121,9 @@ class ExperimentReport(ExperimentCard):
     request_ratio: SampleRatio | None = Field(
         description="The same of the requests without a unit, which a `same_space` experiment splits at random; `null` for "
         "`cross_space`."
+    )
+    outcomes: OutcomesReport | None = Field(
+        description="What happened to the units; `null` if the gateway keeps no outcomes (`GATEWAY_STATE_DIR`)."
     )
     mismatch: bool = Field(
         description="Whether one of the two found a mismatch: no comparison of the arms can be trusted."

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 # A correct split reaches an E of 100 with a probability of 1 % at most, in all its life (Ville's inequality).
 _MISMATCH_E = 100.0
 # The weight of the prior around the weights, in units: the one of Lindon & Malek, which finds losses of some percent.
@@ -37,6 +40,16 @@ class RatioProcess:
         self.largest_log_e = max(self.largest_log_e, self.log_e)
         self.counts[arm] = count + 1
         self.total += 1
+
+
+def largest_log_e(is_in: Sequence[NDArray[np.bool_]], shares: NDArray[np.float64]) -> float:
+    """Return the largest ``log_e`` of a :class:`RatioProcess` over all units, given which of them each arm has."""
+    log_e = np.zeros(len(is_in[0]) if is_in else 0)
+    before = np.arange(len(log_e))
+    for units, share in zip(is_in, shares, strict=True):
+        mine: NDArray[np.int64] = np.cumsum(units) - units
+        log_e += units * np.log((_PRIOR * share + mine) / ((_PRIOR + before) * share))
+    return max(0.0, float(np.cumsum(log_e).max(initial=0.0)))
 
 
 @dataclass(frozen=True, slots=True)

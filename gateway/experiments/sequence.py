@@ -66,11 +66,9 @@ def deviation(control: Values, new: Values, zeta: Values, share: float) -> float
     return max(float(zeta.std()), pooled / math.sqrt(share * (1 - share)))
 
 
-def has_enough(control: Values, new: Values, zeta: Values) -> bool:
-    """Return whether the units suffice for an interval: enough of them, and enough that differ."""
-    if min(len(control), len(new)) < LEAST_UNITS:
-        return False
-    squares = np.square(zeta - zeta.mean())
+def is_carried(zeta: Values) -> bool:
+    """Return whether enough contributions differ: as many as make an interval from their variance hold."""
+    squares = np.square(zeta - zeta.mean()) if len(zeta) else zeta
     fourth = float(np.square(squares).sum())
     return fourth > 0 and float(squares.sum()) ** 2 / fourth >= _LEAST_CARRIERS
 
@@ -87,7 +85,7 @@ def difference(
         planned: the number of units at which the interval is the narrowest.
     """
     zeta = contributions(control, new, share)
-    if not has_enough(control, new, zeta):
+    if min(len(control), len(new)) < LEAST_UNITS or not is_carried(zeta):
         return None
     return around(float(zeta.mean()), deviation(control, new, zeta, share), len(zeta), alpha, planned)
 

@@ -149,12 +149,16 @@ class Split:
             return Reason.ENDED
         if unit is None:
             return Reason.NO_UNIT if experiment.kind == "cross_space" else None
-        return Reason.EXCLUDED if unit in self._excluded else None
+        return Reason.EXCLUDED if self.excludes(unit) else None
 
     def arm_of(self, unit: str) -> Arm:
         """Return the arm of a unit."""
         racing = (arm for arm in self.experiment.arms if arm.weight > 0)
         return min(racing, key=lambda arm: -math.log(_uniform(self._salt, arm.label, unit)) / arm.weight)
+
+    def excludes(self, unit: str) -> bool:
+        """Return whether a unit gets the control arm and is not counted."""
+        return unit in self._excluded
 
     def hash_of(self, unit: str) -> str:
         """Return the salted hash under which a unit is stored and logged, 16 hex digits."""

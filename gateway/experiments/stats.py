@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
@@ -34,10 +34,12 @@ class ExperimentStats:
 
     Args:
         log: where to write exposures. The units that it already has are counted.
+        keep: called with each exposure, if another place keeps them too. It must not wait.
     """
 
-    def __init__(self, log: ExposureLog | None) -> None:
+    def __init__(self, log: ExposureLog | None, keep: Callable[[Exposure], None] = lambda _exposure: None) -> None:
         self._log = log
+        self._keep = keep
         # Exposures that could not be written yet, by experiment, generation, arm, unit and whether it was answered.
         self._unwritten: dict[tuple[str, str, str, str, bool], Exposure] = {}
         self._experiments: defaultdict[str, OrderedDict[str, Generation]] = defaultdict(OrderedDict)
@@ -68,7 +70,9 @@ class ExperimentStats:
             exposure = Exposure(
                 now(), *key, request.model, request.space, request.share, request.source, answered=is_answered
             )
-            exposure = exposure if generation.expose(exposure) else None
+            if not generation.expose(exposure):
+                return  # the set is full
+            self._keep(exposure)
         elif self._unwritten:
             exposure = self._unwritten.pop((*key, False), None) or self._unwritten.pop((*key, True), None)
         if exposure is None or self._log is None:
@@ -130,6 +134,7 @@ class ExperimentStats:
             ],
             sample_ratio=sample_ratio,
             request_ratio=request_ratio,
+            outcomes=None,
             mismatch=sample_ratio.mismatch or (request_ratio is not None and request_ratio.mismatch),
             warnings=[
                 *_warn_of_no_units(experiment, sum(arm.requests for arm in arms), counted.uncounted),

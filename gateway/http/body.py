@@ -50,6 +50,15 @@ class Body:
         # uvicorn says "100 Continue" when a body is first asked for; until then such a client sends nothing.
         self._is_coming = "expect" not in headers
 
+    def limit(self, max_bytes: int) -> None:
+        """Lower the limit, for a path with small bodies.
+
+        Raises:
+            BodyTooLarge: more bytes are announced.
+        """
+        self._max_bytes = min(self._max_bytes, max_bytes)
+        self._check_size(self._declared_bytes)
+
     def admit(self) -> None:
         """Refuse a body before it arrives, or reserve the memory for it.
 

@@ -294,5 +294,5 @@ def test_wrong_arguments_are_errors(models: Path, tmp_path: Path) -> None:
     assert run("exp", "--models", models, "--exposures", log) == (
         1,
         "",
-        f"the exposure log {log} cannot be read: No such file or directory\n",
+        f"the file {log} cannot be read: No such file or directory\n",
     )

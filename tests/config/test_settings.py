@@ -58,6 +58,8 @@ DEFAULTS = {
     "exposure_log": None,
     "exposure_log_max_bytes": 16 * MIB,
     "exposure_log_backups": 5,
+    "state_dir": None,
+    "state_max_bytes": 2 * 1024**3,
 }
 LEAST = {
     "port": 0,

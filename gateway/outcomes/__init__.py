@@ -1,0 +1,1 @@
+"""Outcomes of experiments: kept in SQLite, joined with the exposures, and compared arm by arm."""

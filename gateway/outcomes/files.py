@@ -1,0 +1,110 @@
+"""Exposures and outcomes from files, those of several replicas together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from gateway.config.files import open_regular
+from gateway.config.registry import Experiment
+from gateway.errors import StartError
+from gateway.experiments.exposures import Exposure, read_exposures
+from gateway.experiments.outcome_report import OutcomesReport
+from gateway.experiments.split import Split
+from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
+from gateway.outcomes.reading import read_csv
+from gateway.outcomes.store import NewOutcome, Reader
+from gateway.outcomes.verdicts import branches_of, report_outcomes
+
+_MAGIC = b"SQLite format 3\0"
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a file is one of SQLite, rather than an exposure log or a CSV file.
+
+    Raises:
+        StartError: it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise StartError(f"the file {path} cannot be read: {error.strerror}") from error
+
+
+def read_units(paths: Iterable[Path]) -> Iterator[Exposure]:
+    """Read the exposures of exposure logs and of files of experiments, one file after the other.
+
+    Raises:
+        StartError: a file cannot be read.
+    """
+    for path in paths:
+        if is_store(path):
+            with Reader(path) as reader:
+                yield from (exposure for _number, exposure in reader.log())
+        else:
+            yield from read_exposures([path])
+
+
+def report_files(experiment: Experiment, exposures: Sequence[Path], outcomes: Sequence[Path]) -> OutcomesReport:
+    """Report the outcomes of an experiment from files.
+
+    Args:
+        exposures: exposure logs and files of experiments; the outcomes in the latter count too.
+        outcomes: CSV files, see :func:`gateway.outcomes.reading.read_csv`, and files of experiments.
+
+    Raises:
+        StartError: a file cannot be read, or an outcome is wrong.
+    """
+    stores = [path for path in dict.fromkeys([*exposures, *outcomes]) if is_store(path)]
+    units = _gather(experiment, read_units(dict.fromkeys([*exposures, *stores])))
+    split, primary = Split(experiment), experiment.outcome.name if experiment.outcome else None
+    posted = [one for path in outcomes if path not in stores for one in read_csv(path, split, primary)]
+    return report_outcomes(experiment, units, _by_name(experiment, posted, stores), time.time()).report
+
+
+def _gather(experiment: Experiment, found: Iterable[Exposure]) -> Exposures:
+    """Return the first exposure of each unit in each branch, in the order of their times."""
+    branches = branches_of(experiment, Split(experiment).generation)
+    places = {(branch.generation, branch.arm): place for place, branch in enumerate(branches)}
+    tasks = {(arm.label, arm.model): arm.task for arm in experiment.arms}
+    first: dict[tuple[int, int], float] = {}
+    for one in found:
+        if one.experiment != experiment.id:
+            continue
+        place = places.get((one.generation, one.arm))
+        if place is None:
+            if one.share is None:  # of an earlier version: the weights of other generations are not known
+                continue
+            place = places[one.generation, one.arm] = len(branches)
+            branches.append(Branch(one.generation, one.arm, one.model, tasks.get((one.arm, one.model)), one.share))
+        key, seconds = (signed(one.unit), place), datetime.fromisoformat(one.time).timestamp()
+        first[key] = min(first.get(key, seconds), seconds)
+    pairs = sorted(first.items(), key=lambda pair: pair[1])
+    unit, branch = (np.array([key[i] for key, _ in pairs], np.int64) for i in (0, 1))
+    return Exposures(branches, unit, branch, np.array([seconds for _, seconds in pairs], np.float64))
+
+
+def _by_name(experiment: Experiment, posted: Sequence[NewOutcome], stores: Sequence[Path]) -> dict[str, Outcomes]:
+    """Return the outcomes by name, each key once."""
+    found: dict[str, dict[bytes, tuple[int, float, float, float, bool]]] = {}
+    for one in posted:
+        row = (one.unit, one.value, one.of, one.time, one.is_before)
+        found.setdefault(one.name, {}).setdefault(one.key, row)
+    for path in stores:
+        with Reader(path) as reader:
+            for name in reader.names(experiment.id):
+                kept, keys = reader.outcomes(experiment.id, name)
+                columns = (kept.unit, kept.value, kept.of, kept.time, kept.is_before)
+                rows = zip(*(column.tolist() for column in columns), strict=True)
+                for key, values in zip(keys, rows, strict=True):
+                    found.setdefault(name, {}).setdefault(key, values)
+    kinds = (np.int64, np.float64, np.float64, np.float64, np.bool_)
+    return {
+        name: Outcomes(*(np.array(c, kind) for c, kind in zip(zip(*rows.values(), strict=True), kinds, strict=True)))
+        for name, rows in found.items()
+    }

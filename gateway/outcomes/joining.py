@@ -1,0 +1,125 @@
+"""Join outcomes with exposures: each outcome belongs to the arm in which its unit was when it happened. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.experiments.sequence import Values
+
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One arm under one set of weights.
+
+    Attributes:
+        task: ``None`` where the arm fixes none.
+        share: the share of all units that the weights give to it.
+    """
+
+    generation: str
+    arm: str
+    model: str
+    task: str | None
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exposures:
+    """Units in branches, in the order in which they came, ``(n,)`` each.
+
+    Attributes:
+        unit: its hash, as a signed number of 64 bits.
+        branch: index in ``branches``.
+        time: of the first request, in seconds since the epoch.
+    """
+
+    branches: Sequence[Branch]
+    unit: Numbers
+    branch: Numbers
+    time: Values
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """The outcomes of one name, ``(n,)`` each.
+
+    Attributes:
+        of: how many chances there were; 1 where none are given.
+        time: when it happened, in seconds since the epoch.
+        is_before: it is of the time before the unit came into the experiment.
+    """
+
+    unit: Numbers
+    value: Values
+    of: Values
+    time: Values
+    is_before: Flags
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The outcomes of one name, summed up for each exposure, ``(n,)`` each.
+
+    Attributes:
+        value: 0 for a unit without outcomes.
+        before: what the unit had before it came into the experiment, in all; NaN where that is not known.
+        before_of: the chances that it had.
+        num_unmatched: outcomes of units that were in no arm when it happened.
+    """
+
+    exposures: Exposures
+    value: Values
+    of: Values
+    before: Values
+    before_of: Values
+    num_unmatched: int
+
+
+def signed(unit: str) -> int:
+    """Return a unit's hash of 16 hex digits as a signed number, as SQLite stores them."""
+    return int.from_bytes(bytes.fromhex(unit), signed=True)
+
+
+def join(exposures: Exposures, outcomes: Outcomes) -> Joined:
+    """Sum up the outcomes of each exposure: those from its time on, until the unit comes into another branch."""
+    num = len(exposures.unit)
+    after = ~outcomes.is_before
+    owner = _owners(exposures, outcomes.unit[after], outcomes.time[after])
+    is_matched = owner >= 0
+    value, of = (
+        np.bincount(owner[is_matched], numbers[after][is_matched], num).astype(np.float64)
+        for numbers in (outcomes.value, outcomes.of)
+    )
+    before, before_of = (_before(exposures, outcomes, numbers) for numbers in (outcomes.value, outcomes.of))
+    return Joined(exposures, value, of, before, before_of, int((~is_matched).sum()))
+
+
+def _owners(exposures: Exposures, unit: Numbers, time: Values) -> Numbers:
+    """Return for each outcome the index of the last exposure of its unit until then; -1 without one."""
+    num = len(exposures.unit)
+    units, times = np.concatenate([exposures.unit, unit]), np.concatenate([exposures.time, time])
+    is_outcome = np.arange(len(units)) >= num
+    order = np.lexsort((is_outcome, times, units))
+    last = np.maximum.accumulate(np.where(is_outcome[order], -1, np.arange(len(order))))
+    found = order[np.maximum(last, 0)]
+    found = np.where((last >= 0) & (units[found] == units[order]), found, -1)
+    owners = np.empty(len(order), np.int64)
+    owners[order] = found
+    return owners[num:]
+
+
+def _before(exposures: Exposures, outcomes: Outcomes, numbers: Values) -> Values:
+    """Return the sum of the numbers that each exposed unit had before."""
+    units, place = np.unique(outcomes.unit[outcomes.is_before], return_inverse=True)
+    if not len(units):
+        return np.full(len(exposures.unit), np.nan)
+    sums = np.bincount(place, numbers[outcomes.is_before])
+    at = np.minimum(np.searchsorted(units, exposures.unit), len(units) - 1)
+    return np.where(units[at] == exposures.unit, sums[at], np.nan)

@@ -1,0 +1,196 @@
+"""Keeps exposures and outcomes while requests are answered: everything that waits for the disk runs in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+import structlog
+
+from gateway.config.registry import Experiment
+from gateway.errors import OutcomesUnavailable, StartError
+from gateway.experiments.exposures import Exposure
+from gateway.experiments.outcome_report import OutcomesReport
+from gateway.experiments.split import Split
+from gateway.outcomes.store import FILE_NAME, Kept, NewOutcome, Reader, Store, StoreBusy, StoreFull
+from gateway.outcomes.verdicts import Reported, branches_of, report_outcomes
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+
+# About 30 MB. If the file cannot be written for longer than this lasts, further exposures are lost.
+_MAX_WAITING = 100_000
+_SECONDS_BETWEEN_WARNINGS = 60.0
+_MAX_AGE_S = 10.0
+_MAX_READ_AT_ONCE = 20_000
+_MAX_REPORTS = 20
+
+
+class Keeper:
+    """One file of experiments, for one process.
+
+    Args:
+        folder: where ``experiments.sqlite3`` is, or will be.
+        experiments: returns the experiments that are served now.
+
+    Raises:
+        StartError: the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, experiments: Callable[[], Sequence[Experiment]]) -> None:
+        self._store = Store(folder / FILE_NAME, max_bytes)
+        self._experiments = experiments
+        self._thread = ThreadPoolExecutor(1, "outcomes")
+        self._waiting: deque[Exposure] = deque()
+        self._writing: Future[None] | None = None
+        self._declared: set[str] = set()
+        self._warned_at = -_SECONDS_BETWEEN_WARNINGS
+        # The last report of each experiment, when it was computed, and what it was computed from.
+        self._reports: dict[str, tuple[float, tuple[object, ...], OutcomesReport]] = {}
+        self._computing = threading.Lock()
+        self._num_read = 0
+        self._declare()
+
+    def read_log(self) -> list[Exposure]:
+        """Return some of the exposures that were added since the last call, by this process or another; none at the end.
+
+        Raises:
+            StartError: the file cannot be read.
+        """
+        with Reader(self._store.path) as reader:
+            found = list(islice(reader.log(self._num_read), _MAX_READ_AT_ONCE))
+        self._num_read = max([self._num_read, *(number for number, _exposure in found)])
+        return [exposure for _number, exposure in found]
+
+    async def read_new(self) -> list[Exposure]:
+        """Do what :meth:`read_log` does, in a thread.
+
+        Raises:
+            OutcomesUnavailable: the file cannot be read now.
+        """
+        try:
+            return await asyncio.to_thread(self.read_log)
+        except (sqlite3.Error, StartError) as error:
+            raise _unreadable() from error
+
+    def offer(self, exposure: Exposure) -> None:
+        """Keep an exposure soon. Never waits: if the disk cannot keep up, the exposure is lost and counted."""
+        if len(self._waiting) >= _MAX_WAITING:
+            metrics.DROPPED_EXPOSURES.inc()
+        else:
+            self._waiting.append(exposure)
+        if self._writing is None or self._writing.done():
+            self._writing = self._thread.submit(self._write_waiting)
+
+    async def post(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
+        """Keep outcomes, and return once they are on the disk.
+
+        Raises:
+            OutcomesUnavailable: the file has no room, or cannot be written now.
+        """
+        try:
+            return await asyncio.wrap_future(self._thread.submit(self._post, experiment, outcomes))
+        except StoreFull as error:
+            raise OutcomesUnavailable(
+                f"no outcome was kept: {self._store.path.name} has the size that GATEWAY_STATE_MAX_BYTES allows, or the "
+                "disk is full",
+                is_permanent=True,
+            ) from error
+        except StoreBusy as error:
+            raise OutcomesUnavailable(
+                "no outcome was kept: the file of experiments is busy", retry_after_s=5
+            ) from error
+
+    async def report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
+        """Report the outcomes of an experiment; computed at most every 10 s, and only if something was added.
+
+        Args:
+            mismatch: why no verdict can be given, if the split is known to be wrong.
+
+        Raises:
+            OutcomesUnavailable: the file cannot be read now.
+        """
+        try:
+            await asyncio.wrap_future(self._thread.submit(self._write_waiting))
+            return await asyncio.to_thread(self._report, experiment, mismatch)
+        except (sqlite3.Error, StartError) as error:
+            raise _unreadable() from error
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        self._thread.submit(self._write_waiting).result()
+        self._thread.shutdown()
+        self._store.close()
+
+    # ------------------------------------------------------------------------------------------------- in a thread
+
+    def _post(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
+        self._write_waiting()
+        return self._store.keep(experiment, outcomes)
+
+    def _write_waiting(self) -> None:
+        """Write the exposures that wait, those of one transaction together; the others remain if that fails."""
+        while self._waiting:
+            exposures = [self._waiting[i] for i in range(min(1_000, len(self._waiting)))]
+            try:
+                if any(exposure.generation not in self._declared for exposure in exposures):
+                    self._declare()
+                self._store.expose([(one, datetime.fromisoformat(one.time).timestamp()) for one in exposures])
+            except (StoreBusy, StoreFull) as error:
+                if time.monotonic() - self._warned_at > _SECONDS_BETWEEN_WARNINGS:
+                    self._warned_at = time.monotonic()
+                    log.error("exposures_not_kept", path=str(self._store.path), reason=str(error))
+                return
+            for _ in exposures:
+                self._waiting.popleft()
+
+    def _declare(self) -> None:
+        """Remember the arms that are served now, for exposures of them."""
+        for experiment in self._experiments():
+            generation = Split(experiment).generation
+            if generation not in self._declared:
+                self._store.declare(experiment.id, branches_of(experiment, generation))
+                self._declared.add(generation)
+
+    def _report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
+        with self._computing, Reader(self._store.path) as reader:
+            state = (reader.state(), experiment, mismatch)
+            known = self._reports.get(experiment.id)
+            if known and (
+                known[1] == state or (known[1][1:] == state[1:] and time.monotonic() - known[0] < _MAX_AGE_S)
+            ):
+                return known[2]
+            reported = read_report(reader, experiment, mismatch)
+            for (question, arm), decision in reported.decided.items():
+                with suppress(StoreBusy, StoreFull):  # the next look decides
+                    self._thread.submit(self._store.decide, experiment.id, question, arm, decision).result()
+            if len(self._reports) >= _MAX_REPORTS:
+                self._reports.clear()
+            self._reports[experiment.id] = (time.monotonic(), state, reported.report)
+            return reported.report
+
+
+def _unreadable() -> OutcomesUnavailable:
+    return OutcomesUnavailable("the file of experiments cannot be read now", retry_after_s=5)
+
+
+def read_report(reader: Reader, experiment: Experiment, mismatch: str | None = None) -> Reported:
+    """Compute the report of an experiment from a file."""
+    outcomes = {name: reader.outcomes(experiment.id, name)[0] for name in reader.names(experiment.id)}
+    return report_outcomes(
+        experiment,
+        reader.exposures(experiment.id),
+        outcomes,
+        time.time(),
+        lambda question: reader.decisions(experiment.id, question),
+        mismatch=mismatch,
+    )

@@ -1,0 +1,154 @@
+"""Outcomes as an application sends them, one by one: as objects of JSON, or as rows of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.config.fields import OUTCOME_NAME
+from gateway.config.wording import describe
+from gateway.errors import StartError
+from gateway.experiments.split import Split, read_unit
+from gateway.outcomes.joining import signed
+from gateway.outcomes.store import NewOutcome
+
+MAX_UNIT_BYTES = 1_024
+_MOST = 1e12
+_NAMES = f"^{OUTCOME_NAME.pattern}$"
+_COLUMNS = ("unit", "value", "name", "of", "id", "before", "time")
+# What each field must be. The message shows no unit and no id, which may identify a person.
+_MUST_BE = {
+    "unit": f"must be the unit as requests send it, a text of 1 to {MAX_UNIT_BYTES:,} bytes",
+    "name": "must have 1 to 64 letters, digits and `.`, `_`, `-`",
+    "value": "must be a number from -1e12 to 1e12",
+    "of": "must be a number of chances from 0 to 1e12",
+    "id": "must be a text of 1 to 200 characters, the same if the outcome is sent again",
+    "before": "must be true or false",
+}
+
+
+class WrongOutcome(Exception):
+    """A field of an outcome is missing or not accepted."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"`{field}` {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class PostedOutcome(BaseModel):
+    """What happened to a unit."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    unit: str | int = Field(
+        description="The unit, as requests for embeddings send it. It is kept as a salted hash alone."
+    )
+    value: Annotated[float, Field(ge=-_MOST, le=_MOST)] = Field(description="How much, or 1 for yes and 0 for no.")
+    name: Annotated[str, Field(pattern=_NAMES)] | None = Field(
+        default=None, description="What it is, such as `kept`. By default the outcome that models.yaml declares."
+    )
+    of: Annotated[float, Field(ge=0, le=_MOST)] = Field(
+        default=1.0, description="Out of how many chances: searches, for clicks."
+    )
+    id: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        description="Identifies the outcome: sent again, it does not count again."
+    )
+    before: bool = Field(
+        default=False, description="Whether it is of the time before the experiment: makes the intervals narrower."
+    )
+
+
+def read_outcome(
+    row: object, split: Split, primary: str | None, now: float, *, is_text: bool = False
+) -> NewOutcome | None:
+    """Read one outcome; ``None`` if the experiment excludes its unit.
+
+    Args:
+        row: see :class:`PostedOutcome`.
+        primary: the name of an outcome without one.
+        now: when it happened, in seconds since the epoch.
+        is_text: all values are texts, as in a CSV file.
+
+    Raises:
+        WrongOutcome: it is not one.
+    """
+    if not isinstance(row, Mapping):
+        raise WrongOutcome("", f"must be an object with unit, value and id, got {describe(row)}")
+    try:
+        posted = PostedOutcome.model_validate({k: v for k, v in row.items() if v is not None}, strict=not is_text)
+    except ValidationError as error:
+        field = str(error.errors(include_url=False)[0]["loc"][0])
+        if field not in row:
+            raise WrongOutcome(field, f"is required: it {_MUST_BE[field]}") from None
+        got = "" if field in {"unit", "id"} else f", got {describe(row[field])}"
+        raise WrongOutcome(field, f"{_MUST_BE[field]}{got}") from None
+    unit = read_unit(str(posted.unit))
+    if unit is None or len(unit.encode(errors="replace")) > MAX_UNIT_BYTES:
+        raise WrongOutcome("unit", _MUST_BE["unit"])
+    name = posted.name or primary
+    if name is None:
+        raise WrongOutcome("name", "is required, as models.yaml declares no `outcome` for the experiment")
+    if split.excludes(unit):
+        return None
+    return NewOutcome(
+        name=name,
+        key=hashlib.sha256(posted.id.encode(errors="replace")).digest()[:16],
+        unit=signed(split.hash_of(unit)),
+        value=posted.value,
+        of=posted.of,
+        time=now,
+        is_before=posted.before,
+    )
+
+
+def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutcome]:
+    """Read outcomes from a CSV file whose header names ``unit`` and ``value``, and maybe the other columns.
+
+    Rows without an ``id`` are all different. Those without a ``time`` happened after all exposures.
+
+    Raises:
+        StartError: the file cannot be read, or a row is wrong.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, restkey="")
+            _check_header(path, list(rows.fieldnames or ()))
+            for row in rows:
+                try:
+                    outcome = _read_row(row, f"{path.resolve()}:{rows.line_num}", split, primary)
+                except (WrongOutcome, ValueError) as error:
+                    raise StartError(f"{path}:{rows.line_num}: {error}") from error
+                if outcome is not None:
+                    yield outcome
+    except OSError as error:
+        raise StartError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise StartError(f"{path} cannot be read: {error}") from error
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    if set(names) <= set(_COLUMNS) and {"unit", "value"} <= set(names) and len(names) == len(set(names)):
+        return
+    raise StartError(
+        f"{path}: the first line must name the columns unit and value, and may name {', '.join(_COLUMNS[2:])}; got "
+        f"{', '.join(names)[:200] or 'nothing'}"
+    )
+
+
+def _read_row(row: Mapping[str, str], place: str, split: Split, primary: str | None) -> NewOutcome | None:
+    if "" in row:
+        raise WrongOutcome("unit", "and the other columns: the row has more values than the first line")
+    values = {"id": place} | {name: value.strip() for name, value in row.items() if value and value.strip()}
+    seconds = math.inf
+    if when := values.pop("time", None):
+        time = datetime.fromisoformat(when)
+        seconds = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    return read_outcome(values, split, primary, seconds, is_text=True)

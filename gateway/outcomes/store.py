@@ -1,0 +1,358 @@
+"""Exposures and outcomes in a file of SQLite, written by one thread, and read by others meanwhile.
+
+Several processes on one machine may share the file; WAL needs the same machine. What has been confirmed survives a crash.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from gateway.errors import StartError
+from gateway.experiments.exposures import Exposure, iso
+from gateway.outcomes.joining import Branch, Exposures, Outcomes, signed
+
+FILE_NAME = "experiments.sqlite3"
+MAX_PER_UNIT = 1_000
+"""Outcomes of one name and unit that are kept: a client that repeats itself must not decide anything, nor fill the disk."""
+
+MAX_UNKNOWN = 100_000
+"""Outcomes of units without an exposure in this file that are kept: the exposure may be in that of another replica."""
+
+MAX_NAMES = 20
+"""Different names of outcomes of an experiment."""
+
+_BUSY_S = 5.0
+_PAGE_BYTES = 4096
+_CHUNK = 50_000
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS branches (
+    id INTEGER PRIMARY KEY, experiment TEXT NOT NULL, generation TEXT NOT NULL, arm TEXT NOT NULL,
+    model TEXT NOT NULL, task TEXT, share REAL NOT NULL, UNIQUE (experiment, generation, arm));
+CREATE TABLE IF NOT EXISTS exposures (
+    id INTEGER PRIMARY KEY, branch INTEGER NOT NULL, unit INTEGER NOT NULL, time REAL NOT NULL, answered INTEGER NOT NULL,
+    model TEXT NOT NULL, space TEXT, source TEXT, UNIQUE (unit, branch));
+CREATE TABLE IF NOT EXISTS names (
+    id INTEGER PRIMARY KEY, experiment TEXT NOT NULL, name TEXT NOT NULL, unknown INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (experiment, name));
+CREATE TABLE IF NOT EXISTS outcomes (
+    id INTEGER PRIMARY KEY, name INTEGER NOT NULL, key BLOB NOT NULL, unit INTEGER NOT NULL, value REAL NOT NULL,
+    of REAL NOT NULL, time REAL NOT NULL, is_before INTEGER NOT NULL, UNIQUE (name, key));
+CREATE INDEX IF NOT EXISTS outcomes_of_unit ON outcomes (unit, name);
+CREATE TABLE IF NOT EXISTS decisions (
+    experiment TEXT NOT NULL, question TEXT NOT NULL, arm TEXT NOT NULL, verdict TEXT NOT NULL, time TEXT NOT NULL,
+    PRIMARY KEY (experiment, question, arm));
+"""
+
+
+class StoreFull(Exception):
+    """The file has the size that it may have, or the disk is full."""
+
+
+class StoreBusy(Exception):
+    """The file cannot be written now: another process holds it, or the disk fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewOutcome:
+    """One outcome to be kept.
+
+    Attributes:
+        key: identifies it: a second one with the same key is the same, sent again.
+        unit: hashed, as a signed number of 64 bits.
+    """
+
+    name: str
+    key: bytes
+    unit: int
+    value: float
+    of: float
+    time: float
+    is_before: bool
+
+
+@dataclass(slots=True)
+class Kept:
+    """What became of some outcomes, in numbers."""
+
+    stored: int = 0
+    repeated: int = 0
+    too_many_of_unit: int = 0
+    unknown_unit: int = 0
+    too_many_names: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict of the first look that decided."""
+
+    verdict: str
+    time: str
+
+
+class Store:
+    """One file. Every method waits for the disk: call them outside of the event loop.
+
+    Args:
+        max_bytes: the size that the file may have.
+
+    Raises:
+        StartError: it cannot be opened, or is not such a file.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(path)
+            with self._writing():
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                if version not in (0, _VERSION):
+                    raise StartError(f"{path} is of version {version}, and this gateway reads {_VERSION}")
+                self._db.execute(f"PRAGMA user_version = {_VERSION}")
+            self._db.execute(f"PRAGMA max_page_count = {max_bytes // _PAGE_BYTES}")
+        except (OSError, sqlite3.Error, StoreFull, StoreBusy) as error:
+            raise StartError(f"{path} cannot be opened as a file of experiments: {error}") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Write in one transaction.
+
+        Raises:
+            StoreFull: there is no room.
+            StoreBusy: the file cannot be written now.
+        """
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                raise StoreFull(str(error)) from error
+            raise StoreBusy(str(error)) from error
+
+    def declare(self, experiment: str, branches: Iterable[Branch]) -> None:
+        """Remember the arms of an experiment under a set of weights.
+
+        Raises:
+            StoreFull, StoreBusy: they could not be written.
+        """
+        rows = [(experiment, b.generation, b.arm, b.model, b.task, b.share) for b in branches]
+        with self._writing():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO branches (experiment, generation, arm, model, task, share) VALUES (?, ?, ?, ?, ?, ?)",
+                rows,
+            )
+
+    def expose(self, exposures: Sequence[tuple[Exposure, float]]) -> None:
+        """Keep exposures, with their times in seconds since the epoch; those of arms that were not declared are left out.
+
+        Raises:
+            StoreFull, StoreBusy: none could be written.
+        """
+        rows = [
+            (signed(e.unit), seconds, e.answered, e.model, e.space, e.source, e.experiment, e.generation, e.arm)
+            for e, seconds in exposures
+        ]
+        with self._writing():
+            self._db.executemany(
+                "INSERT INTO exposures (branch, unit, time, answered, model, space, source) "
+                "SELECT id, ?, ?, ?, ?, ?, ? FROM branches WHERE experiment = ? AND generation = ? AND arm = ? "
+                "ON CONFLICT (unit, branch) DO UPDATE SET answered = 1, space = excluded.space WHERE excluded.answered",
+                rows,
+            )
+
+    def keep(self, experiment: str, outcomes: Sequence[NewOutcome]) -> Kept:
+        """Keep outcomes, all of them or none.
+
+        Raises:
+            StoreFull, StoreBusy: they could not be written.
+        """
+        kept = Kept()
+        with self._writing():
+            names = self._names(experiment, [outcome.name for outcome in outcomes])
+            for outcome in outcomes:
+                if (name := names.get(outcome.name)) is None:
+                    kept.too_many_names += 1
+                else:
+                    self._keep_one(experiment, name, outcome, kept)
+        return kept
+
+    def _keep_one(self, experiment: str, name: int, outcome: NewOutcome, kept: Kept) -> None:
+        is_known = "SELECT 1 FROM outcomes WHERE name = ? AND key = ?"
+        if self._db.execute(is_known, (name, outcome.key)).fetchone():
+            kept.repeated += 1
+            return
+        of_unit = "SELECT count(*) FROM outcomes WHERE unit = ? AND name = ?"
+        (num,) = self._db.execute(of_unit, (outcome.unit, name)).fetchone()
+        if num >= MAX_PER_UNIT:
+            kept.too_many_of_unit += 1
+            return
+        is_exposed = (
+            "SELECT 1 FROM exposures JOIN branches ON branches.id = branch WHERE unit = ? AND experiment = ? LIMIT 1"
+        )
+        if self._db.execute(is_exposed, (outcome.unit, experiment)).fetchone() is None:
+            update = "UPDATE names SET unknown = unknown + 1 WHERE id = ? AND unknown < ?"
+            if not self._db.execute(update, (name, MAX_UNKNOWN)).rowcount:
+                kept.unknown_unit += 1
+                return
+        self._db.execute(
+            "INSERT INTO outcomes (name, key, unit, value, of, time, is_before) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (name, outcome.key, outcome.unit, outcome.value, outcome.of, outcome.time, outcome.is_before),
+        )
+        kept.stored += 1
+
+    def _names(self, experiment: str, names: Iterable[str]) -> dict[str, int]:
+        known = {
+            name: id_
+            for id_, name in self._db.execute("SELECT id, name FROM names WHERE experiment = ?", (experiment,))
+        }
+        for name in dict.fromkeys(names):
+            if name not in known and len(known) < MAX_NAMES:
+                insert = "INSERT INTO names (experiment, name) VALUES (?, ?)"
+                known[name] = int(self._db.execute(insert, (experiment, name)).lastrowid or 0)
+        return known
+
+    def decide(self, experiment: str, question: str, arm: str, decision: Decision) -> None:
+        """Remember the verdict of a look that decided, unless an earlier one did.
+
+        Args:
+            question: identifies the outcome, its definition and the arms.
+
+        Raises:
+            StoreFull, StoreBusy: it could not be written.
+        """
+        with self._writing():
+            self._db.execute(
+                "INSERT OR IGNORE INTO decisions VALUES (?, ?, ?, ?, ?)",
+                (experiment, question, arm, decision.verdict, decision.time),
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class Reader:
+    """Reads a file of experiments.
+
+    Raises:
+        StartError: it cannot be opened, or is not such a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not path.is_file():
+            raise StartError(f"{path} cannot be read: no such file")
+        try:
+            uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+            self._db = sqlite3.connect(uri, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
+            self._db.execute("SELECT 1 FROM outcomes LIMIT 1")
+        except sqlite3.Error as error:
+            raise StartError(f"{path} is not a file of experiments: {error}") from error
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def state(self) -> tuple[int, int, int]:
+        """Return numbers that change when exposures or outcomes are added."""
+        row: tuple[int, int, int] = self._db.execute(
+            "SELECT (SELECT ifnull(max(id), 0) FROM exposures), (SELECT ifnull(max(id), 0) FROM outcomes), "
+            "(SELECT ifnull(max(id), 0) FROM branches)"
+        ).fetchone()
+        return row
+
+    def exposures(self, experiment: str) -> Exposures:
+        """Return the units of an experiment under all of its weights, in the order in which they came."""
+        rows = self._db.execute(
+            "SELECT id, generation, arm, model, task, share FROM branches WHERE experiment = ? ORDER BY id",
+            (experiment,),
+        ).fetchall()
+        places = {row[0]: place for place, row in enumerate(rows)}
+        branches = [Branch(*row[1:]) for row in rows]
+        marks = ", ".join("?" * len(places))
+        query = f"SELECT branch, unit, time FROM exposures WHERE branch IN ({marks}) ORDER BY id"  # noqa: S608  only marks
+        branch, unit, seconds = self._columns(query, list(places), (np.int64, np.int64, np.float64))
+        ids = np.array(list(places), np.int64)
+        return Exposures(branches, unit, np.searchsorted(ids, branch), seconds)
+
+    def names(self, experiment: str) -> list[str]:
+        """Return the names of the outcomes of an experiment."""
+        query = "SELECT name FROM names WHERE experiment = ? ORDER BY id"
+        return [name for (name,) in self._db.execute(query, (experiment,))]
+
+    def outcomes(self, experiment: str, name: str) -> tuple[Outcomes, list[bytes]]:
+        """Return the outcomes of one name, and their keys, which tell those that several replicas have."""
+        query = (
+            "SELECT unit, value, of, time, is_before, key FROM outcomes "
+            "WHERE name = (SELECT id FROM names WHERE experiment = ? AND name = ?) ORDER BY id"
+        )
+        kinds = (np.int64, np.float64, np.float64, np.float64, np.bool_, object)
+        unit, value, of, seconds, is_before, keys = self._columns(query, [experiment, name], kinds)
+        return Outcomes(unit, value, of, seconds, is_before), keys.tolist()
+
+    def log(self, after: int = 0) -> Iterator[tuple[int, Exposure]]:
+        """Yield the exposures of all experiments as the exposure log writes them, each with its number.
+
+        Args:
+            after: the number of the last one that is known already.
+        """
+        rows = self._db.execute(
+            "SELECT exposures.id, time, experiment, generation, arm, unit, exposures.model, space, share, source, answered "
+            "FROM exposures JOIN branches ON branches.id = branch WHERE exposures.id > ? ORDER BY exposures.id",
+            (after,),
+        )
+        for number, seconds, experiment, generation, arm, unit, model, space, share, source, answered in rows:
+            yield (
+                number,
+                Exposure(
+                    iso(seconds),
+                    experiment,
+                    generation,
+                    arm,
+                    unit.to_bytes(8, signed=True).hex(),
+                    model,
+                    space,
+                    share,
+                    source,
+                    bool(answered),
+                ),
+            )
+
+    def decisions(self, experiment: str, question: str) -> dict[str, Decision]:
+        """Return the decision about each arm."""
+        query = "SELECT arm, verdict, time FROM decisions WHERE experiment = ? AND question = ?"
+        return {arm: Decision(verdict, when) for arm, verdict, when in self._db.execute(query, (experiment, question))}
+
+    def _columns(self, query: str, values: Sequence[object], kinds: Sequence[type]) -> list[np.ndarray]:
+        """Return the columns of a query, read in chunks: a list of all rows would take many times the memory."""
+        cursor = self._db.execute(query, values)
+        chunks: list[list[np.ndarray]] = []
+        while rows := cursor.fetchmany(_CHUNK):
+            chunks.append([np.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)])
+        if not chunks:
+            return [np.empty(0, kind) for kind in kinds]
+        return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")  # a confirmed outcome survives a power failure
+    return db

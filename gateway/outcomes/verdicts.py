@@ -1,0 +1,207 @@
+"""From exposures and outcomes to a report with verdicts. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from gateway.config.registry import Arm, Experiment, Outcome
+from gateway.experiments.exposures import iso
+from gateway.experiments.outcome_report import OutcomeArm, OutcomeComparison, OutcomeReport, OutcomesReport
+from gateway.experiments.sequence import ALPHA, LEAST_UNITS, Difference, units_needed
+from gateway.outcomes.comparing import Comparison, compare, describe
+from gateway.outcomes.joining import Branch, Exposures, Joined, Outcomes, join
+from gateway.outcomes.store import Decision
+
+_Verdict: TypeAlias = Literal["better", "worse", "as good", "not yet"]
+_VERDICTS: tuple[_Verdict, ...] = get_args(_Verdict)
+
+Decisions = Callable[[str], Mapping[str, Decision]]
+"""Returns the earlier decision about each arm, for a question."""
+
+_LEAST_SECONDS = 60.0  # of a younger experiment, no rate is known
+_MOST_SECONDS = 100 * 365 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A report, and what it decided.
+
+    Attributes:
+        decided: the arm and its verdict, by question, of each that no earlier look decided.
+    """
+
+    report: OutcomesReport
+    decided: Mapping[tuple[str, str], Decision]
+
+
+def branches_of(experiment: Experiment, generation: str) -> list[Branch]:
+    """Return the arms of an experiment as the registry has them."""
+    total = sum(arm.weight for arm in experiment.arms)
+    return [Branch(generation, arm.label, arm.model, arm.task, arm.weight / total) for arm in experiment.arms]
+
+
+def report_outcomes(
+    experiment: Experiment,
+    exposures: Exposures,
+    outcomes: Mapping[str, Outcomes],
+    now: float,
+    earlier: Decisions = lambda _question: {},
+    *,
+    mismatch: str | None = None,
+) -> Reported:
+    """Report all outcomes of an experiment, the primary one first and with verdicts.
+
+    Args:
+        outcomes: by name.
+        now: in seconds since the epoch.
+        earlier: the decisions of earlier looks, which stay.
+        mismatch: why no verdict can be given, if the split is known to be wrong.
+    """
+    reports, decided = [], {}
+    primary = experiment.outcome
+    names = ([primary.name] if primary else []) + [n for n in outcomes if primary is None or n != primary.name]
+    for name in names:
+        posted = outcomes.get(name, _NONE)
+        joined = join(exposures, posted)
+        declared = primary if primary is not None and name == primary.name else None
+        question = _question(experiment, declared) if declared else ""
+        found = _Look(experiment, declared, joined, now, earlier(question) if declared else {}, mismatch)
+        report = found.report(name, len(posted.unit))
+        reports.append(report)
+        for comparison in report.comparisons:
+            if comparison.decided == iso(now) and comparison.verdict is not None:
+                decided[question, comparison.arm] = Decision(comparison.verdict, iso(now))
+    return Reported(OutcomesReport(experiment=experiment.id, as_of=iso(now), outcomes=reports), decided)
+
+
+_NONE = Outcomes(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty(0), np.empty(0, np.bool_))
+
+
+def _question(experiment: Experiment, outcome: Outcome) -> str:
+    """Return a text that identifies the question: another definition of the outcome, salt or control is another one."""
+    control = experiment.control
+    parts = [experiment.salt or experiment.id, outcome.model_dump(), control.label, control.model, control.task]
+    arms = [[arm.label, arm.model, arm.task] for arm in experiment.arms[1:]]
+    return json.dumps([*parts, arms], sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One look at one outcome."""
+
+    experiment: Experiment
+    declared: Outcome | None
+    joined: Joined
+    now: float
+    earlier: Mapping[str, Decision]
+    mismatch: str | None
+
+    def report(self, name: str, num_outcomes: int) -> OutcomeReport:
+        alpha = ALPHA / (len(self.experiment.arms) - 1)
+        per = self.declared.per if self.declared else "unit"
+        arms = [(arm, describe(self.joined, _branch(arm), per, alpha)) for arm in self.experiment.arms]
+        control = self.experiment.control
+        return OutcomeReport(
+            name=name,
+            primary=self.declared is not None,
+            per=per,
+            better=self.declared.better if self.declared else "more",
+            margin=self.declared.margin if self.declared else None,
+            outcomes=num_outcomes,
+            unmatched=self.joined.num_unmatched,
+            arms=[
+                OutcomeArm(
+                    arm=arm.label,
+                    units=found.units,
+                    units_with_outcome=found.units_with_outcome,
+                    mean=found.mean,
+                    low=_ends(found.interval)[1],
+                    high=_ends(found.interval)[2],
+                )
+                for arm, found in arms
+            ],
+            comparisons=[
+                self._comparison(arm, compare(self.joined, _branch(control), _branch(arm), per, alpha), alpha)
+                for arm in self.experiment.arms[1:]
+            ],
+        )
+
+    def _comparison(self, arm: Arm, found: Comparison, alpha: float) -> OutcomeComparison:
+        difference = found.difference
+        estimate, low, high = _ends(difference)
+        verdict, reason = self._verdict(found)
+        decided = None
+        if verdict is not None and (before := self.earlier.get(arm.label)):
+            verdict, decided = _known(before.verdict), before.time
+            reason = f"decided on {before.time[:10]}; the interval is that of now"
+        elif verdict not in (None, "not yet"):
+            decided = iso(self.now)
+        num_needed = None
+        if self.declared and difference and difference.deviation:
+            num_needed = units_needed(difference.deviation, self.declared.margin, alpha)
+        return OutcomeComparison(
+            arm=arm.label,
+            control=self.experiment.control.label,
+            estimate=estimate,
+            low=low,
+            high=high,
+            units=found.units,
+            uses_before=found.uses_before,
+            generations=found.num_generations,
+            verdict=verdict,
+            reason=reason,
+            decided=decided,
+            units_needed=num_needed,
+            look_again=self._look_again(arm, found.units, num_needed) if verdict == "not yet" else None,
+        )
+
+    def _verdict(self, found: Comparison) -> tuple[_Verdict | None, str]:
+        """Return the verdict of this look alone, and why."""
+        if self.declared is None:
+            return None, "models.yaml declares another outcome" if self.experiment.outcome else (
+                "models.yaml declares no `outcome`, and without one to decide by, some difference is always found"
+            )
+        if self.mismatch or found.mismatch:
+            return None, self.mismatch or (found.mismatch.verdict if found.mismatch else "")
+        if found.difference is None:
+            return "not yet", f"needs {LEAST_UNITS} units in each arm, of which enough differ"
+        return _judge(found.difference, self.declared)
+
+    def _look_again(self, arm: Arm, num_units: int, num_needed: int | None) -> str | None:
+        """Return when as many units as are needed will have come, if they come as until now."""
+        exposures = self.joined.exposures
+        labels = [arm.label, self.experiment.control.label]
+        mine = [index for index, branch in enumerate(exposures.branches) if branch.arm in labels]
+        times = exposures.time[np.isin(exposures.branch, mine)]
+        if num_needed is None or not len(times) or (seconds := self.now - float(times.min())) < _LEAST_SECONDS:
+            return None
+        missing = max(0, num_needed - num_units)
+        when = self.now + missing * seconds / max(1, num_units)
+        return iso(when) if when < self.now + _MOST_SECONDS else None
+
+
+def _ends(found: Difference | None) -> tuple[float | None, float | None, float | None]:
+    return (None, None, None) if found is None else (found.estimate, found.low, found.high)
+
+
+def _judge(difference: Difference, outcome: Outcome) -> tuple[_Verdict, str]:
+    low, high = difference.low, difference.high
+    if low > 0 or high < 0:
+        is_more = low > 0
+        return ("better" if is_more == (outcome.better == "more") else "worse"), "the interval leaves 0 out"
+    if -outcome.margin < low and high < outcome.margin:
+        return "as good", f"the interval is within the margin of {outcome.margin:g}"
+    return "not yet", f"the interval holds 0, and reaches beyond the margin of {outcome.margin:g}"
+
+
+def _branch(arm: Arm) -> Branch:
+    return Branch("", arm.label, arm.model, arm.task, 0.0)
+
+
+def _known(verdict: str) -> _Verdict:
+    return next((known for known in _VERDICTS if known == verdict), "not yet")

@@ -1,0 +1,201 @@
+"""``gateway experiments ID --outcomes FILE``: a CSV file by hand, and the files of several replicas together."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gateway.cli.main import app
+from gateway.config.registry import Experiment, load_registry
+from gateway.errors import StartError
+from gateway.experiments.exposures import Exposure, ExposureLog, iso
+from gateway.experiments.split import Split
+from gateway.outcomes.files import report_files
+from gateway.outcomes.joining import signed
+from gateway.outcomes.reading import read_csv
+from gateway.outcomes.store import NewOutcome, Store
+from gateway.outcomes.verdicts import branches_of
+
+REGISTRY = """\
+version: 1
+models:
+  - {id: one, source: ./one}
+  - {id: two, source: ./two}
+experiments:
+  - id: exp
+    kind: cross_space
+    unit: {from: [body:user]}
+    exclude: [staff]
+    outcome: {name: kept, margin: 0.05}
+    arms:
+      - {model: one, weight: 1}
+      - {name: second, model: two, weight: 1}
+"""
+UNITS = [f"user-{i}" for i in range(400)]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "models.yaml"
+    path.write_text(REGISTRY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def experiment(models: Path) -> Experiment:
+    return load_registry(models, {}).experiments[0]
+
+
+def exposures_of(experiment: Experiment, units: list[str], seconds: float = 100.0) -> list[Exposure]:
+    split = Split(experiment)
+    return [
+        Exposure(
+            iso(seconds), "exp", split.generation, arm.label, split.hash_of(unit), arm.model, "s@0", 0.5, "body:user"
+        )
+        for unit in units
+        for arm in [split.arm_of(unit)]
+    ]
+
+
+def write_log(path: Path, exposures: list[Exposure]) -> Path:
+    log = ExposureLog(path, 10**7, 1)
+    for exposure in exposures:
+        log.write(exposure)
+    log.close()
+    return path
+
+
+def write_csv(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["experiments", *map(str, arguments)])
+    assert not isinstance(result.exception, Exception), result.exception
+    bare = "".join(" " if char in "│┃┏┓┗┛┡┩┳╇┴━─├┤┼└┘┌┐" else char for char in result.stdout)
+    return result.exit_code, " ".join(bare.split()), result.stderr
+
+
+def test_a_csv_file_is_compared_by_hand(models: Path, experiment: Experiment, tmp_path: Path) -> None:
+    split = Split(experiment)
+    log = write_log(tmp_path / "x.jsonl", exposures_of(experiment, UNITS))
+    second = [unit for unit in UNITS if split.arm_of(unit).label == "second"]
+    kept = [*second[::2], "stranger", "staff"]
+    csv = write_csv(tmp_path / "kept.csv", "unit,value", *(f"{unit},1" for unit in kept))
+
+    (report,) = report_files(experiment, [log], [csv]).outcomes
+    status, printed, errors = run("exp", "--models", models, "--exposures", log, "--outcomes", csv)
+
+    num, num_second, num_kept = len(UNITS), len(second), len(second[::2])
+    mean = num_kept / num
+    expected = (num_kept * (1 - mean) - (num_second - num_kept) * mean + (num - num_second) * mean) / 0.5 / num
+    (comparison,) = report.comparisons
+    assert comparison.estimate == pytest.approx(expected)
+    assert (report.outcomes, report.unmatched) == (num_kept + 1, 1)  # the excluded one is not read
+    assert [(arm.units, arm.units_with_outcome) for arm in report.arms] == [
+        (num - num_second, 0),
+        (num_second, num_kept),
+    ]
+    assert comparison.verdict == "better"
+    assert (status, errors) == (0, "")
+    assert f"outcome kept (per unit, more is better, margin 0.05): {num_kept + 1} posted" in printed
+    assert "not counted: 1 of units that were in no arm before" in printed
+    assert f"second {num_second} {num_kept} {num_kept / num_second:.4g} " in printed
+    assert f"second against one: better, difference +{expected:.4g} (" in printed
+
+
+def test_not_yet_says_how_many_units_and_when_to_look_again(
+    models: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    log = write_log(tmp_path / "x.jsonl", exposures_of(experiment, UNITS, seconds=time.time() - 86_400))
+    csv = write_csv(tmp_path / "kept.csv", "unit,value", *(f"{unit},1" for unit in UNITS[::3]))
+
+    _, printed, _ = run("exp", "--models", models, "--exposures", log, "--outcomes", csv)
+
+    assert "second against one: not yet, difference " in printed
+    assert "; 400 units, and about " in printed
+    assert " find a difference of the margin: look again on 20" in printed
+
+
+def test_the_files_of_several_replicas_are_united(experiment: Experiment, tmp_path: Path) -> None:
+    """Units in both, outcomes at the replica that has not seen the unit, and one that was posted to both."""
+    split = Split(experiment)
+    paths = []
+    for number, units in enumerate((UNITS[:250], UNITS[200:])):
+        path = tmp_path / f"{number}.sqlite3"
+        store = Store(path, 10**8)
+        store.declare("exp", branches_of(experiment, split.generation))
+        store.expose([(one, 100.0 + number) for one in exposures_of(experiment, units)])
+        posted = [*UNITS[number * 100 : number * 100 + 50], "user-399"]
+        rows = [
+            NewOutcome("kept", unit.encode()[:16].ljust(16), signed(split.hash_of(unit)), 1, 1, 200, False)
+            for unit in posted
+        ]
+        store.keep("exp", rows)
+        store.close()
+        paths.append(path)
+
+    (report,) = report_files(experiment, paths, []).outcomes
+
+    assert (report.outcomes, report.unmatched) == (101, 0)
+    assert sum(arm.units for arm in report.arms) == 400
+    assert sum(arm.units_with_outcome for arm in report.arms) == 101
+
+
+def test_other_columns_are_read(experiment: Experiment, tmp_path: Path) -> None:
+    csv = write_csv(
+        tmp_path / "x.csv",
+        "\ufeffunit,name,value,of,id,before,time",
+        "ada,clicks,2.5,4,evt-1,,1970-01-01T00:01:40Z",
+        " Jose\u0301 ,,1,,,true,",
+    )
+
+    first, second = read_csv(csv, Split(experiment), "kept")
+
+    assert (first.name, first.value, first.of, first.time, first.is_before) == ("clicks", 2.5, 4, 100, False)
+    assert (second.name, second.value, second.of, second.time, second.is_before) == ("kept", 1, 1, math.inf, True)
+    assert second.unit == signed(Split(experiment).hash_of("Jos\u00e9"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            [""],
+            ": the first line must name the columns unit and value, and may name name, of, id, before, time; got nothing",
+        ),
+        (["unit,points"], ": the first line must name the columns unit and value, and may name .*; got unit, points"),
+        (["unit,value", "ada,1", "bob,many"], ":3: `value` must be a number from -1e12 to 1e12, got the text `many`"),
+        (["unit,value", "ada,nan"], ":2: `value` must be a number"),
+        (["unit,value", "ada,"], ":2: `value` is required"),
+        (["unit,value", ",1"], ":2: `unit` is required"),
+        (["unit,value", "ada,1,2"], ":2: `unit` and the other columns: the row has more values than the first line"),
+        (["unit,value,time", "ada,1,yesterday"], ":2: Invalid isoformat string: 'yesterday'"),
+        (["unit,value,before", "ada,1,perhaps"], ":2: `before` must be true or false, got the text `perhaps`"),
+        (["unit,value,name", "ada,1,a b"], ":2: `name` must have 1 to 64 letters"),
+    ],
+)
+def test_a_wrong_file_is_one_line(experiment: Experiment, tmp_path: Path, lines: list[str], said: str) -> None:
+    csv = write_csv(tmp_path / "x.csv", *lines)
+
+    with pytest.raises(StartError, match=f"x.csv{said}"):
+        list(read_csv(csv, Split(experiment), "kept"))
+
+
+def test_a_file_that_cannot_be_read_is_named(models: Path, experiment: Experiment, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "x.jsonl", exposures_of(experiment, UNITS[:3]))
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes(b"unit,value\nJos\xe9,1\n")
+
+    none = run("exp", "--models", models, "--exposures", log, "--outcomes", tmp_path / "none.csv")
+    not_utf8 = run("exp", "--models", models, "--exposures", log, "--outcomes", latin)
+    alone = run("exp", "--models", models, "--outcomes", latin)
+
+    assert none == (1, "", f"the file {tmp_path / 'none.csv'} cannot be read: No such file or directory\n")
+    assert not_utf8[2].startswith(f"{latin} cannot be read: 'utf-8' codec can't decode byte 0xe9")
+    assert alone == (1, "", "--outcomes: also name the exposures of the units: --exposures FILE...\n")
