@@ -1,7 +1,8 @@
 """Measure the encoders on a CUDA device, against the limits of the card and against padded batches.
 
-Jina v3 and BGE-M3 at full size with random weights, through the gateway's packed runtime, in turns with transformers' own
-model on padded batches in the same precision (what sentence-transformers runs).
+Jina v3 and BGE-M3 at full size with random weights, through the runtime and heads that the gateway would choose, in turns
+with transformers' own model on padded batches in the same precision: of 32 texts, as sentence-transformers makes them, and
+of as many tokens as ours.
 
     python -m bench.gpu                        on the first CUDA device
     python -m bench.gpu --update               also writes the result into docs/performance.md
@@ -14,9 +15,12 @@ import argparse
 import math
 import random
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,8 +29,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from bench import gpu_models
-from bench.gpu_findings import Findings, Latency, ModelFindings, Tasks, Throughput
-from bench.gpu_models import NUM_TASKS, PaddedEncoder, Rows
+from bench.gpu_card import describe_card, describe_state
+from bench.gpu_findings import Findings, Latency, ModelFindings, Outputs, Tasks, Throughput
+from bench.gpu_models import NUM_TASKS, PaddedEncoder, Rows, RuntimeEncoder
 from bench.machine import describe_machine
 from bench.processes import RESULTS
 from bench.report import note, update_page
@@ -41,6 +46,9 @@ class Scale:
         matmul: side of the large square product.
         tokens: of the texts that are encoded in one measurement.
         max_batch_tokens: the most tokens of the gateway in one forward.
+        requests: texts and tokens of a request whose latency is measured.
+        num_latencies: of a request; the p99 of fewer than some hundred would be the slowest.
+        output_lengths: of the texts whose other outputs are measured.
     """
 
     is_tiny: bool
@@ -49,11 +57,35 @@ class Scale:
     tokens: int
     max_batch_tokens: int
     rounds: int
+    requests: Sequence[tuple[int, int]]
     num_latencies: int
+    output_lengths: Sequence[int]
 
 
-FULL = Scale(False, 8192, (16, 32, 64, 128, 256, 512, 2048, 8192), 131_072, 16_384, 5, 50)
-TINY = Scale(True, 64, (4, 16), 128, 64, 2, 3)
+FULL = Scale(
+    is_tiny=False,
+    matmul=8192,
+    lengths=(16, 32, 64, 128, 256, 512, 2048, 8192),
+    tokens=131_072,
+    max_batch_tokens=16_384,
+    rounds=5,
+    requests=((1, 16), (32, 16), (32, 128)),
+    num_latencies=300,
+    output_lengths=(16, 64, 512),
+)
+TINY = Scale(
+    is_tiny=True,
+    matmul=64,
+    lengths=(4, 64),
+    tokens=128,
+    max_batch_tokens=64,
+    rounds=2,
+    requests=((1, 4), (32, 4)),
+    num_latencies=3,
+    output_lengths=(64,),
+)
+# A busy event loop: it holds the interpreter's lock for so long, then waits.
+_BUSY_S, _IDLE_S = 0.006, 0.004
 
 
 class Encoder(Protocol):
@@ -68,12 +100,12 @@ class Bench:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, scale: Scale) -> None:
         self.device, self.dtype, self.scale = device, dtype, scale
-        self.matmul_tflops = {
-            shape: self._matmul_tflops(*shape)
-            for side in [scale.matmul]
-            for shape in ((side, side, side), *_model_shapes(scale))
-        }
-        self.peak_tflops = self.matmul_tflops[scale.matmul, scale.matmul, scale.matmul]
+        self.matmul_tflops = {shape: self._matmul_tflops(*shape) for shape in _model_shapes(scale)}
+        self.matmul_tflops[(scale.matmul,) * 3] = self.peak_tflops()
+
+    def peak_tflops(self) -> float:
+        """Return the card's rate for a large square product, now."""
+        return self._matmul_tflops(*(self.scale.matmul,) * 3)
 
     def _matmul_tflops(self, rows: int, inner: int, columns: int) -> float:
         left = torch.randn(rows, inner, device=self.device, dtype=self.dtype)
@@ -104,7 +136,7 @@ class Bench:
         self._synchronize()
         return time.perf_counter() - started
 
-    def peak_mib(self, work: Callable[[], object]) -> float:
+    def _peak_mib(self, work: Callable[[], object]) -> float:
         """Return the most memory that is allocated during ``work``, models included."""
         if self.device.type != "cuda":
             return math.nan
@@ -119,46 +151,65 @@ class Bench:
     # ------------------------------------------------------------------------------------------------- one model
 
     def run(self, name: str, config: PreTrainedConfig, *, has_tasks: bool) -> ModelFindings:
-        """Measure a model."""
-        throughput, latency = self._run_without_tasks(name, config)
-        tasks = self._run_tasks(name, config) if has_tasks else []
-        return ModelFindings(name, str(self.dtype).removeprefix("torch."), throughput, latency, tasks)
-
-    def _run_without_tasks(self, name: str, config: PreTrainedConfig) -> tuple[list[Throughput], list[Latency]]:
+        """Measure a model: texts without a task, and with tasks if it has any, else other outputs."""
+        before, state = self.peak_tflops(), describe_state(self.device)
         model = gpu_models.build_model(config, self.device, self.dtype)
         num_weights = gpu_models.linear_params(model)
-        ours = gpu_models.packed_encoder(model, (), self.scale.max_batch_tokens)
-        padded = PaddedEncoder(gpu_models.build_model(config, self.device, self.dtype))
+        ours = gpu_models.gateway_encoder(model, (), self.scale.max_batch_tokens)
+        latency = [self._latency(count, length, ours) for count, length in self.scale.requests]
+        outputs = [] if has_tasks else self._outputs(ours)
+        throughput = self._throughputs(name, config, ours, num_weights)
+        runtime = ours.runtime.name
+        del model, ours  # the next ones need the room
+        tasks = self._run_tasks(name, config, num_weights) if has_tasks else []
+        return ModelFindings(
+            name,
+            str(self.dtype).removeprefix("torch."),
+            runtime,
+            (before, self.peak_tflops()),
+            (state, describe_state(self.device)),
+            throughput,
+            latency,
+            outputs,
+            tasks,
+        )
+
+    def _throughputs(
+        self, name: str, config: PreTrainedConfig, ours: RuntimeEncoder, num_weights: int
+    ) -> list[Throughput]:
         texts = {str(length): self._texts(length) for length in self.scale.lengths} | {"mixed": self._mixed_texts()}
-        throughput = []
+        # Before there is another model on the card.
+        peaks = {lengths: self._peak_mib(partial(encode, ours, rows)) for lengths, rows in texts.items()}
+        padded = PaddedEncoder(gpu_models.build_model(config, self.device, self.dtype))
+        found = []
         for lengths, rows in texts.items():
             note(f"{name}, {self.dtype}: {lengths}")
-            throughput.append(
-                self._throughput(lengths, rows, ours, padded, gpu_models.flops(config, num_weights, rows))
-            )
-        return throughput, [self._latency(count, length, ours) for count, length in ((1, 16), (32, 16), (32, 128))]
+            num_flops = gpu_models.flops(config, num_weights, rows)
+            found.append(self._throughput(lengths, rows, ours, padded, num_flops, peaks[lengths]))
+        return found
 
-    def _throughput(self, lengths: str, rows: Rows, ours: Encoder, padded: Encoder, num_flops: float) -> Throughput:
-        none = [-1] * len(rows)
-        works: dict[str, Callable[[], object]] = {"ours": lambda: ours.encode(rows, none)}
-        peak_mib = self.peak_mib(works["ours"])
+    def _throughput(
+        self, lengths: str, rows: Rows, ours: Encoder, padded: PaddedEncoder, num_flops: float, peak_mib: float
+    ) -> Throughput:
+        works: dict[str, Callable[[], object]] = {"ours": lambda: encode(ours, rows)}
+        even = PaddedEncoder(padded.model, self.scale.max_batch_tokens)
         cosine = math.nan
         try:
-            cosine = gpu_models.min_cosine(ours.encode(rows, none), padded.encode(rows, none))
-            works["padded"] = lambda: padded.encode(rows, none)
+            cosine = gpu_models.min_cosine(encode(ours, rows), encode(padded, rows))
+            encode(even, rows)
+            works |= {"padded": lambda: encode(padded, rows), "even": lambda: encode(even, rows)}
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         seconds = self.in_turns(works)
         num_tokens = sum(len(row) for row in rows)
-        tflops = num_flops / median(seconds["ours"]) / 1e12
         return Throughput(
             lengths=lengths,
             texts_per_s=len(rows) / median(seconds["ours"]),
             tokens_per_s=num_tokens / median(seconds["ours"]),
-            tflops=tflops,
-            share=tflops / self.peak_tflops,
+            tflops=num_flops / median(seconds["ours"]) / 1e12,
             padded_tokens_per_s=num_tokens / median(seconds.get("padded", [])),
             ratio=median_ratio(seconds["padded"], seconds["ours"]) if "padded" in seconds else math.nan,
+            even_tokens_per_s=num_tokens / median(seconds.get("even", [])),
             padding=_padding(rows),
             cosine=cosine,
             peak_mib=peak_mib,
@@ -166,41 +217,56 @@ class Bench:
 
     def _latency(self, count: int, length: int, ours: Encoder) -> Latency:
         rows = random_rows([length] * count, self._vocabulary)
-        ours.encode(rows, [-1] * count)
-        seconds = [self.seconds(lambda: ours.encode(rows, [-1] * count)) for _ in range(self.scale.num_latencies)]
-        return Latency(f"{count} x {length} tokens", 1000 * percentile(seconds, 0.5), 1000 * percentile(seconds, 0.99))
+        encode(ours, rows)
+        quiet = [1000 * self.seconds(lambda: encode(ours, rows)) for _ in range(self.scale.num_latencies)]
+        with busy_thread():
+            busy = [1000 * self.seconds(lambda: encode(ours, rows)) for _ in range(self.scale.num_latencies)]
+        return Latency(count, length, *(percentile(found, share) for found in (quiet, busy) for share in (0.5, 0.99)))
 
-    def _run_tasks(self, name: str, config: PreTrainedConfig) -> list[Tasks]:
-        """Compare adapters with the weights that one of them is merged into."""
+    def _outputs(self, ours: RuntimeEncoder) -> list[Outputs]:
+        """Compare dense vectors alone with dense vectors and another output."""
+        found = []
+        for length in self.scale.output_lengths:
+            rows = self._texts(length)
+            wanted: dict[str, tuple[str, ...]] = {"dense": (), "sparse": ("sparse",), "multivector": ("multivector",)}
+            seconds = self.in_turns({name: partial(ours.read, rows, outputs) for name, outputs in wanted.items()})
+            for name in ("sparse", "multivector"):
+                cost = median_ratio(seconds[name], seconds["dense"]) - 1
+                found.append(Outputs(name, length, len(rows) * length / median(seconds[name]), cost))
+        return found
+
+    def _run_tasks(self, name: str, config: PreTrainedConfig, num_weights: int) -> list[Tasks]:
+        """Compare merged weights for each task with adapters next to the weights."""
         note(f"{name}, {self.dtype}: tasks")
-        merged_model = gpu_models.build_model(config, self.device, self.dtype)
-        adapters = gpu_models.make_adapters(merged_model)
-        gpu_models.merge_adapter(merged_model, adapters[0])
-        merged = gpu_models.packed_encoder(merged_model, (), self.scale.max_batch_tokens)
-        with tempfile.TemporaryDirectory() as folder:
-            folders = gpu_models.save_adapters(adapters, Path(folder))
-            model = gpu_models.build_model(config, self.device, self.dtype)
-            adapted = gpu_models.packed_encoder(model, folders, self.scale.max_batch_tokens)
-        return [self._task_shares(length, adapted, merged) for length in self.scale.lengths if length <= 512]
+        merged, adapted = (self._with_tasks(config, merges=merges) for merges in (True, False))
+        return [
+            self._task_rates(config, length, num_weights, merged, adapted)
+            for length in self.scale.lengths
+            if length <= 512
+        ]
 
-    def _task_shares(self, length: int, adapted: Encoder, merged: Encoder) -> Tasks:
+    def _with_tasks(self, config: PreTrainedConfig, *, merges: bool) -> RuntimeEncoder:
+        model = gpu_models.build_model(config, self.device, self.dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            folders = gpu_models.save_adapters(gpu_models.make_adapters(model), Path(folder))
+            return gpu_models.gateway_encoder(model, folders, self.scale.max_batch_tokens, merges=merges)
+
+    def _task_rates(
+        self, config: PreTrainedConfig, length: int, num_weights: int, merged: Encoder, adapted: Encoder
+    ) -> Tasks:
         rows = self._texts(length)
-        none, first = [-1] * len(rows), [0] * len(rows)
-        mixed = [i % NUM_TASKS for i in range(len(rows))]
+        first, mixed = [0] * len(rows), [i % NUM_TASKS for i in range(len(rows))]
         seconds = self.in_turns(
             {
-                "merged": lambda: merged.encode(rows, none),
-                "one": lambda: adapted.encode(rows, first),
-                "five": lambda: adapted.encode(rows, mixed),
+                "one": lambda: merged.encode(rows, first),
+                "five": lambda: merged.encode(rows, mixed),
+                "adapted": lambda: adapted.encode(rows, first),
             }
         )
-        return Tasks(
-            length=length,
-            merged_tokens_per_s=len(rows) * length / median(seconds["merged"]),
-            one_task=median_ratio(seconds["merged"], seconds["one"]),
-            five_tasks=median_ratio(seconds["merged"], seconds["five"]),
-            cosine=gpu_models.min_cosine(adapted.encode(rows, first), merged.encode(rows, none)),
-        )
+        num_flops = gpu_models.flops(config, num_weights, rows)
+        one, five, adapted_rate = (num_flops / median(seconds[key]) / 1e12 for key in ("one", "five", "adapted"))
+        cosine = gpu_models.min_cosine(merged.encode(rows, mixed), adapted.encode(rows, mixed))
+        return Tasks(length, one, five, adapted_rate, cosine)
 
     @property
     def _vocabulary(self) -> int:
@@ -211,6 +277,31 @@ class Bench:
 
     def _mixed_texts(self) -> Rows:
         return random_rows(mixed_lengths(self.scale.tokens, max(self.scale.lengths)), self._vocabulary)
+
+
+def encode(encoder: Encoder, rows: Rows) -> torch.Tensor:
+    """Return the vectors of texts without a task."""
+    return encoder.encode(rows, [-1] * len(rows))
+
+
+@contextmanager
+def busy_thread() -> Iterator[None]:
+    """Run Python in another thread, 60 % of the time, as a busy event loop does."""
+    is_over = threading.Event()
+
+    def turn() -> None:
+        while not is_over.wait(_IDLE_S):
+            end = time.perf_counter() + _BUSY_S
+            while time.perf_counter() < end:
+                pass
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _model_shapes(scale: Scale) -> tuple[tuple[int, int, int], ...]:
@@ -257,18 +348,7 @@ def measure(device: torch.device, dtypes: Sequence[torch.dtype], scale: Scale) -
             }
             models.append(bench.run("Jina v3", gpu_models.jina_v3_config(is_tiny=scale.is_tiny), has_tasks=True))
             models.append(bench.run("BGE-M3", gpu_models.bge_m3_config(is_tiny=scale.is_tiny), has_tasks=False))
-    return Findings(_describe_device(device), matmul, models)
-
-
-def _describe_device(device: torch.device) -> str:
-    if device.type != "cuda":
-        return str(device)
-    properties = torch.cuda.get_device_properties(device)
-    accumulation = "fp16" if torch.backends.cuda.matmul.allow_fp16_accumulation else "fp32"
-    return (
-        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, "
-        f"{accumulation} accumulation"
-    )
+    return Findings(describe_card(device), matmul, models)
 
 
 def main() -> None:
@@ -286,6 +366,8 @@ def main() -> None:
         parser.exit(1, "no CUDA device is present; `--device cpu --tiny` runs the same code with tiny models\n")
     if device.type == "cpu" and not options.tiny:
         parser.exit(1, "full-size models on a CPU take hours; add --tiny\n")
+    if device.type == "cpu":  # where threads would only wait for each other
+        torch.set_num_threads(1)
     default = ("float32",) if device.type == "cpu" else ("float16", "bfloat16")
     torch.backends.cuda.matmul.allow_fp16_accumulation = options.fp16_accumulation
     dtypes = [getattr(torch, name) for name in options.dtype or default]

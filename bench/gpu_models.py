@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, JinaEmbeddingsV3Config, PreTrainedConfig, PreTrainedModel, XLMRobertaConfig
+
+from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.model.adapters import install_adapters
+from gateway.engine.model.choose import has_attention_kernel
+from gateway.engine.model.heads import MultiVectorHead, SparseHead
+from gateway.engine.model.items import Item, Tokens
+from gateway.engine.model.runtimes.base import Runtime
+from gateway.engine.model.runtimes.packed import PackedRuntime
+from gateway.engine.model.runtimes.padded import PaddedRuntime
+from gateway.engine.model.states import TokenStates
 
 NUM_TASKS = 5
 RANK, ALPHA = 4, 1
@@ -137,46 +147,91 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeEncoder:
-    """The gateway's own runtime, given packed batches of bounded size."""
+    """The gateway's own runtime and heads, given batches of bounded size."""
 
-    runtime: Any
+    runtime: Runtime
     max_batch_tokens: int
+    sparse: SparseHead
+    multivector: MultiVectorHead
 
     def encode(self, rows: Rows, adapters: Sequence[int]) -> torch.Tensor:
         """Return the mean-pooled vectors, ``(n, width)`` float32 on the CPU."""
         vectors = []
-        first = 0
-        for count in batch_counts([len(row) for row in rows], self.max_batch_tokens):
-            part = slice(first, first + count)
-            states = self.runtime.forward(self.runtime.prepare(rows[part], adapters[part]))
-            vectors.append(states.pool(_mean_pooling()).float().cpu())
-            first += count
+        for part in self._batches(rows):
+            places = []
+            pooled = []
+            lengths = [len(row) for row in rows[part]]
+            for group in self.runtime.groups(lengths, adapters[part]):
+                texts = [part.start + i for i in group]
+                states = self._states([rows[i] for i in texts], [adapters[i] for i in texts])
+                pooled.append(states.pool(Pooling.MEAN).float().cpu())
+                places += list(group)
+            vectors.append(torch.cat(pooled)[torch.tensor(places).argsort()])
         return torch.cat(vectors)
 
+    def read(self, rows: Rows, outputs: Sequence[str]) -> int:
+        """Compute the dense vectors and other outputs of texts without a task; return how many numbers those have."""
+        count = 0
+        for part in self._batches(rows):
+            states = self._states(rows[part], [-1] * (part.stop - part.start))
+            count += states.pool(Pooling.CLS).cpu().numel()
+            items = [Item(Tokens(list(row))) for row in rows[part]]
+            everywhere = range(len(items))
+            if "sparse" in outputs:
+                count += sum(len(one.values) for one in self.sparse(states, items, everywhere))
+            if "multivector" in outputs:
+                count += sum(one.size for one in self.multivector(states, items, everywhere))
+        return count
 
-def packed_encoder(model: PreTrainedModel, adapter_folders: Sequence[Path], max_batch_tokens: int) -> RuntimeEncoder:
-    """Put a model, with its adapters if there are any, into the gateway's packed runtime."""
-    runtimes: Any = import_module("gateway.engine.model.runtimes.packed")
+    def _states(self, rows: Rows, adapters: Sequence[int]) -> TokenStates:
+        return self.runtime.forward(self.runtime.prepare(rows, adapters))
+
+    def _batches(self, rows: Rows) -> Iterator[slice]:
+        first = 0
+        for count in batch_counts([len(row) for row in rows], self.max_batch_tokens):
+            yield slice(first, first + count)
+            first += count
+
+
+def gateway_encoder(
+    model: PreTrainedModel, adapter_folders: Sequence[Path], max_batch_tokens: int, *, merges: bool = False
+) -> RuntimeEncoder:
+    """Put a model into the runtime that the gateway would choose for it, with adapters if there are any, and heads.
+
+    Args:
+        merges: make weights for each adapter.
+    """
     mask = None
     if adapter_folders:
-        adapters: Any = import_module("gateway.engine.model.adapters")
-        mask = adapters.install_adapters(model, adapter_folders)
+        mask = install_adapters(model, adapter_folders)
         mask.to(model.device)
         nn.Module.to(model, model.device)  # the adapters are made on the CPU
-    return RuntimeEncoder(runtimes.PackedRuntime(model, mask), max_batch_tokens)
-
-
-def _mean_pooling() -> Any:
-    from gateway.engine.checkpoint.modules import Pooling
-
-    return Pooling.MEAN
+    dtype = str(model.dtype).removeprefix("torch.")
+    runtime: Runtime = PaddedRuntime(model, mask)
+    # On a CPU the packed runtime has a path for tests.
+    if model.device.type == "cpu" or has_attention_kernel(str(model.device), dtype):
+        runtime = packed = PackedRuntime(model, mask)
+        if merges:
+            packed.merge()
+    width = int(model.config.hidden_size)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, num_out in (("sparse", 1), ("multivector", width)):
+            torch.save(nn.Linear(width, num_out).state_dict(), Path(folder) / name)
+        sparse = SparseHead(Path(folder) / "sparse", width, frozenset({0, 1, 2, 3}))
+        multivector = MultiVectorHead(Path(folder) / "multivector", width)
+    return RuntimeEncoder(runtime, max_batch_tokens, sparse.to(model.device), multivector.to(model.device))
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedEncoder:
-    """What sentence-transformers does: sort by length, batches of 32, pad, and mask."""
+    """What sentence-transformers does: sort by length, batches of 32, pad, and mask.
+
+    Attributes:
+        max_batch_tokens: fill batches up to so many tokens, instead of 32 texts.
+    """
 
     model: PreTrainedModel
+    max_batch_tokens: int | None = None
 
     def encode(self, rows: Rows, adapters: Sequence[int] = ()) -> torch.Tensor:
         """Return the mean-pooled vectors, ``(n, width)`` float32 on the CPU."""
@@ -185,7 +240,10 @@ class PaddedEncoder:
         first = 0
         while first < len(order):
             longest = len(rows[order[first]])
-            part = order[first : first + min(_BATCH_TEXTS, max(1, _MOST_PADDED_TOKENS // longest))]
+            count = min(_BATCH_TEXTS, max(1, _MOST_PADDED_TOKENS // longest))
+            if self.max_batch_tokens is not None:
+                count = max(1, self.max_batch_tokens // longest)
+            part = order[first : first + count]
             vectors[part] = self._encode_batch([rows[i] for i in part])
             first += len(part)
         return vectors

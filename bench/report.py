@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from bench.processes import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 
-_ABOVE = {"%": 100.0, "x": 1.0}
+Unit: TypeAlias = Literal["x", "%", "ms"]
+_SCALES = {"%": 100.0, "x": 1.0, "ms": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Goal:
 
     Attributes:
         sense: whether the measured value must be ``>=`` or ``<=`` the target.
-        unit: ``x`` for a ratio, ``%`` for a share of one.
+        unit: ``x`` for a ratio, ``%`` for a share of one, or ``ms``.
         note: what else must be said.
         is_sound: ``False`` when something else failed that the number does not show.
     """
@@ -32,7 +33,7 @@ class Goal:
     name: str
     sense: Literal[">=", "<="]
     target: float
-    unit: Literal["x", "%"]
+    unit: Unit
     measured: float
     note: str = ""
     is_sound: bool = True
@@ -60,8 +61,8 @@ def goals_table(goals: Sequence[Goal]) -> str:
     )
 
 
-def _with_unit(value: float, unit: Literal["x", "%"]) -> str:
-    return f"{number(value * _ABOVE[unit])}{' ' if unit == '%' else ''}{unit}"
+def _with_unit(value: float, unit: Unit) -> str:
+    return f"{number(value * _SCALES[unit])}{'' if unit == 'x' else ' '}{unit}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

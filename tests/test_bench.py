@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -365,4 +366,16 @@ def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu(monkeypatch, capsys):
     cosines = [line.split(" | ")[-2] for line in printed.splitlines() if line.endswith("n/a |")]
     assert len(cosines) == 6
     assert set(cosines) == {"1.000000"}
-    assert "five tasks in a batch, share of merged weights" in printed
+    for goal in (
+        "Jina v3, float32: one task, 64 tokens and more, share of the matmul rate | >= 70.0 %",
+        "Jina v3, float32: five tasks mixed, 64 tokens and more, share of the matmul rate | >= 60.0 %",
+        "BGE-M3, float32: 64 tokens and more, share of the matmul rate | >= 78.0 %",
+        "BGE-M3, float32: one short text | <= 2.50 ms",
+        "BGE-M3, float32: the same next to a busy thread | <= 2.00x",
+        "BGE-M3, float32: 32 texts, against one | <= 3.00x",
+        "BGE-M3, float32: sparse output, 64 tokens | <= 10.0 %",
+    ):
+        assert goal in printed
+    assert "n/a" not in printed.partition("### Matrix")[0]  # every goal was measured
+    assert re.search(r"^\| 4 \| \d+% \| \d+% \| \d+% \| 1\.000000 \|$", printed, re.MULTILINE), "no tasks"
+    assert re.search(r"^\| multivector \| 64 \|", printed, re.MULTILINE)
