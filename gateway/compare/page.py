@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
-from gateway.compare.drawing import Plot, marks
+from gateway.compare.drawing import marks
 from gateway.compare.judge.sentences import judge_sentences
 from gateway.compare.judge.values import JudgeReport
 from gateway.compare.page_table import table_groups
@@ -18,8 +16,10 @@ from gateway.compare.plots import make_plots
 from gateway.compare.results import PRIMARY_MEASURE, Comparison, Hit, QueryResult
 from gateway.compare.sentences import agreement_sentence, cost_sentence, fixed, signed, verdict_sentence
 
-NUM_EXAMPLES = 20
-"""How many queries are shown per arm: half of them losses, half of them gains."""
+NUM_EXAMPLES = 24
+"""How many queries are shown in all, so that the page stays small."""
+
+_LEAST_EXAMPLES, _MOST_EXAMPLES = 6, 20  # per arm: half of them losses, half of them gains
 
 _TEXT_CHARS = 400  # of a document or a query: enough to see the topic
 
@@ -61,8 +61,8 @@ class Example:
 
 
 def render_page(comparison: Comparison, judged: JudgeReport | None = None) -> str:
-    """Render the page, with styles, plots and the script that draws them."""
-    plots = make_plots(comparison)
+    """Render the page, with its styles and drawings."""
+    main, folded = table_groups(comparison)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,24 +79,18 @@ def render_page(comparison: Comparison, judged: JudgeReport | None = None) -> st
         verdicts=[contrast for contrast in comparison.contrasts if contrast.measure == PRIMARY_MEASURE],
         say_verdict=lambda contrast: verdict_sentence(comparison, contrast),
         say_agreement=agreement_sentence,
+        advice=comparison.bottom_line.advice.replace(" ", "-"),
         conclusion=comparison.bottom_line.text if comparison.has_judgments else "",
         costs={arm.name: cost_sentence(comparison, arm) for arm in comparison.arms},
-        table=list(table_groups(comparison)),
-        plots=plots,
+        table=main,
+        folded=folded,
+        plots=make_plots(comparison),
         examples={arm.name: list(_examples(comparison, arm.name, key)) for key, arm in enumerate(comparison.arms[1:])},
         clip=_clip,
         fixed=fixed,
-        specs=_to_script(plots),
-        plotly_js=get_plotlyjs().replace("</script", "<\\/script"),
     )
     # A text may hold half a surrogate pair, which cannot be encoded.
     return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def _to_script(plots: Sequence[Plot]) -> str:
-    """Return the plots as JSON that cannot end the script element around it."""
-    specs = {plot.id: plot.spec for plot in plots if plot.spec is not None}
-    return json.dumps(specs, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _clip(text: str) -> str:
@@ -106,9 +100,10 @@ def _clip(text: str) -> str:
 def _examples(comparison: Comparison, name: str, key: int) -> Iterator[tuple[str, Sequence[Example]]]:
     """Yield example queries under headings: the largest losses of the arm, and the largest gains."""
     baseline = comparison.baseline.name
+    number_shown = min(_MOST_EXAMPLES, max(_LEAST_EXAMPLES, NUM_EXAMPLES // (len(comparison.arms) - 1)))
     if not comparison.has_judgments:
         different = (query for query in comparison.queries if query.rbo[name] < 1)
-        least_alike = sorted(different, key=lambda query: query.rbo[name])[:NUM_EXAMPLES]
+        least_alike = sorted(different, key=lambda query: query.rbo[name])[:number_shown]
         yield (
             "Ranked least alike",
             [
@@ -122,8 +117,8 @@ def _examples(comparison: Comparison, name: str, key: int) -> Iterator[tuple[str
         return query.quality[name][PRIMARY_MEASURE] - query.quality[baseline][PRIMARY_MEASURE]
 
     ordered = sorted(comparison.queries, key=change)
-    losses = [query for query in ordered[: NUM_EXAMPLES // 2] if change(query) < 0]
-    gains = [query for query in reversed(ordered[-(NUM_EXAMPLES // 2) :]) if change(query) > 0]
+    losses = [query for query in ordered[: number_shown // 2] if change(query) < 0]
+    gains = [query for query in reversed(ordered[-(number_shown // 2) :]) if change(query) > 0]
     for heading, queries in (("Largest losses", losses), ("Largest gains", gains)):
         yield (
             heading,

@@ -1,11 +1,11 @@
-"""The table of the page: a column for each arm, and groups of rows for quality, differences, agreement, cost and vectors."""
+"""The tables of the page: a column for each arm, and groups of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gateway.compare.results import MEASURES, Arm, Comparison, Contrast, Cost, Estimate
+from gateway.compare.results import MEASURES, PRIMARY_MEASURE, Arm, Comparison, Contrast, Cost, Estimate
 from gateway.compare.sentences import (
     fixed,
     interval,
@@ -35,31 +35,37 @@ class Row:
     cells: Sequence[Cell]
 
 
-def table_groups(comparison: Comparison) -> Iterator[tuple[str, Sequence[Row]]]:
-    """Yield the groups of rows of the table, which has a column for each arm."""
+Groups = Sequence[tuple[str, Sequence[Row]]]
+"""Headings, each with its rows."""
+
+
+def table_groups(comparison: Comparison) -> tuple[Groups, Groups]:
+    """Return the groups of rows that decide, and those that are folded; both tables have a column for each arm."""
+    agreement = [(f"Agreement with {comparison.baseline.name}", list(_agreement_rows(comparison)))]
+    agreement = agreement if comparison.agreements else []
+    others = [measure for measure in MEASURES if measure != PRIMARY_MEASURE]
+    cost, vectors = ("Cost", list(_cost_rows(comparison))), ("Vectors", list(_vector_rows(comparison)))
+    if not comparison.has_judgments:
+        return [*agreement, cost], [vectors]
+    return (
+        [*_quality_groups(comparison, [PRIMARY_MEASURE]), cost],
+        [*_quality_groups(comparison, others), *agreement, vectors],
+    )
+
+
+def _quality_groups(comparison: Comparison, measures: Sequence[str]) -> Iterator[tuple[str, Sequence[Row]]]:
+    """Yield the means of measures, and their differences to the baseline."""
     arms = comparison.arms
-    if comparison.has_judgments:
-        yield (
-            "Quality",
-            [
-                Row(measure, [_cell(arm.quality.get(measure)) for arm in arms])
-                for measure in MEASURES
-                if any(measure in arm.quality for arm in arms)
-            ],
-        )
-        found = {(contrast.measure, contrast.arm): contrast for contrast in comparison.contrasts}
-        yield (
-            f"Difference to {comparison.baseline.name}",
-            [
-                Row(measure, [_difference_cell(comparison, found.get((measure, arm.name)), arm) for arm in arms])
-                for measure in MEASURES
-                if any((measure, arm.name) in found for arm in arms)
-            ],
-        )
-    if comparison.agreements:
-        yield f"Agreement with {comparison.baseline.name}", list(_agreement_rows(comparison))
-    yield "Cost", list(_cost_rows(comparison))
-    yield "Vectors", list(_vector_rows(comparison))
+    measured = [measure for measure in measures if any(measure in arm.quality for arm in arms)]
+    found = {(contrast.measure, contrast.arm): contrast for contrast in comparison.contrasts}
+    yield "Quality", [Row(measure, [_cell(arm.quality.get(measure)) for arm in arms]) for measure in measured]
+    yield (
+        f"Difference to {comparison.baseline.name}",
+        [
+            Row(measure, [_difference_cell(comparison, found.get((measure, arm.name)), arm) for arm in arms])
+            for measure in measured
+        ],
+    )
 
 
 def _cell(estimate: Estimate | None) -> Cell:
@@ -108,14 +114,14 @@ def _ratio_rows(comparison: Comparison) -> Iterator[Row]:
     """Yield the ratios to the baseline of the requests that followed each other."""
     found = {one.arm: one for one in comparison.cost_contrasts}
     for label, ratios in (
-        ("time of a query", {name: one.query_time for name, one in found.items()}),
-        ("texts/s", {name: one.texts_per_s for name, one in found.items()}),
+        ("time of a query, ratio", {name: one.query_time for name, one in found.items()}),
+        ("texts/s, ratio", {name: one.texts_per_s for name, one in found.items()}),
     ):
         cells = [
             Cell(ratio_words(ratio) if ratio else "the same model", f"{ratio.num_pairs} pairs" if ratio else "")
             for ratio in (ratios.get(arm.name) for arm in comparison.arms[1:])
         ]
-        yield Row(f"{label}, against {comparison.baseline.name}", [Cell(_NONE), *cells])
+        yield Row(label, [Cell(_NONE), *cells])
 
 
 def _vector_rows(comparison: Comparison) -> Iterator[Row]:

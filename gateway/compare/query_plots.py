@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from gateway.compare.drawing import Json, Plot, make_layout, marks, plain
+from gateway.compare.canvas import Canvas, Scale
+from gateway.compare.drawing import Plot, marks, short
 from gateway.compare.results import PRIMARY_MEASURE, Comparison, QueryResult
 from gateway.compare.sentences import fixed, percent, signed
+from gateway.config.wording import cut
 
-_HOVER_WIDTH, _HOVER_LINES = 64, 3  # characters and lines of a query that a bar shows
+_MAX_CHARACTERS = 100  # of a query that a bar shows
+_NUM_TITLED = 150  # the largest gains and losses, each, say which query they are
+_BARS_HEIGHT, _HISTOGRAM_HEIGHT = 220, 180
+
+_Row = Sequence[tuple[float, QueryResult]]
 
 
 def make_query_bars(comparison: Comparison) -> Iterator[Plot]:
@@ -20,31 +25,20 @@ def make_query_bars(comparison: Comparison) -> Iterator[Plot]:
     largest = max((abs(value) for row in rows for value, _ in row), default=0)
     for number, (contrast, row) in enumerate(zip(contrasts, rows, strict=True), start=1):
         name = contrast.arm
-        identity, title = f"plot-queries-{number}", f"{name}, query by query"
         if not any(value for value, _ in row):
-            reason = f"Left out: every query has the same quality with {name} and {baseline}."
-            yield Plot(identity, title, reason, arm=name, is_wide=True)
             continue
         counts = f"{contrast.wins:,} better, {contrast.ties:,} equal, {contrast.losses:,} worse"
+        label = (
+            f"{PRIMARY_MEASURE} of {name} minus that of {baseline}, sorted: {counts}; from {signed(row[-1][0])} to "
+            f"{signed(row[0][0])}."
+        )
         yield Plot(
-            id=identity,
-            title=title,
-            caption=f"{counts} than {baseline}. Each bar is a query; point at it to read it. Drag across to zoom in, "
-            "double-click to zoom out.",
-            label=f"{PRIMARY_MEASURE} of {name} minus that of {baseline}, sorted: {counts}; "
-            f"from {signed(row[-1][0])} to {signed(row[0][0])}.",
+            id=f"plot-queries-{number}",
+            title=f"{name}, query by query",
+            caption=f"{counts} than {baseline}. Each bar is a query, from the largest gain to the largest loss; point at "
+            "one to read it.",
+            svg=_query_bars(comparison, name, row, largest).svg(label),
             arm=name,
-            spec={
-                "data": [
-                    _bars(
-                        comparison,
-                        name,
-                        y=[round(value, 5) for value, _ in row],
-                        hovertext=[_hover_text(query, name, baseline) for _, query in row],
-                    )
-                ],
-                "layout": _bar_layout(len(row), 1.08 * largest),
-            },
             is_wide=True,
         )
 
@@ -56,36 +50,25 @@ def _sort(queries: Iterable[QueryResult], name: str, baseline: str) -> list[tupl
     return sorted(differences, key=lambda pair: -pair[0])
 
 
-def _bars(comparison: Comparison, name: str, **more: object) -> Json:
-    marker = {"color": marks(comparison)[name].color, "line": {"width": 0}}
-    return {"type": "bar", "marker": marker, "hoverinfo": "text"} | more
+def _query_bars(comparison: Comparison, name: str, row: _Row, largest: float) -> Canvas:
+    """Draw the bars; ties have no height, so they are left out of the drawing but not of its width."""
+    canvas, scale = Canvas(_BARS_HEIGHT), Scale(-1.05 * largest, 1.05 * largest)
+    canvas.y_axis(scale, [(tick, short(tick)) for tick in scale.ticks(5)], f"difference in {PRIMARY_MEASURE}")
+    zero, color = canvas.y(scale, 0), marks(comparison)[name].color
+    canvas.line(("0%", "100%"), (zero, zero), "zero")
+    width = f"{(0.8 if len(row) <= 250 else 1) * 100 / len(row):.4f}%"
+    for place, (value, query) in enumerate(row):
+        if value:
+            is_titled = place < _NUM_TITLED or place >= len(row) - _NUM_TITLED
+            title = _title(query, name, comparison.baseline.name) if is_titled else ""
+            canvas.box(f"{100 * place / len(row):.3f}%", width, (zero, canvas.y(scale, value)), color, title)
+    return canvas
 
 
-def _bar_layout(num_bars: int, largest: float) -> Json:
-    layout = make_layout(
-        height=240,
-        left=64,
-        bottom=16,
-        x={"showticklabels": False, "showgrid": False, "zeroline": False, "fixedrange": False},
-        y={
-            "title": f"difference in {PRIMARY_MEASURE}",
-            "range": [-largest, largest],
-            "tickformat": ".2~f",
-            "nticks": 6,
-        },
-    )
-    # A short bar is hard to point at: the space above and below it counts as well.
-    return layout | {"hovermode": "x", "bargap": 0.2 if num_bars <= 250 else 0}
-
-
-def _hover_text(query: QueryResult, name: str, baseline: str) -> str:
-    lines = textwrap.wrap(query.text, _HOVER_WIDTH, max_lines=_HOVER_LINES, placeholder=" …") or [query.id]
+def _title(query: QueryResult, name: str, baseline: str) -> str:
     value, reference = query.quality[name][PRIMARY_MEASURE], query.quality[baseline][PRIMARY_MEASURE]
-    said = "<br>".join(plain(line) for line in lines)
-    return (
-        f"<b>{said}</b><br>{plain(name)} {fixed(value)}<br>{plain(baseline)} {fixed(reference)}"
-        f"<br>difference {signed(value - reference)}"
-    )
+    text = cut(" ".join(query.text.split()) or query.id, _MAX_CHARACTERS)
+    return f"{text}\n{name} {fixed(value)}, {baseline} {fixed(reference)}, difference {signed(value - reference)}"
 
 
 def make_histograms(comparison: Comparison) -> Iterator[Plot]:
@@ -98,36 +81,32 @@ def make_histograms(comparison: Comparison) -> Iterator[Plot]:
         found.append((f"plot-rbo-{number}", name, "RBO", _count_tenths(rbos), agreement.rbo.mean))
     highest = max((max(counts) for _, _, _, counts, _ in found), default=1)
     for identity, name, measure, counts, mean in found:
-        label = f"{measure} of {name} with {comparison.baseline.name}: mean {fixed(mean)}"
-        yield _histogram(comparison, identity, name, measure, counts, label=label, highest=highest)
+        counted = ", ".join(f"{number:,} at {tenth / 10}" for tenth, number in enumerate(counts) if number)
+        label = f"{measure} of {name} with {comparison.baseline.name}: mean {fixed(mean)}; queries: {counted}"
+        yield Plot(
+            id=identity,
+            title=f"{measure} of {name}",
+            caption=f"Queries by how alike {name} and {comparison.baseline.name} rank: 0 is nothing in common, 1 equal.",
+            svg=_histogram(comparison, name, measure, counts, highest).svg(label),
+            arm=name,
+        )
 
 
-def _histogram(
-    comparison: Comparison, identity: str, name: str, measure: str, counts: Sequence[int], *, label: str, highest: int
-) -> Plot:
-    num_queries = len(comparison.queries)
-    bars = _bars(
-        comparison,
-        name,
-        x=[tenth / 10 for tenth in range(11)],
-        y=counts,
-        hovertext=[
-            f"{measure} about {tenth / 10}<br>{count:,} of {num_queries:,} queries ({percent(count / num_queries)})"
-            for tenth, count in enumerate(counts)
-        ],
-    )
-    x: Json = {"title": f"{measure}, to the nearest tenth", "dtick": 0.2, "range": [-0.07, 1.07]}
-    y: Json = {"title": "queries", "range": [0, 1.05 * highest], "nticks": 5, "tickformat": ",d"}
-    layout = make_layout(height=260, left=56, bottom=52, x=x | {"showgrid": False, "zeroline": False}, y=y)
-    return Plot(
-        id=identity,
-        title=f"{measure} of {name}",
-        caption=f"Queries by how alike {name} and {comparison.baseline.name} rank: 0 is nothing in common, 1 equal.",
-        label=f"{label}; queries: "
-        + ", ".join(f"{count:,} at {tenth / 10}" for tenth, count in enumerate(counts) if count),
-        arm=name,
-        spec={"data": [bars], "layout": layout | {"bargap": 0.15}},
-    )
+def _histogram(comparison: Comparison, name: str, measure: str, counts: Sequence[int], highest: int) -> Canvas:
+    canvas = Canvas(_HISTOGRAM_HEIGHT)
+    x, y = Scale(-0.06, 1.06), Scale(0, 1.05 * highest)
+    ticks = [tick for tick in y.ticks(4) if tick == int(tick)]
+    canvas.y_axis(y, [(tick, short(tick)) for tick in ticks], "queries")
+    for tenth in range(0, 11, 2):
+        canvas.text(x.percent(tenth / 10), canvas.height + 17, short(tenth / 10))
+    canvas.text("50%", canvas.height + 38, f"{measure}, to the nearest tenth", kind="axis")
+    for tenth, number in enumerate(counts):
+        if number:
+            share = percent(number / len(comparison.queries))
+            title = f"{measure} about {tenth / 10}: {number:,} of {len(comparison.queries):,} queries ({share})"
+            color = marks(comparison)[name].color
+            canvas.box(x.percent(tenth / 10 - 0.04), "7.14%", (canvas.y(y, 0), canvas.y(y, number)), color, title)
+    return canvas
 
 
 def _count_tenths(values: Iterable[float]) -> list[int]:

@@ -170,7 +170,7 @@ def test_odd_ids_come_through(url: str, write_data: WriteData, tmp_path: Path, b
     dom, complaints = browse(page)
     assert complaints == ""
     assert html.escape(EVIL, quote=False) in dom
-    assert 'class="main-svg"' in dom
+    assert 'class="drawing"' in dom
     assert "<b onclick" not in dom
 
 
