@@ -84,7 +84,7 @@ def drawings_of(html: str) -> dict[str, str]:
 
 
 def titles_of(drawing: str) -> list[str]:
-    """Return what a reader sees who points at the parts of a drawing."""
+    """Return the texts that a reader sees who points at the parts of a drawing."""
     return [unescape(title) for title in re.findall("<title>(.*?)</title>", drawing, re.DOTALL)]
 
 
