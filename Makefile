@@ -8,8 +8,9 @@ SHELL := /bin/sh
 
 # The Python that .venv is made with: empty means the first of python3.11, python3.12, python3.13 and python3 that fits.
 PYTHON ?=
-# A further package index that torch is looked for in. https://download.pytorch.org/whl/cpu has a build of torch without
-# CUDA, which saves some gigabytes on a machine without a GPU.
+# A further package index that torch is looked for in. Empty: the one whose torch runs with the driver of this machine's
+# NVIDIA card. https://download.pytorch.org/whl/cpu has a build of torch without CUDA, which saves some gigabytes on a
+# machine without a GPU.
 TORCH_INDEX ?=
 # Arguments for the command behind run, test, bench and lock: make test ARGS="-x tests/test_vectors.py"
 ARGS ?=

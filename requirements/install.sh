@@ -6,12 +6,21 @@
 #   requirements/install.sh site        what builds the documentation as a site, into build/site-env
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
 #   requirements/install.sh lock-tools  what requirements/lock.py needs, into build/lock
+#   requirements/install.sh index       print the package index that torch would come from; empty for PyPI
 # Reads PYTHON and TORCH_INDEX, which the Makefile explains, and pip's own settings (PIP_INDEX_URL, pip.conf ...).
 set -eu
 
 PIP_VERSION=26.3
 UV_VERSION=0.13.9
 PACKAGING_VERSION=26.3
+
+# torch from PyPI needs this driver of NVIDIA's, and torch for CUDA 12.6 the other one:
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+DRIVER=580
+CUDA_12_DRIVER=525
+CUDA_12_INDEX=https://download.pytorch.org/whl/cu126
+# Where the kernel shows the version of the driver.
+NVIDIA_VERSION=${NVIDIA_VERSION:-/proc/driver/nvidia/version}
 
 VENV=.venv
 PIP="$VENV/bin/python -m pip --disable-pip-version-check --no-input"
@@ -27,20 +36,25 @@ main() {
         site) install_site ;;
         verify) verify ;;
         lock-tools) install_lock_tools ;;
-        *) fail "usage: requirements/install.sh run | dev | clients | site | verify | lock-tools" ;;
+        index)
+            choose_index >&2
+            echo "$index"
+            ;;
+        *) fail "usage: requirements/install.sh run | dev | clients | site | verify | lock-tools | index" ;;
     esac
 }
 
 install_run() {
     be_alone
+    choose_index
     make_venv
     begin
     rm -f "$VENV/.installed-run"
     say "pip $PIP_VERSION"
     pip_install "pip==$PIP_VERSION"
-    say "$(grep -o '^torch==[^ ]*' requirements/torch.lock)${TORCH_INDEX:+ from $TORCH_INDEX}"
-    pip_install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements/torch.lock -c requirements/run.lock
-    printf %s "${TORCH_INDEX:-}" >"$VENV/.torch-index"
+    say "$(grep -o '^torch==[^ ]*' requirements/torch.lock)${index:+ from $index}"
+    pip_install ${index:+--extra-index-url "$index"} -r requirements/torch.lock -c requirements/run.lock
+    printf %s "$index" >"$VENV/.torch-index"
     say "packages of requirements/run.lock"
     pip_install --no-deps -r requirements/run.lock
     say "the gateway"
@@ -105,9 +119,42 @@ install_lock_tools() {
     touch build/lock/.installed
 }
 
-# Make $VENV unless a good one is there.
+# Set $index to the package index that torch comes from, empty for PyPI: TORCH_INDEX if it is set, else the one that
+# $VENV was made with, else the one whose torch runs with the driver of this machine's NVIDIA card.
+choose_index() {
+    index=${TORCH_INDEX:-$(cat "$VENV/.torch-index" 2>/dev/null || true)}
+    [ -z "$index" ] || return 0
+    driver=$(driver_version)
+    major=${driver%%.*}
+    if [ -z "$major" ] || [ "$major" -ge "$DRIVER" ]; then
+        return 0
+    fi
+    if [ "$major" -lt "$CUDA_12_DRIVER" ]; then
+        echo "NVIDIA's driver $driver is too old for torch: upgrade it to $DRIVER or newer (for WSL2: on Windows)." \
+            "Until then models run on the CPU." >&2
+        return 0
+    fi
+    index=$CUDA_12_INDEX
+    say "NVIDIA's driver $driver is older than $DRIVER: torch for CUDA 12.6 (TORCH_INDEX=... chooses another)"
+}
+
+# Print the version of NVIDIA's driver, such as 550.54.14; nothing without one. In WSL2 only nvidia-smi knows it, and with
+# a broken card that may hang.
+driver_version() {
+    version=$(awk '/^NVRM/ { for (i = 1; i <= NF; i++) if ($i ~ /^[0-9]+(\.[0-9]+)+$/) { print $i; exit } }' \
+        "$NVIDIA_VERSION" 2>/dev/null || true)
+    smi=$(command -v nvidia-smi || command -v /usr/lib/wsl/lib/nvidia-smi || true)
+    if [ -z "$version" ] && [ -n "$smi" ]; then
+        version=$(timeout 10 "$smi" --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
+            | grep -E -m 1 '^[0-9]+(\.[0-9]+)+$' || true)
+    fi
+    echo "$version"
+}
+
+# Make $VENV unless a good one is there. pip takes a torch that is there for the one of any index.
 make_venv() {
     if [ "$(cat "$VENV/.made-in" 2>/dev/null)" = "$PWD" ] && [ ! -e "$VENV/.unfinished" ] \
+        && { [ ! -e "$VENV/.torch-index" ] || [ "$(cat "$VENV/.torch-index")" = "$index" ]; } \
         && $PIP --version >/dev/null 2>&1; then
         return
     fi
