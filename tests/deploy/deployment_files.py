@@ -99,7 +99,7 @@ def merged(base: Any, override: Any) -> Any:
 
 def deployment_texts() -> Iterator[tuple[Path, str]]:
     """Yield every text file that can name a setting of the gateway."""
-    folders = ("compose", "image", "kubernetes")
+    folders = ("compose", "image", "kubernetes", "systemd")
     files = [path for folder in folders for path in (DEPLOY / folder).rglob("*") if path.is_file()]
     for path in [DOCKERFILE, DEPLOY / "README.md", *files]:
         if "secrets" not in path.parts and path.suffix != ".pyc":
