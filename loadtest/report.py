@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
 from loadtest.histogram import percentile
-from loadtest.recorder import STAGES, Tally
+from loadtest.plots import make_plots
+from loadtest.recorder import STAGES
 from loadtest.results import Result, Results, rows
-
-# Okabe and Ito's colors, which color-blind people tell apart.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_STAGE_COLORS = {
-    "tokenize": "#e69f00",
-    "queue": "#d55e00",
-    "inference": "#0072b2",
-    "rest": "#009e73",
-    "wire": "#8b949e",
-}
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -99,90 +88,9 @@ def _render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plots = {name: spec for name, spec in _plots(results).items() if spec["data"]}
     return environment.get_template("report.html.j2").render(
         results=results,
         rows=rows(results),
-        plots={name: spec["title"] for name, spec in plots.items()},
-        specs=json.dumps(plots, allow_nan=False).replace("<", "\\u003c"),
-        plotly_js=get_plotlyjs().replace("</script", "<\\/script"),
+        plots=make_plots(results),
         percentile=percentile,
     )
-
-
-def _plots(results: Results) -> dict[str, dict[str, Any]]:
-    start = min((second for seconds in results.timeline.values() for second in seconds), default=0)
-    throughput, latency, failures = [], [], []
-    for number, (label, seconds) in enumerate(results.timeline.items()):
-        color, at = _COLORS[number % len(_COLORS)], [second - start for second in seconds]
-        tallies = list(seconds.values())
-        throughput.append(_line(f"{label}, answered", at, [tally.answered for tally in tallies], color))
-        throughput.append(_line(f"{label}, offered", at, [tally.offered for tally in tallies], color, dash="dot"))
-        for share, dash in ((0.5, "solid"), (0.95, "dash"), (0.99, "dot")):
-            values = [_figure(percentile(tally.latencies, share)) for tally in tallies]
-            latency.append(_line(f"{label}, p{round(100 * share)}", at, values, color, dash=dash))
-        if any(tally.failed for tally in tallies):
-            failures.append(_line(label, at, [tally.failed for tally in tallies], color))
-    return {
-        "throughput": {
-            "title": "Requests per second",
-            "data": throughput,
-            "y": "requests/s",
-            "log": False,
-        },
-        "latency": {"title": "Latency, from when a request was due", "data": latency, "y": "ms", "log": True},
-        "stages": {
-            "title": "Where the time goes, mean of a request",
-            "data": _stages(results),
-            "y": "ms",
-            "log": False,
-        },
-        "queue": {
-            "title": "Texts that wait in the gateway",
-            "data": _queues(results, start),
-            "y": "texts",
-            "log": False,
-        },
-        "failures": {"title": "Failures a second", "data": failures, "y": "requests/s", "log": False},
-    }
-
-
-def _line(name: str, x: list[int], y: list[Any], color: str, dash: str = "solid") -> dict[str, Any]:
-    line = {"color": color, "dash": dash, "width": 1.5}
-    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line, "connectgaps": False}
-
-
-def _stages(results: Results) -> list[dict[str, Any]]:
-    timed = [result for result in results.results if result.tally.num_timed]
-    return [
-        {
-            "type": "bar",
-            "name": stage if stage != "wire" else "outside the server",
-            "x": [result.label for result in timed],
-            "y": [round(_parts(result)[stage], 3) for result in timed],
-            "marker": {"color": color},
-        }
-        for stage, color in _STAGE_COLORS.items()
-        if timed
-    ]
-
-
-def _parts(result: Result) -> Mapping[str, float]:
-    """Return the parts of the mean latency, in milliseconds."""
-    tally: Tally = result.tally
-    known = {stage: tally.stage_ms(stage) for stage in ("tokenize", "queue", "inference")}
-    rest = max(0.0, tally.stage_ms("total") - sum(known.values()))
-    return {**known, "rest": rest, "wire": result.wire_ms}
-
-
-def _queues(results: Results, start: int) -> list[dict[str, Any]]:
-    models = sorted({model for _, model, _ in results.queues})
-    return [
-        _line(
-            model,
-            [round(time - start, 1) for time, of, _ in results.queues if of == model],  # type: ignore[misc]
-            [texts for _, of, texts in results.queues if of == model],
-            _COLORS[number % len(_COLORS)],
-        )
-        for number, model in enumerate(models)
-    ]

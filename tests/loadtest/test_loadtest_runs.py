@@ -103,6 +103,10 @@ def test_two_models_side_by_side(url: str, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "Every limit held." in page
     assert "slow@" in page  # the spaces are among the facts
+    plots = set(re.findall(r'<div class="plot" id="(\w+)"><svg class="drawing" role="img"', page))
+    assert plots >= {"throughput", "latency", "stages"}
+    assert "<script" not in page
+    assert len(page) < 100_000
     seconds = list(csv.DictReader((tmp_path / "timeline.csv").read_text().splitlines()))
     assert {row["target"] for row in seconds} == {"right", "slow"}
     assert sum(int(row["answered"]) for row in seconds) >= found["right"]["answered"] + found["slow"]["answered"]
