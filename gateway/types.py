@@ -137,6 +137,7 @@ class ModelInfo:
         labels: of a model that classifies.
         label_function: how its numbers become scores.
         ranges: of the vectors of each size, normalized or not as is the model's default; empty without calibration.
+        notes: what an operator should know about where it runs, such as a card that is left out.
     """
 
     id: str
@@ -167,6 +168,7 @@ class ModelInfo:
     labels: tuple[str, ...] = ()
     label_function: LabelFunction = LabelFunction.NONE
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         "max_model_len": info.max_tokens,
         "device": info.device,
         "dtype": info.dtype,
+        "notes": list(info.notes),
     }
     if info.kind is not ModelKind.EMBED:  # without vectors and a space
         labels = {"labels": list(info.labels), "label_function": info.label_function.value} if info.labels else {}

@@ -64,6 +64,7 @@ def _described(model: Model) -> Iterator[str]:
         return
     yield ", ".join([*_run(info), *(["on demand"] if model.entry.is_on_demand else [])])
     yield _space(info)
+    yield from info.notes
 
 
 def _run(info: ModelInfo) -> list[str]:
@@ -240,12 +241,14 @@ def describe_forecast(forecast: Forecast) -> Iterator[str]:
     else:
         yield ", ".join([*forecast.devices, forecast.dtype, forecast.runtime])
         yield _download(forecast)
+    yield from forecast.notes
     if (memory := forecast.memory) is None:
         yield "memory: known after the download"
         return
     total, weights, batch = map(format_bytes, (memory.total_bytes, memory.weights_bytes, memory.batch_bytes))
     is_rough = "" if forecast.info else "about "
-    yield f"memory: {is_rough}{total} ({weights} weights, {batch} for the largest batch)"
+    card = f", {format_bytes(memory.card_bytes)} for CUDA itself" if memory.card_bytes else ""
+    yield f"memory: {is_rough}{total} ({weights} weights, {batch} for the largest batch{card})"
 
 
 def _download(forecast: Forecast) -> str:

@@ -99,7 +99,9 @@ class ModelEntry(Frozen):
     )
     device: Device = Field(
         default="auto",
-        description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`. `auto`: the accelerator, if one is present.",
+        description="Where the model runs: `auto`, `cpu`, `cuda` or `cuda:N`, with the numbers of `nvidia-smi`. `auto`: "
+        "every graphics card of compute capability 8.0 or more that has room, or the CPU without one. `cuda`: the same, or "
+        "older cards, and never the CPU.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
@@ -141,7 +143,8 @@ class ModelEntry(Frozen):
     fp16_accumulation: bool = Field(
         default=False,
         description="Whether float16 matrix products accumulate in float16: up to twice as fast on GeForce cards, no gain "
-        "on others, and less exact. Needs `golden`; refused if the golden vectors leave their tolerance.",
+        "on others, and less exact. Needs `golden`; refused if the golden vectors leave their tolerance. While a model "
+        "without it computes, this one is exact as well, and slower: set it for all float16 models or for none.",
     )
     golden: NonEmptyText | None = Field(
         default=None,

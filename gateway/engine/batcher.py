@@ -57,12 +57,19 @@ class Batcher:
 
     Args:
         encoders: the replicas of the model, one for each device; they share one queue.
+        warm_ups: batches that the thread of each replica computes before its first request.
 
     Attributes:
         lost: the replicas whose cards can compute nothing more, with the reason.
     """
 
-    def __init__(self, model: str, encoders: Sequence[Encoder], limits: Limits) -> None:
+    def __init__(
+        self,
+        model: str,
+        encoders: Sequence[Encoder],
+        limits: Limits,
+        warm_ups: Sequence[Sequence[Sequence[Item]]] = (),
+    ) -> None:
         self._model = model
         self._encoder = encoders[0]
         self._limits = limits
@@ -77,8 +84,8 @@ class Batcher:
         self._tokenizers = TokenizerPool(model, self._loop)
         self._batches = BatchQueue(limits.max_batch_tokens)
         self._workers = [
-            Worker(model, encoder, self._batches, self._finished, self._faulted, replica, self._card_lost)
-            for replica, encoder in enumerate(encoders)
+            Worker(model, encoder, self._batches, self._finished, self._faulted, replica, self._card_lost, warm_up)
+            for replica, (encoder, warm_up) in enumerate(zip(encoders, warm_ups or [()] * len(encoders), strict=True))
         ]
 
     # ---------------------------------------------------------------------------------------------- one request

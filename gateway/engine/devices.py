@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gateway.engine.cards import Machine, Reason, find_obstacle, read_machine
+from gateway.engine.cards import PACKING_CAPABILITY, Machine, Reason, describe_others, find_obstacle, read_machine
 from gateway.engine.cores import Cores, read_cores
-from gateway.engine.memory import available_host_bytes
+from gateway.engine.memory import available_host_bytes, format_bytes
 from gateway.engine.nvml import Card
 from gateway.errors import LoadError
 
+# Memory of other processes on a card that is worth a word; a desktop takes less.
+_NOTED_BYTES = 2**30
 _MIN_STREAMS = 2
 _MAX_THREADS_A_STREAM = 4
 
@@ -44,6 +46,56 @@ def choose_devices(setting: str) -> tuple[str, ...]:
     if obstacle.reason is Reason.CUDA_FAILED:  # the card is good and would be idle, unnoticed
         raise LoadError(f"{obstacle}; `device: cpu` in models.yaml runs it on the CPU")
     return ("cpu",)
+
+
+def leave_out_full(setting: str, devices: Sequence[str], needed_bytes: int) -> tuple[str, ...]:
+    """Leave the cards out that have too little free memory for a model, if ``device: auto`` has others that have enough.
+
+    If none has, the model may be refused, or wait for another one to leave the memory: all stay.
+    """
+    if setting != "auto" or len(devices) < 2:
+        return tuple(devices)
+    cards = see_cards().visible
+    roomy = [
+        one for one in devices if not (card := _card_of(one, cards)).total_bytes or card.free_bytes >= needed_bytes
+    ]
+    return tuple(roomy or devices)
+
+
+def _card_of(device: str, cards: Sequence[Card]) -> Card:
+    """Return the card of a CUDA device; one that nothing is known of, if it is not among the cards."""
+    index = int(device.partition(":")[2])
+    return cards[index] if index < len(cards) else Card(index)
+
+
+def device_notes(setting: str, devices: Sequence[str]) -> tuple[str, ...]:
+    """Return remarks for an operator about the choice of a model's devices: cards that are not used, or shared.
+
+    Args:
+        setting: the one that led to the devices.
+    """
+    if setting == "cpu":
+        return ()
+    machine = see_cards()
+    if "cpu" in devices:
+        obstacle = machine.obstacle_to(setting)
+        is_usual = obstacle is None or obstacle.reason in (Reason.NO_CARD, Reason.NOT_NVIDIA)
+        return () if is_usual else (f"on the CPU, because {obstacle}",)
+    notes = []
+    for index, card in enumerate(machine.visible):
+        device = f"cuda:{index}"
+        if device in devices:
+            held = sum(process.memory_bytes or 0 for process in card.others)
+            notes += [f"other processes hold {format_bytes(held)} of {device}"] if held >= _NOTED_BYTES else []
+        elif setting in ("auto", "cuda"):
+            too_full = f"of its {format_bytes(card.total_bytes)} only {format_bytes(card.free_bytes)} are free"
+            notes.append(f"{device} ({card.name or 'unknown'}) is left out: {machine.left_out(index) or too_full}")
+    return tuple(notes)
+
+
+def others_on(device: str) -> str:
+    """Describe the other processes on a device; empty without any, and for the CPU."""
+    return "" if device == "cpu" else describe_others(_card_of(device, see_cards().visible))
 
 
 def see_cards() -> Machine:
@@ -91,8 +143,15 @@ def choose_dtype(setting: str, device: str) -> str:
     """Resolve ``auto`` to the fastest number format that keeps vectors within tolerance on the device.
 
     Raises:
-        LoadError: float16 on a CPU, where it is many times slower than float32.
+        LoadError: float16 on a CPU, where it is many times slower than float32, or bfloat16 on a card without it.
     """
+    if setting == "bfloat16" and device != "cpu":
+        capability = _card_of(device, see_cards().visible).capability
+        if (0, 0) < capability < PACKING_CAPABILITY:
+            raise LoadError(
+                f"dtype bfloat16 needs compute capability 8.0, and that of {device} is {capability[0]}.{capability[1]}; use "
+                "float16, float32 or auto"
+            )
     if setting == "float16" and device == "cpu":
         raise LoadError(
             "dtype float16 is about eight times slower than float32 on a CPU; use bfloat16, float32 or auto"

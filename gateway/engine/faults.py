@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import structlog
 import torch
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +82,34 @@ def still_computes(device: str) -> bool:
         return float(torch.ones(8, device=device).sum()) == 8
     except Exception as error:  # of any class: that is the question
         return is_out_of_memory(error)
+
+
+def on_card(device: str, limit_s: float, work: Callable[[], T]) -> T:
+    """Do some work of a load on a device, and do not wait forever for a card that hangs.
+
+    Raises:
+        CardLost: it has not ended within the limit; its thread is left behind.
+        Exception: what the work raises.
+    """
+    if device == "cpu":
+        return work()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # raised again below, in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=f"load-{device}", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise CardLost(f"{device} has not ended its work after {limit_s:.0f} s")
+    return results[0]
 
 
 def release_memory() -> None:

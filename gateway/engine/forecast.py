@@ -8,7 +8,7 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.hub import describe
 from gateway.engine.checkpoint.sizes import Attention
 from gateway.engine.checkpoint.sources import is_cached, require_license, require_readable
-from gateway.engine.devices import available_bytes, choose_devices, choose_dtype
+from gateway.engine.devices import available_bytes, choose_devices, choose_dtype, device_notes, leave_out_full
 from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
 from gateway.engine.model.choose import choose_runtime
@@ -30,6 +30,7 @@ class Forecast:
             counts with its rest.
         download_note: why the size is not from the hub, if it is not.
         license: of the weights; empty if it is not known.
+        notes: what an operator should know about its devices.
     """
 
     devices: tuple[str, ...]
@@ -40,6 +41,7 @@ class Forecast:
     download_bytes: int | None = 0
     download_note: str = ""
     license: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,10 @@ class _Known:
 # The two of `models.yaml` that come from the hub.
 _KNOWN = {
     "jinaai/jina-embeddings-v3-hf": _Known(
-        Shape(572_000_000, 1024, 4096, Attention(16, 1024)), "jina_embeddings_v3", 8192, 1_200_000_000
+        Shape(572_000_000, 1024, 4096, Attention(16, 1024)),
+        "jina_embeddings_v3",
+        8192,
+        1_200_000_000,
     ),
     "BAAI/bge-m3": _Known(Shape(568_000_000, 1024, 4096, Attention(16, 1024)), "xlm-roberta", 8192, 2_300_000_000),
 }
@@ -107,7 +112,10 @@ class Forecaster:
 
 def _planned(entry: ModelEntry) -> Forecast:
     plan = plan_load(entry, may_download=False)
-    return Forecast(plan.devices, plan.dtype, plan.runtime, plan.info, plan.memory, license=entry.license or "")
+    license_name = entry.license or ""
+    return Forecast(
+        plan.devices, plan.dtype, plan.runtime, plan.info, plan.memory, license=license_name, notes=plan.notes
+    )
 
 
 def _not_downloaded(entry: ModelEntry) -> Forecast:
@@ -128,7 +136,16 @@ def _not_downloaded(entry: ModelEntry) -> Forecast:
     memory = None
     if known is not None:
         max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
-        memory = estimate_memory(known.shape, dtype, runtime, entry.max_tokens or known.max_tokens, max_batch_tokens)
+        max_tokens = entry.max_tokens or known.max_tokens
+        memory = estimate_memory(known.shape, dtype, runtime, max_tokens, max_batch_tokens, devices[0])
+        devices = leave_out_full(entry.device, devices, memory.total_bytes)
     return Forecast(
-        devices, dtype, runtime, memory=memory, download_bytes=size, download_note=note, license=license_name
+        devices,
+        dtype,
+        runtime,
+        memory=memory,
+        download_bytes=size,
+        download_note=note,
+        license=license_name,
+        notes=device_notes(entry.device, devices),
     )

@@ -27,6 +27,7 @@ from torch import nn
 
 from gateway.engine.batcher import Batcher, Limits
 from gateway.engine.model.encoder import Encoder
+from gateway.engine.model.items import Item
 from gateway.errors import ModelNotReady, RequestError
 from gateway.golden import GoldenCheck
 from gateway.types import Embeddings, EmbedJob, Truncate
@@ -102,12 +103,18 @@ class Engine(AsyncEmbeddingEngine):
     """
 
     def __init__(
-        self, args: EngineArgs, encoders: Sequence[Encoder], limits: Limits, golden: GoldenCheck | None = None
+        self,
+        args: EngineArgs,
+        encoders: Sequence[Encoder],
+        limits: Limits,
+        golden: GoldenCheck | None = None,
+        warm_ups: Sequence[Sequence[Sequence[Item]]] = (),
     ) -> None:
         self._engine_args = args
         self.encoders = encoders
         self._limits = limits
         self._golden = golden
+        self._warm_ups = warm_ups
         self.running = False
         self._min_inference_t = self._max_inference_t = float("nan")  # measured by `select_model`; printed by `__str__`
         self._batcher: Batcher | None = None
@@ -115,7 +122,7 @@ class Engine(AsyncEmbeddingEngine):
     async def astart(self) -> None:
         """Start the engine. It may be stopped and started again."""
         if not self.running:
-            self._batcher = Batcher(self.engine_args.served_model_name, self.encoders, self._limits)
+            self._batcher = Batcher(self.engine_args.served_model_name, self.encoders, self._limits, self._warm_ups)
             self._batch_handler = _BatchHandler(self._batcher, self._limits)  # type: ignore[assignment]  # Infinity's name
             await self._batcher.spawn()
             self.running = True

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import structlog
 import torch
 
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
 from gateway.engine.card_metrics import read_cards
-from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.checkpoint.prompts import RETRIEVAL, tasks_of
+from gateway.engine.checkpoint.prompts import RETRIEVAL
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
-from gateway.engine.devices import CpuThreads, available_bytes, choose_cpu_threads, choose_devices, choose_dtype
+from gateway.engine.devices import (
+    CpuThreads,
+    available_bytes,
+    choose_cpu_threads,
+    choose_devices,
+    choose_dtype,
+    device_notes,
+    leave_out_full,
+    others_on,
+)
+from gateway.engine.faults import on_card
 from gateway.engine.infinity import Engine, engine_args
 from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
 from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime_of
@@ -26,6 +37,14 @@ from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item, Tokens
 from gateway.engine.model.static import place_table
 from gateway.engine.reranking import choose_weights
+from gateway.engine.wishes import (
+    choose_dimensions,
+    choose_instruction,
+    choose_max_tokens,
+    choose_outputs,
+    choose_tasks,
+    require_no_vectors,
+)
 from gateway.errors import LoadError
 from gateway.golden import MIN_COSINE, GoldenCheck
 from gateway.golden import read as read_golden
@@ -34,10 +53,16 @@ from gateway.ranges import read as read_ranges
 from gateway.telemetry import metrics
 from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate, canonical_task
 
+log = structlog.get_logger(__name__)
+
 # On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # The longest text of the warm-up.
 _WARM_UP_TOKENS = 2048
+# Texts and their tokens in the batches that warm up a computing thread on a card.
+_CARD_SHAPES = ((1, 4), (1, 16), (4, 16), (8, 32), (16, 64), (64, 64), (256, 64))
+# Reading the weights, copying them to a card and checking them there: minutes at most, from a slow network drive.
+_BUILD_LIMIT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +75,7 @@ class LoadPlan:
         outputs: the outputs that are served.
         dimensions: accepted sizes of a dense vector, largest first; none for a model without one.
         ranges: of the dimensions, by size, if the registry names a file.
+        notes: what an operator should know about its devices.
     """
 
     entry: ModelEntry
@@ -65,6 +91,7 @@ class LoadPlan:
     instruction: str
     ranges: Mapping[int, Ranges]
     memory: MemoryPlan
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -117,12 +144,15 @@ class LoadPlan:
             labels=() if classifier is None else classifier.labels,
             label_function=LabelFunction.NONE if classifier is None else classifier.function,
             ranges=self.ranges,
+            notes=self.notes,
         )
 
     def as_loaded(self, engine: Engine) -> LoadPlan:
         """Return the plan with the runtime that the model has got: torch may have replaced OpenVINO or packing."""
         runtime = engine.encoders[0].runtime
-        memory = plan_memory(self.checkpoint, self.dtype, runtime.name, self.max_tokens, self.max_batch_tokens)
+        memory = plan_memory(
+            self.checkpoint, self.dtype, runtime.name, self.max_tokens, self.max_batch_tokens, self.device
+        )
         memory = replace(memory, weights_bytes=memory.weights_bytes + runtime.extra_bytes)
         return replace(self, runtime=runtime.name, memory=memory)
 
@@ -160,13 +190,16 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         is_sparse=entry.outputs == (Output.SPARSE,),
     )
     if checkpoint.classifier is not None:
-        _require_no_vectors(entry)
+        require_no_vectors(entry)
     devices, dtype, runtime, max_batch_tokens = _place(entry, checkpoint)
-    max_tokens = _max_tokens(entry, checkpoint)
-    tasks = _tasks(entry, checkpoint)
-    outputs = _outputs(entry, checkpoint)
+    max_tokens = choose_max_tokens(entry, checkpoint)
+    tasks = choose_tasks(entry, checkpoint)
+    outputs = choose_outputs(entry, checkpoint)
     choose_weights(entry, outputs)
-    dimensions = _dimensions(entry, checkpoint)
+    dimensions = choose_dimensions(entry, checkpoint)
+    memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens, devices[0])
+    is_placed = checkpoint.static is None  # a table of vectors is always on the CPU
+    devices = leave_out_full(entry.device, devices, memory.total_bytes) if is_placed else devices
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
@@ -178,9 +211,10 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         max_batch_tokens=max_batch_tokens,
         dimensions=dimensions,
         tasks=tasks,
-        instruction=_instruction(checkpoint, tasks),
+        instruction=choose_instruction(checkpoint, tasks),
         ranges=read_ranges(entry.ranges, checkpoint.fingerprint, dimensions, is_normalized=checkpoint.is_normalized),
-        memory=plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens),
+        memory=memory,
+        notes=device_notes(entry.device, devices) if is_placed else (),
     )
 
 
@@ -201,7 +235,8 @@ def require_room(plan: LoadPlan) -> None:
         TooLittleMemory: one of its devices has too little.
     """
     for device in plan.devices:
-        require_memory(plan.memory, available_bytes(device), device)
+        free = available_bytes(device)
+        require_memory(plan.memory, free, device, others_on(device) if plan.memory.total_bytes > free else "")
 
 
 def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = True) -> Engine:
@@ -216,22 +251,31 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     """
     threads = choose_cpu_threads(settings.cpu_threads, plan.runtime)
     torch.set_num_threads(choose_cpu_threads(settings.cpu_threads, "torch").per_stream)
-    _set_accumulation(plan)
+    _require_golden(plan)
     golden = None
     if checks_golden and plan.entry.golden is not None:
         vectors = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
         golden = GoldenCheck(plan.entry.id, vectors, MIN_COSINE[plan.dtype])
     require_room(plan)
-    encoders = []
+    for note in plan.notes:
+        log.warning("device_note", model=plan.entry.id, note=note)
+    limit_s = settings.forward_timeout_s
+    encoders, warm_ups = [], []
     for device in plan.devices:
-        for encoder in build_encoders(plan.checkpoint, plan.build_options(device, threads, settings.compiled_folder)):
+        options = plan.build_options(device, threads, settings.compiled_folder)
+        for encoder in on_card(device, _BUILD_LIMIT_S, partial(build_encoders, plan.checkpoint, options)):
             encoder.device = device
-            _warm_up(encoder, plan)
+            encoder.accumulates_in_float16 = plan.entry.fp16_accumulation
+            on_card(device, limit_s, partial(_warm_up, encoder, plan))
             if golden is not None:
-                golden.check(encoder.embed)
+                on_card(device, limit_s, partial(golden.check, encoder.embed))
             encoders.append(encoder)
+            warm_ups.append(() if device == "cpu" else _card_batches(encoder, plan))
     limits = Limits(plan.max_batch_tokens, settings.max_queue_texts, settings.max_queue_tokens)
     if plan.device != "cpu":
+        # Products of few rows would otherwise be split and added up in 16 bits, and a text's vector depend on its company.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         metrics.at_scrape(read_cards)
     args = engine_args(
         plan.entry.id,
@@ -241,7 +285,7 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
         revision=plan.entry.revision,
         trust_remote_code=plan.entry.trust_remote_code,
     )
-    return Engine(args, encoders, limits, golden)
+    return Engine(args, encoders, limits, golden, warm_ups)
 
 
 def load_reference(plan: LoadPlan) -> Encoder:
@@ -255,15 +299,13 @@ def load_reference(plan: LoadPlan) -> Encoder:
     return encoder
 
 
-def _set_accumulation(plan: LoadPlan) -> None:
-    if not plan.entry.fp16_accumulation:
-        return
-    if plan.dtype != "float16" or plan.entry.golden is None:
+def _require_golden(plan: LoadPlan) -> None:
+    """Refuse float16 accumulation where it has no meaning, or where nothing watches over it."""
+    if plan.entry.fp16_accumulation and (plan.dtype != "float16" or plan.entry.golden is None):
         raise LoadError(
             f"fp16_accumulation needs dtype float16 (this is {plan.dtype}) and golden vectors to watch over it (golden: "
             f"{plan.entry.golden or 'is not set'})"
         )
-    torch.backends.cuda.matmul.allow_fp16_accumulation = True  # of the whole process
 
 
 def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
@@ -288,6 +330,22 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
                 raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
             for row, one in zip(batch, encoded, strict=True):
                 _require_promised(one, len(row.ids), plan)
+
+
+def _card_batches(encoder: Encoder, plan: LoadPlan) -> list[list[Item]]:
+    """Return batches of several sizes, for the computing thread to run before its first request.
+
+    cuBLAS keeps its handle and its workspace for a thread, chooses a kernel by the number of rows, and loads each when it is
+    first used: tens of milliseconds that a request would wait.
+    """
+    [long] = encoder.tokenize(["warm up " * _WARM_UP_TOKENS], plan.info.default_task, Truncate.END)
+    outputs = frozenset(plan.outputs)
+    batches = []
+    for num_texts, length in _CARD_SHAPES:
+        row = replace(long, ids=long.ids[:length])
+        if num_texts * length <= plan.max_batch_tokens:
+            batches.append([Item(row, plan.info.default_task, outputs)] * num_texts)
+    return batches
 
 
 def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None:
@@ -321,77 +379,3 @@ def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None
             raise LoadError(f"{folder}: the model returns {what} that are not finite in {plan.dtype}")
     if plan.kind is ModelKind.EMBED and width and not encoded.dense.any():
         raise LoadError(f"{folder}: the model returns vectors of zeros: are its weights all zero?")
-
-
-def _require_no_vectors(entry: ModelEntry) -> None:
-    """Refuse keys of the registry that only a model that embeds may have.
-
-    Raises:
-        LoadError: names the keys.
-    """
-    asked = [
-        key for key in ("default_task", "prompts", "dimensions", "golden", "ranges", "rerank") if getattr(entry, key)
-    ]
-    asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
-    if asked:
-        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")
-
-
-def _outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
-    """Return the outputs to serve: those of the registry; a model without a dense output has its own by default."""
-    if Output.DENSE not in checkpoint.outputs:
-        if named := [key for key in ("dimensions", "golden", "ranges") if getattr(entry, key)]:
-            raise LoadError(
-                f"{' and '.join(named)} cannot be set: this model has no dense vectors, only {', '.join(checkpoint.outputs)}"
-            )
-        if "outputs" not in entry.model_fields_set:
-            return checkpoint.outputs
-    missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
-    if missing:
-        raise LoadError(
-            f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}"
-        )
-    return entry.outputs
-
-
-def _max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
-    if entry.max_tokens is not None and entry.max_tokens > checkpoint.position_limit:
-        raise LoadError(
-            f"max_tokens is {entry.max_tokens}, but the model has positions for {checkpoint.position_limit}"
-        )
-    return entry.max_tokens or checkpoint.max_tokens
-
-
-def _dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
-    too_wide = [size for size in entry.dimensions if size > checkpoint.width]
-    if too_wide:
-        raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {checkpoint.width}")
-    return tuple(sorted({checkpoint.width, *entry.dimensions} - {0}, reverse=True))
-
-
-def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own."""
-    tasks = tasks_of(checkpoint.prompts, entry.prompts, checkpoint.adapters)
-    if checkpoint.has_sides:
-        tasks = {**dict.fromkeys(RETRIEVAL, ""), **tasks}
-        if others := [task for task in tasks if task not in RETRIEVAL]:
-            raise LoadError(f"the task {others[0]!r} cannot be: this model has queries and documents only")
-    if checkpoint.adapters:
-        bare = [task for task in tasks if task not in checkpoint.adapters]
-        if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for
-            raise LoadError(f"the task {bare[0]!r} has no adapter; there are: {', '.join(checkpoint.adapters)}")
-    default = entry.default_task
-    if default is None and checkpoint.layout is Layout.JINA_V5:
-        raise LoadError(
-            f"default_task must be set: Jina v5 has no vectors without a task. Choose one of {', '.join(tasks)}; "
-            "text-matching treats all texts alike"
-        )
-    if default is not None and canonical_task(default) not in tasks:
-        raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")
-    return tasks
-
-
-def _instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
-    """Return the instruction of a text without a task: the default prompt, as the registry may have changed it."""
-    name = checkpoint.default_prompt
-    return "" if name is None else tasks.get(canonical_task(name), "")

@@ -22,14 +22,23 @@ _CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Memory of a model on its device, in bytes: its weights, and the activations of its largest batch."""
+    """Memory of a model on its device, in bytes: its weights, and the activations of its largest batch.
+
+    Attributes:
+        card_bytes: what any model needs on a graphics card: CUDA's context, the workspaces of its libraries, rounding.
+    """
 
     weights_bytes: int
     batch_bytes: int
+    card_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.batch_bytes
+        return self.weights_bytes + self.batch_bytes + self.card_bytes
+
+
+# CUDA's context takes 300 to 400 MiB once in a process, cuBLAS 8 to 32 MiB in each thread, and the allocator rounds up.
+_CARD_BYTES = 512 * 2**20
 
 
 # Measured with torch 2.13 and transformers 5.23; `tests/engine/test_memory_of_texts.py` measures them again.
@@ -62,7 +71,9 @@ class Shape:
     model_type: str = ""
 
 
-def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
+def plan_memory(
+    checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int, device: str = "cpu"
+) -> MemoryPlan:
     """Estimate the memory for serving a checkpoint in ``dtype`` with batches of up to ``max_batch_tokens``."""
     num_weights = sum(_num_weights(path) for path in checkpoint.all_weights)
     if checkpoint.splade is not None:  # its head holds a copy of the table of words
@@ -74,10 +85,12 @@ def plan_memory(checkpoint: Checkpoint, dtype: str, runtime: str, max_tokens: in
         checkpoint.attention,
         checkpoint.model_type,
     )
-    return estimate_memory(shape, dtype, runtime, max_tokens, max_batch_tokens)
+    return estimate_memory(shape, dtype, runtime, max_tokens, max_batch_tokens, device)
 
 
-def estimate_memory(shape: Shape, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int) -> MemoryPlan:
+def estimate_memory(
+    shape: Shape, dtype: str, runtime: str, max_tokens: int, max_batch_tokens: int, device: str = "cpu"
+) -> MemoryPlan:
     """Estimate the memory of a model of the given shape.
 
     A forward of T tokens holds, at its widest point, about the layer's input and residual, the query, key, value and
@@ -97,6 +110,7 @@ def estimate_memory(shape: Shape, dtype: str, runtime: str, max_tokens: int, max
         # OpenVINO packs a copy from torch's float32 weights, which are there until it is done.
         weights_bytes=shape.num_weights * (size + DTYPE_BYTES["float32"] if runtime == "openvino" else size),
         batch_bytes=activations + pairs,
+        card_bytes=0 if device == "cpu" else _CARD_BYTES,
     )
 
 
@@ -117,17 +131,22 @@ def _bytes_per_pair(shape: Shape, size: int, runtime: str) -> tuple[int, int, in
     return scores, _MASK_BYTES + size, _WINDOW_BYTES if shape.attention.has_windows else 0
 
 
-def require_memory(plan: MemoryPlan, available_bytes: int, device: str) -> None:
+def require_memory(plan: MemoryPlan, available_bytes: int, device: str, others: str = "") -> None:
     """Refuse a model that would not fit.
+
+    Args:
+        others: the other processes on the device, for the message.
 
     Raises:
         TooLittleMemory: the plan needs more than is available; names the settings that would lower it.
     """
     if plan.total_bytes > available_bytes:
+        card = f" + {format_bytes(plan.card_bytes)} for CUDA itself" if plan.card_bytes else ""
+        company = f" next to {others}" if others else ""
         raise TooLittleMemory(
             f"too little memory on {device}: needs {format_bytes(plan.total_bytes)} "
-            f"({format_bytes(plan.weights_bytes)} weights + {format_bytes(plan.batch_bytes)} for the largest batch), "
-            f"{format_bytes(available_bytes)} are free. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
+            f"({format_bytes(plan.weights_bytes)} weights + {format_bytes(plan.batch_bytes)} for the largest batch{card}), "
+            f"{format_bytes(available_bytes)} are free{company}. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
             "or disable another model",
             device,
             plan.total_bytes - available_bytes,

@@ -154,6 +154,7 @@ class Worker:
         on_card_lost: called in the thread when its card can compute nothing more, with the replica and the reason; the
             batch in hand is lost, and the thread ends.
         replica: index of the model's replica.
+        warm_up: batches to compute first, in the thread.
 
     Attributes:
         thread: computes, from ``start`` until the queue is closed or the card is lost.
@@ -169,6 +170,7 @@ class Worker:
         on_fault: Callable[[Sequence[TokenSequence]], None],
         replica: int = 0,
         on_card_lost: Callable[[int, str], None] = lambda _replica, _reason: None,
+        warm_up: Sequence[Sequence[Item]] = (),
     ) -> None:
         self._model = name
         self._encoder = encoder
@@ -177,6 +179,7 @@ class Worker:
         self._on_fault = on_fault
         self._on_card_lost = on_card_lost
         self._replica = replica
+        self._warm_up = warm_up
         self.is_retired = False
         self.thread = threading.Thread(target=self._run, name=f"{name}-compute", daemon=True)
         self._forward_started: float | None = None
@@ -195,6 +198,7 @@ class Worker:
     def _run(self) -> None:
         while True:
             try:
+                self._compute_warm_up()
                 while not self.is_retired and (batch := self._batches.next_batch(self._replica)):
                     self.in_hand = batch
                     self._deliver(self.compute(batch))
@@ -211,6 +215,20 @@ class Worker:
                 time.sleep(_FAULT_PAUSE_S)
             else:
                 return
+
+    def _compute_warm_up(self) -> None:
+        """Compute the batches of the warm-up, once; one that fails does not matter, unless the card is lost."""
+        batches, self._warm_up = self._warm_up, ()
+        try:
+            for batch in batches:
+                self._forward_started = time.monotonic()
+                self._encoder.encode(batch)
+        except Exception as error:
+            log.warning("warm_up_failed", model=self._model, replica=self._replica, error=repr(error))
+            if is_card_lost(error, self._encoder.device):
+                raise CardLost(str(error).partition("\n")[0]) from error
+        finally:
+            self._forward_started = None
 
     def compute(self, batch: list[TokenSequence]) -> FinishedBatch:
         """Compute a batch now, in the calling thread.
@@ -249,7 +267,7 @@ class Worker:
         """
         self._forward_started = time.monotonic()  # each half is progress
         try:
-            encoded = self._encoder.encode(items)
+            encoded = self._compute(items)
             if len(encoded) != len(items):
                 raise ValueError(f"{len(encoded)} results for {len(items)} texts")
         except (
@@ -270,6 +288,18 @@ class Worker:
             return [self._failure(items[0], is_memory=is_memory)]
         half = len(items) // 2
         return [*self._encode(items[:half]), *self._encode(items[half:])]
+
+    def _compute(self, items: Sequence[Item]) -> list[Encoded]:
+        """Encode items; what is not finite for lack of range once more, with products that add up in float32."""
+        encoded = self._encoder.encode(items)
+        if not self._encoder.accumulates_in_float16:
+            return encoded
+        bad = [i for i, one in enumerate(encoded) if not _is_finite(one)]
+        if bad:
+            metrics.RECOMPUTED_TEXTS.labels(self._model).inc(len(bad))
+            for i, again in zip(bad, self._encoder.encode_exactly([items[i] for i in bad]), strict=True):
+                encoded[i] = again
+        return encoded
 
     def _checked(self, item: Item, encoded: Encoded) -> Encoded | RequestError:
         expected = (item.tokens.num_vectors, self._encoder.width)
@@ -304,6 +334,12 @@ class Worker:
                 is_permanent=True,
             )
         return InferenceFailed(f"model {self._model!r} failed while it computed this request")
+
+
+def _is_finite(encoded: Encoded) -> bool:
+    sparse = None if encoded.sparse is None else encoded.sparse.values
+    outputs = (encoded.dense, sparse, encoded.multivector, encoded.states)
+    return all(bool(np.isfinite(numbers).all()) for numbers in outputs if numbers is not None)
 
 
 def _invalid(message: str) -> InvalidVectors:

@@ -145,6 +145,11 @@ QUEUE_OLDEST_SECONDS = Gauge(
     "gateway_queue_oldest_seconds", "Age of the oldest request that the model has not answered yet.", ["model"]
 )
 FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward pass raised an error.", ["model"])
+RECOMPUTED_TEXTS = Counter(
+    "gateway_recomputed_texts",
+    "Texts whose vectors were not finite with `fp16_accumulation`, and were computed again with float32 accumulation.",
+    ["model"],
+)
 WORKER_FAULTS = Counter(
     "gateway_worker_faults",
     "Bugs of the gateway that hit a worker thread; the batch it was computing is lost. Please report them.",

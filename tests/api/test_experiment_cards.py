@@ -88,6 +88,8 @@ async def test_an_experiment_between_spaces_has_none_and_lists_its_arms(connect:
         "spaces": {},
         "device": "cpu",
         "dtype": "float32",
+        "notes": [],
+        "license": None,
     }
 
 

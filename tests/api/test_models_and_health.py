@@ -73,6 +73,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "space": spaces["text-matching"],
         "device": "cpu",
         "dtype": "float32",
+        "notes": [],
     }
     assert list(spaces) == card["tasks"]
     assert spaces["retrieval.query"] == spaces["retrieval.passage"]

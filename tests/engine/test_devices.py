@@ -21,6 +21,9 @@ from gateway.engine.devices import (
     choose_cpu_threads,
     choose_devices,
     choose_dtype,
+    device_notes,
+    leave_out_full,
+    others_on,
     see_cards,
     share_cores,
 )
@@ -138,6 +141,70 @@ def test_a_card_that_only_cuda_knows_is_used(see: See) -> None:
         24 * GIB,
     )
     assert choose_devices("auto") == choose_devices("cuda:0") == ("cuda:0",)
+
+
+NEAR_FULL = FakeCard(free=3 * GIB, uuid="GPU-full", processes=((7, "/usr/bin/ollama", 20 * GIB, True),))
+
+
+@pytest.mark.parametrize(
+    ("cards", "setting", "needed", "expected"),
+    [
+        ([RTX_3090, NEAR_FULL], "auto", 4 * GIB, ("cuda:0",)),
+        ([RTX_3090, NEAR_FULL], "auto", 2 * GIB, ("cuda:0", "cuda:1")),
+        ([RTX_3090, NEAR_FULL], "cuda", 4 * GIB, ("cuda:0", "cuda:1")),
+        ([NEAR_FULL], "auto", 4 * GIB, ("cuda:0",)),
+        ([NEAR_FULL, NEAR_FULL], "auto", 4 * GIB, ("cuda:0", "cuda:1")),
+        (
+            [NEAR_FULL, FakeCard("NVIDIA GB10", (12, 1), uuid="GPU-gb10", has_memory=False)],
+            "auto",
+            4 * GIB,
+            ("cuda:1",),
+        ),
+        ([], "auto", 4 * GIB, ("cpu",)),
+    ],
+)
+def test_a_card_that_is_full_is_left_out_where_another_has_room(
+    see: See, cards: list[FakeCard], setting: str, needed: int, expected: tuple[str, ...]
+) -> None:
+    see(*cards)
+
+    assert leave_out_full(setting, choose_devices(setting), needed) == expected
+
+
+def test_what_an_operator_should_know_about_the_devices(see: See) -> None:
+    see(GT_1030, RTX_3090, NEAR_FULL)
+
+    assert device_notes("auto", ("cuda:1",)) == (
+        "cuda:0 (NVIDIA GeForce GT 1030) is left out: torch for CUDA 13.0 has no kernels for an NVIDIA GeForce GT 1030 "
+        "(compute capability 6.1): install the build for CUDA 12.6, `make clean run "
+        "TORCH_INDEX=https://download.pytorch.org/whl/cu126`",
+        "cuda:2 (NVIDIA GeForce RTX 3090) is left out: of its 24.0 GiB only 3.0 GiB are free",
+    )
+    assert device_notes("cuda:2", ("cuda:2",)) == ("other processes hold 20.0 GiB of cuda:2",)
+    assert device_notes("cuda:1", ("cuda:1",)) == ()
+    assert device_notes("cpu", ("cpu",)) == ()
+    assert others_on("cuda:2") == "ollama (pid 7) 20,480 MiB"
+    assert others_on("cpu") == others_on("cuda:1") == ""
+
+
+def test_a_model_on_the_cpu_says_which_card_it_does_not_use(see: See) -> None:
+    see(RTX_2080)
+    assert device_notes("auto", choose_devices("auto")) == (
+        "on the CPU, because an NVIDIA GeForce RTX 2080 Ti has compute capability 7.5, and texts are packed from 8.0 on: "
+        "`device: cuda:0` in models.yaml uses it all the same, with padding",
+    )
+    see()
+    assert device_notes("auto", choose_devices("auto")) == ()
+
+
+def test_bfloat16_on_a_card_without_it_is_refused(see: See) -> None:
+    see(RTX_2080, RTX_3090)
+
+    assert choose_dtype("bfloat16", "cuda:1") == "bfloat16"
+    with pytest.raises(
+        LoadError, match=r"dtype bfloat16 needs compute capability 8.0, and that of cuda:0 is 7.5; use flo"
+    ):
+        choose_dtype("bfloat16", "cuda:0")
 
 
 def test_the_cards_have_the_numbers_that_the_driver_shows() -> None:

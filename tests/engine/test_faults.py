@@ -10,7 +10,7 @@ import torch
 from structlog.testing import capture_logs
 
 from gateway.engine import faults
-from gateway.engine.faults import is_card_lost, is_out_of_memory, release_memory, still_computes
+from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory, on_card, release_memory, still_computes
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,29 @@ def test_whether_a_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not still_computes("cuda:0")
     monkeypatch.setattr(torch, "ones", fail(torch.OutOfMemoryError("CUDA out of memory")))
     assert still_computes("cuda:0")
+
+
+# --------------------------------------------------------------------------------------------------------------- loads
+
+
+def test_what_a_load_does_on_a_card_has_a_limit() -> None:
+    end = threading.Event()
+
+    with pytest.raises(CardLost, match=r"^cuda:0 has not ended its work after 0 s$"):
+        on_card("cuda:0", 0.01, lambda: end.wait(20))
+    end.set()
+
+
+def test_what_a_load_does_on_a_card_gives_its_result_or_its_error() -> None:
+    def fail() -> None:
+        raise KeyError("an error")
+
+    assert on_card("cuda:0", 20, lambda: threading.current_thread().name) == "load-cuda:0"
+    assert on_card("cuda:0", 20, lambda: None) is None
+    assert on_card("cpu", 0, threading.current_thread) is threading.current_thread()
+    for device in ("cuda:0", "cpu"):
+        with pytest.raises(KeyError, match="an error"):
+            on_card(device, 20, fail)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -384,37 +384,16 @@ def test_float16_accumulation_is_refused_where_it_cannot_be(
     assert torch.backends.cuda.matmul.allow_fp16_accumulation == before
 
 
-@pytest.fixture
-def accumulation(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replaces torch's switch, which is for the whole process."""
-
-    class Switch:
-        allow_fp16_accumulation = False
-
-    monkeypatch.setattr(torch.backends.cuda, "matmul", Switch)
-    return Switch
-
-
 @pytest.mark.parametrize("has_golden", [True, False])
-def test_float16_accumulation_needs_golden_vectors_on_a_card_too(
-    entry: ModelEntry, accumulation: Any, has_golden: bool
-) -> None:
+def test_float16_accumulation_needs_golden_vectors_on_a_card_too(entry: ModelEntry, has_golden: bool) -> None:
     changes = {"fp16_accumulation": True} | ({} if has_golden else {"golden": None})
     plan = replace(plan_load(entry.model_copy(update=changes)), dtype="float16")
 
     if has_golden:
-        loading._set_accumulation(plan)
+        loading._require_golden(plan)
     else:
         with pytest.raises(LoadError, match="golden: is not set"):
-            loading._set_accumulation(plan)
-
-    assert accumulation.allow_fp16_accumulation == has_golden
-
-
-def test_float16_accumulation_is_off_unless_it_is_asked_for(entry: ModelEntry, accumulation: Any) -> None:
-    loading._set_accumulation(replace(plan_load(entry), dtype="float16"))
-
-    assert accumulation.allow_fp16_accumulation is False
+            loading._require_golden(plan)
 
 
 # ------------------------------------------------------------------------------------------------------ gateway verify

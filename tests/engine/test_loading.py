@@ -97,6 +97,8 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
         loading, "build_encoders", lambda _checkpoint, options: [SimpleNamespace(built_for=options.device)]
     )
     monkeypatch.setattr(loading, "_warm_up", lambda _encoder, _plan: None)
+    monkeypatch.setattr(loading, "_card_batches", lambda encoder, _plan: [[encoder.device]])
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
     monkeypatch.setattr(loading, "engine_args", lambda *_, **_options: EngineArgs(device="cpu"))  # looks for the cards
 
     plan = plan_load(entry(make_checkpoint(), device="cuda", dtype="float16"))
@@ -107,6 +109,29 @@ def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch:
     built: Any = engine.encoders
     assert [(one.built_for, one.device) for one in built] == [("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")]
     assert asked == ["cuda:0", "cuda:1"]
+    assert engine._warm_ups == [[["cuda:0"]], [["cuda:1"]]]
+    assert vars(torch.backends.cuda.matmul) == {
+        "allow_fp16_reduced_precision_reduction": False,
+        "allow_bf16_reduced_precision_reduction": False,
+    }
+
+
+def test_a_computing_thread_on_a_card_warms_up_at_several_sizes(bundled_encoder: Encoder) -> None:
+    plan = plan_load(entry(BUNDLED, max_batch_tokens=4096))
+
+    batches = loading._card_batches(bundled_encoder, plan)
+
+    assert [(len(batch), batch[0].num_tokens) for batch in batches] == [
+        (1, 4),
+        (1, 16),
+        (4, 16),
+        (8, 32),
+        (16, 64),
+        (64, 64),
+    ]
+    assert all(item.tokens.ids[:4] == batches[0][0].tokens.ids for batch in batches for item in batch)
+    for batch in batches:
+        assert len(bundled_encoder.encode(batch)) == len(batch)
 
 
 def test_a_checkpoint_that_does_not_pool_by_the_mean_cannot_chunk_late(make_checkpoint: MakeCheckpoint) -> None:

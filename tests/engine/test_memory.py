@@ -11,7 +11,16 @@ import safetensors.numpy
 
 from gateway.engine import memory
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
-from gateway.engine.memory import MemoryPlan, available_host_bytes, format_bytes, plan_memory, require_memory
+from gateway.engine.checkpoint.sizes import Attention
+from gateway.engine.memory import (
+    MemoryPlan,
+    Shape,
+    available_host_bytes,
+    estimate_memory,
+    format_bytes,
+    plan_memory,
+    require_memory,
+)
 from gateway.errors import LoadError
 
 
@@ -100,6 +109,31 @@ def test_a_weights_file_that_was_cut_short_is_refused(checkpoint: Checkpoint, tm
 
     with pytest.raises(LoadError, match="corrupt or cut short"):
         plan_memory(replace(checkpoint, weights=(weights,)), "float32", "torch", 256, 2048)
+
+
+def test_a_card_needs_more() -> None:
+    """Jina v3 at 16,384 tokens: 517 MiB by the live tensors of transformers' forward with five adapters."""
+    shape = Shape(572_000_000, 1024, 4096, Attention(16, 1024), "jina_embeddings_v3")
+    here, there = (
+        estimate_memory(shape, "float16", "torch-packed", 8192, 16_384, device) for device in ("cpu", "cuda:0")
+    )
+
+    assert 517 * 2**20 <= there.batch_bytes == here.batch_bytes <= 700 * 2**20
+    assert (here.card_bytes, there.card_bytes) == (0, 512 * 2**20)
+    assert there.total_bytes == there.weights_bytes + there.batch_bytes + there.card_bytes
+
+
+def test_a_full_card_names_who_is_on_it() -> None:
+    plan = MemoryPlan(2 * 2**30, 100 * 2**20, 512 * 2**20)
+
+    with pytest.raises(LoadError) as caught:
+        require_memory(plan, 2**30, "cuda:0", "ollama (pid 7) 20,480 MiB")
+
+    assert str(caught.value) == (
+        "too little memory on cuda:0: needs 2.6 GiB (2.0 GiB weights + 100 MiB for the largest batch + 512 MiB for CUDA "
+        "itself), 1.0 GiB are free next to ollama (pid 7) 20,480 MiB. Lower max_batch_tokens or max_tokens, use a 16-bit "
+        "dtype, or disable another model"
+    )
 
 
 PLAN = MemoryPlan(weights_bytes=2 * 2**30, batch_bytes=100 * 2**20)

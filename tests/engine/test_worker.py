@@ -83,8 +83,9 @@ def start(delivered: Delivered) -> Iterator[Start]:
         on_fault: Callable[..., None] = no_fault,
         replica: int = 0,
         on_card_lost: Callable[[int, str], None] = no_fault,
+        warm_up: Sequence[Sequence[Item]] = (),
     ) -> Worker:
-        worker = Worker("numbers", encoder, batch_queue, delivered, on_fault, replica, on_card_lost)
+        worker = Worker("numbers", encoder, batch_queue, delivered, on_fault, replica, on_card_lost, warm_up)
         worker.start()
         started.append((worker, batch_queue))
         return worker
@@ -529,6 +530,111 @@ def test_a_fault_that_recurs_is_a_failure_of_its_replica(
 
     assert lost == [[one] for one in batch]
     assert worker.num_failed_in_a_row == 3
+
+
+# ------------------------------------------------------------------------------------------------- float16 accumulation
+
+
+class OverflowingEncoder(NumberEncoder):
+    """Gives infinity for a number above 100, unless its products add up in float32; for one above 1,000 whatever they do.
+
+    Attributes:
+        exact: the numbers of each batch that was computed exactly.
+    """
+
+    def __init__(self, *, accumulates_in_float16: bool) -> None:
+        super().__init__()
+        self.accumulates_in_float16 = accumulates_in_float16
+        self.exact: list[list[int]] = []
+
+    def vectors(self, batch: list[list[int]]) -> list[Encoded]:
+        return self._cut(batch, 100)
+
+    def encode_exactly(self, items: Sequence[Item]) -> list[Encoded]:
+        batch = [item.tokens.ids for item in items]
+        self.exact.append([ids[0] for ids in batch])
+        return self._cut(batch, 1000)
+
+    def _cut(self, batch: list[list[int]], limit: int) -> list[Encoded]:
+        encoded = super().vectors(batch)
+        for one in encoded:
+            one.dense[one.dense > limit] = math.inf
+        return encoded
+
+
+def recomputed() -> float:
+    return metrics.REGISTRY.get_sample_value("gateway_recomputed_texts_total", {"model": "numbers"}) or 0.0
+
+
+def test_a_vector_that_is_not_finite_is_computed_again_before_it_fails() -> None:
+    encoder, before = OverflowingEncoder(accumulates_in_float16=True), recomputed()
+
+    results = run_one(encoder, sequences([1, 200, 3, 2000, 300])).results
+
+    assert [type(result) for result in results] == [Encoded, Encoded, Encoded, InvalidVectors, Encoded]
+    assert [result.dense[0, 0] for result in results if isinstance(result, Encoded)] == [1, 200, 3, 300]
+    assert encoder.exact == [[200, 2000, 300]]
+    assert recomputed() == before + 3
+
+
+def test_a_vector_that_is_not_finite_in_float32_accumulation_fails() -> None:
+    encoder, before = OverflowingEncoder(accumulates_in_float16=False), recomputed()
+
+    results = run_one(encoder, sequences([1, 200])).results
+
+    assert [type(result) for result in results] == [Encoded, InvalidVectors]
+    assert encoder.exact == []
+    assert recomputed() == before
+
+
+# ------------------------------------------------------------------------------------------------------------ warm-up
+
+
+def test_a_thread_warms_up_before_its_first_batch(start: Start, delivered: Delivered) -> None:
+    batch_queue, threads = BatchQueue(max_batch_tokens=10**6), list[str]()
+    encoder = NumberEncoder()
+    encoder.on_forward = lambda _batch: threads.append(threading.current_thread().name)
+    batch_queue.add(waiters(sequences([7])))
+    warm_up = [[Item(Tokens([n] * n))] * n for n in (1, 2)]
+
+    worker = start(encoder, batch_queue, warm_up=warm_up)
+    delivered.wait(1)
+
+    assert [len(batch) for batch in encoder.batches] == [1, 2, 1]
+    assert set(threads) == {worker.thread.name}
+    assert delivered.texts == [7]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (torch.AcceleratorError("CUDA error: misaligned address"), True),
+    ],
+    ids=["too little memory", "lost"],
+)
+def test_a_warm_up_that_fails_costs_nothing_unless_the_card_is_lost(
+    start: Start, delivered: Delivered, error: RuntimeError, is_lost: bool
+) -> None:
+    batch_queue, lost = BatchQueue(max_batch_tokens=10**6), list[tuple[int, str]]()
+    encoder = NumberEncoder()
+    encoder.device = "cuda:0"
+    encoder.on_forward = raise_for(1, error)
+    batch_queue.add(waiters(sequences([7])))
+
+    worker = start(
+        encoder,
+        batch_queue,
+        warm_up=[[Item(Tokens([1]))], [Item(Tokens([2]))]],
+        on_card_lost=lambda *how: lost.append(how),
+    )
+    if is_lost:
+        worker.thread.join(PATIENCE_S)
+    else:
+        delivered.wait(1)
+
+    assert encoder.computed == ([1] if is_lost else [1, 7])
+    assert lost == ([(0, "CUDA error: misaligned address")] if is_lost else [])
 
 
 # -------------------------------------------------------------------------------------------------------- a lost card

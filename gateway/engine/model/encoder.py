@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gateway.engine.accumulation import ACCUMULATION
 from gateway.engine.model.chat_pairs import ChatPairTokenizer
 from gateway.engine.model.heads import DenseHead, ScoreHead
 from gateway.engine.model.items import Encoded, Item, Tokens
@@ -74,11 +75,13 @@ class Encoder:
         num_padding: tokens of padding that have been computed so far.
         progressed_at: when a part of the batch in hand was last done, on ``time.monotonic()``: it is not hung then.
         device: torch device that it computes on.
+        accumulates_in_float16: its matrix products may add up in float16, on a card.
     """
 
     num_padding = 0
     progressed_at = 0.0
     device = "cpu"
+    accumulates_in_float16 = False
 
     def __init__(
         self,
@@ -188,7 +191,18 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, items: Sequence[Item]) -> list[Encoded]:
         """Encode tokenized texts, in order. Runs in one thread at a time."""
-        return self.outputs(self.forward(self.prepare(items)))
+        return self._encode(items, in_float16=self.accumulates_in_float16)
+
+    @torch.inference_mode()
+    def encode_exactly(self, items: Sequence[Item]) -> list[Encoded]:
+        """Encode tokenized texts with products that add up in float32, whatever the model's entry says."""
+        return self._encode(items, in_float16=False)
+
+    def _encode(self, items: Sequence[Item], *, in_float16: bool) -> list[Encoded]:
+        if self.device == "cpu":
+            return self.outputs(self.forward(self.prepare(items)))
+        with ACCUMULATION.forward(in_float16=in_float16):
+            return self.outputs(self.forward(self.prepare(items)))
 
     def embed(self, texts: Sequence[tuple[str, str | None]]) -> list[npt.NDArray[np.float32]]:
         """Return the vector of each text for its task, ``(width,)``, cut at the longest that the model reads."""

@@ -1,0 +1,86 @@
+"""What an entry of the registry asks of its checkpoint, where the checkpoint has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gateway.config.registry import ModelEntry
+from gateway.engine.checkpoint.layouts import Layout
+from gateway.engine.checkpoint.prompts import RETRIEVAL, tasks_of
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.errors import LoadError
+from gateway.types import Output, canonical_task
+
+
+def require_no_vectors(entry: ModelEntry) -> None:
+    """Refuse keys of the registry that only a model that embeds may have.
+
+    Raises:
+        LoadError: names the keys.
+    """
+    asked = [
+        key for key in ("default_task", "prompts", "dimensions", "golden", "ranges", "rerank") if getattr(entry, key)
+    ]
+    asked += [] if entry.outputs == (Output.DENSE,) else ["outputs"]
+    if asked:
+        raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")
+
+
+def choose_outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
+    """Return the outputs to serve: those of the registry; a model without a dense output has its own by default."""
+    if Output.DENSE not in checkpoint.outputs:
+        if named := [key for key in ("dimensions", "golden", "ranges") if getattr(entry, key)]:
+            raise LoadError(
+                f"{' and '.join(named)} cannot be set: this model has no dense vectors, only {', '.join(checkpoint.outputs)}"
+            )
+        if "outputs" not in entry.model_fields_set:
+            return checkpoint.outputs
+    missing = [output.value for output in entry.outputs if output not in checkpoint.outputs]
+    if missing:
+        raise LoadError(
+            f"outputs {', '.join(missing)}: the checkpoint has no such head, only {', '.join(checkpoint.outputs)}"
+        )
+    return entry.outputs
+
+
+def choose_max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
+    if entry.max_tokens is not None and entry.max_tokens > checkpoint.position_limit:
+        raise LoadError(
+            f"max_tokens is {entry.max_tokens}, but the model has positions for {checkpoint.position_limit}"
+        )
+    return entry.max_tokens or checkpoint.max_tokens
+
+
+def choose_dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
+    too_wide = [size for size in entry.dimensions if size > checkpoint.width]
+    if too_wide:
+        raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {checkpoint.width}")
+    return tuple(sorted({checkpoint.width, *entry.dimensions} - {0}, reverse=True))
+
+
+def choose_tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own."""
+    tasks = tasks_of(checkpoint.prompts, entry.prompts, checkpoint.adapters)
+    if checkpoint.has_sides:
+        tasks = {**dict.fromkeys(RETRIEVAL, ""), **tasks}
+        if others := [task for task in tasks if task not in RETRIEVAL]:
+            raise LoadError(f"the task {others[0]!r} cannot be: this model has queries and documents only")
+    if checkpoint.adapters:
+        bare = [task for task in tasks if task not in checkpoint.adapters]
+        if bare:  # its texts would be embedded without an adapter, in a space that no task was trained for
+            raise LoadError(f"the task {bare[0]!r} has no adapter; there are: {', '.join(checkpoint.adapters)}")
+    default = entry.default_task
+    if default is None and checkpoint.layout is Layout.JINA_V5:
+        raise LoadError(
+            f"default_task must be set: Jina v5 has no vectors without a task. Choose one of {', '.join(tasks)}; "
+            "text-matching treats all texts alike"
+        )
+    if default is not None and canonical_task(default) not in tasks:
+        raise LoadError(f"default_task is {default!r}, but the model's tasks are: {', '.join(tasks) or 'none'}")
+    return tasks
+
+
+def choose_instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
+    """Return the instruction of a text without a task: the default prompt, as the registry may have changed it."""
+    name = checkpoint.default_prompt
+    return "" if name is None else tasks.get(canonical_task(name), "")
