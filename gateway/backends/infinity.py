@@ -256,6 +256,8 @@ def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]
     from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory
     from gateway.engine.loading import load_engine
 
+    for note in plan.notes:
+        log.warning("device_note", model=plan.entry.id, note=note)
     try:
         engine = load_engine(plan, settings)
         return engine, plan.as_loaded(engine).info

@@ -9,9 +9,10 @@ from gateway.engine.checkpoint.hub import describe
 from gateway.engine.checkpoint.sizes import Attention
 from gateway.engine.checkpoint.sources import is_cached, require_license, require_readable
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype, device_notes, leave_out_full
-from gateway.engine.loading import MAX_BATCH_TOKENS, plan_load
+from gateway.engine.loading import plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
 from gateway.engine.model.choose import choose_runtime
+from gateway.engine.placement import MAX_BATCH_TOKENS
 from gateway.errors import LoadError
 from gateway.types import ModelInfo
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import structlog
 import torch
 
+from gateway import golden as golden_vectors
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
@@ -19,44 +18,22 @@ from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.prompts import RETRIEVAL
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
-from gateway.engine.devices import (
-    CpuThreads,
-    available_bytes,
-    choose_cpu_threads,
-    choose_devices,
-    choose_dtype,
-    device_notes,
-    leave_out_full,
-    others_on,
-)
+from gateway.engine.devices import CpuThreads, choose_cpu_threads
 from gateway.engine.faults import on_card
 from gateway.engine.infinity import Engine, engine_args
-from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
-from gateway.engine.model.build import BuildOptions, build_encoders, choose_runtime_of
+from gateway.engine.memory import MemoryPlan, plan_memory
+from gateway.engine.model.build import BuildOptions, build_encoders
 from gateway.engine.model.encoder import Encoder
-from gateway.engine.model.items import Encoded, Item, Tokens
-from gateway.engine.model.static import place_table
+from gateway.engine.model.items import Item, Tokens
+from gateway.engine.placement import place, require_room_on
+from gateway.engine.promises import require_promised
 from gateway.engine.reranking import choose_weights
-from gateway.engine.wishes import (
-    choose_dimensions,
-    choose_instruction,
-    choose_max_tokens,
-    choose_outputs,
-    choose_tasks,
-    require_no_vectors,
-)
+from gateway.engine.wishes import read_wishes
 from gateway.errors import LoadError
-from gateway.golden import MIN_COSINE, GoldenCheck
-from gateway.golden import read as read_golden
 from gateway.precision import Ranges
-from gateway.ranges import read as read_ranges
 from gateway.telemetry import metrics
 from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate, canonical_task
 
-log = structlog.get_logger(__name__)
-
-# On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
-MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # The longest text of the warm-up.
 _WARM_UP_TOKENS = 2048
 # Texts and their tokens in the batches that warm up a computing thread on a card.
@@ -67,16 +44,7 @@ _BUILD_LIMIT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """Everything that is known about a model before its weights are read.
-
-    Attributes:
-        tasks: instruction of each task, by canonical name.
-        instruction: put before a text that has no task.
-        outputs: the outputs that are served.
-        dimensions: accepted sizes of a dense vector, largest first; none for a model without one.
-        ranges: of the dimensions, by size, if the registry names a file.
-        notes: what an operator should know about its devices.
-    """
+    """Everything that is known about a model before its weights are read: its wishes and its placement, in one."""
 
     entry: ModelEntry
     checkpoint: Checkpoint
@@ -189,43 +157,24 @@ def plan_load(entry: ModelEntry, *, may_download: bool = True) -> LoadPlan:
         instruction=entry.instruction,
         is_sparse=entry.outputs == (Output.SPARSE,),
     )
-    if checkpoint.classifier is not None:
-        require_no_vectors(entry)
-    devices, dtype, runtime, max_batch_tokens = _place(entry, checkpoint)
-    max_tokens = choose_max_tokens(entry, checkpoint)
-    tasks = choose_tasks(entry, checkpoint)
-    outputs = choose_outputs(entry, checkpoint)
-    choose_weights(entry, outputs)
-    dimensions = choose_dimensions(entry, checkpoint)
-    memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens, devices[0])
-    is_placed = checkpoint.static is None  # a table of vectors is always on the CPU
-    devices = leave_out_full(entry.device, devices, memory.total_bytes) if is_placed else devices
+    wishes = read_wishes(entry, checkpoint)
+    placement = place(entry, checkpoint, wishes.max_tokens)
     return LoadPlan(
         entry=entry,
         checkpoint=checkpoint,
-        outputs=outputs,
-        devices=devices,
-        dtype=dtype,
-        runtime=runtime,
-        max_tokens=max_tokens,
-        max_batch_tokens=max_batch_tokens,
-        dimensions=dimensions,
-        tasks=tasks,
-        instruction=choose_instruction(checkpoint, tasks),
-        ranges=read_ranges(entry.ranges, checkpoint.fingerprint, dimensions, is_normalized=checkpoint.is_normalized),
-        memory=memory,
-        notes=device_notes(entry.device, devices) if is_placed else (),
+        outputs=wishes.outputs,
+        devices=placement.devices,
+        dtype=placement.dtype,
+        runtime=placement.runtime,
+        max_tokens=wishes.max_tokens,
+        max_batch_tokens=placement.max_batch_tokens,
+        dimensions=wishes.dimensions,
+        tasks=wishes.tasks,
+        instruction=wishes.instruction,
+        ranges=wishes.ranges,
+        memory=placement.memory,
+        notes=placement.notes,
     )
-
-
-def _place(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[tuple[str, ...], str, str, int]:
-    """Return where and how a model runs: its devices, dtype, runtime, and the tokens of a batch."""
-    if checkpoint.static is not None:
-        return place_table(entry)
-    devices = choose_devices(entry.device)
-    dtype = choose_dtype(entry.dtype, devices[0])
-    runtime = choose_runtime_of(checkpoint, entry.runtime, devices[0], dtype)
-    return devices, dtype, runtime, entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
 
 
 def require_room(plan: LoadPlan) -> None:
@@ -234,9 +183,7 @@ def require_room(plan: LoadPlan) -> None:
     Raises:
         TooLittleMemory: one of its devices has too little.
     """
-    for device in plan.devices:
-        free = available_bytes(device)
-        require_memory(plan.memory, free, device, others_on(device) if plan.memory.total_bytes > free else "")
+    require_room_on(plan.devices, plan.memory)
 
 
 def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = True) -> Engine:
@@ -254,11 +201,9 @@ def load_engine(plan: LoadPlan, settings: Settings, *, checks_golden: bool = Tru
     _require_golden(plan)
     golden = None
     if checks_golden and plan.entry.golden is not None:
-        vectors = read_golden(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
-        golden = GoldenCheck(plan.entry.id, vectors, MIN_COSINE[plan.dtype])
+        vectors = golden_vectors.read(Path(plan.entry.golden), plan.checkpoint.fingerprint, plan.tasks)
+        golden = golden_vectors.GoldenCheck(plan.entry.id, vectors, golden_vectors.MIN_COSINE[plan.dtype])
     require_room(plan)
-    for note in plan.notes:
-        log.warning("device_note", model=plan.entry.id, note=note)
     limit_s = settings.forward_timeout_s
     encoders, warm_ups = [], []
     for device in plan.devices:
@@ -329,7 +274,7 @@ def _warm_up(encoder: Encoder, plan: LoadPlan) -> None:
                 reason = f"{type(error).__name__}: {error}"
                 raise LoadError(f"{plan.checkpoint.folder}: the model cannot be run: {reason}") from error
             for row, one in zip(batch, encoded, strict=True):
-                _require_promised(one, len(row.ids), plan)
+                require_promised(one, len(row.ids), plan.checkpoint, plan.outputs, plan.dtype)
 
 
 def _card_batches(encoder: Encoder, plan: LoadPlan) -> list[list[Item]]:
@@ -346,36 +291,3 @@ def _card_batches(encoder: Encoder, plan: LoadPlan) -> list[list[Item]]:
         if num_texts * length <= plan.max_batch_tokens:
             batches.append([Item(row, plan.info.default_task, outputs)] * num_texts)
     return batches
-
-
-def _require_promised(encoded: Encoded, num_tokens: int, plan: LoadPlan) -> None:
-    """Check the outputs of a model for one text against its description.
-
-    Raises:
-        LoadError: an output has another shape, or is not finite.
-    """
-    checkpoint = plan.checkpoint
-    folder, width = checkpoint.folder, checkpoint.width
-    if encoded.dense.shape != (1, width):
-        raise LoadError(f"{folder}: the model gives {encoded.dense.shape[-1]} numbers, promised are {width}")
-    found = {Output.DENSE: encoded.dense}
-    if encoded.sparse is not None:
-        found[Output.SPARSE] = encoded.sparse.values
-    if encoded.multivector is not None:
-        found[Output.MULTIVECTOR] = vectors = encoded.multivector
-        # BGE-M3's rule leaves out the first token; ColBERT's those of some words.
-        is_right = len(vectors) <= num_tokens if checkpoint.colbert else len(vectors) == num_tokens - 1
-        if not is_right or vectors.shape[1] != checkpoint.token_width:
-            raise LoadError(
-                f"{folder}: the model gives {len(vectors)} vectors of {vectors.shape[1]} numbers for {num_tokens} tokens, "
-                f"promised are {checkpoint.token_width}"
-            )
-    missing = [output for output in plan.outputs if output not in found]
-    if missing:
-        raise LoadError(f"{folder}: the model gives no {', '.join(missing)}")
-    for output, numbers in found.items():
-        if not np.isfinite(numbers).all():
-            what = "vectors" if output is Output.DENSE else f"{output} vectors"
-            raise LoadError(f"{folder}: the model returns {what} that are not finite in {plan.dtype}")
-    if plan.kind is ModelKind.EMBED and width and not encoded.dense.any():
-        raise LoadError(f"{folder}: the model returns vectors of zeros: are its weights all zero?")

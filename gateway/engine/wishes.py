@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.layouts import Layout
 from gateway.engine.checkpoint.prompts import RETRIEVAL, tasks_of
 from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.reranking import choose_weights
 from gateway.errors import LoadError
+from gateway.precision import Ranges
+from gateway.ranges import read as read_ranges
 from gateway.types import Output, canonical_task
 
 
-def require_no_vectors(entry: ModelEntry) -> None:
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a model serves: the entry's wishes, and the checkpoint's own where it has none.
+
+    Attributes:
+        outputs: the outputs that are served.
+        dimensions: accepted sizes of a dense vector, largest first; none for a model without one.
+        tasks: instruction of each task, by canonical name.
+        instruction: put before a text that has no task.
+        ranges: of the dimensions, by size, if the registry names a file.
+    """
+
+    outputs: tuple[Output, ...]
+    max_tokens: int
+    dimensions: tuple[int, ...]
+    tasks: dict[str, str]
+    instruction: str
+    ranges: Mapping[int, Ranges]
+
+
+def read_wishes(entry: ModelEntry, checkpoint: Checkpoint) -> Wishes:
+    """Read an entry and its checkpoint together.
+
+    Raises:
+        LoadError: the checkpoint cannot do what the entry asks of it.
+    """
+    if checkpoint.classifier is not None:
+        _require_no_vectors(entry)
+    max_tokens = _max_tokens(entry, checkpoint)
+    tasks = _tasks(entry, checkpoint)
+    outputs = _outputs(entry, checkpoint)
+    choose_weights(entry, outputs)
+    dimensions = _dimensions(entry, checkpoint)
+    ranges = read_ranges(entry.ranges, checkpoint.fingerprint, dimensions, is_normalized=checkpoint.is_normalized)
+    return Wishes(outputs, max_tokens, dimensions, tasks, _instruction(checkpoint, tasks), ranges)
+
+
+def _require_no_vectors(entry: ModelEntry) -> None:
     """Refuse keys of the registry that only a model that embeds may have.
 
     Raises:
@@ -26,7 +67,7 @@ def require_no_vectors(entry: ModelEntry) -> None:
         raise LoadError(f"{', '.join(asked)} cannot be set: this model scores texts, and gives no vectors")
 
 
-def choose_outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
+def _outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, ...]:
     """Return the outputs to serve: those of the registry; a model without a dense output has its own by default."""
     if Output.DENSE not in checkpoint.outputs:
         if named := [key for key in ("dimensions", "golden", "ranges") if getattr(entry, key)]:
@@ -43,7 +84,7 @@ def choose_outputs(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Output, .
     return entry.outputs
 
 
-def choose_max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
+def _max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
     if entry.max_tokens is not None and entry.max_tokens > checkpoint.position_limit:
         raise LoadError(
             f"max_tokens is {entry.max_tokens}, but the model has positions for {checkpoint.position_limit}"
@@ -51,14 +92,14 @@ def choose_max_tokens(entry: ModelEntry, checkpoint: Checkpoint) -> int:
     return entry.max_tokens or checkpoint.max_tokens
 
 
-def choose_dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
+def _dimensions(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[int, ...]:
     too_wide = [size for size in entry.dimensions if size > checkpoint.width]
     if too_wide:
         raise LoadError(f"dimensions lists {too_wide[0]}, but the model's vectors have {checkpoint.width}")
     return tuple(sorted({checkpoint.width, *entry.dimensions} - {0}, reverse=True))
 
 
-def choose_tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
+def _tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     """Return the instruction of each task: the registry's ``prompts`` over the checkpoint's own."""
     tasks = tasks_of(checkpoint.prompts, entry.prompts, checkpoint.adapters)
     if checkpoint.has_sides:
@@ -80,7 +121,7 @@ def choose_tasks(entry: ModelEntry, checkpoint: Checkpoint) -> dict[str, str]:
     return tasks
 
 
-def choose_instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
+def _instruction(checkpoint: Checkpoint, tasks: Mapping[str, str]) -> str:
     """Return the instruction of a text without a task: the default prompt, as the registry may have changed it."""
     name = checkpoint.default_prompt
     return "" if name is None else tasks.get(canonical_task(name), "")

@@ -634,7 +634,7 @@ def test_a_card_that_is_lost_while_a_model_is_loaded(
 
     monkeypatch.setattr(loading, "load_engine", load_engine)
     monkeypatch.setattr("gateway.engine.faults.still_computes", lambda _device: True)
-    plan = SimpleNamespace(device="cuda:1", devices=("cuda:1",))
+    plan = SimpleNamespace(device="cuda:1", devices=("cuda:1",), notes=())
 
     with pytest.raises(LoadError, match=expected) as caught:
         infinity._load_engine(plan, Settings())  # type: ignore[arg-type]

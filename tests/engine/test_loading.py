@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.engine import loading
+from gateway.engine import loading, placement
 from gateway.engine.devices import CpuThreads
 from gateway.engine.infinity import EngineArgs
 from gateway.engine.loading import load_engine, plan_load
@@ -90,9 +90,9 @@ def test_a_model_that_was_loaded_before_leaves_nothing_behind(make_checkpoint: M
 
 def test_each_device_has_a_replica(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(loading, "choose_devices", lambda _setting: ("cuda:0", "cuda:1"))
+    monkeypatch.setattr(placement, "choose_devices", lambda _setting: ("cuda:0", "cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
-    monkeypatch.setattr(loading, "available_bytes", lambda device: asked.append(device) or 10**12)
+    monkeypatch.setattr(placement, "available_bytes", lambda device: asked.append(device) or 10**12)
     monkeypatch.setattr(
         loading, "build_encoders", lambda _checkpoint, options: [SimpleNamespace(built_for=options.device)]
     )
@@ -188,7 +188,7 @@ PLAN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_wish_that_the_model_cannot_meet_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, message = PLAN_REFUSALS[name]
     if changes.get("device") == "cuda:0":  # is there
-        monkeypatch.setattr(loading, "choose_devices", lambda setting: (setting,))
+        monkeypatch.setattr(placement, "choose_devices", lambda setting: (setting,))
 
     with pytest.raises(LoadError, match=re.escape(message)):
         plan_load(entry(changes.pop("source", BUNDLED), **changes))
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_is_broken_is_refused_with_the_reason(make_checkpoint:
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_bytes", lambda _device: 10 * 2**20)
+    monkeypatch.setattr(placement, "available_bytes", lambda _device: 10 * 2**20)
     monkeypatch.setattr(loading, "build_encoders", None)
 
     with pytest.raises(LoadError, match=r"too little memory on cpu: needs \d+ MiB .*, 10 MiB are free"):

@@ -1,0 +1,71 @@
+"""Place a model: its devices, how it is computed there, and the memory that it needs on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.config.registry import ModelEntry
+from gateway.engine.checkpoint.read import Checkpoint
+from gateway.engine.devices import (
+    available_bytes,
+    choose_devices,
+    choose_dtype,
+    device_notes,
+    leave_out_full,
+    others_on,
+)
+from gateway.engine.memory import MemoryPlan, plan_memory, require_memory
+from gateway.engine.model.choose import choose_runtime_of
+from gateway.engine.model.static import place_table
+
+# On a CPU a batch beyond some thousand tokens is no faster, only later; a GPU needs more to be busy.
+MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how a model runs.
+
+    Attributes:
+        devices: each gets a replica; they are of one kind.
+        memory: needed on each of them.
+        notes: remarks for an operator about the choice of the devices.
+    """
+
+    devices: tuple[str, ...]
+    dtype: str
+    runtime: str
+    max_batch_tokens: int
+    memory: MemoryPlan
+    notes: tuple[str, ...] = ()
+
+
+def place(entry: ModelEntry, checkpoint: Checkpoint, max_tokens: int) -> Placement:
+    """Place a model on the devices of this machine.
+
+    Raises:
+        LoadError: the device that its entry asks for is missing or cannot run it.
+    """
+    if checkpoint.static is not None:  # a table of vectors is always on the CPU
+        devices, dtype, runtime, max_batch_tokens = place_table(entry)
+        memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens)
+        return Placement(devices, dtype, runtime, max_batch_tokens, memory)
+    devices = choose_devices(entry.device)
+    dtype = choose_dtype(entry.dtype, devices[0])
+    runtime = choose_runtime_of(checkpoint, entry.runtime, devices[0], dtype)
+    max_batch_tokens = entry.max_batch_tokens or MAX_BATCH_TOKENS[devices[0].partition(":")[0]]
+    memory = plan_memory(checkpoint, dtype, runtime, max_tokens, max_batch_tokens, devices[0])
+    devices = leave_out_full(entry.device, devices, memory.total_bytes)
+    return Placement(devices, dtype, runtime, max_batch_tokens, memory, device_notes(entry.device, devices))
+
+
+def require_room_on(devices: Sequence[str], memory: MemoryPlan) -> None:
+    """Refuse a model that does not fit into the memory that is free now.
+
+    Raises:
+        TooLittleMemory: one of the devices has too little.
+    """
+    for device in devices:
+        free = available_bytes(device)
+        require_memory(memory, free, device, others_on(device) if memory.total_bytes > free else "")
