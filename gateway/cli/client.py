@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -21,7 +21,7 @@ from gateway.api.openai_schema import ModelCard
 from gateway.errors import StartError
 from gateway.experiments.report import ExperimentList, ExperimentReport
 from gateway.precision import Precision
-from gateway.types import Vectors
+from gateway.types import MultiVector, Output, SparseVector, Vectors
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
@@ -35,11 +35,12 @@ class EmbeddedTexts:
     """The vectors of one request, and how they came about.
 
     Attributes:
-        vectors: ``(n, d)`` float32, as the gateway returned them.
+        vectors: ``(n, d)`` float32, as the gateway returned them; ``(n, 0)`` without dense vectors.
         model: id of the model that answered.
         task: the task that the texts were embedded for; ``None`` for a model without tasks.
         elapsed_s: from the request to the parsed answer.
         is_experiment: whether the name is an experiment's, so that the model depends on the caller.
+        sparse, multivectors: of each text; empty unless they were asked for.
     """
 
     vectors: Vectors
@@ -49,6 +50,8 @@ class EmbeddedTexts:
     num_tokens: int
     elapsed_s: float
     is_experiment: bool
+    sparse: Sequence[SparseVector] = ()
+    multivectors: Sequence[MultiVector] = ()
 
 
 class Refused(StartError):
@@ -113,11 +116,13 @@ class GatewayClient:
         dimensions: int | None = None,
         expect_space: str | None = None,
         precision: Precision = Precision.FLOAT,
+        outputs: Sequence[Output] = (Output.DENSE,),
     ) -> EmbeddedTexts:
         """Embed texts.
 
         Args:
             precision: float, int8 or uint8; the numbers of the vectors are then integers.
+            outputs: the representations to ask for.
 
         Raises:
             Refused: the gateway refuses the request: for example, the space is not the expected one.
@@ -127,13 +132,16 @@ class GatewayClient:
         body |= {"task": task} if task is not None else {}
         body |= {"dimensions": dimensions} if dimensions is not None else {}
         body |= {"embedding_type": precision.value} if precision is not Precision.FLOAT else {}
+        body |= {"outputs": list(outputs)} if tuple(outputs) != (Output.DENSE,) else {}
         headers = {"x-gateway-expect-space": expect_space} if expect_space is not None else {}
         started = time.monotonic()
         answer = await self._send("POST", "/v1/embeddings", orjson.dumps(body), headers)
         try:
             content = orjson.loads(answer.content)
-            rows = [np.frombuffer(base64.b64decode(row["embedding"]), _DTYPES[precision]) for row in content["data"]]
-            vectors = np.stack(rows).astype(np.float32, copy=False)
+            rows = content["data"]
+            vectors = _dense(rows, precision) if Output.DENSE in outputs else np.empty((len(rows), 0), np.float32)
+            sparse = [_sparse(row["sparse"]) for row in rows] if Output.SPARSE in outputs else []
+            multivectors = [_multivector(row["multivector"]) for row in rows] if Output.MULTIVECTOR in outputs else []
             space = answer.headers["x-gateway-space"]
             num_tokens = int(content["usage"]["prompt_tokens"])
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
@@ -150,6 +158,8 @@ class GatewayClient:
             num_tokens=num_tokens,
             elapsed_s=time.monotonic() - started,
             is_experiment="x-gateway-experiment" in answer.headers,
+            sparse=sparse,
+            multivectors=multivectors,
         )
 
     async def _get(self, path: str, model: type[Answer]) -> Answer:
@@ -205,6 +215,20 @@ class GatewayClient:
             shown = " ".join(answer.text.split())[:_MAX_SHOWN_CHARACTERS]
             message, param = f"{answer.reason_phrase}; is it a gateway?{shown and f' It says: {shown}'}", None
         return Refused(f"{self._name} answers {answer.status_code}: {message}{hint}", answer.status_code, param)
+
+
+def _dense(rows: Sequence[Mapping[str, Any]], precision: Precision) -> Vectors:
+    vectors = [np.frombuffer(base64.b64decode(row["embedding"]), _DTYPES[precision]) for row in rows]
+    return np.stack(vectors).astype(np.float32, copy=False)
+
+
+def _sparse(weights: Mapping[str, Any]) -> SparseVector:
+    return SparseVector(np.array(weights["indices"], np.int64), np.array(weights["values"], np.float32))
+
+
+def _multivector(vectors: Sequence[Sequence[float]]) -> MultiVector:
+    """Return ``(t, d)`` float32; a text without a token has none."""
+    return np.array(vectors, np.float32).reshape(len(vectors), -1 if vectors else 0)
 
 
 @asynccontextmanager

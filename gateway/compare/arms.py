@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from gateway.api.openai_schema import ModelCard
 from gateway.cli.client import GatewayClient, Refused
+from gateway.compare.mixes import DENSE, Mix, parse_mix
 from gateway.errors import CompareError
 from gateway.precision import CALIBRATED, Precision
 from gateway.routing.spaces import is_same_space
+from gateway.types import Output
 
-_PROBE = "What is compared here?"
+PROBE = "What is compared here?"
 QUERY_TASK = "retrieval.query"
 PASSAGE_TASK = "retrieval.passage"
 _ARM = re.compile(
@@ -22,12 +24,17 @@ _ARM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ArmName:
-    """An arm as written on the command line: ``MODEL``, ``MODEL@DIMENSIONS``, or either with ``:PRECISION``."""
+    """An arm as written on the command line: ``MODEL``, ``MODEL@DIMENSIONS``, either with ``:PRECISION``, and ``+OUTPUT``.
+
+    Attributes:
+        mix: the outputs that are named; ``None`` for the model's first one.
+    """
 
     text: str
     model: str
     dimensions: int | None
     precision: Precision = Precision.FLOAT
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,8 @@ class PlannedArm:
     Attributes:
         width: dimensions of the vectors that the gateway is asked for.
         dimensions: size of the compared vectors. They are embedded with native dimensions, and then cut; only int8 and
-            uint8 vectors are embedded as they are compared, since the gateway knows their ranges.
+            uint8 vectors are embedded as they are compared, since the gateway knows their ranges. 0 without dense vectors.
+        mix: the outputs that documents are ranked by.
     """
 
     name: ArmName
@@ -63,6 +71,17 @@ class PlannedArm:
     dimensions: int
     queries: Side
     passages: Side
+    mix: Mix = DENSE
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether documents are ranked by dense vectors alone."""
+        return self.mix.outputs == DENSE.outputs
+
+    @property
+    def asked_dimensions(self) -> int | None:
+        """The size that a user of the arm would ask the gateway for; ``None`` without dense vectors."""
+        return self.dimensions if Output.DENSE in self.mix.outputs else None
 
     @property
     def space(self) -> str:
@@ -86,7 +105,7 @@ class PlannedArm:
 
     @property
     def bytes_per_vector(self) -> int:
-        """The size of a stored vector."""
+        """The size of a stored dense vector; 0 without one."""
         match self.precision:
             case Precision.FLOAT:
                 return 4 * self.dimensions
@@ -107,22 +126,37 @@ def parse_arms(names: Sequence[str]) -> list[ArmName]:
     Raises:
         CompareError: there are fewer than two, one is written twice, or one has another form.
     """
-    arms = []
-    for text in names:
-        parts = _ARM.fullmatch(text)
-        if parts is None:
-            raise CompareError(
-                f"{text!r}: must be MODEL, MODEL@DIMENSIONS, MODEL:PRECISION or MODEL@DIMENSIONS:PRECISION, such as "
-                f"jina-embeddings-v3@256:binary; precisions are {', '.join(Precision)}"
-            )
-        size = int(parts["size"]) if parts["size"] else None
-        arms.append(ArmName(text, parts["model"], size, Precision(parts["precision"] or "float")))
+    arms = [_parse_arm(text) for text in names]
     if len(arms) < 2:
         raise CompareError("a comparison needs at least two models: the baseline, and another one")
     for index, arm in enumerate(arms):
         if any(arm.text == other.text for other in arms[:index]):
             raise CompareError(f"{arm.text!r} is named twice")
     return arms
+
+
+def _parse_arm(text: str) -> ArmName:
+    base, *outputs = text.split("+")
+    parts = _ARM.fullmatch(base)
+    if parts is None:
+        raise CompareError(
+            f"{text!r}: must be MODEL, MODEL@DIMENSIONS, MODEL:PRECISION or MODEL@DIMENSIONS:PRECISION, such as "
+            f"jina-embeddings-v3@256:binary, and may end with +OUTPUT; precisions are {', '.join(Precision)}"
+        )
+    size, precision = int(parts["size"]) if parts["size"] else None, Precision(parts["precision"] or "float")
+    mix = parse_mix(text, outputs) if outputs else None
+    if mix is not None and (size or parts["precision"]):
+        if Output.DENSE not in mix.outputs:
+            raise CompareError(f"{text!r}: only dense vectors have a size or a precision to choose")
+        if precision in CALIBRATED and len(mix.outputs) > 1:
+            raise CompareError(
+                f"{text!r}: {precision} vectors cannot be combined with other outputs here; binary ones can"
+            )
+        if mix.weights and precision is not Precision.FLOAT:
+            raise CompareError(
+                f"{text!r}: {precision} vectors have similarities of another scale: leave out the weights"
+            )
+    return ArmName(text, parts["model"], size, precision, mix)
 
 
 async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
@@ -133,8 +167,39 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
             spaces.
         StartError: the gateway does not know the model, or does not answer.
     """
-    await client.embed(name.model, [_PROBE])
-    card = await client.card(name.model)
+    mix, card = await _plan_mix(client, name)
+    dimensions = _plan_dimensions(name, card) if Output.DENSE in mix.outputs else 0
+    queries = await _plan_side(client, name, card, QUERY_TASK, mix, dimensions)
+    passages = await _plan_side(client, name, card, PASSAGE_TASK, mix, dimensions)
+    # Many models have an instruction for queries but not for documents, which are then in a separate space.
+    is_comparable = is_same_space(queries.space, passages.space) or passages.task is None
+    if not is_comparable:
+        raise CompareError(
+            f"{name.text}: its queries would be in space {queries.space} (task {queries.task or 'none'}) and its documents "
+            f"in {passages.space} (task {passages.task}): they cannot be compared; name a task, {name.model}:TASK"
+        )
+    width = dimensions if name.precision in CALIBRATED else card.width or 0
+    return PlannedArm(name, card, width, dimensions, queries, passages, mix)
+
+
+async def _plan_mix(client: GatewayClient, name: ArmName) -> tuple[Mix, ModelCard]:
+    """Wait while the model loads, and find out by which outputs the arm ranks."""
+    try:
+        await client.embed(name.model, [PROBE], outputs=name.mix.outputs if name.mix else DENSE.outputs)
+        return name.mix or DENSE, await client.card(name.model)
+    except Refused as refused:
+        card = await client.card(name.model)
+        has_no_dense = card.outputs and Output.DENSE not in card.outputs
+        if refused.param != "outputs" or name.mix is not None or not has_no_dense:
+            raise
+    if name.dimensions or name.precision is not Precision.FLOAT:
+        raise CompareError(
+            f"{name.text}: {name.model} has no dense vectors, so there is no size or precision to choose"
+        )
+    return Mix((Output(card.outputs[0]),)), card
+
+
+def _plan_dimensions(name: ArmName, card: ModelCard) -> int:
     if card.width is None:
         raise CompareError(f"{name.text}: the model is {card.state}: {card.reason or 'unknown reason'}")
     dimensions = name.dimensions or card.width
@@ -144,32 +209,26 @@ async def plan_arm(client: GatewayClient, name: ArmName) -> PlannedArm:
             f"{name.text}: {name.model} returns vectors of {sizes} dimensions, not of {dimensions}; if it was trained for "
             f"{dimensions}, list that under its `dimensions` in models.yaml"
         )
-    queries = await _plan_side(client, name, card, QUERY_TASK, dimensions)
-    passages = await _plan_side(client, name, card, PASSAGE_TASK, dimensions)
-    # Many models have an instruction for queries but not for documents, which are then in a separate space.
-    is_comparable = is_same_space(queries.space, passages.space) or passages.task is None
-    if not is_comparable:
-        raise CompareError(
-            f"{name.text}: its queries would be in space {queries.space} (task {queries.task or 'none'}) and its documents "
-            f"in {passages.space} (task {passages.task}): they cannot be compared; name a task, {name.model}:TASK"
-        )
-    width = dimensions if name.precision in CALIBRATED else card.width
-    return PlannedArm(name, card, width, dimensions, queries, passages)
+    return dimensions
 
 
-async def _plan_side(client: GatewayClient, name: ArmName, card: ModelCard, wanted: str, dimensions: int) -> Side:
+async def _plan_side(
+    client: GatewayClient, name: ArmName, card: ModelCard, wanted: str, mix: Mix, dimensions: int
+) -> Side:
     task = wanted if wanted in card.tasks else None
     try:
-        probe = await client.embed(name.model, [_PROBE], task)
+        probe = await client.embed(name.model, [PROBE], task, outputs=mix.outputs)
     except Refused as refused:
         if refused.param != "task" or task is None:
             raise
         task = None  # the name already has a task
-        probe = await client.embed(name.model, [_PROBE])
+        probe = await client.embed(name.model, [PROBE], outputs=mix.outputs)
     if probe.is_experiment:
         raise CompareError(f"{name.text} is an experiment, which uses several models: name those")
+    if not dimensions:
+        return Side(task, probe.task, probe.space, probe.space)
     if name.precision in CALIBRATED:
-        space = (await client.embed(name.model, [_PROBE], task, dimensions, precision=name.precision)).space
+        space = (await client.embed(name.model, [PROBE], task, dimensions, precision=name.precision)).space
         return Side(task, probe.task, space, space)
-    cut = await client.embed(name.model, [_PROBE], task, dimensions)
+    cut = await client.embed(name.model, [PROBE], task, dimensions)
     return Side(task, probe.task, probe.space, cut.space)

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from gateway.compare.ragged import KEY_BYTES, RaggedFile, key_of
 from gateway.errors import CompareError
 from gateway.types import Vectors
-
-_KEY_BYTES = 16
 
 
 class VectorFile:
@@ -32,7 +31,7 @@ class VectorFile:
 
     def __init__(self, file: BinaryIO, width: int) -> None:
         self._file = file
-        self._record = np.dtype([("key", f"V{_KEY_BYTES}"), ("vector", "<f4", (width,))])
+        self._record = np.dtype([("key", f"V{KEY_BYTES}"), ("vector", "<f4", (width,))])
         self._num_records = file.seek(0, 2) // self._record.itemsize
         self._num_before = self._num_records
         self._reused: set[int] = set()
@@ -40,7 +39,7 @@ class VectorFile:
         self._rows = {key: row for row, key in enumerate(self._stored()["key"].tolist())}
 
     def __contains__(self, text: str) -> bool:
-        return _key(text) in self._rows
+        return key_of(text) in self._rows
 
     @property
     def num_reused(self) -> int:
@@ -54,8 +53,8 @@ class VectorFile:
             CompareError: they cannot be written.
         """
         records = np.empty(len(texts), dtype=self._record)
-        keys = [_key(text) for text in texts]
-        records["key"] = np.array(keys, dtype=f"V{_KEY_BYTES}")
+        keys = [key_of(text) for text in texts]
+        records["key"] = np.array(keys, dtype=f"V{KEY_BYTES}")
         records["vector"] = vectors
         try:
             self._file.write(records.tobytes())
@@ -72,7 +71,7 @@ class VectorFile:
         Raises:
             KeyError: a text is not in the file.
         """
-        rows = [self._rows[_key(text)] for text in texts]
+        rows = [self._rows[key_of(text)] for text in texts]
         self._reused.update(row for row in rows if row < self._num_before)
         vectors: Vectors = np.ascontiguousarray(self._stored()["vector"][rows], dtype=np.float32)
         return vectors
@@ -89,6 +88,7 @@ class VectorCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[Path, VectorFile] = {}
+        self._ragged: dict[Path, RaggedFile] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -102,7 +102,8 @@ class VectorCache:
     @property
     def num_reused(self) -> int:
         """The number of vectors that were read, and that an earlier run had embedded."""
-        return sum(file.num_reused for file in self._open.values())
+        ragged = sum(file.num_reused for file in self._ragged.values())
+        return sum(file.num_reused for file in self._open.values()) + ragged
 
     def file(self, identity: Mapping[str, object], width: int) -> VectorFile:
         """Return the file of the vectors with an identity, locked for this process.
@@ -113,11 +114,23 @@ class VectorCache:
         Raises:
             CompareError: another process has locked the file, or it cannot be written.
         """
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-        path = self.folder / f"{name}.vectors"
+        path = self.folder / f"{_name(identity)}.vectors"
         if path not in self._open:
             self._open[path] = VectorFile(self._lock(path, identity), width)
         return self._open[path]
+
+    def ragged(self, identity: Mapping[str, object], row: np.dtype[Any]) -> RaggedFile:
+        """Return the file of the rows with an identity, locked for this process.
+
+        Raises:
+            CompareError: another process has locked the file, or it cannot be written.
+        """
+        path = self.folder / f"{_name(identity)}.index"
+        if path not in self._ragged:
+            index = self._lock(path, identity)
+            rows = self._stack.enter_context(path.with_suffix(".rows").open("ab+"))
+            self._ragged[path] = RaggedFile(index, rows, row)
+        return self._ragged[path]
 
     def _lock(self, path: Path, identity: Mapping[str, object]) -> BinaryIO:
         try:
@@ -136,5 +149,5 @@ class VectorCache:
         return file
 
 
-def _key(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:_KEY_BYTES]
+def _name(identity: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]

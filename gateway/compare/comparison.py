@@ -17,14 +17,13 @@ from gateway.compare.cache import VectorCache
 from gateway.compare.conclusions import Quality, conclude
 from gateway.compare.cost import CostRun, measure_costs
 from gateway.compare.dataset import Dataset
-from gateway.compare.embedding import embed_side
 from gateway.compare.notes import arm_notes, judgment_notes, run_notes
 from gateway.compare.progress import Reporter
+from gateway.compare.ranking import Ranked, rank
 from gateway.compare.results import Agreement, Arm, Comparison, Cost, Estimate, Hit, QueryResult
-from gateway.compare.search import Ranking, make_ranking, search
+from gateway.compare.search import Ranking
 from gateway.compare.statistics import Design, estimate
 
-_DEPTH = 100
 _SHOWN_HITS = 10
 _SHOWN_CHARACTERS = 300
 _LIBRARIES = ("numpy", "scipy", "ir-measures", "pytrec-eval-terrier")
@@ -73,13 +72,14 @@ async def compare(
     names = parse_arms(request.arms)
     arms = [await plan_arm(client, name) for name in names]
     with VectorCache(request.cache) as cache:
-        rankings = {arm.name.text: await _rank(client, arm, dataset, cache, reporter) for arm in arms}
+        ranked = {arm.name.text: await rank(client, arm, dataset, cache, reporter) for arm in arms}
+    rankings = {name: one.ranking for name, one in ranked.items()}
     cost = CostRun({}, [], None)
     if request.measures_cost:
         texts = list(dataset.queries.values()), list(dataset.documents.values())
         cost = await measure_costs(client, arms, *texts, request.seed, reporter)
     found = conclude(rankings, dataset, design)
-    results = [_arm(arm, found.qualities, cost.costs, design) for arm in arms]
+    results = [_arm(arm, ranked[arm.name.text], found.qualities, cost.costs, design) for arm in arms]
     comparison = Comparison(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=client.source,
@@ -105,21 +105,6 @@ async def compare(
     return comparison, rankings
 
 
-async def _rank(
-    client: GatewayClient, arm: PlannedArm, dataset: Dataset, cache: VectorCache, reporter: Reporter
-) -> Ranking:
-    """Embed both sides, and search."""
-    texts = list(dataset.documents.values())
-    documents = await embed_side(client, arm, arm.passages, texts, cache, reporter, "documents")
-    texts = list(dataset.queries.values())
-    queries = await embed_side(client, arm, arm.queries, texts, cache, reporter, "queries")
-    ids = list(dataset.documents)
-    places = {document: place for place, document in enumerate(ids)}
-    left_out = [places.get(query) if query in dataset.own_documents else None for query in dataset.queries]
-    indices, scores = search(queries, documents, _DEPTH, left_out)
-    return make_ranking(list(dataset.queries), ids, indices, scores)
-
-
 def _agreement(arm: str, baseline: str, rankings: Mapping[str, Ranking], design: Design) -> Agreement:
     def mean(alike: Callable[[Sequence[str], Sequence[str]], float]) -> Estimate:
         pairs = {query: (_ids(rankings[arm][query]), _ids(rankings[baseline][query])) for query in rankings[baseline]}
@@ -134,14 +119,16 @@ def _agreement(arm: str, baseline: str, rankings: Mapping[str, Ranking], design:
     )
 
 
-def _arm(arm: PlannedArm, qualities: Mapping[str, Quality], costs: Mapping[str, Cost], design: Design) -> Arm:
+def _arm(
+    arm: PlannedArm, ranked: Ranked, qualities: Mapping[str, Quality], costs: Mapping[str, Cost], design: Design
+) -> Arm:
     quality = qualities[arm.name.text]
     return Arm(
         name=arm.name.text,
         model=arm.card.id,
         space=arm.space,
         dimensions=arm.dimensions,
-        bytes_per_vector=arm.bytes_per_vector,
+        bytes_per_vector=ranked.bytes_per_document,
         device=arm.card.device or "",
         dtype=arm.card.dtype or "",
         query_task=arm.queries.task,

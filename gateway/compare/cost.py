@@ -92,7 +92,7 @@ async def measure_costs(
 ) -> CostRun:
     """Measure single queries and batches of documents on all arms in turns, until the ratios are known within 10 %.
 
-    Arms of the same model, device and tasks are measured once: they differ in the size of the vectors alone.
+    Arms of the same model, device, tasks and outputs are measured once: they differ in the size of the vectors alone.
     """
     dice = random.Random(seed)  # noqa: S311  a sample, not a secret
     # Without duplicates, since a gateway computes equal texts only once.
@@ -100,7 +100,7 @@ async def measure_costs(
     same_as: dict[str, str] = {}
     measured: dict[tuple[object, ...], PlannedArm] = {}
     for arm in arms:
-        key = (arm.card.id, arm.card.device, arm.queries.task, arm.passages.task)
+        key = (arm.card.id, arm.card.device, arm.queries.task, arm.passages.task, frozenset(arm.mix.outputs))
         same_as[arm.name.text] = measured.setdefault(key, arm).name.text
     turns = _Turns(client, list(measured.values()), dice, clock)
     step = reporter.step("cost, in turns", QUERIES.most + BATCHES.most)
@@ -187,9 +187,10 @@ class _Turns:
             arm.name.model,
             texts,
             side.asked_task,
-            arm.dimensions,
+            arm.asked_dimensions,
             expect_space=side.space,
             precision=arm.asked_precision,
+            outputs=arm.mix.outputs,
         )
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from gateway.cli.client import GatewayClient, Refused
-from gateway.compare.arms import PlannedArm, Side
+from gateway.cli.client import EmbeddedTexts, GatewayClient, Refused
+from gateway.compare.arms import PROBE, PlannedArm, Side
 from gateway.compare.cache import VectorCache, VectorFile
 from gateway.compare.progress import Reporter, Step
+from gateway.compare.ragged import Ragged, RaggedFile
 from gateway.errors import CompareError
 from gateway.precision import Precision
 from gateway.routing.spaces import is_same_space
-from gateway.types import Vectors
+from gateway.types import Output, SparseVector, Vectors
 from gateway.vectors import finish
 
 _MAX_TEXTS = 64
@@ -25,25 +30,77 @@ _NUM_IN_FLIGHT = 3
 _TOO_MUCH = (413, 504)
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The representations of texts, in their order, as far as they were asked for.
+
+    Attributes:
+        dense: ``(n, dimensions)`` float32, ready to be searched by dot product.
+        sparse: rows of :data:`WEIGHT`.
+        multivectors: rows of float16 vectors.
+    """
+
+    dense: Vectors | None = None
+    sparse: Ragged | None = None
+    multivectors: Ragged | None = None
+
+
+WEIGHT = np.dtype([("index", "<u4"), ("value", "<f4")])
+"""A token of the model, and its weight."""
+
+Store: TypeAlias = VectorFile | RaggedFile
+
+
 async def embed_side(
     client: GatewayClient,
     arm: PlannedArm,
     side: Side,
+    outputs: Sequence[Output],
     texts: Sequence[str],
     cache: VectorCache,
     reporter: Reporter,
     what: str,
-) -> Vectors:
-    """Return the vectors of texts: ``(n, dimensions)`` float32, in their order, ready to be searched by dot product.
+) -> Embedded:
+    """Return the representations of texts.
 
-    The cache keeps native vectors, which are cut here, and reduced to their signs: one run over the texts gives all sizes
-    of a model, and its binary vectors. The dot product of signs, 1 and -1, orders documents by the Hamming distance. int8
-    and uint8 vectors are requested as such, and their dot product is that of the integers.
+    The cache keeps native dense vectors, which are cut here, and reduced to their signs: one run over the texts gives all
+    sizes of a model, and its binary vectors. The dot product of signs, 1 and -1, orders documents by the Hamming distance.
+    int8 and uint8 vectors are requested as such, and their dot product is that of the integers.
 
     Raises:
         CompareError: the model has changed meanwhile.
         StartError: the gateway does not answer.
     """
+    stores = await _open_stores(client, arm, side, outputs, texts, cache)
+    # Texts by what they lack. By length, for little padding; then by text, so that every run sends the same batches.
+    lacking = {text: tuple(output for output in outputs if text not in stores[output]) for text in texts}
+    missing = sorted(
+        (text for text, lacks in lacking.items() if lacks), key=lambda text: (lacking[text], len(text), text)
+    )
+    if missing:
+        step = reporter.step(f"{arm.name.model}: {what}", len(missing))
+        requests = [
+            (wanted, batch)
+            for wanted, alike in groupby(missing, key=lacking.__getitem__)
+            for batch in _batches(list(alike), has_multivectors=Output.MULTIVECTOR in wanted)
+        ]
+        await _embed_missing(_Sender(client, arm, side, stores, step), requests)
+    dense, sparse, multivectors = (stores.get(output) for output in (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR))
+    return Embedded(
+        dense=_ready(arm, dense.read(texts)) if isinstance(dense, VectorFile) else None,
+        sparse=sparse.read(texts) if isinstance(sparse, RaggedFile) else None,
+        multivectors=multivectors.read(texts) if isinstance(multivectors, RaggedFile) else None,
+    )
+
+
+async def _open_stores(
+    client: GatewayClient,
+    arm: PlannedArm,
+    side: Side,
+    outputs: Sequence[Output],
+    texts: Sequence[str],
+    cache: VectorCache,
+) -> dict[Output, Store]:
     card = arm.card
     identity = {
         "space": side.native_space,
@@ -52,28 +109,39 @@ async def embed_side(
         "device": (card.device or "").partition(":")[0],
         "max_tokens": card.max_tokens,
     }
-    stored = cache.file(identity, arm.width)
-    # By length, for little padding; then by text, so that every run sends the same batches.
-    missing = sorted({text for text in texts if text not in stored}, key=lambda text: (len(text), text))
-    if missing:
-        step = reporter.step(f"{arm.name.model}: {what}", len(missing))
-        await _embed_missing(client, arm, side, missing, stored, step)
-    native = stored.read(texts)
-    if arm.dimensions != arm.width:
-        native = finish(native, (len(texts), arm.width), arm.dimensions, normalize=arm.is_normalized)
+    stores: dict[Output, Store] = {}
+    if Output.DENSE in outputs:
+        stores[Output.DENSE] = cache.file(identity, arm.width)
+    if Output.SPARSE in outputs:
+        stores[Output.SPARSE] = cache.ragged(identity | {"output": Output.SPARSE.value}, WEIGHT)
+    if Output.MULTIVECTOR in outputs:
+        row = np.dtype(("<f2", (await _token_width(client, arm, side, texts),)))
+        stores[Output.MULTIVECTOR] = cache.ragged(identity | {"output": Output.MULTIVECTOR.value}, row)
+    return stores
+
+
+async def _token_width(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> int:
+    """Return the dimensions of a token's vector, which no card tells."""
+    probe = [*sorted(text for text in texts if text.strip())[:1], PROBE]
+    answer = await client.embed(arm.name.model, probe, side.asked_task, outputs=(Output.MULTIVECTOR,))
+    return max(int(vectors.shape[1]) for vectors in answer.multivectors)
+
+
+def _ready(arm: PlannedArm, native: Vectors) -> Vectors:
+    """Cut native vectors, and reduce them to their signs, as the arm has them."""
+    if arm.dimensions not in {0, arm.width}:  # 0 if they only choose the documents whose token vectors are compared
+        native = finish(native, (len(native), arm.width), arm.dimensions, normalize=arm.is_normalized)
     if arm.precision in (Precision.BINARY, Precision.UBINARY):
         return np.where(native > 0, np.float32(1), np.float32(-1))
     return native
 
 
-async def _embed_missing(
-    client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str], stored: VectorFile, step: Step
-) -> None:
-    batches = iter(list(_batches(texts)))
+async def _embed_missing(sender: _Sender, requests: Sequence[tuple[Sequence[Output], Sequence[str]]]) -> None:
+    remaining = iter(requests)
 
     async def work() -> None:
-        for batch in batches:  # shared: each worker takes the next one
-            await _embed_batch(client, arm, side, batch, stored, step)
+        for outputs, batch in remaining:  # shared: each worker takes the next one
+            await sender.send(outputs, batch)
 
     workers = [asyncio.create_task(work()) for _ in range(_NUM_IN_FLIGHT)]
     try:
@@ -84,40 +152,71 @@ async def _embed_missing(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _embed_batch(
-    client: GatewayClient, arm: PlannedArm, side: Side, batch: Sequence[str], stored: VectorFile, step: Step
-) -> None:
-    try:
-        embedded = await client.embed(
-            arm.name.model,
-            batch,
-            side.asked_task,
-            None if arm.asked_precision is Precision.FLOAT else arm.dimensions,
-            expect_space=side.native_space,
-            precision=arm.asked_precision,
-        )
-    except Refused as refused:
-        if refused.status not in _TOO_MUCH or len(batch) == 1:
-            raise
-        middle = len(batch) // 2
-        await _embed_batch(client, arm, side, batch[:middle], stored, step)
-        await _embed_batch(client, arm, side, batch[middle:], stored, step)
-        return
-    if not is_same_space(embedded.space, side.native_space) or embedded.vectors.shape[1] != arm.width:
-        raise CompareError(
-            f"{arm.name.text} changed during the comparison: vectors of {embedded.vectors.shape[1]} dimensions in "
-            f"space {embedded.space}, before {arm.width} in {side.native_space}"
-        )
-    stored.append(batch, embedded.vectors)
-    step.advance(len(batch))
+@dataclass(frozen=True, slots=True)
+class _Sender:
+    """Requests vectors, and stores them."""
+
+    client: GatewayClient
+    arm: PlannedArm
+    side: Side
+    stores: Mapping[Output, Store]
+    step: Step
+
+    async def send(self, outputs: Sequence[Output], batch: Sequence[str]) -> None:
+        arm, side = self.arm, self.side
+        try:
+            embedded = await self.client.embed(
+                arm.name.model,
+                batch,
+                side.asked_task,
+                None if arm.asked_precision is Precision.FLOAT else arm.dimensions,
+                expect_space=side.native_space,
+                precision=arm.asked_precision,
+                outputs=outputs,
+            )
+        except Refused as refused:
+            if refused.status not in _TOO_MUCH or len(batch) == 1:
+                raise
+            middle = len(batch) // 2
+            await self.send(outputs, batch[:middle])
+            await self.send(outputs, batch[middle:])
+            return
+        self._check(outputs, embedded)
+        for output in outputs:
+            match self.stores[output]:
+                case VectorFile() as store:
+                    store.append(batch, embedded.vectors)
+                case RaggedFile() as store if output is Output.SPARSE:
+                    store.append(batch, [_weights(one) for one in embedded.sparse])
+                case RaggedFile() as store:
+                    store.append(batch, embedded.multivectors)
+        self.step.advance(len(batch))
+
+    def _check(self, outputs: Sequence[Output], embedded: EmbeddedTexts) -> None:
+        arm, side = self.arm, self.side
+        is_width_right = Output.DENSE not in outputs or embedded.vectors.shape[1] == arm.width
+        if not is_same_space(embedded.space, side.native_space) or not is_width_right:
+            raise CompareError(
+                f"{arm.name.text} changed during the comparison: vectors of {embedded.vectors.shape[1]} dimensions in "
+                f"space {embedded.space}, before {arm.width} in {side.native_space}"
+            )
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def _weights(sparse: SparseVector) -> npt.NDArray[np.void]:
+    rows = np.empty(len(sparse.indices), dtype=WEIGHT)
+    rows["index"], rows["value"] = sparse.indices, sparse.values
+    return rows
+
+
+def _batches(texts: Sequence[str], *, has_multivectors: bool) -> Iterator[list[str]]:
     """Group texts, sorted by length, into requests of bounded size."""
+    max_texts, max_characters = _MAX_TEXTS, _MAX_CHARACTERS
+    if has_multivectors:  # the answer is some hundred times as large
+        max_texts, max_characters = max_texts // 8, max_characters // 8
     batch: list[str] = []
     size = 0
     for text in texts:
-        if batch and (len(batch) == _MAX_TEXTS or size + len(text) > _MAX_CHARACTERS):
+        if batch and (len(batch) == max_texts or size + len(text) > max_characters):
             yield batch
             batch, size = [], 0
         batch.append(text)

@@ -8,10 +8,12 @@ from gateway.compare.arms import PlannedArm
 from gateway.compare.cache import VectorCache
 from gateway.compare.conclusions import Conclusions
 from gateway.compare.dataset import Dataset
+from gateway.compare.fusion import CANDIDATES
 from gateway.compare.results import JUDGED
 from gateway.compare.statistics import MIN_QUERIES
 from gateway.compare.unjudged import TO_JUDGE, lists_only_relevant
 from gateway.routing.spaces import is_same_space
+from gateway.types import Output
 
 
 def judgment_notes(dataset: Dataset, found: Conclusions) -> list[str]:
@@ -53,13 +55,34 @@ def arm_notes(arms: Sequence[PlannedArm]) -> list[str]:
             "int8 and uint8 vectors are compared by the dot product of their integers, binary ones by their Hamming "
             "distance, without another pass over float vectors."
         )
-    return notes
+    return notes + [note for arm in arms if (note := _of_mix(arm))]
+
+
+def _of_mix(arm: PlannedArm) -> str:
+    """Return a note on how an arm ranks by other than dense vectors."""
+    name, outputs = arm.name.text, arm.mix.outputs
+    has_first_stage = any(output in arm.card.outputs for output in (Output.DENSE, Output.SPARSE))
+    reranked = ""
+    if Output.MULTIVECTOR in outputs and has_first_stage:
+        reranked = (
+            f" Token vectors were compared only with the documents that are among the first {CANDIDATES} by the model's "
+            "dense or sparse vectors: this is reranking, and finds nothing that those miss."
+        )
+    if len(outputs) == 1:
+        return f"{name}:{reranked}" if reranked else ""
+    if arm.mix.weights:
+        parts = ", ".join(f"{output} {weight:g}" for output, weight in zip(outputs, arm.mix.weights, strict=True))
+        how = f"by the weighted mean of its similarities ({parts}) over the first {CANDIDATES} by each"
+    else:
+        how = f"by reciprocal rank fusion (k = 60) of the first {CANDIDATES} by {', '.join(outputs)}"
+    tuned = " Weights that were chosen by these judgments make it look better than it is." if arm.mix.weights else ""
+    return f"{name} ranks {how}.{reranked}{tuned}"
 
 
 def _share_space(arm: PlannedArm, other: PlannedArm) -> bool:
     has_one_precision = arm.precision is other.precision
     is_one_space = is_same_space(arm.space, other.space) and is_same_space(arm.passages.space, other.passages.space)
-    return has_one_precision and is_one_space
+    return has_one_precision and is_one_space and arm.mix == other.mix
 
 
 def _of_space(one: PlannedArm, other: PlannedArm) -> str:

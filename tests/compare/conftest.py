@@ -19,7 +19,7 @@ import pytest
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.cli.client import GatewayClient
-from gateway.compare.arms import _PROBE
+from gateway.compare.arms import PROBE
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
@@ -72,7 +72,7 @@ class CountingTransport(httpx.AsyncBaseTransport):
     def texts(self, model: str | None = None) -> list[str]:
         """Return every text that was embedded, less those that only ask what a model is."""
         bodies = [body for body in self.embedded if model in (None, body["model"])]
-        return [text for body in bodies for text in body["input"] if text != _PROBE]
+        return [text for body in bodies for text in body["input"] if text != PROBE]
 
 
 @dataclass(frozen=True, slots=True)

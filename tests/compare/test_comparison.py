@@ -10,7 +10,7 @@ import httpx
 import ir_measures
 import pytest
 
-from gateway.compare.arms import _PROBE
+from gateway.compare.arms import PROBE
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
 from gateway.compare.outputs import write_results
@@ -301,7 +301,7 @@ async def test_cost_is_measured_in_turns(gateway: FakeGateway, write_data: Write
     assert other.query_time is not None
     assert other.query_time.num_pairs >= 30
     assert found.load is not None
-    asked = [body["model"] for body in gateway.transport.embedded if "dimensions" in body and body["input"] != [_PROBE]]
+    asked = [body["model"] for body in gateway.transport.embedded if "dimensions" in body and body["input"] != [PROBE]]
     assert asked.count("tasks") == asked.count("plain") == len(asked) / 2
     assert not any("cost" in note for note in found.notes)
 

@@ -17,7 +17,7 @@ from gateway.compare.cache import VectorCache
 from gateway.compare.embedding import _batches, embed_side
 from gateway.compare.progress import Silent
 from gateway.errors import CompareError, StartError
-from gateway.types import Vectors
+from gateway.types import Output, Vectors
 from tests.compare.conftest import FakeGateway, StartGateway, word_vectors
 
 TEXTS = [f"{'word ' * (i % 7)}number {i}" for i in range(300)]
@@ -29,7 +29,10 @@ async def planned(gateway: FakeGateway, name: str) -> PlannedArm:
 
 async def embed(gateway: FakeGateway, arm: PlannedArm, folder: Path, texts: list[str] = TEXTS) -> Vectors:
     with VectorCache(folder) as cache:
-        return await embed_side(gateway.client, arm, arm.passages, texts, cache, Silent(), "documents")
+        outputs = [Output.DENSE]
+        found = await embed_side(gateway.client, arm, arm.passages, outputs, texts, cache, Silent(), "documents")
+        assert found.dense is not None
+        return found.dense
 
 
 def num_vectors(folder: Path, width: int) -> int:
@@ -176,10 +179,11 @@ async def test_a_gateway_that_does_not_check_the_space_is_checked(start_gateway:
 @given(st.lists(st.integers(min_value=0, max_value=250_000), max_size=200))
 def test_batches_are_bounded_and_leave_nothing_out(lengths: list[int]) -> None:
     texts = ["x" * length for length in sorted(lengths)]
-    batches = list(_batches(texts))
-    assert [text for batch in batches for text in batch] == texts
-    assert all(len(batch) <= 64 for batch in batches)
-    assert all(len(batch) == 1 or sum(map(len, batch)) <= 100_000 for batch in batches)
+    for has_multivectors, max_texts, max_characters in ((False, 64, 100_000), (True, 8, 12_500)):
+        batches = list(_batches(texts, has_multivectors=has_multivectors))
+        assert [text for batch in batches for text in batch] == texts
+        assert all(len(batch) <= max_texts for batch in batches)
+        assert all(len(batch) == 1 or sum(map(len, batch)) <= max_characters for batch in batches)
 
 
 # ------------------------------------------------------------------------------------------------------- small vectors
