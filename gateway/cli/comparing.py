@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 ArmsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL:int8, MODEL@256:binary."),
+    typer.Argument(
+        metavar="MODEL...", help="Models, baseline first; MODEL@256, MODEL@256:binary, MODEL+sparse, MODEL+hybrid."
+    ),
 ]
 SplitOption = Annotated[str | None, typer.Option(help="The file of qrels/ to use. By default test, or the only one.")]
 UrlOption = Annotated[

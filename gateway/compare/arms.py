@@ -188,9 +188,10 @@ async def _plan_mix(client: GatewayClient, name: ArmName) -> tuple[Mix, ModelCar
         await client.embed(name.model, [PROBE], outputs=name.mix.outputs if name.mix else DENSE.outputs)
         return name.mix or DENSE, await client.card(name.model)
     except Refused as refused:
+        if refused.param != "outputs" or name.mix is not None:
+            raise
         card = await client.card(name.model)
-        has_no_dense = card.outputs and Output.DENSE not in card.outputs
-        if refused.param != "outputs" or name.mix is not None or not has_no_dense:
+        if Output.DENSE in card.outputs or not card.outputs:
             raise
     if name.dimensions or name.precision is not Precision.FLOAT:
         raise CompareError(

@@ -65,7 +65,7 @@ class _Price:
     """The costs of an arm that differ from the baseline's, in words.
 
     Attributes:
-        size: ratio of the bytes per vector.
+        size: ratio of the bytes per document.
         time: ratio of the times of one query; 1 if no difference was found.
     """
 
@@ -76,11 +76,11 @@ class _Price:
 
 
 def _price(arm: Arm, baseline: Arm, cost: CostContrast | None) -> _Price:
-    size = arm.bytes_per_vector / baseline.bytes_per_vector
+    size = arm.bytes_per_document / baseline.bytes_per_document
     time = cost.query_time if cost else None
     rate = cost.texts_per_s if cost else None
     ratios = [
-        (size, "the bytes per vector", 1.0),
+        (size, "the bytes per document", 1.0),
         (time.ratio if time and time.is_shown else 1.0, "the time per query", 1.0),
         # Slower is less throughput.
         (rate.ratio if rate and rate.is_shown else 1.0, "the throughput", -1.0),

@@ -128,7 +128,7 @@ def _arm(
         model=arm.card.id,
         space=arm.space,
         dimensions=arm.dimensions,
-        bytes_per_vector=ranked.bytes_per_document,
+        bytes_per_document=ranked.bytes_per_document,
         device=arm.card.device or "",
         dtype=arm.card.dtype or "",
         query_task=arm.queries.task,

@@ -101,7 +101,7 @@ def _cost_rows(comparison: Comparison) -> Iterator[Row]:
         yield from _ratio_rows(comparison)
     else:
         yield Row("time", [Cell("not measured") for _ in costs])
-    yield Row("bytes per vector", [Cell(f"{arm.bytes_per_vector:,}") for arm in comparison.arms])
+    yield Row("bytes per document", [Cell(f"{arm.bytes_per_document:,}") for arm in comparison.arms])
 
 
 def _p95(cost: Cost | None) -> str:
@@ -126,7 +126,7 @@ def _ratio_rows(comparison: Comparison) -> Iterator[Row]:
 
 def _vector_rows(comparison: Comparison) -> Iterator[Row]:
     arms = comparison.arms
-    yield Row("dimensions", [Cell(f"{arm.dimensions:,}") for arm in arms])
+    yield Row("dimensions", [Cell(f"{arm.dimensions:,}" if arm.dimensions else _NONE) for arm in arms])
     yield Row("model", [Cell(arm.model, is_text=True) for arm in arms])
     yield Row("space", [Cell(arm.space, is_text=True) for arm in arms])
     yield Row("device, dtype", [Cell(f"{arm.device}, {arm.dtype}", is_text=True) for arm in arms])

@@ -27,7 +27,7 @@ def make_plots(comparison: Comparison) -> Sequence[Plot]:
         _quality(comparison),
         *([_differences(comparison)] if comparison.contrasts else []),
         *([_latency(comparison)] if any(arm.cost for arm in comparison.arms) else []),
-        *([_sizes(comparison)] if len({arm.bytes_per_vector for arm in comparison.arms}) > 1 else []),
+        *([_sizes(comparison)] if len({arm.bytes_per_document for arm in comparison.arms}) > 1 else []),
         *make_query_bars(comparison),
     ]
 
@@ -123,9 +123,9 @@ def _latency(comparison: Comparison) -> Plot:
 
 
 def _sizes(comparison: Comparison) -> Plot:
-    sizes = [arm.bytes_per_vector for arm in comparison.arms]
-    x = {arm.name: float(arm.bytes_per_vector) for arm in comparison.arms}
-    said = {arm.name: f"{arm.bytes_per_vector:,} bytes per vector" for arm in comparison.arms}
+    sizes = [arm.bytes_per_document for arm in comparison.arms]
+    x = {arm.name: float(arm.bytes_per_document) for arm in comparison.arms}
+    said = {arm.name: f"{arm.bytes_per_document:,} bytes per document" for arm in comparison.arms}
     notes = ["Up and to the left is better."]
     if len({arm.model for arm in comparison.arms}) < len(sizes):
         notes.append("A line joins the sizes of one model.")
@@ -133,7 +133,7 @@ def _sizes(comparison: Comparison) -> Plot:
         id="plot-sizes",
         title="Quality against size",
         caption=" ".join(notes),
-        svg=_trade_off(comparison, Scale(min(sizes) / 1.5, 1.5 * max(sizes), is_log=True), "bytes per vector", x, said),
+        svg=_trade_off(comparison, Scale(min(sizes) / 1.5, 1.5 * max(sizes), is_log=True), "bytes per document", x, said),
         legend=list(x),
     )
 

@@ -74,7 +74,7 @@ async def rank(
             similarities[Output.MULTIVECTOR] = tokens
             size += _bytes_per_document(arm, late)
         found = _reranked(arm, similarities, candidates)
-    return Ranked(make_ranking(list(dataset.queries), list(dataset.documents), *found), size)
+    return Ranked(make_ranking(list(dataset.queries), list(dataset.documents), *found), max(1, size))
 
 
 def _similarities(queries: Embedded, documents: Embedded, excluded: Sequence[int | None]) -> dict[Output, Similarity]:

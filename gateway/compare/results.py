@@ -150,6 +150,8 @@ class Arm:
         name: as written on the command line: ``jina-embeddings-v3@256``.
         model: id of the model that answered.
         space: id of the space that the vectors are in.
+        dimensions: of its dense vectors; 0 without any.
+        bytes_per_document: size of the vectors that are stored of a document, on average.
         query_task: the task of the queries; ``None`` for a model without tasks.
         quality: mean of each measure over the queries; empty without judgments.
         cost: ``None`` if it was not measured.
@@ -160,7 +162,7 @@ class Arm:
     model: str
     space: str
     dimensions: int
-    bytes_per_vector: int
+    bytes_per_document: int
     device: str
     dtype: str
     query_task: str | None

@@ -181,9 +181,9 @@ def cost_sentence(comparison: Comparison, arm: Arm) -> str:
         parts = [f"{what} ({ratio_words(ratio)})" if ratio else what for what, ratio in times]
         if found and found.is_same_model:
             parts.append(f"the same model as {baseline.name}, which was not measured twice")
-    size = f"{arm.bytes_per_vector:,} bytes per vector"
-    if arm.bytes_per_vector != baseline.bytes_per_vector:
-        size += f" ({TIMES} {_two_digits(arm.bytes_per_vector / baseline.bytes_per_vector)})"
+    size = f"{arm.bytes_per_document:,} bytes per document"
+    if arm.bytes_per_document != baseline.bytes_per_document:
+        size += f" ({TIMES} {_two_digits(arm.bytes_per_document / baseline.bytes_per_document)})"
     elif arm is not baseline:
         size += " (the same)"
     return ", ".join([*parts, size])

@@ -99,13 +99,13 @@ def _cost_table(comparison: Comparison) -> Table:
         [
             arm.name,
             *(_measured(arm) if is_measured else ()),
-            f"{arm.bytes_per_vector:,}",
-            f"{arm.dimensions:,}",
+            f"{arm.bytes_per_document:,}",
+            f"{arm.dimensions:,}" if arm.dimensions else _NOTHING,
             arm.space,
         ]
         for arm in comparison.arms
     ]
-    return _table("Cost", ["arm", *measured, "bytes per\nvector", "dimensions", "space"], rows)
+    return _table("Cost", ["arm", *measured, "bytes per\ndocument", "dimensions", "space"], rows)
 
 
 def _measured(arm: Arm) -> list[str]:

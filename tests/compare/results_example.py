@@ -192,7 +192,7 @@ def _make_arm(one: Likeness, queries: Sequence[QueryResult], *, has_cost: bool) 
         model=one.model,
         space=f"{one.model}@{hash_like(one.name)}",
         dimensions=one.width,
-        bytes_per_vector=4 * one.width,
+        bytes_per_document=4 * one.width,
         device="cuda:0",
         dtype="bfloat16",
         query_task="retrieval.query" if has_tasks else None,

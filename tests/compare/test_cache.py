@@ -159,3 +159,62 @@ class FullDisk(io.BytesIO):
 def test_a_full_disk_is_said() -> None:
     with pytest.raises(CompareError, match=r"the cache full\.vectors cannot be written: No space left on device"):
         VectorFile(FullDisk(), WIDTH).append(["a"], vectors(1))
+
+
+# ------------------------------------------------------------------------------------------- several rows for each text
+
+ROW = np.dtype(("<f2", (WIDTH,)))
+
+
+def rows(*lengths: int) -> list[np.ndarray]:
+    """Return rows for a text of each length, which count up."""
+    counted = np.arange(sum(lengths), dtype=np.float32).reshape(-1, 1).repeat(WIDTH, 1)
+    return np.split(counted, np.cumsum(lengths)[:-1])
+
+
+def test_rows_are_read_in_the_order_of_the_texts(tmp_path: Path) -> None:
+    with VectorCache(tmp_path) as cache:
+        file = cache.ragged(IDENTITY, ROW)
+        file.append(["a", "none", "b"], rows(2, 0, 3))
+        file.append(["c"], [np.full((1, WIDTH), 9, np.float32)])
+        read = file.read(["c", "b", "none", "a"])
+        assert [one[:, 0].tolist() for one in map(read.__getitem__, range(4))] == [[9], [2, 3, 4], [], [0, 1]]
+        assert read[0].dtype == np.float16
+        assert len(read) == 4
+        assert read.bytes_per_text == 6 / 4 * WIDTH * 2
+        assert ("none" in file, "d" in file) == (True, False)
+        assert cache.num_reused == 0
+    with VectorCache(tmp_path) as cache:
+        file = cache.ragged(IDENTITY, ROW)
+        file.append(["d"], [np.full((2, WIDTH), 7, np.float32)])
+        read = file.read(["d", "a", "c", "a"])
+        assert [one[:, 0].tolist() for one in map(read.__getitem__, range(4))] == [[7, 7], [0, 1], [9], [0, 1]]
+        assert cache.num_reused == 2
+
+
+@pytest.mark.parametrize(
+    ("file_name", "num_lost_bytes"), [("index", 1), ("index", 24), ("rows", 1), ("rows", 2 * WIDTH * 2)]
+)
+def test_rows_that_an_interruption_cut_short_are_written_again(
+    tmp_path: Path, file_name: str, num_lost_bytes: int
+) -> None:
+    with VectorCache(tmp_path) as cache:
+        cache.ragged(IDENTITY, ROW).append(["a", "b"], rows(2, 3))
+    (path,) = tmp_path.glob(f"*.{file_name}")
+    path.write_bytes(path.read_bytes()[:-num_lost_bytes])
+    with VectorCache(tmp_path) as cache:
+        file = cache.ragged(IDENTITY, ROW)
+        assert ("a" in file, "b" in file) == (True, False)
+        file.append(["b"], [np.full((1, WIDTH), 5, np.float32)])
+        read = file.read(["b", "a"])
+        assert [read[0][:, 0].tolist(), read[1][:, 0].tolist()] == [[5], [0, 1]]
+
+
+def test_texts_without_rows(tmp_path: Path) -> None:
+    """A query of unknown words has no weights."""
+    with VectorCache(tmp_path) as cache:
+        file = cache.ragged(IDENTITY, ROW)
+        file.append(["a"], rows(0))
+        assert file.read(["a"])[0].shape == (0, WIDTH)
+    with VectorCache(tmp_path) as cache:
+        assert cache.ragged(IDENTITY, ROW).read(["a"])[0].shape == (0, WIDTH)

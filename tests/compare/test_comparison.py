@@ -54,8 +54,8 @@ async def test_each_arm_has_its_figures(gateway: FakeGateway, write_data: WriteD
     found, rankings = await run(gateway, request_for(write_data(), "tasks", "tasks@8", "plain"))
     assert [arm.name for arm in found.arms] == list(rankings) == ["tasks", "tasks@8", "plain"]
     whole, cut, plain = found.arms
-    assert (whole.model, whole.dimensions, whole.bytes_per_vector) == ("tasks", 64, 256)
-    assert (cut.model, cut.dimensions, cut.bytes_per_vector) == ("tasks", 8, 32)
+    assert (whole.model, whole.dimensions, whole.bytes_per_document) == ("tasks", 64, 256)
+    assert (cut.model, cut.dimensions, cut.bytes_per_document) == ("tasks", 8, 32)
     assert (whole.query_task, whole.passage_task) == ("retrieval.query", "retrieval.passage")
     assert (plain.query_task, plain.device, plain.dtype, plain.cost) == (None, "cpu", "float32", None)
     assert len({arm.space for arm in found.arms}) == 3
@@ -76,7 +76,7 @@ async def test_small_vectors_are_arms_side_by_side(start_quantized: StartGateway
 
     found, rankings = await run(await start_quantized(), request_for(write_data(), *names, measures_cost=True))
 
-    assert [arm.bytes_per_vector for arm in found.arms] == [256, 64, 8, 8, 1]
+    assert [arm.bytes_per_document for arm in found.arms] == [256, 64, 8, 8, 1]
     assert [arm.dimensions for arm in found.arms] == [64, 64, 8, 64, 8]
     whole, signed, unsigned, binary, _cut = [arm.space for arm in found.arms]
     assert len({whole, signed, unsigned}) == 3

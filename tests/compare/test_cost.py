@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from scipy import stats
 from gateway.cli.client import EmbeddedTexts, GatewayClient
 from gateway.compare.arms import ArmName, PlannedArm, Side
 from gateway.compare.cost import BATCHES, MIN_FOR_P95, QUERIES, CostRun, measure_costs, ratio_of
+from gateway.compare.mixes import Mix
 from gateway.compare.progress import Silent
 from gateway.compare.results import Ratio
 from gateway.precision import Precision
+from gateway.types import Output
 from tests.cli.cards import make_card
 
 DOCUMENTS = [f"document {i}" for i in range(200)]
@@ -41,6 +44,7 @@ class SteadyClient(GatewayClient):
     def __init__(self, noise: float = 0.0, seed: int = 0, **seconds_a_text: float) -> None:
         self.now = 0.0
         self.asked: list[tuple[str, str | None, int | None, str | None, list[str]]] = []
+        self.outputs: defaultdict[str, set[tuple[Output, ...]]] = defaultdict(set)
         self._seconds_a_text = seconds_a_text
         self._noise = noise
         self._numbers: Counter[tuple[str, str | None]] = Counter()
@@ -54,7 +58,9 @@ class SteadyClient(GatewayClient):
         dimensions: int | None = None,
         expect_space: str | None = None,
         precision: Precision = Precision.FLOAT,
+        outputs: Sequence[Output] = (Output.DENSE,),
     ) -> EmbeddedTexts:
+        self.outputs[model].add(tuple(outputs))
         self.asked.append((model, task, dimensions, expect_space, list(texts)))
         self._numbers[model, task] += 1
         is_first = self._numbers[model, task] <= 2
@@ -178,6 +184,15 @@ async def test_each_side_is_asked_as_it_is_embedded(client: SteadyClient) -> Non
         assert (dimensions, expect_space) == ((4, "space of quick@4") if model == "quick" else (8, "space of slow"))
         assert task == ("retrieval.query" if texts[0].startswith("query") else "retrieval.passage")
         assert len(texts) == (1 if task == "retrieval.query" else 32)
+
+
+async def test_an_arm_is_measured_with_the_outputs_that_it_ranks_by(client: SteadyClient) -> None:
+    """Two arms of one model with different outputs are two measurements; only dense vectors have a size."""
+    weights = replace(arm("quick+sparse", "quick", 0), mix=Mix((Output.SPARSE,)))
+    found = await client.measure(arm("quick"), weights)
+    assert not found.contrasts[0].is_same_model
+    assert client.outputs["quick"] == {(Output.DENSE,), (Output.SPARSE,)}
+    assert {request[2] for request in client.asked} == {8, None}
 
 
 async def test_no_text_is_twice_in_a_batch(client: SteadyClient) -> None:

@@ -45,7 +45,7 @@ def test_every_figure_is_there_whole(width: int) -> None:
             assert fixed(estimate.mean) in text
         assert arm.cost is not None
         assert significant(arm.cost.tokens_per_s) in text
-        assert f"{arm.bytes_per_vector:,}" in text
+        assert f"{arm.bytes_per_document:,}" in text
     for one in comparison.contrasts:
         if one.measure == PRIMARY_MEASURE:
             assert signed(one.difference.mean) in text
@@ -221,7 +221,7 @@ def test_smaller_vectors_that_are_as_good_are_taken() -> None:
     assert (line.advice, line.arm) == (Advice.SWITCH, JINA_CUT.name)
     assert line.text == (
         f"Switch to jina-embeddings-v3@256: it is as good as jina-embeddings-v3, within 0.01, with {TIMES} 0.25 the bytes "
-        "per vector."
+        "per document."
     )
 
 
@@ -236,7 +236,8 @@ def test_the_price_of_a_better_arm_is_said() -> None:
         "Switch to bge-m3: it is better than jina-embeddings-v3 on these queries."
     )
     assert make_comparison(MINILM, JINA).bottom_line.text.endswith(
-        f" The price: {TIMES} 2.67 the bytes per vector and {TIMES} 7.45 the time per query and {TIMES} 0.06 the throughput."
+        f" The price: {TIMES} 2.67 the bytes per document and {TIMES} 7.45 the time per query and {TIMES} 0.06 the "
+        "throughput."
     )
 
 
@@ -277,6 +278,6 @@ def test_one_model_in_two_sizes_is_said_to_be_measured_once() -> None:
     comparison = make_comparison(JINA, JINA_CUT)
     assert cost_sentence(comparison, comparison.arms[1]) == (
         "22.9 ms per query, 75.1 texts/s, the same model as jina-embeddings-v3, which was not measured twice, "
-        f"1,024 bytes per vector ({TIMES} 0.25)"
+        f"1,024 bytes per document ({TIMES} 0.25)"
     )
-    assert cost_sentence(comparison, comparison.arms[0]) == "23.1 ms per query, 74.6 texts/s, 4,096 bytes per vector"
+    assert cost_sentence(comparison, comparison.arms[0]) == "23.1 ms per query, 74.6 texts/s, 4,096 bytes per document"

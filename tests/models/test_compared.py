@@ -192,7 +192,7 @@ async def test_a_comparison_of_the_outputs(m3: Path, connect: Connect, dataset: 
     found, rankings = await compare(request, dataset, GatewayClient(http, "gateway"), Silent())
 
     assert [arm.name for arm in found.arms] == list(rankings) == arms
-    sizes = [arm.bytes_per_vector for arm in found.arms]
+    sizes = [arm.bytes_per_document for arm in found.arms]
     assert sizes[0] == 256
     assert sizes[3] == pytest.approx(sizes[1] + 8, abs=1)
     assert [arm.dimensions for arm in found.arms] == [64, 0, 64, 64, 64]
