@@ -44,6 +44,7 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("judged", 4, []),
         ("cost", 15, []),
         ("slower", 5, []),
+        ("judge", 100, ["favors an arm in 10 %"]),
     ],
 )
 def test_promises_are_kept(name: str, runs: int, rows: list[str]) -> None:

@@ -16,6 +16,7 @@ from gateway.compare.arms import ArmName, PlannedArm, Side
 from gateway.compare.cost import measure_costs
 from gateway.compare.progress import Silent
 from gateway.precision import Precision
+from gateway.types import Output
 
 _VECTORS = np.zeros((1, 1), np.float32)
 
@@ -55,6 +56,7 @@ class BusyMachine(GatewayClient):
         dimensions: int | None = None,
         expect_space: str | None = None,
         precision: Precision = Precision.FLOAT,
+        outputs: Sequence[Output] = (Output.DENSE,),
     ) -> EmbeddedTexts:
         memory = 0.9  # the load outlasts ten requests
         self._state = memory * self._state + np.sqrt(1 - memory**2) * self._dice.normal()

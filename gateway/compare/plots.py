@@ -133,7 +133,9 @@ def _sizes(comparison: Comparison) -> Plot:
         id="plot-sizes",
         title="Quality against size",
         caption=" ".join(notes),
-        svg=_trade_off(comparison, Scale(min(sizes) / 1.5, 1.5 * max(sizes), is_log=True), "bytes per document", x, said),
+        svg=_trade_off(
+            comparison, Scale(min(sizes) / 1.5, 1.5 * max(sizes), is_log=True), "bytes per document", x, said
+        ),
         legend=list(x),
     )
 
