@@ -161,6 +161,11 @@ class Settings(BaseSettings):
         "else on the clients' port; they ask for `GATEWAY_ADMIN_KEY` if any key is set. `public`: for all clients, on "
         "their port, with the rights of their keys. `off`: no pages.",
     )
+    runs_dir: Path | None = Field(
+        default=None,
+        description="Folder with the results of `gateway compare --out FOLDER/NAME`, which the console shows. Duels are "
+        "written there as well.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
         default=(),
         description="Origins of web pages that may send requests from a browser, comma-separated: "

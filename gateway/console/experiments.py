@@ -186,7 +186,7 @@ def _conclude_from_guardrails(report: ExperimentReport) -> Conclusion:
         return Conclusion(
             "",
             "Too early: keep it running",
-            f"{num_units:,} units so far; an arm needs {least:,} before it is compared.",
+            f"{num_units:,} units so far; an arm is compared from {least:,} on, if enough of them differ.",
         )
     return Conclusion("good", "The split is as asked for", "No arm was found slower or less reliable than the first.")
 

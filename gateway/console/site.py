@@ -8,6 +8,8 @@ from starlette.exceptions import HTTPException
 from gateway.access.keyring import Keyring
 from gateway.api.endpoint import Endpoint
 from gateway.console.access import Gate
+from gateway.console.compare import Compare
+from gateway.console.duel import DuelPages
 from gateway.console.experiments import Experiments
 from gateway.console.overview import Overview
 from gateway.console.parts import Parts
@@ -105,7 +107,8 @@ def console_router(
     parts = Parts(deployment, endpoint, stats, pages)
     router = APIRouter(include_in_schema=False)
     site, overview, playground = Site(pages), Overview(parts), Playground(parts)
-    experiments = Experiments(parts)
+    experiments, compare = Experiments(parts), Compare(parts)
+    duel = DuelPages(parts, compare)
 
     router.add_api_route("/", site.root)
     router.add_api_route(f"{ROOT}/static/{{name}}", site.file)
@@ -123,6 +126,16 @@ def console_router(
         ("/models/{model:path}/unload", overview.unload, "POST"),
         ("/playground", playground.show, "GET"),
         ("/playground", playground.run, "POST"),
+        ("/duel", duel.begin_page, "GET"),
+        ("/duel", duel.begin, "POST"),
+        ("/duel/{run}/{duel}", duel.show, "GET"),
+        ("/duel/{run}/{duel}/vote", duel.vote, "POST"),
+        ("/duel/{run}/{duel}/undo", duel.undo, "POST"),
+        ("/duel/{run}/{duel}/end", duel.end, "POST"),
+        ("/duel/{run}/{duel}/qrels.tsv", duel.qrels, "GET"),
+        ("/duel/{run}/{duel}/votes.jsonl", duel.votes, "GET"),
+        ("/compare", compare.first, "GET"),
+        ("/compare/{run}", compare.show, "GET"),
         ("/experiments", experiments.first, "GET"),
         ("/experiments/{experiment_id:path}/assignment", experiments.assign, "POST"),
         ("/experiments/{experiment_id:path}/weights", experiments.ramp, "POST"),

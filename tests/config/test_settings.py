@@ -32,6 +32,7 @@ DEFAULTS = {
     "admin_key": None,
     "admin_port": None,
     "console": "admin",
+    "runs_dir": None,
     "cors_origins": (),
     "trusted_proxies": (),
     "root_path": "",

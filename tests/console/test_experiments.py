@@ -15,7 +15,7 @@ from tests.console.served import HOSTILE, Gateway, serving
 @pytest.fixture(scope="module", autouse=True)
 def traffic(gateway: Gateway) -> None:
     with httpx.Client(base_url=gateway.url) as client:
-        for number in range(240):
+        for number in range(60):
             client.post("/v1/embeddings", json={"model": "search-exp", "input": "a text", "user": f"unit-{number}"})
         client.post("/v1/embeddings", json={"model": "search-exp", "input": "a text"})
 

@@ -1,0 +1,303 @@
+"""Duels on disk: the pairs that were drawn, the votes as they were cast, and the result that follows from them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from gateway.config.files import write_whole
+from gateway.config.wording import cut
+from gateway.console.runs import Query
+from gateway.errors import BadInput, NotFound
+from gateway.experiments.preference import Ballot, Preference, judge
+
+TARGET: Final = 50
+"""How many votes are asked for: enough to find a preference of 70 %."""
+
+DEPTH: Final = 5
+MAX_PAIRS: Final = 200
+_REPEAT_EVERY: Final = 10
+_MAX_DUELS: Final = 100
+_MAX_FILE_BYTES: Final = 4 * 1024**2
+_MAX_TEXT: Final = 400
+_NAME: Final = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+Choice = Literal["left", "right", "tie", "bad", "skip"]
+CHOICES: Final[tuple[Choice, ...]] = ("left", "right", "tie", "bad", "skip")
+
+
+class Shown(BaseModel):
+    """A document in one of the two lists."""
+
+    document: str
+    text: str
+
+
+class Pair(BaseModel):
+    """A query with the first documents of both."""
+
+    query: str
+    text: str
+    baseline: Sequence[Shown]
+    arm: Sequence[Shown]
+
+
+class Turn(BaseModel):
+    """One showing of a pair: every tenth is an earlier one with the sides swapped."""
+
+    pair: int
+    is_swapped: bool
+    is_repeat: bool
+
+
+class Duel(BaseModel):
+    """``duel.json``.
+
+    Attributes:
+        num_queries, num_different: queries of the comparison, and those whose first five differ.
+    """
+
+    baseline: str
+    arm: str
+    created: str
+    num_queries: int
+    num_different: int
+    pairs: Sequence[Pair]
+    turns: Sequence[Turn]
+
+
+class Vote(BaseModel):
+    """A line of ``votes.jsonl``.
+
+    Attributes:
+        turn: which showing; ``None`` with ``undo`` or ``end``.
+        preferred: the name of the arm; ``None`` for a tie, "both bad" and a skip.
+        marked: documents that answer the query.
+    """
+
+    time: str
+    voter: str
+    turn: int | None = None
+    query: str | None = None
+    choice: Choice | None = None
+    preferred: str | None = None
+    marked: Sequence[str] = ()
+    seconds: float | None = None
+    undo: bool = False
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the votes say so far.
+
+    Attributes:
+        next_turn: the turn that a voter has not seen; ``None`` at the end.
+        consistent, repeated: repeated pairs, and those where the same list was preferred again.
+        left: votes for the left side, of the decided ones.
+    """
+
+    preference: Preference
+    num_ties: int
+    num_bad: int
+    num_skipped: int
+    num_votes: int
+    next_turn: int | None
+    consistent: int
+    repeated: int
+    left: Preference
+    voters: int
+    is_ended: bool
+
+
+def draw(queries: Iterable[Query], baseline: str, arm: str, seed: int) -> Duel:
+    """Return a duel over the queries whose first five documents differ, in random order, with random sides.
+
+    Raises:
+        BadInput: there is no such query.
+    """
+    rng = random.Random(seed)  # noqa: S311  an order, not a secret
+    pairs: list[Pair] = []
+    num_queries = num_different = 0
+    for query in queries:
+        lists = [
+            [Shown(document=hit.document, text=hit.text[:_MAX_TEXT]) for hit in query.rankings.get(name, ())[:DEPTH]]
+            for name in (baseline, arm)
+        ]
+        num_queries += 1
+        if [one.document for one in lists[0]] == [one.document for one in lists[1]]:
+            continue
+        num_different += 1
+        pair = Pair(query=query.id, text=query.text[:_MAX_TEXT], baseline=lists[0], arm=lists[1])
+        if len(pairs) < MAX_PAIRS:  # a sample of fixed size from a stream: Vitter's algorithm R
+            pairs.append(pair)
+        elif (place := rng.randrange(num_different)) < MAX_PAIRS:
+            pairs[place] = pair
+    if not pairs:
+        raise BadInput(f"the first {DEPTH} documents of {baseline!r} and {arm!r} are the same for every query: no duel")
+    rng.shuffle(pairs)
+    return Duel(
+        baseline=baseline,
+        arm=arm,
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        num_queries=num_queries,
+        num_different=num_different,
+        pairs=pairs,
+        turns=list(_turns(len(pairs), rng)),
+    )
+
+
+def _turns(num_pairs: int, rng: random.Random) -> Iterator[Turn]:
+    sides: list[bool] = []
+    num_shown = 0
+    while len(sides) < num_pairs:
+        num_shown += 1
+        if num_shown % _REPEAT_EVERY == 0:
+            earlier = rng.randrange(len(sides))
+            yield Turn(pair=earlier, is_swapped=not sides[earlier], is_repeat=True)
+            continue
+        sides.append(rng.random() < 0.5)
+        yield Turn(pair=len(sides) - 1, is_swapped=sides[-1], is_repeat=False)
+
+
+def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
+    """Return the standing by the votes of all voters, and the next turn of one of them."""
+    valid = _valid(votes)
+    first = [vote for vote in valid if vote.turn is not None and not duel.turns[vote.turn].is_repeat]
+    decided = [vote for vote in first if vote.preferred is not None]
+    seen = {vote.turn for vote in valid if vote.voter == voter}
+    is_ended = any(vote.end for vote in votes)
+    by_pair = {(vote.voter, duel.turns[vote.turn].pair): vote for vote in first if vote.turn is not None}
+    repeated = [
+        (vote, by_pair.get((vote.voter, duel.turns[vote.turn].pair)))
+        for vote in valid
+        if vote.turn is not None and duel.turns[vote.turn].is_repeat
+    ]
+    both = [(again, before) for again, before in repeated if before is not None]
+    return Standing(
+        preference=judge(Ballot.FIRST if vote.preferred == duel.baseline else Ballot.SECOND for vote in decided),
+        num_ties=sum(vote.choice == "tie" for vote in first),
+        num_bad=sum(vote.choice == "bad" for vote in first),
+        num_skipped=sum(vote.choice == "skip" for vote in first),
+        num_votes=sum(vote.choice != "skip" for vote in first),
+        next_turn=None if is_ended else next((turn for turn in range(len(duel.turns)) if turn not in seen), None),
+        consistent=sum(again.preferred == before.preferred for again, before in both),
+        repeated=len(both),
+        left=judge(Ballot.FIRST if vote.choice == "left" else Ballot.SECOND for vote in decided),
+        voters=len({vote.voter for vote in first}),
+        is_ended=is_ended,
+    )
+
+
+def _valid(votes: Sequence[Vote]) -> list[Vote]:
+    """Return the votes that count: the first of a voter for a turn, unless it was taken back."""
+    kept: list[Vote] = []
+    for vote in votes:
+        if vote.undo:
+            last = next((i for i in reversed(range(len(kept))) if kept[i].voter == vote.voter), None)
+            if last is not None:
+                del kept[last]
+        elif vote.turn is not None and not any(one.voter == vote.voter and one.turn == vote.turn for one in kept):
+            kept.append(vote)
+    return kept
+
+
+def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
+    """Return judgments as BEIR's ``qrels``: 1 for a text that was marked as an answer, 0 for the others that were shown.
+
+    Only of queries where a text was marked, or both lists were bad: a preference alone says nothing about a text. A text
+    that any voter marked is an answer.
+    """
+    judged: dict[tuple[str, str], int] = {}
+    for vote in _valid(votes):
+        if vote.turn is None or not (vote.marked or vote.choice == "bad"):
+            continue
+        pair = duel.pairs[duel.turns[vote.turn].pair]
+        for shown in (*pair.baseline, *pair.arm):
+            key = (pair.query, shown.document)
+            judged[key] = max(judged.get(key, 0), int(shown.document in vote.marked))
+    rows = [f"{query}\t{document}\t{grade}\n" for (query, document), grade in judged.items()]
+    return "query-id\tcorpus-id\tscore\n" + "".join(rows)
+
+
+class DuelFolder:
+    """The duels of one comparison, in its folder. Blocking: call it in a thread."""
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / "duels"
+
+    def names(self) -> list[str]:
+        """Return the names of the duels, the latest first."""
+        try:
+            return sorted((path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        except OSError:
+            return []
+
+    def create(self, duel: Duel) -> str:
+        """Write a new duel, and return its name.
+
+        Raises:
+            BadInput: the folder cannot be written, or has too many.
+        """
+        if len(self.names()) >= _MAX_DUELS:
+            raise BadInput(f"this comparison has {_MAX_DUELS} duels: remove some from {self._folder}")
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        try:
+            (self._folder / name).mkdir(parents=True)
+            write_whole(self._folder / name / "duel.json", duel.model_dump_json())
+        except OSError as error:
+            raise BadInput(
+                f"{self._folder / name} cannot be written: {error.strerror}; duels are kept there"
+            ) from error
+        return name
+
+    def read(self, name: str) -> tuple[Duel, list[Vote]]:
+        """Return a duel and its votes.
+
+        Raises:
+            NotFound: there is no duel of this name.
+            BadInput: its files cannot be read.
+        """
+        if not _NAME.fullmatch(name) or not (self._folder / name / "duel.json").is_file():
+            raise NotFound(f"no duel is called {cut(name)!r}")
+        try:
+            duel = Duel.model_validate_json(self._bytes(name, "duel.json"))
+            lines = self._bytes(name, "votes.jsonl").splitlines()
+            return duel, [Vote.model_validate_json(line) for line in lines]
+        except ValidationError as error:
+            raise BadInput(f"the files of duel {name} are damaged: {error.error_count()} problems") from error
+
+    def add(self, name: str, vote: Vote) -> None:
+        """Append a vote.
+
+        Raises:
+            BadInput: the file cannot be written, or is full.
+        """
+        path = self._folder / name / "votes.jsonl"
+        line = json.dumps(vote.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
+        try:
+            if path.exists() and path.stat().st_size > _MAX_FILE_BYTES - len(line):
+                raise BadInput(f"{path} is full: begin another duel")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error.strerror}; the vote was not counted") from error
+
+    def _bytes(self, name: str, file: str) -> bytes:
+        path = self._folder / name / file
+        try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise BadInput(f"{path} has more than {_MAX_FILE_BYTES:,} bytes")
+            return path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,222 @@
+"""The folder of comparisons: what `gateway compare --out` wrote there, read within limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nlargest, nsmallest
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ValidationError
+
+from gateway.config.wording import cut
+from gateway.errors import BadInput, NotFound
+
+PRIMARY: Final = "nDCG@10"
+MAX_RUNS: Final = 200
+_MAX_RESULTS_BYTES: Final = 4 * 1024**2
+_MAX_QUERIES_BYTES: Final = 32 * 1024**2
+_MAX_QUERIES: Final = 20_000
+_NAME: Final = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9._@ -]{0,99}", re.ASCII)
+
+
+class Interval(BaseModel):
+    """A mean with its interval; ``low`` and ``high`` are ``None`` where nothing varies."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Ratio(BaseModel):
+    """A cost divided by that of the baseline."""
+
+    ratio: float
+    low: float | None = None
+    high: float | None = None
+    is_shown: bool = True
+
+
+class RunArm(BaseModel):
+    """One side of a comparison."""
+
+    name: str
+    model: str
+    space: str
+    dimensions: int
+    bytes_per_vector: int
+    quality: Mapping[str, Interval] = {}
+
+
+class RunContrast(BaseModel):
+    """An arm against the baseline in one measure."""
+
+    arm: str
+    measure: str
+    difference: Interval
+    p_holm: float
+    wins: int
+    ties: int
+    losses: int
+    verdict: str | None = None
+
+
+class RunCost(BaseModel):
+    """The cost of an arm against the baseline's."""
+
+    arm: str
+    query_time: Ratio | None = None
+    texts_per_s: Ratio | None = None
+
+
+class RunAgreement(BaseModel):
+    """How alike the rankings of an arm and the baseline are."""
+
+    arm: str
+    overlap: Interval
+    same_first: Interval
+
+
+class RunDataset(BaseModel):
+    """The data of a comparison."""
+
+    folder: str
+    num_documents: int
+    num_queries: int
+    num_judgments: int
+
+
+class BottomLine(BaseModel):
+    """The recommendation."""
+
+    advice: str
+    text: str
+
+
+class Results(BaseModel):
+    """``results.json``, as far as it is shown."""
+
+    created: str
+    source: str
+    dataset: RunDataset
+    notes: Sequence[str] = ()
+    arms: Sequence[RunArm]
+    bottom_line: BottomLine | None = None
+    contrasts: Sequence[RunContrast] = ()
+    cost_contrasts: Sequence[RunCost] = ()
+    agreements: Sequence[RunAgreement] = ()
+
+
+class Hit(BaseModel):
+    """A document in a ranking."""
+
+    document: str
+    score: float
+    text: str
+    relevance: int | None = None
+
+
+class Query(BaseModel):
+    """A line of ``queries.jsonl``."""
+
+    id: str
+    text: str
+    rankings: Mapping[str, Sequence[Hit]]
+    quality: Mapping[str, Mapping[str, float]] = {}
+
+    def gain(self, arm: str, baseline: str) -> float:
+        """Return how much better an arm is than the baseline; 0 without judgments."""
+        return self.quality.get(arm, {}).get(PRIMARY, 0.0) - self.quality.get(baseline, {}).get(PRIMARY, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A comparison in the folder.
+
+    Attributes:
+        results: ``None`` where they cannot be read; then ``problem`` has the reason.
+    """
+
+    name: str
+    results: Results | None
+    problem: str = ""
+
+
+class Runs:
+    """Reads the folder of comparisons. Blocking: call it in a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def latest(self) -> list[Run]:
+        """Return the comparisons, the latest first."""
+        try:
+            paths = [
+                path
+                for path in self.folder.iterdir()
+                if _NAME.fullmatch(path.name) and (path / "results.json").is_file()
+            ]
+        except OSError:
+            return []
+        newest = nlargest(MAX_RUNS, paths, key=lambda path: (path / "results.json").stat().st_mtime)
+        return [self._read(path) for path in newest]
+
+    def find(self, name: str) -> Run:
+        """Return a comparison.
+
+        Raises:
+            NotFound: the folder has no comparison of this name.
+        """
+        path = self.path(name)
+        if not (path / "results.json").is_file():
+            raise NotFound(f"no comparison is called {cut(name)!r}")
+        return self._read(path)
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a comparison, which is always inside of this one.
+
+        Raises:
+            NotFound: the name cannot be that of a folder.
+        """
+        if not _NAME.fullmatch(name):
+            raise NotFound(f"no comparison is called {cut(name)!r}")
+        return self.folder / name
+
+    def queries(self, name: str) -> Iterator[Query]:
+        """Yield the queries of a comparison, one line at a time.
+
+        Raises:
+            BadInput: the file is missing, too large or wrong.
+        """
+        path = self.path(name) / "queries.jsonl"
+        try:
+            if path.stat().st_size > _MAX_QUERIES_BYTES:
+                raise BadInput(f"{path.name} has more than {_MAX_QUERIES_BYTES:,} bytes; use `report.html`")
+            with path.open("rb") as lines:
+                for _number, line in zip(range(_MAX_QUERIES), lines, strict=False):
+                    yield Query.model_validate_json(line)
+        except OSError as error:
+            raise BadInput(f"{path.name} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            raise BadInput(
+                f"{path.name} is not that of a comparison: {error.error_count()} problems in a line"
+            ) from error
+
+    def worst(self, name: str, arm: str, baseline: str, number: int, *, is_gained: bool) -> list[Query]:
+        """Return the queries where an arm loses most, or gains most, against the baseline."""
+        changed = (query for query in self.queries(name) if query.gain(arm, baseline) * (1 if is_gained else -1) > 0)
+        choose = nlargest if is_gained else nsmallest
+        return choose(number, changed, key=lambda query: query.gain(arm, baseline))
+
+    def _read(self, path: Path) -> Run:
+        file = path / "results.json"
+        try:
+            if file.stat().st_size > _MAX_RESULTS_BYTES:
+                return Run(path.name, None, f"results.json has more than {_MAX_RESULTS_BYTES:,} bytes")
+            return Run(path.name, Results.model_validate_json(file.read_bytes()))
+        except OSError as error:
+            return Run(path.name, None, f"results.json cannot be read: {error.strerror}")
+        except ValidationError as error:
+            return Run(path.name, None, f"results.json is not that of a comparison: {error.error_count()} problems")

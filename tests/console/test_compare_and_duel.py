@@ -1,0 +1,262 @@
+"""Comparisons and duels in a browser, over files that `gateway compare` wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.compare.outputs import write_results
+from gateway.console.duels import MAX_PAIRS, Duel, Vote, draw, qrels, stand
+from gateway.console.runs import Query, Runs
+from gateway.errors import BadInput, NotFound
+from tests.compare.results_example import BGE, JINA, make_comparison
+from tests.console.served import HOSTILE, Gateway, serving
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write comparisons as `gateway compare --out` does, one of them with hostile texts, and one that is damaged."""
+    folder = tmp_path_factory.mktemp("runs")
+    judged = make_comparison(num_queries=80)
+    hostile = dataclasses.replace(judged.queries[0], text=f"{HOSTILE} {judged.queries[0].text}")
+    judged = dataclasses.replace(judged, queries=[hostile, *judged.queries[1:]], notes=[HOSTILE])
+    write_results(judged, {}, folder / "support faq")
+    write_results(make_comparison(JINA, BGE, num_queries=60, has_judgments=False), {}, folder / "not-judged")
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "results.json").write_text("{}")
+    (folder / ".hidden").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gateway(runs: Path) -> Iterator[Gateway]:
+    with serving(runs_dir=str(runs)) as served:
+        yield served
+
+
+def test_a_comparison_shows_its_verdict_first(gateway: Gateway, runs: Path, visit: Callable[..., Any]) -> None:
+    results = json.loads((runs / "support faq" / "results.json").read_text())
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/compare/support%20faq")
+        assert page.locator("h1").inner_text() == results["bottom_line"]["text"]
+        assert HOSTILE in page.locator(".note").first.inner_text()
+        forest = page.locator(".forest").first.inner_text()
+        for arm in results["arms"]:
+            assert arm["name"] in forest
+        verdicts = [one["verdict"] for one in results["contrasts"] if one["measure"] == "nDCG@10"]
+        assert page.locator(".forest .chip").all_inner_texts() == verdicts
+        lost = page.locator("section", has=page.locator("#look")).locator("summary .bad-text").all_inner_texts()
+        changes = [float(text.replace("\u2212", "-")) for text in lost]
+        assert changes == sorted(changes)
+        assert changes[0] < 0
+        page.get_by_role("link", name="most gained").click()
+        assert page.locator("summary .good-text").first.inner_text().startswith("+")
+
+
+def test_a_comparison_without_judgments_names_no_winner(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/compare/not-judged")
+        assert "Without judgments" in page.locator("h1").inner_text()
+        assert "in common with" in page.locator("main").inner_text()
+        assert page.get_by_role("link", name="Vote on the queries that differ").count() == 1
+
+
+def test_a_damaged_comparison_is_named(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        page.goto(f"{gateway.url}/console/compare/damaged")
+        assert "results.json is not that of a comparison" in page.get_by_role("alert").inner_text()
+        assert page.locator(".list li").count() == 3
+
+
+@pytest.mark.parametrize("name", ["..%2Fsecret", "%2e%2e", ".hidden", "nothing", "a%00b", "x" * 300])
+def test_no_name_leads_out_of_the_folder(gateway: Gateway, name: str) -> None:
+    assert httpx.get(f"{gateway.url}/console/compare/{name}").status_code == 404
+
+
+def test_without_a_folder_the_page_shows_the_command(visit: Callable[..., Any]) -> None:
+    with serving() as served, visit(served.url) as page:
+        page.goto(f"{served.url}/console/compare")
+        assert "GATEWAY_RUNS_DIR" in page.locator("main").inner_text()
+        assert "gateway compare MODEL-A MODEL-B" in page.locator("pre").inner_text()
+        page.goto(f"{served.url}/console/duel")
+        assert "takes its lists from a comparison" in page.locator("main").inner_text()
+
+
+def test_comparisons_hold_texts_so_a_clients_key_does_not_open_them(runs: Path) -> None:
+    with (
+        serving(runs_dir=str(runs), console="public", api_keys="client-secret") as served,
+        httpx.Client(base_url=served.url, headers={"origin": served.url}) as client,
+    ):
+        client.post("/console/sign-in", data={"key": "client-secret", "next": "/console"})
+        for path in ("/console/compare", "/console/compare/not-judged", "/console/duel"):
+            assert client.get(path).status_code == 403
+
+
+# --------------------------------------------------------------------------------------------------------------- duel
+
+
+def begin(page: Any, url: str, run: str = "not-judged") -> None:
+    page.goto(f"{url}/console/duel?run={run}")
+    page.get_by_role("button", name="Begin").click()
+    page.locator("h1.query").wait_for()
+
+
+def test_a_duel_is_blind_and_ends_with_a_verdict(gateway: Gateway, runs: Path, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        begin(page, gateway.url)
+        place = page.url.rpartition("/")[2]
+        duel = Duel.model_validate_json((runs / "not-judged" / "duels" / place / "duel.json").read_text())
+        for _ in range(17):  # always for the arm, wherever it is
+            html = page.content()
+            assert duel.baseline not in html
+            assert duel.arm not in html
+            turn = int(page.locator("[name=turn]").get_attribute("value"))
+            key = "ArrowLeft" if duel.turns[turn].is_swapped else "ArrowRight"
+            page.locator("h1").click()
+            page.keyboard.press("1")  # marks the first of the left list
+            with page.expect_navigation():
+                page.keyboard.press(key)
+        assert page.locator("#sofar").inner_text() == "A preference shows"
+        with page.expect_navigation():
+            page.keyboard.press("u")
+        assert page.locator(".small.muted").first.inner_text().startswith("15 of 50")
+        page.get_by_role("button", name="End, and show the names").click()
+        assert page.locator("h1").inner_text() == f"{duel.arm} is preferred to {duel.baseline}"
+        assert "1 pair came again with the sides swapped, and 1 got the same vote" in page.locator("main").inner_text()
+        files = {name: httpx.get(f"{page.url}/{name}").text for name in ("qrels.tsv", "votes.jsonl")}
+        rows = [line.split("\t") for line in files["qrels.tsv"].splitlines()[1:]]
+        assert {grade for _query, _document, grade in rows} == {"0", "1"}
+        votes = [json.loads(line) for line in files["votes.jsonl"].splitlines()]
+        assert [vote for vote in votes if vote.get("undo")]
+        assert {vote.get("preferred") for vote in votes} == {duel.arm, None}
+
+
+def test_a_vote_sent_twice_counts_once(gateway: Gateway) -> None:
+    with httpx.Client(base_url=gateway.url, headers={"origin": gateway.url}, follow_redirects=True) as client:
+        page = client.post("/console/duel", data={"run": "not-judged", "baseline": JINA.name, "arm": BGE.name})
+        path = page.url.path
+        for _ in range(3):
+            client.post(f"{path}/vote", data={"turn": "0", "vote": "tie"})
+        assert "1 of 50 votes" in client.get(path).text
+        assert client.post(f"{path}/vote", data={"turn": "1", "vote": "wrong"}).status_code == 400
+        client.post(f"{path}/vote", data={"turn": "1", "vote": "bad", "mark": ["made-up"]})
+        assert client.post("/console/duel", data={"run": "not-judged", "baseline": "a", "arm": "b"}).status_code == 400
+        assert client.get("/console/duel/not-judged/20260101-000000-aaaaaa").status_code == 404
+        rows = client.get(f"{path}/qrels.tsv").text
+        assert "made-up" not in rows
+        assert {line.split("\t")[2] for line in rows.splitlines()[1:]} == {"0"}  # both lists were bad
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_the_pages_are_accessible(
+    gateway: Gateway,
+    visit: Callable[..., Any],
+    check_accessibility: Callable[[Any], None],
+    picture_folder: Path,
+    theme: str,
+    width: int,
+) -> None:
+    with visit(gateway.url, theme=theme, viewport={"width": width, "height": 900}) as page:
+
+        def look(name: str) -> None:
+            page.screenshot(path=picture_folder / f"{name}-{width}-{theme}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            check_accessibility(page)
+
+        page.goto(f"{gateway.url}/console/compare/support%20faq")
+        page.locator("section > details summary").nth(1).click()
+        look("compare")
+        begin(page, gateway.url, "support faq")
+        page.get_by_label("answers it").first.check()
+        look("duel")
+        page.get_by_role("button", name="End, and show the names").click()
+        look("duel-done")
+
+
+# --------------------------------------------------------------------------------------------------------------- pure
+
+
+def make_queries(number: int, *, same: int = 0) -> list[Query]:
+    def hits(names: str) -> list[dict[str, object]]:
+        return [{"document": name, "score": 1.0, "text": name} for name in names]
+
+    return [
+        Query.model_validate(
+            {
+                "id": f"q{i}",
+                "text": f"query {i}",
+                "rankings": {"a": hits("vwxyz"), "b": hits("vwxyz" if i < same else "zyxwv")},
+            }
+        )
+        for i in range(number)
+    ]
+
+
+def test_only_queries_that_differ_are_drawn_with_sides_by_chance_and_one_in_ten_again() -> None:
+    duel = draw(make_queries(1_000, same=400), "a", "b", seed=1)
+    assert (duel.num_queries, duel.num_different, len(duel.pairs)) == (1_000, 600, MAX_PAIRS)
+    first = [turn for turn in duel.turns if not turn.is_repeat]
+    assert sorted(turn.pair for turn in first) == list(range(MAX_PAIRS))
+    assert 0.4 < sum(turn.is_swapped for turn in first) / len(first) < 0.6
+    repeats = [turn for turn in duel.turns if turn.is_repeat]
+    assert len(repeats) == pytest.approx(len(duel.turns) / 10, abs=1)
+    sides = {turn.pair: turn.is_swapped for turn in first}
+    assert all(turn.is_swapped != sides[turn.pair] for turn in repeats)
+
+
+def test_arms_that_never_differ_are_no_duel() -> None:
+    with pytest.raises(BadInput, match="the same for every query"):
+        draw(make_queries(20, same=20), "a", "b", seed=1)
+
+
+def vote(turn: int, choice: str, preferred: str | None = None, voter: str = "me", **more: object) -> Vote:
+    return Vote.model_validate(
+        {"time": "2026-11-26T00:00:00Z", "voter": voter, "turn": turn, "choice": choice, "preferred": preferred, **more}
+    )
+
+
+def test_ties_skips_and_repeats_do_not_count_as_votes_for_either() -> None:
+    duel = draw(make_queries(30), "a", "b", seed=1)
+    votes = [vote(turn, "left", "a") for turn in range(10)]  # the tenth is a repeat
+    votes += [
+        vote(10, "tie"),
+        vote(11, "bad"),
+        vote(12, "skip"),
+        vote(12, "left", "a"),
+        vote(10, "left", "a", voter="you"),
+    ]
+    standing = stand(duel, votes, "me")
+    assert (standing.preference.first, standing.preference.second) == (10, 0)  # 9 of mine, 1 of yours
+    assert (standing.num_ties, standing.num_bad, standing.num_skipped) == (1, 1, 1)
+    assert (standing.consistent, standing.repeated, standing.voters) == (1, 1, 2)
+    assert standing.next_turn == 13
+    assert stand(duel, votes, "you").next_turn == 0
+
+
+def test_a_preference_alone_is_no_judgment() -> None:
+    duel = draw(make_queries(30), "a", "b", seed=1)
+    only = [vote(0, "left", "a")]
+    assert qrels(duel, only) == "query-id\tcorpus-id\tscore\n"
+    marked = [vote(0, "left", "a", marked=["v"]), vote(0, "left", "a", voter="you", marked=["w"])]
+    grades = {line.split("\t")[1]: line.split("\t")[2] for line in qrels(duel, marked).splitlines()[1:]}
+    assert grades == {"v": "1", "w": "1", "x": "0", "y": "0", "z": "0"}
+
+
+def test_a_run_is_read_line_by_line_and_within_limits(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_bytes(b" " * (5 * 1024**2))
+    (folder / "queries.jsonl").write_text("not json\n")
+    runs = Runs(tmp_path)
+    assert "has more than" in runs.find("run").problem
+    with pytest.raises(BadInput, match="is not that of a comparison"):
+        list(runs.queries("run"))
+    with pytest.raises(NotFound):
+        runs.path("../run")
