@@ -17,7 +17,6 @@ import random
 import re
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "mem0-ab"
 MEMORIES_PER_USER = 5
+MOST_OUTCOMES = 1_000  # in one request
 # A memory, values for its gap, and a question that it answers.
 FACTS = [
     ("I play the {} in an orchestra", "violin cello oboe harp", "Which instrument do I play?"),
@@ -48,7 +48,7 @@ FACTS = [
 
 
 def main() -> None:
-    """Assign users to arms, store and search their memories, send the outcomes, and print the state of the experiment."""
+    """Assign users to arms, store and search their memories, send the outcomes, and print the decision."""
     options = parse_options()
     headers = {"authorization": f"Bearer {options.api_key}"}
     with (
@@ -59,11 +59,12 @@ def main() -> None:
         assignments = assign(gateway, users)
         memories = open_memories(options, assignments, options.dir or Path(temporary))
         try:
-            outcomes = [live(memory_of(memories, assignments[user]), user) for user in users]
+            outcomes = {user: live(memory_of(memories, assignments[user]), user) for user in users}
         finally:
             for memory in memories.values():
                 close(memory)
-        report(gateway, users, assignments, outcomes)
+        post(gateway, outcomes)
+        report(gateway)
 
 
 def parse_options() -> argparse.Namespace:
@@ -184,20 +185,32 @@ def close(memory: Memory) -> None:
     memory.close()
 
 
-def report(
-    gateway: httpx.Client, users: list[str], assignments: dict[str, dict[str, Any]], outcomes: list[bool]
-) -> None:
-    """Print how often the right memory came first in each arm, and the counts of the gateway."""
-    total, helped = Counter[str](), Counter[str]()
-    for user, outcome in zip(users, outcomes, strict=True):
-        arm = assignments[user]["arm"]
-        total[arm] += 1
-        helped[arm] += outcome
-    for arm in sorted(total):
-        print(f"arm {arm}: the right memory came first for {helped[arm]} of {total[arm]} users")
-    shown = gateway.get(f"/experiments/{EXPERIMENT}").json()
-    for arm in shown["evidence"]:
-        print(f"arm {arm['arm']}: the gateway counted {arm['units']} units, {arm['requests']} requests")
+def post(gateway: httpx.Client, outcomes: dict[str, bool]) -> None:
+    """Send the outcome of each user, once: with the same id again, it would not count again."""
+    rows = [{"unit": user, "value": int(helped), "id": f"{user}-first"} for user, helped in outcomes.items()]
+    for start in range(0, len(rows), MOST_OUTCOMES):
+        answer = gateway.post(f"/experiments/{EXPERIMENT}/outcomes", json=rows[start : start + MOST_OUTCOMES])
+        if answer.is_error:
+            sys.exit(f"The gateway takes no outcomes: {answer.json()['message']}")
+
+
+def report(gateway: httpx.Client) -> None:
+    """Print the arms, and what the gateway concludes from the outcomes so far: of this run and of earlier ones."""
+    shown = gateway.get(f"/experiments/{EXPERIMENT}/outcomes").json()
+    [outcome] = [outcome for outcome in shown["outcomes"] if outcome["primary"]]
+    for arm in outcome["arms"]:
+        mean = "-" if arm["mean"] is None else f"{arm['mean']:.3f}"
+        print(f"arm {arm['arm']}: {arm['units']} users, {outcome['name']} {mean}")
+    for found in outcome["comparisons"]:
+        difference = ""
+        if found["estimate"] is not None:
+            difference = f" {found['estimate']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f});"
+        print(
+            f"decision: {found['arm']} against {found['control']}: {found['verdict'] or 'none'};{difference} "
+            f"{found['reason']}"
+        )
+        if found["units_needed"]:
+            print(f"about {found['units_needed']} users find a difference of {outcome['margin']:g}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from tests.clients.gateway_process import MODEL, Gateway, running_gateway
 from tests.peers import is_missing
 from tests.second_model import e5_small
 
-pytestmark = pytest.mark.slow
+# Neither LangChain nor LlamaIndex has a way to close its connections.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECOND, EXPERIMENT = "multilingual-e5-small", "mem0-ab"
@@ -30,6 +31,7 @@ experiments:
   - id: {experiment}
     kind: cross_space
     unit: {{from: [model]}}
+    outcome: {{name: helped, per: unit, better: more, margin: 0.05}}
     arms: [{{model: {model}, weight: 1}}, {{model: {second}, weight: 1}}]
 """
 
@@ -39,7 +41,8 @@ def two_models(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -
     """A gateway with an experiment between two real models."""
     folder = e5_small()
     more = _MORE.format(second=SECOND, folder=json.dumps(str(folder)), experiment=EXPERIMENT, model=MODEL)
-    with running_gateway(tmp_path_factory.mktemp("mem0_ab"), models=more) as gateway:
+    folder = tmp_path_factory.mktemp("mem0_ab")
+    with running_gateway(folder, models=more, GATEWAY_STATE_DIR=str(folder / "state")) as gateway:
         yield gateway
 
 
@@ -103,14 +106,37 @@ def test_each_user_stays_in_an_arm_and_its_collection(
     for model, space in spaces(two_models).items():
         collection = "memories_" + re.sub(r"\W", "_", space)
         assert f"arm {model}: 384 dimensions, collection {collection}" in lines
-    shares = [re.match(r"arm (\S+): the right memory came first for (\d+) of (\d+) users", line) for line in lines]
-    of_users = {match[1]: (int(match[2]), int(match[3])) for match in shares if match}
-    assert sum(total for _helped, total in of_users.values()) == NUM_USERS
-    assert sum(helped for helped, _total in of_users.values()) >= NUM_USERS / 2, "searched in vectors of two models?"
-    counted = {arm: number - before[arm] for arm, number in units(two_models).items()}
-    assert counted == {arm: total for arm, (_helped, total) in of_users.items()}
+    counted = units(two_models)
+    assert sum(counted.values()) == sum(before.values()) + NUM_USERS
+    arms = [re.match(r"arm (\S+): (\d+) users, helped ([\d.]+)", line) for line in lines]
+    means = {match[1]: (int(match[2]), float(match[3])) for match in arms if match}
+    assert {arm: number for arm, (number, _mean) in means.items()} == counted
+    helped = sum(number * mean for number, mean in means.values())
+    assert helped >= sum(counted.values()) / 2, "searched in vectors of two models?"
+    assert [line for line in lines if line.startswith(f"decision: {SECOND} against {MODEL}: not yet;")]
     assert f"user-{first + 1}" not in httpx.get(f"{two_models.root_url}/metrics").text
     assert f"user-{first + 1}" not in (two_models.folder / "gateway.log").read_text()
+
+
+def test_langchain_and_llamaindex_take_part_with_the_same_name(two_models: Gateway) -> None:
+    from langchain_openai import OpenAIEmbeddings
+    from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+
+    before = sum(units(two_models).values())
+    for number, unit in enumerate(("langchain-user", "llama/index@user")):
+        asked = httpx.get(f"{two_models.base_url}/experiments/{EXPERIMENT}/assignment", params={"unit": unit}).json()
+        name = asked["send"]["model"]
+        if number == 0:
+            client = OpenAIEmbeddings(
+                model=name, base_url=two_models.base_url, api_key="any", check_embedding_ctx_length=False
+            )
+            vectors = client.embed_documents(["a", "b"])
+        else:
+            embedding = OpenAILikeEmbedding(model_name=name, api_base=two_models.base_url, api_key="any")
+            vectors = embedding.get_text_embedding_batch(["a", "b"])
+        assert [len(vector) for vector in vectors] == [asked["width"]] * 2
+
+    assert sum(units(two_models).values()) == before + 2
 
 
 def test_a_gateway_without_the_experiment_ends_the_example_with_the_reason(gateway: Gateway) -> None:

@@ -11,12 +11,13 @@ import ir_measures
 import numpy as np
 import pytest
 
-from tests.clients.gateway_process import MODEL, Gateway
+from tests.clients.gateway_process import MODEL, PROMPTED, Gateway
 from tests.peers import is_missing
 
 # Of mteb's own dependencies, at import.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCUMENTS = {
     "paris": "Paris is the capital of France, on the Seine.",
     "berlin": "Berlin is the capital of Germany, on the Spree.",
@@ -77,9 +78,17 @@ def local_task() -> Any:
     return Local()
 
 
-def vectors_of(gateway: Gateway, texts: dict[str, str]) -> np.ndarray:
-    answer = httpx.post(f"{gateway.base_url}/embeddings", json={"model": MODEL, "input": list(texts.values())})
+def vectors_of(gateway: Gateway, texts: dict[str, str], model: str = MODEL) -> np.ndarray:
+    answer = httpx.post(f"{gateway.base_url}/embeddings", json={"model": model, "input": list(texts.values())})
     return np.array([item["embedding"] for item in answer.json()["data"]])
+
+
+def ndcg(scores: np.ndarray) -> float:
+    run = {
+        query: dict(zip(DOCUMENTS, map(float, row), strict=True)) for query, row in zip(QUERIES, scores, strict=True)
+    }
+    [value] = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], JUDGMENTS, run).values()
+    return float(value)
 
 
 def test_mteb_evaluates_a_model_of_the_gateway(gateway: Gateway, tmp_path: Path) -> None:
@@ -91,12 +100,30 @@ def test_mteb_evaluates_a_model_of_the_gateway(gateway: Gateway, tmp_path: Path)
     model = OpenAIAPIEncodeWrapper(gateway.root_url, MODEL, modalities=["text"], use_chat_template=False)
     result = mteb.evaluate(model, local_task(), cache=None, prediction_folder=tmp_path)
 
-    scores = vectors_of(gateway, QUERIES) @ vectors_of(gateway, DOCUMENTS).T
-    run = {
-        query: dict(zip(DOCUMENTS, map(float, row), strict=True)) for query, row in zip(QUERIES, scores, strict=True)
-    }
-    [expected] = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], JUDGMENTS, run).values()
+    expected = ndcg(vectors_of(gateway, QUERIES) @ vectors_of(gateway, DOCUMENTS).T)
     found = result.task_results[0].scores["test"][0]
     assert 0.5 < expected < 1
     assert found["ndcg_at_10"] == pytest.approx(expected, abs=1e-4)
     assert model.max_length == 256
+
+
+@pytest.mark.parametrize(("name", "by_task"), [(MODEL, False), (PROMPTED, False), (PROMPTED, True)])
+def test_the_example_evaluates_with_and_without_tasks(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, by_task: bool
+) -> None:
+    """The second run takes the results of the first: mteb keeps them by task."""
+    if find_spec("mteb") is None:
+        is_missing("mteb is not installed: make install-dev")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from evaluate_mteb import GatewayModel, evaluate
+
+    model = GatewayModel(gateway.root_url, name, None, by_task=by_task)
+    scores = evaluate(model, [local_task()], tmp_path)
+
+    sides = (f"{name}:retrieval.query", f"{name}:retrieval.passage") if by_task else (name, name)
+    queries, documents = (
+        vectors_of(gateway, texts, side) for texts, side in zip((QUERIES, DOCUMENTS), sides, strict=True)
+    )
+    assert scores == {"LocalRetrieval": pytest.approx(ndcg(queries @ documents.T), abs=1e-4), "mean": scores["mean"]}
+    assert scores["mean"] == scores["LocalRetrieval"]
+    assert evaluate(model, [local_task()], tmp_path) == scores
