@@ -67,5 +67,5 @@ class OutcomesReport(_Report):
 
     object: Literal["outcomes"] = "outcomes"
     experiment: str
-    as_of: str = Field(description="When they were computed: at most every 10 s.")
+    as_of: str = Field(description="When they were computed: at most every 10 s, and sooner for few units.")
     outcomes: Sequence[OutcomeReport] = Field(description="The primary one first.")

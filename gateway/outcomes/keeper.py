@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 _MAX_WAITING = 100_000
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _MAX_AGE_S = 10.0
+# A report that took a hundredth of this time is computed again: those of few units are never old.
+_AGE_PER_COMPUTING = 100
 _MAX_READ_AT_ONCE = 20_000
 _MAX_REPORTS = 20
 
@@ -165,17 +167,18 @@ class Keeper:
         with self._computing, Reader(self._store.path) as reader:
             state = (reader.state(), experiment, mismatch)
             known = self._reports.get(experiment.id)
-            if known and (
-                known[1] == state or (known[1][1:] == state[1:] and time.monotonic() - known[0] < _MAX_AGE_S)
-            ):
+            if known and (known[1] == state or (known[1][1:] == state[1:] and time.monotonic() < known[0])):
                 return known[2]
+            began = time.monotonic()
             reported = read_report(reader, experiment, mismatch)
+            took_s = time.monotonic() - began
             for (question, arm), decision in reported.decided.items():
                 with suppress(StoreBusy, StoreFull):  # the next look decides
                     self._thread.submit(self._store.decide, experiment.id, question, arm, decision).result()
             if len(self._reports) >= _MAX_REPORTS:
                 self._reports.clear()
-            self._reports[experiment.id] = (time.monotonic(), state, reported.report)
+            renewed_at = began + took_s + min(_MAX_AGE_S, _AGE_PER_COMPUTING * took_s)
+            self._reports[experiment.id] = (renewed_at, state, reported.report)
             return reported.report
 
 
