@@ -58,8 +58,9 @@ models:
     backend: infinity
     device: cuda:0
     dtype: float16
-    runtime: torch
+    runtime: auto
     fp16_accumulation: true
+    merge_adapters: true
     golden: golden/jina-embeddings-v3.json
     ranges: ranges/jina-embeddings-v3.json
     default_task: text-matching

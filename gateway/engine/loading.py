@@ -130,6 +130,7 @@ class LoadPlan:
             device=device,
             dtype=self.dtype,
             runtime=self.entry.runtime,
+            merges_adapters=self.entry.merge_adapters,
             max_tokens=self.max_tokens,
             threads=threads,
             tasks=self.tasks,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -130,6 +131,30 @@ class Launches(TorchDispatchMode):
         is_allocation = func.name().startswith("aten::empty")
         if (is_new or func._schema.is_mutable) and not is_allocation and func.name() not in _NO_KERNEL:
             self.kernels[func.name()] += 1
+        return made
+
+
+class PeakMemory(TorchDispatchMode):
+    """Follows the memory of the tensors that are made on the card, as torch's allocator counts it.
+
+    Attributes:
+        peak_bytes: the most that was held at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if tensor.is_cuda and storage._cdata not in given:
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, sum(size for _storage, size in self._held.values()))
         return made
 
 

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoConfig, JinaEmbeddingsV3Config, PreTrainedConfig
 
 from gateway.engine.checkpoint.modules import Pooling
+from gateway.engine.checkpoint.sizes import Attention
+from gateway.engine.memory import Shape, estimate_memory
 from gateway.engine.model import heads
 from gateway.engine.model.heads import MultiVectorHead, SparseHead
 from gateway.engine.model.items import Item, Tokens
@@ -23,7 +25,7 @@ from gateway.engine.model.runtimes.packed import PackedRuntime
 from gateway.engine.model.states import TokenStates
 from gateway.types import Output
 from tests.models.checkpoints import TEXTS
-from tests.models.emulated_card import Launches, fake_card, fake_model, kernel_on_the_cpu, to_card
+from tests.models.emulated_card import Launches, PeakMemory, fake_card, fake_model, kernel_on_the_cpu, to_card
 
 Load = Callable[..., Any]
 MakeFamily = Callable[..., Path]
@@ -118,6 +120,20 @@ def test_a_forward_launches_few_kernels(model_type: str, adapters: Sequence[int]
             runtime.forward(features)
 
     assert launches.total <= most, launches.kernels
+
+
+@pytest.mark.parametrize(("model_type", "adapters"), [("xlm-roberta", [-1, -1]), ("jina_embeddings_v3", [0, 1])])
+def test_the_largest_batch_takes_no_more_memory_than_planned(model_type: str, adapters: Sequence[int]) -> None:
+    config = config_of(model_type)
+    shape = Shape(0, config.hidden_size, config.intermediate_size, Attention.of(config), model_type)
+    planned = estimate_memory(shape, "float16", "torch-packed", 8192, 16_384).batch_bytes
+    with fake_card():
+        runtime = PackedRuntime(*fake_model(config, HALF, 5 if max(adapters) >= 0 else 0))
+        with PeakMemory() as memory:
+            states = runtime.forward(runtime.prepare([[5] * 8192] * 2, adapters))
+            states.pool(Pooling.MEAN)
+
+    assert planned / 3 < memory.peak_bytes < planned
 
 
 @pytest.mark.parametrize("kind", [SparseHead, MultiVectorHead])

@@ -18,7 +18,7 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.devices import CpuThreads
 from gateway.engine.loading import plan_load
 from gateway.engine.model import build
-from gateway.engine.model.build import build_encoders
+from gateway.engine.model.build import BuildOptions, build_encoders
 from gateway.engine.model.choose import choose_runtime
 from gateway.engine.model.runtimes import flash, low_rank, network, packed
 from gateway.engine.model.runtimes.attention import packed_positions, positions
@@ -81,6 +81,33 @@ def test_merged_weights_count_as_memory(jina: Path, merged: Loaded) -> None:
     assert runtime.merged_bytes == 5 * 3 * (4 * 64 * 64 + 2 * 64 * 96) * 4
     assert (runtime.extra_bytes, merged.encoder.runtime.extra_bytes) == (0, runtime.merged_bytes)
     assert [list(group) for group in runtime.groups([5000, 5000], [0, 1])] == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "free_bytes", "merges"),
+    [
+        (None, "cuda:0", 400, True),
+        (None, "cuda:0", 399, False),
+        (None, "cpu", 400, False),
+        (True, "cuda:0", 0, True),
+        (False, "cuda:0", 10**12, False),
+    ],
+)
+def test_tasks_are_merged_where_memory_allows_or_as_the_registry_says(
+    monkeypatch: pytest.MonkeyPatch, setting: bool | None, device: str, free_bytes: int, merges: bool
+) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda _device: free_bytes)
+    options = BuildOptions(device, "float16", "auto", 512, CpuThreads(1, 1), {}, merges_adapters=setting)
+
+    assert build._should_merge(options, 100) is merges
+
+
+def test_the_registry_s_choice_reaches_the_runtime(jina: Path) -> None:
+    plan = plan_load(ModelEntry(id="tiny", source=str(jina), device="cpu", enabled=True, merge_adapters=True))
+    options = replace(plan.build_options("cpu", CpuThreads(1, 1)), dtype="float32", runtime="packed")
+    runtime = build_encoders(plan.checkpoint, options)[0].runtime
+
+    assert runtime.extra_bytes == runtime.merged_bytes > 0
 
 
 # ------------------------------------------------------------------------------------------ checked before it serves

@@ -51,6 +51,7 @@ class BuildOptions:
         dtype: name of the torch dtype to compute in.
         runtime: ``auto``, ``torch``, ``openvino``; or, whatever the device, ``reference`` (torch, padded) or ``packed``.
         max_tokens: the longest text; at most the checkpoint's own limit.
+        merges_adapters: make weights for each adapter where texts are packed; ``None``: if the memory allows it.
         max_query_tokens: the longest query, where queries and documents are treated differently.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
@@ -69,6 +70,7 @@ class BuildOptions:
     trust_remote_code: bool = False
     compiled_folder: Path | None = None
     max_query_tokens: int = 2**62
+    merges_adapters: bool | None = None
 
 
 def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
@@ -132,7 +134,7 @@ def _try_packed(
     message = ""
     try:
         packed = PackedRuntime(model, mask)
-        if options.device != "cpu" and packed.merged_bytes <= _MERGED_SHARE * available_bytes(options.device):
+        if _should_merge(options, packed.merged_bytes):
             packed.merge()
         cosine = least_cosine(packed, PaddedRuntime(model, mask), checkpoint, tokenizer, is_packed=True)
         if not cosine >= MIN_COSINE[options.dtype]:  # it may be NaN
@@ -150,6 +152,12 @@ def _try_packed(
         raise LoadError(f"{checkpoint.folder}: {message}")
     log.warning("packed_refused", folder=str(checkpoint.folder), reason=message, fallback="torch")
     return None
+
+
+def _should_merge(options: BuildOptions, num_bytes: int) -> bool:
+    if options.merges_adapters is not None:
+        return options.merges_adapters
+    return options.device != "cpu" and num_bytes <= _MERGED_SHARE * available_bytes(options.device)
 
 
 def _load_model(

@@ -239,21 +239,21 @@ class Network:
         if self._rotary is not None:
             turns = functional.embedding(row.positions, self._rotary)[:, None, None].chunk(2, dim=-1)
         for layer in layers:
-            qkv = layer.qkv(x, choice).view(len(x), 3, self.num_heads, -1)
-            query_key = qkv[:, :2] if turns is None else _rotate(qkv[:, :2], *turns)
-            layer.out.add_to(x, self._attend(query_key, qkv[:, 2], row).flatten(1), choice)
+            layer.out.add_to(x, self._attend(layer.qkv(x, choice), row, turns), choice)
             x = layer.norm(x)
             layer.down.add_to(x, layer.activation(layer.up(x, choice)), choice)
             x = layer.last_norm(x)
         return x
 
-    def _attend(self, query_key: torch.Tensor, value: torch.Tensor, row: Row) -> torch.Tensor:
-        query, key = query_key.unbind(1)
-        if row.keys is None:
-            return attend(query, key, value, row.texts, row.texts, self.scale)
-        places, keys = row.keys
-        key, value = key.index_select(0, places), value.index_select(0, places)
-        return attend(query, key, value, row.texts, keys, self.scale)
+    def _attend(self, qkv: torch.Tensor, row: Row, turns: Sequence[torch.Tensor] | None) -> torch.Tensor:
+        """Return the sum of values that each token reads, ``(total, width)``; ``qkv`` is ``(total, 3 * width)``."""
+        qkv = qkv.view(len(qkv), 3, self.num_heads, -1)
+        query, key = (qkv[:, :2] if turns is None else _rotate(qkv[:, :2], *turns)).unbind(1)
+        value, keys = qkv[:, 2], row.texts
+        if row.keys is not None:
+            places, keys = row.keys
+            key, value = key.index_select(0, places), value.index_select(0, places)
+        return attend(query, key, value, row.texts, keys, self.scale).flatten(1)
 
     def _embed(self, row: Row) -> torch.Tensor:
         x = functional.embedding(row.ids, self._words)
