@@ -185,6 +185,7 @@ def install_surroundings(
     if where == "container":
         (root / ".dockerenv").touch()
     monkeypatch.setattr(cards, "_ROOT", root)
+    monkeypatch.setattr(cards, "_MAKEFILE", root / ("none" if where == "container" else "dev"))
     monkeypatch.setattr(cards, "_PCI", root / "sys/bus/pci/devices")
     monkeypatch.setattr("sys.platform", "darwin" if where == "mac" else "linux")
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)

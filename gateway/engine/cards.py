@@ -32,6 +32,7 @@ _KERNELS = {(12, 0): ((5, 0), (10, 0)), (12, 8): ((7, 5), (99, 0)), (13, 0): ((7
 _VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD"}
 _PCI = Path("/sys/bus/pci/devices")
 _ROOT = Path("/")
+_MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 class Reason(StrEnum):
@@ -88,10 +89,12 @@ class Surroundings:
     """Where the process runs, as far as it matters for the advice.
 
     Attributes:
+        is_image: in the gateway's own image, or another one without the files that ``make`` needs.
         vendors: makers of the graphics cards on the PCI bus, which a container sees even if it may not use them.
     """
 
     is_container: bool = False
+    is_image: bool = False
     is_wsl: bool = False
     is_mac: bool = False
     vendors: tuple[str, ...] = ()
@@ -281,12 +284,12 @@ def _mend_torch(driver: Driver, where: Surroundings) -> str:
             " on Windows, not in WSL" if where.is_wsl else ""
         )
     other = "" if not index else f", or upgrade the driver to {_LEAST_DRIVER[13]} or newer"
-    return f"install the build that fits, {_install(index, is_container=where.is_container)}{other}"
+    return f"install the build that fits, {_install(index, is_image=where.is_image)}{other}"
 
 
-def _install(index: str, *, is_container: bool = False) -> str:
+def _install(index: str, *, is_image: bool = False) -> str:
     """Return the command that installs torch from an index; empty for PyPI."""
-    if is_container:
+    if is_image:
         return f"`docker build --build-arg TORCH_INDEX={index} .`"
     return f"`make clean run TORCH_INDEX={index}`" if index else "`make clean run`"
 
@@ -362,8 +365,10 @@ def _visible(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
 def _surroundings(environ: Mapping[str, str]) -> Surroundings:
     kernel = _read(_ROOT / "proc/sys/kernel/osrelease").lower()
     markers = (_ROOT / ".dockerenv", _ROOT / "run/.containerenv")
+    is_container = "KUBERNETES_SERVICE_HOST" in environ or any(marker.exists() for marker in markers)
     return Surroundings(
-        is_container="KUBERNETES_SERVICE_HOST" in environ or any(marker.exists() for marker in markers),
+        is_container=is_container,
+        is_image=is_container and not _MAKEFILE.exists(),
         is_wsl="microsoft" in kernel and (_ROOT / "dev/dxg").exists(),
         is_mac=sys.platform == "darwin",
         vendors=tuple(_vendors_on_bus()),

@@ -80,6 +80,15 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
     assert len(set(spaces.values())) == 4
 
 
+async def test_a_card_of_a_model_has_the_remarks_about_its_devices(connect: Connect, make_model: MakeModel) -> None:
+    notes = ("cuda:1 (NVIDIA GeForce GT 1030) is left out: torch for CUDA 13.0 has no kernels for it",)
+    client = await connect(make_model("m3", device="cuda:0", notes=notes), aliases={})
+
+    card = (await client.get("/v1/models/m3")).json()
+
+    assert (card["device"], card["notes"]) == ("cuda:0", list(notes))
+
+
 async def test_a_model_without_tasks_has_one_space(client: httpx.AsyncClient) -> None:
     card = (await client.get("/v1/models/mini")).json()
     answer = await client.post("/v1/embeddings", json={"input": "a", "model": "mini"})

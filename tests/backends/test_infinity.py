@@ -642,6 +642,22 @@ def test_a_card_that_is_lost_while_a_model_is_loaded(
     assert isinstance(caught.value, CardLostAtLoad) == ("was lost" in expected)
 
 
+def test_remarks_about_the_devices_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_engine", lambda _plan, _settings: None)
+    loaded = SimpleNamespace(info=fake_info())
+    plan = SimpleNamespace(
+        entry=MINILM, devices=("cuda:0",), notes=("cuda:1 is left out", "others"), as_loaded=lambda _: loaded
+    )
+
+    with capture_logs() as lines:
+        infinity._load_engine(plan, Settings())  # type: ignore[arg-type]
+
+    assert [(line["event"], line["log_level"], line["note"]) for line in lines] == [
+        ("device_note", "warning", "cuda:1 is left out"),
+        ("device_note", "warning", "others"),
+    ]
+
+
 class CardForward:
     """Stands before each encoder's ``encode``, as a card would: once its context is broken, each call fails, or hangs."""
 

@@ -17,6 +17,7 @@ from gateway.engine import devices, forecast
 from gateway.engine.checkpoint.hub import HubFile, Repository
 from gateway.errors import LoadError
 from gateway.server import Addresses
+from tests.nvml import FakeCard, FakeDriver, install, install_surroundings, install_torch
 
 MIB = 2**20
 Printed = Callable[[], str]
@@ -85,6 +86,35 @@ def test_a_torch_runtime_is_named(printed: Printed) -> None:
     print_plans(make_plans(registry_of(minilm("first", runtime="torch"))))
 
     assert "first yes cpu, float32, torch, 384 dimensions, 256 tokens" in printed()
+
+
+def test_a_card_that_cannot_be_used_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed: Printed
+) -> None:
+    install(monkeypatch, FakeDriver([FakeCard()], "550.54.14", 12040))
+    install_torch(monkeypatch, tmp_path, "2.13.0", cuda="13.0")
+    install_surroundings(monkeypatch, tmp_path / "root")
+    models = (
+        minilm("asked", enabled="auto", device="auto"),
+        minilm("anywhere", device="auto"),
+        minilm("there", device="cuda:0"),
+        minilm("here"),
+    )
+
+    plans = make_plans(registry_of(*models))
+    print_plans(plans)
+
+    said = printed()
+    obstacle = (
+        "an NVIDIA GeForce RTX 3090 is here, but driver 550.54.14 (CUDA 12.4) is too old for torch 2.13.0, which is built "
+        "for CUDA 13.0 and needs driver 580 or newer: install the build that fits, `make clean run "
+        "TORCH_INDEX=https://download.pytorch.org/whl/cu126`, or upgrade the driver to 580 or newer"
+    )
+    assert [plan.verdict for plan in plans.models] == ["off", "yes", "no", "yes"]
+    assert f"asked off {obstacle} (`enabled: true` in models.yaml runs it on the CPU)" in said
+    assert f"on the CPU, because {obstacle} memory: " in said
+    assert f"there no device cuda:0 cannot be used: {obstacle}" in said
+    assert said.count(obstacle) == 3
 
 
 HUB = {
@@ -237,6 +267,19 @@ async def test_everything_that_was_configured_is_listed_and_the_command_has_a_ke
         "-H 'authorization: Bearer YOUR_KEY'",
     ):
         assert part in said
+
+
+async def test_remarks_about_the_devices_are_in_the_start_table(printed: Printed) -> None:
+    note = "other processes hold 20.0 GiB of cuda:0"
+    registry = registry_of(minilm("mini"))
+    info = fake_info("mini", 8, device="cuda:0", notes=(note,))
+    deployment = Deployment(registry, Settings(), make_backend=lambda _entry: FakeBackend(info))
+    await deployment.start()
+
+    print_serving(deployment, Addresses("http://127.0.0.1:8000"), has_keys=False)
+    await deployment.stop()
+
+    assert f"{info.space()} {note}" in printed()
 
 
 async def test_at_80_columns_no_name_and_no_space_is_cut(
