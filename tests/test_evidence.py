@@ -45,6 +45,12 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("cost", 15, []),
         ("slower", 5, []),
         ("judge", 100, ["favors an arm in 10 %"]),
+        ("ratio", 40, ["50/50", "40/30/30"]),
+        ("lost", 10, []),
+        ("outcome", 10, ["conversions of 1 %", "clicks per search"]),
+        ("effect", 10, []),
+        ("ramp", 20, []),
+        ("guardrail", 20, []),
     ],
 )
 def test_promises_are_kept(name: str, runs: int, rows: list[str]) -> None:

@@ -18,7 +18,7 @@ from bench.evidence.registry import Rate, Simulation, measure
 from bench.processes import ROOT
 from bench.report import note, table, update_page
 
-MODULES = ("comparing", "costs", "judges")
+MODULES = ("comparing", "costs", "experimenting", "judges")
 """The modules of this package with a tuple ``SIMULATIONS``."""
 
 PAGE = ROOT / "docs" / "testing.md"

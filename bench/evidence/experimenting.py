@@ -1,0 +1,215 @@
+"""Simulations of experiments: the sample ratio, outcomes and guard-rails, looked at again and again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from bench.evidence.registry import Case, Simulation
+from gateway.experiments.arms import ArmCounts
+from gateway.experiments.guardrails import guardrails
+from gateway.experiments.sample_ratio import largest_log_e
+from gateway.experiments.sequence import ALPHA, Values
+from gateway.outcomes.comparing import Comparison, compare
+from gateway.outcomes.joining import Branch, Exposures, Numbers, Outcomes, join
+from gateway.outcomes.values import Per
+
+_NUM_LOOKS = 20
+_SPLITS = {
+    "50/50": (0.5, 0.5),
+    "90/10": (0.9, 0.1),
+    "99/1": (0.99, 0.01),
+    "40/30/30": (0.4, 0.3, 0.3),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- sample ratio
+
+
+def is_flagged(shares: Sequence[float], units: int, lost: float, dice: np.random.Generator) -> bool:
+    """Return whether the split is ever called wrong, looked at after every unit.
+
+    Args:
+        lost: the share of its units that the last arm loses.
+    """
+    arms = dice.choice(len(shares), units, p=shares)
+    arms = arms[(arms < len(shares) - 1) | (dice.random(units) >= lost)]
+    log_e = largest_log_e([arms == arm for arm in range(len(shares))], np.array(shares))
+    return log_e >= math.log(100)
+
+
+# --------------------------------------------------------------------------------------------------------- outcomes
+
+
+def _draw(kind: str, dice: np.random.Generator, num: int) -> tuple[Values, Values]:
+    """Return the values and the chances of some units."""
+    ones = np.ones(num)
+    match kind:
+        case "conversions of 10 %":
+            return (dice.random(num) < 0.1).astype(np.float64), ones
+        case "conversions of 1 %":
+            return (dice.random(num) < 0.01).astype(np.float64), ones
+        case "purchases":
+            return dice.exponential(size=num), ones
+        case "heavy users":
+            return np.minimum(1_000, np.ceil(dice.pareto(1.5, num))), ones
+    of = np.ceil(np.minimum(1_000, dice.pareto(1.5, num) + 0.1))
+    return dice.binomial(of.astype(int), dice.beta(2, 5, num)).astype(np.float64), of
+
+
+def _branches(shares: Sequence[float], generation: str = "g") -> list[Branch]:
+    return [Branch(generation, str(arm), f"model-{arm}", None, share) for arm, share in enumerate(shares)]
+
+
+def _compare(
+    arms: list[Branch], unit: Numbers, branch: Numbers, time: Values, values: tuple[Values, Values], per: Per
+) -> list[Comparison]:
+    """Compare each arm of the first branches with their control."""
+    outcomes = Outcomes(unit, *values, time + 1, np.zeros(len(unit), np.bool_))
+    joined = join(Exposures(arms, unit, branch, time), outcomes)
+    named = [branch for branch in arms if branch.generation == arms[0].generation]
+    alpha = ALPHA / (len(named) - 1)
+    return [compare(joined, named[0], arm, per, alpha) for arm in named[1:]]
+
+
+def looks_different(
+    kind: str, per: Per, shares: Sequence[float], units: int, effect: float, dice: np.random.Generator
+) -> bool:
+    """Return whether any look finds any arm different, of 20 looks while units come.
+
+    Args:
+        effect: the share by which the values of the second arm are higher; then only "better" counts.
+    """
+    arm = dice.choice(len(shares), units, p=shares)
+    value, of = _draw(kind, dice, units)
+    value = value * (1 + effect * (arm == 1))
+    unit = np.arange(units)
+    for end in np.linspace(units / _NUM_LOOKS, units, _NUM_LOOKS).astype(int):
+        seen = slice(0, end)
+        found = _compare(_branches(shares), unit[seen], arm[seen], np.zeros(end), (value[seen], of[seen]), per)
+        for difference in (one.difference for one in found if one.difference is not None):
+            if difference.low > 0 or (difference.high < 0 and not effect):
+                return True
+    return False
+
+
+def ramp_looks_different(units: int, dice: np.random.Generator) -> bool:
+    """Return whether equal arms look different after a ramp from 90/10 to 50/50 of users with lasting habits.
+
+    Half of the users come with the second weights, in a better week. The others keep their arm or move into the new one.
+    """
+    race, habit = dice.random(units), dice.exponential(size=units)
+    is_old = np.arange(units) < units // 2
+    unit = np.concatenate([np.arange(units)[is_old], np.arange(units)])
+    branch = np.concatenate([(race[is_old] < 0.1).astype(int), 2 + (race < 0.5)])
+    time = np.concatenate([np.zeros(int(is_old.sum())), np.full(units, 10.0)])
+    value = habit[unit] + 0.3 * dice.exponential(size=len(unit)) + 2 * (time > 0)
+    arms = [*_branches((0.9, 0.1)), *_branches((0.5, 0.5), "h")]
+    (found,) = _compare(arms, unit, branch, time, (value, np.ones(len(unit))), "unit")
+    return found.difference is not None and not found.difference.low <= 0 <= found.difference.high
+
+
+# -------------------------------------------------------------------------------------------------------- guard-rails
+
+
+def guardrail_is_worse(metric: str, units: int, dice: np.random.Generator) -> bool:
+    """Return whether one of two equal arms looks slower or worse, though a few users send most requests."""
+    arms = (ArmCounts(), ArmCounts())
+    for unit in range(units):
+        num = int(min(500, 1 + dice.pareto(1.3) * 5))
+        length, failing = dice.normal(5, 1), min(1.0, 0.05 * dice.exponential())
+        log_s = num * (0.8 * length - 4.6 + dice.normal(0, 0.4)) + dice.normal(0, math.sqrt(num))
+        arms[int(dice.random() < 0.5)].sums.add(unit, [num, dice.binomial(num, failing), num, log_s, num * length])
+    found = next(one for one in guardrails("b", *arms, share=0.5, alpha=ALPHA) if one.metric == metric)
+    return found.verdict in {"better", "worse"}
+
+
+_KINDS: tuple[tuple[str, Per], ...] = (
+    ("conversions of 10 %", "unit"),
+    ("conversions of 1 %", "unit"),
+    ("purchases", "unit"),
+    ("heavy users", "unit"),
+    ("clicks per search", "ratio"),
+    ("clicks of a user", "mean"),
+)
+
+SIMULATIONS = (
+    Simulation(
+        "ratio",
+        "Sample ratio of a correct split",
+        "mismatches at any look",
+        "<=",
+        0.01,
+        [
+            Case(name, f"{units:,} units", partial(is_flagged, shares, units, 0.0), runs, quick)
+            for name, shares in _SPLITS.items()
+            for units, runs, quick in ((1_000, 4_000, 400), (10_000, 2_000, 200), (100_000, 1_000, 50))
+        ],
+        "Looked at after every unit. A chi-square test at 0.1 % that is looked at every 100 units flags 2.5 % by 100,000.",
+    ),
+    Simulation(
+        "lost",
+        "Sample ratio of an arm that loses units",
+        "found by the last unit",
+        ">=",
+        0.9,
+        [
+            Case(f"{lost:.0%} lost, {units:,} units", "50/50", partial(is_flagged, (0.5, 0.5), units, lost), 400, 60)
+            for lost, units in ((0.1, 10_000), (0.05, 40_000))
+        ],
+    ),
+    Simulation(
+        "outcome",
+        "Outcomes of equal arms",
+        "better or worse at any look, of any arm",
+        "<=",
+        ALPHA,
+        [
+            Case(kind, name, partial(looks_different, kind, per, shares, 4_000, 0.0), 400, 40)
+            for kind, per in _KINDS
+            for name, shares in _SPLITS.items()
+            if name != "99/1"
+        ],
+        "Looked at 20 times, up to 4,000 units. By click instead of by unit, a third of such experiments look different.",
+    ),
+    Simulation(
+        "effect",
+        "Outcomes of a better arm",
+        "called better by the last look",
+        ">=",
+        0.8,
+        [
+            Case(
+                "purchases, 20 % more", name, partial(looks_different, "purchases", "unit", shares, units, 0.2), 300, 30
+            )
+            for name, shares, units in (
+                ("50/50, 3,000 units", (0.5, 0.5), 3_000),
+                ("90/10, 8,000 units", (0.9, 0.1), 8_000),
+            )
+        ],
+    ),
+    Simulation(
+        "ramp",
+        "Outcomes of equal arms over a ramp",
+        "better or worse",
+        "<=",
+        ALPHA,
+        [Case("90/10, then 50/50", "5,000 units", partial(ramp_looks_different, 5_000), 400, 60)],
+    ),
+    Simulation(
+        "guardrail",
+        "Guard-rails of equal arms",
+        "slower, faster, or other errors",
+        "<=",
+        ALPHA,
+        [
+            Case(metric, f"{units:,} units", partial(guardrail_is_worse, metric, units), 300, 30)
+            for metric in ("latency", "errors")
+            for units in (300, 1_000)
+        ],
+        "Requests per unit are Pareto: by request, 38 to 57 % of such experiments differ in errors.",
+    ),
+)
