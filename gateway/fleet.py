@@ -316,12 +316,15 @@ class Fleet:
 def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
     """Return models of this process in the order of their loads, so that none waits for gigabytes of another one.
 
-    First those whose checkpoints are on this machine, then those that are downloaded; at last those that are loaded on
-    demand, which only takes a description.
+    First those of installed packages, which are small, then those whose checkpoints are on this machine, then those that
+    are downloaded; at last those that are loaded on demand, which only takes a description.
     """
     from gateway.engine.checkpoint.sources import is_cached
 
-    return sorted(entries, key=lambda entry: (entry.is_on_demand, not is_cached(entry)))
+    def rank(entry: ModelEntry) -> tuple[bool, bool, bool]:
+        return entry.is_on_demand, not is_cached(entry), entry.parsed_source.kind != "package"
+
+    return sorted(entries, key=rank)
 
 
 def why_disabled(entry: ModelEntry) -> str:

