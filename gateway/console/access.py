@@ -72,6 +72,16 @@ class Gate:
         return bool(self._keyring) or (self.has_operator and not self.is_public)
 
     @property
+    def api_needs_key(self) -> bool:
+        """Whether requests to the API need a key."""
+        return bool(self._keyring)
+
+    @property
+    def clients_port(self) -> int | None:
+        """The port of the API, if the console is on another one."""
+        return None if self.is_public or self._settings.admin_port is None else self._settings.port
+
+    @property
     def takes_api_keys(self) -> bool:
         """Whether a client's key opens the console."""
         return self.is_public and bool(self._keyring)

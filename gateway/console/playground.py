@@ -124,9 +124,9 @@ class Playground:
         problem: RequestError | None = None,
     ) -> Response:
         pages = self._parts.pages
-        api = f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}/v1"
+        api = pages.api(request)
         shown = asked.query if asked.kind == "query" else next(iter(asked.candidates), "")
-        columns = list(_columns(results, api, shown, needs_key=pages.gate.needs_key))
+        columns = list(_columns(results, api, shown, needs_key=pages.gate.api_needs_key))
         return pages.render(
             request,
             "playground.html.j2",

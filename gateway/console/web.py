@@ -120,7 +120,7 @@ class Pages:
         theme = request.cookies.get(THEME_COOKIE, "")
         text = self._environment.get_template(template).render(
             base=base,
-            api=f"{request.url.scheme}://{request.url.netloc}{root_path}/v1",
+            api=self.api(request),
             host=request.url.netloc,
             here=context.path,
             request_id=context.request_id,
@@ -133,6 +133,13 @@ class Pages:
         # A text may hold half a surrogate pair, which cannot be encoded.
         content = text.encode("utf-8", "replace")
         return Response(content, status, _PAGE_HEADERS, media_type="text/html")
+
+    def api(self, request: Request) -> str:
+        """Return the base URL of the API, as the reader's browser reaches it."""
+        url = request.url
+        if self.gate.clients_port is not None:  # these pages are on the operator's port, and the API is not
+            url = url.replace(port=self.gate.clients_port)
+        return f"{url.scheme}://{url.netloc}{request.scope.get('root_path', '')}/v1"
 
     def error(self, request: Request, error: RequestError) -> Response:
         """Return the page of an error."""

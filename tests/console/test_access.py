@@ -9,9 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from gateway.access.keyring import key_digest
-from tests.console.served import Gateway, serving
+from gateway.app import create_admin_app
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.fleet import Fleet
+from tests.console.served import Gateway, registry_of, serving, usual_models
 
 ADMIN, CLIENT = "operator-secret", "client-secret"
 HTML = {"accept": "text/html"}
@@ -194,3 +199,18 @@ def test_a_form_that_is_too_large_costs_only_its_request(gateway: Gateway) -> No
             )
             assert answer.status_code == status
         assert client.post("/console/sign-in", json={"key": "x"}).status_code == 400
+
+
+def test_the_operators_port_has_the_console() -> None:
+    models = usual_models()
+    deployment = Deployment(registry_of(models), Settings(admin_port=1, admin_key=ADMIN), Fleet(models))
+    with TestClient(create_admin_app(deployment), base_url="http://operator") as client:
+        client.headers.update({**HTML, "origin": "http://operator"})
+        assert client.get("/", follow_redirects=False).headers["location"] == "/console"
+        assert client.get("/console", follow_redirects=False).status_code == 303
+        sign_in(client, ADMIN)
+        page = client.get("/console").text
+        assert "models answer" in page
+        assert "curl http://operator:8000/v1/embeddings" in page  # the API is on the other port
+        fields = {"kind": "texts", "candidates": "one\ntwo", "arm": ["nothing"]}
+        assert "404 model_not_found" in client.post("/console/playground", data=fields).text
