@@ -178,14 +178,22 @@ def test_the_padded_forward_serves_instead_and_a_warning_says_why(
     np.testing.assert_array_equal(loaded.vectors(TEXTS, MIXED), load(jina, "reference").vectors(TEXTS, MIXED))
 
 
-def test_too_little_memory_is_not_taken_for_a_broken_forward(jina: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhaust(*_args: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: an illegal memory access")]
+)
+def test_a_full_or_lost_card_is_not_taken_for_a_broken_forward(
+    jina: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def give_out(*_args: Any) -> torch.Tensor:
+        raise error
 
-    monkeypatch.setattr(network, "attend", exhaust)
+    monkeypatch.setattr(network, "attend", give_out)
+    monkeypatch.setattr(build, "is_card_lost", lambda error, _device: "illegal memory access" in str(error))
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)) as raised:
         build_packed(jina)
+
+    assert raised.value is error
 
 
 def test_the_reference_shares_the_weights(jina: Path) -> None:

@@ -14,7 +14,7 @@ import structlog
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.devices import CpuThreads, available_bytes
-from gateway.engine.faults import is_out_of_memory
+from gateway.engine.faults import is_card_lost, is_out_of_memory
 from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.agreement import MIN_COSINE, least_cosine
 from gateway.engine.model.build_heads import build_heads, build_query_table
@@ -143,7 +143,7 @@ def _try_packed(
                 f"{MIN_COSINE[options.dtype]}"
             )
     except Exception as error:  # a card without one of the kernels may raise anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_card_lost(error, options.device):  # padded texts would fail as well
             raise
         message = f"the packed forward cannot be computed: {type(error).__name__}: {error}"
     if not message:
