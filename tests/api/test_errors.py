@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -24,8 +25,9 @@ from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.app import layers
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.config.registry import Experiment
+from gateway.config.registry import Experiment, ModelEntry, Registry
 from gateway.config.settings import Settings
+from gateway.deployment import Deployment
 from gateway.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -432,7 +434,8 @@ async def test_an_answer_that_has_begun_is_cut_off_rather_than_mended(log_of_err
     settings = Settings()
     guarded: ASGIApp = half
     memory = MemoryBudget(settings.memory_budget_bytes)
-    for layer in reversed(layers(settings, Keyring(settings), memory, lambda: False)):
+    registry = Registry(path=Path("models.yaml"), version=1, models=(ModelEntry(id="a", source="./a", enabled=False),))
+    for layer in reversed(layers(Deployment(registry, settings), Keyring(settings), memory)):
         guarded = layer.cls(guarded, *layer.args, **layer.kwargs)
     transport = httpx.ASGITransport(guarded)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
