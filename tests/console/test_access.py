@@ -204,6 +204,7 @@ def test_a_form_that_is_too_large_costs_only_its_request(gateway: Gateway) -> No
 def test_the_operators_port_has_the_console() -> None:
     models = usual_models()
     deployment = Deployment(registry_of(models), Settings(admin_port=1, admin_key=ADMIN), Fleet(models))
+    deployment.fleet.started.set()
     with TestClient(create_admin_app(deployment), base_url="http://operator") as client:
         client.headers.update({**HTML, "origin": "http://operator"})
         assert client.get("/", follow_redirects=False).headers["location"] == "/console"
