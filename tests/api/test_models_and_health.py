@@ -368,6 +368,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/v1/classify",
         "/v1/spaces",
         "/v1/experiments/{experiment_id}/assignment",
+        "/v1/experiments/{experiment_id}/outcomes",
         "/v1/experiments",
         "/v1/experiments/{experiment_id}",
         "/v1/live",
