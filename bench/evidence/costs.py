@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,7 +26,8 @@ class BusyMachine(GatewayClient):
     """Answers at once, and says that it took as long as it would on a busy machine.
 
     Args:
-        load: standard deviation of the logarithm of what changes slowly, such as other processes.
+        load: standard deviation of the logarithm of what changes slowly, such as other processes. A model's requests
+            alternate between two workers, each with a load that outlasts forty requests.
         noise: the same of what changes with each request.
         stalls: share of the requests that take ten times as long.
         warmth: how much faster a text is that another arm has just had.
@@ -45,7 +47,10 @@ class BusyMachine(GatewayClient):
         self.now = 0.0
         self._dice = dice
         self._load, self._noise, self._stalls, self._warmth, self._factor = load, noise, stalls, warmth, factor
-        self._state = dice.normal()
+        self._states = dice.normal(size=2)
+        self._numbers: Counter[str] = Counter()
+        # What one process does to a model for as long as it lives, such as where its weights lie.
+        self._luck = {f"model{number}": float(np.exp(0.03 * dice.normal())) for number in range(10)}
         self._last: Sequence[str] = ()
 
     async def embed(
@@ -58,9 +63,12 @@ class BusyMachine(GatewayClient):
         precision: Precision = Precision.FLOAT,
         outputs: Sequence[Output] = (Output.DENSE,),
     ) -> EmbeddedTexts:
-        memory = 0.9  # the load outlasts ten requests
-        self._state = memory * self._state + np.sqrt(1 - memory**2) * self._dice.normal()
-        elapsed_s = 0.008 * len(texts) ** 0.8 * np.exp(self._load * self._state + self._noise * self._dice.normal())
+        memory = 0.975
+        self._states = memory * self._states + np.sqrt(1 - memory**2) * self._dice.normal(size=2)
+        self._numbers[model] += 1
+        state = self._states[self._numbers[model] % 2]
+        elapsed_s = 0.008 * len(texts) ** 0.8 * np.exp(self._load * state + self._noise * self._dice.normal())
+        elapsed_s *= self._luck[model]
         elapsed_s *= 10 if self._dice.random() < self._stalls else 1
         elapsed_s *= 1 - self._warmth if texts == self._last else 1
         elapsed_s *= self._factor if model == "model1" else 1
@@ -111,17 +119,17 @@ SIMULATIONS = (
             for arms in (2, 3)
             for name, load, noise in _MACHINES
         ],
-        "A request takes a random time on top of a load that outlasts ten requests; 2 % stall, and a text is faster the "
-        "second time.",
+        "Requests alternate between two workers, whose loads outlast forty requests; 2 % stall, a text is faster the "
+        "second time, and for as long as a process lives, a model is luckier than another by 3 % (standard deviation).",
     ),
     Simulation(
         "slower",
-        "Cost of a model that takes 1.3 times as long",
+        "Cost of a model that takes 1.5 times as long",
         "the time of a query shown as a difference",
         ">=",
         0.8,
         [
-            Case("2 arms", name, partial(shows_a_difference, 2, load, noise, 1.3, "query"), 100, 15)
+            Case("2 arms", name, partial(shows_a_difference, 2, load, noise, 1.5, "query"), 100, 15)
             for name, load, noise in _MACHINES
         ],
     ),

@@ -106,7 +106,7 @@ class Ratio:
     Attributes:
         low: bound of the interval; all intervals of a comparison hold at once in 95 % of comparisons. ``None``, like
             ``high``, with too few pairs.
-        is_shown: whether the interval leaves 1 out. Otherwise no difference was found.
+        is_shown: whether the interval leaves out everything within 10 % of 1. Otherwise no difference was found.
     """
 
     ratio: float

@@ -299,10 +299,10 @@ async def test_cost_is_measured_in_turns(gateway: FakeGateway, write_data: Write
     assert (same.arm, same.is_same_model, same.query_time) == ("tasks@8", True, None)
     assert found.arms[0].cost == found.arms[1].cost
     assert other.query_time is not None
-    assert other.query_time.num_pairs >= 30
+    assert other.query_time.num_pairs >= 60
     assert found.load is not None
     asked = [body["model"] for body in gateway.transport.embedded if "dimensions" in body and body["input"] != [PROBE]]
-    assert asked.count("tasks") == asked.count("plain") == len(asked) / 2
+    assert set(asked) == {"tasks", "plain"}
     assert not any("cost" in note for note in found.notes)
 
 
