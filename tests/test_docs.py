@@ -168,3 +168,12 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
 def test_the_picture_refuses_an_import_that_points_up(generate: ModuleType) -> None:
     with pytest.raises(ValueError, match="engine imports api, which is drawn above it"):
         generate.picture.arrows({"engine": {"api"}})
+
+
+def test_the_map_of_the_architecture_has_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"```\n(.*?)```", page, re.DOTALL))))
+    modules = [path for path in (ROOT / "gateway").rglob("*.py") if not path.stem.startswith("__")]
+
+    assert len(modules) > 200
+    assert [str(path.relative_to(ROOT)) for path in modules if path.stem not in words] == []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,26 +47,43 @@ def examine(models: Path | None) -> list[Finding]:
     return findings
 
 
-def next_steps(findings: Sequence[Finding]) -> list[str]:
-    """Return the next steps in their order: the mends, or the commands that follow a check without one."""
+def next_steps(findings: Sequence[Finding], models: Path | None = None) -> list[str]:
+    """Return the next steps in their order: the mends, or the commands that follow a check without one.
+
+    Args:
+        models: the file of models, if the command line names it; then the commands name it too.
+    """
+    program = _program()
+    option = "" if models is None else f" --models {shlex.quote(str(models))}"
     mends = [finding.mend for finding in findings if finding.status is Status.TODO and finding.mend]
     if any(finding.status is Status.TODO for finding in findings):
-        return [*dict.fromkeys(mends), "gateway doctor"]
+        return [*dict.fromkeys(mends), f"{program} doctor{option}"]
     verdicts = {
         str(finding.details.get("id")): finding.details.get("verdict")
         for finding in findings
         if finding.check == "model"
     }
-    steps = ["gateway download"] if "after a download" in verdicts.values() else []
+    steps = [f"{program} download{option}"] if "after a download" in verdicts.values() else []
     if any(finding.check == "port" and "serves here already" in finding.text for finding in findings):
-        return [*steps, "gateway verify MODEL"]
-    return [*steps, "gateway serve"]
+        return [*steps, f"{program} verify MODEL{option}"]
+    return [*steps, f"{program} serve{option}"]
+
+
+def _program() -> str:
+    """Return how this program is called in a shell: by its path, unless it is the one on the PATH."""
+    script = Path(sys.executable).with_name("gateway")
+    if not script.exists():
+        return f"{sys.executable} -m gateway"
+    on_path = shutil.which("gateway")
+    if on_path is not None and Path(on_path).samefile(script):
+        return "gateway"
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 def diagnose(models: Path | None, *, as_json: bool) -> bool:
     """Run the checks, print them, and return whether nothing has to be done."""
     findings = examine(models)
-    steps = next_steps(findings)
+    steps = next_steps(findings, models)
     is_well = all(finding.status is not Status.TODO for finding in findings)
     if as_json:
         report = {

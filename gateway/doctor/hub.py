@@ -46,7 +46,9 @@ def _hub() -> Iterator[Finding]:
         answer = get_session().head(url, timeout=_TIMEOUT_S)
     except Exception as error:  # of the HTTP library, whose classes its releases have changed
         text = f"{way} cannot be reached: {first_line(error)}"
-        yield Finding("hub", Status.NOTE, text, "HTTPS_PROXY sets a proxy, HF_ENDPOINT a mirror", details)
+        is_url = url.startswith(("https://", "http://"))
+        mend = "HTTPS_PROXY sets a proxy, HF_ENDPOINT a mirror" if is_url else "HF_ENDPOINT must begin with https://"
+        yield Finding("hub", Status.NOTE, text, mend, details)
         return
     if answer.status_code >= 500 or answer.status_code == 407:
         yield Finding("hub", Status.NOTE, f"{way} answers {answer.status_code}", details=details)
@@ -59,7 +61,12 @@ def _token() -> Iterator[Finding]:
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session
 
-    if get_token() is None:
+    try:
+        token = get_token()
+    except OSError as error:  # of the file in HF_HOME; the check of the disk says more
+        yield Finding("token", Status.NOTE, f"the token's file cannot be read: {error}", details={"is_set": False})
+        return
+    if token is None:
         yield Finding(
             "token", Status.OK, "no HF_TOKEN: gated and private repositories need one", details={"is_set": False}
         )

@@ -168,17 +168,22 @@ def _memory() -> list[Finding]:
 
 
 def _disks(settings: Settings) -> Iterator[Finding]:
-    folders = {"models": cache_folder()}
-    if settings.compiled_folder is not None:
-        folders["compiled copies"] = settings.compiled_folder
-    for what, folder in folders.items():
+    folders = {
+        "HF_HOME": ("models", cache_folder()),
+        variable("cache_dir"): ("compiled copies", settings.compiled_folder),
+        variable("state_dir"): ("outcomes", settings.state_dir),
+    }
+    for setting, (what, folder) in folders.items():
+        if folder is None:
+            continue
         free = free_bytes(folder)
         details: dict[str, Detail] = {"folder": str(folder), "free_bytes": free}
         text = f"{format_size(free)} free for {what} in {folder}"
         here = next(path for path in (folder, *folder.parents) if path.exists())
-        setting = "HF_HOME" if what == "models" else variable("cache_dir")
-        if not os.access(here, os.W_OK):
-            mend = f"set {setting} to a folder that this user may write to"
+        mend = f"set {setting} to a folder that this user may write to"
+        if not here.is_dir():
+            yield Finding("disk", Status.TODO, f"{folder}: {here} is not a folder", mend, details)
+        elif not os.access(here, os.W_OK):
             yield Finding("disk", Status.TODO, f"{folder}: {here} may not be written to", mend, details)
         elif free < _LITTLE_DISK:
             yield Finding("disk", Status.NOTE, text, f"make room, or set {setting}", details)

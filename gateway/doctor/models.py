@@ -40,7 +40,7 @@ def _registry(path: Path, read: list[Registry]) -> Iterator[Finding]:
     try:
         registry = load_registry(path, os.environ)
     except ConfigError as error:
-        yield Finding("registry", Status.TODO, str(error), "gateway check, once it is corrected", details)
+        yield Finding("registry", Status.TODO, str(error), f"correct {path}", details)
         return
     read.append(registry)
     number = len(registry.models)
@@ -75,7 +75,8 @@ def _model(entry: ModelEntry, plan: Plan) -> Finding:
         "license": license_name or None,
         "lines": list(plan.lines),
     }
-    lines, mend = list(plan.lines), ""
+    lines = list(plan.lines)
+    mend = f"correct `{entry.id}` in models.yaml, or turn it off: `enabled: false`" if status is Status.TODO else ""
     if plan.verdict == "off" and (once := _once_accepted(entry)) is not None:
         forecast = once
         lines += describe_forecast(once)
@@ -88,7 +89,10 @@ def _model(entry: ModelEntry, plan: Plan) -> Finding:
             "download_bytes": forecast.download_bytes,
             "memory_bytes": None if forecast.memory is None else forecast.memory.total_bytes,
         }
-        if forecast.download_note:  # the hub did not answer
+        if forecast.is_refused:
+            status = Status.TODO
+            mend = f"correct `{entry.id}` in models.yaml, or HF_TOKEN"
+        elif forecast.download_note:  # the hub did not answer
             status = Status.TODO
             mend = (
                 f"reach the hub for `gateway download {entry.id}`, or copy its folder of the cache from another machine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
-from gateway.engine.checkpoint.hub import describe
+from gateway.engine.checkpoint.hub import HubRefusal, describe
 from gateway.engine.checkpoint.sizes import Attention
 from gateway.engine.checkpoint.sources import is_cached, require_license, require_readable
 from gateway.engine.devices import available_bytes, choose_devices, choose_dtype, device_notes, leave_out_full
@@ -30,6 +30,7 @@ class Forecast:
         download_bytes: size of the download, 0 for none; ``None`` where the hub does not say. A download that was cut off
             counts with its rest.
         download_note: why the size is not from the hub, if it is not.
+        is_refused: the hub has answered, and does not give out the repository.
         license: of the weights; empty if it is not known.
         notes: what an operator should know about its devices.
     """
@@ -41,6 +42,7 @@ class Forecast:
     memory: MemoryPlan | None = None
     download_bytes: int | None = 0
     download_note: str = ""
+    is_refused: bool = False
     license: str = ""
     notes: tuple[str, ...] = ()
 
@@ -122,12 +124,13 @@ def _planned(entry: ModelEntry) -> Forecast:
 def _not_downloaded(entry: ModelEntry) -> Forecast:
     known = _KNOWN.get(entry.source)
     size, note = None if known is None else known.download_bytes, ""
+    is_refused = False
     license_name = entry.license or ""
     require_license(entry, license_name)
     try:
         repository = describe(entry.source, entry.revision or "", _HUB_TIMEOUT_S)
     except LoadError as error:
-        note = str(error)
+        note, is_refused = str(error), isinstance(error, HubRefusal)
     else:
         require_license(entry, repository.license)
         size, license_name = repository.missing_bytes, license_name or repository.license
@@ -147,6 +150,7 @@ def _not_downloaded(entry: ModelEntry) -> Forecast:
         memory=memory,
         download_bytes=size,
         download_note=note,
+        is_refused=is_refused,
         license=license_name,
         notes=device_notes(entry.device, devices),
     )

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from gateway.cli.main import app
-from gateway.doctor import machine
+from gateway.doctor import command, machine
 from gateway.doctor.command import examine, next_steps
 from gateway.doctor.finding import Check, Finding, Status, run_checks
 from gateway.engine import devices, forecast
@@ -48,6 +48,7 @@ def hub(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
 def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine without a card, with free ports, whose torch starts: no other process is asked for that."""
     monkeypatch.setattr(machine, "_TRY_TORCH", "print(0)")
+    monkeypatch.setattr(command, "_program", lambda: "gateway")
     monkeypatch.setenv("GATEWAY_PORT", str(free_port()))
     install(monkeypatch, FakeDriver([], error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     install_surroundings(monkeypatch, tmp_path)
@@ -259,6 +260,32 @@ def test_a_folder_that_may_not_be_written_to_is_named(monkeypatch: pytest.Monkey
     assert "set HF_HOME to a folder that this user may write to" in texts(found(write(), "disk"))
 
 
+@pytest.mark.parametrize("setting", ["GATEWAY_CACHE_DIR", "GATEWAY_STATE_DIR"])
+def test_a_file_in_the_place_of_a_folder_is_named(
+    monkeypatch: pytest.MonkeyPatch, write: Write, tmp_path: Path, setting: str
+) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv(setting, str(tmp_path / "taken" / "here"))
+
+    [disk] = [finding for finding in found(write(), "disk") if finding.status is Status.TODO]
+
+    assert disk.text == f"{tmp_path}/taken/here: {tmp_path}/taken is not a folder"
+    assert disk.mend.startswith(f"set {setting} to a folder")
+
+
+def test_a_home_of_the_hub_that_is_a_file_is_named_and_does_not_end_its_checks(
+    monkeypatch: pytest.MonkeyPatch, write: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "taken" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "taken" / "token"))
+    findings = examine(write())
+
+    assert f"todo {tmp_path}/taken/hub: {tmp_path}/taken is not a folder -> set HF_HOME" in texts(findings)
+    assert "note the token's file cannot be read: [Errno 20] Not a directory" in texts(findings)
+    assert "this check failed" not in texts(findings)
+
+
 def test_a_disk_with_little_room_is_noted(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda _folder: 500_000_000)
 
@@ -331,6 +358,22 @@ def test_a_hub_that_cannot_be_reached_matters_only_to_a_model_that_needs_it(
     assert "gateway download far" in next_steps(with_far)[0]
 
 
+def test_a_model_that_the_hub_does_not_have_is_corrected_in_the_registry(write: Write) -> None:
+    typo = FAR.replace("owner/model", "owner/modle").replace("}", ", enabled: true}")
+    [model] = found(write(typo), "model")
+
+    assert "no such repository" in model.text
+    assert (model.status, model.mend) == (Status.TODO, "correct `far` in models.yaml, or HF_TOKEN")
+
+
+def test_a_mirror_without_its_scheme_is_named(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "mirror.example")
+    findings = examine(write(FAR.replace("}", ", enabled: true}")))
+
+    assert "-> HF_ENDPOINT must begin with https://" in texts(findings)
+    assert "HF_ENDPOINT is mirror.example; it must begin with https:// or http://" in texts(findings)
+
+
 def test_offline_mode_is_noted_and_the_hub_not_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -389,12 +432,13 @@ def test_a_license_that_must_be_accepted_says_how_and_what_would_follow(
     assert "license_accepted: true" in model.mend
 
 
-def test_a_registry_with_mistakes_is_shown_with_their_places(write: Write) -> None:
+def test_a_registry_with_mistakes_is_shown_with_their_places(write: Write, tmp_path: Path) -> None:
     findings = examine(write("  - {id: one, sourc: x}\n"))
 
     [registry] = [finding for finding in findings if finding.check == "registry"]
     assert registry.status is Status.TODO
     assert "models.yaml:3:" in registry.text
+    assert registry.mend == f"correct {tmp_path}/models.yaml"
     assert not [finding for finding in findings if finding.check == "model"]
 
 
@@ -432,11 +476,12 @@ def test_checks_that_fail_or_hang_are_findings(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_command_prints_findings_and_what_to_run_next(write: Write) -> None:
-    result = CliRunner().invoke(app, ["doctor", "--models", str(write())])
+    path = write()
+    result = CliRunner().invoke(app, ["doctor", "--models", str(path)])
 
     assert (result.exit_code, result.stderr) == (0, "")
     assert "registry" in result.stdout
-    assert result.stdout.rstrip().endswith("All is well. Next:\n  gateway serve")
+    assert result.stdout.rstrip().endswith(f"All is well. Next:\n  gateway serve --models {path}")
 
 
 def test_the_command_exits_1_if_there_is_something_to_do(write: Write) -> None:
@@ -446,11 +491,32 @@ def test_the_command_exits_1_if_there_is_something_to_do(write: Write) -> None:
 
     assert result.exit_code == 1
     assert "no such folder" in result.stdout
-    assert "1 thing to do. Next:" in result.stdout
+    assert "1 thing to do. Next:\n  correct `gone` in models.yaml, or turn it off: `enabled: false`\n" in result.stdout
 
 
-def test_programs_get_json(write: Write) -> None:
-    result = CliRunner().invoke(app, ["doctor", "--json", "--models", str(write())])
+def test_the_next_command_is_written_as_a_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    script = tmp_path / ".venv" / "bin" / "gateway"
+    script.parent.mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(script.with_name("python")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert next_steps([]) == [f"{tmp_path}/.venv/bin/python -m gateway serve"]
+
+    script.touch(0o755)
+    assert next_steps([]) == [".venv/bin/gateway serve"]
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert next_steps([]) == [f"{script} serve"]
+
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert next_steps([], Path("my models.yaml")) == ["gateway serve --models 'my models.yaml'"]
+
+
+def test_programs_get_json(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    monkeypatch.setenv("GATEWAY_MODELS", str(write()))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
 
     report = json.loads(result.stdout)
     assert (result.exit_code, report["status"], report["next"]) == (0, "ok", ["gateway serve"])

@@ -29,6 +29,8 @@ _FILES = (
 )
 IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _COMPLETE = ".gateway-complete"
+# The folder of the cache may not be written to, or a part of its path is a file.
+_NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 TIMEOUT_S = 20.0
 """For a question about a repository."""
 
@@ -83,6 +85,10 @@ class Repository:
     def partial(self, file: HubFile) -> Path:
         """Return the place of a large file until all of it has arrived."""
         return self.blob(file).with_name(f"{file.sha256}.gateway-partial")
+
+
+class HubRefusal(LoadError):
+    """The hub has answered, and does not give out the repository: it does not exist, or not to this user."""
 
 
 def cache_folder() -> Path:
@@ -194,18 +200,18 @@ def explain(error: Exception, name: str, revision: str) -> LoadError:
     chain = [error, *([error.__cause__] if isinstance(error.__cause__, Exception) else [])]
     for one in chain:
         if isinstance(one, GatedRepoError):
-            return LoadError(
+            return HubRefusal(
                 f"{where}: the repository is gated; accept its terms on {endpoint()}/{name}, and set HF_TOKEN to a token of "
                 "that account"
             )
         if isinstance(one, RevisionNotFoundError):
-            return LoadError(
+            return HubRefusal(
                 f"{where}: the repository exists but has no such revision; its commits are on "
                 f"{endpoint()}/{name}/commits/main"
             )
         if isinstance(one, RepositoryNotFoundError):
             token = "the token of HF_TOKEN may not read it" if _has_token() else "HF_TOKEN is not set"
-            return LoadError(f"{where}: no such repository on {endpoint()}, or it is private and {token}")
+            return HubRefusal(f"{where}: no such repository on {endpoint()}, or it is private and {token}")
     return LoadError(f"{where}: cannot download from the model hub: {_reason(chain)}")
 
 
@@ -225,15 +231,17 @@ def _reason(chain: list[Exception]) -> str:
             return f"{line}{'. HF_TOKEN is wrong or has expired' if is_token else ''}"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"the disk of {cache_folder()} is full; make room, or set HF_HOME to a folder on another disk"
-        if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        if isinstance(error, OSError) and error.errno in _NO_FOLDER:
             return f"cannot write to {cache_folder()}: {error.strerror}; set HF_HOME to a folder that this user may write to"
+    if not endpoint().startswith(("https://", "http://")):
+        return f"HF_ENDPOINT is {endpoint()}; it must begin with https:// or http://"
     return f"{first_line(chain[-1]).rstrip('.')}. {_ways_to(endpoint())}"
 
 
 def _ways_to(url: str) -> str:
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     through = f"through HTTPS_PROXY={without_password(proxy)}" if proxy else "without a proxy"
-    return f"Asked was {url}, {through}; HF_ENDPOINT sets a mirror, HTTPS_PROXY a proxy"
+    return f"The hub is {url}, {through}; HF_ENDPOINT sets a mirror, HTTPS_PROXY a proxy"
 
 
 def without_password(url: str) -> str:
