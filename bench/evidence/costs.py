@@ -115,7 +115,7 @@ SIMULATIONS = (
         "<=",
         0.05,
         [
-            Case(f"{arms} arms", name, partial(shows_a_difference, arms, load, noise, 1.0, "any"), 400, 40)
+            Case(f"{arms} arms", name, partial(shows_a_difference, arms, load, noise, 1.0, "any"), 400, 20)
             for arms in (2, 3)
             for name, load, noise in _MACHINES
         ],
@@ -129,7 +129,7 @@ SIMULATIONS = (
         ">=",
         0.8,
         [
-            Case("2 arms", name, partial(shows_a_difference, 2, load, noise, 1.5, "query"), 100, 15)
+            Case("2 arms", name, partial(shows_a_difference, 2, load, noise, 1.5, "query"), 100, 10)
             for name, load, noise in _MACHINES
         ],
     ),
