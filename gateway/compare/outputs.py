@@ -18,6 +18,11 @@ from gateway.errors import CompareError
 
 RESULTS = "results.json"
 _MAX_NAME = 100
+_READING = {
+    "interval": "95 % for each arm and measure by itself, not for all at once; null where too little varies",
+    "p_holm": "corrected for the number of arms, not for that of the measures; only nDCG@10 has a verdict",
+    "query_time, texts_per_s": "median ratios of an arm to the baseline; their intervals hold all at once",
+}
 # Windows refuses files of these names, whatever their ending.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
@@ -44,6 +49,7 @@ def write_results(comparison: Comparison, rankings: Mapping[str, Ranking], folde
         CompareError: a file cannot be written.
     """
     whole = {field.name: getattr(comparison, field.name) for field in fields(comparison) if field.name != "queries"}
+    whole["reading"] = _READING
     names = file_names(rankings)
     contents: list[tuple[Path, Iterable[bytes]]] = [
         (folder / RESULTS, [_json(whole, orjson.OPT_INDENT_2)]),

@@ -41,6 +41,12 @@ def test_json_has_everything_but_the_queries(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path / "new" / "folder")) for path in paths] == names
     results = json.loads(paths[0].read_text())
     assert "queries" not in results
+    assert "not for that of the measures" in results["reading"]["p_holm"]
+    assert results["bottom_line"] == {
+        "advice": "too few queries",
+        "arm": None,
+        "text": "Too few queries: at least 50 are needed to decide whether to replace jina-embeddings-v3, not 3.",
+    }
     assert results["dataset"]["sha256"] == comparison.dataset.sha256
     assert results["arms"][1]["quality"]["R@100"]["low"] == comparison.arms[1].quality["R@100"].low
     assert results["contrasts"][0]["verdict"] == "too few queries"
