@@ -35,8 +35,8 @@ def experiments(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Also compare the arms by the outcomes in this CSV file: columns unit and value, maybe name, of, id, "
-            "before, time. May be repeated.",
+            help="With --exposures: compare the arms by the outcomes in this CSV file, with the columns unit and value, "
+            "maybe name, of, id, before, time. May be repeated.",
         ),
     ] = None,
     models: ModelsOption = None,
