@@ -6,8 +6,8 @@ import asyncio
 import base64
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -249,16 +249,31 @@ async def connect(
     # As bytes, since httpx takes only ASCII in a header that is text.
     headers = {b"authorization": f"Bearer {api_key.strip()}".encode(errors="surrogateescape")} if api_key else None
     timeout = httpx.Timeout(timeout_s, connect=10.0)
-    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout) as http:
+    with client_errors(StartError):
+        client = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout)
+    async with client as http:
         yield GatewayClient(http, base_url, patience_s)
+
+
+@contextmanager
+def client_errors(kind: type[StartError]) -> Iterator[None]:
+    """Describe the variables to look at if the proxies and certificates of the environment allow no HTTP client."""
+    try:
+        yield
+    except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+        raise kind(
+            "no HTTP client can be made; look at HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR: "
+            f"{error}"
+        ) from error
 
 
 def _base_url(text: str) -> str:
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL as error:
+        host = url.host
+    except (httpx.InvalidURL, UnicodeError) as error:  # also of a name that IDNA does not know
         raise StartError(f"--url {text}: {error}") from error
-    is_address = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= 65_535
+    is_address = url.scheme in {"http", "https"} and host and (url.port or 0) <= 65_535
     if not is_address or url.query or url.fragment:
         raise StartError(f"--url {text}: must be an address such as http://127.0.0.1:8000")
     return text.rstrip("/").removesuffix("/v1")

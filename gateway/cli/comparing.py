@@ -69,7 +69,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     out: Annotated[Path | None, typer.Option(help="Folder for the results. By default comparison-TIME.")] = None,
     cache: CacheOption = None,
     max_documents: MaxDocumentsOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="For all random draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For all random draws.")] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="How many signs to draw for p-values.")] = 100_000,
     margin: MarginOption = 0.01,
     judged: JudgedOption = None,

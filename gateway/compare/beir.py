@@ -11,6 +11,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +28,30 @@ from gateway.errors import CompareError
 HEADER = "query-id\tcorpus-id\tscore"
 
 _MAX_SHOWN = 60
+# trec_eval has a counter for each possible score: its memory grows with the largest one, and it crashes far beyond.
+_MAX_SCORE = 1_000_000
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
 # How much of the longer text the shorter one must be, for a document to be its query with a few words more.
 _NEARLY_ALL = 0.9
 
 Judgments = dict[str, dict[str, int]]
 """Score by document by query."""
+
+
+class Tabs(csv.excel_tab):
+    """Columns separated by tabs, in quotes where needed, as spreadsheets read and write them."""
+
+    lineterminator = "\n"
+
+
+def form_line(columns: Sequence[str]) -> bytes:
+    """Return a line of a form that people fill in with a spreadsheet.
+
+    Without quotes around it, a text that begins with ``"`` would swallow the lines after it.
+    """
+    buffer = io.StringIO()
+    csv.writer(buffer, Tabs).writerow(columns)
+    return buffer.getvalue().encode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +172,10 @@ def _id(place: str, entry: Mapping[str, Any], key: str) -> str:
         return str(id_)
     if not isinstance(id_, str) or not id_ or "\0" in id_:
         raise CompareError(f"{place}: {key} must be a non-empty text or an integer, and is {_shown(id_)}")
+    if any(mark in id_ for mark in "\t\n\r"):
+        raise CompareError(
+            f"{place}: {key} has a tab or a line break, so no file of judgments can name it, and is {_shown(id_)}"
+        )
     return id_
 
 
@@ -224,7 +250,11 @@ def _add(judgments: Judgments, path: Path, *, is_form: bool) -> int:
             continue
         score = _integer(text)
         if score is None:
-            raise CompareError(f"{place}: the score must be an integer, and is {text!r}")
+            raise CompareError(f"{place}: the score must be an integer, and is {_shown(text)}")
+        if abs(score) > _MAX_SCORE:
+            raise CompareError(
+                f"{place}: the score must be from {-_MAX_SCORE:,} to {_MAX_SCORE:,}, and is {_shown(text)}"
+            )
         scores = judgments.setdefault(query, {})
         if scores.setdefault(document, score) != score:
             raise CompareError(
@@ -235,11 +265,12 @@ def _add(judgments: Judgments, path: Path, *, is_form: bool) -> int:
 
 def _columns(place: str, line: bytes, *, is_form: bool) -> Sequence[str]:
     try:
-        columns = [column.strip() for column in line.decode().split("\t")]
+        text = line.decode()
     except UnicodeDecodeError as error:
         raise CompareError(f"{place}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    if is_form and len(columns) >= 3 and all(columns[:2]):
+    if is_form and len(columns := _cells(text)) >= 3 and all(columns[:2]):
         return columns[:3]
+    columns = [column.strip() for column in text.split("\t")]
     if len(columns) != 3 or not all(columns):
         raise CompareError(
             f"{place}: must have 3 columns, separated by tabs (query-id, corpus-id, score), and is {_shown_line(columns)}"
@@ -247,11 +278,16 @@ def _columns(place: str, line: bytes, *, is_form: bool) -> Sequence[str]:
     return columns
 
 
-def _integer(text: str) -> int | None:
+def _cells(text: str) -> list[str]:
+    """Return the columns of a line that a spreadsheet may have written; none if it cannot be read so."""
     try:
-        return int(text)
-    except ValueError:
-        return None
+        return [column.strip() for column in next(csv.reader([text], Tabs))]
+    except csv.Error:
+        return []
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if _INTEGER.fullmatch(text) else None
 
 
 def _is_number(text: str) -> bool:

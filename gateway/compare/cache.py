@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -128,7 +128,7 @@ class VectorCache:
         path = self.folder / f"{_name(identity)}.index"
         if path not in self._ragged:
             index = self._lock(path, identity)
-            rows = self._stack.enter_context(path.with_suffix(".rows").open("ab+"))
+            rows = self._open_file(path.with_suffix(".rows"))
             self._ragged[path] = RaggedFile(index, rows, row)
         return self._ragged[path]
 
@@ -137,9 +137,9 @@ class VectorCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             # For people, since the file's name is a hash.
             path.with_suffix(".json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-            file = self._stack.enter_context(path.open("ab+"))
         except OSError as error:
             raise CompareError(f"the cache {path} cannot be written: {error.strerror}") from error
+        file = self._open_file(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -147,6 +147,19 @@ class VectorCache:
                 f"another comparison is writing to {path}: wait for it, or use another --cache"
             ) from error
         return file
+
+    def _open_file(self, path: Path) -> BinaryIO:
+        try:
+            file = path.open("ab+")
+        except OSError as error:
+            raise CompareError(f"the cache {path} cannot be written: {error.strerror}") from error
+        self._stack.callback(_close, file)
+        return file
+
+
+def _close(file: BinaryIO) -> None:
+    with suppress(OSError):  # each record was flushed, or its error is known: a full disk fails once more here
+        file.close()
 
 
 def _name(identity: Mapping[str, object]) -> str:

@@ -18,7 +18,10 @@ def read_captured(path: Path, notes: list[str]) -> Queries:
     Raises:
         CompareError: there is no such file, or a line is wrong.
     """
-    files = [path] if path.is_file() else list(dated_files(path).values())
+    try:
+        files = [path] if path.is_file() else list(dated_files(path).values())
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be read: {error.strerror}") from error
     if not files:
         raise CompareError(
             f"{path}: there is no such file, and none of a day, such as {path.stem}-2026-11-25{path.suffix}: the capture "
@@ -38,6 +41,8 @@ def read_captured(path: Path, notes: list[str]) -> Queries:
             texts[id_] = text
             if id_ in queries.groups:
                 groups[id_] = queries.groups[id_]
+    if not texts:
+        raise CompareError(f"{path}: all queries are empty")
     if num_repeated:
         notes.append(f"{count(num_repeated, 'query was', 'queries were')} left out: the same text was captured before.")
     return Queries(texts, groups, num_titles)

@@ -68,7 +68,10 @@ def run_comparison(
         CompareError: the comparison cannot be made, or its results cannot be written.
     """
     folder = out or Path(f"comparison-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    _check_folder(folder)
+    try:
+        _check_folder(folder)
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise CompareError(f"--out {folder}: {error.strerror}") from error
     parse_arms(request.arms)  # before files are read
     console, progress = make_console(), make_console(is_error=True)
     dataset = read_dataset(
@@ -122,6 +125,8 @@ def _check_folder(folder: Path) -> None:
     Raises:
         CompareError: the folder holds the results of another comparison, or cannot be written.
     """
+    if os.path.lexists(folder) and not folder.exists():
+        raise CompareError(f"--out {folder}: is a link to nothing")
     if (folder / RESULTS).exists():
         raise CompareError(
             f"--out {folder}: holds the results of another comparison; choose another folder, or remove this one"

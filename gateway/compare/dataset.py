@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def read_dataset(
     Raises:
         CompareError: a file is missing, a line is wrong, or no judgment is usable.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112  the method of a path raises for a name that is too long
         raise CompareError(f"{folder}: is not a folder; a data set is a folder with corpus.jsonl and queries.jsonl")
     notes: list[str] = []
     qrels = None if captured is not None and split is None else qrels_path(folder, split)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gateway.compare.beir import HEADER
+from gateway.compare.beir import HEADER, form_line
 from gateway.compare.dataset import Dataset
 from gateway.compare.results import Comparison, Contrast, Verdict
 from gateway.compare.search import Ranking
@@ -95,7 +95,7 @@ def _lines(comparison: Comparison, dataset: Dataset) -> Iterator[bytes]:
         found = {hit.document for hits in query.rankings.values() for hit in hits} - judged.keys()
         for document in dice.sample(sorted(found), len(found)):
             texts = (_one_cell(query.text), _one_cell(dataset.documents[document]))
-            yield "\t".join((query.id, document, "", *texts)).encode("utf-8", "replace") + b"\n"
+            yield form_line((query.id, document, "", *texts))
 
 
 def _one_cell(text: str) -> str:

@@ -218,3 +218,36 @@ def test_texts_without_rows(tmp_path: Path) -> None:
         assert file.read(["a"])[0].shape == (0, WIDTH)
     with VectorCache(tmp_path) as cache:
         assert cache.ragged(IDENTITY, ROW).read(["a"])[0].shape == (0, WIDTH)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from gateway.compare.cache import VectorCache
+from gateway.compare.judge.store import GradeStore, StoredGrade
+from gateway.errors import CompareError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+folder = Path(sys.argv[1])
+for name in ("vectors", "rows", "grades"):
+    try:
+        with VectorCache(folder) as cache, GradeStore(folder, {}) as grades:
+            for number in range(100):
+                if name == "vectors":
+                    cache.file({"a": 1}, 8).append([str(number)], np.zeros((1, 8), np.float32))
+                elif name == "rows":
+                    cache.ragged({"a": 2}, np.dtype("<f4")).append([str(number)], [np.zeros(8, np.float32)])
+                else:
+                    grades.add(str(number), "text", StoredGrade(1, "model"))
+    except CompareError as error:
+        sys.stderr.write(f"{name}: {error}\\n")
+"""
+
+
+def test_a_full_disk_is_said_and_is_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], check=False, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["vectors", "rows", "grades"], done.stderr
+    assert all(line.endswith("cannot be written: File too large") for line in lines)

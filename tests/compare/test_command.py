@@ -179,3 +179,29 @@ async def test_models_that_cannot_be_loaded_here(tmp_path: Path, names: list[str
 def test_vectors_are_kept_where_the_system_keeps_such_things() -> None:
     assert default_cache({"XDG_CACHE_HOME": "/var/cache/me"}) == Path("/var/cache/me/embedding-gateway/compare")
     assert default_cache({}) == Path("~/.cache/embedding-gateway/compare").expanduser()
+
+
+@pytest.mark.parametrize("name", ["long", "link"])
+def test_a_folder_for_results_that_cannot_be_made_is_said_first(
+    tmp_path: Path, write_data: WriteData, name: str
+) -> None:
+    out = tmp_path / ("o" * 300)
+    if name == "link":
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "nowhere")
+    result = compare("a", "b", "--data", str(write_data()), "--url", "http://127.0.0.1:1", "--out", str(out))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"--out {out}: ")
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HTTP_PROXY", "ftp://proxy"), ("HTTP_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere.pem")],
+)
+def test_a_proxy_or_certificate_of_the_environment_that_is_wrong_is_said(
+    write_data: WriteData, variable: str, value: str
+) -> None:
+    result = compare("a", "b", "--data", str(write_data()), "--url", "http://gateway.invalid", **{variable: value})
+    assert result.exit_code == 1
+    assert result.stderr.startswith("no HTTP client can be made; look at HTTPS_PROXY, HTTP_PROXY")

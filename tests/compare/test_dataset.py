@@ -10,6 +10,7 @@ import pytest
 
 from gateway.compare.dataset import Dataset, read_dataset
 from gateway.errors import CompareError
+from tests.compare.conftest import WriteData
 
 CORPUS = """\
 {"_id": "d1", "title": "Router", "text": "Hold the button."}
@@ -390,3 +391,37 @@ def test_an_empty_form_says_what_to_do(tmp_path: Path) -> None:
     folder = write(tmp_path, {**files, "to_judge.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t\n"})
     with pytest.raises(CompareError, match="has no scores; fill in the column `score`"):
         read_dataset(folder, None, judged=folder / "to_judge.tsv")
+
+
+@pytest.mark.parametrize("score", ["1000001", "-1000001", str(2**31 - 1), str(-(2**40)), "9" * 5000, "1_0", "٣"])
+def test_a_score_that_the_measures_cannot_take_is_said(write_data: WriteData, score: str) -> None:
+    """trec_eval crashes on some of them, and others are no numbers in any file of judgments."""
+    folder = write_data()
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq0\td0\t{score}\n")
+    with pytest.raises(
+        CompareError, match=r"the score must be (an integer|from -1,000,000 to 1,000,000), and is"
+    ) as raised:
+        read_dataset(folder, None)
+    assert len(str(raised.value)) < 300 + len(str(folder))
+
+
+@pytest.mark.parametrize("mark", ["\t", "\n", "\r"])
+def test_an_id_that_no_file_of_judgments_can_name_is_said(write_data: WriteData, mark: str) -> None:
+    folder = write_data({f"a{mark}b": "text"}, {"q": "query"}, None)
+    with pytest.raises(CompareError, match=r"corpus.jsonl:1: _id has a tab or a line break"):
+        read_dataset(folder, None)
+
+
+def test_names_that_are_too_long_are_no_traceback(write_data: WriteData) -> None:
+    long = Path("/tmp", "a" * 300)  # noqa: S108  never made
+    with pytest.raises(CompareError, match="is not a folder"):
+        read_dataset(long, None)
+    with pytest.raises(CompareError, match="File name too long"):
+        read_dataset(write_data(), None, captured=long)
+
+
+def test_captured_queries_that_are_all_empty_are_said(write_data: WriteData, tmp_path: Path) -> None:
+    captured = tmp_path / "captured.jsonl"
+    captured.write_text('{"_id": "a", "text": " "}\n')
+    with pytest.raises(CompareError, match="all queries are empty"):
+        read_dataset(write_data(), None, captured=captured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import deque
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import ir_measures
 import numpy as np
 import pytest
 
+from gateway.compare.beir import add_judgments, form_line
 from gateway.compare.outputs import file_names, write_results
 from gateway.compare.quality import measure
 from gateway.compare.results import MEASURES, Comparison
@@ -148,3 +150,22 @@ def test_files_are_the_same_when_written_again(tmp_path: Path) -> None:
     comparison = make_comparison(JINA, BGE, num_queries=3)
     first = [path.read_bytes() for path in write_results(comparison, rankings_of(comparison), tmp_path)]
     assert [path.read_bytes() for path in write_results(comparison, rankings_of(comparison), tmp_path)] == first
+
+
+def test_a_spreadsheet_loses_no_line_of_the_form(tmp_path: Path) -> None:
+    """A text that begins with a quotation mark must not swallow the lines after it."""
+    rows = [['"e1', 'd"2', "", '"Unbalanced', 'a "quoted" text'], ["q1", "d1", "", "plain", "=1+1"]]
+    form = tmp_path / "to_judge.tsv"
+    form.write_bytes(b"".join(map(form_line, [["query-id", "corpus-id", "score", "query", "document"], *rows])))
+
+    with form.open(newline="") as file:
+        header, *read = csv.reader(file, "excel-tab")
+    assert read == rows
+    for row in read:
+        row[2] = "1"
+    with form.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, "excel-tab").writerows([header, *read])
+
+    judgments: dict[str, dict[str, int]] = {}
+    assert add_judgments(judgments, form) == (2, 0)
+    assert judgments == {'"e1': {'d"2': 1}, "q1": {"d1": 1}}

@@ -15,6 +15,8 @@ from gateway.compare.judge.values import MAX_GRADE
 
 # The innermost braces: models without a schema like to write around the object, or to think before it.
 _OBJECT = re.compile(r"\{[^{}]*\}")
+_MAX_MODEL_CHARACTERS = 200
+_MAX_TOKENS = 100_000_000
 
 
 class Outcome(StrEnum):
@@ -62,17 +64,15 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
-class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
 class _ChatCompletion(BaseModel):
-    """The part of OpenAI's chat completion that is read."""
+    """The part of OpenAI's chat completion that is read.
+
+    The model and the usage are what they are: a grade that was paid for is not lost because of them.
+    """
 
     choices: list[_Choice]
-    model: str | None = None
-    usage: _Usage | None = None
+    model: object = None
+    usage: object = None
 
 
 def read_answer(content: bytes) -> Answer:
@@ -83,15 +83,26 @@ def read_answer(content: bytes) -> Answer:
         return Answer(Outcome.UNREADABLE)
     if not completion.choices:
         return Answer(Outcome.UNREADABLE)
-    choice, usage = completion.choices[0], completion.usage or _Usage()
+    choice = completion.choices[0]
     grade = read_grade(choice.message.text)
     if choice.message.refusal or choice.finish_reason == "content_filter":
         outcome, grade = Outcome.REFUSED, None
     else:
         outcome = Outcome.UNREADABLE if grade is None else Outcome.GRADED
+    model = completion.model[:_MAX_MODEL_CHARACTERS] if isinstance(completion.model, str) else ""
     return Answer(
-        outcome, grade, completion.model or "", max(0, usage.prompt_tokens or 0), max(0, usage.completion_tokens or 0)
+        outcome,
+        grade,
+        model,
+        _count_of(completion.usage, "prompt_tokens"),
+        _count_of(completion.usage, "completion_tokens"),
     )
+
+
+def _count_of(usage: object, key: str) -> int:
+    """Return a number of tokens; 0 if no request can have it."""
+    number = usage.get(key) if isinstance(usage, dict) else None
+    return number if isinstance(number, int) and 0 <= number <= _MAX_TOKENS else 0
 
 
 def read_grade(text: str) -> int | None:

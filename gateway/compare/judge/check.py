@@ -10,11 +10,10 @@ People fill in ``score`` with 0 to 3 by the same rubric as the judge.
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gateway.compare.beir import read_lines
+from gateway.compare.beir import Tabs, form_line, read_lines
 from gateway.compare.dataset import Dataset
 from gateway.compare.judge.pool import draw_checked
 from gateway.compare.judge.prompt import cut
@@ -27,12 +26,6 @@ _HEADER = ("query-id", "corpus-id", "score", "query", "document")
 _NUM_READ_COLUMNS = 3
 
 
-class _Tabs(csv.excel_tab):
-    """Columns separated by tabs, in quotes where needed, as spreadsheets read and write them."""
-
-    lineterminator = "\n"
-
-
 def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grades | None = None) -> Iterator[bytes]:
     """Yield the lines of the file for people.
 
@@ -40,14 +33,14 @@ def check_lines(dataset: Dataset, pool: Sequence[Pair], seed: int, people: Grade
         pool: in random order.
         people: grades that are known, to be filled in.
     """
-    yield _line(_HEADER)
+    yield form_line(_HEADER)
     by_query = _by_query(pool)
     for query in draw_checked(list(dataset.queries), dataset.groups, seed):
         for document in by_query.get(query, ()):
             known = (people or {}).get(query, {}).get(document)
             score = "" if known is None else str(known)
             texts = cut(dataset.queries[query], dataset.documents[document])
-            yield _line((query, document, score, *map(_for_people, texts)))
+            yield form_line((query, document, score, *map(_for_people, texts)))
 
 
 def read_check(path: Path) -> dict[str, dict[str, int]]:
@@ -80,7 +73,7 @@ def read_check(path: Path) -> dict[str, dict[str, int]]:
 
 def _columns(place: str, line: bytes) -> tuple[str, str, str]:
     try:
-        columns = [column.strip() for column in next(csv.reader([line.decode()], _Tabs))]
+        columns = [column.strip() for column in next(csv.reader([line.decode()], Tabs))]
     except UnicodeDecodeError as error:
         raise CompareError(f"{place}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
     except csv.Error as error:
@@ -132,12 +125,6 @@ def _by_query(pool: Sequence[Pair]) -> Mapping[str, list[str]]:
     for pair in pool:
         found.setdefault(pair.query, []).append(pair.document)
     return found
-
-
-def _line(columns: Sequence[str]) -> bytes:
-    buffer = io.StringIO()
-    csv.writer(buffer, _Tabs).writerow(columns)
-    return buffer.getvalue().encode(errors="replace")
 
 
 def _for_people(text: str) -> str:

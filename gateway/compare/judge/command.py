@@ -79,7 +79,11 @@ class Judging:
             return
         if not console.is_terminal:
             raise CompareError("the judge has not been asked: agree to its price by --yes, or by --judge-budget TOKENS")
-        if not Confirm.ask("Go on?", console=console, default=False):
+        try:
+            is_agreed = Confirm.ask("Go on?", console=console, default=False)
+        except EOFError:  # a terminal to write to, and nothing to read from
+            is_agreed = False
+        if not is_agreed:
             raise CompareError("the judge has not been asked; the vectors are kept")
 
 

@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
+from gateway.cli.client import client_errors
 from gateway.compare.judge.answers import Answer, Outcome, read_answer
 from gateway.compare.judge.prompt import ANSWER_SCHEMA, Message, as_one_message
 from gateway.errors import CompareError
@@ -152,7 +153,7 @@ class ChatEndpoint:
             asked_pause_s: float | None = None
             try:
                 response, content = await self._post(body)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
                 failure = f"{self.name} cannot be reached: {str(error) or 'it takes too long'}"
                 if not self._has_answered:
                     raise CompareError(failure) from error
@@ -181,18 +182,19 @@ class ChatEndpoint:
 
     async def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
         """Send a request and read the response, up to a size and for a time: a broken server may send without an end."""
-        async with (
-            asyncio.timeout(_ANSWER_TIMEOUT_S),
-            self._http.stream(
-                "POST", self._url, content=body, headers={"content-type": "application/json"}
-            ) as response,
-        ):
-            content = bytearray()
-            async for chunk in response.aiter_bytes():
-                content += chunk
-                if len(content) > _MAX_ANSWER_BYTES:
-                    break
-            return response, bytes(content)
+        request = self._http.stream("POST", self._url, content=body, headers={"content-type": "application/json"})
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S), request as response:
+                content = bytearray()
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > _MAX_ANSWER_BYTES:
+                        break
+                return response, bytes(content)
+        except httpx.LocalProtocolError as error:  # no repetition helps
+            raise CompareError(
+                f"{self.name} cannot be asked: the request is not valid HTTP; has the key a character that no key has?"
+            ) from error
 
     def _quote(self, content: bytes) -> str:
         """Return the message in an error's body, cut, without the key."""
@@ -225,7 +227,9 @@ async def connect_judge(
     headers = {b"authorization": f"Bearer {key}".encode(errors="surrogateescape")} if key else None
     timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=10.0)
     # A proxy of the environment would carry the texts off the machine.
-    async with httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=not is_on_this_machine(address)) as http:
+    with client_errors(CompareError):
+        client = httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=not is_on_this_machine(address))
+    async with client as http:
         yield ChatEndpoint(http, address, model, patience_s, key)
 
 
@@ -237,11 +241,12 @@ def chat_url(text: str) -> httpx.URL:
     """
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL as error:
+        host = url.host
+    except (httpx.InvalidURL, UnicodeError) as error:  # also of a name that IDNA does not know
         raise CompareError(f"--judge {text}: {error}") from error
     if url.userinfo:
         raise CompareError("--judge: the address holds a password; --judge-key-env names the variable with the key")
-    if url.scheme not in {"http", "https"} or not url.host or (url.port or 0) > 65_535 or url.fragment:
+    if url.scheme not in {"http", "https"} or not host or (url.port or 0) > 65_535 or url.fragment:
         raise CompareError(f"--judge {text}: must be an address such as http://127.0.0.1:8080/v1")
     path = url.path.rstrip("/")
     if not path.endswith(_PATH):
@@ -273,7 +278,7 @@ def _retry_after_s(response: httpx.Response) -> float | None:
         pass
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)

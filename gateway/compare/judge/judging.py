@@ -19,6 +19,7 @@ from gateway.compare.judge.report import Graded, Subject, describe, make_report
 from gateway.compare.judge.store import GradeStore
 from gateway.compare.judge.values import Grades, JudgeReport, Pair
 from gateway.compare.progress import Reporter
+from gateway.errors import CompareError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ async def judge(request: JudgeRequest, subject: Subject, consent: Consent, repor
     """
     address = chat_url(request.url)
     pool = make_pool(subject.rankings, subject.seed)
+    if not pool:
+        raise CompareError("the judge has nothing to grade: no arm finds a document for any query")
     people: Grades = {}
     checked: Grades | None = None
     notes: list[str] = []

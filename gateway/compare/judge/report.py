@@ -120,6 +120,8 @@ def _check(checked: Grades, grades: Grades, subject: Subject) -> PeopleCheck:
         raise CompareError(
             f"no query of the check is complete: each document that {CHECK_FILE} lists for it needs a score"
         )
+    if not any(document in grades.get(query, {}) for query, scores in checked.items() for document in scores):
+        raise CompareError("the judge has no grade for any document that people checked, so they cannot be compared")
     return PeopleCheck(
         num_queries=len(checked),
         num_pairs=sum(map(len, checked.values())),

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,8 @@ class GradeStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # each grade was flushed, or its error is known: a full disk fails once more here
+            self._file.close()
 
     def get(self, query: str, document: str) -> StoredGrade | None:
         """Return the grade of a document for a query, given their texts; ``None`` if it is not known."""
@@ -94,7 +96,7 @@ class GradeStore:
             try:
                 row = json.loads(line)
                 pair, grade, model = str(row["pair"]), int(row["grade"]), str(row["model"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue  # asked for again
             if 0 <= grade <= MAX_GRADE:
                 grades[pair] = StoredGrade(grade, model)

@@ -78,3 +78,24 @@ def test_content_in_parts() -> None:
     body["choices"][0]["message"]["content"] = parts
     del body["usage"], body["model"]
     assert read_answer(json.dumps(body).encode()) == Answer(Outcome.GRADED, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "usage"),
+    [
+        (7, []),
+        (None, "many"),
+        ("m", {"prompt_tokens": -5, "completion_tokens": 1e300}),
+        ("m", {"prompt_tokens": 10**30}),
+    ],
+)
+def test_a_grade_is_not_lost_because_of_what_is_around_it(model: object, usage: object) -> None:
+    choice = {"message": {"content": '{"grade": 2}'}}
+    answer = read_answer(json.dumps({"choices": [choice], "model": model, "usage": usage}).encode())
+    assert (answer.grade, answer.prompt_tokens, answer.completion_tokens) == (2, 0, 0)
+    assert answer.model == ("m" if model == "m" else "")
+
+
+def test_a_long_name_of_a_model_is_cut() -> None:
+    choice = {"message": {"content": '{"grade": 2}'}}
+    assert len(read_answer(json.dumps({"choices": [choice], "model": "m" * 10_000}).encode()).model) == 200

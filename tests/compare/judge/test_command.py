@@ -16,7 +16,7 @@ from gateway.compare.judge.price import Price, estimate_price
 from gateway.errors import CompareError
 from tests.compare.conftest import MakeModel, WriteData
 from tests.compare.judge.conftest import StartJudge
-from tests.compare.judge.stand_in import graded, texts_of
+from tests.compare.judge.stand_in import completion, graded, texts_of
 from tests.compare.test_comparison import many_queries
 from tests.compare.test_served import Serve, compare, serve  # noqa: F401  a fixture
 
@@ -135,3 +135,41 @@ def test_a_comparison_with_a_judge(
     assert "&lt;b&gt;stand-in" in page
     assert report["asked"]["prompt_sha256"] in page
     assert "secret" not in page + result.stdout + result.stderr + json.dumps(report)
+
+
+def test_a_terminal_without_an_input_is_no_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+
+    def ended(*_arguments: object, **_options: object) -> str:
+        raise EOFError
+
+    monkeypatch.setattr(console, "input", ended)
+    with console.file, pytest.raises(CompareError, match="the judge has not been asked"):
+        asking().agree(PRICE, console)
+
+
+def test_with_nothing_to_grade_the_comparison_is_kept(
+    url: str, start_judge: StartJudge, write_data: WriteData, tmp_path: Path
+) -> None:
+    """The only document is the query itself, which is left out of its ranking."""
+    judge = start_judge(lambda _body, _number: graded(1))
+    data, out = write_data({"q": "y"}, {"q": "y"}, None), tmp_path / "out"
+    options = ["--judge", judge.url, "--judge-model", "m", "--yes", "--out", out]
+    result = compare(tmp_path, "plain", "cut", "--data", data, "--url", url, *options)
+    assert result.exit_code == 1
+    assert "the judge has nothing to grade: no arm finds a document" in result.stderr
+    assert (out / "report.html").exists()
+    assert judge.bodies == []
+
+
+def test_a_check_of_pairs_that_the_judge_refused_is_said(
+    url: str, start_judge: StartJudge, write_data: WriteData, tmp_path: Path
+) -> None:
+    judge = start_judge(lambda _body, _number: completion(None, refusal="no"))
+    data = write_data({"d": "x"}, {"q": "y"}, None)
+    check = tmp_path / "check.tsv"
+    check.write_text("query-id\tcorpus-id\tscore\tquery\tdocument\nq\td\t1\ty\tx\n")
+    options = ["--judge", judge.url, "--judge-model", "m", "--yes", "--judge-check", check, "--out", tmp_path / "out"]
+    result = compare(tmp_path, "plain", "cut", "--data", data, "--url", url, *options)
+    assert result.exit_code == 1
+    assert "the judge has no grade for any document that people checked" in result.stderr

@@ -211,3 +211,43 @@ def test_a_password_in_the_address_is_not_repeated() -> None:
 )  # fmt: skip
 def test_where_the_texts_go(host: str, is_here: bool) -> None:
     assert is_on_this_machine(httpx.URL(f"http://{host}:8080/v1")) is is_here
+
+
+async def test_a_pause_until_a_date_that_does_not_exist_is_no_traceback(start_judge: StartJudge) -> None:
+    date = f"Thu, 01 Jan 2026 00:00:00 +{'9' * 20}"
+    judge = start_judge(lambda _body, number: refusal(429, "slowly", Retry_After=date) if number == 0 else graded(1))
+    assert [answer.grade for answer in await ask(judge.url)] == [1]
+
+
+async def test_a_key_with_a_line_break_is_said_at_once(start_judge: StartJudge) -> None:
+    judge = start_judge(lambda _body, _number: graded(1))
+    with pytest.raises(CompareError, match="has the key a character that no key has") as raised:
+        await ask(judge.url, key="sk-one\nsk-two", patience_s=600.0)
+    assert "sk-" not in str(raised.value)
+    assert judge.bodies == []
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:1/steal", "/v1/elsewhere"])
+async def test_a_redirection_is_not_followed(start_judge: StartJudge, location: str) -> None:
+    judge = start_judge(lambda _body, _number: refusal(307, "elsewhere", Location=location))
+    with pytest.raises(CompareError, match="answers 307"):
+        await ask(judge.url, key="secret")
+    assert len(judge.bodies) == 1
+
+
+def test_a_host_that_is_no_name_is_said() -> None:
+    with pytest.raises(CompareError, match="--judge http://xn--/: "):
+        chat_url("http://xn--/")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HTTP_PROXY", "ftp://user:hidden@x"), ("HTTP_PROXY", "http://[::1"), ("SSL_CERT_FILE", "/nowhere.pem")],
+)
+async def test_a_proxy_or_certificate_that_is_wrong_is_said(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(CompareError, match="no HTTP client can be made; look at HTTPS_PROXY") as raised:
+        await ask("http://judge.invalid/v1")
+    assert "hidden" not in str(raised.value)

@@ -66,3 +66,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CompareError, match="cannot be written"):
         GradeStore(tmp_path / "file" / "folder", IDENTITY)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "1e999", "NaN", "[]", '"3x"', "[" * 5000 + "]" * 5000])
+def test_a_line_that_holds_no_grade_is_asked_for_again(tmp_path: Path, value: str) -> None:
+    with GradeStore(tmp_path, {}) as store:
+        path = store.path
+    path.write_text(f'{{"pair": "p", "grade": {value}, "model": "m"}}\n')
+    with GradeStore(tmp_path, {}) as store:
+        assert store.get("a", "b") is None
