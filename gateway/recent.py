@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -68,11 +68,17 @@ class RecentErrors:
         if known is None:
             self._errors[facts] = RecentError(facts, reason, request_id, now, now)
             if len(self._errors) > MAX_ERRORS:
-                self._errors.popitem(last=False)
+                self._forget_one()
             return
         known.reason, known.request_id, known.last = reason, request_id, now
         known.number += 1
         self._errors.move_to_end(facts)
+
+    def _forget_one(self) -> None:
+        """Forget the oldest error of the client that has the most: it may have a new wrong name in each request."""
+        numbers = Counter(facts.client for facts in self._errors)
+        most = max(numbers.values())
+        del self._errors[next(facts for facts in self._errors if numbers[facts.client] == most)]
 
     def __iter__(self) -> Iterator[RecentError]:
         """Yield the errors, the latest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -21,6 +22,7 @@ from gateway.routing.written import MAX_UNIT_BYTES, write_name
 from gateway.types import ModelKind
 
 _MAX_UNITS = 1_000
+_UNITS_AT_ONCE = 50  # some milliseconds of the event loop
 _EXPECT_SPACE = "x-gateway-expect-space"
 
 
@@ -89,17 +91,25 @@ class Assignments:
     ) -> AssignmentCard:
         """Return the arm of a unit, its model and its space. Costs nothing, and counts only once texts are embedded."""
         experiment = find_experiment(self._deployment, request, experiment_id)
-        return self._assign(request, experiment, unit, "unit")
+        return self._assign(request, experiment, self._deployment.router, unit, "unit")
 
     async def list_assignments(self, request: Request, experiment_id: str) -> AssignmentList:
         """Return the arms of several units, in their order."""
         units = (await self._endpoint.read(request, UnitsBody.parse)).units
-        experiment = find_experiment(self._deployment, request, experiment_id)  # nothing awaits from here on
+        # Of one moment, with the router: a reload may come between two units.
+        experiment, router = find_experiment(self._deployment, request, experiment_id), self._deployment.router
         if not 0 < len(units) <= _MAX_UNITS:
             raise BadInput(f"`units` has {len(units)} units; 1 to {_MAX_UNITS} are accepted", param="units")
-        return AssignmentList(data=[self._assign(request, experiment, unit, "units") for unit in units])
+        cards = []
+        for first in range(0, len(units), _UNITS_AT_ONCE):
+            some = units[first : first + _UNITS_AT_ONCE]
+            cards += [self._assign(request, experiment, router, unit, "units") for unit in some]
+            await asyncio.sleep(0)
+        return AssignmentList(data=cards)
 
-    def _assign(self, request: Request, experiment: Experiment, unit: str | None, field: str) -> AssignmentCard:
+    def _assign(
+        self, request: Request, experiment: Experiment, router: Router, unit: str | None, field: str
+    ) -> AssignmentCard:
         """Return the assignment of a unit.
 
         Args:
@@ -113,7 +123,6 @@ class Assignments:
             _check_unit(unit, field)
         own = unit_source(request, None)
         source = own if unit is None else _given(unit, experiment, own)
-        router = self._deployment.router
         choice = router.choose(experiment.id, RequestContext.of(request).client, source)
         return _card(experiment, choice, router, unit)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+# Each takes time in proportion to the text, which is Chinese perhaps, without a blank: the interpreter waits for them.
 _MASKS = (
-    (re.compile(r"\b[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE), "[link]"),
-    (re.compile(r"[^\s@<>(),;:]+@[^\s@<>(),;:]+\.\w+"), "[email]"),
+    (re.compile(r"\b[a-z][a-z0-9+.-]{0,30}://\S+", re.IGNORECASE), "[link]"),
+    (re.compile(r"(?<![^\s@<>(),;:])[^\s@<>(),;:]++@[^\s@<>(),;:]+\.\w+"), "[email]"),
     # Of phones, cards, accounts: digits in groups, five or more in all. A year or a price stays.
     (re.compile(r"\+?\d(?:[\s().\-/]{0,2}\d){4,}"), "[number]"),
 )

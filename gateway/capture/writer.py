@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import importlib
@@ -133,9 +134,12 @@ class CaptureWriter:
         line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
         descriptor = os.open(dated(self.path, now.date()), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if os.fstat(descriptor).st_size + len(line) > MAX_BYTES_PER_DAY:
+            size = os.fstat(descriptor).st_size
+            if size + len(line) > MAX_BYTES_PER_DAY:
                 return "full"
-            os.write(descriptor, line)
+            if os.write(descriptor, line) != len(line):  # the disk is full; half a line would spoil the next one too
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
         return "written"
@@ -156,12 +160,8 @@ class CaptureWriter:
     def _key(self) -> bytes:
         """The secret of the units' hashes: a file next to the texts. Without it, no hash can be tied to a unit."""
         path = self.path.with_name(f"{self.path.name}.key")
-        with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(descriptor, secrets.token_bytes(32))
-            finally:
-                os.close(descriptor)
+        if not path.exists():
+            _write_key(path)
         key = path.read_bytes()
         if len(key) < 32:
             raise ValueError("the key of the captured units is cut short")
@@ -169,6 +169,19 @@ class CaptureWriter:
 
     def _count(self, outcome: str) -> None:
         metrics.CAPTURED_TEXTS.labels(self.name, outcome).inc()
+
+
+def _write_key(path: Path) -> None:
+    """Write a new secret in one step, unless there is one by then: a full disk must not leave an empty one for good."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def load_scrub(place: str) -> Scrubber:

@@ -19,6 +19,8 @@ from gateway.http.context import RequestContext
 _SESSION_S = 12 * 3600.0
 # Only a valid key makes one.
 _MAX_SESSIONS = 1000
+# One client that signs in again and again must not sign the operator out.
+_MAX_SESSIONS_OF_KEY = 50
 _OPERATOR = "operator"
 
 
@@ -108,6 +110,9 @@ class Gate:
         digest = key_digest(key.strip())
         await self._identify(digest, address)
         token = secrets.token_urlsafe(32)
+        of_key = [place for place, session in self._sessions.items() if session.digest == digest]
+        if len(of_key) >= _MAX_SESSIONS_OF_KEY:
+            del self._sessions[of_key[0]]
         self._sessions[key_digest(token)] = _Session(digest, time.monotonic() + _SESSION_S)
         if len(self._sessions) > _MAX_SESSIONS:
             self._sessions.popitem(last=False)
@@ -155,8 +160,16 @@ def check_origin(request: Request) -> None:
     if origin is None:
         is_own = request.headers.get("sec-fetch-site") == "same-origin"
     else:
-        is_own = bool(urlsplit(origin).netloc) and urlsplit(origin).netloc == request.headers.get("host")
+        is_own = _site_of(origin) == request.headers.get("host", "")
     if not is_own:
         raise Forbidden(
             "a form of the console must come from the console itself; open the page again, and send it there"
         )
+
+
+def _site_of(origin: str) -> str | None:
+    """Return the host and port of an origin; ``None`` if it has none, or is not an address at all."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None

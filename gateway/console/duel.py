@@ -24,6 +24,7 @@ from gateway.experiments.preference import Ballot
 _STEADY = 0.7
 _MANY_VOTERS = 15
 _MAX_SHOWN_DUELS = 10
+_MOST_SECONDS = 86_400.0  # a longer time says nothing about the vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +243,7 @@ def _vote(duel: Duel, turn: int, choice: str, marked: Sequence[str], voter: str,
     left, right = (duel.arm, duel.baseline) if duel.turns[turn].is_swapped else (duel.baseline, duel.arm)
     pair = duel.pairs[duel.turns[turn].pair]
     documents = {shown.document for shown in (*pair.baseline, *pair.arm)}
-    try:
-        seconds = round(max(0.0, datetime.now(UTC).timestamp() - float(shown_at)), 1)
-    except ValueError:
-        seconds = None
+    seconds = _seconds_since(shown_at)
     return Vote.model_validate(
         {
             "time": _now(),
@@ -258,6 +256,15 @@ def _vote(duel: Duel, turn: int, choice: str, marked: Sequence[str], voter: str,
             "seconds": seconds,
         }
     )
+
+
+def _seconds_since(shown_at: str) -> float | None:
+    """Return how long a pair was shown; ``None`` if the form does not say when that began."""
+    try:
+        seconds = datetime.now(UTC).timestamp() - float(shown_at)
+    except ValueError:
+        return None
+    return round(max(0.0, seconds), 1) if abs(seconds) < _MOST_SECONDS else None
 
 
 def _now() -> str:

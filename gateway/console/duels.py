@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 import secrets
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -199,15 +202,18 @@ def stand(duel: Duel, votes: Sequence[Vote], voter: str) -> Standing:
 
 def _valid(votes: Sequence[Vote]) -> list[Vote]:
     """Return the votes that count: the first of a voter for a turn, unless it was taken back."""
-    kept: list[Vote] = []
+    # Each with its place: of many voters, a search through all votes for each of them would hold up all requests.
+    kept: dict[tuple[str, int], Vote] = {}
+    turns: defaultdict[str, list[int]] = defaultdict(list)
     for vote in votes:
+        mine = turns[vote.voter]
         if vote.undo:
-            last = next((i for i in reversed(range(len(kept))) if kept[i].voter == vote.voter), None)
-            if last is not None:
-                del kept[last]
-        elif vote.turn is not None and not any(one.voter == vote.voter and one.turn == vote.turn for one in kept):
-            kept.append(vote)
-    return kept
+            if mine:
+                del kept[vote.voter, mine.pop()]
+        elif vote.turn is not None and (vote.voter, vote.turn) not in kept:
+            kept[vote.voter, vote.turn] = vote
+            mine.append(vote.turn)
+    return list(kept.values())
 
 
 def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
@@ -226,6 +232,18 @@ def qrels(duel: Duel, votes: Sequence[Vote]) -> str:
             judged[key] = max(judged.get(key, 0), int(shown.document in vote.marked))
     rows = [f"{query}\t{document}\t{grade}\n" for (query, document), grade in judged.items()]
     return "query-id\tcorpus-id\tscore\n" + "".join(rows)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line, all of it or nothing: half of one, from a full disk, would make the file unreadable."""
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 class DuelFolder:
@@ -286,8 +304,7 @@ class DuelFolder:
         try:
             if path.exists() and path.stat().st_size > _MAX_FILE_BYTES - len(line):
                 raise BadInput(f"{path} is full: begin another duel")
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            _append(path, line.encode())
         except OSError as error:
             raise BadInput(f"{path} cannot be written: {error.strerror}; the vote was not counted") from error
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from gateway.config.wording import cut
 from gateway.errors import BadInput, NotFound
@@ -46,7 +47,9 @@ class RunArm(BaseModel):
     model: str
     space: str
     dimensions: int
-    bytes_per_vector: int
+    bytes_per_document: int = Field(
+        validation_alias=AliasChoices("bytes_per_document", "bytes_per_vector")  # the second in earlier files
+    )
     quality: Mapping[str, Interval] = {}
 
 
@@ -153,15 +156,11 @@ class Runs:
     def latest(self) -> list[Run]:
         """Return the comparisons, the latest first."""
         try:
-            paths = [
-                path
-                for path in self.folder.iterdir()
-                if _NAME.fullmatch(path.name) and (path / "results.json").is_file()
-            ]
+            paths = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
         except OSError:
             return []
-        newest = nlargest(MAX_RUNS, paths, key=lambda path: (path / "results.json").stat().st_mtime)
-        return [self._read(path) for path in newest]
+        dated = [(changed, path) for path in paths if (changed := _changed(path / "results.json")) is not None]
+        return [self._read(path) for _when, path in nlargest(MAX_RUNS, dated)]
 
     def find(self, name: str) -> Run:
         """Return a comparison.
@@ -170,7 +169,7 @@ class Runs:
             NotFound: the folder has no comparison of this name.
         """
         path = self.path(name)
-        if not (path / "results.json").is_file():
+        if _changed(path / "results.json") is None:
             raise NotFound(f"no comparison is called {cut(name)!r}")
         return self._read(path)
 
@@ -220,3 +219,12 @@ class Runs:
             return Run(path.name, None, f"results.json cannot be read: {error.strerror}")
         except ValidationError as error:
             return Run(path.name, None, f"results.json is not that of a comparison: {error.error_count()} problems")
+
+
+def _changed(file: Path) -> float | None:
+    """Return when a regular file was changed; ``None`` if it is not one, is gone by now, or may not be looked at."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _STATIC_HEADERS: Final = {**_HEADERS, "cache-control": "public, max-age=31536000
 _MEDIA_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _MAX_FORM_BYTES: Final = 1024 * 1024
 _MAX_FIELDS: Final = 300
+_SMALL_FORM_BYTES: Final = 64 * 1024  # a larger one may take the event loop more than 10 ms
 Handler = Callable[[Request], Awaitable[Response]]
 """Answers a request for a page."""
 
@@ -174,11 +176,16 @@ async def read_form(request: Request) -> Form:
         body += piece
         if len(body) > _MAX_FORM_BYTES:
             raise BodyTooLarge(f"the form has more than {_MAX_FORM_BYTES} bytes: use fewer or shorter texts")
+    if len(body) <= _SMALL_FORM_BYTES:
+        return _parse_form(body)
+    return await asyncio.to_thread(_parse_form, body)
+
+
+def _parse_form(body: bytearray) -> Form:
     try:
-        fields = parse_qsl(body.decode("ascii", "replace"), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+        return Form(parse_qsl(body.decode("ascii", "replace"), keep_blank_values=True, max_num_fields=_MAX_FIELDS))
     except ValueError:
         raise BadInput(f"the form has more than {_MAX_FIELDS} fields") from None
-    return Form(fields)
 
 
 def visitor_of(request: Request) -> Visitor:

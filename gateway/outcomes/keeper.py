@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -26,10 +28,12 @@ from gateway.outcomes.verdicts import Reported, branches_of, report_outcomes
 from gateway.telemetry import metrics
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 # About 30 MB. If the file cannot be written for longer than this lasts, further exposures are lost.
 _MAX_WAITING = 100_000
 _SECONDS_BETWEEN_WARNINGS = 60.0
+_PATIENCE_S = 30.0
 _MAX_AGE_S = 10.0
 # A report that took a hundredth of this time is computed again: those of few units are never old.
 _AGE_PER_COMPUTING = 100
@@ -52,6 +56,8 @@ class Keeper:
         self._store = Store(folder / FILE_NAME, max_bytes)
         self._experiments = experiments
         self._thread = ThreadPoolExecutor(1, "outcomes")
+        # Not those that the rest of the gateway shares: a disk that hangs would take one of them for each report.
+        self._reading = ThreadPoolExecutor(1, "outcomes-read")
         self._waiting: deque[Exposure] = deque()
         self._writing: Future[None] | None = None
         self._declared: set[str] = set()
@@ -69,7 +75,12 @@ class Keeper:
             StartError: the file cannot be read.
         """
         with Reader(self._store.path) as reader:
-            found = list(islice(reader.log(self._num_read), _MAX_READ_AT_ONCE))
+            try:
+                found = list(islice(reader.log(self._num_read), _MAX_READ_AT_ONCE))
+            except sqlite3.Error as error:  # it is damaged further on
+                raise StartError(
+                    f"{self._store.path} cannot be read: {error}; move it away to begin a new one"
+                ) from error
         self._num_read = max([self._num_read, *(number for number, _exposure in found)])
         return [exposure for _number, exposure in found]
 
@@ -80,7 +91,7 @@ class Keeper:
             OutcomesUnavailable: the file cannot be read now.
         """
         try:
-            return await asyncio.to_thread(self.read_log)
+            return await self._in_reader(self.read_log)
         except (sqlite3.Error, StartError) as error:
             raise _unreadable() from error
 
@@ -100,7 +111,14 @@ class Keeper:
             OutcomesUnavailable: the file has no room, or cannot be written now.
         """
         try:
-            return await asyncio.wrap_future(self._thread.submit(self._post, experiment, outcomes))
+            async with asyncio.timeout(_PATIENCE_S):
+                return await asyncio.wrap_future(self._thread.submit(self._post, experiment, outcomes))
+        except TimeoutError as error:
+            raise OutcomesUnavailable(
+                f"the disk of the file of experiments did not answer in {_PATIENCE_S:g} s: send the outcomes again with the "
+                "same ids, as they may be kept or not",
+                retry_after_s=5,
+            ) from error
         except StoreFull as error:
             raise OutcomesUnavailable(
                 f"no outcome was kept: {self._store.path.name} has the size that GATEWAY_STATE_MAX_BYTES allows, or the "
@@ -109,7 +127,7 @@ class Keeper:
             ) from error
         except StoreBusy as error:
             raise OutcomesUnavailable(
-                "no outcome was kept: the file of experiments is busy", retry_after_s=5
+                "no outcome was kept: the file of experiments cannot be written now", retry_after_s=5
             ) from error
 
     async def report(self, experiment: Experiment, mismatch: str | None) -> OutcomesReport:
@@ -123,12 +141,16 @@ class Keeper:
         """
         try:
             await asyncio.wrap_future(self._thread.submit(self._write_waiting))
-            return await asyncio.to_thread(self._report, experiment, mismatch)
+            return await self._in_reader(partial(self._report, experiment, mismatch))
         except (sqlite3.Error, StartError) as error:
             raise _unreadable() from error
 
+    async def _in_reader(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
+
     def close(self) -> None:
         """Write what waits, and close the file."""
+        self._reading.shutdown(cancel_futures=True)  # first: a report writes what it decides
         self._thread.submit(self._write_waiting).result()
         self._thread.shutdown()
         self._store.close()

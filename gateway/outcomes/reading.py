@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.config.fields import OUTCOME_NAME
 from gateway.config.wording import describe
@@ -21,6 +21,8 @@ from gateway.outcomes.store import NewOutcome
 
 MAX_UNIT_BYTES = 1_024
 _MOST = 1e12
+# A value divided by less than this, squared twice, is beyond a float.
+_LEAST_CHANCES = 1e-6
 _NAMES = f"^{OUTCOME_NAME.pattern}$"
 _COLUMNS = ("unit", "value", "name", "of", "id", "before", "time")
 # What each field must be. The message shows no unit and no id, which may identify a person.
@@ -28,7 +30,7 @@ _MUST_BE = {
     "unit": f"must be the unit as requests send it, a text of 1 to {MAX_UNIT_BYTES:,} bytes",
     "name": "must have 1 to 64 letters, digits and `.`, `_`, `-`",
     "value": "must be a number from -1e12 to 1e12",
-    "of": "must be a number of chances from 0 to 1e12",
+    "of": "must be a number of chances: 0, or from 1e-6 to 1e12",
     "id": "must be a text of 1 to 200 characters, the same if the outcome is sent again",
     "before": "must be true or false",
 }
@@ -43,6 +45,12 @@ class WrongOutcome(Exception):
         self.problem = problem
 
 
+def _check_chances(of: float) -> float:
+    if 0 < of < _LEAST_CHANCES:
+        raise ValueError
+    return of
+
+
 class PostedOutcome(BaseModel):
     """What happened to a unit."""
 
@@ -55,7 +63,7 @@ class PostedOutcome(BaseModel):
     name: Annotated[str, Field(pattern=_NAMES)] | None = Field(
         default=None, description="What it is, such as `kept`. By default the outcome that models.yaml declares."
     )
-    of: Annotated[float, Field(ge=0, le=_MOST)] = Field(
+    of: Annotated[float, Field(ge=0, le=_MOST), AfterValidator(_check_chances)] = Field(
         default=1.0, description="Out of how many chances: searches, for clicks."
     )
     id: Annotated[str, Field(min_length=1, max_length=200)] = Field(
@@ -81,14 +89,14 @@ def read_outcome(
         WrongOutcome: it is not one.
     """
     if not isinstance(row, Mapping):
-        raise WrongOutcome("", f"must be an object with unit, value and id, got {describe(row)}")
+        raise WrongOutcome("", f"must be an object with unit, value and id, got {_kind(row)}")
     try:
         posted = PostedOutcome.model_validate({k: v for k, v in row.items() if v is not None}, strict=not is_text)
     except ValidationError as error:
         field = str(error.errors(include_url=False)[0]["loc"][0])
         if field not in row:
             raise WrongOutcome(field, f"is required: it {_MUST_BE[field]}") from None
-        got = "" if field in {"unit", "id"} else f", got {describe(row[field])}"
+        got = "" if field in {"unit", "id"} else f", got {_kind(row[field])}"
         raise WrongOutcome(field, f"{_MUST_BE[field]}{got}") from None
     unit = read_unit(str(posted.unit))
     if unit is None or len(unit.encode(errors="replace")) > MAX_UNIT_BYTES:
@@ -107,6 +115,11 @@ def read_outcome(
         time=now,
         is_before=posted.before,
     )
+
+
+def _kind(value: object) -> str:
+    """Describe a value. A text may be a person's, so it is introduced in the words after which no log line goes on."""
+    return f"the string {value[:40]!r}" if isinstance(value, str) else describe(value)
 
 
 def read_csv(path: Path, split: Split, primary: str | None) -> Iterator[NewOutcome]:

@@ -140,8 +140,8 @@ class Store:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+        except sqlite3.Error as error:  # of all kinds: a damaged file is another one than a locked file
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
                 raise StoreFull(str(error)) from error
             raise StoreBusy(str(error)) from error
 

@@ -113,3 +113,16 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
         traffic.record(model, 0.1, is_error=False)
     traffic.keep({"jina"})
     assert (traffic.of("mini").requests, traffic.of("jina").requests) == (0, 1)
+
+
+def test_a_client_with_a_new_error_in_each_request_pushes_out_only_its_own() -> None:
+    errors = RecentErrors()
+    quiet = ErrorFacts(400, "invalid_input", "/v1/embeddings", "mini", "quiet", None)
+    errors.add(quiet, None, "1")
+    for number in range(3 * MAX_ERRORS):
+        errors.add(ErrorFacts(404, "model_not_found", "/v1/embeddings", f"x{number}", "loud", "model"), None, "2")
+
+    found = list(errors)
+    assert len(found) == MAX_ERRORS
+    assert found[0].facts.asked == f"x{3 * MAX_ERRORS - 1}"
+    assert found[-1].facts == quiet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.experiments.split import Split
 from gateway.fleet import Fleet, Model
+from gateway.outcomes import keeper as keeper_module
 from gateway.outcomes import store as store_module
 
 CheckError = Callable[..., str]
@@ -292,15 +294,16 @@ async def test_less_may_be_better(start: Start) -> None:
             "`[0].unit` must be the unit as requests send it, a text of 1 to 1,024",
         ),
         ([outcome({"a": 1})], "[0].unit", "`[0].unit` must be the unit as requests send it"),
-        ([outcome("u", "1")], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the text `1`"),
+        ([outcome("u", "1")], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the string '1'"),
         ([outcome("u", 1e13)], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got the number"),
         ([outcome("u", True)], "[0].value", "`[0].value` must be a number from -1e12 to 1e12, got `true`"),
         ([outcome("u", None)], "[0].value", "`[0].value` "),
-        ([outcome("u", of=-1)], "[0].of", "`[0].of` must be a number of chances from 0 to 1e12, got the number `-1`"),
+        ([outcome("u", of=-1)], "[0].of", "`[0].of` must be a number of chances: 0, or from 1e-6 to 1e12, got"),
+        ([outcome("u", of=1e-300)], "[0].of", "`[0].of` must be a number of chances: 0, or from 1e-6 to 1e12, got"),
         ([outcome("u", name="a b")], "[0].name", "`[0].name` must have 1 to 64 letters, digits and `.`, `_`, `-`, got"),
         ([outcome("u", id="")], "[0].id", "`[0].id` must be a text of 1 to 200 characters, the same if"),
         ([outcome("u", id=7)], "[0].id", "`[0].id` must be a text of 1 to 200 characters"),
-        ([outcome("u", before="yes")], "[0].before", "`[0].before` must be true or false, got the text `yes`"),
+        ([outcome("u", before="yes")], "[0].before", "`[0].before` must be true or false, got the string 'yes'"),
     ],
 )
 async def test_a_wrong_outcome_is_a_400_and_none_of_its_request_is_kept(
@@ -395,3 +398,66 @@ async def test_a_full_file_is_a_permanent_503_and_requests_go_on(start: Start, c
     assert refused.headers["x-should-retry"] == "false"
     await embed_for(client, ["ada"])
     assert math.isfinite((await report_of(client))["outcomes"])
+
+
+async def test_the_largest_values_out_of_the_fewest_chances_still_make_a_report(start: Start) -> None:
+    exp = experiment(outcome={"name": "kept", "per": "mean"})
+    client = await start(exp)
+    units = [f"u{i}" for i in range(260)]
+    await embed_for(client, units)
+    rows = [outcome(u, 1e12 * (-1) ** i, id=u, of=1e-6 if i % 3 else 1e12) for i, u in enumerate(units)]
+    assert (await client.post(PATH, json=rows)).status_code == 202
+
+    answer = await client.get(PATH)
+
+    assert answer.status_code == 200, answer.text
+    [comparison] = answer.json()["outcomes"][0]["comparisons"]
+    assert comparison["low"] < comparison["estimate"] < comparison["high"]
+
+
+async def test_no_text_of_a_wrong_outcome_comes_into_the_list_of_errors(client: httpx.AsyncClient) -> None:
+    for field in ("value", "name", "of", "before", "unit", "id"):
+        row = outcome("u") | {field: "secret 'of\" ada` @"}
+        await client.post(PATH, json=[row | ({"unit": ["secret"]} if field == "unit" else {})])
+        await client.post(PATH, json=[row | ({"id": "secret" * 50} if field == "id" else {})])
+
+        assert "secret" not in (await client.get("/v1/errors")).text
+
+
+async def test_a_damaged_file_is_a_503_and_requests_and_the_stop_go_on(
+    start: Start, check_error: CheckError, tmp_path: Path
+) -> None:
+    client = await start()
+    await embed_for(client, ["ada"])
+    path = tmp_path / "state" / "experiments.sqlite3"
+    other = store_module.Store(path, 10**8)
+    rows = [store_module.NewOutcome("kept", i.to_bytes(16), i, 1.0, 1.0, 9.0, is_before=False) for i in range(2_000)]
+    other.keep("exp", rows)
+    other._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    other.close()
+    with path.open("r+b") as content:  # the first pages have the schema
+        content.seek(20 * 4096)
+        content.write(b"\xff" * (path.stat().st_size - 20 * 4096))
+
+    answer = await client.post(PATH, json=[outcome(f"u{i}") for i in range(100)])
+
+    assert "cannot be written now" in check_error(answer, 503, "outcomes_unavailable", type_="server_error")
+    check_error(await client.get(PATH), 503, "outcomes_unavailable", type_="server_error")
+    await embed_for(client, ["bob"])
+
+
+async def test_a_disk_that_hangs_ends_in_a_503_that_says_what_to_do(
+    start: Start, check_error: CheckError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await start()
+    free = threading.Event()
+    keep = store_module.Store.keep
+    monkeypatch.setattr(store_module.Store, "keep", lambda *args: (free.wait(30), keep(*args))[1])
+    monkeypatch.setattr(keeper_module, "_PATIENCE_S", 0.05)
+
+    answer = await client.post(PATH, json=[outcome("ada", id="once")])
+
+    assert "with the same ids" in check_error(answer, 503, "outcomes_unavailable", type_="server_error")
+    free.set()
+    monkeypatch.setattr(keeper_module, "_PATIENCE_S", 30.0)
+    assert (await client.post(PATH, json=[outcome("ada", id="once")])).json()["repeated"] == 1

@@ -414,3 +414,33 @@ async def test_a_reload_keeps_what_is_unchanged_and_stops_what_is_gone(serve: Se
     assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["before"]
     assert [line["text"] for line in written(tmp_path, "other.jsonl")] == ["after"]
     assert written(tmp_path, "exp.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 10_000, "\u597d" * 10_000, "a-" * 5_000, "a." * 5_000, "a@" + "b." * 4_999, "a@" * 5_000]
+)
+def test_the_mask_takes_time_in_proportion_to_a_text_without_a_blank(text: str) -> None:
+    started = time.thread_time()
+    mask(text)
+
+    assert time.thread_time() - started < 0.1  # 0.6 s where each character was a beginning; the interpreter waits
+
+
+def test_a_full_disk_leaves_no_half_a_line_and_no_half_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "q.jsonl"
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[: len(line) // 2]))
+    writer = CaptureWriter("cut", Capture(queries=1, to="q.jsonl"), path)
+    writer.offer(Captured("lost", "s", "m", None, "ada"))
+    writer.stop()
+    monkeypatch.undo()
+    assert dated(path, TODAY).read_bytes() == b""
+
+    writer = CaptureWriter("cut", Capture(queries=1, to="q.jsonl"), path)
+    writer.offer(Captured("kept", "s", "m", None, "ada"))
+    writer.stop()
+
+    assert [line["text"] for line in written(tmp_path, "q.jsonl")] == ["kept"]
+    assert [file.name for file in tmp_path.iterdir() if "key" in file.name] == ["q.jsonl.key"]
+    assert len((tmp_path / "q.jsonl.key").read_bytes()) == 32
+    assert stat.S_IMODE((tmp_path / "q.jsonl.key").stat().st_mode) == 0o600

@@ -11,9 +11,10 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from gateway.access.keyring import key_digest
+from gateway.access.keyring import Keyring, key_digest
 from gateway.app import create_admin_app
 from gateway.config.settings import Settings
+from gateway.console.access import Gate
 from gateway.deployment import Deployment
 from gateway.fleet import Fleet
 from tests.console.served import Gateway, registry_of, serving, usual_models
@@ -120,6 +121,8 @@ def test_signing_in_leads_to_no_other_site(with_keys: Gateway, place: str) -> No
     [
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
+        {"origin": "http://[::1"},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
         {},
@@ -215,3 +218,20 @@ def test_the_operators_port_has_the_console() -> None:
         assert "curl http://operator:8000/v1/embeddings" in page  # the API is on the other port
         fields = {"kind": "texts", "candidates": "one\ntwo", "arm": ["nothing"]}
         assert "404 model_not_found" in client.post("/console/playground", data=fields).text
+
+
+async def test_a_client_that_signs_in_again_and_again_signs_nobody_else_out() -> None:
+    settings = Settings(admin_key=ADMIN, api_keys=CLIENT, console="public")
+    gate = Gate(settings, Keyring(settings), 1)
+    tokens = [await gate.sign_in(key, "address") for key in (ADMIN, *[CLIENT] * 1_100)]
+
+    def is_known(token: str) -> bool:
+        return gate._find(token) is not None
+
+    assert is_known(tokens[0])
+    assert [is_known(token) for token in (tokens[1], tokens[-51], tokens[-50], tokens[-1])] == [
+        False,
+        False,
+        True,
+        True,
+    ]

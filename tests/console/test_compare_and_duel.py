@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import httpx
 import pytest
 
 from gateway.compare.outputs import write_results
-from gateway.console.duels import MAX_PAIRS, Duel, Vote, draw, qrels, stand
+from gateway.console.duel import _vote
+from gateway.console.duels import MAX_PAIRS, Duel, DuelFolder, Vote, draw, qrels, stand
 from gateway.console.runs import Query, Runs
 from gateway.errors import BadInput, NotFound
 from tests.compare.results_example import BGE, JINA, make_comparison
@@ -260,3 +264,44 @@ def test_a_run_is_read_line_by_line_and_within_limits(tmp_path: Path) -> None:
         list(runs.queries("run"))
     with pytest.raises(NotFound):
         runs.path("../run")
+
+
+def test_the_votes_of_many_voters_are_counted_at_once() -> None:
+    duel = draw(make_queries(250), "a", "b", seed=1)
+    votes = [vote(turn, "left", "a", f"voter-{who}") for who in range(60) for turn in range(len(duel.turns))]
+    undone = [votes[0], vote(1, "left", "a", "voter-0"), Vote(time="", voter="voter-0", undo=True)]
+    assert stand(duel, undone, "voter-0").next_turn == 1
+    assert stand(duel, [*undone, *undone[-1:] * 2], "voter-0").next_turn == 0
+
+    started = time.thread_time()
+    standing = stand(duel, votes, "voter-0")
+
+    assert (standing.voters, standing.next_turn) == (60, None)
+    assert time.thread_time() - started < 0.5  # with a search through all votes for each, 10 s
+
+
+def test_a_full_disk_loses_a_vote_and_not_the_duel(tmp_path: Path) -> None:
+    folder = DuelFolder(tmp_path)
+    name = folder.create(draw(make_queries(30), "a", "b", seed=1))
+    folder.add(name, vote(0, "tie"))
+    path = tmp_path / "duels" / name / "votes.jsonl"
+    size = path.stat().st_size
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, earlier[1]))
+    try:
+        with pytest.raises(BadInput, match="the vote was not counted"):
+            folder.add(name, vote(1, "tie"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    folder.add(name, vote(1, "left", "a"))
+    assert [one.choice for one in folder.read(name)[1]] == ["tie", "left"]
+
+
+@pytest.mark.parametrize("shown", ["nan", "-inf", "inf", "-1e300", "x", ""])
+def test_a_made_up_time_of_showing_is_not_kept(shown: str) -> None:
+    duel = draw(make_queries(30), "a", "b", seed=1)
+    assert _vote(duel, 0, "tie", [], "me", shown).seconds is None
+    assert _vote(duel, 0, "tie", [], "me", str(time.time() - 5)).seconds == pytest.approx(5, abs=2)

@@ -14,6 +14,7 @@ import pytest
 from gateway.errors import StartError
 from gateway.experiments.exposures import Exposure
 from gateway.outcomes.joining import Branch
+from gateway.outcomes.keeper import Keeper
 from gateway.outcomes.store import Decision, NewOutcome, Reader, Store, StoreBusy, StoreFull
 
 BRANCHES = [Branch("g", "a", "model-a", None, 0.5), Branch("g", "b", "model-b", "query", 0.5)]
@@ -185,3 +186,19 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "file" / "x.sqlite3", MB)
     with pytest.raises(StartError, match="no such file"):
         Reader(tmp_path / "none.sqlite3")
+
+
+def test_a_file_that_is_damaged_further_on_stops_the_start_with_a_reason(store: Store, path: Path) -> None:
+    store.expose([exposure(unit) for unit in range(2_000)])
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    size = path.stat().st_size
+    with path.open("r+b") as content:  # the first pages have the schema
+        content.seek(20 * 4096)
+        content.write(b"\xff" * (size - 20 * 4096))
+
+    with pytest.raises(StartError, match="cannot be read: database disk image is malformed; move it away"):
+        Keeper(path.parent, 100 * MB, list).read_log()
+    another = Store(path, 100 * MB)
+    with pytest.raises(StoreBusy, match="malformed"):
+        another.expose([exposure(unit) for unit in range(2_000)])
+    another.close()
