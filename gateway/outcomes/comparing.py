@@ -18,6 +18,9 @@ from gateway.experiments.sequence import LEAST_UNITS, Difference, Values, around
 from gateway.outcomes.joining import Branch, Exposures, Joined, Numbers
 from gateway.outcomes.values import LEAST_FOR_RATIO, ArmValues, Per, adjust, most_chances, values_of
 
+# The weight of a part is the inverse of its square, which is beyond a float for much smaller ones.
+_LEAST_SPREAD = 1e-100
+
 
 @dataclass(frozen=True, slots=True)
 class ArmOutcome:
@@ -129,6 +132,8 @@ def _difference(control: ArmValues, new: ArmValues, share: float) -> _Part | Non
     if min(len(control.value), len(new.value)) < LEAST_UNITS or not np.ptp(zeta):
         return None
     spread = deviation(control.value, new.value, zeta, share)
+    if spread < _LEAST_SPREAD:
+        return None
     return _Part(np.concatenate([control.unit, new.unit]), zeta, spread)
 
 

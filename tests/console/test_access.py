@@ -220,7 +220,7 @@ def test_the_operators_port_has_the_console() -> None:
         assert "404 model_not_found" in client.post("/console/playground", data=fields).text
 
 
-async def test_a_client_that_signs_in_again_and_again_signs_nobody_else_out() -> None:
+async def test_a_client_that_signs_in_again_and_again_signs_no_other_client_out() -> None:
     settings = Settings(admin_key=ADMIN, api_keys=CLIENT, console="public")
     gate = Gate(settings, Keyring(settings), 1)
     tokens = [await gate.sign_in(key, "address") for key in (ADMIN, *[CLIENT] * 1_100)]

@@ -272,3 +272,16 @@ def test_a_mismatch_in_any_generation_is_found() -> None:
 
     assert mismatch is not None
     assert mismatch.arm == "a"
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-200, 1e-160, 0.1, 1e12])
+@pytest.mark.parametrize("per", ["unit", "mean", "ratio"])
+def test_equal_values_of_any_size_tell_nothing_and_do_not_fail(per: Per, value: float) -> None:
+    num = 600
+    exposures = exposed(branches(0.5, 0.5), [i % 2 for i in range(num)], range(num), [10.0] * num)
+    joined = join(exposures, posted(*((unit, value, 1.0, 20.0, False) for unit in range(num))))
+
+    found = compare(joined, A, B, per, ALPHA)
+
+    # What rounding leaves of equal values is no difference either.
+    assert found.difference is None or found.difference.low <= 0 <= found.difference.high
