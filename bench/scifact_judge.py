@@ -1,13 +1,14 @@
-"""Compare models on SciFact by judgments, by a judge, and by a judge that people check, side by side.
+"""Compare models on SciFact by judgments, by a judge, by a judge that people check, and by blind duels, side by side.
 
 There is no chat model here: the judge is a server that knows SciFact's judgments, grades with noise, and has a taste for
-documents that repeat the words of the query. "People" are the judgments themselves. So the table shows the machinery, and
-what a judge of a known taste does to a verdict, not how good any chat model is.
+documents that repeat the words of the query. "People" are the judgments themselves, and a voter of the duels prefers the
+list with more relevant documents (``bench/voting.py``). So the tables show the machinery, and what a judge of a known taste
+does to a verdict, not how good any chat model is.
 
 ::
 
     python -m bench.scifact_judge --data scifact --models models.yaml all-minilm-l6-v2 e5-small ...
-    python -m bench.scifact_judge ... --update      also writes the table into docs/ab.md
+    python -m bench.scifact_judge ... --update      also writes the tables into docs/ab.md
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from typing import Any, Final
 
 from bench.processes import ROOT
 from bench.report import note, table, update_page
+from bench.scifact_duel import NUM_DUELS, first_row, hold, many_rows, many_table
 from gateway.cli.main import app
+from gateway.console.runs import Runs
 
 PAGE: Final = ROOT / "docs" / "ab.md"
 SECTION: Final = "bench.scifact_judge"
@@ -121,7 +124,7 @@ def check_by_judgments(path: Path, data: Path) -> Path:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> str:
-    """Compare in three ways, and return the verdicts in Markdown."""
+    """Compare in four ways, and return the verdicts in Markdown."""
     with serve(Judge(options.data)) as url:
         judge = ["--judge", url, "--judge-model", "stand-in", "--yes"]
         note("by judgments, and by a judge alone")
@@ -131,21 +134,27 @@ def measure(options: argparse.Namespace, folder: Path) -> str:
         second = run(options, folder / "second", *judge, "--judge-check", str(check))
     judged = [one for one in first["results"]["contrasts"] if one["measure"] == "nDCG@10"]
     kappa, summary = second["judge"]["check"]["kappa"], first["results"]["dataset"]
-    rows = []
+    note(f"by {NUM_DUELS} blind duels of each arm")
+    queries, relevant = list(Runs(folder).queries("first")), _judgments(options.data)
+    rows, many = [], []
     for place, arm in enumerate(options.arms[1:]):
         by_judgments, alone = judged[place], first["judge"]["contrasts"][place]
         checked = second["judge"]["contrasts"][place]
+        duels = [hold(queries, options.arms[0], arm, relevant, seed) for seed in range(NUM_DUELS)]
+        many.append(many_rows(duels, by_judgments["difference"]["mean"]))
         rows += [
             (arm, "SciFact's judgments", _figures(by_judgments["difference"]), by_judgments["verdict"]),
             ("", "the judge alone", _figures(alone["judged"]), alone["verdict"]),
             ("", "people alone, 60 queries", _figures(checked["people"]), ""),
             ("", "the judge, corrected by people", _figures(checked["corrected"]), checked["verdict"]),
+            first_row(duels[0]),
         ]
     return (
         f"Against {options.arms[0]}: {summary['num_queries']} queries, {summary['num_documents']:,} documents, "
         f"{first['judge']['num_pairs']:,} pairs graded; kappa of judge and people {kappa['mean']:.2f} "
         f"({kappa['low']:.2f} to {kappa['high']:.2f}).\n\n"
-        + table(("arm", "by", "nDCG@10, difference (95 % interval)", "verdict"), rows)
+        + table(("arm", "by", "difference in nDCG@10, or votes for the arm (95 % interval)", "verdict"), rows)
+        + f"\n\n{many_table(many)}"
     )
 
 
@@ -170,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, help="the file of models")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "scifact-cache", help="%(default)s")
     parser.add_argument("--max-documents", type=int, help="a sample of the documents")
-    parser.add_argument("--update", action="store_true", help="write the table into docs/ab.md")
+    parser.add_argument("--update", action="store_true", help="write the tables into docs/ab.md")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         markdown = measure(options, Path(folder))

@@ -51,6 +51,9 @@ def small(name: str, runs: int, *rows: str) -> list[Rate]:
         ("effect", 10, []),
         ("ramp", 20, []),
         ("guardrail", 20, []),
+        ("duel", 20, ["errs in 30 %", "favors the left list in 30 %"]),
+        ("preferred", 50, []),
+        ("share", 30, []),
     ],
 )
 def test_promises_are_kept(name: str, runs: int, rows: list[str]) -> None:
@@ -71,6 +74,8 @@ def test_a_broken_promise_shows() -> None:
     text = evidence.markdown([(simulation_of(0.1), [*broken, *broken])])
     assert f"| {100 * broken[0].value:.1f} % (a row, a column) | **no** |" in text
     assert f"**{100 * broken[0].value:.1f} %**" in text
+    assert "--quick" not in text
+    assert evidence.markdown([(simulation_of(0.1), broken)], is_quick=True).startswith("From a run with `--quick`")
 
 
 def test_counts_do_not_depend_on_the_workers() -> None:

@@ -18,11 +18,15 @@ from bench.evidence.registry import Rate, Simulation, measure
 from bench.processes import ROOT
 from bench.report import note, table, update_page
 
-MODULES = ("comparing", "costs", "experimenting", "judges")
+MODULES = ("comparing", "costs", "experimenting", "judges", "duels")
 """The modules of this package with a tuple ``SIMULATIONS``."""
 
 PAGE = ROOT / "docs" / "testing.md"
 SECTION = "bench.evidence"
+_QUICK = (
+    "From a run with `--quick`: with so few runs, rates are rough, the worst of many cells exceeds its promise by chance, "
+    "and only gross errors show."
+)
 
 
 def simulations() -> Iterator[Simulation]:
@@ -31,7 +35,7 @@ def simulations() -> Iterator[Simulation]:
         yield from importlib.import_module(f"bench.evidence.{module}").SIMULATIONS
 
 
-def markdown(found: Sequence[tuple[Simulation, Sequence[Rate]]]) -> str:
+def markdown(found: Sequence[tuple[Simulation, Sequence[Rate]]], *, is_quick: bool = False) -> str:
     """Return a summary, and a table for each simulation."""
     rows = []
     for simulation, rates in found:
@@ -47,7 +51,8 @@ def markdown(found: Sequence[tuple[Simulation, Sequence[Rate]]]) -> str:
                 "yes" if is_kept else "**no**",
             )
         )
-    parts = [table(("", "how often", "promised", "worst", "kept"), rows)]
+    parts = [_QUICK] if is_quick else []
+    parts += [table(("", "how often", "promised", "worst", "kept"), rows)]
     parts += [_details(simulation, rates) for simulation, rates in found if len(rates) > 1]
     return "\n\n".join(parts)
 
@@ -90,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         note(simulation.title)
         found.append((simulation, measure(simulation, options.seed, is_quick=options.quick, workers=options.workers)))
-    text = markdown(found)
+    text = markdown(found, is_quick=options.quick)
     print(text)
     if options.update:
         update_page(SECTION, text, PAGE)
