@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -131,11 +131,15 @@ class Deployment:
             StartError: a model that the registry calls ``required`` is not ready, or the loaded models show that the
                 registry breaks a rule, such as a fallback in another space.
         """
+        self._refuse(_capture_problems(self.registry))  # before models are loaded, which may take minutes
         await self.fleet.start()
-        if problems := [*broken_rules(self.registry, self.fleet), *_capture_problems(self.registry)]:
-            raise StartError("\n".join(f"{self.registry.path}: {problem}" for problem in problems))
+        self._refuse(broken_rules(self.registry, self.fleet))
         self._accept_models()
         self._seek_absent_models()
+
+    def _refuse(self, problems: Iterable[str]) -> None:
+        if text := "\n".join(f"{self.registry.path}: {problem}" for problem in problems):
+            raise StartError(text)
 
     @property
     def is_ready(self) -> bool:
@@ -344,12 +348,13 @@ class Reloader:
         fleet = served.successor(registry, self._make_backend)
         new = [model for model in fleet if model not in served]
         try:
-            await fleet.load()
-            problems = [
-                *(problem for model in new if (problem := _why_not_loaded(model, served.get(model.id)))),
-                *self.find_problems(registry, fleet),
-                *_capture_problems(registry),
-            ]
+            problems = _capture_problems(registry)
+            if not problems:
+                await fleet.load()
+                problems = [
+                    *(problem for model in new if (problem := _why_not_loaded(model, served.get(model.id)))),
+                    *self.find_problems(registry, fleet),
+                ]
             if problems:
                 raise ReloadRefused("\n".join(f"{registry.path}: {problem}" for problem in problems))
         except BaseException:

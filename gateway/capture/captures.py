@@ -66,15 +66,10 @@ class Captures:
 
 
 def capture_problems(registry: Registry) -> list[str]:
-    """Return a message for each capture that cannot work: nothing may be kept without its scrub."""
-    problems = []
+    """Return a message for each capture that cannot work here."""
+    problems = scrub_problems(registry)
     for name, capture in registry.captures().items():
         path = _path(registry, capture)
-        if capture.scrub is not None:
-            try:
-                load_scrub(capture.scrub)
-            except Exception as error:  # a module can raise anything when it is imported
-                problems.append(f"`scrub` of the capture of {name!r} cannot be imported: {error}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,6 +77,18 @@ def capture_problems(registry: Registry) -> list[str]:
         else:
             if not os.access(path.parent, os.W_OK):
                 problems.append(f"the folder of the capture of {name!r} cannot be written to: {path.parent}")
+    return problems
+
+
+def scrub_problems(registry: Registry) -> list[str]:
+    """Return a message for each scrub that cannot be imported: nothing may be kept without it."""
+    problems = []
+    for name, capture in registry.captures().items():
+        if capture.scrub is not None:
+            try:
+                load_scrub(capture.scrub)
+            except Exception as error:  # a module can raise anything when it is imported
+                problems.append(f"`scrub` of the capture of {name!r} cannot be imported: {error}")
     return problems
 
 

@@ -140,6 +140,7 @@ def check(
     """
     path, registry = _read_registry(models)
     _check_keys(registry)
+    _check_captures(registry)
     if against is not None:
         _print_changes(load_registry(against, os.environ), registry)
     unchecked = "checkpoints, "
@@ -160,6 +161,15 @@ def _print_changes(old: Registry, new: Registry) -> None:
         typer.echo(f"{name}: {change}")
     if not changes:
         typer.echo(f"aliases and experiments as in {old.path}")
+
+
+def _check_captures(registry: Registry) -> None:
+    if not registry.captures():
+        return
+    from gateway.capture.captures import scrub_problems
+
+    if problems := scrub_problems(registry):
+        raise StartError("\n".join(f"{registry.path}: {problem}" for problem in problems))
 
 
 def _check_keys(registry: Registry) -> None:

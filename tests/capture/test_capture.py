@@ -32,6 +32,7 @@ from gateway.config.registry import load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import ConfigError, ReloadRefused, StartError
+from gateway.fleet import Fleet
 from gateway.telemetry import metrics
 from gateway.types import ModelKind
 
@@ -393,6 +394,18 @@ async def test_nothing_starts_or_is_reloaded_without_its_scrub(serve: Serve, tmp
     await embed(client, "search", "still kept", task="query")
     await finish(client)
     assert [line["text"] for line in written(tmp_path, "kept/search.jsonl")] == ["still kept"]
+
+
+async def test_a_capture_that_cannot_work_is_found_before_models_load(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def load(_fleet: Fleet) -> None:
+        pytest.fail("the models were loaded first")
+
+    monkeypatch.setattr(Fleet, "start", load)
+
+    with pytest.raises(StartError, match="unmask"):
+        await serve("{queries: 1.0, to: q.jsonl, scrub: gateway.capture.scrubbing:unmask}")
 
 
 async def test_a_reload_keeps_what_is_unchanged_and_stops_what_is_gone(serve: Serve, tmp_path: Path) -> None:

@@ -31,6 +31,18 @@ def test_a_valid_file_is_counted(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
+def test_a_scrub_must_exist(tmp_path: Path) -> None:
+    capture = "{queries: 0.1, to: kept/q.jsonl, scrub: gateway.capture.scrubbing:unmask}"
+    alias = f"{{model: a, capture: {capture}}}"
+    path = write(tmp_path, f"version: 1\nmodels:\n  - {{id: a, source: package:w}}\naliases:\n  default: {alias}\n")
+
+    result = CliRunner().invoke(app, ["check", "--models", str(path)])
+
+    assert result.exit_code == 1
+    assert "`scrub` of the capture of 'default' cannot be imported" in result.stderr
+    assert not (tmp_path / "kept").exists()
+
+
 def test_every_problem_is_one_line_on_stderr(tmp_path: Path) -> None:
     path = write(tmp_path, "version: 2\nmodels: []\n")
 
