@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 
 import psutil
 
@@ -204,6 +204,9 @@ def _port(host: str, port: int, setting: str) -> Finding:
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+    except UnicodeError as error:  # a name that no host can have
+        mend = f"another one: {variable('host')}=..."
+        return Finding("port", Status.TODO, f"{host[:80]}:{port}: {error}", mend, details)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and _is_gateway(port):
             return Finding("port", Status.OK, f"{host}:{port}: a gateway serves here already", details=details)
@@ -219,7 +222,7 @@ def _is_gateway(port: int) -> bool:
         connection.request("GET", "/health/live")
         answer = connection.getresponse()
         return answer.status == 200 and answer.headers.get("x-request-id") is not None
-    except OSError:
+    except (OSError, HTTPException):  # also what does not speak HTTP
         return False
     finally:
         connection.close()

@@ -535,3 +535,27 @@ def test_programs_get_json(monkeypatch: pytest.MonkeyPatch, write: Write) -> Non
         "registry",
         "model",
     } <= {finding["check"] for finding in report["findings"]}
+
+
+def test_a_port_in_use_by_what_does_not_speak_http_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def greet() -> None:
+            client, _address = listener.accept()
+            with client:
+                client.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+                client.recv(1000)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        found = machine._port("127.0.0.1", port, "port")
+        thread.join()
+    assert (found.status, found.mend) == (Status.TODO, "another one: GATEWAY_PORT=...")
+    assert "Address already in use" in found.text
+
+
+def test_a_host_that_no_name_can_be_is_named() -> None:
+    found = machine._port("a" * 80, 8000, "port")
+    assert (found.status, found.mend) == (Status.TODO, "another one: GATEWAY_HOST=...")
+    assert "label" in found.text

@@ -108,6 +108,16 @@ def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> Non
         if size(partial) > file.num_bytes:
             partial.unlink()
         with partial.open("ab") as target:
+
+            def update() -> None:
+                if target.tell() > file.num_bytes:  # without an end, it would fill the disk
+                    target.truncate(0)
+                    raise LoadError(
+                        f"{file.name}: the hub announced {file.num_bytes:,} bytes and sends more: something on the way "
+                        "changes them, such as a proxy or a mirror. They are deleted; try again, or set another HF_ENDPOINT"
+                    )
+                report(others + target.tell(), total)
+
             http_get(
                 hf_hub_url(repository.name, file.name, revision=repository.revision),
                 target,
@@ -115,7 +125,7 @@ def _fetch_large(repository: Repository, file: HubFile, report: Progress) -> Non
                 headers={**build_hf_headers(), "accept-encoding": "identity"},
                 expected_size=file.num_bytes,
                 displayed_filename=file.name,
-                tqdm_class=cast(Any, _Bar(lambda: report(others + target.tell(), total))),
+                tqdm_class=cast(Any, _Bar(update)),
             )
         _require_sha256(partial, file)
         partial.rename(blob)

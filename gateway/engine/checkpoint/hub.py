@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _FILES = (
 )
 IGNORED = ("onnx/*", "openvino/*", "*.onnx", "*.msgpack", "*.h5", "imgs/*")
 _COMPLETE = ".gateway-complete"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 # The folder of the cache may not be written to, or a part of its path is a file.
 _NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 TIMEOUT_S = 20.0
@@ -117,7 +119,10 @@ def describe(name: str, revision: str, timeout_s: float = TIMEOUT_S) -> Reposito
         found = HfApi().model_info(name, revision=revision, timeout=timeout_s, files_metadata=True)
     except Exception as error:  # of the hub's HTTP library, whose classes its releases have changed, or the hub's own
         raise explain(error, name, revision) from error
-    return Repository(name, revision, tuple(_wanted(found.siblings or ())), _license(found))
+    files = tuple(_wanted(found.siblings or ()))
+    for file in files:
+        _require_safe(file, f"{name} at {revision}")
+    return Repository(name, revision, files, _license(found))
 
 
 def _wanted(files: Iterable[RepoSibling]) -> Iterator[HubFile]:
@@ -127,6 +132,20 @@ def _wanted(files: Iterable[RepoSibling]) -> Iterator[HubFile]:
     for name in filter_repo_objects(by_name, allow_patterns=patterns(by_name), ignore_patterns=list(IGNORED)):
         file = by_name[name]
         yield HubFile(name, file.size or 0, file.lfs.sha256 if file.lfs else "")
+
+
+def _require_safe(file: HubFile, where: str) -> None:
+    """Refuse a file that would be written outside the cache: HF_ENDPOINT may be any mirror.
+
+    Raises:
+        LoadError: its name or its hash is not one.
+    """
+    is_path = all(part not in {"", ".", ".."} for part in file.name.split("/")) and "\0" not in file.name
+    if not is_path or (file.sha256 and not _SHA256.fullmatch(file.sha256)) or file.num_bytes < 0:
+        raise LoadError(
+            f"{where}: {endpoint()} lists a file that no repository can have: {file.name[:200]!r}, {file.num_bytes} bytes, "
+            f"sha256 {file.sha256[:70] or 'none'!r}. Nothing is downloaded; HF_ENDPOINT names the hub"
+        )
 
 
 def _license(found: ModelInfo) -> str:

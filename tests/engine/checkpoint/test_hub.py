@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -313,3 +313,51 @@ def test_a_download_is_announced_with_source_size_license_and_cache(hub: Hub, tm
 )
 def test_sizes_are_shown_in_decimal_units(num_bytes: int, shown: str) -> None:
     assert format_size(num_bytes) == shown
+
+
+class Lying(Repo):
+    """A repository of a mirror that changes what it lists."""
+
+    def __init__(self, files: Mapping[str, bytes], **changes: object) -> None:
+        super().__init__(files)
+        self.changes = changes
+
+    def sibling(self, name: str) -> dict[str, object]:
+        found = super().sibling(name)
+        if name == "model.safetensors":
+            found |= self.changes
+        return found
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil.json", "/etc/evil.json", "a//b.json", "./x.json", "a/../../b/config.json"]
+)
+def test_a_name_that_leads_out_of_the_cache_is_refused(hub: Hub, name: str, tmp_path: Path) -> None:
+    hub.repos[NAME] = Repo({**FILES, name: b"{}"})
+    with pytest.raises(LoadError, match="lists a file that no repository can have"):
+        locate(entry())
+    assert hub.fetched() == []
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lfs": {"size": 5 * LARGE, "sha256": "../../../evil", "pointerSize": 134}},
+        {"lfs": {"size": 5 * LARGE, "sha256": "A" * 64, "pointerSize": 134}},
+        {"size": -1},
+    ],
+)
+def test_a_hash_or_a_size_that_is_not_one_is_refused(hub: Hub, changes: dict[str, object], tmp_path: Path) -> None:
+    hub.repos[NAME] = Lying(FILES, **changes)
+    with pytest.raises(LoadError, match="lists a file that no repository can have"):
+        locate(entry())
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_file_without_an_end_does_not_fill_the_disk(hub: Hub, tmp_path: Path) -> None:
+    hub.repos[NAME] = Lying(FILES, size=LARGE)
+    with pytest.raises(LoadError, match="the hub announced 100,000 bytes and sends more"):
+        locate(entry())
+    [partial] = tmp_path.rglob("*.gateway-partial")
+    assert partial.stat().st_size == 0
