@@ -253,7 +253,7 @@ def _import_libraries() -> None:
 
 
 def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]:
-    from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory
+    from gateway.engine.faults import find_lost_card, is_out_of_memory
     from gateway.engine.loading import load_engine
 
     for note in plan.notes:
@@ -264,12 +264,10 @@ def _load_engine(plan: LoadPlan, settings: Settings) -> tuple[Engine, ModelInfo]
     except TooLittleMemory:
         raise
     except Exception as error:  # the libraries raise anything
-        cause = error.__cause__ or error
-        for device in plan.devices:
-            if isinstance(cause, CardLost) or is_card_lost(cause, device):
-                lost = f"{device} was lost while the model was loaded, and the gateway has to be restarted: {error}"
-                raise CardLostAtLoad(lost, device) from error
-        if not is_out_of_memory(cause):
+        if (device := find_lost_card(error, plan.devices)) is not None:
+            lost = f"{device} was lost while the model was loaded, and the gateway has to be restarted: {error}"
+            raise CardLostAtLoad(lost, device) from error
+        if not is_out_of_memory(error.__cause__ or error):
             raise
         reason = str(error)
     # Outside of the handler: the old error holds what had been loaded.

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 import torch
 
-from gateway.engine.devices import card_uuid
+from gateway.engine.devices import card_uuid, slice_uuid
 from gateway.engine.nvml import load
 from gateway.telemetry import metrics
 
@@ -37,11 +37,15 @@ def read_cards() -> None:
             metrics.GPU_MEMORY.labels(device, "total").set(memory.total)
             metrics.GPU_MEMORY.labels(device, "used").set(memory.used)
             metrics.GPU_UTILIZATION.labels(device).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        except nvml.NVMLError as error:  # a slice of a card (MIG) reports no utilization
+        except (nvml.NVMLError, RuntimeError) as error:  # a slice of a card (MIG) reports no utilization; CUDA may fail
             log.debug("card_not_read", device=device, error=str(error))
 
 
 @cache
 def _handle(nvml: Any, index: int) -> Any:
     """Return NVML's handle of a card; NVML counts all cards of the machine, and CUDA those that this process may use."""
-    return nvml.nvmlDeviceGetHandleByUUID(card_uuid(index))
+    name = card_uuid(index)
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    except nvml.NVMLError_NotFound:
+        return nvml.nvmlDeviceGetHandleByUUID(slice_uuid(name))

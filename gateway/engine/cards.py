@@ -348,17 +348,24 @@ def _driver_obstacle(failure: Failure, where: Surroundings) -> Obstacle:
 def _visible(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
     """Return the cards that CUDA shows: those listed, up to the first entry that is not a card, as CUDA reads it.
 
-    CUDA numbers them in the order of the list, or of the PCI bus, which ``gateway.engine`` asks it to use.
+    The list has numbers, of which only the leading digits count, or beginnings of UUIDs, each of one card alone. A card that
+    is listed twice hides all of them. CUDA numbers them in the order of the list, or of the PCI bus, which
+    ``gateway.engine`` asks it to use.
     """
     if setting is None:
         return cards
     shown: list[Card] = []
     for entry in setting.split(","):
         name = entry.strip()
-        card = next((one for one in cards if name and (name == str(one.index) or one.uuid.startswith(name))), None)
-        if card is None or card in shown:
+        if number := re.match(r"\+?(\d+)", name):
+            found = [card for card in cards if card.index == int(number[1])][:1]
+        else:
+            found = [card for card in cards if name.startswith(("GPU-", "MIG-")) and card.uuid.startswith(name)]
+        if len(found) != 1:
             break
-        shown.append(card)
+        if found[0] in shown:
+            return ()
+        shown += found
     return tuple(shown)
 
 

@@ -109,7 +109,10 @@ def see_cards() -> Machine:
     if not torch.cuda.is_available():
         return replace(machine, cuda_error=_why_cuda_fails())
     known = {card.uuid: card for card in machine.cards}
-    shown = [known.get(card_uuid(index)) or _describe(index) for index in range(torch.cuda.device_count())]
+    shown = []
+    for index in range(torch.cuda.device_count()):
+        name = card_uuid(index)
+        shown.append(known.get(name) or known.get(slice_uuid(name)) or _describe(index))
     return replace(machine, visible=tuple(shown), cuda_error="")
 
 
@@ -137,6 +140,11 @@ def card_uuid(index: int) -> str:
     """Return the name by which the driver knows a CUDA device."""
     uuid = str(torch.cuda.get_device_properties(index).uuid)
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
+def slice_uuid(name: str) -> str:
+    """Return the name by which the driver knows a CUDA device that is a slice of a card: torch names no kind."""
+    return f"MIG-{name.removeprefix('GPU-')}"
 
 
 def choose_dtype(setting: str, device: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import structlog
@@ -21,6 +21,8 @@ _MEMORY_SIGNS = (
     "out of memory",
     "cublas_status_alloc_failed",
     "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "device_allocation_failed",  # cuDNN 9's name for it
 )
 # Messages of the errors after which "the process must be terminated and relaunched":
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
@@ -43,10 +45,18 @@ _FINAL_SIGNS = (
 _CUDA_SIGNS = ("cuda error", "cublas_status_", "cudnn_status_", "cuda driver error")
 # How long cached memory may take to be given back: freeing it waits for the kernels of its card, and one may hang.
 _RELEASE_S = 5.0
+# How long a card may take to answer whether it still computes: behind the kernels that have been launched before.
+_ANSWER_S = 60.0
 
 
 class CardLost(Exception):
-    """A card computes nothing more in this process; the message has the device and the reason."""
+    """A card computes nothing more in this process; the message has the device and the reason.
+
+    Attributes:
+        device: the card's, where it is known.
+    """
+
+    device: str | None = None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -67,19 +77,46 @@ def is_card_lost(error: BaseException, device: str) -> bool:
     Args:
         device: torch device on which the error was raised.
     """
-    if device == "cpu" or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+    if device == "cpu":
         return False
-    message = str(error).lower()
-    if any(sign in message for sign in _FINAL_SIGNS):
+    # Each error in the chain: code around the call may have raised one that says less, or have failed while it tidied up.
+    errors = [one for one in _chain(error) if isinstance(one, RuntimeError) and not isinstance(one, torch.OutOfMemoryError)]
+    if any(sign in str(one).lower() for one in errors for sign in _FINAL_SIGNS):
         return True
+    return any(_is_from_cuda(one) for one in errors) and not still_computes(device)
+
+
+def find_lost_card(error: BaseException, devices: Sequence[str]) -> str | None:
+    """Return which of some devices was lost, by an error of work that used them all; ``None`` if none was."""
+    for one in _chain(error):
+        if isinstance(one, CardLost):
+            return one.device or devices[0]
+    suspects = [device for device in devices if is_card_lost(error, device)]
+    # An error does not say on which card it was: another one may be well.
+    broken = [device for device in suspects if len(suspects) > 1 and not still_computes(device)]
+    return next(iter(broken or suspects), None)
+
+
+def _is_from_cuda(error: RuntimeError) -> bool:
+    message = str(error).lower()
     is_from_cuda = isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _CUDA_SIGNS)
-    return is_from_cuda and "out of memory" not in message and not still_computes(device)
+    return is_from_cuda and "out of memory" not in message
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, and those that it was raised from or while they were handled."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
 
 
 def still_computes(device: str) -> bool:
-    """Return whether a card computes; too little memory does not count as a failure."""
+    """Return whether a card computes, and soon; too little memory does not count as a failure."""
     try:
-        return float(torch.ones(8, device=device).sum()) == 8
+        return on_card(device, _ANSWER_S, lambda: float(torch.ones(8, device=device).sum()) == 8)
     except Exception as error:  # of any class: that is the question
         return is_out_of_memory(error)
 
@@ -108,7 +145,9 @@ def on_card(device: str, limit_s: float, work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not results:
-        raise CardLost(f"{device} has not ended its work after {limit_s:.0f} s")
+        lost = CardLost(f"{device} has not ended its work after {limit_s:.0f} s")
+        lost.device = device
+        raise lost
     return results[0]
 
 

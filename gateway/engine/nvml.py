@@ -160,5 +160,5 @@ def _or(default: Any, ask: Callable[..., Any], *args: Any) -> Any:
         return ask(*args)
     except pynvml.NVMLError_GpuIsLost:
         raise
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError, UnicodeDecodeError):  # another process may have any bytes for a name
         return default

@@ -335,7 +335,15 @@ def test_a_number_beyond_the_cards(look: Look) -> None:
         (" 0 , 1 ", ["GPU-3090", "GPU-5090"]),
         ("GPU-50", ["GPU-5090"]),
         ("0,7,1", ["GPU-3090"]),
-        ("0,0", ["GPU-3090"]),
+        ("0,0", []),
+        ("1,0,1", []),
+        ("+0,01", ["GPU-3090", "GPU-5090"]),
+        ("1gpu,0", ["GPU-5090", "GPU-3090"]),
+        ("1,-1,0", ["GPU-5090"]),
+        ("GPU-", []),
+        ("G", []),
+        ("GPU-3090,GPU-30", []),
+        ("GPU-3090,GPU-x,GPU-5090", ["GPU-3090"]),
         ("-1", []),
         ("", []),
         ("none", []),
@@ -384,6 +392,13 @@ def test_other_processes_are_named(look: Look) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- torch
+
+
+def test_the_name_of_another_process_may_be_any_bytes(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    look(FakeCard(processes=((812, "x", GIB, True),)))
+    monkeypatch.setattr(pynvml, "nvmlSystemGetProcessName", lambda _pid: b"/opt/\xff\xfe".decode())
+
+    assert describe_others(read_machine({}).visible[0]) == "unknown (pid 812) 1,024 MiB"
 
 
 def test_the_build_of_torch_is_read_without_importing_it() -> None:

@@ -128,6 +128,15 @@ def test_cuda_numbers_the_cards(see: See, monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_devices("auto") == ("cuda:0",)
 
 
+def test_cuda_names_a_slice_as_it_names_a_card(see: See, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's description has what is free, and who else is there."""
+    part = FakeCard("NVIDIA H100 MIG 1g.10gb", (0, 0), 10 * GIB, 3 * GIB, "MIG-1")
+    see(FakeCard("NVIDIA H100", (9, 0), slices=[part]))
+    install_cuda(monkeypatch, [FakeCard(part.name, (9, 0), 10 * GIB, uuid="GPU-1")])
+
+    assert [(card.uuid, card.free_bytes) for card in see_cards().visible] == [("MIG-1", 3 * GIB)]
+
+
 def test_a_card_that_only_cuda_knows_is_used(see: See) -> None:
     """Some small boards have CUDA without NVML."""
     see(RTX_3090, error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)

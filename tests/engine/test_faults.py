@@ -10,7 +10,16 @@ import torch
 from structlog.testing import capture_logs
 
 from gateway.engine import faults
-from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory, on_card, release_memory, still_computes
+from gateway.engine.faults import (
+    CardLost,
+    find_lost_card,
+    is_card_lost,
+    is_out_of_memory,
+    on_card,
+    release_memory,
+    still_computes,
+)
+from gateway.errors import LoadError
 
 
 @pytest.mark.parametrize(
@@ -23,6 +32,8 @@ from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory, on_c
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"), True),
         (RuntimeError("Exception from src/inference: std::bad_alloc"), True),
@@ -104,6 +115,62 @@ def test_where_the_message_does_not_tell_the_card_is_asked(
 def test_other_errors_say_nothing_about_the_card(probes: list[str], error: BaseException) -> None:
     assert not is_card_lost(error, "cuda:0")
     assert not probes
+
+
+def raised(error: BaseException, before: BaseException, *, is_cause: bool) -> BaseException:
+    """Return an error after it has been raised from another one, or while that was handled."""
+    try:
+        try:
+            raise before
+        except BaseException:
+            if is_cause:
+                raise error from before
+            raise error
+    except BaseException as caught:
+        return caught
+
+
+@pytest.mark.parametrize("is_cause", [True, False])
+def test_a_lost_card_may_be_behind_another_error(probes: list[str], is_cause: bool) -> None:
+    lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    def full() -> BaseException:
+        return torch.OutOfMemoryError("CUDA out of memory")
+
+    assert is_card_lost(raised(LoadError("cannot be run"), lost, is_cause=is_cause), "cuda:0")
+    assert is_card_lost(raised(full(), lost, is_cause=is_cause), "cuda:0")
+    assert not is_card_lost(raised(ValueError("no such key"), full(), is_cause=is_cause), "cuda:0")
+    assert not is_card_lost(raised(LoadError("cannot be run"), lost, is_cause=is_cause), "cpu")
+    assert not probes
+    chained = raised(ValueError("first"), KeyError("second"), is_cause=is_cause)
+    chained.__cause__ = chained  # as bent code can leave it
+    assert not is_card_lost(chained, "cuda:0")
+
+
+def test_of_several_cards_the_lost_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = ["cuda:0", "cuda:1", "cuda:2"]
+    error = LoadError("the model cannot be run")
+    error.__cause__ = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(faults, "still_computes", lambda device: device != "cuda:1")
+
+    assert find_lost_card(error, devices) == "cuda:1"
+    assert find_lost_card(LoadError("it is corrupt"), devices) is None
+    monkeypatch.setattr(faults, "still_computes", lambda _device: True)
+    assert find_lost_card(error, devices) == "cuda:0"  # no card may serve after such an error: any name will do
+    end = threading.Event()
+    with pytest.raises(CardLost) as caught:
+        on_card("cuda:2", 0.01, lambda: end.wait(20))
+    end.set()
+    assert find_lost_card(caught.value, devices) == "cuda:2"
+
+
+def test_a_card_that_does_not_answer_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+    monkeypatch.setattr(faults, "_ANSWER_S", 0.01)
+    monkeypatch.setattr(torch, "ones", lambda *_size, device: end.wait(20))
+
+    assert not still_computes("cuda:0")
+    end.set()
 
 
 def test_whether_a_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:

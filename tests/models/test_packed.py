@@ -24,7 +24,7 @@ from gateway.engine.model.runtimes import flash, low_rank, network, packed
 from gateway.engine.model.runtimes.attention import packed_positions, positions
 from gateway.engine.model.runtimes.flash import Texts
 from gateway.errors import LoadError
-from tests.models.checkpoints import TEXTS
+from tests.models.checkpoints import JINA_TASKS, TEXTS, make_transformer, save_adapters, unigram_tokenizer
 from tests.models.conftest import Loaded
 
 Load = Callable[..., Any]
@@ -72,6 +72,20 @@ def test_a_mixed_batch_is_split_by_task_where_the_parts_are_large(
     assert groups == {1: [[0, 2], [1], [3]], 70: [[0, 2], [1, 3]]}.get(least, [[0, 1, 2, 3]])
     expected = load(jina, "reference").vectors(TEXTS, MIXED)
     np.testing.assert_allclose(merged.vectors(TEXTS, MIXED), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("layers", [["q_proj", "fc2"], ["word_embeddings"], ["token_type_embeddings"]], ids=str)
+@pytest.mark.parametrize("merges", [False, True])
+def test_adapters_may_leave_layers_as_they_are(tmp_path: Path, layers: list[str], merges: bool) -> None:
+    """An index beyond a table that was not expanded would not be an error on a card, but the end of its context."""
+    make_transformer(tmp_path, "jina_embeddings_v3", unigram_tokenizer(), type_vocab_size=1)
+    save_adapters(tmp_path, JINA_TASKS, target_modules=layers, r=1, use_rslora=True)
+    packing, reference = build_packed(tmp_path), build_packed(tmp_path, "reference")
+    if merges:
+        packing.encoder.runtime.merge()
+
+    for tasks in (MIXED, ["separation"] * len(TEXTS)):
+        np.testing.assert_allclose(packing.vectors(TEXTS, tasks), reference.vectors(TEXTS, tasks), atol=2e-4)
 
 
 def test_merged_weights_count_as_memory(jina: Path, merged: Loaded) -> None:
@@ -131,6 +145,14 @@ def attend_to_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, t
     return ATTEND(query, key, value, whole, Texts(keys.boundaries, [len(key)]), scale)
 
 
+def attend_to_64_texts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, texts: Texts, keys: Texts, scale: float
+) -> torch.Tensor:
+    attended = ATTEND(query, key, value, texts, keys, scale)
+    attended[sum(texts.lengths[:64]) :] = 0
+    return attended
+
+
 def scale_wrongly(*args: Any) -> torch.Tensor:
     return ATTEND(*args[:-1], args[-1] * 1.5)
 
@@ -142,6 +164,7 @@ BROKEN = [
     pytest.param(low_rank.LowRank, "add", add_the_first_adapter_to_a_text_alone, id="another adapter, one task"),
     pytest.param(network, "attend", attend_to_all, id="texts see each other"),
     pytest.param(network, "attend", scale_wrongly, id="scale"),
+    pytest.param(network, "attend", attend_to_64_texts, id="many texts"),
 ]
 
 

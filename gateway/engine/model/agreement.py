@@ -22,6 +22,8 @@ _LENGTHS = ((60, 24, 7, 2), (300, 40, 30, 20), (17,))
 _SHORT = (60, 24)
 # Long enough for another shape of the attention kernel, and for positions far from the first.
 _LONG = (2000,)
+# More texts than attention takes at a time, and texts of a single token.
+_MANY = tuple(1 + i % 7 for i in range(70))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def least_cosine(
     go wrong there.
 
     Args:
-        is_packed: also compare a long text; each adapter in a batch of its texts alone, which is computed in another way
+        is_packed: also compare a long text, and many short ones; each adapter in a batch of its texts alone, which is computed in another way
             than one among others; texts whose last tokens are not attended to; and the means over all tokens.
     """
     num_adapters = len(checkpoint.adapter_folders)
@@ -66,7 +68,7 @@ def least_cosine(
 
 def _batches(num_adapters: int, *, is_packed: bool) -> Iterator[_Batch]:
     adapter = cycle(range(-1, num_adapters))
-    for lengths in (*_LENGTHS, _LONG) if is_packed else _LENGTHS:
+    for lengths in (*_LENGTHS, _LONG, _MANY) if is_packed else _LENGTHS:
         yield _Batch(lengths, [next(adapter) for _ in lengths])
     if is_packed:
         yield _Batch(_SHORT, [-1, -1], [length // 2 for length in _SHORT])

@@ -192,6 +192,10 @@ class Network:
     Args:
         model: transformers' model of BERT's family or Jina v3, on its device.
         mask: of its adapters, if it has any.
+
+    Attributes:
+        num_words: rows of the table of words.
+        kinds_step: rows of the table of kinds from one adapter to the next; 0 if all read the same.
     """
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
@@ -212,7 +216,9 @@ class Network:
         self._merged: dict[int, Sequence[Layer]] = {}
         width = int(self._layers[0].qkv.weight.shape[0]) // 3
         self.scale = (width // self.num_heads) ** -0.5
-        self.num_words, self.num_kinds = len(self._words), int(kinds.get_parameter("weight").shape[0])
+        self.num_words, num_kinds = len(self._words), int(kinds.get_parameter("weight").shape[0])
+        # A table that no adapter changes is not expanded: a row beyond it would be the end of a card's context.
+        self.kinds_step = num_kinds if len(self._kinds) > num_kinds else 0
 
     @property
     def has_word_adapters(self) -> bool:

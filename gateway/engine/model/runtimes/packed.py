@@ -102,9 +102,9 @@ class PackedRuntime:
         if is_mixed:
             parts["choices"] = owners + np.int32(1)
         kinds = _segments(lengths, seconds)
-        if is_adapted or kinds is not None:
-            offsets = (owners + 1) * np.int32(self._network.num_kinds) if is_adapted else np.int32(0)
-            parts["kinds"] = offsets + (np.zeros_like(ids) if kinds is None else kinds)
+        step = self._network.kinds_step if is_adapted else 0
+        if step or kinds is not None:
+            parts["kinds"] = (owners + 1) * np.int32(step) + (np.zeros_like(ids) if kinds is None else kinds)
         if attended is not None:
             parts["keys"] = _within(lengths, attended).nonzero()[0].astype(np.int32)
             parts["key_boundaries"] = _boundaries(attended)
