@@ -80,7 +80,9 @@ def is_card_lost(error: BaseException, device: str) -> bool:
     if device == "cpu":
         return False
     # Each error in the chain: code around the call may have raised one that says less, or have failed while it tidied up.
-    errors = [one for one in _chain(error) if isinstance(one, RuntimeError) and not isinstance(one, torch.OutOfMemoryError)]
+    errors = [
+        one for one in _chain(error) if isinstance(one, RuntimeError) and not isinstance(one, torch.OutOfMemoryError)
+    ]
     if any(sign in str(one).lower() for one in errors for sign in _FINAL_SIGNS):
         return True
     return any(_is_from_cuda(one) for one in errors) and not still_computes(device)
