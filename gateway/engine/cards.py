@@ -15,7 +15,7 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway.engine.nvml import Card, Driver, Failure, read_driver
+from gateway.engine.nvml import Card, Driver, Failure, read_driver, visible_cards
 
 PACKING_CAPABILITY = (8, 0)
 """The least compute capability of the kernel that attends to packed texts (FlashAttention-2)."""
@@ -186,7 +186,7 @@ def read_machine(environ: Mapping[str, str] = os.environ) -> Machine:
     driver = read_driver()
     visible_devices = environ.get("CUDA_VISIBLE_DEVICES")
     cards = () if isinstance(driver, Failure) else driver.cards
-    return Machine(read_torch(), driver, _visible(cards, visible_devices), visible_devices, _surroundings(environ))
+    return Machine(read_torch(), driver, visible_cards(cards, visible_devices), visible_devices, _surroundings(environ))
 
 
 def read_torch() -> TorchBuild | None:
@@ -343,30 +343,6 @@ def _driver_obstacle(failure: Failure, where: Surroundings) -> Obstacle:
 
 
 # ----------------------------------------------------------------------------------------------------------- what is here
-
-
-def _visible(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
-    """Return the cards that CUDA shows: those listed, up to the first entry that is not a card, as CUDA reads it.
-
-    The list has numbers, of which only the leading digits count, or beginnings of UUIDs, each of one card alone. A card that
-    is listed twice hides all of them. CUDA numbers them in the order of the list, or of the PCI bus, which
-    ``gateway.engine`` asks it to use.
-    """
-    if setting is None:
-        return cards
-    shown: list[Card] = []
-    for entry in setting.split(","):
-        name = entry.strip()
-        if number := re.match(r"\+?(\d+)", name):
-            found = [card for card in cards if card.index == int(number[1])][:1]
-        else:
-            found = [card for card in cards if name.startswith(("GPU-", "MIG-")) and card.uuid.startswith(name)]
-        if len(found) != 1:
-            break
-        if found[0] in shown:
-            return ()
-        shown += found
-    return tuple(shown)
 
 
 def _surroundings(environ: Mapping[str, str]) -> Surroundings:

@@ -6,6 +6,7 @@ NVML works without CUDA, with any torch, and answers while a card hangs, when a 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -90,6 +91,30 @@ def read_driver() -> Driver | Failure:
     except pynvml.NVMLError as error:
         return Failure(error.value, str(error))
     return Driver(version, cuda, tuple(cards))
+
+
+def visible_cards(cards: tuple[Card, ...], setting: str | None) -> tuple[Card, ...]:
+    """Return the cards that CUDA shows: those listed, up to the first entry that is not a card, as CUDA reads it.
+
+    The list has numbers, of which only the leading digits count, or beginnings of UUIDs, each of one card alone. A card that
+    is listed twice hides all of them. CUDA numbers them in the order of the list, or of the PCI bus, which
+    ``gateway.engine`` asks it to use.
+    """
+    if setting is None:
+        return cards
+    shown: list[Card] = []
+    for entry in setting.split(","):
+        name = entry.strip()
+        if number := re.match(r"\+?(\d+)", name):
+            found = [card for card in cards if card.index == int(number[1])][:1]
+        else:
+            found = [card for card in cards if name.startswith(("GPU-", "MIG-")) and card.uuid.startswith(name)]
+        if len(found) != 1:
+            break
+        if found[0] in shown:
+            return ()
+        shown += found
+    return tuple(shown)
 
 
 @cache

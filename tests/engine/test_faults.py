@@ -125,7 +125,7 @@ def raised(error: BaseException, before: BaseException, *, is_cause: bool) -> Ba
         except BaseException:
             if is_cause:
                 raise error from before
-            raise error
+            raise error  # noqa: B904  what is tested
     except BaseException as caught:
         return caught
 

@@ -45,8 +45,9 @@ def least_cosine(
     go wrong there.
 
     Args:
-        is_packed: also compare a long text, and many short ones; each adapter in a batch of its texts alone, which is computed in another way
-            than one among others; texts whose last tokens are not attended to; and the means over all tokens.
+        is_packed: also compare a long text, and many short ones; each adapter in a batch of its texts alone, which is
+            computed in another way than one among others; texts whose last tokens are not attended to; and the means over
+            all tokens.
     """
     num_adapters = len(checkpoint.adapter_folders)
     ids = tokenizer.sample_ids()
