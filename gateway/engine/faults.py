@@ -23,7 +23,7 @@ _MEMORY_SIGNS = (
     "cublas_status_not_initialized",
     "cudnn_status_alloc_failed",
     "device_allocation_failed",  # cuDNN 9's name for it
-    "nvml_success ==",  # what torch raises in place of its own error if NVML cannot say who holds the memory
+    "nvml_success ==",  # what torch raises when NVML cannot say who holds the memory: on a slice, and on small boards
 )
 # Messages of the errors after which "the process must be terminated and relaunched":
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
