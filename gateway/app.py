@@ -32,6 +32,7 @@ from gateway.http.middleware import Admission, ErrorExit, Identification, Record
 from gateway.outcomes.keeper import Keeper
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
+from gateway.telemetry.logs import keep_locals_out
 
 _DESCRIPTION = """Several embedding models behind one OpenAI-style endpoint; a client compares two by changing `model`.
 
@@ -47,6 +48,7 @@ def create_app(deployment: Deployment) -> FastAPI:
         ConfigError: the file of API keys or the storage of quotas is wrong.
         StartError: the exposure log or the file of experiments cannot be written.
     """
+    keep_locals_out()
     settings = deployment.settings
     keyring = Keyring(settings)
     log = (

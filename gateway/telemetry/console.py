@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TextIO
 
 from structlog.typing import EventDict, WrappedLogger
+
+from gateway.telemetry.tracebacks import exception_of, format_traceback
 
 _RESET, _DIM, _RED, _YELLOW, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[31m", "\x1b[33m", "\x1b[32m"
 _LEVEL_COLORS = {"warning": _YELLOW, "error": _RED, "critical": _RED}
@@ -93,12 +93,7 @@ def _lines(value: object) -> str:
 
 
 def _trace(event: EventDict) -> str:
-    exc_info = event.get("exc_info")
-    if exc_info is True:
-        exc_info = sys.exc_info()
-    if isinstance(exc_info, BaseException):
-        exc_info = (type(exc_info), exc_info, exc_info.__traceback__)
-    if isinstance(exc_info, tuple) and exc_info[0] is not None:
-        lines = "".join(traceback.format_exception(*exc_info)).rstrip("\n").split("\n")
-        return "".join(f"\n{_plain(line)}" for line in lines)
+    error = exception_of(event)
+    if error is not None:
+        return "".join(f"\n{_plain(line)}" for line in format_traceback(error).split("\n"))
     return f"\n{event['exception']}" if event.get("exception") else ""

@@ -20,6 +20,7 @@ from structlog.typing import Processor
 
 from gateway.telemetry import metrics
 from gateway.telemetry.console import ConsoleRenderer, is_colored
+from gateway.telemetry.tracebacks import format_exception, print_traceback
 
 # Libraries whose INFO lines are about their internals.
 _QUIET = (
@@ -71,7 +72,7 @@ def configure_logs(level: str, style: str) -> None:
     rendering: list[Processor] = (
         [ConsoleRenderer(has_colors=is_colored(sys.stderr))]
         if is_console
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        else [format_exception, structlog.processors.JSONRenderer()]
     )
     handler = QueuedHandler(sys.stderr, MAX_QUEUED_BYTES)
     handler.setFormatter(
@@ -89,6 +90,18 @@ def configure_logs(level: str, style: str) -> None:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)  # Python would print them to standard error itself, and block there
+
+
+def keep_locals_out() -> None:
+    """Have structlog print tracebacks without the values of variables, in a program that has not configured it.
+
+    Its defaults show them all if ``rich`` is installed, which holds the event loop for seconds and prints texts and keys. A
+    program that makes the application itself, such as one under another server, has these defaults.
+    """
+    if structlog.is_configured():
+        return
+    *others, _renderer = structlog.get_config()["processors"]
+    structlog.configure(processors=[*others, structlog.dev.ConsoleRenderer(exception_formatter=print_traceback)])
 
 
 def flush_logs() -> None:

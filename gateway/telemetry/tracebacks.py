@@ -1,0 +1,120 @@
+"""Tracebacks for the log: no values of variables, which may be texts or keys, and a bounded number of frames.
+
+They are formatted on the event loop, where the exception happened. What would show the values of variables, as the renderer
+that structlog has by default does, calls ``repr`` on every one of them: with a batch of texts, for more than ten seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Final, TextIO
+
+from structlog.typing import EventDict, ExcInfo, WrappedLogger
+
+_FIRST_FRAMES: Final = 5
+_LAST_FRAMES: Final = 25
+# Exceptions of a chain or a group that are shown.
+_MAX_EXCEPTIONS: Final = 6
+_MAX_MESSAGE: Final = 2_000
+_MAX_LINE: Final = 300
+
+_CAUSE = "The above exception was the direct cause of the following exception:"
+_CONTEXT = "During handling of the above exception, another exception occurred:"
+
+
+def format_traceback(error: BaseException) -> str:
+    """Return the traceback of an exception and of those that led to it, in some milliseconds, without a final line break."""
+    shown: list[tuple[BaseException, str]] = []
+    link: str = ""
+    current: BaseException | None = error
+    while current is not None and len(shown) < _MAX_EXCEPTIONS:
+        shown.append((current, link))
+        if current.__cause__ is not None:
+            current, link = current.__cause__, _CAUSE
+        elif current.__suppress_context__:
+            current = None
+        else:
+            current, link = current.__context__, _CONTEXT
+        if any(current is other for other, _link in shown):
+            current = None
+    lines = [] if current is None else ["(earlier exceptions are left out)", "", link, ""]
+    for one, after in reversed(shown):
+        lines += _lines_of(one)
+        if after:
+            lines += ["", after, ""]
+    return "\n".join(lines)
+
+
+def exception_of(event: EventDict) -> BaseException | None:
+    """Return the exception that is to be logged with an event."""
+    exc_info = event.get("exc_info")
+    if isinstance(exc_info, BaseException):
+        return exc_info
+    if isinstance(exc_info, tuple):
+        return exc_info[1] if isinstance(exc_info[1], BaseException) else None
+    return sys.exc_info()[1] if exc_info else None
+
+
+def format_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Put the traceback of an event in ``exception``: a processor of structlog."""
+    error = exception_of(event)
+    event.pop("exc_info", None)
+    if error is not None:
+        event["exception"] = format_traceback(error)
+    return event
+
+
+def print_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
+    """Write a traceback: a formatter for structlog's renderer for consoles."""
+    stream.write("\n" + format_traceback(exc_info[1]))
+
+
+def _lines_of(error: BaseException) -> Iterator[str]:
+    """Yield the lines of one exception, those of a group with its first parts."""
+    if error.__traceback__ is not None:
+        yield "Traceback (most recent call last):"
+        yield from _frames(error.__traceback__)
+    yield _headline(error)
+    for note in getattr(error, "__notes__", ())[:_MAX_EXCEPTIONS]:
+        yield _cut(str(note), _MAX_MESSAGE)
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions[:_MAX_EXCEPTIONS]:
+            yield f"  one of {len(error.exceptions)}: {_headline(part)}"
+            if part.__traceback__ is not None:
+                yield from (f"  {line}" for line in _frames(part.__traceback__))
+
+
+def _headline(error: BaseException) -> str:
+    kind = type(error)
+    name = (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    try:
+        message = str(error)
+    except Exception:  # as in the standard library: an exception that cannot be shown is still to be reported
+        message = "<exception str() failed>"
+    return f"{name}: {_cut(message, _MAX_MESSAGE)}" if message else name
+
+
+def _frames(last: TracebackType) -> Iterator[str]:
+    """Yield the lines of the outermost and the innermost frames."""
+    places: list[TracebackType] = []
+    place: TracebackType | None = last
+    while place is not None:
+        places.append(place)
+        place = place.tb_next
+    num_omitted = len(places) - _FIRST_FRAMES - _LAST_FRAMES
+    for index, one in enumerate(places):
+        if num_omitted > 0 and _FIRST_FRAMES <= index < _FIRST_FRAMES + num_omitted:
+            if index == _FIRST_FRAMES:
+                yield f"  ... {num_omitted:,} frames are left out ..."
+            continue
+        for text in traceback.format_list(traceback.extract_tb(one, limit=1)):
+            yield from (_cut(line, _MAX_LINE) for line in text.rstrip("\n").split("\n"))
+
+
+def _cut(text: str, max_characters: int) -> str:
+    return text if len(text) <= max_characters else f"{text[:max_characters]}…"
