@@ -95,7 +95,7 @@ def configure_logs(level: str, style: str) -> None:
 def keep_locals_out() -> None:
     """Have structlog print tracebacks without the values of variables, in a program that has not configured it.
 
-    Its defaults show them all if ``rich`` is installed, which holds the event loop for seconds and prints texts and keys. A
+    Its defaults show them all if Rich is installed, which holds the event loop for seconds and prints texts and keys. A
     program that makes the application itself, such as one under another server, has these defaults.
     """
     if structlog.is_configured():

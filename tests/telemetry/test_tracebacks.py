@@ -26,7 +26,7 @@ __all__ = ["restored_logging"]
 
 SECRET = "a-text-of-a-client"
 MOST_CPU_S = 0.15
-"""Some ten milliseconds, with room for a machine that is busy. The renderer of structlog with ``rich`` took over 60 s."""
+"""Some ten milliseconds, with room for a machine that is busy. The renderer of structlog with Rich took over 60 s."""
 
 
 class Texts:
