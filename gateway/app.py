@@ -88,7 +88,7 @@ def create_app(deployment: Deployment) -> FastAPI:
         from gateway.console.site import console_router
 
         port = settings.port if is_console_here else settings.admin_port or 0
-        console = console_router(deployment, endpoint, stats, keyring, port)
+        console = console_router(deployment, endpoint, stats, experiments, keyring, port)
         (routers if is_console_here else app.state.operator_routers).append(console)
     _include(app, routers)
     if settings.cors_origins:

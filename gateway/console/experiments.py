@@ -11,9 +11,10 @@ from fastapi import Request, Response
 from gateway.api.experiments import find_experiment
 from gateway.config.registry import Arm, Experiment
 from gateway.console.charts import Scale
+from gateway.console.outcomes import OutcomeView, decided, view_outcomes
 from gateway.console.parts import Parts
 from gateway.console.web import Form, read_form, visitor_of
-from gateway.errors import BadInput, RequestError
+from gateway.errors import BadInput, OutcomesUnavailable, RequestError
 from gateway.experiments.report import ExperimentReport, Guardrail
 from gateway.experiments.split import Assignment
 from gateway.http.context import RequestContext
@@ -76,25 +77,25 @@ class Experiments:
         usable = self._usable(request)
         if not usable:
             return self._parts.pages.render(request, "experiment_none.html.j2")
-        return self._page(request, usable[0])
+        return await self._page(request, usable[0])
 
     async def show(self, request: Request) -> Response:
         """Show one experiment."""
-        return self._page(request, self._find(request))
+        return await self._page(request, self._find(request))
 
     async def assign(self, request: Request) -> Response:
         """Show the arm of a unit. Nothing is counted."""
         experiment = self._find(request)
         unit = (await read_form(request)).first("unit").strip()
         if not 0 < len(unit.encode()) <= _MAX_UNIT:
-            return self._refuse(
+            return await self._refuse(
                 request, experiment, f"a unit has 1 to {_MAX_UNIT} bytes, this one has {len(unit.encode())}"
             )
         router, force = self._parts.deployment.router, experiment.force
         choice = router.choose(
             experiment.id, visitor_of(request).client, lambda source: None if source == force else unit
         )
-        return self._page(request, experiment, unit=unit, assignment=choice.assignment)
+        return await self._page(request, experiment, unit=unit, assignment=choice.assignment)
 
     async def ramp(self, request: Request) -> Response:
         """Show what new weights change, as lines for ``models.yaml``, which stays the truth."""
@@ -102,9 +103,9 @@ class Experiments:
         try:
             changed, weights = _reweighted(experiment, await read_form(request))
         except RequestError as error:
-            return self._refuse(request, experiment, error.message)
+            return await self._refuse(request, experiment, error.message)
         moves = await asyncio.to_thread(moved_units, experiment, changed)
-        return self._page(request, experiment, ramp=Ramp(weights, moves, _diff(experiment, changed)))
+        return await self._page(request, experiment, ramp=Ramp(weights, moves, _diff(experiment, changed)))
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
@@ -115,12 +116,19 @@ class Experiments:
     def _find(self, request: Request) -> Experiment:
         return find_experiment(self._parts.deployment, request, request.path_params["experiment_id"])
 
-    def _refuse(self, request: Request, experiment: Experiment, message: str) -> Response:
+    async def _refuse(self, request: Request, experiment: Experiment, message: str) -> Response:
         error = BadInput(message)
         RequestContext.of(request).refuse(error)
-        return self._page(request, experiment, problem=error)
+        return await self._page(request, experiment, problem=error)
 
-    def _page(
+    async def _report(self, experiment: Experiment) -> tuple[ExperimentReport, RequestError | None]:
+        """Return the report, and why its outcomes cannot be read: the rest is shown all the same."""
+        try:
+            return await self._parts.full_report(experiment), None
+        except OutcomesUnavailable as error:
+            return self._parts.report(experiment), error
+
+    async def _page(
         self,
         request: Request,
         experiment: Experiment,
@@ -130,7 +138,8 @@ class Experiments:
         ramp: Ramp | None = None,
         problem: RequestError | None = None,
     ) -> Response:
-        report = self._parts.report(experiment)
+        report, no_outcomes = await self._report(experiment)
+        outcomes = view_outcomes(report)
         fleet = self._parts.deployment.fleet
         infos = {arm.label: model.info for arm in experiment.arms if (model := fleet.get(arm.model)) is not None}
         return self._parts.pages.render(
@@ -140,7 +149,9 @@ class Experiments:
             experiments=self._usable(request),
             experiment=experiment,
             report=report,
-            conclusion=_conclude(report),
+            conclusion=_conclude(report, outcomes),
+            outcomes=outcomes,
+            no_outcomes=no_outcomes,
             spaces={label: info.space() if info else None for label, info in infos.items()},
             whiskers=_whiskers(report),
             shares=[_share(report, index) for index in range(len(report.evidence))],
@@ -161,7 +172,7 @@ class Conclusion:
     text: str
 
 
-def _conclude(report: ExperimentReport) -> Conclusion:
+def _conclude(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conclusion:
     """Return the conclusion that the figures allow now."""
     if report.mismatch:
         ratio = report.sample_ratio if report.sample_ratio.mismatch else report.request_ratio or report.sample_ratio
@@ -170,16 +181,21 @@ def _conclude(report: ExperimentReport) -> Conclusion:
         return Conclusion("", "Not running", "The first arm answers all requests.")
     if report.warnings:
         return Conclusion("warn", "These figures tell little", " ".join(f"{warning}." for warning in report.warnings))
-    if not any(arm.requests for arm in report.evidence):
+    if not any(arm.requests or arm.units for arm in report.evidence):
         return Conclusion("", "No requests yet", f"Clients send `model: {report.id}` and a unit.")
-    return _conclude_from_guardrails(report)
+    return _conclude_from_units(report, outcomes)
 
 
-def _conclude_from_guardrails(report: ExperimentReport) -> Conclusion:
+def _conclude_from_units(report: ExperimentReport, outcomes: Sequence[OutcomeView]) -> Conclusion:
     worse = [one for one in report.guardrails if one.verdict == "worse"]
     if worse:
         what = ", ".join(f"{one.arm} in {one.metric}" for one in worse)
         return Conclusion("bad", "An arm is worse in something that should not suffer", f"{what}.")
+    if verdicts := decided(outcomes):
+        first = verdicts[0]
+        return Conclusion(first.level, first.sentence, f"{outcomes[0].outcome.name}: {first.reason}.")
+    if undecided := [verdict for view in outcomes for verdict in view.verdicts]:
+        return Conclusion("", "Not yet: keep it running", f"{undecided[0].arm}: {undecided[0].next}")
     if all(one.verdict == "not yet" for one in report.guardrails):
         num_units = sum(arm.units for arm in report.evidence)
         least = max((one.least_units for one in report.guardrails), default=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 
 from gateway.api.endpoint import Endpoint
+from gateway.api.experiments import Experiments
 from gateway.config.registry import Experiment
 from gateway.console.web import Pages, visitor_of
 from gateway.deployment import Deployment
@@ -22,13 +23,23 @@ class Parts:
     deployment: Deployment
     endpoint: Endpoint
     stats: ExperimentStats
+    reports: Experiments
     pages: Pages
 
     def report(self, experiment: Experiment) -> ExperimentReport:
-        """Return the figures of an experiment."""
+        """Return the figures of an experiment, without its outcomes: those take a thread."""
         deployment = self.deployment
         generation = deployment.router.generation(experiment.id)
         return self.stats.report(experiment, generation, deployment.counting_since[experiment.id])
+
+    async def full_report(self, experiment: Experiment) -> ExperimentReport:
+        """Return the figures of an experiment, with its outcomes if they are kept.
+
+        Raises:
+            ExperimentNotFound: a reload has removed it.
+            OutcomesUnavailable: the file of experiments cannot be read now.
+        """
+        return await self.reports.report(experiment)
 
     def require_operator(self, request: Request) -> None:
         """Let only the operator pass.

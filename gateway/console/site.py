@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException
 
 from gateway.access.keyring import Keyring
 from gateway.api.endpoint import Endpoint
+from gateway.api.experiments import Experiments as Reports
 from gateway.console.access import Gate
 from gateway.console.compare import Compare
 from gateway.console.duel import DuelPages
@@ -96,15 +97,21 @@ def _local(path: str) -> str:
 
 
 def console_router(
-    deployment: Deployment, endpoint: Endpoint, stats: ExperimentStats, keyring: Keyring, port: int
+    deployment: Deployment,
+    endpoint: Endpoint,
+    stats: ExperimentStats,
+    reports: Reports,
+    keyring: Keyring,
+    port: int,
 ) -> APIRouter:
     """Return the paths of the console.
 
     Args:
+        reports: the handlers of the API, whose reports have outcomes.
         port: the port that serves it.
     """
     pages = Pages(Gate(deployment.settings, keyring, port))
-    parts = Parts(deployment, endpoint, stats, pages)
+    parts = Parts(deployment, endpoint, stats, reports, pages)
     router = APIRouter(include_in_schema=False)
     site, overview, playground = Site(pages), Overview(parts), Playground(parts)
     experiments, compare = Experiments(parts), Compare(parts)

@@ -69,7 +69,7 @@ def visit(browser: Browser) -> Callable[..., Any]:
     return visit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def check_accessibility() -> Callable[[Page], None]:
     """Return a function that checks a page with axe-core."""
     axe = AXE.read_text(encoding="utf-8")
@@ -89,3 +89,19 @@ def picture_folder() -> Path:
     folder = Path(__file__).parents[2] / "build" / "console"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def check_everywhere(check_accessibility: Callable[[Page], None], picture_folder: Path) -> Callable[[Page, str], None]:
+    """Return a function that checks a page in both themes, narrow and wide, and takes its pictures."""
+
+    def check(page: Page, name: str) -> None:
+        for width in (1280, 380):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            for theme in ("light", "dark"):
+                page.emulate_media(color_scheme=theme)
+                page.screenshot(path=picture_folder / f"{name}-{width}-{theme}.png", full_page=True)
+                check_accessibility(page)
+
+    return check

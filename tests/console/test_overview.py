@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.console.served import HOSTILE, Gateway, serving
+from gateway.types import ModelState
+from tests.console.served import HOSTILE, Gateway, make, serving
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +61,17 @@ def test_the_overview_shows_models_names_and_errors(gateway: Gateway, visit: Cal
         errors = page.locator("table.errors").inner_text()
         assert HOSTILE in errors
         assert "req-" in errors
+
+
+def test_a_download_shows_its_source_license_and_bytes() -> None:
+    far = make("far", ModelState.DOWNLOADING, "downloading: 1.2 GB of 2.3 GB")
+    entry = dataclasses.replace(far, entry=far.entry.model_copy(update={"license": "apache-2.0"}))
+    with serving(models=[make("jina"), make("bge"), entry], experiments=()) as served:
+        page = " ".join(re.sub(r"<[^>]+>", " ", httpx.get(f"{served.url}/console").text).split())
+        card = next(one for one in httpx.get(f"{served.url}/v1/models").json()["data"] if one["id"] == "far")
+    assert (card["state"], card["reason"]) == ("downloading", "downloading: 1.2 GB of 2.3 GB")
+    assert f"{card['reason']} from {card['source']} {'0' * 12} , license: apache-2.0" in page
+    assert "2 of 3 models answer" in page
 
 
 def test_figures_are_asked_for_again_and_can_be_paused(gateway: Gateway, visit: Callable[..., Any]) -> None:
