@@ -141,7 +141,7 @@ def _verdict(outcome: OutcomeReport, one: OutcomeComparison, indices: Mapping[st
 
 
 def _next(one: OutcomeComparison) -> str:
-    """Return what an undecided comparison needs."""
+    """Return the needs of an undecided comparison."""
     parts = [f"{one.units:,} units so far"]
     if one.units_needed is not None:
         parts.append(f"about {one.units_needed:,} are needed")

@@ -26,9 +26,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         yield served
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Start Chromium for the tests of a module; not of a session, as Playwright keeps an event loop running."""
+    """Start Chromium for these tests. Playwright keeps an event loop running: an async test must come before."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -75,7 +75,8 @@ def check_accessibility() -> Callable[[Page], None]:
     axe = AXE.read_text(encoding="utf-8")
 
     def check(page: Page) -> None:
-        page.evaluate(axe)  # past the page's CSP, which allows no such script
+        if not page.evaluate("'axe' in window"):
+            page.evaluate(axe)  # past the page's CSP, which allows no such script
         results = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         found = [(rule["id"], [node["target"] for node in rule["nodes"]][:5]) for rule in results["violations"]]
         assert not found
@@ -103,5 +104,6 @@ def check_everywhere(check_accessibility: Callable[[Page], None], picture_folder
                 page.emulate_media(color_scheme=theme)
                 page.screenshot(path=picture_folder / f"{name}-{width}-{theme}.png", full_page=True)
                 check_accessibility(page)
+        page.set_viewport_size(_WIDE)
 
     return check

@@ -157,31 +157,20 @@ def test_a_vote_sent_twice_counts_once(gateway: Gateway) -> None:
         assert {line.split("\t")[2] for line in rows.splitlines()[1:]} == {"0"}  # both lists were bad
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 380])
 def test_the_pages_are_accessible(
     gateway: Gateway,
     visit: Callable[..., Any],
-    check_accessibility: Callable[[Any], None],
-    picture_folder: Path,
-    theme: str,
-    width: int,
+    check_everywhere: Callable[[Any, str], None],
 ) -> None:
-    with visit(gateway.url, theme=theme, viewport={"width": width, "height": 900}) as page:
-
-        def look(name: str) -> None:
-            page.screenshot(path=picture_folder / f"{name}-{width}-{theme}.png", full_page=True)
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            check_accessibility(page)
-
+    with visit(gateway.url) as page:
         page.goto(f"{gateway.url}/console/compare/support%20faq")
         page.locator("section > details summary").nth(1).click()
-        look("compare")
+        check_everywhere(page, "compare")
         begin(page, gateway.url, "support faq")
         page.get_by_label("answers it").first.check()
-        look("duel")
+        check_everywhere(page, "duel")
         page.get_by_role("button", name="End, and show the names").click()
-        look("duel-done")
+        check_everywhere(page, "duel-done")
 
 
 # --------------------------------------------------------------------------------------------------------------- pure
