@@ -138,7 +138,13 @@ ROWS = [
                 [Query(quantile(0.95, "gateway_stage_duration_seconds", "model, stage"), "{{model}} {{stage}}")],
                 unit="s",
             ),
-            Panel("Truncated texts", [Query(rate("gateway_truncated_texts_total", "model"), "{{model}}")]),
+            Panel(
+                "Truncated texts",
+                [
+                    Query(rate("gateway_truncated_texts_total", "model"), "{{model}}"),
+                    Query(rate("gateway_recomputed_texts_total", "model"), "{{model}} computed again"),
+                ],
+            ),
             Panel("State", [Query(f"gateway_model_state{{{_MODEL}}} == 1", "{{model}} {{state}}")], width=8),
             Panel(
                 "Golden vectors",
@@ -154,7 +160,11 @@ ROWS = [
                     Query(
                         f"sum by (model) (increase(gateway_engine_restarts_total{{{_MODEL}}}[$__rate_interval]))",
                         "{{model}}",
-                    )
+                    ),
+                    Query(
+                        f"sum by (model) (increase(gateway_device_lost_total{{{_MODEL}}}[$__rate_interval]))",
+                        "{{model}} lost its card",
+                    ),
                 ],
             ),
             Panel(
@@ -271,6 +281,10 @@ ROWS = [
                 "Shadows",
                 [Query(rate("gateway_shadow_requests_total", "of, to, outcome", ""), "{{of}} to {{to}} {{outcome}}")],
                 unit="reqps",
+            ),
+            Panel(
+                "Captured queries",
+                [Query(rate("gateway_captured_texts_total", "name, outcome", ""), "{{name}} {{outcome}}")],
             ),
             Panel(
                 "p95 of shadows",

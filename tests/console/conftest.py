@@ -26,9 +26,13 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         yield served
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Start Chromium for these tests. Playwright keeps an event loop running: an async test must come before."""
+    """Start Chromium for a module.
+
+    Playwright keeps an event loop running in this thread for as long, in which no async test can run: in a module it has to
+    come before the tests with a browser, and the browser may not outlive the module.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
