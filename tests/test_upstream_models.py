@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 
 from gateway import fleet as fleet_module
 from gateway.app import create_app
-from gateway.backends.base import Backend
+from gateway.backends.base import Backend, Report
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.backends.residents import Residents
 from gateway.backends.upstream.backend import UpstreamBackend
@@ -205,9 +205,9 @@ async def test_a_model_that_stays_wrong_is_said_to_be_once_and_when_that_changes
     attempts: list[ModelEntry] = []
     plan = UpstreamBackend.plan
 
-    async def counted(backend: UpstreamBackend) -> ModelInfo:
+    async def counted(backend: UpstreamBackend, report: Report) -> ModelInfo:
         attempts.append(backend._entry)
-        return await plan(backend)
+        return await plan(backend, report)
 
     monkeypatch.setattr(UpstreamBackend, "plan", counted)
     with capture_logs() as lines:

@@ -350,9 +350,9 @@ async def test_large_bodies_are_parsed_in_the_thread_and_small_ones_are_not(
     threads: list[str] = []
     parse_object = json_body.parse_object
 
-    def parse(body: bytearray, charset: str | None = None) -> object:
+    def parse(body: bytearray, *arguments: Any) -> object:
         threads.append(threading.current_thread().name.partition("_")[0])
-        return parse_object(body, charset)
+        return parse_object(body, *arguments)
 
     monkeypatch.setattr(endpoint, "parse_object", parse)
     client = await connect()

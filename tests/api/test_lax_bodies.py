@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import httpx
 import pytest
 
+from gateway.api.assignments import UnitsBody
 from gateway.api.classify_schema import ClassifyBody
 from gateway.api.json_body import RequestBody
 from gateway.api.ollama import OllamaEmbedBody
@@ -42,6 +43,7 @@ LEAST: dict[type[RequestBody], dict[str, Any]] = {
     PredictBody: {"inputs": "a"},
     ClassifyBody: {"input": "a"},
     OllamaEmbedBody: {"input": "a"},
+    UnitsBody: {"units": ["a"]},
 }
 
 

@@ -14,6 +14,7 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
+from gateway.backends.base import Report, unreported
 from gateway.backends.fake import fake_info
 from gateway.backends.infinity import InfinityBackend
 from gateway.config.registry import ModelEntry
@@ -103,7 +104,7 @@ class ScriptedBackend(InfinityBackend):
         self.num_loads = 0
         self.failing_loads = 0
 
-    async def plan(self) -> ModelInfo:
+    async def plan(self, report: Report = unreported) -> ModelInfo:
         return _INFO
 
     def _load(self) -> tuple[Engine, ModelInfo]:
