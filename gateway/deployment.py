@@ -123,6 +123,11 @@ class Deployment:
         self.router = Router(registry, fleet)
         self.shadows = Shadows(registry, self.router)
         self.captures = _captures(registry, self.captures)
+        unkept = [experiment.id for experiment in registry.experiments if experiment.outcome is not None]
+        if unkept and self.settings.state_dir is None:
+            log.warning(
+                "outcomes_not_kept", experiments=unkept, mend="set GATEWAY_STATE_DIR to a folder on a local disk"
+            )
 
     async def start(self) -> None:
         """Load the models.

@@ -84,12 +84,21 @@ def _is_inside(path: str) -> bool:
 # Checks, used by the types below.
 
 
+_PATHS = ("/assignment", "/outcomes")
+
+
 def _check_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(
             "must be made of letters, digits and `.`, `_`, `-`, with `/` between parts that start with a letter or "
             f"digit, got {quote(text)}; `:` and `@` are reserved (`id:task`, `space@hash`)"
         )
+    return text
+
+
+def _check_no_path(text: str) -> str:
+    if text.endswith(_PATHS):
+        raise ValueError(f"must not end in {' or '.join(map(quote, _PATHS))}, which are paths below an experiment's")
     return text
 
 
@@ -188,6 +197,7 @@ def _check_version(value: object) -> object:
 
 
 Name: TypeAlias = Annotated[str, AfterValidator(_check_name)]
+ExperimentName: TypeAlias = Annotated[Name, AfterValidator(_check_no_path)]
 Device: TypeAlias = Annotated[str, AfterValidator(_check_device)]
 Enabled: TypeAlias = Annotated[Literal["auto", True, False], BeforeValidator(_check_enabled)]
 FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]

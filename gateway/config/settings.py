@@ -30,6 +30,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from gateway.config.hub import hub_problems
 from gateway.config.wording import did_you_mean, explain, quote
 from gateway.errors import ConfigError, Problem
 
@@ -345,14 +346,15 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
         overrides: values by field name that win over the environment, such as command-line options; ``None`` is ignored.
 
     Raises:
-        ConfigError: a value is wrong or a ``GATEWAY_*`` variable is unknown; lists every problem.
+        ConfigError: a value is wrong, a ``GATEWAY_*`` variable is unknown, or the hub's library cannot read one of its own;
+            lists every problem.
         TypeError: an override is not a setting.
     """
     unknown = overrides.keys() - Settings.model_fields.keys()
     if unknown:
         raise TypeError(f"not settings: {', '.join(sorted(unknown))}")
     options = {name: value for name, value in overrides.items() if value is not None}
-    problems = _unknown_variables(environ)
+    problems = [*_unknown_variables(environ), *hub_problems(environ)]
     settings = None
     try:
         settings = Settings.model_validate({**_PassedEnvironment(environ)(), **options})

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from gateway.config.capture import Capture
 from gateway.config.fields import (
     Distinct,
+    ExperimentName,
     Frozen,
     HeaderSource,
     Listed,
@@ -87,7 +88,9 @@ class Outcome(Frozen):
 class Experiment(Frozen):
     """A name under which requests are split between models."""
 
-    id: Name = Field(description="Name that clients send as `model`. It must not be the name of a model or an alias.")
+    id: ExperimentName = Field(
+        description="Name that clients send as `model`. It must not be the name of a model or an alias."
+    )
     kind: Literal["same_space", "cross_space"] = Field(
         description="`same_space`: the arms' vectors are in one space, and requests without a unit are split at random. "
         "`cross_space`: they are not, so each unit stays with one arm, and requests without a unit get the first "

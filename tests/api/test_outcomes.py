@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
@@ -323,8 +324,10 @@ async def test_a_body_that_is_too_large_is_a_413(client: httpx.AsyncClient, chec
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_without_a_folder_the_error_says_what_to_set(start: Start, check_error: CheckError, method: str) -> None:
-    client = await start(state_dir=None)
+    with capture_logs() as lines:
+        client = await start(state_dir=None)
 
+    assert [line["experiments"] for line in lines if line["event"] == "outcomes_not_kept"] == [["exp"]]
     message = check_error(await client.request(method, PATH, json=[outcome("u")]), 404, "not_found")
 
     assert message == "this gateway keeps no outcomes: set GATEWAY_STATE_DIR to a folder on a local disk"

@@ -186,6 +186,14 @@ def test_a_problem_of_an_experiment_is_reported_with_its_place(
         pytest.param(
             EXPERIMENT + EXPERIMENT.partition("\n")[2], "8:9 experiments[1].id: must be unique", id="id twice"
         ),
+        *(
+            pytest.param(
+                EXPERIMENT.replace("id: exp", f"id: team{path}"),
+                f"2:9 {E}.id: must not end in `/assignment` or `/outcomes`",
+                id=f"an id that ends in {path}",
+            )
+            for path in ("/assignment", "/outcomes")
+        ),
         pytest.param("shadows:\n  - {of: on, to: two}\n", "2:10 shadows[0].of: must be a model, alias or", id="of"),
         pytest.param(
             "shadows:\n  - {of: zzzz, to: two}\n",
