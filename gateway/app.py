@@ -79,7 +79,6 @@ def create_app(deployment: Deployment) -> FastAPI:
         live_router(deployment, has_keys=bool(keyring)),
         health_router(deployment),
     ]
-    is_console_here = settings.console == "public" or settings.admin_port is None
     if settings.admin_port is None:
         routers.append(admin_router(deployment, are_metrics_open=not keyring))
     app.state.operator_routers = []
@@ -87,9 +86,9 @@ def create_app(deployment: Deployment) -> FastAPI:
         # Imported only where it is used: so are the templates and their library.
         from gateway.console.site import console_router
 
-        port = settings.port if is_console_here else settings.admin_port or 0
+        port = settings.port if settings.is_console_for_clients else settings.admin_port or 0
         console = console_router(deployment, endpoint, stats, experiments, keyring, port)
-        (routers if is_console_here else app.state.operator_routers).append(console)
+        (routers if settings.is_console_for_clients else app.state.operator_routers).append(console)
     _include(app, routers)
     if settings.cors_origins:
         # The outermost: a page must be able to read the middleware's answers too, for example a 401.

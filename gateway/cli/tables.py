@@ -37,7 +37,7 @@ def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: boo
         table.add_row(model.id, state, "\n".join(_described(model)))
     console.print(table)
     names = make_table("what", "names", has_header=False)
-    for what, lines in _configured(deployment.registry, addresses, has_keys=has_keys):
+    for what, lines in _configured(deployment, addresses, has_keys=has_keys):
         names.add_row(what, "\n".join(lines))
     console.print(names)
     ready = next((model for model in deployment.fleet if model.takes_requests), None)
@@ -89,8 +89,9 @@ def _space(info: ModelInfo) -> str:
             return f"no space: it classifies ({cut(', '.join(info.labels))})"
 
 
-def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:
+def _configured(deployment: Deployment, addresses: Addresses, *, has_keys: bool) -> Iterator[tuple[str, Sequence[str]]]:
     """Yield the other parts of the registry and the settings, each with its lines."""
+    registry, settings = deployment.registry, deployment.settings
     if registry.aliases:
         yield "aliases", [f"{alias.name} → {_target(alias.model, alias.task)}" for alias in registry.aliases.values()]
     if registry.experiments:
@@ -104,6 +105,8 @@ def _configured(registry: Registry, addresses: Addresses, *, has_keys: bool) -> 
         yield "fallbacks", [f"{model} → {', '.join(others)}" for model, others in registry.fallbacks.items()]
     if addresses.admin:
         yield "admin", [f"{addresses.admin} (/metrics, /admin)"]
+    if settings.console != "off":
+        yield "console", [f"{addresses.clients if settings.is_console_for_clients else addresses.admin}/console"]
     yield "API keys", ["required" if has_keys else "none: anyone who reaches the port may use it"]
 
 

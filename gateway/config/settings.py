@@ -292,6 +292,11 @@ class Settings(BaseSettings):
     )
 
     @property
+    def is_console_for_clients(self) -> bool:
+        """Whether the console, if it is on, is on the clients' port."""
+        return self.console == "public" or self.admin_port is None
+
+    @property
     def compiled_folder(self) -> Path | None:
         """The folder of ``cache_dir``, by default one in the user's cache; ``None`` for ``off``."""
         if self.cache_dir == "off":
@@ -346,7 +351,7 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
         overrides: values by field name that win over the environment, such as command-line options; ``None`` is ignored.
 
     Raises:
-        ConfigError: a value is wrong, a ``GATEWAY_*`` variable is unknown, or the hub's library cannot read one of its own;
+        ConfigError: a value is wrong, a ``GATEWAY_*`` variable is unknown, or the library of the model hub cannot read one;
             lists every problem.
         TypeError: an override is not a setting.
     """

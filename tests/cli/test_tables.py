@@ -262,11 +262,35 @@ async def test_everything_that_was_configured_is_listed_and_the_command_has_a_ke
         "experiments search-exp (cross_space): mini 90, new 10 (other)",
         "shadows 5% of default → other",
         "admin http://127.0.0.1:9000 (/metrics, /admin)",
+        "console http://127.0.0.1:8000/console",
         "API keys required",
         "Serving on http://127.0.0.1:8000, documentation at http://127.0.0.1:8000/docs",
         "-H 'authorization: Bearer YOUR_KEY'",
     ):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "console http://127.0.0.1:8000/console"),
+        ({"admin_port": 9000}, "console http://127.0.0.1:9000/console"),
+        ({"admin_port": 9000, "console": "public"}, "console http://127.0.0.1:8000/console"),
+        ({"console": "off"}, ""),
+    ],
+)
+async def test_the_console_is_listed_where_it_is(printed: Printed, settings: Mapping[str, object], line: str) -> None:
+    registry = registry_of(minilm("mini"))
+    fake = FakeBackend(fake_info("mini", 8))
+    deployment = Deployment(registry, Settings.model_validate(settings), make_backend=lambda _entry: fake)
+    await deployment.start()
+
+    print_serving(deployment, Addresses("http://127.0.0.1:8000", "http://127.0.0.1:9000"), has_keys=False)
+
+    said = printed()
+    await deployment.stop()
+    assert line in said
+    assert ("/console" in said) == bool(line)
 
 
 async def test_remarks_about_the_devices_are_in_the_start_table(printed: Printed) -> None:
