@@ -29,6 +29,7 @@ BOXES: Final = {
     "doctor": Box(0, 0, "gateway doctor", "start"),
     "cli": Box(1, 0, "commands", "start"),
     "compare": Box(2, 0, "gateway compare", "start"),
+    "bulk": Box(2, 1, "gateway embed, gateway move", "start"),
     "server": Box(0, 1, "bind, serve, reload, stop", "start"),
     "app": Box(1, 2, "put it all together", "start"),
     "api": Box(1, 3, "one module per dialect", "edge"),
@@ -96,9 +97,9 @@ def arrows(imported: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     Raises:
         ValueError: an import points up.
     """
+    apart = ("bulk", "compare", "doctor")  # commands that use what the others print with; `cli.main` calls them
     below = {
-        # Commands in separate packages use what the other commands print with, and are called by `cli.main`.
-        name: {other for other in others if other in BOXES and not (other == "cli" and name in ("compare", "doctor"))}
+        name: {other for other in others if other in BOXES and not (other == "cli" and name in apart)}
         for name, others in imported.items()
         if name in BOXES
     }

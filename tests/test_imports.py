@@ -21,6 +21,7 @@ cli.main
 cli.comparing
 cli.experimenting
 doctor
+bulk
 compare
 cli
 server
