@@ -1,0 +1,204 @@
+"""Sources and sinks by their URLs.
+
+::
+
+    qdrant://host:6333/collection            a server; qdrant+https:// by TLS
+    qdrant:///data/qdrant#collection         a folder: the part after # is the collection
+    qdrant:./qdrant#collection               a folder, relative to the working directory
+    milvus://host:19530/collection           milvus:./milvus.db#collection is Milvus Lite
+    pgvector://user@host:5432/database/table
+    lancedb:./lance#table                    also lancedb:s3://bucket/folder#table
+    chroma://host:8000/collection            chroma:./chroma#collection
+
+A key or password comes from the environment: from the variable that the store's own tools read, or from the one that
+``?key_env=NAME`` names. A URL with a password is refused, since commands and manifests are readable by others.
+Everything without such a scheme is a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.protocol import MovableStore, Place, Store
+from gateway.config.wording import did_you_mean, enumerate_names, quote
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of store.
+
+    Attributes:
+        package: that its module imports. The extra that installs it has the name of the kind.
+        example: of its URL, for messages.
+        key: the environment variable with its key or password, unless the URL names another.
+        port: of its server; 0 for a store without a server.
+        collection: the store's own word for a collection.
+        has_folder: it can be a folder or file of this machine.
+        has_users: its server knows users by name.
+        options: it understands in a URL's query, besides ``key_env``.
+    """
+
+    package: str
+    example: str
+    key: str = ""
+    port: int = 0
+    collection: str = "collection"
+    has_folder: bool = True
+    has_users: bool = False
+    options: tuple[str, ...] = ()
+
+
+_KINDS: Final[Mapping[str, _Kind]] = {
+    "qdrant": _Kind(
+        "qdrant_client", "qdrant://localhost:6333/docs", "QDRANT_API_KEY", port=6333, options=("vector",)
+    ),
+    "milvus": _Kind(
+        "pymilvus", "milvus://localhost:19530/docs", "MILVUS_TOKEN", port=19530, has_users=True, options=("vector",)
+    ),
+    "pgvector": _Kind(
+        "psycopg", "pgvector://me@localhost:5432/shop/docs", "PGPASSWORD", port=5432, collection="table",
+        has_folder=False, has_users=True, options=("vector", "id", "sslmode"),
+    ),
+    "lancedb": _Kind("lancedb", "lancedb:./lance#docs", collection="table", options=("vector",)),
+    "chroma": _Kind(
+        "chromadb", "chroma://localhost:8000/docs", "CHROMA_AUTH_TOKEN", port=8000, options=("tenant", "database")
+    ),
+}  # fmt: skip
+_OTHER_NAMES: Final = {"postgresql": "pgvector", "postgres": "pgvector", "lance": "lancedb", "chromadb": "chroma"}
+_FILE_SCHEMES: Final = {"file", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}
+"""Read by fsspec."""
+
+
+class _StoreModule(Protocol):
+    def open_store(self, place: Place) -> Store:
+        """Open the store of a place."""
+
+
+def read_place(url: str, *, has_collection: bool = True) -> Place | None:
+    """Return the parts of a store's URL; ``None`` for a file, folder or pattern.
+
+    Args:
+        has_collection: the URL ends in a collection; otherwise it is that of a store, without one.
+
+    Raises:
+        BulkError: the scheme is unknown, or a part is missing or wrong. The message never contains a password.
+    """
+    scheme, colon, rest = url.partition(":")
+    written, plus, transport = scheme.lower().partition("+")
+    name = _OTHER_NAMES.get(written, written)
+    kind = _KINDS.get(name)
+    if not colon or "/" in scheme or (kind is None and (name in _FILE_SCHEMES or not rest.startswith("//"))):
+        return None
+    if kind is None:
+        raise BulkError(_unknown_scheme(written))
+    if plus and (transport not in ("http", "https") or not kind.port):
+        secure = f" or {quote(f'{name}+https')}" if kind.port else ""
+        raise BulkError(f"{quote(scheme)} is not a scheme; write {quote(name)}{secure}")
+    base, _, collection = rest.partition("#")
+    if "?" in collection:
+        # The query belongs before the fragment, but people write it at the end.
+        collection, _, query = collection.partition("?")
+        base = f"{base}?{query}"
+    location, _, query = base.partition("?")
+    options = _options(query, name, kind)
+    key = options.pop("key_env", kind.key or None)
+    place = Place(kind=name, key=key, options=options, collection=unquote(collection))
+    if not kind.port or not location.startswith("//") or location[2:3] in ("", "/", ".", "~"):
+        place = replace(place, location=_folder(location, name, kind))
+    else:
+        place = _on_server(place, kind, location, transport == "https", has_collection and not collection)
+    if has_collection and not place.collection:
+        example = kind.example if place.host else f"{name}:./folder#docs"
+        raise BulkError(f"the URL of {name} ends in no {kind.collection}: write it like {quote(example)}")
+    return place
+
+
+def _folder(location: str, name: str, kind: _Kind) -> str:
+    path = unquote(location.removeprefix("//"))
+    if not kind.has_folder:
+        raise BulkError(f"{name} needs a server: write it like {quote(kind.example)}")
+    if not path:
+        raise BulkError(f"the URL of {name} has neither a host nor a folder; an example is {quote(kind.example)}")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _on_server(place: Place, kind: _Kind, location: str, is_secure: bool, takes_last: bool) -> Place:
+    """Return a place on a server.
+
+    Args:
+        takes_last: the last part of the path is the collection.
+    """
+    try:
+        parts = urlsplit(location)
+        host, port, user = parts.hostname or "", parts.port or kind.port, unquote(parts.username or "")
+    except ValueError:
+        # Its text would show a part of the URL, which can be a part of a password.
+        raise BulkError(
+            f"the URL of {place.kind} has a malformed host or port; an example is {quote(kind.example)}"
+        ) from None
+    if parts.password is not None or (user and not kind.has_users):
+        raise BulkError(
+            f"the URL of {place.kind} has a key or password, which others could read: set it in the environment variable "
+            f"{kind.key}, or in another one that the URL names with ?key_env=NAME"
+        )
+    path = unquote(parts.path).strip("/")
+    collection = place.collection
+    if takes_last:
+        path, _, collection = path.rpartition("/")
+    return replace(place, host=host, port=port, user=user, path=path, is_secure=is_secure, collection=collection)
+
+
+def _options(query: str, name: str, kind: _Kind) -> dict[str, str]:
+    """Return the settings of a URL's query."""
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    known = (*(["key_env"] if kind.key else []), *kind.options)
+    for option in options:
+        if option not in known:
+            hint = did_you_mean(option, known) or ";"
+            raise BulkError(f"{name} has no option {quote(option)}{hint} its options are {enumerate_names(known)}")
+    return options
+
+
+def _unknown_scheme(scheme: str) -> str:
+    if scheme in ("http", "https"):
+        return f"{quote(f'{scheme}://')} does not say which store it is: write one of {enumerate_names(_KINDS)} instead"
+    hint = did_you_mean(scheme, [*_KINDS, *_OTHER_NAMES]) or ";"
+    return f"no store has the scheme {quote(scheme)}{hint} the stores are {enumerate_names(_KINDS)}"
+
+
+def open_store(place: Place) -> Store:
+    """Open a store.
+
+    Raises:
+        BulkError: its package is not installed, or the store cannot be opened.
+    """
+    kind = _KINDS[place.kind]
+    try:
+        importlib.import_module(kind.package)
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] != kind.package:
+            raise BulkError(f"{place.kind} cannot be used: its package {kind.package} fails: {error}") from error
+        raise BulkError(
+            f'{place.kind} needs a package that is not installed: pip install "embedding-gateway[{place.kind}]"'
+        ) from error
+    module = cast(_StoreModule, importlib.import_module(f"gateway.bulk.stores.{place.kind}"))
+    return module.open_store(place)
+
+
+def open_movable(place: Place) -> MovableStore:
+    """Open a store whose collections can move to another model.
+
+    Raises:
+        BulkError: `gateway move` does not know how to move in this store, or `open_store` fails.
+    """
+    store = open_store(place)
+    if not hasattr(store, "flip"):
+        store.close()
+        raise BulkError(f"`gateway move` cannot move in {place.kind}; it can in qdrant, milvus and pgvector")
+    return cast(MovableStore, store)

@@ -1,0 +1,208 @@
+"""What every store offers `gateway embed`, and what `gateway move` needs beyond that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.bulk.rows import BadRow, Row, RowId, Sink, Source, SpaceNote
+from gateway.types import SparseVector
+
+Moment: TypeAlias = datetime | int | float
+"""A point of time, as an item's field has it: a date with its time, or seconds or milliseconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A store and a collection, or table, in it: the parts of ``qdrant://localhost:6333/docs``.
+
+    Attributes:
+        kind: of the store, such as ``qdrant``.
+        location: the folder, file or URI of a store without a server; empty for a server.
+        is_secure: talk to the server by TLS.
+        path: the part of a server's URL between the host and the collection: a prefix, or a database.
+        key: names the environment variable with the key or password; ``None`` for the variable that the store's own
+            tools read. The secret itself is in no URL.
+        options: further settings of the store, from the URL's query.
+    """
+
+    kind: str
+    collection: str = ""
+    location: str = ""
+    host: str = ""
+    port: int = 0
+    user: str = ""
+    path: str = ""
+    is_secure: bool = False
+    key: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def store(self) -> str:
+        """The store without the collection, for messages and to recognize it again: ``qdrant://localhost:6333``."""
+        if self.location:
+            return f"{self.kind}:{self.location}"
+        scheme = f"{self.kind}+https" if self.is_secure else self.kind
+        user = f"{self.user}@" if self.user else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{user}{host}:{self.port}" + (f"/{self.path}" if self.path else "")
+
+    def named(self, collection: str) -> str:
+        """Return the URL of a collection of this store, without secrets."""
+        return f"{self.store}{'#' if self.location else '/'}{collection}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Which fields of an item are read. A path such as ``metadata.body`` names a field inside another.
+
+    Attributes:
+        text: to embed; ``None`` takes the one of the usual names that the items have.
+        payload: the other fields to keep; ``None`` keeps all.
+    """
+
+    text: str | None = None
+    payload: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """Only items whose field is later than a point of time."""
+
+    field: str
+    moment: Moment
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How a sink keeps rows.
+
+    Attributes:
+        text: the field of the payload that the text goes into, a path as in `Fields`; ``None`` keeps no text.
+        vector: name of the dense vector, where a store has several; ``None`` for the only one.
+        adopts: takes a collection with vectors and without a note of their space, on the user's word that they are of
+            the same space.
+        updates: the items exist: only add the named vector to them, and leave their payload and other vectors.
+    """
+
+    text: str | None = "text"
+    vector: str | None = None
+    adopts: bool = False
+    updates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """A collection, as its store describes it.
+
+    Attributes:
+        name: its real name, also when it was asked for by an alias.
+        count: of its items.
+        widths: of its dense vectors, by name; the only one is named ``""`` where it has no name.
+        notes: the spaces that the gateway wrote into them, by the same names.
+    """
+
+    name: str
+    count: int
+    widths: Mapping[str, int]
+    notes: Mapping[str, SpaceNote]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An item that a search found; higher scores are nearer, whichever distance the store has."""
+
+    id: RowId
+    score: float
+
+
+class Store(Protocol):
+    """A store with collections, or tables. Used from one thread at a time; so are its sources and sinks."""
+
+    @property
+    def name(self) -> str:
+        """The store in messages and manifests, without passwords."""
+
+    def source(self, collection: str, fields: Fields, since: Since | None = None) -> Source:
+        """Return the items of a collection as rows; closed on its own, and usable after the store is closed.
+
+        Raises:
+            BulkError: the store cannot be read by the gateway, or has no such order or field.
+        """
+
+    def sink(self, collection: str, keeping: Keeping) -> Sink:
+        """Return a sink for a collection, which its `open` makes; closed on its own, like a source.
+
+        Raises:
+            BulkError: the store cannot be written by the gateway.
+        """
+
+    def close(self) -> None:
+        """Close connections and files."""
+
+
+class MovableStore(Store, Protocol):
+    """A store whose collections can move to another model while applications use them.
+
+    Every method raises `BulkError` if the store has gone away or refuses, and for a collection that does not exist.
+    """
+
+    def collections(self) -> Sequence[str]:
+        """Return the real names of all collections."""
+
+    def describe(self, collection: str) -> CollectionInfo:
+        """Return a collection's info, by its name or an alias."""
+
+    def read_ids(self, collection: str, ids: Sequence[RowId], fields: Fields) -> Iterator[Row | BadRow]:
+        """Yield the items with these ids that still exist, in any order."""
+
+    def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
+        """Yield the id of each item and a 16-byte hash of its payload, text included, in ascending order of `sort_key`.
+
+        Equal items of two collections of this store have equal hashes, so two passes side by side find what was added,
+        changed and deleted, with flat memory.
+        """
+
+    def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
+        """Return the place of an id in the order of `digests`, the same for all collections of the store."""
+
+    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
+        """Delete these items, durably; ids without an item are ignored."""
+
+    def search(
+        self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None
+    ) -> Sequence[Hit]:
+        """Return the items nearest to a query vector, the nearest first.
+
+        Args:
+            query: ``(dimensions,)``, or sparse weights.
+            vector: name of the vector to search, where items have several.
+        """
+
+    def aliases(self) -> Mapping[str, str]:
+        """Return the collection that each alias, or view, means."""
+
+    def why_not_flip(self, name: str) -> str:
+        """Return why a name that applications use cannot mean another collection from now on; empty if it can."""
+
+    def flip(self, name: str, collection: str) -> None:
+        """Make a name mean another collection, in one step: each request sees the one or the other. Reversible by itself.
+
+        Raises:
+            BulkError: `why_not_flip` has the reason.
+        """
+
+    def delete_alias(self, name: str) -> None:
+        """Delete an alias, not its collection."""
+
+    def delete_collection(self, collection: str) -> None:
+        """Delete a collection and its items, by its real name.
+
+        Raises:
+            BulkError: an alias still means it.
+        """
