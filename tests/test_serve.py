@@ -101,7 +101,7 @@ class Served:
     """Observations of a gateway from its start to its end, from its output and from its clients.
 
     Attributes:
-        printed: until it was ready; curl_answer: what the curl line in it gave.
+        printed: until it was ready; curl_answer: what the curl command in it gave.
         answers: the first answer with each status to requests that were sent from the start on.
         health: the answer of /health/ready; lost: that to a request for the model that has failed.
         connections: that it opened, or names that it looked up.
@@ -136,8 +136,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         answers = ask_until(client, "minilm", 200)
-        printed = read_until(process, "curl ")
-        curl = shlex.split(next(line for line in printed.splitlines() if "curl" in line))
+        printed = read_until(process, "-d '")
+        curl = shlex.split(printed[printed.index("curl ") :].replace("\\\n", " "))
         curl_answer = subprocess.run([*curl, "-sf"], capture_output=True, text=True, check=True).stdout
         health = client.get("/health/ready")
         lost = client.post("/v1/embeddings", json={"model": "lost", "input": "a"})
@@ -166,7 +166,7 @@ def test_it_opens_no_connection_and_looks_up_no_name(served: Served) -> None:
     assert served.connections == ""
 
 
-def test_it_prints_a_table_and_a_curl_line_that_works(served: Served) -> None:
+def test_it_prints_a_table_and_a_curl_command_that_works(served: Served) -> None:
     assert re.search(
         r"minilm ready cpu, (bfloat16|float32), (openvino|torch), 384 dimensions, 256 tokens minilm@[0-9a-f]{12}",
         words(served.printed),

@@ -36,6 +36,7 @@ def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: boo
         state = Text(model.state.value, style=_STYLES.get(model.state, ""))
         table.add_row(model.id, state, "\n".join(_described(model)))
     console.print(table)
+    console.print()
     names = make_table("what", "names", has_header=False)
     for what, lines in _configured(deployment, addresses, has_keys=has_keys):
         names.add_row(what, "\n".join(lines))
@@ -45,7 +46,7 @@ def print_serving(deployment: Deployment, addresses: Addresses, *, has_keys: boo
         say(console, "No model is ready; requests are answered with 503.", "red")
         return
     url = addresses.clients
-    say(console, f"\nServing on {url}, documentation at {url}/docs. Try:\n")
+    say(console, f"\nServing on {url}, documentation at {url}/docs\n")
     console.print(_curl(url, ready, has_keys=has_keys), soft_wrap=True)
 
 
@@ -121,11 +122,14 @@ def _arm(arm: Arm) -> str:
 
 def _curl(base_url: str, model: Model, *, has_keys: bool) -> str:
     path, asked = _TRIED[ModelKind.EMBED if model.info is None else model.info.kind]
-    key = f"-H 'authorization: Bearer {_KEY_PLACEHOLDER}' " if has_keys else ""
-    return (
-        f"  curl {base_url}/v1/{path} {key}-H 'content-type: application/json' "
-        f"""-d '{{"model": "{model.id}", {asked}}}'\n"""
-    )
+    key = [f"-H 'authorization: Bearer {_KEY_PLACEHOLDER}'"] if has_keys else []
+    parts = [
+        f"  curl {base_url}/v1/{path}",
+        *key,
+        "-H 'content-type: application/json'",
+        f"""-d '{{"model": "{model.id}", {asked}}}'\n""",
+    ]
+    return " \\\n    ".join(parts)
 
 
 def print_checks(model: str, checks: Sequence[Check]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TextIO
+from typing import Final, TextIO
 
 from structlog.typing import EventDict, WrappedLogger
 
@@ -15,6 +15,24 @@ _RESET, _DIM, _RED, _YELLOW, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[31m", "\x1b[33
 _LEVEL_COLORS = {"warning": _YELLOW, "error": _RED, "critical": _RED}
 # Keys of every event that are rendered in another way.
 _OMITTED = frozenset({"event", "level", "logger", "timestamp", "exc_info", "exception", "stack"})
+# A line or two of a terminal; the JSON format has more of the message.
+_MAX_REASON: Final = 160
+# What happens while the gateway starts and stops, in words; all other events have their name and values. An event without
+# the values of its sentence is shown like those.
+_SENTENCES: Final[Mapping[str, str]] = {
+    "listening": "listening on {url}",
+    "operator_port": "operator's port at {url}",
+    "models_loading": "{number} of {of} models loading; until a model is ready, requests for it get a 503",
+    "model_downloading": "{model}: downloading {size} from {source}, license {license}",
+    "model_download": "{model}: downloaded {done} of {of}",
+    "model_downloaded": "{model}: downloaded after {seconds} s",
+    "model_loading": "{model}: loading {source}",
+    "model_ready": "{model}: ready after {seconds} s",
+    "model_on_demand": "{model}: loads when it is first used",
+    "model_disabled": "{model}: not loaded; {reason}",
+    "model_failed": "{model}: cannot be loaded; {reason}",
+    "stopping": "stopping ({signal}): new requests are taken for {drain_delay_s} s, and those that run are answered",
+}
 
 
 def is_colored(stream: TextIO) -> bool:
@@ -42,13 +60,17 @@ class ConsoleRenderer:
             self._paint(str(status), color),
             f"{event['ms']:.0f} ms" if event["ms"] >= 10 else f"{event['ms']:.1f} ms",
             *(_plain(part) for part in _subject(event)),
-            *(_plain(event[key]) for key in ("error_code", "reason") if key in event),
+            *(_cut(_plain(event[key])) for key in ("error_code", "reason") if key in event),
             self._paint(_plain(event.get("caller", "")), _DIM),
         ]
         return " ".join(part for part in parts if part)
 
     def _other(self, event: EventDict) -> str:
         level = str(event.get("level", "info"))
+        if (sentence := _sentence(event)) is not None:
+            return (
+                f"{self._paint(f'{level}:', _LEVEL_COLORS[level])} {sentence}" if level in _LEVEL_COLORS else sentence
+            )
         name = self._paint(_plain(event.get("event", "")), _LEVEL_COLORS.get(level, ""))
         values = [
             f"{key}={_lines(value)}" for key, value in event.items() if key not in _OMITTED and value not in (None, "")
@@ -57,6 +79,20 @@ class ConsoleRenderer:
 
     def _paint(self, text: str, color: str) -> str:
         return f"{color}{text}{_RESET}" if self._has_colors and color and text else text
+
+
+def _sentence(event: Mapping[str, object]) -> str | None:
+    """Return an event in words, if there are words for it and it has their values."""
+    template = _SENTENCES.get(str(event.get("event")))
+    values = {key: _lines(value) if key == "reason" else _plain(value) for key, value in event.items()}
+    try:
+        return template and template.format_map(values)
+    except KeyError:
+        return None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_REASON else f"{text[: _MAX_REASON - 1]}…"
 
 
 def _subject(event: Mapping[str, object]) -> list[str]:

@@ -311,18 +311,17 @@ async def test_at_80_columns_no_name_and_no_space_is_cut(
 ) -> None:
     monkeypatch.setattr("gateway.cli.console._PIPE_WIDTH", 80)
     name = "a-model-with-a-long-name"
-    deployment = deployment_of({name: 1})
+    deployment = deployment_of({name: 1}, aliases={"default": Alias(name="default", model=name)})
     await deployment.start()
     capsys.readouterr()
 
-    print_serving(deployment, Addresses("http://127.0.0.1:8000"), has_keys=False)
+    print_serving(deployment, Addresses("http://127.0.0.1:8000", "http://127.0.0.1:9000"), has_keys=True)
 
     lines = capsys.readouterr().out.splitlines()
     await deployment.stop()
-    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("Serving"))]
-    assert max(map(len, table)) <= 80
-    assert "…" not in "".join(table)
-    assert any(line.strip().startswith(f"{name}@") for line in table)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert any(line.strip().startswith(f"{name}@") for line in lines)
 
 
 async def test_without_a_model_that_is_ready_no_command_is_suggested(printed: Printed) -> None:
