@@ -54,7 +54,7 @@ BOXES: Final = {
     "vectors": Box(1, 12, "check, cut, normalize", "engine"),
     "similarity": Box(2, 12, "of query and text", "engine"),
 }
-FOUNDATION: Final = ("config", "telemetry", "types", "precision", "errors")
+FOUNDATION: Final = ("config", "telemetry", "types", "tasks", "precision", "errors")
 """Imported by nearly all others; their arrows are left out."""
 
 WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW_HEIGHT, MARGIN = 760, 216, 40, 62, 12

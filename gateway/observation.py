@@ -14,8 +14,9 @@ from gateway.experiments.stats import ExperimentStats
 from gateway.recent import RecentTraffic
 from gateway.requests import Answer, EmbedRequest, Request
 from gateway.routing.router import Choice
+from gateway.tasks import canonical_task
 from gateway.telemetry import metrics, semconv, tracing
-from gateway.types import ModelKind, canonical_task
+from gateway.types import ModelKind
 
 A = TypeVar("A", bound=Answer)
 _OPERATIONS = {

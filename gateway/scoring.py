@@ -10,11 +10,10 @@ from gateway.errors import BadInput, UnsupportedOutput
 from gateway.requests import ClassifyAnswer, ClassifyRequest, Patience, RerankAnswer, RerankRequest
 from gateway.routing.router import Choice, Target
 from gateway.similarity import QueryVectors
+from gateway.tasks import RETRIEVAL
 from gateway.types import TOKEN_BYTES, EmbedJob, ModelInfo, ModelKind, Output, Timings, Truncate
 
 _FLOAT_BYTES = 4
-# The tasks of a query and of the texts that it is compared with.
-_SIDES = ("retrieval.query", "retrieval.passage")
 
 
 async def rerank(target: Target, choice: Choice, request: RerankRequest, patience: Patience) -> RerankAnswer:
@@ -57,7 +56,7 @@ async def _rerank_by_vectors(
     """Embed the query, then have each text scored by its vectors as soon as they are computed: none are kept."""
     info = target.info
     weights = _weights(info, request.score_by)
-    query_task, text_task = (task if task in info.tasks else target.task for task in _SIDES)
+    query_task, text_task = (task if task in info.tasks else target.task for task in RETRIEVAL)
     job = EmbedJob(
         texts=[request.query],
         task=query_task,

@@ -15,12 +15,10 @@ import numpy.typing as npt
 
 from gateway.errors import BadInput
 from gateway.precision import CALIBRATED, Precision, Ranges
+from gateway.tasks import canonical_task, task_family
 
 # Raise it when the gateway's own treatment of a text changes the vectors: then every space is a new one.
 PREPROCESSING_VERSION = 1
-
-# A query and a passage are meant to be compared with each other: their tasks share a space.
-_FAMILIES = {"retrieval.query": "retrieval", "retrieval.passage": "retrieval"}
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """The vectors of one request: shape ``(n, d)``, float32, rows in input order."""
@@ -206,9 +204,9 @@ class ModelInfo:
             precision: one of ``CALIBRATED`` only if ``ranges`` has the dimensions.
         """
         task = canonical_task(task) if task is not None and self.tasks else self.default_task
-        family = _FAMILIES.get(task, task) if task is not None else None
+        family = task_family(task) if task is not None else None
         instructions = (
-            {name: text for name, text in sorted(self.tasks.items()) if _FAMILIES.get(name, name) == family}
+            {name: text for name, text in sorted(self.tasks.items()) if task_family(name) == family}
             if task is not None
             else {"": self.instruction}
         )
@@ -374,27 +372,3 @@ class Vocabulary(Protocol):
 
     def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Return the text of each row of token ids; skip ids that the model does not have."""
-
-
-TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
-"""The canonical names of tasks, which are Jina's."""
-
-_TASK_SYNONYMS = {
-    # Cohere's and Voyage's input types, and the usual names of prompts in sentence-transformers checkpoints.
-    "query": "retrieval.query",
-    "search_query": "retrieval.query",
-    "document": "retrieval.passage",
-    "passage": "retrieval.passage",
-    "search_document": "retrieval.passage",
-    "clustering": "separation",
-}
-
-
-def canonical_task(name: str) -> str:
-    """Return the canonical name of a task; an unknown name is returned unchanged."""
-    return _TASK_SYNONYMS.get(name, name)
-
-
-def known_task_names() -> list[str]:
-    """Return every name that :func:`canonical_task` knows."""
-    return [*TASKS, *_TASK_SYNONYMS]

@@ -51,6 +51,7 @@ config
 telemetry
 cli.console
 types
+tasks
 precision
 config.files
 errors

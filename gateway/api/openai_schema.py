@@ -25,7 +25,8 @@ from gateway.api.json_body import (
 )
 from gateway.api.wire import AnswerBody, Usage
 from gateway.precision import Precision
-from gateway.types import Output, Truncate, canonical_task
+from gateway.tasks import canonical_task
+from gateway.types import Output, Truncate
 from gateway.vectors import Encoding
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 100_276}, "minItems": 1}

@@ -17,7 +17,8 @@ from gateway.http.context import RequestContext
 from gateway.precision import CALIBRATED, Precision
 from gateway.routing.names import Client
 from gateway.routing.router import Choice, Router
-from gateway.types import ModelInfo, ModelKind, canonical_task
+from gateway.tasks import canonical_task
+from gateway.types import ModelInfo, ModelKind
 
 
 class SpaceMember(BaseModel):

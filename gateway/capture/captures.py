@@ -12,8 +12,8 @@ from gateway.config.capture import QUERY_TASK, Capture
 from gateway.config.registry import Registry
 from gateway.experiments.split import UnitSource, read_unit
 from gateway.routing.router import Choice
+from gateway.tasks import canonical_task
 from gateway.telemetry import metrics
-from gateway.types import canonical_task
 
 # Of a sender that no experiment gives a unit: the first that a request has.
 _SENDERS = ("body:user", "api_key")

@@ -19,7 +19,8 @@ from gateway.config.registry import Alias, ModelEntry, Registry
 from gateway.errors import StartError
 from gateway.precision import CALIBRATED
 from gateway.routing.rules import broken_rules
-from gateway.types import PREPROCESSING_VERSION, ModelInfo, canonical_task
+from gateway.tasks import canonical_task
+from gateway.types import PREPROCESSING_VERSION, ModelInfo
 
 VERSION = 1
 _MAX_BYTES = 16 * 1024 * 1024

@@ -15,7 +15,6 @@ from gateway.config.settings import Settings
 from gateway.engine.batcher import Limits
 from gateway.engine.card_metrics import read_cards
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.checkpoint.prompts import RETRIEVAL
 from gateway.engine.checkpoint.read import Checkpoint, read_checkpoint
 from gateway.engine.checkpoint.sources import locate, verify_sha256
 from gateway.engine.devices import CpuThreads, choose_cpu_threads
@@ -31,8 +30,9 @@ from gateway.engine.reranking import choose_weights
 from gateway.engine.wishes import read_wishes
 from gateway.errors import LoadError
 from gateway.precision import Ranges
+from gateway.tasks import RETRIEVAL, canonical_task
 from gateway.telemetry import metrics
-from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate, canonical_task
+from gateway.types import LabelFunction, ModelInfo, ModelKind, Output, Truncate
 
 # The longest text of the warm-up.
 _WARM_UP_TOKENS = 2048

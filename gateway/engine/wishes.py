@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.layouts import Layout
-from gateway.engine.checkpoint.prompts import RETRIEVAL, tasks_of
+from gateway.engine.checkpoint.prompts import tasks_of
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.reranking import choose_weights
 from gateway.errors import LoadError
 from gateway.precision import Ranges
 from gateway.ranges import read as read_ranges
-from gateway.types import Output, canonical_task
+from gateway.tasks import RETRIEVAL, canonical_task
+from gateway.types import Output
 
 
 @dataclass(frozen=True, slots=True)

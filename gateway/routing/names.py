@@ -15,7 +15,7 @@ from gateway.config.registry import Experiment, Registry
 from gateway.config.wording import cut
 from gateway.errors import BadInput, ModelNotAllowed, ModelNotFound
 from gateway.routing.written import Written, decode_unit, read_after, readings
-from gateway.types import canonical_task, known_task_names
+from gateway.tasks import canonical_task, known_task_names
 
 DEFAULT_ALIAS = "default"
 _MAX_SHOWN = 100

@@ -23,7 +23,8 @@ from gateway.experiments.split import Assignment, Split, UnitSource
 from gateway.fleet import Fleet, Model
 from gateway.routing.names import GATEWAY, Client, Names, one_task
 from gateway.routing.spaces import why_not_interchangeable
-from gateway.types import DOES, ModelInfo, ModelKind, ModelState, canonical_task, known_task_names
+from gateway.tasks import canonical_task, known_task_names
+from gateway.types import DOES, ModelInfo, ModelKind, ModelState
 
 
 @dataclass(frozen=True, slots=True)

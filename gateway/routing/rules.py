@@ -10,7 +10,8 @@ from gateway.fleet import Fleet
 from gateway.precision import CALIBRATED
 from gateway.routing.names import Name, Names
 from gateway.routing.spaces import is_same_space, why_not_interchangeable, why_other_ranges
-from gateway.types import DOES, ModelInfo, ModelKind, canonical_task, known_task_names
+from gateway.tasks import canonical_task, known_task_names
+from gateway.types import DOES, ModelInfo, ModelKind
 
 
 class Described(Protocol):

@@ -22,7 +22,8 @@ from gateway.engine.loading import plan_load
 from gateway.engine.model import build
 from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
 from gateway.errors import BadInput, LoadError
-from gateway.types import Output, Truncate, canonical_task
+from gateway.tasks import canonical_task
+from gateway.types import Output, Truncate
 from tests.models.checkpoints import FAMILIES, MAX_TOKENS, TEXTS, linear_head
 from tests.models.family_layouts import PUBLISHED
 

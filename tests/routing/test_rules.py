@@ -14,7 +14,8 @@ from gateway.fleet import Fleet, Model
 from gateway.precision import Ranges
 from gateway.ranges import between
 from gateway.routing.rules import broken_rules, moved_names, name_spaces
-from gateway.types import ModelKind, ModelState, known_task_names
+from gateway.tasks import known_task_names
+from gateway.types import ModelKind, ModelState
 
 MakeModel = Callable[..., Model]
 Put = Callable[..., tuple[Registry, Fleet]]

@@ -18,7 +18,8 @@ from gateway.config.model_entry import ModelEntry
 from gateway.config.upstream import Upstream
 from gateway.errors import LoadError
 from gateway.golden import GoldenVector
-from gateway.types import ModelInfo, canonical_task
+from gateway.tasks import canonical_task
+from gateway.types import ModelInfo
 
 _DEFAULT_MAX_TOKENS = 8192
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from gateway.backends.upstream.dialects import task_field
 from gateway.config.model_entry import ModelEntry
 from gateway.config.upstream import Upstream
-from gateway.engine.checkpoint.prompts import RETRIEVAL
 from gateway.errors import LoadError
-from gateway.types import canonical_task
+from gateway.tasks import RETRIEVAL, canonical_task
 
 
 @dataclass(frozen=True, slots=True)

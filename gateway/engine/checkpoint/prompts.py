@@ -8,9 +8,7 @@ from pathlib import Path
 
 from gateway.engine.checkpoint.json_files import Json
 from gateway.errors import LoadError
-from gateway.types import canonical_task
-
-RETRIEVAL = ("retrieval.query", "retrieval.passage")
+from gateway.tasks import RETRIEVAL, canonical_task
 
 # The instructions that Jina's own `encode` puts before a text (custom_st.py of jinaai/jina-embeddings-v3).
 _JINA_PROMPTS = {
