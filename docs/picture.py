@@ -47,6 +47,7 @@ BOXES: Final = {
     "outcomes": Box(2, 7, "which arm is better", "core"),
     "fleet": Box(1, 8, "every model and its state", "core"),
     "experiments": Box(2, 8, "unit → arm; results", "core"),
+    "cache": Box(0, 9, "vectors of texts seen before", "core"),
     "backends": Box(1, 9, "this process, other servers", "engine"),
     "engine": Box(1, 10, "schedule, tokenize, compute", "engine"),
     "golden": Box(1, 11, "vectors known to be right", "engine"),

@@ -41,6 +41,7 @@ fleet
 recent
 outcomes
 experiments
+cache
 backends
 engine
 golden

@@ -21,7 +21,7 @@ api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
 backends/upstream/probe backends/upstream/server
-compare/cache compare/comparison compare/cost compare/quality compare/search compare/statistics
+cache/files compare/comparison compare/cost compare/quality compare/search compare/statistics
 engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
 engine/model/states engine/model/tokenizer engine/scheduler engine/worker
 experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units

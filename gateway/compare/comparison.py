@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gateway import __version__
+from gateway.cache.files import CacheFolder
 from gateway.cli.client import GatewayClient
 from gateway.compare.agreement import overlap, rank_biased_overlap, same_first
 from gateway.compare.arms import PlannedArm, parse_arms, plan_arm
 from gateway.compare.bottom_line import decide
-from gateway.compare.cache import VectorCache
 from gateway.compare.conclusions import Quality, conclude
 from gateway.compare.cost import CostRun, measure_costs
 from gateway.compare.dataset import Dataset
@@ -71,7 +71,7 @@ async def compare(
     design = Design(request.num_resamples, request.seed, request.margin, dataset.groups)
     names = parse_arms(request.arms)
     arms = [await plan_arm(client, name) for name in names]
-    with VectorCache(request.cache) as cache:
+    with CacheFolder(request.cache) as cache:
         ranked = {arm.name.text: await rank(client, arm, dataset, cache, reporter) for arm in arms}
     rankings = {name: one.ranking for name, one in ranked.items()}
     cost = CostRun({}, [], None)

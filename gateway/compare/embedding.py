@@ -6,20 +6,20 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gateway.cache.files import WEIGHT, CacheFolder, Ragged, RowFile, weight_rows
+from gateway.cache.keys import identity_of
 from gateway.cli.client import EmbeddedTexts, GatewayClient, Refused
 from gateway.compare.arms import PROBE, PlannedArm, Side
-from gateway.compare.cache import VectorCache, VectorFile
 from gateway.compare.progress import Reporter, Step
-from gateway.compare.ragged import Ragged, RaggedFile
 from gateway.errors import CompareError
 from gateway.precision import Precision
 from gateway.routing.spaces import is_same_space
-from gateway.types import Output, SparseVector, Vectors
+from gateway.types import Output, Vectors
 from gateway.vectors import finish
 
 _MAX_TEXTS = 64
@@ -36,7 +36,7 @@ class Embedded:
 
     Attributes:
         dense: ``(n, dimensions)`` float32, ready to be searched by dot product.
-        sparse: rows of :data:`WEIGHT`.
+        sparse: rows of :data:`gateway.cache.files.WEIGHT`.
         multivectors: rows of float16 vectors.
     """
 
@@ -45,19 +45,13 @@ class Embedded:
     multivectors: Ragged | None = None
 
 
-WEIGHT = np.dtype([("index", "<u4"), ("value", "<f4")])
-"""A token of the model, and its weight."""
-
-Store: TypeAlias = VectorFile | RaggedFile
-
-
 async def embed_side(
     client: GatewayClient,
     arm: PlannedArm,
     side: Side,
     outputs: Sequence[Output],
     texts: Sequence[str],
-    cache: VectorCache,
+    cache: CacheFolder,
     reporter: Reporter,
     what: str,
 ) -> Embedded:
@@ -73,7 +67,8 @@ async def embed_side(
     """
     stores = await _open_stores(client, arm, side, outputs, texts, cache)
     # Texts by what they lack. By length, for little padding; then by text, so that every run sends the same batches.
-    lacking = {text: tuple(output for output in outputs if text not in stores[output]) for text in texts}
+    lacking_by_output = {output: stores[output].lacking(texts) for output in outputs}
+    lacking = {text: tuple(output for output in outputs if text in lacking_by_output[output]) for text in texts}
     missing = sorted(
         (text for text, lacks in lacking.items() if lacks), key=lambda text: (lacking[text], len(text), text)
     )
@@ -85,11 +80,11 @@ async def embed_side(
             for batch in _batches(list(alike), has_multivectors=Output.MULTIVECTOR in wanted)
         ]
         await _embed_missing(_Sender(client, arm, side, stores, step), requests)
-    dense, sparse, multivectors = (stores.get(output) for output in (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR))
+    stored = {output: store.read(texts) for output, store in stores.items()}
     return Embedded(
-        dense=_ready(arm, dense.read(texts)) if isinstance(dense, VectorFile) else None,
-        sparse=sparse.read(texts) if isinstance(sparse, RaggedFile) else None,
-        multivectors=multivectors.read(texts) if isinstance(multivectors, RaggedFile) else None,
+        dense=_ready(arm, stored[Output.DENSE].firsts()) if Output.DENSE in stored else None,
+        sparse=stored.get(Output.SPARSE),
+        multivectors=stored.get(Output.MULTIVECTOR),
     )
 
 
@@ -99,25 +94,21 @@ async def _open_stores(
     side: Side,
     outputs: Sequence[Output],
     texts: Sequence[str],
-    cache: VectorCache,
-) -> dict[Output, Store]:
+    cache: CacheFolder,
+) -> dict[Output, RowFile]:
     card = arm.card
-    identity = {
-        "space": side.native_space,
-        "task": side.task,
-        "dtype": card.dtype,
-        "device": (card.device or "").partition(":")[0],
-        "max_tokens": card.max_tokens,
-    }
-    stores: dict[Output, Store] = {}
-    if Output.DENSE in outputs:
-        stores[Output.DENSE] = cache.file(identity, arm.width)
-    if Output.SPARSE in outputs:
-        stores[Output.SPARSE] = cache.ragged(identity | {"output": Output.SPARSE.value}, WEIGHT)
+    rows = {Output.DENSE: np.dtype(("<f4", (arm.width,))), Output.SPARSE: WEIGHT}
     if Output.MULTIVECTOR in outputs:
-        row = np.dtype(("<f2", (await _token_width(client, arm, side, texts),)))
-        stores[Output.MULTIVECTOR] = cache.ragged(identity | {"output": Output.MULTIVECTOR.value}, row)
-    return stores
+        rows[Output.MULTIVECTOR] = np.dtype(("<f2", (await _token_width(client, arm, side, texts),)))
+    return {
+        output: cache.rows(
+            identity_of(
+                side.native_space, side.task, output, dtype=card.dtype, device=card.device, max_tokens=card.max_tokens
+            ),
+            rows[output],
+        )
+        for output in outputs
+    }
 
 
 async def _token_width(client: GatewayClient, arm: PlannedArm, side: Side, texts: Sequence[str]) -> int:
@@ -159,7 +150,7 @@ class _Sender:
     client: GatewayClient
     arm: PlannedArm
     side: Side
-    stores: Mapping[Output, Store]
+    stores: Mapping[Output, RowFile]
     step: Step
 
     async def send(self, outputs: Sequence[Output], batch: Sequence[str]) -> None:
@@ -183,13 +174,7 @@ class _Sender:
             return
         self._check(outputs, embedded)
         for output in outputs:
-            match self.stores[output]:
-                case VectorFile() as store:
-                    store.append(batch, embedded.vectors)
-                case RaggedFile() as store if output is Output.SPARSE:
-                    store.append(batch, [_weights(one) for one in embedded.sparse])
-                case RaggedFile() as store:
-                    store.append(batch, embedded.multivectors)
+            self.stores[output].append(batch, _rows(output, embedded))
         self.step.advance(len(batch))
 
     def _check(self, outputs: Sequence[Output], embedded: EmbeddedTexts) -> None:
@@ -202,10 +187,15 @@ class _Sender:
             )
 
 
-def _weights(sparse: SparseVector) -> npt.NDArray[np.void]:
-    rows = np.empty(len(sparse.indices), dtype=WEIGHT)
-    rows["index"], rows["value"] = sparse.indices, sparse.values
-    return rows
+def _rows(output: Output, embedded: EmbeddedTexts) -> Sequence[npt.NDArray[Any]]:
+    """Return the rows of each text in the cache."""
+    match output:
+        case Output.SPARSE:
+            return [weight_rows(one) for one in embedded.sparse]
+        case Output.MULTIVECTOR:
+            return embedded.multivectors
+        case _:
+            return [vector[np.newaxis] for vector in embedded.vectors]
 
 
 def _batches(texts: Sequence[str], *, has_multivectors: bool) -> Iterator[list[str]]:

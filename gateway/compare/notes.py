@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gateway.cache.files import CacheFolder
 from gateway.compare.arms import PlannedArm
-from gateway.compare.cache import VectorCache
 from gateway.compare.conclusions import Conclusions
 from gateway.compare.dataset import Dataset
 from gateway.compare.fusion import CANDIDATES
@@ -93,7 +93,7 @@ def _of_space(one: PlannedArm, other: PlannedArm) -> str:
     return f"{names} are of one space, and differ in the tasks that queries or documents are embedded with."
 
 
-def run_notes(cache: VectorCache, *, measures_cost: bool) -> list[str]:
+def run_notes(cache: CacheFolder, *, measures_cost: bool) -> list[str]:
     """Return notes on how the figures were made."""
     notes = ["The search is exact: the loss from the index of a vector database is not measured."]
     if cache.num_reused:

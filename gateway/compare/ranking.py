@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gateway.cache.files import CacheFolder, Ragged
 from gateway.cli.client import GatewayClient
 from gateway.compare.arms import PlannedArm
-from gateway.compare.cache import VectorCache
 from gateway.compare.dataset import Dataset
 from gateway.compare.embedding import Embedded, embed_side
 from gateway.compare.fusion import CANDIDATES, Places, Scores, best, fuse_ranks, fuse_scores, union
 from gateway.compare.progress import Reporter
-from gateway.compare.ragged import Ragged
 from gateway.compare.search import Ranking, make_ranking
 from gateway.compare.similarities import Dense, Found, Similarity, Sparse, Tokens
 from gateway.types import Output
@@ -37,7 +36,7 @@ class Ranked:
 
 
 async def rank(
-    client: GatewayClient, arm: PlannedArm, dataset: Dataset, cache: VectorCache, reporter: Reporter
+    client: GatewayClient, arm: PlannedArm, dataset: Dataset, cache: CacheFolder, reporter: Reporter
 ) -> Ranked:
     """Embed both sides, and search.
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse as matrices
 
+from gateway.cache.files import Ragged
 from gateway.compare.fusion import Places, Scores, best
-from gateway.compare.ragged import Ragged
 from gateway.compare.search import FloatMatrix, IntMatrix, search
 
 _MAX_BYTES = 128 * 2**20

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.cache.files import CacheFolder
 from gateway.compare.arms import PlannedArm, parse_arms, plan_arm
-from gateway.compare.cache import VectorCache
 from gateway.compare.embedding import _batches, embed_side
 from gateway.compare.progress import Silent
 from gateway.errors import CompareError, StartError
@@ -28,7 +28,7 @@ async def planned(gateway: FakeGateway, name: str) -> PlannedArm:
 
 
 async def embed(gateway: FakeGateway, arm: PlannedArm, folder: Path, texts: list[str] = TEXTS) -> Vectors:
-    with VectorCache(folder) as cache:
+    with CacheFolder(folder) as cache:
         outputs = [Output.DENSE]
         found = await embed_side(gateway.client, arm, arm.passages, outputs, texts, cache, Silent(), "documents")
         assert found.dense is not None
@@ -36,8 +36,8 @@ async def embed(gateway: FakeGateway, arm: PlannedArm, folder: Path, texts: list
 
 
 def num_vectors(folder: Path, width: int) -> int:
-    (path,) = folder.glob("*.vectors")
-    return path.stat().st_size // (16 + 4 * width)
+    (path,) = folder.glob("*.rows")
+    return path.stat().st_size // (4 * width)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -202,7 +202,7 @@ def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
         )
         try:
             deadline = time.monotonic() + 60
-            while sum(path.stat().st_size for path in cache.glob("*.vectors")) < 64 * (16 + 4 * 8):
+            while sum(path.stat().st_size for path in cache.glob("*.rows")) < 64 * 4 * 8:
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.02)
@@ -211,6 +211,6 @@ def test_an_interruption_is_quiet_and_keeps_what_was_embedded(
         finally:
             process.kill()
     assert (process.returncode, stdout, stderr) == (130, "", "stuck: documents: 128\n")
-    (stored,) = cache.glob("*.vectors")
-    assert stored.stat().st_size == 64 * (16 + 4 * 8)
+    (stored,) = cache.glob("*.rows")
+    assert stored.stat().st_size == 64 * 4 * 8
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from gateway.cache.files import Ragged
 from gateway.compare import similarities
 from gateway.compare.embedding import WEIGHT
 from gateway.compare.fusion import best, fuse_ranks, fuse_scores, union
-from gateway.compare.ragged import Ragged
 from gateway.compare.similarities import Dense, Similarity, Sparse, Tokens
 
 NUM_QUERIES, NUM_DOCUMENTS, WIDTH = 5, 60, 8

@@ -11,10 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
+from gateway.cache.files import CacheFolder
 from gateway.cli.client import GatewayClient
 from gateway.compare import fusion
 from gateway.compare.arms import parse_arms, plan_arm
-from gateway.compare.cache import VectorCache
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
 from gateway.compare.progress import Silent
@@ -85,7 +85,7 @@ def by_rank(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 async def ranked(http: httpx.AsyncClient, name: str, dataset: Dataset, folder: Path) -> Ranked:
     client = GatewayClient(http, "gateway")
     arm = await plan_arm(client, parse_arms([name, "other"])[0])
-    with VectorCache(folder) as cache:
+    with CacheFolder(folder) as cache:
         return await rank(client, arm, dataset, cache, Silent())
 
 

@@ -1,0 +1,1 @@
+"""Vectors that have been computed before. Imported only if the registry has a cache."""
