@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         text: to embed; never empty.
-        payload: its other fields, which a sink stores with the vector.
+        payload: the fields that a sink stores with the vector, by name: as a rule all but the id, so the text is among them.
         place: of the row, for messages: ``docs.jsonl:17``, or ``id 5 of qdrant://localhost/docs``.
         position: where reading goes on after this row.
     """
@@ -100,6 +100,14 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """The source in messages and in the manifest, without passwords."""
+
+    @property
+    def has_unique_ids(self) -> bool:
+        """No two rows can have the same id, so the job need not look for duplicates."""
+
+    @property
+    def text_field(self) -> str:
+        """The field of the payload that has the text, as a path such as ``meta.text``."""
 
     def fingerprint(self) -> str:
         """Return a hash of the files' content, or the identity of a collection: a job goes on only if it is the same.
