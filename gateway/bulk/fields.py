@@ -29,7 +29,7 @@ class FieldNames:
 
     Attributes:
         title: a field whose text is put before that of ``text``.
-        payload: the fields to store with the vectors, each under the last part of its path; ``None`` for all but the id.
+        payload: the other fields to keep, each under the last part of its path; ``None`` for all.
     """
 
     id: str | None = None
@@ -76,7 +76,7 @@ class Fields:
 
     def _payload(self, record: Record) -> Record:
         if self.payload is None:
-            return {name: value for name, value in record.items() if name != self.id}
+            return _without({name: value for name, value in record.items() if name != self.id}, self.text)
         found = ((path.rpartition(".")[2], get(record, path)) for path in self.payload)
         return {name: value for name, value in found if value is not _ABSENT}  # type: ignore[misc]
 
@@ -107,8 +107,8 @@ def resolve_fields(names: FieldNames, records: Sequence[Record], source: str) ->
     text = known(names.text, "--text") or next(filter(has, TEXT_FIELDS), None)
     if text is None:
         raise BulkError(
-            f"{source}: which field is the text? None is called {' or '.join(f'`{name}`' for name in TEXT_FIELDS)}: name it "
-            f"with --text FIELD; {_listed(paths)}"
+            f"{source}: no field is called {' or '.join(f'`{name}`' for name in TEXT_FIELDS)}: name that of the text with "
+            f"--text FIELD; {_listed(paths)}"
         )
     title = known(names.title, "--title")
     _check_payload(names.payload, source)
@@ -128,7 +128,7 @@ def _check_payload(paths: Sequence[str] | None, source: str) -> None:
 
 
 def get(record: Record, path: str) -> Json | object:
-    """Return the value at a path, or an object that is not JSON if there is none.
+    """Return the value at a path, or an object that is not JSON if the record has no such field.
 
     A field whose name has a dot in it is preferred to the field within a field.
     """
@@ -142,6 +142,20 @@ def get(record: Record, path: str) -> Json | object:
         more, dot, rest = rest.partition(".")
         head = f"{head}.{more}"
     return _ABSENT
+
+
+def _without(record: Record, path: str) -> Record:
+    """Return a record without the field at a path, which it has."""
+    if path in record:
+        return {name: value for name, value in record.items() if name != path}
+    head, dot, rest = path.partition(".")
+    while dot:
+        inner = record.get(head)
+        if isinstance(inner, Mapping) and get(inner, rest) is not _ABSENT:
+            return {**record, head: _without(inner, rest)}
+        more, dot, rest = rest.partition(".")
+        head = f"{head}.{more}"
+    return record
 
 
 def _paths(record: Record, prefix: str = "") -> list[str]:

@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         text: to embed; never empty.
-        payload: the fields that a sink stores with the vector, by name: as a rule all but the id, so the text is among them.
+        payload: its other fields, without the id and the text, which a sink stores with the vector.
         place: of the row, for messages: ``docs.jsonl:17``, or ``id 5 of qdrant://localhost/docs``.
         position: where reading goes on after this row.
     """
@@ -107,7 +107,7 @@ class Source(Protocol):
 
     @property
     def text_field(self) -> str:
-        """The field of the payload that has the text, as a path such as ``meta.text``."""
+        """The field that has the text, as a path such as ``meta.text``: under this name it is stored again."""
 
     def fingerprint(self) -> str:
         """Return a hash of the files' content, or the identity of a collection: a job goes on only if it is the same.

@@ -15,9 +15,13 @@ def row_of(record: dict[str, object], **names: object) -> Row | BadRow:
     return fields.row(record, "docs.jsonl:1", 1)  # type: ignore[arg-type]
 
 
-def test_the_usual_names_are_found_and_all_but_the_id_is_payload() -> None:
-    row = row_of(BEIR)
-    assert row == Row("d1", "Text", {k: v for k, v in BEIR.items() if k != "_id"}, "docs.jsonl:1", 1)
+def test_the_usual_names_are_found_and_all_other_fields_are_payload() -> None:
+    assert row_of(BEIR) == Row("d1", "Text", {"title": "Title", "meta": BEIR["meta"]}, "docs.jsonl:1", 1)
+
+
+def test_a_text_inside_a_field_is_taken_out_of_the_payload() -> None:
+    row = row_of({"id": 1, "meta": {"body.raw": "deep", "lang": "en"}, "n": 2}, text="meta.body.raw")
+    assert row == Row(1, "deep", {"meta": {"lang": "en"}, "n": 2}, "docs.jsonl:1", 1)
 
 
 def test_id_is_preferred_to_underscore_id_and_text_to_content() -> None:
@@ -40,8 +44,8 @@ def test_paths_lead_into_fields_and_name_the_payload_by_their_last_part() -> Non
 @pytest.mark.parametrize(
     ("record", "names", "message"),
     [
-        ({"id": 1, "body": "x"}, {}, "docs.jsonl: which field is the text? None is called `text` or `content`: name it "
-         "with --text FIELD; the fields are: id, body"),
+        ({"id": 1, "body": "x"}, {}, "docs.jsonl: no field is called `text` or `content`: name that of the text with "
+         "--text FIELD; the fields are: id, body"),
         ({"id": 1, "text": "x"}, {"text": "txet"}, "--text txet: there is no such field; did you mean `text`?"),
         ({"id": 1, "text": "x"}, {"id": "key"}, "--id key: there is no such field; the fields are: id, text"),
         ({"id": 1, "text": "x"}, {"payload": ("a.x", "b.x")}, "has a.x and b.x, and both would be stored as `x`"),
