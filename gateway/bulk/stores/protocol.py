@@ -88,12 +88,15 @@ class Keeping:
         adopts: takes a collection with vectors and without a note of their space, on the user's word that they are of
             the same space.
         updates: the items exist: only add the named vector to them, and leave their payload and other vectors.
+        like: a collection of the same store; a collection that does not exist yet is made with its settings, fields and
+            indexes, and the width of the job. An item with the same id there gives its other vectors to a row.
     """
 
     text: str | None = "text"
     vector: str | None = None
     adopts: bool = False
     updates: bool = False
+    like: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,17 @@ class MovableStore(Store, Protocol):
         Args:
             query: ``(dimensions,)``, or sparse weights.
             vector: name of the vector to search, where items have several.
+        """
+
+    def vectors(
+        self, collection: str, ids: Sequence[RowId], vector: str | None = None
+    ) -> Mapping[RowId, npt.NDArray[np.float32]]:
+        """Return the dense vectors, ``(dimensions,)``, of those of these items that exist and have one.
+
+        A store that keeps only the direction of vectors returns them with L2 norm 1.
+
+        Args:
+            vector: name of the vector, where items have several.
         """
 
     def aliases(self) -> Mapping[str, str]:
