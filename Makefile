@@ -83,8 +83,9 @@ format: install-dev ## Format the code and mend what the linter can
 	$(DEV_BIN)/ruff format .
 	$(DEV_BIN)/ruff check --fix .
 
-docs: install-dev ## Write the generated parts of the documentation
+docs: install-dev ## Write the generated parts of the documentation, the dashboards and Datadog's monitors
 	$(DEV_BIN)/python docs/generate.py
+	$(DEV_BIN)/python -m deploy.watch
 
 site: build/site-env/.installed ## Build the documentation as a site with search, in build/site
 	build/site-env/bin/python docs/site.py

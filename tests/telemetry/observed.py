@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from deploy.watch.promql import promql
+from deploy.watch.rows import ROWS
 from gateway.telemetry import metrics
 
 ROOT = Path(__file__).parents[2]
@@ -29,16 +28,9 @@ _SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"")
 
 
-def dashboard() -> ModuleType:
-    """Import the script that writes the dashboard."""
-    path = ROOT / "deploy" / "grafana" / "dashboard.py"
-    spec = importlib.util.spec_from_file_location("dashboard", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dashboard"] = module
-    spec.loader.exec_module(module)
-    return module
+def expressions() -> list[str]:
+    """Return every expression of Grafana's dashboard."""
+    return [promql(series.expression) for row in ROWS for panel in row.panels for series in panel.series]
 
 
 def rules() -> list[dict[str, Any]]:

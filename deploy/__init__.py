@@ -1,0 +1,1 @@
+"""How the gateway is deployed and watched."""
