@@ -145,7 +145,11 @@ def _start(folder: Path, burn_s: float) -> Victim:
 
 def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
     load = subprocess.Popen(
-        _load_command(victim.url, folder, seconds, peak), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        _load_command(victim.url, folder, seconds, peak),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A command in a shell's background ignores SIGINT, and so would the load, which that signal ends.
+        preexec_fn=_take_sigint,  # noqa: PLW1509  no thread has been started yet
     )
     samples: list[Sample] = []
     is_over = threading.Event()
@@ -175,6 +179,10 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
     return Soak(
         elapsed_s, target["answered"], Counter(target["failures"]), outcomes, samples, exit_code, first_round_ended
     )
+
+
+def _take_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait_for_load(victim: Victim) -> None:
