@@ -1,0 +1,190 @@
+"""Qdrant, a server or a folder: a source, a sink, and a store to move in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from qdrant_client import QdrantClient, models
+
+from gateway.bulk.rows import BadRow, BulkError, Row, RowId
+from gateway.bulk.stores.notes import read_notes
+from gateway.bulk.stores.payloads import digest
+from gateway.bulk.stores.protocol import CollectionInfo, Fields, Hit, Keeping, Place, Since
+from gateway.bulk.stores.qdrant_connection import Connection
+from gateway.bulk.stores.qdrant_layout import Vectors
+from gateway.bulk.stores.qdrant_points import ORIGINAL_ID, PointId, point_id, row_id_of, sort_key
+from gateway.bulk.stores.qdrant_sink import QdrantSink
+from gateway.bulk.stores.qdrant_source import QdrantSource
+from gateway.types import SparseVector
+
+
+def open_store(place: Place) -> QdrantStore:
+    """Open a server or a folder. A server is not asked for anything yet.
+
+    Raises:
+        BulkError: the folder cannot be opened.
+    """
+    return QdrantStore(Connection.to(place))
+
+
+class QdrantStore:
+    """Qdrant as a store with collections. Names of collections may be aliases, except where a real name is asked for."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def name(self) -> str:
+        """The store's URL, without secrets."""
+        return self._connection.place.store
+
+    def source(self, collection: str, fields: Fields, since: Since | None = None) -> QdrantSource:
+        """Return the points of a collection as rows."""
+        return QdrantSource(self._connection.again(), collection, fields, since)
+
+    def sink(self, collection: str, keeping: Keeping) -> QdrantSink:
+        """Return a sink for a collection."""
+        return QdrantSink(self._connection.again(), collection, self._with_vector(keeping))
+
+    def close(self) -> None:
+        """Close the connection, if no source or sink uses it."""
+        self._connection.close()
+
+    def collections(self) -> Sequence[str]:
+        """Return the real names of all collections."""
+        found = self._connection.call(lambda client: client.get_collections(), "")
+        return [description.name for description in found.collections]
+
+    def describe(self, collection: str) -> CollectionInfo:
+        """Return a collection's info."""
+        info = self._connection.read_info(collection)
+        counted = self._connection.call(lambda client: client.count(collection, exact=True), collection)
+        return CollectionInfo(
+            name=self.aliases().get(collection, collection),
+            count=counted.count,
+            widths={name: params.size for name, params in Vectors.of(info).single.items()},
+            notes=read_notes(info.config.metadata, self._connection.place.named(collection)),
+        )
+
+    def read_ids(self, collection: str, ids: Sequence[RowId], fields: Fields) -> Iterator[Row | BadRow]:
+        """Yield the points of these rows that exist."""
+        source = self.source(collection, fields)
+        try:
+            yield from source.read_ids(ids)
+        finally:
+            source.close()
+
+    def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
+        """Yield the id and the hash of the payload of each point, integers first, then UUIDs."""
+        source = self.source(collection, Fields())
+        try:
+            for point, payload in source.read_payloads():
+                row_id, rest = row_id_of(point, payload)
+                yield row_id, digest(rest)
+        finally:
+            source.close()
+
+    def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
+        """Return the place of a row in the order of `digests`."""
+        return sort_key(point_id(row_id))
+
+    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
+        """Delete the points of these rows, and return when that is on disk."""
+        points: list[models.ExtendedPointId] = [point_id(row_id) for row_id in ids]
+        if points:
+            self._connection.call(
+                lambda client: client.delete(collection, models.PointIdsList(points=points), wait=True), collection
+            )
+
+    def search(
+        self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None
+    ) -> Sequence[Hit]:
+        """Return the points nearest to a query vector."""
+        vectors = Vectors.of(self._connection.read_info(collection))
+        asked: models.SparseVector | list[float]
+        if isinstance(query, SparseVector):
+            asked = models.SparseVector(indices=query.indices.tolist(), values=query.values.tolist())
+            known = list(vectors.sparse)
+        else:
+            asked = query.tolist()
+            known = list(vectors.single)
+        name = vector if vector is not None else self._connection.place.options.get("vector")
+        if name is None:
+            if len(known) != 1:
+                raise BulkError(
+                    f"{self._connection.place.named(collection)} has {len(known)} vectors to search; name one"
+                )
+            name = known[0]
+        found = self._connection.call(
+            lambda client: client.query_points(
+                collection, query=asked, using=name or None, limit=limit, with_payload=[ORIGINAL_ID]
+            ),
+            collection,
+        )
+        is_distance = name in vectors.single and vectors.single[name].distance in (
+            models.Distance.EUCLID,
+            models.Distance.MANHATTAN,
+        )
+        return [
+            Hit(row_id_of(_id(point.id), point.payload or {})[0], -point.score if is_distance else point.score)
+            for point in found.points
+        ]
+
+    def aliases(self) -> Mapping[str, str]:
+        """Return the collection that each alias means."""
+        found = self._connection.call(lambda client: client.get_aliases(), "")
+        return {alias.alias_name: alias.collection_name for alias in found.aliases}
+
+    def why_not_flip(self, name: str) -> str:
+        """Return why a name cannot become an alias; empty if it can, or is one already."""
+        if name in self.collections():
+            return (
+                f"{name!r} is the name of a collection itself, and an alias cannot have the name of one that exists. "
+                "Let applications use an alias: choose its name, and set it in their settings once"
+            )
+        return ""
+
+    def flip(self, name: str, collection: str) -> None:
+        """Make an alias mean a collection, in one step; the alias is made if it does not exist."""
+        if reason := self.why_not_flip(name):
+            raise BulkError(reason)
+        create = models.CreateAliasOperation(
+            create_alias=models.CreateAlias(collection_name=collection, alias_name=name)
+        )
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name))
+        self._connection.read_info(collection)
+
+        def change(client: QdrantClient) -> None:
+            # Both in one request, which Qdrant applies as a whole. Read again, since the request may be repeated.
+            exists = any(alias.alias_name == name for alias in client.get_aliases().aliases)
+            client.update_collection_aliases([delete, create] if exists else [create])
+
+        self._connection.call(change, collection)
+
+    def delete_alias(self, name: str) -> None:
+        """Delete an alias, not its collection."""
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name))
+        self._connection.call(lambda client: client.update_collection_aliases([delete]), name)
+
+    def delete_collection(self, collection: str) -> None:
+        """Delete a collection by its real name."""
+        aliases = self.aliases()
+        if collection in aliases:
+            raise BulkError(f"{collection!r} is an alias of {aliases[collection]!r}, not a collection")
+        if meaning := sorted(name for name, real in aliases.items() if real == collection):
+            raise BulkError(
+                f"the alias {meaning[0]!r} still means the collection {collection!r}; let it mean another one first"
+            )
+        self._connection.call(lambda client: client.delete_collection(collection), collection)
+
+    def _with_vector(self, keeping: Keeping) -> Keeping:
+        if keeping.vector is not None or "vector" not in self._connection.place.options:
+            return keeping
+        return replace(keeping, vector=self._connection.place.options["vector"])
+
+
+def _id(point: models.ExtendedPointId) -> PointId:
+    return point if isinstance(point, int | str) else str(point)

@@ -1,0 +1,129 @@
+"""Connections to Qdrant, a server or a folder, and its errors in plain words."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from qdrant_client import QdrantClient
+from qdrant_client.common.client_exceptions import QdrantException
+from qdrant_client.http.exceptions import ApiException
+
+from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.patience import PATIENCE_S, insist
+from gateway.bulk.stores.protocol import Place
+from gateway.bulk.stores.qdrant_errors import explain, pause_after
+from gateway.config.wording import did_you_mean, enumerate_names, quote
+
+if TYPE_CHECKING:
+    from qdrant_client.http.models import CollectionInfo
+
+Result = TypeVar("Result")
+
+_TIMEOUT_S: Final = 60
+
+
+class Connection:
+    """A client of Qdrant that all users of one place share, since a folder can be opened only once.
+
+    Used from one thread at a time.
+    """
+
+    _open: Final[dict[tuple[str, str | None], Connection]] = {}
+    _lock: Final = threading.Lock()
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._num_users = 1
+        # A server that has never responded is more likely a wrong URL than a server that restarts.
+        self._has_responded = False
+        self._key = os.environ.get(place.key or "") or None
+        self.client = self._connect()
+
+    @classmethod
+    def to(cls, place: Place) -> Connection:
+        """Return the connection to a place, the one that is open or a new one.
+
+        Raises:
+            BulkError: the folder cannot be opened.
+        """
+        with cls._lock:
+            connection = cls._open.get((place.store, place.key))
+            if connection is None:
+                connection = cls._open[place.store, place.key] = cls(place)
+            else:
+                connection._num_users += 1
+            return connection
+
+    def again(self) -> Connection:
+        """Return this connection for one more user, who closes it too."""
+        with self._lock:
+            self._num_users += 1
+        return self
+
+    def close(self) -> None:
+        """Close the connection if this was its last user."""
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0:
+                self._open.pop((self.place.store, self.place.key), None)
+                self.client.close()
+
+    def _connect(self) -> QdrantClient:
+        place = self.place
+        with warnings.catch_warnings():
+            # A key without TLS is the user's decision, inside a cluster for example.
+            warnings.simplefilter("ignore")
+            if not place.location:
+                return QdrantClient(
+                    host=place.host,
+                    port=place.port,
+                    https=place.is_secure,
+                    prefix=place.path or None,
+                    api_key=self._key,
+                    timeout=_TIMEOUT_S,
+                    check_compatibility=False,
+                )
+            try:
+                return QdrantClient(path=place.location)
+            except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+                reason = "another process uses it" if "already accessed" in str(error) else str(error)
+                raise BulkError(f"the folder {place.location} cannot be opened as a Qdrant store: {reason}") from error
+
+    def call(self, ask: Callable[[QdrantClient], Result], collection: str) -> Result:
+        """Return the result of a request, which is repeated while the server is away for a moment.
+
+        Args:
+            ask: makes the request; may be called again, so it must not matter how often.
+            collection: that the request is about, for messages.
+
+        Raises:
+            BulkError: the server refuses it, or stays away.
+        """
+        try:
+            result = insist(lambda: ask(self.client), pause_after, PATIENCE_S if self._has_responded else 0.0)
+        except (ApiException, QdrantException) as error:
+            raise BulkError(
+                explain(error, self.place, collection, self._key is not None, self._has_responded)
+            ) from error
+        except (ValueError, RuntimeError, OSError) as error:
+            # A folder's errors, or values that cannot be sent.
+            raise BulkError(f"{self.place.named(collection)}: {error}") from error
+        self._has_responded = True
+        return result
+
+    def read_info(self, collection: str) -> CollectionInfo:
+        """Return a collection's settings, also by an alias.
+
+        Raises:
+            BulkError: it does not exist, or the server fails.
+        """
+        if not self.call(lambda client: client.collection_exists(collection), collection):
+            names = self.call(lambda client: [found.name for found in client.get_collections().collections], collection)
+            hint = did_you_mean(collection, names) or ";"
+            there = f"it has {enumerate_names(sorted(names)[:20])}" if names else "it has no collections"
+            raise BulkError(f"{self.place.store} has no collection {quote(collection)}{hint} {there}")
+        return self.call(lambda client: client.get_collection(collection), collection)

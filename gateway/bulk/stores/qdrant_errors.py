@@ -1,0 +1,84 @@
+"""The errors of Qdrant's client in plain words, and which of them pass."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import httpx
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+from gateway.bulk.stores.patience import GOES_ON, PATIENCE_S
+from gateway.bulk.stores.protocol import Place
+from gateway.config.wording import cut
+
+_PASSING: Final = (429, 500, 502, 503, 504)
+
+
+def pause_after(error: Exception) -> float | None:
+    """Return how long to wait before the same request may succeed; ``None`` if it never will."""
+    match error:
+        case ResourceExhaustedResponse():
+            return float(error.retry_after_s)
+        case UnexpectedResponse() if error.status_code in _PASSING:
+            return 0.0
+        case ResponseHandlingException(source=httpx.TransportError() as source) if "SSL" not in str(source):
+            return 0.0
+    return None
+
+
+def explain(error: Exception, place: Place, collection: str, has_key: bool, has_responded: bool) -> str:
+    """Return what is wrong and what to do.
+
+    Args:
+        has_key: a key was sent.
+        has_responded: the server has responded before.
+    """
+    match error:
+        case UnexpectedResponse():
+            return _explain_response(error, place, place.named(collection), has_key)
+        case ResourceExhaustedResponse():
+            return f"{place.store} has limited the rate of requests for more than {PATIENCE_S:.0f} s; {GOES_ON}"
+        case ResponseHandlingException(source=httpx.HTTPError() as source):
+            return _explain_transport(source, place, has_responded)
+        case ResponseHandlingException():
+            return f"{place.store} does not respond like Qdrant: {cut(str(error.source), 200)}"
+    return f"{place.store}: {cut(str(error), 200)}"
+
+
+def _explain_transport(error: httpx.HTTPError, place: Place, has_responded: bool) -> str:
+    reason = str(error) or type(error).__name__
+    if "SSL" in reason:
+        return f"{place.store} has no usable TLS: {reason}. Without TLS, write qdrant:// instead of qdrant+https://"
+    if not has_responded:
+        return f"{place.store} cannot be reached: {reason}. Is it running, and is {place.port} its port for HTTP?"
+    return f"{place.store} has gone away: {reason}; {GOES_ON}"
+
+
+def _explain_response(error: UnexpectedResponse, place: Place, where: str, has_key: bool) -> str:
+    message, status = _message_of(error), error.status_code
+    match status:
+        case 401 | 403 if has_key:
+            return f"{where} refuses the key in the environment variable {place.key}: {message}"
+        case 401 | 403:
+            return f"{where} needs a key: set the environment variable {place.key}, or name another with ?key_env=NAME"
+        case 413:
+            return (
+                f"{where} refuses a request because of its size: {message}. Raise `service.max_request_size_mb` of Qdrant; "
+                "the multi-vectors of one long text can be larger than its 32 MB"
+            )
+        case int() if status in _PASSING:
+            return f"{where} fails with status {status}: {message}; {GOES_ON}"
+    return f"{where} refuses a request with status {status}: {message}"
+
+
+def _message_of(error: UnexpectedResponse) -> str:
+    """Return the text in the response to a failed request."""
+    try:
+        body = error.structured()
+    except ValueError:
+        return cut(error.content.decode(errors="replace").strip(), 300) or error.reason_phrase
+    match body:
+        case {"status": {"error": str() as message}}:
+            return cut(message, 500)
+    return cut(str(body), 300)

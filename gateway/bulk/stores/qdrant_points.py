@@ -1,0 +1,70 @@
+"""Qdrant's ids and payloads. Pure.
+
+Qdrant's ids are unsigned 64-bit integers and UUIDs. Such ids of rows stay as they are. All others are mapped to UUIDs
+that depend only on the id, and the payload keeps the original one in the field ``gateway_id``.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+from gateway.bulk.rows import BulkError, Json, Row, RowId
+from gateway.bulk.stores.payloads import with_field
+
+PointId: TypeAlias = int | str
+"""An unsigned integer, or a UUID in its usual spelling."""
+
+ORIGINAL_ID: Final = "gateway_id"
+"""The field of the payload with the id of a row that Qdrant does not allow."""
+
+_NAMESPACE: Final = uuid.UUID("5b0e6f0c-9d0b-5f3c-8c2e-3d1f6a7b9e42")
+_UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
+_MAX_INTEGER: Final = 2**64 - 1
+
+
+def point_id(row_id: RowId) -> PointId:
+    """Return the id of the point of a row; different rows have different ones."""
+    if isinstance(row_id, int):
+        # 5 and "5" are two ids.
+        return row_id if 0 <= row_id <= _MAX_INTEGER else str(uuid.uuid5(_NAMESPACE, f"int:{row_id}"))
+    return row_id.lower() if _UUID.fullmatch(row_id) else str(uuid.uuid5(_NAMESPACE, f"str:{row_id}"))
+
+
+def row_id_of(point: PointId, payload: Mapping[str, Json]) -> tuple[RowId, dict[str, Json]]:
+    """Return the id that a row had before it became this point, and the payload without that."""
+    rest = dict(payload)
+    original = rest.get(ORIGINAL_ID)
+    if isinstance(original, str | int) and not isinstance(original, bool) and point_id(original) == point:
+        del rest[ORIGINAL_ID]
+        return original, rest
+    return point, rest
+
+
+def payload_of(row: Row, text_field: str | None) -> dict[str, Json]:
+    """Return the payload of a row's point.
+
+    Args:
+        text_field: that the text goes into; ``None`` keeps no text.
+
+    Raises:
+        BulkError: the row's own payload leaves no room for the text or the id.
+    """
+    payload = dict(row.payload)
+    if text_field is not None:
+        payload = with_field(payload, text_field, row.text)
+    if point_id(row.id) != row.id:
+        if ORIGINAL_ID in payload:
+            raise BulkError(
+                f"{row.place} has a field `{ORIGINAL_ID}`, which keeps the id of a row that Qdrant does not allow, "
+                f"such as {row.id!r}: rename the field"
+            )
+        payload[ORIGINAL_ID] = row.id
+    return payload
+
+
+def sort_key(point: PointId) -> tuple[int, int | str]:
+    """Return the place of a point in the order in which Qdrant lists them: integers, then UUIDs."""
+    return (0, point) if isinstance(point, int) else (1, uuid.UUID(point).int)

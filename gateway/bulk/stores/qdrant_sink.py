@@ -1,0 +1,175 @@
+"""A Qdrant collection that keeps the vectors of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
+
+from qdrant_client import QdrantClient, models
+
+from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.bulk.stores.notes import check_note, read_notes, write_notes
+from gateway.bulk.stores.protocol import Keeping
+from gateway.bulk.stores.qdrant_connection import Connection
+from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout, params_of
+from gateway.bulk.stores.qdrant_points import payload_of, point_id
+
+Result = TypeVar("Result")
+
+_Named: TypeAlias = dict[str, Any]
+"""Vectors by name, of the types that Qdrant's client declares."""
+
+_MAX_NUMBERS: Final = 400_000
+"""Numbers per request: about 8 MB of JSON, where a server accepts 32 MB."""
+
+_MAX_POINTS: Final = 256
+
+
+class QdrantSink:
+    """Writes rows as points. A point is replaced as a whole, so a shard may be written any number of times."""
+
+    def __init__(self, connection: Connection, collection: str, keeping: Keeping) -> None:
+        self._connection = connection
+        self._collection = collection
+        self._keeping = keeping
+        self._layout: Layout | None = None
+
+    @property
+    def name(self) -> str:
+        """The collection's URL, without secrets."""
+        return self._connection.place.named(self._collection)
+
+    def open(self, note: SpaceNote) -> None:
+        """Make the collection if it does not exist, and check that it may take vectors of this space.
+
+        Raises:
+            BulkError: it holds another space, vectors of an unknown model, or vectors of another width or distance.
+        """
+        if not self._call(lambda client: client.collection_exists(self._collection)):
+            if self._keeping.updates:
+                self._connection.read_info(self._collection)  # raises
+            self._layout = new_layout(note, self._keeping.vector)
+            self._create(self._layout, note)
+            return
+        info = self._connection.read_info(self._collection)
+        if self._keeping.updates and self._keeping.vector not in Vectors.of(info).dense:
+            info = self._add_vector(note)
+        notes = read_notes(info.config.metadata, self.name)
+        layout = layout_in(Vectors.of(info), note, self._keeping.vector, self.name)
+        held = notes.get(layout.noted)
+        num_items = 0 if held else self._count(layout.noted)
+        check_note(held, note, self.name, num_items, adopts=self._keeping.adopts)
+        if held is None:
+            self._write_notes({**notes, layout.noted: note})
+        self._layout = layout
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Keep a shard's points, and return when the server has them on disk.
+
+        Raises:
+            BulkError: the server refuses them, or stays away.
+        """
+        if self._layout is None:
+            raise RuntimeError("a sink must be opened before the first write")
+        for points in _requests(batch, self._layout, self._keeping.text):
+            self._call(partial(self._update if self._keeping.updates else self._upsert, points))
+
+    def close(self) -> None:
+        """Close the connection, if no other user of it is left."""
+        self._connection.close()
+
+    def _create(self, layout: Layout, note: SpaceNote) -> None:
+        vectors = params_of(layout, note)
+        dense = vectors.dense if list(vectors.dense) != [UNNAMED] else vectors.dense[UNNAMED]
+
+        def create(client: QdrantClient) -> None:
+            # The request before may have succeeded without an answer.
+            if not client.collection_exists(self._collection):
+                client.create_collection(
+                    self._collection,
+                    vectors_config=dense,
+                    sparse_vectors_config=vectors.sparse or None,
+                    metadata=write_notes({layout.noted: note}),
+                )
+
+        self._call(create)
+        info = self._connection.read_info(self._collection)
+        if not read_notes(info.config.metadata, self.name):
+            self._call(lambda client: client.delete_collection(self._collection))
+            raise BulkError(
+                f"{self._connection.place.store} keeps no metadata of collections; Qdrant 1.16 and later do"
+            )
+
+    def _add_vector(self, note: SpaceNote) -> models.CollectionInfo:
+        """Add the named vector to a collection that lacks it."""
+        if self._keeping.vector is None or not note.dimensions:
+            raise BulkError(f"name the vector to add to the items of {self.name} with ?vector= in the URL")
+        params = dense_params(note)
+        config = models.DenseVectorNameConfig(
+            dense=models.DenseVectorConfig(size=params.size, distance=params.distance)
+        )
+        name = self._keeping.vector
+        self._call(lambda client: client.create_vector_name(self._collection, name, config))
+        return self._connection.read_info(self._collection)
+
+    def _count(self, vector: str) -> int:
+        """Return how many points have a vector of this name."""
+        having = models.Filter(must=[models.HasVectorCondition(has_vector=vector)]) if vector else None
+        return self._call(lambda client: client.count(self._collection, count_filter=having, exact=True)).count
+
+    def _write_notes(self, notes: dict[str, SpaceNote]) -> None:
+        metadata = write_notes(notes)
+        self._call(lambda client: client.update_collection(self._collection, metadata=metadata))
+        if read_notes(self._connection.read_info(self._collection).config.metadata, self.name) != notes:
+            raise BulkError(
+                f"{self._connection.place.store} keeps no metadata of collections; Qdrant 1.16 and later do"
+            )
+
+    def _upsert(self, points: list[models.PointStruct], client: QdrantClient) -> None:
+        client.upsert(self._collection, points, wait=True)
+
+    def _update(self, points: list[models.PointStruct], client: QdrantClient) -> None:
+        """Add vectors to the points that exist, and leave out those that were deleted since they were read."""
+        found = client.retrieve(self._collection, [point.id for point in points], with_payload=False)
+        exist = {point.id for point in found}
+        vectors = [models.PointVectors(id=point.id, vector=point.vector) for point in points if point.id in exist]
+        if vectors:
+            client.update_vectors(self._collection, vectors, wait=True)
+
+    def _call(self, ask: Callable[[QdrantClient], Result]) -> Result:
+        return self._connection.call(ask, self._collection)
+
+
+def _requests(batch: EmbeddedRows, layout: Layout, text_field: str | None) -> Iterator[list[models.PointStruct]]:
+    """Yield the points of a batch, as many at a time as fit into a request."""
+    points: list[models.PointStruct] = []
+    num_numbers = 0
+    for index, row in enumerate(batch.rows):
+        vectors, size = _vectors(batch, index, layout)
+        if points and (num_numbers + size > _MAX_NUMBERS or len(points) == _MAX_POINTS):
+            yield points
+            points, num_numbers = [], 0
+        vector = vectors[UNNAMED] if list(vectors) == [UNNAMED] else vectors
+        points.append(models.PointStruct(id=point_id(row.id), vector=vector, payload=payload_of(row, text_field)))
+        num_numbers += size
+    if points:
+        yield points
+
+
+def _vectors(batch: EmbeddedRows, index: int, layout: Layout) -> tuple[_Named, int]:
+    """Return the vectors of a row by their names, and how many numbers they are."""
+    named: _Named = {}
+    size = 0
+    if layout.dense is not None and batch.dense is not None:
+        named[layout.dense] = batch.dense[index].tolist()
+        size += batch.dense.shape[1]
+    if layout.multivector is not None and batch.multivectors is not None:
+        tokens = batch.multivectors[index]
+        named[layout.multivector] = tokens.tolist()
+        size += tokens.size
+    if layout.sparse is not None and batch.sparse is not None:
+        weights = batch.sparse[index]
+        named[layout.sparse] = models.SparseVector(indices=weights.indices.tolist(), values=weights.values.tolist())
+        size += 2 * len(weights.indices)
+    return named, size

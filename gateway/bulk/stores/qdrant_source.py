@@ -1,0 +1,148 @@
+"""The points of a Qdrant collection as rows, in the order of their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import cached_property, partial
+from typing import Final, cast
+
+from qdrant_client import QdrantClient, models
+
+from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
+from gateway.bulk.stores.payloads import choose_text_field, row_of
+from gateway.bulk.stores.protocol import Fields, Since
+from gateway.bulk.stores.qdrant_connection import Connection
+from gateway.bulk.stores.qdrant_points import PointId, point_id, row_id_of
+
+_PAGE: Final = 256
+"""Points per request: small enough for texts of whole documents, large enough that requests cost little."""
+
+_SAMPLE: Final = 64
+
+
+class QdrantSource:
+    """Reads the points of a collection, without their vectors.
+
+    A position is the id of a point. Points that are added behind it while a job reads are read too; points before it
+    are not, and `gateway move` finds them in its second pass. Deleted points are left out.
+    """
+
+    def __init__(self, connection: Connection, collection: str, fields: Fields, since: Since | None) -> None:
+        self._connection = connection
+        self._collection = collection
+        self._fields = fields
+        self._since = since
+
+    @property
+    def name(self) -> str:
+        """The collection's URL, without secrets."""
+        return self._connection.place.named(self._collection)
+
+    @cached_property
+    def text_field(self) -> str:
+        """The field with the text.
+
+        Raises:
+            BulkError: it is not known which one that is.
+        """
+        if self._fields.text is not None:
+            return self._fields.text
+        sample, _ = self._scroll(None, _SAMPLE)
+        return choose_text_field(self._fields, [point.payload or {} for point in sample], self.name)
+
+    def fingerprint(self) -> str:
+        """Return the collection and the field that is read; its points may change while a job runs.
+
+        Raises:
+            BulkError: the collection does not exist or cannot be read.
+        """
+        self._connection.read_info(self._collection)
+        since = f" since {self._since.field} {self._since.moment}" if self._since else ""
+        return f"{self.name} text={self.text_field}{since}"
+
+    def count(self) -> int | None:
+        """Return how many points there are, as Qdrant estimates it."""
+        answer = self._connection.call(
+            lambda client: client.count(self._collection, count_filter=self._filter, exact=False), self._collection
+        )
+        return answer.count
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        """Yield the points after a position, or all of them, page by page.
+
+        Raises:
+            BulkError: the collection does not exist or cannot be read.
+        """
+        if after is not None and (isinstance(after, bool) or not isinstance(after, int | str)):
+            raise BulkError(f"{after!r} is not a position in {self.name}")
+        for point, payload in self.read_payloads(after):
+            yield self._row(point, payload)
+
+    def read_payloads(self, after: PointId | None = None) -> Iterator[tuple[PointId, dict[str, Json]]]:
+        """Yield the points after an id, or all of them, with their payloads.
+
+        Raises:
+            BulkError: the collection does not exist or cannot be read.
+        """
+        self._connection.read_info(self._collection)
+        offset = after
+        while True:
+            points, following = self._scroll(offset, _PAGE)
+            for point in points:
+                # Qdrant starts with the point at the offset itself.
+                if point.id != after:
+                    yield _parts(point)
+            if following is None:
+                return
+            offset = following
+
+    def read_ids(self, ids: Sequence[RowId]) -> Iterator[Row | BadRow]:
+        """Yield the points of these rows that exist.
+
+        Raises:
+            BulkError: the collection does not exist or cannot be read.
+        """
+        for start in range(0, len(ids), _PAGE):
+            retrieve = partial(self._retrieve, [point_id(row_id) for row_id in ids[start : start + _PAGE]])
+            for point in self._connection.call(retrieve, self._collection):
+                yield self._row(*_parts(point))
+
+    def close(self) -> None:
+        """Close the connection, if no other user of it is left."""
+        self._connection.close()
+
+    @property
+    def _filter(self) -> models.Filter | None:
+        if self._since is None:
+            return None
+        moment = self._since.moment
+        later = models.DatetimeRange(gt=moment) if isinstance(moment, datetime) else models.Range(gt=moment)
+        return models.Filter(must=[models.FieldCondition(key=self._since.field, range=later)])
+
+    def _scroll(self, offset: PointId | None, limit: int) -> tuple[list[models.Record], PointId | None]:
+        points, following = self._connection.call(
+            lambda client: client.scroll(
+                self._collection,
+                scroll_filter=self._filter,
+                limit=limit,
+                offset=offset,
+                with_payload=True,
+                with_vectors=False,
+            ),
+            self._collection,
+        )
+        return points, cast("PointId | None", following)
+
+    def _retrieve(self, ids: list[PointId], client: QdrantClient) -> list[models.Record]:
+        return client.retrieve(self._collection, ids, with_payload=True)
+
+    def _row(self, point: PointId, payload: dict[str, Json]) -> Row | BadRow:
+        row_id, payload = row_id_of(point, payload)
+        place = f"id {row_id} of {self.name}"
+        return row_of(row_id, payload, self.text_field, self._fields.payload, place, position=point)
+
+
+def _parts(point: models.Record) -> tuple[PointId, dict[str, Json]]:
+    point_id = point.id if isinstance(point.id, int | str) else str(point.id)
+    return point_id, cast("dict[str, Json]", point.payload or {})

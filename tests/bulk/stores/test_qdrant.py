@@ -1,0 +1,442 @@
+"""Qdrant as a source, a sink and a store to move in: a real one, in a folder."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qdrant_client import QdrantClient, models
+
+from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
+from gateway.bulk.stores.protocol import Fields, Keeping, Since
+from gateway.bulk.stores.qdrant import QdrantStore
+from gateway.bulk.stores.qdrant_points import point_id, row_id_of
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
+
+UUID = "9f0c2a56-7f0e-4c5e-a0b9-1d2f3a4b5c6d"
+PAYLOAD: dict[str, Json] = {
+    "nested": {"list": [1, None, {"a": "ü"}], "empty": {}},
+    "none": None,
+    "yes": True,
+    "number": 0.1,
+    "large": 2**53 + 1,
+    "日本": "語\n\t\u0000\U0001f600",
+    "date": "2026-11-26T03:30:00+00:00",
+}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"qdrant:{tmp_path / 'q'}#docs"
+
+
+@pytest.fixture
+def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.qdrant_source._PAGE", 16)
+
+
+def client(url: str) -> QdrantClient:
+    place = read_place(url)
+    assert place is not None
+    return QdrantClient(path=place.location)
+
+
+def store_of(url: str) -> QdrantStore:
+    place = read_place(url)
+    assert place is not None
+    store = open_movable(place)
+    assert isinstance(store, QdrantStore)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("row_id", "is_kept"),
+    [(0, True), (2**64 - 1, True), (UUID, True), (-1, False), (2**64, False), ("5", False), ("a/ü", False), ("", False),
+     (UUID.upper(), False), (UUID.replace("-", ""), False)],
+)  # fmt: skip
+def test_ids_that_qdrant_allows_are_kept_and_others_are_mapped(row_id: RowId, is_kept: bool) -> None:
+    point = point_id(row_id)
+    assert (point == row_id) is is_kept
+    if isinstance(point, str):
+        assert str(uuid.UUID(point)) == point
+    assert row_id_of(point, {"gateway_id": row_id, "a": 1} if not is_kept else {"a": 1}) == (row_id, {"a": 1})
+
+
+def test_different_ids_are_different_points() -> None:
+    ids: list[RowId] = [5, "5", -5, "-5", "int:5", "str:5", 2**64, str(2**64), UUID, UUID.replace("-", "")]
+    assert len({point_id(row_id) for row_id in ids}) == len(ids)
+
+
+def test_an_id_of_another_program_in_the_payload_is_payload() -> None:
+    assert row_id_of(7, {"gateway_id": "x"}) == (7, {"gateway_id": "x"})
+    assert row_id_of(7, {"gateway_id": [1]}) == (7, {"gateway_id": [1]})
+
+
+def test_rows_come_back_with_their_ids_text_and_payload(url: str) -> None:
+    rows = [row(3, "three", PAYLOAD), row("doc-1", "one"), row(UUID, "uuid", {"a": 1}), row(-4, "minus", PAYLOAD)]
+    write(url, rows)
+    assert by_id(url) == {row.id: (row.text, row.payload) for row in rows}
+    qdrant = client(url)
+    [point] = qdrant.retrieve("docs", [3], with_vectors=True)
+    assert point.payload == {**PAYLOAD, "text": "three"}
+    np.testing.assert_allclose(point.vector, vector_of("three"), atol=1e-6)
+    [mapped] = qdrant.retrieve("docs", [str(point_id("doc-1"))])
+    assert mapped.payload == {"text": "one", "gateway_id": "doc-1"}
+    qdrant.close()
+
+
+def test_the_same_shard_again_replaces_itself(url: str) -> None:
+    write(url, [row(1, "a", {"old": 1}), row("x", "b")])
+    write(url, [row(1, "a", {"new": 2}), row("x", "b")])
+    assert by_id(url) == {1: ("a", {"new": 2}), "x": ("b", {})}
+
+
+def test_all_outputs_are_kept_by_name(url: str) -> None:
+    rows = [row(n, f"text {n}" + "!" * n) for n in range(6)]
+    write(url, rows, HYBRID)
+    qdrant = client(url)
+    params = qdrant.get_collection("docs").config.params
+    assert isinstance(params.vectors, dict)
+    assert {name: (vector.size, vector.distance.value) for name, vector in params.vectors.items()} == {
+        "dense": (4, "Cosine"),
+        "multivector": (3, "Dot"),
+    }
+    expected = embedded(rows, HYBRID)
+    assert expected.sparse
+    assert expected.multivectors
+    for index, point in enumerate(qdrant.scroll("docs", with_vectors=True)[0]):
+        assert isinstance(point.vector, dict)
+        np.testing.assert_allclose(point.vector["multivector"], expected.multivectors[index], atol=1e-6)
+        sparse = point.vector["sparse"]
+        assert isinstance(sparse, models.SparseVector)
+        assert sparse.indices == expected.sparse[index].indices.tolist()
+        assert sparse.values == expected.sparse[index].values.tolist()
+    qdrant.close()
+    store = store_of(url)
+    for index, item in enumerate(rows):
+        assert store.search("docs", vector_of(item.text), 1)[0].id == index
+    assert store.search("docs", expected.sparse[5], 1)[0].id == 5
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("note", "kinds"),
+    [
+        (replace(HYBRID, dimensions=0, token_width=0), ([], ["sparse"])),
+        (replace(HYBRID, dimensions=0, has_sparse=False), (["multivector"], [])),
+        (replace(HYBRID, token_width=0), (["dense"], ["sparse"])),
+    ],
+)
+def test_each_mixture_of_outputs_has_its_vectors(url: str, note, kinds) -> None:
+    write(url, [row(1, "one"), row(2, "two!")], note)
+    qdrant = client(url)
+    params = qdrant.get_collection("docs").config.params
+    assert (list(params.vectors or {}), list(params.sparse_vectors or {})) == kinds
+    assert all(point.vector for point in qdrant.scroll("docs", with_vectors=True)[0])
+    qdrant.close()
+    write(url, [row(3, "three")], note)
+    assert len(by_id(url)) == 3
+
+
+def test_vectors_that_are_not_normalized_get_the_dot_product(url: str) -> None:
+    write(url, [row(1, "a")], replace(NOTE, is_normalized=False))
+    qdrant = client(url)
+    params = qdrant.get_collection("docs").config.params.vectors
+    assert isinstance(params, models.VectorParams)
+    assert params.distance == models.Distance.DOT
+    qdrant.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"space": "other@ba9876543210"},
+            "holds vectors of tiny@0123456789ab, which cannot be compared with those of other@",
+        ),
+        ({"task": "query"}, "holds vectors for the task 'passage', and this job embeds for the task 'query'"),
+        ({"task": None}, "for the task 'passage', and this job embeds for no task"),
+        ({"dimensions": 8}, "has vectors of width 4, and this job makes them of 8"),
+        ({"has_sparse": True}, "has no sparse vector, and this job makes one per item"),
+        ({"token_width": 3}, "has no multi-vector, and this job makes one per item"),
+        ({"is_normalized": False}, "has the distance Cosine, and tiny needs Dot, since its vectors are not normalized"),
+    ],
+)
+def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(BulkError) as caught:
+        write(url, [row(2, "b")], replace(NOTE, **change))
+    assert message in str(caught.value)
+    assert list(by_id(url)) == [1]
+
+
+def test_the_same_space_under_another_model_id_is_the_same(url: str) -> None:
+    write(url, [row(1, "a")])
+    write(url, [row(2, "b")], replace(NOTE, space="renamed@0123456789ab", model="renamed"))
+    assert list(by_id(url)) == [1, 2]
+
+
+def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE), metadata={"mine": 1})
+    qdrant.upsert("docs", [models.PointStruct(id=1, vector=[1, 0, 0, 0], payload={"text": "a"})])
+    qdrant.close()
+    with pytest.raises(BulkError, match=r"#docs has 1 item and no note of their space: .* or add --adopt if"):
+        write(url, [row(2, "b")])
+    write(url, [row(2, "b")], keeping=Keeping(adopts=True))
+    write(url, [row(3, "c")])
+    with pytest.raises(BulkError, match="cannot be compared"):
+        write(url, [row(3, "c")], replace(NOTE, space="other@ba9876543210"), Keeping(adopts=True))
+    assert list(by_id(url)) == [1, 2, 3]
+    store = store_of(url)
+    assert store.describe("docs").notes == {"": NOTE}
+    store.close()
+    qdrant = client(url)
+    assert (qdrant.get_collection("docs").config.metadata or {})["mine"] == 1
+    qdrant.close()
+
+
+def test_an_empty_collection_of_the_right_width_is_fine(url: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection("docs", {"body": models.VectorParams(size=4, distance=models.Distance.EUCLID)})
+    qdrant.close()
+    write(url, [row(1, "a")])
+    assert list(by_id(url)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({"a": ("Cosine", 4), "b": ("Cosine", 4)}, "has several dense vectors, `a`, `b`: name one with ?vector="),
+        ({"a": ("Cosine", 5)}, "the vector `a` of "),
+        ({"a": ("Manhattan", 4)}, "has the distance Manhattan, and tiny needs Dot or Cosine or Euclid"),
+    ],
+)
+def test_an_empty_collection_that_does_not_fit_is_refused(url: str, vectors: dict, message: str) -> None:
+    qdrant = client(url)
+    config = {name: models.VectorParams(size=size, distance=distance) for name, (distance, size) in vectors.items()}
+    qdrant.create_collection("docs", config)
+    qdrant.close()
+    with pytest.raises(BulkError) as caught:
+        write(url, [row(1, "a")])
+    assert message in str(caught.value)
+
+
+def test_a_second_vector_is_added_to_items_that_stay_as_they_are(url: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection("docs", {"old": models.VectorParams(size=2, distance=models.Distance.DOT)})
+    points = [
+        models.PointStruct(id=n, vector={"old": [n, 1]}, payload={"data": f"memory {n}", "k": n}) for n in (1, 2, 3)
+    ]
+    qdrant.upsert("docs", points)
+    qdrant.close()
+    items = [item for item in read(url) if isinstance(item, Row)]
+    qdrant = client(url)
+    qdrant.delete("docs", [2])
+    qdrant.close()
+    write(f"{url}?vector=new", items, keeping=Keeping(updates=True))
+    write(f"{url}?vector=new", items, keeping=Keeping(updates=True))
+    qdrant = client(url)
+    found = qdrant.scroll("docs", with_vectors=True)[0]
+    assert [(point.id, point.payload) for point in found] == [(n, {"data": f"memory {n}", "k": n}) for n in (1, 3)]
+    for point in found:
+        assert isinstance(point.vector, dict)
+        assert point.vector["old"] == [point.id, 1]
+        np.testing.assert_allclose(point.vector["new"], vector_of(f"memory {point.id}"), atol=1e-6)
+    qdrant.close()
+
+
+@pytest.mark.usefixtures("_small_pages")
+def test_reading_goes_on_after_a_position_while_points_come_and_go(url: str) -> None:
+    write(url, [row(n, f"text {n}") for n in range(0, 120, 2)] + [row(str(uuid.UUID(int=n)), "u") for n in range(3)])
+    store, collection = open_url(url)
+    source = store.source(collection, Fields(text="text"))
+    assert source.count() == 63
+    reader = source.read()
+    first = [next(reader) for _ in range(20)]
+    assert [item.id for item in first] == list(range(0, 40, 2))
+    write(url, [row(41, "later"), row(21, "before")])
+    store_of(url).delete_ids("docs", [40, 42])
+    rest = list(source.read(first[-1].position))
+    expected = [41, *range(44, 120, 2), *(str(uuid.UUID(int=n)) for n in range(3))]
+    assert [item.id for item in rest] == expected
+    assert [item.id for item in source.read(rest[-1].position)] == []
+    source.close()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("payload", "problem"),
+    [
+        (
+            {"body": {"txt": "x"}, "n": 1},
+            "it has no field `body.text`; did you mean `body.txt`? it has `body.txt`, `n`",
+        ),
+        ({}, "it has no field `body.text`; it has no fields"),
+        ({"body": {"text": 5}}, "its field `body.text` is a number, not a text"),
+        ({"body": {"text": None}}, "its field `body.text` is null, not a text"),
+        ({"body": {"text": " \n"}}, "its field `body.text` is empty"),
+    ],
+)
+def test_an_item_without_a_text_says_which_fields_it_has(url: str, payload: dict[str, Json], problem: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
+    qdrant.close()
+    [item] = read(url, Fields(text="body.text"))
+    assert item == BadRow(f"id 8 of {url}", problem, 8, 8)
+
+
+def test_a_nested_text_goes_back_to_where_it_was(url: str) -> None:
+    payload: dict[str, Json] = {"meta": {"body": "hello", "lang": "en"}, "k": 1}
+    qdrant = client(url)
+    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
+    qdrant.close()
+    items = [item for item in read(url, Fields(text="meta.body")) if isinstance(item, Row)]
+    assert [(item.text, item.payload) for item in items] == [("hello", {"meta": {"lang": "en"}, "k": 1})]
+    write(url.replace("#docs", "#copy"), items, keeping=Keeping(text="meta.body"))
+    store = store_of(url)
+    assert list(store.digests("docs")) == list(store.digests("copy"))
+    store.close()
+    [chosen] = read(url, Fields(text="meta.body", payload=("meta.lang", "absent")))
+    assert isinstance(chosen, Row)
+    assert chosen.payload == {"meta": {"lang": "en"}}
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        ({"data": "memory", "user_id": "u"}, "memory"),
+        ({"page_content": "page", "metadata": {}}, "page"),
+        ({"content": 5, "text": "a"}, "a"),
+    ],
+)
+def test_the_text_is_found_by_its_usual_name(url: str, payload: dict[str, Json], text: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
+    qdrant.close()
+    [item] = read(url)
+    assert isinstance(item, Row)
+    assert item.text == text
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (
+            {"text": "a", "content": "b"},
+            "several of their fields could be the text; they have `text`, `content`. Name it",
+        ),
+        ({"summary": "a"}, "none of their fields has a usual name of a text; they have `summary`. Name it with --text"),
+    ],
+)
+def test_a_text_without_a_clear_name_must_be_named(url: str, payload: dict[str, Json], message: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
+    qdrant.close()
+    with pytest.raises(BulkError) as caught:
+        read(url)
+    assert message in str(caught.value)
+
+
+def test_a_collection_that_does_not_exist_names_those_that_do(url: str) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(BulkError, match=r"has no collection `dosc`; did you mean `docs`\? it has `docs`"):
+        read(url.replace("#docs", "#dosc"))
+
+
+# The client leaves the file of the lock open that it does not get.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_folder_that_another_process_uses_is_an_error(url: str) -> None:
+    qdrant = client(url)
+    with pytest.raises(BulkError, match="cannot be opened as a Qdrant store: another process uses it"):
+        open_url(url)
+    qdrant.close()
+    open_url(url)[0].close()
+
+
+def test_items_since_a_point_of_time(url: str) -> None:
+    write(url, [row(n, "x", {"at": f"2026-11-2{n}T00:00:00Z", "n": n, "s": {"t": n * 1.5}}) for n in range(1, 6)])
+    store, collection = open_url(url)
+    for since in (Since("at", datetime(2026, 11, 23, tzinfo=UTC)), Since("n", 3), Since("s.t", 4.5)):
+        source = store.source(collection, Fields(), since)
+        assert [item.id for item in source.read()] == [4, 5]
+        assert source.count() == 2
+        source.close()
+    store.close()
+
+
+@pytest.mark.usefixtures("_small_pages")
+def test_digests_find_what_changed_in_one_pass(url: str) -> None:
+    store = store_of(url)
+    write(url, [row(n, f"text {n}", {"a": n, "b": [n]}) for n in range(40)] + [row("x", "mapped")])
+    write(
+        url.replace("#docs", "#new"),
+        [row(n, f"text {n}", {"b": [n], "a": n}) for n in range(40)] + [row("x", "mapped")],
+    )
+    before = list(store.digests("docs"))
+    assert before == list(store.digests("new"))
+    keys = [store.sort_key(row_id) for row_id, _ in before]
+    assert keys == sorted(keys)
+    write(url, [row(7, "text 7", {"a": 7, "b": [8]}), row("y", "added")])
+    store.delete_ids("docs", [9, "absent"])
+    changed = set(store.digests("docs")) ^ set(store.digests("new"))
+    assert {row_id for row_id, _ in changed} == {7, 9, "y"}
+    assert {item.id for item in store.read_ids("docs", [7, 9, "y", "x"], Fields())} == {7, "y", "x"}
+    store.close()
+
+
+def test_an_alias_flips_and_flips_back(url: str) -> None:
+    write(url, [row(1, "old")])
+    write(url.replace("#docs", "#docs-2"), [row(1, "new")], replace(NOTE, space="other@ba9876543210"))
+    store = store_of(url)
+    assert "the name of a collection itself" in store.why_not_flip("docs")
+    with pytest.raises(BulkError, match="the name of a collection itself"):
+        store.flip("docs", "docs-2")
+    assert store.why_not_flip("live") == ""
+    for collection, text in (("docs", "old"), ("docs-2", "new"), ("docs", "old"), ("docs-2", "new")):
+        store.flip("live", collection)
+        assert store.aliases() == {"live": collection}
+        assert store.describe("live").name == collection
+        assert by_id(url.replace("#docs", "#live"))[1][0] == text
+    with pytest.raises(BulkError, match="the alias 'live' still means the collection 'docs-2'"):
+        store.delete_collection("docs-2")
+    with pytest.raises(BulkError, match="has no collection `gone`"):
+        store.flip("live", "gone")
+    store.delete_collection("docs")
+    assert store.collections() == ["docs-2"]
+    store.delete_alias("live")
+    assert store.aliases() == {}
+    info = store.describe("docs-2")
+    assert (info.count, info.widths, info.notes[""].space) == (1, {"": 4}, "other@ba9876543210")
+    store.close()
+
+
+def test_a_note_that_a_program_has_damaged_is_an_error(url: str) -> None:
+    write(url, [row(1, "a")])
+    qdrant = client(url)
+    qdrant.update_collection("docs", metadata={"embedding_gateway": {"": {"space": 5}}})
+    qdrant.close()
+    with pytest.raises(BulkError, match=r"the note 'embedding_gateway' in the metadata of .* cannot be read"):
+        write(url, [row(1, "a")])
+
+
+def test_a_source_and_a_sink_share_a_folder(url: str) -> None:
+    write(url, [row(n, f"text {n}") for n in range(10)])
+    store, collection = open_url(url)
+    source, sink = store.source(collection, Fields()), store.sink("copy", Keeping())
+    store.close()
+    sink.open(NOTE)
+    rows = [item for item in source.read() if isinstance(item, Row)]
+    source.close()
+    sink.write(0, embedded(rows))
+    sink.close()
+    assert by_id(url) == by_id(url.replace("#docs", "#copy"))
