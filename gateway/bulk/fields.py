@@ -10,8 +10,8 @@ from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
 from gateway.config.wording import cut, describe, did_you_mean
 
 ID_FIELDS = ("id", "_id")
-TEXT_FIELDS = ("text", "content")
-"""The names to look for, if the user gives none."""
+TEXT_FIELDS = ("text", "content", "page_content", "document", "data")
+"""The names to look for, if the user gives none: LangChain's is ``page_content``, Chroma's ``document``, Mem0's ``data``."""
 
 Record = Mapping[str, Json]
 

@@ -44,7 +44,8 @@ def test_paths_lead_into_fields_and_name_the_payload_by_their_last_part() -> Non
 @pytest.mark.parametrize(
     ("record", "names", "message"),
     [
-        ({"id": 1, "body": "x"}, {}, "docs.jsonl: no field is called `text` or `content`: name that of the text with "
+        ({"id": 1, "body": "x"}, {}, "docs.jsonl: no field is called "
+         "`text` or `content` or `page_content` or `document` or `data`: name that of the text with "
          "--text FIELD; the fields are: id, body"),
         ({"id": 1, "text": "x"}, {"text": "txet"}, "--text txet: there is no such field; did you mean `text`?"),
         ({"id": 1, "text": "x"}, {"id": "key"}, "--id key: there is no such field; the fields are: id, text"),

@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, Row, RowId, Sink, Source, SpaceNote
 from gateway.types import SparseVector
 
@@ -58,19 +59,6 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
-    """Which fields of an item are read. A path such as ``metadata.body`` names a field inside another.
-
-    Attributes:
-        text: to embed; ``None`` takes the one of the usual names that the items have.
-        payload: the other fields to keep; ``None`` keeps all.
-    """
-
-    text: str | None = None
-    payload: Sequence[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Since:
     """Only items whose field is later than a point of time."""
 
@@ -83,7 +71,7 @@ class Keeping:
     """How a sink keeps rows.
 
     Attributes:
-        text: the field of the payload that the text goes into, a path as in `Fields`; ``None`` keeps no text.
+        text: the field of the payload that the text goes into, a path as in `FieldNames`; ``None`` keeps no text.
         vector: name of the dense vector, where a store has several; ``None`` for the only one.
         adopts: takes a collection with vectors and without a note of their space, on the user's word that they are of
             the same space.
@@ -131,8 +119,10 @@ class Store(Protocol):
     def name(self) -> str:
         """The store in messages and manifests, without passwords."""
 
-    def source(self, collection: str, fields: Fields, since: Since | None = None) -> Source:
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> Source:
         """Return the items of a collection as rows; closed on its own, and usable after the store is closed.
+
+        Their ids are the store's, unless ``names.id`` is a field of the payload.
 
         Raises:
             BulkError: the store cannot be read by the gateway, or has no such order or field.
@@ -161,7 +151,7 @@ class MovableStore(Store, Protocol):
     def describe(self, collection: str) -> CollectionInfo:
         """Return a collection's info, by its name or an alias."""
 
-    def read_ids(self, collection: str, ids: Sequence[RowId], fields: Fields) -> Iterator[Row | BadRow]:
+    def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the items with these ids that still exist, in any order."""
 
     def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:

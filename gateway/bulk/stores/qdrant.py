@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from qdrant_client import QdrantClient, models
 
+from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
 from gateway.bulk.stores.notes import read_notes
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Fields, Hit, Keeping, Place, Since
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_layout import Vectors
 from gateway.bulk.stores.qdrant_points import ORIGINAL_ID, PointId, point_id, row_id_of, sort_key
@@ -41,9 +42,9 @@ class QdrantStore:
         """The store's URL, without secrets."""
         return self._connection.place.store
 
-    def source(self, collection: str, fields: Fields, since: Since | None = None) -> QdrantSource:
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> QdrantSource:
         """Return the points of a collection as rows."""
-        return QdrantSource(self._connection.again(), collection, fields, since)
+        return QdrantSource(self._connection.again(), collection, names, since)
 
     def sink(self, collection: str, keeping: Keeping) -> QdrantSink:
         """Return a sink for a collection."""
@@ -69,9 +70,9 @@ class QdrantStore:
             notes=read_notes(info.config.metadata, self._connection.place.named(collection)),
         )
 
-    def read_ids(self, collection: str, ids: Sequence[RowId], fields: Fields) -> Iterator[Row | BadRow]:
+    def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the points of these rows that exist."""
-        source = self.source(collection, fields)
+        source = self.source(collection, names)
         try:
             yield from source.read_ids(ids)
         finally:
@@ -79,7 +80,7 @@ class QdrantStore:
 
     def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
         """Yield the id and the hash of the payload of each point, integers first, then UUIDs."""
-        source = self.source(collection, Fields())
+        source = self.source(collection, FieldNames())
         try:
             for point, payload in source.read_payloads():
                 row_id, rest = row_id_of(point, payload)

@@ -28,7 +28,7 @@ def pause_after(error: Exception) -> float | None:
 
 
 def explain(error: Exception, place: Place, collection: str, has_key: bool, has_responded: bool) -> str:
-    """Return what is wrong and what to do.
+    """Return the reason of a failure, and the way out of it.
 
     Args:
         has_key: a key was sent.

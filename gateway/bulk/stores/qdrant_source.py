@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Final, cast
 
 from qdrant_client import QdrantClient, models
 
+from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, resolve_fields
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
-from gateway.bulk.stores.payloads import choose_text_field, row_of
-from gateway.bulk.stores.protocol import Fields, Since
+from gateway.bulk.stores.protocol import Since
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_points import PointId, point_id, row_id_of
 
@@ -28,10 +29,10 @@ class QdrantSource:
     are not, and `gateway move` finds them in its second pass. Deleted points are left out.
     """
 
-    def __init__(self, connection: Connection, collection: str, fields: Fields, since: Since | None) -> None:
+    def __init__(self, connection: Connection, collection: str, names: FieldNames, since: Since | None) -> None:
         self._connection = connection
         self._collection = collection
-        self._fields = fields
+        self._names = names
         self._since = since
 
     @property
@@ -40,26 +41,29 @@ class QdrantSource:
         return self._connection.place.named(self._collection)
 
     @cached_property
-    def text_field(self) -> str:
-        """The field with the text.
+    def fields(self) -> Fields:
+        """The fields that make a row.
 
         Raises:
-            BulkError: it is not known which one that is.
+            BulkError: the first points do not have them.
         """
-        if self._fields.text is not None:
-            return self._fields.text
-        sample, _ = self._scroll(None, _SAMPLE)
-        return choose_text_field(self._fields, [point.payload or {} for point in sample], self.name)
+        points, _ = self._scroll(None, _SAMPLE)
+        payloads = [row_id_of(*_parts(point))[1] for point in points]
+        if not payloads:
+            return Fields(self._names.id, self._names.text or TEXT_FIELDS[0], self._names.title, self._names.payload)
+        fields = resolve_fields(self._names, payloads, self.name)
+        # A field of this name is payload, unless the user wants it as the id.
+        return fields if self._names.id is not None else replace(fields, id=None)
 
     def fingerprint(self) -> str:
-        """Return the collection and the field that is read; its points may change while a job runs.
+        """Return the collection and the fields that are read; its points may change while a job runs.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.
         """
         self._connection.read_info(self._collection)
         since = f" since {self._since.field} {self._since.moment}" if self._since else ""
-        return f"{self.name} text={self.text_field}{since}"
+        return f"{self.name} {self.fields}{since}"
 
     def count(self) -> int | None:
         """Return how many points there are, as Qdrant estimates it."""
@@ -140,7 +144,7 @@ class QdrantSource:
     def _row(self, point: PointId, payload: dict[str, Json]) -> Row | BadRow:
         row_id, payload = row_id_of(point, payload)
         place = f"id {row_id} of {self.name}"
-        return row_of(row_id, payload, self.text_field, self._fields.payload, place, position=point)
+        return self.fields.row(payload, place, position=point, row_id=None if self._names.id is not None else row_id)
 
 
 def _parts(point: models.Record) -> tuple[PointId, dict[str, Json]]:

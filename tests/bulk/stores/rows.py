@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_store, read_place
 from gateway.bulk.rows import BadRow, EmbeddedRows, Json, Row, RowId, SpaceNote
-from gateway.bulk.stores.protocol import Fields, Keeping, Store
+from gateway.bulk.stores.protocol import Keeping, Store
 from gateway.types import SparseVector
 
 WIDTH = 4
@@ -65,10 +66,10 @@ def write(
         sink.close()
 
 
-def read(url: str, fields: Fields | None = None, after: Json = None) -> list[Row | BadRow]:
+def read(url: str, fields: FieldNames | None = None, after: Json = None) -> list[Row | BadRow]:
     """Return all rows of a source."""
     store, collection = open_url(url)
-    source = store.source(collection, fields or Fields())
+    source = store.source(collection, fields or FieldNames())
     store.close()
     try:
         return list(source.read(after))
@@ -76,7 +77,7 @@ def read(url: str, fields: Fields | None = None, after: Json = None) -> list[Row
         source.close()
 
 
-def by_id(url: str, fields: Fields | None = None) -> dict[RowId, tuple[str, dict[str, Json]]]:
+def by_id(url: str, fields: FieldNames | None = None) -> dict[RowId, tuple[str, dict[str, Json]]]:
     """Return the text and payload of all rows of a source."""
     found = read(url, fields)
     assert all(isinstance(row, Row) for row in found), found

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
+from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
-from gateway.bulk.stores.protocol import Fields, Keeping, Since
+from gateway.bulk.stores.protocol import Keeping, Since
 from gateway.bulk.stores.qdrant import QdrantStore
 from gateway.bulk.stores.qdrant_points import point_id, row_id_of
 from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
@@ -255,7 +256,7 @@ def test_a_second_vector_is_added_to_items_that_stay_as_they_are(url: str) -> No
 def test_reading_goes_on_after_a_position_while_points_come_and_go(url: str) -> None:
     write(url, [row(n, f"text {n}") for n in range(0, 120, 2)] + [row(str(uuid.UUID(int=n)), "u") for n in range(3)])
     store, collection = open_url(url)
-    source = store.source(collection, Fields(text="text"))
+    source = store.source(collection, FieldNames(text="text"))
     assert source.count() == 63
     reader = source.read()
     first = [next(reader) for _ in range(20)]
@@ -270,43 +271,62 @@ def test_reading_goes_on_after_a_position_while_points_come_and_go(url: str) -> 
     store.close()
 
 
+def fill(url: str, *payloads: dict[str, Json]) -> None:
+    """Make a collection without a note, as another program does."""
+    qdrant = client(url)
+    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    points = [models.PointStruct(id=8 + n, vector=[1, 0, 0, 0], payload=payload) for n, payload in enumerate(payloads)]
+    qdrant.upsert("docs", points)
+    qdrant.close()
+
+
 @pytest.mark.parametrize(
     ("payload", "problem"),
     [
-        (
-            {"body": {"txt": "x"}, "n": 1},
-            "it has no field `body.text`; did you mean `body.txt`? it has `body.txt`, `n`",
-        ),
-        ({}, "it has no field `body.text`; it has no fields"),
-        ({"body": {"text": 5}}, "its field `body.text` is a number, not a text"),
-        ({"body": {"text": None}}, "its field `body.text` is null, not a text"),
-        ({"body": {"text": " \n"}}, "its field `body.text` is empty"),
+        ({"body": {"txt": "x"}, "n": 1}, "the text, in field `body.text`, is missing"),
+        ({}, "the text, in field `body.text`, is missing"),
+        ({"body": {"text": 5}}, "the text, in field `body.text`, must be text, and is the number `5`"),
+        ({"body": {"text": " \n"}}, "the text, in field `body.text`, has only spaces"),
     ],
 )
-def test_an_item_without_a_text_says_which_fields_it_has(url: str, payload: dict[str, Json], problem: str) -> None:
-    qdrant = client(url)
-    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
-    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
-    qdrant.close()
-    [item] = read(url, Fields(text="body.text"))
-    assert item == BadRow(f"id 8 of {url}", problem, 8, 8)
+def test_an_item_without_a_text_is_named_by_its_id(url: str, payload: dict[str, Json], problem: str) -> None:
+    fill(url, {"body": {"text": "good"}}, payload)
+    [good, bad] = read(url, FieldNames(text="body.text"))
+    assert isinstance(good, Row)
+    assert bad == BadRow(f"id 9 of {url}", problem, 9, 9)
+
+
+def test_the_fields_that_exist_are_listed_for_one_that_does_not(url: str) -> None:
+    fill(url, {"body": {"txt": "x"}, "n": 1})
+    with pytest.raises(
+        BulkError, match=r"--text body.text: there is no such field; did you mean `body.txt`\?.*body, body.txt, n"
+    ):
+        read(url, FieldNames(text="body.text"))
+
+
+def test_a_field_called_id_is_payload_unless_it_is_asked_for(url: str) -> None:
+    fill(url, {"id": "mine", "text": "a"}, {"id": "yours", "text": "b"})
+    assert by_id(url) == {8: ("a", {"id": "mine"}), 9: ("b", {"id": "yours"})}
+    assert by_id(url, FieldNames(id="id")) == {"mine": ("a", {}), "yours": ("b", {})}
+
+
+def test_an_empty_collection_has_no_rows(url: str) -> None:
+    write(url, [])
+    assert read(url) == []
 
 
 def test_a_nested_text_goes_back_to_where_it_was(url: str) -> None:
     payload: dict[str, Json] = {"meta": {"body": "hello", "lang": "en"}, "k": 1}
-    qdrant = client(url)
-    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
-    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
-    qdrant.close()
-    items = [item for item in read(url, Fields(text="meta.body")) if isinstance(item, Row)]
+    fill(url, payload)
+    items = [item for item in read(url, FieldNames(text="meta.body")) if isinstance(item, Row)]
     assert [(item.text, item.payload) for item in items] == [("hello", {"meta": {"lang": "en"}, "k": 1})]
     write(url.replace("#docs", "#copy"), items, keeping=Keeping(text="meta.body"))
     store = store_of(url)
     assert list(store.digests("docs")) == list(store.digests("copy"))
     store.close()
-    [chosen] = read(url, Fields(text="meta.body", payload=("meta.lang", "absent")))
+    [chosen] = read(url, FieldNames(text="meta.body", payload=("meta.lang", "absent")))
     assert isinstance(chosen, Row)
-    assert chosen.payload == {"meta": {"lang": "en"}}
+    assert chosen.payload == {"lang": "en"}
 
 
 @pytest.mark.parametrize(
@@ -318,33 +338,16 @@ def test_a_nested_text_goes_back_to_where_it_was(url: str) -> None:
     ],
 )
 def test_the_text_is_found_by_its_usual_name(url: str, payload: dict[str, Json], text: str) -> None:
-    qdrant = client(url)
-    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
-    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
-    qdrant.close()
+    fill(url, payload)
     [item] = read(url)
     assert isinstance(item, Row)
     assert item.text == text
 
 
-@pytest.mark.parametrize(
-    ("payload", "message"),
-    [
-        (
-            {"text": "a", "content": "b"},
-            "several of their fields could be the text; they have `text`, `content`. Name it",
-        ),
-        ({"summary": "a"}, "none of their fields has a usual name of a text; they have `summary`. Name it with --text"),
-    ],
-)
-def test_a_text_without_a_clear_name_must_be_named(url: str, payload: dict[str, Json], message: str) -> None:
-    qdrant = client(url)
-    qdrant.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
-    qdrant.upsert("docs", [models.PointStruct(id=8, vector=[1, 0, 0, 0], payload=payload)])
-    qdrant.close()
-    with pytest.raises(BulkError) as caught:
+def test_a_text_without_a_usual_name_must_be_named(url: str) -> None:
+    fill(url, {"summary": "a"})
+    with pytest.raises(BulkError, match="name that of the text with --text FIELD; the fields are: summary"):
         read(url)
-    assert message in str(caught.value)
 
 
 def test_a_collection_that_does_not_exist_names_those_that_do(url: str) -> None:
@@ -367,7 +370,7 @@ def test_items_since_a_point_of_time(url: str) -> None:
     write(url, [row(n, "x", {"at": f"2026-11-2{n}T00:00:00Z", "n": n, "s": {"t": n * 1.5}}) for n in range(1, 6)])
     store, collection = open_url(url)
     for since in (Since("at", datetime(2026, 11, 23, tzinfo=UTC)), Since("n", 3), Since("s.t", 4.5)):
-        source = store.source(collection, Fields(), since)
+        source = store.source(collection, FieldNames(), since)
         assert [item.id for item in source.read()] == [4, 5]
         assert source.count() == 2
         source.close()
@@ -390,7 +393,7 @@ def test_digests_find_what_changed_in_one_pass(url: str) -> None:
     store.delete_ids("docs", [9, "absent"])
     changed = set(store.digests("docs")) ^ set(store.digests("new"))
     assert {row_id for row_id, _ in changed} == {7, 9, "y"}
-    assert {item.id for item in store.read_ids("docs", [7, 9, "y", "x"], Fields())} == {7, "y", "x"}
+    assert {item.id for item in store.read_ids("docs", [7, 9, "y", "x"], FieldNames())} == {7, "y", "x"}
     store.close()
 
 
@@ -432,7 +435,7 @@ def test_a_note_that_a_program_has_damaged_is_an_error(url: str) -> None:
 def test_a_source_and_a_sink_share_a_folder(url: str) -> None:
     write(url, [row(n, f"text {n}") for n in range(10)])
     store, collection = open_url(url)
-    source, sink = store.source(collection, Fields()), store.sink("copy", Keeping())
+    source, sink = store.source(collection, FieldNames()), store.sink("copy", Keeping())
     store.close()
     sink.open(NOTE)
     rows = [item for item in source.read() if isinstance(item, Row)]
