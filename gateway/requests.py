@@ -15,6 +15,7 @@ from gateway.types import (
     ModelKind,
     MultiVector,
     Output,
+    Priority,
     SparseVector,
     States,
     Timings,
@@ -35,6 +36,7 @@ class Request:
         client: the sender, who may use some names.
         task: the task, by any of its names; ``None`` for the model's default.
         unit_source: looks up the values that an experiment can make a unit from.
+        priority: low for a request that may wait for all others.
         reserve: takes the number of bytes that the work and its answer need, before they need them, and again when a
             better estimate is known; raises a :class:`RequestError` if there is no room.
     """
@@ -49,6 +51,7 @@ class Request:
     task: str | None = None
     truncate: Truncate = Truncate.END
     unit_source: UnitSource = no_unit_source
+    priority: Priority = Priority.NORMAL
     reserve: Callable[[int], None] = lambda _num_bytes: None
 
     @property

@@ -33,6 +33,7 @@ async def rerank(target: Target, choice: Choice, request: RerankRequest, patienc
             deadline=patience.deadline,
             may_wait=patience.may_wait,
             caller=request.caller,
+            priority=request.priority,
             query=request.query,
             max_text_tokens=request.max_text_tokens,
             on_tokens=lambda num_tokens: request.reserve(num_tokens * TOKEN_BYTES),
@@ -64,6 +65,7 @@ async def _rerank_by_vectors(
         deadline=patience.deadline,
         may_wait=patience.may_wait,
         caller=request.caller,
+        priority=request.priority,
         outputs=frozenset(weights),
         text_name="query",
     )
@@ -128,6 +130,7 @@ async def classify(target: Target, choice: Choice, request: ClassifyRequest, pat
             deadline=patience.deadline,
             may_wait=patience.may_wait,
             caller=request.caller,
+            priority=request.priority,
             firsts=request.firsts,
             on_tokens=lambda num_tokens: request.reserve(num_bytes + num_tokens * TOKEN_BYTES),
         )

@@ -188,6 +188,7 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
             deadline=patience.deadline,
             may_wait=patience.may_wait,
             caller=request.caller,
+            priority=request.priority,
             outputs=outputs,
             is_late_chunked=request.is_late_chunked,
             max_total_tokens=request.max_token_vectors if outputs & PER_TOKEN else None,

@@ -84,6 +84,15 @@ class Truncate(StrEnum):
     """Answer 400 ``context_length_exceeded``."""
 
 
+class Priority(StrEnum):
+    """When a job is computed, next to the others that wait for the same model."""
+
+    NORMAL = "normal"
+    """In fair turns with the others."""
+    LOW = "low"
+    """Only while nothing of normal priority waits, so it may wait forever: until the deadline of the job."""
+
+
 class ModelState(StrEnum):
     """The state of a model; shown in ``/v1/models`` and ``/health/ready``."""
 
@@ -263,6 +272,7 @@ class EmbedJob:
         max_text_tokens: the most tokens of each text, before it is combined with a query; ``None`` for no such limit.
         max_total_tokens: the most tokens of all texts together, after truncation; ``None`` for no such limit.
         may_wait: the job may wait for a model that has to be loaded first; otherwise it fails at once.
+        priority: low for work that can wait for all other work.
         on_tokens: takes the number of tokens of all texts, as far as known, before they are computed; may refuse them.
     """
 
@@ -280,6 +290,7 @@ class EmbedJob:
     max_text_tokens: int | None = None
     max_total_tokens: int | None = None
     may_wait: bool = True
+    priority: Priority = Priority.NORMAL
     on_tokens: Callable[[int], None] = lambda _num_tokens: None
 
     @property

@@ -85,11 +85,20 @@ MODELS: Final = Row(
 BATCHES: Final = Row(
     "Queue and batches",
     [
-        Panel("Texts that wait", [Series(Level("gateway_queue_texts", _MODEL), "{model}")]),
+        Panel(
+            "Texts that wait",
+            [
+                Series(Level("gateway_queue_texts", _MODEL), "{model}"),
+                Series(Level("gateway_low_priority_queue_texts", _MODEL), "{model}, low priority"),
+            ],
+        ),
         Panel("Tokens that wait", [Series(Level("gateway_queue_tokens", _MODEL), "{model}")]),
         Panel(
             "Age of the oldest request",
-            [Series(Level("gateway_queue_oldest_seconds", _MODEL, how="max"), "{model}")],
+            [
+                Series(Level("gateway_queue_oldest_seconds", _MODEL, how="max"), "{model}"),
+                Series(Level("gateway_low_priority_queue_oldest_seconds", _MODEL, how="max"), "{model}, low priority"),
+            ],
             "seconds",
         ),
         Panel("Texts in a batch", quantiles(Quantile(0, "gateway_batch_texts", _MODEL), 0.5, 0.95), width=6),

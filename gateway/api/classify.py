@@ -116,6 +116,7 @@ def _request(
         model=None,
         timeout_s=timeout_s(request, endpoint.settings.request_timeout_s),
         caller=context.caller,
+        priority=context.priority,
         unit_source=unit_source(request, None),
         client=context.client,
         reserve=reserve_texts(request, [*texts, *(first or "" for first in firsts or ())]),

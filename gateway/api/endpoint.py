@@ -180,6 +180,7 @@ class Endpoint:
             timeout_s=timeout_s(request, self.settings.request_timeout_s),
             caller=context.caller,
             client=context.client,
+            priority=context.priority,
             expect_space=request.headers.get("x-gateway-expect-space"),
             unit_source=unit_source(request, user),
             max_token_vectors=self.settings.max_token_vectors,

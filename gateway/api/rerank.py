@@ -125,6 +125,7 @@ class Reranker:
             model=request.path_params.get("model", body.model),
             timeout_s=timeout_s(request, self._endpoint.settings.request_timeout_s),
             caller=context.caller,
+            priority=context.priority,
             truncate=body.wanted_truncation,
             max_text_tokens=body.max_tokens_per_doc,
             score_by=body.wanted_scores,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import ceil
 
 from gateway.errors import Overloaded
 from gateway.telemetry import metrics
-from gateway.types import EmbedJob
+from gateway.types import EmbedJob, Priority
 
 # How much the newest batch counts in the measured rate.
 _RATE_WEIGHT = 0.1
@@ -17,12 +18,27 @@ _CHARS_PER_TOKEN = 4
 # So many texts of a caller get in although others have filled the queue.
 _NEWCOMER_TEXTS = 32
 _NEWCOMERS_SHARE = 1.5
+# Work of low priority has a queue of one of this many parts of the limits, in addition to the queue of the others.
+_LOW_PART = 4
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The requests of one priority that have no answer yet, and how many texts and tokens they may have."""
+
+    max_texts: int
+    max_tokens: int
+    name: str = ""
+    num_texts: int = 0
+    num_tokens: int = 0
+    callers: Counter[str] = field(default_factory=Counter)
 
 
 class Admission:
     """Counts the texts and tokens of the requests that have no answer yet, and refuses more than the limits.
 
-    Tokens are estimated, as a request is admitted before it is tokenized.
+    Tokens are estimated, as a request is admitted before it is tokenized. Work of low priority is counted apart, so that it
+    takes no room from the other.
 
     Args:
         longest_text: the tokens of the longest text that the model reads.
@@ -30,13 +46,30 @@ class Admission:
 
     def __init__(self, model: str, max_texts: int, max_tokens: int, longest_text: int) -> None:
         self._model = model
-        self._max_texts = max_texts
-        self._max_tokens = max_tokens
         self._longest_text = longest_text
         self._tokens_per_s: float | None = None
-        self._callers: Counter[str] = Counter()
-        self.num_texts = 0
-        self.num_tokens = 0
+        low = _Lane(max(1, max_texts // _LOW_PART), max(1, max_tokens // _LOW_PART), "work of low priority: ")
+        self._lanes = {Priority.NORMAL: _Lane(max_texts, max_tokens), Priority.LOW: low}
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of normal priority that wait."""
+        return self._lanes[Priority.NORMAL].num_texts
+
+    @property
+    def num_tokens(self) -> int:
+        """Estimated tokens of those texts."""
+        return self._lanes[Priority.NORMAL].num_tokens
+
+    @property
+    def num_low_texts(self) -> int:
+        """Texts of low priority that wait."""
+        return self._lanes[Priority.LOW].num_texts
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is counted."""
+        return not any(lane.num_texts or lane.num_tokens for lane in self._lanes.values())
 
     @contextmanager
     def admit(self, job: EmbedJob) -> Iterator[None]:
@@ -45,47 +78,52 @@ class Admission:
         Raises:
             Overloaded: too much is waiting already.
         """
+        lane = self._lanes[job.priority]
         num_texts, num_tokens = len(job.texts), self._estimate_tokens(job)
-        self._require_room(job.caller, num_texts, num_tokens)
-        self._callers[job.caller] += 1
-        self._count(num_texts, num_tokens)
+        self._require_room(lane, job.caller, num_texts, num_tokens)
+        lane.callers[job.caller] += 1
+        self._count(lane, num_texts, num_tokens)
         try:
             yield
         finally:
-            self._callers[job.caller] -= 1
-            if not self._callers[job.caller]:
-                del self._callers[job.caller]
-            self._count(-num_texts, -num_tokens)
+            lane.callers[job.caller] -= 1
+            if not lane.callers[job.caller]:
+                del lane.callers[job.caller]
+            self._count(lane, -num_texts, -num_tokens)
 
     def note_rate(self, num_tokens: int, seconds: float) -> None:
         """Learn from a batch how fast the model computes."""
         rate = num_tokens / max(seconds, 1e-6)
         self._tokens_per_s = rate + (1 - _RATE_WEIGHT) * ((self._tokens_per_s or rate) - rate)
 
-    def _require_room(self, caller: str, num_texts: int, num_tokens: int) -> None:
-        is_full = self.num_texts + num_texts > self._max_texts or self.num_tokens + num_tokens > self._max_tokens
+    def _require_room(self, lane: _Lane, caller: str, num_texts: int, num_tokens: int) -> None:
+        is_full = lane.num_texts + num_texts > lane.max_texts or lane.num_tokens + num_tokens > lane.max_tokens
         # An idle model takes any request: no request may be impossible forever.
-        if is_full and self.num_texts and not self._is_newcomer(caller, num_texts):
+        if is_full and lane.num_texts and not self._is_newcomer(lane, caller, num_texts):
             raise Overloaded(
-                f"model {self._model!r} is full: {self.num_texts} texts (about {self.num_tokens} tokens) are waiting, "
-                f"this request has {num_texts} (about {num_tokens}); the limits are {self._max_texts} texts and "
-                f"{self._max_tokens} tokens",
-                retry_after_s=ceil(self.num_tokens / self._tokens_per_s) if self._tokens_per_s else 1,
+                f"model {self._model!r} is full: {lane.name}{lane.num_texts} texts (about {lane.num_tokens} tokens) are "
+                f"waiting, this request has {num_texts} (about {num_tokens}); the limits are {lane.max_texts} texts and "
+                f"{lane.max_tokens} tokens",
+                retry_after_s=ceil(lane.num_tokens / self._tokens_per_s) if self._tokens_per_s else 1,
             )
 
-    def _is_newcomer(self, caller: str, num_texts: int) -> bool:
+    @staticmethod
+    def _is_newcomer(lane: _Lane, caller: str, num_texts: int) -> bool:
         """Return whether this is a small request of a caller with no other: one caller must not fill the queue for all."""
         return (
             num_texts <= _NEWCOMER_TEXTS
-            and self.num_texts + num_texts <= _NEWCOMERS_SHARE * self._max_texts
-            and caller not in self._callers
+            and lane.num_texts + num_texts <= _NEWCOMERS_SHARE * lane.max_texts
+            and caller not in lane.callers
         )
 
     def _estimate_tokens(self, job: EmbedJob) -> int:
         return sum(min(self._longest_text, length // _CHARS_PER_TOKEN + 2) for length in job.lengths)
 
-    def _count(self, num_texts: int, num_tokens: int) -> None:
-        self.num_texts += num_texts
-        self.num_tokens += num_tokens
-        metrics.QUEUE_TEXTS.labels(self._model).set(self.num_texts)
-        metrics.QUEUE_TOKENS.labels(self._model).set(self.num_tokens)
+    def _count(self, lane: _Lane, num_texts: int, num_tokens: int) -> None:
+        lane.num_texts += num_texts
+        lane.num_tokens += num_tokens
+        if lane is self._lanes[Priority.LOW]:
+            metrics.LOW_QUEUE_TEXTS.labels(self._model).set(lane.num_texts)
+            return
+        metrics.QUEUE_TEXTS.labels(self._model).set(lane.num_texts)
+        metrics.QUEUE_TOKENS.labels(self._model).set(lane.num_tokens)

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -31,7 +32,7 @@ from gateway.engine.tokenizer_pool import TokenizerPool
 from gateway.engine.worker import BatchQueue, FinishedBatch, Worker
 from gateway.errors import DeadlineExceeded, InferenceFailed, ModelRecovering, RequestError, ShuttingDown
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, Truncate
+from gateway.types import Embeddings, EmbedJob, Priority, Truncate
 
 log = structlog.get_logger(__name__)
 
@@ -116,7 +117,7 @@ class Batcher:
 
     async def _finish(self, job: EmbedJob, replica: int | None) -> PendingRequest:
         """Queue a job and wait until its request is done or has failed."""
-        handle = RequestHandle(job.caller, job.deadline)
+        handle = RequestHandle(job.caller, job.deadline, priority=job.priority)
         pending = PendingRequest(
             done=self._loop.create_future(),
             num_missing=min(1, len(job.texts)) if job.is_late_chunked else len(job.texts),
@@ -130,8 +131,10 @@ class Batcher:
                 await self._enqueue(job, handle, pending, replica)
                 await pending.done
         except TimeoutError:
+            is_low = job.priority is Priority.LOW
+            why = ", as requests of low priority do while others take all of the model's time" if is_low else ""
             raise DeadlineExceeded(
-                f"not done within the time limit: {pending.num_missing} of {len(job.texts)} texts were still waiting"
+                f"not done within the time limit: {pending.num_missing} of {len(job.texts)} texts were still waiting{why}"
             ) from None
         finally:
             self._forget(handle, pending)
@@ -289,9 +292,9 @@ class Batcher:
 
     # ---------------------------------------------------------------------------------------------------- health
 
-    def oldest_s(self) -> float:
-        """Return how long the oldest pending request has been waiting, 0 without one."""
-        oldest = next(iter(self._pending.values()), None)
+    def oldest_s(self, priority: Priority = Priority.NORMAL) -> float:
+        """Return how long the oldest pending request of a priority has been waiting, 0 without one."""
+        oldest = next((one for handle, one in self._pending.items() if handle.priority is priority), None)
         return 0.0 if oldest is None else time.monotonic() - oldest.admitted_at
 
     @property
@@ -301,7 +304,7 @@ class Batcher:
 
     @property
     def num_texts(self) -> int:
-        """How many texts the pending requests have."""
+        """How many texts the pending requests of normal priority have."""
         return self._admission.num_texts
 
     @property
@@ -312,7 +315,7 @@ class Batcher:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left of any request, queued, counted or in hand."""
-        is_counted = self._pending or self._sequences or self._admission.num_texts or self._admission.num_tokens
+        is_counted = self._pending or self._sequences or not self._admission.is_empty
         return not is_counted and self._batches.is_empty and self._tokenizers.is_empty
 
     def busy_since(self, replica: int) -> float | None:
@@ -335,9 +338,9 @@ class Batcher:
     async def spawn(self) -> None:
         # The gauge stays, and must not keep the weights of a model that was stopped in memory.
         this = weakref.ref(self)
-        metrics.QUEUE_OLDEST_SECONDS.labels(self._model).set_function(
-            lambda: 0.0 if (batcher := this()) is None else batcher.oldest_s()
-        )
+        gauges = {Priority.NORMAL: metrics.QUEUE_OLDEST_SECONDS, Priority.LOW: metrics.LOW_QUEUE_OLDEST_SECONDS}
+        for priority, gauge in gauges.items():
+            gauge.labels(self._model).set_function(partial(_oldest_s, this, priority))
         self._tokenizers.start()
         for worker in self._workers:
             worker.start()
@@ -359,6 +362,11 @@ class Batcher:
             log.error("tokenizer_hangs", model=self._model, seconds=_STOP_S)
         # They refer back to this object: without the cycle, the weights go when nothing else holds them.
         self._workers.clear()
+
+
+def _oldest_s(batcher: weakref.ref[Batcher], priority: Priority) -> float:
+    this = batcher()
+    return 0.0 if this is None else this.oldest_s(priority)
 
 
 def _shutting_down() -> ShuttingDown:

@@ -8,6 +8,9 @@ with an even share so far (Demers, Keshav, Shenker: "Analysis and Simulation of 
 1989), and at least that of the caller being served (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996). It
 advances with all work, so a stream of newcomers that would fill the device by itself does not starve a large request.
 
+Work of low priority has a fair queue to itself (:class:`Lanes`), which is served only while the other one is empty. It can
+starve, until its deadline: that is what low priority means.
+
 Infinity's ``CustomFIFOQueue`` sorts everything by length and cuts by the number of items: a long text waits as long as
 shorter ones arrive, and 32 long ones are one batch, whatever their size.
 """
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from gateway.engine.model.items import Item
+from gateway.types import Priority
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +40,7 @@ class RequestHandle:
     caller: str
     deadline: float
     is_live: bool = True
+    priority: Priority = Priority.NORMAL
 
     def wants(self, now: float) -> bool:
         return self.is_live and now < self.deadline
@@ -234,6 +239,39 @@ class FairQueue(Generic[W]):
     def _end_wait(self, caller: _Caller[W]) -> None:
         caller.num_waiting -= 1
         self._num_waiting -= not caller.num_waiting
+
+
+class Lanes(Generic[W]):
+    """Two fair queues, of which that of low priority is served only while nothing waits in the other.
+
+    Not safe across threads: guard it.
+    """
+
+    def __init__(self) -> None:
+        self.normal: FairQueue[W] = FairQueue()
+        self.low: FairQueue[W] = FairQueue()
+
+    def __bool__(self) -> bool:
+        """Whether anything waits, even if it is no longer needed."""
+        return bool(self.normal) or bool(self.low)
+
+    @property
+    def num_waiters(self) -> int:
+        """How many are waiting, including those no longer needed."""
+        return self.normal.num_waiters + self.low.num_waiters
+
+    def add(self, waiters: Iterable[W]) -> None:
+        """Queue waiters, each by the priority of its handle."""
+        for waiter in waiters:
+            lane = self.low if waiter.handle.priority is Priority.LOW else self.normal
+            lane.add((waiter,))
+
+    def pop(self, now: float) -> W | None:
+        """Remove and return the waiter that is served next, at the price of its tokens; ``None`` if nothing is needed."""
+        for lane in (self.normal, self.low):
+            if (waiter := lane.peek(now)) is not None:
+                return lane.pop(waiter.num_tokens)
+        return None
 
 
 def take(

@@ -2,8 +2,9 @@
 
 Work is shared out as the scheduler shares out the device, only by characters in place of tokens: between callers first,
 then between the requests of one caller. A text is read in steps (:mod:`gateway.engine.model.tokenizer`), and a request that
-has another step to go waits for its turn again. So a short text waits for the step in hand and not for the work of others,
-however many long texts they have sent. Steps of many characters have a separate thread, as they cannot be interrupted.
+has another step to go waits for its turn again, one of low priority until nothing else waits. So a short text waits for the
+step in hand and not for the work of others, however many long texts they have sent. Steps of many characters have a separate
+thread, as they cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.engine.model.tokenizer import Steps
-from gateway.engine.scheduler import FairQueue, RequestHandle
+from gateway.engine.scheduler import Lanes, RequestHandle
 
 T = TypeVar("T")
 
@@ -43,11 +44,11 @@ class TokenizeTask:
 
 
 class _TokenizerThread:
-    """A thread with a fair queue in front of it."""
+    """A thread with fair queues in front of it."""
 
     def __init__(self, name: str, read: Callable[[TokenizeTask], None]) -> None:
         self._read = read
-        self._queue: FairQueue[TokenizeTask] = FairQueue()
+        self._lanes: Lanes[TokenizeTask] = Lanes()
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -57,7 +58,7 @@ class _TokenizerThread:
 
     def add(self, task: TokenizeTask) -> None:
         with self._changed:
-            self._queue.add((task,))
+            self._lanes.add((task,))
             self._changed.notify()
 
     def close(self) -> None:
@@ -72,7 +73,7 @@ class _TokenizerThread:
     @property
     def is_empty(self) -> bool:
         with self._changed:
-            return not self._queue
+            return not self._lanes
 
     def _run(self) -> None:
         while (task := self._next()) is not None:
@@ -82,8 +83,8 @@ class _TokenizerThread:
     def _next(self) -> TokenizeTask | None:
         with self._changed:
             while not self._is_closed:
-                if (task := self._queue.peek(time.monotonic())) is not None:
-                    return self._queue.pop(task.num_tokens)
+                if (task := self._lanes.pop(time.monotonic())) is not None:
+                    return task
                 self._changed.wait()
         return None
 

@@ -15,7 +15,7 @@ import structlog
 from gateway.engine.faults import CardLost, is_card_lost, is_out_of_memory, release_memory
 from gateway.engine.model.encoder import Encoder
 from gateway.engine.model.items import Encoded, Item
-from gateway.engine.scheduler import FairQueue, TokenSequence, Waiter, take
+from gateway.engine.scheduler import FairQueue, Lanes, TokenSequence, Waiter, take
 from gateway.errors import InferenceFailed, InvalidVectors, OutOfMemory, RequestError
 from gateway.telemetry import metrics
 from gateway.types import Output
@@ -29,7 +29,8 @@ _LONGEST_BATCH_S = 0.5
 # No batch is made smaller than this: forwards of fewer tokens are clearly slower per token.
 _FULL_FORWARD_TOKENS = 512
 # Large requests get one of this many parts of a batch while a small request waits, and for some seconds after the last
-# small one: the next small request has to wait for the batch that is running when it arrives.
+# small one: the next small request has to wait for the batch that is running when it arrives. Work of low priority never
+# gets more: requests wait for it however rarely they come.
 _SHARED_PART = 4
 _SHARED_S = 1.0
 # The pause after a fault in the code around the model: it may recur at once and fill the log.
@@ -43,7 +44,7 @@ class BatchQueue:
 
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._queue: FairQueue[Waiter] = FairQueue()
+        self._lanes: Lanes[Waiter] = Lanes()
         self._pinned: defaultdict[int, FairQueue[Waiter]] = defaultdict(FairQueue)
         self._changed = threading.Condition()
         self._is_closed = False
@@ -55,7 +56,7 @@ class BatchQueue:
         """Queue waiters for the first free thread, or for the thread of one replica."""
         with self._changed:
             if replica is None:
-                self._queue.add(waiters)
+                self._lanes.add(waiters)
                 self._changed.notify()
             else:
                 self._pinned[replica].add(waiters)
@@ -71,7 +72,7 @@ class BatchQueue:
                     if batch := take(self._pinned[replica], self._max_batch_tokens, now):
                         return batch
                     if batch := self._take(now):
-                        if self._queue:  # wake the next waiting thread: `add` woke only one
+                        if self._lanes:  # wake the next waiting thread: `add` woke only one
                             self._changed.notify()
                         return batch
                     self._changed.wait()
@@ -80,16 +81,18 @@ class BatchQueue:
         return []
 
     def _take(self, now: float) -> list[TokenSequence]:
-        num_small = self._queue.num_small
+        lane = self._lanes.normal
+        num_small = lane.num_small
         max_shared = self._largest_batch() // _SHARED_PART
-        batch = take(self._queue, self._budget(), now, max_shared, now < self._shared_until)
-        if self._queue.num_small != num_small:
+        batch = take(lane, self._budget(lane), now, max_shared, now < self._shared_until)
+        if lane.num_small != num_small:
             self._shared_until = now + _SHARED_S
-        return batch
+        lane = self._lanes.low
+        return batch or take(lane, min(self._budget(lane), max(_FULL_FORWARD_TOKENS, max_shared)), now)
 
-    def _budget(self) -> int:
+    def _budget(self, lane: FairQueue[Waiter]) -> int:
         """Return how many tokens one thread may take: no more than its share when others are idle as well."""
-        share = max(_LEAST_SHARE_TOKENS, ceil(self._queue.num_tokens / self._num_idle))
+        share = max(_LEAST_SHARE_TOKENS, ceil(lane.num_tokens / self._num_idle))
         return min(self._largest_batch(), share)
 
     def _largest_batch(self) -> int:
@@ -109,18 +112,18 @@ class BatchQueue:
     def num_waiting(self) -> int:
         """How many texts wait for a thread, including those no longer needed."""
         with self._changed:
-            return self._queue.num_waiters + sum(queue.num_waiters for queue in self._pinned.values())
+            return self._lanes.num_waiters + sum(queue.num_waiters for queue in self._pinned.values())
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is left of anything that was queued."""
         with self._changed:
-            return not self._queue and not any(self._pinned.values())
+            return not self._lanes and not any(self._pinned.values())
 
     def clear(self) -> None:
         """Forget everything that is queued."""
         with self._changed:
-            self._queue = FairQueue()
+            self._lanes = Lanes()
             self._pinned.clear()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from gateway.access.memory import Reservation
 from gateway.errors import RequestError
 from gateway.http.body import Body
 from gateway.http.error_forms import ErrorForm
-from gateway.types import Timings
+from gateway.types import Priority, Timings
 
 _CONTEXT = "gateway.context"
 # A message may quote a text, which no log line may hold.
@@ -40,6 +40,7 @@ class RequestContext:
         api_key: hex sha256 of the key that the request carries, also where no key is required.
         key_owner: the owner of that key: the client's name where keys are known, else the key's hash.
         trace_ids: join a log line to the request's trace, if that is recorded.
+        priority: as the request asks for.
         error_form: the form of an error: the path's, unless the body turns out to be another API's.
     """
 
@@ -67,6 +68,7 @@ class RequestContext:
     experiment: str | None = None
     arm: str | None = None
     trace_ids: Mapping[str, str] = field(default_factory=dict)
+    priority: Priority = Priority.NORMAL
     error_form: ErrorForm = ErrorForm.OPENAI
 
     @classmethod

@@ -9,9 +9,14 @@ import re
 
 from starlette.datastructures import Headers
 
-from gateway.errors import InvalidHttp, RequestError, UnsupportedTransferCoding
+from gateway.config.wording import cut
+from gateway.errors import BadInput, InvalidHttp, RequestError, UnsupportedTransferCoding
+from gateway.types import Priority
 
 _ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+PRIORITY_HEADER = "x-gateway-priority"
+"""The header with the priority of a request."""
+
 # The values that clients with an empty key send.
 _NO_KEY = ("", '""')
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
@@ -70,6 +75,20 @@ def sent_key(headers: Headers) -> str | None:
     key = next((key for candidate in candidates if (key := candidate.strip()) not in _NO_KEY), None)
     # As the bytes that were sent, which the framework has read as Latin-1.
     return None if key is None else hashlib.sha256(key.encode("latin-1")).hexdigest()
+
+
+def sent_priority(headers: Headers) -> Priority:
+    """Return the priority that a request asks for.
+
+    Raises:
+        BadInput: there is no such priority.
+    """
+    sent = headers.get(PRIORITY_HEADER, Priority.NORMAL).strip().lower()
+    try:
+        return Priority(sent)
+    except ValueError:
+        known = " or ".join(f"`{priority}`" for priority in Priority)
+        raise BadInput(f"`{PRIORITY_HEADER}` must be {known}, got {cut(sent)}", param=PRIORITY_HEADER) from None
 
 
 def _basic_key(credentials: str) -> str:

@@ -28,11 +28,12 @@ from gateway.errors import (
 from gateway.http.body import Body
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import error_form, is_tei_probe, send_error
-from gateway.http.head import sent_key
+from gateway.http.head import sent_key, sent_priority
 from gateway.http.pace import Pace
 from gateway.http.protocol import MAX_HEADERS, REFUSED
 from gateway.recent import ErrorFacts, RecentErrors
 from gateway.telemetry import metrics, tracing
+from gateway.types import Priority
 
 log = structlog.get_logger("gateway.access")
 
@@ -179,6 +180,7 @@ class Admission:
             raise refused
         context = RequestContext.in_scope(scope)
         self._check_headers(context.sent)
+        context.priority = sent_priority(context.sent)
         if not _is_open(context):
             context.api_key = sent_key(context.sent)
             if not context.path.startswith(_OPERATOR_PATHS):
@@ -279,6 +281,7 @@ def _record(scope: Scope, context: RequestContext, errors: RecentErrors) -> None
         ms=round(context.elapsed_s * 1000, 2),
         **context.trace_ids,
         **({} if name is None else {"model": name}),
+        **({} if context.priority is Priority.NORMAL else {"priority": context.priority}),
         **stages,
         **{
             name: value

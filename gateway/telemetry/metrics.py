@@ -144,6 +144,17 @@ QUEUE_TOKENS = Gauge("gateway_queue_tokens", "Estimated tokens of the texts admi
 QUEUE_OLDEST_SECONDS = Gauge(
     "gateway_queue_oldest_seconds", "Age of the oldest request that the model has not answered yet.", ["model"]
 )
+LOW_QUEUE_TEXTS = Gauge(
+    "gateway_low_priority_queue_texts",
+    "Texts of low priority admitted and not yet answered. `gateway_queue_*` leave these out.",
+    ["model"],
+)
+LOW_QUEUE_OLDEST_SECONDS = Gauge(
+    "gateway_low_priority_queue_oldest_seconds",
+    "Age of the oldest request of low priority that the model has not answered yet: it grows while requests of normal "
+    "priority leave no time for it.",
+    ["model"],
+)
 FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward pass raised an error.", ["model"])
 RECOMPUTED_TEXTS = Counter(
     "gateway_recomputed_texts",

@@ -32,7 +32,7 @@ from gateway.errors import (
 )
 from gateway.golden import GoldenVector
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, ModelInfo, Timings, Vocabulary
+from gateway.types import Embeddings, EmbedJob, ModelInfo, Priority, Timings, Vocabulary
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +43,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _CHARS_PER_TOKEN = 4
 # More numbers in one answer would take more than 50 ms to read, during which nothing else happens.
 _MAX_NUMBERS = 131_072
+# Of the texts that may be on their way, jobs of low priority may have one of so many parts, in addition to the others.
+_LOW_PART = 4
 
 
 class UpstreamBackend:
@@ -65,7 +67,8 @@ class UpstreamBackend:
         self._tasks = Tasks({}, {}, "")
         self.servers: list[Server] = []
         self._max_batch_texts = DEFAULT_BATCH_TEXTS
-        self._num_texts = self._num_chars = 0
+        self._num_texts = self._num_low_texts = self._num_chars = 0
+        self._low_turns = asyncio.Semaphore()
         self._probe: Probe | None = None
         self._info: ModelInfo | None = None
         self._is_stopped = False
@@ -97,6 +100,7 @@ class UpstreamBackend:
         self._max_batch_texts = self._upstream.max_batch_texts or facts.max_batch_texts or DEFAULT_BATCH_TEXTS
         if any(server.quirks is not None and server.quirks.has_numbers for server in self.servers):
             self._max_batch_texts = max(1, min(self._max_batch_texts, _MAX_NUMBERS // self._probe.width))
+        self._low_turns = asyncio.Semaphore(len(self.servers))
         for server in self.servers:
             server.width = self._probe.width
         return self._info
@@ -130,7 +134,7 @@ class UpstreamBackend:
         self._require_running()
         if self._info is None:
             raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=RETRY_AFTER_S)
-        self._admit(len(job.texts))
+        self._admit(job)
         self._count_waiting(job, 1)
         started = time.monotonic()
         try:
@@ -149,17 +153,23 @@ class UpstreamBackend:
         if self._is_stopped:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
 
-    def _admit(self, num_texts: int) -> None:
-        limit = self._settings.max_queue_texts
-        if self._num_texts and self._num_texts + num_texts > limit:
+    def _admit(self, job: EmbedJob) -> None:
+        limit, num_before, which = self._settings.max_queue_texts, self._num_texts, ""
+        if job.priority is Priority.LOW:
+            limit, num_before, which = limit // _LOW_PART, self._num_low_texts, " of low priority"
+        if num_before and num_before + len(job.texts) > limit:
             raise Overloaded(
-                f"model {self._entry.id!r} is full: {self._num_texts} texts are on their way, this request has {num_texts}; "
-                f"the limit is {limit}",
+                f"model {self._entry.id!r} is full: {num_before} texts{which} are on their way, this request has "
+                f"{len(job.texts)}; the limit is {limit}",
                 retry_after_s=1,
             )
 
     def _count_waiting(self, job: EmbedJob, sign: int) -> None:
         """Add the texts of a job to those that wait for servers, or subtract them."""
+        if job.priority is Priority.LOW:
+            self._num_low_texts += sign * len(job.texts)
+            metrics.LOW_QUEUE_TEXTS.labels(self._entry.id).set(self._num_low_texts)
+            return
         self._num_texts += sign * len(job.texts)
         self._num_chars += sign * sum(map(len, job.texts))
         metrics.QUEUE_TEXTS.labels(self._entry.id).set(self._num_texts)
@@ -211,6 +221,9 @@ class UpstreamBackend:
 
     async def _ask(self, server: Server, texts: Sequence[str], task: str | None, job: EmbedJob) -> Answer:
         """Ask a server; take note of errors that the client gets at once, although the server may be at fault."""
+        is_low = job.priority is Priority.LOW
+        if is_low:
+            await self._take_low_turn(job)
         try:
             return await server.embed(texts, task, job.truncate, job.deadline)
         except TimeoutError as error:
@@ -222,6 +235,18 @@ class UpstreamBackend:
         except BadInput as error:  # some say so of a model that they no longer have, or of a key that has ended
             self._note(server, Failure("refused", error.message))
             raise
+        finally:
+            if is_low:
+                self._low_turns.release()
+
+    async def _take_low_turn(self, job: EmbedJob) -> None:
+        """Wait until a job of low priority may ask: servers know no priorities, so there is one such request for each."""
+        try:
+            async with asyncio.timeout(job.deadline - time.monotonic()):
+                await self._low_turns.acquire()
+        except TimeoutError:
+            reason = "not done within the time limit: other requests of low priority were ahead of it"
+            raise DeadlineExceeded(reason) from None
 
     async def _embed_halves(self, job: EmbedJob, places: range, error: TooLarge) -> Answer:
         """Embed texts that were too many for a server in two requests."""

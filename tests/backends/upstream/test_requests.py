@@ -24,7 +24,8 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamUnavailable,
 )
-from gateway.types import ModelState, Truncate
+from gateway.telemetry import metrics
+from gateway.types import ModelState, Priority, Truncate
 from tests.backends.remote import PATIENCE_S, TEXTS, States, entry, expected, job, loaded, wait_until
 from tests.backends.stand_in import MODEL, WIDTH, StandIn, vector_of
 
@@ -387,3 +388,58 @@ async def test_what_waits_between_attempts_is_bounded(server: StandIn, monkeypat
             await backend.embed(job(seconds=1.0))
 
     assert time.monotonic() - started < 5
+
+
+# ------------------------------------------------------------------------------------------------------ low priority
+
+
+def waiting_texts(queue: str) -> float | None:
+    return metrics.REGISTRY.get_sample_value(f"gateway_{queue}_texts", {"model": "patient"})
+
+
+async def test_a_server_has_one_request_of_low_priority_at_a_time(server: StandIn) -> None:
+    texts = [f"patient {i}" for i in range(6)]
+    async with loaded(entry(server, id="patient", upstream={"max_batch_texts": 2})) as backend:
+        server.delay_s = 60
+        server.bodies.clear()
+        waiting = asyncio.create_task(backend.embed(job(texts, priority=Priority.LOW)))
+        await wait_until(lambda: len(server.bodies) > 0)
+        server.delay_s = 0.0
+
+        # Others do not wait for it, and find all of the room.
+        result = await backend.embed(job(["urgent"]))
+        assert len(server.bodies) == 2
+        assert waiting_texts("low_priority_queue") == 6
+        assert waiting_texts("queue") == 0
+        with pytest.raises(DeadlineExceeded, match="other requests of low priority were ahead"):
+            await backend.embed(job(["another"], seconds=0.05, priority=Priority.LOW))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+        again = await backend.embed(job(texts, priority=Priority.LOW))
+
+    np.testing.assert_array_equal(result.vectors, expected(["urgent"]))
+    np.testing.assert_array_equal(again.vectors, expected(texts))
+    assert waiting_texts("low_priority_queue") == 0
+
+
+async def test_low_priority_may_have_a_quarter_of_the_texts_on_their_way(server: StandIn) -> None:
+    async with loaded(entry(server), max_queue_texts=40) as backend:
+        server.delay_s = 60
+        server.bodies.clear()
+        waiting = asyncio.create_task(backend.embed(job(["a"] * 8, priority=Priority.LOW)))
+        await wait_until(lambda: len(server.bodies) > 0)
+        with pytest.raises(
+            Overloaded, match="8 texts of low priority are on their way, this request has 3; the limit is 10"
+        ):
+            await backend.embed(job(["b"] * 3, priority=Priority.LOW))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_halves_of_a_request_of_low_priority_do_not_wait_for_each_other(server: StandIn) -> None:
+    async with loaded(entry(server)) as backend:
+        server.max_texts = 2
+        result = await backend.embed(job(priority=Priority.LOW))
+
+    np.testing.assert_array_equal(result.vectors, expected())
