@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,8 @@ from gateway.bulk.stores.qdrant_points import ORIGINAL_ID, PointId, point_id, ro
 from gateway.bulk.stores.qdrant_sink import QdrantSink
 from gateway.bulk.stores.qdrant_source import QdrantSource
 from gateway.types import SparseVector
+
+_PAGE: Final = 256
 
 
 def open_store(place: Place) -> QdrantStore:
@@ -134,6 +138,21 @@ class QdrantStore:
             for point in found.points
         ]
 
+    def vectors(
+        self, collection: str, ids: Sequence[RowId], vector: str | None = None
+    ) -> Mapping[RowId, npt.NDArray[np.float32]]:
+        """Return the dense vectors of the points of these rows that exist and have one."""
+        name = self._vector_to_read(list(Vectors.of(self._connection.read_info(collection)).single), collection, vector)
+        found: dict[RowId, npt.NDArray[np.float32]] = {}
+        for start in range(0, len(ids), _PAGE):
+            by_point = {point_id(row_id): row_id for row_id in ids[start : start + _PAGE]}
+            retrieve = partial(_retrieve_vectors, collection, list(by_point), name)
+            for point in self._connection.call(retrieve, collection):
+                values = point.vector.get(name) if isinstance(point.vector, dict) else point.vector
+                if values is not None:
+                    found[by_point[_id(point.id)]] = np.array(values, np.float32)
+        return found
+
     def aliases(self) -> Mapping[str, str]:
         """Return the collection that each alias means."""
         found = self._connection.call(lambda client: client.get_aliases(), "")
@@ -181,10 +200,26 @@ class QdrantStore:
             )
         self._connection.call(lambda client: client.delete_collection(collection), collection)
 
+    def _vector_to_read(self, known: Sequence[str], collection: str, asked: str | None) -> str:
+        name = asked if asked is not None else self._connection.place.options.get("vector")
+        if name is not None:
+            return name
+        if len(known) != 1:
+            raise BulkError(
+                f"{self._connection.place.named(collection)} has {len(known)} vectors: name one with ?vector= in the URL"
+            )
+        return known[0]
+
     def _with_vector(self, keeping: Keeping) -> Keeping:
         if keeping.vector is not None or "vector" not in self._connection.place.options:
             return keeping
         return replace(keeping, vector=self._connection.place.options["vector"])
+
+
+def _retrieve_vectors(
+    collection: str, points: list[models.ExtendedPointId], vector: str, client: QdrantClient
+) -> list[models.Record]:
+    return client.retrieve(collection, points, with_payload=False, with_vectors=[vector] if vector else True)
 
 
 def _id(point: models.ExtendedPointId) -> PointId:

@@ -29,9 +29,9 @@ class Layout:
         return next(name for name in (self.dense, self.multivector, self.sparse) if name is not None)
 
     @property
-    def dense_like(self) -> list[str]:
-        """The names among Qdrant's dense vectors, which multi-vectors belong to."""
-        return [name for name in (self.dense, self.multivector) if name is not None]
+    def names(self) -> set[str]:
+        """The names of all vectors."""
+        return {name for name in (self.dense, self.multivector, self.sparse) if name is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,11 @@ class Vectors:
         if isinstance(dense, models.VectorParams):
             dense = {UNNAMED: dense}
         return Vectors(dense or {}, params.sparse_vectors or {})
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all vectors."""
+        return {*self.dense, *self.sparse}
 
     @property
     def single(self) -> dict[str, models.VectorParams]:

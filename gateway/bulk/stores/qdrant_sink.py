@@ -12,8 +12,9 @@ from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
 from gateway.bulk.stores.notes import check_note, read_notes, write_notes
 from gateway.bulk.stores.protocol import Keeping
 from gateway.bulk.stores.qdrant_connection import Connection
-from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout, params_of
+from gateway.bulk.stores.qdrant_layout import UNNAMED, Layout, Vectors, dense_params, layout_in, new_layout
 from gateway.bulk.stores.qdrant_points import payload_of, point_id
+from gateway.bulk.stores.qdrant_settings import create, create_like, layout_like
 
 Result = TypeVar("Result")
 
@@ -34,6 +35,7 @@ class QdrantSink:
         self._collection = collection
         self._keeping = keeping
         self._layout: Layout | None = None
+        self._others: list[str] = []
 
     @property
     def name(self) -> str:
@@ -46,12 +48,18 @@ class QdrantSink:
         Raises:
             BulkError: it holds another space, vectors of an unknown model, or vectors of another width or distance.
         """
+        like = None if self._keeping.like is None else self._connection.read_info(self._keeping.like)
         if not self._call(lambda client: client.collection_exists(self._collection)):
             if self._keeping.updates:
                 self._connection.read_info(self._collection)  # raises
-            self._layout = new_layout(note, self._keeping.vector)
-            self._create(self._layout, note)
-            return
+            self._create(note, like)
+        self._check(note)
+        if like is not None and self._layout is not None:
+            theirs, ours = Vectors.of(like), Vectors.of(self._connection.read_info(self._collection))
+            self._others = sorted((theirs.names & ours.names) - self._layout.names)
+
+    def _check(self, note: SpaceNote) -> None:
+        """Check a collection that exists, and note the space of an empty one."""
         info = self._connection.read_info(self._collection)
         if self._keeping.updates and self._keeping.vector not in Vectors.of(info).dense:
             info = self._add_vector(note)
@@ -79,21 +87,18 @@ class QdrantSink:
         """Close the connection, if no other user of it is left."""
         self._connection.close()
 
-    def _create(self, layout: Layout, note: SpaceNote) -> None:
-        vectors = params_of(layout, note)
-        dense = vectors.dense if list(vectors.dense) != [UNNAMED] else vectors.dense[UNNAMED]
-
-        def create(client: QdrantClient) -> None:
+    def _create(self, note: SpaceNote, like: models.CollectionInfo | None) -> None:
+        def make(client: QdrantClient) -> None:
             # The request before may have succeeded without an answer.
-            if not client.collection_exists(self._collection):
-                client.create_collection(
-                    self._collection,
-                    vectors_config=dense,
-                    sparse_vectors_config=vectors.sparse or None,
-                    metadata=write_notes({layout.noted: note}),
-                )
+            if client.collection_exists(self._collection):
+                return
+            if like is None:
+                create(client, self._collection, new_layout(note, self._keeping.vector), note)
+            else:
+                layout = layout_like(Vectors.of(like), note, self._keeping.vector)
+                create_like(client, self._collection, layout, note, like)
 
-        self._call(create)
+        self._call(make)
         info = self._connection.read_info(self._collection)
         if not read_notes(info.config.metadata, self.name):
             self._call(lambda client: client.delete_collection(self._collection))
@@ -127,7 +132,20 @@ class QdrantSink:
             )
 
     def _upsert(self, points: list[models.PointStruct], client: QdrantClient) -> None:
+        if self._others and self._keeping.like is not None:
+            points = self._with_others(points, self._keeping.like, client)
         client.upsert(self._collection, points, wait=True)
+
+    def _with_others(
+        self, points: list[models.PointStruct], like: str, client: QdrantClient
+    ) -> list[models.PointStruct]:
+        """Return points with those vectors that this job does not compute, from the collection that this one is like."""
+        found = client.retrieve(like, [point.id for point in points], with_payload=False, with_vectors=self._others)
+        others = {point.id: _named(point.vector) for point in found}
+        return [
+            point.model_copy(update={"vector": {**others.get(point.id, {}), **_named(point.vector)}})
+            for point in points
+        ]
 
     def _update(self, points: list[models.PointStruct], client: QdrantClient) -> None:
         """Add vectors to the points that exist, and leave out those that were deleted since they were read."""
@@ -155,6 +173,13 @@ def _requests(batch: EmbeddedRows, layout: Layout, text_field: str | None) -> It
         num_numbers += size
     if points:
         yield points
+
+
+def _named(vector: object) -> dict[str, object]:
+    """Return vectors by name."""
+    if isinstance(vector, dict):
+        return vector
+    return {} if vector is None else {UNNAMED: vector}
 
 
 def _vectors(batch: EmbeddedRows, index: int, layout: Layout) -> tuple[_Named, int]:

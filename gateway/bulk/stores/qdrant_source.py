@@ -40,6 +40,20 @@ class QdrantSource:
         """The collection's URL, without secrets."""
         return self._connection.place.named(self._collection)
 
+    @property
+    def has_unique_ids(self) -> bool:
+        """The ids are those of points, unless a field of the payload is the id."""
+        return self._names.id is None
+
+    @property
+    def text_field(self) -> str:
+        """The field of the payload with the text.
+
+        Raises:
+            BulkError: the first points do not have it.
+        """
+        return self.fields.text
+
     @cached_property
     def fields(self) -> Fields:
         """The fields that make a row.

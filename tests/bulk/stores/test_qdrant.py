@@ -443,3 +443,56 @@ def test_a_source_and_a_sink_share_a_folder(url: str) -> None:
     sink.write(0, embedded(rows))
     sink.close()
     assert by_id(url) == by_id(url.replace("#docs", "#copy"))
+
+
+def test_a_collection_like_another_one_has_its_settings_and_other_vectors(url: str) -> None:
+    qdrant = client(url)
+    qdrant.create_collection(
+        "docs",
+        {"": models.VectorParams(size=2, distance=models.Distance.EUCLID, on_disk=True)},
+        sparse_vectors_config={"bm25": models.SparseVectorParams(modifier=models.Modifier.IDF)},
+        metadata={"mine": 1},
+    )
+    bm25 = models.SparseVector(indices=[7], values=[0.5])
+    vectors: list[models.VectorStruct] = [{"": [1, 2], "bm25": bm25}, {"": [2, 1]}]
+    points = [models.PointStruct(id=n, vector=vector, payload={"data": f"{n}"}) for n, vector in enumerate(vectors)]
+    qdrant.upsert("docs", points)
+    qdrant.close()
+    items = [item for item in read(url) if isinstance(item, Row)]
+    copy = url.replace("#docs", "#copy")
+    for _ in range(2):
+        write(copy, [*items, row(9, "new")], keeping=Keeping(text="data", like="docs"))
+    store = store_of(url)
+    assert list(store.digests("copy"))[:2] == list(store.digests("docs"))
+    found = store.vectors("copy", [0, 9, 5])
+    assert list(found) == [0, 9]
+    np.testing.assert_allclose(found[0], vector_of("0"), atol=1e-6)
+    assert found[0].dtype == np.float32
+    store.close()
+    qdrant = client(url)
+    config = qdrant.get_collection("copy").config
+    assert isinstance(config.params.vectors, models.VectorParams)
+    assert (config.params.vectors.size, config.params.vectors.on_disk) == (4, True)
+    assert config.params.sparse_vectors == {"bm25": models.SparseVectorParams(modifier=models.Modifier.IDF)}
+    assert config.metadata is not None
+    assert config.metadata["mine"] == 1
+    others = {point.id: point.vector.get("bm25") for point in qdrant.scroll("copy", with_vectors=True)[0]}  # type: ignore[union-attr]
+    assert others == {0: bm25, 1: None, 9: None}
+    qdrant.close()
+
+
+def test_a_large_shard_is_several_requests(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.qdrant_sink._MAX_NUMBERS", 10)
+    sizes = []
+    upsert = QdrantClient.upsert
+
+    def counting_upsert(
+        self: QdrantClient, name: str, points: list[models.PointStruct], wait: bool
+    ) -> models.UpdateResult:
+        sizes.append(len(points))
+        return upsert(self, name, points, wait)
+
+    monkeypatch.setattr(QdrantClient, "upsert", counting_upsert)
+    write(url, [row(n, f"text {n}") for n in range(7)])
+    assert sizes == [2, 2, 2, 1]
+    assert len(by_id(url)) == 7
