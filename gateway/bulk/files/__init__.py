@@ -1,0 +1,1 @@
+"""Files as sources and sinks: JSON lines, CSV and Parquet, on this machine or wherever fsspec reaches."""

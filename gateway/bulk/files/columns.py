@@ -1,0 +1,38 @@
+"""The columns of a file of vectors: the id, the text, the payload's fields, and the vectors."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from gateway.bulk.rows import Json, Row
+
+ID, VECTOR, SPARSE, MULTIVECTOR, REST = "id", "vector", "sparse", "multivector", "_rest"
+"""The columns that the sink fills itself. A field of the payload with such a name goes into ``_rest``."""
+
+_RESERVED = frozenset({ID, VECTOR, SPARSE, MULTIVECTOR, REST})
+Flat: TypeAlias = tuple[dict[str, Json], dict[str, Json]]
+
+
+class FlatRows:
+    """Lays rows out flat: the text and the fields of the payload next to the id.
+
+    Args:
+        text_field: the path of the text in the source; ``None`` leaves the text out.
+    """
+
+    def __init__(self, text_field: str | None) -> None:
+        self.text_column = None if text_field is None else _text_column(text_field)
+
+    def flatten(self, row: Row) -> Flat:
+        """Return the columns of a row, without those that the sink fills itself, and the fields that fit in none."""
+        columns: dict[str, Json] = {} if self.text_column is None else {self.text_column: row.text}
+        rest: dict[str, Json] = {}
+        for name, value in row.payload.items():
+            (rest if name in _RESERVED or name == self.text_column else columns)[name] = value
+        return columns, rest
+
+
+def _text_column(path: str) -> str:
+    """Return the last part of the text's path, or ``text`` if the sink needs that name itself."""
+    last = path.rpartition(".")[2]
+    return "text" if last in _RESERVED or not last else last

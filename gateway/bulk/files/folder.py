@@ -1,0 +1,155 @@
+"""A folder of files as a sink: a file for each shard, which appears under its name when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gateway.bulk.files.columns import FlatRows
+from gateway.bulk.files.paths import filesystem_of
+from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.routing.spaces import is_same_space
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FolderSink(ABC):
+    """A folder with a file for each shard, ``part-00000.parquet`` and so on.
+
+    On this machine, a file is written under a hidden name, forced to the disk and renamed. Elsewhere it is sent as a whole,
+    which object stores make visible when all of it has arrived.
+
+    Args:
+        place: a path, or a URL that fsspec knows.
+
+    Attributes:
+        folder: on this machine; ``None`` elsewhere.
+    """
+
+    ending: str
+
+    def __init__(self, place: str, text_field: str | None) -> None:
+        self.name = place
+        self._flat = FlatRows(text_field)
+        self._filesystem: Any = None
+        self._inner = ""
+        self.folder: Path | None = None
+        if "://" in place and not place.startswith("file://"):
+            self._filesystem, self._inner = filesystem_of(place)
+        else:
+            self.folder = Path(place.removeprefix("file://")).expanduser()
+        self._note: SpaceNote | None = None
+
+    def open(self, note: SpaceNote) -> None:
+        """Make the folder, and check that its vectors are of this space."""
+        with self._writing("the folder cannot be made"):
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            else:
+                self._filesystem.makedirs(self._inner, exist_ok=True)
+        self._note = note
+        space = self._space_found() if self._exists(0) else None
+        if space is not None and not is_same_space(space, note.space):
+            raise BulkError(
+                f"{self.name}: holds vectors of space {space}, and those of this job are in {note.space}: they cannot be "
+                "compared; choose another folder"
+            )
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Write the file of a shard, or replace it."""
+        name = self.file_name(shard)
+        with self._writing(f"{name} cannot be written"):
+            if self.folder is None:
+                buffer = io.BytesIO()
+                self._encode(shard, batch, buffer)
+                self._filesystem.pipe_file(f"{self._inner}/{name}", buffer.getvalue())
+                return
+            # Always the same: what a killed process has left there is overwritten when its shard is written again.
+            temporary = self.folder / f".{name}.tmp"
+            try:
+                with temporary.open("wb") as file:
+                    self._encode(shard, batch, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.folder / name)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
+            _sync_folder(self.folder)
+
+    @abstractmethod
+    def _encode(self, shard: int, batch: EmbeddedRows, file: BinaryIO) -> None:
+        """Write a shard in the sink's format."""
+
+    @abstractmethod
+    def _space_found(self) -> str | None:
+        """Return the space of the first shard, if it can be read from the file."""
+
+    def close(self) -> None:  # noqa: B027
+        """Do nothing: a file is open only while it is written."""
+
+    def remove(self) -> None:
+        """Delete the files of all shards.
+
+        Raises:
+            BulkError: one cannot be deleted.
+        """
+        with self._writing("the files cannot be deleted"):
+            if self.folder is not None:
+                for path in self.folder.glob(f"part-*{self.ending}"):
+                    path.unlink()
+            elif self._filesystem.exists(self._inner):
+                for inner in self._filesystem.glob(f"{self._inner}/part-*{self.ending}"):
+                    self._filesystem.rm_file(inner)
+
+    def file_name(self, shard: int) -> str:
+        """Return the name of a shard's file."""
+        return f"part-{shard:05}{self.ending}"
+
+    def _exists(self, shard: int) -> bool:
+        name = self.file_name(shard)
+        return (
+            (self.folder / name).exists()
+            if self.folder is not None
+            else bool(self._filesystem.exists(f"{self._inner}/{name}"))
+        )
+
+    @contextmanager
+    def _open_shard(self, shard: int) -> Iterator[BinaryIO]:
+        name = self.file_name(shard)
+        if self.folder is not None:
+            with (self.folder / name).open("rb") as file:
+                yield file
+        else:
+            with self._filesystem.open(f"{self._inner}/{name}", "rb") as file:
+                yield file
+
+    @contextmanager
+    def _writing(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except BulkError:
+            raise
+        except OSError as error:
+            hint = "; make room, and run the same command again" if error.errno in _FULL else ""
+            raise BulkError(f"{self.name}: {problem}: {error.strerror or error}{hint}") from error
+        except Exception as error:  # each filesystem raises its own library's errors
+            if self._filesystem is None:
+                raise
+            raise BulkError(f"{self.name}: {problem}: {type(error).__name__}: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,142 @@
+"""Rows of a Parquet file as JSON. The only places that need pyarrow are this module and the sink's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime, time
+from typing import Any
+
+from gateway.bulk.fields import Record
+from gateway.bulk.files.lines import FileRecord, Mark
+from gateway.bulk.files.paths import SourceFile
+from gateway.bulk.rows import BulkError, Json
+
+_BATCH_ROWS = 512
+_OLD_VECTORS = ("vector", "sparse", "multivector")
+
+
+def import_pyarrow() -> Any:
+    """Import and return pyarrow with its Parquet module.
+
+    Raises:
+        BulkError: it is not installed.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise BulkError(
+            f'Parquet needs a package that is not installed ({error.name}): pip install "embedding-gateway[parquet]"'
+        ) from error
+    return pa
+
+
+def count_rows(file: SourceFile) -> int:
+    """Return the number of rows, which the end of the file has.
+
+    Raises:
+        BulkError: it is not Parquet.
+    """
+    with _open(file) as opened:
+        return int(opened.metadata.num_rows)
+
+
+@contextmanager
+def _open(file: SourceFile) -> Iterator[Any]:
+    pa = import_pyarrow()
+    with file.open_raw() as raw:  # refuses a pipe, and names a file that does not exist
+        try:
+            opened = pa.parquet.ParquetFile(file.path if file.filesystem is None else raw)
+        except pa.ArrowInvalid as error:
+            raise BulkError(f"{file.path}: is not a Parquet file: {error}") from error
+        with opened:
+            yield opened
+
+
+def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -> Iterator[FileRecord]:
+    """Yield the rows after a mark, whose ``offset`` and ``number`` are both the number of a row."""
+    pa = import_pyarrow()
+    with _open(file) as opened:
+        names = [name for name in opened.schema_arrow.names if columns is None or name in columns]
+        if columns is None:  # vectors of another model: they are replaced, and slow to read
+            names = [name for name in names if name not in _OLD_VECTORS or not _is_nested(pa, opened, name)]
+        convert = _converters(pa, file.path, opened.schema_arrow, names)
+        group, skipped = 0, 0
+        while group < opened.num_row_groups and skipped + opened.metadata.row_group(group).num_rows <= start.offset:
+            skipped += opened.metadata.row_group(group).num_rows
+            group += 1
+        number = skipped
+        try:
+            batches = opened.iter_batches(_BATCH_ROWS, list(range(group, opened.num_row_groups)), names)
+            for batch in batches:
+                first, number = max(0, start.offset - number), number + batch.num_rows
+                kept = batch.slice(first)
+                for row, content in enumerate(_rows(kept, convert), start=number - kept.num_rows + 1):
+                    yield FileRecord(content, row, Mark(row, row))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise BulkError(f"{file.path}: cannot be read after row {number}: {error}") from error
+
+
+def _rows(batch: Any, convert: Mapping[str, Callable[[Any], Json]]) -> Iterator[Record | str]:
+    """Yield the rows of a batch; a row that is not UTF-8 does not take the others along."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield _converted(batch.slice(index, 1).to_pylist()[0], convert)
+            except UnicodeDecodeError as error:
+                yield f"is not UTF-8: {error.reason}"
+        return
+    for row in rows:
+        yield _converted(row, convert)
+
+
+def _converted(row: dict[str, Any], convert: Mapping[str, Callable[[Any], Json]]) -> Record:
+    for name, change in convert.items():
+        row[name] = change(row[name])
+    return row
+
+
+def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[str, Callable[[Any], Json]]:
+    """Return a function for each column whose values are not JSON.
+
+    Raises:
+        BulkError: a column holds bytes.
+    """
+    types = pa.types
+    plain = [types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean]
+    converters: dict[str, Callable[[Any], Json]] = {}
+    for name in names:
+        kind = schema.field(name).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if any(is_plain(kind) for is_plain in plain):
+            continue
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+            raise BulkError(
+                f"{path}: column `{name}` has bytes, which no sink takes: name the columns to keep with --payload"
+            )
+        converters[name] = _to_json
+    return converters
+
+
+def _is_nested(pa: Any, opened: Any, name: str) -> bool:
+    return bool(pa.types.is_nested(opened.schema_arrow.field(name).type))
+
+
+def _to_json(value: Any) -> Json:
+    """Return a value as JSON has it: times in ISO 8601, decimal numbers as text."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case datetime() | date() | time():
+            return value.isoformat()
+        case Mapping():
+            return {str(name): _to_json(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_to_json(inner) for inner in value]
+        case bytes():
+            return value.hex()
+    return str(value)

@@ -1,0 +1,232 @@
+"""Find the files that a user means: files, folders and patterns, on this machine or behind fsspec."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from gateway.bulk.rows import BulkError
+from gateway.config.files import open_regular
+from gateway.config.wording import count
+
+_BUFFER_BYTES = 1 << 20
+_PACKED = ".gz"
+
+
+class Format(StrEnum):
+    """The format of a file, which the end of its name tells."""
+
+    JSONL = "JSON lines"
+    CSV = "CSV"
+    PARQUET = "Parquet"
+
+
+_FORMATS = {
+    ".jsonl": Format.JSONL,
+    ".ndjson": Format.JSONL,
+    ".json": Format.JSONL,
+    ".csv": Format.CSV,
+    ".tsv": Format.CSV,
+    ".parquet": Format.PARQUET,
+    ".pq": Format.PARQUET,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to read.
+
+    Attributes:
+        path: as messages show it.
+        name: its path below the folder that all files of the source share, which stays the same if that folder moves.
+        format: told by the end of the name.
+        filesystem: fsspec's, for a file that is not on this machine.
+        inner: the path within that filesystem.
+    """
+
+    path: str
+    name: str
+    format: Format
+    filesystem: Any = None
+    inner: str = ""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is compressed as a whole."""
+        return self.path.lower().endswith(_PACKED)
+
+    @contextmanager
+    def open_raw(self) -> Iterator[BinaryIO]:
+        """Open the file as it is stored.
+
+        Raises:
+            BulkError: it cannot be opened.
+        """
+        with reading(self.path):
+            if self.filesystem is None:
+                file = cast(BinaryIO, open_regular(Path(self.path)))
+            else:
+                file = cast(BinaryIO, io.BufferedReader(self.filesystem.open(self.inner, "rb"), _BUFFER_BYTES))
+        with file:
+            yield file
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open the file's content, unpacked.
+
+        Raises:
+            BulkError: it cannot be opened.
+        """
+        with self.open_raw() as raw:
+            if not self.is_packed:
+                yield raw
+                return
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield cast(BinaryIO, unpacked)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Describe an error of reading.
+
+    Raises:
+        BulkError: something within the context failed.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise BulkError(f"{path}: there is no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise BulkError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def find_files(places: Sequence[str]) -> list[SourceFile]:
+    """Return the files of all places, in the order of the places, those of one place by name.
+
+    Raises:
+        BulkError: a place has no file of a known format, or a file is named twice.
+    """
+    found: list[tuple[str, Any, str]] = []
+    for place in places:
+        found += _find_remote(place) if "://" in place else [(path, None, "") for path in _find_local(place)]
+    seen: set[str] = set()
+    for path, _, _ in found:
+        if path in seen:
+            raise BulkError(f"{path}: is named twice among the sources")
+        seen.add(path)
+    folder = _common_folder([path for path, _, _ in found])
+    return [
+        SourceFile(path, path[len(folder) :], _format(path), filesystem, inner) for path, filesystem, inner in found
+    ]
+
+
+def _find_local(place: str) -> list[str]:
+    path = os.path.expanduser(place)  # noqa: PTH111  a pattern is not a path
+    try:
+        if os.path.isdir(path):  # noqa: PTH112  the method of a path raises for a name that is too long
+            return _known(place, [str(one) for one in Path(path).rglob("*") if one.is_file()], path)
+        if not os.path.lexists(path) and glob.has_magic(path):
+            matches = [one for one in glob.glob(path, recursive=True) if os.path.isfile(one)]  # noqa: PTH207, PTH113
+            return _known(place, matches, "")
+    except OSError as error:
+        raise BulkError(f"{place}: cannot be read: {error.strerror}") from error
+    if not os.path.lexists(path):
+        raise BulkError(f"{place}: there is no such file or folder")
+    if _format_of(path) is None:
+        raise BulkError(f"{place}: its name must end in {_endings()}")
+    return [path]
+
+
+def _find_remote(place: str) -> list[tuple[str, Any, str]]:
+    filesystem, inner = filesystem_of(place)
+    if _is_on_this_machine(filesystem):
+        return [(path, None, "") for path in _find_local(inner)]
+    scheme = place.partition("://")[0]
+    try:
+        if glob.has_magic(inner):
+            paths = _known(place, sorted(filesystem.glob(inner)), "")
+        elif filesystem.isdir(inner):
+            paths = _known(place, sorted(filesystem.find(inner)), inner)
+        elif not filesystem.exists(inner):
+            raise BulkError(f"{place}: there is no such file or folder")
+        elif _format_of(inner) is None:
+            raise BulkError(f"{place}: its name must end in {_endings()}")
+        else:
+            paths = [inner]
+    except BulkError:
+        raise
+    except Exception as error:  # each filesystem raises its own library's errors
+        raise BulkError(f"{place}: cannot be listed: {type(error).__name__}: {error}") from error
+    return [(f"{scheme}://{path.lstrip('/')}", filesystem, path) for path in paths]
+
+
+def filesystem_of(place: str) -> tuple[Any, str]:
+    """Return fsspec's filesystem of a URL, and the path within it.
+
+    Raises:
+        BulkError: the package for its scheme is not installed, or the URL is wrong.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, inner = url_to_fs(place)
+    except ImportError as error:  # its message names the package
+        raise BulkError(f"{place}: needs a package that is not installed: {error}") from error
+    except Exception as error:  # each filesystem raises its own library's errors
+        raise BulkError(f"{place}: cannot be opened: {type(error).__name__}: {error}") from error
+    return filesystem, str(inner)
+
+
+def _is_on_this_machine(filesystem: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def _known(place: str, paths: Sequence[str], folder: str) -> list[str]:
+    """Return the paths of a known format, in order; hidden files and notes such as ``_manifest.json`` do not count."""
+
+    def is_hidden(path: str) -> bool:
+        parts = path.removeprefix(folder).strip("/").split("/")
+        return any(part.startswith((".", "_")) for part in (parts if folder else parts[-1:]))
+
+    known = [path for path in sorted(paths) if not is_hidden(path) and _format_of(path) is not None]
+    if not known:
+        raise BulkError(
+            f"{place}: has no file whose name ends in {_endings()}; it has {count(len(paths), 'other file')}"
+        )
+    return known
+
+
+def _endings() -> str:
+    return f"{', '.join(_FORMATS)}, all but Parquet maybe with {_PACKED} after it"
+
+
+def _format_of(path: str) -> Format | None:
+    bare = path.lower().removesuffix(_PACKED)
+    found = _FORMATS.get(os.path.splitext(bare)[1])  # noqa: PTH122  a remote path is not one of this machine
+    # Parquet packs its own columns, and is read from its end.
+    return None if found is Format.PARQUET and bare != path.lower() else found
+
+
+def _format(path: str) -> Format:
+    found = _format_of(path)
+    assert found is not None  # noqa: S101  others were not taken
+    return found
+
+
+def _common_folder(paths: Sequence[str]) -> str:
+    """Return the folder that all paths begin with, up to its slash; empty if there is no such folder."""
+    folders = [path.split("/")[:-1] for path in paths]
+    common = list(takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
+    return "".join(f"{parts[0]}/" for parts in common)

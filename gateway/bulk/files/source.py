@@ -1,0 +1,189 @@
+"""Files as one source: their records in order, a fingerprint of their content, and ids for rows that have none."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from gateway.bulk.fields import FieldNames, Fields, Record, resolve_fields
+from gateway.bulk.files.lines import FileRecord, Mark
+from gateway.bulk.files.paths import Format, SourceFile, find_files, reading
+from gateway.bulk.files.records import read_records
+from gateway.bulk.rows import BadRow, BulkError, Position, Row
+
+_SAMPLE_RECORDS = 100
+_CHUNK_BYTES = 1 << 20
+_MADE_IDS = uuid.UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
+"""The namespace of ids that are made from the place of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scanned:
+    """A file whose whole content was read.
+
+    Attributes:
+        digest: of the content, or the filesystem's own mark of a version of the file.
+        num_rows: roughly; ``None`` if only reading the records tells.
+        state: changes if the file is written; ``None`` for a file elsewhere.
+    """
+
+    digest: str
+    num_rows: int | None
+    state: tuple[int, int] | None
+
+
+def open_files(places: Sequence[str], names: FieldNames) -> FileSource:
+    """Find files, and the fields of their records.
+
+    Raises:
+        BulkError: there is no such file, its format is unknown, it has no record, or a field is missing.
+    """
+    files = find_files(places)
+    sample: list[Record] = []
+    problem = ""
+    for file in files:
+        for record in islice(read_records(file, Mark()), _SAMPLE_RECORDS):
+            if isinstance(record.content, str):
+                problem = problem or f"{file.path}:{record.number}: {record.content}"
+            else:
+                sample.append(record.content)
+        if sample:
+            return FileSource(files, resolve_fields(names, sample, file.path))
+    raise BulkError(problem or f"{', '.join(places)}: has no record")
+
+
+class FileSource:
+    """The records of files, in the order of the files.
+
+    A row without an id gets one from the name of its file and the number of its line: two equal rows stay two, and a file
+    that is embedded again after a change replaces its rows in a store, rather than adding to them.
+
+    Args:
+        files: at least one.
+    """
+
+    def __init__(self, files: Sequence[SourceFile], fields: Fields) -> None:
+        self._files = files
+        self.fields = fields
+        self._scanned: list[_Scanned] | None = None
+
+    @property
+    def name(self) -> str:
+        more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
+        return f"{self._files[0].path}{more}"
+
+    @property
+    def has_unique_ids(self) -> bool:
+        return self.fields.id is None
+
+    @property
+    def text_field(self) -> str:
+        return self.fields.text
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names and the content of all files, which are read for it."""
+        hashed = hashlib.sha256()
+        for file, scanned in zip(self._files, self._scan(), strict=True):
+            hashed.update(f"{file.name}\0{scanned.digest}\n".encode(errors="surrogateescape"))
+        return hashed.hexdigest()
+
+    def count(self) -> int | None:
+        """Return the number of lines or rows; ``None`` for packed files, and text files elsewhere."""
+        total = 0
+        for scanned in self._scan():
+            if scanned.num_rows is None:
+                return None
+            total += scanned.num_rows
+        return total
+
+    def _scan(self) -> list[_Scanned]:
+        if self._scanned is None:
+            self._scanned = [_scan(file) for file in self._files]
+        return self._scanned
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        first, start = _read_position(after)
+        for index, file in enumerate(self._files[first:], start=first):
+            for record in read_records(file, start, self._columns(file)):
+                yield self._row(index, record)
+            start = Mark()
+            self._check_unchanged(index)
+
+    def _columns(self, file: SourceFile) -> list[str] | None:
+        """Return the columns of a Parquet file to read; ``None`` for all."""
+        fields = self.fields
+        if file.format is not Format.PARQUET or fields.payload is None:
+            return None
+        paths = [path for path in (fields.id, fields.text, fields.title, *fields.payload) if path is not None]
+        return [part for path in paths for part in (path, path.partition(".")[0])]
+
+    def _row(self, index: int, record: FileRecord) -> Row | BadRow:
+        file = self._files[index]
+        place = f"{file.path}:{record.number}"
+        position = [index, record.after.offset, record.after.number]
+        if isinstance(record.content, str):
+            return BadRow(place, record.content, position)
+        made = None
+        if self.fields.id is None:
+            made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}"))
+        return self.fields.row(record.content, place, position, made)
+
+    def _check_unchanged(self, index: int) -> None:
+        """Check that a file is what it was when its fingerprint was taken.
+
+        Raises:
+            BulkError: it was written meanwhile.
+        """
+        if self._scanned is not None and self._scanned[index].state != _state(self._files[index]):
+            raise BulkError(
+                f"{self._files[index].path}: was written while it was read, so its rows are not all of one version: start "
+                "over with --restart once it is complete"
+            )
+
+    def close(self) -> None:
+        """Do nothing: a file is open only while it is read."""
+
+
+def _read_position(after: Position | None) -> tuple[int, Mark]:
+    match after:
+        case None:
+            return 0, Mark()
+        case [int(index), int(offset), int(number)]:
+            return index, Mark(offset, number)
+    raise BulkError(f"a position in files cannot be {after!r}: the manifest is damaged")
+
+
+def _scan(file: SourceFile) -> _Scanned:
+    """Read a file on this machine; ask the filesystem of another one."""
+    num_rows: int | None = None
+    if file.format is Format.PARQUET:
+        from gateway.bulk.files.parquet import count_rows
+
+        num_rows = count_rows(file)
+    if file.filesystem is not None:
+        try:
+            return _Scanned(str(file.filesystem.ukey(file.inner)), num_rows, None)
+        except Exception as error:  # each filesystem raises its own library's errors
+            raise BulkError(f"{file.path}: cannot be read: {type(error).__name__}: {error}") from error
+    state = _state(file)
+    hashed, num_lines, last = hashlib.sha256(), 0, b"\n"
+    with reading(file.path), file.open_raw() as raw:
+        while chunk := raw.read(_CHUNK_BYTES):
+            hashed.update(chunk)
+            num_lines += chunk.count(b"\n")
+            last = chunk[-1:]
+    if file.format is not Format.PARQUET and not file.is_packed:
+        num_rows = num_lines + (last != b"\n") - (file.format is Format.CSV)
+    return _Scanned(hashed.hexdigest(), num_rows, state)
+
+
+def _state(file: SourceFile) -> tuple[int, int] | None:
+    if file.filesystem is not None:
+        return None
+    with reading(file.path):
+        stat = Path(file.path).stat()
+    return stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,345 @@
+"""Files as a source: formats, places, positions, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.files import lines
+from gateway.bulk.files.source import FileSource, open_files
+from gateway.bulk.rows import BadRow, BulkError, Row
+
+RECORDS = [{"id": f"d{i}", "text": f"text {i}", "n": i} for i in range(7)]
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]] = RECORDS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records))
+    return path
+
+
+def write_csv(path: Path) -> Path:
+    rows = [f'{one["id"]},"text\n, ""{one["n"]}""",{one["n"]}' for one in RECORDS]
+    path.write_text("\n".join(["id,text,n", *rows]) + "\n")
+    return path
+
+
+def write_parquet(path: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=2)
+    return path
+
+
+def write_gzip(path: Path) -> Path:
+    path.write_bytes(gzip.compress(write_jsonl(path.with_suffix("")).read_bytes()))
+    path.with_suffix("").unlink()
+    return path
+
+
+WRITERS: Mapping[str, Callable[[Path], Path]] = {
+    "docs.jsonl": write_jsonl,
+    "docs.csv": write_csv,
+    "docs.parquet": write_parquet,
+    "docs.jsonl.gz": write_gzip,
+}
+
+
+def opened(*places: Path | str, **names: Any) -> FileSource:
+    return open_files([str(place) for place in places], FieldNames(**names))
+
+
+def rows_of(source: FileSource) -> list[Row]:
+    rows = list(source.read())
+    assert all(isinstance(row, Row) for row in rows), rows
+    return rows  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_format_gives_its_rows_and_goes_on_after_any_of_them(name: str, tmp_path: Path) -> None:
+    source = opened(WRITERS[name](tmp_path / name))
+    rows = rows_of(source)
+    is_csv = name == "docs.csv"
+    assert [row.id for row in rows] == [one["id"] for one in RECORDS]
+    assert rows[3].text == ('text\n, "3"' if is_csv else "text 3")
+    assert rows[3].payload == {"n": "3" if is_csv else 3}
+    for index, row in enumerate(rows):
+        assert list(source.read(row.position)) == rows[index + 1 :]
+    assert source.count() in {7, 14, None}  # the lines of a quoted field count as well
+
+
+def test_a_place_names_the_line(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "docs.csv")
+    assert [row.place for row in rows_of(opened(path))][:3] == [f"{path}:{line}" for line in (2, 4, 6)]
+
+
+def test_folders_and_patterns_are_read_in_the_order_of_names(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "b.jsonl", RECORDS[:2])
+    write_jsonl(tmp_path / "a" / "z.jsonl", RECORDS[2:4])
+    write_jsonl(tmp_path / "_manifest.json")
+    (tmp_path / "README.md").write_text("not a source")
+    expected = ["d2", "d3", "d0", "d1"]
+    assert [row.id for row in rows_of(opened(tmp_path))] == expected
+    assert [row.id for row in rows_of(opened(f"{tmp_path}/**/*.jsonl"))] == expected
+    assert [row.id for row in rows_of(opened(tmp_path / "b.jsonl", tmp_path / "a"))] == ["d0", "d1", "d2", "d3"]
+
+
+def test_rows_without_ids_get_the_same_ones_wherever_the_folder_is(tmp_path: Path) -> None:
+    ids = []
+    for folder in ("one", "two"):
+        write_jsonl(tmp_path / folder / "x.jsonl", [{"text": "same"}, {"text": "same"}])
+        write_jsonl(tmp_path / folder / "y.jsonl", [{"text": "same"}])
+        source = opened(tmp_path / folder)
+        assert source.has_unique_ids
+        ids.append([row.id for row in rows_of(source)])
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 3
+
+
+def test_a_fingerprint_changes_with_the_content_and_the_names_only(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "one" / "docs.jsonl")
+    before = opened(path).fingerprint()
+    assert opened(path.rename(tmp_path / "docs.jsonl")).fingerprint() == before
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"text 6", b"text 9"))
+    assert opened(path).fingerprint() != before
+
+
+def test_a_file_that_is_written_while_it_is_read_stops_the_reading(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "docs.jsonl")
+    source = opened(path)
+    source.fingerprint()
+    reading = source.read()
+    next(reading)
+    with path.open("ab") as file:
+        file.write(b'{"id": "new", "text": "late"}\n')
+    with pytest.raises(BulkError, match=r"docs\.jsonl: was written while it was read"):
+        list(reading)
+
+
+def test_old_vectors_of_parquet_are_left_out(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"id": 1, "text": "x", "vector": [0.5, 1.0], "lang": "en"}])
+    pq.write_table(table, tmp_path / "docs.parquet")
+    assert rows_of(opened(tmp_path))[0].payload == {"lang": "en"}
+
+
+def test_dates_and_decimals_of_parquet_become_text(tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    record = {
+        "id": 1,
+        "text": "x",
+        "at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+        "price": decimal.Decimal("1.50"),
+        "nested": {"day": datetime.date(2026, 1, 2)},
+    }
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "docs.parquet")
+    payload = rows_of(opened(tmp_path))[0].payload
+    assert payload == {"at": "2026-01-02T00:00:00+00:00", "price": "1.50", "nested": {"day": "2026-01-02"}}
+
+
+def test_files_of_another_filesystem_are_read(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bulk-read/a.jsonl", write_jsonl(tmp_path / "a.jsonl").read_bytes())
+    memory.pipe_file("/bulk-read/b.parquet", write_parquet(tmp_path / "b.parquet").read_bytes())
+    source = opened("memory://bulk-read")
+    rows = rows_of(source)
+    assert [row.id for row in rows] == 2 * [one["id"] for one in RECORDS]
+    assert list(source.read(rows[9].position)) == rows[10:]
+    assert rows[0].place == "memory://bulk-read/a.jsonl:1"
+    before = source.fingerprint()
+    memory.pipe_file("/bulk-read/a.jsonl", b'{"id": 1, "text": "other"}\n')
+    assert opened("memory://bulk-read/*").fingerprint() != before
+
+
+@pytest.fixture
+def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the limit of a line small, and reading beyond it happen in small pieces."""
+    for module in ("lines", "records"):
+        monkeypatch.setattr(f"gateway.bulk.files.{module}.MAX_LINE_BYTES", 60)
+    monkeypatch.setattr(lines.read_lines, "__defaults__", (60,))
+    monkeypatch.setattr(lines, "_CHUNK_BYTES", 16)
+
+
+BAD_LINES = {
+    b'{"id": 1, "text"': "is not JSON: ",
+    b"[1, 2]": "must be a JSON object, and is a list",
+    b"null": "must be a JSON object, and is nothing",
+    b'{"id": 2, "text": "\xff"}': "is not UTF-8: invalid start byte at byte 20",
+    b'{"id": 3, "text": "\\ud800"}': "is not JSON: ",
+    b'{"id": 4}': "the text, in field `text`, is missing",
+    b'{"id": 5, "text": "' + 100 * b"long " + b'"}': "the line has more than 16 MiB, which is the limit",
+    b'{"id": 6, "text": NaN}': "is not JSON: ",
+}
+
+
+@pytest.mark.usefixtures("short_lines")
+def test_a_bad_line_is_named_and_does_not_touch_its_neighbors(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    good = b'{"id": "good", "text": "x"}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n" + b"".join(line + b"\r\n" + good for line in BAD_LINES))
+    read = list(opened(path).read())
+    bad = [one for one in read if isinstance(one, BadRow)]
+    assert [one.place for one in bad] == [f"{path}:{3 + 2 * i}" for i in range(len(BAD_LINES))]
+    assert len(read) == 2 * len(BAD_LINES) + 1
+    for one, problem in zip(bad, BAD_LINES.values(), strict=True):
+        assert problem in one.problem
+        assert list(opened(path).read(one.position)) == read[read.index(one) + 1 :]
+
+
+def test_the_longest_line_is_read_and_one_byte_more_is_not() -> None:
+    import io
+
+    for ending in (b"\n", b"\r\n", b""):
+        for size, is_read in ((60, True), (61, False), (62, False), (63, False), (200, False)):
+            file = io.BytesIO(size * b"x" + ending + (b"next" if ending else b""))
+            first, *others = lines.read_lines(file, lines.Mark(), 60)
+            assert (first.content == size * b"x") is is_read, (size, ending)
+            assert [other.content for other in others] == ([b"next"] if ending else [])
+
+
+@pytest.mark.usefixtures("short_lines")
+def test_a_bad_csv_record_is_named_and_does_not_touch_its_neighbors(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    lines_ = [
+        b"id,text",
+        b'a,"fine',
+        b'over two lines"',
+        b"b,one,too many",
+        b'c,"quote that never ends',
+        b"d,fine",
+        b"",
+        b'e,"wrong"quote',
+        b"f,\xff",
+        b"g," + 100 * b"long",
+        b"h,last",
+        b"i,later",
+    ]
+    path.write_bytes(b"\n".join(lines_))
+    read = list(opened(path).read())
+    assert [one.id for one in read if isinstance(one, Row)] == ["a", "d", "h", "i"]
+    problems = {one.place.rpartition(":")[2]: one.problem for one in read if isinstance(one, BadRow)}
+    assert problems == {
+        "4": "has 3 columns, and the first line names 2",
+        "5": "a quoted field that begins here does not end as it should (is not CSV: ',' expected after '\"')",
+        "8": "is not CSV: ',' expected after '\"'",
+        "9": "is not UTF-8: invalid start byte at byte 3",
+        "10": "the line has more than 16 MiB, which is the limit",
+    }
+    for index, one in enumerate(read):
+        assert list(opened(path).read(one.position)) == read[index + 1 :]
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_the_header_of_a_csv_file_tells_its_separator(separator: str, tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_text(f"id{separator}text\n1{separator}a, b\n")
+    assert [(row.id, row.text) for row in rows_of(opened(path))] == [("1", "a, b")]
+
+
+def _pipe(path: Path) -> None:
+    import os
+
+    os.mkfifo(path)
+
+
+UNUSABLE: Mapping[str, tuple[bytes | Callable[[Path], Any], str]] = {
+    "a.jsonl": (b'[{"id": 1}]', "is a JSON array, and must be JSON lines, an object per line: jq -c '.[]'"),
+    "b.json": (b'{\n "id": 1}', "is JSON over several lines, and must be JSON lines"),
+    "c.jsonl": ("﻿{}".encode("utf-16"), "is UTF-16, and must be UTF-8: iconv"),
+    "d.jsonl": (b"\n", "has no record"),
+    "e.jsonl": (b"oops\n", "e.jsonl:1: is not JSON"),
+    "f.csv": (b"", "is empty; the first line must have the names of the columns"),
+    "g.csv": (b"id,text,id\n", "g.csv:1: two columns are called `id`"),
+    "h.csv": (b"id,,text\n", "h.csv:1: a column has no name"),
+    "i.csv": (b'"id,text\n', "i.csv:1: is not a line with the names of the columns"),
+    "j.csv": (b"id,t\xe9xt\n", "j.csv:1: is not UTF-8: invalid continuation byte at byte 5"),
+    "k.parquet": (b"PAR1 not really", "k.parquet: is not a Parquet file"),
+    "l.txt": (b"text", "l.txt: its name must end in .jsonl"),
+    "m.jsonl.gz": (b"not packed", "m.jsonl.gz: cannot be read: Not a gzipped file"),
+    "n.jsonl": (_pipe, "n.jsonl: cannot be read: must be a regular file, and is a named pipe"),
+    "o.jsonl.gz": (gzip.compress(b'{"id": 1}\n' * 9)[:-9], "o.jsonl.gz: cannot be read: Compressed file ended"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_that_cannot_be_a_source_says_why(name: str, tmp_path: Path) -> None:
+    content, problem = UNUSABLE[name]
+    if callable(content):
+        content(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BulkError) as caught:
+        list(opened(tmp_path / name).read())
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("places", "problem"),
+    [
+        (["{}/absent.jsonl"], "absent.jsonl: there is no such file or folder"),
+        (["{}/*.csv"], "has no file whose name ends in .jsonl"),
+        (["{}/empty"], "empty: has no file whose name ends in .jsonl, "),
+        (["{}/docs.jsonl", "{}/*.jsonl"], "docs.jsonl: is named twice among the sources"),
+        (["s3://bucket/docs.jsonl"], "needs a package that is not installed: Install s3fs"),
+        (["nowhere://bucket/docs.jsonl"], "nowhere://bucket/docs.jsonl: cannot be opened: ValueError: Protocol not known"),
+        (["memory://nothing/here.jsonl"], "memory://nothing/here.jsonl: there is no such file or folder"),
+        (["{}/" + 300 * "x" + ".jsonl"], "there is no such file or folder"),
+    ],
+)  # fmt: skip
+def test_a_place_without_files_says_so(places: Sequence[str], problem: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "docs.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BulkError) as caught:
+        opened(*(place.format(tmp_path) for place in places))
+    assert problem in str(caught.value)
+
+
+def test_bytes_of_parquet_are_refused_unless_they_are_left_out(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"id": 1, "text": "x", "image": b"\x00"}]), tmp_path / "docs.parquet")
+    with pytest.raises(BulkError, match="column `image` has bytes, which no sink takes: name the columns to keep"):
+        opened(tmp_path)
+
+
+def random_bytes(dice: random.Random) -> Iterator[bytes]:
+    pieces = [
+        b'{"id":"a","text":"b"}',
+        b"\n",
+        b"\r\n",
+        b'"',
+        b",",
+        b"\xff",
+        b"{",
+        b"[",
+        b"id,text",
+        b" ",
+        b"\0",
+        b"x" * 70,
+    ]
+    while True:
+        yield b"".join(dice.choices(pieces, k=dice.randint(1, 12)))
+
+
+@pytest.mark.usefixtures("short_lines")
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_whatever_a_file_holds_it_is_read_to_its_end_or_refused_and_any_position_goes_on(
+    ending: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"docs.{ending}"
+    first = b'{"id":"a","text":"b"}\n' if ending == "jsonl" else b"id,text\n1,x\n"
+    dice = random.Random(7)
+    for _, content in zip(range(150), random_bytes(dice), strict=False):
+        path.write_bytes(first + content)
+        source = opened(path)
+        read = list(source.read())
+        at = dice.randrange(len(read))
+        assert list(source.read(read[at].position)) == read[at + 1 :]
