@@ -20,8 +20,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEV := build/dev
 DEV_BIN := $(DEV)/bin
-# Some tests only wait: there is a worker more than cores.
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
+# Some tests only wait: there are more workers than cores.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 3 ? cores + 2 : 4)))
 INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/install.sh
 # A change of any of these makes the next `make install` do its work; without one it ends at once.
 INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh requirements/torch.lock requirements/run.lock requirements/build.lock
