@@ -26,6 +26,7 @@ from gateway import errors
 from gateway.config.api_keys import KeyEntry, KeyFile
 from gateway.config.capture import Capture
 from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Outcome, Registry, Shadow
+from gateway.config.replicas import Replicas
 from gateway.config.settings import Settings, variable
 from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable
@@ -62,6 +63,8 @@ def configuration_page() -> str:
         _keys_table(ModelEntry),
         "### `models[].upstream`\n",
         _keys_table(Upstream),
+        "### `models[].replicas`\n\nOn a Ray cluster, see [scale.md](scale.md#a-cluster-on-ray):\n",
+        _keys_table(Replicas),
         "### `aliases.NAME`\n\nEither the id of a model, or a mapping:\n",
         _keys_table(Alias),
         "### `experiments[]`\n",

@@ -48,6 +48,7 @@ BOXES: Final = {
     "fleet": Box(1, 8, "every model and its state", "core"),
     "experiments": Box(2, 8, "unit → arm; results", "core"),
     "cache": Box(0, 9, "vectors of texts seen before", "core"),
+    "cluster": Box(2, 9, "replicas on Ray", "engine"),
     "backends": Box(1, 9, "this process, other servers", "engine"),
     "engine": Box(1, 10, "schedule, tokenize, compute", "engine"),
     "golden": Box(1, 11, "vectors known to be right", "engine"),

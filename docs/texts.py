@@ -61,6 +61,7 @@ models:
     runtime: auto
     fp16_accumulation: true
     merge_adapters: true
+    replicas: {min: 2, max: 4, target_requests: 16}
     golden: golden/jina-embeddings-v3.json
     ranges: ranges/jina-embeddings-v3.json
     default_task: text-matching

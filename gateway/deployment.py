@@ -17,6 +17,7 @@ from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.residents import Residents
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.description import server_names
+from gateway.cluster.environment import site_of
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.errors import ConfigError, ReloadRefused, StartError
@@ -33,6 +34,7 @@ from gateway.types import ModelKind, ModelState
 
 if TYPE_CHECKING:
     from gateway.capture.captures import Captures
+    from gateway.cluster.site import ClusterSite
 
 log = structlog.get_logger(__name__)
 
@@ -60,11 +62,17 @@ class Reloaded:
 
 
 def make_real_backend(
-    entry: ModelEntry, settings: Settings, residents: Residents, on_card_lost: Callable[[str], None]
+    entry: ModelEntry,
+    settings: Settings,
+    residents: Residents,
+    on_card_lost: Callable[[str], None],
+    cluster: ClusterSite | None,
 ) -> Backend:
-    """Return the backend of a model: an engine in this process, maybe only while it is used, or other servers."""
+    """Return the backend of a model: an engine in this process, maybe only while it is used, a cluster or other servers."""
     if entry.is_remote:
         return UpstreamBackend(entry, settings)
+    if cluster is not None:
+        return cluster.backend(entry)
     engine = InfinityBackend(entry, settings, residents, on_card_lost)
     return OnDemandBackend(entry, engine, settings, residents) if entry.is_on_demand else engine
 
@@ -95,12 +103,17 @@ class Deployment:
         make_backend: MakeBackend | None = None,
     ) -> None:
         residents = Residents()
-        make_backend = make_backend or (lambda entry: make_real_backend(entry, settings, residents, self.lose_card))
+        cluster = site_of(registry, settings) if make_backend is None else None
+        make_backend = make_backend or (
+            lambda entry: make_real_backend(entry, settings, residents, self.lose_card, cluster)
+        )
         self.settings = settings
         self.is_draining = False
         self.card_lost = ""
         self.on_card_lost: Callable[[], None] = lambda: None
         self.resources = AsyncExitStack()
+        if cluster is not None:
+            self.resources.push_async_callback(cluster.disconnect)
         self.counting_since: dict[str, str] = {}
         self.errors = RecentErrors()
         self.traffic = RecentTraffic()
@@ -109,7 +122,7 @@ class Deployment:
         self._reloader = Reloader(read_registry or (lambda: registry), make_backend)
         self._reloading = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
-        self._serve(registry, fleet or Fleet.from_registry(registry, make_backend))
+        self._serve(registry, fleet or Fleet.from_registry(registry, make_backend, cluster))
 
     def _serve(self, registry: Registry, fleet: Fleet) -> None:
         generations = {experiment.id: Split(experiment).generation for experiment in registry.experiments}

@@ -51,20 +51,21 @@
         └── ClientDisconnected     499  (only logged: the client is gone)
 
 The middleware is the one exit: it renders every ``RequestError`` that a handler raises. Only ``gateway.http.protocol``
-responds by itself, with an ``InvalidHttp``, to bytes that are not a request. ``docs/errors.md`` is made from these classes.
+responds by itself, with an ``InvalidHttp``, to bytes that are not a request. docs/errors.md is made from these classes.
 """
 
 from __future__ import annotations
 
+from copyreg import __newobj__ as _new  # type: ignore[attr-defined]
 from dataclasses import dataclass
 from typing import ClassVar
 
 
 class GatewayError(Exception):
-    """Root of every error that the gateway raises on purpose."""
+    """Root of every error that the gateway raises on purpose. Pickled with all attributes, for replicas elsewhere."""
 
-
-# ---------------------------------------------------------------------------------------------------------- start
+    def __reduce__(self) -> tuple[object, ...]:
+        return _new, (type(self), *self.args), self.__dict__  # without `__init__`, which may take other arguments
 
 
 class StartError(GatewayError):
@@ -137,9 +138,6 @@ class NotReachable(LoadError):
 
 class CompareError(StartError):
     """A comparison cannot run: its data, its models or the gateway do not allow it."""
-
-
-# -------------------------------------------------------------------------------------------------------- request
 
 
 class RequestError(GatewayError):

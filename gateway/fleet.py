@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import structlog
 
@@ -37,6 +37,38 @@ _ON_THE_CPU = "(`enabled: true` in models.yaml runs it on the CPU)"
 # What needs no warning: there is nothing to be mended.
 _USUAL = f"no accelerator is present {_ON_THE_CPU}"
 _SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
+
+
+class Site(Protocol):
+    """Where the models run, apart from those of upstream servers."""
+
+    def why_disabled(self, entry: ModelEntry) -> str:
+        """Return why a model is disabled there; empty if it is enabled. May block.
+
+        Raises:
+            StartError: there is no such place.
+        """
+
+    def is_here(self, entry: ModelEntry) -> bool:
+        """Return whether the model shares this machine's memory with the others, so that they load one after another."""
+
+
+class Here:
+    """This process, as the :class:`Site` of models."""
+
+    def why_disabled(self, entry: ModelEntry) -> str:
+        return why_disabled(entry)
+
+    def is_here(self, entry: ModelEntry) -> bool:
+        return not entry.is_remote
+
+
+@runtime_checkable
+class Removable(Protocol):
+    """A backend that has something elsewhere, which outlasts this process."""
+
+    async def remove(self) -> None:
+        """Stop, and remove what is elsewhere, unless another gateway uses it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -115,14 +147,14 @@ class Model:
                 self._is_idle.set()
 
     async def retire(self, grace_s: float) -> None:
-        """Stop the backend when its last request has ended, or after a grace period."""
+        """Stop the backend for good when its last request has ended, or after a grace period."""
         self._is_retired = True
         try:
             if self._num_in_flight:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._is_idle.wait(), grace_s)
         finally:
-            await self.backend.stop()
+            await (self.backend.remove() if isinstance(self.backend, Removable) else self.backend.stop())
 
 
 class Fleet:
@@ -131,14 +163,15 @@ class Fleet:
     ``started`` is set when every enabled model is ready or has failed.
     """
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[Model], site: Site | None = None) -> None:
         self._models = {model.id: model for model in models}
+        self._site = site or Here()
         self.started = asyncio.Event()
         self._is_replaced = False
 
     @classmethod
-    def from_registry(cls, registry: Registry, make_backend: MakeBackend) -> Fleet:
-        return cls([Model(entry, make_backend(entry)) for entry in registry.models])
+    def from_registry(cls, registry: Registry, make_backend: MakeBackend, site: Site | None = None) -> Fleet:
+        return cls([Model(entry, make_backend(entry)) for entry in registry.models], site)
 
     def successor(self, registry: Registry, make_backend: MakeBackend) -> Fleet:
         """Return the fleet of another registry: it keeps each model whose entry has not changed, and has new ones otherwise.
@@ -151,7 +184,7 @@ class Fleet:
             if model is None or model.state in _RETRIED_STATES or not model.entry.loads_like(entry):
                 model = Model(entry, make_backend(entry))
             models.append(model)
-        return Fleet(models)
+        return Fleet(models, self._site)
 
     def take_over(self, old: Fleet, registry: Registry) -> None:
         """Replace the old fleet; the models that were kept get their new entries."""
@@ -199,12 +232,12 @@ class Fleet:
         """Load the models that are enabled and not loaded yet.
 
         Models of this process load one after the other, in :func:`load_order`, so that each sees the memory that the others
-        left. Models on other servers need none, and load all at once. A model that is compared with another one waits for
+        left. Models that run elsewhere need none, and load all at once. A model that is compared with another one waits for
         it.
         """
         waiting = [model for model in self if model.state is ModelState.LOADING]
         for model in waiting:
-            if reason := await asyncio.to_thread(why_disabled, model.entry):
+            if reason := await asyncio.to_thread(self._site.why_disabled, model.entry):
                 model.report(ModelState.DISABLED, reason)
                 note = log.info if reason in (_SWITCHED_OFF, _USUAL) else log.warning
                 note("model_disabled", model=model.id, reason=reason)
@@ -212,7 +245,7 @@ class Fleet:
         if loading:
             log.info("models_loading", number=len(loading), of=len(self._models))
         has_loaded = {model.id: asyncio.Event() for model in loading}
-        by_id = {model.id: model for model in loading if not model.entry.is_remote}
+        by_id = {model.id: model for model in loading if self._site.is_here(model.entry)}
         order = await asyncio.to_thread(load_order, [model.entry for model in by_id.values()])
         here = [by_id[entry.id] for entry in order]
 
@@ -228,7 +261,7 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(load(*here))
             for model in loading:
-                if model.entry.is_remote:
+                if model.id not in by_id:
                     tasks.create_task(load(model))
 
     async def load_one(self, model: Model) -> None:
@@ -262,8 +295,8 @@ class Fleet:
                 log.info("model_on_demand", model=model.id, seconds=seconds)
 
     def is_absent(self, model: Model) -> bool:
-        """Return whether the servers of a model could not be reached, or were wrong, when it was loaded."""
-        return not self._is_replaced and model.entry.is_remote and model.state is ModelState.FAILED
+        """Return whether what runs a model elsewhere could not be reached, or was wrong, when it was loaded."""
+        return not self._is_replaced and not self._site.is_here(model.entry) and model.state is ModelState.FAILED
 
     async def seek(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
         """Try to load an absent model until it is ready, or the fleet is replaced.

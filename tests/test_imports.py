@@ -20,6 +20,7 @@ __main__
 cli.main
 cli.comparing
 cli.experimenting
+cli.clustering
 doctor
 bulk
 compare
@@ -41,6 +42,7 @@ fleet
 recent
 outcomes
 experiments
+cluster
 cache
 backends
 engine
@@ -144,6 +146,18 @@ def test_planning_a_model_does_not_load_transformers_models() -> None:
     """They take longer to import than torch, and a compiled model that is kept on disk needs none of them."""
     slow = ("transformers.modeling_utils", "torch.distributed.tensor", "torch._dynamo")
     code = f"import gateway.engine.loading, sys; sys.exit(any(name in sys.modules for name in {slow}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_the_cluster_imports_ray(path: Path) -> None:
+    if not str(path.relative_to(ROOT)).startswith("gateway/cluster/"):
+        assert "ray" not in {name.split(".")[0] for name in imports_of(path)}
+
+
+@pytest.mark.parametrize("module", ["gateway.cli.main", "gateway.server", "gateway.cluster.environment"])
+def test_importing_does_not_load_ray(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from gateway import __version__
+from gateway.cli.clustering import cluster as cluster_commands
 from gateway.cli.comparing import compare
 from gateway.cli.experimenting import experiments
 from gateway.cli.options import ModelsOption
@@ -89,6 +90,13 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. By default GATEWAY_PORT, or 8000.")] = None,
     models: ModelsOption = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|HOST:PORT",
+            help="Run the models as replicas on a Ray cluster. By default GATEWAY_CLUSTER, or in this process.",
+        ),
+    ] = None,
 ) -> None:
     """Serve the models over HTTP.
 
@@ -99,7 +107,7 @@ def serve(
     from gateway.telemetry import trace_export
     from gateway.telemetry.logs import configure_logs, flush_logs
 
-    settings = load_settings(os.environ, host=host, port=port, models=models)
+    settings = load_settings(os.environ, host=host, port=port, models=models, cluster=cluster)
     registry = load_registry(settings.models, os.environ)
     trace_settings = read_trace_settings(os.environ)
     # Only after the checks, because OTEL_PROPAGATORS is read on import.
@@ -346,6 +354,9 @@ app.command()(compare)
 
 
 app.command()(experiments)
+
+
+app.add_typer(cluster_commands)
 
 
 def _read_registry(models: Path | None) -> tuple[Path, Registry]:

@@ -8,14 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from gateway.config.fields import (
     Device,
@@ -30,6 +23,7 @@ from gateway.config.fields import (
     Sha256,
     Source,
 )
+from gateway.config.replicas import Replicas
 from gateway.config.upstream import PositiveSeconds, Upstream
 from gateway.config.wording import enumerate_names, quote
 from gateway.types import Output
@@ -181,6 +175,10 @@ class ModelEntry(Frozen):
     upstream: Upstream | None = Field(
         default=None, description="Servers that run the model, with `backend: openai` or `tei`."
     )
+    replicas: Replicas | None = Field(
+        default=None,
+        description="How many processes run the model on a Ray cluster. Without `GATEWAY_CLUSTER`, ignored.",
+    )
     same_space_as: Name | None = Field(
         default=None,
         description="Id of another model with the same weights, which may then be a fallback of this one, and this one of "
@@ -302,6 +300,7 @@ _ENGINE_FIELDS = (
     "fp16_accumulation",
     "merge_adapters",
     "trust_remote_code",
+    "replicas",
 )
 
 

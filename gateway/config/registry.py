@@ -19,6 +19,7 @@ from gateway.config.conflicts import ConflictError, find_conflicts
 from gateway.config.fields import KNOWN_BY, Distinct, DistinctListed, Frozen, Listed, Name, Source, Version
 from gateway.config.model_entry import ModelEntry
 from gateway.config.problems import field_problems
+from gateway.config.replicas import Replicas
 from gateway.config.traffic import Alias, Arm, Experiment, Outcome, Shadow
 from gateway.config.upstream import Upstream
 from gateway.config.wording import configurable, describe, unknown_key
@@ -179,7 +180,8 @@ def _fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the fields of the model that the last key of a path belongs to."""
     match path:
         case ("models", int(), *rest):
-            return Upstream.model_fields if rest[:1] == ["upstream"] and len(rest) > 1 else ModelEntry.model_fields
+            parts = {"upstream": Upstream.model_fields, "replicas": Replicas.model_fields}
+            return parts.get(str(rest[0]), ModelEntry.model_fields) if len(rest) > 1 else ModelEntry.model_fields
         case ("aliases", str(), key, *rest):
             return Capture.model_fields if key == "capture" and rest else Alias.model_fields
         case ("experiments", int(), "arms", int(), *_):

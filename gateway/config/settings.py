@@ -6,22 +6,13 @@ descriptions.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -31,73 +22,25 @@ from pydantic_settings import (
 )
 
 from gateway.config.hub import hub_problems
-from gateway.config.wording import did_you_mean, explain, quote
+from gateway.config.setting_values import (
+    check_admin_key,
+    check_cluster,
+    check_prefix,
+    lower,
+    split_keys,
+    split_networks,
+    split_origins,
+)
+from gateway.config.wording import did_you_mean, explain
 from gateway.errors import ConfigError, Problem
 
 ENV_PREFIX: Final = "GATEWAY_"
 
 # Kubernetes sets these in every pod of a namespace that has a Service named `gateway`.
 _SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP|SCTP).*)")
-_LEAST_KEY: Final = 8
-PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
-"""The path under which a proxy serves the gateway; empty for none."""
-
-_ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICE_LINK_HINT = (
     "; Kubernetes sets it for a Service named `gateway`: rename it, or set `enableServiceLinks: false` in the pod"
 )
-
-
-def _split_keys(value: object) -> object:
-    """Split comma-separated keys. No message may show one."""
-    if not isinstance(value, str):
-        return value
-    keys = tuple(key.strip() for key in value.split(","))
-    if not all(keys):
-        raise ValueError("has an empty key before, between or after its commas; leave it unset to turn keys off")
-    for number, key in enumerate(keys, start=1):
-        if len(key) < _LEAST_KEY:
-            raise ValueError(f"key {number} must have at least {_LEAST_KEY} characters, got {len(key)}")
-    return keys
-
-
-def _split_origins(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    origins = tuple(origin.strip().rstrip("/") for origin in value.split(","))
-    for origin in origins:
-        if origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise ValueError(f"must be origins such as `https://app.example.com`, or `*`, got {quote(origin)}")
-    return origins
-
-
-def _split_networks(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    networks = tuple(network.strip() for network in value.split(","))
-    for network in networks:
-        try:
-            ipaddress.ip_network(network)
-        except ValueError:
-            raise ValueError(f"must be addresses or networks such as `10.0.0.0/8`, got {quote(network)}") from None
-    return networks
-
-
-def _check_prefix(prefix: str) -> str:
-    prefix = prefix.rstrip("/")
-    if not PREFIX.fullmatch(prefix):
-        raise ValueError(f"must be a path such as `/embeddings-gateway`, got {quote(prefix)}")
-    return prefix
-
-
-def _check_admin_key(key: SecretStr) -> SecretStr:
-    if len(key.get_secret_value()) < _LEAST_KEY:
-        raise ValueError(f"must have at least {_LEAST_KEY} characters, got {len(key.get_secret_value())}")
-    return key
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -116,7 +59,7 @@ class Settings(BaseSettings):
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     models: Path = Field(default=Path("models.yaml"), description="Path of the model registry.")
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_keys)] = Field(
         default=(),
         description="API keys that clients may send, comma-separated, at least 8 characters each. Empty: no key is "
         "required.",
@@ -144,7 +87,7 @@ class Settings(BaseSettings):
         description="Where requests and tokens per minute are counted: `memory://`, or `redis://HOST:PORT/DB` for replicas "
         "that count together.",
     )
-    admin_key: Annotated[SecretStr, AfterValidator(_check_admin_key)] | None = Field(
+    admin_key: Annotated[SecretStr, AfterValidator(check_admin_key)] | None = Field(
         default=None,
         description="The operator's key for the paths under `/admin`, and for `/metrics` if API keys are set. Without it, "
         "`/admin` answers 403.",
@@ -156,7 +99,7 @@ class Settings(BaseSettings):
         description="Separate port for `/metrics`, `/admin` and `/health`, so that clients cannot reach them; `/metrics` "
         "needs no key there. Must differ from `GATEWAY_PORT`. Without it, these paths are on the clients' port.",
     )
-    console: Annotated[Literal["off", "admin", "public"], BeforeValidator(_lower)] = Field(
+    console: Annotated[Literal["off", "admin", "public"], BeforeValidator(lower)] = Field(
         default="admin",
         description="Pages for people, at `/console`. `admin`: for the operator, on `GATEWAY_ADMIN_PORT` if that is set, "
         "else on the clients' port; they ask for `GATEWAY_ADMIN_KEY` if any key is set. `public`: for all clients, on "
@@ -167,17 +110,17 @@ class Settings(BaseSettings):
         description="Folder with the results of `gateway compare --out FOLDER/NAME`, which the console shows. Duels are "
         "written there as well.",
     )
-    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_origins)] = Field(
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_origins)] = Field(
         default=(),
         description="Origins of web pages that may send requests from a browser, comma-separated: "
         "`https://app.example.com`; `*` for all. Empty: none.",
     )
-    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_networks)] = Field(
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_networks)] = Field(
         default=(),
         description="Addresses or networks of proxies whose `X-Forwarded-For` is trusted, in logs and in quotas by address, "
         "comma-separated: `10.0.0.0/8`. Empty: a client's address is the address of its connection.",
     )
-    root_path: Annotated[str, AfterValidator(_check_prefix)] = Field(
+    root_path: Annotated[str, AfterValidator(check_prefix)] = Field(
         default="",
         description="Path under which a proxy serves the gateway, such as `/ai/embed`, for the links in the documentation "
         "and the OpenAPI document. Requests may include it or not. By default taken from "
@@ -251,6 +194,12 @@ class Settings(BaseSettings):
         description="Seconds between checks of a serving model against its golden vectors; a model that fails the check is "
         "reloaded.",
     )
+    cluster: Annotated[str, AfterValidator(check_cluster)] | None = Field(
+        default=None,
+        description="Run the models as replicas on a Ray cluster, one process and one card each. `local`: a cluster that "
+        "starts and ends with this process, for several cards in one machine. `auto`: the cluster that this machine is part "
+        "of. `HOST:PORT`: the one with this head. Needs the extra `cluster`. By default models run in this process.",
+    )
     cpu_threads: int = Field(
         default=0, ge=0, description="Number of threads for models on the CPU; 0: chosen by the engine."
     )
@@ -260,7 +209,7 @@ class Settings(BaseSettings):
         "weights in float32. `off`: none are kept. By default `embedding-gateway/compiled` in `$XDG_CACHE_HOME` or "
         "`~/.cache`.",
     )
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = Field(
         default="info", description="Minimum severity of the events that are logged."
     )
     log_format: Literal["auto", "json", "console"] = Field(

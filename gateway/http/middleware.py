@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget
-from gateway.config.settings import PREFIX, Settings
+from gateway.config.setting_values import PREFIX
+from gateway.config.settings import Settings
 from gateway.errors import (
     ClientDisconnected,
     HeadersTooLarge,

@@ -52,6 +52,7 @@ DEFAULTS = {
     "drain_delay_s": 0.0,
     "forward_timeout_s": 120.0,
     "golden_interval_s": 3600.0,
+    "cluster": None,
     "cpu_threads": 0,
     "cache_dir": None,
     "log_level": "info",

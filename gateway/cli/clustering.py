@@ -1,0 +1,52 @@
+"""``gateway cluster`` at the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gateway.errors import StartError
+
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|HOST:PORT", help="The Ray cluster. By default GATEWAY_CLUSTER, or that of this machine."
+    ),
+]
+
+cluster = typer.Typer(
+    name="cluster", help="Look at the models on a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@cluster.command()
+def status(cluster: ClusterOption = None) -> None:
+    """List the models on the cluster, with their replicas, nodes, cards and work."""
+    from gateway.cluster.environment import prepare
+
+    prepare(_checked(cluster))
+    from gateway.cluster.command import address_of, run_status
+
+    for line in run_status(address_of(cluster)):
+        typer.echo(line)
+
+
+@cluster.command()
+def prune(cluster: ClusterOption = None) -> None:
+    """Remove models that no gateway is connected to, such as those of a registry that has changed since."""
+    from gateway.cluster.environment import prepare
+
+    prepare(_checked(cluster))
+    from gateway.cluster.command import address_of, run_prune
+
+    for line in run_prune(address_of(cluster)):
+        typer.echo(line)
+
+
+def _checked(address: str | None) -> str:
+    if address == "local":
+        raise StartError(
+            "a local cluster belongs to the gateway that has started it, and ends with it: nothing to look at"
+        )
+    return address or "auto"

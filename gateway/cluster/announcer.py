@@ -1,0 +1,29 @@
+"""A router of requests for Ray Serve that routes none: it says where the replicas are.
+
+Serve pickles this module by value, and every process that has a handle unpickles a copy: what it keeps is in
+:mod:`gateway.cluster.discovery`, which is not copied.
+"""
+
+from __future__ import annotations
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from gateway.cluster import discovery
+
+
+class Announcer(RequestRouter):
+    """Serve's router of requests to replicas, which here only says where they are: requests do not pass through Serve."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        places = {
+            one.replica_id.unique_id: discovery.place_of(one.replica_id.unique_id, one.replica_metadata)
+            for one in replicas
+            if one.replica_metadata
+        }
+        discovery.DIRECTORY.publish(self.app_name, places)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return [candidate_replicas]

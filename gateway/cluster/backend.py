@@ -1,0 +1,205 @@
+"""The backend of a model that runs as replicas on a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, Protocol
+
+import structlog
+
+from gateway.backends.base import Report, unreported
+from gateway.cluster.deploying import Cluster, require_deployed
+from gateway.cluster.discovery import DIRECTORY
+from gateway.cluster.line import Line, LineLost
+from gateway.cluster.placing import Spec
+from gateway.cluster.pool import Pool
+from gateway.config.model_entry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.errors import LoadError, ModelNotReady, ModelRecovering, ShuttingDown
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Token, Vocabulary
+
+log = structlog.get_logger(__name__)
+
+# How often Serve is asked about a model whose first replica is not there yet.
+_POLL_S: Final = 0.5
+# A model that no machine has room for fails after this time, and is tried again later.
+_PLACE_S: Final = 60.0
+# A gap of this length is usual when a replica is replaced.
+_GAP_S: Final = 2.0
+
+
+class Site(Protocol):
+    """Deploys models for the backends of this process; see :class:`gateway.cluster.site.ClusterSite`."""
+
+    @property
+    def cluster(self) -> Cluster: ...
+
+    async def use(self, entry: ModelEntry) -> Spec: ...
+
+    async def leave(self, name: str, *, delete: bool) -> None: ...
+
+
+class RayBackend:
+    """The :class:`~gateway.backends.base.Backend` of a model whose replicas are on a Ray cluster.
+
+    ``plan`` deploys the model, unless another front has, and waits for the first replica; ``stop`` leaves it to the other
+    fronts.
+    """
+
+    def __init__(self, entry: ModelEntry, settings: Settings, site: Site) -> None:
+        self._entry = entry
+        self._settings = settings
+        self._site = site
+        self._report: Report = unreported
+        self._name = ""
+        self._spec: Spec | None = None
+        self._pool = Pool(entry.id, self._lines_changed)
+        self._end_watch: Callable[[], None] = lambda: None
+        self._is_stopped = False
+        self._is_ready = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._gap: asyncio.TimerHandle | None = None
+
+    @property
+    def lines(self) -> list[Line]:
+        """The connections to the replicas."""
+        return list(self._pool.lines.values())
+
+    async def plan(self, report: Report = unreported) -> ModelInfo:
+        self._is_stopped = False
+        spec = await self._site.use(self._entry)
+        self._spec, self._name = spec, spec.name
+        log.info("model_deployed", model=self._entry.id, deployment=spec.name)
+        self._end_watch = DIRECTORY.watch(spec.name, self._pool.update)
+        try:
+            return await self._first_info(report)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _first_info(self, report: Report) -> ModelInfo:
+        """Return the model's info once a replica takes jobs.
+
+        Raises:
+            LoadError: no replica can load it, or no machine has room for one.
+        """
+        began = time.monotonic()
+        shown = ""
+        while not self._pool.usable:
+            found = await require_deployed(self._site.cluster, self._name)
+            if found.reason != shown:
+                shown = found.reason
+                report(ModelState.LOADING, shown)
+            is_placed = found.num_running or found.num_starting or found.status == "NOT_STARTED"
+            if not is_placed and time.monotonic() - began > _PLACE_S:
+                raise LoadError(f"no machine of the cluster has room for a replica: {shown or found.status}")
+            await self._pool.changed(_POLL_S)
+        assert self._pool.info is not None  # noqa: S101  a usable line has it
+        return self._pool.info
+
+    async def start(self, report: Report) -> ModelInfo:
+        info = self._pool.info if self._pool.usable else await self.plan(report)
+        assert info is not None  # noqa: S101  a usable line has it
+        self._report = report
+        self._is_ready = True
+        return info
+
+    def _lines_changed(self) -> None:
+        """Report the model as recovering while no replica takes jobs, unless that is for a moment only."""
+        if not self._is_ready:
+            return
+        if self._pool.usable:
+            if self._gap is not None:
+                self._gap.cancel()
+                self._gap = None
+            self._report(ModelState.READY, "")
+        elif self._gap is None:
+            self._gap = asyncio.get_running_loop().call_later(_GAP_S, self._report_gap)
+
+    def _report_gap(self) -> None:
+        if self._is_ready and not self._pool.usable:
+            reasons = {line.reason or line.trouble for line in self.lines} - {""}
+            self._report(ModelState.RECOVERING, "; ".join(sorted(reasons)) or "no replica is running")
+            self._run(self._deploy_again())
+
+    async def _deploy_again(self) -> None:
+        """Deploy the model again if its deployment is gone: another front, or an operator, may have removed it."""
+        while self._is_ready and not self._pool.usable:
+            try:
+                found = await require_deployed(self._site.cluster, self._name)
+                if found.status == "NOT_STARTED" and self._spec is not None:
+                    await asyncio.to_thread(self._site.cluster.deploy, self._spec)
+            except Exception as error:  # Serve may be restarting; this is asked again
+                log.warning("cluster_not_answering", model=self._entry.id, error=repr(error))
+            await self._pool.changed(5.0)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        self._require_running()
+        return await self._pool.embed(job)
+
+    async def vocabulary(self) -> Vocabulary:
+        """Return the model's tokens, through a replica: its methods block, and are for threads."""
+        self._require_running()
+        limit_s = self._settings.request_timeout_s
+        loop = asyncio.get_running_loop()
+        line = await self._pool.choose(0, [], time.monotonic() + limit_s)
+        if line is None:
+            raise ModelRecovering(f"model {self._entry.id!r} has no replica now", retry_after_s=5)
+        return RemoteVocabulary(line, loop, limit_s)
+
+    def _require_running(self) -> None:
+        if self._is_stopped:
+            raise ShuttingDown("the gateway is shutting down", retry_after_s=5)
+        if not self._is_ready:
+            raise ModelNotReady(f"model {self._entry.id!r} is not loaded", retry_after_s=5)
+
+    async def stop(self) -> None:
+        await self._stop(delete=False)
+
+    async def remove(self) -> None:
+        """Stop, and delete the deployment if no other front is connected to it."""
+        await self._stop(delete=all(line.load.num_fronts <= 1 for line in self.lines))
+
+    async def _stop(self, *, delete: bool) -> None:
+        self._is_ready, self._is_stopped = False, True
+        self._end_watch()
+        self._end_watch = lambda: None
+        if self._gap is not None:
+            self._gap.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await self._pool.close()
+        if self._name:
+            name, self._name = self._name, ""
+            await self._site.leave(name, delete=delete)
+
+
+class RemoteVocabulary:
+    """A model's :class:`~gateway.types.Vocabulary`, in one of its replicas. Its methods must not be called on the loop."""
+
+    def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
+        self._line = line
+        self._loop = loop
+        self._limit_s = limit_s
+
+    def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
+        found: list[list[Token]] = self._ask("split", texts, flag=add_special_tokens)
+        return found
+
+    def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        found: list[str] = self._ask("join", [list(row) for row in rows], flag=skip_special_tokens)
+        return found
+
+    def _ask(self, method: str, items: Sequence[Any], *, flag: bool) -> Any:
+        asking = self._line.vocabulary(method, items, flag=flag, limit_s=self._limit_s)
+        try:
+            return asyncio.run_coroutine_threadsafe(asking, self._loop).result()
+        except LineLost as error:
+            raise ModelRecovering(f"a replica was lost: {error}", retry_after_s=1) from error

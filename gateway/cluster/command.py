@@ -1,0 +1,129 @@
+"""``gateway cluster``: what runs on the cluster, and the removal of what no gateway uses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.cluster.deploying import Cluster, Deployed
+from gateway.cluster.discovery import DIRECTORY
+from gateway.cluster.line import Line
+from gateway.cluster.pool import Pool
+
+# How long replicas get to say how they are.
+_PATIENCE_S: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A deployment on the cluster, and its replicas that can be reached.
+
+    Attributes:
+        num_fronts: gateways that are connected to it; ``None`` if no replica says so.
+    """
+
+    deployed: Deployed
+    lines: Sequence[Line]
+    num_fronts: int | None
+
+
+async def look(cluster: Cluster) -> list[Found]:
+    """Ask the cluster, and each replica, what runs."""
+    found = await asyncio.to_thread(cluster.deployed)
+    return await asyncio.gather(*(_ask(cluster, deployed) for deployed in found.values()))
+
+
+async def _ask(cluster: Cluster, deployed: Deployed) -> Found:
+    pool = Pool(deployed.name, lambda: None)
+    await asyncio.to_thread(cluster.watch, deployed.name)
+    end_watch = DIRECTORY.watch(deployed.name, pool.update)
+    try:
+        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+        while len(_heard(pool)) < deployed.num_running and asyncio.get_running_loop().time() < deadline:
+            await pool.changed(0.1)
+        lines = _heard(pool)
+        # This process is connected as well.
+        num_fronts = max((line.load.num_fronts - 1 for line in lines), default=None)
+        return Found(deployed, lines, num_fronts)
+    finally:
+        end_watch()
+        await pool.close()
+
+
+def _heard(pool: Pool) -> list[Line]:
+    return [line for line in pool.lines.values() if line.info is not None and line.load.num_fronts]
+
+
+async def prune(cluster: Cluster) -> list[Found]:
+    """Delete the deployments that no gateway is connected to; return them.
+
+    One whose replicas do not answer is left alone unless it has none: its gateways may be waiting for them.
+    """
+    unused = [one for one in await look(cluster) if one.num_fronts == 0 or _is_failed(one.deployed)]
+    await asyncio.to_thread(cluster.delete, [one.deployed.name for one in unused])
+    return unused
+
+
+def _is_failed(deployed: Deployed) -> bool:
+    return deployed.status == "DEPLOY_FAILED" and not deployed.num_running
+
+
+def describe(found: Found) -> list[str]:
+    """Return lines for people about a deployment."""
+    deployed = found.deployed
+    fronts = "unknown" if found.num_fronts is None else str(found.num_fronts)
+    starting = f", {deployed.num_starting} starting" if deployed.num_starting else ""
+    head = f"{deployed.name}  {deployed.status.lower()}, {deployed.num_running} running{starting}, gateways: {fronts}"
+    reason = [f"  {deployed.reason}"] if deployed.reason and deployed.status != "RUNNING" else []
+    return [head, *reason, *(_line(line) for line in found.lines)]
+
+
+def _line(line: Line) -> str:
+    load = line.load
+    work = f"{load.num_requests} requests, {load.num_texts} texts in progress" if load.num_requests else "idle"
+    return f"  {line.place.id}  {line.place.host}  node {line.place.node[:12]}  {line.place.device}  {work}"
+
+
+def run_status(address: str) -> list[str]:
+    """Return lines for people about all that runs on a cluster.
+
+    Raises:
+        StartError: no cluster is there.
+    """
+    cluster = _connect(address)
+    try:
+        found = asyncio.run(look(cluster))
+    finally:
+        cluster.disconnect()
+    return [text for one in found for text in describe(one)] or ["no models of a gateway are on this cluster"]
+
+
+def run_prune(address: str) -> list[str]:
+    """Remove what no gateway uses; return lines for people about that.
+
+    Raises:
+        StartError: no cluster is there.
+    """
+    cluster = _connect(address)
+    try:
+        unused = asyncio.run(prune(cluster))
+    finally:
+        cluster.disconnect()
+    return [f"removed {one.deployed.name}" for one in unused] or ["nothing to remove: gateways use all that is there"]
+
+
+def _connect(address: str) -> Cluster:
+    cluster = Cluster(address)
+    cluster.connect(starts_serve=False)
+    return cluster
+
+
+def address_of(asked: str | None) -> str:
+    """Return the address of the cluster to look at: as asked, or that of the environment, or this machine's."""
+    from gateway.config.settings import load_settings
+
+    set_there = load_settings(os.environ, cluster=asked).cluster
+    return "auto" if set_there in (None, "local") else str(set_there)

@@ -1,0 +1,179 @@
+"""The Ray cluster of this process: connect to it, deploy models there once for all fronts, remove what no front uses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+import structlog
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_del
+from ray.serve.api import RunTarget
+from ray.serve.exceptions import RayServeException
+
+from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options
+from gateway.cluster.replica import DRAIN_S, NAMESPACE, Replica
+from gateway.errors import LoadError, StartError
+
+log = structlog.get_logger(__name__)
+
+_DEPLOYMENT: Final = "model"
+# Serve looks this often whether a replica is well, and gives up one that does not say so in time.
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 30.0
+_NUM_ATTEMPTS: Final = 2
+_LOCAL_STORE_BYTES: Final = 80 * 2**20
+_REASON = re.compile(r"LoadError: (.*)")
+_LONGEST_REASON: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A model's deployment, as Serve sees it.
+
+    Attributes:
+        status: Serve's word, such as ``RUNNING``.
+        reason: why it is not running; may be empty.
+        num_running: replicas that run.
+        num_starting: replicas that are being started, or wait for a place.
+    """
+
+    name: str
+    status: str
+    reason: str
+    num_running: int
+    num_starting: int
+
+
+class Cluster:
+    """The Ray cluster that this process uses. All methods block: call them in a thread.
+
+    Args:
+        address: ``local``, ``auto`` or the ``HOST:PORT`` of the head.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self.has_cards = False
+
+    def connect(self, *, starts_serve: bool = True) -> None:
+        """Connect to the cluster, or start one in this machine, and start Ray Serve there if it does not run.
+
+        Args:
+            starts_serve: whether to start Ray Serve.
+
+        Raises:
+            StartError: no cluster is there, or it cannot be used.
+        """
+        if not ray.is_initialized():
+            options = self._local_options() if self._address == LOCAL else {"address": self._address}
+            try:
+                ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR, **options)
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                raise StartError(_unreachable(self._address, error)) from error
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if starts_serve:
+            serve.start(proxy_location="Disabled")
+        self.has_cards = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _local_options() -> dict[str, Any]:
+        """Return how a cluster of one machine is started; see :func:`gateway.cluster.environment.prepare` for its token."""
+        return {
+            "address": LOCAL,
+            "include_dashboard": False,
+            "object_store_memory": _LOCAL_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+        }
+
+    def deploy(self, spec: Spec) -> None:
+        """Deploy a model, unless it is deployed already: fronts that start together deploy the same thing once."""
+        deployment = serve.deployment(
+            name=_DEPLOYMENT,
+            ray_actor_options=actor_options(spec),
+            max_ongoing_requests=4096,
+            health_check_period_s=_HEALTH_PERIOD_S,
+            health_check_timeout_s=_HEALTH_TIMEOUT_S,
+            graceful_shutdown_wait_loop_s=0.2,
+            graceful_shutdown_timeout_s=DRAIN_S + 10,
+            max_constructor_retry_count=_NUM_ATTEMPTS,
+            request_router_config={"request_router_class": "gateway.cluster.announcer:Announcer"},
+            **scaling_options(spec),
+        )(Replica)
+        # The content is in the name. With a random version, which is Serve's default, a second front would roll it.
+        deployment._version = spec.name
+        target = RunTarget(target=deployment.bind(spec), name=spec.name, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+
+    def watch(self, name: str) -> None:
+        """Have Serve tell this process where the replicas of a deployment are; see :mod:`gateway.cluster.discovery`."""
+        serve.get_deployment_handle(_DEPLOYMENT, name).options(stream=False)
+
+    def deployed(self) -> Mapping[str, Deployed]:
+        """Return the deployments of gateways, by their names."""
+        found = {}
+        try:
+            applications = serve.status().applications
+        except RayServeException:  # Serve does not run
+            return {}
+        for name, app in applications.items():
+            if not name.startswith(PREFIX):
+                continue
+            deployment = app.deployments.get(_DEPLOYMENT)
+            states = {} if deployment is None else {str(state): num for state, num in deployment.replica_states.items()}
+            num_running = states.get("RUNNING", 0)
+            reason = _reason(app.message or "") or _reason("" if deployment is None else deployment.message)
+            num_starting = states.get("STARTING", 0)
+            found[name] = Deployed(name, str(app.status.value), reason, num_running, num_starting)
+        return found
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete deployments; their replicas finish the work in progress."""
+        for name in names:
+            serve.delete(name, _blocking=False)
+            _internal_kv_del(f"fingerprint:{name}".encode(), namespace=NAMESPACE)
+
+    def disconnect(self) -> None:
+        """Leave the cluster; a local one ends."""
+        if ray.is_initialized():
+            ray.shutdown()
+
+
+async def require_deployed(cluster: Cluster, name: str) -> Deployed:
+    """Return a deployment's present state.
+
+    Raises:
+        LoadError: it has failed; the message is the replica's.
+    """
+    found = (await asyncio.to_thread(cluster.deployed)).get(name)
+    if found is None:
+        return Deployed(name, "NOT_STARTED", "", 0, 0)
+    if found.status in ("DEPLOY_FAILED", "UNHEALTHY") and not found.num_running:
+        raise LoadError(found.reason or f"Ray Serve says {found.status}")
+    return found
+
+
+def _reason(message: str) -> str:
+    """Return the words of a replica, out of Serve's message with its traceback."""
+    found = _REASON.findall(message)
+    last = found[-1] if found else next((line for line in reversed(message.splitlines()) if line.strip()), "")
+    return str(last).strip()[:_LONGEST_REASON]
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    if address == LOCAL:
+        return f"a Ray cluster cannot be started in this machine: {_first_line(error)}"
+    where = "this machine is part of no Ray cluster" if address == "auto" else f"no Ray cluster is at {address}"
+    return (
+        f"GATEWAY_CLUSTER={address}: {where}, or it cannot be reached ({_first_line(error)}). Start Ray here: `ray "
+        "start --head` on the first machine, `ray start --address=HOST:6379` on the others"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

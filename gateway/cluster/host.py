@@ -1,0 +1,221 @@
+"""The replica's end of the connections to the fronts: it gives their jobs to the backend, each with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import structlog
+
+from gateway.backends.base import Backend
+from gateway.cluster.values import Load, WireEmbeddings, WireJob
+from gateway.cluster.wire import Connection, Message
+from gateway.errors import InternalError, ModelRecovering, RequestError
+from gateway.types import ModelInfo, ModelState
+
+log = structlog.get_logger(__name__)
+
+_GREETING_S: Final = 10.0
+# How often the fronts hear about the load, and how much a new measurement of the rate counts.
+_REPORT_S: Final = 0.25
+_RATE_WEIGHT: Final = 0.3
+# The fronts hear at least this often, so that they know that the connection lives.
+_SILENCE_S: Final = 1.0
+# A front hears of fewer tokens together with the answer.
+_MANY_TOKENS: Final = 1024
+
+
+class _Front:
+    """A front that is connected, and its jobs in progress."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.work = 0
+
+
+class Host:
+    """Answers the jobs of all fronts with one backend.
+
+    Args:
+        secret: what a front must know.
+
+    Attributes:
+        port: where it listens, once it is started.
+        num_requests: jobs in progress.
+    """
+
+    def __init__(self, backend: Backend, info: ModelInfo, secret: bytes, address: str) -> None:
+        self._backend = backend
+        self._info = info
+        self._secret = secret
+        self._address = address
+        self._fronts: dict[Connection, _Front] = {}
+        self._server: asyncio.Server | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self.port = 0
+        self.num_requests = self._num_texts = self._work = 0
+        self._done_work, self._rate = 0, 0.0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._state: tuple[ModelState, str] = (ModelState.READY, "")
+
+    async def start(self) -> None:
+        """Listen on a free port of the address."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._make_connection, self._address, 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._reporting = asyncio.create_task(self._report_load())
+
+    def _make_connection(self) -> Connection:
+        connection = Connection(
+            self._secret, is_front=False, on_open=self._opened, on_message=self._received, on_closed=self._closed
+        )
+        asyncio.get_running_loop().call_later(_GREETING_S, _close_unless_open, connection)
+        return connection
+
+    def _opened(self, connection: Connection) -> None:
+        self._fronts[connection] = _Front(connection)
+        connection.send("info", self._info)
+        connection.send("state", *self._state)
+        connection.send("load", self.load())
+
+    def _closed(self, connection: Connection, reason: str) -> None:
+        front = self._fronts.pop(connection, None)
+        if front is None:
+            log.debug("front_refused", reason=reason)
+            return
+        for task in front.tasks.values():  # no one waits for these answers
+            task.cancel()
+
+    # ----------------------------------------------------------------------------------------------------- messages
+
+    def _received(self, connection: Connection, message: Message) -> None:
+        front = self._fronts[connection]
+        match message:
+            case ("embed", int(key), WireJob() as job):
+                self._run(front, key, self._embed(front, key, job))
+            case ("cancel", int(key)):
+                if (task := front.tasks.get(key)) is not None:
+                    task.cancel()
+            case ("split" | "join" as method, int(key), list(items), bool(flag)):
+                self._run(front, key, self._ask_vocabulary(connection, key, method, items, flag))
+            case _:
+                raise ValueError(f"an unknown message: {str(message)[:80]}")
+
+    def _run(self, front: _Front, key: int, work: Coroutine[Any, Any, None]) -> None:
+        task = front.tasks[key] = asyncio.create_task(work)
+        task.add_done_callback(lambda _task: front.tasks.pop(key, None))
+
+    async def _embed(self, front: _Front, key: int, wire_job: WireJob) -> None:
+        work, num_texts = wire_job.work, len(wire_job.content["texts"])
+        self._count(front, 1, num_texts, work)
+
+        def on_tokens(num_tokens: int) -> None:
+            if num_tokens >= _MANY_TOKENS:
+                front.connection.send("tokens", key, num_tokens)
+
+        try:
+            result = await self._backend.embed(wire_job.job(on_tokens))
+            front.connection.send("answer", key, WireEmbeddings.of(result))
+        except RequestError as error:
+            front.connection.send("error", key, error.with_traceback(None))
+        except Exception:  # the front answers with an error all the same, and this process goes on
+            log.exception("replica_failed")
+            message = f"model {self._info.id!r} failed in its replica; the replica's log has the traceback"
+            front.connection.send("error", key, InternalError(message))
+        finally:
+            self._count(front, -1, -num_texts, -work)
+            self._done_work += work
+
+    async def _ask_vocabulary(
+        self, connection: Connection, key: int, method: str, items: list[Any], flag: bool
+    ) -> None:
+        try:
+            vocabulary = await self._backend.vocabulary()
+            if method == "split":
+                split = await asyncio.to_thread(vocabulary.split, items, add_special_tokens=flag)
+                connection.send("answer", key, split)
+            else:
+                joined = await asyncio.to_thread(vocabulary.join, items, skip_special_tokens=flag)
+                connection.send("answer", key, joined)
+        except RequestError as error:
+            connection.send("error", key, error.with_traceback(None))
+
+    # --------------------------------------------------------------------------------------------------------- load
+
+    def _count(self, front: _Front, num_requests: int, num_texts: int, work: int) -> None:
+        self.num_requests += num_requests
+        self._num_texts += num_texts
+        self._work += work
+        front.work += work
+        if self.num_requests:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()
+
+    def load(self, front: _Front | None = None) -> Load:
+        """Return the present load, as one of the fronts sees it."""
+        others = self._work - (0 if front is None else front.work)
+        return Load(self.num_requests, self._num_texts, self._work, others, self._rate, len(self._fronts))
+
+    async def _report_load(self) -> None:
+        """Measure the rate, and tell the fronts what has changed."""
+        told: dict[Connection, Load] = {}
+        last = time.monotonic()
+        while True:
+            was_busy, self._done_work = self.num_requests > 0, 0
+            await asyncio.sleep(_REPORT_S)
+            if was_busy and self.num_requests and self._done_work:
+                rate = self._done_work / _REPORT_S
+                self._rate += _RATE_WEIGHT * (rate - self._rate) if self._rate else rate
+            is_due = time.monotonic() - last >= _SILENCE_S
+            last = time.monotonic() if is_due else last
+            told = {connection: load for connection, load in told.items() if connection in self._fronts}
+            for connection, front in self._fronts.items():
+                if is_due or told.get(connection) != self.load(front):
+                    told[connection] = self.load(front)
+                    connection.send("load", told[connection])
+
+    def report(self, state: ModelState, reason: str) -> None:
+        """Tell all fronts the state of the model; they send jobs only while it is ready."""
+        self._state = (state, reason)
+        for connection in self._fronts:
+            connection.send("state", state, reason)
+
+    # --------------------------------------------------------------------------------------------------------- end
+
+    async def drain(self, timeout_s: float) -> None:
+        """Ask the fronts for no more jobs, and wait for those in progress."""
+        for connection in self._fronts:
+            connection.send("leaving")
+        if self._server is not None:
+            self._server.close()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            log.warning("drain_timed_out", num_requests=self.num_requests)
+
+    async def stop(self) -> None:
+        """Close all connections; jobs in progress get an error."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+        for connection, front in list(self._fronts.items()):
+            for key, task in list(front.tasks.items()):
+                task.cancel()
+                connection.send("error", key, _leaving(self._info.id)())
+            connection.close("the replica has stopped")
+        if self._server is not None:
+            self._server.close()
+
+
+def _leaving(model: str) -> Callable[[], RequestError]:
+    return lambda: ModelRecovering(f"a replica of model {model!r} has stopped", retry_after_s=5)
+
+
+def _close_unless_open(connection: Connection) -> None:
+    if not connection.is_open:
+        connection.abort("no greeting in time")

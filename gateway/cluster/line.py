@@ -1,0 +1,283 @@
+"""The front's end of the connection to one replica: jobs go out, answers come in, whatever happens to the replica."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from gateway.cluster.values import Load, WireEmbeddings, WireJob
+from gateway.cluster.wire import Connection, Message
+from gateway.errors import DeadlineExceeded, RequestError
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
+
+log = structlog.get_logger(__name__)
+
+_CONNECT_S: Final = 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+# A replica says something every second. One that says nothing for longer is gone with its machine.
+_SILENCE_S: Final = 5.0
+# How long after a deadline the replica may still say so itself.
+_GRACE_S: Final = 0.25
+
+
+class LineLost(Exception):
+    """The replica has died, or cannot be reached: another one may answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a replica is, as it says itself through Ray Serve.
+
+    Attributes:
+        id: the replica's own, in Serve.
+        secret: what both ends of the connection must know.
+        node: id of its node in the Ray cluster.
+        device: what the model runs on, such as ``cuda:0``.
+    """
+
+    id: str
+    host: str
+    port: int
+    secret: str
+    fingerprint: str
+    node: str
+    device: str
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A job that has been sent."""
+
+    answer: asyncio.Future[Any]
+    work: int
+    on_tokens: Callable[[int], None] = field(default=lambda _num_tokens: None)
+
+
+class Line:
+    """A connection to one replica, which is opened again when it is lost, until the line is closed.
+
+    Args:
+        fingerprint: the weights that the replica must have.
+        on_change: called when the line may have become usable or unusable.
+
+    Attributes:
+        info: the model's info, as the replica gives it.
+        load: of the replica, as it said last.
+        is_leaving: the replica takes no more jobs.
+        trouble: why it is not connected.
+    """
+
+    def __init__(self, place: Place, fingerprint: str | None, on_change: Callable[[], None]) -> None:
+        self.place = place
+        self._fingerprint = fingerprint
+        self._on_change = on_change
+        self.info: ModelInfo | None = None
+        self.load = Load()
+        self.state, self.reason = ModelState.LOADING, ""
+        self.is_leaving = False
+        self.trouble = ""
+        self._is_closed = False
+        self._connection: Connection | None = None
+        self._lost = asyncio.Event()
+        self._calls: dict[int, _Call] = {}
+        self._keys = itertools.count()
+        self._heard_at = 0.0
+        self.work = 0
+        self._task = asyncio.create_task(self._keep_open())
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the replica takes jobs."""
+        is_open = self._connection is not None and self.info is not None
+        return is_open and not self.is_leaving and not self._is_closed and self.state is ModelState.READY
+
+    @property
+    def num_requests(self) -> int:
+        """Jobs of this front that are in progress."""
+        return len(self._calls)
+
+    def expected_s(self, work: int) -> float:
+        """Estimate when more work would be done, in seconds; in characters if the replica's rate is unknown."""
+        return (self.load.others + self.work + work) / (self.load.rate or 1.0)
+
+    # ------------------------------------------------------------------------------------------------- connecting
+
+    async def _keep_open(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not self._is_closed:
+            try:
+                await self._open()
+            except (OSError, TimeoutError) as error:
+                self.trouble = f"{self.place.host}:{self.place.port}: {str(error) or 'no answer'}"
+            else:
+                pause_s = _FIRST_PAUSE_S
+                await self._watch()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _open(self) -> None:
+        self._lost.clear()
+        async with asyncio.timeout(_CONNECT_S):
+            transport, _protocol = await asyncio.get_running_loop().create_connection(
+                self._make_connection, self.place.host, self.place.port
+            )
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._heard_at = time.monotonic()
+
+    def _make_connection(self) -> Connection:
+        return Connection(
+            bytes.fromhex(self.place.secret),
+            is_front=True,
+            on_open=self._opened,
+            on_message=self._received,
+            on_closed=self._closed,
+        )
+
+    async def _watch(self) -> None:
+        """Return when the connection is lost; close it if nothing is heard for too long."""
+        while not self._lost.is_set():
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._lost.wait()
+            except TimeoutError:
+                silent_s = time.monotonic() - self._heard_at
+                if silent_s > _SILENCE_S and self._connection is not None:
+                    self._connection.abort(f"it has said nothing for {silent_s:.0f} s")
+
+    def _opened(self, connection: Connection) -> None:
+        self._connection = connection
+        self.trouble = ""
+
+    def _closed(self, _connection: Connection, reason: str) -> None:
+        self._connection = None
+        self.trouble = reason
+        self._lost.set()
+        for call in self._calls.values():
+            if not call.answer.done():
+                call.answer.set_exception(LineLost(reason))
+        if not self._is_closed:
+            log.info("replica_lost", replica=self.place.id, reason=reason, num_requests=len(self._calls))
+        self._on_change()
+
+    # --------------------------------------------------------------------------------------------------- messages
+
+    def _received(self, connection: Connection, message: Message) -> None:
+        self._heard_at = time.monotonic()
+        match message:
+            case ("answer", int(key), content):
+                if (call := self._calls.get(key)) is not None and not call.answer.done():
+                    call.answer.set_result(content)
+            case ("error", int(key), RequestError() as error):
+                if (call := self._calls.get(key)) is not None and not call.answer.done():
+                    call.answer.set_exception(error)
+            case ("tokens", int(key), int(num_tokens)):
+                self._note_tokens(key, num_tokens)
+            case ("load", Load() as load):
+                self.load = load
+            case ("info", ModelInfo() as info):
+                self._accept(connection, info)
+            case ("state", ModelState() as state, str(reason)):
+                self.state, self.reason = state, reason
+                self._on_change()
+            case ("leaving",):
+                self.is_leaving = True
+                self._on_change()
+            case _:
+                raise ValueError(f"an unknown message: {str(message)[:80]}")
+
+    def _accept(self, connection: Connection, info: ModelInfo) -> None:
+        """Take jobs to a replica with the right weights, and none to another."""
+        if self._fingerprint is not None and info.fingerprint != self._fingerprint:
+            log.error(
+                "replica_refused",
+                replica=self.place.id,
+                model=info.id,
+                reason="its weights are others",
+                fingerprint=info.fingerprint[:12],
+                expected=self._fingerprint[:12],
+            )
+            self._is_closed = True
+            connection.abort("its weights are others")
+            return
+        self.info = info
+
+    def _note_tokens(self, key: int, num_tokens: int) -> None:
+        call = self._calls.get(key)
+        if call is None or call.answer.done():
+            return
+        try:
+            call.on_tokens(num_tokens)
+        except RequestError as error:
+            call.answer.set_exception(error)
+
+    # ------------------------------------------------------------------------------------------------------- jobs
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        """Have the replica embed the texts of a job. Canceling the caller cancels the job there.
+
+        Raises:
+            LineLost: the replica died, or the connection was lost.
+            RequestError: the replica refused the job or failed; or it has too many tokens for this front.
+        """
+        wire_job = WireJob.of(job)
+        limit_s = wire_job.left_s + _GRACE_S
+        content = await self._ask("embed", wire_job, limit_s=limit_s, work=wire_job.work, on_tokens=job.on_tokens)
+        if not isinstance(content, WireEmbeddings):
+            raise LineLost(f"it answered with {type(content).__name__}")
+        result = content.embeddings()
+        job.on_tokens(sum(result.num_tokens))
+        return result
+
+    async def vocabulary(self, method: str, items: Sequence[Any], *, flag: bool, limit_s: float) -> Any:
+        """Have the replica ``split`` texts or ``join`` rows of token ids; see :class:`~gateway.types.Vocabulary`."""
+        return await self._ask(method, list(items), flag, limit_s=limit_s)
+
+    async def _ask(
+        self,
+        kind: str,
+        *parts: object,
+        limit_s: float,
+        work: int = 0,
+        on_tokens: Callable[[int], None] = lambda _num_tokens: None,
+    ) -> Any:
+        connection = self._connection
+        if connection is None:
+            raise LineLost(self.trouble or "not connected")
+        key = next(self._keys)
+        call = self._calls[key] = _Call(asyncio.get_running_loop().create_future(), work, on_tokens)
+        self.work += work
+        connection.send(kind, key, *parts)
+        is_answered = False
+        try:
+            async with asyncio.timeout(max(0.0, limit_s)):
+                answer = await call.answer
+            is_answered = True
+            return answer
+        except LineLost:
+            is_answered = True
+            raise
+        except TimeoutError:
+            raise DeadlineExceeded("not done within the time limit") from None
+        finally:
+            del self._calls[key]
+            self.work -= work
+            if not is_answered:  # canceled, too late, or refused here
+                connection.send("cancel", key)
+            if not self._calls:
+                self._on_change()
+
+    async def close(self) -> None:
+        """Close the connection; jobs in progress fail."""
+        self._is_closed = True
+        if self._connection is not None:
+            self._connection.close("this front is done with it")
+        self._task.cancel()
+        await asyncio.wait((self._task,))

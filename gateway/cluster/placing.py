@@ -1,0 +1,131 @@
+"""What a replica of a model needs: the name of its deployment, its resources, and all that it must know."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gateway import __version__
+from gateway.config.files import read_bounded
+from gateway.config.model_entry import ModelEntry
+from gateway.config.replicas import Replicas
+from gateway.config.settings import Settings
+
+LOCAL: Final = "local"
+"""The address of a cluster that starts and ends with this process."""
+PREFIX: Final = "gateway-"
+"""Of the names of all deployments."""
+MAKE_INFINITY: Final = "gateway.cluster.replica:make_infinity"
+_MAX_FILE_BYTES: Final = 64 * 2**20
+# Fields of an entry that are files: their contents travel, as the machine of a replica may not have them.
+_FILES: Final = ("golden", "ranges")
+# Fields that change nothing about a replica.
+_NOT_THE_MODEL: Final = {"required", "allow_space_change", "license", "license_accepted", "replicas", "enabled", "load"}
+# Settings that a replica's engine reads. No keys are among them.
+_SETTINGS: Final = (
+    "max_queue_texts",
+    "max_queue_tokens",
+    "forward_timeout_s",
+    "golden_interval_s",
+    "cpu_threads",
+    "cache_dir",
+    "log_level",
+)
+# Autoscaling waits this long before it adds a replica, or removes one.
+UPSCALE_DELAY_S: Final = 5.0
+DOWNSCALE_DELAY_S: Final = 120.0
+LOOK_BACK_S: Final = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """All that a replica must know of its model.
+
+    Attributes:
+        files: the contents of the entry's files, by the name of their field.
+        make_backend: ``module:function`` that makes the backend from the entry and the settings.
+        version: of the gateway that deploys it: another one could compute, or read, something else.
+    """
+
+    entry: ModelEntry
+    settings: Settings
+    files: Mapping[str, str]
+    make_backend: str
+    version: str
+    num_gpus: int
+
+    @property
+    def name(self) -> str:
+        """The name of its deployment: the model's id, and a hash of everything else that its replicas depend on."""
+        content = {
+            "entry": self.entry.model_dump(mode="json", exclude=_NOT_THE_MODEL),
+            "settings": self.settings.model_dump(mode="json", include=set(_SETTINGS)),
+            "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.files.items()},
+            "backend": self.make_backend,
+            "version": self.version,
+            "gpus": self.num_gpus,
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        # Serve's own characters, and those of file names, in which Ray writes its logs.
+        return f"{PREFIX}{re.sub(r'[^A-Za-z0-9._-]', '-', self.entry.id)}-{digest}"
+
+    @property
+    def replicas(self) -> Replicas:
+        return self.entry.replicas or Replicas()
+
+
+def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_backend: str = MAKE_INFINITY) -> Spec:
+    """Return all that a replica of a model must know.
+
+    Args:
+        has_cards: whether the cluster has graphics cards.
+
+    Raises:
+        OSError: a file of the entry cannot be read.
+    """
+    files = {name: read_bounded(Path(path), _MAX_FILE_BYTES).decode() for name, path in _file_paths(entry).items()}
+    asked = entry.replicas.gpus if entry.replicas is not None else None
+    wants_card = has_cards and entry.device != "cpu" if asked is None else bool(asked)
+    # Ray chooses the card, and the replica sees no other.
+    device = "cuda" if wants_card and entry.device.startswith("cuda:") else entry.device
+    changes: dict[str, Any] = {"device": device if wants_card else "cpu", "enabled": True, "load": "eager"}
+    return Spec(
+        entry=entry.model_copy(update=changes),
+        settings=Settings(**settings.model_dump(include=set(_SETTINGS))),
+        files=files,
+        make_backend=make_backend,
+        version=__version__,
+        num_gpus=int(wants_card),
+    )
+
+
+def _file_paths(entry: ModelEntry) -> dict[str, str]:
+    return {name: path for name in _FILES if (path := getattr(entry, name)) is not None}
+
+
+def actor_options(spec: Spec) -> dict[str, Any]:
+    """Return the resources that Ray reserves for a replica: a card, or a core for a model on the CPU."""
+    return {"num_gpus": spec.num_gpus, "num_cpus": 0.1 if spec.num_gpus else 1}
+
+
+def scaling_options(spec: Spec) -> dict[str, Any]:
+    """Return how many replicas Ray Serve runs."""
+    replicas = spec.replicas
+    if replicas.most == replicas.min:
+        return {"num_replicas": replicas.min}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.most,
+            "target_ongoing_requests": replicas.target_requests,
+            "look_back_period_s": LOOK_BACK_S,
+            "upscale_delay_s": UPSCALE_DELAY_S,
+            "downscale_delay_s": DOWNSCALE_DELAY_S,
+            "policy": {"policy_function": "gateway.cluster.scaling:wanted_replicas"},
+        }
+    }

@@ -1,0 +1,172 @@
+"""The replicas of one model: choose one for each job, and another one if that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Final
+
+import structlog
+
+from gateway.cluster.line import Line, LineLost, Place
+from gateway.cluster.values import work_of
+from gateway.errors import DeadlineExceeded, ModelNotReady, ModelRecovering, Overloaded
+from gateway.types import Embeddings, EmbedJob, ModelInfo
+
+log = structlog.get_logger(__name__)
+
+# A job that was lost with its replica is given to this many others: an embedding can be computed twice. No more, as it may
+# be the job that ends them.
+_MAX_RETRIES: Final = 2
+# How long a job waits for a replica while none is there: one may just be replaced.
+PATIENCE_S: Final = 1.0
+_RETRY_AFTER_S: Final = 5
+
+
+class Pool:
+    """The lines to a model's replicas.
+
+    Args:
+        on_change: called when a line may have become usable or unusable.
+        fingerprint: the weights that each replica must have; by default those of the first.
+
+    Attributes:
+        lines: by the replica's id.
+    """
+
+    def __init__(self, model: str, on_change: Callable[[], None], fingerprint: str | None = None) -> None:
+        self._model = model
+        self._on_change = on_change
+        self.fingerprint = fingerprint
+        self.lines: dict[str, Line] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def update(self, places: Mapping[str, Place]) -> None:
+        """Open lines to new replicas, and close those to replicas that are gone, once their jobs are done."""
+        for replica, place in places.items():
+            if replica in self.lines:
+                continue
+            self.fingerprint = self.fingerprint or place.fingerprint
+            if place.fingerprint != self.fingerprint:
+                log.error(
+                    "replica_refused",
+                    model=self._model,
+                    replica=replica,
+                    node=place.node[:12],
+                    reason="its weights are not those of the other replicas",
+                )
+                continue
+            self.lines[replica] = Line(place, self.fingerprint, self._note_change)
+        for replica in self.lines.keys() - places.keys():
+            self.lines[replica].is_leaving = True
+            self._close_if_done(replica)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        for replica in [replica for replica, line in self.lines.items() if line.is_leaving]:
+            self._close_if_done(replica)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._on_change()
+
+    def _close_if_done(self, replica: str) -> None:
+        if not self.lines[replica].num_requests:
+            task = asyncio.create_task(self.lines.pop(replica).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    @property
+    def usable(self) -> list[Line]:
+        """The lines to replicas that take jobs."""
+        return [line for line in self.lines.values() if line.is_usable]
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """The model's info, as one of the replicas gives it."""
+        return next((line.info for line in self.lines.values() if line.info is not None), None)
+
+    async def embed(self, job: EmbedJob) -> Embeddings:
+        """Have the replica embed the texts of a job that will be done with it first.
+
+        Raises:
+            Overloaded: the replicas are full.
+            ModelNotReady: no replica is there, or several have died with this job.
+            RequestError: the job was refused or failed.
+        """
+        work = work_of(job.texts, job.query, job.firsts)
+        tried: list[Line] = []
+        refusal: Overloaded | None = None
+        for _attempt in range(_MAX_RETRIES + 1):
+            line = await self.choose(work, tried, job.deadline)
+            if line is None:
+                break
+            tried.append(line)
+            try:
+                return await line.embed(job)
+            except LineLost as error:
+                lost = str(error)
+            except ModelNotReady as error:  # it is about to end; nothing was computed
+                lost = error.message
+            except Overloaded as error:
+                refusal, lost = error, error.message
+            log.debug("job_moved", model=self._model, replica=line.place.id, reason=lost)
+        if refusal is not None:
+            raise self._overloaded(refusal)
+        if not tried:
+            raise ModelRecovering(f"model {self._model!r} has no replica now", retry_after_s=_RETRY_AFTER_S)
+        raise ModelRecovering(
+            f"model {self._model!r}: {len(tried)} of its replicas were lost while they had this request",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+    async def choose(self, work: int, tried: list[Line], deadline: float) -> Line | None:
+        """Return the usable line by which work will be done first; wait a moment if no line is.
+
+        Args:
+            tried: lines that have had it already; their nodes are avoided, as a node ends with all of its replicas.
+
+        Raises:
+            DeadlineExceeded: the deadline has passed.
+        """
+        until = min(time.monotonic() + PATIENCE_S, deadline)
+        while True:
+            lines = [line for line in self.usable if line not in tried]
+            nodes = {line.place.node for line in tried}
+            lines = [line for line in lines if line.place.node not in nodes] or lines
+            if lines:
+                random.shuffle(lines)
+                return min(lines, key=lambda line: line.expected_s(work))
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                if time.monotonic() >= deadline:
+                    raise DeadlineExceeded("not done within the time limit: no replica was there")
+                return None
+            await self.changed(left_s)
+
+    async def changed(self, timeout_s: float) -> None:
+        """Wait until a line may have become usable or unusable, but not for longer than ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def _overloaded(self, refusal: Overloaded) -> Overloaded:
+        """Return the refusal of a replica, with the time after which all of them together have room."""
+        rates = [line.load.rate for line in self.usable]
+        work = sum(line.load.work for line in self.usable)
+        if len(rates) > 1 and all(rates):
+            return type(refusal)(refusal.message, retry_after_s=ceil(work / sum(rates)))
+        return refusal
+
+    async def close(self) -> None:
+        """Close all lines."""
+        for line in self.lines.values():
+            await line.close()
+        self.lines.clear()
+        if self._closing:
+            await asyncio.wait(self._closing)

@@ -1,0 +1,153 @@
+"""One replica of a model: a process that Ray Serve has started, with an engine and connections to the fronts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+import structlog
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+from gateway import __version__
+from gateway.backends.base import Backend
+from gateway.backends.infinity import InfinityBackend
+from gateway.cluster.host import Host
+from gateway.cluster.placing import Spec
+from gateway.cluster.scaling import REQUESTS
+from gateway.config.model_entry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.errors import LoadError
+from gateway.types import ModelState
+
+log = structlog.get_logger(__name__)
+
+NAMESPACE: Final = b"embedding-gateway"
+_EXIT_CARD_LOST: Final = 75
+# How long a lost card's last answers get before the process ends.
+_LAST_ANSWERS_S: Final = 1.0
+DRAIN_S: Final = 60.0
+
+
+class Replica:
+    """A deployment's class in Ray Serve.
+
+    It loads the model at its start, with all checks that a gateway makes at its own. Serve counts it as running after that.
+    """
+
+    async def __init__(self, spec: Spec) -> None:  # type: ignore[misc]  # Serve awaits it
+        from gateway.telemetry.logs import configure_logs
+
+        configure_logs(spec.settings.log_level, "json")
+        self._model = spec.entry.id
+        self._state, self._reason = ModelState.LOADING, ""
+        self._host: Host | None = None
+        self._secret = secrets.token_bytes(32)
+        self._folder = tempfile.TemporaryDirectory(prefix="gateway-replica-")
+        self._loop = asyncio.get_running_loop()
+        if spec.version != __version__:
+            raise LoadError(
+                f"the gateway here is version {__version__}, and the one that deploys the model {spec.version}"
+            )
+        make = resolve(spec.make_backend)
+        self._backend: Backend = make(self._with_files(spec), spec.settings, self._lose_card)
+        planned = await self._backend.plan()
+        require_same_weights(spec.name, planned.fingerprint)
+        self._info = await self._backend.start(self._report)
+        require_same_weights(spec.name, self._info.fingerprint)
+        self._host = Host(self._backend, self._info, self._secret, _own_address())
+        await self._host.start()
+        self._report(ModelState.READY, "")
+
+    def _with_files(self, spec: Spec) -> ModelEntry:
+        """Return the entry with its files on this machine."""
+        paths = {}
+        for name, text in spec.files.items():
+            path = Path(self._folder.name, f"{name}.json")
+            path.write_text(text)
+            paths[name] = str(path)
+        return spec.entry.model_copy(update=paths)
+
+    def _report(self, state: ModelState, reason: str) -> None:
+        self._state, self._reason = state, reason
+        if self._host is not None:
+            self._host.report(state, reason)
+
+    def _lose_card(self, reason: str) -> None:
+        """End the process, once its last answers are sent: Serve starts another, which may use the card again."""
+        log.error("replica_ends_without_card", model=self._model, reason=reason)
+        if self._host is not None:
+            self._host.report(ModelState.RECOVERING, reason)
+        self._loop.call_later(_LAST_ANSWERS_S, os._exit, _EXIT_CARD_LOST)
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Return where the fronts find this replica; Serve tells them."""
+        assert self._host is not None  # noqa: S101  Serve asks once the replica is made
+        return {
+            "host": _own_address(),
+            "port": self._host.port,
+            "secret": self._secret.hex(),
+            "fingerprint": self._info.fingerprint,
+            "node": ray.get_runtime_context().get_node_id(),
+            "device": self._info.device,
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the number by which Serve scales."""
+        return {REQUESTS: float(self._host.num_requests if self._host is not None else 0)}
+
+    def check_health(self) -> None:
+        """Raise if only another process can help; Serve then starts one.
+
+        Raises:
+            RuntimeError: the model has failed for good.
+        """
+        if self._state is ModelState.FAILED:
+            raise RuntimeError(self._reason)
+
+    async def __del__(self) -> None:
+        """Finish the work in progress and stop; Serve calls it before it ends the process."""
+        if self._host is not None:
+            await self._host.drain(DRAIN_S)
+            await self._host.stop()
+        await self._backend.stop()
+        self._folder.cleanup()
+
+
+def _own_address() -> str:
+    """Return the address of this node in the cluster."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def make_infinity(entry: ModelEntry, settings: Settings, on_card_lost: Callable[[str], None]) -> Backend:
+    """Return the backend of a replica: an engine in its process."""
+    return InfinityBackend(entry, settings, on_card_lost=on_card_lost)
+
+
+def resolve(path: str) -> Callable[[ModelEntry, Settings, Callable[[str], None]], Backend]:
+    """Return the function that ``module:function`` names."""
+    module, _, name = path.partition(":")
+    made: Callable[[ModelEntry, Settings, Callable[[str], None]], Backend] = getattr(import_module(module), name)
+    return made
+
+
+def require_same_weights(name: str, fingerprint: str) -> None:
+    """Compare the weights with those of the deployment's first replica, which are noted in the cluster.
+
+    Raises:
+        LoadError: they differ: this machine has other files under the same name.
+    """
+    key, own = f"fingerprint:{name}".encode(), fingerprint.encode()
+    _internal_kv_put(key, own, overwrite=False, namespace=NAMESPACE)
+    noted = _internal_kv_get(key, namespace=NAMESPACE)
+    if noted != own:
+        raise LoadError(
+            f"its checkpoint is another one than that of the model's other replicas (fingerprint {fingerprint[:12]}, theirs "
+            f"is {(noted or b'').decode()[:12]}): put the same files on every machine"
+        )

@@ -1,0 +1,115 @@
+"""The cluster as the place where the models of this process run: connected to once, shared by all of their backends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+
+import structlog
+
+from gateway.backends.base import Backend
+from gateway.cluster.backend import RayBackend
+from gateway.cluster.deploying import Cluster
+from gateway.cluster.placing import MAKE_INFINITY, Spec, make_spec
+from gateway.config.model_entry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.errors import LoadError
+
+log = structlog.get_logger(__name__)
+
+_SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
+_NO_CARD = "no machine of the cluster has an accelerator (`enabled: true` in models.yaml runs it on the CPU)"
+
+
+class ClusterSite:
+    """The cluster that the models of this process run on. It is connected to when the first model is loaded.
+
+    Args:
+        address: ``local``, ``auto`` or the ``HOST:PORT`` of the head.
+        make_backend: ``module:function`` that makes the backend in a replica; see :class:`gateway.cluster.placing.Spec`.
+    """
+
+    def __init__(self, address: str, settings: Settings, make_backend: str = MAKE_INFINITY) -> None:
+        self.cluster = Cluster(address)
+        self._settings = settings
+        self._make_backend = make_backend
+        self._is_connected = False
+        self._connecting = threading.Lock()
+        self._users: dict[str, int] = {}
+
+    def backend(self, entry: ModelEntry) -> Backend:
+        """Return the backend of a model, not started."""
+        return RayBackend(entry, self._settings, self)
+
+    # ------------------------------------------------------------------------------------------------------ as a site
+
+    def is_here(self, _entry: ModelEntry) -> bool:
+        return False
+
+    def why_disabled(self, entry: ModelEntry) -> str:
+        if entry.enabled is False:
+            return _SWITCHED_OFF
+        if entry.is_remote:
+            return ""
+        self.connect()
+        return "" if self.cluster.has_cards or entry.enabled is True else _NO_CARD
+
+    # ------------------------------------------------------------------------------------------------- for its backends
+
+    def connect(self) -> None:
+        """Connect to the cluster, unless that has been done. Blocks.
+
+        Raises:
+            StartError: no cluster is there.
+        """
+        with self._connecting:
+            if not self._is_connected:
+                started = time.monotonic()
+                self.cluster.connect()
+                self._is_connected = True
+                log.info("cluster_connected", seconds=round(time.monotonic() - started, 2))
+
+    async def use(self, entry: ModelEntry) -> Spec:
+        """Deploy a model for one more backend of this process; return what its replicas know.
+
+        Raises:
+            LoadError: a file of the entry cannot be read.
+            StartError: no cluster is there.
+        """
+        spec = await asyncio.to_thread(self._deploy, entry)
+        _take_signals_back()
+        self._users[spec.name] = self._users.get(spec.name, 0) + 1
+        return spec
+
+    def _deploy(self, entry: ModelEntry) -> Spec:
+        self.connect()
+        try:
+            spec = make_spec(entry, self._settings, has_cards=self.cluster.has_cards, make_backend=self._make_backend)
+        except OSError as error:
+            raise LoadError(f"{entry.golden or entry.ranges}: {error.strerror or error}") from error
+        self.cluster.deploy(spec)
+        self.cluster.watch(spec.name)
+        return spec
+
+    async def leave(self, name: str, *, delete: bool) -> None:
+        """Note that a backend has ended; delete its deployment if that is asked, and no other backend here uses it."""
+        self._users[name] -= 1
+        if not self._users[name]:
+            del self._users[name]
+            if delete:
+                await asyncio.to_thread(self.cluster.delete, [name])
+
+    async def disconnect(self) -> None:
+        """Leave the cluster."""
+        if self._is_connected:
+            await asyncio.to_thread(self.cluster.disconnect)
+
+
+def _take_signals_back() -> None:
+    """Put Python's signal handlers in front of Ray's, which print a stack at SIGTERM. Called on the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)

@@ -1,0 +1,268 @@
+"""Messages between a front and a replica, on one connection between the two.
+
+Ray Serve starts, places, restarts and scales the replicas; the texts and vectors do not pass through it. A call by its
+handle takes 1.3 ms and 0.7 ms of the front's core, and one over this connection 0.03 ms and 0.014 ms, measured side by
+side with the same trivial model. Also, one call can neither be canceled inside a batch of several, nor say how many tokens
+it has before they are computed, nor report its replica's queue.
+
+A frame is a length, and then a pickle with its buffers: vectors are not copied into it. Only classes of ``_ALLOWED`` are
+unpickled. Both sides first prove that they know the replica's secret, which only members of the Ray cluster can read. As
+between Ray's own processes without TLS, the frames themselves are not encrypted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import io
+import pickle
+import secrets
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+Message: TypeAlias = tuple[Any, ...]
+"""A message: its kind, then its parts; see :mod:`gateway.cluster.line` and :mod:`gateway.cluster.host`."""
+
+_HEAD: Final = struct.Struct("<I")
+_NUM: Final = struct.Struct("<H")
+_LENGTH: Final = struct.Struct("<I")
+_BUFFER_BYTES: Final = 1 << 16
+_MAX_FRAME: Final = (1 << 32) - 1
+_MAX_GREETING: Final = 96
+_MAGIC: Final = b"gateway replica 1"
+_NONCE_BYTES: Final = 32
+
+_ALLOWED: Final = {
+    "gateway.cluster.values": {"Load", "WireEmbeddings", "WireJob", "Packed"},
+    "gateway.precision": {"Precision", "Ranges"},
+    "gateway.similarity": {"QueryVectors"},
+    "gateway.types": {
+        "Embeddings",
+        "LabelFunction",
+        "ModelInfo",
+        "ModelKind",
+        "ModelState",
+        "Output",
+        "SparseVector",
+        "Timings",
+        "Token",
+        "Truncate",
+    },
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "gateway.errors" or name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a message")
+
+
+def to_frame(messages: Sequence[Message]) -> list[bytes | memoryview]:
+    """Return the parts of a frame with messages: one small part, then the buffers.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < 256 or len(buffers) == 65_535:  # a copy is cheaper
+            return True
+        buffers.append(raw)
+        return False
+
+    pickled = pickle.dumps(messages, protocol=5, buffer_callback=keep)
+    sizes = [len(pickled), *(buffer.nbytes for buffer in buffers)]
+    num_bytes = _NUM.size + _LENGTH.size * len(sizes) + sum(sizes)
+    if num_bytes > _MAX_FRAME:
+        raise ValueError(f"a message of {num_bytes} bytes is too large for the connection to a replica")
+    head = _HEAD.pack(num_bytes) + _NUM.pack(len(buffers)) + struct.pack(f"<{len(sizes)}I", *sizes)
+    return [head + pickled, *buffers]
+
+
+def from_frame(frame: bytearray) -> list[Message]:
+    """Return the messages of a frame, without its first length; arrays in them are views of ``frame``.
+
+    Raises:
+        pickle.UnpicklingError: it is not a frame, or holds a class that does not belong in a message.
+    """
+    view = memoryview(frame)
+    try:
+        (num_buffers,) = _NUM.unpack_from(view)
+        sizes = struct.unpack_from(f"<{num_buffers + 1}I", view, _NUM.size)
+    except struct.error as error:
+        raise pickle.UnpicklingError(f"not a frame: {error}") from error
+    parts, start = [], _NUM.size + _LENGTH.size * len(sizes)
+    for size in sizes:
+        parts.append(view[start : start + size])
+        start += size
+    if start != len(frame):
+        raise pickle.UnpicklingError(f"not a frame: {len(frame)} bytes, expected {start}")
+    messages: list[Message] = _Unpickler(io.BytesIO(parts[0]), buffers=parts[1:]).load()
+    return messages
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One end of a connection. Messages that are sent in one turn of the event loop go in one frame.
+
+    Args:
+        secret: what both ends must know.
+        is_front: which end this is.
+        on_open: called once both ends have proved that they know the secret.
+        on_message: called with each message after that.
+        on_closed: called once, at the end, with the reason.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        *,
+        is_front: bool,
+        on_open: Callable[[Connection], None],
+        on_message: Callable[[Connection, Message], None],
+        on_closed: Callable[[Connection, str], None],
+    ) -> None:
+        self._secret = secret
+        self._is_front = is_front
+        self._on_open, self._on_message, self._on_closed = on_open, on_message, on_closed
+        self._nonce = secrets.token_bytes(_NONCE_BYTES)
+        self._their_nonce = b""
+        self.is_open = False
+        self._reason = ""
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._end = 0
+        self._frame: bytearray | None = None
+        self._filled = 0
+        self._outgoing: list[Message] = []
+        self._loop = asyncio.get_running_loop()
+
+    # --------------------------------------------------------------------------------------------------- sending
+
+    def send(self, *message: object) -> None:
+        """Send a message with all others of this turn of the event loop; drop it if the connection is closed."""
+        if not self._outgoing:
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(message)
+
+    def _flush(self) -> None:
+        messages, self._outgoing = self._outgoing, []
+        if self._transport is None or not self.is_open:
+            return
+        self._transport.writelines(to_frame(messages))
+
+    def _send_raw(self, content: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(_HEAD.pack(len(content)) + content)
+
+    def close(self, reason: str) -> None:
+        """Close the connection, once what has been sent is written."""
+        self._reason = self._reason or reason
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self, reason: str) -> None:
+        """Close the connection at once."""
+        self._reason = self._reason or reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ------------------------------------------------------------------------------------------------- receiving
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # of a stream
+        if not self._is_front:
+            self._send_raw(_MAGIC + self._nonce)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport, self.is_open = None, False
+        self._on_closed(self, self._reason or (str(error) if error else "the other end closed the connection"))
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        if self._frame is not None:
+            return memoryview(self._frame)[self._filled :]
+        return memoryview(self._buffer)[self._end :]
+
+    def buffer_updated(self, num_bytes: int) -> None:
+        if self._frame is None:
+            self._end += num_bytes
+            self._take_frames()
+            return
+        self._filled += num_bytes
+        if self._filled == len(self._frame):
+            frame, self._frame = self._frame, None
+            self._receive(frame)
+
+    def _take_frames(self) -> None:
+        """Receive the whole frames of the buffer, and begin the next one if it is longer than what is there."""
+        start = 0
+        while self._end - start >= _HEAD.size and self._transport is not None:
+            (length,) = _HEAD.unpack_from(self._buffer, start)
+            if not self.is_open and length > _MAX_GREETING:
+                self.abort("the other end does not speak this protocol")
+                return
+            start += _HEAD.size
+            if self._end - start < length:
+                if length < len(self._buffer) - _HEAD.size:
+                    start -= _HEAD.size
+                    break
+                self._frame = bytearray(length)
+                self._filled = self._end - start
+                self._frame[: self._filled] = self._buffer[start : self._end]
+                start = self._end
+                break
+            self._receive(self._buffer[start : start + length])
+            start += length
+        self._buffer[: self._end - start] = self._buffer[start : self._end]
+        self._end -= start
+
+    def _receive(self, frame: bytearray) -> None:
+        if not self.is_open:
+            self._greet(bytes(frame))
+            return
+        try:
+            messages = from_frame(frame)
+            for message in messages:
+                self._on_message(self, message)
+        except Exception as error:  # whatever the other end sends may cost no more than its connection
+            log.exception("wire_failed")
+            self.abort(f"a message could not be read: {error}")
+
+    # -------------------------------------------------------------------------------------------------- greeting
+
+    def _greet(self, content: bytes) -> None:
+        """Prove the knowledge of the secret, and check the other end's."""
+        if self._is_front and not self._their_nonce:
+            self._their_nonce = content.removeprefix(_MAGIC)
+            if not content.startswith(_MAGIC) or len(self._their_nonce) != _NONCE_BYTES:
+                self.abort("the other end is no replica of this version of the gateway")
+                return
+            self._send_raw(self._nonce + self._proof(b"front", self._their_nonce, self._nonce))
+            return
+        if self._is_front:
+            is_right = hmac.compare_digest(content, self._proof(b"replica", self._nonce, self._their_nonce))
+        else:
+            self._their_nonce, proof = content[:_NONCE_BYTES], content[_NONCE_BYTES:]
+            is_right = hmac.compare_digest(proof, self._proof(b"front", self._nonce, self._their_nonce))
+        if not is_right:
+            self.abort("the other end does not know the secret")
+            return
+        if not self._is_front:
+            self._send_raw(self._proof(b"replica", self._their_nonce, self._nonce))
+        self.is_open = True
+        self._on_open(self)
+
+    def _proof(self, side: bytes, first: bytes, second: bytes) -> bytes:
+        return hmac.digest(self._secret, side + first + second, hashlib.sha256)

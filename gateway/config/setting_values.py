@@ -1,0 +1,82 @@
+"""The values of settings that are lists, addresses, paths or secrets. Each function checks one, and says what is right."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Final
+
+from pydantic import SecretStr
+
+from gateway.config.wording import quote
+
+_LEAST_KEY: Final = 8
+PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
+"""The path under which a proxy serves the gateway; empty for none."""
+
+_ORIGIN = re.compile(r"https?://[^/\s]+")
+_ADDRESS = re.compile(r"[A-Za-z0-9.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+
+
+def split_keys(value: object) -> object:
+    """Split comma-separated keys. No message may show one."""
+    if not isinstance(value, str):
+        return value
+    keys = tuple(key.strip() for key in value.split(","))
+    if not all(keys):
+        raise ValueError("has an empty key before, between or after its commas; leave it unset to turn keys off")
+    for number, key in enumerate(keys, start=1):
+        if len(key) < _LEAST_KEY:
+            raise ValueError(f"key {number} must have at least {_LEAST_KEY} characters, got {len(key)}")
+    return keys
+
+
+def split_origins(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    origins = tuple(origin.strip().rstrip("/") for origin in value.split(","))
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"must be origins such as `https://app.example.com`, or `*`, got {quote(origin)}")
+    return origins
+
+
+def split_networks(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    networks = tuple(network.strip() for network in value.split(","))
+    for network in networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            raise ValueError(f"must be addresses or networks such as `10.0.0.0/8`, got {quote(network)}") from None
+    return networks
+
+
+def check_prefix(prefix: str) -> str:
+    prefix = prefix.rstrip("/")
+    if not PREFIX.fullmatch(prefix):
+        raise ValueError(f"must be a path such as `/embeddings-gateway`, got {quote(prefix)}")
+    return prefix
+
+
+def check_cluster(text: str) -> str:
+    if text.lower() in {"local", "auto"}:
+        return text.lower()
+    if text.startswith("ray://"):
+        raise ValueError(
+            "must not be a Ray client's address (`ray://`): run this gateway on a machine of the cluster, and set `auto`"
+        )
+    if not _ADDRESS.fullmatch(text):
+        raise ValueError(f"must be `local`, `auto` or the HOST:PORT of a Ray cluster's head, got {quote(text)}")
+    return text
+
+
+def check_admin_key(key: SecretStr) -> SecretStr:
+    if len(key.get_secret_value()) < _LEAST_KEY:
+        raise ValueError(f"must have at least {_LEAST_KEY} characters, got {len(key.get_secret_value())}")
+    return key
+
+
+def lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
