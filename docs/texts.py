@@ -102,7 +102,7 @@ models:
     source: BAAI/bge-m3
     same_space_as: bge-m3
     upstream:
-      urls: [http://gpu1:8000/v1, http://gpu2:8000/v1]
+      urls: [http://gpu1:8000/v1, "dns+http://bge-m3.gpu.svc:8000/v1"]
       model: bge-m3
       api_key: ${VLLM_API_KEY:-none}
       max_batch_texts: 128
@@ -111,6 +111,7 @@ models:
       connect_timeout_s: 1
       max_retries: 2
       probe_interval_s: 5
+      resolve_interval_s: 10
       tasks: {retrieval.query: query}
       task_field: input_type
       extra_body: {truncate_prompt_tokens: -1}

@@ -394,5 +394,7 @@ def _why_not_loaded(model: Model, before: Model | None) -> str:
 
 def _servers(model: Model) -> set[str]:
     """Return the names of the servers that run a model, as its metrics write them."""
+    if isinstance(model.backend, UpstreamBackend):
+        return model.backend.server_names
     upstream = model.entry.upstream
     return set() if upstream is None else set(server_names(upstream.urls))

@@ -177,6 +177,11 @@ UPSTREAM: Final = Row(
             [Series(Level("gateway_upstream_up", ("model", "server"), how="min"), "{model} {server}")],
             description="0: a replica of the gateway leaves the server alone.",
         ),
+        Panel(
+            "Names looked up",
+            [Series(Rate("gateway_upstream_lookups_total", ("model", "outcome")), "{model} {outcome}")],
+            "per_second",
+        ),
         Panel("Sent again", [Series(Rate("gateway_upstream_retries_total", ("model",)), "{model}")], "per_second"),
     ],
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
-from gateway.api.openai_schema import ArmModelCard, ExperimentModelCard, ModelCard
+from gateway.api.openai_schema import ArmModelCard, ExperimentModelCard, ModelCard, ReplicaCard
+from gateway.backends.base import Backend, Replicated
 from gateway.config.fields import KNOWN_BY
 from gateway.config.registry import Arm, Registry
 from gateway.fleet import Model
@@ -63,6 +64,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
         state=model.state.value,
         reason=model.reason or None,
         aliases=[*registry.aliases_of(model.id), *known_by],
+        replicas=_replica_cards(model.backend),
     )
     if info is None:
         return card
@@ -93,6 +95,21 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
             "spaces": {task: info.space(task) for task in info.tasks},
         }
     )
+
+
+def _replica_cards(backend: Backend) -> list[ReplicaCard]:
+    if not isinstance(backend, Replicated):
+        return []
+    return [
+        ReplicaCard(
+            name=replica.name,
+            state=replica.state.value,
+            reason=replica.reason or None,
+            node=replica.node,
+            device=replica.device,
+        )
+        for replica in backend.replicas()
+    ]
 
 
 def _alias_card(choice: Choice, card: ModelCard) -> ModelCard:

@@ -196,6 +196,16 @@ class EmbeddingsAnswer(BaseModel):
     usage: Usage
 
 
+class ReplicaCard(AnswerBody):
+    """One of several that run a model: a server, or a process of a cluster."""
+
+    name: str = Field(description="As in the metrics: of a server, its address and port.")
+    state: Literal["disabled", "unloaded", "downloading", "loading", "ready", "recovering", "failed", "stopped"]
+    reason: str | None = Field(default=None, description="Why it gets no requests.")
+    node: str | None = Field(default=None, description="The machine that it runs on, if that is known.")
+    device: str | None = Field(default=None, description="Its graphics card, if that is known.")
+
+
 class ModelCard(AnswerBody):
     """The properties that a client chooses a model by. Sizes and tasks are known once its checkpoint has been read."""
 
@@ -245,6 +255,9 @@ class ModelCard(AnswerBody):
     notes: list[str] = Field(
         default_factory=list,
         description="About where the model runs, such as a graphics card that is not used, and why.",
+    )
+    replicas: list[ReplicaCard] = Field(
+        default_factory=list, description="Where a model runs that runs elsewhere: its servers, or its processes."
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
@@ -58,3 +59,29 @@ class Backend(Protocol):
 
         A backend that was stopped can be started again.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One of several that run the same model: a server, or a process of a cluster.
+
+    Attributes:
+        name: as in the metrics.
+        reason: why it gets no requests; empty while it does.
+        node: the machine, if that is known.
+        device: its graphics card, if that is known.
+    """
+
+    name: str
+    state: ModelState
+    reason: str = ""
+    node: str | None = None
+    device: str | None = None
+
+
+@runtime_checkable
+class Replicated(Protocol):
+    """A backend whose model runs in several places."""
+
+    def replicas(self) -> Sequence[Replica]:
+        """Return them all, in a stable order."""

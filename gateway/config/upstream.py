@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from math import isfinite
-from typing import Annotated, TypeAlias
+from typing import Annotated, Final, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
@@ -12,11 +13,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 from gateway.config.fields import DistinctListed, Frozen, NonEmptyText, Positive
 from gateway.config.wording import describe, quote
 
+DNS: Final = "dns+"
+"""Begins a URL with a name that is looked up again and again: each of its addresses is a server."""
+
 
 def _check_url(text: str) -> str:
     wrong = ValueError(f"must be a URL such as `http://gpu:8080` or `http://gpu:8000/v1`, got {quote(text)}")
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(text.removeprefix(DNS))
         port = parts.port
     except ValueError:  # a port beyond 65535, brackets that do not close
         raise wrong from None
@@ -26,7 +30,17 @@ def _check_url(text: str) -> str:
         raise wrong
     if not text.isprintable() or " " in text:
         raise wrong
+    if text.startswith(DNS) and _is_address(parts.hostname):
+        raise ValueError(f"`dns+` is for a name with several addresses, got {quote(text)}: leave `dns+` out")
     return text.rstrip("/")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _hide(value: object) -> object:
@@ -69,7 +83,9 @@ class Upstream(Frozen):
 
     urls: DistinctListed[BaseUrl] = Field(
         description="URLs of the servers. `backend: openai`: the base URL for an OpenAI client, `http://gpu:8000/v1`. "
-        "`backend: tei`: the server's root. A request goes to the server with the fewest texts in flight."
+        "`backend: tei`: the server's root. A request goes to the server with the fewest texts in flight. "
+        "`dns+http://NAME:PORT/…` or `dns+https://…`: each address of the name is a server, such as the pods of a headless "
+        "Service in Kubernetes."
     )
     model: NonEmptyText | None = Field(
         default=None,
@@ -112,6 +128,9 @@ class Upstream(Frozen):
         default_factory=dict,
         description="Extra fields of each request, for those that only some servers support: `{truncate_prompt_tokens: -1}` "
         "makes vLLM truncate long texts. `null` omits a field that is sent otherwise: `{encoding_format: null}`.",
+    )
+    resolve_interval_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = Field(
+        default=5.0, description="Seconds between look-ups of the names in `dns+http://` URLs."
     )
     probe_interval_s: PositiveSeconds = Field(
         default=10.0, description="Seconds between probes of a server that does not work."

@@ -205,6 +205,11 @@ UPSTREAM_UP = Gauge(
     "1 while an upstream server receives requests, 0 while it is only probed.",
     ["model", "server"],
 )
+UPSTREAM_LOOKUPS = Counter(
+    "gateway_upstream_lookups",
+    "Look-ups of the names in `dns+http://` URLs. `outcome`: ok, failed (no address, or no resolver), timeout.",
+    ["model", "outcome"],
+)
 UPSTREAM_TEXTS = Gauge("gateway_upstream_texts", "Texts in flight to an upstream server.", ["model", "server"])
 MODEL_READY = Gauge(
     "gateway_model_ready", "1 if the model takes requests: it is ready, or is loaded on demand; else 0.", ["model"]

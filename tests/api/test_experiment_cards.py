@@ -89,6 +89,7 @@ async def test_an_experiment_between_spaces_has_none_and_lists_its_arms(connect:
         "device": "cpu",
         "dtype": "float32",
         "notes": [],
+        "replicas": [],
         "license": None,
     }
 

@@ -74,6 +74,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "device": "cpu",
         "dtype": "float32",
         "notes": [],
+        "replicas": [],
     }
     assert list(spaces) == card["tasks"]
     assert spaces["retrieval.query"] == spaces["retrieval.passage"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gateway.backends.upstream.backend import UpstreamBackend
+from gateway.backends.upstream.resolver import RESOLVER, Resolver
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.types import EmbedJob, ModelState, Truncate
@@ -62,8 +63,10 @@ async def wait_until(look: Callable[[], Any]) -> Any:
 
 
 @asynccontextmanager
-async def loaded(model: ModelEntry, states: States | None = None, **settings: Any) -> AsyncIterator[UpstreamBackend]:
-    backend = UpstreamBackend(model, Settings(**settings))
+async def loaded(
+    model: ModelEntry, states: States | None = None, resolver: Resolver | None = None, **settings: Any
+) -> AsyncIterator[UpstreamBackend]:
+    backend = UpstreamBackend(model, Settings(**settings), resolver or RESOLVER)
     await backend.plan()
     await backend.start(states or States())
     try:

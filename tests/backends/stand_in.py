@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class StandIn:
         weights: of the model it runs; another name is another model behind the same one.
         fault: what happens to a request for vectors; nothing when empty.
         fault_on: the fault happens to requests with this word in one of their texts, and to no others; to all when empty.
+        host: the address that it listens on.
+        certificate: a file with a certificate and its key, for TLS.
         task_field: in which it reads the task; ``""``: in none.
         encodings: what it takes as ``encoding_format``; ``None``: a request without it.
         refused: texts that it refuses, with the whole request.
@@ -54,6 +57,8 @@ class StandIn:
     """
 
     port: int = 0
+    host: str = "127.0.0.1"
+    certificate: Path | None = None
     weights: str = "first"
     width: int = WIDTH
     fault: str = ""
@@ -78,7 +83,7 @@ class StandIn:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     async def embeddings(self, request: Request) -> Response:
         """``POST /v1/embeddings``."""
@@ -216,9 +221,10 @@ class StandIn:
                 Route("/info", self.info),
             ]
         )
-        with make_listener(self.port) as listener:
+        with make_listener(self.port, self.host) as listener:
             self.port = listener.getsockname()[1]
-            server = _Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+            config = uvicorn.Config(app, log_level="critical", lifespan="off", ssl_certfile=self.certificate)
+            server = _Server(config)
             task = asyncio.create_task(server.serve(sockets=[listener]))
             await server.begun.wait()
             try:

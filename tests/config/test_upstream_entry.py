@@ -40,6 +40,8 @@ def problem(tmp_path: Path, lines: str, backend: str = "openai", more: str = "",
         ("https://api.example.com", "https://api.example.com"),
         ("http://[::1]:8080/a/b", "http://[::1]:8080/a/b"),
         ("HTTP://gpu:8000", "HTTP://gpu:8000"),
+        ("dns+http://bge.gpu.svc:8000/v1/", "dns+http://bge.gpu.svc:8000/v1"),
+        ("dns+https://bge.gpu.svc", "dns+https://bge.gpu.svc"),
     ],
 )
 def test_a_base_url_is_kept_without_its_last_slash(tmp_path: Path, url: str, kept: str) -> None:
@@ -53,6 +55,11 @@ def test_a_base_url_is_kept_without_its_last_slash(tmp_path: Path, url: str, kep
         "gpu",
         "",
         "ftp://gpu",
+        "dns+ftp://gpu",
+        "dns+gpu:8000",
+        "dns://gpu:8000",
+        "dns+http://",
+        "dns+dns+http://gpu",
         "http://",
         "http://:8000",
         "http://gpu:99999",
@@ -72,6 +79,18 @@ def test_what_is_not_a_base_url_is_refused(tmp_path: Path, url: str) -> None:
     assert found.startswith("models[0].upstream.urls[0]")
 
 
+@pytest.mark.parametrize("address", ["10.0.0.1:8000", "[fd00::1]:8000"])
+def test_an_address_has_no_others(tmp_path: Path, address: str) -> None:
+    found = problem(tmp_path, f'{{urls: ["dns+http://{address}"]}}')
+
+    assert found.endswith(f"`dns+` is for a name with several addresses, got `dns+http://{address}`: leave `dns+` out")
+
+
+@pytest.mark.parametrize("interval", [0, 0.01, -1, ".inf", ".nan"])
+def test_names_are_not_looked_up_all_the_time(tmp_path: Path, interval: object) -> None:
+    assert "resolve_interval_s" in problem(tmp_path, f"{{urls: [{URL}], resolve_interval_s: {interval}}}")
+
+
 @pytest.mark.parametrize("user", ["user:secret", "user", ":secret"])
 def test_a_password_in_a_url_is_refused_and_not_shown(tmp_path: Path, user: str) -> None:
     found = problem(tmp_path, f'{{urls: ["http://{user}@gpu:8000"]}}')
@@ -84,6 +103,7 @@ def test_what_is_not_set_has_its_default(tmp_path: Path) -> None:
     upstream = read(tmp_path, f"{{urls: [{URL}]}}")
 
     assert (upstream.timeout_s, upstream.connect_timeout_s, upstream.probe_interval_s) == (60.0, 2.0, 10.0)
+    assert upstream.resolve_interval_s == 5.0
     assert (upstream.max_connections, upstream.max_retries, upstream.max_batch_texts) == (32, 2, None)
     assert (upstream.model, upstream.api_key, upstream.task_field) == (None, None, None)
     assert (dict(upstream.tasks), dict(upstream.extra_body)) == ({}, {})

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import structlog
 
-from gateway.backends.base import Report, unreported
+from gateway.backends.base import Replica, Report, unreported
 from gateway.backends.upstream import description
 from gateway.backends.upstream.answers import Answer
 from gateway.backends.upstream.dialects import DEFAULT_BATCH_TEXTS, make_dialect
-from gateway.backends.upstream.failures import RETRY_AFTER_S, Failure, TooLarge, unavailable
+from gateway.backends.upstream.failures import RETRY_AFTER_S, Failure, TooLarge, given_up
+from gateway.backends.upstream.pool import Pool
 from gateway.backends.upstream.probe import Probe, take_probe
+from gateway.backends.upstream.resolver import RESOLVER, Resolver
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks, read_tasks
-from gateway.backends.upstream.watch import Watch
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import (
@@ -26,7 +27,6 @@ from gateway.errors import (
     DeadlineExceeded,
     ModelNotReady,
     Overloaded,
-    RequestError,
     ShuttingDown,
     UnsupportedOutput,
 )
@@ -53,11 +53,11 @@ class UpstreamBackend:
     A :class:`~gateway.backends.upstream.probe.Probe` is taken when the model is loaded, or read from its golden file. A
     server takes part while it gives these same vectors: at the start, after it failed, and from time to time.
 
-    Attributes:
-        servers: in the order of the registry.
+    Args:
+        resolver: looks up the names of ``dns+http://`` URLs.
     """
 
-    def __init__(self, entry: ModelEntry, settings: Settings) -> None:
+    def __init__(self, entry: ModelEntry, settings: Settings, resolver: Resolver = RESOLVER) -> None:
         if entry.upstream is None:
             raise ValueError(f"model {entry.id!r} has no upstream")
         self._entry = entry
@@ -65,44 +65,44 @@ class UpstreamBackend:
         self._settings = settings
         self._dialect = make_dialect(entry, entry.upstream)
         self._tasks = Tasks({}, {}, "")
-        self.servers: list[Server] = []
+        self._pool = Pool(entry.id, self._dialect, entry.upstream, resolver)
+        self._resolver = resolver
         self._max_batch_texts = DEFAULT_BATCH_TEXTS
         self._num_texts = self._num_low_texts = self._num_chars = 0
-        self._low_turns = asyncio.Semaphore()
         self._probe: Probe | None = None
         self._info: ModelInfo | None = None
         self._is_stopped = False
         self._has_warned = False
-        self._watch: Watch | None = None
 
     # -------------------------------------------------------------------------------------------------- loading
 
     async def plan(self, report: Report = unreported) -> ModelInfo:
-        await self._close()
+        await self._pool.close()
         self._is_stopped = False
         self._tasks = read_tasks(self._entry, self._upstream)
-        names = description.server_names(self._upstream.urls)
-        self.servers = [
-            Server(self._entry.id, name, url, self._dialect, self._upstream)
-            for name, url in zip(names, self._upstream.urls, strict=True)
-        ]
+        self._pool = Pool(self._entry.id, self._dialect, self._upstream, self._resolver)
         try:
+            await self._pool.find()
             facts = await description.learn_facts(self.servers, self._entry, self._upstream)
             recorded = description.read_golden(self._entry, self.base_fingerprint(), self._tasks)
-            self._probe = await take_probe(self._entry.id, self._tasks, self.servers, recorded)
+            self._probe = await take_probe(self._entry.id, self._tasks, self.servers, recorded, self._pool.unresolved)
             fingerprint = description.full_fingerprint(self.base_fingerprint(), self._probe.width, recorded or ())
             self._info = description.describe(
-                self._entry, self.servers, self._tasks, facts, fingerprint, self._probe.width, self._dialect.gives_raw
+                self._entry,
+                self._upstream.urls,
+                self._tasks,
+                facts,
+                fingerprint,
+                self._probe.width,
+                self._dialect.gives_raw,
             )
         except BaseException:
-            await self._close()
+            await self._pool.close()
             raise
         self._max_batch_texts = self._upstream.max_batch_texts or facts.max_batch_texts or DEFAULT_BATCH_TEXTS
         if any(server.quirks is not None and server.quirks.has_numbers for server in self.servers):
             self._max_batch_texts = max(1, min(self._max_batch_texts, _MAX_NUMBERS // self._probe.width))
-        self._low_turns = asyncio.Semaphore(len(self.servers))
-        for server in self.servers:
-            server.width = self._probe.width
+        self._pool.set_width(self._probe.width)
         return self._info
 
     async def start(self, report: Report) -> ModelInfo:
@@ -116,12 +116,26 @@ class UpstreamBackend:
                 hint="another model behind the same name is noticed while this process runs, and not from one start to the "
                 f"next: set `golden`, and write it with `gateway verify {self._entry.id} --record`",
             )
-        self._watch = Watch(self._entry.id, self.servers, self._probe, self._settings.golden_interval_s, report)
+        self._pool.open(self._probe, self._settings.golden_interval_s, report)
         return info
 
     def base_fingerprint(self) -> str:
         """Return the fingerprint of the model apart from its vectors."""
         return description.base_fingerprint(self._entry, self._upstream, self._tasks)
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        """In the order of the registry, those of a name by address; the same list all the time."""
+        return self._pool.servers
+
+    @property
+    def server_names(self) -> set[str]:
+        """The names of all servers, also of those that are leaving, as the metrics write them."""
+        return self._pool.all_names
+
+    def replicas(self) -> Sequence[Replica]:
+        """Return the servers while the model runs."""
+        return self._pool.replicas()
 
     @property
     def probe(self) -> Sequence[GoldenVector]:
@@ -198,7 +212,7 @@ class UpstreamBackend:
         failures: dict[Server, Failure] = {}
         failure: Failure | None = None
         for attempt in range(self._upstream.max_retries + 1):
-            server = self._choose(failures)
+            server = self._pool.choose(failures)
             if server is None:
                 break
             if failure is not None and not await self._pause(attempt, failure, server in failures, job.deadline):
@@ -217,7 +231,8 @@ class UpstreamBackend:
                 server.note_success()
                 return answer
         self._require_running()
-        raise self._given_up(failure, places)
+        is_permanent = all(server.is_refusing for server in self.servers)
+        raise given_up(self._entry.id, failure, places, self._pool.reasons, is_permanent=is_permanent)
 
     async def _ask(self, server: Server, texts: Sequence[str], task: str | None, job: EmbedJob) -> Answer:
         """Ask a server; take note of errors that the client gets at once, although the server may be at fault."""
@@ -237,13 +252,13 @@ class UpstreamBackend:
             raise
         finally:
             if is_low:
-                self._low_turns.release()
+                self._pool.low_turns.release()
 
     async def _take_low_turn(self, job: EmbedJob) -> None:
         """Wait until a job of low priority may ask: servers know no priorities, so there is one such request for each."""
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
-                await self._low_turns.acquire()
+                await self._pool.low_turns.acquire()
         except TimeoutError:
             reason = "not done within the time limit: other requests of low priority were ahead of it"
             raise DeadlineExceeded(reason) from None
@@ -260,8 +275,8 @@ class UpstreamBackend:
     def _note(self, server: Server, failure: Failure) -> None:
         """Take note of a failure; if it makes the server suspect, try the server at once."""
         server.note(failure)
-        if server.breaker.is_suspect and self._watch is not None:
-            self._watch.look()
+        if server.breaker.is_suspect:
+            self._pool.look()
 
     def _check_blank(self, server: Server, prepared: Sequence[str], places: range) -> None:
         if server.quirks is not None and (refused := server.quirks.first_refused(prepared)) is not None:
@@ -270,20 +285,6 @@ class UpstreamBackend:
                 "texts: leave it out",
                 param="input",
             )
-
-    def _choose(self, failures: Mapping[Server, Failure]) -> Server | None:
-        """Return the server to ask: one that has not failed yet if there is one, and of those one that is not suspect.
-
-        Of several, that with the fewest texts on their way.
-        """
-        working = [server for server in self.servers if server.breaker.is_closed]
-        fresh = [server for server in working if server not in failures]
-        again = [server for server in working if server in failures and failures[server].is_worth_repeating]
-        return min(
-            fresh or again,
-            key=lambda server: (server.breaker.is_suspect, server.num_texts, random.random()),  # noqa: S311
-            default=None,
-        )
 
     async def _pause(self, attempt: int, failure: Failure, is_same_server: bool, deadline: float) -> bool:
         """Wait before the next attempt; return whether the deadline leaves time for it."""
@@ -298,15 +299,6 @@ class UpstreamBackend:
         await asyncio.sleep(pause_s)
         return True
 
-    def _given_up(self, failure: Failure | None, places: range) -> RequestError:
-        """Return the client's error when no server has answered."""
-        what = f"model {self._entry.id!r} runs elsewhere"
-        if failure is not None:
-            return failure.error(what, places)
-        reasons = "; ".join(server.breaker.reason for server in self.servers)
-        is_permanent = all(server.is_refusing for server in self.servers)
-        return unavailable(f"{what}, and no server answers: {reasons}", RETRY_AFTER_S, is_permanent=is_permanent)
-
     async def vocabulary(self) -> Vocabulary:
         raise UnsupportedOutput(
             f"model {self._entry.id!r} runs elsewhere, and its tokenizer is not here", param="model"
@@ -316,14 +308,7 @@ class UpstreamBackend:
 
     async def stop(self) -> None:
         self._is_stopped = True
-        await self._close()
-
-    async def _close(self) -> None:
-        if self._watch is not None:
-            await self._watch.stop()
-            self._watch = None
-        for server in self.servers:
-            await server.close()
+        await self._pool.close()
 
 
 def _slices(texts: Sequence[str], max_texts: int) -> Iterator[range]:

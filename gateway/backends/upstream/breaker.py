@@ -66,6 +66,12 @@ class Breaker:
         # Gateways that lost the same server at the same time do not all come back at once.
         self._trial_at = now + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311  not for secrets
 
+    def hold(self, reason: str) -> None:
+        """Open without a failure, before a first trial, which is due at once."""
+        self.reason, self.is_suspect = reason, False
+        self._pause_s = self._first_pause_s / 2  # which a failure of that trial doubles
+        self._trial_at = -math.inf
+
     def is_trial_due(self, now: float) -> bool:
         """Return whether a trial is due: the breaker is open or suspect, and the last trial was long enough ago."""
         return (self.is_suspect or not self.is_closed) and now >= self._trial_at

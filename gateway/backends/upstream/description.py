@@ -22,6 +22,7 @@ from gateway.tasks import canonical_task
 from gateway.types import ModelInfo
 
 _DEFAULT_MAX_TOKENS = 8192
+_ASKED_AT_ONCE = 32
 
 
 def server_names(urls: Sequence[str]) -> list[str]:
@@ -36,10 +37,11 @@ async def learn_facts(servers: Iterable[Server], entry: ModelEntry, upstream: Up
     """Ask every server for its facts, shut out those that do not answer, and return the facts that hold for all.
 
     Raises:
-        LoadError: a server serves another model.
+        LoadError: a server serves another model. One of several addresses of a name is only shut out.
     """
     model = upstream.model or entry.source
-    answers = await asyncio.gather(*(_ask_facts(server, entry, model) for server in servers))
+    turns = asyncio.Semaphore(_ASKED_AT_ONCE)
+    answers = await asyncio.gather(*(_ask_facts(server, entry, model, turns) for server in servers))
     known = [facts for facts in answers if facts is not None]
     return Facts(
         max_tokens=min((facts.max_tokens for facts in known if facts.max_tokens), default=None),
@@ -48,18 +50,23 @@ async def learn_facts(servers: Iterable[Server], entry: ModelEntry, upstream: Up
     )
 
 
-async def _ask_facts(server: Server, entry: ModelEntry, model: str) -> Facts | None:
+async def _ask_facts(server: Server, entry: ModelEntry, model: str, turns: asyncio.Semaphore) -> Facts | None:
     try:
-        facts = await server.facts()
+        async with turns:
+            facts = await server.facts()
     except Failure as failure:
         server.shut_out(str(failure))
         return None
     served = {name.casefold() for name in facts.models}
     if entry.backend == "tei" and served and model.casefold() not in served:
-        raise LoadError(
+        wrong = (
             f"{server.name} serves {', '.join(facts.models)}, and not {model}; say what it calls the model in "
             "`upstream.model`"
         )
+        if not server.is_found:
+            raise LoadError(wrong)
+        server.shut_out(wrong)
+        return None
     return facts
 
 
@@ -90,7 +97,7 @@ def full_fingerprint(base: str, width: int, recorded: Iterable[GoldenVector]) ->
 
 def describe(
     entry: ModelEntry,
-    servers: Iterable[Server],
+    urls: Sequence[str],
     tasks: Tasks,
     facts: Facts,
     fingerprint: str,
@@ -117,7 +124,7 @@ def describe(
         is_normalized=True,
         device="remote",
         dtype=facts.dtype or "unknown",
-        engine=f"{entry.backend} at {', '.join(server.name for server in servers)}",
+        engine=f"{entry.backend} at {', '.join(server_names(urls))}",
         memory_bytes=0,
         tasks=tasks.instructions,
         default_task=entry.default_task and canonical_task(entry.default_task),

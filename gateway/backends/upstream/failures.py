@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil
 
 from gateway.backends.upstream.answers import error_of
@@ -107,6 +107,30 @@ class TooLarge(Exception):
         super().__init__(str(refusal))
         self.refusal = refusal
         self.is_number = is_number
+
+
+def listed(reasons: Iterable[str]) -> str:
+    """Return reasons in one line, the first five if there are more."""
+    reasons = list(dict.fromkeys(filter(None, reasons)))
+    more = f"; and {len(reasons) - _MAX_SHOWN} more" if len(reasons) > _MAX_SHOWN else ""
+    return "; ".join(reasons[:_MAX_SHOWN]) + more
+
+
+def given_up(
+    model: str, failure: Failure | None, places: Sequence[int], reasons: Iterable[str], *, is_permanent: bool
+) -> RequestError:
+    """Return the client's error when no server has answered.
+
+    Args:
+        failure: the last one, if a server was asked.
+        places: as in :meth:`Failure.error`.
+        reasons: why no server was, otherwise.
+        is_permanent: whether all servers refuse every request.
+    """
+    what = f"model {model!r} runs elsewhere"
+    if failure is not None:
+        return failure.error(what, places)
+    return unavailable(f"{what}, and no server answers: {listed(reasons)}", RETRY_AFTER_S, is_permanent=is_permanent)
 
 
 def unavailable(message: str, retry_after_s: int, *, is_permanent: bool) -> UpstreamUnavailable:

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from gateway.backends.upstream.answers import Answer
-from gateway.backends.upstream.failures import Failure, TooLarge
+from gateway.backends.upstream.failures import Failure, TooLarge, listed
 from gateway.backends.upstream.server import Server
 from gateway.backends.upstream.tasks import Tasks
 from gateway.errors import LoadError, NotReachable, RequestError
@@ -58,11 +58,19 @@ class Probe:
 
 
 async def take_probe(
-    model: str, tasks: Tasks, servers: Sequence[Server], recorded: Sequence[GoldenVector] | None
+    model: str,
+    tasks: Tasks,
+    servers: Sequence[Server],
+    recorded: Sequence[GoldenVector] | None,
+    unresolved: Sequence[str] = (),
 ) -> Probe:
     """Return the probe of a model: the recorded vectors, or else those of its first server; all must give the same.
 
-    A server that does not answer is shut out.
+    A server that does not answer is shut out. Once one has answered, the addresses of a name are left for the watch:
+    to check a hundred would take long, and one that is wrong must not keep the others from serving.
+
+    Args:
+        unresolved: why names of servers have no address.
 
     Raises:
         NotReachable: no server gives vectors.
@@ -72,21 +80,31 @@ async def take_probe(
     giver = "its golden file says"
     if recorded is not None and (problem := _ignored_tasks(tasks, _by_task(recorded))):
         raise LoadError(f"its golden file was recorded from a server that {problem}")
-    reasons = []
+    reasons = [*unresolved]
+    has_one = False
     for server in servers:
         if not server.breaker.is_closed:
             reasons.append(server.breaker.reason)
+            continue
+        if has_one and server.is_found:
+            server.hold()
             continue
         try:
             if probe is None:
                 probe, giver = Probe(model, tasks, await _take(server, tasks)), f"{server.name} gives"
             elif problem := await probe.compare(server):
-                raise LoadError(f"{server.name} gives other vectors than {giver}: {problem}")
+                wrong = f"{server.name} gives other vectors than {giver}: {problem}"
+                if not server.is_found:
+                    raise LoadError(wrong)
+                reasons.append(wrong)
+                server.shut_out(wrong)
+                continue
+            has_one = True
         except (Failure, TooLarge, RequestError) as error:
             reasons.append(str(error))
             server.shut_out(str(error), is_refusing=isinstance(error, Failure) and error.outcome == "refused")
     if probe is None or not any(server.breaker.is_closed for server in servers):
-        raise NotReachable("; ".join(reasons))
+        raise NotReachable(listed(reasons))
     return probe
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from gateway.backends.upstream.answers import Answer, BadVectors, ErrorAnswer, WrongAnswer, read_retry_after_s
 from gateway.backends.upstream.breaker import Breaker
@@ -32,6 +34,10 @@ _MAX_FACTS_BYTES = 4 * 1024 * 1024  # some list hundreds of models
 class Server:
     """One of a model's servers.
 
+    Args:
+        url: of the API. Its host is sent as ``Host``, and is the name that a certificate must have.
+        address: to connect to; by default those of the URL's host.
+
     Attributes:
         name: host and port, for metrics and messages.
         num_texts: on their way to it.
@@ -39,10 +45,14 @@ class Server:
         quirks: what it does not take; ``None`` while that is not known.
         answered_at: when it last answered a client's request right, on ``time.monotonic()``.
         is_refusing: whether it is shut out because it refuses every request, for example for a wrong key.
+        is_found: whether it is one of the addresses of a name, and not of the registry itself.
     """
 
-    def __init__(self, model: str, name: str, url: str, dialect: Dialect, upstream: Upstream) -> None:
+    def __init__(
+        self, model: str, name: str, url: str, dialect: Dialect, upstream: Upstream, address: str | None = None
+    ) -> None:
         self.name = name
+        self.is_found = address is not None
         self.breaker = Breaker(upstream.probe_interval_s)
         self.num_texts = 0
         self.width = 0
@@ -61,7 +71,7 @@ class Server:
         # aiohttp, and not httpx as elsewhere: it takes 0.3 ms of a core for a request where httpx takes 1.2.
         self._http = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0),  # slots are counted here
+            connector=_connector(address),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=upstream.connect_timeout_s),
             trust_env=False,  # a proxy of the environment would see every text
@@ -237,6 +247,11 @@ class Server:
         self.is_refusing = False
         self._show_state()
 
+    def hold(self) -> None:
+        """Send the server nothing until a first trial, which is due at once, shows that it works."""
+        self.breaker.hold(f"the vectors of {self.name} have not been checked yet")
+        self._show_state()
+
     def shut_out(self, reason: str, *, is_refusing: bool = False) -> None:
         """Send the server nothing until a trial shows that it works."""
         self.breaker.open(reason, time.monotonic())
@@ -246,6 +261,33 @@ class Server:
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()
+
+
+def _connector(address: str | None) -> aiohttp.TCPConnector:
+    """Return connections without a limit, since slots are counted elsewhere: to one address, or to those of the host."""
+    if address is None:
+        return aiohttp.TCPConnector(limit=0)
+    return aiohttp.TCPConnector(limit=0, resolver=_OneAddress(address))
+
+
+class _OneAddress(AbstractResolver):
+    """Has the same address for every name, so that a server keeps its name in requests and for TLS."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host, host=self._address, port=port, family=self._family, proto=0, flags=socket.AI_NUMERICHOST
+            )
+        ]
+
+    async def close(self) -> None:
+        """Do nothing: nothing is open."""
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> tuple[bytes, bool]:

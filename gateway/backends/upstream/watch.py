@@ -10,7 +10,7 @@ from contextlib import suppress
 import structlog
 
 from gateway.backends.base import Report
-from gateway.backends.upstream.failures import Failure
+from gateway.backends.upstream.failures import Failure, listed
 from gateway.backends.upstream.probe import Probe
 from gateway.backends.upstream.server import Server
 from gateway.types import ModelState
@@ -18,6 +18,7 @@ from gateway.types import ModelState
 log = structlog.get_logger(__name__)
 
 _LOOK_S = 0.5
+_TRIALS_AT_ONCE = 32
 _SETTLE_S = 0.05  # what fails at the same moment calls for one trial
 
 
@@ -25,6 +26,7 @@ class Watch:
     """Decides which servers get requests: those that give the vectors of the probe.
 
     Args:
+        servers: a list that may change.
         check_interval_s: after which a server that works is checked again.
         report: takes the state of the model when it changes.
     """
@@ -40,6 +42,7 @@ class Watch:
         self._was_ready = True
         self._suspicion = asyncio.Event()
         self._on_trial: set[Server] = set()
+        self._turns = asyncio.Semaphore(_TRIALS_AT_ONCE)
         self._task = asyncio.create_task(self._run())
 
     def look(self) -> None:
@@ -69,9 +72,14 @@ class Watch:
                         await self._suspicion.wait()
                         await asyncio.sleep(_SETTLE_S)
                 self._suspicion.clear()
+                self._show_state()  # servers may have left
 
     async def _try(self, server: Server) -> None:
         """Let a server in if it gives the vectors of the probe, or shut it out."""
+        async with self._turns:
+            await self._try_now(server)
+
+    async def _try_now(self, server: Server) -> None:
         started = time.monotonic()
         try:
             problem = await self._probe.compare(server)
@@ -106,6 +114,6 @@ class Watch:
         if is_ready == self._was_ready:
             return
         self._was_ready = is_ready
-        reasons = "; ".join(server.breaker.reason for server in self._servers)
+        reasons = listed(server.breaker.reason for server in self._servers)
         self._report(ModelState.READY if is_ready else ModelState.RECOVERING, "" if is_ready else reasons)
         log.warning("upstream_state", model=self._model, is_ready=is_ready, reasons=reasons)
