@@ -1,0 +1,54 @@
+"""Chroma, a server or a folder: a source and a sink."""
+
+from __future__ import annotations
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.chroma_connection import Connection
+from gateway.bulk.stores.chroma_sink import ChromaSink
+from gateway.bulk.stores.chroma_source import ChromaSource
+from gateway.bulk.stores.protocol import Keeping, Place, Since
+
+
+def open_store(place: Place) -> ChromaStore:
+    """Open a server or a folder.
+
+    Raises:
+        BulkError: it cannot be reached or opened.
+    """
+    return ChromaStore(place)
+
+
+class ChromaStore:
+    """Chroma as a store with collections."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    @property
+    def name(self) -> str:
+        """The store's URL, without secrets."""
+        return self._place.store
+
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> ChromaSource:
+        """Return the items of a collection as rows.
+
+        Raises:
+            BulkError: a point of time was given; or the store cannot be reached.
+        """
+        if since is not None:
+            raise BulkError("chroma cannot list items since a point of time")
+        return ChromaSource(Connection(self._place), collection, names)
+
+    def sink(self, collection: str, keeping: Keeping) -> ChromaSink:
+        """Return a sink for a collection.
+
+        Raises:
+            BulkError: the store cannot be reached, or cannot keep rows this way.
+        """
+        if keeping.vector is not None or keeping.updates or keeping.like is not None:
+            raise BulkError("chroma keeps one vector per item, without a name")
+        return ChromaSink(Connection(self._place), collection, keeping)
+
+    def close(self) -> None:
+        """Do nothing: sources and sinks have their own connections."""

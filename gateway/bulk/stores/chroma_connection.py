@@ -1,0 +1,133 @@
+"""Connections to Chroma, a server or a folder, and its errors in plain words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
+
+import chromadb
+import httpx
+from chromadb.api import ClientAPI
+from chromadb.api.models.Collection import Collection
+from chromadb.config import DEFAULT_DATABASE, DEFAULT_TENANT, Settings
+from chromadb.errors import ChromaError, NotFoundError
+
+from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.patience import GOES_ON, PATIENCE_S, insist
+from gateway.bulk.stores.protocol import Place
+from gateway.config.wording import cut, did_you_mean, enumerate_names, quote
+
+Result = TypeVar("Result")
+
+
+_TIMEOUT_S: Final = 60.0
+
+
+class Connection:
+    """A client of Chroma. Used from one thread at a time."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._key = os.environ.get(place.key or "") or None
+        try:
+            self.client = self._connect()
+        except (ChromaError, httpx.HTTPError, ValueError, OSError, RuntimeError) as error:
+            raise BulkError(self._explain(error, place.store, has_responded=False)) from error
+        for session in self._sessions():
+            session.timeout = httpx.Timeout(_TIMEOUT_S)
+
+    def _connect(self) -> ClientAPI:
+        place = self.place
+        settings = Settings(anonymized_telemetry=False)
+        tenant = place.options.get("tenant", DEFAULT_TENANT)
+        database = place.options.get("database", DEFAULT_DATABASE)
+        if place.location:
+            return chromadb.PersistentClient(place.location, settings, tenant, database)
+        # Servers read one or the other.
+        headers = {"Authorization": f"Bearer {self._key}", "X-Chroma-Token": self._key} if self._key else None
+        return chromadb.HttpClient(place.host, place.port, place.is_secure, headers, settings, tenant, database)
+
+    def call(self, ask: Callable[[], Result], where: str) -> Result:
+        """Return the result of a request, which is repeated while the server is away for a moment.
+
+        Args:
+            where: the collection, for messages.
+
+        Raises:
+            BulkError: the server refuses it, or stays away.
+        """
+        try:
+            return insist(ask, _pause_after, PATIENCE_S)
+        except (ChromaError, httpx.HTTPError, ValueError, OSError, RuntimeError) as error:
+            raise BulkError(self._explain(error, where, has_responded=True)) from error
+
+    def find(self, collection: str) -> Collection | None:
+        """Return a collection if it exists.
+
+        Raises:
+            BulkError: the server fails.
+        """
+
+        def get() -> Collection | None:
+            try:
+                # Its own embedding function is not needed, and may need a package or a key.
+                return self.client.get_collection(collection, embedding_function=None)
+            except NotFoundError:
+                return None
+
+        return self.call(get, self.place.named(collection))
+
+    def get(self, collection: str) -> Collection:
+        """Return a collection.
+
+        Raises:
+            BulkError: it does not exist, or the server fails.
+        """
+        found = self.find(collection)
+        if found is None:
+            names = self.call(lambda: [other.name for other in self.client.list_collections()], self.place.store)
+            hint = did_you_mean(collection, names) or ";"
+            there = f"it has {enumerate_names(sorted(names)[:20])}" if names else "it has no collections"
+            raise BulkError(f"{self.place.store} has no collection {quote(collection)}{hint} {there}")
+        return found
+
+    def close(self) -> None:
+        """Close the client."""
+        sessions = list(self._sessions())
+        self.client.close()  # type: ignore[attr-defined]  # its interface does not declare it
+        for session in sessions:
+            session.close()
+
+    def _sessions(self) -> Iterator[httpx.Client]:
+        """Yield the client's connections to a server, which it neither limits in time nor closes itself."""
+        for client in (self.client, getattr(self.client, "_admin_client", None)):
+            session = getattr(getattr(client, "_server", None), "_session", None)
+            if isinstance(session, httpx.Client):
+                yield session
+
+    def _explain(self, error: Exception, where: str, *, has_responded: bool) -> str:
+        message = cut(str(error), 300) or type(error).__name__
+        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+        if status in (401, 403) or (isinstance(error, ChromaError) and error.code() in (401, 403)):
+            if self._key:
+                return f"{where} refuses the key in the environment variable {self.place.key}: {message}"
+            return f"{where} needs a key: set the environment variable {self.place.key}, or name another with ?key_env=NAME"
+        if _pause_after(error) is not None and has_responded:
+            return f"{where} has gone away: {message}; {GOES_ON}"
+        if not has_responded:
+            problem = "cannot be opened as a Chroma store" if self.place.location else "cannot be reached"
+            return f"{where} {problem}: {message}"
+        return f"{where} refuses a request: {message}"
+
+
+def _pause_after(error: Exception) -> float | None:
+    """Return how long to wait before the same request may succeed; ``None`` if it never will."""
+    match error:
+        case httpx.HTTPStatusError() if error.response.status_code in (429, 500, 502, 503, 504):
+            return 0.0
+        case httpx.TransportError() if "SSL" not in str(error):
+            return 0.0
+        case ChromaError() if error.code() in (429, 500, 503):
+            return 0.0
+    return None

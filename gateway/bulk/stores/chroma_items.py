@@ -1,0 +1,64 @@
+"""Chroma's ids and metadata. Pure.
+
+Chroma's ids are texts, and its metadata has no objects in it. A row's numeric id becomes its digits, and the metadata keeps
+the number in the field ``gateway_id``. Objects, and lists of different kinds, are kept as JSON text; fields without a
+value are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+from gateway.bulk.rows import BulkError, Json, Row, RowId
+
+Value: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
+
+ORIGINAL_ID: Final = "gateway_id"
+DOCUMENT: Final = "document"
+"""Chroma's own field for the text of an item."""
+
+_INT64: Final = range(-(2**63), 2**63)
+
+
+def metadata_of(row: Row) -> dict[str, Value]:
+    """Return the metadata of a row's item. Its text is the item's document.
+
+    Raises:
+        BulkError: a field has the name of the one that keeps numeric ids.
+    """
+    metadata: dict[str, Value] = {}
+    for name, value in row.payload.items():
+        if name == ORIGINAL_ID:
+            raise BulkError(
+                f"{row.place} has a field `{ORIGINAL_ID}`, which keeps numeric ids in Chroma: rename the field"
+            )
+        if (kept := _value(value)) is not None:
+            metadata[name] = kept
+    if isinstance(row.id, int):
+        metadata[ORIGINAL_ID] = row.id if row.id in _INT64 else str(row.id)
+    return metadata
+
+
+def _value(value: Json) -> Value | None:
+    match value:
+        case None | bool() | float() | str():
+            return value
+        case int():
+            return value if value in _INT64 else str(value)
+        case list() if (
+            value and len({type(item) for item in value}) == 1 and isinstance(value[0], bool | int | float | str)
+        ):
+            return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def row_id_of(item: str, metadata: Mapping[str, Json]) -> tuple[RowId, dict[str, Json]]:
+    """Return the id that a row had before it became this item, and the metadata without that."""
+    rest = dict(metadata)
+    original = rest.get(ORIGINAL_ID)
+    if isinstance(original, int | str) and not isinstance(original, bool) and str(original) == item:
+        del rest[ORIGINAL_ID]
+        return int(original), rest
+    return item, rest

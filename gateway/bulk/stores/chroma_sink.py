@@ -1,0 +1,140 @@
+"""A Chroma collection that keeps the dense vectors of a job."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any, Final, cast
+
+from chromadb.api.models.Collection import Collection
+from chromadb.api.types import Metadata
+
+from gateway.bulk.rows import BulkError, EmbeddedRows, Row, SpaceNote
+from gateway.bulk.stores.chroma_connection import Connection
+from gateway.bulk.stores.chroma_items import metadata_of
+from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
+from gateway.bulk.stores.protocol import Keeping
+
+_MAX_ITEMS: Final = 512
+
+
+class ChromaSink:
+    """Writes rows as items, with the text as their document. Items of the same id are replaced."""
+
+    def __init__(self, connection: Connection, collection: str, keeping: Keeping) -> None:
+        self._connection = connection
+        self._name = collection
+        self._keeping = keeping
+        self._collection: Collection | None = None
+        self._kind_of_ids: type | None = None
+
+    @property
+    def name(self) -> str:
+        """The collection's URL, without secrets."""
+        return self._connection.place.named(self._name)
+
+    def open(self, note: SpaceNote) -> None:
+        """Make the collection if it does not exist, and check that it may take vectors of this space.
+
+        Raises:
+            BulkError: it holds another space, vectors of an unknown model, or vectors of another width or distance; or
+                the job has more than dense vectors.
+        """
+        if note.has_sparse or note.token_width or not note.dimensions:
+            raise BulkError(
+                f"{self.name} keeps dense vectors only: leave the other outputs out, or embed into qdrant or milvus"
+            )
+        found = self._connection.find(self._name)
+        if found is None:
+            self._collection = self._create(note)
+            return
+        num_items = self._connection.call(found.count, self.name)
+        written = (found.metadata or {}).get(NOTE)
+        held = None if written is None else note_from_json(_parse(written), self.name)
+        # A collection has no width before its first item, so the note comes first.
+        check_note(held, note, self.name, num_items, adopts=self._keeping.adopts)
+        self._check_width(found, note)
+        if held is None:
+            # Chroma replaces the metadata as a whole.
+            metadata = {**(found.metadata or {}), NOTE: _dump(note)}
+            self._connection.call(partial(found.modify, metadata=cast(Any, metadata)), self.name)
+        self._collection = found
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Keep a shard's items.
+
+        Raises:
+            BulkError: Chroma refuses them, or stays away.
+        """
+        collection, dense = self._collection, batch.dense
+        if collection is None or dense is None:
+            raise RuntimeError("a sink must be opened before the first write, and gets dense vectors")
+        size = min(_MAX_ITEMS, self._connection.call(self._connection.client.get_max_batch_size, self.name))
+        for start in range(0, len(batch.rows), size):
+            rows = batch.rows[start : start + size]
+            metadatas = [cast("Metadata | None", metadata_of(row) or None) for row in rows]
+            upsert = partial(
+                collection.upsert,
+                ids=[self._item_id(row) for row in rows],
+                embeddings=dense[start : start + size],
+                documents=[row.text for row in rows] if self._keeping.text is not None else None,
+                metadatas=cast(Any, metadatas),
+            )
+            self._connection.call(upsert, self.name)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def _create(self, note: SpaceNote) -> Collection:
+        def make() -> Collection:
+            return self._connection.client.get_or_create_collection(
+                self._name,
+                metadata={NOTE: _dump(note)},
+                configuration={"hnsw": {"space": "cosine" if note.is_normalized else "ip"}},
+                embedding_function=None,
+            )
+
+        return self._connection.call(make, self.name)
+
+    def _check_width(self, collection: Collection, note: SpaceNote) -> None:
+        # Not part of its public interface, but in the answer of every version of its API.
+        width = collection._model.dimension
+        if width is not None and width != note.dimensions:
+            raise BulkError(
+                f"{self.name} has vectors of width {width}, and this job makes them of {note.dimensions}: "
+                f"embed into a new collection, or ask for {width} dimensions if the model has them"
+            )
+        configuration = collection.configuration_json
+        index = configuration.get("hnsw") or configuration.get("spann") or {}
+        space = index.get("space")
+        if not note.is_normalized and space != "ip":
+            raise BulkError(
+                f"{self.name} has the distance {space}, and {note.model} needs ip, since its vectors are not normalized: "
+                "embed into a new collection"
+            )
+
+    def _item_id(self, row: Row) -> str:
+        kind = int if isinstance(row.id, int) else str
+        if self._kind_of_ids is None:
+            self._kind_of_ids = kind
+        elif self._kind_of_ids is not kind:
+            raise BulkError(
+                f"{row.place}: the ids before are {'numbers' if kind is str else 'texts'}, and {row.id!r} is not; "
+                "Chroma's ids are texts, so the number 5 and the text '5' would be one item"
+            )
+        if row.id == "":
+            raise BulkError(f"{row.place} has an empty id, which Chroma does not allow")
+        return str(row.id)
+
+
+def _dump(note: SpaceNote) -> str:
+    """Return a note as text, since the metadata of Chroma has no objects."""
+    return json.dumps(note_to_json(note))
+
+
+def _parse(written: object) -> object:
+    try:
+        return json.loads(written) if isinstance(written, str) else written
+    except ValueError:
+        return written

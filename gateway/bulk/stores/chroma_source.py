@@ -1,0 +1,155 @@
+"""The items of a Chroma collection as rows, in the order in which they were added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Final, NamedTuple, cast
+
+from chromadb.api.models.Collection import Collection
+from chromadb.api.types import Include
+
+from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, resolve_fields
+from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row
+from gateway.bulk.stores.chroma_connection import Connection
+from gateway.bulk.stores.chroma_items import DOCUMENT, row_id_of
+from gateway.bulk.stores.payloads import to_json
+
+_PAGE: Final = 256
+_SAMPLE: Final = 64
+_INCLUDE: Final = cast(Include, ["metadatas", "documents"])
+
+
+class _Item(NamedTuple):
+    """An item, and its place in the collection's order from 0."""
+
+    offset: int
+    id: str
+    record: dict[str, Json]
+
+
+class ChromaSource:
+    """Reads the items of a collection, without their vectors.
+
+    Chroma can only skip a number of items, so a position is such a number and the id of the item there. If items before
+    it were deleted, the item is found further ahead. Items that are added while a job reads come last and are read too.
+    """
+
+    def __init__(self, connection: Connection, collection: str, names: FieldNames) -> None:
+        self._connection = connection
+        self._collection = collection
+        self._names = names
+
+    @property
+    def name(self) -> str:
+        """The collection's URL, without secrets."""
+        return self._connection.place.named(self._collection)
+
+    @property
+    def has_unique_ids(self) -> bool:
+        """The ids are those of items, unless a field of the metadata is the id."""
+        return self._names.id is None
+
+    @property
+    def text_field(self) -> str:
+        """The field with the text; Chroma's own is called ``document``.
+
+        Raises:
+            BulkError: the first items do not have it.
+        """
+        return self.fields.text
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The fields that make a row.
+
+        Raises:
+            BulkError: the first items do not have them.
+        """
+        records = [row_id_of(item.id, item.record)[1] for item in self._page(0, _SAMPLE)]
+        names = self._names
+        if names.text is None and any(record[DOCUMENT] is not None for record in records):
+            names = FieldNames(names.id, DOCUMENT, names.title, names.payload)
+        if not records:
+            return Fields(names.id, names.text or TEXT_FIELDS[0], names.title, names.payload)
+        fields = resolve_fields(names, records, self.name)
+        # A field of this name is payload, unless the user wants it as the id.
+        return fields if names.id is not None else replace(fields, id=None)
+
+    @cached_property
+    def _items(self) -> Collection:
+        return self._connection.get(self._collection)
+
+    def fingerprint(self) -> str:
+        """Return the collection, by the id that Chroma gave it, and the fields that are read.
+
+        Raises:
+            BulkError: the collection does not exist or cannot be read.
+        """
+        return f"{self.name} {self._items.id} {self.fields}"
+
+    def count(self) -> int | None:
+        """Return how many items there are."""
+        return self._connection.call(self._items.count, self.name)
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        """Yield the items after a position, or all of them, page by page.
+
+        Raises:
+            BulkError: the collection does not exist or cannot be read, or the item at the position was deleted.
+        """
+        last = None if after is None else self._find(after)
+        while True:
+            # Each page begins with the last item of the one before: if another is there, items were deleted.
+            start = 0 if last is None else last.offset
+            page = self._page(start, _PAGE)
+            if last is not None:
+                if not page or page[0].id != last.id:
+                    last = self._find([last.offset, last.id])
+                    continue
+                page = page[1:]
+            if not page:
+                return
+            for item in page:
+                yield self._row(item)
+            last = page[-1]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def _find(self, position: Position) -> _Item:
+        """Return the item of a position, which deletions can have moved forward."""
+        match position:
+            case [int() as offset, str() as item_id]:
+                pass
+            case _:
+                raise BulkError(f"{position!r} is not a position in {self.name}")
+        end = offset + 1
+        while end > 0:
+            start = max(0, end - _PAGE)
+            for item in self._page(start, end - start):
+                if item.id == item_id:
+                    return item
+            end = start
+        raise BulkError(
+            f"the item {item_id!r} of {self.name} was deleted while the job was reading, so the place where it goes on is "
+            "lost. Start again with an empty sink, while no program deletes items"
+        )
+
+    def _page(self, offset: int, limit: int) -> list[_Item]:
+        found = self._connection.call(partial(self._items.get, limit=limit, offset=offset, include=_INCLUDE), self.name)
+        documents, metadatas = found["documents"] or [], found["metadatas"] or []
+        items = []
+        for index, item_id in enumerate(found["ids"]):
+            metadata = cast("dict[str, Json]", to_json(metadatas[index] or {}))
+            items.append(_Item(offset + index, item_id, {**metadata, DOCUMENT: documents[index]}))
+        return items
+
+    def _row(self, item: _Item) -> Row | BadRow:
+        row_id, record = row_id_of(item.id, item.record)
+        place = f"id {row_id} of {self.name}"
+        return self.fields.row(
+            record, place, [item.offset, item.id], row_id=None if self._names.id is not None else row_id
+        )

@@ -1,0 +1,229 @@
+"""Chroma as a source and a sink: a real one, in a folder and as a server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import chromadb
+import numpy as np
+import pytest
+from chromadb.api import ClientAPI
+from chromadb.config import Settings
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.rows import BadRow, BulkError, Json, Row
+from gateway.bulk.stores.protocol import Keeping
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Share one folder, since opening one takes a quarter of a second."""
+    return str(tmp_path_factory.mktemp("chroma"))
+
+
+@pytest.fixture
+def url(folder: str, request: pytest.FixtureRequest) -> str:
+    return f"chroma:{folder}#c{abs(hash(request.node.nodeid))}"
+
+
+@pytest.fixture
+def client(folder: str) -> Iterator[ClientAPI]:
+    opened = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
+    yield opened
+    opened.close()
+
+
+def collection_in(url: str) -> str:
+    return url.partition("#")[2]
+
+
+def test_rows_come_back_with_their_ids_text_and_payload(url: str, client: ClientAPI) -> None:
+    payload: dict[str, Json] = {
+        "yes": True,
+        "n": 3,
+        "x": 0.5,
+        "日本": "語\n\U0001f600",
+        "tags": ["a", "b"],
+        "none": None,
+    }
+    rows = [row(5, "five", payload), row(-1, "minus"), row(2**70, "large"), row(6, "six", {"nested": {"a": [1, None]}})]
+    write(url, rows)
+    expected = {
+        5: ("five", {name: value for name, value in payload.items() if value is not None}),
+        -1: ("minus", {}),
+        2**70: ("large", {}),
+        6: ("six", {"nested": json.dumps({"a": [1, None]})}),
+    }
+    assert by_id(url) == expected
+    found = client.get_collection(collection_in(url), embedding_function=None).get(ids=["5"], include=["embeddings"])
+    assert found["embeddings"] is not None
+    np.testing.assert_allclose(found["embeddings"][0], vector_of("five"), atol=1e-6)
+
+
+def test_ids_are_texts_and_the_same_shard_again_replaces_itself(url: str) -> None:
+    for text in ("old", "new"):
+        write(url, [row("5", text), row("a/ü", f"{text} too")])
+    assert by_id(url) == {"5": ("new", {}), "a/ü": ("new too", {})}
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([row(5, "a"), row("5", "b")], "id 5: the ids before are numbers, and '5' is not"),
+    ([row("", "a")], "id  has an empty id, which Chroma does not allow"),
+    ([row(1, "a", {"gateway_id": 2})], "has a field `gateway_id`"),
+])  # fmt: skip
+def test_ids_that_would_be_one_item_are_refused(url: str, rows: list[Row], message: str) -> None:
+    with pytest.raises(BulkError) as caught:
+        write(url, rows)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"space": "other@ba9876543210"},
+            "holds vectors of tiny@0123456789ab, which cannot be compared with those of",
+        ),
+        ({"task": "query"}, "holds vectors for the task 'passage', and this job embeds for the task 'query'"),
+        ({"dimensions": 8}, "holds vectors of 4 dimensions, and this job makes 8"),
+        ({"has_sparse": True}, "keeps dense vectors only"),
+        ({"token_width": 3}, "keeps dense vectors only"),
+    ],
+)
+def test_another_space_is_refused_before_the_first_write(url: str, change: dict[str, object], message: str) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(BulkError) as caught:
+        write(url, [row(2, "b")], replace(NOTE, **change))
+    assert message in str(caught.value)
+    assert list(by_id(url)) == [1]
+
+
+def test_vectors_without_a_note_are_refused_unless_the_user_knows_them(url: str, client: ClientAPI) -> None:
+    collection = client.create_collection(collection_in(url), metadata={"mine": 1}, embedding_function=None)
+    collection.add(ids=["a"], embeddings=[[1.0, 0, 0, 0]], documents=["x"])
+    with pytest.raises(BulkError, match=r"has 1 item and no note of their space: .* or add --adopt if"):
+        write(url, [row("b", "y")])
+    with pytest.raises(BulkError, match="has vectors of width 4, and this job makes them of 8"):
+        write(url, [], replace(NOTE, dimensions=8), Keeping(adopts=True))
+    with pytest.raises(BulkError, match="has the distance l2, and tiny needs ip, since its vectors are not normalized"):
+        write(url, [], replace(NOTE, is_normalized=False), Keeping(adopts=True))
+    write(url, [row("b", "y")], keeping=Keeping(adopts=True))
+    write(url, [row("c", "z")])
+    assert list(by_id(url)) == ["a", "b", "c"]
+    assert client.get_collection(collection_in(url), embedding_function=None).metadata["mine"] == 1
+
+
+@pytest.mark.parametrize(("is_normalized", "space"), [(True, "cosine"), (False, "ip")])
+def test_a_new_collection_has_the_distance_of_the_space(
+    url: str, client: ClientAPI, is_normalized: bool, space: str
+) -> None:
+    write(url, [row("b", "y")], replace(NOTE, is_normalized=is_normalized))
+    configuration = client.get_collection(collection_in(url), embedding_function=None).configuration_json
+    assert configuration["hnsw"]["space"] == space
+
+
+def test_reading_goes_on_after_a_position_while_items_come_and_go(
+    url: str, client: ClientAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.chroma_source._PAGE", 8)
+    write(url, [row(f"i{n:02}", f"text {n}") for n in range(40)])
+    collection = client.get_collection(collection_in(url), embedding_function=None)
+    store, name = open_url(url)
+    source = store.source(name, FieldNames())
+    assert source.count() == 40
+    reader = source.read()
+    first = [next(reader) for _ in range(20)]
+    collection.delete(ids=["i00", "i01", "i02", "i22", "i30"])
+    collection.upsert(ids=["i40", "i05"], embeddings=[[1.0, 0, 0, 0]] * 2, documents=["text 40", "text 5 again"])
+    expected = [f"i{n:02}" for n in range(20, 41) if n not in (22, 30)]
+    assert [item.id for item in reader] == expected
+    rest = list(source.read(first[-1].position))
+    assert [item.id for item in rest] == expected
+    assert list(source.read(rest[-1].position)) == []
+    collection.delete(ids=["i19"])
+    with pytest.raises(BulkError, match=r"the item 'i19' of .* was deleted while the job was reading"):
+        next(source.read(first[-1].position))
+    with pytest.raises(BulkError, match="'x' is not a position in chroma:"):
+        next(source.read("x"))
+    source.close()
+
+
+def test_the_text_is_the_document_or_a_field(url: str, client: ClientAPI) -> None:
+    collection = client.create_collection(collection_in(url), embedding_function=None)
+    collection.add(
+        ids=["a", "b"],
+        embeddings=[[1.0, 0, 0, 0]] * 2,
+        documents=["doc", None],  # type: ignore[list-item]
+        metadatas=[{"text": "title", "id": 7}, {"text": "only"}],
+    )
+    good, bad = read(url)
+    assert isinstance(good, Row)
+    assert (good.id, good.text, good.payload) == ("a", "doc", {"text": "title", "id": 7})
+    assert bad == BadRow(f"id b of {url}", "the text, in field `document`, must be text, and is nothing", [1, "b"], "b")
+    assert [item.text for item in read(url, FieldNames(text="text")) if isinstance(item, Row)] == ["title", "only"]
+
+
+def test_a_collection_that_does_not_exist_names_those_that_do(url: str) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(BulkError, match="has no collection `nothing`; it has `c"):
+        read(f"{url.partition('#')[0]}#nothing")
+
+
+def test_a_folder_that_is_not_chroma_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "chroma.sqlite3").write_text("not a database, but long enough to be read as one" * 100)
+    with pytest.raises(BulkError, match="cannot be opened as a Chroma store"):
+        read(f"chroma:{tmp_path}#docs")
+
+
+def test_what_chroma_cannot_do_is_refused(url: str) -> None:
+    for keeping in (Keeping(vector="a"), Keeping(updates=True), Keeping(like="b")):
+        with pytest.raises(BulkError, match="one vector per item, without a name"):
+            write(url, [], keeping=keeping)
+    with pytest.raises(BulkError, match="keeps dense vectors only"):
+        write(url, [], HYBRID)
+
+
+def test_a_server_is_a_source_and_a_sink(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"chroma://127.0.0.1:{port}/docs"
+    with pytest.raises(BulkError, match=f"chroma://127.0.0.1:{port} cannot be reached"):
+        read(url)
+    command = [str(Path(sys.executable).with_name("chroma")), "run", "--path", str(tmp_path), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(port)
+            rows = [row(n, f"text {n}", {"n": n}) for n in range(3)]
+            write(url, rows)
+            write(url, rows)
+            assert by_id(url) == {item.id: (item.text, item.payload) for item in rows}
+            store, name = open_url(url)
+            sink = store.sink(name, Keeping())
+            sink.open(NOTE)
+        finally:
+            server.terminate()
+            server.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.bulk.stores.chroma_connection.PATIENCE_S", 0.4)
+        with pytest.raises(BulkError, match=r"has gone away: .*; start the same command again when it is back"):
+            sink.write(1, embedded([row(9, "late")]))
+    sink.close()
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + 30
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,0 +1,164 @@
+"""Qdrant over HTTP: keys, retries, and a server that goes away."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from qdrant_client import models
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.rows import BulkError, Row
+from gateway.bulk.stores.protocol import Keeping
+from tests.bulk.stores.qdrant_server import QdrantServer
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
+
+
+@pytest.fixture
+def server() -> Iterator[QdrantServer]:
+    opened = QdrantServer()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def url(server: QdrantServer) -> str:
+    return f"qdrant://127.0.0.1:{server.port}/docs"
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.patience._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("gateway.bulk.stores.qdrant_connection.PATIENCE_S", 0.5)
+
+
+def test_rows_go_there_and_back(url: str, server: QdrantServer) -> None:
+    rows = [row(n, f"text {n}", {"n": n, "none": None, "日本": {"a": [n]}}) for n in range(4)] + [row("x", "x")]
+    write(url, rows, HYBRID)
+    assert by_id(url) == {item.id: (item.text, item.payload) for item in rows}
+    assert any("/points?wait=true" in path for path in server.paths)
+    place = read_place(url)
+    assert place is not None
+    store = open_movable(place)
+    assert store.search("docs", vector_of("x"), 1)[0].id == "x"
+    assert list(store.vectors("docs", ["x"])) == ["x"]
+    store.flip("live", "docs")
+    assert store.describe("live").name == "docs"
+    store.delete_ids("docs", ["x"])
+    assert [row_id for row_id, _ in store.digests("live")] == [0, 1, 2, 3]
+    store.close()
+
+
+def test_requests_stay_below_the_limit_of_the_server(url: str, server: QdrantServer) -> None:
+    note = replace(NOTE, dimensions=1024)
+    write(url, [row(n, f"text {n}") for n in range(500)], note)
+    assert max(server.sizes) < server.max_bytes / 3
+    assert sum("/points?wait=true" in path for path in server.paths) == 2
+    assert server.engine.count("docs").count == 500
+
+
+def test_a_row_that_is_too_large_for_the_server_says_what_to_raise(url: str, server: QdrantServer) -> None:
+    server.max_bytes = 2000
+    with pytest.raises(BulkError, match=r"because of its size: .* Raise `service.max_request_size_mb` of Qdrant"):
+        write(url, [row(1, "long " * 1000)])
+
+
+@pytest.mark.parametrize("fault", ["close", "late", "429", "500", "503"])
+@pytest.mark.parametrize("num_before", range(6))
+def test_a_moment_away_does_not_matter(url: str, server: QdrantServer, fault: str, num_before: int) -> None:
+    store, name = open_url(url)
+    sink = store.sink(name, Keeping())
+    with pytest.raises(BulkError):  # the first response shows that it is Qdrant
+        read(f"{url}-other")
+    server.faults.extend([""] * num_before + [fault, fault])
+    sink.open(NOTE)
+    sink.write(0, embedded([row(1, "a"), row("x", "b")]))
+    sink.close()
+    server.faults.extend([""] * num_before + [fault, fault])
+    assert set(by_id(url)) == {1, "x"}
+    assert server.engine.count("docs").count == 2
+    store.close()
+
+
+def test_a_server_that_stays_away_ends_the_job_which_can_go_on(url: str, server: QdrantServer) -> None:
+    store, name = open_url(url)
+    sink = store.sink(name, Keeping())
+    store.close()
+    sink.open(NOTE)
+    sink.write(0, embedded([row(1, "a")]))
+    server.faults.extend(["close"] * 1000)
+    with pytest.raises(
+        BulkError, match=r"has gone away: .*; start the same command again when it is back, and it goes on"
+    ):
+        sink.write(1, embedded([row(2, "b")]))
+    server.faults.clear()
+    sink.close()
+    write(url, [row(2, "b")], shard=1)
+    assert set(by_id(url)) == {1, 2}
+
+
+def test_a_reader_goes_on_after_a_server_that_went_away(
+    url: str, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.qdrant_source._PAGE", 4)
+    write(url, [row(n, f"text {n}") for n in range(10)])
+    store, name = open_url(url)
+    source = store.source(name, FieldNames(text="text"))
+    reader = source.read()
+    seen = [next(reader) for _ in range(4)]
+    server.faults.extend(["503"] * 1000)
+    with pytest.raises(BulkError, match="fails with status 503: Service internal error; start the same command again"):
+        next(reader)
+    server.faults.clear()
+    seen += source.read(seen[-1].position)
+    assert [item.id for item in seen if isinstance(item, Row)] == list(range(10))
+    source.close()
+    store.close()
+
+
+def test_a_server_that_never_responds_is_a_wrong_url(server: QdrantServer) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        with pytest.raises(
+            BulkError, match=f"qdrant://127.0.0.1:{port} cannot be reached: .* is {port} its port for HTTP"
+        ):
+            read(f"qdrant://127.0.0.1:{port}/docs")
+    with pytest.raises(BulkError, match=r"has no usable TLS: .* write qdrant:// instead of qdrant\+https://"):
+        read(f"qdrant+https://127.0.0.1:{server.port}/docs")
+
+
+def test_a_key_comes_from_the_environment(url: str, server: QdrantServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.key = "hunter2"
+    with pytest.raises(BulkError, match=r"needs a key: set the environment variable QDRANT_API_KEY, or name another"):
+        read(url)
+    monkeypatch.setenv("QDRANT_API_KEY", "wrong-secret")
+    with pytest.raises(
+        BulkError, match="refuses the key in the environment variable QDRANT_API_KEY: Invalid"
+    ) as caught:
+        read(url)
+    assert "wrong-secret" not in str(caught.value)
+    monkeypatch.setenv("OTHER_KEY", "hunter2")
+    write(f"{url}?key_env=OTHER_KEY", [row(1, "a")])
+    assert set(by_id(f"{url}?key_env=OTHER_KEY")) == {1}
+
+
+def test_a_server_without_metadata_is_refused(url: str, server: QdrantServer) -> None:
+    server.has_metadata = False
+    with pytest.raises(BulkError, match=r"keeps no metadata of collections; Qdrant 1\.16 and later do"):
+        write(url, [row(1, "a")])
+    assert not server.engine.collection_exists("docs")
+    server.engine.create_collection("docs", models.VectorParams(size=4, distance=models.Distance.COSINE))
+    with pytest.raises(BulkError, match=r"keeps no metadata of collections; Qdrant 1\.16 and later do"):
+        write(url, [row(1, "a")])
+    assert server.engine.count("docs").count == 0
+
+
+def test_another_server_is_not_qdrant(server: QdrantServer) -> None:
+    with pytest.raises(
+        BulkError, match="refuses a request with status 404: no route GET /prefix/collections/docs/exists"
+    ):
+        read(f"qdrant://127.0.0.1:{server.port}/prefix/docs")
