@@ -65,7 +65,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
         "psycopg", "pgvector://me@localhost:5432/shop/docs", "PGPASSWORD", port=5432, collection="table",
         has_folder=False, has_users=True, options=("vector", "id", "sslmode"),
     ),
-    "lancedb": _Kind("lancedb", "lancedb:./lance#docs", collection="table", options=("vector",)),
+    "lancedb": _Kind("lancedb", "lancedb:./lance#docs", collection="table"),
     "chroma": _Kind(
         "chromadb", "chroma://localhost:8000/docs", "CHROMA_AUTH_TOKEN", port=8000, options=("tenant", "database")
     ),

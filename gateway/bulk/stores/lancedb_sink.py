@@ -1,0 +1,83 @@
+"""A LanceDB table that keeps the vectors of a job."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Final
+
+import pyarrow as pa
+from lancedb import DBConnection
+from lancedb.table import Table
+
+from gateway.bulk.files.tables import Tables
+from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.bulk.stores.lancedb_tables import find_table, plain_errors
+from gateway.bulk.stores.notes import NOTE, check_note, note_from_json, note_to_json
+from gateway.bulk.stores.protocol import Keeping
+
+_KEY: Final = NOTE.encode()
+
+
+class LanceSink:
+    """Writes each shard as one version of the table, where its rows replace those of the same id.
+
+    The table is made with the first shard, whose rows decide the columns.
+    """
+
+    def __init__(self, database: DBConnection, name: str, table: str, keeping: Keeping) -> None:
+        self.name = name
+        self._database = database
+        self._table_name = table
+        self._keeping = keeping
+        self._table: Table | None = None
+        self._tables: Tables | None = None
+        self._metadata: dict[bytes, bytes] = {}
+        self._has_written = False
+
+    def open(self, note: SpaceNote) -> None:
+        """Check that a table that exists has vectors of this space.
+
+        Raises:
+            BulkError: it holds another space, or is not by the gateway.
+        """
+        self._metadata = {_KEY: json.dumps(note_to_json(note)).encode()}
+        self._tables = Tables(pa, note, self._keeping.text)
+        self._table = find_table(self._database, self._table_name, self.name)
+        if self._table is None:
+            return
+        schema = self._table.schema
+        written = (schema.metadata or {}).get(_KEY)
+        if written is None:
+            raise BulkError(f"{self.name} is a table without a note of its space: embed into a new table")
+        check_note(note_from_json(json.loads(written), self.name), note, self.name, self._table.count_rows())
+        self._tables.take_columns(schema)
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Keep a shard's rows, all of them or none.
+
+        Raises:
+            BulkError: a row does not fit, or the folder cannot be written.
+        """
+        if self._tables is None:
+            raise RuntimeError("a sink must be opened before the first write")
+        if not batch.rows:
+            return
+        if not self._tables.has_columns:
+            self._tables.choose_columns(batch)
+        rows = self._tables.table(batch, self._metadata)
+        if len(set(rows["id"].to_pylist())) < len(rows):
+            raise BulkError(f"{self.name}: two rows of a shard have the same id, at or after {batch.rows[0].place}")
+        with plain_errors(self.name):
+            if self._table is None:
+                self._table = self._database.create_table(self._table_name, schema=rows.schema, exist_ok=True)
+            merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(rows)
+        self._has_written = True
+
+    def close(self) -> None:
+        """Merge the small files that many shards leave behind."""
+        if self._table is not None and self._has_written:
+            # The rows are safe without it; it makes reading faster.
+            with suppress(ValueError, OSError, RuntimeError):
+                self._table.optimize()
