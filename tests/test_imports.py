@@ -19,6 +19,7 @@ LAYERS = """
 __main__
 cli.main
 cli.comparing
+cli.embedding
 cli.experimenting
 cli.clustering
 doctor

@@ -17,7 +17,7 @@ from gateway.compare.arms import ArmName, PlannedArm, Side
 from gateway.compare.cost import measure_costs
 from gateway.compare.progress import Silent
 from gateway.precision import Precision
-from gateway.types import Output
+from gateway.types import Output, Truncate
 
 _VECTORS = np.zeros((1, 1), np.float32)
 
@@ -62,6 +62,7 @@ class BusyMachine(GatewayClient):
         expect_space: str | None = None,
         precision: Precision = Precision.FLOAT,
         outputs: Sequence[Output] = (Output.DENSE,),
+        truncate: Truncate = Truncate.END,
     ) -> EmbeddedTexts:
         memory = 0.975
         self._states = memory * self._states + np.sqrt(1 - memory**2) * self._dice.normal(size=2)

@@ -21,11 +21,12 @@ from gateway.api.openai_schema import ModelCard
 from gateway.errors import StartError
 from gateway.experiments.report import ExperimentList, ExperimentReport
 from gateway.precision import Precision
-from gateway.types import MultiVector, Output, SparseVector, Vectors
+from gateway.types import MultiVector, Output, SparseVector, Truncate, Vectors
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _MAX_SHOWN_CHARACTERS = 200
+_TRUNCATE = {Truncate.END: "END", Truncate.START: "START", Truncate.REFUSE: "NONE"}
 _DTYPES = {Precision.FLOAT: "<f4", Precision.INT8: "i1", Precision.UINT8: "u1"}
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -41,6 +42,7 @@ class EmbeddedTexts:
         elapsed_s: from the request to the parsed answer.
         is_experiment: whether the name is an experiment's, so that the model depends on the caller.
         sparse, multivectors: of each text; empty unless they were asked for.
+        num_truncated: texts that were cut.
     """
 
     vectors: Vectors
@@ -52,6 +54,7 @@ class EmbeddedTexts:
     is_experiment: bool
     sparse: Sequence[SparseVector] = ()
     multivectors: Sequence[MultiVector] = ()
+    num_truncated: int = 0
 
 
 class Refused(StartError):
@@ -60,12 +63,16 @@ class Refused(StartError):
     Attributes:
         status: the HTTP status.
         param: the field that the gateway objects to, if it names one.
+        code: the gateway's name of the error, if the answer has one.
+        reason: the gateway's message, without its name.
     """
 
-    def __init__(self, message: str, status: int, param: str | None) -> None:
+    def __init__(self, message: str, status: int, param: str | None, code: str | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
+        self.reason = reason or message
 
 
 class GatewayClient:
@@ -83,6 +90,7 @@ class GatewayClient:
         self.source = source
         self._name = f"the gateway ({source})"
         self._patience_s = patience_s
+        self._has_answered = False
 
     async def card(self, name: str) -> ModelCard:
         """Return the card of a model.
@@ -117,12 +125,14 @@ class GatewayClient:
         expect_space: str | None = None,
         precision: Precision = Precision.FLOAT,
         outputs: Sequence[Output] = (Output.DENSE,),
+        truncate: Truncate = Truncate.END,
     ) -> EmbeddedTexts:
         """Embed texts.
 
         Args:
             precision: float, int8 or uint8; the numbers of the vectors are then integers.
             outputs: the representations to ask for.
+            truncate: how to treat texts that are too long.
 
         Raises:
             Refused: the gateway refuses the request: for example, the space is not the expected one.
@@ -133,6 +143,7 @@ class GatewayClient:
         body |= {"dimensions": dimensions} if dimensions is not None else {}
         body |= {"embedding_type": precision.value} if precision is not Precision.FLOAT else {}
         body |= {"outputs": list(outputs)} if tuple(outputs) != (Output.DENSE,) else {}
+        body |= {"truncate": _TRUNCATE[truncate]} if truncate is not Truncate.END else {}
         headers = {"x-gateway-expect-space": expect_space} if expect_space is not None else {}
         started = time.monotonic()
         answer = await self._send("POST", "/v1/embeddings", orjson.dumps(body), headers)
@@ -160,6 +171,7 @@ class GatewayClient:
             is_experiment="x-gateway-experiment" in answer.headers,
             sparse=sparse,
             multivectors=multivectors,
+            num_truncated=_count_listed(answer.headers.get("x-gateway-truncated", "")),
         )
 
     async def _get(self, path: str, model: type[Answer]) -> Answer:
@@ -178,28 +190,41 @@ class GatewayClient:
         deadline = time.monotonic() + self._patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
-            try:
-                answer = await self._http.request(method, path, content=content, headers=headers)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                raise StartError(f"no gateway answers at {self.source}: {str(error) or 'it takes too long'}") from error
-            # Here and below without the message of the error, which can hold the key.
-            except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
-                failure = StartError(self._broken_off(error))
-            except httpx.HTTPError as error:
-                raise StartError(f"{self._name} cannot be asked: {type(error).__name__}") from error
-            else:
+            answer = await self._try(method, path, content, headers)
+            if isinstance(answer, httpx.Response):
                 if answer.is_success:
                     return answer
-                failure = self._refusal(answer)
+                failure: StartError = self._refusal(answer)
                 if answer.status_code not in {429, 503} or answer.headers.get("x-should-retry") == "false":
                     raise failure
                 pause_s = _retry_after_s(answer) or pause_s
+            else:
+                failure = answer
             if not self._patience_s:
                 raise failure
             if time.monotonic() + pause_s > deadline:
                 raise StartError(f"{failure}; gave up after {self._patience_s:.0f} s")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _try(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str] | None
+    ) -> httpx.Response | StartError:
+        """Send a request once; return the answer, or a failure after which another attempt may succeed."""
+        try:
+            answer = await self._http.request(method, path, content=content, headers=headers)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            failure = StartError(f"no gateway answers at {self.source}: {str(error) or 'it takes too long'}")
+            if self._has_answered:  # it may be restarting; otherwise, the address is wrong
+                return failure
+            raise failure from error
+        # Here and below without the message of the error, which can hold the key.
+        except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
+            return StartError(self._broken_off(error))
+        except httpx.HTTPError as error:
+            raise StartError(f"{self._name} cannot be asked: {type(error).__name__}") from error
+        self._has_answered = True
+        return answer
 
     def _broken_off(self, error: httpx.TransportError) -> str:
         if isinstance(error, httpx.TimeoutException) and (timeout_s := self._http.timeout.read):
@@ -210,11 +235,13 @@ class GatewayClient:
         hint = "; --api-key-env names the environment variable with the key" if answer.status_code == 401 else ""
         try:
             error = orjson.loads(answer.content)["error"]
-            message, param = str(error["message"]), error.get("param")
+            message, param, code = str(error["message"]), error.get("param"), error.get("code")
         except (orjson.JSONDecodeError, KeyError, TypeError):  # a proxy answers, or another server
             shown = " ".join(answer.text.split())[:_MAX_SHOWN_CHARACTERS]
             message, param = f"{answer.reason_phrase}; is it a gateway?{shown and f' It says: {shown}'}", None
-        return Refused(f"{self._name} answers {answer.status_code}: {message}{hint}", answer.status_code, param)
+            code = None
+        whole = f"{self._name} answers {answer.status_code}: {message}{hint}"
+        return Refused(whole, answer.status_code, param, code, message)
 
 
 def _dense(rows: Sequence[Mapping[str, Any]], precision: Precision) -> Vectors:
@@ -233,7 +260,12 @@ def _multivector(vectors: Sequence[Sequence[float]]) -> MultiVector:
 
 @asynccontextmanager
 async def connect(
-    url: str, api_key: str | None, *, timeout_s: float, patience_s: float = 0.0
+    url: str,
+    api_key: str | None,
+    *,
+    timeout_s: float,
+    patience_s: float = 0.0,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[GatewayClient]:
     """Yield a client of a running gateway.
 
@@ -241,16 +273,19 @@ async def connect(
         url: the gateway's address, or that of its API, which ends with ``/v1``.
         timeout_s: how long to wait for an answer.
         patience_s: see :class:`GatewayClient`.
+        headers: of every request.
 
     Raises:
         StartError: ``url`` is not an address.
     """
     base_url = _base_url(url)
     # As bytes, since httpx takes only ASCII in a header that is text.
-    headers = {b"authorization": f"Bearer {api_key.strip()}".encode(errors="surrogateescape")} if api_key else None
+    sent = {name.encode(): value.encode() for name, value in (headers or {}).items()}
+    if api_key:
+        sent[b"authorization"] = f"Bearer {api_key.strip()}".encode(errors="surrogateescape")
     timeout = httpx.Timeout(timeout_s, connect=10.0)
     with client_errors(StartError):
-        client = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout)
+        client = httpx.AsyncClient(base_url=base_url, headers=sent, timeout=timeout)
     async with client as http:
         yield GatewayClient(http, base_url, patience_s)
 
@@ -277,6 +312,12 @@ def _base_url(text: str) -> str:
     if not is_address or url.query or url.fragment:
         raise StartError(f"--url {text}: must be an address such as http://127.0.0.1:8000")
     return text.rstrip("/").removesuffix("/v1")
+
+
+def _count_listed(header: str) -> int:
+    """Return how many indices a header lists: ``0,3,+12`` after two of them counts twelve more."""
+    parts = [part for part in header.split(",") if part]
+    return sum(int(part) if part.startswith("+") else 1 for part in parts)
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:

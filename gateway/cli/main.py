@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 from gateway import __version__
 from gateway.cli.clustering import cluster as cluster_commands
 from gateway.cli.comparing import compare
+from gateway.cli.embedding import embed
 from gateway.cli.experimenting import experiments
 from gateway.cli.options import ModelsOption
 from gateway.cli.streams import open_standard_streams
@@ -351,6 +352,9 @@ def calibrate(
 
 
 app.command()(compare)
+
+
+app.command()(embed)
 
 
 app.command()(experiments)

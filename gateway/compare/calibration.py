@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gateway import ranges
 from gateway.cli.console import make_console
+from gateway.cli.in_process import in_process_deployment
 from gateway.compare.beir import read_lines, read_texts
-from gateway.compare.in_process import in_process_deployment
 from gateway.compare.progress import Reporter, progress_on
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings

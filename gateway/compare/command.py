@@ -16,10 +16,10 @@ from rich.text import Text
 
 from gateway.cli.client import GatewayClient, connect
 from gateway.cli.console import make_console
+from gateway.cli.in_process import in_process_client
 from gateway.compare.arms import parse_arms
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import Dataset, read_dataset
-from gateway.compare.in_process import in_process_client
 from gateway.compare.judge.command import Judging, show_judged
 from gateway.compare.outputs import RESULTS, write_results
 from gateway.compare.page import render_page

@@ -14,12 +14,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from gateway.cli.in_process import in_process_client
 from gateway.cli.main import app
 from gateway.compare.command import default_cache
-from gateway.compare.in_process import in_process_client
 from gateway.config.registry import load_registry
 from gateway.config.settings import Settings
-from gateway.errors import CompareError
+from gateway.errors import StartError
 from tests.compare.conftest import WriteData
 
 REGISTRY = """
@@ -171,7 +171,7 @@ def test_without_a_key_none_is_sent(closed_gateway: tuple[str, Asked], write_dat
 async def test_models_that_cannot_be_loaded_here(tmp_path: Path, names: list[str], message: str) -> None:
     (tmp_path / "models.yaml").write_text(REGISTRY)
     registry = load_registry(tmp_path / "models.yaml", {})
-    with pytest.raises(CompareError, match=re.escape(message)):
+    with pytest.raises(StartError, match=re.escape(message)):
         async with in_process_client(registry, Settings(), names):
             pass
 

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from gateway.cli.client import GatewayClient
+from gateway.cli.in_process import in_process_client
 from gateway.cli.main import app
 from gateway.compare.comparison import CompareRequest, compare
 from gateway.compare.dataset import read_dataset
-from gateway.compare.in_process import in_process_client
 from gateway.compare.outputs import write_results
 from gateway.compare.progress import Silent, Step
 from gateway.config.registry import load_registry

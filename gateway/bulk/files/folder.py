@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from gateway.bulk.files.columns import FlatRows
 from gateway.bulk.files.paths import filesystem_of
 from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
+from gateway.config.files import write_whole
 from gateway.routing.spaces import is_same_space
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -94,6 +95,18 @@ class FolderSink(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Do nothing: a file is open only while it is written."""
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a file next to the shards, or replace it.
+
+        Raises:
+            BulkError: it cannot be written.
+        """
+        with self._writing(f"{name} cannot be written"):
+            if self.folder is not None:
+                write_whole(self.folder / name, [content])
+            else:
+                self._filesystem.pipe_file(f"{self._inner}/{name}", content)
 
     def remove(self) -> None:
         """Delete the files of all shards.

@@ -1,4 +1,4 @@
-"""A gateway inside this process, for comparing without a server."""
+"""A gateway inside this process, for commands that work without a server."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from gateway.app import create_app
 from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import BadInput, CompareError, ModelNotFound
+from gateway.errors import BadInput, ModelNotFound, StartError
 from gateway.routing.names import GATEWAY, Names
 from gateway.types import ModelState
 
-_PATIENCE_S = 86_400.0
+PATIENCE_S = 86_400.0
+"""How long a request may take."""
+
 _LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None}
 
 
@@ -37,17 +39,17 @@ async def in_process_deployment(
     """Load the models with these names, even if the registry disables them, and yield their deployment.
 
     Raises:
-        CompareError: a name is unknown or an experiment's, or its model cannot be loaded.
+        StartError: a name is unknown or an experiment's, or its model cannot be loaded.
     """
     # In process, requests need no key, experiments are not logged, and texts may take as long as they need.
-    changes = {"api_keys": (), "exposure_log": None, "request_timeout_s": _PATIENCE_S}
+    changes = {"api_keys": (), "exposure_log": None, "request_timeout_s": PATIENCE_S}
     settings = settings.model_copy(update=changes)
     deployment = Deployment(_narrowed(registry, names), settings)
     try:
         await deployment.fleet.start()
         for model in deployment.fleet:
             if model.state is not ModelState.READY:
-                raise CompareError(f"{model.id}: {model.reason}")
+                raise StartError(f"{model.id}: {model.reason}")
         yield deployment
     finally:
         await deployment.stop()
@@ -61,9 +63,9 @@ def _narrowed(registry: Registry, names: Iterable[str]) -> Registry:
         try:
             found = known.find(name, GATEWAY)
         except (ModelNotFound, BadInput) as error:
-            raise CompareError(f"{registry.path}: {error.message}") from error
+            raise StartError(f"{registry.path}: {error.message}") from error
         if found.experiment is not None:
-            raise CompareError(f"{name} is an experiment, which uses several models: name those")
+            raise StartError(f"{name} is an experiment, which uses several models: name those")
         wanted.add(found.model)
     return registry.model_copy(
         update={

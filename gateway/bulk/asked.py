@@ -1,0 +1,65 @@
+"""The vectors that a user asks for: a model by its name, a task, a size, outputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.bulk.rows import BulkError
+from gateway.config.wording import enumerate_names
+from gateway.types import Output, Truncate
+
+PROBE = "What is embedded here?"
+PASSAGE_TASK = "retrieval.passage"
+OUTPUTS = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
+_SIZED = re.compile(r"(?P<name>.+)@(?P<size>[1-9]\d{0,5})", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to embed with.
+
+    Attributes:
+        name: of the model, maybe with a task and a space: ``NAME:TASK@HASH``.
+        dimensions: of the dense vectors; ``None`` for the model's own.
+        truncate: how to treat texts that are too long.
+    """
+
+    name: str
+    dimensions: int | None = None
+    outputs: Sequence[Output] = (Output.DENSE,)
+    truncate: Truncate = Truncate.END
+
+
+def ask(model: str, outputs: str | None, truncate: Truncate) -> Asked:
+    """Read the options of a command.
+
+    Args:
+        model: ``NAME``, ``NAME:TASK``, either with ``@DIMENSIONS`` after it.
+        outputs: separated by commas; ``None`` for dense vectors.
+
+    Raises:
+        BulkError: an output is unknown, or a size is given for vectors that have none.
+    """
+    sized = _SIZED.fullmatch(model)
+    name, size = (sized["name"], int(sized["size"])) if sized else (model, None)
+    wanted = _outputs(outputs)
+    if size is not None and Output.DENSE not in wanted:
+        raise BulkError(f"--model {model}: only dense vectors have a size to choose, and --outputs has none")
+    return Asked(name, size, wanted, truncate)
+
+
+def _outputs(text: str | None) -> tuple[Output, ...]:
+    if text is None:
+        return (Output.DENSE,)
+    names = [name.strip().lower() for name in text.split(",")]
+    known = {output.value for output in OUTPUTS}
+    if unknown := [name for name in names if name not in known]:
+        raise BulkError(f"--outputs has {enumerate_names(unknown)}; the outputs are {enumerate_names(OUTPUTS)}")
+    return tuple(output for output in OUTPUTS if output.value in names)
+
+
+def without_place(message: str) -> str:
+    """Return the message on a text without its place in a request, which is not its place in the source."""
+    return re.sub(r"^`?input\[\d+\]`?:? ?", "", message)

@@ -1,0 +1,168 @@
+"""Read a source in blocks of rows, check ids over the whole source, and take long texts apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId, Source
+from gateway.config.wording import cut
+
+OnError: TypeAlias = Literal["skip", "stop"]
+Expand: TypeAlias = Callable[[Row], Iterable[Row | BadRow]]
+"""Takes the row of an item apart, into chunks for example, whose ids it derives from the row's id."""
+
+# Of text and payload in a block, so that long rows do not fill the memory.
+_BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive items of a source.
+
+    Attributes:
+        rows: to embed.
+        bad: items that cannot be embedded.
+        num_items: of the source.
+        position: after the last of them.
+        ids: of the items, for the manifest to find later ones with the same id.
+        num_bytes: of texts and payloads, roughly.
+    """
+
+    rows: Sequence[Row]
+    bad: Sequence[BadRow]
+    num_items: int
+    position: Position
+    ids: Sequence[RowId]
+    num_bytes: int
+
+
+class BlockReader:
+    """Reads blocks.
+
+    Args:
+        seen: returns those ids that committed shards have.
+        max_rows: in a block.
+        expand: by default a row is embedded as it is.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seen: Callable[[Sequence[RowId]], set[RowId]],
+        max_rows: int,
+        on_error: OnError,
+        expand: Expand | None = None,
+    ) -> None:
+        self._source = source
+        self._seen = seen
+        self._max_rows = max_rows
+        self._stops = on_error == "stop"
+        self._expand = expand
+        self._uncommitted: set[RowId] = set()
+
+    def release(self, ids: Iterable[RowId]) -> None:
+        """Forget ids that the manifest has from now on."""
+        self._uncommitted.difference_update(ids)
+
+    def read(self, after: Position | None, first_items: int) -> Iterator[Block]:
+        """Yield the blocks after a position.
+
+        Args:
+            first_items: a block ends after so many items; 0 for no such end.
+
+        Raises:
+            BulkError: the source cannot be read any further, or an item is bad and the job is to stop there; what comes
+                before was yielded.
+        """
+        items: list[Row | BadRow] = []
+        num_bytes = num_read = 0
+        reading = self._source.read(after)
+        failure: BulkError | None = None
+        while failure is None:
+            try:
+                item = next(reading, None)
+            except BulkError as error:
+                item, failure = None, error
+            if item is None:
+                break
+            items.append(item)
+            num_bytes += _size(item)
+            num_read += 1
+            is_end = num_read == first_items or (self._stops and isinstance(item, BadRow))
+            if is_end or len(items) == self._max_rows or num_bytes > _BLOCK_BYTES:
+                yield from self._blocks(items, num_bytes)
+                items, num_bytes = [], 0
+        if items:
+            yield from self._blocks(items, num_bytes)
+        if failure is not None:
+            raise failure
+
+    def _blocks(self, items: Sequence[Row | BadRow], num_bytes: int) -> Iterator[Block]:
+        """Yield items as a block.
+
+        Raises:
+            BulkError: one is bad, and the job is to stop there; the block then ends before it.
+        """
+        checked = self._without_duplicates(items)
+        bad: BadRow | None = None
+        if self._stops:
+            count = next((i for i, one in enumerate(checked) if isinstance(one, BadRow)), len(checked))
+            bad = checked[count] if count < len(checked) else None  # type: ignore[assignment]
+            checked = checked[:count]
+        rows = [one for one in checked if isinstance(one, Row)]
+        refused = [one for one in checked if isinstance(one, BadRow)]
+        ids = [] if self._source.has_unique_ids else [row.id for row in rows]
+        if self._expand is not None:
+            parts = [part for row in rows for part in self._expand(row)]
+            rows = [part for part in parts if isinstance(part, Row)]
+            refused += [part for part in parts if isinstance(part, BadRow)]
+        if checked:
+            self._uncommitted.update(ids)
+            yield Block(rows, refused, len(checked), checked[-1].position, ids, num_bytes)
+        if bad is None and self._stops and refused:
+            bad = refused[0]  # a part of a row
+        if bad is not None:
+            raise BulkError(stopped_at(bad))
+
+    def _without_duplicates(self, items: Sequence[Row | BadRow]) -> list[Row | BadRow]:
+        """Return the items, with those that have the id of an earlier one as bad ones."""
+        if self._source.has_unique_ids:
+            return list(items)
+        known = self._seen([item.id for item in items if isinstance(item, Row)])
+        checked: list[Row | BadRow] = []
+        new: set[RowId] = set()
+        for item in items:
+            if isinstance(item, Row):
+                if item.id in known or item.id in new or item.id in self._uncommitted:
+                    problem = f"the id {cut(repr(item.id))} is that of an earlier row"
+                    checked.append(BadRow(item.place, problem, item.position, item.id))
+                    continue
+                new.add(item.id)
+            checked.append(item)
+        return checked
+
+
+def stopped_at(bad: BadRow) -> str:
+    """Return the message of a job that stops at a bad item."""
+    return (
+        f"{bad.place}: {bad.problem}. What comes before it is written. --on-error skip goes on without such rows, and lists "
+        "them in a file"
+    )
+
+
+def _size(item: Row | BadRow) -> int:
+    return 100 + len(item.text) + size_of(item.payload) if isinstance(item, Row) else 200
+
+
+def size_of(value: Json) -> int:
+    """Return roughly how many bytes a value takes."""
+    match value:
+        case str():
+            return 50 + len(value)
+        case Mapping():
+            return sum(100 + len(name) + size_of(inner) for name, inner in value.items())
+        case list() | tuple():
+            return sum(10 + size_of(inner) for inner in value)
+    return 20

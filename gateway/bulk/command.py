@@ -1,0 +1,271 @@
+"""``gateway embed``: open the source, the sink and the manifest, load or find the model, run the job, report."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import signal
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from gateway import __version__
+from gateway.bulk.asked import Asked
+from gateway.bulk.blocks import OnError
+from gateway.bulk.embedder import Embedder
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.files.folder import FolderSink
+from gateway.bulk.job import SHARD_ROWS, Job, Options, Outcome
+from gateway.bulk.manifest import Manifest
+from gateway.bulk.opening import open_sink, open_source
+from gateway.bulk.progress import show_progress
+from gateway.bulk.report import Report
+from gateway.bulk.rows import BulkError, Json, Sink, Source, SpaceNote
+from gateway.cli.console import make_console, say
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.config.wording import count
+from gateway.telemetry.logs import configure_logs
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell has it."""
+
+_MANIFEST, _ERRORS, _SUMMARY = "_manifest.sqlite3", "_errors.jsonl", "_manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunningGateway:
+    """A gateway to ask over HTTP."""
+
+    url: str
+    api_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModels:
+    """Models to load in this process."""
+
+    registry: Registry
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """The options of the command.
+
+    Attributes:
+        sources: files, folders, patterns, or the URL of a collection.
+        manifest: its file; ``None`` for the sink's folder, or the user's folder of states.
+        errors: the file that lists what is skipped; ``None`` for one next to the manifest.
+        keeps_text: store the text with the vector.
+        adopts: a collection without a note of its space has vectors of the job's space.
+        restarts: forget an earlier job, and delete the files that it has written.
+        state_folder: where manifests of stores are.
+    """
+
+    sources: Sequence[str]
+    sink: str
+    asked: Asked
+    names: FieldNames
+    state_folder: Path
+    manifest: Path | None = None
+    errors: Path | None = None
+    on_error: OnError = "stop"
+    shard_rows: int = SHARD_ROWS
+    keeps_text: bool = True
+    adopts: bool = False
+    restarts: bool = False
+    price_per_hour: float | None = None
+
+
+def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_json: bool) -> int:
+    """Run the command, print its report, and return the exit code.
+
+    Raises:
+        BulkError: the job cannot run, or not to its end. What was written until then is complete, and counts.
+    """
+    console = make_console(is_error=True)
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(open_source(request.sources, request.names)))
+        sink = stack.enter_context(
+            closing(open_sink(request.sink, source.text_field if request.keeps_text else None, adopts=request.adopts))
+        )
+        path = _manifest_path(request, source, sink)
+        _check_folder(sink, path, request)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BulkError(f"the folder of the manifest {path} cannot be made: {error.strerror}") from error
+        manifest = stack.enter_context(closing(Manifest(path)))
+        if request.restarts:
+            manifest.forget()
+            if isinstance(sink, FolderSink):
+                sink.remove()
+        with console.status(Text(f"reading {source.name}")):
+            identity = _identity(request, source)
+        manifest.check(identity)
+        errors = request.errors or _errors_path(path)
+        options = Options(errors, request.on_error, request.shard_rows)
+        job = _Prepared(source, sink, manifest, identity, options)
+        note, outcome = asyncio.run(_run(job, request.asked, models, console))
+        report = Report(source.name, sink.name, note, path, errors, outcome, request.price_per_hour)
+        if outcome.is_finished and isinstance(sink, FolderSink):
+            _write_summary(sink, manifest, report, identity)
+    output = make_console()
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2))  # noqa: T201
+    else:
+        report.print(output)
+    return 0 if outcome.is_finished else INTERRUPTED
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A job whose places are open.
+
+    Attributes:
+        identity: of the job, as far as it is known without the model.
+    """
+
+    source: Source
+    sink: Sink
+    manifest: Manifest
+    identity: Mapping[str, Json]
+    options: Options
+
+
+async def _run(
+    job: _Prepared, asked: Asked, models: RunningGateway | OwnModels, console: Console
+) -> tuple[SpaceNote, Outcome]:
+    stop = asyncio.Event()
+    async with _embedder(asked, models, console) as embedder:
+        note = embedder.note
+        progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
+        _announce(console, job, note, progress.counts.items)
+        if progress.is_finished:
+            done = progress.counts
+            return note, Outcome(type(done)(), done, 0.0, is_finished=True)
+        _stop_on_signals(stop, console)
+        with show_progress(console) as reporter:
+            work = Job(job.source, job.sink, job.manifest, embedder, job.options, reporter)
+            return note, await work.run(progress, stop)
+
+
+@asynccontextmanager
+async def _embedder(asked: Asked, models: RunningGateway | OwnModels, console: Console) -> AsyncIterator[Embedder]:
+    if isinstance(models, RunningGateway):
+        from gateway.bulk.remote import remote_embedder
+
+        async with remote_embedder(models.url, models.api_key, asked) as embedder:
+            yield embedder
+        return
+    from gateway.bulk.local import local_embedder
+
+    configure_logs("warning", "auto")  # a bar shows the progress
+    with console.status(Text(f"loading {asked.name}")) as status:
+        async with local_embedder(models.registry, models.settings, asked) as local:
+            status.stop()
+            yield local
+
+
+def _stop_on_signals(stop: asyncio.Event, console: Console) -> None:
+    """Stop in order at the first signal, and at once at the second."""
+    loop = asyncio.get_running_loop()
+
+    def stop_in_order() -> None:
+        say(console, "Stopping: what is embedded is written. Once more to stop at once.")
+        stop.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop_in_order)
+
+
+def _announce(console: Console, job: _Prepared, note: SpaceNote, num_done: int) -> None:
+    outputs = [f"{note.dimensions} dimensions"] if note.dimensions else []
+    outputs += ["sparse weights"] if note.has_sparse else []
+    outputs += [f"multi-vectors of {note.token_width} dimensions"] if note.token_width else []
+    task = f", task {note.task}" if note.task else ""
+    say(console, f"{job.source.name} → {job.sink.name}: {note.space}{task}, {', '.join(outputs)}")
+    say(console, f"fields: {job.identity['fields']}; manifest: {job.manifest.path}")
+    if num_done:
+        say(console, f"goes on after {count(num_done, 'row')} of an earlier run")
+
+
+def _identity(request: EmbedRequest, source: Source) -> dict[str, Json]:
+    """Return everything that must be the same whenever the job goes on, but for the space."""
+    return {
+        "source hash": source.fingerprint(),
+        "name of the model": request.asked.name,
+        "dimensions": request.asked.dimensions,
+        "outputs": ", ".join(output.value for output in request.asked.outputs),
+        "truncate": request.asked.truncate.value,
+        "fields": _fields(request, source),
+        "sink": request.sink,
+    }
+
+
+def _fields(request: EmbedRequest, source: Source) -> str:
+    """Return the fields that are read, in words."""
+    names = request.names
+    row_id = getattr(getattr(source, "fields", None), "id", names.id)
+    title = f", title `{names.title}`" if names.title else ""
+    payload = "all others" if names.payload is None else ", ".join(names.payload) or "nothing"
+    text = f"text `{source.text_field}`" + ("" if request.keeps_text else " (not stored)")
+    shown_id = f"id `{row_id}`" if row_id else "ids from " + ("places" if row_id is None else "the store")
+    return f"{shown_id}, {text}{title}, stored with them: {payload}"
+
+
+def _manifest_path(request: EmbedRequest, source: Source, sink: Sink) -> Path:
+    if request.manifest is not None:
+        return request.manifest
+    if isinstance(sink, FolderSink) and sink.folder is not None:
+        return sink.folder / _MANIFEST
+    key = hashlib.sha256(f"{source.name}\0{sink.name}".encode(errors="surrogateescape")).hexdigest()[:16]
+    return request.state_folder / f"{key}.sqlite3"
+
+
+def _errors_path(manifest: Path) -> Path:
+    return manifest.with_name(_ERRORS if manifest.name == _MANIFEST else f"{manifest.stem}.errors.jsonl")
+
+
+def _check_folder(sink: Sink, manifest: Path, request: EmbedRequest) -> None:
+    """Check that the sink's folder has nothing but what this job has written.
+
+    Raises:
+        BulkError: it has other files, or is not a folder.
+    """
+    if not isinstance(sink, FolderSink) or sink.folder is None or manifest.exists():
+        return
+    try:
+        others = sorted(path.name for path in sink.folder.iterdir()) if sink.folder.exists() else []
+    except OSError as error:
+        raise BulkError(f"--to {request.sink}: cannot be used: {error.strerror}") from error
+    if others:
+        raise BulkError(
+            f"--to {request.sink}: the folder is not empty (it has {others[0]}), and has no manifest of a job: choose a new "
+            "folder, or name the manifest with --manifest"
+        )
+
+
+def _write_summary(sink: FolderSink, manifest: Manifest, report: Report, identity: Mapping[str, Json]) -> None:
+    """Write what the folder holds, for people and programs; it is there only if the folder is complete."""
+    parts = [{"file": sink.file_name(part), "rows": rows} for part, rows in manifest.parts()]
+    summary = {
+        "version": __version__,
+        **asdict(report.note),
+        **asdict(report.outcome.total),
+        "source": report.source,
+        "source_sha256": identity["source hash"],
+        "outputs": identity["outputs"],
+        "truncate": identity["truncate"],
+        "fields": identity["fields"],
+        "files": parts,
+    }
+    sink.write_file(_SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,176 @@
+"""What turns texts into vectors for a job: the protocol of embedders, and how rows are given to one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, SpaceNote
+from gateway.errors import GatewayError
+from gateway.types import MultiVector, SparseVector, Vectors
+
+
+class TextRefused(GatewayError):
+    """At least one of the texts cannot be embedded: it is too long, for example. Without it, the others can."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextVectors:
+    """The vectors of texts, in their order.
+
+    Attributes:
+        dense: ``(n, dimensions)`` float32; ``None`` without dense vectors.
+        num_tokens: of all texts together, after truncation.
+        num_truncated: texts that were cut.
+    """
+
+    dense: Vectors | None
+    num_tokens: int
+    num_truncated: int
+    sparse: Sequence[SparseVector] | None = None
+    multivectors: Sequence[MultiVector] | None = None
+
+
+class Embedder(Protocol):
+    """Embeds texts with one model, for one task, into one space. Used on one event loop.
+
+    Attributes:
+        note: the space of the vectors.
+        max_texts, max_characters: the most in one call; a longer text comes alone.
+        num_calls: how many calls at once keep it busy.
+        block_texts: how many texts to sort by length at once.
+    """
+
+    note: SpaceNote
+    max_texts: int
+    max_characters: int
+    num_calls: int
+    block_texts: int
+
+    async def embed(self, texts: Sequence[str]) -> TextVectors:
+        """Embed texts.
+
+        Raises:
+            TextRefused: one of the texts cannot be embedded.
+            BulkError: the model cannot be used, or not any more.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedBlock:
+    """Rows with their vectors, and those rows that have none.
+
+    Attributes:
+        refused: rows that the model does not take.
+    """
+
+    embedded: EmbeddedRows
+    num_tokens: int
+    num_truncated: int
+    refused: Sequence[BadRow] = ()
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """The vectors of a block by the place of their row, as they come."""
+
+    dense: Vectors | None = None
+    sparse: dict[int, SparseVector] = field(default_factory=dict)
+    multivectors: dict[int, MultiVector] = field(default_factory=dict)
+    refused: dict[int, BadRow] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_truncated: int = 0
+
+    def add(self, places: Sequence[int], vectors: TextVectors, num_rows: int) -> None:
+        self.num_tokens += vectors.num_tokens
+        self.num_truncated += vectors.num_truncated
+        if vectors.dense is not None:
+            if self.dense is None:
+                self.dense = np.empty((num_rows, vectors.dense.shape[1]), np.float32)
+            self.dense[list(places)] = vectors.dense
+        self.sparse.update(zip(places, vectors.sparse or (), strict=False))
+        self.multivectors.update(zip(places, vectors.multivectors or (), strict=False))
+
+
+class BlockEmbedder:
+    """Embeds blocks of rows: sorted by length, so that texts of a length come together, in calls of bounded size.
+
+    Args:
+        on_rows: called with the number of rows that are done.
+    """
+
+    def __init__(self, embedder: Embedder, on_rows: Callable[[int], None] = lambda _number: None) -> None:
+        self._embedder = embedder
+        self._on_rows = on_rows
+        self._calls = asyncio.Semaphore(embedder.num_calls)
+
+    async def embed(self, rows: Sequence[Row]) -> EmbeddedBlock:
+        """Embed rows; those whose text the model refuses are returned apart.
+
+        Raises:
+            BulkError: the model cannot be used.
+        """
+        gathered = _Gathered()
+        calls = [asyncio.create_task(self._call(rows, places, gathered)) for places in self._cut(rows)]
+        try:
+            await asyncio.gather(*calls)
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        kept = [place for place in range(len(rows)) if place not in gathered.refused]
+        note = self._embedder.note
+        dense = gathered.dense
+        if dense is not None and len(kept) < len(rows):
+            dense = dense[kept]
+        elif dense is None and note.dimensions:
+            dense = np.empty((0, note.dimensions), np.float32)  # no row was embedded
+        return EmbeddedBlock(
+            EmbeddedRows(
+                [rows[place] for place in kept],
+                dense,
+                [gathered.sparse[place] for place in kept] if note.has_sparse else None,
+                [gathered.multivectors[place] for place in kept] if note.token_width else None,
+            ),
+            gathered.num_tokens,
+            gathered.num_truncated,
+            [gathered.refused[place] for place in sorted(gathered.refused)],
+        )
+
+    def _cut(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Yield the places of rows that go together, the longest texts first: what does not fit shows at once."""
+        places: list[int] = []
+        num_characters = 0
+        for place in sorted(range(len(rows)), key=lambda place: -len(rows[place].text)):
+            length = len(rows[place].text)
+            is_full = len(places) == self._embedder.max_texts
+            if places and (is_full or num_characters + length > self._embedder.max_characters):
+                yield places
+                places, num_characters = [], 0
+            places.append(place)
+            num_characters += length
+        if places:
+            yield places
+
+    async def _call(self, rows: Sequence[Row], places: Sequence[int], gathered: _Gathered) -> None:
+        try:
+            async with self._calls:
+                vectors = await self._embedder.embed([rows[place].text for place in places])
+        except TextRefused as error:
+            if len(places) == 1:
+                row = rows[places[0]]
+                gathered.refused[places[0]] = BadRow(row.place, str(error), row.position, row.id)
+                self._on_rows(1)
+                return
+            middle = len(places) // 2
+            await self._call(rows, places[:middle], gathered)
+            await self._call(rows, places[middle:], gathered)
+            return
+        if vectors.dense is not None and len(vectors.dense) != len(places):
+            raise BulkError(f"the model returned {len(vectors.dense)} vectors for {len(places)} texts")
+        gathered.add(places, vectors, len(rows))
+        self._on_rows(len(places))

@@ -1,0 +1,322 @@
+"""The job: read ahead, embed, write a shard, commit it in the manifest; in bounded memory, each row exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import orjson
+
+from gateway.bulk.blocks import Block, BlockReader, Expand, OnError, stopped_at
+from gateway.bulk.embedder import BlockEmbedder, EmbeddedBlock, Embedder
+from gateway.bulk.manifest import Counts, Manifest, Progress, Shard
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Position, RowId, Sink, Source
+from gateway.types import Vectors
+
+SHARD_ROWS = 8192
+# Vectors, texts and payloads. Two shards are in memory: one is filled while the other is written.
+_SHARD_BYTES = 256 * 2**20
+# So that a slow model loses little when it is interrupted.
+_SHARD_S = 60.0
+# Blocks that are read or embedded while another one is.
+_BLOCKS_AHEAD = 2
+
+
+class Reporter(Protocol):
+    """Shows how far a job is."""
+
+    def start(self, done: int, total: int | None) -> None:
+        """Begin.
+
+        Args:
+            done: items that an earlier process has done.
+            total: of all items, roughly, if it is known.
+        """
+
+    def advance(self, number: int) -> None:
+        """Count items that are embedded, or skipped."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def start(self, done: int, total: int | None) -> None:
+        pass
+
+    def advance(self, number: int) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a job runs; nothing that changes the vectors.
+
+    Attributes:
+        errors: the file that lists what was skipped, as JSON lines.
+        shard_rows: a shard ends after about so many rows, or earlier if it is large or slow.
+        expand: takes rows apart.
+    """
+
+    errors: Path
+    on_error: OnError = "stop"
+    shard_rows: int = SHARD_ROWS
+    expand: Expand | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a process that worked on a job.
+
+    Attributes:
+        done: by this process.
+        total: of the job so far.
+        seconds: of this process, without loading the model.
+        is_finished: nothing is left to do; otherwise it was interrupted.
+    """
+
+    done: Counts
+    total: Counts
+    seconds: float
+    is_finished: bool
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    """A shard that is being filled."""
+
+    began: float
+    blocks: list[EmbeddedBlock] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    ids: list[RowId] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    position: Position | None = None
+    num_bytes: int = 0
+
+    def add(self, block: Block, embedded: EmbeddedBlock) -> None:
+        self.blocks.append(embedded)
+        bad = [*block.bad, *embedded.refused]
+        self.bad += bad
+        self.ids += block.ids
+        self.position = block.position
+        self.num_bytes += block.num_bytes + _vector_bytes(embedded.embedded)
+        num_rows = len(embedded.embedded.rows)
+        self.counts += Counts(block.num_items, num_rows, len(bad), embedded.num_tokens, embedded.num_truncated)
+
+    def rows(self) -> EmbeddedRows:
+        parts = [block.embedded for block in self.blocks if block.embedded.rows]
+        dense = [part.dense for part in parts if part.dense is not None]
+        sparse = [weights for part in parts if part.sparse is not None for weights in part.sparse]
+        multivectors = [vectors for part in parts if part.multivectors is not None for vectors in part.multivectors]
+        joined: Vectors | None = np.concatenate(dense) if dense else None
+        return EmbeddedRows([row for part in parts for row in part.rows], joined, sparse or None, multivectors or None)
+
+
+class Job:
+    """Embeds a source into a sink.
+
+    Args:
+        progress: how far the manifest says that the job has come.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        manifest: Manifest,
+        embedder: Embedder,
+        options: Options,
+        reporter: Reporter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._manifest = manifest
+        self._embedder = embedder
+        self._options = options
+        self._reporter = reporter
+        self._clock = clock
+        self._blocks = BlockEmbedder(embedder, reporter.advance)
+        self._errors = _ErrorsFile(options.errors)
+        self._reader = BlockReader(source, manifest.seen, embedder.block_texts, options.on_error, options.expand)
+        self._writing: asyncio.Task[None] | None = None
+        self._failure: BulkError | None = None
+
+    async def run(self, progress: Progress, stop: asyncio.Event) -> Outcome:
+        """Do what is left, until it is done or ``stop`` is set. What was embedded until then is written.
+
+        Args:
+            progress: how far the job has come, by the manifest.
+
+        Raises:
+            BulkError: the source, the model, the sink or the manifest fails, or an item is bad and the job is to stop there.
+        """
+        started = self._clock()
+        self._number, self._part, self._planned = progress.number, progress.part, progress.planned_items
+        self._sink.open(self._embedder.note)
+        self._errors.go_to(progress.errors_bytes)
+        total = None if self._options.expand is not None else self._source.count()
+        self._reporter.start(progress.counts.items, total)
+        waiting_for_stop = asyncio.create_task(stop.wait())
+        try:
+            is_at_end = await self._work(progress.position, waiting_for_stop)
+        finally:
+            waiting_for_stop.cancel()
+            if self._writing is not None:
+                await asyncio.wait((self._writing,))
+        if self._writing is not None:
+            self._writing.result()
+        if self._failure is not None:
+            raise self._failure
+        if is_at_end:
+            self._manifest.finish()
+        after = self._manifest.progress()
+        before = progress.counts
+        done = Counts(*(now - then for now, then in zip(_numbers(after.counts), _numbers(before), strict=True)))
+        return Outcome(done, after.counts, self._clock() - started, is_at_end)
+
+    async def _work(self, position: Position | None, stopped: asyncio.Task[bool]) -> bool:
+        """Embed and write until nothing is left; return whether the source has ended, rather than the user's patience."""
+        reading = self._reader.read(position, self._planned)
+        pending: deque[tuple[Block, asyncio.Task[EmbeddedBlock]]] = deque()
+        shard = _OpenShard(self._clock())
+        is_at_end = False
+        try:
+            while not stopped.done():
+                while not is_at_end and self._failure is None and len(pending) < _BLOCKS_AHEAD:
+                    block = await self._next(reading)
+                    is_at_end = block is None and self._failure is None
+                    if block is None:
+                        break
+                    pending.append((block, asyncio.create_task(self._embed(block))))
+                if not pending:
+                    break
+                block, embedding = pending[0]
+                await asyncio.wait((embedding, stopped), return_when=asyncio.FIRST_COMPLETED)
+                if not embedding.done():
+                    break
+                pending.popleft()
+                if not self._take(shard, block, embedding):
+                    break
+                if self._is_complete(shard):
+                    await self._write(shard)
+                    shard = _OpenShard(self._clock())
+        finally:
+            for _, embedding in pending:
+                embedding.cancel()
+            await asyncio.gather(*(embedding for _, embedding in pending), return_exceptions=True)
+        is_at_end = is_at_end and not pending and self._failure is None
+        # A shard that a killed process may have written gets the same rows again, or waits for the next process.
+        if shard.counts.items and (is_at_end or not self._planned):
+            await self._write(shard)
+        return is_at_end
+
+    async def _next(self, reading: Iterator[Block]) -> Block | None:
+        try:
+            return await asyncio.to_thread(lambda: next(reading, None))
+        except BulkError as error:
+            self._failure = error
+            return None
+
+    async def _embed(self, block: Block) -> EmbeddedBlock:
+        embedded = await self._blocks.embed(block.rows)
+        self._reporter.advance(len(block.bad))
+        return embedded
+
+    def _take(self, shard: _OpenShard, block: Block, embedding: asyncio.Task[EmbeddedBlock]) -> bool:
+        """Add a block to the shard; return whether the job can go on after it."""
+        try:
+            embedded = embedding.result()
+        except BulkError as error:
+            self._failure = error
+            return False
+        if embedded.refused and self._options.on_error == "stop":
+            self._failure = BulkError(stopped_at(embedded.refused[0]))
+            return False
+        shard.add(block, embedded)
+        return True
+
+    def _is_complete(self, shard: _OpenShard) -> bool:
+        if self._planned:
+            return shard.counts.items == self._planned
+        if not shard.counts.rows:
+            return False
+        is_late = self._clock() - shard.began > _SHARD_S
+        return shard.counts.rows >= self._options.shard_rows or shard.num_bytes >= _SHARD_BYTES or is_late
+
+    async def _write(self, shard: _OpenShard) -> None:
+        """Have a shard written while the next one is embedded."""
+        if self._writing is not None:
+            await self._writing
+        number, self._number = self._number, self._number + 1
+        part = self._part if shard.counts.rows else None
+        self._part += part is not None
+        self._planned = 0
+        self._writing = asyncio.create_task(asyncio.to_thread(self._store, shard, number, part))
+
+    def _store(self, shard: _OpenShard, number: int, part: int | None) -> None:
+        self._manifest.plan(number, shard.counts.items)
+        errors_bytes = self._errors.add(shard.bad)
+        if part is not None:
+            self._sink.write(part, shard.rows())
+        self._manifest.commit(number, Shard(part, shard.counts, shard.position, errors_bytes), shard.ids)
+        self._reader.release(shard.ids)
+
+
+class _ErrorsFile:
+    """A file that lists skipped items, and has no line of a shard that is not committed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._size = 0
+
+    def go_to(self, size: int) -> None:
+        """Remove the lines after a size, which a killed process has left."""
+        try:
+            if self._path.exists():
+                self._size = min(size, self._path.stat().st_size)
+                os.truncate(self._path, self._size)
+        except OSError as error:
+            raise BulkError(f"the file of errors {self._path} cannot be written: {error.strerror}") from error
+
+    def add(self, bad: Sequence[BadRow]) -> int:
+        """Write items, and return the size of the file after them."""
+        if not bad:
+            return self._size
+        lines = b"".join(
+            orjson.dumps(
+                {"place": item.place, "id": _shown_id(item.id), "problem": item.problem},
+                option=orjson.OPT_APPEND_NEWLINE,
+            )
+            for item in bad
+        )
+        try:
+            with self._path.open("ab") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise BulkError(f"the file of errors {self._path} cannot be written: {error.strerror}") from error
+        self._size += len(lines)
+        return self._size
+
+
+def _shown_id(row_id: RowId | None) -> RowId | None:
+    """Return an id that can be written as JSON."""
+    return row_id.encode(errors="backslashreplace").decode() if isinstance(row_id, str) else row_id
+
+
+def _vector_bytes(rows: EmbeddedRows) -> int:
+    dense = 0 if rows.dense is None else rows.dense.nbytes
+    sparse = sum(weights.indices.nbytes + weights.values.nbytes for weights in rows.sparse or ())
+    return dense + sparse + sum(vectors.nbytes for vectors in rows.multivectors or ())
+
+
+def _numbers(counts: Counts) -> list[int]:
+    return list(asdict(counts).values())

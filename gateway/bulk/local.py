@@ -1,0 +1,161 @@
+"""Embed in this process, on all of its cores and cards, without JSON in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from gateway.bulk.asked import PASSAGE_TASK, PROBE, Asked, without_place
+from gateway.bulk.embedder import TextRefused, TextVectors
+from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.cli.in_process import PATIENCE_S, in_process_deployment
+from gateway.config.registry import Registry
+from gateway.config.settings import Settings
+from gateway.errors import (
+    BadInput,
+    ContextLengthExceeded,
+    InferenceFailed,
+    InvalidVectors,
+    ModelNotReady,
+    OutOfMemory,
+    Overloaded,
+    RequestError,
+    StartError,
+)
+from gateway.experiments.stats import ExperimentStats
+from gateway.requests import EmbedAnswer, EmbedRequest
+from gateway.routing.names import GATEWAY
+from gateway.service import EmbeddingService
+from gateway.types import ModelInfo, Output
+
+_CALLER = "embed"
+_BLOCK_TEXTS = 2048
+_MULTIVECTOR_TEXTS = 64
+# Of a block: with a vector per token, 16,000 tokens of 1,024 dimensions are 64 MB.
+_MULTIVECTOR_CHARACTERS = 64_000
+_CHARACTERS = 1_000_000
+# How long a model that hung or failed may take to be loaded again.
+_RECOVERY_S = 600.0
+_OF_A_TEXT = (ContextLengthExceeded, InvalidVectors, OutOfMemory)
+
+
+@asynccontextmanager
+async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -> AsyncIterator[LocalEmbedder]:
+    """Load a model, and yield an embedder.
+
+    Raises:
+        BulkError: the name is unknown or an experiment's, the model cannot be loaded, or does not return such vectors.
+    """
+    # Nothing but this job is in the queue, so its limits protect nothing.
+    settings = settings.model_copy(update={"max_queue_texts": 10**9, "max_queue_tokens": 10**12})
+    try:
+        async with in_process_deployment(registry, settings, [asked.name]) as deployment:
+            service = EmbeddingService(deployment, ExperimentStats(None))
+            model = next(iter(deployment.fleet))
+            assert model.info is not None  # noqa: S101  it is loaded
+            yield await _prepare(service, model.info, asked)
+    except BulkError:
+        raise
+    except StartError as error:
+        raise BulkError(str(error)) from error
+
+
+async def _prepare(service: EmbeddingService, info: ModelInfo, asked: Asked) -> LocalEmbedder:
+    """Find the task, and the space, with a text that is not one of the job's."""
+    task = PASSAGE_TASK if PASSAGE_TASK in info.tasks else None
+    embedder = _Caller(service, asked, task)
+    try:
+        try:
+            answer = await embedder.call([PROBE])
+        except BadInput as error:
+            if error.param != "task" or task is None:
+                raise
+            embedder = _Caller(service, asked, None)  # the name has a task already
+            answer = await embedder.call([PROBE])
+    except RequestError as error:
+        raise BulkError(f"--model {asked.name}: {error.message}") from error
+    assert answer.space is not None  # noqa: S101  of vectors
+    note = SpaceNote(
+        space=answer.space,
+        model=answer.model,
+        task=answer.task,
+        dimensions=answer.dimensions or 0,
+        is_normalized=info.is_normalized,
+        token_width=info.token_width if Output.MULTIVECTOR in asked.outputs else 0,
+        has_sparse=Output.SPARSE in asked.outputs,
+    )
+    return LocalEmbedder(embedder, note, len(info.devices))
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Sends texts to the service."""
+
+    service: EmbeddingService
+    asked: Asked
+    task: str | None
+
+    async def call(self, texts: Sequence[str]) -> EmbedAnswer:
+        return await self.service.embed(
+            EmbedRequest(
+                texts=texts,
+                model=self.asked.name,
+                timeout_s=PATIENCE_S,
+                caller=_CALLER,
+                client=GATEWAY,
+                task=self.task,
+                truncate=self.asked.truncate,
+                dimensions=self.asked.dimensions,
+                outputs=self.asked.outputs,
+            )
+        )
+
+
+class LocalEmbedder:
+    """An :class:`~gateway.bulk.embedder.Embedder` of a model in this process."""
+
+    def __init__(self, caller: _Caller, note: SpaceNote, num_devices: int) -> None:
+        self._caller = caller
+        self.note = note
+        per_block = _MULTIVECTOR_TEXTS if note.token_width else _BLOCK_TEXTS
+        self.block_texts = per_block * num_devices
+        self.max_texts = self.block_texts
+        self.max_characters = _MULTIVECTOR_CHARACTERS if note.token_width else _CHARACTERS
+        self.num_calls = 2 + num_devices
+
+    async def embed(self, texts: Sequence[str]) -> TextVectors:
+        deadline = time.monotonic() + _RECOVERY_S
+        while True:
+            try:
+                answer = await self._caller.call(texts)
+            except _OF_A_TEXT as error:
+                raise TextRefused(without_place(error.message)) from error
+            except InferenceFailed as error:
+                if await self._works():
+                    raise TextRefused(without_place(error.message)) from error
+                raise BulkError(f"the model fails: {error.message}") from error
+            except (ModelNotReady, Overloaded) as error:
+                if error.retry_after_s is None or time.monotonic() > deadline:
+                    raise BulkError(error.message) from error
+                await asyncio.sleep(error.retry_after_s)
+            except RequestError as error:
+                raise BulkError(error.message) from error
+            else:
+                return TextVectors(
+                    answer.vectors if answer.has_dense else None,
+                    answer.num_tokens,
+                    len(answer.truncated),
+                    answer.sparse,
+                    answer.multivectors,
+                )
+
+    async def _works(self) -> bool:
+        """Return whether the model embeds another text, so that the failure was one of the texts."""
+        try:
+            await self._caller.call([PROBE])
+        except RequestError:
+            return False
+        return True

@@ -1,0 +1,301 @@
+"""The manifest of a job: its model, source and shards, and the ids that it has seen; in one file of SQLite.
+
+A shard counts when it is committed here, after its sink has it. Before the sink gets it, its end is noted: a process that
+goes on after a crash writes the same rows as the same shard again. The file is locked while a process works on the job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from gateway.bulk.rows import BulkError, Json, Position, RowId
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE shards (
+    number INTEGER PRIMARY KEY, part INTEGER, items INTEGER NOT NULL, rows INTEGER, skipped INTEGER, tokens INTEGER,
+    truncated INTEGER, position TEXT, errors_bytes INTEGER, is_done INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE ids (id PRIMARY KEY) WITHOUT ROWID;
+"""
+_MAX_ID_CHARACTERS = 40
+_INT64 = range(-(2**63), 2**63)
+_ASKED_AT_ONCE = 500
+_CACHE_KIB = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What was done.
+
+    Attributes:
+        items: of the source that were read; a long one can give several rows.
+        rows: that were embedded and written.
+        skipped: items that could not be embedded.
+        tokens: of all rows, as the model saw them.
+        truncated: rows whose text was cut.
+    """
+
+    items: int = 0
+    rows: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    truncated: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.items + other.items,
+            self.rows + other.rows,
+            self.skipped + other.skipped,
+            self.tokens + other.tokens,
+            self.truncated + other.truncated,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard that is complete.
+
+    Attributes:
+        part: its number in the sink, or ``None`` if no row of it could be embedded.
+        position: of the source, after its last item.
+        errors_bytes: size of the file of errors after it.
+    """
+
+    part: int | None
+    counts: Counts
+    position: Position
+    errors_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job has come.
+
+    Attributes:
+        number: of the next shard.
+        part: of the next shard in the sink.
+        position: where reading goes on; ``None`` for the beginning.
+        planned_items: how many items the next shard must have, as a killed process may have written it; 0 if it did not.
+    """
+
+    number: int
+    part: int
+    counts: Counts
+    position: Position | None
+    errors_bytes: int
+    planned_items: int
+    is_finished: bool
+
+
+class Manifest:
+    """An open and locked manifest.
+
+    Args:
+        path: of its file, whose folder must exist.
+
+    Raises:
+        BulkError: another process works on the job, or the file cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        with self._using():
+            self._db = sqlite3.connect(path, timeout=0, check_same_thread=False, isolation_level=None)
+        try:
+            with self._using():
+                self._db.execute(
+                    "PRAGMA locking_mode = EXCLUSIVE"
+                )  # until it is closed, also by the death of the process
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                self._db.execute("BEGIN EXCLUSIVE")
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    for statement in _SCHEMA.split(";\n"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {_VERSION}")
+                self._db.execute("COMMIT")
+            if version not in (0, _VERSION):
+                raise BulkError(
+                    f"{path}: is the manifest of another version of the gateway ({version}, not {_VERSION})"
+                )
+        except BaseException:
+            self._db.close()
+            raise
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        try:
+            with self._lock:  # one thread reads ahead, and another one commits
+                yield
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                raise BulkError(f"{self.path}: another process works on this job; wait for it, or end it") from None
+            full = "; make room, and run the same command again" if "full" in str(error) else ""
+            raise BulkError(f"{self.path}: the manifest cannot be used: {error}{full}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._using():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # ------------------------------------------------------------------------------------------------------- the job
+
+    def begin(self, identity: Mapping[str, Json]) -> Progress:
+        """Begin a job, or go on with it.
+
+        Args:
+            identity: everything that must be the same whenever the job goes on, by its name in messages.
+
+        Raises:
+            BulkError: the manifest is that of another job.
+        """
+        known = self._fact("identity")
+        if known is None:
+            with self._transaction():
+                self._set("identity", dict(identity))
+        elif isinstance(known, Mapping):
+            self._refuse(known, identity)
+        return self.progress()
+
+    def check(self, identity: Mapping[str, Json]) -> None:
+        """Compare a part of the identity with that of the job, if it has begun.
+
+        Raises:
+            BulkError: the manifest is that of another job.
+        """
+        known = self._fact("identity")
+        if isinstance(known, Mapping):
+            self._refuse({name: known.get(name) for name in identity}, identity)
+
+    def _refuse(self, known: Mapping[str, Json], identity: Mapping[str, Json]) -> None:
+        if differences := list(_differences(known, identity)):
+            raise BulkError(
+                f"{self.path}: this is the manifest of another job: {'; '.join(differences)}. Give the same options to go "
+                "on with it. For a new job choose another --to or --manifest, or add --restart, which forgets the old one"
+            )
+
+    def progress(self) -> Progress:
+        """Return how far the job has come."""
+        with self._using():
+            row = self._db.execute(
+                "SELECT COUNT(*), COUNT(part), SUM(items), SUM(rows), SUM(skipped), SUM(tokens), SUM(truncated) "
+                "FROM shards WHERE is_done"
+            ).fetchone()
+            last = self._db.execute(
+                "SELECT position, errors_bytes FROM shards WHERE is_done ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+            planned = self._db.execute("SELECT items FROM shards WHERE NOT is_done").fetchone()
+        return Progress(
+            number=row[0],
+            part=row[1],
+            counts=Counts(*(number or 0 for number in row[2:])),
+            position=None if last is None else orjson.loads(last[0]),
+            errors_bytes=0 if last is None else last[1],
+            planned_items=0 if planned is None else planned[0],
+            is_finished=self._fact("is_finished") is True,
+        )
+
+    def plan(self, number: int, items: int) -> None:
+        """Note how many items a shard has, before its sink gets it."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO shards (number, items) VALUES (?, ?)", (number, items))
+
+    def commit(self, number: int, shard: Shard, ids: Iterable[RowId]) -> None:
+        """Count a shard that its sink has, together with the ids of its rows."""
+        counts = shard.counts
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
+                (
+                    number, shard.part, counts.items, counts.rows, counts.skipped, counts.tokens, counts.truncated,
+                    orjson.dumps(shard.position).decode(), shard.errors_bytes,
+                ),
+            )  # fmt: skip
+            db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((_key(one),) for one in ids))
+
+    def finish(self) -> None:
+        """Note that the source has no more rows."""
+        with self._transaction():
+            self._set("is_finished", True)
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Return the number of each shard in the sink, and that of its rows."""
+        with self._using():
+            found: list[tuple[int, int]] = self._db.execute(
+                "SELECT part, rows FROM shards WHERE is_done AND part IS NOT NULL ORDER BY number"
+            ).fetchall()
+        return found
+
+    def seen(self, ids: Sequence[RowId]) -> set[RowId]:
+        """Return those ids that committed shards have."""
+        by_key = {_key(one): one for one in ids}
+        keys = list(by_key)
+        found: set[RowId] = set()
+        with self._using():
+            for first in range(0, len(keys), _ASKED_AT_ONCE):
+                some = keys[first : first + _ASKED_AT_ONCE]
+                marks = ",".join("?" * len(some))
+                rows = self._db.execute(f"SELECT id FROM ids WHERE id IN ({marks})", some)  # noqa: S608  only marks
+                found.update(by_key[row[0]] for row in rows)
+        return found
+
+    def forget(self) -> None:
+        """Forget the job, for a new one."""
+        with self._transaction() as db:
+            for table in ("facts", "shards", "ids"):
+                db.execute(f"DELETE FROM {table}")  # noqa: S608  of this module
+
+    def close(self) -> None:
+        """Close the file, and let other processes open it."""
+        self._db.close()
+
+    def _fact(self, name: str) -> Json:
+        with self._using():
+            row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else orjson.loads(row[0])
+
+    def _set(self, name: str, value: Json) -> None:
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, orjson.dumps(value).decode()))
+
+
+def _key(row_id: RowId) -> int | str | bytes:
+    """Return an id as SQLite keeps it: ``1`` and ``"1"`` differ, and a long one takes 16 bytes."""
+    if isinstance(row_id, int):
+        return row_id if row_id in _INT64 else f"\0{row_id}".encode()
+    return row_id if len(row_id) <= _MAX_ID_CHARACTERS else hashlib.blake2b(row_id.encode(), digest_size=16).digest()
+
+
+def _differences(known: Mapping[str, Json], identity: Mapping[str, Json]) -> Iterator[str]:
+    for name in dict.fromkeys((*known, *identity)):
+        before, now = known.get(name), identity.get(name)
+        if before == now:
+            continue
+        if name == "source hash":
+            yield "the content of the source has changed since"
+        else:
+            yield f"its {name} is {_shown(before)}, and now it would be {_shown(now)}"
+
+
+def _shown(value: Json) -> str:
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else orjson.dumps(value).decode()

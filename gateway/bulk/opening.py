@@ -1,0 +1,53 @@
+"""Open sources and sinks by what the user writes: URLs of stores, or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.places import open_store, read_place
+from gateway.bulk.rows import BulkError, Sink, Source
+from gateway.bulk.stores.protocol import Keeping
+
+
+def open_source(places: Sequence[str], names: FieldNames) -> Source:
+    """Open one collection of a store, or any number of files, folders and patterns.
+
+    Raises:
+        BulkError: there is no such place, or it cannot be read.
+    """
+    stores = [place for place in places if read_place(place) is not None]
+    if not stores:
+        from gateway.bulk.files.source import open_files
+
+        return open_files(places, names)
+    place = read_place(stores[0])
+    if len(places) > 1 or place is None:
+        raise BulkError(f"{stores[0]}: a collection of a store must be the only source; got {len(places)} sources")
+    store = open_store(place)
+    try:
+        return store.source(place.collection, names)
+    finally:
+        store.close()
+
+
+def open_sink(url: str, text_field: str | None, *, adopts: bool = False) -> Sink:
+    """Return the sink at a URL or path, which need not exist.
+
+    Args:
+        text_field: the path of the text in the source; ``None`` keeps no text.
+        adopts: a collection without a note of its space has vectors of the job's space.
+
+    Raises:
+        BulkError: the URL is wrong, or its package is not installed.
+    """
+    place = read_place(url)
+    if place is None:
+        from gateway.bulk.files.sinks import open_folder
+
+        return open_folder(url, text_field)
+    store = open_store(place)
+    try:
+        return store.sink(place.collection, Keeping(text_field, place.options.get("vector"), adopts=adopts))
+    finally:
+        store.close()

@@ -1,0 +1,151 @@
+"""Embed through a running gateway, as a client that lets others go first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from gateway.api.openai_schema import ModelCard
+from gateway.bulk.asked import PASSAGE_TASK, PROBE, Asked, without_place
+from gateway.bulk.embedder import TextRefused, TextVectors
+from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.cli.client import EmbeddedTexts, GatewayClient, Refused, connect
+from gateway.errors import StartError
+from gateway.types import Output
+
+# Longer than the default time after which a gateway gives up on a request itself.
+_TIMEOUT_S = 330.0
+_PATIENCE_S = 600.0
+_HEADERS = {"x-gateway-priority": "low"}
+_NUM_CALLS = 8
+_MAX_TEXTS = 128
+_MAX_CHARACTERS = 200_000
+# A vector per token makes an answer some hundred times as large.
+_MULTIVECTOR_SHARE = 16
+_BLOCK_TEXTS = 2048
+_OF_A_TEXT = ("context_length_exceeded", "invalid_vectors", "out_of_memory")
+_TOO_MUCH = (413, 504)
+_FAILED = (500, 502)
+_PAUSE_S = 5.0
+
+
+@asynccontextmanager
+async def remote_embedder(
+    url: str, api_key: str | None, asked: Asked, patience_s: float = _PATIENCE_S
+) -> AsyncIterator[RemoteEmbedder]:
+    """Yield an embedder that asks a running gateway.
+
+    Args:
+        patience_s: how long to wait for a gateway that is busy, restarts or loads the model.
+
+    Raises:
+        BulkError: the gateway does not answer, refuses the key or the model, or the name is an experiment's.
+    """
+    try:
+        async with connect(url, api_key, timeout_s=_TIMEOUT_S, patience_s=patience_s, headers=_HEADERS) as client:
+            yield await _prepare(client, asked)
+    except BulkError:
+        raise
+    except StartError as error:
+        raise BulkError(str(error)) from error
+
+
+async def _prepare(client: GatewayClient, asked: Asked) -> RemoteEmbedder:
+    probe, task = await _probe(client, asked)
+    if probe.is_experiment:
+        raise BulkError(f"--model {asked.name} is an experiment, which uses several models: name one of those")
+    card = await client.card(probe.model)
+    note = SpaceNote(
+        space=probe.space,
+        model=probe.model,
+        task=probe.task,
+        dimensions=probe.vectors.shape[1] if Output.DENSE in asked.outputs else 0,
+        is_normalized=bool(card.normalized),
+        token_width=probe.multivectors[0].shape[1] if Output.MULTIVECTOR in asked.outputs else 0,
+        has_sparse=Output.SPARSE in asked.outputs,
+    )
+    return RemoteEmbedder(client, asked, task, note)
+
+
+async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, str | None]:
+    """Find the task to ask for, and wait while the model loads."""
+    first = await _embed(client, asked, [PROBE], None, None)
+    card: ModelCard = await client.card(first.model)
+    if PASSAGE_TASK not in card.tasks or first.task == PASSAGE_TASK:
+        return first, None
+    try:
+        return await _embed(client, asked, [PROBE], PASSAGE_TASK, None), PASSAGE_TASK
+    except Refused as refused:
+        if refused.param != "task":
+            raise
+        return first, None  # the name has a task already
+
+
+async def _embed(
+    client: GatewayClient, asked: Asked, texts: Sequence[str], task: str | None, space: str | None
+) -> EmbeddedTexts:
+    return await client.embed(
+        asked.name,
+        texts,
+        task,
+        asked.dimensions,
+        expect_space=space,
+        outputs=asked.outputs,
+        truncate=asked.truncate,
+    )
+
+
+class RemoteEmbedder:
+    """An :class:`~gateway.bulk.embedder.Embedder` that sends requests, several at once."""
+
+    def __init__(self, client: GatewayClient, asked: Asked, task: str | None, note: SpaceNote) -> None:
+        self._client = client
+        self._asked = asked
+        self._task = task
+        self.note = note
+        share = _MULTIVECTOR_SHARE if note.token_width else 1
+        self.max_texts = _MAX_TEXTS // share
+        self.max_characters = _MAX_CHARACTERS // share
+        self.num_calls = _NUM_CALLS
+        self.block_texts = _BLOCK_TEXTS // share
+
+    async def embed(self, texts: Sequence[str]) -> TextVectors:
+        try:
+            answer = await self._patiently(texts)
+        except Refused as refused:
+            message = without_place(refused.reason)
+            if refused.code in _OF_A_TEXT or (refused.status in _TOO_MUCH and len(texts) > 1):
+                raise TextRefused(message) from refused
+            if refused.status == 413:  # even alone: the text is larger than the gateway's limit for a request
+                raise TextRefused(message) from refused
+            if refused.status in _FAILED and await self._works():
+                raise TextRefused(message) from refused
+            raise BulkError(str(refused)) from refused
+        except StartError as error:
+            raise BulkError(str(error)) from error
+        return TextVectors(
+            answer.vectors if self.note.dimensions else None,
+            answer.num_tokens,
+            answer.num_truncated,
+            answer.sparse if self.note.has_sparse else None,
+            answer.multivectors if self.note.token_width else None,
+        )
+
+    async def _patiently(self, texts: Sequence[str]) -> EmbeddedTexts:
+        """Send a request; once more after an error that may have nothing to do with the texts."""
+        try:
+            return await _embed(self._client, self._asked, texts, self._task, self.note.space)
+        except Refused as refused:
+            if refused.status not in _FAILED or refused.code in _OF_A_TEXT:
+                raise
+        await asyncio.sleep(_PAUSE_S)
+        return await _embed(self._client, self._asked, texts, self._task, self.note.space)
+
+    async def _works(self) -> bool:
+        """Return whether the gateway embeds another text, so that the failure was one of the texts."""
+        try:
+            await _embed(self._client, self._asked, [PROBE], self._task, self.note.space)
+        except StartError:
+            return False
+        return True

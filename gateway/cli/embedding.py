@@ -1,0 +1,149 @@
+"""``gateway embed`` at the command line: its options, and the request that they make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
+from gateway.config.registry import load_registry
+from gateway.config.settings import load_settings
+
+
+class _OnError(StrEnum):
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class _Truncate(StrEnum):
+    END = "end"
+    START = "start"
+    REFUSE = "refuse"
+
+
+SourcesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="Files (.jsonl, .csv, .tsv, .parquet), folders, patterns, URLs such as s3://bucket/*.parquet, or one "
+        "collection of a store, such as qdrant://localhost:6333/docs.",
+    ),
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="NAME[:TASK][@DIMENSIONS]", help="The model, as a request would name it.")
+]
+ToOption = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="SINK",
+        help="A folder for Parquet files (for JSON lines if its name ends in .jsonl), or a collection of a store.",
+    ),
+]
+OutputsOption = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="dense, sparse, multivector, comma-separated. By default dense.")
+]
+IdOption = Annotated[str | None, typer.Option("--id", help="Field with the id. By default id or _id, if there is one.")]
+TextOption = Annotated[str | None, typer.Option(help="Field with the text, or its path. By default text or content.")]
+TitleOption = Annotated[str | None, typer.Option(help="Field to put before the text.")]
+PayloadOption = Annotated[
+    str | None, typer.Option(metavar="FIELDS", help="Other fields to keep, comma-separated, or none. By default all.")
+]
+StoreTextOption = Annotated[bool, typer.Option("--store-text/--no-store-text", help="Whether to keep the text.")]
+TruncateOption = Annotated[_Truncate, typer.Option(help="How to treat a text that is too long for the model.")]
+OnErrorOption = Annotated[_OnError, typer.Option(help="What to do at a row that cannot be embedded.")]
+ErrorsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="List of skipped rows. By default next to the manifest.")
+]
+ManifestOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Where to note what is done. By default in the folder of --to, and for stores in "
+        "~/.local/state/embedding-gateway.",
+    ),
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Forget an earlier job, and delete the files that it has written in --to.")
+]
+AdoptOption = Annotated[
+    bool, typer.Option("--adopt", help="Take a collection with vectors whose model you know to be this one.")
+]
+ShardOption = Annotated[int, typer.Option(min=1, help="Rows per file, and between two commits; at most.")]
+UrlOption = Annotated[
+    str | None, typer.Option(help="A running gateway. By default the model is loaded here, from --models.")
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(metavar="PRICE", min=0, help="Price of this machine per hour, for the cost in the report."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the report for a program.")]
+
+
+def embed(  # noqa: PLR0913, PLR0917  an argument for each option
+    sources: SourcesArgument,
+    model: ModelOption,
+    to: ToOption,
+    outputs: OutputsOption = None,
+    id_field: IdOption = None,
+    text: TextOption = None,
+    title: TitleOption = None,
+    payload: PayloadOption = None,
+    store_text: StoreTextOption = True,
+    truncate: TruncateOption = _Truncate.END,
+    on_error: OnErrorOption = _OnError.STOP,
+    errors: ErrorsOption = None,
+    url: UrlOption = None,
+    api_key_env: ApiKeyOption = API_KEY_ENV,
+    models: ModelsOption = None,
+    manifest: ManifestOption = None,
+    restart: RestartOption = False,
+    adopt: AdoptOption = False,
+    shard_rows: ShardOption = 8192,
+    price_per_hour: PriceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed a corpus, each row exactly once.
+
+    Reads files or a store, and writes files or a store. If it is interrupted, or the machine fails, the same command goes on
+    where it was. A document's task (retrieval.passage) is used where the model has it and --model names no other.
+    """
+    from gateway.bulk.asked import ask
+    from gateway.bulk.command import EmbedRequest, OwnModels, RunningGateway, run_embed
+    from gateway.bulk.fields import FieldNames
+    from gateway.types import Truncate
+
+    fields = None if payload is None else tuple(name.strip() for name in payload.split(",") if name.strip())
+    request = EmbedRequest(
+        sources=sources,
+        sink=to,
+        asked=ask(model, outputs, Truncate(truncate.value)),
+        names=FieldNames(id_field, text, title, () if fields == ("none",) else fields),
+        state_folder=_state_folder(os.environ),
+        manifest=manifest,
+        errors=errors,
+        on_error=on_error.value,
+        shard_rows=shard_rows,
+        keeps_text=store_text,
+        adopts=adopt,
+        restarts=restart,
+        price_per_hour=price_per_hour,
+    )
+    gateway: RunningGateway | OwnModels
+    if url is not None:
+        gateway = RunningGateway(url, os.environ.get(api_key_env))
+    else:
+        settings = load_settings(os.environ, models=models)
+        gateway = OwnModels(load_registry(settings.models, os.environ), settings)
+    raise typer.Exit(run_embed(request, gateway, as_json=as_json))
+
+
+def _state_folder(environ: Mapping[str, str]) -> Path:
+    """Return the folder for manifests of jobs that write into stores."""
+    base = environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    return Path(base) / "embedding-gateway" / "embed"

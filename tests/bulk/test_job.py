@@ -1,0 +1,419 @@
+"""Each row exactly once: whatever ends the job, the next process goes on; and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow.dataset as ds
+import pytest
+
+from gateway.bulk.blocks import BlockReader
+from gateway.bulk.fake import FakeEmbedder
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.files.sinks import open_folder
+from gateway.bulk.files.source import open_files
+from gateway.bulk.job import Job, Options, Outcome, Silent
+from gateway.bulk.manifest import Counts, Manifest, Shard
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Position, Row, SpaceNote
+
+ROOT = Path(__file__).parents[2]
+NUM_ROWS = 500
+
+
+def write_source(path: Path, num_rows: int = NUM_ROWS) -> Path:
+    """Write rows of which some are not JSON, have no text, are refused by the model, or have an id twice."""
+    lines = []
+    for i in range(num_rows):
+        record: dict[str, Any] = {"id": f"d{i}", "text": f"text {i} " * (i % 4 + 1), "n": i}
+        match i % 50:
+            case 7:
+                record.pop("text")
+            case 21:
+                record["text"] = f"refuse {i}"
+            case 33:
+                record["id"] = f"d{i // 2}"
+        lines.append(b"{" if i % 50 == 44 else orjson.dumps(record))
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def is_bad(i: int) -> bool:
+    return i % 50 in {7, 21, 33, 44}
+
+
+def read_sink(folder: Path) -> list[dict[str, Any]]:
+    if list(folder.glob("part-*.parquet")):
+        rows: list[dict[str, Any]] = ds.dataset(folder, format="parquet").to_table().to_pylist()
+        return rows
+    parts = sorted(folder.glob("part-*.jsonl"))
+    return [orjson.loads(line) for part in parts for line in part.read_bytes().splitlines()]
+
+
+def read_errors(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "_errors.jsonl"
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("name", ["out", "out.jsonl"])
+def test_a_job_that_is_killed_at_random_moments_writes_each_row_once(name: str, tmp_path: Path) -> None:
+    source, folder = write_source(tmp_path / "docs.jsonl", 2_000), tmp_path / name
+    command = [sys.executable, "-m", "tests.bulk.killed", str(source), str(folder), "19"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10
+    rows = read_sink(folder)
+    good = [i for i in range(2_000) if not is_bad(i)]
+    assert [row["id"] for row in rows] == [f"d{i}" for i in good]
+    for row, i in zip(rows, good, strict=True):
+        text = f"text {i} " * (i % 4 + 1)
+        assert (row["text"], row["n"]) == (text, i)
+        assert row["vector"] == [len(text), 1, 0, 0, 0, 0, 0, 0]
+        assert len(row["multivector"]) == 3
+    bad = [error["place"] for error in read_errors(folder)]
+    assert sorted(bad) == sorted(f"{source}:{i + 1}" for i in range(2_000) if is_bad(i))
+    others = {path.name for path in folder.iterdir() if not path.name.startswith("part-")}
+    assert others == {"_manifest.sqlite3", "_errors.jsonl"}
+
+
+# ------------------------------------------------------------------------------------------------- in this process
+
+
+class Jobs:
+    """Runs jobs from one source into one folder."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.folder = folder
+        self.source = source
+        folder.mkdir(exist_ok=True)
+
+    def run(
+        self,
+        embedder: FakeEmbedder | None = None,
+        *,
+        stop: Callable[[asyncio.Event], None] = lambda _stop: None,
+        identity: dict[str, Any] | None = None,
+        sink: Any = None,
+        source: Any = None,
+        **options: Any,
+    ) -> Outcome:
+        embedder = embedder or FakeEmbedder()
+        embedder.block_texts = 32
+        source = source or open_files([str(self.source)], FieldNames())
+        sink = sink or open_folder(str(self.folder), source.text_field)
+        chosen = replace(Options(self.folder / "_errors.jsonl", "skip", 64), **options)
+
+        async def work() -> Outcome:
+            asked = asyncio.Event()
+            stop(asked)
+            with closing(Manifest(self.folder / "_manifest.sqlite3")) as manifest:
+                known = {"source hash": source.fingerprint(), "space": embedder.note.space, **(identity or {})}
+                progress = manifest.begin(known)
+                return await Job(source, sink, manifest, embedder, chosen, Silent()).run(progress, asked)
+
+        return asyncio.run(work())
+
+    def ids(self) -> list[Any]:
+        return [row["id"] for row in read_sink(self.folder)]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path / "out", write_source(tmp_path / "docs.jsonl"))
+
+
+GOOD = [f"d{i}" for i in range(NUM_ROWS) if not is_bad(i)]
+
+
+def test_a_job_counts_what_it_has_done(jobs: Jobs) -> None:
+    outcome = jobs.run()
+    assert outcome.is_finished
+    assert jobs.ids() == GOOD
+    tokens = sum(min(100, len(f"text {i} " * (i % 4 + 1))) for i in range(NUM_ROWS) if not is_bad(i))
+    assert outcome.done == Counts(NUM_ROWS, 460, 40, tokens, 0)
+    assert outcome.total == outcome.done
+    problems = {error["problem"] for error in read_errors(jobs.folder)}
+    assert problems == {
+        "the text, in field `text`, is missing",
+        "the model refuses a text that begins with `refuse`",
+        *(f"the id 'd{i // 2}' is that of an earlier row" for i in range(33, NUM_ROWS, 50)),
+        *(one for one in problems if one.startswith("is not JSON")),
+    }
+    again = jobs.run()
+    assert again.done == Counts()
+    assert jobs.ids() == GOOD
+
+
+def test_ctrl_c_writes_what_is_embedded_and_the_next_run_goes_on(jobs: Jobs) -> None:
+    def run(num_calls: int) -> Outcome:
+        calls: list[int] = []
+        asked: list[asyncio.Event] = []
+
+        def on_call(texts: Sequence[str]) -> None:
+            calls.append(len(texts))
+            if len(calls) == num_calls:
+                asked[0].set()
+
+        return jobs.run(FakeEmbedder(on_call=on_call), stop=asked.append)
+
+    first = run(4)
+    assert not first.is_finished
+    assert 0 < first.total.rows < 460
+    assert jobs.ids() == GOOD[: first.total.rows]
+    second = run(10**9)
+    assert second.is_finished
+    assert second.total.rows == first.total.rows + second.done.rows == 460
+    assert jobs.ids() == GOOD
+
+
+def test_a_model_that_fails_midway_loses_nothing_that_was_embedded(jobs: Jobs) -> None:
+    calls: list[int] = []
+
+    def fail_later(texts: Sequence[str]) -> None:
+        calls.append(len(texts))
+        if len(calls) > 40:
+            raise BulkError("the gateway is gone")
+
+    with pytest.raises(BulkError, match="the gateway is gone"):
+        jobs.run(FakeEmbedder(on_call=fail_later))
+    assert 0 < len(jobs.ids()) < 460
+    assert jobs.run().is_finished
+    assert jobs.ids() == GOOD
+
+
+def test_stop_ends_right_before_the_bad_row_and_skip_goes_on_from_there(jobs: Jobs) -> None:
+    with pytest.raises(
+        BulkError, match=r"docs\.jsonl:8: the text, in field `text`, is missing\. What comes before it is"
+    ):
+        jobs.run(on_error="stop")
+    assert jobs.ids() == GOOD[:7]
+    with pytest.raises(BulkError, match=r"docs\.jsonl:8: "):
+        jobs.run(on_error="stop")
+    assert jobs.run(on_error="skip").is_finished
+    assert jobs.ids() == GOOD
+
+
+def test_stop_also_ends_at_a_row_that_the_model_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": "refuse" if i == 40 else "x"}) + b"\n" for i in range(99)))
+    jobs = Jobs(tmp_path / "out", path)
+    with pytest.raises(BulkError, match=r"docs\.jsonl:41: the model refuses"):
+        jobs.run(on_error="stop")
+    assert jobs.ids() == list(range(32))  # the block before
+    assert jobs.run(on_error="skip").total.rows == 98
+
+
+class Broken:
+    """A sink whose store goes away."""
+
+    def __init__(self, sink: Any, num_good: int) -> None:
+        self._sink = sink
+        self._num_good = num_good
+        self.name = "store"
+
+    def open(self, note: SpaceNote) -> None:
+        self._sink.open(note)
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        if not self._num_good:
+            raise BulkError("store: the connection was closed")
+        self._num_good -= 1
+        self._sink.write(shard, batch)
+
+
+def test_a_store_that_goes_away_midway_is_named_and_the_next_run_goes_on(jobs: Jobs) -> None:
+    with pytest.raises(BulkError, match="store: the connection was closed"):
+        jobs.run(sink=Broken(open_folder(str(jobs.folder), "text"), 3))
+    done = len(jobs.ids())
+    assert 3 * 60 < done < 460
+    assert jobs.run().done.rows == 460 - done
+    assert jobs.ids() == GOOD
+
+
+class GoneSource:
+    """A source that goes away after some rows."""
+
+    name, has_unique_ids, text_field = "gone", False, "text"
+
+    def __init__(self, source: Any, num_rows: int) -> None:
+        self._source = source
+        self._num_rows = num_rows
+
+    def fingerprint(self) -> str:
+        return str(self._source.fingerprint())
+
+    def count(self) -> int | None:
+        return None
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        for number, row in enumerate(self._source.read(after)):
+            if number == self._num_rows:
+                raise BulkError("gone: no answer")
+            yield row
+
+
+def test_a_source_that_goes_away_midway_is_named_and_the_next_run_goes_on(jobs: Jobs) -> None:
+    gone = GoneSource(open_files([str(jobs.source)], FieldNames()), 100)
+    with pytest.raises(BulkError, match="gone: no answer"):
+        jobs.run(source=gone)
+    assert len(jobs.ids()) == sum(not is_bad(i) for i in range(100))
+    assert jobs.run().is_finished
+    assert jobs.ids() == GOOD
+
+
+def test_a_planned_shard_gets_the_same_rows_whatever_the_size_is_now(jobs: Jobs) -> None:
+    """A killed process may have written them."""
+    source = open_files([str(jobs.source)], FieldNames())
+    with closing(Manifest(jobs.folder / "_manifest.sqlite3")) as manifest:
+        manifest.begin({"source hash": source.fingerprint(), "space": FakeEmbedder().note.space})
+        manifest.plan(0, 150)
+    assert jobs.run(shard_rows=10).is_finished
+    first = ds.dataset(jobs.folder / "part-00000.parquet").to_table().num_rows
+    assert first == sum(not is_bad(i) for i in range(150))
+    assert jobs.ids() == GOOD
+
+
+def test_slow_and_large_shards_end_early(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.run(shard_rows=10**6)
+    assert len(list(jobs.folder.glob("part-*"))) == 1
+    for setting in ("_SHARD_S", "_SHARD_BYTES"):
+        monkeypatch.setattr(f"gateway.bulk.job.{setting}", 0)
+        other = Jobs(jobs.folder.with_name(setting), jobs.source)
+        other.run(shard_rows=10**6)
+        assert len(list(other.folder.glob("part-*"))) > 10
+        assert other.ids() == GOOD
+        monkeypatch.undo()
+
+
+def test_a_job_of_bad_rows_only_writes_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b'{"id": 1, "text": "x"}\n' + b"{\n" * 99)
+    jobs = Jobs(tmp_path / "out", path)
+    path.write_bytes(b'{"id": 1, "text": "refuse"}\n' + b"{\n" * 99)
+    outcome = jobs.run()
+    assert (outcome.is_finished, outcome.total.skipped, outcome.total.rows) == (True, 100, 0)
+    assert not list(jobs.folder.glob("part-*"))
+    assert len(read_errors(jobs.folder)) == 100
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_changed_source_another_space_and_other_options_are_refused_with_the_way_out(jobs: Jobs) -> None:
+    jobs.run(identity={"truncate": "end"})
+    changed = [
+        (lambda: jobs.run(identity={"truncate": "start"}), "its truncate is end, and now it would be start"),
+        (lambda: jobs.run(FakeEmbedder(space="new@ffffffffffff"), identity={"truncate": "end"}),
+         "its space is fake@0123456789ab, and now it would be new@ffffffffffff"),
+        (jobs.run, "its truncate is end, and now it would be not set"),
+    ]  # fmt: skip
+    for run, reason in changed:
+        with pytest.raises(BulkError) as caught:
+            run()
+        assert reason in str(caught.value)
+        assert "choose another --to or --manifest, or add --restart" in str(caught.value)
+    write_source(jobs.source, NUM_ROWS + 1)
+    with pytest.raises(BulkError, match="the content of the source has changed since"):
+        jobs.run(identity={"truncate": "end"})
+    assert jobs.ids() == GOOD
+
+
+def test_the_second_process_on_a_manifest_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from gateway.bulk.manifest import Manifest\n"
+        "try: Manifest(Path(sys.argv[1]))\nexcept Exception as error: print(error)"
+    )
+    path = tmp_path / "m.sqlite3"
+    with closing(Manifest(path)) as manifest:
+        manifest.begin({"space": "a"})
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout == f"{path}: another process works on this job; wait for it, or end it\n"
+        with pytest.raises(BulkError, match="another process works on this job"):
+            Manifest(path)
+    Manifest(path).close()
+
+
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.sqlite3"
+    path.write_text("text, and not a database at all " * 100)
+    with pytest.raises(BulkError, match="the manifest cannot be used: file is not a database"):
+        Manifest(path)
+    with sqlite3.connect(tmp_path / "new.sqlite3") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(BulkError, match="is the manifest of another version"):
+        Manifest(tmp_path / "new.sqlite3")
+    with pytest.raises(BulkError, match="the manifest cannot be used: unable to open database file"):
+        Manifest(tmp_path / "absent" / "m.sqlite3")
+
+
+def test_ids_are_found_again_whatever_they_are(tmp_path: Path) -> None:
+    ids: list[int | str] = [1, "1", -(2**63), 2**64, 2**70, "x" * 1000, "ü", "\0", ""]
+    with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
+        manifest.commit(0, Shard(0, Counts(), None), ids)
+        assert manifest.seen([*ids, 2, "2", "y" * 1000]) == set(ids)
+        manifest.forget()
+        assert manifest.seen(ids) == set()
+
+
+def test_a_full_disk_at_the_manifest_is_named(tmp_path: Path) -> None:
+    with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:
+        manifest._db.execute("PRAGMA max_page_count = 8")
+        with pytest.raises(BulkError, match="database or disk is full; make room, and run the same command again"):
+            manifest.commit(0, Shard(0, Counts(rows=9), 1), [f"id {i}" for i in range(10_000)])
+        assert manifest.progress().counts == Counts()
+
+
+# ---------------------------------------------------------------------------------------------------------- blocks
+
+
+def test_rows_can_be_taken_apart_and_a_block_ends_with_an_item(tmp_path: Path) -> None:
+    """As chunking does: an item gives several rows, or one that cannot be embedded."""
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": "a b c"}) + b"\n" for i in range(5)))
+
+    def expand(row: Row) -> list[Row | BadRow]:
+        if row.id == 3:
+            return [BadRow(row.place, "no chunk", row.position, row.id)]
+        return [replace(row, id=f"{row.id}-{i}", text=part) for i, part in enumerate(row.text.split())]
+
+    jobs = Jobs(tmp_path / "out", path)
+    outcome = jobs.run(expand=expand)
+    assert jobs.ids() == [f"{i}-{part}" for i in (0, 1, 2, 4) for part in range(3)]
+    assert (outcome.total.items, outcome.total.rows, outcome.total.skipped) == (5, 12, 1)
+    reader = BlockReader(open_files([str(path)], FieldNames()), lambda _ids: set(), 2, "skip", expand)
+    assert [block.num_items for block in reader.read(None, 0)] == [2, 2, 1]
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(BulkError, match=r"docs\.jsonl:4: no chunk"))
+        jobs.__class__(tmp_path / "stopped", path).run(expand=expand, on_error="stop")
+
+
+def test_a_block_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.blocks._BLOCK_BYTES", 1_000)
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": "x" * 400, "n": [i]}) + b"\n" for i in range(8)))
+    reader = BlockReader(open_files([str(path)], FieldNames()), lambda _ids: set(), 100, "skip")
+    assert [block.num_items for block in reader.read(None, 0)] == [2, 2, 2, 2]
+
+
+def test_vectors_come_back_in_the_order_of_the_rows_whatever_their_lengths(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 99, 300).tolist()
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": "x" * n}) + b"\n" for i, n in enumerate(lengths)))
+    jobs = Jobs(tmp_path / "out", path)
+    sizes: list[int] = []
+    embedder = FakeEmbedder(on_call=lambda texts: sizes.append(sum(map(len, texts))))
+    embedder.max_texts, embedder.max_characters = 7, 200
+    jobs.run(embedder)
+    assert [row["vector"][0] for row in read_sink(jobs.folder)] == lengths
+    assert max(sizes) <= 200
