@@ -8,8 +8,8 @@
 # same libraries a second time, in versions that torch was not built with.
 
 # The tag says what it is, the digest (that of the index for all architectures) fixes its bytes. To move to a newer one:
-#   docker buildx imagetools inspect python:3.11.X-slim-bookworm
-ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
+#   docker buildx imagetools inspect python:3.13.X-slim-trixie
+ARG PYTHON_IMAGE=python:3.13.16-slim-trixie@sha256:bf44cdfcb76cd3b41e879bc058fc37ec5872002ccfde7fcb765e218cde0cd79c
 
 FROM ${PYTHON_IMAGE} AS build
 # Empty: torch from PyPI, with its CUDA libraries.
@@ -24,16 +24,21 @@ COPY gateway/__init__.py gateway/
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md LICENSE \
     && requirements/install.sh run
-# What nothing here uses: tests, C++ headers, pip. A layer of this stage alone; the image gets what is left.
-RUN torch=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)') \
-    && rm -rf "$torch/include" "$torch/share" "$torch/test" "$torch"/bin/*est* \
-    && find .venv -type d -name tests -prune -exec rm -rf {} + \
-    && .venv/bin/python -m pip uninstall --yes --quiet pip
+# What the gateway does not use, a third of it all: tests, headers, symbols, other devices. A layer of this stage alone; the image
+# gets what is left. binutils has strip.
+COPY deploy/image/slim.py deploy/image/compile_used.py ./
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends binutils \
+    && python slim.py .venv
 
 # The code, a small layer that changes often. Compiled here, because the process may not write to it later; without times, which a copy
-# could change.
+# could change. So are the modules of packages that it uses, after it has computed the golden vectors of the bundled model.
 COPY gateway/ gateway/
-RUN .venv/bin/python -m compileall -q --invalidation-mode unchecked-hash gateway
+COPY golden/ golden/
+COPY models.yaml ./
+RUN .venv/bin/python -m compileall -q --invalidation-mode unchecked-hash gateway \
+    && HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/tmp/cache PYTHONDONTWRITEBYTECODE=1 .venv/bin/python compile_used.py
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="embedding-gateway" \
@@ -43,9 +48,10 @@ LABEL org.opencontainers.image.title="embedding-gateway" \
 # A fixed number, so that Kubernetes can see that it is not root, and volumes can be given to it.
 RUN groupadd --gid 10001 gateway \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin gateway \
-    && install --directory --owner=10001 --group=10001 /cache
+    && install --directory --owner=10001 --group=10001 /cache /state
 
-# The root file system may be read-only. Written are /cache (models from the hub: a volume) and /tmp (a tmpfs).
+# The root file system may be read-only. Written are /cache (models from the hub) and /state (experiments), both volumes, and /tmp
+# (a tmpfs).
 ENV PATH=/app/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -58,6 +64,7 @@ ENV PATH=/app/.venv/bin:$PATH \
     GATEWAY_PORT=8000 \
     GATEWAY_ADMIN_PORT=9000 \
     GATEWAY_MODELS=/app/models.yaml \
+    GATEWAY_STATE_DIR=/state \
     GATEWAY_LOG_FORMAT=json
 
 WORKDIR /app
@@ -68,6 +75,7 @@ COPY models.yaml deploy/image/healthcheck.py LICENSE ./
 
 USER 10001:10001
 VOLUME /cache
+VOLUME /state
 EXPOSE 8000 9000
 STOPSIGNAL SIGTERM
 # Ready, not only alive: nothing restarts a container for this, and compose starts what depends on it. Models from the

@@ -131,5 +131,5 @@ build/site-env/.installed: requirements/site.lock build/lock/.installed
 	@$(INSTALL) site
 
 build/clients/.installed: requirements/clients-apart.lock requirements/infinity-client.lock \
-  tests/clients/node/package-lock.json build/lock/.installed
+  requirements/datadog.lock tests/clients/node/package-lock.json build/lock/.installed
 	@$(INSTALL) clients

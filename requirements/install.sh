@@ -76,7 +76,7 @@ install_dev() {
 
 # Clients that cannot share an environment with the gateway, nor all with each other.
 install_clients() {
-    for name in clients-apart infinity-client; do
+    for name in clients-apart infinity-client datadog; do
         make_environment "build/clients/$name" "requirements/$name.lock"
     done
     if command -v npm >/dev/null 2>&1; then

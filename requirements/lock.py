@@ -19,7 +19,7 @@ PYPROJECT = FOLDER.parent / "pyproject.toml"
 EXTRAS = ["bundled", "compare", "redis", "tracing"]
 GROUPS = ["dev", "clients"]
 # Groups with a separate environment and lock, without the gateway's packages.
-APART = ["clients-apart", "infinity-client", "site"]
+APART = ["clients-apart", "infinity-client", "datadog", "site"]
 
 # infinity-emb 0.0.78 asks for numpy < 2 only because of onnx, which the gateway doesn't use; numpy 1.26 has no
 # wheel for Python 3.13. This is also why the locks are installed with --no-deps.
@@ -73,7 +73,7 @@ HEADERS = {
 """,
     **{
         name: f"""\
-# Clients that the tests run in a separate environment, build/clients/{name}: the dependency group of this name in
+# What the tests run in a separate environment, build/clients/{name}: the dependency group of this name in
 # pyproject.toml. Installed by requirements/install.sh clients.
 """
         for name in APART

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes the secrets that compose.yaml mounts, in secrets/ next to this script: a key for Mem0 and the file of API keys that
-# holds its hash, and Grafana's password. Existing files are kept.
+# Makes the secrets that compose.yaml uses, next to this script: in secrets/ a key for Mem0, the file of API keys that holds its
+# hash, Grafana's password, and an empty file for the address that alerts go to; in .env the operator's key. What is there is
+# kept.
 set -eu
 
 cd "$(dirname "$0")"
@@ -24,5 +25,14 @@ if [ ! -e grafana-password ]; then
     echo "made secrets/grafana-password, for the user admin"
 fi
 
+if [ ! -e alert-url ]; then
+    : >alert-url
+    echo "made secrets/alert-url, empty: see ../alertmanager/alertmanager.yml"
+fi
+if ! grep -q '^GATEWAY_ADMIN_KEY=' ../.env 2>/dev/null; then
+    echo "GATEWAY_ADMIN_KEY=$(random_hex)" >>../.env
+    echo "made the operator's key, in .env"
+fi
+
 # Compose mounts the files as they are, and the containers' users are not this one. The folder keeps others out.
-chmod 644 mem0-key api-keys.yaml grafana-password
+chmod 644 mem0-key api-keys.yaml grafana-password alert-url

@@ -32,10 +32,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "image-proof"
 SECRETS = FOLDER / "secrets"
-BASE_IMAGE = "localhost/python-stand-in:3.11-bookworm"
+BASE_IMAGE = "localhost/python-stand-in:3.13-trixie"
 IMAGE = "localhost/embedding-gateway:proof"
 MEM0_IMAGE = "localhost/embedding-gateway-mem0:proof"
-DEBIAN_RELEASE = "bookworm"
+DEBIAN_RELEASE = "trixie"
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
 MODEL = "all-minilm-l6-v2"
 READY_LIMIT_S = 180.0
@@ -132,7 +132,7 @@ class Podman:
 
 
 def make_base(podman: Podman, mirror: str) -> None:
-    """Make a base image that has what `Dockerfile` uses of python:3.11-slim-bookworm: /usr/local/bin/python3.11."""
+    """Make a base image that has what `Dockerfile` uses of python:3.13-slim-trixie: /usr/local/bin/python3.13."""
     system = podman.folder / "base"
     shutil.rmtree(system, ignore_errors=True)
     with (podman.folder / "debootstrap.log").open("w") as log:
@@ -145,8 +145,8 @@ def make_base(podman: Podman, mirror: str) -> None:
             mirror,
         ]
         subprocess.run(command, check=True, stdout=log, stderr=log)
-    for name in ("python", "python3", "python3.11"):
-        (system / "usr/local/bin" / name).symlink_to("/usr/bin/python3.11")
+    for name in ("python", "python3", "python3.13"):
+        (system / "usr/local/bin" / name).symlink_to("/usr/bin/python3.13")
     for waste in (*system.glob("var/lib/apt/lists/*_*"), *system.glob("var/cache/apt/archives/*.deb")):
         waste.unlink()
     tar = podman.folder / "base.tar"
@@ -199,9 +199,11 @@ def prove(podman: Podman) -> None:
             "it is user 10001, without capabilities", identity.split()[:4] == ["10001", "10001", "CapEff:", "0" * 16]
         )
         expect("it cannot write to /app, /etc, /var", not can_write(podman, container, "/app", "/etc", "/var"))
-        for folder in ("/tmp", "/cache"):
+        for folder in ("/tmp", "/cache", "/state"):
             expect(f"it can write to {folder}", can_write(podman, container, folder))
-        tell("files that it left", podman("exec", container, "find", "/tmp", "/cache", "-type", "f") or "none")
+        tell(
+            "files that it left", podman("exec", container, "find", "/tmp", "/cache", "/state", "-type", "f") or "none"
+        )
         memory = podman("exec", container, "grep", "VmRSS", "/proc/1/status").split()
         tell("resident memory", f"{int(memory[1]) / 1024:.0f} MiB")
 

@@ -17,11 +17,14 @@ from gateway.access.keyring import key_digest
 from gateway.config.api_keys import load_key_file
 from gateway.config.settings import load_settings
 from tests.deploy.deployment_files import DEPLOY, DOCKERFILE, ROOT, image_environ, last_stage, merged, read_yaml
+from tests.peers import needs
+from tests.telemetry.observed import rules
 
 COMPOSE = DEPLOY / "compose"
 GPU = read_yaml(COMPOSE / "compose.yaml")
 CPU = merged(GPU, read_yaml(COMPOSE / "compose.cpu.yaml"))
-VARIANTS = pytest.mark.parametrize("compose", [GPU, CPU], ids=["gpu", "cpu"])
+DATADOG = merged(GPU, read_yaml(COMPOSE / "compose.datadog.yaml"))
+VARIANTS = pytest.mark.parametrize("compose", [GPU, CPU, DATADOG], ids=["gpu", "cpu", "datadog"])
 SERVICES = pytest.mark.parametrize("name", GPU["services"])
 MADE_FOR_GOOD = sorted(GPU["services"].keys() - {"mem0"})
 """The services that stay; Mem0's example ends."""
@@ -69,7 +72,7 @@ def test_the_specification_would_find(mistake: Any) -> None:
 @VARIANTS
 def test_every_volume_and_network_is_declared_and_used(compose: Any) -> None:
     services = compose["services"].values()
-    volumes = {source for service in services for source, _ in mounts(service) if not source.startswith(".")}
+    volumes = {source for service in services for source, _ in mounts(service) if source[0] not in "./"}
     networks = {name for service in services for name in service.get("networks", ["default"])}
 
     assert volumes == compose["volumes"].keys()
@@ -134,16 +137,65 @@ def test_what_starts_later_waits_for_something_with_a_healthcheck() -> None:
 @VARIANTS
 def test_the_gateway_takes_its_settings(compose: Any) -> None:
     gateway = compose["services"]["gateway"]
-    settings = load_settings({**image_environ(), **gateway["environment"]})
+    environ = {name: value for name, value in gateway["environment"].items() if value is not None}
+    settings = load_settings({**image_environ(), **environ})
 
-    assert gateway["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
+    ports = [settings.port, settings.admin_port]
+    assert gateway["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
     assert str(settings.models) in [target for _, target in mounts(gateway)]
     assert str(settings.api_keys_file) in [f"/run/secrets/{name}" for name in gateway["secrets"]]
     assert seconds(gateway["stop_grace_period"]) >= 10 + settings.drain_delay_s + settings.shutdown_grace_s
 
 
-def test_the_gateways_volume_is_that_of_its_image() -> None:
-    assert last_stage(DOCKERFILE)["VOLUME"][0].value in [t for _, t in mounts(GPU["services"]["gateway"])]
+def test_the_gateways_volumes_are_those_of_its_image() -> None:
+    named = {target for source, target in mounts(GPU["services"]["gateway"]) if source[0] not in "./"}
+
+    assert named == {volume.value for volume in last_stage(DOCKERFILE)["VOLUME"]}
+
+
+def test_what_experiments_write_is_on_a_volume() -> None:
+    gateway = GPU["services"]["gateway"]
+    settings = load_settings(
+        {**image_environ(), "GATEWAY_EXPOSURE_LOG": gateway["environment"]["GATEWAY_EXPOSURE_LOG"]}
+    )
+
+    assert str(settings.state_dir) in [target for _, target in mounts(gateway)]
+    assert settings.exposure_log is not None
+    assert settings.exposure_log.parent == settings.state_dir
+
+
+def test_what_the_user_has_set_reaches_the_gateway() -> None:
+    environ = GPU["services"]["gateway"]["environment"]
+
+    # Without a value, Compose takes that of the shell or of .env, and leaves the variable out if neither has it.
+    passed = {name for name, value in environ.items() if value is None}
+    assert passed == {"GATEWAY_ADMIN_KEY", "HF_TOKEN", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+
+
+def test_alerts_reach_alertmanager() -> None:
+    prometheus = read_yaml(DEPLOY / "prometheus" / "prometheus.yml")
+    alertmanager = read_yaml(DEPLOY / "alertmanager" / "alertmanager.yml")
+    (targets,) = [
+        config["targets"] for peer in prometheus["alerting"]["alertmanagers"] for config in peer["static_configs"]
+    ]
+    severities = {rule["labels"]["severity"] for rule in rules() if "alert" in rule}
+
+    assert targets == ["alertmanager:9093"]
+    assert GPU["services"]["alertmanager"]["ports"] == ["127.0.0.1:9093:9093"]
+    assert {receiver["name"] for receiver in alertmanager["receivers"]} == severities
+    used = {alertmanager["route"]["receiver"], *(route["receiver"] for route in alertmanager["route"]["routes"])}
+    assert used == severities
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    named = set(re.findall(r'alertname="(\w+)"', str(alertmanager["inhibit_rules"])))
+    assert named <= alerts
+
+
+@needs("amtool", "prometheus-alertmanager")
+def test_alertmanager_takes_its_file() -> None:
+    file = DEPLOY / "alertmanager" / "alertmanager.yml"
+    done = subprocess.run(["amtool", "check-config", file], check=False, capture_output=True, text=True, timeout=30)
+
+    assert (done.returncode, "SUCCESS" in done.stdout) == (0, True), done.stderr
 
 
 def test_prometheus_asks_the_operators_port_of_the_gateway() -> None:
@@ -190,6 +242,8 @@ def test_the_secrets_are_made_and_fit(tmp_path: Path) -> None:
     (entry,) = load_key_file(made["api-keys"], {}).keys
     assert entry.sha256 == (key_digest(made["mem0-key"].read_text()),)
     assert len(made["grafana-password"].read_text()) == 64
+    assert re.fullmatch(r"GATEWAY_ADMIN_KEY=[0-9a-f]{64}\n", (tmp_path / ".env").read_text())
+    assert oct((tmp_path / ".env").stat().st_mode & 0o777) == "0o600"
     # The containers' users are others: they read the files, but no other user reaches the folder.
     assert {oct(file.stat().st_mode & 0o777) for file in made.values()} == {"0o644"}
     assert oct((tmp_path / "secrets").stat().st_mode & 0o777) == "0o700"
@@ -200,13 +254,21 @@ def test_secrets_that_are_there_stay(tmp_path: Path) -> None:
     contents = []
     for _ in range(2):
         subprocess.run([script], check=True, capture_output=True)
-        contents.append([file.read_text() for file in sorted((tmp_path / "secrets").iterdir())])
+        files = [*sorted((tmp_path / "secrets").iterdir()), tmp_path / ".env"]
+        contents.append([file.read_text() for file in files])
 
     assert contents[0] == contents[1]
 
 
 def test_secrets_are_kept_out_of_git() -> None:
-    ignored = ["git", "-C", ROOT, "check-ignore", *(COMPOSE / s["file"] for s in GPU["secrets"].values())]
+    ignored = [
+        "git",
+        "-C",
+        ROOT,
+        "check-ignore",
+        COMPOSE / ".env",
+        *(COMPOSE / s["file"] for s in GPU["secrets"].values()),
+    ]
     done = subprocess.run(ignored, check=False, capture_output=True, text=True)
 
-    assert len(done.stdout.splitlines()) == len(GPU["secrets"])
+    assert len(done.stdout.splitlines()) == len(GPU["secrets"]) + 1

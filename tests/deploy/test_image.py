@@ -27,7 +27,7 @@ from tests.deploy.deployment_files import (
 )
 
 DOCKERFILES = pytest.mark.parametrize("dockerfile", [DOCKERFILE, MEM0_DOCKERFILE], ids=["gateway", "mem0"])
-PINNED = re.compile(r"python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}")
+PINNED = re.compile(r"python:3\.13\.\d+-slim-trixie@sha256:[0-9a-f]{64}")
 
 
 def base_image(dockerfile: Path) -> str:
@@ -105,8 +105,9 @@ def test_the_image_sets_settings_that_the_gateway_takes() -> None:
 def test_what_is_written_goes_to_volumes() -> None:
     environ, volumes = image_environ(), [i.value for i in last_stage(DOCKERFILE)["VOLUME"]]
 
-    assert volumes == ["/cache"]
+    assert volumes == ["/cache", "/state"]
     written = ["HF_HOME", "XDG_CACHE_HOME", "HOME"]
+    assert environ["GATEWAY_STATE_DIR"] in volumes
     assert [name for name in written if not environ[name].startswith(("/cache", "/tmp"))] == []  # noqa: S108
 
 

@@ -1,0 +1,97 @@
+"""Datadog's own code on what deploy/datadog holds: the Agent's check reads the gateway's metrics, its API knows each key."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from deploy.watch.names import HEALTH_CHECK, RENAMED_LABELS
+from gateway.telemetry import metrics
+from tests.clients.apart.environment import ENVIRONMENTS
+from tests.deploy.datadog_language import AGENT_TAGS, Metric, known_metrics
+from tests.deploy.deployment_files import DEPLOY, read_yaml
+from tests.deploy.test_datadog import DASHBOARD, MONITORS, OBJECTIVES, PIPELINE
+from tests.peers import is_missing
+
+PYTHON = ENVIRONMENTS / "datadog" / "bin" / "python"
+INSTANCE = read_yaml(DEPLOY / "datadog" / "conf.d" / "openmetrics.d" / "conf.yaml")["instances"][0]
+BROKEN = {
+    "a key": {**MONITORS["gatewaydown"], "mesage": "x"},
+    "an option": {**MONITORS["gatewaydown"], "options": {"notify_no_date": True}},
+    "a type": {**MONITORS["gatewaydown"], "type": "query alarm"},
+}
+
+
+def exported() -> str:
+    """Return a scrape in which every metric has a series, with a value for each label."""
+    for metric in metrics.declared():
+        series = metric.labels(*[f"some-{name}" for name in metric._labelnames]) if metric._labelnames else metric
+        if metric._type == "histogram":
+            series.observe(0.3)  # type: ignore[attr-defined]
+        else:
+            series.inc()  # type: ignore[attr-defined]
+    text = metrics.render().decode()
+    for metric in metrics.declared():
+        if metric._labelnames:
+            metric.remove(*[f"some-{name}" for name in metric._labelnames])
+    return text
+
+
+@pytest.fixture(scope="module")
+def datadog() -> Any:
+    if not PYTHON.exists():
+        is_missing("Datadog's code is not installed: make install-clients")
+    objects = {
+        **{f"monitor {name}": ("monitor", monitor) for name, monitor in MONITORS.items()},
+        **{f"objective {name}": ("objective", objective) for name, objective in OBJECTIVES.items()},
+        **{f"broken {name}": ("monitor", monitor) for name, monitor in BROKEN.items()},
+        "dashboard": ("dashboard", DASHBOARD),
+        "pipeline": ("pipeline", PIPELINE),
+    }
+    asked = {"instance": INSTANCE, "exported": exported(), "objects": objects}
+    script = DEPLOY.parent / "tests" / "deploy" / "datadog_agent.py"
+    done = subprocess.run(
+        [PYTHON, "-I", script], input=json.dumps(asked), check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_agent_makes_the_metrics_that_the_queries_ask_for(datadog: Any) -> None:
+    scraped = datadog["scraped"]
+    sent = {**scraped["metrics"], **scraped["distributions"]}
+    found = {
+        name: Metric(metric["kind"], frozenset(tag.split(":")[0] for tag in metric["tags"]) | AGENT_TAGS)
+        for name, metric in sent.items()
+    }
+
+    assert scraped["problem"] == ""
+    assert found == known_metrics()
+
+
+def test_the_agent_adds_the_tags_that_are_set_and_no_others(datadog: Any) -> None:
+    sent = {**datadog["scraped"]["metrics"], **datadog["scraped"]["distributions"]}
+
+    for metric in sent.values():
+        assert set(INSTANCE["tags"]) <= set(metric["tags"])
+        keys = {tag.split(":")[0] for tag in metric["tags"]}
+        assert not keys & {"endpoint", "lower_bound", "upper_bound", *RENAMED_LABELS}
+
+
+def test_the_check_of_the_health_is_the_one_that_a_monitor_asks_for(datadog: Any) -> None:
+    assert datadog["scraped"]["service_checks"] == {HEALTH_CHECK: 0}
+
+
+def test_the_api_knows_every_key_and_value(datadog: Any) -> None:
+    found = {name: problems for name, problems in datadog["problems"].items() if not name.startswith("broken ")}
+
+    assert len(found) == len(MONITORS) + len(OBJECTIVES) + 2
+    assert {name: problems for name, problems in found.items() if problems} == {}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_the_api_does_not_know_would_be_found(datadog: Any, name: str) -> None:
+    assert datadog["problems"][f"broken {name}"]
