@@ -14,6 +14,8 @@ ARG PYTHON_IMAGE=python:3.13.16-slim-trixie@sha256:bf44cdfcb76cd3b41e879bc058fc3
 FROM ${PYTHON_IMAGE} AS build
 # Empty: torch from PyPI, with its CUDA libraries.
 ARG TORCH_INDEX=
+# "cluster" for Ray, "stores" for the clients of vector stores, or both.
+ARG EXTRAS=
 WORKDIR /app
 
 # The packages, a layer that changes with the locks alone. The gateway itself is installed as a link to /app/gateway, of

@@ -7,7 +7,7 @@
 #   requirements/install.sh verify      do the installed packages fit each other and pyproject.toml?
 #   requirements/install.sh lock-tools  what requirements/lock.py needs, into build/lock
 #   requirements/install.sh index       print the package index that torch would come from; empty for PyPI
-# Reads PYTHON and TORCH_INDEX, which the Makefile explains, and pip's own settings (PIP_INDEX_URL, pip.conf ...).
+# Reads PYTHON and TORCH_INDEX, which the Makefile explains, EXTRAS (locks that `run` installs too: cluster, stores), and pip's own settings (PIP_INDEX_URL, pip.conf ...).
 set -eu
 
 PIP_VERSION=26.3
@@ -57,6 +57,10 @@ install_run() {
     printf %s "$index" >"$VENV/.torch-index"
     say "packages of requirements/run.lock"
     pip_install --no-deps -r requirements/run.lock
+    for extra in ${EXTRAS:-}; do
+        say "packages of requirements/$extra.lock"
+        pip_install --no-deps -r "requirements/$extra.lock"
+    done
     say "the gateway"
     pip_install --no-deps --build-constraint requirements/build.lock -e .
     end run

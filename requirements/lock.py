@@ -18,6 +18,8 @@ FOLDER = Path(__file__).resolve().parent
 PYPROJECT = FOLDER.parent / "pyproject.toml"
 EXTRAS = ["bundled", "compare", "redis", "tracing"]
 GROUPS = ["dev", "clients"]
+# Extras that few need, each with a lock of what it adds to run.lock: EXTRAS="cluster stores" requirements/install.sh run
+ON_DEMAND = {"cluster": ["cluster"], "stores": ["chroma", "lancedb", "milvus", "parquet", "pgvector", "qdrant"]}
 # Groups with a separate environment and lock, without the gateway's packages.
 APART = ["clients-apart", "infinity-client", "datadog", "site"]
 
@@ -66,6 +68,14 @@ HEADERS = {
     "dev": """\
 # What the tests and checks need beyond run.lock: the dependency groups dev and clients of pyproject.toml. After it:
 #   pip install --no-deps -r requirements/dev.lock
+""",
+    "cluster": """\
+# What the extra `cluster` adds to run.lock, Ray:
+#   EXTRAS=cluster requirements/install.sh run
+""",
+    "stores": """\
+# What the extras for bulk jobs add to run.lock, clients of vector stores and Parquet:
+#   EXTRAS=stores requirements/install.sh run
 """,
     "build": """\
 # The build backend of pyproject.toml, held still while the project itself is installed:
@@ -134,6 +144,16 @@ def main() -> None:
     both = compile_lock(
         [str(PYPROJECT), *extras, *groups, *upgrade], preferred=["dev"], requirements=[], constraints=pins
     )
+    added = {
+        name: compile_lock(
+            [str(PYPROJECT), *extras, *(f"--extra={extra}" for extra in more), *upgrade],
+            preferred=[name],
+            requirements=[],
+            # The versions that the tests run with, which have all of these extras.
+            constraints=[line.requirement for line in both],
+        )
+        for name, more in ON_DEMAND.items()
+    }
     build = compile_lock(upgrade, preferred=["build"], requirements=backend, constraints=[])
     apart = {
         name: compile_lock([f"--group={PYPROJECT}:{name}", *upgrade], preferred=[name], requirements=[], constraints=[])
@@ -144,6 +164,8 @@ def main() -> None:
     write("run", [line for line in run if not TORCH.match(line.pin)])
     write("dev", [line for line in both if line.requirement not in pins])
     write("build", build)
+    for name, lines in added.items():
+        write(name, [line for line in lines if line.requirement not in pins])
     for name, lines in apart.items():
         write(name, lines)
 

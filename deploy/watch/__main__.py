@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,16 @@ from gateway.telemetry import metrics
 DEPLOY: Final = Path(__file__).resolve().parents[1]
 GRAFANA_DASHBOARD: Final = DEPLOY / "grafana" / "dashboards" / "gateway.json"
 DATADOG: Final = DEPLOY / "datadog"
+PROMETHEUS_RULE: Final = DEPLOY / "kubernetes" / "components" / "monitoring" / "prometheusrule.yaml"
+_RULE_HEAD: Final = """\
+# Generated from deploy/prometheus/rules.yml by `python -m deploy.watch`.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+# A Prometheus may select only rules with a certain label; kube-prometheus-stack's selects `release: NAME`.
+metadata:
+  name: embedding-gateway
+spec:
+"""
 
 
 def files() -> dict[Path, str]:
@@ -32,7 +43,14 @@ def files() -> dict[Path, str]:
         **{DATADOG / "objectives" / f"{name}.json": objective for name, objective in objectives().items()},
         **{DATADOG / "monitors" / f"{monitor.file}.json": monitor.as_json() for monitor in MONITORS},
     }
-    return {path: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for path, value in content.items()}
+    written = {path: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for path, value in content.items()}
+    return {**written, PROMETHEUS_RULE: prometheus_rule()}
+
+
+def prometheus_rule() -> str:
+    """Return the rules of Prometheus as an object for its operator."""
+    rules = (DEPLOY / "prometheus" / "rules.yml").read_text(encoding="utf-8")
+    return _RULE_HEAD + textwrap.indent(rules, "  ")
 
 
 def stale() -> list[Path]:

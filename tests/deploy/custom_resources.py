@@ -1,7 +1,7 @@
-"""Schemas of the two kinds that Kubernetes itself does not know: only the fields that are used here, and no other.
+"""Schemas of the kinds that Kubernetes itself does not know: only the fields that are used here, and no other.
 
-KEDA's and the Prometheus operator's own schemas allow more. A field that is new in deploy/kubernetes has to be looked
-up there and added here.
+Those of KEDA, the Prometheus operator, KubeRay and the Gateway API allow more. A field that is new in deploy/kubernetes has
+to be looked up there and added here.
 """
 
 from __future__ import annotations
@@ -82,12 +82,107 @@ SERVICE_MONITOR = resource(
     "monitoring.coreos.com/v1",
     "ServiceMonitor",
     exactly(
-        jobLabel=TEXT,
         selector=exactly(matchLabels=LABELS),
         endpoints=listing(
-            exactly(port=TEXT, path={"type": "string", "pattern": "^/"}, interval=DURATION, scrapeTimeout=DURATION)
+            exactly(
+                port=TEXT,
+                path={"type": "string", "pattern": "^/"},
+                interval=DURATION,
+                scrapeTimeout=DURATION,
+                relabelings=listing(
+                    exactly(
+                        ("replacement", "sourceLabels"), targetLabel=TEXT, replacement=TEXT, sourceLabels=listing(TEXT)
+                    )
+                ),
+            )
         ),
     ),
 )
 
-SCHEMAS = {"ScaledObject": SCALED_OBJECT, "ServiceMonitor": SERVICE_MONITOR}
+PROMETHEUS_RULE = resource(
+    "monitoring.coreos.com/v1",
+    "PrometheusRule",
+    exactly(
+        groups=listing(
+            exactly(
+                name=TEXT,
+                rules=listing(
+                    {
+                        "oneOf": [
+                            exactly(record=TEXT, expr=TEXT),
+                            exactly(alert=TEXT, expr=TEXT, **{"for": DURATION}, labels=LABELS, annotations=LABELS),
+                        ]
+                    }
+                ),
+            )
+        )
+    ),
+)
+
+_POD = {"type": "object", "required": ["metadata", "spec"]}  # compared with Kubernetes' own schema by the test
+_START = {"type": "object", "additionalProperties": {"type": "string"}}  # KubeRay's are strings, numbers too
+RAY_CLUSTER = resource(
+    "ray.io/v1",
+    "RayCluster",
+    exactly(
+        rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+        headGroupSpec=exactly(rayStartParams=_START, template=_POD),
+        workerGroupSpecs=listing(
+            exactly(
+                groupName=TEXT,
+                replicas=COUNT,
+                minReplicas=COUNT,
+                maxReplicas=COUNT,
+                rayStartParams=_START,
+                template=_POD,
+            )
+        ),
+    ),
+)
+
+GATEWAY = resource(
+    "gateway.networking.k8s.io/v1",
+    "Gateway",
+    exactly(
+        gatewayClassName=TEXT,
+        listeners=listing(
+            exactly(
+                name=TEXT,
+                hostname=TEXT,
+                port=COUNT,
+                protocol={"enum": ["HTTP", "HTTPS", "TLS", "TCP", "UDP"]},
+                tls=exactly(
+                    mode={"enum": ["Terminate", "Passthrough"]},
+                    certificateRefs=listing(exactly(kind={"const": "Secret"}, name=TEXT)),
+                ),
+            )
+        ),
+    ),
+)
+
+HTTP_ROUTE = resource(
+    "gateway.networking.k8s.io/v1",
+    "HTTPRoute",
+    exactly(
+        parentRefs=listing(exactly(name=TEXT)),
+        hostnames=listing(TEXT),
+        rules=listing(
+            exactly(
+                matches=listing(
+                    exactly(path=exactly(type={"enum": ["Exact", "PathPrefix", "RegularExpression"]}, value=TEXT))
+                ),
+                timeouts=exactly(request=DURATION),
+                backendRefs=listing(exactly(name=TEXT, port=COUNT)),
+            )
+        ),
+    ),
+)
+
+SCHEMAS = {
+    "ScaledObject": SCALED_OBJECT,
+    "ServiceMonitor": SERVICE_MONITOR,
+    "PrometheusRule": PROMETHEUS_RULE,
+    "RayCluster": RAY_CLUSTER,
+    "Gateway": GATEWAY,
+    "HTTPRoute": HTTP_ROUTE,
+}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,12 +27,28 @@ from gateway.config.settings import Settings, load_settings
 from gateway.deployment import Deployment
 from gateway.telemetry.metrics import render
 from tests.deploy.custom_resources import SCHEMAS
-from tests.deploy.deployment_files import DOCKERFILE, KUBERNETES, ROOT, image_environ, kustomize, last_stage, read_yaml
+from tests.deploy.deployment_files import (
+    DEPLOY,
+    DOCKERFILE,
+    KUBERNETES,
+    ROOT,
+    image_environ,
+    kustomize,
+    last_stage,
+    read_yaml,
+)
+from tests.deploy.test_datadog import check_of, same_settings
+from tests.telemetry.observed import rules as prometheus_rules
 
-OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu"])
+COMPONENTS = ["autoscaling", "monitoring", "datadog", "egress"]
+"""What an overlay leaves to its user, as comments."""
+OVERLAYS = pytest.mark.parametrize("overlay", ["gpu", "cpu", "gpu+", "cpu+"])
+"""As they are, and with all of their components."""
+WITH_COMPONENTS = pytest.mark.parametrize("overlay", ["gpu+", "cpu+"])
 VERSIONS = pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
 """The oldest and the newest Kubernetes that the objects are checked against."""
 
+RULES = DEPLOY / "prometheus" / "rules.yml"
 RELEASE_S = 20
 """What a pod has left, after requests have had their time, to release the models; as deployment.yaml says."""
 
@@ -38,8 +57,25 @@ Object = dict[str, Any]
 
 @cache
 def objects(overlay: str) -> list[Object]:
-    """Return the objects of an overlay. They are shared: to change one, copy it."""
-    return kustomize(KUBERNETES / "overlays" / overlay)
+    """Return the objects of an overlay, with ``+`` those of its components too. They are shared: to change one, copy it."""
+    if not overlay.endswith("+"):
+        return kustomize(KUBERNETES / "overlays" / overlay)
+    with tempfile.TemporaryDirectory() as folder:
+        return kustomize(copied(Path(folder), overlay.removesuffix("+"), COMPONENTS))
+
+
+def copied(folder: Path, overlay: str, components: list[str]) -> Path:
+    """Copy everything, take the comment away from some components of an overlay, and return its folder."""
+    shutil.copytree(KUBERNETES, folder / "kubernetes")
+    file = folder / "kubernetes" / "overlays" / overlay / "kustomization.yaml"
+    text = re.sub(
+        rf"^# (components:|  - \.\./\.\./components/({'|'.join(components)})\b)",
+        r"\1",
+        file.read_text(),
+        flags=re.MULTILINE,
+    )
+    file.write_text(text)
+    return file.parent
 
 
 def of_kind(overlay: str, kind: str) -> list[Object]:
@@ -80,6 +116,12 @@ def volume(overlay: str, name: str) -> Object:
     return found
 
 
+def base_policy(overlay: str) -> Object:
+    """Return the policy that is there without any component."""
+    (found,) = [item for item in of_kind(overlay, "NetworkPolicy") if item["metadata"]["name"] == "embedding-gateway"]
+    return found
+
+
 def problems_of(item: Object, version: str) -> list[str]:
     """Return the violations of its kind's schema in an object."""
     try:
@@ -95,27 +137,39 @@ def problems_of(item: Object, version: str) -> list[str]:
 @OVERLAYS
 @VERSIONS
 def test_every_object_is_valid(overlay: str, version: str) -> None:
-    assert len(objects(overlay)) >= 11
+    assert len(objects(overlay)) >= (13 if overlay.endswith("+") else 9)
     assert [problem for item in objects(overlay) for problem in problems_of(item, version)] == []
 
 
 @VERSIONS
-@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ScaledObject", "ServiceMonitor"])
+@pytest.mark.parametrize("kind", ["Deployment", "Service", "ScaledObject", "ServiceMonitor", "PrometheusRule"])
 def test_a_field_that_does_not_exist_would_be_found(kind: str, version: str) -> None:
-    item = copy.deepcopy(only("gpu", kind))
+    item = copy.deepcopy(of_kind("gpu+", kind)[0])
     item["spec"]["replicaz"] = 1
 
     assert len(problems_of(item, version)) == 1
 
 
-@pytest.mark.parametrize("left_out", ["components/monitoring", "components/autoscaling"])
-def test_a_component_can_be_left_out(left_out: str, tmp_path: Path) -> None:
-    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
-    overlay = tmp_path / "kubernetes" / "overlays" / "gpu"
-    file = overlay / "kustomization.yaml"
-    file.write_text("\n".join(line for line in file.read_text().splitlines() if left_out not in line))
+@pytest.mark.parametrize(
+    ("component", "kinds"),
+    [
+        ("autoscaling", ["ScaledObject"]),
+        ("monitoring", ["PrometheusRule", "ServiceMonitor"]),
+        ("datadog", ["NetworkPolicy"]),
+        ("egress", ["NetworkPolicy"]),
+    ],
+)
+def test_a_component_adds_its_objects(component: str, kinds: list[str], tmp_path: Path) -> None:
+    found = kustomize(copied(tmp_path, "gpu", [component]))
+    without = Counter(item["kind"] for item in objects("gpu"))
 
-    assert len(kustomize(overlay)) == len(objects("gpu")) - 1
+    assert sorted((Counter(item["kind"] for item in found) - without).elements()) == kinds
+
+
+def test_a_cluster_needs_nothing_but_kubernetes() -> None:
+    groups = {item["apiVersion"] for name in ("gpu", "cpu") for item in objects(name)}
+
+    assert groups == {"v1", "apps/v1", "policy/v1", "networking.k8s.io/v1"}
 
 
 @OVERLAYS
@@ -155,13 +209,14 @@ def test_every_selector_finds_the_pod(overlay: str) -> None:
     selectors = [
         deployment["spec"]["selector"]["matchLabels"],
         only(overlay, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
-        only(overlay, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        *(policy["spec"]["podSelector"]["matchLabels"] for policy in of_kind(overlay, "NetworkPolicy")),
         *(item["labelSelector"]["matchLabels"] for item in pod(overlay)["spec"]["topologySpreadConstraints"]),
         *(service["spec"]["selector"] for service in of_kind(overlay, "Service")),
     ]
 
     assert [selector for selector in selectors if not selector or not selector.items() <= labels] == []
-    assert only(overlay, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    scaled = [item["spec"]["scaleTargetRef"]["name"] for item in of_kind(overlay, "ScaledObject")]
+    assert set(scaled) <= {deployment["metadata"]["name"]}
     assert pod(overlay)["spec"]["serviceAccountName"] == only(overlay, "ServiceAccount")["metadata"]["name"]
 
 
@@ -170,7 +225,7 @@ def test_ports_are_those_of_the_settings(overlay: str) -> None:
     settings = settings_of(overlay)
     by_name = {"http": settings.port, "admin": settings.admin_port}
     services = [port for service in of_kind(overlay, "Service") for port in service["spec"]["ports"]]
-    policy = only(overlay, "NetworkPolicy")["spec"]["ingress"]
+    policy = base_policy(overlay)["spec"]["ingress"]
 
     assert by_name == {"http": 8000, "admin": 9000}
     assert settings.host == "0.0.0.0"  # noqa: S104
@@ -188,7 +243,7 @@ def test_clients_cannot_reach_the_operators_port_through_their_service(overlay: 
     assert ports == {"embedding-gateway": ["http"], "embedding-gateway-admin": ["admin"]}
 
 
-@OVERLAYS
+@WITH_COMPONENTS
 def test_prometheus_finds_the_operators_service_alone(overlay: str) -> None:
     spec = only(overlay, "ServiceMonitor")["spec"]
     wanted = spec["selector"]["matchLabels"].items()
@@ -196,7 +251,20 @@ def test_prometheus_finds_the_operators_service_alone(overlay: str) -> None:
 
     assert [item["metadata"]["name"] for item in found] == ["embedding-gateway-admin"]
     assert {port["name"] for port in found[0]["spec"]["ports"]} == {endpoint["port"] for endpoint in spec["endpoints"]}
-    assert spec["jobLabel"] in found[0]["metadata"]["labels"]
+    # Rules and dashboard ask for the job `gateway`.
+    relabeled = {rule["targetLabel"]: rule.get("replacement") for e in spec["endpoints"] for rule in e["relabelings"]}
+    asked = set(re.findall(r'job="(\w+)"', str(prometheus_rules())))
+    assert asked == {relabeled["job"]}
+
+
+@WITH_COMPONENTS
+def test_the_operator_has_the_rules_of_prometheus(overlay: str) -> None:
+    ours, theirs = (
+        " ".join(json.dumps(groups, sort_keys=True).replace("\\n", " ").split())
+        for groups in (only(overlay, "PrometheusRule")["spec"]["groups"], read_yaml(RULES)["groups"])
+    )
+
+    assert ours == theirs  # but for spaces in expressions, which kustomize writes differently
 
 
 @OVERLAYS
@@ -204,7 +272,8 @@ def test_what_is_probed_and_scraped_answers_on_the_operators_port(
     overlay: str, make_model: Callable[..., Any], make_fleet: Callable[..., Any]
 ) -> None:
     probes = [container(overlay)[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
-    scraped = [endpoint["path"] for endpoint in only(overlay, "ServiceMonitor")["spec"]["endpoints"]]
+    monitors = of_kind(overlay, "ServiceMonitor")
+    scraped = [endpoint["path"] for monitor in monitors for endpoint in monitor["spec"]["endpoints"]]
     registry, fleet = make_fleet(make_model())
     fleet.started.set()
     client = TestClient(create_admin_app(Deployment(registry, Settings(), fleet)))
@@ -276,13 +345,17 @@ def test_the_example_of_a_secret_fits_and_admits_no_client(overlay: str, tmp_pat
 
 
 @OVERLAYS
-def test_the_key_of_the_operator_is_optional_and_from_the_secret(overlay: str) -> None:
-    (variable,) = container(overlay)["env"]
+def test_the_keys_of_the_operator_and_the_hub_are_optional_and_from_the_secret(overlay: str) -> None:
+    variables = {
+        v["name"]: v["valueFrom"]["secretKeyRef"] for v in container(overlay)["env"] if "secretKeyRef" in str(v)
+    }
+    example = (KUBERNETES / "secret.example.yaml").read_text()
 
-    assert variable["name"] == "GATEWAY_ADMIN_KEY"
-    reference = variable["valueFrom"]["secretKeyRef"]
-    assert reference["optional"] is True
-    assert reference["name"] == volume(overlay, "keys")["secret"]["secretName"]
+    assert variables.keys() == {"GATEWAY_ADMIN_KEY", "HF_TOKEN"}
+    for reference in variables.values():
+        assert reference["optional"] is True
+        assert reference["name"] == volume(overlay, "keys")["secret"]["secretName"]
+        assert f"# {reference['key']}: ..." in example
 
 
 def test_one_gpu_is_asked_for_where_there_is_one() -> None:
@@ -310,7 +383,7 @@ def test_images_are_this_version_of_their_variant() -> None:
     }
 
 
-@OVERLAYS
+@WITH_COMPONENTS
 def test_the_autoscaler_asks_for_a_metric_that_exists(overlay: str) -> None:
     spec = only(overlay, "ScaledObject")["spec"]
     (trigger,) = spec["triggers"]
@@ -322,3 +395,105 @@ def test_the_autoscaler_asks_for_a_metric_that_exists(overlay: str) -> None:
     assert 1 <= spec["minReplicaCount"] < spec["maxReplicaCount"]
     # It sets the replicas alone: an apply would set them back.
     assert "replicas" not in only(overlay, "Deployment")["spec"]
+
+
+# ---------------------------------------------------------------------------------------------------- components, examples
+
+
+@WITH_COMPONENTS
+def test_the_agent_of_datadog_reads_the_pod(overlay: str) -> None:
+    metadata = pod(overlay)["metadata"]
+    instance = check_of(metadata["annotations"]["ad.datadoghq.com/gateway.checks"])
+    (policy,) = [item for item in of_kind(overlay, "NetworkPolicy") if item["metadata"]["name"].endswith("-datadog")]
+    environ = {variable["name"]: variable.get("value", "") for variable in container(overlay)["env"]}
+
+    assert container(overlay)["name"] == "gateway"  # which the annotations name
+    assert same_settings(instance)
+    assert instance["openmetrics_endpoint"] == f"http://%%host%%:{settings_of(overlay).admin_port}/metrics"
+    assert instance["tags"] == ["instance:%%kube_pod_name%%"]
+    assert metadata["labels"]["tags.datadoghq.com/version"] == __version__
+    assert {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]} == {"admin"}
+    (otlp,) = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://$(DD_AGENT_HOST):{otlp}"
+
+
+def test_the_state_of_experiments_can_be_kept(tmp_path: Path) -> None:
+    found = {item["kind"]: item for item in kustomize(copied(tmp_path, "cpu", ["state"]))}
+    spec = found["Deployment"]["spec"]
+    environ = {v["name"]: v.get("value") for v in spec["template"]["spec"]["containers"][0]["env"]}
+
+    assert [problem for item in found.values() for problem in problems_of(item, "1.30")] == []
+    # Two pods must not write to one file.
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+    assert found["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteOncePod"]
+    state_dir = load_settings(image_environ()).state_dir
+    assert state_dir is not None
+    assert Path(environ["GATEWAY_EXPOSURE_LOG"] or "").parent == state_dir
+
+
+@pytest.mark.parametrize("file", sorted((KUBERNETES / "tls").glob("*.yaml")), ids=lambda file: file.stem)
+@VERSIONS
+def test_an_example_is_valid_and_leads_to_the_clients_service_by_tls(file: Path, version: str) -> None:
+    found = list(yaml.safe_load_all(file.read_text()))
+    text = str(found)
+
+    assert [problem for item in found for problem in problems_of(item, version)] == []
+    assert {item["metadata"]["namespace"] for item in found} == {only("gpu", "Namespace")["metadata"]["name"]}
+    assert "embedding-gateway-tls" in text
+    service = of_kind("gpu", "Service")[0]
+    assert re.search(rf"'name': '{service['metadata']['name']}', 'port': (8000|{{'name': 'http'}})", text)
+    assert "admin" not in text
+
+
+# ----------------------------------------------------------------------------------------------------------------- Ray
+
+
+def ray_pods() -> list[Object]:
+    spec = only("ray", "RayCluster")["spec"]
+    return [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+
+
+@VERSIONS
+def test_every_object_of_ray_is_valid(version: str) -> None:
+    assert [problem for item in objects("ray") for problem in problems_of(item, version)] == []
+    # Its schema leaves the pods to Kubernetes' own.
+    for template in ray_pods():
+        pod_object = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
+        assert problems_of({**pod_object, "spec": template["spec"]}, version) == []
+
+
+def test_fronts_and_replicas_are_nodes_of_one_cluster_and_of_one_image() -> None:
+    front = container("ray")
+    (command,) = front["args"]
+    head = f"{only('ray', 'RayCluster')['metadata']['name']}-head-svc"
+
+    assert settings_of("ray").cluster == "auto"
+    assert f"--address={head}:6379" in command
+    assert "--num-cpus=0" in command
+    assert command.endswith("exec gateway serve")  # which gets the signals
+    assert {c["image"] for template in ray_pods() for c in template["spec"]["containers"]} == {front["image"]}
+    keys = [
+        {v["name"]: v for v in c["env"] if v["name"].startswith("RAY_")}
+        for c in (front, *(c for template in ray_pods() for c in template["spec"]["containers"]))
+    ]
+    assert all(key == keys[0] for key in keys)
+    assert keys[0]["RAY_AUTH_MODE"]["value"] == "token"
+    locked = re.search(r"^ray==(\S+)", (ROOT / "requirements" / "dev.lock").read_text(), re.MULTILINE)
+    assert locked
+    assert only("ray", "RayCluster")["spec"]["rayVersion"] == locked[1]
+
+
+def test_the_nodes_of_ray_reach_each_other_and_keep_to_the_restricted_standard() -> None:
+    (policy,) = [item for item in of_kind("ray", "NetworkPolicy") if item["metadata"]["name"].endswith("-ray")]
+    wanted = policy["spec"]["podSelector"]["matchLabels"].items()
+    service = of_kind("ray", "Service")[0]["spec"]["selector"].items()
+
+    for template in (pod("ray"), *ray_pods()):
+        assert wanted <= template["metadata"]["labels"].items()
+        assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert template["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for part in template["spec"]["containers"]:
+            assert part["securityContext"]["allowPrivilegeEscalation"] is False
+            assert part["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    # Clients reach fronts alone.
+    assert [t for t in ray_pods() if service <= t["metadata"]["labels"].items()] == []
