@@ -88,7 +88,8 @@ class Connection:
                     check_compatibility=False,
                 )
             try:
-                return QdrantClient(path=place.location)
+                # Sources and sinks are used by threads in turn.
+                return QdrantClient(path=place.location, force_disable_check_same_thread=True)
             except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
                 reason = "another process uses it" if "already accessed" in str(error) else str(error)
                 raise BulkError(f"the folder {place.location} cannot be opened as a Qdrant store: {reason}") from error
