@@ -53,7 +53,7 @@ smoke: install ## Check in a minute that the installation works: start, embed, c
 	@$(BIN)/python tests/smoke.py $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev install-clients test test-plan check format docs site bench loadtest soak image-proof lock clean
+.PHONY: install-dev install-clients test test-plan check format docs site package bench loadtest soak versions image-proof lock clean
 
 install-dev: $(DEV)/.installed ## Install what the tests and checks need, into build/dev
 
@@ -90,6 +90,11 @@ docs: install-dev ## Write the generated parts of the documentation, the dashboa
 site: build/site-env/.installed ## Build the documentation as a site with search, in build/site
 	build/site-env/bin/python docs/site.py
 
+package: install-dev build/lock/.installed ## Build sdist and wheel into dist, install the wheel apart, serve with it
+	rm -rf dist
+	build/lock/bin/uv build --quiet --build-constraint requirements/build.lock --out-dir dist .
+	PACKAGE_DIST=dist $(DEV_BIN)/pytest -q tests/test_package.py
+
 loadtest: install-dev ## Load a new gateway with locust, or another: HOST=URL MODELS=a,b PROFILE=knee
 	$(DEV_BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
 	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
@@ -100,6 +105,9 @@ soak: install-dev ## Ten minutes of load while one thing after another fails (AR
 bench: install ## Measure the start, then compare with Infinity's server (ARGS=--quick)
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.compare $(ARGS)
+
+versions: install-dev ## How old the pinned images and actions are, and until when they are supported
+	$(DEV_BIN)/python deploy/versions.py $(ARGS)
 
 image-proof: ## Build the image without a registry, run it, measure it (root; deploy/image/prove.py)
 	python3 deploy/image/prove.py --torch-index="$(TORCH_INDEX)" $(ARGS)

@@ -155,7 +155,7 @@ METRICS_INTRODUCTION = """\
 
 `GET /metrics` returns these in Prometheus' text format, together with the standard metrics of the process (`process_*`,
 `python_info`). [deploy/](../deploy/README.md) has a dashboard and alert rules, and [operations.md](operations.md#alerts)
-describes what to do about each alert.
+describes what to do about each alert. In Datadog, the metrics have [other names](../deploy/datadog/README.md#names).
 
 Labels hold names from the registry, never anything that a client sent. `task`, `experiment` and `arm` are empty for requests
 without one. When a reload removes a model, its series disappear. Durations are in seconds; the smallest bucket is 1 ms.

@@ -1,0 +1,113 @@
+"""List the images, actions and releases that the deployment pins: how old each is, and until when it is supported.
+
+python deploy/versions.py           print it; exit 1 if something is not supported any more, or is not in the table below
+python deploy/versions.py --newest  also say where the newest versions are listed
+
+It asks no network. With a pin, change its dates in the table too; the tests compare both.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Facts about a version.
+
+    Args:
+        released: the first day of its month where the day is not known; ``None`` where neither is.
+        supported_until: as its makers say; ``None`` where they name no day: then only the newest version is supported.
+        source: where its versions are listed.
+    """
+
+    released: date | None
+    supported_until: date | None
+    source: str
+
+
+KNOWN = {
+    "python:3.13.16-slim-trixie": Known(date(2026, 9, 30), date(2029, 10, 31), "https://devguide.python.org/versions/"),
+    # A release with long-term support.
+    "prom/prometheus:v3.13.3": Known(
+        date(2026, 9, 7), date(2027, 7, 31), "https://prometheus.io/docs/introduction/release-cycle/"
+    ),
+    "prom/alertmanager:v0.34.0": Known(date(2026, 8, 1), None, "https://github.com/prometheus/alertmanager/releases"),
+    # Nine months from 13.2.0.
+    "grafana/grafana:13.2.1": Known(date(2026, 9, 1), date(2027, 5, 18), "https://grafana.com/grafana/download"),
+    "milvusdb/milvus:v2.6.19": Known(None, None, "https://milvus.io/docs/release_notes.md"),
+    "gcr.io/datadoghq/agent:7.84.6": Known(
+        date(2026, 10, 26), None, "https://github.com/DataDog/datadog-agent/releases"
+    ),
+    "ray:2.60.0": Known(date(2026, 11, 1), None, "https://pypi.org/project/ray/"),
+    # Majors of actions are moving tags. Those before these need Node.js 20, which GitHub's runners do not have any more.
+    "actions/checkout@v7": Known(date(2026, 6, 22), None, "https://github.com/actions/checkout/releases"),
+    "actions/setup-python@v7": Known(date(2026, 7, 1), None, "https://github.com/actions/setup-python/releases"),
+    "actions/upload-artifact@v7": Known(date(2026, 2, 1), None, "https://github.com/actions/upload-artifact/releases"),
+    "actions/download-artifact@v8": Known(
+        date(2026, 2, 1), None, "https://github.com/actions/download-artifact/releases"
+    ),
+    "actions/attest-build-provenance@v4": Known(
+        None, None, "https://github.com/actions/attest-build-provenance/releases"
+    ),
+    "docker/setup-buildx-action@v4": Known(None, None, "https://github.com/docker/setup-buildx-action/releases"),
+    "docker/login-action@v4": Known(None, None, "https://github.com/docker/login-action/releases"),
+    "docker/metadata-action@v6": Known(None, None, "https://github.com/docker/metadata-action/releases"),
+    "docker/build-push-action@v7": Known(None, None, "https://github.com/docker/build-push-action/releases"),
+    "pypa/gh-action-pypi-publish@release/v1": Known(
+        None, None, "https://github.com/pypa/gh-action-pypi-publish/releases"
+    ),
+}
+_PATTERNS = (
+    ("Dockerfile", r"^ARG PYTHON_IMAGE=([^@\s]+)"),
+    ("deploy/compose/mem0/Dockerfile", r"^ARG PYTHON_IMAGE=([^@\s]+)"),
+    ("deploy/compose/*.yaml", r"^ +image: (?!embedding-gateway)(\S+)"),
+    ("deploy/kubernetes/**/*.yaml", r"^ +(rayVersion: \S+)"),
+    (".github/workflows/*.yml", r"uses: (\S+)"),
+)
+
+
+def pins() -> Iterator[tuple[str, str]]:
+    """Yield each pinned version and the file that pins it."""
+    for files, pattern in _PATTERNS:
+        for path in sorted(ROOT.glob(files)):
+            for pin in re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE):
+                yield pin.replace("rayVersion: ", "ray:"), str(path.relative_to(ROOT))
+
+
+def lines(today: date, *, with_sources: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield a line for each pinned version, and whether it is all right."""
+    for pin in sorted({pin for pin, _ in pins()}):
+        known = KNOWN.get(pin)
+        if known is None:
+            yield f"{pin:<42} not in the table of {Path(__file__).name}", False
+            continue
+        age = f"{(today - known.released).days} days old" if known.released else "age not known"
+        until = known.supported_until
+        is_supported = until is None or today <= until
+        support = f"supported until {until}" if is_supported else f"NOT SUPPORTED since {until}"
+        yield (
+            f"{pin:<42} {age:<16} {support if until else 'the newest is supported':<28}"
+            + (known.source if with_sources else ""),
+            is_supported,
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table."""
+    is_right = True
+    for line, is_good in lines(date.today(), with_sources="--newest" in arguments):
+        print(line.rstrip())
+        is_right &= is_good
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""deploy/versions.py knows every pinned version, and says which is not supported any more."""
+
+from __future__ import annotations
+
+from datetime import date
+
+import pytest
+
+from deploy import versions
+
+
+def test_every_pin_is_in_the_table_and_nothing_else_is() -> None:
+    assert {pin for pin, _ in versions.pins()} == versions.KNOWN.keys()
+    files = {file for _, file in versions.pins()}
+    assert {"Dockerfile", "deploy/compose/compose.yaml", ".github/workflows/ci.yml"} <= files
+
+
+def test_everything_was_supported_when_it_was_pinned() -> None:
+    for known in versions.KNOWN.values():
+        assert known.source.startswith("https://")
+        if known.released and known.supported_until:
+            assert known.released < known.supported_until
+
+
+@pytest.mark.parametrize(("today", "is_supported"), [(date(2027, 7, 31), True), (date(2027, 8, 1), False)])
+def test_the_end_of_support_is_said(today: date, is_supported: bool) -> None:
+    found = {line.split()[0]: (line, good) for line, good in versions.lines(today)}
+    line, is_good = found["prom/prometheus:v3.13.3"]
+
+    assert is_good == is_supported
+    assert ("NOT SUPPORTED" in line) != is_supported
+    assert "days old" in line
+
+
+def test_a_pin_without_dates_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "KNOWN", {})
+
+    assert [good for _, good in versions.lines(date(2026, 11, 26))] == [False] * len(
+        {pin for pin, _ in versions.pins()}
+    )
