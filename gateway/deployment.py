@@ -204,9 +204,9 @@ class Deployment:
 
     def _switch_to(self, registry: Registry, fleet: Fleet, experiments: dict[str, str], started: float) -> Reloaded:
         """Serve another registry. Nothing awaits in here, so each request sees either the old one or the new one."""
-        old_registry, old_fleet, old_shadows = self.registry, self.fleet, self.shadows
-        old_captures = self.captures
-        fleet.take_over(old_fleet, registry)
+        old_registry, old_fleet, old_shadows, old_captures = self.registry, self.fleet, self.shadows, self.captures
+        for cache in fleet.take_over(old_fleet, registry):
+            self._run_in_background(cache.close())
         self._serve(registry, fleet)
         self._accept_models()
         self._run_in_background(self._retire_names(old_registry, old_shadows))

@@ -8,17 +8,21 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import structlog
 
 from gateway.backends.base import Backend
+from gateway.backends.enabled import USUAL_REASONS, load_order, why_disabled
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LicenseNotAccepted, LoadError, StartError
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
+
+if TYPE_CHECKING:
+    from gateway.cache.model_cache import ModelCache
 
 log = structlog.get_logger(__name__)
 
@@ -32,11 +36,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 _ON_DEMAND_STATES = (ModelState.UNLOADED, ModelState.LOADING)
 # A reload tries again: what was missing may be there now, such as the file, the card, or a yes to the license.
 _RETRIED_STATES = (ModelState.FAILED, ModelState.DISABLED)
-
-_ON_THE_CPU = "(`enabled: true` in models.yaml runs it on the CPU)"
-# What needs no warning: there is nothing to be mended.
-_USUAL = f"no accelerator is present {_ON_THE_CPU}"
-_SWITCHED_OFF = "switched off in models.yaml (`enabled: false`)"
 
 
 class Site(Protocol):
@@ -79,6 +78,7 @@ class Model:
         info: known once the checkpoint has been read, even if loading fails after that.
         reason: why the model is disabled or failed; empty otherwise.
         created: Unix time at which the model became ready, for OpenAI's ``created``.
+        cache: of its vectors, if the entry has one.
     """
 
     entry: ModelEntry
@@ -87,9 +87,13 @@ class Model:
     info: ModelInfo | None = None
     reason: str = ""
     created: int = 0
+    cache: ModelCache | None = None
     _num_in_flight: int = 0
     _is_retired: bool = False
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.cache = _open_cache(self.entry)
 
     @property
     def id(self) -> str:
@@ -110,6 +114,8 @@ class Model:
     def report(self, state: ModelState, reason: str) -> None:
         """Set the state, and show it in the metrics."""
         self.state, self.reason = state, reason
+        if state is ModelState.RECOVERING and self.cache is not None:
+            self.cache.forget()  # what is wrong with the model may have been wrong for a while
         if self._is_retired:  # the metrics of this id belong to another model by now, or are gone
             return
         metrics.MODEL_READY.labels(self.id).set(self.takes_requests)
@@ -117,6 +123,16 @@ class Model:
             metrics.MODEL_STATE.labels(self.id, possible.value).set(possible is state)
 
     async def embed(self, job: EmbedJob) -> Embeddings:
+        """Embed the texts of a job, those that are in the cache without the backend.
+
+        Raises:
+            RequestError: one of those of :meth:`gateway.backends.base.Backend.embed`.
+        """
+        if self.cache is None or self.info is None:
+            return await self.compute(job)
+        return await self.cache.embed(job, self.info, self.compute)
+
+    async def compute(self, job: EmbedJob) -> Embeddings:
         """Have the backend embed the texts of a job; see :meth:`gateway.backends.base.Backend.embed`."""
         with self.in_use():
             return await self.backend.embed(job)
@@ -126,7 +142,7 @@ class Model:
         if self.info is None:
             return None
         golden = None if self.entry.golden is None or self.entry.is_remote else Path(self.entry.golden)
-        return Reference(self.info, self.state, golden, self.embed)
+        return Reference(self.info, self.state, golden, self.compute)
 
     @asynccontextmanager
     async def vocabulary(self) -> AsyncIterator[Vocabulary]:
@@ -155,6 +171,24 @@ class Model:
                     await asyncio.wait_for(self._is_idle.wait(), grace_s)
         finally:
             await (self.backend.remove() if isinstance(self.backend, Removable) else self.backend.stop())
+            await self._close_cache()
+
+    def take_entry(self, entry: ModelEntry) -> ModelCache | None:
+        """Take the entry of another registry, which needs no load; return the cache if it has been replaced."""
+        before, self.entry = self.entry, entry
+        if before.cache == entry.cache:
+            return None
+        replaced, self.cache = self.cache, _open_cache(entry)
+        return replaced
+
+    async def stop(self) -> None:
+        """Stop the backend, and close the cache."""
+        await self.backend.stop()
+        await self._close_cache()
+
+    async def _close_cache(self) -> None:
+        if self.cache is not None:
+            await self.cache.close()
 
 
 class Fleet:
@@ -186,12 +220,12 @@ class Fleet:
             models.append(model)
         return Fleet(models, self._site)
 
-    def take_over(self, old: Fleet, registry: Registry) -> None:
-        """Replace the old fleet; the models that were kept get their new entries."""
-        for entry in registry.models:
-            self._models[entry.id].entry = entry
+    def take_over(self, old: Fleet, registry: Registry) -> list[ModelCache]:
+        """Replace the old fleet, and give the kept models their new entries; return the caches that are to be closed."""
+        replaced = [self._models[entry.id].take_entry(entry) for entry in registry.models]
         old._is_replaced = True
         self.started.set()
+        return [cache for cache in replaced if cache is not None]
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -239,7 +273,7 @@ class Fleet:
         for model in waiting:
             if reason := await asyncio.to_thread(self._site.why_disabled, model.entry):
                 model.report(ModelState.DISABLED, reason)
-                note = log.info if reason in (_SWITCHED_OFF, _USUAL) else log.warning
+                note = log.info if reason in USUAL_REASONS else log.warning
                 note("model_disabled", model=model.id, reason=reason)
         loading = [model for model in waiting if model.state is ModelState.LOADING]
         if loading:
@@ -341,59 +375,15 @@ class Fleet:
         """Stop every model; requests that still wait get an error."""
         for model in self:
             did_take_requests = model.takes_requests
-            await model.backend.stop()
+            await model.stop()
             if did_take_requests:
                 model.report(ModelState.STOPPED, "the gateway is shutting down")
 
 
-def load_order(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
-    """Return models of this process in the order of their loads, so that none waits for gigabytes of another one.
+def _open_cache(entry: ModelEntry) -> ModelCache | None:
+    """Return the cache of a model; without one, its package is not imported."""
+    if entry.cache is None:
+        return None
+    from gateway.cache.opening import open_cache
 
-    First those of installed packages, which are small, then those whose checkpoints are on this machine, then those that
-    are downloaded; at last those that are loaded on demand, which only takes a description.
-    """
-    from gateway.engine.checkpoint.sources import is_cached
-
-    def rank(entry: ModelEntry) -> tuple[bool, bool, bool]:
-        return entry.is_on_demand, not is_cached(entry), entry.parsed_source.kind != "package"
-
-    return sorted(entries, key=rank)
-
-
-def why_disabled(entry: ModelEntry) -> str:
-    """Return why a model is disabled on this machine; empty if it is enabled.
-
-    Imports torch only if the answer depends on it.
-    """
-    if entry.enabled is False:
-        return _SWITCHED_OFF
-    if entry.enabled == "auto" and not entry.is_remote:
-        why_no_card = _why_no_card("auto" if entry.device == "cpu" else entry.device)
-        return why_no_card or _why_not_fetched(entry)
-    return ""
-
-
-def _why_not_fetched(entry: ModelEntry) -> str:
-    """Return why the checkpoint of a model may not be downloaded, as far as its entry says; empty if it may, or is here."""
-    from gateway.engine.checkpoint.sources import is_cached, require_license
-
-    try:
-        require_license(entry, entry.license or "")
-    except LicenseNotAccepted as error:
-        return "" if is_cached(entry) else str(error)
-    return ""
-
-
-def _why_no_card(setting: str) -> str:
-    """Return why a setting of ``device`` gets no card on this machine; empty if it gets one."""
-    from gateway.engine.cards import read_machine
-
-    machine = read_machine()
-    if machine.is_unsure:
-        from gateway.engine.devices import see_cards  # imports torch
-
-        machine = see_cards()
-    obstacle = machine.obstacle_to(setting)
-    if obstacle is None:
-        return ""
-    return f"{obstacle} {_ON_THE_CPU}" if setting == "auto" else str(obstacle)
+    return open_cache(entry.id, entry.cache, is_remote=entry.is_remote)

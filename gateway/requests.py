@@ -187,6 +187,7 @@ class EmbedAnswer(Answer):
         has_dense: the request asked for dense vectors.
         precision: what the vectors are to be written in.
         ranges: of their dimensions, if the precision needs them.
+        num_cached: how many texts had been embedded before; ``None`` for a model without a cache.
     """
 
     vectors: Vectors
@@ -196,6 +197,7 @@ class EmbedAnswer(Answer):
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
     states: Sequence[States] | None = None
+    num_cached: int | None = None
 
     @property
     def num_texts(self) -> int:

@@ -215,6 +215,7 @@ async def _embed(target: Target, choice: Choice, request: EmbedRequest, patience
         sparse=result.sparse,
         multivectors=result.multivectors,
         states=result.states,
+        num_cached=result.num_cached,
         assignment=choice.assignment,
     )
 

@@ -347,6 +347,7 @@ class Embeddings:
         sparse: token weights of each text, if requested.
         multivectors: token vectors of each text, if requested.
         states: token states of each text, if requested.
+        num_cached: how many texts were not computed, because they had been before; ``None`` without a cache.
     """
 
     vectors: Vectors
@@ -356,6 +357,7 @@ class Embeddings:
     sparse: Sequence[SparseVector] | None = None
     multivectors: Sequence[MultiVector] | None = None
     states: Sequence[States] | None = None
+    num_cached: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

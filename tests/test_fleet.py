@@ -10,10 +10,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.backends.base import Report
+from gateway.backends.enabled import why_disabled
 from gateway.backends.fake import FakeBackend, fake_info
 from gateway.config.registry import ModelEntry, Registry
 from gateway.errors import LoadError, StartError
-from gateway.fleet import Fleet, Model, why_disabled
+from gateway.fleet import Fleet, Model
 from gateway.telemetry import metrics
 from gateway.types import ModelInfo, ModelState
 from tests.nvml import FakeCard, FakeDriver, install, install_torch

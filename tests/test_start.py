@@ -34,7 +34,7 @@ class Backend(FakeBackend):
         {start}
         return info
 
-gateway.deployment.make_real_backend = lambda entry, settings, residents, on_card_lost: Backend(fake_info(entry.id))
+gateway.deployment.make_real_backend = lambda entry, *_rest: Backend(fake_info(entry.id))
 {before}
 gateway.cli.main.main()
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from gateway.requests import Answer
+from gateway.requests import Answer, EmbedAnswer
 from gateway.types import Timings
 
 # A header lists so many truncated inputs and then how many more there are: proxies limit headers to 8 KiB.
@@ -32,6 +32,8 @@ def answer_headers(answer: Answer, timings: Timings, elapsed_s: float) -> dict[s
         headers["x-gateway-experiment"] = answer.assignment.experiment
         headers["x-gateway-arm"] = answer.assignment.arm.label
         headers["x-gateway-assignment"] = answer.assignment.reason.value
+    if isinstance(answer, EmbedAnswer) and answer.num_cached is not None:
+        headers["x-gateway-cache"] = f"{answer.num_cached}/{answer.num_texts}"
     if answer.truncated:
         headers["x-gateway-truncated"] = _list_indices(answer.truncated)
     return headers

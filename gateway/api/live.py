@@ -40,6 +40,7 @@ class LiveModel(BaseModel):
     p99_s: float | None
     golden_cosine: float | None = Field(description="The lowest at the last check; `null` before one.")
     golden_limit: float | None
+    cache_hit_rate: float | None = Field(description="Share of all texts; `null` without a cache, or before any text.")
 
 
 class LiveCard(BaseModel):
@@ -177,6 +178,7 @@ def _live_model(model: Model, traffic: RecentTraffic, gauges: Mapping[str, float
         p99_s=counted.p99_s,
         golden_cosine=gauges["golden_cosine"],
         golden_limit=gauges["golden_limit"],
+        cache_hit_rate=model.cache.hit_rate if model.cache else None,
     )
 
 

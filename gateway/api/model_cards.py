@@ -93,6 +93,7 @@ def model_card(model: Model, registry: Registry, task: str | None = None) -> Mod
             "rerank": {output.value: weight for output, weight in info.rerank.items()},
             "space": info.space(default_task),
             "spaces": {task: info.space(task) for task in info.tasks},
+            "cache": model.cache is not None,
         }
     )
 

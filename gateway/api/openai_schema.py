@@ -252,6 +252,10 @@ class ModelCard(AnswerBody):
     spaces: dict[str, str] = Field(default_factory=dict, description="Space of each task, with native dimensions.")
     device: str | None = None
     dtype: str | None = None
+    cache: bool = Field(
+        default=False,
+        description="Whether vectors are kept for the next request with the same text; see `x-gateway-cache`.",
+    )
     notes: list[str] = Field(
         default_factory=list,
         description="About where the model runs, such as a graphics card that is not used, and why.",

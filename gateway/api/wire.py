@@ -79,6 +79,11 @@ RERANK_HEADERS = {
 EMBEDDINGS_HEADERS = {
     **RERANK_HEADERS,
     "x-gateway-space": _header("Identity of the vectors' space.", pattern="^[A-Za-z0-9._-]+@[0-9a-f]{12}$"),
+    "x-gateway-cache": _header(
+        "How many of the texts had been embedded before, such as `3/32`, for a model with a cache.",
+        is_required=False,
+        pattern=r"^\d+/\d+$",
+    ),
     "x-gateway-task": _header("The task, if the model has any.", is_required=False),
 }
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from gateway.backends.enabled import why_disabled
 from gateway.cli.console import make_console, print_error, say
 from gateway.config.registry import ModelEntry, Registry
 from gateway.engine.checkpoint import fetch as fetching
 from gateway.engine.checkpoint.hub import Repository, cache_folder, endpoint, format_size
 from gateway.engine.checkpoint.sources import find_download, locate
 from gateway.errors import LoadError, StartError
-from gateway.fleet import why_disabled
 
 # Between two lines about a download that no one watches at a terminal.
 _LINE_S = 30.0

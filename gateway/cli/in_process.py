@@ -18,7 +18,7 @@ from gateway.types import ModelState
 PATIENCE_S = 86_400.0
 """How long a request may take."""
 
-_LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None}
+_LOADED_NOW = {"enabled": True, "load": "eager", "idle_unload_s": None, "cache": None}
 
 
 @asynccontextmanager

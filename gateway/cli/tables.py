@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from gateway.backends.enabled import load_order, why_disabled
 from gateway.cli.console import make_console, make_table, say
 from gateway.cli.verify import Check
 from gateway.config.registry import Arm, ModelEntry, Registry
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
 from gateway.errors import LicenseNotAccepted, LoadError
-from gateway.fleet import Model, load_order, why_disabled
+from gateway.fleet import Model
 from gateway.routing.rules import broken_rules
 from gateway.server import Addresses
 from gateway.types import ModelInfo, ModelKind, ModelState
@@ -63,7 +64,10 @@ def _described(model: Model) -> Iterator[str]:
     if info is None or model.state in {ModelState.FAILED, ModelState.DISABLED}:
         yield model.reason
         return
-    yield ", ".join([*_run(info), *(["on demand"] if model.entry.is_on_demand else [])])
+    has_cache = model.cache is not None and info.kind is ModelKind.EMBED
+    yield ", ".join(
+        [*_run(info), *(["on demand"] if model.entry.is_on_demand else []), *(["cache"] if has_cache else [])]
+    )
     yield _space(info)
     yield from info.notes
 
@@ -228,6 +232,8 @@ def _certain_plan(entry: ModelEntry) -> Plan | None:
 
 
 def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
+    from gateway.engine.memory import format_bytes
+
     try:
         forecast = forecaster.forecast(entry)
     except LicenseNotAccepted as error:
@@ -236,7 +242,10 @@ def _plan(entry: ModelEntry, forecaster: Forecaster) -> Plan:
         return Plan(entry.id, "no", [str(error)])
     verdict = "on demand" if entry.is_on_demand else "yes"
     verdict = verdict if forecast.info else "after a download"
-    return Plan(entry.id, verdict, list(describe_forecast(forecast)), forecast.info, forecast)
+    lines = list(describe_forecast(forecast))
+    if entry.cache is not None:
+        lines.append(f"cache: up to {format_bytes(entry.cache.max_bytes)} of memory in addition")
+    return Plan(entry.id, verdict, lines, forecast.info, forecast)
 
 
 def describe_forecast(forecast: Forecast) -> Iterator[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from gateway.config.cache import CacheConfig
 from gateway.config.fields import (
     Device,
     Distinct,
@@ -185,6 +185,11 @@ class ModelEntry(Frozen):
         "it. Checked: the vectors of both must agree, or this model is not served. For `backend: openai` and "
         "`tei`.",
     )
+    cache: CacheConfig | None = Field(
+        default=None,
+        description="Keeps vectors for the next request with the same text, such as `{max_bytes: 1GiB}`. For models that "
+        "embed. By default no vectors are kept.",
+    )
     _written_source: str | None = PrivateAttr(None)
     allow_space_change: bool = Field(
         default=False,
@@ -217,7 +222,7 @@ class ModelEntry(Frozen):
 
     def loads_like(self, other: ModelEntry) -> bool:
         """Return whether a model loaded for this entry can serve another one."""
-        unloaded = {"required", "allow_space_change", "license", "license_accepted"}
+        unloaded = {"cache", "required", "allow_space_change", "license", "license_accepted"}
         return self.model_dump(exclude=unloaded) == other.model_dump(exclude=unloaded)
 
     @field_validator("golden", "ranges")
@@ -238,8 +243,8 @@ class ModelEntry(Frozen):
 
     @model_validator(mode="after")
     def _check_backend(self) -> ModelEntry:
-        if problem := next(chain(_backend_problems(self), _load_problems(self)), ""):
-            raise ValueError(problem)
+        if problems := [*_backend_problems(self), *_load_problems(self)]:
+            raise ValueError(problems[0])
         return self
 
     @field_validator("source")

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gateway.backends.enabled import why_disabled
 from gateway.cli.tables import Plan, Plans, describe_forecast, make_plans
 from gateway.config.licenses import forbids_commercial_use
 from gateway.config.registry import ModelEntry, Registry, load_registry
 from gateway.doctor.finding import Check, Detail, Finding, Status
 from gateway.errors import ConfigError, LoadError
-from gateway.fleet import why_disabled
 
 if TYPE_CHECKING:
     from gateway.engine.forecast import Forecast

@@ -98,7 +98,7 @@ class ShadowQueue:
         started = time.monotonic()
         try:
             target = self._router.resolve(self.shadow.to, copy.task)
-            result = await target.model.embed(
+            result = await target.model.compute(  # a cache would measure the cache, and fill up
                 EmbedJob(
                     texts=copy.texts,
                     task=target.task,

@@ -67,6 +67,22 @@ TOKENIZER_REQUESTS = Counter(
     "Requests to tokenize texts or decode token ids, by `ok` or the error code.",
     ["model", "operation", "outcome"],
 )
+CACHE_TEXTS = Counter(
+    "gateway_cache_texts",
+    "Texts of a model with a cache, by where their vectors came from: `memory`, `disk`, `redis`, or `miss` for those that "
+    "were computed. The hit rate is the share of all but `miss`.",
+    ["model", "outcome"],
+)
+CACHE_BYTES = Gauge("gateway_cache_bytes", "Memory that the vectors in a model's cache take.", ["model"])
+CACHE_EVICTIONS = Counter(
+    "gateway_cache_evictions", "Entries that left a model's cache because there was no room for them.", ["model"]
+)
+CACHE_ERRORS = Counter(
+    "gateway_cache_errors",
+    "Times that the disk or Redis of a model's cache failed, was too slow, or had too much to write. Requests are answered "
+    "without it.",
+    ["model", "store"],
+)
 SHADOW_REQUESTS = Counter(
     "gateway_shadow_requests", "Shadow requests, by `ok`, `dropped` or the error code.", ["of", "to", "outcome"]
 )

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -19,32 +17,7 @@ from gateway.access.keyring import Client
 from gateway.access.quotas import Quotas, Ticket
 from gateway.errors import ClientDisconnected, ConfigError, RateLimited
 from gateway.telemetry import metrics
-from tests.peers import find
-
-
-@dataclass(frozen=True, slots=True)
-class Redis:
-    """The address and the socket of a Redis."""
-
-    uri: str
-    socket: Path
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """Run a Redis, and yield its address and socket."""
-    server = find("redis-server", "redis-server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    command += ["--unixsocket", str(folder / "socket")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            _wait_until_it_listens(port)
-            yield Redis(f"redis://127.0.0.1:{port}/0", folder / "socket")
-        finally:
-            process.terminate()
+from tests.redis_server import Redis
 
 
 @pytest.fixture
@@ -57,15 +30,6 @@ def redis(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def redis_socket(redis_server: Redis) -> Path:
     return redis_server.socket
-
-
-def _wait_until_it_listens(port: int) -> None:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.02)
-    raise TimeoutError("redis-server does not listen")
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from gateway.backends.enabled import load_order, why_disabled
 from gateway.config.registry import ModelEntry, Registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.engine.checkpoint.sources import locate
 from gateway.errors import ModelDisabled, ModelNotReady
-from gateway.fleet import Fleet, load_order, why_disabled
+from gateway.fleet import Fleet
 from gateway.routing.router import _not_ready
 from gateway.types import ModelState
 from tests.hub import COMMIT, Hub, Repo, files_of, running_hub, use

@@ -91,7 +91,13 @@ class Watch:
             )
         else:
             if problem:
+                has_served = server.breaker.is_closed
                 server.shut_out(f"{server.name} gives other vectors than before, and may run another model: {problem}")
+                if (
+                    has_served
+                ):  # its last vectors may be wrong: a cache of the model is emptied, also if other servers go on
+                    self._report(ModelState.RECOVERING, server.breaker.reason)
+                    self._was_ready = False
             else:
                 server.let_in()
         finally:

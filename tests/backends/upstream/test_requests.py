@@ -326,6 +326,19 @@ async def test_another_model_behind_the_same_name_is_shut_out(server: StandIn) -
     assert "gives other vectors than before, and may run another model" in reason
 
 
+async def test_other_vectors_of_one_of_two_servers_are_reported_once(servers: tuple[StandIn, StandIn]) -> None:
+    """A cache of the model is emptied then, and the model goes on with the other server."""
+    states = States()
+    async with loaded(entry(*servers), states, golden_interval_s=0.2) as backend:
+        servers[0].weights = "other"
+        await states.wait_for(ModelState.READY)
+        num_trials = len(servers[0].bodies)
+        await wait_until(lambda: len(servers[0].bodies) > num_trials + 2)  # it is probed again and again
+        np.testing.assert_array_equal((await backend.embed(job())).vectors, expected())
+    assert [state for state, _reason in states.reported] == [ModelState.RECOVERING, ModelState.READY]
+    assert "gives other vectors than before" in states.reported[0][1]
+
+
 async def test_a_server_that_comes_back_with_another_model_is_not_let_in(servers: tuple[StandIn, StandIn]) -> None:
     async with loaded(entry(*servers)) as backend:
         servers[0].fault = "503"

@@ -1,0 +1,64 @@
+"""Entries in memory, as many as there is room for: the one that was not used for longest goes first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+# The cost of an entry in addition to the bytes of its key and value: two objects, a node of the list, a part of the table
+# while that grows, and what the allocator rounds up. A test measures it.
+ENTRY_BYTES = 256
+
+
+class MemoryStore:
+    """Bytes by key, the least recently used first.
+
+    An ``OrderedDict`` is all that is needed. ``cachetools`` would keep the sizes of the entries, which these know, in a
+    second dictionary, with 100 bytes more for each.
+
+    Args:
+        max_bytes: of all entries, with what Python adds to them. Larger ones than an eighth of it are not kept.
+        on_change: takes the change in bytes, and how many entries had to go.
+    """
+
+    def __init__(
+        self, max_bytes: int, on_change: Callable[[int, int], None] = lambda _change, _num_evicted: None
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._on_change = on_change
+        self._entries: OrderedDict[bytes, bytes] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return an entry, which is now the last to go."""
+        value = self._entries.get(key)
+        if value is not None:
+            self._entries.move_to_end(key)
+        return value
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Keep an entry, and drop others until there is room."""
+        if _size(key, value) > self._max_bytes // 8:
+            return
+        before, num_evicted = self.num_bytes, 0
+        if (old := self._entries.pop(key, None)) is not None:
+            self.num_bytes -= _size(key, old)
+        self._entries[key] = value
+        self.num_bytes += _size(key, value)
+        while self.num_bytes > self._max_bytes:
+            self.num_bytes -= _size(*self._entries.popitem(last=False))
+            num_evicted += 1
+        self._on_change(self.num_bytes - before, num_evicted)
+
+    def clear(self) -> None:
+        """Drop all entries."""
+        self._entries.clear()
+        self._on_change(-self.num_bytes, 0)
+        self.num_bytes = 0
+
+
+def _size(key: bytes, value: bytes) -> int:
+    return len(key) + len(value) + ENTRY_BYTES

@@ -1,0 +1,196 @@
+"""The cache of one model: between the service and the backend, which gets only the texts that are not in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gateway.cache.entries import Part, entries_of, num_tokens_of, part_of
+from gateway.cache.joining import complete, joined
+from gateway.cache.keys import key_of
+from gateway.cache.memory import MemoryStore
+from gateway.cache.stores import Guarded
+from gateway.errors import BadInput, RequestError
+from gateway.telemetry import metrics
+from gateway.types import (
+    Embeddings,
+    EmbedJob,
+    ModelInfo,
+    ModelKind,
+    Output,
+    Timings,
+    Truncate,
+)
+
+# Hashing so many characters takes about a millisecond; more are hashed in a thread.
+_SMALL_CHARACTERS = 500_000
+_NOTHING = Embeddings(np.zeros((0, 0), np.float32), [], [], Timings(0.0, 0.0, 0.0))
+_KEPT = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
+
+
+class ModelCache:
+    """Answers jobs from entries of earlier ones, as far as there are any, and has the others computed.
+
+    The cache is exact: an entry is found by the hash of its text and of everything else that its vectors depend on. Pairs,
+    late chunks and token states are computed each time.
+
+    Args:
+        model: id, for the metrics.
+        max_bytes: of the entries in memory.
+        store: another place for entries, or ``None``.
+        is_remote: see :func:`gateway.cache.entries.part_of`.
+        is_per_client: no client gets what was computed for another one.
+    """
+
+    def __init__(
+        self, model: str, max_bytes: int, store: Guarded | None, *, is_remote: bool, is_per_client: bool
+    ) -> None:
+        self._memory = MemoryStore(max_bytes, self._note_change)
+        self._store = store
+        self._is_remote = is_remote
+        self._is_per_client = is_per_client
+        self._info: ModelInfo | None = None
+        self._parts: dict[tuple[str | None, Truncate | None, Output], Part] = {}
+        self._num_forgotten = 0
+        self._num_texts = self._num_missed = 0
+        self._num_bytes = metrics.CACHE_BYTES.labels(model)
+        self._num_evicted = metrics.CACHE_EVICTIONS.labels(model)
+        self._hits = metrics.CACHE_TEXTS.labels(model, "memory")
+        self._misses = metrics.CACHE_TEXTS.labels(model, "miss")
+        self._stored = metrics.CACHE_TEXTS.labels(model, "miss" if store is None else store.name)
+
+    def _note_change(self, change: int, num_evicted: int) -> None:
+        self._num_bytes.inc(change)
+        self._num_evicted.inc(num_evicted)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of all texts that were not computed; ``None`` before any text."""
+        return 1 - self._num_missed / self._num_texts if self._num_texts else None
+
+    async def embed(
+        self, job: EmbedJob, info: ModelInfo, compute: Callable[[EmbedJob], Awaitable[Embeddings]]
+    ) -> Embeddings:
+        """Embed the texts of a job.
+
+        Args:
+            info: of the model, as it is now.
+            compute: has the backend embed the texts of a job.
+
+        Raises:
+            RequestError: one of those of ``compute``.
+        """
+        parts = self._parts_of(job, info)
+        if not parts:
+            return await compute(job)
+        keys = await self._keys(job)
+        found = await self._find(keys, parts, job.truncate)
+        missing = [i for i, entries in enumerate(found) if entries is None]
+        self._misses.inc(len(missing))
+        self._num_texts += len(found)
+        self._num_missed += len(missing)
+        num_cached = len(found) - len(missing)
+        num_tokens = sum(num_tokens_of(entries[0]) for entries in found if entries is not None)
+        if not missing:
+            job.check_total(num_tokens)
+            return joined(found, missing, _NOTHING, parts, info)
+        rest = job
+        if num_cached:
+            rest = replace(
+                job,
+                texts=[job.texts[i] for i in missing],
+                max_total_tokens=None,
+                on_tokens=lambda num_others: job.check_total(num_tokens + num_others),
+            )
+        num_forgotten = self._num_forgotten
+        try:
+            result = await compute(rest)
+        except RequestError as error:
+            if not num_cached or not (isinstance(error, BadInput) or error.is_permanent):
+                raise
+            # It counts the texts that were left, and perhaps their tokens; without the cache, those of the request.
+            return await compute(job)
+        if result.vectors.shape != (len(missing), info.width):
+            return result if not num_cached else await compute(job)  # the service says what is wrong with it
+        if num_forgotten == self._num_forgotten:
+            self._keep([keys[i] for i in missing], rest, result, parts)
+        return joined(found, missing, result, parts, info) if num_cached else replace(result, num_cached=0)
+
+    def _parts_of(self, job: EmbedJob, info: ModelInfo) -> list[Part]:
+        """Return the parts that a job needs; none if it is not one for the cache."""
+        if info.kind is not ModelKind.EMBED:
+            return []
+        is_plain = job.query is None and job.firsts is None and job.scorer is None and job.max_text_tokens is None
+        if not is_plain or job.is_late_chunked or not job.texts or not job.outputs <= set(_KEPT):
+            return []
+        if self._info is not info:
+            self._info = info
+            self._parts.clear()
+        parts = []
+        for output in _KEPT:
+            # A model with dense vectors computes them in any case, and the answer is checked by them.
+            is_needed = info.width > 0 if output is Output.DENSE else output in job.outputs
+            if is_needed:
+                place = (job.task, job.truncate if self._is_remote else None, output)
+                if (part := self._parts.get(place)) is None:
+                    part = self._parts[place] = part_of(info, job, output, is_remote=self._is_remote)
+                parts.append(part)
+        return parts
+
+    async def _keys(self, job: EmbedJob) -> list[bytes]:
+        def keys() -> list[bytes]:
+            if not self._is_per_client:
+                return [key_of(text) for text in job.texts]
+            return [key_of(f"{job.caller}\0{text}") for text in job.texts]
+
+        if sum(map(len, job.texts)) <= _SMALL_CHARACTERS:
+            return keys()
+        return await asyncio.to_thread(keys)
+
+    async def _find(self, keys: Sequence[bytes], parts: Sequence[Part], truncate: Truncate) -> list[list[bytes] | None]:
+        """Return the entries of each text, in the order of the parts; ``None`` for a text that lacks one."""
+        found = [complete(key, parts, truncate, self._memory.get) for key in keys]
+        missing = {key for key, entries in zip(keys, found, strict=True) if entries is None}
+        self._hits.inc(sum(entries is not None for entries in found))
+        if not missing or self._store is None:
+            return found
+        fetched: dict[bytes, bytes] = {}
+        for part in parts:
+            wanted = list(missing)
+            for key, entry in zip(wanted, await self._store.get(part, wanted), strict=True):
+                if entry is not None:
+                    fetched[part.prefix + key] = entry
+                    self._memory.put(part.prefix + key, entry)
+                else:
+                    missing.remove(key)
+        for i, key in enumerate(keys):
+            if found[i] is None:
+                found[i] = complete(key, parts, truncate, fetched.get)
+                self._stored.inc(found[i] is not None)
+        return found
+
+    def _keep(self, keys: Sequence[bytes], job: EmbedJob, result: Embeddings, parts: Sequence[Part]) -> None:
+        new = entries_of(result, job, parts, is_remote=self._is_remote)
+        for place, part in enumerate(parts):
+            entries = {key: row[place] for key, row in zip(keys, new, strict=True) if row is not None}
+            for key, entry in entries.items():
+                self._memory.put(part.prefix + key, entry)
+            if self._store is not None and entries:
+                self._store.put(part, entries)
+
+    def forget(self) -> None:
+        """Forget everything, also what is being computed: some of it may be wrong."""
+        self._num_forgotten += 1
+        self._memory.clear()
+        if self._store is not None:
+            self._store.forget(list(self._parts.values()))
+
+    async def close(self) -> None:
+        """Give the memory back, and close connections and files."""
+        self._num_forgotten += 1
+        self._memory.clear()
+        if self._store is not None:
+            await self._store.close()

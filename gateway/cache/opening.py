@@ -1,0 +1,33 @@
+"""Open the cache of a model as its entry in ``models.yaml`` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gateway.cache.model_cache import ModelCache
+from gateway.cache.stores import PATIENCE_S, Guarded, Store
+from gateway.config.cache import CacheConfig
+
+
+def open_cache(model: str, config: CacheConfig, *, is_remote: bool) -> ModelCache:
+    """Return the cache of a model. Nothing is read or connected before the first request."""
+    store = _store(model, config)
+    return ModelCache(
+        model,
+        config.max_bytes,
+        None if store is None else Guarded(model, store),
+        is_remote=is_remote,
+        is_per_client=config.per_client,
+    )
+
+
+def _store(model: str, config: CacheConfig) -> Store | None:
+    if config.redis is not None:
+        from gateway.cache.redis_store import RedisStore
+
+        return RedisStore(config.redis.get_secret_value(), config.redis_ttl_s, PATIENCE_S)
+    if config.disk is not None:
+        from gateway.cache.disk_store import DiskStore
+
+        return DiskStore(Path(config.disk) / model.replace("/", "--"), config.disk_bytes)
+    return None

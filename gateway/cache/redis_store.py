@@ -1,0 +1,77 @@
+"""Entries in Redis, for replicas that share them, and for after a restart."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+from redis.asyncio import BlockingConnectionPool, Redis
+
+from gateway.cache.entries import Part
+
+_PREFIX = b"gateway:cache:"
+_MAX_CONNECTIONS = 8
+# Redis answers nothing else while it reads or writes one large value.
+_LARGEST_ENTRY_BYTES = 2**20
+_HEADER_BYTES = 8
+
+
+class RedisStore:
+    """A :class:`~gateway.cache.stores.Store` in Redis: ``gateway:cache:<24 hex>:<32 hex>``, each with its time to live.
+
+    A value is ``uint32 crc32 of the rest, uint32 generation, entry``. The generation of a model's weights is a counter in
+    Redis, which is read together with the entries. Raising it makes all of them worthless at once, for every replica.
+
+    Args:
+        ttl_s: after which an entry goes. How many there is room for is up to Redis: ``maxmemory-policy allkeys-lru``.
+    """
+
+    name = "redis"
+
+    def __init__(self, uri: str, ttl_s: float, timeout_s: float) -> None:
+        timeouts = dict.fromkeys(("timeout", "socket_timeout", "socket_connect_timeout"), timeout_s)
+        self._pool = BlockingConnectionPool.from_url(uri, max_connections=_MAX_CONNECTIONS, **timeouts)
+        self._redis = Redis(connection_pool=self._pool)
+        self._ttl_ms = max(1, round(ttl_s * 1000))
+        self._generations: dict[str, int] = {}
+
+    async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
+        generation, *values = await self._redis.mget([_generation_key(part), *(_key(part, key) for key in keys)])
+        self._generations[part.group] = current = int(generation or 0)
+        return [_read(key, value, current) for key, value in zip(keys, values, strict=True)]
+
+    async def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
+        if part.group not in self._generations:
+            await self.get(part, [])
+        generation = self._generations[part.group].to_bytes(4, "little")
+        pipeline = self._redis.pipeline(transaction=False)
+        for key, entry in entries.items():
+            if len(entry) <= _LARGEST_ENTRY_BYTES:
+                value = generation + entry
+                check = zlib.crc32(value, zlib.crc32(key)).to_bytes(4, "little")
+                pipeline.set(_key(part, key), check + value, px=self._ttl_ms)
+        await pipeline.execute()
+
+    async def forget(self, part: Part) -> None:
+        self._generations[part.group] = int(await self._redis.incr(_generation_key(part)))
+
+    async def close(self) -> None:
+        await self._pool.disconnect()
+
+
+def _key(part: Part, key: bytes) -> bytes:
+    return _PREFIX + part.name.encode() + b":" + key.hex().encode()
+
+
+def _generation_key(part: Part) -> bytes:
+    return _PREFIX + b"generation:" + part.group.encode()
+
+
+def _read(key: bytes, value: bytes | str | None, generation: int) -> bytes | None:
+    """Return the entry in a value; ``None`` if it is damaged, or worthless by now."""
+    if not isinstance(value, bytes) or len(value) <= _HEADER_BYTES:
+        return None
+    is_whole = zlib.crc32(value[4:], zlib.crc32(key)).to_bytes(4, "little") == value[:4]
+    return (
+        value[_HEADER_BYTES:] if is_whole and int.from_bytes(value[4:_HEADER_BYTES], "little") == generation else None
+    )
