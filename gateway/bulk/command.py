@@ -20,6 +20,7 @@ from gateway.bulk.blocks import OnError
 from gateway.bulk.embedder import Embedder
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.files.folder import FolderSink
+from gateway.bulk.files.source import FileSource
 from gateway.bulk.job import SHARD_ROWS, Job, Options, Outcome
 from gateway.bulk.manifest import Manifest
 from gateway.bulk.opening import open_sink, open_source
@@ -146,6 +147,11 @@ async def _run(
     async with _embedder(asked, models, console) as embedder:
         note = embedder.note
         progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
+        if progress.counts.rows and job.sink.is_empty():
+            raise BulkError(
+                f"{job.sink.name} is empty, and {job.manifest.path} says that {count(progress.counts.rows, 'row')} of this "
+                "job are in it: embed all of them again with --restart"
+            )
         _announce(console, job, note, progress.counts.items)
         if progress.is_finished:
             done = progress.counts
@@ -218,7 +224,9 @@ def _fields(request: EmbedRequest, source: Source) -> str:
     title = f", title `{names.title}`" if names.title else ""
     payload = "all others" if names.payload is None else ", ".join(names.payload) or "nothing"
     text = f"text `{source.text_field}`" + ("" if request.keeps_text else " (not stored)")
-    shown_id = f"id `{row_id}`" if row_id else "ids from " + ("places" if row_id is None else "the store")
+    shown_id = (
+        f"id `{row_id}`" if row_id else "ids from " + ("places" if isinstance(source, FileSource) else "the store")
+    )
     return f"{shown_id}, {text}{title}, stored with them: {payload}"
 
 

@@ -137,6 +137,13 @@ class Sink(Protocol):
     def name(self) -> str:
         """The sink in messages and in the manifest, without passwords."""
 
+    def is_empty(self) -> bool:
+        """Return whether it holds nothing, or does not exist. Asked before `open`.
+
+        Raises:
+            BulkError: it cannot be reached.
+        """
+
     def open(self, note: SpaceNote) -> None:
         """Make the sink if it does not exist, and check that it may take vectors of this space.
 

@@ -47,6 +47,10 @@ class FolderSink(ABC):
             self.folder = Path(place.removeprefix("file://")).expanduser()
         self._note: SpaceNote | None = None
 
+    def is_empty(self) -> bool:
+        """Return whether the first file does not exist."""
+        return not self._exists(0)
+
     def open(self, note: SpaceNote) -> None:
         """Make the folder, and check that its vectors are of this space."""
         with self._writing("the folder cannot be made"):

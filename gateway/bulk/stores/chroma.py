@@ -11,11 +11,7 @@ from gateway.bulk.stores.protocol import Keeping, Place, Since
 
 
 def open_store(place: Place) -> ChromaStore:
-    """Open a server or a folder.
-
-    Raises:
-        BulkError: it cannot be reached or opened.
-    """
+    """Return a server or a folder, which is opened by its sources and sinks."""
     return ChromaStore(place)
 
 
@@ -38,7 +34,7 @@ class ChromaStore:
         """
         if since is not None:
             raise BulkError("chroma cannot list items since a point of time")
-        return ChromaSource(Connection(self._place), collection, names)
+        return ChromaSource(Connection(self._place, is_source=True), collection, names)
 
     def sink(self, collection: str, keeping: Keeping) -> ChromaSink:
         """Return a sink for a collection.
@@ -48,7 +44,7 @@ class ChromaStore:
         """
         if keeping.vector is not None or keeping.updates or keeping.like is not None:
             raise BulkError("chroma keeps one vector per item, without a name")
-        return ChromaSink(Connection(self._place), collection, keeping)
+        return ChromaSink(Connection(self._place, is_source=False), collection, keeping)
 
     def close(self) -> None:
         """Do nothing: sources and sinks have their own connections."""

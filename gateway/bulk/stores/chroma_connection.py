@@ -14,6 +14,7 @@ from chromadb.config import DEFAULT_DATABASE, DEFAULT_TENANT, Settings
 from chromadb.errors import ChromaError, NotFoundError
 
 from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.folders import check_folder
 from gateway.bulk.stores.patience import GOES_ON, PATIENCE_S, insist
 from gateway.bulk.stores.protocol import Place
 from gateway.config.wording import cut, did_you_mean, enumerate_names, quote
@@ -25,9 +26,18 @@ _TIMEOUT_S: Final = 60.0
 
 
 class Connection:
-    """A client of Chroma. Used from one thread at a time."""
+    """A client of Chroma. Used from one thread at a time.
 
-    def __init__(self, place: Place) -> None:
+    Args:
+        is_source: the store must exist.
+
+    Raises:
+        BulkError: the folder holds no store, or the server cannot be reached.
+    """
+
+    def __init__(self, place: Place, *, is_source: bool) -> None:
+        if place.location:
+            check_folder(place, "chroma.sqlite3", must_exist=is_source)
         self.place = place
         self._key = os.environ.get(place.key or "") or None
         try:

@@ -33,6 +33,11 @@ class ChromaSink:
         """The collection's URL, without secrets."""
         return self._connection.place.named(self._name)
 
+    def is_empty(self) -> bool:
+        """Return whether the collection does not exist, or has no items."""
+        found = self._connection.find(self._name)
+        return found is None or self._connection.call(found.count, self.name) == 0
+
     def open(self, note: SpaceNote) -> None:
         """Make the collection if it does not exist, and check that it may take vectors of this space.
 

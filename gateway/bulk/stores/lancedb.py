@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lancedb
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BulkError
 from gateway.bulk.stores.lancedb_sink import LanceSink
 from gateway.bulk.stores.lancedb_source import LanceSource
+from gateway.bulk.stores.lancedb_tables import plain_errors
 from gateway.bulk.stores.protocol import Keeping, Place, Since
 
 
 def open_store(place: Place) -> LanceStore:
-    """Open a folder or a bucket; a folder that does not exist is made.
-
-    Raises:
-        BulkError: it cannot be opened.
-    """
-    try:
-        return LanceStore(place, lancedb.connect(place.location))
-    except (ValueError, OSError, RuntimeError) as error:
-        raise BulkError(f"{place.store} cannot be opened: {error}") from error
+    """Return a folder or a bucket, which is opened by its sources and sinks."""
+    return LanceStore(place)
 
 
 class LanceStore:
     """LanceDB as a store with tables."""
 
-    def __init__(self, place: Place, database: lancedb.DBConnection) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
-        self._database = database
 
     @property
     def name(self) -> str:
@@ -39,11 +34,13 @@ class LanceStore:
         """Return the rows of a table.
 
         Raises:
-            BulkError: a point of time was given.
+            BulkError: a point of time was given, or the folder does not exist.
         """
         if since is not None:
             raise BulkError("lancedb cannot list rows since a point of time")
-        return LanceSource(self._database, self._place, collection, names)
+        if "://" not in self._place.location and not Path(self._place.location).is_dir():
+            raise BulkError(f"there is no folder {self._place.location}")
+        return LanceSource(self._connect(), self._place, collection, names)
 
     def sink(self, collection: str, keeping: Keeping) -> LanceSink:
         """Return a sink for a table.
@@ -53,7 +50,11 @@ class LanceStore:
         """
         if keeping.vector is not None or keeping.updates or keeping.like is not None or keeping.adopts:
             raise BulkError("lancedb keeps the vectors of a job in a table that the job makes")
-        return LanceSink(self._database, self._place.named(collection), collection, keeping)
+        return LanceSink(self._connect(), self._place.named(collection), collection, keeping)
+
+    def _connect(self) -> lancedb.DBConnection:
+        with plain_errors(self._place.store):
+            return lancedb.connect(self._place.location)
 
     def close(self) -> None:
         """Do nothing: a folder has no connection."""

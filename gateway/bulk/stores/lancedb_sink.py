@@ -35,6 +35,12 @@ class LanceSink:
         self._metadata: dict[bytes, bytes] = {}
         self._has_written = False
 
+    def is_empty(self) -> bool:
+        """Return whether the table does not exist, or has no rows."""
+        table = find_table(self._database, self._table_name, self.name)
+        with plain_errors(self.name):
+            return table is None or table.count_rows() == 0
+
     def open(self, note: SpaceNote) -> None:
         """Check that a table that exists has vectors of this space.
 

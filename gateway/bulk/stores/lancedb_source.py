@@ -47,10 +47,15 @@ class LanceSource:
         Raises:
             BulkError: the first rows do not have it.
         """
-        return self._fields.text
+        return self.fields.text
 
     @cached_property
-    def _fields(self) -> Fields:
+    def fields(self) -> Fields:
+        """The columns that make a row.
+
+        Raises:
+            BulkError: the first rows do not have them.
+        """
         records = [record for _, record in islice(self._records(self._latest, 0), _SAMPLE)]
         if not records:
             return Fields(self._names.id or "id", self._names.text or "text", self._names.title, self._names.payload)
@@ -69,7 +74,7 @@ class LanceSource:
         Raises:
             BulkError: it does not exist or cannot be read.
         """
-        return f"{self.name} {self._fields}"
+        return f"{self.name} {self.fields}"
 
     def count(self) -> int | None:
         """Return how many rows the table has."""
@@ -91,7 +96,7 @@ class LanceSource:
             case _:
                 raise BulkError(f"{after!r} is not a position in {self.name}")
         for index, record in self._records(table, start):
-            yield self._fields.row(record, f"row {index + 1} of {self.name}", [version, index])
+            yield self.fields.row(record, f"row {index + 1} of {self.name}", [version, index])
 
     def close(self) -> None:
         """Do nothing: a folder has no connection."""

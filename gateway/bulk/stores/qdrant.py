@@ -27,11 +27,7 @@ _PAGE: Final = 256
 
 
 def open_store(place: Place) -> QdrantStore:
-    """Open a server or a folder. A server is not asked for anything yet.
-
-    Raises:
-        BulkError: the folder cannot be opened.
-    """
+    """Return a server or a folder, which is opened when it is used."""
     return QdrantStore(Connection.to(place))
 
 
@@ -47,7 +43,12 @@ class QdrantStore:
         return self._connection.place.store
 
     def source(self, collection: str, names: FieldNames, since: Since | None = None) -> QdrantSource:
-        """Return the points of a collection as rows."""
+        """Return the points of a collection as rows.
+
+        Raises:
+            BulkError: the folder holds no store.
+        """
+        self._connection.check_source()
         return QdrantSource(self._connection.again(), collection, names, since)
 
     def sink(self, collection: str, keeping: Keeping) -> QdrantSink:

@@ -13,6 +13,7 @@ from qdrant_client.common.client_exceptions import QdrantException
 from qdrant_client.http.exceptions import ApiException
 
 from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.folders import check_folder
 from gateway.bulk.stores.patience import PATIENCE_S, insist
 from gateway.bulk.stores.protocol import Place
 from gateway.bulk.stores.qdrant_errors import explain, pause_after
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _TIMEOUT_S: Final = 60
+_MARKER: Final = "meta.json"
+"""A file in every folder of Qdrant's client."""
 
 
 class Connection:
@@ -41,15 +44,11 @@ class Connection:
         # A server that has never responded is more likely a wrong URL than a server that restarts.
         self._has_responded = False
         self._key = os.environ.get(place.key or "") or None
-        self.client = self._connect()
+        self._client: QdrantClient | None = None
 
     @classmethod
     def to(cls, place: Place) -> Connection:
-        """Return the connection to a place, the one that is open or a new one.
-
-        Raises:
-            BulkError: the folder cannot be opened.
-        """
+        """Return the connection to a place, the one that is open or a new one, which connects when it is used."""
         with cls._lock:
             connection = cls._open.get((place.store, place.key))
             if connection is None:
@@ -70,7 +69,29 @@ class Connection:
             self._num_users -= 1
             if self._num_users == 0:
                 self._open.pop((self.place.store, self.place.key), None)
-                self.client.close()
+                if self._client is not None:
+                    self._client.close()
+
+    @property
+    def client(self) -> QdrantClient:
+        """The client.
+
+        Raises:
+            BulkError: the folder cannot be opened.
+        """
+        with self._lock:
+            if self._client is None:
+                self._client = self._connect()
+            return self._client
+
+    def check_source(self) -> None:
+        """Check that a folder holds a store, rather than make one.
+
+        Raises:
+            BulkError: it does not.
+        """
+        if self.place.location:
+            check_folder(self.place, _MARKER, must_exist=True)
 
     def _connect(self) -> QdrantClient:
         place = self.place
@@ -87,6 +108,7 @@ class Connection:
                     timeout=_TIMEOUT_S,
                     check_compatibility=False,
                 )
+            check_folder(place, _MARKER, must_exist=False)
             try:
                 # Sources and sinks are used by threads in turn.
                 return QdrantClient(path=place.location, force_disable_check_same_thread=True)

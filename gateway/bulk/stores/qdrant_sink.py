@@ -42,6 +42,12 @@ class QdrantSink:
         """The collection's URL, without secrets."""
         return self._connection.place.named(self._collection)
 
+    def is_empty(self) -> bool:
+        """Return whether the collection does not exist, or has no points."""
+        if not self._call(lambda client: client.collection_exists(self._collection)):
+            return True
+        return self._call(lambda client: client.count(self._collection, exact=True)).count == 0
+
     def open(self, note: SpaceNote) -> None:
         """Make the collection if it does not exist, and check that it may take vectors of this space.
 

@@ -61,6 +61,7 @@ class QdrantSource:
         Raises:
             BulkError: the first points do not have them.
         """
+        self._connection.read_info(self._collection)
         points, _ = self._scroll(None, _SAMPLE)
         payloads = [row_id_of(*_parts(point))[1] for point in points]
         if not payloads:
@@ -75,7 +76,6 @@ class QdrantSource:
         Raises:
             BulkError: the collection does not exist or cannot be read.
         """
-        self._connection.read_info(self._collection)
         since = f" since {self._since.field} {self._since.moment}" if self._since else ""
         return f"{self.name} {self.fields}{since}"
 

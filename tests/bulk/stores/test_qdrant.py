@@ -361,9 +361,9 @@ def test_a_collection_that_does_not_exist_names_those_that_do(url: str) -> None:
 def test_a_folder_that_another_process_uses_is_an_error(url: str) -> None:
     qdrant = client(url)
     with pytest.raises(BulkError, match="cannot be opened as a Qdrant store: another process uses it"):
-        open_url(url)
+        write(url, [row(1, "a")])
     qdrant.close()
-    open_url(url)[0].close()
+    write(url, [row(1, "a")])
 
 
 def test_items_since_a_point_of_time(url: str) -> None:

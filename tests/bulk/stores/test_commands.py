@@ -1,0 +1,90 @@
+"""`gateway embed` with stores, as a user meets it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.cli.main import app
+from gateway.deployment import Deployment
+from tests.bulk.stores.rows import by_id
+
+REGISTRY = """
+version: 1
+models:
+  - {id: mini, source: package:fake/mini, enabled: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models.yaml").write_text(REGISTRY)
+    lines = [json.dumps({"id": f"d{n}", "text": f"text {n}", "meta": {"n": n}}) for n in range(5)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GATEWAY_MODELS", "models.yaml")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    make = functools.partial(Deployment, make_backend=lambda entry: FakeBackend(fake_info(entry.id)))
+    monkeypatch.setattr("gateway.cli.in_process.Deployment", make)
+
+
+def embed(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["embed", "--model", "mini", *arguments])
+
+
+EXPECTED = {f"d{n}": (f"text {n}", {"meta": {"n": n}}) for n in range(5)}
+
+
+def test_a_file_goes_through_all_stores() -> None:
+    places = ["docs.jsonl", "qdrant:./q#docs", "lancedb:./l#docs", "qdrant:./q#copy"]
+    for source, sink in pairwise(places):
+        result = embed(source, "--to", sink)
+        assert result.exit_code == 0, result.output
+        assert f"{source} → {sink}: mini@" in result.stderr
+        assert ("ids from the store" in result.stderr) == source.startswith("qdrant")
+        assert by_id(sink) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "lancedb", "chroma"])
+def test_a_sink_that_was_emptied_since_is_not_taken_for_complete(kind: str) -> None:
+    sink = f"{kind}:./store#docs"
+    assert embed("docs.jsonl", "--to", sink).exit_code == 0
+    again = embed("docs.jsonl", "--to", sink)
+    assert again.exit_code == 0
+    assert "Nothing was left to do." in again.stdout
+    shutil.rmtree("store")
+    emptied = embed("docs.jsonl", "--to", sink)
+    assert emptied.exit_code == 1
+    assert f"{sink} is empty, and " in emptied.stderr
+    assert "says that 5 rows of this job are in it: embed all of them again with --restart" in emptied.stderr
+    assert embed("docs.jsonl", "--to", sink, "--restart").exit_code == 0
+    assert len(by_id(sink)) == 5
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "lancedb", "chroma"])
+def test_a_source_that_does_not_exist_is_not_made(kind: str, tmp_path: Path) -> None:
+    result = embed(f"{kind}:./nothing#docs", "--to", "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("there is no ")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "chroma"])
+def test_a_folder_with_other_files_is_neither_source_nor_sink(kind: str, tmp_path: Path) -> None:
+    assert embed("docs.jsonl", "--to", "lancedb:./l#docs").exit_code == 0
+    before = sorted((tmp_path / "l").rglob("*"))
+    result = embed(f"{kind}:./l#docs", "--to", "out")
+    assert result.stderr == f"the folder ./l holds no store of {kind}\n"
+    result = embed("docs.jsonl", "--to", f"{kind}:./l#docs")
+    assert (
+        f"the folder ./l has other files, such as docs.lance, and no store of {kind}: name a new one" in result.stderr
+    )
+    assert sorted((tmp_path / "l").rglob("*")) == before
