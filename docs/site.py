@@ -22,6 +22,7 @@ ELSEWHERE: Final = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "deploy/README.md": "deploy.md",
+    "deploy/datadog/README.md": "datadog.md",
     "examples/README.md": "examples.md",
     "loadtest/README.md": "loadtest.md",
 }
