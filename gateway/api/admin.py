@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from pydantic import Field, SecretStr
 from gateway.access.keyring import key_digest
 from gateway.api.live import ErrorList, error_list
 from gateway.api.wire import AnswerBody, error_responses, responses
+from gateway.backends.base import Scraped
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.config.wording import cut
 from gateway.deployment import Deployment
@@ -21,6 +23,7 @@ from gateway.errors import BadInput, Forbidden, ModelNotFound, ModelNotReady, Mo
 from gateway.fleet import Fleet, Model
 from gateway.http.context import RequestContext
 from gateway.telemetry import metrics
+from gateway.telemetry.replica_metrics import merge
 from gateway.types import ModelState
 
 
@@ -77,6 +80,15 @@ class Admin:
         if not self._are_metrics_open:
             require_operator(request, self._deployment.settings.admin_key)
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    async def replicas(self, request: Request) -> Response:
+        """Return the metrics of the replicas on a cluster, labeled `replica`. All fronts return the same: scrape one."""
+        if not self._are_metrics_open:
+            require_operator(request, self._deployment.settings.admin_key)
+        scraped = [model.backend for model in self._deployment.fleet if isinstance(model.backend, Scraped)]
+        pages = await asyncio.gather(*(backend.replica_metrics() for backend in scraped))
+        merged = await asyncio.to_thread(merge, dict(item for page in pages for item in page.items()))
+        return Response(merged, media_type=CONTENT_TYPE_LATEST)
 
     async def reload(self, request: Request) -> ReloadAnswer:
         """Re-read `models.yaml`. All of it is checked, loaded and warm before the switch; else nothing changes."""
@@ -148,12 +160,13 @@ def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter
     """
     router = APIRouter(tags=["Admin"])
     admin = Admin(deployment, are_metrics_open=are_metrics_open)
-    router.add_api_route(
-        "/metrics",
-        admin.prometheus,
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **error_responses(Forbidden)},
-    )
+    for path, page in (("/metrics", admin.prometheus), ("/metrics/replicas", admin.replicas)):
+        router.add_api_route(
+            path,
+            page,
+            response_class=Response,
+            responses={200: {"content": {"text/plain": {}}}, **error_responses(Forbidden)},
+        )
     router.add_api_route(
         "/admin/reload", admin.reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -85,3 +85,11 @@ class Replicated(Protocol):
 
     def replicas(self) -> Sequence[Replica]:
         """Return them all, in a stable order."""
+
+
+@runtime_checkable
+class Scraped(Protocol):
+    """A backend whose model runs in other processes, which no Prometheus can find by itself."""
+
+    async def replica_metrics(self) -> Mapping[str, str]:
+        """Return the metrics of each replica that answers, in Prometheus' text format."""

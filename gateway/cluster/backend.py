@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
 
-from gateway.backends.base import Report, unreported
+from gateway.backends.base import Replica, Report, unreported
 from gateway.cluster.deploying import Cluster, require_deployed
 from gateway.cluster.discovery import DIRECTORY
 from gateway.cluster.line import Line, LineLost
@@ -105,6 +105,14 @@ class RayBackend:
         self._report = report
         self._is_ready = True
         return info
+
+    def replicas(self) -> Sequence[Replica]:
+        """Return the replicas, for ``/v1/models``."""
+        return self._pool.replicas()
+
+    async def replica_metrics(self) -> Mapping[str, str]:
+        """Return the metrics of each replica that answers."""
+        return await self._pool.metrics()
 
     def _lines_changed(self) -> None:
         """Report the model as recovering while no replica takes jobs, unless that is for a moment only."""

@@ -13,6 +13,7 @@ from gateway.backends.base import Backend
 from gateway.cluster.values import Load, WireEmbeddings, WireJob
 from gateway.cluster.wire import Connection, Message
 from gateway.errors import InternalError, ModelRecovering, RequestError
+from gateway.telemetry import metrics
 from gateway.types import ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
@@ -102,6 +103,8 @@ class Host:
                     task.cancel()
             case ("split" | "join" as method, int(key), list(items), bool(flag)):
                 self._run(front, key, self._ask_vocabulary(connection, key, method, items, flag))
+            case ("metrics", int(key)):
+                connection.send("answer", key, metrics.render().decode())
             case _:
                 raise ValueError(f"an unknown message: {str(message)[:80]}")
 

@@ -23,6 +23,8 @@ _CONNECT_S: Final = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # A replica says something every second. One that says nothing for longer is gone with its machine.
 _SILENCE_S: Final = 5.0
+# Prometheus waits for ten seconds by default.
+_METRICS_S: Final = 3.0
 # How long after a deadline the replica may still say so itself.
 _GRACE_S: Final = 0.25
 
@@ -239,6 +241,15 @@ class Line:
     async def vocabulary(self, method: str, items: Sequence[Any], *, flag: bool, limit_s: float) -> Any:
         """Have the replica ``split`` texts or ``join`` rows of token ids; see :class:`~gateway.types.Vocabulary`."""
         return await self._ask(method, list(items), flag, limit_s=limit_s)
+
+    async def metrics(self) -> str:
+        """Return the replica's metrics in Prometheus' text format.
+
+        Raises:
+            LineLost: the replica died, or the connection was lost.
+            DeadlineExceeded: it has not answered in time.
+        """
+        return str(await self._ask("metrics", limit_s=_METRICS_S))
 
     async def _ask(
         self,

@@ -11,10 +11,11 @@ from typing import Final
 
 import structlog
 
+from gateway.backends.base import Replica
 from gateway.cluster.line import Line, LineLost, Place
 from gateway.cluster.values import work_of
 from gateway.errors import DeadlineExceeded, ModelNotReady, ModelRecovering, Overloaded
-from gateway.types import Embeddings, EmbedJob, ModelInfo
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
 
@@ -155,6 +156,16 @@ class Pool:
         except TimeoutError:
             return
 
+    def replicas(self) -> list[Replica]:
+        """Return the replicas, in the order of their ids."""
+        return [_replica(self.lines[name]) for name in sorted(self.lines)]
+
+    async def metrics(self) -> dict[str, str]:
+        """Return the metrics of each replica that answers, by its id."""
+        lines = dict(sorted(self.lines.items()))
+        pages = await asyncio.gather(*(line.metrics() for line in lines.values()), return_exceptions=True)
+        return {name: page for name, page in zip(lines, pages, strict=True) if isinstance(page, str)}
+
     def _overloaded(self, refusal: Overloaded) -> Overloaded:
         """Return the refusal of a replica, with the time after which all of them together have room."""
         rates = [line.load.rate for line in self.usable]
@@ -170,3 +181,13 @@ class Pool:
         self.lines.clear()
         if self._closing:
             await asyncio.wait(self._closing)
+
+
+def _replica(line: Line) -> Replica:
+    state, reason = (ModelState.READY, "") if line.is_usable else (line.state, line.reason or line.trouble)
+    if not line.is_usable and state is ModelState.READY:
+        state, reason = (
+            ModelState.RECOVERING,
+            reason or ("it takes no more jobs" if line.is_leaving else "not connected"),
+        )
+    return Replica(line.place.id, state, reason, line.place.node, line.place.device)

@@ -52,7 +52,7 @@ _MAX_PREFIX = 200
 _LAST_ANSWER_S = 1.0
 
 # Requested every few seconds by probes and scrapers: no line at the usual level of the log, and no span.
-_QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics")
+_QUIET_PATHS = ("/health", "/health/live", "/health/ready", "/metrics", "/metrics/replicas")
 
 
 class Identification:
