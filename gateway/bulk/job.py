@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
@@ -144,7 +145,10 @@ class Job:
         self._clock = clock
         self._blocks = BlockEmbedder(embedder, reporter.advance)
         self._errors = _ErrorsFile(options.errors)
-        self._reader = BlockReader(source, manifest.seen, embedder.block_texts, options.on_error, options.expand)
+        # A whole number of blocks is a shard.
+        num_blocks = math.ceil(options.shard_rows / embedder.block_texts)
+        block_rows = math.ceil(options.shard_rows / num_blocks)
+        self._reader = BlockReader(source, manifest.seen, block_rows, options.on_error, options.expand)
         self._writing: asyncio.Task[None] | None = None
         self._failure: BulkError | None = None
 

@@ -32,7 +32,9 @@ from gateway.service import EmbeddingService
 from gateway.types import ModelInfo, Output
 
 _CALLER = "embed"
+# Texts that are sorted by length at once. An interruption loses what is not embedded of a block: a CPU takes seconds for it.
 _BLOCK_TEXTS = 2048
+_CPU_BLOCK_TEXTS = 512
 _MULTIVECTOR_TEXTS = 64
 # Of a block: with a vector per token, 16,000 tokens of 1,024 dimensions are 64 MB.
 _MULTIVECTOR_CHARACTERS = 64_000
@@ -87,7 +89,7 @@ async def _prepare(service: EmbeddingService, info: ModelInfo, asked: Asked) -> 
         token_width=info.token_width if Output.MULTIVECTOR in asked.outputs else 0,
         has_sparse=Output.SPARSE in asked.outputs,
     )
-    return LocalEmbedder(embedder, note, len(info.devices))
+    return LocalEmbedder(embedder, note, info.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +119,15 @@ class _Caller:
 class LocalEmbedder:
     """An :class:`~gateway.bulk.embedder.Embedder` of a model in this process."""
 
-    def __init__(self, caller: _Caller, note: SpaceNote, num_devices: int) -> None:
+    def __init__(self, caller: _Caller, note: SpaceNote, devices: Sequence[str]) -> None:
         self._caller = caller
         self.note = note
-        per_block = _MULTIVECTOR_TEXTS if note.token_width else _BLOCK_TEXTS
-        self.block_texts = per_block * num_devices
+        per_block = _CPU_BLOCK_TEXTS if devices == ("cpu",) else _BLOCK_TEXTS
+        per_block = _MULTIVECTOR_TEXTS if note.token_width else per_block
+        self.block_texts = per_block * len(devices)
         self.max_texts = self.block_texts
         self.max_characters = _MULTIVECTOR_CHARACTERS if note.token_width else _CHARACTERS
-        self.num_calls = 2 + num_devices
+        self.num_calls = 2 + len(devices)
 
     async def embed(self, texts: Sequence[str]) -> TextVectors:
         deadline = time.monotonic() + _RECOVERY_S

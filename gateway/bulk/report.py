@@ -77,7 +77,7 @@ class Report:
             say(console, f"{were} longer than the model reads, and cut (--truncate refuse skips or stops there).")
         done = outcome.done
         if not done.items:
-            say(console, "Nothing was left to do.")
+            say(console, "Nothing was left to do." if outcome.is_finished else "This run has embedded nothing.")
             return
         rates = f"{_rate(done.rows, outcome.seconds)} rows/s, {_rate(done.tokens, outcome.seconds)} tokens/s"
         earlier = f" of {total.rows:,}" if total.rows > done.rows else ""
