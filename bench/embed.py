@@ -3,7 +3,7 @@
 The job reads JSON lines and writes Parquet files and a manifest, in a separate process; the bare loop only encodes the same
 texts, in another one, with as many threads. They run in turns (A B A B).
 
-    python -m bench.embed                two minutes: the speed, and the memory over 100,000 rows with a fake encoder
+    python -m bench.embed                two minutes: the speed, and the memory over 300,000 rows with a fake encoder
     python -m bench.embed --full         ten minutes: the memory over 1,000,000 rows, and over 100,000 with the real encoder
     python -m bench.embed --clock cpu    for a machine that others use: rates of the processor time that was spent
     python -m bench.embed --update       also writes the tables into docs/performance.md
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=int, default=_LIMIT_S, help="stop after so many seconds (%(default)s)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="which seconds to count")
     options = parser.parse_args()
-    sizes = {"fake": 1_000_000, "real": 100_000} if options.full else {"fake": 100_000}
+    sizes = {"fake": 1_000_000, "real": 100_000} if options.full else {"fake": 300_000}
     with bounded(options.limit_s):
         speed = measure_speed(options.rounds, options.texts, options.clock)
         memories = [measure_memory(encoder, num_rows) for encoder, num_rows in sizes.items()]
