@@ -42,12 +42,14 @@ class Group:
     Attributes:
         texts: one pool for all clients, taken from in order; when it is used up, the load ends early.
         repeats: start again when the pool is used up; for servers that ignore the texts.
+        priority: sent as ``x-gateway-priority``, unless empty.
     """
 
     num_clients: int
     texts_per_request: int
     texts: Sequence[str]
     repeats: bool = False
+    priority: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +204,16 @@ class _Client(asyncio.Protocol):
 def _requests(group: Group, load: Load) -> Iterator[bytes]:
     size = group.texts_per_request
     whole = range(0, len(group.texts) - size + 1, size)
-    built = [_request(load, group.texts[first : first + size]) for first in whole]
+    built = [_request(load, group.texts[first : first + size], group.priority) for first in whole]
     return itertools.cycle(built) if group.repeats else iter(built)
 
 
-def _request(load: Load, texts: Sequence[str]) -> bytes:
+def _request(load: Load, texts: Sequence[str], priority: str = "") -> bytes:
     form = {} if load.encoding == "float" else {"encoding_format": load.encoding}
     body = orjson.dumps({"model": load.model, "input": texts, **form})
     head = (
         f"POST {load.path} HTTP/1.1\r\nhost: {HOST}:{load.port}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
+        f"content-length: {len(body)}\r\n" + (f"x-gateway-priority: {priority}\r\n" if priority else "") + "\r\n"
     )
     return head.encode() + body
 

@@ -23,6 +23,7 @@ import texts
 from pydantic import BaseModel
 
 from gateway import errors
+from gateway.batches import values as batch_values
 from gateway.config.api_keys import KeyEntry, KeyFile
 from gateway.config.capture import Capture
 from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Outcome, Registry, Shadow
@@ -227,7 +228,7 @@ def _range(field: JsonSchema) -> str:
 
 def _descendants(error: type[_Error]) -> Iterator[type[_Error]]:
     for child in error.__subclasses__():
-        if child.__module__ == errors.__name__:
+        if child.__module__ in (errors.__name__, batch_values.__name__):
             yield child
             yield from _descendants(child)
 

@@ -47,6 +47,7 @@ BOXES: Final = {
     "outcomes": Box(2, 7, "which arm is better", "core"),
     "fleet": Box(1, 8, "every model and its state", "core"),
     "experiments": Box(2, 8, "unit → arm; results", "core"),
+    "batches": Box(0, 8, "many requests in a file", "core"),
     "cache": Box(0, 9, "vectors of texts seen before", "core"),
     "cluster": Box(2, 9, "replicas on Ray", "engine"),
     "backends": Box(1, 9, "this process, other servers", "engine"),

@@ -23,7 +23,7 @@ from gateway.api.experiments import Experiments, experiments_router
 from gateway.api.health import health_router
 from gateway.api.live import live_router
 from gateway.api.outcomes import outcomes_router
-from gateway.api.routes import client_routers
+from gateway.api.routes import batch_routers, client_routers
 from gateway.api.unknown_path import on_http_exception
 from gateway.deployment import Deployment
 from gateway.experiments.exposures import ExposureLog
@@ -46,21 +46,13 @@ def create_app(deployment: Deployment) -> FastAPI:
 
     Raises:
         ConfigError: the file of API keys or the storage of quotas is wrong.
-        StartError: the exposure log or the file of experiments cannot be written.
+        StartError: the exposure log, the file of experiments or the folder of batches cannot be written.
     """
     keep_locals_out()
     settings = deployment.settings
     keyring = Keyring(settings)
-    log = (
-        ExposureLog(settings.exposure_log, settings.exposure_log_max_bytes, settings.exposure_log_backups)
-        if settings.exposure_log
-        else None
-    )
     keeper = _make_keeper(deployment)
-    stats = ExperimentStats(log) if keeper is None else ExperimentStats(log, keeper.offer)
-    while keeper is not None and (exposures := keeper.read_log()):
-        stats.add(exposures)
-    deployment.resources.callback(stats.close)
+    stats = _make_stats(deployment, keeper)
     quotas = Quotas(settings.quota_storage)
     deployment.resources.push_async_callback(quotas.close)
     service = EmbeddingService(deployment, stats)
@@ -70,9 +62,11 @@ def create_app(deployment: Deployment) -> FastAPI:
     app = _application(deployment, keyring, memory)
     app.state.keyring = keyring
     endpoint = Endpoint(service, deployment, settings, quotas)
+    app.state.on_start = endpoint.on_start
     experiments = Experiments(deployment, stats, keeper)
     routers = [
         *client_routers(endpoint, deployment),
+        *batch_routers(endpoint, keyring, memory),
         assignments_router(endpoint),  # before the experiments, whose ids may hold a slash
         outcomes_router(endpoint, experiments, keeper),
         experiments_router(experiments),
@@ -95,11 +89,25 @@ def create_app(deployment: Deployment) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["*"],
         )
     return app
+
+
+def _make_stats(deployment: Deployment, keeper: Keeper | None) -> ExperimentStats:
+    settings = deployment.settings
+    log = (
+        ExposureLog(settings.exposure_log, settings.exposure_log_max_bytes, settings.exposure_log_backups)
+        if settings.exposure_log
+        else None
+    )
+    stats = ExperimentStats(log) if keeper is None else ExperimentStats(log, keeper.offer)
+    while keeper is not None and (exposures := keeper.read_log()):
+        stats.add(exposures)
+    deployment.resources.callback(stats.close)
+    return stats
 
 
 def _make_keeper(deployment: Deployment) -> Keeper | None:

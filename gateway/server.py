@@ -109,6 +109,8 @@ async def _serve(
 ) -> None:
     keyring: Keyring = app.state.keyring
     keyring.watch()
+    for begin in app.state.on_start:
+        begin()
     addresses = Addresses(*map(_base_url, listeners))
     _warn_if_open(deployment.settings, keyring)
     asyncio.get_running_loop().set_default_executor(_Threads())

@@ -42,6 +42,7 @@ routing
 fleet
 recent
 outcomes
+batches
 experiments
 cluster
 cache

@@ -148,6 +148,16 @@ BATCHES: Final = Row(
     ],
 )
 
+JOBS: Final = Row(
+    "Batch API",
+    [
+        Panel("Batches that have not ended", [Series(Level("gateway_batch_api_open", ("status",), ()), "{status}")]),
+        Panel("Batches that ended", [Series(Increase("gateway_batch_api_ended_total", ("status",), ()), "{status}")]),
+        Panel("Requests of batches", [Series(Rate("gateway_batch_api_lines_total", ("outcome",), ()), "{outcome}")]),
+        Panel("Files of batches", [Series(Level("gateway_batch_api_bytes", where=()), "files")], "bytes"),
+    ],
+)
+
 MACHINE: Final = Row(
     "Machine",
     [

@@ -105,6 +105,17 @@ class Keyring:
             raise Unauthorized(f"the API key of {client.name} has expired on {client.expires:%Y-%m-%d}")
         return client
 
+    def named(self, name: str) -> Client | None:
+        """Return the client that has a key under a name, if one of its keys is valid now.
+
+        Without any keys, everyone is that client.
+        """
+        if not self:
+            return self._client(name)
+        clients = (client for client in self._clients.values() if client.name == name)
+        now = datetime.now(UTC)
+        return next((client for client in clients if client.expires is None or client.expires > now), None)
+
     def watch(self) -> None:
         """Check the file every second from now on, until the running event loop ends or `close` is called."""
         if self._file is not None and (self._watching is None or self._watching.done()):

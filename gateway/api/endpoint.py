@@ -56,6 +56,9 @@ class Endpoint:
     """Answers requests in any dialect: admit, parse, run, respond.
 
     A dialect contributes three functions, see :data:`Parse`, :data:`Ask` and :data:`Write`.
+
+    Attributes:
+        on_start: called when the server begins, on its event loop.
     """
 
     def __init__(self, service: EmbeddingService, deployment: Deployment, settings: Settings, quotas: Quotas) -> None:
@@ -64,6 +67,7 @@ class Endpoint:
         self.settings = settings
         self._quotas = quotas
         self._turns = Turns("json")
+        self.on_start: list[Callable[[], None]] = []
 
     async def embed(
         self, request: Request, parse: Parse[B], ask: Ask[B, EmbedRequest], write: Write[B, EmbedAnswer]
@@ -332,6 +336,7 @@ def unit_source(request: Request, user: object) -> UnitSource:
 
 def timeout_s(request: Request, limit_s: float) -> float:
     """Return how long the client waits for its answer: OpenAI's clients send their timeout."""
+    limit_s = RequestContext.of(request).time_limit_s or limit_s
     try:
         patience_s = float(request.headers["x-stainless-read-timeout"])
     except (KeyError, ValueError):

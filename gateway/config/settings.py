@@ -239,6 +239,23 @@ class Settings(BaseSettings):
         ge=1024**2,
         description="Maximum size of that file in bytes, about 200 per outcome; beyond it, outcomes are refused.",
     )
+    batch_dir: Path | None = Field(
+        default=None,
+        description="Folder on a local disk for OpenAI's Files and Batches (`/v1/files`, `/v1/batches`), for this process "
+        "alone. Without it, these paths answer 404.",
+    )
+    batch_max_bytes: int = Field(
+        default=20 * 1024**3,
+        ge=1024**2,
+        description="Maximum size of all files in that folder in bytes, each at least 4,096; beyond it, uploads are "
+        "refused with 507, and batches wait.",
+    )
+    batch_max_open: int = Field(
+        default=10,
+        ge=1,
+        description="Maximum number of batches that a key may have queued or in progress; 429 beyond. They are done one "
+        "after the other.",
+    )
 
     @property
     def is_console_for_clients(self) -> bool:

@@ -9,12 +9,16 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
 from gateway.access.memory import Reservation
-from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected
+from gateway.errors import BodyTooLarge, BodyTooSlow, ClientDisconnected, UnsupportedEncoding
 from gateway.http.decoding import Decoder, decoder_for
 from gateway.http.pace import Pace
 
 # How much of a refused body is read: enough for an honest mistake.
 _MAX_DRAINED_BYTES = 64 * 1024 * 1024
+# A file may take longer than another body: as long as a slow line needs for its largest size.
+_LEAST_BYTES_PER_S = 256 * 1024
+# Held of a body that is written to the disk as it comes.
+_STREAMED_BYTES = 2 * 1024 * 1024
 # The assumed size of a body before more is known, and the step in which a body of unknown size grows.
 _STEP_BYTES = 64 * 1024
 _LARGE_BYTES = 256 * 1024
@@ -49,6 +53,15 @@ class Body:
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
         # uvicorn says "100 Continue" when a body is first asked for; until then such a client sends nothing.
         self._is_coming = "expect" not in headers
+        self._is_streamed = False
+        self._advice = "send fewer texts in a request"
+
+    def stream(self, max_bytes: int) -> None:
+        """Take a larger body, which is written to the disk while it comes; for a path that takes files."""
+        self._is_streamed = True
+        self._max_bytes = max_bytes
+        self._timeout_s += max_bytes / _LEAST_BYTES_PER_S
+        self._advice = "upload several files"
 
     def limit(self, max_bytes: int) -> None:
         """Lower the limit, for a path with small bodies.
@@ -68,8 +81,12 @@ class Body:
             MemoryFull: there is no room for it now.
         """
         self._check_size(self._declared_bytes)
+        if self._is_streamed and self._content_encoding.strip().lower() not in ("", "identity"):
+            raise UnsupportedEncoding("a file must be uploaded without `Content-Encoding`: as it is, not compressed")
         self._decoder = decoder_for(self._content_encoding)
-        if self._declared_bytes:
+        if self._is_streamed:
+            self._memory.resize(_STREAMED_BYTES)
+        elif self._declared_bytes:
             self._reserve(self._declared_bytes)
 
     async def receive(self) -> Message:
@@ -92,7 +109,8 @@ class Body:
         if self._decoder is not None:
             message["body"] = await self._decoded(message.get("body", b""))
         else:
-            self._reserve(self._num_bytes)
+            if not self._is_streamed:
+                self._reserve(self._num_bytes)
             await self._keep_pace(self._num_bytes, len(message.get("body", b"")))
         return message
 
@@ -121,7 +139,7 @@ class Body:
             self._is_too_slow = True
             raise BodyTooSlow(
                 f"only {self._num_bytes} bytes of the request body arrived in {self._timeout_s:g} s, which is the limit: "
-                "send fewer texts in a request"
+                f"{self._advice}"
             ) from None
 
     async def _next(self) -> Message:
@@ -159,6 +177,5 @@ class Body:
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             raise BodyTooLarge(
-                f"the request body has {num_bytes} bytes or more, the limit is {self._max_bytes}: send fewer texts "
-                "in a request"
+                f"the request body has {num_bytes} bytes or more, the limit is {self._max_bytes}: {self._advice}"
             )

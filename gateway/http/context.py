@@ -41,6 +41,7 @@ class RequestContext:
         key_owner: the owner of that key: the client's name where keys are known, else the key's hash.
         trace_ids: join a log line to the request's trace, if that is recorded.
         priority: as the request asks for.
+        time_limit_s: seconds that it may take; ``None`` for the limit of all requests.
         error_form: the form of an error: the path's, unless the body turns out to be another API's.
     """
 
@@ -69,6 +70,7 @@ class RequestContext:
     arm: str | None = None
     trace_ids: Mapping[str, str] = field(default_factory=dict)
     priority: Priority = Priority.NORMAL
+    time_limit_s: float | None = None
     error_form: ErrorForm = ErrorForm.OPENAI
 
     @classmethod

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget
+from gateway.batches.values import MAX_UPLOAD_BYTES
 from gateway.config.setting_values import PREFIX
 from gateway.config.settings import Settings
 from gateway.errors import (
@@ -43,6 +44,9 @@ _MAX_NAME = 100
 _SLASHES = re.compile(r"//+")
 # Answered without a key: probes carry none, the documentation is public anyway, and the console asks for one itself.
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs", "/console")
+
+# Files, which are larger than other bodies, and are written to the disk as they come.
+_UPLOADS = (("POST", "/v1/files"), ("POST", "/files"))
 
 # For the operator only: `api/admin` asks for their key.
 _OPERATOR_PATHS = ("/admin", "/metrics")
@@ -189,6 +193,8 @@ class Admission:
                 # A client stays the same unit of an experiment when its key is exchanged.
                 context.key_owner = context.client.name if self._keyring else context.api_key
         context.memory.caller = context.caller
+        if self._settings.batch_dir is not None and (context.method, context.path) in _UPLOADS:
+            context.body.stream(MAX_UPLOAD_BYTES)
         context.body.admit()
         await self._app(scope, receive, send)
 

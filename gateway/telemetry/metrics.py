@@ -171,6 +171,18 @@ LOW_QUEUE_OLDEST_SECONDS = Gauge(
     "priority leave no time for it.",
     ["model"],
 )
+BATCH_JOBS = Gauge(
+    "gateway_batch_api_open", "Batches of the Batch API that have not ended, by their state.", ["status"]
+)
+BATCH_JOBS_ENDED = Counter(
+    "gateway_batch_api_ended", "Batches of the Batch API that are completed, failed, expired or cancelled.", ["status"]
+)
+BATCH_LINES = Counter(
+    "gateway_batch_api_lines",
+    "Requests of batches: `completed`, `failed`, `expired`, and `repeated` because a quota, a queue or a model refused one.",
+    ["outcome"],
+)
+BATCH_BYTES = Gauge("gateway_batch_api_bytes", "Bytes of all files in GATEWAY_BATCH_DIR.")
 FAILED_BATCHES = Counter("gateway_failed_batches", "Batches whose forward pass raised an error.", ["model"])
 RECOMPUTED_TEXTS = Counter(
     "gateway_recomputed_texts",

@@ -62,6 +62,9 @@ DEFAULTS = {
     "exposure_log_backups": 5,
     "state_dir": None,
     "state_max_bytes": 2 * 1024**3,
+    "batch_dir": None,
+    "batch_max_bytes": 20 * 1024**3,
+    "batch_max_open": 10,
 }
 LEAST = {
     "port": 0,

@@ -1,0 +1,189 @@
+"""The requests of a batch: read as lines, and answered by the same handlers as requests that come over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+import orjson
+from fastapi import Request, Response
+from starlette.datastructures import Headers
+from starlette.types import Message, Scope
+
+from gateway.access.keyring import Client, Keyring
+from gateway.access.memory import MemoryBudget
+from gateway.api.endpoint import Endpoint
+from gateway.api.json_body import Json, describe, parse_object
+from gateway.api.openai import OpenAIDialect
+from gateway.api.rerank import PATHS, Reranker
+from gateway.batches.lines import Answered, Line, WrongLine
+from gateway.batches.values import Batch, LineError
+from gateway.config.wording import cut
+from gateway.errors import DeadlineExceeded, InternalError, ModelNotReady, Overloaded, RequestError
+from gateway.http.body import Body
+from gateway.http.context import RequestContext
+from gateway.http.error_forms import ErrorForm, render_error
+from gateway.http.pace import Pace
+from gateway.types import Priority
+
+ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
+"""The paths whose requests a batch may hold."""
+
+_MAX_ID_CHARACTERS = 512
+# Of a line, in addition to the body: its id, its path, and blanks.
+_AROUND_BYTES = 64 * 1024
+_HEADERS: Mapping[str, str] = {"content-type": "application/json", "x-gateway-priority": "low"}
+
+
+class LineRequests:
+    """Reads and answers requests as :class:`gateway.batches.lines.Requests` says."""
+
+    def __init__(self, endpoint: Endpoint, keyring: Keyring, memory: MemoryBudget) -> None:
+        self._endpoint = endpoint
+        self._keyring = keyring
+        self._memory = memory
+        self._pace = Pace()
+        rerank_path = next(path for path in PATHS if path.path == "/v1/rerank")
+        self._handlers: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "/v1/embeddings": OpenAIDialect(endpoint).embeddings,
+            "/v1/rerank": Reranker(endpoint, rerank_path).rerank,
+        }
+
+    @property
+    def max_line_bytes(self) -> int:
+        return self._endpoint.settings.max_body_bytes + _AROUND_BYTES
+
+    @property
+    def is_paused(self) -> bool:
+        return self._endpoint.deployment.is_draining
+
+    def read(self, endpoint: str, line: bytes) -> Line:
+        try:
+            content = parse_object(line)
+        except RequestError as error:
+            raise WrongLine("invalid_json_line", f"This line is not parseable as valid JSON: {error.message}") from None
+        custom_id = content.get("custom_id")
+        if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID_CHARACTERS:
+            what = f"a string of 1 to {_MAX_ID_CHARACTERS} characters"
+            raise WrongLine("invalid_custom_id", f"`custom_id` must be {what}, got {describe(custom_id)}.", "custom_id")
+        if content.get("method") != "POST":
+            raise WrongLine("invalid_method", f"`method` must be POST, got {_shown(content.get('method'))}.", "method")
+        if content.get("url") != endpoint:
+            raise WrongLine(
+                "invalid_url",
+                f"`url` must be the endpoint of the batch, {endpoint}, got {_shown(content.get('url'))}.",
+                "url",
+            )
+        body = content.get("body")
+        if not isinstance(body, dict):
+            raise WrongLine("invalid_request", f"`body` must be an object, got {describe(body)}.", "body")
+        model = body.get("model")
+        written = orjson.dumps(body)
+        limit = self._endpoint.settings.max_body_bytes
+        if len(written) > limit:
+            raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
+        return Line(custom_id, model if isinstance(model, str) else None, written)
+
+    def refusal(self, batch: Batch) -> LineError | None:
+        client = self._client(batch)
+        if client is None:
+            message = f"{batch.owner}, the key that made this batch, is no longer valid here."
+            return LineError("invalid_api_key", message)
+        if batch.model is None:
+            return None
+        try:
+            self._endpoint.deployment.router.choose(batch.model, client)
+        except RequestError as error:
+            return LineError(error.code, error.message, 1, "body.model")
+        return None
+
+    def _client(self, batch: Batch) -> Client | None:
+        return self._keyring.named(batch.owner or "batches")
+
+    async def answer(self, batch: Batch, line: Line) -> Answered:
+        request_id = f"req-{secrets.token_hex(12)}"
+        client = self._client(batch)
+        if client is None:  # between two looks at the key
+            error = InternalError(f"the key of {batch.owner} is no longer valid")
+            return _failed(error, request_id, ErrorForm.OPENAI)
+        context, request = self._request(batch, line, client, request_id)
+        try:
+            response = await self._handlers[batch.endpoint](request)
+            sent = _Sent()
+            await response(request.scope, request.receive, sent.send)
+        except RequestError as error:
+            return _failed(error, request_id, context.error_form)
+        finally:
+            context.memory.release()
+        return Answered(sent.status, request_id, bytes(sent.body), context.num_tokens or 0)
+
+    def _request(self, batch: Batch, line: Line, client: Client, request_id: str) -> tuple[RequestContext, Request]:
+        """Return a request as the layers around the handlers make it of one that comes over HTTP."""
+        headers = Headers({**_HEADERS, "content-length": str(len(line.body))})
+        memory = self._memory.open(client.name)
+        messages: list[Message] = [{"type": "http.request", "body": line.body, "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.get_running_loop().create_future()  # it never disconnects
+            raise AssertionError("unreachable")
+
+        limits = self._endpoint.settings
+        body = Body(receive, headers, memory, self._pace, limits.max_body_bytes, limits.body_timeout_s)
+        context = RequestContext(
+            request_id,
+            client,
+            memory,
+            body,
+            headers,
+            "POST",
+            batch.endpoint,
+            key_owner=client.name,
+            priority=Priority.LOW,
+            time_limit_s=max(1.0, batch.expires_at - time.time()),
+        )
+        scope: Scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": batch.endpoint,
+            "raw_path": batch.endpoint.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": headers.raw,
+            "path_params": {},
+        }
+        context.enter(scope)
+        return context, Request(scope, body.receive)
+
+
+class _Sent:
+    """Keeps a response."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.body = bytearray()
+
+    async def send(self, message: Message) -> None:
+        self.status = message.get("status", self.status)
+        self.body += message.get("body", b"")
+
+
+def _failed(error: RequestError, request_id: str, form: ErrorForm) -> Answered:
+    status, content = render_error(error, form)
+    is_passing = isinstance(error, Overloaded | ModelNotReady | DeadlineExceeded | InternalError)
+    return Answered(
+        status,
+        request_id,
+        orjson.dumps(content),
+        is_passing=is_passing and (isinstance(error, ModelNotReady) or not error.is_permanent),
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def _shown(value: Json) -> str:
+    return cut(repr(value), 100) if isinstance(value, str) else describe(value)

@@ -1,0 +1,190 @@
+"""The lines of an input file, and what becomes of each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+import orjson
+
+from gateway.batches.values import MAX_LINES, Batch, LineError
+
+_MAX_ERRORS = 100
+
+
+class WrongLine(Exception):
+    """A line is not a request that this batch can have; ``code`` and ``param`` are for the client."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request of a batch.
+
+    Attributes:
+        body: as JSON.
+    """
+
+    custom_id: str
+    model: str | None
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a request got.
+
+    Attributes:
+        body: as JSON, exactly as ``POST`` to the endpoint returns it.
+        is_passing: another attempt may succeed, and what failed is not the request's fault.
+        retry_after_s: when to make it, if that is known.
+    """
+
+    status: int
+    request_id: str
+    body: bytes
+    num_tokens: int = 0
+    is_passing: bool = False
+    retry_after_s: int | None = None
+
+
+class Requests(Protocol):
+    """Reads and answers the requests of a batch; the part that knows HTTP."""
+
+    @property
+    def max_line_bytes(self) -> int:
+        """The longest line."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no request should begin now."""
+
+    def read(self, endpoint: str, line: bytes) -> Line:
+        """Read a line, in a thread.
+
+        Raises:
+            WrongLine: it is not a request for this endpoint.
+        """
+
+    def refusal(self, batch: Batch) -> LineError | None:
+        """Return why the owner of a batch may not use it, or its model; ``None`` if nothing speaks against it."""
+
+    async def answer(self, batch: Batch, line: Line) -> Answered:
+        """Answer a request."""
+
+
+class RawLine(NamedTuple):
+    """A line, and where the next one begins, in bytes."""
+
+    content: bytes
+    end: int
+    is_too_long: bool
+
+
+def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[RawLine]:
+    """Yield the lines of a file that are not blank; of one that is too long, only the first bytes."""
+    end = file.tell()
+    while content := file.readline(max_bytes + 1):
+        end += len(content)
+        is_too_long = len(content) > max_bytes and not content.endswith(b"\n")
+        if is_too_long:
+            while (rest := file.readline(max_bytes)) and not rest.endswith(b"\n"):
+                end += len(rest)
+            end += len(rest)
+        if content.strip():
+            yield RawLine(content, end, is_too_long)
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """The result of looking at all lines of a file.
+
+    Attributes:
+        model: of all requests.
+    """
+
+    num_lines: int
+    model: str | None
+    errors: tuple[LineError, ...]
+
+
+def validate(path: Path, batch: Batch, requests: Requests) -> Validated:
+    """Look at all lines of the input of a batch; up to 100 errors are returned."""
+    errors: list[LineError] = []
+    # Hashed: 50,000 ids of any length take a few MB.
+    ids: set[bytes] = set()
+    first: Line | None = None
+    number = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(read_lines(file, requests.max_line_bytes), start=1):
+            if number > MAX_LINES:
+                message = f"The file has more than {MAX_LINES:,} requests, which is the most of a batch."
+                return Validated(number, None, (LineError("too_many_requests", message),))
+            try:
+                line = _read(raw, batch.endpoint, requests)
+                first = first or line
+                _check(line, first, ids)
+            except WrongLine as error:
+                errors.append(LineError(error.code, str(error), number, error.param))
+                if len(errors) == _MAX_ERRORS:
+                    break
+    if not number:
+        errors.append(LineError("empty_file", "The input file has no requests."))
+    return Validated(number, None if first is None else first.model, tuple(errors))
+
+
+def _read(raw: RawLine, endpoint: str, requests: Requests) -> Line:
+    if raw.is_too_long:
+        raise WrongLine("line_too_long", f"This line has more than {requests.max_line_bytes} bytes.")
+    return requests.read(endpoint, raw.content)
+
+
+def _check(line: Line, first: Line, ids: set[bytes]) -> None:
+    digest = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    if digest in ids:
+        shown = line.custom_id[:100]
+        raise WrongLine("duplicate_custom_id", f"The custom_id {shown!r} is that of an earlier line, too.", "custom_id")
+    ids.add(digest)
+    if line.model != first.model:
+        raise WrongLine(
+            "mismatched_model",
+            f"The provided model {str(line.model)[:100]!r} does not match expected model {str(first.model)[:100]!r}. All "
+            "requests of a batch must have the same model: make a batch of each.",
+            "body.model",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- outputs
+
+
+def output_line(number: int, batch: Batch, line: Line, answered: Answered) -> bytes:
+    """Return the line of the output, or of the errors, for an answer."""
+    response = b'{"status_code":%d,"request_id":%b,"body":%b}' % (
+        answered.status,
+        orjson.dumps(answered.request_id),
+        answered.body,
+    )
+    return _output(number, batch, line.custom_id, response, b"null")
+
+
+def expired_line(number: int, batch: Batch, custom_id: str) -> bytes:
+    """Return the line of the errors for a request that was not answered in time."""
+    message = "This request could not be executed before the completion window expired."
+    return _output(number, batch, custom_id, b"null", orjson.dumps({"code": "batch_expired", "message": message}))
+
+
+def _output(number: int, batch: Batch, custom_id: str, response: bytes, error: bytes) -> bytes:
+    request = f"batch_req_{batch.id.removeprefix('batch_')}_{number}"
+    return b'{"id":%b,"custom_id":%b,"response":%b,"error":%b}\n' % (
+        orjson.dumps(request),
+        orjson.dumps(custom_id),
+        response,
+        error,
+    )

@@ -1,0 +1,376 @@
+"""Answers the requests of batches, one batch per client at a time, and keeps on disk how far each is.
+
+Answers are written in the order of the input. First they are written and synced, then the row of the batch says how much of
+the files counts: after a crash, whatever is behind that is cut off, and these requests are computed again. So each line is
+answered exactly once in the output, and none is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias, TypeVar
+
+import structlog
+
+from gateway.batches.lines import Answered, Line, RawLine, Requests, expired_line, output_line, read_lines, validate
+from gateway.batches.store import Store
+from gateway.batches.values import Batch, LineError, Purpose, Status, StoredFile
+from gateway.telemetry import metrics
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+Change: TypeAlias = Callable[[Batch], Batch]
+"""Returns a batch with other values."""
+
+Files: TypeAlias = Sequence[StoredFile]
+
+# Requests in flight of one batch: enough of short ones to fill a batch of the engine, and of long ones what memory allows.
+_MAX_IN_FLIGHT = 64
+_MAX_BYTES_IN_FLIGHT = 8 * 1024 * 1024
+# Batches in progress, of different clients; others wait.
+_MAX_AT_ONCE = 16
+# The pause after a failure that is not a request's: a full disk, for example.
+_PAUSE_S = 15.0
+_LONGEST_WAIT_S = 30.0
+# Attempts at a request that fails in a way that may pass, but may also be its own fault.
+_MAX_TRIES = 3
+_SWEEP_EVERY_S = 600.0
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """A batch that has not ended; ``batch`` is replaced on the event loop only."""
+
+    batch: Batch
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    line: Line
+    raw: RawLine
+    task: asyncio.Task[Answered]
+
+
+class Runner:
+    """Runs all batches of a folder. Belongs to one event loop.
+
+    Args:
+        requests: reads and answers the requests.
+        now: the time in seconds since the epoch.
+    """
+
+    def __init__(self, store: Store, requests: Requests, now: Callable[[], float] = time.time) -> None:
+        self.store = store
+        self._requests = requests
+        self._now = now
+        self._thread = ThreadPoolExecutor(1, "batches")
+        # Not that of the store: reading a large file must not hold up the others.
+        self._reading = ThreadPoolExecutor(1, "batches-read")
+        self._runs: dict[str, _Run] = {batch.id: _Run(batch) for batch in store.open_batches()}
+        self._sweeper: asyncio.Task[None] | None = None
+        self._is_stopped = False
+
+    async def call(self, work: Callable[..., T], *values: object) -> T:
+        """Do something with the store, in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *values)
+
+    def start(self) -> None:
+        """Go on with the batches that have not ended. Call it on the event loop; again does nothing."""
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep())
+            if self._runs:
+                log.info("batches_resumed", batches=len(self._runs))
+            self._begin()
+
+    async def stop(self) -> None:
+        """Stop where it is; the next start goes on from there."""
+        self._is_stopped = True
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        tasks += [] if self._sweeper is None else [self._sweeper]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._reading.shutdown(wait=True, cancel_futures=True)
+        self._thread.submit(self.store.close).result()
+        self._thread.shutdown()
+
+    # ------------------------------------------------------------------------------------------------ for the API
+
+    async def add(self, batch: Batch) -> None:
+        """Keep a new batch, and begin it when its turn comes."""
+        await self.call(self.store.add_batch, batch)
+        self._runs[batch.id] = _Run(batch)
+        self._begin()
+
+    def num_open(self, owner: str) -> int:
+        """Return how many batches of a client have not ended."""
+        return sum(run.batch.owner == owner for run in self._runs.values())
+
+    def uses(self, file_id: str) -> str | None:
+        """Return the batch that still reads or writes a file, if there is one."""
+        for run in self._runs.values():
+            if file_id in (run.batch.input_id, run.batch.output_id, run.batch.error_id):
+                return run.batch.id
+        return None
+
+    async def find(self, owner: str, batch_id: str) -> Batch | None:
+        """Return a batch of a client as it is now."""
+        run = self._runs.get(batch_id)
+        if run is not None:
+            return run.batch if run.batch.owner == owner else None
+        return await self.call(self.store.batch, owner, batch_id)
+
+    async def cancel(self, batch: Batch) -> Batch:
+        """Cancel a batch that has not ended, and return it."""
+        run = self._runs.get(batch.id)
+        if run is None or run.batch.status not in (Status.VALIDATING, Status.IN_PROGRESS):
+            return batch if run is None else run.batch
+        await self._become(run, Status.CANCELLING)
+        return run.batch
+
+    # ------------------------------------------------------------------------------------------------------ turns
+
+    def _begin(self) -> None:
+        """Begin the oldest batch of each client that has none in progress."""
+        busy = {run.batch.owner for run in self._runs.values() if run.task is not None}
+        for run in list(self._runs.values()):
+            if self._is_stopped or self._sweeper is None or len(busy) >= _MAX_AT_ONCE:
+                return
+            if run.batch.owner not in busy:
+                busy.add(run.batch.owner)
+                run.task = asyncio.create_task(self._run(run))
+        for status in Status:
+            if not status.is_final:
+                number = sum(run.batch.status is status for run in self._runs.values())
+                metrics.BATCH_JOBS.labels(status).set(number)
+
+    async def _run(self, run: _Run) -> None:
+        """Bring a batch to its end, through every failure that is not its own."""
+        while not run.batch.status.is_final:
+            try:
+                await self._advance(run)
+            except FileNotFoundError as error:
+                message = f"A file of this batch is gone from the gateway's disk: {error.filename}"
+                errors = (LineError("file_missing", message),)
+                await self._become(run, Status.FAILED, partial(replace, errors=errors))
+            except Exception as error:  # a full or a broken disk, as a rule; the batch goes on where it was
+                log.error("batch_waits", batch=run.batch.id, owner=run.batch.owner, reason=str(error), exc_info=True)
+                await asyncio.sleep(_PAUSE_S)
+        del self._runs[run.batch.id]
+        batch = run.batch
+        metrics.BATCH_JOBS_ENDED.labels(batch.status).inc()
+        log.info(
+            "batch_ended",
+            batch=batch.id,
+            owner=batch.owner,
+            status=batch.status,
+            completed=batch.num_completed,
+            failed=batch.num_failed,
+            total=batch.num_total,
+            num_tokens=batch.num_tokens,
+        )
+        self._begin()
+
+    async def _advance(self, run: _Run) -> None:
+        match run.batch.status:
+            case Status.VALIDATING:
+                await self._validate(run)
+            case Status.IN_PROGRESS:
+                await self._answer_all(run)
+            case Status.CANCELLING:
+                await self._finish(run, Status.CANCELLED)
+            case _:
+                await self._finish(run, run.batch.end)
+
+    async def _become(self, run: _Run, status: Status, change: Change = _unchanged, files: Files = ()) -> None:
+        """Give a batch another state, in memory and on disk, and add files, all or nothing."""
+        before = run.batch
+        run.batch = replace(change(before), status=status, times={**before.times, status.value: int(self._now())})
+        try:
+            await self.call(self.store.save, run.batch, *files)
+        except BaseException:
+            run.batch = before
+            raise
+
+    async def _validate(self, run: _Run) -> None:
+        batch = run.batch
+        path = self.store.path(batch.input_id)
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._reading, validate, path, batch, self._requests)
+        if run.batch.status is not Status.VALIDATING:  # it was canceled meanwhile
+            return
+        errors = found.errors
+        if not errors and (refusal := self._requests.refusal(replace(batch, model=found.model))) is not None:
+            errors = (refusal,)
+        change = partial(replace, model=found.model, num_total=found.num_lines, errors=errors)
+        await self._become(run, Status.FAILED if errors else Status.IN_PROGRESS, change)
+        log.info("batch_validated", batch=batch.id, owner=batch.owner, lines=found.num_lines, errors=len(errors))
+
+    async def _finish(self, run: _Run, end: Status) -> None:
+        """Make files of output and errors, and end the batch, in one step."""
+        batch, now = run.batch, int(self._now())
+        sizes = {batch.output_id: batch.output_bytes, batch.error_id: batch.error_bytes}
+        names = {batch.output_id: f"{batch.id}_output.jsonl", batch.error_id: f"{batch.id}_error.jsonl"}
+        files = [
+            StoredFile(file_id, batch.owner, names[file_id], Purpose.BATCH_OUTPUT, size, now, now + batch.output_kept_s)
+            for file_id, size in sizes.items()
+            if size
+        ]
+        for file in files:
+            await self.call(self.store.cut, file.id, file.num_bytes)
+        await self._become(run, end, files=files)
+
+    # ------------------------------------------------------------------------------------------------------ lines
+
+    async def _answer_all(self, run: _Run) -> None:
+        """Answer the lines that have no answer yet, until the end of the file or of the time."""
+        with self.store.path(run.batch.input_id).open("rb") as file:
+            file.seek(run.batch.position)
+            lines = read_lines(file, self._requests.max_line_bytes)
+            waiting: deque[_InFlight] = deque()
+            try:
+                await self._answer_in_order(run, lines, waiting)
+            finally:
+                tasks = [one.task for one in waiting]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if run.batch.status is Status.IN_PROGRESS:
+            await self._become(run, Status.FINALIZING)
+
+    async def _answer_in_order(self, run: _Run, lines: Iterator[RawLine], waiting: deque[_InFlight]) -> None:
+        has_more = True
+        while run.batch.status is Status.IN_PROGRESS:
+            if self._now() >= run.batch.expires_at:
+                await self._expire(run)
+                return
+            if (refusal := self._requests.refusal(run.batch)) is not None and refusal.code == "invalid_api_key":
+                change = partial(replace, errors=(refusal,), end=Status.FAILED)
+                await self._become(run, Status.FINALIZING, change)
+                return
+            has_more = has_more and await self._fill(run, lines, waiting)
+            if not waiting:
+                if not has_more:
+                    return
+                await asyncio.sleep(0.2)  # paused
+                continue
+            left_s = max(0.0, run.batch.expires_at - self._now())
+            await asyncio.wait([waiting[0].task], timeout=min(1.0, left_s))  # or an end of time, or a cancelation
+            done = list(itertools.takewhile(lambda one: one.task.done(), waiting))
+            if done:
+                await self._write(run, done)
+                for _ in done:
+                    waiting.popleft()
+
+    async def _fill(self, run: _Run, lines: Iterator[RawLine], waiting: deque[_InFlight]) -> bool:
+        """Begin further requests, as many as may be in flight; return whether the file has more."""
+        if self._requests.is_paused:
+            return True
+        num_bytes = sum(len(one.raw.content) for one in waiting)
+        while len(waiting) < _MAX_IN_FLIGHT and (not waiting or num_bytes < _MAX_BYTES_IN_FLIGHT):
+            found = await asyncio.get_running_loop().run_in_executor(self._reading, self._next, run.batch, lines)
+            if found is None:
+                return False
+            raw, line = found
+            num_bytes += len(raw.content)
+            waiting.append(_InFlight(line, raw, asyncio.create_task(self._answer(run, line))))
+        return True
+
+    def _next(self, batch: Batch, lines: Iterator[RawLine]) -> tuple[RawLine, Line] | None:
+        raw = next(lines, None)
+        return None if raw is None else (raw, self._requests.read(batch.endpoint, raw.content))
+
+    async def _answer(self, run: _Run, line: Line) -> Answered:
+        """Answer a request; wait as long as a quota, a queue or a model that is not ready requires."""
+        for attempt in itertools.count(1):
+            answered = await self._requests.answer(run.batch, line)
+            is_patient = answered.status in (429, 503)
+            if not answered.is_passing or (attempt >= _MAX_TRIES and not is_patient):
+                break
+            metrics.BATCH_LINES.labels("repeated").inc()
+            await asyncio.sleep(min(_LONGEST_WAIT_S, answered.retry_after_s or 0.1 * 2 ** min(attempt, 8)))
+        return answered
+
+    async def _write(self, run: _Run, done: list[_InFlight]) -> None:
+        """Write answers behind those before them, and then note that they count."""
+        batch = run.batch
+        outputs: list[bytes] = []
+        errors: list[bytes] = []
+        num_tokens = 0
+        for number, one in enumerate(done, start=batch.num_answered + 1):
+            answered = one.task.result()
+            num_tokens += answered.num_tokens
+            (outputs if answered.status == 200 else errors).append(output_line(number, batch, one.line, answered))
+        await self._append(run, outputs, errors, done[-1].raw.end, num_tokens)
+        metrics.BATCH_LINES.labels("completed").inc(len(outputs))
+        metrics.BATCH_LINES.labels("failed").inc(len(errors))
+
+    async def _append(
+        self, run: _Run, outputs: list[bytes], errors: list[bytes], position: int, num_tokens: int = 0
+    ) -> None:
+        batch = run.batch
+        sizes = await self.call(self._append_now, batch, b"".join(outputs), b"".join(errors))
+        change = partial(
+            replace,
+            output_bytes=sizes[0],
+            error_bytes=sizes[1],
+            num_completed=batch.num_completed + len(outputs),
+            num_failed=batch.num_failed + len(errors),
+            num_tokens=batch.num_tokens + num_tokens,
+            position=position,
+        )
+        # The state may become another one meanwhile, on the event loop.
+        run.batch = change(run.batch)
+        await self.call(self.store.save, run.batch)
+
+    def _append_now(self, batch: Batch, outputs: bytes, errors: bytes) -> tuple[int, int]:
+        sizes = [batch.output_bytes, batch.error_bytes]
+        written = []
+        for i, (file_id, data) in enumerate(((batch.output_id, outputs), (batch.error_id, errors))):
+            if data:
+                sizes[i] = self.store.write(file_id, sizes[i], data)
+                written.append(file_id)
+        self.store.sync(*written)
+        return sizes[0], sizes[1]
+
+    async def _expire(self, run: _Run) -> None:
+        """Note for each line without an answer that its time is over."""
+        with self.store.path(run.batch.input_id).open("rb") as file:
+            file.seek(run.batch.position)
+            lines = read_lines(file, self._requests.max_line_bytes)
+            loop = asyncio.get_running_loop()
+            while group := await loop.run_in_executor(self._reading, self._expired, run.batch, lines):
+                await self._append(run, [], [line for line, _end in group], group[-1][1])
+                metrics.BATCH_LINES.labels("expired").inc(len(group))
+        if run.batch.status is Status.IN_PROGRESS:
+            await self._become(run, Status.FINALIZING, partial(replace, end=Status.EXPIRED))
+
+    def _expired(self, batch: Batch, lines: Iterator[RawLine]) -> list[tuple[bytes, int]]:
+        """Return the lines for some requests that were not answered, each with the place behind it in the input."""
+        found = []
+        for number, raw in enumerate(itertools.islice(lines, 100), start=batch.num_answered + 1):
+            custom_id = self._requests.read(batch.endpoint, raw.content).custom_id
+            found.append((expired_line(number, batch, custom_id), raw.end))
+        return found
+
+    async def _sweep(self) -> None:
+        while True:
+            with suppress(Exception):  # the next one removes what is left
+                num_files = await self.call(self.store.sweep)
+                if num_files:
+                    log.info("batch_files_expired", files=num_files)
+                metrics.BATCH_BYTES.set(self.store.num_bytes)
+            await asyncio.sleep(_SWEEP_EVERY_S)

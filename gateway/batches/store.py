@@ -1,0 +1,351 @@
+"""Files and batches in a folder: the content as files, everything else in SQLite. Survives a crash at any moment.
+
+A file counts once its row is in the database, and how much of an output counts is in the row of its batch: whatever else
+a crash has left is removed at the next start. One process at a time may use a folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from gateway.batches.values import (
+    KEPT_S,
+    Batch,
+    BatchesUnavailable,
+    LineError,
+    Purpose,
+    Status,
+    StorageFull,
+    StoredFile,
+)
+from gateway.errors import StartError
+
+_BUSY_S = 5.0
+_VERSION = 1
+# A file takes at least so much of a disk, and of the quota: a client must not make millions of empty ones.
+_LEAST_BYTES = 4096
+_FREE_BYTES = 64 * 1024 * 1024
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, filename TEXT NOT NULL,
+    purpose TEXT NOT NULL, num_bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS files_of_owner ON files (owner, seq);
+CREATE TABLE IF NOT EXISTS batches (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, is_open INTEGER NOT NULL,
+    ended_at INTEGER NOT NULL, data TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS batches_of_owner ON batches (owner, seq);
+CREATE INDEX IF NOT EXISTS open_batches ON batches (is_open, seq);
+"""
+
+
+class Page(NamedTuple):
+    """Where a list begins, how long it is, and in which order it comes; ``after`` is the id of the item before it."""
+
+    after: str | None = None
+    limit: int = 20
+    is_ascending: bool = False
+
+
+class Store:
+    """The folder. Every method waits for the disk: call them outside of the event loop, in one thread.
+
+    Args:
+        max_bytes: the bytes that all files may have together.
+
+    Raises:
+        StartError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, now: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self._files = folder / "files"
+        self._max_bytes = max_bytes
+        self._now = now
+        path = folder / "batches.sqlite3"
+        try:
+            self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (folder / "lock").open("a")
+        except OSError as error:
+            raise StartError(f"GATEWAY_BATCH_DIR: {folder} cannot be written: {error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise StartError(
+                f"GATEWAY_BATCH_DIR: {folder} is in use by another process: each gateway needs a folder to itself"
+            ) from error
+        try:
+            self._db = self._open(path)
+            self._num_bytes = self._tidy()
+        except (OSError, sqlite3.Error, json.JSONDecodeError, TypeError) as error:
+            self._lock.close()
+            raise StartError(
+                f"GATEWAY_BATCH_DIR: {path} cannot be opened as a file of batches: {error}; move it away to begin a new one"
+            ) from error
+
+    @staticmethod
+    def _open(path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")  # an answer that is noted as written survives a power failure
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise sqlite3.DatabaseError(f"it is of version {version}, and this gateway reads {_VERSION}")
+        for statement in _SCHEMA.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {_VERSION}")
+        return db
+
+    def _tidy(self) -> int:
+        """Remove the files that no row speaks of; return how many bytes the others have."""
+        known = {row["id"] for row in self._db.execute("SELECT id FROM files")}
+        known |= {name for batch in self.open_batches() for name in (batch.output_id, batch.error_id)}
+        num_bytes = 0
+        for path in self._files.iterdir():
+            if path.name in known:
+                num_bytes += _counted(path)
+            else:
+                path.unlink()
+        return num_bytes
+
+    def close(self) -> None:
+        """Close the database, and let another process have the folder."""
+        self._db.close()
+        self._lock.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Write in one transaction.
+
+        Raises:
+            StorageFull: there is no room on the disk.
+            BatchesUnavailable: the database cannot be written now.
+        """
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+                raise _full("its disk is full") from error
+            raise BatchesUnavailable(f"the file of batches cannot be written now: {error}", retry_after_s=5) from error
+
+    # ---------------------------------------------------------------------------------------------------- content
+
+    def path(self, file_id: str) -> Path:
+        """Return where the content of a file is."""
+        return self._files / file_id
+
+    def open(self, file_id: str) -> BinaryIO:
+        """Open the content of a file to read it."""
+        return self.path(file_id).open("rb")
+
+    def new_id(self) -> str:
+        """Return the id of a file to be written."""
+        return f"file-{secrets.token_hex(12)}"
+
+    def write(self, file_id: str, offset: int, data: bytes) -> int:
+        """Write to a file behind its first bytes, and return its size then; whatever was behind these is gone.
+
+        Raises:
+            StorageFull: there is no room.
+        """
+        path = self.path(file_id)
+        before = _counted(path)
+        self.require_room(max(_LEAST_BYTES, offset + len(data)) - before)
+        try:
+            with path.open("r+b" if offset else "wb") as file:
+                file.seek(offset)
+                file.truncate()
+                file.write(data)
+        except OSError as error:
+            raise _full(str(error)) from error
+        finally:
+            self._num_bytes += _counted(path) - before
+        return offset + len(data)
+
+    def sync(self, *file_ids: str) -> None:
+        """Wait until the content of files is on the disk.
+
+        Raises:
+            StorageFull: it cannot be written.
+        """
+        try:
+            for path in (*map(self.path, file_ids), self._files):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        except OSError as error:
+            raise _full(str(error)) from error
+
+    def cut(self, file_id: str, num_bytes: int) -> None:
+        """Remove what is behind the first bytes of a file: a crash has left it there."""
+        path = self.path(file_id)
+        before = _counted(path)
+        os.truncate(path, num_bytes)
+        self._num_bytes += _counted(path) - before
+
+    def require_room(self, num_bytes: int) -> None:
+        """Check that so many more bytes may be written.
+
+        Raises:
+            StorageFull: they may not.
+        """
+        if self._num_bytes + num_bytes > self._max_bytes:
+            raise _full(f"its files have {self._num_bytes} of GATEWAY_BATCH_MAX_BYTES={self._max_bytes} bytes")
+        status = os.statvfs(self.folder)
+        if status.f_bavail * status.f_frsize < num_bytes + _FREE_BYTES:
+            raise _full("its disk is nearly full")
+
+    def discard(self, file_id: str) -> None:
+        """Remove the content of a file that has no row."""
+        path = self.path(file_id)
+        self._num_bytes -= _counted(path)
+        path.unlink(missing_ok=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that count towards the quota."""
+        return self._num_bytes
+
+    # ------------------------------------------------------------------------------------------------------ files
+
+    def add_file(self, file: StoredFile) -> None:
+        """Make written content a file."""
+        with self._writing() as db:
+            self._insert(db, file)
+
+    @staticmethod
+    def _insert(db: sqlite3.Connection, file: StoredFile) -> None:
+        db.execute(
+            "INSERT OR IGNORE INTO files (id, owner, filename, purpose, num_bytes, created_at, expires_at) "
+            "VALUES (:id, :owner, :filename, :purpose, :num_bytes, :created_at, :expires_at)",
+            asdict(file),
+        )
+
+    def file(self, owner: str, file_id: str) -> StoredFile | None:
+        """Return a file of a client, unless it has expired."""
+        row = self._read(
+            "SELECT * FROM files WHERE id = ? AND owner = ? AND expires_at > ?", file_id, owner, self._now()
+        ).fetchone()
+        return None if row is None else _file_of(row)
+
+    def files(self, owner: str, page: Page, purpose: str | None = None) -> list[StoredFile]:
+        """Return some files of a client; ``limit + 1`` of them if there are more."""
+        condition, values = "owner = ? AND expires_at > ?", [owner, self._now()]
+        if purpose is not None:
+            condition, values = f"{condition} AND purpose = ?", [*values, purpose]
+        return [_file_of(row) for row in self._list("files", condition, values, page)]
+
+    def remove_file(self, file_id: str) -> None:
+        """Remove a file and its content."""
+        with self._writing() as db:
+            db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        self.discard(file_id)
+
+    # ---------------------------------------------------------------------------------------------------- batches
+
+    def add_batch(self, batch: Batch) -> None:
+        """Keep a new batch."""
+        with self._writing() as db:
+            db.execute(
+                "INSERT INTO batches (id, owner, is_open, ended_at, data) VALUES (?, ?, 1, 0, ?)",
+                (batch.id, batch.owner, _dump(batch)),
+            )
+
+    def save(self, batch: Batch, *files: StoredFile) -> None:
+        """Keep the state of a batch, and add files, both or nothing."""
+        with self._writing() as db:
+            for file in files:
+                self._insert(db, file)
+            db.execute(
+                "UPDATE batches SET is_open = ?, ended_at = ?, data = ? WHERE id = ?",
+                (not batch.status.is_final, int(self._now()) if batch.status.is_final else 0, _dump(batch), batch.id),
+            )
+
+    def batch(self, owner: str, batch_id: str) -> Batch | None:
+        """Return a batch of a client."""
+        row = self._read("SELECT data FROM batches WHERE id = ? AND owner = ?", batch_id, owner).fetchone()
+        return None if row is None else _load(row["data"])
+
+    def batches(self, owner: str, page: Page) -> list[Batch]:
+        """Return some batches of a client; ``limit + 1`` of them if there are more."""
+        return [_load(row["data"]) for row in self._list("batches", "owner = ?", [owner], page)]
+
+    def open_batches(self) -> list[Batch]:
+        """Return the batches of all clients that have not ended, the oldest first."""
+        return [_load(row["data"]) for row in self._read("SELECT data FROM batches WHERE is_open = 1 ORDER BY seq")]
+
+    def sweep(self) -> int:
+        """Remove the files that have expired, and the batches that ended long ago; return how many files."""
+        in_use = {batch.input_id for batch in self.open_batches()}
+        expired = [row["id"] for row in self._read("SELECT id FROM files WHERE expires_at <= ?", self._now())]
+        gone = [file_id for file_id in expired if file_id not in in_use]
+        for file_id in gone:
+            self.remove_file(file_id)
+        with self._writing() as db:
+            db.execute("DELETE FROM batches WHERE is_open = 0 AND ended_at <= ?", (self._now() - KEPT_S,))
+        return len(gone)
+
+    def _read(self, query: str, *values: object) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(query, values)
+        except sqlite3.Error as error:
+            raise BatchesUnavailable(f"the file of batches cannot be read now: {error}", retry_after_s=5) from error
+
+    def _list(self, table: str, condition: str, values: list[Any], page: Page) -> list[sqlite3.Row]:
+        sign, order = (">", "ASC") if page.is_ascending else ("<", "DESC")
+        if page.after is not None:
+            condition += f" AND seq {sign} (SELECT seq FROM {table} WHERE id = ? AND owner = ?)"  # noqa: S608
+            values = [*values, page.after, values[0]]
+        query = f"SELECT * FROM {table} WHERE {condition} ORDER BY seq {order} LIMIT ?"  # noqa: S608  no value of a client
+        return self._read(query, *values, page.limit + 1).fetchall()
+
+
+def _counted(path: Path) -> int:
+    """Return how much of the quota a file takes; 0 if it does not exist."""
+    try:
+        return max(_LEAST_BYTES, path.stat().st_size)
+    except FileNotFoundError:
+        return 0
+
+
+def _full(reason: str) -> StorageFull:
+    return StorageFull(
+        f"the folder of batches has no room: {reason}. Delete files, or have the operator raise GATEWAY_BATCH_MAX_BYTES",
+        is_permanent=True,
+    )
+
+
+def _file_of(row: sqlite3.Row) -> StoredFile:
+    fields = {name: row[name] for name in StoredFile.__slots__}
+    return StoredFile(**{**fields, "purpose": Purpose(row["purpose"])})
+
+
+def _dump(batch: Batch) -> str:
+    return json.dumps(asdict(batch))
+
+
+def _load(data: str) -> Batch:
+    fields = json.loads(data)
+    fields["status"], fields["end"] = Status(fields["status"]), Status(fields["end"])
+    fields["errors"] = tuple(LineError(**error) for error in fields["errors"])
+    return Batch(**fields)

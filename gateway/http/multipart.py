@@ -1,0 +1,150 @@
+"""Split a body of ``multipart/form-data`` into its parts while it arrives (RFC 7578, 2046). Pure; holds a few KiB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.message import Message
+from enum import Enum, auto
+from typing import TypeAlias
+
+from gateway.errors import BadInput
+
+_MAX_HEAD_BYTES = 8 * 1024
+_MAX_PARTS = 20
+# RFC 2046, 5.1.1.
+_MAX_BOUNDARY = 70
+
+
+@dataclass(frozen=True, slots=True)
+class PartStart:
+    """A part begins: the field's name, and the name of the file if it is one."""
+
+    name: str
+    filename: str | None
+
+
+Event: TypeAlias = PartStart | bytes
+"""The begin of a part, or some of the content of the part that began last."""
+
+
+class _State(Enum):
+    BEFORE = auto()
+    DELIMITER = auto()
+    HEAD = auto()
+    CONTENT = auto()
+    AFTER = auto()
+
+
+class Multipart:
+    """Reads one body; the same events come out however it is cut into pieces, apart from where content is cut.
+
+    Args:
+        content_type: the request's, with the boundary.
+
+    Raises:
+        BadInput: it is another type, or has no boundary.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        header = Message()
+        header["content-type"] = content_type
+        boundary = header.get_param("boundary")
+        if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+            raise BadInput("the body must be `multipart/form-data` with a boundary, as a client's upload of a file is")
+        if not 0 < len(boundary) <= _MAX_BOUNDARY or not boundary.isascii():
+            raise BadInput(f"the boundary of the body must have 1 to {_MAX_BOUNDARY} characters of ASCII")
+        self._delimiter = b"\r\n--" + boundary.encode()
+        self._held = bytearray(b"\r\n")  # the first delimiter may be the very beginning
+        self._state = _State.BEFORE
+        self._num_parts = 0
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """Take the next piece of the body, and return what it completes.
+
+        Raises:
+            BadInput: it cannot be the body that its content type promises.
+        """
+        self._held += data
+        while (event := self._step()) is not None:
+            if event:
+                yield event
+
+    def finish(self) -> None:
+        """Check that the body was complete.
+
+        Raises:
+            BadInput: it was not.
+        """
+        if self._state is not _State.AFTER:
+            raise BadInput("the body ended before its last boundary: the upload was cut off")
+
+    def _step(self) -> Event | None:
+        """Go on by one step; return ``None`` if that takes more bytes, and an empty event if nothing comes of it."""
+        match self._state:
+            case _State.BEFORE | _State.CONTENT:
+                return self._read_content()
+            case _State.DELIMITER:
+                return self._read_delimiter()
+            case _State.HEAD:
+                return self._read_head()
+            case _State.AFTER:
+                self._held.clear()
+                return None
+
+    def _read_content(self) -> Event | None:
+        is_part = self._state is _State.CONTENT
+        end = self._held.find(self._delimiter)
+        if end >= 0:
+            content = bytes(self._held[:end]) if is_part else b""
+            del self._held[: end + len(self._delimiter)]
+            self._state = _State.DELIMITER
+            return content
+        num_safe = len(self._held) - len(self._delimiter) + 1  # the rest may be the begin of a delimiter
+        if num_safe <= 0:
+            return None
+        content = bytes(self._held[:num_safe]) if is_part else b""
+        del self._held[:num_safe]
+        return content
+
+    def _read_delimiter(self) -> Event | None:
+        rest = self._held.lstrip(b" \t")
+        if len(rest) < 2:
+            self._check_head_size()
+            return None
+        mark = bytes(rest[:2])
+        if mark not in (b"\r\n", b"--"):
+            raise BadInput("a boundary of the body must be followed by a line break")
+        self._state = _State.HEAD if mark == b"\r\n" else _State.AFTER
+        # The line break may be the first half of the blank line that ends a head without fields.
+        del self._held[: len(self._held) - len(rest) + (0 if self._state is _State.HEAD else 2)]
+        return b""
+
+    def _read_head(self) -> Event | None:
+        end = self._held.find(b"\r\n\r\n")
+        if end < 0:
+            self._check_head_size()
+            return None
+        lines = bytes(self._held[:end]).decode("utf-8", "replace").split("\r\n")
+        del self._held[: end + 4]
+        self._num_parts += 1
+        if self._num_parts > _MAX_PARTS:
+            raise BadInput(f"the body has more than {_MAX_PARTS} parts")
+        self._state = _State.CONTENT
+        return self._part_of(lines)
+
+    def _check_head_size(self) -> None:
+        if len(self._held) > _MAX_HEAD_BYTES:
+            raise BadInput(f"the head of a part of the body has more than {_MAX_HEAD_BYTES} bytes")
+
+    @staticmethod
+    def _part_of(lines: list[str]) -> PartStart:
+        head = Message()
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip().lower() == "content-disposition":
+                head["content-disposition"] = value.strip()
+        name = head.get_param("name", header="content-disposition")
+        if not isinstance(name, str):
+            raise BadInput("a part of the body has no name: `Content-Disposition: form-data; name=…` is missing")
+        return PartStart(name, head.get_filename())
