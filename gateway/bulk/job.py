@@ -120,11 +120,7 @@ class _OpenShard:
 
 
 class Job:
-    """Embeds a source into a sink.
-
-    Args:
-        progress: how far the manifest says that the job has come.
-    """
+    """Embeds a source into a sink."""
 
     def __init__(
         self,
