@@ -76,6 +76,7 @@ models:
     revision: 5617a9f61b028005a4858fdac845db406aefb181
     outputs: [dense, sparse, multivector]
     rerank: {dense: 0.4, sparse: 0.2, multivector: 0.4}    # how /v1/rerank weights them
+    cache: {max_bytes: 1GiB}   # of vectors, for equal texts
 
   - id: house/e5
     source: ./checkpoints/e5-finetuned

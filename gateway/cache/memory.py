@@ -13,8 +13,8 @@ ENTRY_BYTES = 256
 class MemoryStore:
     """Bytes by key, the least recently used first.
 
-    An ``OrderedDict`` is all that is needed. ``cachetools`` would keep the sizes of the entries, which these know, in a
-    second dictionary, with 100 bytes more for each.
+    An ``OrderedDict`` is all that is needed. The library cachetools would keep the sizes of the entries, which these know,
+    in a second dictionary, with 100 bytes more for each.
 
     Args:
         max_bytes: of all entries, with what Python adds to them. Larger ones than an eighth of it are not kept.

@@ -11,7 +11,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 @dataclass(slots=True)
 class _Family:
-    """A metric: its ``HELP`` and ``TYPE`` once, and the samples of all processes."""
+    """A metric: its help and its type once, and the samples of all processes."""
 
     head: dict[str, str] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
