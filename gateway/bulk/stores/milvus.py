@@ -1,0 +1,231 @@
+"""Milvus, a server or a Milvus Lite file, as a source, a sink, and a store whose collections can move to another model.
+
+The note of the space is a property of the collection.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from pymilvus import MilvusClient
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.rows import BadRow, BulkError, Row, RowId
+from gateway.bulk.stores.milvus_collections import TIMEOUT_S, Collection, find_collection, refusals, selection
+from gateway.bulk.stores.milvus_rows import (
+    PAGE,
+    MilvusSink,
+    MilvusSource,
+    count_items,
+    read_page,
+    read_some,
+)
+from gateway.bulk.stores.payloads import digest
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
+from gateway.bulk.stores.reading import fields_of
+from gateway.config.wording import quote
+from gateway.types import SparseVector
+
+_LITE_SUFFIX = ".db"
+
+
+def open_store(place: Place) -> MilvusStore:
+    """Open the server or file of a place.
+
+    Raises:
+        BulkError: it cannot be reached.
+    """
+    return MilvusStore(place)
+
+
+class MilvusStore:
+    """A server, or a file of Milvus Lite."""
+
+    def __init__(self, place: Place) -> None:
+        self.name = place.store
+        self._place = place
+        self._vector = place.options.get("vector")
+        self._prefix = place.named("")
+        self._client = self._connect()
+
+    def _connect(self) -> MilvusClient:
+        place = self._place
+        if place.location:
+            if not place.location.endswith(_LITE_SUFFIX):
+                raise BulkError(f"{self.name}: a file of Milvus Lite has a name that ends in {_LITE_SUFFIX}")
+            uri, token = place.location, ""
+        else:
+            host = f"[{place.host}]" if ":" in place.host else place.host
+            uri = f"{'https' if place.is_secure else 'http'}://{host}:{place.port}"
+            token = os.environ.get(place.key or "", "")
+            if place.user:
+                token = f"{place.user}:{token}"
+        try:
+            with refusals(self.name):
+                return MilvusClient(uri=uri, token=token, db_name=place.path, timeout=TIMEOUT_S)
+        except BulkError as error:
+            if not place.location:
+                raise
+            raise BulkError(
+                f"{self.name} cannot be opened; only one process at a time can use a file of Milvus Lite: {error}"
+            ) from error
+
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> MilvusSource:
+        """Return the items of a collection."""
+        return MilvusSource(self._connect, self._find(collection), names, since)
+
+    def sink(self, collection: str, keeping: Keeping) -> MilvusSink:
+        """Return a sink for a collection."""
+        return MilvusSink(self._connect, collection, self._prefix, keeping, merges=bool(self._place.location))
+
+    def _find(self, collection: str) -> Collection:
+        found = find_collection(self._client, collection, self._prefix)
+        if found is None:
+            raise BulkError(f"there is no collection {quote(collection)} in {self.name}")
+        with refusals(found.place):
+            self._client.load_collection(found.name, timeout=TIMEOUT_S)
+        return found
+
+    def collections(self) -> Sequence[str]:
+        """Return the names of all collections."""
+        with refusals(self.name):
+            return sorted(self._client.list_collections(timeout=TIMEOUT_S))
+
+    def describe(self, collection: str) -> CollectionInfo:
+        """Return a collection's info."""
+        found = self._find(collection)
+        widths = {name: field.width for name, field in found.dense.items()}
+        return CollectionInfo(found.name, count_items(self._client, found), widths, found.notes)
+
+    def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
+        """Yield the items with these ids."""
+        found = self._find(collection)
+        first = [payload for _id, payload in read_page(self._client, found, None, 1)]
+        fields = fields_of(names, first, found.place)
+        for start in range(0, len(ids), PAGE):
+            for row_id, payload in read_some(self._client, found, ids[start : start + PAGE]):
+                yield fields.row(payload, f"id {row_id} of {found.place}", row_id, row_id)
+
+    def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
+        """Yield ids and hashes of payloads, by ascending id."""
+        found = self._find(collection)
+        last: RowId | None = None
+        while page := read_page(self._client, found, last):
+            for row_id, payload in page:
+                last = row_id
+                yield row_id, digest(payload)
+
+    def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
+        """Return the place of an id: integers by their value, texts by their code points."""
+        return (0, row_id) if isinstance(row_id, int) else (1, row_id)
+
+    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
+        """Delete items."""
+        found = self._find(collection)
+        with refusals(found.place):
+            for start in range(0, len(ids), PAGE):
+                chosen = selection(found, ids[start : start + PAGE])
+                self._client.delete(found.name, filter=chosen, timeout=TIMEOUT_S)
+
+    def search(
+        self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None
+    ) -> Sequence[Hit]:
+        """Return the nearest items, by the metric of the field's index."""
+        found = self._find(collection)
+        if isinstance(query, SparseVector):
+            name = vector or next(
+                (field.name for field in found.vectors if not field.width and not field.is_computed), ""
+            )
+            data: object = dict(zip(query.indices.tolist(), query.values.tolist(), strict=True))
+        else:
+            name, data = found.vector(vector or self._vector).name, query
+        with refusals(found.place):
+            metric = next(
+                (
+                    described["metric_type"]
+                    for index in self._client.list_indexes(found.name)
+                    if (described := self._client.describe_index(found.name, index))["field_name"] == name
+                ),
+                "COSINE",
+            )
+            [hits] = self._client.search(
+                found.name,
+                data=[data],
+                anns_field=name,
+                limit=limit,
+                output_fields=[found.id.name],
+                consistency_level="Strong",
+                timeout=TIMEOUT_S,
+            )
+        sign = -1.0 if metric == "L2" else 1.0
+        return [Hit(hit["entity"][found.id.name], sign * float(hit["distance"])) for hit in hits]
+
+    def vectors(
+        self, collection: str, ids: Sequence[RowId], vector: str | None = None
+    ) -> Mapping[RowId, npt.NDArray[np.float32]]:
+        """Return the vectors of items."""
+        found = self._find(collection)
+        name = found.vector(vector or self._vector).name
+        with refusals(found.place):
+            items = self._client.query(
+                found.name,
+                filter=selection(found, ids),
+                output_fields=[found.id.name, name],
+                consistency_level="Strong",
+                timeout=TIMEOUT_S,
+            )
+        return {item[found.id.name]: np.asarray(item[name], np.float32) for item in items if item.get(name) is not None}
+
+    def aliases(self) -> Mapping[str, str]:
+        """Return the collection that each alias means."""
+        with refusals(self.name):
+            return {
+                alias: collection
+                for collection in self._client.list_collections(timeout=TIMEOUT_S)
+                for alias in self._client.list_aliases(collection, timeout=TIMEOUT_S)["aliases"]
+            }
+
+    def why_not_flip(self, name: str) -> str:
+        """Return why a name cannot become an alias; empty if it can, or is one already."""
+        if name in self.collections():
+            return (
+                f"{quote(name)} is the name of a collection itself, and an alias cannot have the name of one that exists. "
+                "Let applications use an alias: choose its name, and set it in their settings once"
+            )
+        return ""
+
+    def flip(self, name: str, collection: str) -> None:
+        """Make an alias mean a collection, in one step; the alias is made if it does not exist."""
+        if reason := self.why_not_flip(name):
+            raise BulkError(reason)
+        found = self._find(collection)
+        with refusals(self.name):
+            change = self._client.alter_alias if name in self.aliases() else self._client.create_alias
+            change(found.name, name, timeout=TIMEOUT_S)
+
+    def delete_alias(self, name: str) -> None:
+        """Delete an alias, not its collection."""
+        if name not in self.aliases():
+            raise BulkError(f"{self.name} has no alias {quote(name)}")
+        with refusals(self.name):
+            self._client.drop_alias(name, timeout=TIMEOUT_S)
+
+    def delete_collection(self, collection: str) -> None:
+        """Delete a collection by its real name."""
+        aliases = self.aliases()
+        if collection in aliases:
+            raise BulkError(f"{quote(collection)} is an alias of {quote(aliases[collection])}, not a collection")
+        if meaning := sorted(name for name, real in aliases.items() if real == collection):
+            raise BulkError(
+                f"the alias {quote(meaning[0])} still means the collection {quote(collection)}; let it mean another one "
+                "first"
+            )
+        with refusals(self.name):
+            self._client.drop_collection(self._find(collection).name, timeout=TIMEOUT_S)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()

@@ -1,0 +1,307 @@
+"""The items of a Milvus collection: read in the order of their ids, and written by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+from pymilvus import MilvusClient
+
+from gateway.bulk.fields import FieldNames, Fields
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Position, Row, RowId, SpaceNote
+from gateway.bulk.stores.milvus_collections import (
+    MAX_WIDTH,
+    TIMEOUT_S,
+    Collection,
+    Field,
+    after_id,
+    create_collection,
+    create_like,
+    find_collection,
+    noted_properties,
+    payload_of,
+    refusals,
+    selection,
+)
+from gateway.bulk.stores.notes import check_note
+from gateway.bulk.stores.payloads import with_field
+from gateway.bulk.stores.protocol import Keeping, Since
+from gateway.bulk.stores.reading import fields_of, is_later
+from gateway.config.wording import quote
+
+Connect: TypeAlias = Callable[[], MilvusClient]
+Item: TypeAlias = tuple[RowId, dict[str, Json]]
+
+PAGE: Final = 500
+"""Items that are read or written at once."""
+_SAMPLE: Final = 64
+_MAX_NUMBERS: Final = 4_000_000
+"""Numbers in one request: 16 MB, where a server accepts 64."""
+_DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
+
+
+def read_page(client: MilvusClient, collection: Collection, after: RowId | None, limit: int = PAGE) -> list[Item]:
+    """Return the ids and payloads of the next items, by ascending id."""
+    return _query(
+        client,
+        collection,
+        after_id(collection, after),
+        # Ordered by the ids, as Milvus' own iterator asks for it.
+        limit=limit,
+        iterator="True",
+        reduce_stop_for_best="True",
+    )
+
+
+def read_some(client: MilvusClient, collection: Collection, ids: Sequence[RowId]) -> list[Item]:
+    """Return the ids and payloads of those of these items that exist."""
+    return _query(client, collection, selection(collection, ids)) if ids else []
+
+
+def _query(client: MilvusClient, collection: Collection, expression: str, **settings: Any) -> list[Item]:
+    names = [field.name for field in collection.others]
+    if collection.description.get("enable_dynamic_field"):
+        names.append("$meta")
+    with refusals(collection.place):
+        found = client.query(
+            collection.name,
+            filter=expression,
+            output_fields=[collection.id.name, *names],
+            consistency_level="Strong",
+            timeout=TIMEOUT_S,
+            **settings,
+        )
+    return [(item[collection.id.name], payload_of(collection, item)) for item in found]
+
+
+class MilvusSource:
+    """The items of a collection, by ascending id."""
+
+    def __init__(self, connect: Connect, collection: Collection, names: FieldNames, since: Since | None) -> None:
+        self.name = collection.place
+        self._client = connect()
+        self._collection = collection
+        self._names = names
+        self._since = since
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The fields that make a row.
+
+        Raises:
+            BulkError: the first items do not have them.
+        """
+        first = [payload for _id, payload in read_page(self._client, self._collection, None, _SAMPLE)]
+        return fields_of(self._names, first, self.name)
+
+    @property
+    def has_unique_ids(self) -> bool:
+        """The collection's own ids are unique."""
+        return self._names.id is None
+
+    @property
+    def text_field(self) -> str:
+        """The field of the payload that has the text.
+
+        Raises:
+            BulkError: the first items do not have it.
+        """
+        return self.fields.text
+
+    def fingerprint(self) -> str:
+        """Return the collection's identity, which another one of the same name does not have, and the fields."""
+        since = f" since {self._since.field} {self._since.moment}" if self._since else ""
+        return f"{self.name} {self._collection.number} {self.fields}{since}"
+
+    def count(self) -> int:
+        """Return how many items there are."""
+        return count_items(self._client, self._collection)
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        """Yield the items after a position, which is an id."""
+        last = after if isinstance(after, int | str) else None
+        while page := read_page(self._client, self._collection, last):
+            for row_id, payload in page:
+                last = row_id
+                if self._since is None or is_later(payload, self._since):
+                    place = f"id {row_id} of {self.name}"
+                    yield self.fields.row(payload, place, row_id, None if self._names.id is not None else row_id)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+
+def count_items(client: MilvusClient, collection: Collection) -> int:
+    """Return how many items a collection has."""
+    with refusals(collection.place):
+        [found] = client.query(
+            collection.name, filter="", output_fields=["count(*)"], consistency_level="Strong", timeout=TIMEOUT_S
+        )
+    return int(found["count(*)"])
+
+
+class MilvusSink:
+    """Writes vectors into a collection, which it makes if it does not exist.
+
+    Args:
+        store: the URL of the collection without its name.
+        merges: the store adds the fields of an item to those of an older one, as Milvus Lite does.
+    """
+
+    def __init__(self, connect: Connect, collection: str, store: str, keeping: Keeping, *, merges: bool) -> None:
+        self.name = f"{store}{collection}"
+        self._client = connect()
+        self._wanted, self._store, self._keeping, self._merges = collection, store, keeping, merges
+        self._note: SpaceNote | None = None
+        self._collection: Collection | None = None
+        self._like: Collection | None = None
+
+    def open(self, note: SpaceNote) -> None:
+        """Check that the collection may take vectors of this space; the first write makes it if it does not exist.
+
+        Raises:
+            BulkError: it holds others, or Milvus cannot keep them.
+        """
+        self._check_note(note)
+        self._note = note
+        with refusals(self.name):
+            if self._keeping.like is not None:
+                self._make_like(self._keeping.like, note)
+            self._collection = find_collection(self._client, self._wanted, self._store)
+            if self._collection is not None:
+                self._check(self._collection, note)
+                self._client.load_collection(self._collection.name, timeout=TIMEOUT_S)
+
+    def _check_note(self, note: SpaceNote) -> None:
+        if note.token_width:
+            raise BulkError(f"{self.name}: Milvus keeps dense vectors and sparse weights, without multi-vectors")
+        if note.dimensions > MAX_WIDTH:
+            raise BulkError(
+                f"{self.name}: Milvus takes dense vectors of at most {MAX_WIDTH:,} dimensions, not {note.dimensions:,}"
+            )
+        if self._keeping.updates:
+            raise BulkError(f"{self.name}: Milvus adds no vectors to items that exist: embed into a new collection")
+
+    def _make_like(self, like: str, note: SpaceNote) -> None:
+        self._like = find_collection(self._client, like, self._store)
+        if self._like is None:
+            raise BulkError(f"there is no collection {quote(like)} in {self._store.rstrip('/#')}")
+        if find_collection(self._client, self._wanted, self._store) is None:
+            create_like(self._client, self._wanted, self._like, note, self._like.vector(self._keeping.vector))
+
+    def _check(self, collection: Collection, note: SpaceNote) -> None:
+        """Check a collection that exists, and write the note if it has none."""
+        noted = self._vector(collection).name if note.dimensions else self._sparse(collection)
+        held = collection.notes.get(noted)
+        number = count_items(self._client, collection) if held is None else 0
+        check_note(held, note, self.name, number, adopts=self._keeping.adopts)
+        width = self._vector(collection).width if note.dimensions else 0
+        if width != note.dimensions:
+            raise BulkError(
+                f"the field {quote(noted)} of {self.name} takes vectors of {width} dimensions; those of {note.model} have "
+                f"{note.dimensions}: name another collection"
+            )
+        if note.has_sparse:
+            self._sparse(collection)
+        if held is None:
+            self._client.alter_collection_properties(
+                collection.name, noted_properties({**collection.notes, noted: note}), timeout=TIMEOUT_S
+            )
+
+    def _vector(self, collection: Collection) -> Field:
+        return collection.vector(self._keeping.vector)
+
+    def _sparse(self, collection: Collection) -> str:
+        names = [field.name for field in collection.vectors if not field.width and not field.is_computed]
+        if len(names) != 1:
+            raise BulkError(f"{self.name} has {len(names)} fields for sparse weights; one is needed")
+        return names[0]
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Insert items, or replace those with the same ids. Milvus has them in its log when it responds."""
+        if not batch.rows or self._note is None:
+            return
+        with refusals(self.name):
+            if self._collection is None:
+                self._collection = self._create(batch.rows)
+            collection = self._collection
+            for row in batch.rows:
+                if isinstance(row.id, int) != collection.is_counted:
+                    kind = "an integer" if isinstance(row.id, int) else "text"
+                    raise BulkError(
+                        f"{row.place}: its id is {kind}, and those of {self.name} are {collection.id.kind.name}"
+                    )
+            size = max(1, min(PAGE, _MAX_NUMBERS // max(1, self._note.dimensions)))
+            for start in range(0, len(batch.rows), size):
+                items = self._items(collection, batch, range(start, min(start + size, len(batch.rows))))
+                if self._merges:
+                    self._delete_changed(collection, items)
+                self._client.upsert(collection.name, items, timeout=TIMEOUT_S)
+
+    def _delete_changed(self, collection: Collection, items: Sequence[Mapping[str, Any]]) -> None:
+        """Delete the items that have fields which their new versions lack, and which would stay."""
+        names = {item[collection.id.name]: item.keys() for item in items}
+        changed = [
+            row_id
+            for row_id, payload in read_some(self._client, collection, list(names))
+            if not payload.keys() <= names[row_id]
+        ]
+        if changed:
+            self._client.delete(collection.name, filter=selection(collection, changed), timeout=TIMEOUT_S)
+
+    def _create(self, rows: Sequence[Row]) -> Collection:
+        if self._note is None:
+            raise ValueError("write before open")
+        are_counted = all(isinstance(row.id, int) for row in rows)
+        vector = self._keeping.vector or _DENSE_NAME
+        create_collection(self._client, self._wanted, self._note, are_counted, vector, _SPARSE_NAME)
+        collection = find_collection(self._client, self._wanted, self._store)
+        if collection is None:
+            raise BulkError(f"{self.name} was deleted while it was made")
+        return collection
+
+    def _items(self, collection: Collection, batch: EmbeddedRows, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        rows = [batch.rows[number] for number in numbers]
+        others = self._other_vectors(collection, [row.id for row in rows])
+        items = []
+        for number, row in zip(numbers, rows, strict=True):
+            item: dict[str, Any] = {**others.get(row.id, {}), **self._payload(row), collection.id.name: row.id}
+            if batch.dense is not None:
+                item[self._vector(collection).name] = batch.dense[number]
+            if batch.sparse is not None:
+                weights = batch.sparse[number]
+                item[self._sparse(collection)] = dict(
+                    zip(weights.indices.tolist(), weights.values.tolist(), strict=True)
+                )
+            items.append(item)
+        return items
+
+    def _payload(self, row: Row) -> Mapping[str, Json]:
+        return row.payload if self._keeping.text is None else with_field(row.payload, self._keeping.text, row.text)
+
+    def _other_vectors(self, collection: Collection, ids: Sequence[RowId]) -> dict[RowId, dict[str, Any]]:
+        """Return the vectors of other fields that the items have in the collection that this one is like."""
+        if self._like is None:
+            return {}
+        names = [
+            field.name
+            for field in self._like.vectors
+            if not field.is_computed and field.name != self._vector(collection).name
+        ]
+        if not names:
+            return {}
+        id_name = self._like.id.name
+        found = self._client.query(
+            self._like.name,
+            filter=selection(self._like, ids),
+            output_fields=[id_name, *names],
+            consistency_level="Strong",
+            timeout=TIMEOUT_S,
+        )
+        return {item[id_name]: {name: item[name] for name in names} for item in found}
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()

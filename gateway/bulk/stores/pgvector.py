@@ -1,0 +1,295 @@
+"""PostgreSQL with pgvector, as a source, a sink, and a store whose tables can move to another model.
+
+The note of the space is a line in the comment of the column with the vectors, so that it survives a dump, and a new name
+of the table. Names that applications use can move as views: ``CREATE VIEW docs AS SELECT * FROM docs_v1``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import unquote
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+from psycopg import sql
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.rows import BadRow, BulkError, Row, RowId
+from gateway.bulk.stores import pgvector_rows as rows
+from gateway.bulk.stores import pgvector_tables as tables
+from gateway.bulk.stores.payloads import digest
+from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, read_name, refusals
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
+from gateway.bulk.stores.reading import fields_of
+from gateway.config.wording import quote
+from gateway.types import SparseVector
+
+_CONNECT_S: Final = 10
+_LOCK_S: Final = 5
+_DIGEST_PAGE: Final = 5_000
+
+_TABLES: Final = """
+SELECT DISTINCT n.nspname, c.relname, pg_table_is_visible(c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
+WHERE c.relkind IN ('r', 'p') AND a.atttypid::regtype::text ~ '(^|[.])(vector|halfvec)$' AND NOT a.attisdropped
+ORDER BY 1, 2
+"""
+_VIEWS: Final = """
+SELECT vn.nspname, v.relname, pg_table_is_visible(v.oid), tn.nspname, t.relname, pg_table_is_visible(t.oid),
+       pg_get_viewdef(v.oid), v.oid
+FROM pg_class v JOIN pg_namespace vn ON vn.oid = v.relnamespace JOIN pg_rewrite r ON r.ev_class = v.oid
+JOIN pg_depend d ON d.objid = r.oid AND d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+JOIN pg_class t ON t.oid = d.refobjid AND t.oid <> v.oid JOIN pg_namespace tn ON tn.oid = t.relnamespace
+WHERE v.relkind = 'v' AND t.relkind IN ('r', 'p')
+GROUP BY 1, 2, 3, 4, 5, 6, 7, 8
+"""
+# A sequence that the defaults of a copy use belongs to the first table, and would be deleted with it.
+_SHARED_SEQUENCES: Final = """
+SELECT s.objid::regclass::text
+FROM pg_depend s JOIN pg_class c ON c.oid = s.objid AND c.relkind = 'S'
+WHERE s.refobjid = %(oid)s AND s.deptype = 'a' AND EXISTS (
+    SELECT FROM pg_depend u JOIN pg_attrdef f ON f.oid = u.objid AND u.classid = 'pg_attrdef'::regclass
+    WHERE u.refobjid = s.objid AND f.adrelid <> %(oid)s)
+"""
+
+
+def open_store(place: Place) -> PgvectorStore:
+    """Open the database of a place.
+
+    Raises:
+        BulkError: it cannot be reached.
+    """
+    return PgvectorStore(place)
+
+
+class PgvectorStore:
+    """A database with tables of vectors."""
+
+    def __init__(self, place: Place) -> None:
+        self.name = place.store
+        self._place = place
+        self._id = place.options.get("id")
+        self._vector = place.options.get("vector")
+        self._connection = self._connect()
+
+    def _connect(self) -> Connection:
+        place = self._place
+        parts: dict[str, Any] = {
+            "host": unquote(place.host),
+            "port": place.port,
+            "user": place.user,
+            "dbname": unquote(place.path),
+            "sslmode": place.options.get("sslmode") or ("verify-full" if place.is_secure else ""),
+        }
+        if place.key not in {None, "PGPASSWORD"}:  # which libpq reads itself, after that ~/.pgpass
+            parts["password"] = os.environ.get(str(place.key), "")
+        with refusals(self.name):
+            connection = psycopg.connect(
+                autocommit=True,
+                connect_timeout=_CONNECT_S,
+                application_name="embedding-gateway",
+                **{name: value for name, value in parts.items() if value},
+            )
+        rows.send_vectors(connection)
+        return connection
+
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> rows.PgvectorSource:
+        """Return the rows of a table."""
+        return rows.PgvectorSource(self._connect, self._table(collection), names, since)
+
+    def sink(self, collection: str, keeping: Keeping) -> rows.PgvectorSink:
+        """Return a sink for a table."""
+        return rows.PgvectorSink(self._connect, read_name(collection), self.name, keeping, self._id)
+
+    def _table(self, collection: str) -> Table:
+        """Return a table by its name or that of a view.
+
+        Raises:
+            BulkError: there is no such table.
+        """
+        name = read_name(self.aliases().get(collection, collection))
+        with refusals(self.name):
+            found = tables.find_table(self._connection, name, self.name, self._id)
+        if found is None:
+            raise BulkError(f"there is no table {quote(str(name))} in {self.name}")
+        return found
+
+    def collections(self) -> Sequence[str]:
+        """Return the tables that have vectors; with their schema if they are not found without."""
+        with refusals(self.name):
+            found = self._connection.execute(_TABLES).fetchall()
+        return [_shown(*row) for row in found]
+
+    def describe(self, collection: str) -> CollectionInfo:
+        """Return a table's info."""
+        table = self._table(collection)
+        with refusals(self.name):
+            query = sql.SQL("SELECT count(*) FROM {}").format(table.name.sql)
+            [number] = self._connection.execute(query).fetchone() or (0,)
+        return CollectionInfo(
+            name=str(table.name),
+            count=int(number),
+            widths={column.name: max(column.size, 0) for column in table.vectors},
+            notes={column.name: note for column in table.vectors if (note := table.note(column)) is not None},
+        )
+
+    def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
+        """Yield the rows with these ids."""
+        table = self._table(collection)
+        items = rows.read_some(self._connection, table, ids)
+        fields = fields_of(
+            names, [payload for _id, payload in rows.read_page(self._connection, table, None, 1)], table.place
+        )
+        for row_id, payload in items:
+            yield fields.row(payload, f"id {row_id} of {table.place}", row_id, row_id)
+
+    def digests(self, collection: str) -> Iterator[tuple[RowId, bytes]]:
+        """Yield ids and hashes of payloads, by ascending id."""
+        table = self._table(collection)
+        last: RowId | None = None
+        while page := rows.read_page(self._connection, table, last, _DIGEST_PAGE):
+            for row_id, payload in page:
+                last = row_id
+                yield row_id, digest(payload)
+
+    def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
+        """Return the place of an id: integers by their value, texts by their code points."""
+        return (0, row_id) if isinstance(row_id, int) else (1, row_id)
+
+    def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
+        """Delete rows."""
+        table = self._table(collection)
+        query = sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(
+            table.name.sql, sql.Identifier(table.id.name), sql.SQL("%s::" + table.id.kind + "[]")
+        )
+        with refusals(table.place):
+            self._connection.execute(query, [rows.known_ids(table, ids)])
+
+    def search(
+        self, collection: str, query: npt.NDArray[np.float32] | SparseVector, limit: int, vector: str | None = None
+    ) -> Sequence[Hit]:
+        """Return the nearest rows, by the distance of the column's index, or by cosine."""
+        table = self._table(collection)
+        column = table.vector(vector or self._vector)
+        if isinstance(query, SparseVector):
+            raise BulkError(f"{table.place} has no sparse vectors")
+        with refusals(table.place), self._connection.transaction():
+            operator = tables.operator_of(self._connection, table, column)
+            self._connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(max(40, 4 * limit))))
+            found = self._connection.execute(
+                sql.SQL("SELECT {}, {} {} {} AS d FROM {} WHERE {} IS NOT NULL ORDER BY d LIMIT {}").format(
+                    sql.Identifier(table.id.name)
+                    if table.is_counted
+                    else sql.SQL("{}::text").format(sql.Identifier(table.id.name)),
+                    sql.Identifier(column.name),
+                    sql.SQL(operator),
+                    sql.SQL("%s::" + column.kind),
+                    table.name.sql,
+                    sql.Identifier(column.name),
+                    sql.Literal(limit),
+                ),
+                [rows.pack(query, column.kind)],
+            ).fetchall()
+        return [Hit(row_id, -float(distance)) for row_id, distance in found]
+
+    def vectors(
+        self, collection: str, ids: Sequence[RowId], vector: str | None = None
+    ) -> Mapping[RowId, npt.NDArray[np.float32]]:
+        """Return the vectors of rows."""
+        table = self._table(collection)
+        column = table.vector(vector or self._vector)
+        name = sql.Identifier(table.id.name)
+        query = sql.SQL("SELECT {}, {}::real[] FROM {} WHERE {} = ANY({}) AND {} IS NOT NULL").format(
+            name if table.is_counted else sql.SQL("{}::text").format(name),
+            sql.Identifier(column.name),
+            table.name.sql,
+            name,
+            sql.SQL("%s::" + table.id.kind + "[]"),
+            sql.Identifier(column.name),
+        )
+        with refusals(table.place):
+            found = self._connection.execute(query, [rows.known_ids(table, ids)]).fetchall()
+        return {row_id: np.array(numbers, np.float32) for row_id, numbers in found}
+
+    def aliases(self) -> Mapping[str, str]:
+        """Return the views that are a table under another name."""
+        found = self._views()
+        return {name: table for name, (table, _oid) in found.items() if table}
+
+    def _views(self) -> dict[str, tuple[str, int]]:
+        """Return the views of tables; with the table, if a view has all rows and columns of only one."""
+        with refusals(self.name):
+            views = self._connection.execute(_VIEWS).fetchall()
+        found: dict[str, tuple[str, int]] = {}
+        for *names, definition, oid in views:
+            view, table = _shown(*names[:3]), _shown(*names[3:])
+            is_plain = view not in found and re.fullmatch(r"(?s)\s*SELECT [^()]* FROM \S+;\s*", definition) is not None
+            found[view] = (table if is_plain else "", oid)
+        return found
+
+    def why_not_flip(self, name: str) -> str:
+        """Return why a name cannot become a view of another table; empty if it can."""
+        name = str(read_name(name))
+        if name in self.aliases():
+            return ""
+        if name in self._views():
+            return f"{quote(name)} is a view that is more than a table under another name: change it yourself"
+        with refusals(self.name):
+            found = self._connection.execute(
+                "SELECT relkind FROM pg_class WHERE oid = to_regclass(%s)",
+                [read_name(name).sql.as_string(self._connection)],
+            ).fetchone()
+        if found is None:
+            return ""
+        return (
+            f"{quote(name)} is itself a table: rename it, for example to {quote(f'{name}_1')}, and make a view of the old "
+            "name with all its rows and columns, which can mean one table and then another"
+        )
+
+    def flip(self, name: str, collection: str) -> None:
+        """Make a view mean another table: in one transaction, which waits for the queries that run."""
+        if reason := self.why_not_flip(name):
+            raise BulkError(reason)
+        view, table = read_name(name), self._table(collection)
+        _table, old = self._views().get(str(view), ("", None))
+        with refusals(self.name), self._connection.transaction():
+            # A long query would otherwise block all later ones behind this change.
+            self._connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
+            if old is not None:
+                spare = Name(f"{view.table}_{old}", view.schema)
+                self._connection.execute(
+                    sql.SQL("ALTER VIEW {} RENAME TO {}").format(view.sql, sql.Identifier(spare.table))
+                )
+            self._connection.execute(sql.SQL("CREATE VIEW {} AS SELECT * FROM {}").format(view.sql, table.name.sql))
+            if old is not None:
+                tables.copy_grants(self._connection, old, view)
+                self._connection.execute(sql.SQL("DROP VIEW {}").format(spare.sql))
+
+    def delete_alias(self, name: str) -> None:
+        """Delete a view."""
+        if str(read_name(name)) not in self.aliases():
+            raise BulkError(f"{self.name} has no view {quote(name)} of a table")
+        with refusals(self.name):
+            self._connection.execute(sql.SQL("DROP VIEW {}").format(read_name(name).sql))
+
+    def delete_collection(self, collection: str) -> None:
+        """Delete a table; a sequence that its copy uses stays."""
+        table = self._table(collection)
+        if views := [name for name, means in self.aliases().items() if means == str(table.name)]:
+            raise BulkError(f"{table.place} is still in use by the view {quote(views[0])}")
+        with refusals(table.place), self._connection.transaction():
+            for (sequence,) in self._connection.execute(_SHARED_SEQUENCES, {"oid": table.oid}).fetchall():
+                self._connection.execute(sql.SQL("ALTER SEQUENCE {} OWNED BY NONE").format(sql.SQL(sequence)))
+            self._connection.execute(sql.SQL("DROP TABLE {}").format(table.name.sql))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def _shown(schema: str, table: str, is_visible: bool) -> str:
+    return str(Name(table, None if is_visible else schema))

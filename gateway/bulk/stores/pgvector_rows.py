@@ -1,0 +1,381 @@
+"""The rows of a table with vectors: read in the order of their ids, and written by them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+from psycopg import sql
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
+
+from gateway.bulk.fields import FieldNames, Fields
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Position, Row, RowId, SpaceNote
+from gateway.bulk.stores import pgvector_tables as tables
+from gateway.bulk.stores.notes import check_note
+from gateway.bulk.stores.payloads import with_field
+from gateway.bulk.stores.pgvector_tables import Column, Connection, Name, Table, find_table, refusals
+from gateway.bulk.stores.protocol import Keeping, Since
+from gateway.bulk.stores.reading import fields_of, is_later
+from gateway.config.wording import quote
+from gateway.types import Vectors
+
+Connect: TypeAlias = Callable[[], Connection]
+Item: TypeAlias = tuple[RowId, dict[str, Json]]
+
+PAGE: Final = 1_000
+"""Rows that are read at once."""
+_SAMPLE: Final = 64
+_DEFAULT_VECTOR: Final = "embedding"
+
+
+def read_page(connection: Connection, table: Table, after: RowId | None, limit: int = PAGE) -> list[Item]:
+    """Return the ids and payloads of the next rows, in the order of `order_of`."""
+    condition: sql.Composable = sql.SQL("")
+    values: list[object] = []
+    if after is not None:
+        condition = sql.SQL("WHERE {} > {}").format(order_of(table), _cast(table))
+        values = [after]
+    query = sql.SQL("SELECT {}, {} FROM {} t {} ORDER BY {} LIMIT {}").format(
+        _id(table), _payload(table), table.name.sql, condition, order_of(table), sql.Literal(limit)
+    )
+    with refusals(table.place):
+        return [_item(table, row) for row in connection.execute(query, values)]
+
+
+def read_some(connection: Connection, table: Table, ids: Sequence[RowId]) -> list[Item]:
+    """Return the ids and payloads of those of these rows that exist."""
+    query = sql.SQL("SELECT {}, {} FROM {} t WHERE {} = ANY({})").format(
+        _id(table), _payload(table), table.name.sql, sql.Identifier(table.id.name), _cast_all(table)
+    )
+    with refusals(table.place):
+        return [_item(table, row) for row in connection.execute(query, [known_ids(table, ids)])]
+
+
+def known_ids(table: Table, ids: Sequence[RowId]) -> list[Any]:
+    """Return the ids that can be in a table: the others are of another type."""
+    return [id_ for id_ in ids if isinstance(id_, int) == table.is_counted]
+
+
+def order_of(table: Table) -> sql.Composable:
+    """Return the order of the ids: for texts by code points, as Python compares them."""
+    name = sql.Identifier(table.id.name)
+    return name if table.is_counted or table.id.kind == "uuid" else sql.SQL('{} COLLATE "C"').format(name)
+
+
+def _id(table: Table) -> sql.Composable:
+    name = sql.Identifier(table.id.name)
+    return name if table.is_counted else sql.SQL("{}::text").format(name)
+
+
+def _cast(table: Table) -> sql.SQL:
+    return sql.SQL("%s::" + table.id.kind)  # a type from the catalog
+
+
+def _cast_all(table: Table) -> sql.SQL:
+    return sql.SQL("%s::" + table.id.kind + "[]")
+
+
+def _payload(table: Table) -> sql.Composable:
+    """Return the payload as PostgreSQL makes it: the one column of JSON, or all columns as an object."""
+    if table.is_document:
+        return sql.Identifier(table.others[0].name)
+    if not table.others:
+        return sql.SQL("'{}'::jsonb")
+    columns = sql.SQL(", ").join(sql.Identifier("t", column.name) for column in table.others)
+    # Not jsonb_build_object, which takes at most 50 columns.
+    return sql.SQL("(SELECT to_jsonb(r) FROM (SELECT {}) r)").format(columns)
+
+
+def _item(table: Table, row: Sequence[Any]) -> Item:
+    row_id, payload = row
+    return row_id, payload if isinstance(payload, dict) else {} if payload is None else {"payload": payload}
+
+
+class PgvectorSource:
+    """The rows of a table, by ascending id."""
+
+    def __init__(self, connect: Connect, table: Table, names: FieldNames, since: Since | None) -> None:
+        self.name = table.place
+        self._connection = connect()
+        self._table = table
+        self._names = names
+        self._since = since
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The fields that make a row.
+
+        Raises:
+            BulkError: the first rows do not have them.
+        """
+        first = [payload for _id, payload in read_page(self._connection, self._table, None, _SAMPLE)]
+        return fields_of(self._names, first, self.name)
+
+    @property
+    def has_unique_ids(self) -> bool:
+        """The table's own ids are unique."""
+        return self._names.id is None
+
+    @property
+    def text_field(self) -> str:
+        """The field of the payload that has the text.
+
+        Raises:
+            BulkError: the first rows do not have it.
+        """
+        return self.fields.text
+
+    def fingerprint(self) -> str:
+        """Return the table's identity, which another table of the same name does not have, and the fields."""
+        since = f" since {self._since.field} {self._since.moment}" if self._since else ""
+        return f"{self.name} {self._table.oid} {self.fields}{since}"
+
+    def count(self) -> int:
+        """Return how many rows there are."""
+        query = sql.SQL("SELECT count(*) FROM {}").format(self._table.name.sql)
+        with refusals(self.name):
+            [number] = self._connection.execute(query).fetchone() or (0,)
+        return int(number)
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        """Yield the rows after a position, which is an id."""
+        last = after if isinstance(after, int | str) else None
+        while page := read_page(self._connection, self._table, last):
+            for row_id, payload in page:
+                last = row_id
+                if self._since is None or is_later(payload, self._since):
+                    place = f"id {row_id} of {self.name}"
+                    yield self.fields.row(payload, place, row_id, None if self._names.id is not None else row_id)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+class PgvectorSink:
+    """Writes vectors into a table, which it makes if it does not exist.
+
+    Args:
+        id_column: of the ids in a table that exists; by default its primary key.
+    """
+
+    def __init__(self, connect: Connect, name: Name, store: str, keeping: Keeping, id_column: str | None) -> None:
+        self.name = f"{store}/{name}"
+        self._connection = connect()
+        self._name, self._store, self._keeping, self._id_column = name, store, keeping, id_column
+        self._note: SpaceNote | None = None
+        self._table: Table | None = None
+
+    def open(self, note: SpaceNote) -> None:
+        """Check that the table may take vectors of this space; the first write makes it if it does not exist.
+
+        Raises:
+            BulkError: it holds others, or pgvector cannot keep them.
+        """
+        if note.has_sparse or note.token_width or not note.dimensions:
+            raise BulkError(
+                f"{self.name}: pgvector keeps one dense vector per row, without sparse weights or multi-vectors"
+            )
+        self._note = note
+        tables.vector_type(note.dimensions, self.name)
+        with refusals(self.name):
+            if self._keeping.like is not None:
+                self._make_like(self._keeping.like, note)
+            self._table = find_table(self._connection, self._name, self._store, self._id_column)
+            if self._table is None:
+                self._check_extension()
+                return
+            with self._connection.transaction():
+                self._check(self._table, note)
+            self._table = find_table(self._connection, self._name, self._store, self._id_column)
+
+    def _make_like(self, like: str, note: SpaceNote) -> None:
+        other = find_table(self._connection, tables.read_name(like), self._store, self._id_column)
+        if other is None:
+            raise BulkError(f"there is no table {quote(like)} in {self._store}")
+        if find_table(self._connection, self._name, self._store) is None:
+            with self._connection.transaction():
+                tables.create_like(self._connection, self._name, other, note, other.vector(self._keeping.vector))
+
+    def _check_extension(self) -> None:
+        found = self._connection.execute("SELECT to_regtype('vector')").fetchone()
+        if found == (None,):
+            try:
+                self._connection.execute("CREATE EXTENSION vector")
+            except Exception as error:
+                raise BulkError(
+                    f"{self._store} has no pgvector: install it, and let the owner of the database run "
+                    "CREATE EXTENSION vector"
+                ) from error
+
+    def _check(self, table: Table, note: SpaceNote) -> None:
+        """Check a table that exists, and write the note if it has none."""
+        wanted = self._keeping.vector
+        if self._keeping.updates and wanted is not None and not any(one.name == wanted for one in table.vectors):
+            tables.add_vector(self._connection, table, wanted, note)
+            return
+        column = table.vector(wanted)
+        held = table.note(column)
+        filled = sql.SQL("SELECT count(*) FROM (SELECT 1 FROM {} WHERE {} IS NOT NULL LIMIT 1000000) r").format(
+            table.name.sql, sql.Identifier(column.name)
+        )
+        [number] = self._connection.execute(filled).fetchone() or (0,) if held is None else (0,)
+        check_note(held, note, self.name, number, adopts=self._keeping.adopts)
+        if column.size not in (-1, note.dimensions):
+            raise BulkError(
+                f"the column {quote(column.name)} of {self.name} takes vectors of {column.size} dimensions; those of "
+                f"{note.model} have {note.dimensions}: name another table"
+            )
+        if held is None:
+            tables.write_comment(self._connection, table.name, column.name, note, column.comment)
+
+    def write(self, shard: int, batch: EmbeddedRows) -> None:
+        """Insert rows, or replace those with the same ids, in one transaction."""
+        if not batch.rows or batch.dense is None:
+            return
+        with refusals(self.name), self._connection.transaction():
+            if self._table is None:
+                self._table = self._create(batch.rows)
+            table = self._table
+            check_ids(table, batch.rows)
+            column = table.vector(self._keeping.vector)
+            values = [
+                (row.id, _json(self._payload(row)), pack(vector, column.kind))
+                for row, vector in zip(batch.rows, batch.dense, strict=True)
+            ]
+            with self._connection.cursor() as cursor:
+                cursor.executemany(self._statement(table, column, batch.rows), values)
+            follow_identity(self._connection, table)
+
+    def _create(self, rows: Sequence[Row]) -> Table:
+        if self._note is None:
+            raise ValueError("write before open")
+        are_integers = all(isinstance(row.id, int) for row in rows)
+        vector = self._keeping.vector or _DEFAULT_VECTOR
+        id_type = "bigint" if are_integers else "text"
+        tables.create_table(self._connection, self._name, self._store, self._note, id_type, vector)
+        table = find_table(self._connection, self._name, self._store)
+        if table is None:
+            raise BulkError(f"{self.name} was deleted while it was made")
+        return table
+
+    def _payload(self, row: Row) -> Mapping[str, Json]:
+        return row.payload if self._keeping.text is None else with_field(row.payload, self._keeping.text, row.text)
+
+    def _statement(self, table: Table, column: Column, rows: Sequence[Row]) -> sql.Composed:
+        """Return the statement for a row: its parameters are the id, the payload and the vector."""
+        id_name, vector_name = sql.Identifier(table.id.name), sql.Identifier(column.name)
+        given = sql.SQL("WITH given AS (SELECT {} AS id, %s::jsonb AS payload, {} AS vector)").format(
+            _cast(table),
+            sql.SQL("%s::" + column.kind),
+        )
+        if self._keeping.updates:
+            return sql.SQL("{} UPDATE {} t SET {} = given.vector FROM given WHERE t.{} = given.id").format(
+                given, table.name.sql, vector_name, id_name
+            )
+        names: list[str]
+        values: list[sql.Composable]
+        source: sql.Composable
+        if table.is_document:
+            names, values = [table.others[0].name], [sql.SQL("given.payload")]
+            source = sql.SQL("given")
+        else:
+            names = self._columns(table, rows)
+            values = [sql.Identifier("r", name) for name in names]
+            source = sql.SQL("given, jsonb_populate_record(NULL::{}, given.payload) r").format(table.name.sql)
+        fixed = {other.name for other in table.others if other.is_identity}  # PostgreSQL lets no value replace another
+        changed = [name for name in [*names, column.name] if name not in fixed]
+        changes = [sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)) for name in changed]
+        return sql.SQL(
+            "{} INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} ON CONFLICT ({}) DO UPDATE SET {}"
+        ).format(
+            given,
+            table.name.sql,
+            sql.SQL(", ").join([id_name, *map(sql.Identifier, names), vector_name]),
+            sql.SQL(", ").join([sql.SQL("given.id"), *values, sql.SQL("given.vector")]),
+            source,
+            id_name,
+            sql.SQL(", ").join(changes),
+        )
+
+    def _columns(self, table: Table, rows: Sequence[Row]) -> list[str]:
+        """Return the columns that the payloads fill, all of them for each row, so that none keeps an older value.
+
+        Raises:
+            BulkError: a field has no column.
+        """
+        known = {column.name for column in table.others}
+        for row in rows:
+            for name in self._payload(row):
+                if name not in known:
+                    raise BulkError(
+                        f"{self.name} has no column {quote(name)}, which {row.place} has: add the column, or keep fewer "
+                        "fields with --payload"
+                    )
+        filled = {name for row in rows for name in self._payload(row)}
+        return [column.name for column in table.others if column.name in filled and not column.is_generated]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def check_ids(table: Table, rows: Sequence[Row]) -> None:
+    """Check that the ids are of the type of the table's.
+
+    Raises:
+        BulkError: one is not.
+    """
+    for row in rows:
+        if isinstance(row.id, int) != table.is_counted:
+            kind = "text" if isinstance(row.id, str) else "an integer"
+            raise BulkError(
+                f"{row.place}: its id is {kind}, and the ids of {table.place} are of the type {table.id.kind}"
+            )
+
+
+def follow_identity(connection: Connection, table: Table) -> None:
+    """Let the sequence of an identity column go on after the ids that were written."""
+    if table.id.is_identity:
+        query = sql.SQL(
+            "SELECT setval(s, m) FROM (SELECT pg_get_serial_sequence({}, {}) AS s, max({}) AS m FROM {}) r WHERE m > 0"
+        ).format(
+            sql.Literal(table.name.sql.as_string(connection)),
+            sql.Literal(table.id.name),
+            sql.Identifier(table.id.name),
+            table.name.sql,
+        )
+        connection.execute(query)
+
+
+def _json(payload: Mapping[str, Json]) -> str:
+    return json.dumps(payload, ensure_ascii=False)
+
+
+class _Packed(bytes):
+    """A vector as pgvector receives it."""
+
+
+class _PackedDumper(Dumper):
+    format = Format.BINARY
+
+    def dump(self, obj: _Packed) -> bytes:
+        return bytes(obj)
+
+
+def send_vectors(connection: Connection) -> None:
+    """Let a connection send the values of `pack`."""
+    connection.adapters.register_dumper(_Packed, _PackedDumper)
+
+
+def pack(vector: Vectors, kind: str) -> bytes:
+    """Return a vector in pgvector's binary format: its size, two bytes of zero, then its numbers, all big-endian.
+
+    https://github.com/pgvector/pgvector/blob/master/src/vector.c, ``vector_recv``; of ``halfvec`` in the same way.
+    """
+    numbers = vector.astype(">f2" if kind == "halfvec" else ">f4").tobytes()
+    return _Packed(struct.pack(">HH", len(vector), 0) + numbers)

@@ -1,0 +1,310 @@
+"""Tables of PostgreSQL with vectors: their columns from the catalog, and their creation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import psycopg
+from psycopg import sql
+
+from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.bulk.stores.notes import NOTE, note_from_json, note_to_json
+from gateway.config.wording import enumerate_names, quote
+
+Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
+
+MAX_WIDTH: Final = 16_000
+"""The most dimensions of a `vector`."""
+_MAX_INDEXED: Final = {"vector": 2_000, "halfvec": 4_000}
+"""The most dimensions that an index of pgvector takes, by type."""
+_INTEGERS: Final = ("smallint", "integer", "bigint")
+_TEXTS: Final = ("uuid", "text", "character varying")
+_METRICS: Final = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
+_PART: Final = r'("(?:[^"]|"")+"|[^".]+)'
+_NAME: Final = re.compile(rf"(?:{_PART}\.)?{_PART}")
+
+_COLUMNS: Final = """
+SELECT a.attname, format_type(a.atttypid, NULL), a.atttypmod, a.attgenerated <> '', a.attidentity <> '',
+       col_description(a.attrelid, a.attnum)
+FROM pg_attribute a
+WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum
+"""
+_UNIQUE: Final = """
+SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indrelid = %s AND i.indisunique AND i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indexprs IS NULL
+ORDER BY i.indisprimary DESC
+"""
+_VECTOR_INDEXES: Final = """
+SELECT i.indexrelid::regclass::text, o.opcname
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indrelid = %s AND a.attname = %s AND m.amname IN ('hnsw', 'ivfflat')
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A table, and its schema if it is not found without one."""
+
+    table: str
+    schema: str | None = None
+
+    def __str__(self) -> str:
+        return ".".join(_shown(part) for part in (self.schema, self.table) if part)
+
+    @property
+    def sql(self) -> sql.Identifier:
+        """The name, quoted."""
+        return sql.Identifier(*[part for part in (self.schema, self.table) if part])
+
+
+def read_name(text: str) -> Name:
+    """Return the table of a name: ``docs``, ``schema.docs``, or with any characters in double quotes, as in SQL.
+
+    Raises:
+        BulkError: it is not a name.
+    """
+    if (found := _NAME.fullmatch(text)) is None:
+        raise BulkError(f'{quote(text)} is not the name of a table: write it like docs, sales.docs or "my.docs"')
+    schema, table = (part and (part[1:-1].replace('""', '"') if part[0] == '"' else part) for part in found.groups())
+    return Name(table, schema)
+
+
+def _shown(part: str) -> str:
+    return part if re.fullmatch(r'[^".]+', part) else '"{}"'.format(part.replace('"', '""'))
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        kind: its type, without its size.
+        size: of its type; -1 without one.
+        is_generated: PostgreSQL computes it from the others.
+    """
+
+    name: str
+    kind: str
+    size: int
+    is_generated: bool
+    is_identity: bool
+    comment: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table with vectors.
+
+    Attributes:
+        place: its name in messages.
+        others: the columns that are neither the id nor vectors.
+        metric: of the index of the vectors; cosine without one.
+    """
+
+    oid: int
+    name: Name
+    place: str
+    id: Column
+    vectors: Sequence[Column]
+    others: Sequence[Column]
+
+    @property
+    def is_document(self) -> bool:
+        """All other fields are in one column of JSON, as in Mem0's tables."""
+        return len(self.others) == 1 and self.others[0].kind == "jsonb"
+
+    @property
+    def is_counted(self) -> bool:
+        """The ids are integers."""
+        return self.id.kind in _INTEGERS
+
+    def vector(self, name: str | None) -> Column:
+        """Return the column of the dense vectors.
+
+        Raises:
+            BulkError: there is no such column, or several and no name.
+        """
+        for column in self.vectors:
+            if column.name == name or (name is None and len(self.vectors) == 1):
+                return column
+        names = enumerate_names([column.name for column in self.vectors])
+        if name is not None:
+            raise BulkError(f"{self.place} has no vector {quote(name)}; it has {names or 'none'}")
+        if not self.vectors:
+            raise BulkError(f"{self.place} has no column of the type vector or halfvec")
+        raise BulkError(f"{self.place} has several vectors: name one of {names} with ?vector=NAME")
+
+    def note(self, column: Column) -> SpaceNote | None:
+        """Return the note in the comment of a column.
+
+        Raises:
+            BulkError: it cannot be read.
+        """
+        for line in (column.comment or "").splitlines():
+            key, _, text = line.partition("=")
+            if key == NOTE:
+                try:
+                    return note_from_json(json.loads(text), self.place)
+                except json.JSONDecodeError:
+                    return note_from_json(None, self.place)
+        return None
+
+
+@contextmanager
+def refusals(place: str) -> Iterator[None]:
+    """Turn the errors of PostgreSQL into those of a job.
+
+    Raises:
+        BulkError: PostgreSQL refuses, or has gone away.
+    """
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        raise BulkError(f"{place} cannot be reached, or has gone away: {_message(error)}") from error
+    except psycopg.Error as error:
+        raise BulkError(f"{place}: PostgreSQL refuses: {_message(error)}") from error
+
+
+def _message(error: psycopg.Error) -> str:
+    return " ".join((error.diag.message_primary or str(error) or type(error).__name__).split())
+
+
+def find_table(connection: Connection, name: Name, store: str, id_column: str | None = None) -> Table | None:
+    """Return a table, or a view of one; ``None`` if it does not exist.
+
+    Args:
+        id_column: the column with the ids; by default the primary key.
+
+    Raises:
+        BulkError: it has no column that can be the id.
+    """
+    place = f"{store}/{name}"
+    [oid] = connection.execute("SELECT to_regclass(%s)::oid", [name.sql.as_string(connection)]).fetchone() or (None,)
+    if oid is None:
+        return None
+    columns = [Column(*values) for values in connection.execute(_COLUMNS, [oid])]
+    unique = [name for (name,) in connection.execute(_UNIQUE, [oid])]
+    wanted = id_column or next(iter(unique), "id")
+    found = next((column for column in columns if column.name == wanted), None)
+    if found is None:
+        hint = "; name the column of the ids with ?id=NAME" if id_column is None else ""
+        raise BulkError(f"{place} has no column {quote(wanted)}, and no primary key of one column{hint}")
+    if found.kind not in (*_INTEGERS, *_TEXTS):
+        raise BulkError(f"{place}: the ids are of the type {found.kind}; they must be integers, uuid or text")
+    others = [column for column in columns if column is not found]
+    return Table(
+        oid=oid,
+        name=name,
+        place=place,
+        id=found,
+        vectors=[column for column in others if column.kind in _MAX_INDEXED],
+        others=[column for column in others if column.kind not in (*_MAX_INDEXED, "sparsevec")],
+    )
+
+
+def operator_of(connection: Connection, table: Table, column: Column) -> str:
+    """Return the operator by which a search orders: that of the index, by default the cosine's."""
+    for _index, operators in connection.execute(_VECTOR_INDEXES, [table.oid, column.name]):
+        for metric, operator in _METRICS.items():
+            if f"_{metric}_" in operators:
+                return operator
+    return _METRICS["cosine"]
+
+
+def vector_type(width: int, place: str) -> str:
+    """Return the type for vectors of a width: `halfvec` where only that can be indexed.
+
+    Raises:
+        BulkError: pgvector has no such vectors.
+    """
+    if not 0 < width <= MAX_WIDTH:
+        raise BulkError(f"{place}: pgvector takes dense vectors of at most {MAX_WIDTH:,} dimensions, not {width:,}")
+    return "halfvec" if _MAX_INDEXED["vector"] < width <= _MAX_INDEXED["halfvec"] else "vector"
+
+
+def create_table(connection: Connection, name: Name, store: str, note: SpaceNote, id_type: str, vector: str) -> None:
+    """Create a table with an id, a vector, and a payload of JSON, within the transaction that is open."""
+    kind = vector_type(note.dimensions, f"{store}/{name}")
+    connection.execute(
+        sql.SQL("CREATE TABLE {} (id {} PRIMARY KEY, {} {}({}), payload jsonb)").format(
+            name.sql, sql.SQL(id_type), sql.Identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
+        )
+    )
+    _finish(connection, name, vector, kind, note, "cosine")
+
+
+def create_like(connection: Connection, name: Name, other: Table, note: SpaceNote, vector: Column) -> None:
+    """Create a table with the columns, indexes and grants of another one, within the transaction that is open.
+
+    Foreign keys, triggers and policies stay with the other table: they may forbid to write copies.
+    """
+    kind = vector_type(note.dimensions, other.place)
+    metric = next(key for key, operator in _METRICS.items() if operator == operator_of(connection, other, vector))
+    connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(name.sql, other.name.sql))
+    [oid] = connection.execute("SELECT %s::regclass::oid", [name.sql.as_string(connection)]).fetchone() or (0,)
+    for index, _operators in connection.execute(_VECTOR_INDEXES, [oid, vector.name]).fetchall():
+        connection.execute(sql.SQL("DROP INDEX {}").format(sql.SQL(index)))
+    connection.execute(
+        sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {}({})").format(
+            name.sql, sql.Identifier(vector.name), sql.SQL(kind), sql.Literal(note.dimensions)
+        )
+    )
+    copy_grants(connection, other.oid, name)
+    _finish(connection, name, vector.name, kind, note, metric, vector.comment)
+
+
+def copy_grants(connection: Connection, oid: int, name: Name) -> None:
+    """Grant on a table or view what is granted on another one."""
+    grants = """
+        SELECT CASE WHEN grantee = 0 THEN NULL ELSE pg_get_userbyid(grantee) END, privilege_type, is_grantable
+        FROM pg_class, aclexplode(relacl) WHERE oid = %s AND grantee <> relowner
+    """
+    for role, privilege, is_grantable in connection.execute(grants, [oid]).fetchall():
+        connection.execute(
+            sql.SQL("GRANT {} ON {} TO {}{}").format(
+                sql.SQL(privilege),
+                name.sql,
+                sql.SQL("PUBLIC") if role is None else sql.Identifier(role),
+                sql.SQL(" WITH GRANT OPTION" if is_grantable else ""),
+            )
+        )
+
+
+def add_vector(connection: Connection, table: Table, vector: str, note: SpaceNote) -> None:
+    """Add a column of vectors to a table, within the transaction that is open."""
+    kind = vector_type(note.dimensions, table.place)
+    connection.execute(
+        sql.SQL("ALTER TABLE {} ADD COLUMN {} {}({})").format(
+            table.name.sql, sql.Identifier(vector), sql.SQL(kind), sql.Literal(note.dimensions)
+        )
+    )
+    _finish(connection, table.name, vector, kind, note, "cosine")
+
+
+def _finish(
+    connection: Connection, name: Name, vector: str, kind: str, note: SpaceNote, metric: str, comment: str | None = None
+) -> None:
+    """Write the note of a column, and make its index if pgvector can."""
+    write_comment(connection, name, vector, note, comment)
+    if note.dimensions <= _MAX_INDEXED[kind]:
+        connection.execute(
+            sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})").format(
+                name.sql, sql.Identifier(vector), sql.SQL(f"{kind}_{metric}_ops")
+            )
+        )
+
+
+def write_comment(connection: Connection, name: Name, vector: str, note: SpaceNote, comment: str | None) -> None:
+    """Write the note into the comment of a column, after the comment's other lines."""
+    lines = [line for line in (comment or "").splitlines() if not line.startswith(f"{NOTE}=")]
+    text = "\n".join([*lines, f"{NOTE}={json.dumps(note_to_json(note))}"])
+    connection.execute(
+        sql.SQL("COMMENT ON COLUMN {}.{} IS {}").format(name.sql, sql.Identifier(vector), sql.Literal(text))
+    )

@@ -1,0 +1,3 @@
+"""Servers for the tests of stores."""
+
+from tests.postgres import postgres as postgres  # noqa: PLC0414

@@ -1,0 +1,266 @@
+"""Milvus as a source, a sink and a store to move in: Milvus Lite, which speaks the protocol of a server."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pymilvus
+import pytest
+from pymilvus import DataType, MilvusClient
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
+from gateway.bulk.stores.milvus import MilvusStore
+from gateway.bulk.stores.protocol import Keeping
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
+
+PAYLOAD: dict[str, Json] = {
+    "nested": {"list": [1, None, {"a": "ü"}], "empty": {}},
+    "yes": True,
+    "number": 0.1,
+    "日本": "語\n\t\U0001f600",
+}
+WIDE = replace(NOTE, space="wide@0123456789ab", model="wide", dimensions=6)
+SPARSE = replace(NOTE, has_sparse=True)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for all tests, since a server runs for each until the process ends."""
+    return tmp_path_factory.mktemp("milvus") / "m.db"
+
+
+@pytest.fixture
+def url(file: Path) -> str:
+    """A collection that no other test has."""
+    return f"milvus:{file}#t{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def milvus(file: Path) -> Iterator[MilvusClient]:
+    client = MilvusClient(str(file))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.milvus_rows.PAGE", 3)
+    monkeypatch.setattr("gateway.bulk.stores.milvus_rows.read_page.__defaults__", (3,))
+
+
+def store_of(url: str) -> MilvusStore:
+    place = read_place(url)
+    assert place is not None
+    store = open_movable(place)
+    assert isinstance(store, MilvusStore)
+    return store
+
+
+def name_of(url: str) -> str:
+    return url.partition("#")[2]
+
+
+@pytest.mark.parametrize("ids", [[3, -4, 2**62], ["doc-1", "Ä\\x", "a/b'c\"d\ne\t", "{p}", "%s"]])
+def test_rows_come_back_with_their_ids_text_and_payload(url: str, ids: list[RowId]) -> None:
+    rows = [row(row_id, f"text of {row_id}", PAYLOAD) for row_id in ids]
+    write(url, rows)
+
+    assert by_id(url) == {row.id: (row.text, row.payload) for row in rows}
+    store = store_of(url)
+    found = store.vectors(name_of(url), ids)
+    for row_id in ids:
+        np.testing.assert_array_equal(found[row_id], vector_of(f"text of {row_id}"))
+    assert {one.id for one in store.read_ids(name_of(url), ids, FieldNames())} == set(ids)
+    store.delete_ids(name_of(url), ids[1:])
+    assert list(by_id(url)) == ids[:1]
+    store.close()
+
+
+def test_a_shard_again_replaces_its_rows(url: str) -> None:
+    write(url, [row(1, "a", {"old": 1}), row(2, "b")])
+    write(url, [row(1, "a", {"new": 2}), row(2, "b")])
+    assert by_id(url) == {1: ("a", {"new": 2}), 2: ("b", {})}
+
+
+def test_an_id_of_another_type_is_refused(url: str) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(BulkError, match=r"id x: its id is text, and those of .* are INT64"):
+        write(url, [row("x", "b")])
+
+
+@pytest.mark.usefixtures("_small_pages")
+@pytest.mark.parametrize("ids", [[5, 3, -1, 8, 13, 21, 34], ["b", "B", "a", "Z", "ä", "-", '"', "\\"]])
+def test_reading_goes_on_after_any_row_in_the_order_of_the_digests(url: str, ids: list[RowId]) -> None:
+    write(url, [row(row_id, f"t {row_id}") for row_id in ids])
+    rows = [found for found in read(url) if isinstance(found, Row)]
+    assert [found.id for found in rows] == sorted(ids)
+    for index, found in enumerate(rows):
+        assert [one.id for one in read(url, after=found.position) if isinstance(one, Row)] == sorted(ids)[index + 1 :]
+    store = store_of(url)
+    assert [row_id for row_id, _digest in store.digests(name_of(url))] == sorted(ids, key=store.sort_key)
+    store.close()
+
+
+def test_sparse_weights_are_kept_and_found(url: str, milvus: MilvusClient) -> None:
+    rows = [row(n, "text" + "!" * n) for n in range(5)]
+    write(url, rows, SPARSE)
+    expected = embedded(rows, SPARSE).sparse
+    assert expected is not None
+    items = milvus.query(name_of(url), filter="id >= 0", output_fields=["sparse"])
+    found = {item["id"]: item["sparse"] for item in items}
+    for weights, one in zip(expected, rows, strict=True):
+        assert found[one.id] == dict(zip(weights.indices.tolist(), weights.values.tolist(), strict=True))
+    store = store_of(url)
+    assert store.search(name_of(url), expected[4], 1)[0].id == 4
+    store.close()
+    with pytest.raises(BulkError, match="without multi-vectors"):
+        write(url, [], HYBRID)
+
+
+def test_a_collection_of_another_space_or_width_or_without_a_note_is_refused(url: str, milvus: MilvusClient) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(
+        BulkError, match="holds vectors of tiny@0123456789ab, which cannot be compared with those of oth"
+    ):
+        write(url, [], replace(NOTE, space="other@aaaaaaaaaaaa"))
+    milvus.create_collection("mine", dimension=4)
+    milvus.insert("mine", [{"id": 1, "vector": [1, 2, 3, 4], "text": "x"}])
+    mine = url.replace(name_of(url), "mine")
+    with pytest.raises(BulkError, match="has 1 item and no note of their space"):
+        write(mine, [])
+    with pytest.raises(BulkError, match=r"`vector` of .*mine takes vectors of 4 dimensions; those of wide have 6"):
+        write(mine, [], WIDE, Keeping(adopts=True))
+    write(mine, [row(2, "y")], NOTE, Keeping(adopts=True))
+    assert by_id(mine) == {1: ("x", {}), 2: ("y", {})}
+    milvus.alter_collection_properties("mine", {"embedding_gateway": "nonsense"})
+    with pytest.raises(BulkError, match="cannot be read; a person or program has changed it"):
+        write(mine, [])
+
+
+def typed(milvus: MilvusClient, name: str) -> None:
+    """Make a collection with all that Mem0's has, and more."""
+    schema = milvus.create_schema(enable_dynamic_field=True)
+    schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
+    schema.add_field("vectors", DataType.FLOAT_VECTOR, dim=4)
+    schema.add_field("metadata", DataType.JSON)
+    schema.add_field("n", DataType.DOUBLE, nullable=True)
+    schema.add_field(
+        "tags", DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=8, max_length=20, nullable=True
+    )
+    schema.add_field("text", DataType.VARCHAR, max_length=65535, enable_analyzer=True)
+    schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
+    schema.add_field("own", DataType.SPARSE_FLOAT_VECTOR)
+    schema.add_field("title", DataType.FLOAT_VECTOR, dim=2)
+    schema.add_function(
+        pymilvus.Function(
+            name="bm25",
+            input_field_names=["text"],
+            output_field_names=["sparse"],
+            function_type=pymilvus.FunctionType.BM25,
+        )
+    )
+    indexes = milvus.prepare_index_params()
+    indexes.add_index("vectors", index_type="AUTOINDEX", metric_type="L2")
+    indexes.add_index("title", index_type="AUTOINDEX", metric_type="COSINE")
+    indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="BM25")
+    indexes.add_index("own", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
+    milvus.create_collection(name, schema=schema, index_params=indexes, properties={"mine": "kept"})
+    milvus.insert(
+        name,
+        [
+            {
+                "key": f"k{n}", "vectors": [1, 2, 3, n], "metadata": {"data": f"body {n}", "x": [1, None]},
+                "n": None if n == 2 else n / 3, "tags": ["a", "b"], "text": f"body {n}", "own": {n: 0.5},
+                "title": [1, n], "dynamic": {"deep": n},
+            }
+            for n in range(7)
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("_small_pages")
+def test_a_copy_has_all_fields_functions_and_indexes_and_vectors_of_another_width(
+    url: str, milvus: MilvusClient
+) -> None:
+    old, new = name_of(url), f"{name_of(url)}_wide"
+    typed(milvus, old)
+    store, _ = open_url(url)
+    fields, keeping = FieldNames(text="metadata.data"), Keeping(text="metadata.data", vector="vectors", like=old)
+    source, sink = store.source(old, fields), store.sink(new, keeping)
+    rows = [found for found in source.read() if isinstance(found, Row)]
+    sink.open(WIDE)
+    sink.write(0, embedded(rows, WIDE))
+    source.close()
+    sink.close()
+    store.close()
+
+    movable = store_of(url)
+    assert list(movable.digests(old)) == list(movable.digests(new))
+    assert movable.describe(new).widths == {"vectors": 6, "title": 2}
+    assert movable.describe(new).notes == {"vectors": WIDE}
+    names = ["metadata", "n", "tags", "text", "own", "title", "dynamic"]
+    both = [milvus.query(name, filter='key != ""', output_fields=names, limit=10) for name in (old, new)]
+    assert len(both[0]) == 7
+    assert {item["key"]: item for item in both[0]} == {item["key"]: item for item in both[1]}
+    [hits] = milvus.search(new, data=["body"], anns_field="sparse", limit=3)
+    assert len(hits) == 3, "Milvus computes the words of the copy itself"
+    assert milvus.describe_index(new, "vectors")["metric_type"] == "L2"
+    assert milvus.describe_collection(new)["properties"]["mine"] == "kept"
+    assert movable.search(new, vector_of("body 3", 6), 1, "vectors")[0].id == "k3"
+    with pytest.raises(BulkError, match=r"several vectors: name one of `vectors`, `title` with \?vector=NAME"):
+        movable.search(new, vector_of("a"), 1)
+    movable.close()
+
+
+def test_rows_without_a_text_are_reported(url: str, milvus: MilvusClient) -> None:
+    write(url, [row(1, "a")])
+    milvus.insert(name_of(url), [{"id": 2, "vector": [1, 2, 3, 4], "text": ""}, {"id": 3, "vector": [1, 2, 3, 4]}])
+    bad = [found for found in read(url) if isinstance(found, BadRow)]
+    assert [(found.id, found.problem) for found in bad] == [
+        (2, "the text, in field `text`, is empty"),
+        (3, "the text, in field `text`, is missing"),
+    ]
+
+
+def test_an_alias_flips_and_what_it_means_is_not_deleted(url: str) -> None:
+    old, new = name_of(url), f"{name_of(url)}_2"
+    alias = f"{old}_alias"
+    write(url, [row(1, "old")])
+    write(url.replace(old, new), [row(1, "new")], WIDE, Keeping(like=old))
+    store = store_of(url)
+    assert store.why_not_flip(alias) == ""
+    store.flip(alias, old)
+    assert store.describe(alias).notes == {"vector": NOTE}
+    store.flip(alias, new)
+    assert store.aliases()[alias] == new
+    assert store.describe(alias).name == new
+    assert store.search(alias, vector_of("new", 6), 5)[0].score == pytest.approx(1, abs=1e-5)
+    with pytest.raises(BulkError, match="is the name of a collection itself"):
+        store.flip(old, new)
+    with pytest.raises(BulkError, match="still means the collection"):
+        store.delete_collection(new)
+    with pytest.raises(BulkError, match="is an alias of"):
+        store.delete_collection(alias)
+    store.delete_alias(alias)
+    store.delete_collection(new)
+    assert new not in store.collections()
+    assert old in store.collections()
+    store.close()
+
+
+def test_a_server_or_file_that_cannot_be_used_is_an_error_of_the_job(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.milvus.TIMEOUT_S", 0.2)
+    with pytest.raises(BulkError, match=r"milvus://127.0.0.1:1 cannot be reached, or has gone away"):
+        open_url("milvus://127.0.0.1:1/docs")
+    with pytest.raises(BulkError, match=r"has a name that ends in \.db"):
+        open_url(f"milvus:{tmp_path}/m#docs")
+    with pytest.raises(BulkError, match="there is no collection `gone`"):
+        read(url.replace(name_of(url), "gone"))

@@ -1,0 +1,383 @@
+"""PostgreSQL with pgvector as a source, a sink and a store to move in: a real server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from urllib.parse import parse_qs, quote, urlsplit
+
+import numpy as np
+import psycopg
+import pytest
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
+from gateway.bulk.stores.pgvector import PgvectorStore
+from gateway.bulk.stores.pgvector_tables import read_name
+from gateway.bulk.stores.protocol import Keeping, Since
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, open_url, read, row, vector_of, write
+
+PAYLOAD: dict[str, Json] = {
+    "nested": {"list": [1, None, {"a": "ü"}], "empty": {}},
+    "none": None,
+    "yes": True,
+    "number": 0.1,
+    "large": 2**70,
+    "日本": "語\n\t\U0001f600",
+}
+WIDE = replace(NOTE, space="wide@0123456789ab", model="wide", dimensions=6)
+
+
+@pytest.fixture
+def sql(postgres: str) -> Iterator[psycopg.Connection]:
+    """A connection to an empty database."""
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute('DROP SCHEMA IF EXISTS "Sales Dept" CASCADE')
+        connection.execute("CREATE SCHEMA public")
+        connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        yield connection
+
+
+@pytest.fixture
+def base(postgres: str, sql: psycopg.Connection) -> str:
+    """The database's URL, without a table."""
+    socket = parse_qs(urlsplit(postgres).query)["host"][0]
+    return f"pgvector://postgres@{quote(socket, safe='')}/postgres"
+
+
+@pytest.fixture
+def url(base: str) -> str:
+    return f"{base}/docs"
+
+
+@pytest.fixture
+def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.pgvector_rows.PAGE", 3)
+    monkeypatch.setattr("gateway.bulk.stores.pgvector._DIGEST_PAGE", 3)
+
+
+def store_of(url: str) -> PgvectorStore:
+    place = read_place(url)
+    assert place is not None
+    store = open_movable(place)
+    assert isinstance(store, PgvectorStore)
+    return store
+
+
+def value(sql: psycopg.Connection, query: str) -> object:
+    [found] = sql.execute(query).fetchone() or (None,)  # type: ignore[call-overload]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("docs", ("docs", None)),
+        ("sales.docs", ("docs", "sales")),
+        ('"Sales Dept"."my.docs"', ("my.docs", "Sales Dept")),
+        ('"a""b"', ('a"b', None)),
+    ],
+)
+def test_names_of_tables_are_read_as_in_sql(text: str, name: tuple[str, str | None]) -> None:
+    found = read_name(text)
+    assert (found.table, found.schema) == name
+    assert read_name(str(found)) == found
+
+
+@pytest.mark.parametrize("text", ["", ".", "a.", ".a", "a.b.c", '"a', 'a"b"', '""'])
+def test_other_names_are_refused(text: str) -> None:
+    with pytest.raises(BulkError, match="is not the name of a table"):
+        read_name(text)
+
+
+@pytest.mark.parametrize("ids", [[3, -4, 2**62], ["doc-1", "Ä", "a/b'c\"d"]])
+def test_rows_come_back_with_their_ids_text_and_payload(url: str, sql: psycopg.Connection, ids: list[RowId]) -> None:
+    rows = [row(row_id, f"text of {row_id}", PAYLOAD) for row_id in ids]
+    write(url, rows)
+
+    assert by_id(url) == {row.id: (row.text, row.payload) for row in rows}
+    found = sql.execute("SELECT id, embedding::real[] FROM docs").fetchall()
+    for row_id, vector in found:
+        np.testing.assert_array_equal(np.float32(vector), vector_of(f"text of {row_id}"))
+
+
+def test_a_shard_again_replaces_its_rows(url: str) -> None:
+    write(url, [row(1, "a", {"old": 1}), row(2, "b")])
+    write(url, [row(1, "a", {"new": 2}), row(2, "b")])
+    assert by_id(url) == {1: ("a", {"new": 2}), 2: ("b", {})}
+
+
+def test_a_shard_is_written_as_a_whole_or_not_at_all(url: str) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(BulkError, match=r"its id is text, and the ids of .*docs are of the type bigint"):
+        write(url, [row(2, "b"), row("x", "c")])
+    with pytest.raises(BulkError, match="PostgreSQL refuses"):
+        write(url, [row(2, "b"), row(3, "zero \0")])
+    assert list(by_id(url)) == [1]
+
+
+@pytest.mark.usefixtures("_small_pages")
+@pytest.mark.parametrize("ids", [[5, 3, -1, 8, 13, 21, 34], ["b", "B", "a", "Z", "ä", "-", "_"]])
+def test_reading_goes_on_after_any_row_in_the_order_of_the_digests(url: str, ids: list[RowId]) -> None:
+    write(url, [row(row_id, f"t {row_id}") for row_id in ids])
+    rows = [found for found in read(url) if isinstance(found, Row)]
+    assert [found.id for found in rows] == sorted(ids)
+    for index, found in enumerate(rows):
+        assert [other.id for other in read(url, after=found.position) if isinstance(other, Row)] == sorted(ids)[
+            index + 1 :
+        ]
+    store = store_of(url)
+    assert [row_id for row_id, _digest in store.digests("docs")] == sorted(ids, key=store.sort_key)
+    store.close()
+
+
+def test_the_index_is_hnsw_by_cosine_as_far_as_pgvector_can(base: str, sql: psycopg.Connection) -> None:
+    for width, kind in [(2_000, "vector"), (2_001, "halfvec"), (4_000, "halfvec"), (4_001, "vector")]:
+        write(f"{base}/d{width}", [row(1, "a")], replace(NOTE, dimensions=width))
+        definition = value(sql, f"SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'd{width}'")  # noqa: S608
+        assert (f"USING hnsw (embedding {kind}_cosine_ops)" in str(definition)) is (width <= 4_000)
+        assert value(sql, f"SELECT pg_typeof(embedding)::text FROM d{width}") == kind  # noqa: S608
+        store = store_of(base + "/d")
+        [found] = store.vectors(f"d{width}", [1]).values()
+        store.close()
+        np.testing.assert_allclose(found, vector_of("a", width), atol=1e-4 if kind == "halfvec" else 0)
+    with pytest.raises(BulkError, match="at most 16,000 dimensions, not 16,001"):
+        write(f"{base}/large", [], replace(NOTE, dimensions=16_001))
+
+
+def test_sparse_weights_and_multivectors_are_refused(url: str) -> None:
+    with pytest.raises(BulkError, match="one dense vector per row"):
+        write(url, [], HYBRID)
+
+
+def test_a_table_of_another_space_or_width_or_without_a_note_is_refused(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a")])
+    with pytest.raises(
+        BulkError, match="holds vectors of tiny@0123456789ab, which cannot be compared with those of oth"
+    ):
+        write(url, [], replace(NOTE, space="other@aaaaaaaaaaaa"))
+    sql.execute("CREATE TABLE mine (id int PRIMARY KEY, v vector(4), body text)")
+    mine = url.replace("docs", "mine")
+    write(mine, [], replace(NOTE, dimensions=4))
+    sql.execute("COMMENT ON COLUMN mine.v IS NULL")
+    sql.execute("INSERT INTO mine VALUES (1, '[1,2,3,4]', 'x')")
+    with pytest.raises(BulkError, match="has 1 item and no note of their space"):
+        write(mine, [])
+    with pytest.raises(BulkError, match=r"`v` of .*mine takes vectors of 4 dimensions; those of wide have 6"):
+        write(mine, [], WIDE, Keeping(adopts=True))
+    write(mine, [row(2, "y")], NOTE, Keeping(text="body", adopts=True))
+    assert by_id(mine, FieldNames(text="body")) == {1: ("x", {}), 2: ("y", {})}
+
+
+def test_the_note_leaves_a_comment_of_the_user(url: str, sql: psycopg.Connection) -> None:
+    sql.execute("CREATE TABLE docs (id bigint PRIMARY KEY, v vector(4), payload jsonb)")
+    sql.execute("COMMENT ON COLUMN docs.v IS 'of the titles\nonly'")
+    write(url, [])
+    store = store_of(url)
+    assert store.describe("docs").notes == {"v": NOTE}
+    store.close()
+    assert str(value(sql, "SELECT col_description('docs'::regclass, 2)")).startswith(
+        "of the titles\nonly\nembedding_gatew"
+    )
+    sql.execute("COMMENT ON COLUMN docs.v IS 'embedding_gateway={\"space\":'")
+    with pytest.raises(BulkError, match="cannot be read; a person or program has changed it"):
+        write(url, [])
+
+
+TYPED = """
+CREATE SCHEMA "Sales Dept";
+CREATE TABLE "Sales Dept"."my.docs" (
+    "Key" uuid PRIMARY KEY, "the body" text NOT NULL, v vector(4), meta jsonb, n numeric(20, 8), t timestamptz DEFAULT now(),
+    tags text[], raw bytea, long bigint GENERATED ALWAYS AS IDENTITY, title vector(2),
+    words tsvector GENERATED ALWAYS AS (to_tsvector('simple', "the body")) STORED, num serial);
+CREATE INDEX ON "Sales Dept"."my.docs" USING hnsw (v vector_l2_ops);
+CREATE INDEX ON "Sales Dept"."my.docs" USING gin (words);
+CREATE ROLE reader; GRANT SELECT ON "Sales Dept"."my.docs" TO reader, PUBLIC;
+INSERT INTO "Sales Dept"."my.docs" ("Key", "the body", v, meta, n, t, tags, raw, title) SELECT
+    md5(i::text)::uuid, 'body ' || i, '[1,2,3,4]', '{"a": [1, null]}', i / 3.0, '2026-01-01 00:00:00.123456+05',
+    ARRAY['x', NULL, 'y"z'], '\\x00ff', '[1,2]' FROM generate_series(1, 7) i;
+"""
+
+
+@pytest.mark.usefixtures("_small_pages")
+def test_a_copy_has_all_columns_indexes_and_grants_of_a_table_and_vectors_of_another_width(
+    base: str, sql: psycopg.Connection
+) -> None:
+    sql.execute(TYPED.encode())
+    old, new = '"Sales Dept"."my.docs"', '"Sales Dept".docs_wide'
+    url = f"{base}/{quote(old)}?vector=v"
+    fields, keeping = FieldNames(text="the body"), Keeping(text="the body", vector="v", like=old)
+    rows = [found for found in read(url, fields) if isinstance(found, Row)]
+    write(f"{base}/{quote(new)}?vector=v", rows, WIDE, keeping)
+
+    store = store_of(url)
+    assert list(store.digests(old)) == list(store.digests(new))
+    assert store.describe(new).widths == {"v": 6, "title": 2}
+    assert store.describe(new).notes == {"v": WIDE}
+    same = '"Key", "the body", meta, n, t, tags, raw, long, words, num'
+    both = [sql.execute(f"SELECT {same} FROM {table} ORDER BY 1".encode()).fetchall() for table in (old, new)]  # noqa: S608
+    assert both[0] == both[1]
+    indexes = str(value(sql, "SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'docs_wide'"))
+    assert "hnsw (v vector_l2_ops)" in indexes
+    assert "gin (words)" in indexes
+    assert value(sql, "SELECT relacl::text LIKE '%reader=r/%' FROM pg_class WHERE relname = 'docs_wide'") is True
+    assert str(store.search(new, vector_of("body 3", 6), 1)[0].id) == str(value(sql, "SELECT md5('3')::uuid"))
+    store.delete_collection(old)
+    assert value(sql, f'INSERT INTO {new} ("Key", "the body") VALUES (gen_random_uuid(), \'b\') RETURNING num') == 8  # noqa: S608
+    store.close()
+
+
+def test_a_copy_of_a_table_with_too_wide_an_index_gets_another_type(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a")])
+    write(url.replace("docs", "new"), [row(1, "a")], replace(WIDE, dimensions=3_072), Keeping(like="docs"))
+    indexes = str(value(sql, "SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'new'"))
+    assert "hnsw (embedding halfvec_cosine_ops)" in indexes
+    sql.execute("CREATE TABLE plain (id int PRIMARY KEY, v vector(4))")
+    with pytest.raises(BulkError, match="there is no table `gone`"):
+        write(url.replace("docs", "new2"), [], WIDE, Keeping(like="gone"))
+
+
+def test_ids_of_an_identity_go_on_after_those_that_were_copied(url: str, sql: psycopg.Connection) -> None:
+    sql.execute("CREATE TABLE docs (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v vector(4), body text)")
+    sql.execute("INSERT INTO docs (v, body) VALUES ('[1,2,3,4]', 'a'), ('[1,2,3,4]', 'b')")
+    rows = [found for found in read(url, FieldNames(text="body")) if isinstance(found, Row)]
+    write(url.replace("docs", "new"), rows, WIDE, Keeping(text="body", like="docs"))
+    sql.execute("INSERT INTO new (body) VALUES ('c')")
+    assert by_id(url.replace("docs", "new"), FieldNames(text="body"))[3] == ("c", {})
+
+
+def test_a_field_without_a_column_is_refused_with_its_name(url: str, sql: psycopg.Connection) -> None:
+    sql.execute("CREATE TABLE docs (id bigint PRIMARY KEY, v vector(4), body text)")
+    with pytest.raises(BulkError, match="has no column `author`, which id 1 has: add the column, or keep fewer fields"):
+        write(url, [row(1, "a", {"author": "x"})], NOTE, Keeping(text="body"))
+
+
+def test_a_vector_is_added_next_to_the_first(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a", {"k": 1}), row(2, "b")])
+    write(url, [row(1, "a"), row(3, "deleted meanwhile")], WIDE, Keeping(vector="wide", updates=True))
+    assert by_id(url) == {1: ("a", {"k": 1}), 2: ("b", {})}
+    store = store_of(url)
+    assert store.describe("docs").notes == {"embedding": NOTE, "wide": WIDE}
+    assert {row_id: len(found) for row_id, found in store.vectors("docs", [1, 2, 3], "wide").items()} == {1: 6}
+    with pytest.raises(BulkError, match=r"several vectors: name one of `embedding`, `wide` with \?vector=NAME"):
+        store.search("docs", vector_of("a"), 1)
+    store.close()
+
+
+def test_rows_without_a_text_are_reported(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a")])
+    sql.execute("INSERT INTO docs VALUES (2, NULL, '{\"text\": \"\"}'), (3, NULL, NULL), (4, NULL, '[1]')")
+    bad = [found for found in read(url) if isinstance(found, BadRow)]
+    assert [(found.id, found.problem) for found in bad] == [
+        (2, "the text, in field `text`, is empty"),
+        (3, "the text, in field `text`, is missing"),
+        (4, "the text, in field `text`, is missing"),
+    ]
+    assert bad[0].place.startswith("id 2 of pgvector://")
+
+
+def test_items_are_found_by_id_by_vector_and_deleted(url: str) -> None:
+    write(url, [row(n, f"text {n}", {"n": n}) for n in range(20)])
+    store = store_of(url)
+    assert store.describe("docs").count == 20
+    hits = store.search("docs", vector_of("text 7"), 3)
+    assert (hits[0].id, hits[0].score) == (7, pytest.approx(0, abs=1e-6))
+    assert len(hits) == 3
+    found = list(store.read_ids("docs", [3, 99, 5, "x"], FieldNames()))
+    assert {one.id: one.text for one in found if isinstance(one, Row)} == {3: "text 3", 5: "text 5"}
+    store.delete_ids("docs", [3, 99, "x"])
+    assert 3 not in by_id(url)
+    store.close()
+
+
+def test_only_later_rows(url: str) -> None:
+    write(
+        url,
+        [
+            row(1, "a", {"at": "2026-01-01T00:00:00+00:00"}),
+            row(2, "b", {"at": "2026-03-01T00:00:00+00:00"}),
+            row(3, "c"),
+        ],
+    )
+    store, collection = open_url(url)
+    source = store.source(collection, FieldNames(), Since("at", datetime(2026, 2, 1, tzinfo=UTC)))
+    assert [found.id for found in source.read()] == [2, 3], "what cannot be compared is read again rather than missed"
+    source.close()
+    store.close()
+
+
+def test_a_flip_moves_a_view_in_one_step_for_all_readers(url: str, postgres: str, sql: psycopg.Connection) -> None:
+    write(url.replace("docs", "docs_1"), [row(n, "old") for n in range(50)])
+    write(url.replace("docs", "docs_2"), [row(n, "new") for n in range(50)], WIDE, Keeping(like="docs_1"))
+    store = store_of(url)
+    store.flip("docs", "docs_1")
+    sql.execute("DROP ROLE IF EXISTS app; CREATE ROLE app; GRANT SELECT, INSERT ON docs TO app")
+    seen: set[tuple[object, ...]] = set()
+    failures: list[BaseException] = []
+    ends = threading.Event()
+
+    def search() -> None:
+        try:
+            with psycopg.connect(postgres, autocommit=True) as reader:
+                while not ends.is_set():
+                    rows = reader.execute("SELECT vector_dims(embedding), payload->>'text' FROM docs").fetchall()
+                    assert len(rows) == 50
+                    seen.update(rows)
+        except BaseException as error:  # shown below
+            failures.append(error)
+
+    readers = [threading.Thread(target=search) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(20):
+        store.flip("docs", f"docs_{1 + (turn + 1) % 2}")
+    ends.set()
+    for reader in readers:
+        reader.join()
+
+    assert not failures
+    assert seen == {(4, "old"), (6, "new")}
+    assert store.aliases() == {"docs": "docs_1"}
+    assert "app=ar/" in str(value(sql, "SELECT relacl FROM pg_class WHERE relname = 'docs'"))
+    assert store.describe("docs").name == "docs_1"
+    with pytest.raises(BulkError, match="still in use by the view `docs`"):
+        store.delete_collection("docs_1")
+    store.delete_alias("docs")
+    store.delete_collection("docs_1")
+    assert store.collections() == ["docs_2"]
+    store.close()
+
+
+def test_what_cannot_flip_says_why(url: str, sql: psycopg.Connection) -> None:
+    write(url, [row(1, "a")])
+    sql.execute("CREATE VIEW part AS SELECT id FROM docs WHERE id > 5")
+    store = store_of(url)
+    assert store.why_not_flip("unused") == ""
+    assert "is itself a table: rename it" in store.why_not_flip("docs")
+    assert "is a view that is more than a table under another name" in store.why_not_flip("part")
+    with pytest.raises(BulkError, match="is itself a table"):
+        store.flip("docs", "docs")
+    store.close()
+
+
+def test_a_server_that_is_away_is_an_error_of_the_job(base: str, sql: psycopg.Connection, url: str) -> None:
+    with pytest.raises(BulkError, match=r"pgvector://me@127.0.0.1:1/x cannot be reached, or has gone away"):
+        open_url("pgvector://me@127.0.0.1:1/x/docs")
+    write(url, [row(1, "a")])
+    store = store_of(url)
+    sql.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'embedding-gateway'"
+    )
+    with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
+        store.describe("docs")
+    store.close()
+    store = store_of(url)
+    with pytest.raises(BulkError, match="there is no table `gone`"):
+        store.source("gone", FieldNames())
+    store.close()
+    with pytest.raises(BulkError, match="--text body: there is no such field"):
+        read(url, FieldNames(text="body"))
