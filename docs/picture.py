@@ -28,8 +28,8 @@ class Box:
 BOXES: Final = {
     "doctor": Box(0, 0, "gateway doctor", "start"),
     "cli": Box(1, 0, "commands", "start"),
-    "compare": Box(2, 0, "gateway compare", "start"),
-    "bulk": Box(2, 1, "gateway embed, gateway move", "start"),
+    "compare": Box(2, 1, "gateway compare", "start"),
+    "bulk": Box(2, 0, "gateway embed, gateway move", "start"),
     "server": Box(0, 1, "bind, serve, reload, stop", "start"),
     "app": Box(1, 2, "put it all together", "start"),
     "api": Box(1, 3, "one module per dialect", "edge"),

@@ -21,6 +21,7 @@ cli.main
 cli.comparing
 cli.embedding
 cli.experimenting
+cli.moving
 cli.clustering
 doctor
 bulk

@@ -24,12 +24,14 @@ class Asked:
         name: of the model, maybe with a task and a space: ``NAME:TASK@HASH``.
         dimensions: of the dense vectors; ``None`` for the model's own.
         truncate: how to treat texts that are too long.
+        prefers_passages: a name without a task means a document's task, where the model has it; otherwise its default task.
     """
 
     name: str
     dimensions: int | None = None
     outputs: Sequence[Output] = (Output.DENSE,)
     truncate: Truncate = Truncate.END
+    prefers_passages: bool = True
 
 
 def ask(model: str, outputs: str | None, truncate: Truncate) -> Asked:

@@ -144,7 +144,7 @@ async def _run(
     job: _Prepared, asked: Asked, models: RunningGateway | OwnModels, console: Console
 ) -> tuple[SpaceNote, Outcome]:
     stop = asyncio.Event()
-    async with _embedder(asked, models, console) as embedder:
+    async with open_embedder(asked, models, console) as embedder:
         note = embedder.note
         progress = job.manifest.begin({**job.identity, "model": note.model, "space": note.space, "task": note.task})
         if progress.counts.rows and job.sink.is_empty():
@@ -156,14 +156,19 @@ async def _run(
         if progress.is_finished:
             done = progress.counts
             return note, Outcome(type(done)(), done, 0.0, is_finished=True)
-        _stop_on_signals(stop, console)
+        stop_on_signals(stop, console)
         with show_progress(console) as reporter:
             work = Job(job.source, job.sink, job.manifest, embedder, job.options, reporter)
             return note, await work.run(progress, stop)
 
 
 @asynccontextmanager
-async def _embedder(asked: Asked, models: RunningGateway | OwnModels, console: Console) -> AsyncIterator[Embedder]:
+async def open_embedder(asked: Asked, models: RunningGateway | OwnModels, console: Console) -> AsyncIterator[Embedder]:
+    """Load a model, or find it behind a gateway, and yield an embedder.
+
+    Raises:
+        BulkError: it cannot be used.
+    """
     if isinstance(models, RunningGateway):
         from gateway.bulk.remote import remote_embedder
 
@@ -179,7 +184,7 @@ async def _embedder(asked: Asked, models: RunningGateway | OwnModels, console: C
             yield local
 
 
-def _stop_on_signals(stop: asyncio.Event, console: Console) -> None:
+def stop_on_signals(stop: asyncio.Event, console: Console) -> None:
     """Stop in order at the first signal, and at once at the second."""
     loop = asyncio.get_running_loop()
 

@@ -67,7 +67,7 @@ async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -
 
 async def _prepare(service: EmbeddingService, info: ModelInfo, asked: Asked) -> LocalEmbedder:
     """Find the task, and the space, with a text that is not one of the job's."""
-    task = PASSAGE_TASK if PASSAGE_TASK in info.tasks else None
+    task = PASSAGE_TASK if asked.prefers_passages and PASSAGE_TASK in info.tasks else None
     embedder = _Caller(service, asked, task)
     try:
         try:

@@ -72,7 +72,7 @@ async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, st
     """Find the task to ask for, and wait while the model loads."""
     first = await _embed(client, asked, [PROBE], None, None)
     card: ModelCard = await client.card(first.model)
-    if PASSAGE_TASK not in card.tasks or first.task == PASSAGE_TASK:
+    if not asked.prefers_passages or PASSAGE_TASK not in card.tasks or first.task == PASSAGE_TASK:
         return first, None
     try:
         return await _embed(client, asked, [PROBE], PASSAGE_TASK, None), PASSAGE_TASK

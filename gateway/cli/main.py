@@ -26,6 +26,7 @@ from gateway.cli.clustering import cluster as cluster_commands
 from gateway.cli.comparing import compare
 from gateway.cli.embedding import embed
 from gateway.cli.experimenting import experiments
+from gateway.cli.moving import move
 from gateway.cli.options import ModelsOption
 from gateway.cli.streams import open_standard_streams
 from gateway.config.registry import ModelEntry, Registry, load_registry
@@ -355,6 +356,9 @@ app.command()(compare)
 
 
 app.command()(embed)
+
+
+app.add_typer(move)
 
 
 app.command()(experiments)

@@ -33,7 +33,7 @@ _DEFAULT_VECTOR: Final = "embedding"
 
 
 def read_page(connection: Connection, table: Table, after: RowId | None, limit: int = PAGE) -> list[Item]:
-    """Return the ids and payloads of the next rows, in the order of `order_of`."""
+    """Return the ids and payloads of the next rows, by ascending id."""
     condition: sql.Composable = sql.SQL("")
     values: list[object] = []
     if after is not None:
@@ -375,7 +375,7 @@ def send_vectors(connection: Connection) -> None:
 def pack(vector: Vectors, kind: str) -> bytes:
     """Return a vector in pgvector's binary format: its size, two bytes of zero, then its numbers, all big-endian.
 
-    https://github.com/pgvector/pgvector/blob/master/src/vector.c, ``vector_recv``; of ``halfvec`` in the same way.
+    https://github.com/pgvector/pgvector/blob/master/src/vector.c (vector_recv); of ``halfvec`` in the same way.
     """
     numbers = vector.astype(">f2" if kind == "halfvec" else ">f4").tobytes()
     return _Packed(struct.pack(">HH", len(vector), 0) + numbers)

@@ -1,0 +1,1 @@
+"""``gateway move``: change the embedding model of a collection that applications use."""

@@ -1,0 +1,223 @@
+"""Compare a collection with its copy before applications use it: counts, vectors, and what searches find."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Final
+
+import numpy as np
+
+from gateway.bulk.embedder import Embedder
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.moving.passes import PassCounts
+from gateway.bulk.rows import BulkError, Row, RowId
+from gateway.bulk.stores.protocol import MovableStore
+from gateway.compare.agreement import overlap, rank_biased_overlap, same_first
+from gateway.config.wording import count, cut
+from gateway.types import Vectors
+
+DEPTH: Final = 10
+_MIN_COSINE: Final = 0.98
+"""Of the vector of a text and the one that is stored; half precision and other devices change it less."""
+_CALL_TEXTS: Final = 32
+_UNRELATED: Final = 0.05
+"""An overlap@10 below it, of more than a few hundred items, is that of models without anything in common."""
+_FEW_ITEMS: Final = 500
+_SHOWN: Final = 3
+_NAMED: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query to both collections.
+
+    Attributes:
+        text: for people.
+        first, second: its vectors in the space of each.
+        left_out: an item that is the query itself.
+    """
+
+    text: str
+    first: Vectors
+    second: Vectors
+    left_out: RowId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike the results of both collections are, as means over queries from 0 to 1.
+
+    Attributes:
+        most_different: texts of queries, and their overlap.
+    """
+
+    num_queries: int
+    overlap: float
+    same_first: float
+    rank_biased_overlap: float
+    most_different: Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """The results of a check.
+
+    Attributes:
+        first, second: items of the collections.
+        pending: what a pass would change.
+        num_vectors: items whose stored vectors were compared with those of their texts.
+        wrong_vectors: of those, the ids of items with other vectors.
+        agreement: ``None`` if nothing could be searched for.
+    """
+
+    first: int
+    second: int
+    counts: PassCounts
+    num_vectors: int
+    wrong_vectors: Sequence[RowId]
+    agreement: Agreement | None
+    has_real_queries: bool
+
+    def problems(self) -> list[str]:
+        """Return what must be set right before applications use the second collection; empty if nothing."""
+        problems = []
+        if self.counts.changes > allowed_changes(self.first):
+            problems.append(
+                f"{count(self.counts.changes, 'item')} of the old collection changed in the last moments, too many to be "
+                "sure of the rest: check again when fewer writes come"
+            )
+        if self.counts.kept:
+            problems.append(
+                f"the new collection has {count(self.counts.kept, 'item')} that the move did not write, such as "
+                f"{_ids(self.counts.kept_ids)}. If applications write into it already, run `gateway move flip`; "
+                "otherwise delete them"
+            )
+        if self.wrong_vectors:
+            problems.append(
+                f"{len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have vectors that the model does "
+                f"not make of their texts, such as {_ids(self.wrong_vectors)}: another program has written into the new "
+                "collection"
+            )
+        found = self.agreement
+        if found is not None and found.overlap < _UNRELATED and self.second > _FEW_ITEMS:
+            problems.append(
+                f"both collections find different items (overlap@{DEPTH} {found.overlap:.2f}), as they would if one had "
+                "mixed vectors of two models, or if the field were not the text"
+            )
+        return problems
+
+    def sentences(self) -> list[str]:
+        """Return the results in words, without the verdict."""
+        lines = [f"items: {self.first:,} in the old collection, {self.second:,} in the new one"]
+        if self.counts.refused:
+            lines.append(
+                f"{count(self.counts.refused, 'item')} without a usable text stay behind, such as "
+                f"{_ids(self.counts.refused_ids)}: without_text.jsonl in the move's folder lists them"
+            )
+        lines.append(
+            f"vectors: {self.num_vectors - len(self.wrong_vectors)} of {count(self.num_vectors, 'sampled item')} have the "
+            "vector that the new model makes of their text"
+        )
+        if self.agreement is not None:
+            lines += self._agreement_sentences(self.agreement)
+        return lines
+
+    def _agreement_sentences(self, found: Agreement) -> list[str]:
+        kind = "captured queries" if self.has_real_queries else "sampled items as queries"
+        return [
+            f"{found.num_queries} {kind}: overlap@{DEPTH} {found.overlap:.2f}, the same first item for "
+            f"{found.same_first:.0%}, rank-biased overlap {found.rank_biased_overlap:.2f}",
+            "This is how much results will change. `gateway compare` shows whether they get better.",
+            *(f"  overlap {value:.1f}: {cut(' '.join(text.split()), 70)}" for text, value in found.most_different),
+        ]
+
+
+def allowed_changes(num_items: int) -> int:
+    """Return how many changes of one pass are few: the next pass, and the one after the flip, take them over."""
+    return max(10, num_items // 100)
+
+
+def _ids(ids: Sequence[RowId]) -> str:
+    return ", ".join(map(str, ids[:_NAMED]))
+
+
+async def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Vectors:
+    """Return the dense vectors of some texts, ``(n, dimensions)``.
+
+    Raises:
+        BulkError: the model returns none.
+    """
+    found = []
+    for start in range(0, len(texts), _CALL_TEXTS):
+        answer = await embedder.embed(texts[start : start + _CALL_TEXTS])
+        if answer.dense is None:
+            raise BulkError(f"{embedder.note.model} makes no dense vectors")
+        found.append(answer.dense)
+    return np.concatenate(found) if found else np.empty((0, embedder.note.dimensions), np.float32)
+
+
+async def wrong_vectors(
+    store: MovableStore, collection: str, vector: str | None, text: str, ids: Sequence[RowId], embedder: Embedder
+) -> tuple[int, list[RowId]]:
+    """Return how many items were compared, and those whose vector is not the one that the model makes of their text.
+
+    Vectors of another model are caught even if they have the same width, which no store notices.
+    """
+    rows = [row for row in store.read_ids(collection, ids, FieldNames(text=text)) if isinstance(row, Row)]
+    stored = store.vectors(collection, [row.id for row in rows], vector)
+    rows = [row for row in rows if row.id in stored]
+    made = await embed_texts(embedder, [row.text for row in rows])
+    wrong = [
+        row.id
+        for row, own in zip(rows, made, strict=True)
+        if not _cosine(stored[row.id], own) >= _MIN_COSINE  # or NaN
+    ]
+    return len(rows), wrong
+
+
+def _cosine(one: Vectors, other: Vectors) -> float:
+    if one.shape != other.shape:
+        return 0.0
+    with np.errstate(all="ignore"):  # a vector of zeros
+        return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+def item_queries(
+    store: MovableStore, first: str, second: str, vector: str | None, text: str, ids: Sequence[RowId]
+) -> list[Query]:
+    """Return items as queries: each collection is searched with the vector that it has of the item."""
+    old, new = store.vectors(first, ids, vector), store.vectors(second, ids, vector)
+    rows = store.read_ids(second, [row_id for row_id in ids if row_id in old and row_id in new], FieldNames(text=text))
+    return [Query(row.text, old[row.id], new[row.id], row.id) for row in rows if isinstance(row, Row)]
+
+
+def agree(
+    store: MovableStore, first: str, second: str, vector: str | None, queries: Sequence[Query]
+) -> Agreement | None:
+    """Search both collections for each query, and return how alike the results are."""
+    overlaps: list[tuple[str, float]] = []
+    firsts: list[float] = []
+    biased: list[float] = []
+    for query in queries:
+        rankings: list[list[str]] = []
+        for collection, asked in ((first, query.first), (second, query.second)):
+            hits = store.search(collection, asked, DEPTH + (query.left_out is not None), vector)
+            rankings.append([repr(hit.id) for hit in hits if hit.id != query.left_out][:DEPTH])
+        overlaps.append((query.text, overlap(rankings[0], rankings[1], DEPTH)))
+        firsts.append(same_first(rankings[0], rankings[1]))
+        biased.append(rank_biased_overlap(rankings[0], rankings[1]))
+    if not overlaps:
+        return None
+    most_different = sorted(overlaps, key=lambda found: found[1])[:_SHOWN]
+    return Agreement(
+        len(overlaps), fmean(value for _text, value in overlaps), fmean(firsts), fmean(biased), most_different
+    )
+
+
+def draw(texts: Mapping[str, str], number: int) -> list[str]:
+    """Return some of the captured queries, the same in each check."""
+    found = sorted(texts.values())
+    return random.Random(0).sample(found, min(number, len(found)))  # noqa: S311  not a secret

@@ -1,0 +1,115 @@
+"""The steps of a move as people see them: what was done, and the next command."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gateway.bulk.moving.state import Move, Stage, find_move, read_moves
+from gateway.bulk.moving.steps import check
+from gateway.cli.console import make_console, say
+
+
+def show(folder: Path, step: Callable[[Console], Coroutine[Any, Any, Move]]) -> None:
+    """Run a step, and print the state after it."""
+    move = asyncio.run(step(make_console(is_error=True)))
+    _print(make_console(), move)
+
+
+def show_check(move: Move, folder: Path, queries: Path | None, old_model: str | None) -> bool:
+    """Run the check, print it with its verdict, and return whether the new collection is ready."""
+    console = make_console()
+    move, reports = asyncio.run(check(move, folder, make_console(is_error=True), queries, old_model))
+    is_ready = True
+    for pair, report in zip(move.pairs, reports, strict=True):
+        say(console, f"{pair.old} and {pair.new}", "bold")
+        for line in report.sentences():
+            say(console, line)
+        problems = report.problems()
+        for problem in problems:
+            say(console, f"not ready: {problem}", "red")
+        is_ready = is_ready and not problems
+    say(console, "ready: the new collection can be used" if is_ready else "not ready", "green" if is_ready else "red")
+    if is_ready:
+        say(console, f"next: {next_command(move)}")
+    return is_ready
+
+
+def show_status(folder: Path, name: str | None) -> None:
+    """Print one move with its log, or all of them."""
+    console = make_console()
+    if name is not None:
+        _print(console, find_move(folder, name), with_log=True)
+        return
+    moves = list(read_moves(folder).values())
+    if not moves:
+        say(console, "no move was started; gateway move COLLECTION --from URL --to MODEL starts one")
+    for move in moves:
+        _print(console, move, with_log=len(moves) == 1)
+
+
+def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
+    pair = move.pairs[0]
+    say(console, f"{move.name}: {pair.old} → {pair.new} in {move.place.partition('?')[0]}", "bold")
+    say(console, f"{_where(move)}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
+    if with_log:
+        for line in move.log:
+            say(console, f"  {line}")
+    if move.stage is Stage.FLIPPED:
+        for line in _after_flip(move):
+            say(console, line)
+    if command := next_command(move):
+        say(console, f"next: {command}")
+
+
+def _where(move: Move) -> str:
+    match move.stage:
+        case Stage.COPYING:
+            return "copying: not all items are in the new collection"
+        case Stage.COPIED:
+            return "copied, not compared since"
+        case Stage.CHECKED:
+            return "checked: the new collection can be used"
+        case Stage.FLIPPED:
+            return "flipped: applications use the new collection"
+        case Stage.FINISHED:
+            return "finished"
+
+
+def _after_flip(move: Move) -> list[str]:
+    """Return what applications must do, now that the flip is done."""
+    new = move.pairs[0].new
+    if move.mem0 is not None:
+        return [
+            f"{move.mem0} names {new} and {move.model}: restart the programs that use Mem0. Until the last of them runs "
+            "with it, `gateway move sync` takes over what the others write."
+        ]
+    uses = (
+        f"the alias {move.alias} means {new}" if move.alias is not None else f"let applications search and write {new}"
+    )
+    return [
+        f"{uses}; embed queries and new items with {move.model} from now on (x-gateway-expect-space: {move.space}). "
+        "Until the last writer does, `gateway move sync` takes over what it writes into the old collection."
+    ]
+
+
+def next_command(move: Move) -> str:
+    """Return the command that comes next, as it can be copied."""
+    match move.stage:
+        case Stage.COPYING:
+            return f"gateway move sync {move.name}"
+        case Stage.COPIED:
+            return f"gateway move check {move.name}"
+        case Stage.CHECKED:
+            return f"gateway move flip {move.name}"
+        case Stage.FLIPPED:
+            return (
+                f"gateway move sync {move.name}, and at last gateway move finish {move.name} --delete-old; "
+                f"or gateway move back {move.name}"
+            )
+        case Stage.FINISHED:
+            return ""

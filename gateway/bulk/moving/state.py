@@ -1,0 +1,176 @@
+"""The state of a move, in a folder of its own: a file for people and programs, next to the ledgers of its collections."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from gateway.bulk.rows import BulkError
+from gateway.config.files import write_whole
+from gateway.config.wording import enumerate_names
+
+_FILE: Final = "move.json"
+_MAX_SLUG: Final = 60
+
+
+class Stage(StrEnum):
+    """How far a move has come."""
+
+    COPYING = "copying"
+    """The first pass has not come to its end."""
+    COPIED = "copied"
+    CHECKED = "checked"
+    """The last check found nothing to set right."""
+    FLIPPED = "flipped"
+    """Applications use the new collection, or are about to."""
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A collection and its copy.
+
+    Attributes:
+        old: its real name.
+        ledger: name of the ledger's file in the move's folder.
+    """
+
+    old: str
+    new: str
+    ledger: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A move.
+
+    Attributes:
+        place: URL of the store, without secrets; for Mem0 for messages only.
+        model: as `gateway embed` takes it.
+        space, dimensions: of the new vectors, once they are known.
+        text: the path of the text in an item.
+        vector: its name, where items have several.
+        flattens: line breaks of texts become spaces, as Mem0 embeds them.
+        has_default_task: texts are embedded without naming a task, as Mem0 does.
+        alias: the name that applications use.
+        mem0: Mem0's configuration.
+        mem0_before: the settings that a flip changes in it, as they were.
+        url: of the gateway; ``None`` to load the model in the process.
+        models: the registry for that.
+        api_key_env: names the variable with the gateway's key.
+        skips: items without a text stay behind.
+        was_flipped: when applications were first allowed to use the new collection.
+        log: of what was done, for people.
+    """
+
+    name: str
+    place: str
+    pairs: Sequence[Pair]
+    model: str
+    text: str
+    stage: Stage = Stage.COPYING
+    space: str | None = None
+    dimensions: int | None = None
+    vector: str | None = None
+    flattens: bool = False
+    has_default_task: bool = False
+    alias: str | None = None
+    mem0: Path | None = None
+    mem0_before: dict[str, Any] | None = None
+    url: str | None = None
+    models: Path | None = None
+    api_key_env: str = "GATEWAY_API_KEY"
+    skips: bool = False
+    was_flipped: bool = False
+    log: list[str] = field(default_factory=list)
+
+    def at(self, stage: Stage, what: str) -> Move:
+        """Return the move at a stage, with a line in its log."""
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M} {what}"
+        return replace(self, stage=stage, log=[*self.log, line])
+
+
+_MOVE: Final = TypeAdapter(Move)
+
+
+def slug_of(text: str) -> str:
+    """Return a text as part of the name of a file or collection."""
+    return re.sub(r"[^0-9A-Za-z]+", "_", text).strip("_").lower()
+
+
+def new_name(collection: str, space: str) -> str:
+    """Return a name for the copy of a collection: with the model and the hash of its space, so it is never another's.
+
+    It has at most 60 characters, since PostgreSQL cuts names of more than 63.
+    """
+    model, _, digest = space.rpartition("@")
+    base = re.sub(r"[^0-9A-Za-z_]+", "_", collection)
+    ending = f"_{slug_of(model)[:24]}_{digest[:12]}"
+    return base[: _MAX_SLUG - len(ending)] + ending
+
+
+def name_move(folder: Path, collection: str, place: str) -> str:
+    """Return the name of a move: that of the collection, if no move of another store has it."""
+    name = slug_of(collection)[:_MAX_SLUG] or "move"
+    known = read_moves(folder)
+    if name in known and known[name].place != place:
+        name += "_" + hashlib.sha256(place.encode()).hexdigest()[:6]
+    return name
+
+
+def write_move(folder: Path, move: Move) -> None:
+    """Write the state of a move, as a whole.
+
+    Raises:
+        BulkError: it cannot be written.
+    """
+    path = folder / move.name / _FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, _MOVE.dump_json(move, indent=2).decode() + "\n", 0o600)
+    except OSError as error:
+        raise BulkError(f"the state of the move cannot be written: {path}: {error.strerror}") from error
+
+
+def read_moves(folder: Path) -> dict[str, Move]:
+    """Return all moves by their names.
+
+    Raises:
+        BulkError: a state cannot be read.
+    """
+    found = {}
+    for path in sorted(folder.glob(f"*/{_FILE}")):
+        try:
+            move = _MOVE.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise BulkError(f"the state of a move cannot be read: {path}: {error}") from error
+        found[move.name] = move
+    return found
+
+
+def find_move(folder: Path, name: str | None) -> Move:
+    """Return a move by its name; without a name, the only one that is not finished.
+
+    Raises:
+        BulkError: there is no such move, or there are several.
+    """
+    moves = read_moves(folder)
+    if name is not None:
+        if name not in moves:
+            hint = f"; the moves are {enumerate_names(moves)}" if moves else "; no move was started"
+            raise BulkError(f"no move is called {name!r}{hint}")
+        return moves[name]
+    open_moves = [move for move in moves.values() if move.stage is not Stage.FINISHED]
+    if len(open_moves) == 1:
+        return open_moves[0]
+    if open_moves:
+        raise BulkError(f"there are several moves; name one of {enumerate_names(move.name for move in open_moves)}")
+    raise BulkError(f"no move is under way in {folder}; start one with `gateway move COLLECTION --from URL --to MODEL`")

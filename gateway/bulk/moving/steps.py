@@ -1,0 +1,389 @@
+"""The steps of a move: start, sync, check, flip, back, finish. Each can be interrupted, and repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlencode
+
+from rich.console import Console
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.moving.checking import (
+    Agreement,
+    CheckReport,
+    Query,
+    agree,
+    draw,
+    embed_texts,
+    item_queries,
+    wrong_vectors,
+)
+from gateway.bulk.moving.mem0 import Mem0, change_mem0, read_mem0, restore_mem0
+from gateway.bulk.moving.passes import PassCounts
+from gateway.bulk.moving.state import Move, Pair, Stage, name_move, new_name, read_moves, write_move
+from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, store_of
+from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
+from gateway.cli.console import say
+from gateway.compare.captured import read_captured
+from gateway.config.wording import count
+from gateway.routing.spaces import is_same_space
+
+_NUM_QUERIES = 100
+_NUM_VECTORS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """The options of the first step.
+
+    Attributes:
+        collection: a collection, an alias, or the URL of a collection; ``None`` with ``mem0``.
+        store: URL of the store, if ``collection`` is not one.
+        text: the path of the text in an item; ``None`` for a usual name.
+        into: the name of the new collection; ``None`` for one with the model and the hash of its space.
+    """
+
+    collection: str | None
+    store: str | None
+    model: str
+    text: str | None
+    into: str | None
+    alias: str | None
+    mem0: Path | None
+    url: str | None
+    models: Path | None
+    api_key_env: str
+    skips: bool
+
+
+async def start(request: StartRequest, folder: Path, console: Console) -> Move:
+    """Begin a move, or go on with it, and copy until the new collection has all items.
+
+    Raises:
+        BulkError: the collection cannot be moved, or not to its end.
+    """
+    known, place = _places(request)
+    store = open_movable(place)
+    try:
+        move = _planned(request, known, place, store, folder)
+    finally:
+        store.close()
+    async with at_work(move, folder, console) as opened:
+        move = _named(move, opened, request.into)
+        work = replace(opened, move=move)
+        work.make_copies()
+        write_move(folder, move)
+        return await _copy(work)
+
+
+def _places(request: StartRequest) -> tuple[Mem0 | None, Place]:
+    if request.mem0 is not None:
+        if request.collection is not None or request.store is not None:
+            raise BulkError("--mem0 says which collection to move, and where: leave out COLLECTION and --from")
+        known = read_mem0(request.mem0)
+        return known, known.place
+    if request.collection is None:
+        raise BulkError("which collection? Name it with COLLECTION --from URL, or Mem0's with --mem0 FILE")
+    if request.store is not None:
+        place = read_place(request.store, has_collection=False)
+        if place is None:
+            raise BulkError(f"--from {request.store}: is not the URL of a store, such as qdrant://localhost:6333")
+        return None, replace(place, collection=request.collection)
+    place = read_place(request.collection)
+    if place is None:
+        raise BulkError(
+            f"{request.collection}: in which store? Name it with --from, such as --from qdrant://localhost:6333"
+        )
+    return None, place
+
+
+def _planned(request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path) -> Move:
+    """Return the move, without the names of its new collections unless it was begun before."""
+    asked = known.collection if known else place.collection
+    info = store.describe(asked)
+    alias = request.alias or (asked if info.name != asked else None)
+    if alias is not None and (reason := store.why_not_flip(alias)):
+        raise BulkError(f"--alias {alias}: {reason}")
+    vector = known.vector if known else place.options.get("vector")
+    text = known.text if known else request.text
+    if text is None:
+        source = store.source(info.name, FieldNames())
+        try:
+            text = source.text_field
+        finally:
+            source.close()
+    others = [(known.entities, "entities.sqlite3")] if known and known.entities in store.collections() else []
+    url = _url(place)
+    move = Move(
+        name=name_move(folder, info.name, url),
+        place=url,
+        pairs=[Pair(old, "", ledger) for old, ledger in ((info.name, "ledger.sqlite3"), *others)],
+        model=request.model,
+        text=text,
+        vector=vector,
+        flattens=known is not None,
+        has_default_task=known is not None,
+        alias=alias,
+        mem0=None if request.mem0 is None else request.mem0.resolve(),
+        url=request.url,
+        models=None if request.models is None else request.models.resolve(),
+        api_key_env=request.api_key_env,
+        skips=request.skips,
+    )
+    before = read_moves(folder).get(move.name)
+    if before is None or before.stage is Stage.FINISHED:
+        return move
+    if (before.model, before.text) != (move.model, move.text) or before.stage is Stage.FLIPPED:
+        raise BulkError(
+            f"a move of {info.name} to {before.model} is under way already: `gateway move status {before.name}` shows it, "
+            f"and `gateway move finish {before.name}` ends it"
+        )
+    return replace(move, pairs=before.pairs, log=before.log, was_flipped=before.was_flipped)
+
+
+def _url(place: Place) -> str:
+    """Return the URL of a store, for the next steps, wherever they are started."""
+    if place.location and "://" not in place.location:
+        place = replace(place, location=str(Path(place.location).resolve()))
+    options = {**place.options, **({"key_env": place.key} if place.key else {})}
+    return place.store + (f"?{urlencode(options)}" if options else "")
+
+
+def _named(move: Move, work: Work, into: str | None) -> Move:
+    """Return the move with the names of its new collections, and check that they may take its vectors.
+
+    Raises:
+        BulkError: the old collection has vectors of the new model already, or a name is in use.
+    """
+    note = work.embedder.note
+    pairs = []
+    for pair in move.pairs:
+        old = work.reading.describe(pair.old)
+        if any(is_same_space(held.space, note.space) for held in old.notes.values()):
+            raise BulkError(f"{pair.old} holds vectors of {note.space} already: nothing is to move")
+        base = into if into is not None and pair == move.pairs[0] else None
+        new = base or pair.new or new_name(pair.old, note.space)
+        if new == pair.old:
+            raise BulkError(f"--into {new}: is the old collection itself")
+        pairs.append(replace(pair, new=new))
+    if move.mem0 is not None and len(pairs) > 1:  # Mem0 names the second after the first
+        pairs[1] = replace(pairs[1], new=f"{pairs[0].new}_entities")
+    move = replace(move, pairs=pairs, space=note.space, dimensions=note.dimensions)
+    return move if move.log else move.at(Stage.COPYING, f"started: {pairs[0].old} to {pairs[0].new}, {note.space}")
+
+
+async def _copy(work: Work) -> Move:
+    """Copy until the new collections have all items, and write the state.
+
+    Raises:
+        BulkError: items have no text, and the user has not agreed to leave them behind.
+    """
+    move = work.move
+    results = await work.passes()
+    refused = sum(counts.refused for counts in results.values())
+    if refused and not move.skips:
+        named = ", ".join(str(row_id) for counts in results.values() for row_id in counts.refused_ids[:3])
+        raise BulkError(
+            f"{count(refused, 'item')} without a usable text in the field {move.text!r}, such as {named}; the others are "
+            f"copied. `gateway move sync {move.name} --skip` leaves these behind. If it is the wrong field, finish this "
+            "move and start another one with --text"
+        )
+    stage = move.stage if move.stage is Stage.FLIPPED else Stage.COPIED
+    move = move.at(stage, f"synced: {sum(counts.changes for counts in results.values())} changes in the last pass")
+    write_move(work.folder, move)
+    return move
+
+
+async def sync(move: Move, folder: Path, console: Console, *, skips: bool) -> Move:
+    """Take over what has changed in the old collection since the last pass."""
+    move = replace(move, skips=move.skips or skips)
+    async with at_work(move, folder, console) as work:
+        return await _copy(work)
+
+
+async def check(
+    move: Move, folder: Path, console: Console, queries: Path | None, old_model: str | None
+) -> tuple[Move, list[CheckReport]]:
+    """Take over changes, and compare each collection with its copy."""
+    async with at_work(move, folder, console) as work:
+        results = await work.passes()
+        reports = [
+            await _check_pair(work, pair, results[pair.old], queries if pair == move.pairs[0] else None, old_model)
+            for pair in move.pairs
+        ]
+    is_ready = not any(report.problems() for report in reports)
+    if move.stage is not Stage.FLIPPED:
+        move = move.at(Stage.CHECKED if is_ready else Stage.COPIED, f"checked: {'ready' if is_ready else 'not ready'}")
+        write_move(folder, move)
+    return move, reports
+
+
+async def _check_pair(
+    work: Work, pair: Pair, counts: PassCounts, queries: Path | None, old_model: str | None
+) -> CheckReport:
+    move, store = work.move, work.reading
+    with work.ledger(pair) as ledger:
+        ids = ledger.sample(_NUM_QUERIES)
+    sampled = ids[:_NUM_VECTORS]
+    compared, wrong = await wrong_vectors(store, pair.new, move.vector, move.text, sampled, work.embedder)
+    if queries is None:
+        asked = item_queries(store, pair.old, pair.new, move.vector, move.text, ids)
+    else:
+        asked = await _captured(work, pair, queries, old_model)
+    agreement: Agreement | None = agree(store, pair.old, pair.new, move.vector, asked)
+    return CheckReport(
+        store.describe(pair.old).count,
+        store.describe(pair.new).count,
+        counts,
+        compared,
+        wrong,
+        agreement,
+        queries is not None,
+    )
+
+
+async def _captured(work: Work, pair: Pair, path: Path, old_model: str | None) -> list[Query]:
+    """Return captured queries with their vectors in both spaces.
+
+    Raises:
+        BulkError: the old model is not known.
+    """
+    move = work.move
+    model = old_model or _old_model(move, work.reading, pair)
+    if model is None:
+        raise BulkError("--queries needs the old model too: name it with --from-model")
+    texts = draw(read_captured(path, []).texts, _NUM_QUERIES)
+    vectors = []
+    note = _note_of(work.reading.describe(pair.old), move.vector)
+    for name, task in ((model, note.task if note else None), (move.model, work.embedder.note.task)):
+        asked = asked_of(move, name, for_queries=not move.has_default_task, task=task)
+        async with embedder_of(move, asked, work.console) as embedder:
+            vectors.append(await embed_texts(embedder, texts))
+    return [Query(text, old, new) for text, old, new in zip(texts, *vectors, strict=True)]
+
+
+def _note_of(info: CollectionInfo, vector: str | None) -> SpaceNote | None:
+    notes = info.notes
+    return notes.get(vector) if vector is not None else next(iter(notes.values()), None)
+
+
+def _old_model(move: Move, store: MovableStore, pair: Pair) -> str | None:
+    """Return the model of the old collection, as its note or Mem0's configuration names it."""
+    if (note := _note_of(store.describe(pair.old), move.vector)) is not None:
+        return note.model
+    if move.mem0_before is not None:
+        return move.mem0_before.get("model")
+    return read_mem0(move.mem0).model if move.mem0 is not None else None
+
+
+async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> Move:
+    """Let applications use the new collection, and take over what came meanwhile.
+
+    Raises:
+        BulkError: the last check was not passed, or the store refuses.
+    """
+    if move.stage is Stage.FLIPPED:
+        raise BulkError("applications use the new collection already: `gateway move sync` takes over late changes")
+    if move.stage is not Stage.CHECKED and not forces:
+        raise BulkError(
+            "the collections have not been compared since the last change: `gateway move check` first, or --force"
+        )
+    async with at_work(move, folder, console) as work:
+        move = await _copy(work)
+        # Written before the flip: from now on, no pass may delete or replace what applications write.
+        move = replace(move, was_flipped=True).at(Stage.FLIPPED, "flipped")
+        write_move(folder, move)
+        try:
+            move = _use(move, work.writing, back=False)
+        except BulkError:
+            write_move(folder, move.at(Stage.CHECKED, "the flip failed"))
+            raise
+        write_move(folder, move)
+        return await _copy(replace(work, move=move))
+
+
+def _use(move: Move, store: MovableStore, *, back: bool) -> Move:
+    """Let the alias, or Mem0's configuration, name the new collection, or the old one again."""
+    pair = move.pairs[0]
+    if move.alias is not None:
+        store.flip(move.alias, pair.old if back else pair.new)
+    if move.mem0 is None:
+        return move
+    if not back:
+        before = change_mem0(move.mem0, pair.new, move.model, move.dimensions or 0, move.url)
+        # A flip that was interrupted has changed the file before.
+        return move if move.mem0_before is not None else replace(move, mem0_before=before)
+    if move.mem0_before is not None:
+        restore_mem0(move.mem0, move.mem0_before)
+    return replace(move, mem0_before=None)
+
+
+async def back(move: Move, folder: Path, console: Console, old_model: str | None) -> Move:
+    """Let applications use the old collection again, and take over what they wrote into the new one.
+
+    Raises:
+        BulkError: the move was not flipped, or the old model is not known; the flip itself is then undone already.
+    """
+    if move.stage is not Stage.FLIPPED:
+        raise BulkError("applications use the old collection: there is nothing to undo")
+    with store_of(move) as store:
+        model = old_model or _old_model(move, store, move.pairs[0])
+        move = _use(move, store, back=True).at(Stage.COPIED, "back to the old collection")
+        write_move(folder, move)
+    say(console, f"Applications are to use {move.pairs[0].old} again.")
+    if model is None:
+        raise BulkError(
+            "What applications wrote into the new collection is not in the old one, since its model is not known: name it, "
+            "`gateway move back --from-model NAME`"
+        )
+    await _return_changes(move, folder, console, model)
+    return move
+
+
+async def _return_changes(move: Move, folder: Path, console: Console, model: str) -> None:
+    """Take over what applications wrote into the new collection, with the old model.
+
+    Raises:
+        BulkError: the old collection's vectors are not those of that model.
+    """
+    async with at_work(move, folder, console, model) as work:
+        for pair in move.pairs:
+            with work.ledger(pair) as ledger:
+                ids = ledger.sample(_NUM_VECTORS)
+            compared, wrong = await wrong_vectors(work.reading, pair.old, move.vector, move.text, ids, work.embedder)
+            if len(wrong) > compared // 10:
+                raise BulkError(
+                    f"{len(wrong)} of {count(compared, 'sampled item')} of {pair.old} do not have the vectors that {model} "
+                    "makes of their texts, so nothing is written into it. Name the right model, with its task: --from-model"
+                )
+        await work.passes(back=True)
+
+
+async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
+    """End a move; delete the old collections if the user says so.
+
+    Raises:
+        BulkError: applications do not use the new collection, or still write into the old one.
+    """
+    if not deletes:
+        move = move.at(Stage.FINISHED, "finished; the old collection stays")
+        write_move(folder, move)
+        return move
+    if move.stage is not Stage.FLIPPED:
+        raise BulkError("applications use the old collection: `gateway move flip` comes first")
+    async with at_work(move, folder, console) as work:
+        results = await work.passes()
+        if changes := sum(counts.changes for counts in results.values()):
+            raise BulkError(
+                f"{count(changes, 'item')} of the old collection changed just now, so a program still writes into it; they "
+                "were taken over. Find that program, and run the same command again"
+            )
+        for pair in move.pairs:
+            work.writing.delete_collection(pair.old)
+    deleted = ", ".join(pair.old for pair in move.pairs)
+    move = move.at(Stage.FINISHED, f"finished; deleted {deleted}")
+    write_move(folder, move)
+    return move

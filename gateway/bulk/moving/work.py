@@ -1,0 +1,197 @@
+"""What the steps of a move work with: its store, opened twice, the ledgers of its collections, and the model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from gateway.bulk.asked import PASSAGE_TASK, Asked, ask
+from gateway.bulk.command import OwnModels, RunningGateway, open_embedder, stop_on_signals
+from gateway.bulk.embedder import Embedder, TextVectors
+from gateway.bulk.moving.checking import allowed_changes
+from gateway.bulk.moving.ledger import Ledger
+from gateway.bulk.moving.mem0 import read_mem0
+from gateway.bulk.moving.passes import Direction, PassCounts, run_pass, sink_of
+from gateway.bulk.moving.state import Move, Pair
+from gateway.bulk.places import open_movable, read_place
+from gateway.bulk.progress import show_progress
+from gateway.bulk.rows import BulkError, SpaceNote
+from gateway.bulk.stores.protocol import MovableStore, Place
+from gateway.cli.console import say
+from gateway.config.registry import load_registry
+from gateway.config.settings import load_settings
+from gateway.config.wording import count
+from gateway.types import Truncate
+
+_MAX_PASSES = 10
+
+
+class Interrupted(BulkError):
+    """The user has interrupted a step. What was done counts."""
+
+
+class _Flattened:
+    """An embedder of texts without line breaks, as Mem0 sends them to its models."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self.note: SpaceNote = embedder.note
+        self.max_texts = embedder.max_texts
+        self.max_characters = embedder.max_characters
+        self.num_calls = embedder.num_calls
+        self.block_texts = embedder.block_texts
+
+    async def embed(self, texts: Sequence[str]) -> TextVectors:
+        return await self._embedder.embed([text.replace("\n", " ") for text in texts])
+
+
+def place_of(move: Move) -> Place:
+    """Return the place of a move's store, with the passwords' variables.
+
+    Raises:
+        BulkError: Mem0's configuration cannot be read any more.
+    """
+    if move.mem0 is not None:
+        return read_mem0(move.mem0).place
+    place = read_place(move.place, has_collection=False)
+    if place is None:
+        raise BulkError(f"{move.place} is not the URL of a store")
+    return place
+
+
+def asked_of(move: Move, model: str | None = None, *, for_queries: bool = False, task: str | None = None) -> Asked:
+    """Return the vectors that a move makes.
+
+    Args:
+        model: another model, such as the old one.
+        for_queries: of queries, where the model embeds them in another way than documents.
+        task: of the documents.
+    """
+    asked = ask(model or move.model, None, Truncate.END)
+    if for_queries and task == PASSAGE_TASK:
+        name = asked.name.removesuffix(f":{PASSAGE_TASK}")
+        return replace(asked, name=f"{name}:retrieval.query")
+    return replace(asked, prefers_passages=not move.has_default_task)
+
+
+@asynccontextmanager
+async def embedder_of(move: Move, asked: Asked, console: Console) -> AsyncIterator[Embedder]:
+    """Load a model, or find it behind the move's gateway."""
+    async with open_embedder(asked, _models_of(move), console) as embedder:
+        yield _Flattened(embedder) if move.flattens else embedder
+
+
+def _models_of(move: Move) -> RunningGateway | OwnModels:
+    if move.url is not None:
+        return RunningGateway(move.url, os.environ.get(move.api_key_env))
+    settings = load_settings(os.environ, models=move.models)
+    return OwnModels(load_registry(settings.models, os.environ), settings)
+
+
+@contextmanager
+def store_of(move: Move) -> Iterator[MovableStore]:
+    """Open the store of a move."""
+    with closing(open_movable(place_of(move))) as store:
+        yield store
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A move whose store and model are open.
+
+    Attributes:
+        folder: of all moves.
+    """
+
+    move: Move
+    folder: Path
+    reading: MovableStore
+    writing: MovableStore
+    embedder: Embedder
+    console: Console
+
+    @property
+    def files(self) -> Path:
+        """The move's folder."""
+        return self.folder / self.move.name
+
+    @contextmanager
+    def ledger(self, pair: Pair) -> Iterator[Ledger]:
+        """Open the ledger of a collection."""
+        with closing(Ledger(self.files / pair.ledger, self.reading.sort_key)) as ledger:
+            yield ledger
+
+    def direction(self, pair: Pair, *, back: bool = False) -> Direction:
+        """Return where a pass reads and writes: from the old collection to the new one, or back."""
+        first, second = (pair.new, pair.old) if back else (pair.old, pair.new)
+        move = self.move
+        return Direction(
+            self.reading,
+            self.writing,
+            first,
+            second,
+            move.text,
+            move.vector,
+            move.was_flipped or back,
+            creates=not back,
+        )
+
+    def make_copies(self) -> None:
+        """Make the new collections, or check that they may take the vectors.
+
+        Raises:
+            BulkError: one holds others.
+        """
+        for pair in self.move.pairs:
+            with closing(sink_of(self.direction(pair))) as sink:
+                sink.open(self.embedder.note)
+
+    async def passes(self, *, back: bool = False) -> dict[str, PassCounts]:
+        """Run passes over each collection until a pass changes few items; return the last pass of each.
+
+        Raises:
+            Interrupted: the user has interrupted it.
+            BulkError: a store or the model fails.
+        """
+        stop = asyncio.Event()
+        stop_on_signals(stop, self.console)
+        found = {}
+        for pair in self.move.pairs:
+            with self.ledger(pair) as ledger:
+                way = self.direction(pair, back=back)
+                for _number in range(_MAX_PASSES):
+                    with show_progress(self.console) as reporter:
+                        counts, is_finished = await run_pass(way, ledger, self.embedder, self.files, reporter, stop)
+                    say(self.console, describe(way, counts))
+                    found[pair.old] = counts
+                    if not is_finished:
+                        raise Interrupted("interrupted; what was written counts, and the same command goes on")
+                    if counts.changes <= allowed_changes(counts.items):
+                        break
+        return found
+
+
+def describe(way: Direction, counts: PassCounts) -> str:
+    """Return what a pass did, in words."""
+    parts = [f"{counts.written:,} embedded", f"{counts.deleted:,} deleted", f"{counts.equal:,} already equal"]
+    parts += [f"{counts.kept:,} newer in {way.second}, left as they are"] if counts.kept else []
+    parts += [f"{counts.refused:,} without a usable text"] if counts.refused else []
+    return f"{way.first} → {way.second}: {count(counts.items, 'item')}, {', '.join(parts)}"
+
+
+@asynccontextmanager
+async def at_work(move: Move, folder: Path, console: Console, model: str | None = None) -> AsyncIterator[Work]:
+    """Open the store and the model of a move.
+
+    Args:
+        model: instead of the new model.
+    """
+    with store_of(move) as reading, store_of(move) as writing:
+        async with embedder_of(move, asked_of(move, model), console) as embedder:
+            yield Work(move, folder, reading, writing, embedder, console)

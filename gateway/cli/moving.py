@@ -1,0 +1,178 @@
+"""``gateway move`` at the command line: the first step, and those that follow it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
+
+if TYPE_CHECKING:
+    from gateway.bulk.moving.state import Move
+
+
+class _Steps(TyperGroup):
+    """The steps; without the name of one, the first step."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # as click declares it
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["start", *args]
+        return super().parse_args(ctx, args)
+
+
+move = typer.Typer(
+    name="move",
+    cls=_Steps,
+    help="Change the embedding model of a collection that applications use.\n\n`gateway move COLLECTION --from URL --to "
+    "MODEL` makes a copy with the vectors of another model. The other steps keep the copy up to date, compare it, let "
+    "applications use it, and undo that. `gateway move status` shows the next one.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+NameArgument = Annotated[str | None, typer.Argument(help="The move, if there are several: see `gateway move status`.")]
+OldModelOption = Annotated[
+    str | None,
+    typer.Option("--from-model", metavar="NAME", help="The old model. By default the one in the collection's note."),
+]
+
+
+@move.command()
+def start(  # noqa: PLR0913, PLR0917  an argument for each option
+    collection: Annotated[
+        str | None,
+        typer.Argument(help="A collection, table or alias; or its URL, such as qdrant://localhost:6333/docs."),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="The store, without the collection.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="MODEL[:TASK][@DIMENSIONS]", help="The new model, as a request names it."),
+    ] = None,
+    mem0: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Mem0's configuration, YAML or JSON, in place of COLLECTION and --from."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Field with the text, or its path. By default a usual name.")] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The new collection. By default its name has the model and its space."),
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The alias, or view, that applications use; the flip moves it.")
+    ] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
+    url: Annotated[
+        str | None, typer.Option(help="A running gateway. By default the model is loaded here, from --models.")
+    ] = None,
+    api_key_env: ApiKeyOption = API_KEY_ENV,
+    models: ModelsOption = None,
+) -> None:
+    """Copy a collection into the space of another model.
+
+    Reads the items of the collection, embeds their texts, and writes a second collection in the same store. Applications
+    go on meanwhile. If it is interrupted, the same command goes on where it was.
+    """
+    from gateway.bulk.moving.command import show
+    from gateway.bulk.moving.steps import StartRequest
+    from gateway.bulk.moving.steps import start as run
+    from gateway.bulk.rows import BulkError
+
+    if to is None:
+        raise BulkError("--to is missing: name the new model, as a request would name it")
+    request = StartRequest(collection, store, to, text, into, alias, mem0, url, models, api_key_env, skip)
+    show(_folder(), lambda console: run(request, _folder(), console))
+
+
+@move.command()
+def status(name: NameArgument = None) -> None:
+    """Show how far moves have come, and the next command."""
+    from gateway.bulk.moving.command import show_status
+
+    show_status(_folder(), name)
+
+
+@move.command()
+def sync(
+    name: NameArgument = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
+) -> None:
+    """Take over what has changed in the old collection."""
+    from gateway.bulk.moving.command import show
+    from gateway.bulk.moving.steps import sync as run
+
+    found = _find(name)
+    show(_folder(), lambda console: run(found, _folder(), console, skips=skip))
+
+
+@move.command()
+def check(
+    name: NameArgument = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Search for these: the file of a capture. By default for items of the collection."
+        ),
+    ] = None,
+    from_model: OldModelOption = None,
+) -> None:
+    """Compare both collections: their counts, vectors, and what searches find. Exits 1 if the new one is not ready."""
+    from gateway.bulk.moving.command import show_check
+
+    raise typer.Exit(0 if show_check(_find(name), _folder(), queries, from_model) else 1)
+
+
+@move.command()
+def flip(
+    name: NameArgument = None,
+    force: Annotated[bool, typer.Option("--force", help="Without a check since the last change.")] = False,
+) -> None:
+    """Let applications use the new collection: move the alias, or change Mem0's configuration."""
+    from gateway.bulk.moving.command import show
+    from gateway.bulk.moving.steps import flip as run
+
+    found = _find(name)
+    show(_folder(), lambda console: run(found, _folder(), console, forces=force))
+
+
+@move.command()
+def back(name: NameArgument = None, from_model: OldModelOption = None) -> None:
+    """Let applications use the old collection again, with what they wrote meanwhile."""
+    from gateway.bulk.moving.command import show
+    from gateway.bulk.moving.steps import back as run
+
+    found = _find(name)
+    show(_folder(), lambda console: run(found, _folder(), console, from_model))
+
+
+@move.command()
+def finish(
+    name: NameArgument = None,
+    delete_old: Annotated[
+        bool, typer.Option("--delete-old", help="Delete the old collection. There is no way back.")
+    ] = False,
+) -> None:
+    """End the move, and delete the old collection if you say so."""
+    from gateway.bulk.moving.command import show
+    from gateway.bulk.moving.steps import finish as run
+
+    found = _find(name)
+    show(_folder(), lambda console: run(found, _folder(), console, deletes=delete_old))
+
+
+def _find(name: str | None) -> Move:
+    from gateway.bulk.moving.state import find_move
+
+    return find_move(_folder(), name)
+
+
+def _folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of all moves, next to the manifests of `gateway embed`."""
+    base = environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    return Path(base) / "embedding-gateway" / "move"

@@ -1,0 +1,115 @@
+"""The merge of a collection and its copy, item by item."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.bulk.moving.decisions import NEW, Action, Base, decide, merge
+
+A, B, C = b"a", b"b", b"c"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "base", "is_flipped", "action"),
+    [
+        (A, None, NEW, False, Action.WRITE),
+        (A, None, NEW, True, Action.WRITE),
+        (A, A, NEW, False, Action.RECORD),
+        (A, A, Base(A), False, Action.NOTHING),
+        (B, A, Base(A), False, Action.WRITE),
+        (B, A, Base(A), True, Action.WRITE),
+        (None, A, Base(A), True, Action.DELETE),
+        (None, None, Base(A), True, Action.FORGET),
+        # A process ended while it wrote: the new content may be there or not.
+        (C, B, Base(A, B), True, Action.WRITE),
+        (C, A, Base(A, B), True, Action.WRITE),
+        (A, B, Base(A, B), True, Action.KEEP),
+        (A, None, Base(None, A), True, Action.WRITE),
+        (None, B, Base(A, B), True, Action.DELETE),
+        # Applications changed the second collection.
+        (A, C, Base(A), True, Action.KEEP),
+        (B, C, Base(A), True, Action.KEEP),
+        (None, C, Base(A), True, Action.KEEP),
+        (None, C, NEW, True, Action.KEEP),
+        (None, C, NEW, False, Action.KEEP),
+        (A, None, Base(A), True, Action.KEEP),
+        (B, None, Base(A), True, Action.KEEP),
+        (A, None, Base(A), False, Action.WRITE),
+        (A, C, NEW, False, Action.KEEP),
+    ],
+)
+def test_each_case(first: bytes | None, second: bytes | None, base: Base, is_flipped: bool, action: Action) -> None:
+    assert decide(first, second, base, is_flipped=is_flipped) is action
+
+
+KEYS = st.dictionaries(st.one_of(st.integers(-50, 50), st.text(max_size=2)), st.sampled_from([A, B, C]), max_size=20)
+
+
+@given(KEYS, KEYS, KEYS)
+def test_a_merge_has_each_item_once_in_order_with_all_that_is_known_of_it(
+    first: dict[int | str, bytes], second: dict[int | str, bytes], bases: dict[int | str, bytes]
+) -> None:
+    def key(row_id: int | str) -> tuple[int, int | str]:
+        return (0, row_id) if isinstance(row_id, int) else (1, row_id)
+
+    def stream(items: dict[int | str, bytes]) -> list[tuple[int | str, bytes]]:
+        return [(row_id, items[row_id]) for row_id in sorted(items, key=key)]
+
+    found = list(
+        merge(
+            iter(stream(first)),
+            iter(stream(second)),
+            iter([(row_id, Base(digest)) for row_id, digest in stream(bases)]),
+            key,
+        )
+    )
+
+    assert [item.id for item in found] == sorted(first.keys() | second.keys() | bases.keys(), key=key)
+    for item in found:
+        expected = (first.get(item.id), second.get(item.id), bases.get(item.id))
+        assert (item.first, item.second, item.base.written) == expected
+
+
+STEP = st.tuples(st.integers(0, 3), st.sampled_from(["first", "second"]), st.sampled_from([A, B, C, None]))
+
+
+@given(st.lists(st.one_of(STEP, st.none()), max_size=30))
+def test_after_the_flip_nothing_that_was_written_into_the_second_collection_is_lost(
+    steps: list[tuple[int, str, bytes | None] | None],
+) -> None:
+    """Writes into either collection at any time, and passes between them: the second keeps its own writes."""
+    collections: dict[str, dict[int, bytes]] = {"first": {}, "second": {}}
+    bases: dict[int, Base] = {}
+    own: dict[int, bytes] = {}  # what applications wrote into the second collection last, and not deleted there
+
+    for step in [*steps, None]:
+        if step is None:
+            run_pass(collections["first"], collections["second"], bases)
+            for row_id, content in own.items():
+                assert collections["second"].get(row_id) in (content, collections["first"].get(row_id))
+                own_before = bases.get(row_id, NEW).written
+                if own_before != collections["first"].get(row_id):
+                    assert collections["second"].get(row_id) == content
+            continue
+        row_id, where, content_or_none = step
+        collections[where].pop(row_id, None)
+        own.pop(row_id, None) if where == "second" else None
+        if content_or_none is not None:
+            collections[where][row_id] = content_or_none
+        if content_or_none is not None and where == "second":
+            own[row_id] = content_or_none
+
+
+def run_pass(first: dict[int, bytes], second: dict[int, bytes], bases: dict[int, Base]) -> None:
+    """Do what is decided for each item."""
+    for row_id in range(4):
+        content = first.get(row_id)
+        action = decide(content, second.get(row_id), bases.get(row_id, NEW), is_flipped=True)
+        if content is not None and action in (Action.WRITE, Action.RECORD):
+            second[row_id] = content
+            bases[row_id] = Base(content)
+        elif action in (Action.DELETE, Action.FORGET):
+            second.pop(row_id, None)
+            bases.pop(row_id, None)

@@ -1,0 +1,330 @@
+"""A move from the first step to the last, in real stores, while applications write."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from contextlib import closing, suppress
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import psycopg
+import pytest
+from rich.console import Console
+
+from gateway.bulk.moving.state import Stage, find_move, read_moves
+from gateway.bulk.moving.steps import back, check, finish, flip, start, sync
+from gateway.bulk.rows import BulkError, EmbeddedRows, Row
+from gateway.bulk.stores.protocol import Keeping
+from tests.bulk.moving.conftest import HashModel, Models, Shop, copy_of, request_for, vector_of
+
+
+class _Killed(BaseException):
+    """Ends a step at once, as the death of its process would."""
+
+
+async def test_a_copy_has_all_items_with_the_vectors_of_the_new_model(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+
+    copy = copy_of(shop, move)
+    assert copy.content() == shop.content()
+    copy.check_vectors()
+    shop.check_vectors()
+    assert move.stage is Stage.COPIED
+    assert move.pairs[0].new == f"{shop.collection}_new_000000000new"
+    assert read_moves(tmp_path)[move.name] == move
+    assert len(models.texts) == 50
+    copy.store.close()
+
+
+async def test_later_passes_take_over_additions_changes_and_deletions_only(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(any_shop), tmp_path, console)
+    models.texts.clear()
+    any_shop.put({100: "word1 added", 3: "word3 changed"})
+    any_shop.put({4: "word4 text 4"}, {"tag": "only the payload changed"})
+    any_shop.delete(7, 8)
+
+    await sync(move, tmp_path, console, skips=False)
+
+    copy = copy_of(any_shop, move)
+    assert copy.content() == any_shop.content()
+    copy.check_vectors()
+    assert sorted(models.texts) == ["word1 added", "word3 changed", "word4 text 4"]
+    copy.store.close()
+
+
+async def test_the_check_finds_a_good_copy_ready_and_says_how_much_results_change(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+
+    move, [report] = await check(move, tmp_path, console, None, None)
+
+    assert move.stage is Stage.CHECKED
+    assert report.problems() == []
+    assert (report.first, report.second, report.num_vectors) == (50, 50, 50)
+    assert report.agreement is not None
+    assert report.agreement.num_queries == 50
+    assert 0.5 < report.agreement.overlap < 1, "both models put texts with the same first word together"
+    assert "50 sampled items as queries: overlap@10 0." in " ".join(report.sentences())
+
+
+async def test_the_check_finds_vectors_of_another_model_of_the_same_width_and_foreign_items(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop, model="twin"), tmp_path, console)
+    copy = copy_of(shop, move, "twin")
+    content = copy.content()
+    rows = [Row(row_id, text, payload, "", None) for row_id, (text, payload) in list(content.items())[:20]]
+    with closing(copy.store.sink(copy.collection, Keeping("text"))) as sink:
+        sink.open(HashModel("twin", lambda _texts: None).note)
+        sink.write(0, EmbeddedRows(rows, np.stack([vector_of("old", row.text) for row in rows])))
+    copy.put({1000: "word9 foreign"})
+
+    move, [report] = await check(move, tmp_path, console, None, None)
+
+    assert move.stage is Stage.COPIED
+    foreign, mixed = report.problems()
+    assert "has 1 item that the move did not write, such as 1000" in foreign
+    assert "20 of 50 sampled items have vectors that the model does not make of their texts" in mixed
+    with pytest.raises(BulkError, match=r"`gateway move check` first, or --force"):
+        await flip(move, tmp_path, console, forces=False)
+    assert 1000 in copy.content(), "what the move did not write is not deleted"
+    copy.store.close()
+
+
+async def test_captured_queries_are_embedded_with_both_models(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"_id": "1", "text": "word1 what?"}\n{"_id": "2", "text": "word2 who?"}\n')
+
+    _move, [report] = await check(move, tmp_path, console, queries, None)
+
+    assert sorted(models.texts[-4:]) == ["word1 what?", "word1 what?", "word2 who?", "word2 who?"]
+    assert report.agreement is not None
+    assert report.agreement.num_queries == 2
+    assert "2 captured queries" in " ".join(report.sentences())
+
+
+async def test_flip_late_writes_back_and_finish(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """Applications find the collection by an alias, where the store has one; some of them are slow to switch."""
+    alias = f"alias_{uuid.uuid4().hex[:8]}"
+    any_shop.store.flip(alias, any_shop.collection)
+    move = await start(request_for(any_shop, collection=alias), tmp_path, console)
+    assert (move.alias, move.pairs[0].old) == (alias, any_shop.collection)
+    move, _reports = await check(move, tmp_path, console, None, None)
+
+    move = await flip(move, tmp_path, console, forces=False)
+    assert any_shop.store.aliases()[alias] == move.pairs[0].new
+    assert move.stage is Stage.FLIPPED
+
+    copy = copy_of(any_shop, move)
+    copy.put({1: "word1 new writer", 200: "word2 new writer"})  # applications that have switched
+    copy.delete(2)
+    any_shop.put({1: "word1 old writer", 3: "word3 old writer", 201: "word1 old writer"})  # and those that have not
+    any_shop.delete(4)
+    move = await sync(move, tmp_path, console, skips=False)
+    content = {row_id: text for row_id, (text, _payload) in copy.content().items()}
+    assert content[1] == "word1 new writer", "the new collection's own version wins"
+    assert (content[3], content[201]) == ("word3 old writer", "word1 old writer")
+    assert content[200] == "word2 new writer"
+    assert not {2, 4} & content.keys()
+    copy.check_vectors()
+
+    move = await back(move, tmp_path, console, "old")
+    assert any_shop.store.aliases()[alias] == any_shop.collection
+    found = {row_id: text for row_id, (text, _payload) in any_shop.content().items()}
+    assert found[200] == "word2 new writer", "what was written into the new collection is in the old one"
+    assert 2 not in found
+    any_shop.check_vectors()
+
+    move, _reports = await check(move, tmp_path, console, None, None)
+    move = await flip(move, tmp_path, console, forces=True)
+    move = await finish(move, tmp_path, console, deletes=True)
+    assert move.stage is Stage.FINISHED
+    assert any_shop.collection not in any_shop.store.collections()
+    with pytest.raises(BulkError, match="no move is under way"):
+        find_move(tmp_path, None)
+    copy.store.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_move_that_is_killed_at_any_moment_goes_on(
+    shop: Shop, models: Models, tmp_path: Path, console: Console, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.bulk.moving.passes._SHARD_ROWS", 8)
+    chance = random.Random(seed)
+
+    def die(_texts: object) -> None:
+        if chance.random() < 0.3:
+            raise _Killed
+
+    models.on_call = die
+    for _attempt in range(60):
+        with suppress(_Killed):
+            await start(request_for(shop), tmp_path, console)
+            break
+        shop.put({chance.randrange(60): f"word{chance.randrange(5)} changed {chance.random()}"})
+        shop.delete(chance.randrange(60))
+    models.on_call = lambda _texts: None
+    move = await start(request_for(shop), tmp_path, console)
+
+    copy = copy_of(shop, move)
+    assert copy.content() == shop.content()
+    copy.check_vectors()
+    copy.store.close()
+
+
+async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    rows = [Row(900, "word1 x", {"n": 1}, "", None)]
+    with closing(shop.store.sink(shop.collection, Keeping("title"))) as sink:
+        sink.open(HashModel("old", lambda _texts: None).note)
+        sink.write(0, EmbeddedRows(rows, np.stack([vector_of("old", "word1 x")])))
+
+    with pytest.raises(
+        BulkError, match=r"1 item without a usable text in the field 'text', such as 900; the others are"
+    ):
+        await start(request_for(shop), tmp_path, console)
+    move = find_move(tmp_path, None)
+    assert move.stage is Stage.COPYING
+    move = await sync(move, tmp_path, console, skips=True)
+    move, [report] = await check(move, tmp_path, console, None, None)
+    assert move.stage is Stage.CHECKED
+    assert (report.first, report.second, report.counts.refused) == (51, 50, 1)
+    assert "900" in (tmp_path / move.name / "without_text.jsonl").read_text()
+
+
+async def test_what_cannot_be_moved_says_why(shop: Shop, models: Models, tmp_path: Path, console: Console) -> None:
+    with pytest.raises(BulkError, match="no such model"):
+        await start(request_for(shop, model="unknown"), tmp_path, console)
+    with pytest.raises(BulkError, match=r"holds vectors of old@\S+ already: nothing is to move"):
+        await start(request_for(shop, model="old"), tmp_path, console)
+    with pytest.raises(BulkError, match=r"does not exist|there is no|has no"):
+        await start(request_for(shop, collection="gone"), tmp_path, console)
+    other = Shop(shop.url, f"{shop.collection}_other", "twin")
+    other.put({1: "word1 x"})
+    with pytest.raises(BulkError, match=r"holds vectors of twin@|has vectors of width 8"):
+        await start(request_for(shop, into=other.collection), tmp_path, console)
+    with pytest.raises(BulkError, match="is the old collection itself"):
+        await start(request_for(shop, into=shop.collection), tmp_path, console)
+    other.store.close()
+    with pytest.raises(BulkError, match="in which store"):
+        await start(request_for(shop, store=None), tmp_path, console)
+    move = await start(request_for(shop), tmp_path, console)
+    with pytest.raises(BulkError, match=r"a move of .* to new is under way already"):
+        await start(request_for(shop, model="twin"), tmp_path, console)
+    with pytest.raises(BulkError, match="there is nothing to undo"):
+        await back(move, tmp_path, console, None)
+    with pytest.raises(BulkError, match=r"`gateway move flip` comes first"):
+        await finish(move, tmp_path, console, deletes=True)
+
+
+async def test_old_vectors_of_another_model_are_not_written_by_the_way_back(
+    shop: Shop, models: Models, tmp_path: Path, console: Console
+) -> None:
+    move = await start(request_for(shop), tmp_path, console)
+    move = await flip(move, tmp_path, console, forces=True)
+    with pytest.raises(
+        BulkError, match="do not have the vectors that twin makes of their texts, so nothing is written"
+    ):
+        await back(move, tmp_path, console, "twin")
+    shop.check_vectors()
+
+
+async def test_a_move_while_an_application_writes_ends_with_the_same_content(
+    pgvector: str, postgres: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """Additions, changes and deletions in another connection, all the time; a reader of the view never sees a mixture."""
+    shop = Shop(pgvector, f"live_{uuid.uuid4().hex[:8]}")
+    shop.put({n: f"word{n % 5} text {n}" for n in range(300)})
+    view = f"{shop.collection}_view"
+    shop.store.flip(view, shop.collection)
+    ends = Event()
+    failures: list[BaseException] = []
+    widths: set[tuple[int, ...]] = set()
+
+    def write() -> None:
+        chance = random.Random(1)
+        try:
+            with psycopg.connect(postgres, autocommit=True) as sql:
+                writer = Shop(pgvector, shop.collection)
+                while not ends.is_set():
+                    number = chance.randrange(400)
+                    if chance.random() < 0.3:
+                        sql.execute(f"DELETE FROM {shop.collection} WHERE id = {number}".encode())  # noqa: S608
+                    else:
+                        writer.put({number: f"word{number % 5} written {chance.random()}"})
+                    ends.wait(0.01)
+                writer.store.close()
+        except BaseException as error:
+            failures.append(error)
+
+    def read() -> None:
+        try:
+            with psycopg.connect(postgres, autocommit=True) as sql:
+                while not ends.is_set():
+                    query = f"SELECT DISTINCT vector_dims(embedding) FROM {view}"  # noqa: S608
+                    widths.add(tuple(width for (width,) in sql.execute(query.encode())))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [Thread(target=write), Thread(target=read), Thread(target=read)]
+    for thread in threads:
+        thread.start()
+    move = await start(request_for(shop, collection=view), tmp_path, console)
+    move, _reports = await check(move, tmp_path, console, None, None)
+    move = await flip(move, tmp_path, console, forces=True)
+    await asyncio.to_thread(ends.wait, 0.05)
+    ends.set()
+    for thread in threads:
+        thread.join()
+    await sync(move, tmp_path, console, skips=False)
+
+    assert not failures
+    assert widths == {(8,), (12,)}
+    copy = copy_of(shop, move)
+    assert copy.content() == shop.content()
+    copy.check_vectors()
+    copy.store.close()
+    shop.store.close()
+
+
+async def test_a_store_that_goes_away_midway_is_an_error_and_the_move_goes_on(
+    pgvector: str, postgres: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    shop = Shop(pgvector, f"away_{uuid.uuid4().hex[:8]}")
+    shop.put({n: f"word{n % 5} text {n}" for n in range(60)})
+    calls = 0
+
+    def cut_off(_texts: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            with psycopg.connect(postgres, autocommit=True) as sql:
+                sql.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                    "WHERE application_name = 'embedding-gateway'"
+                )
+
+    models.on_call = cut_off
+    with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
+        await start(request_for(shop), tmp_path, console)
+    move = await start(request_for(shop), tmp_path, console)
+    shop.store.close()
+    again = Shop(pgvector, shop.collection)
+    copy = copy_of(again, move)
+    assert copy.content() == again.content()
+    copy.store.close()
+    again.store.close()
