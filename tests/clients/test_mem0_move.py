@@ -70,6 +70,9 @@ def memory_of(config: Path) -> Iterator[Any]:
 
     content = YAML(typ="safe").load(config.read_text())
     memory = Memory.from_config(content)
+    if content["vector_store"]["provider"] == "milvus":
+        # Milvus Lite forgets at its end which collections are loaded, and Mem0 loads only those that it makes.
+        memory.vector_store.client.load_collection(memory.collection_name)
     try:
         yield memory
     finally:

@@ -82,7 +82,7 @@ class CheckReport:
     has_real_queries: bool
 
     def problems(self) -> list[str]:
-        """Return what must be set right before applications use the second collection; empty if nothing."""
+        """Return the problems to solve before applications use the second collection."""
         problems = []
         if self.counts.changes > allowed_changes(self.first):
             problems.append(

@@ -81,7 +81,7 @@ def _where(move: Move) -> str:
 
 
 def _after_flip(move: Move) -> list[str]:
-    """Return what applications must do, now that the flip is done."""
+    """Return the instructions for applications after the flip."""
     new = move.pairs[0].new
     if move.mem0 is not None:
         return [

@@ -53,7 +53,7 @@ NEW = Base()
 
 
 def decide(first: Digest | None, second: Digest | None, base: Base, *, is_flipped: bool) -> Action:
-    """Return what to do with an item.
+    """Return the action for an item.
 
     Args:
         first: the digest of the item in the collection that is read; ``None`` if it does not have the item.

@@ -1,4 +1,4 @@
-"""The state of a move, in a folder of its own: a file for people and programs, next to the ledgers of its collections."""
+"""The state of a move, in a separate folder: a file for people and programs, next to the ledgers of its collections."""
 
 from __future__ import annotations
 

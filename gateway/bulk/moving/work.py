@@ -178,7 +178,7 @@ class Work:
 
 
 def describe(way: Direction, counts: PassCounts) -> str:
-    """Return what a pass did, in words."""
+    """Return the results of a pass in words."""
     parts = [f"{counts.written:,} embedded", f"{counts.deleted:,} deleted", f"{counts.equal:,} already equal"]
     parts += [f"{counts.kept:,} newer in {way.second}, left as they are"] if counts.kept else []
     parts += [f"{counts.refused:,} without a usable text"] if counts.refused else []

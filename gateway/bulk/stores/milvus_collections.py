@@ -18,8 +18,9 @@ from gateway.bulk.stores.notes import NOTE, note_to_json, read_notes
 from gateway.bulk.stores.payloads import to_json
 from gateway.config.wording import enumerate_names, quote
 
-# Its errors come as exceptions too, and those say what to do.
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+# Errors come as exceptions too, and those say what to do; Milvus Lite's server also logs that it lacks a method.
+for _name in ("pymilvus", "grpc._server"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 TIMEOUT_S: Final = 60.0
 MAX_WIDTH: Final = 32_768

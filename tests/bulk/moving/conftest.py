@@ -139,7 +139,7 @@ class Shop:
         return {row.id: (row.text, dict(row.payload)) for row in rows if isinstance(row, Row)}
 
     def check_vectors(self) -> None:
-        """Check that each item has the vector of its own text and this model."""
+        """Check that each item has the vector that this model makes of its text."""
         content = self.content()
         vectors = self.store.vectors(self.collection, list(content))
         assert vectors.keys() == content.keys()
