@@ -155,6 +155,10 @@ class _Recorded:
         self._counts = counts
         self.name = sink.name
 
+    def is_empty(self) -> bool:
+        """Return whether the sink holds nothing."""
+        return self._sink.is_empty()
+
     def open(self, note: SpaceNote) -> None:
         """Open the sink."""
         self._sink.open(note)

@@ -158,6 +158,15 @@ class MilvusSink:
         self._collection: Collection | None = None
         self._like: Collection | None = None
 
+    def is_empty(self) -> bool:
+        """Return whether the collection has no items, or does not exist."""
+        found = find_collection(self._client, self._wanted, self._store)
+        if found is None:
+            return True
+        with refusals(self.name):
+            self._client.load_collection(found.name, timeout=TIMEOUT_S)
+        return count_items(self._client, found) == 0
+
     def open(self, note: SpaceNote) -> None:
         """Check that the collection may take vectors of this space; the first write makes it if it does not exist.
 

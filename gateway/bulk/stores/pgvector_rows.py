@@ -170,6 +170,15 @@ class PgvectorSink:
         self._note: SpaceNote | None = None
         self._table: Table | None = None
 
+    def is_empty(self) -> bool:
+        """Return whether the table has no rows, or does not exist."""
+        with refusals(self.name):
+            table = find_table(self._connection, self._name, self._store, self._id_column)
+            if table is None:
+                return True
+            query = sql.SQL("SELECT NOT EXISTS (SELECT FROM {})").format(table.name.sql)
+            return self._connection.execute(query).fetchone() == (True,)
+
     def open(self, note: SpaceNote) -> None:
         """Check that the table may take vectors of this space; the first write makes it if it does not exist.
 

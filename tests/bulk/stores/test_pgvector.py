@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from urllib.parse import parse_qs, quote, urlsplit
@@ -60,6 +61,12 @@ def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.bulk.stores.pgvector._DIGEST_PAGE", 3)
 
 
+def is_empty(url: str) -> bool:
+    store, collection = open_url(url)
+    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+        return sink.is_empty()
+
+
 def store_of(url: str) -> PgvectorStore:
     place = read_place(url)
     assert place is not None
@@ -106,7 +113,9 @@ def test_rows_come_back_with_their_ids_text_and_payload(url: str, sql: psycopg.C
 
 
 def test_a_shard_again_replaces_its_rows(url: str) -> None:
+    assert is_empty(url)
     write(url, [row(1, "a", {"old": 1}), row(2, "b")])
+    assert not is_empty(url)
     write(url, [row(1, "a", {"new": 2}), row(2, "b")])
     assert by_id(url) == {1: ("a", {"new": 2}), 2: ("b", {})}
 
