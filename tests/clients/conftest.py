@@ -70,7 +70,9 @@ def gateway(_quiet_clients: None, tmp_path_factory: pytest.TempPathFactory) -> I
     """A gateway with the bundled model, the same with tasks, and a model that reranks."""
     folder = tmp_path_factory.mktemp("gateway")
     save_reranker(folder / "reranker")
-    with running_gateway(folder, models=more_models(folder / "reranker")) as gateway:
+    with running_gateway(
+        folder, models=more_models(folder / "reranker"), GATEWAY_BATCH_DIR=str(folder / "batches")
+    ) as gateway:
         yield gateway
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +155,23 @@ def test_litellm_reranks(clients: Environment, gateway: Gateway, prefix: str, pa
     )
 
     assert_ranked(ranks, ranks_of(gateway, top_n=3))
+
+
+def test_litellm_runs_a_batch(clients: Environment, gateway: Gateway) -> None:
+    lines = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/embeddings", "body": {"model": MODEL, "input": text}}
+        for i, text in enumerate(TEXTS)
+    ]
+    content = "\n".join(map(json.dumps, lines))
+
+    batch = clients.call("litellm_batch", api_base=gateway.base_url, content=content, endpoint="/v1/embeddings")
+
+    assert batch["status"] == "completed"
+    assert batch["id"] in batch["listed"]
+    rows = [json.loads(line) for line in batch["output"].splitlines()]
+    assert [row["custom_id"] for row in rows] == [f"r{i}" for i in range(len(TEXTS))]
+    vectors = [row["response"]["body"]["data"][0]["embedding"] for row in rows]
+    assert_same(vectors, vectors_of(gateway, TEXTS))
 
 
 def test_litellm_shows_the_error(clients: Environment, gateway: Gateway) -> None:

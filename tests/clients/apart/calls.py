@@ -35,6 +35,25 @@ def litellm_rerank(model: str, api_base: str, query: str, documents: list[str], 
     return [[one["index"], one["relevance_score"], (one.get("document") or {}).get("text")] for one in results]
 
 
+def litellm_batch(api_base: str, content: str, endpoint: str) -> dict[str, Any]:
+    """Upload a file, make a batch of it, wait for its end, and return it with its output and its errors."""
+    import time
+
+    import litellm
+
+    where: dict[str, Any] = {"custom_llm_provider": "openai", "api_base": api_base, "api_key": "any"}
+    file = litellm.create_file(file=("requests.jsonl", content.encode()), purpose="batch", **where)
+    batch = litellm.create_batch(completion_window="24h", endpoint=endpoint, input_file_id=file.id, **where)
+    deadline = time.monotonic() + 30
+    while batch.status not in ("completed", "failed") and time.monotonic() < deadline:
+        time.sleep(0.1)
+        batch = litellm.retrieve_batch(batch_id=batch.id, **where)
+    listed = litellm.list_batches(**where)
+    output = litellm.file_content(file_id=batch.output_file_id, **where).text if batch.output_file_id else ""
+    litellm.file_delete(file_id=file.id, **where)
+    return {"status": batch.status, "output": output, "listed": [one.id for one in listed.data], "id": batch.id}
+
+
 # ----------------------------------------------------------------------------------------------------------- Cohere
 
 

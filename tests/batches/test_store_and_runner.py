@@ -1,0 +1,406 @@
+"""A folder of batches: what it survives, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gateway.batches import runner as runner_module
+from gateway.batches import store as store_module
+from gateway.batches.lines import Answered, Line, read_lines
+from gateway.batches.runner import Runner
+from gateway.batches.store import Page, Store
+from gateway.batches.values import Batch, BatchesUnavailable, Purpose, Status, StorageFull, StoredFile
+from gateway.errors import StartError
+from tests.batches.killed_runner import Slow
+
+NOW = 1_800_000_000.0
+OpenStore = Callable[..., Store]
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[OpenStore]:
+    stores: list[Store] = []
+
+    def open_store(max_bytes: int = 1 << 30, now: Callable[[], float] = time.time) -> Store:
+        stores.append(Store(tmp_path / "batches", max_bytes, now))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        store.close()
+
+
+def add_file(store: Store, content: bytes = b"content", owner: str = "someone", seconds: float = 1e6) -> StoredFile:
+    now = int(store._now())
+    file = StoredFile(store.new_id(), owner, "name", Purpose.BATCH, len(content), now, now + int(seconds))
+    store.write(file.id, 0, content)
+    store.sync(file.id)
+    store.add_file(file)
+    return file
+
+
+def new_batch(store: Store, num_lines: int = 10, owner: str = "someone") -> Batch:
+    """Keep a batch of lines, each of which holds its number."""
+    lines = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/embeddings", "body": {"n": i}} for i in range(num_lines)
+    ]
+    file = add_file(store, b"".join(json.dumps(line).encode() + b"\n" for line in lines), owner)
+    now = int(store._now())
+    ids = [store.new_id(), store.new_id()]
+    batch = Batch(f"batch_{file.id}", owner, "/v1/embeddings", file.id, *ids, now, now + 86_400)
+    store.add_batch(batch)
+    return batch
+
+
+def rows(store: Store, file_id: str) -> list[dict[str, object]]:
+    with store.open(file_id) as file:
+        return [json.loads(line) for line in file]
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_two_processes_cannot_share_a_folder(open_store: OpenStore, tmp_path: Path) -> None:
+    open_store()
+
+    program = Path(__file__).with_name("killed_runner.py")
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, program, tmp_path / "batches"]
+    other = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+
+    assert other.returncode != 0
+    assert "is in use by another process: each gateway needs a folder to itself" in other.stderr
+
+
+@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\x00" + b"\xff" * 5000])
+def test_a_database_that_is_damaged_is_named_at_the_start(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "batches.sqlite3").write_bytes(content)
+
+    with pytest.raises(StartError, match=r"GATEWAY_BATCH_DIR: .*batches.sqlite3 cannot be opened.*move it away"):
+        Store(tmp_path, 1 << 30)
+    (tmp_path / "batches.sqlite3").unlink()
+    Store(tmp_path, 1 << 30).close()  # the lock was given back
+
+
+def test_a_database_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
+    Store(tmp_path, 1 << 30).close()
+    with sqlite3.connect(tmp_path / "batches.sqlite3") as db:
+        db.execute("PRAGMA user_version = 9")
+
+    with pytest.raises(StartError, match="version 9, and this gateway reads 1"):
+        Store(tmp_path, 1 << 30)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StartError, match=r"GATEWAY_BATCH_DIR: .* cannot be written"):
+        Store(tmp_path / "file" / "batches", 1 << 30)
+
+
+def test_only_the_owner_of_the_process_may_read_the_files(open_store: OpenStore, tmp_path: Path) -> None:
+    add_file(open_store())
+
+    assert (tmp_path / "batches" / "files").stat().st_mode & 0o077 == 0
+
+
+def test_a_database_that_is_held_by_another_program_is_a_503(
+    open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_BUSY_S", 0.01)
+    store = open_store()
+    other = sqlite3.connect(tmp_path / "batches" / "batches.sqlite3", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    with pytest.raises(BatchesUnavailable, match="cannot be written now"):
+        add_file(store)
+
+    other.execute("ROLLBACK")
+    other.close()
+    add_file(store)
+
+
+def test_content_without_a_row_is_removed_at_the_next_start(open_store: OpenStore) -> None:
+    store = open_store()
+    kept = add_file(store)
+    lost = store.new_id()
+    store.write(lost, 0, b"half an upload")
+    store.close()
+
+    store = open_store()
+
+    assert store.path(kept.id).exists()
+    assert not store.path(lost).exists()
+    assert store.num_bytes == 4096
+
+
+def test_files_that_have_expired_are_not_found_and_then_removed(open_store: OpenStore) -> None:
+    now = [NOW]
+    store = open_store(now=lambda: now[0])
+    file, other = add_file(store, seconds=10), add_file(store, seconds=1000)
+
+    now[0] += 11
+
+    assert store.file("someone", file.id) is None
+    assert store.files("someone", Page()) == [other]
+    assert store.sweep() == 1
+    assert not store.path(file.id).exists()
+    assert store.num_bytes == 4096
+
+
+def test_a_file_that_a_batch_still_reads_outlives_its_end(open_store: OpenStore) -> None:
+    now = [NOW]
+    store = open_store(now=lambda: now[0])
+    batch = new_batch(store)
+
+    now[0] += 1e7
+
+    assert store.sweep() == 0
+    store.save(replace(batch, status=Status.COMPLETED))
+    assert store.sweep() == 1
+    now[0] += 1e7
+    store.sweep()
+    assert store.batch("someone", batch.id) is None
+
+
+@pytest.mark.parametrize("sizes", [[100_000], [1] * 30, [40_000, 40_001]])
+def test_the_quota_of_the_folder_holds(open_store: OpenStore, sizes: list[int]) -> None:
+    store = open_store(max_bytes=80_000)
+
+    def fill() -> None:
+        for size in sizes:
+            add_file(store, b"x" * size)
+
+    with pytest.raises(StorageFull, match="GATEWAY_BATCH_MAX_BYTES=80000"):
+        fill()
+
+    for file in store.files("someone", Page(limit=100)):
+        store.remove_file(file.id)
+    add_file(store, b"x" * 60_000)
+
+
+def test_a_disk_that_is_nearly_full_takes_nothing_more(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store()
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=10, f_frsize=4096))
+
+    with pytest.raises(StorageFull, match="its disk is nearly full"):
+        add_file(store)
+
+
+def test_a_write_that_fails_midway_is_a_full_disk_and_counts_as_what_it_left(open_store: OpenStore) -> None:
+    store = open_store()
+    file_id = store.new_id()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(StorageFull, match="File too large"):
+            store.write(file_id, 0, b"x" * 1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert store.num_bytes == store.path(file_id).stat().st_size == 500_000
+    store.write(file_id, 0, b"again")
+    assert store.path(file_id).read_bytes() == b"again"
+
+
+@pytest.mark.parametrize("limit", [1, 5, 7, 100])
+@pytest.mark.parametrize("is_ascending", [True, False])
+def test_pages_together_are_the_whole_list(open_store: OpenStore, limit: int, is_ascending: bool) -> None:
+    store = open_store()
+    ids = [add_file(store).id for _ in range(12)]
+    add_file(store, owner="another")
+
+    found: list[str] = []
+    while page := store.files("someone", Page(found[-1] if found else None, limit, is_ascending))[:limit]:
+        found += [file.id for file in page]
+
+    assert found == (ids if is_ascending else ids[::-1])
+    assert store.files("another", Page(ids[3])) == []  # the id of another client is no place in a list
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+def test_lines_are_read_from_any_line_on(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\n\n  \ntwo is far too long\r\nthree\n" + b"x" * 100 + b"\nlast")
+    with path.open("rb") as file:
+        lines = list(read_lines(file, 10))
+        for i, line in enumerate(lines):
+            file.seek(line.end)
+            assert list(read_lines(file, 10)) == lines[i + 1 :]
+
+    assert [line.content.strip() for line in lines if not line.is_too_long] == [b"one", b"three", b"last"]
+    assert [line.is_too_long for line in lines] == [False, True, False, True, False]
+    assert lines[-1].end == path.stat().st_size
+
+
+# ---------------------------------------------------------------------------------------------------------- the runner
+
+
+async def end_of(runner: Runner, batch: Batch) -> Batch:
+    async with asyncio.timeout(20):
+        while not (found := await runner.find(batch.owner, batch.id)).status.is_final:  # noqa: ASYNC110  as a client looks
+            await asyncio.sleep(0.005)
+    return found
+
+
+def test_a_process_that_is_killed_at_any_moment_answers_each_line_once(open_store: OpenStore, tmp_path: Path) -> None:
+    store = open_store()
+    batch = new_batch(store, 3000)
+    store.close()
+    folder, program = tmp_path / "batches", Path(__file__).with_name("killed_runner.py")
+    chance = random.Random(5)
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    positions = []
+
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, program, folder], env=environ)
+        deadline = time.monotonic() + 20
+        position = positions[-1] if positions else 0
+        while position == (positions[-1] if positions else 0) and time.monotonic() < deadline:
+            time.sleep(0.005 + chance.random() * 0.05)
+            db = sqlite3.connect(f"file:{folder / 'batches.sqlite3'}?mode=ro", uri=True)
+            position = json.loads(db.execute("SELECT data FROM batches").fetchone()[0])["position"]
+            db.close()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        positions.append(position)
+    subprocess.run([sys.executable, program, folder], env=environ, check=True, timeout=60)
+
+    store = open_store()
+    found = store.batch("someone", batch.id)
+    assert found is not None
+    assert found.status is Status.COMPLETED
+    assert 0 < positions[0] < positions[-1]
+    good, bad = rows(store, batch.output_id), rows(store, batch.error_id)
+    assert [row["custom_id"] for row in good] == [f"r{i}" for i in range(3000) if i % 10 != 7]
+    assert [row["custom_id"] for row in bad] == [f"r{i}" for i in range(3000) if i % 10 == 7]
+    assert (found.num_completed, found.num_failed, found.num_tokens) == (2700, 300, 3000)
+    file = store.file("someone", batch.output_id)
+    assert file is not None
+    assert file.num_bytes == store.path(file.id).stat().st_size
+
+
+async def test_what_is_not_answered_within_the_window_is_in_the_error_file(open_store: OpenStore) -> None:
+    now = [NOW]
+    store = open_store(now=lambda: now[0])
+    batch = new_batch(store, 250)
+
+    class Stuck(Slow):
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            if line.custom_id == "r100":
+                now[0] += 90_000
+                await asyncio.sleep(60)
+            return await super().answer(batch, line)
+
+    runner = Runner(store, Stuck(), lambda: now[0])
+    runner.start()
+    found = await end_of(runner, batch)
+
+    assert found.status is Status.EXPIRED
+    assert "expired" in found.times
+    good, bad = rows(store, batch.output_id), rows(store, batch.error_id)
+    ids = sorted(int(str(row["custom_id"])[1:]) for row in [*good, *bad])
+    assert ids == list(range(250))
+    expired = [row for row in bad if row["response"] is None]
+    assert len(expired) >= 150
+    assert {row["error"]["code"] for row in expired} == {"batch_expired"}  # type: ignore[index]
+    await runner.stop()
+
+
+async def test_clients_take_turns_and_the_batches_of_one_come_one_after_the_other(open_store: OpenStore) -> None:
+    store = open_store()
+    batches = [new_batch(store, 30, owner) for owner in ("a", "a", "b")]
+    order: list[str] = []
+
+    class Noting(Slow):
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            order.append(batch.id)
+            return await super().answer(batch, line)
+
+    runner = Runner(store, Noting())
+    runner.start()
+    for batch in batches:
+        await end_of(runner, batch)
+
+    first, second, other = (batch.id for batch in batches)
+    assert max(i for i, name in enumerate(order) if name == first) < order.index(second)
+    assert order.index(other) < order.index(second)
+    await runner.stop()
+
+
+async def test_a_disk_without_room_holds_a_batch_up_until_there_is_some(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_PAUSE_S", 0.01)
+    store = open_store(max_bytes=150_000)
+    large = add_file(store, b"x" * 120_000)
+    batch = new_batch(store, 150)
+    runner = Runner(store, Slow())
+    runner.start()
+    await asyncio.sleep(0.3)
+    before = await runner.find(batch.owner, batch.id)
+    assert before is not None
+    assert before.status is Status.IN_PROGRESS
+
+    await runner.call(store.remove_file, large.id)
+    found = await end_of(runner, batch)
+
+    assert found.status is Status.COMPLETED
+    assert found.num_answered == 150
+    assert len(rows(store, batch.output_id)) + len(rows(store, batch.error_id)) == 150
+    await runner.stop()
+
+
+async def test_an_input_that_is_gone_from_the_disk_ends_its_batch(open_store: OpenStore) -> None:
+    store = open_store()
+    batch = new_batch(store)
+    store.path(batch.input_id).unlink()
+    runner = Runner(store, Slow())
+    runner.start()
+
+    found = await end_of(runner, batch)
+
+    assert found.status is Status.FAILED
+    assert [error.code for error in found.errors] == ["file_missing"]
+    await runner.stop()
+
+
+async def test_a_refused_request_waits_as_long_as_it_takes(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_LONGEST_WAIT_S", 0.001)
+    store = open_store()
+    batch = new_batch(store, 3)
+    tries: list[str] = []
+
+    class Limited(Slow):
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            tries.append(line.custom_id)
+            if tries.count(line.custom_id) < 50:
+                return Answered(429, "req-1", b"{}", is_passing=True, retry_after_s=60)
+            return await super().answer(batch, line)
+
+    runner = Runner(store, Limited())
+    runner.start()
+    found = await end_of(runner, batch)
+
+    assert (found.num_completed, found.num_failed) == (3, 0)
+    assert len(tries) == 150
+    await runner.stop()
