@@ -1,4 +1,4 @@
-"""Embed in this process, on all of its cores and cards, without JSON in between."""
+"""Embed in this process, on all of its cores and cards, or on the replicas of a cluster, without JSON in between."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from gateway.backends.base import Replicated
 from gateway.bulk.asked import PASSAGE_TASK, PROBE, Asked, without_place
 from gateway.bulk.embedder import TextRefused, TextVectors
 from gateway.bulk.rows import BulkError, SpaceNote
@@ -26,16 +27,19 @@ from gateway.errors import (
     StartError,
 )
 from gateway.experiments.stats import ExperimentStats
+from gateway.fleet import Model
 from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.routing.names import GATEWAY
 from gateway.service import EmbeddingService
-from gateway.types import ModelInfo, Output
+from gateway.types import Output, Priority
 
 _CALLER = "embed"
 # Texts that are sorted by length at once. An interruption loses what is not embedded of a block: a CPU takes seconds for it.
 _BLOCK_TEXTS = 2048
 _CPU_BLOCK_TEXTS = 512
 _MULTIVECTOR_TEXTS = 64
+# Of a cluster: a replica that is lost costs the work of a call, and the others take its next ones.
+_CALLS_PER_BLOCK = 8
 # Of a block: with a vector per token, 16,000 tokens of 1,024 dimensions are 64 MB.
 _MULTIVECTOR_CHARACTERS = 64_000
 _CHARACTERS = 1_000_000
@@ -51,22 +55,25 @@ async def local_embedder(registry: Registry, settings: Settings, asked: Asked) -
     Raises:
         BulkError: the name is unknown or an experiment's, the model cannot be loaded, or does not return such vectors.
     """
-    # Nothing but this job is in the queue, so its limits protect nothing.
-    settings = settings.model_copy(update={"max_queue_texts": 10**9, "max_queue_tokens": 10**12})
+    if settings.cluster is None:
+        # Nothing but this job is in the queue, so its limits protect nothing. The replicas of a cluster also serve.
+        settings = settings.model_copy(update={"max_queue_texts": 10**9, "max_queue_tokens": 10**12})
     try:
         async with in_process_deployment(registry, settings, [asked.name]) as deployment:
             service = EmbeddingService(deployment, ExperimentStats(None))
             model = next(iter(deployment.fleet))
             assert model.info is not None  # noqa: S101  it is loaded
-            yield await _prepare(service, model.info, asked)
+            yield await _prepare(service, model, asked)
     except BulkError:
         raise
     except StartError as error:
         raise BulkError(str(error)) from error
 
 
-async def _prepare(service: EmbeddingService, info: ModelInfo, asked: Asked) -> LocalEmbedder:
+async def _prepare(service: EmbeddingService, model: Model, asked: Asked) -> LocalEmbedder:
     """Find the task, and the space, with a text that is not one of the job's."""
+    info = model.info
+    assert info is not None  # noqa: S101  it is loaded
     task = PASSAGE_TASK if asked.prefers_passages and PASSAGE_TASK in info.tasks else None
     embedder = _Caller(service, asked, task)
     try:
@@ -89,7 +96,12 @@ async def _prepare(service: EmbeddingService, info: ModelInfo, asked: Asked) -> 
         token_width=info.token_width if Output.MULTIVECTOR in asked.outputs else 0,
         has_sparse=Output.SPARSE in asked.outputs,
     )
-    return LocalEmbedder(embedder, note, info.devices)
+    if isinstance(model.backend, Replicated) and not model.entry.is_remote:
+        replicas = model.entry.replicas.most if model.entry.replicas is not None else 1
+        return LocalEmbedder(
+            replace(embedder, priority=Priority.LOW), note, Shape.on_replicas(note, info.devices, replicas)
+        )
+    return LocalEmbedder(embedder, note, Shape.here(note, info.devices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,7 @@ class _Caller:
     service: EmbeddingService
     asked: Asked
     task: str | None
+    priority: Priority = Priority.NORMAL
 
     async def call(self, texts: Sequence[str]) -> EmbedAnswer:
         return await self.service.embed(
@@ -112,22 +125,49 @@ class _Caller:
                 truncate=self.asked.truncate,
                 dimensions=self.asked.dimensions,
                 outputs=self.asked.outputs,
+                priority=self.priority,
             )
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many texts go together.
+
+    Attributes:
+        block_texts, max_texts, num_calls: see :class:`~gateway.bulk.embedder.Embedder`.
+    """
+
+    block_texts: int
+    max_texts: int
+    num_calls: int
+
+    @classmethod
+    def here(cls, note: SpaceNote, devices: Sequence[str]) -> Shape:
+        """Return the shape for an engine in this process, which spreads each call over its devices."""
+        texts = _block_texts(note, devices) * len(devices)
+        return cls(texts, texts, 2 + len(devices))
+
+    @classmethod
+    def on_replicas(cls, note: SpaceNote, devices: Sequence[str], num_replicas: int) -> Shape:
+        """Return the shape for replicas: each call is one replica's, and while it computes one it has the next."""
+        texts = _block_texts(note, devices)
+        return cls(texts * num_replicas, max(1, texts // _CALLS_PER_BLOCK), 2 * num_replicas)
+
+
+def _block_texts(note: SpaceNote, devices: Sequence[str]) -> int:
+    per_block = _CPU_BLOCK_TEXTS if devices == ("cpu",) else _BLOCK_TEXTS
+    return _MULTIVECTOR_TEXTS if note.token_width else per_block
 
 
 class LocalEmbedder:
     """An :class:`~gateway.bulk.embedder.Embedder` of a model in this process."""
 
-    def __init__(self, caller: _Caller, note: SpaceNote, devices: Sequence[str]) -> None:
+    def __init__(self, caller: _Caller, note: SpaceNote, shape: Shape) -> None:
         self._caller = caller
         self.note = note
-        per_block = _CPU_BLOCK_TEXTS if devices == ("cpu",) else _BLOCK_TEXTS
-        per_block = _MULTIVECTOR_TEXTS if note.token_width else per_block
-        self.block_texts = per_block * len(devices)
-        self.max_texts = self.block_texts
+        self.block_texts, self.max_texts, self.num_calls = shape.block_texts, shape.max_texts, shape.num_calls
         self.max_characters = _MULTIVECTOR_CHARACTERS if note.token_width else _CHARACTERS
-        self.num_calls = 2 + len(devices)
 
     async def embed(self, texts: Sequence[str]) -> TextVectors:
         deadline = time.monotonic() + _RECOVERY_S

@@ -78,6 +78,13 @@ ShardOption = Annotated[int, typer.Option(min=1, help="Rows per file, and betwee
 UrlOption = Annotated[
     str | None, typer.Option(help="A running gateway. By default the model is loaded here, from --models.")
 ]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|auto|HOST:PORT",
+        help="Embed on the replicas of a Ray cluster, which may serve meanwhile. By default GATEWAY_CLUSTER, or here.",
+    ),
+]
 PriceOption = Annotated[
     float | None,
     typer.Option(metavar="PRICE", min=0, help="Price of this machine per hour, for the cost in the report."),
@@ -101,6 +108,7 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
     url: UrlOption = None,
     api_key_env: ApiKeyOption = API_KEY_ENV,
     models: ModelsOption = None,
+    cluster: ClusterOption = None,
     manifest: ManifestOption = None,
     restart: RestartOption = False,
     adopt: AdoptOption = False,
@@ -138,7 +146,7 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
     if url is not None:
         gateway = RunningGateway(url, os.environ.get(api_key_env))
     else:
-        settings = load_settings(os.environ, models=models)
+        settings = load_settings(os.environ, models=models, cluster=cluster)
         gateway = OwnModels(load_registry(settings.models, os.environ), settings)
     raise typer.Exit(run_embed(request, gateway, as_json=as_json))
 

@@ -25,7 +25,10 @@ _MAX_FILE_BYTES: Final = 64 * 2**20
 # Fields of an entry that are files: their contents travel, as the machine of a replica may not have them.
 _FILES: Final = ("golden", "ranges")
 # Fields that change nothing about a replica.
-_NOT_THE_MODEL: Final = {"required", "allow_space_change", "license", "license_accepted", "replicas", "enabled", "load"}
+_NOT_THE_MODEL: Final = {
+    *("required", "allow_space_change", "license", "license_accepted", "replicas"),
+    *("enabled", "load", "idle_unload_s", "cache"),
+}
 # Settings that a replica's engine reads. No keys are among them.
 _SETTINGS: Final = (
     "max_queue_texts",

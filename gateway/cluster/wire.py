@@ -5,9 +5,9 @@ handle takes 1.3 ms and 0.7 ms of the front's core, and one over this connection
 side with the same trivial model. Also, one call can neither be canceled inside a batch of several, nor say how many tokens
 it has before they are computed, nor report its replica's queue.
 
-A frame is a length, and then a pickle with its buffers: vectors are not copied into it. Only classes of ``_ALLOWED`` are
-unpickled. Both sides first prove that they know the replica's secret, which only members of the Ray cluster can read. As
-between Ray's own processes without TLS, the frames themselves are not encrypted.
+A frame is a length, and then a pickle with its buffers: vectors are not copied into it. Only arrays, and values and errors
+of the gateway, are unpickled. Both sides first prove that they know the replica's secret, which only members of the Ray
+cluster can read. As between Ray's own processes without TLS, the frames themselves are not encrypted.
 """
 
 from __future__ import annotations
@@ -38,32 +38,30 @@ _MAX_GREETING: Final = 96
 _MAGIC: Final = b"gateway replica 1"
 _NONCE_BYTES: Final = 32
 
-_ALLOWED: Final = {
-    "gateway.cluster.values": {"Load", "WireEmbeddings", "WireJob", "Packed"},
-    "gateway.precision": {"Precision", "Ranges"},
-    "gateway.similarity": {"QueryVectors"},
-    "gateway.types": {
-        "Embeddings",
-        "LabelFunction",
-        "ModelInfo",
-        "ModelKind",
-        "ModelState",
-        "Output",
-        "SparseVector",
-        "Timings",
-        "Token",
-        "Truncate",
-    },
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.numeric": {"_frombuffer"},
+# Modules of values and errors: their classes do nothing when they are made.
+_VALUES: Final = {
+    "gateway.cluster.values",
+    "gateway.errors",
+    "gateway.precision",
+    "gateway.similarity",
+    "gateway.types",
+}
+_NUMPY: Final = {
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "gateway.errors" or name in _ALLOWED.get(module, ()):
+        if (module, name) in _NUMPY:
             return super().find_class(module, name)
+        found = super().find_class(module, name) if module in _VALUES and "." not in name else None
+        if isinstance(found, type) and found.__module__ == module:
+            return found
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a message")
 
 
