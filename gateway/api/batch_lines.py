@@ -26,7 +26,7 @@ from gateway.http.body import Body
 from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm, render_error
 from gateway.http.pace import Pace
-from gateway.types import Priority
+from gateway.types import Output, Priority
 
 ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
 """The paths whose requests a batch may hold."""
@@ -34,6 +34,8 @@ ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
 _MAX_ID_CHARACTERS = 512
 # Of a line, in addition to the body: its id, its path, and blanks.
 _AROUND_BYTES = 64 * 1024
+# Of a text with a vector for each token, as many as are usual of a long one.
+_WEIGHT_OF_TOKENS = 1024
 _HEADERS: Mapping[str, str] = {"content-type": "application/json", "x-gateway-priority": "low"}
 
 
@@ -84,7 +86,7 @@ class LineRequests:
         limit = self._endpoint.settings.max_body_bytes
         if len(written) > limit:
             raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
-        return Line(custom_id, model if isinstance(model, str) else None, written)
+        return Line(custom_id, model if isinstance(model, str) else None, written, _weight(body))
 
     def refusal(self, batch: Batch) -> LineError | None:
         client = self._client(batch)
@@ -171,6 +173,15 @@ class _Sent:
     async def send(self, message: Message) -> None:
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
+
+
+def _weight(body: dict[str, Json]) -> int:
+    """Return how many vectors the answer to a request may hold; a text may have one for each of its tokens."""
+    texts = body.get("input") or body.get("documents")
+    num_texts = len(texts) if isinstance(texts, list) else 1
+    outputs = body.get("outputs")
+    has_tokens = isinstance(outputs, list | str) and Output.MULTIVECTOR.value in outputs
+    return num_texts * (_WEIGHT_OF_TOKENS if has_tokens else 1)
 
 
 def _failed(error: RequestError, request_id: str, form: ErrorForm) -> Answered:

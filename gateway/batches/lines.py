@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -13,6 +13,10 @@ import orjson
 from gateway.batches.values import MAX_LINES, Batch, LineError
 
 _MAX_ERRORS = 100
+
+
+class Interrupted(Exception):
+    """The process stops, and the next one begins the work again."""
 
 
 class WrongLine(Exception):
@@ -30,11 +34,13 @@ class Line:
 
     Attributes:
         body: as JSON.
+        weight: how large the answer may be, in vectors of a text.
     """
 
     custom_id: str
     model: str | None
     body: bytes
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +121,12 @@ class Validated:
     errors: tuple[LineError, ...]
 
 
-def validate(path: Path, batch: Batch, requests: Requests) -> Validated:
-    """Look at all lines of the input of a batch; up to 100 errors are returned."""
+def validate(path: Path, batch: Batch, requests: Requests, is_stopped: Callable[[], bool]) -> Validated:
+    """Look at all lines of the input of a batch; up to 100 errors are returned.
+
+    Raises:
+        Interrupted: ``is_stopped`` says so.
+    """
     errors: list[LineError] = []
     # Hashed: 50,000 ids of any length take a few MB.
     ids: set[bytes] = set()
@@ -124,6 +134,8 @@ def validate(path: Path, batch: Batch, requests: Requests) -> Validated:
     number = 0
     with path.open("rb") as file:
         for number, raw in enumerate(read_lines(file, requests.max_line_bytes), start=1):
+            if is_stopped():
+                raise Interrupted
             if number > MAX_LINES:
                 message = f"The file has more than {MAX_LINES:,} requests, which is the most of a batch."
                 return Validated(number, None, (LineError("too_many_requests", message),))

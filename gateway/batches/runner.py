@@ -35,6 +35,8 @@ Files: TypeAlias = Sequence[StoredFile]
 # Requests in flight of one batch: enough of short ones to fill a batch of the engine, and of long ones what memory allows.
 _MAX_IN_FLIGHT = 64
 _MAX_BYTES_IN_FLIGHT = 8 * 1024 * 1024
+# Their answers are held until those before them are written: together as much as one large request may return.
+_MAX_WEIGHT_IN_FLIGHT = 2048
 # Batches in progress, of different clients; others wait.
 _MAX_AT_ONCE = 16
 # The pause after a failure that is not a request's: a full disk, for example.
@@ -209,7 +211,8 @@ class Runner:
         batch = run.batch
         path = self.store.path(batch.input_id)
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._reading, validate, path, batch, self._requests)
+        work = partial(validate, path, batch, self._requests, lambda: self._is_stopped)
+        found = await loop.run_in_executor(self._reading, work)
         if run.batch.status is not Status.VALIDATING:  # it was canceled meanwhile
             return
         errors = found.errors
@@ -280,12 +283,14 @@ class Runner:
         if self._requests.is_paused:
             return True
         num_bytes = sum(len(one.raw.content) for one in waiting)
-        while len(waiting) < _MAX_IN_FLIGHT and (not waiting or num_bytes < _MAX_BYTES_IN_FLIGHT):
+        weight = sum(one.line.weight for one in waiting)
+        while len(waiting) < _MAX_IN_FLIGHT and num_bytes < _MAX_BYTES_IN_FLIGHT and weight < _MAX_WEIGHT_IN_FLIGHT:
             found = await asyncio.get_running_loop().run_in_executor(self._reading, self._next, run.batch, lines)
             if found is None:
                 return False
             raw, line = found
             num_bytes += len(raw.content)
+            weight += line.weight
             waiting.append(_InFlight(line, raw, asyncio.create_task(self._answer(run, line))))
         return True
 

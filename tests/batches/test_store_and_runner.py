@@ -404,3 +404,53 @@ async def test_a_refused_request_waits_as_long_as_it_takes(
     assert (found.num_completed, found.num_failed) == (3, 0)
     assert len(tries) == 150
     await runner.stop()
+
+
+async def test_requests_with_large_answers_are_in_flight_alone(open_store: OpenStore) -> None:
+    store = open_store()
+    batch = new_batch(store, 40)
+    in_flight: dict[str, int] = {}
+    most = [0, 0]
+
+    class Weighty(Slow):
+        def read(self, endpoint: str, line: bytes) -> Line:
+            found = super().read(endpoint, line)
+            return replace(found, weight=1000 if int(found.custom_id[1:]) < 20 else 1)
+
+        async def answer(self, batch: Batch, line: Line) -> Answered:
+            in_flight[line.custom_id] = line.weight
+            most[line.weight == 1] = max(most[line.weight == 1], len(in_flight))
+            answered = await super().answer(batch, line)
+            del in_flight[line.custom_id]
+            return answered
+
+    runner = Runner(store, Weighty())
+    runner.start()
+    found = await end_of(runner, batch)
+
+    assert found.num_answered == 40
+    assert most[0] <= 3 < most[1]
+    await runner.stop()
+
+
+async def test_a_stop_does_not_wait_for_a_file_that_is_being_checked(open_store: OpenStore) -> None:
+    store = open_store()
+    batch = new_batch(store, 5000)
+    seen: list[bytes] = []
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Checking(Slow):
+        def read(self, endpoint: str, line: bytes) -> Line:
+            seen.append(line)
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(0.002)
+            return super().read(endpoint, line)
+
+    runner = Runner(store, Checking())
+    runner.start()
+    await begun.wait()
+    await runner.stop()
+
+    assert len(seen) < 1000
+    assert open_store().open_batches() == [batch]
