@@ -67,7 +67,7 @@ _configure = structlog.configure
 structlog.configure = lambda **how: _configure(**{**how, "cache_logger_on_first_use": False})
 
 # What the tests of these folders start or make for a session takes long, so one worker runs all of them.
-_TOGETHER = ("clients", "models")
+_TOGETHER = ("clients", "cluster", "models")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

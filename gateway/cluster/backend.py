@@ -10,15 +10,16 @@ from typing import Any, Final, Protocol
 import structlog
 
 from gateway.backends.base import Replica, Report, unreported
-from gateway.cluster.deploying import Cluster, require_deployed
+from gateway.cluster.deploying import NOT_STARTED, Cluster
 from gateway.cluster.discovery import DIRECTORY
-from gateway.cluster.line import Line, LineLost
+from gateway.cluster.line import Line
 from gateway.cluster.placing import Spec
 from gateway.cluster.pool import Pool
+from gateway.cluster.vocabulary import RemoteVocabulary
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import LoadError, ModelNotReady, ModelRecovering, ShuttingDown
-from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Token, Vocabulary
+from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +54,6 @@ class RayBackend:
         self._settings = settings
         self._site = site
         self._report: Report = unreported
-        self._name = ""
         self._spec: Spec | None = None
         self._pool = Pool(entry.id, self._lines_changed)
         self._end_watch: Callable[[], None] = lambda: None
@@ -69,32 +69,36 @@ class RayBackend:
 
     async def plan(self, report: Report = unreported) -> ModelInfo:
         self._is_stopped = False
-        spec = await self._site.use(self._entry)
-        self._spec, self._name = spec, spec.name
-        log.info("model_deployed", model=self._entry.id, deployment=spec.name)
-        self._end_watch = DIRECTORY.watch(spec.name, self._pool.update)
+        if self._spec is None:
+            self._spec = await self._site.use(self._entry)
+            log.info("model_deployed", model=self._entry.id, deployment=self._spec.name)
+        self._end_watch = DIRECTORY.watch(self._spec.name, self._pool.update)
         try:
-            return await self._first_info(report)
+            return await self._first_info(self._spec, report)
         except BaseException:
-            await self.stop()
+            self._end_watch()
+            await self._pool.close()
             raise
 
-    async def _first_info(self, report: Report) -> ModelInfo:
+    async def _first_info(self, spec: Spec, report: Report) -> ModelInfo:
         """Return the model's info once a replica takes jobs.
 
         Raises:
             LoadError: no replica can load it, or no machine has room for one.
         """
         began = time.monotonic()
-        shown = ""
+        shown, cluster = "", self._site.cluster
         while not self._pool.usable:
-            found = await require_deployed(self._site.cluster, self._name)
+            found = await asyncio.to_thread(cluster.look, spec.name)
+            if found.has_failed:  # Serve does not try again before it is deployed again
+                await self._stop(delete=True)
+                raise LoadError(found.reason or f"Ray Serve says {found.status}")
             if found.reason != shown:
                 shown = found.reason
                 report(ModelState.LOADING, shown)
-            is_placed = found.num_running or found.num_starting or found.status == "NOT_STARTED"
-            if not is_placed and time.monotonic() - began > _PLACE_S:
-                raise LoadError(f"no machine of the cluster has room for a replica: {shown or found.status}")
+            if time.monotonic() - began > _PLACE_S and not await asyncio.to_thread(cluster.has_begun, spec.name):
+                needs = "a graphics card" if spec.num_gpus else "a core"
+                raise LoadError(f"no machine of the cluster has room for a replica, which needs {needs}")
             await self._pool.changed(_POLL_S)
         assert self._pool.info is not None  # noqa: S101  a usable line has it
         return self._pool.info
@@ -134,10 +138,10 @@ class RayBackend:
 
     async def _deploy_again(self) -> None:
         """Deploy the model again if its deployment is gone: another front, or an operator, may have removed it."""
-        while self._is_ready and not self._pool.usable:
+        while self._is_ready and self._spec is not None and not self._pool.usable:
             try:
-                found = await require_deployed(self._site.cluster, self._name)
-                if found.status == "NOT_STARTED" and self._spec is not None:
+                found = await asyncio.to_thread(self._site.cluster.look, self._spec.name)
+                if found.status == NOT_STARTED:
                     await asyncio.to_thread(self._site.cluster.deploy, self._spec)
             except Exception as error:  # Serve may be restarting; this is asked again
                 log.warning("cluster_not_answering", model=self._entry.id, error=repr(error))
@@ -184,30 +188,6 @@ class RayBackend:
         for task in list(self._tasks):
             task.cancel()
         await self._pool.close()
-        if self._name:
-            name, self._name = self._name, ""
+        if self._spec is not None:
+            name, self._spec = self._spec.name, None
             await self._site.leave(name, delete=delete)
-
-
-class RemoteVocabulary:
-    """A model's :class:`~gateway.types.Vocabulary`, in one of its replicas. Its methods must not be called on the loop."""
-
-    def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
-        self._line = line
-        self._loop = loop
-        self._limit_s = limit_s
-
-    def split(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[Token]]:
-        found: list[list[Token]] = self._ask("split", texts, flag=add_special_tokens)
-        return found
-
-    def join(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
-        found: list[str] = self._ask("join", [list(row) for row in rows], flag=skip_special_tokens)
-        return found
-
-    def _ask(self, method: str, items: Sequence[Any], *, flag: bool) -> Any:
-        asking = self._line.vocabulary(method, items, flag=flag, limit_s=self._limit_s)
-        try:
-            return asyncio.run_coroutine_threadsafe(asking, self._loop).result()
-        except LineLost as error:
-            raise ModelRecovering(f"a replica was lost: {error}", retry_after_s=1) from error

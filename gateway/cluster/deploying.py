@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
+import ray.exceptions
 import structlog
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_del
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.serve.api import RunTarget
 from ray.serve.exceptions import RayServeException
 
 from gateway.cluster.placing import LOCAL, PREFIX, Spec, actor_options, scaling_options
-from gateway.cluster.replica import DRAIN_S, NAMESPACE, Replica
-from gateway.errors import LoadError, StartError
+from gateway.cluster.replica import DRAIN_S, NAMESPACE, Replica, begun_key, fingerprint_key
+from gateway.errors import StartError
 
 log = structlog.get_logger(__name__)
 
+NOT_STARTED: Final = "NOT_STARTED"
 _DEPLOYMENT: Final = "model"
+# Ray is connected to once in a process, and what deploys a model is not safe for several threads (it registers modules to
+# be pickled by value, and takes them back).
+_TURN: Final = threading.Lock()
 # Serve looks this often whether a replica is well, and gives up one that does not say so in time.
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2.0, 30.0
 _NUM_ATTEMPTS: Final = 2
+_NUM_SERVE_ATTEMPTS, _SERVE_PAUSE_S = 40, 0.25
 _LOCAL_STORE_BYTES: Final = 80 * 2**20
 _REASON = re.compile(r"LoadError: (.*)")
 _LONGEST_REASON: Final = 500
@@ -45,8 +52,13 @@ class Deployed:
     name: str
     status: str
     reason: str
-    num_running: int
-    num_starting: int
+    num_running: int = 0
+    num_starting: int = 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether Serve has given it up."""
+        return self.status in ("DEPLOY_FAILED", "UNHEALTHY") and not self.num_running
 
 
 class Cluster:
@@ -69,6 +81,13 @@ class Cluster:
         Raises:
             StartError: no cluster is there, or it cannot be used.
         """
+        with _TURN:
+            self._connect()
+            if starts_serve:
+                _start_serve()
+        self.has_cards = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
+
+    def _connect(self) -> None:
         if not ray.is_initialized():
             options = self._local_options() if self._address == LOCAL else {"address": self._address}
             try:
@@ -77,9 +96,6 @@ class Cluster:
                 raise StartError(_unreachable(self._address, error)) from error
         logging.getLogger("ray").setLevel(logging.WARNING)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if starts_serve:
-            serve.start(proxy_location="Disabled")
-        self.has_cards = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _local_options() -> dict[str, Any]:
@@ -93,6 +109,11 @@ class Cluster:
 
     def deploy(self, spec: Spec) -> None:
         """Deploy a model, unless it is deployed already: fronts that start together deploy the same thing once."""
+        with _TURN:
+            self._deploy(spec)
+
+    @staticmethod
+    def _deploy(spec: Spec) -> None:
         deployment = serve.deployment(
             name=_DEPLOYMENT,
             ray_actor_options=actor_options(spec),
@@ -127,16 +148,25 @@ class Cluster:
             deployment = app.deployments.get(_DEPLOYMENT)
             states = {} if deployment is None else {str(state): num for state, num in deployment.replica_states.items()}
             num_running = states.get("RUNNING", 0)
-            reason = _reason(app.message or "") or _reason("" if deployment is None else deployment.message)
+            reason = _reason(app.message or "", "" if deployment is None else deployment.message)
             num_starting = states.get("STARTING", 0)
             found[name] = Deployed(name, str(app.status.value), reason, num_running, num_starting)
         return found
+
+    def look(self, name: str) -> Deployed:
+        """Return the deployment with a name; of status ``NOT_STARTED`` if Serve knows of none."""
+        return self.deployed().get(name) or Deployed(name, NOT_STARTED, "")
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete deployments; their replicas finish the work in progress."""
         for name in names:
             serve.delete(name, _blocking=False)
-            _internal_kv_del(f"fingerprint:{name}".encode(), namespace=NAMESPACE)
+            for key in (fingerprint_key(name), begun_key(name)):
+                _internal_kv_del(key, namespace=NAMESPACE)
+
+    def has_begun(self, name: str) -> bool:
+        """Return whether a replica of a deployment has got a place on a machine, now or before."""
+        return _internal_kv_get(begun_key(name), namespace=NAMESPACE) is not None
 
     def disconnect(self) -> None:
         """Leave the cluster; a local one ends."""
@@ -144,25 +174,28 @@ class Cluster:
             ray.shutdown()
 
 
-async def require_deployed(cluster: Cluster, name: str) -> Deployed:
-    """Return a deployment's present state.
+def _start_serve() -> None:
+    """Start Ray Serve, unless it runs. Another front may do so at this moment: then it runs a moment later.
 
     Raises:
-        LoadError: it has failed; the message is the replica's.
+        StartError: it does not start.
     """
-    found = (await asyncio.to_thread(cluster.deployed)).get(name)
-    if found is None:
-        return Deployed(name, "NOT_STARTED", "", 0, 0)
-    if found.status in ("DEPLOY_FAILED", "UNHEALTHY") and not found.num_running:
-        raise LoadError(found.reason or f"Ray Serve says {found.status}")
-    return found
+    problem: Exception | None = None
+    for _attempt in range(_NUM_SERVE_ATTEMPTS):
+        try:
+            serve.start(proxy_location="Disabled")
+            return
+        except (ray.exceptions.RayError, RayServeException, ValueError) as error:
+            problem = error
+            time.sleep(_SERVE_PAUSE_S)
+    raise StartError(f"Ray Serve does not start: {_first_line(problem or RuntimeError())}") from problem
 
 
-def _reason(message: str) -> str:
-    """Return the words of a replica, out of Serve's message with its traceback."""
-    found = _REASON.findall(message)
-    last = found[-1] if found else next((line for line in reversed(message.splitlines()) if line.strip()), "")
-    return str(last).strip()[:_LONGEST_REASON]
+def _reason(*messages: str) -> str:
+    """Return the words of a replica, out of Serve's messages with its traceback; else the last line of those."""
+    said = [text for message in messages for text in _REASON.findall(message)]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    return str((said or lines or [""])[-1]).strip()[:_LONGEST_REASON]
 
 
 def _unreachable(address: str, error: Exception) -> str:

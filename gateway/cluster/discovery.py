@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 from gateway.cluster.line import Place
@@ -39,7 +40,7 @@ class Directory:
         watcher(places)
 
         def end() -> None:
-            with self._lock:
+            with self._lock, suppress(ValueError):  # it may be ended twice
                 self._watchers[name].remove(entry)
 
         return end

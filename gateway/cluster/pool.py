@@ -100,7 +100,7 @@ class Pool:
         """
         work = work_of(job.texts, job.query, job.firsts)
         tried: list[Line] = []
-        refusal: Overloaded | None = None
+        refusal: ModelNotReady | Overloaded | None = None
         for _attempt in range(_MAX_RETRIES + 1):
             line = await self.choose(work, tried, job.deadline)
             if line is None:
@@ -110,13 +110,11 @@ class Pool:
                 return await line.embed(job)
             except LineLost as error:
                 lost = str(error)
-            except ModelNotReady as error:  # it is about to end; nothing was computed
-                lost = error.message
-            except Overloaded as error:
+            except (ModelNotReady, Overloaded) as error:  # nothing was computed
                 refusal, lost = error, error.message
             log.debug("job_moved", model=self._model, replica=line.place.id, reason=lost)
         if refusal is not None:
-            raise self._overloaded(refusal)
+            raise self._overloaded(refusal) if isinstance(refusal, Overloaded) else refusal
         if not tried:
             raise ModelRecovering(f"model {self._model!r} has no replica now", retry_after_s=_RETRY_AFTER_S)
         raise ModelRecovering(

@@ -51,6 +51,7 @@ class Replica:
         self._secret = secrets.token_bytes(32)
         self._folder = tempfile.TemporaryDirectory(prefix="gateway-replica-")
         self._loop = asyncio.get_running_loop()
+        _internal_kv_put(begun_key(spec.name), b"1", namespace=NAMESPACE)
         if spec.version != __version__:
             raise LoadError(
                 f"the gateway here is version {__version__}, and the one that deploys the model {spec.version}"
@@ -137,13 +138,23 @@ def resolve(path: str) -> Callable[[ModelEntry, Settings, Callable[[str], None]]
     return made
 
 
+def begun_key(name: str) -> bytes:
+    """Return the key under which the cluster notes that a replica of a deployment has got a place."""
+    return f"begun:{name}".encode()
+
+
+def fingerprint_key(name: str) -> bytes:
+    """Return the key under which the cluster notes the weights of a deployment."""
+    return f"fingerprint:{name}".encode()
+
+
 def require_same_weights(name: str, fingerprint: str) -> None:
     """Compare the weights with those of the deployment's first replica, which are noted in the cluster.
 
     Raises:
         LoadError: they differ: this machine has other files under the same name.
     """
-    key, own = f"fingerprint:{name}".encode(), fingerprint.encode()
+    key, own = fingerprint_key(name), fingerprint.encode()
     _internal_kv_put(key, own, overwrite=False, namespace=NAMESPACE)
     noted = _internal_kv_get(key, namespace=NAMESPACE)
     if noted != own:

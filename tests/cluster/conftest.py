@@ -1,0 +1,169 @@
+"""A Ray cluster of three machines, simulated in this one, for all tests of this folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from bench.simulated_cluster import Simulated, simulated_cluster
+from gateway.app import create_app
+from gateway.config.registry import ModelEntry, Registry
+from gateway.config.replicas import Replicas
+from gateway.config.settings import Settings
+from gateway.deployment import Deployment
+from gateway.fleet import Fleet
+from tests.cluster.fakes import MAKE, notes
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let Ray warn about libraries that it uses in old ways."""
+    if "cluster" in item.path.parts:
+        for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning", "UserWarning"):
+            item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
+
+
+@pytest.fixture(scope="session")
+def simulated() -> Iterator[Simulated]:
+    """Start the cluster once for all tests."""
+    pytest.importorskip("ray", reason="needs the extra `cluster`")
+    # So that scaling is seen within seconds.
+    environ = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own use of other libraries
+        with simulated_cluster(2, num_gpus=1, environ=environ) as found:
+            yield found
+
+
+class Front:
+    """A gateway in this process, on the cluster."""
+
+    def __init__(self, deployment: Deployment, client: httpx.AsyncClient, read: list[Registry]) -> None:
+        self.deployment = deployment
+        self.client = client
+        self._read = read
+
+    async def embed(self, model: str, *texts: str, **body: Any) -> httpx.Response:
+        return await self.client.post("/v1/embeddings", json={"model": model, "input": list(texts), **body})
+
+    async def reload(self, *entries: ModelEntry) -> None:
+        """Serve other entries."""
+        self._read[0] = registry_of(*entries)
+        await self.deployment.reload()
+
+
+def registry_of(*entries: ModelEntry, **parts: Any) -> Registry:
+    return Registry(path=Path("models.yaml"), version=1, models=entries, **parts)
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> Callable[..., ModelEntry]:
+    """Return a function that makes the entry of a fake model, whose replicas write notes into a folder of this test."""
+
+    def make(model_id: str, *, min: int = 2, max: int | None = None, gpus: int = 1, **changes: Any) -> ModelEntry:  # noqa: A002
+        replicas = Replicas(min=min, max=max, gpus=gpus, target_requests=4)
+        return ModelEntry(id=model_id, source=str(tmp_path), enabled=True, replicas=replicas, **changes)
+
+    return make
+
+
+@pytest.fixture
+def noted(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Return a function that returns what the replicas of this test have noted about an event."""
+    return lambda event: notes(tmp_path, event)
+
+
+@pytest.fixture
+async def start_front(simulated: Simulated) -> AsyncIterator[Callable[..., Any]]:
+    """Return a function that starts a gateway on the cluster; at the end all are stopped, and their models removed."""
+    from gateway.cluster.site import ClusterSite
+
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*entries: ModelEntry, make_backend: str = MAKE, **parts: Any) -> Front:
+            settings = Settings(cluster=simulated.address, request_timeout_s=60, cpu_threads=1)
+            site = ClusterSite(simulated.address, settings, make_backend)
+            read = [registry_of(*entries, **parts)]
+            fleet = Fleet.from_registry(read[0], site.backend, site)
+            deployment = Deployment(read[0], settings, fleet, lambda: read[0], make_backend=site.backend)
+            stack.push_async_callback(deployment.stop)
+            await deployment.start()
+            transport = httpx.ASGITransport(create_app(deployment))
+            client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
+            return Front(deployment, client, read)
+
+        yield start
+    await remove_all(simulated)
+
+
+async def remove_all(simulated: Simulated) -> None:
+    """Remove all models from the cluster, and wait until their cards are free."""
+    import ray
+
+    from gateway.cluster.deploying import Cluster
+
+    if not ray.is_initialized():
+        return
+    cluster = Cluster(simulated.address)
+    await asyncio.to_thread(cluster.delete, list(await asyncio.to_thread(cluster.deployed)))
+    await until_in_thread(lambda: not cluster.deployed())
+
+
+async def until_in_thread(condition: Callable[[], object], timeout_s: float = 90) -> None:
+    """Wait until something that blocks is so."""
+    deadline = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, "it has not come true"
+        await asyncio.sleep(0.1)
+
+
+class Traffic:
+    """Clients that ask without a pause until they are stopped, and what they got.
+
+    Attributes:
+        failed: answers other than 200.
+        gap_s: the longest time without an answer.
+    """
+
+    def __init__(self) -> None:
+        self.num_answered = 0
+        self.num_asked = 0
+        self.failed: list[str] = []
+        self.gap_s = 0.0
+        self._last = time.monotonic()
+        self._is_stopped = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, ask: Callable[[int], Any], num_clients: int = 8) -> None:
+        self._last = time.monotonic()
+        self._tasks = [asyncio.create_task(self._client(ask)) for _ in range(num_clients)]
+
+    async def _client(self, ask: Callable[[int], Any]) -> None:
+        while not self._is_stopped:
+            self.num_asked += 1
+            response = await ask(self.num_asked)
+            now = time.monotonic()
+            if response.status_code == 200:
+                self.num_answered += 1
+                self.gap_s, self._last = max(self.gap_s, now - self._last), now
+            else:
+                self.failed.append(f"{response.status_code} {response.text[:200]}")
+            await asyncio.sleep(0)
+
+    async def stop(self) -> None:
+        self._is_stopped = True
+        await asyncio.gather(*self._tasks)
+
+
+def of_replicas(name: str) -> Sequence[str]:
+    """Return the ids of the replicas of a deployment that Serve runs."""
+    from gateway.cluster.discovery import DIRECTORY
+
+    return list(DIRECTORY._places.get(name, {}))
