@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
@@ -92,7 +93,8 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
     """
     console = make_console(is_error=True)
     with ExitStack() as stack:
-        source = stack.enter_context(closing(open_source(request.sources, request.names)))
+        written = [str(place) for place in (request.sink, request.manifest, request.errors) if place is not None]
+        source = stack.enter_context(closing(open_source(request.sources, request.names, written)))
         sink = stack.enter_context(
             closing(open_sink(request.sink, source.text_field if request.keeps_text else None, adopts=request.adopts))
         )
@@ -104,11 +106,11 @@ def run_embed(request: EmbedRequest, models: RunningGateway | OwnModels, *, as_j
             raise BulkError(f"the folder of the manifest {path} cannot be made: {error.strerror}") from error
         manifest = stack.enter_context(closing(Manifest(path)))
         if request.restarts:
+            if isinstance(sink, FolderSink):  # first, since the manifest knows which files are of the job
+                sink.remove(manifest.written_to(_sink_name(request, sink)))
             manifest.forget()
-            if isinstance(sink, FolderSink):
-                sink.remove()
         with console.status(Text(f"reading {source.name}")):
-            identity = _identity(request, source)
+            identity = _identity(request, source, sink)
         manifest.check(identity)
         errors = request.errors or _errors_path(path)
         options = Options(errors, request.on_error, request.shard_rows)
@@ -151,6 +153,10 @@ async def _run(
             raise BulkError(
                 f"{job.sink.name} is empty, and {job.manifest.path} says that {count(progress.counts.rows, 'row')} of this "
                 "job are in it: embed all of them again with --restart"
+            )
+        if isinstance(job.sink, FolderSink):
+            job.sink.check_files(
+                (part for part, _ in job.manifest.parts()), progress.part if progress.planned_items else None
             )
         _announce(console, job, note, progress.counts.items)
         if progress.is_finished:
@@ -209,7 +215,7 @@ def _announce(console: Console, job: _Prepared, note: SpaceNote, num_done: int) 
         say(console, f"goes on after {count(num_done, 'row')} of an earlier run")
 
 
-def _identity(request: EmbedRequest, source: Source) -> dict[str, Json]:
+def _identity(request: EmbedRequest, source: Source, sink: Sink) -> dict[str, Json]:
     """Return everything that must be the same whenever the job goes on, but for the space."""
     return {
         "source hash": source.fingerprint(),
@@ -218,8 +224,15 @@ def _identity(request: EmbedRequest, source: Source) -> dict[str, Json]:
         "outputs": ", ".join(output.value for output in request.asked.outputs),
         "truncate": request.asked.truncate.value,
         "fields": _fields(request, source),
-        "sink": request.sink,
+        "sink": _sink_name(request, sink),
     }
+
+
+def _sink_name(request: EmbedRequest, sink: Sink) -> str:
+    """Return the sink as the manifest has it: a folder is the same with and without a slash at its end."""
+    if not isinstance(sink, FolderSink):
+        return request.sink
+    return request.sink.rstrip("/") if sink.folder is None else os.path.normpath(sink.folder)
 
 
 def _fields(request: EmbedRequest, source: Source) -> str:
@@ -240,8 +253,17 @@ def _manifest_path(request: EmbedRequest, source: Source, sink: Sink) -> Path:
         return request.manifest
     if isinstance(sink, FolderSink) and sink.folder is not None:
         return sink.folder / _MANIFEST
-    key = hashlib.sha256(f"{source.name}\0{sink.name}".encode(errors="surrogateescape")).hexdigest()[:16]
+    names = [source.name, sink.name.rstrip("/")]
+    if any(map(_is_relative, (*request.sources, request.sink))):
+        names.append(str(Path.cwd()))  # the same words mean another place elsewhere
+    key = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
     return request.state_folder / f"{key}.sqlite3"
+
+
+def _is_relative(place: str) -> bool:
+    """Return whether a place is below the working directory: ``docs.jsonl`` or ``qdrant:./folder#docs``."""
+    path = place.partition(":")[2] or place
+    return "://" not in place and not path.startswith(("/", "~"))
 
 
 def _errors_path(manifest: Path) -> Path:

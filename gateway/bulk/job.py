@@ -19,6 +19,7 @@ from gateway.bulk.blocks import Block, BlockReader, Expand, OnError, stopped_at
 from gateway.bulk.embedder import BlockEmbedder, EmbeddedBlock, Embedder
 from gateway.bulk.manifest import Counts, Manifest, Progress, Shard
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Position, RowId, Sink, Source
+from gateway.config.files import open_regular
 from gateway.types import Vectors
 
 SHARD_ROWS = 8192
@@ -28,6 +29,7 @@ _SHARD_BYTES = 256 * 2**20
 _SHARD_S = 60.0
 # Blocks that are read or embedded while another one is.
 _BLOCKS_AHEAD = 2
+_FIRST_BYTES = b'{"place":'
 
 
 class Reporter(Protocol):
@@ -277,9 +279,19 @@ class _ErrorsFile:
         self._size = 0
 
     def go_to(self, size: int) -> None:
-        """Remove the lines after a size, which a killed process has left."""
+        """Remove the lines after a size, which a killed process has left.
+
+        Raises:
+            BulkError: the file has something else in it, or cannot be written.
+        """
         try:
             if self._path.exists():
+                with open_regular(self._path) as file:
+                    start = file.read(len(_FIRST_BYTES))
+                if not _FIRST_BYTES.startswith(start):
+                    raise BulkError(
+                        f"the file of errors {self._path} has other content, which would be lost: name another"
+                    )
                 self._size = min(size, self._path.stat().st_size)
                 os.truncate(self._path, self._size)
         except OSError as error:

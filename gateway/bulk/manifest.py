@@ -245,6 +245,14 @@ class Manifest:
             ).fetchall()
         return found
 
+    def written_to(self, sink: str) -> list[int]:
+        """Return the numbers of the shards that the job may have written to a sink; none if its sink is another one."""
+        identity = self._fact("identity")
+        if not isinstance(identity, Mapping) or identity.get("sink") != sink:
+            return []
+        progress = self.progress()
+        return [*(part for part, _ in self.parts()), *([progress.part] if progress.planned_items else [])]
+
     def seen(self, ids: Sequence[RowId]) -> set[RowId]:
         """Return those ids that committed shards have."""
         by_key = {_key(one): one for one in ids}

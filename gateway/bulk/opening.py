@@ -10,8 +10,11 @@ from gateway.bulk.rows import BulkError, Sink, Source
 from gateway.bulk.stores.protocol import Keeping
 
 
-def open_source(places: Sequence[str], names: FieldNames) -> Source:
+def open_source(places: Sequence[str], names: FieldNames, without: Sequence[str] = ()) -> Source:
     """Open one collection of a store, or any number of files, folders and patterns.
+
+    Args:
+        without: files and folders that the job writes, which are not read.
 
     Raises:
         BulkError: there is no such place, or it cannot be read.
@@ -20,7 +23,7 @@ def open_source(places: Sequence[str], names: FieldNames) -> Source:
     if not stores:
         from gateway.bulk.files.source import open_files
 
-        return open_files(places, names)
+        return open_files(places, names, without)
     place = read_place(stores[0])
     if len(places) > 1 or place is None:
         raise BulkError(f"{stores[0]}: a collection of a store must be the only source; got {len(places)} sources")

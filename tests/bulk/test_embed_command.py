@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -282,10 +283,98 @@ def test_the_same_command_again_has_nothing_to_do_and_another_one_is_refused(tmp
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "docs.jsonl", ["one"])
-    result = embed(source, "--model", "mini", "--to", tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of the user")
+    result = embed(source, "--model", "mini", "--to", folder)
     assert result.exit_code == 1
-    assert "the folder is not empty (it has docs.jsonl), and has no manifest of a job" in one_line(result)
-    assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "models.yaml"}
+    assert "the folder is not empty (it has notes.txt), and has no manifest of a job" in one_line(result)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_sink_within_the_source_is_no_part_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    write(folder / "a.jsonl", ["one", "two", "three"])
+    sink = folder / "out.jsonl"
+    for source in (folder, folder / "**/*.jsonl"):
+        command = (source, "--model", "mini", "--to", sink, "--errors", folder / "errors.jsonl", "--on-error", "skip")
+        for _ in range(2):
+            done = embed(*command)
+            assert done.exit_code == 0, done.output
+            assert len(list(sink.glob("part-*"))) == 1
+        assert embed(*command, "--restart").exit_code == 0
+
+
+@pytest.mark.parametrize("place", ["out.jsonl", "out.jsonl/part-00000.jsonl", "out.jsonl/*"])
+def test_a_source_that_is_the_sink_is_refused_and_kept(place: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "docs.jsonl", ["one", "two"])
+    sink = tmp_path / "out.jsonl"
+    assert embed(source, "--model", "mini", "--to", sink).exit_code == 0
+    before = {path: path.read_bytes() for path in sink.iterdir() if path.suffix == ".jsonl"}
+    refused = embed(tmp_path / place, "--model", "jina", "--to", sink, "--restart")
+    assert refused.exit_code == 1
+    assert "is also where this job would write: choose another --to, --manifest or --errors" in one_line(refused)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("kind", ["source", "text", "folder", "pipe"])
+def test_a_list_of_errors_never_replaces_another_file(kind: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "docs.jsonl", ["one", ""])
+    errors = source if kind == "source" else tmp_path / "errors"
+    match kind:
+        case "text":
+            errors.write_text("precious")
+        case "folder":
+            errors.mkdir()
+        case "pipe":
+            os.mkfifo(errors)
+    refused = embed(source, "--model", "mini", "--to", tmp_path / "out", "--on-error", "skip", "--errors", errors)
+    assert refused.exit_code == 1
+    expected = {
+        "source": "is also where this job would write",
+        "text": "has other content, which would be lost: name another",
+        "folder": "must be a regular file, and is a folder",
+        "pipe": "must be a regular file, and is a named pipe",
+    }
+    assert expected[kind] in one_line(refused)
+    assert kind != "text" or errors.read_text() == "precious"
+    assert write(tmp_path / "same.jsonl", ["one", ""]).read_bytes() == source.read_bytes()
+
+
+def test_restart_deletes_only_what_the_job_has_written(tmp_path: Path) -> None:
+    source = write(tmp_path / "docs.jsonl", ["one", "two", "three"])
+    manifest = tmp_path / "m.sqlite3"
+    command = (source, "--model", "mini", "--manifest", manifest, "--shard-rows", "1", "--to")
+    assert embed(*command, tmp_path / "out").exit_code == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "part-00007.parquet").write_text("of Spark")
+    refused = embed(*command, other, "--restart")
+    assert refused.exit_code == 1
+    assert "has part-00007.parquet, which this job has not written" in one_line(refused)
+    assert [path.name for path in other.iterdir()] == ["part-00007.parquet"]
+
+
+def test_two_jobs_do_not_mix_in_a_folder_elsewhere(tmp_path: Path) -> None:
+    many, few = write(tmp_path / "many.jsonl", ["one", "two", "three"]), write(tmp_path / "few.jsonl", ["four"])
+    place = f"memory://{tmp_path.name}/vectors"
+    for slash in ("/", "", "/"):
+        assert embed(many, "--model", "mini", "--to", f"{place}{slash}", "--shard-rows", "1").exit_code == 0
+    refused = embed(few, "--model", "mini", "--to", place)
+    assert refused.exit_code == 1
+    assert "has part-00000.parquet, which this job has not written: choose another folder" in one_line(refused)
+
+
+def test_a_file_that_was_deleted_is_missed(tmp_path: Path) -> None:
+    command = (write(tmp_path / "docs.jsonl", ["one", "two", "three"]), "--model", "mini", "--shard-rows", "1", "--to")
+    assert embed(*command, tmp_path / "out").exit_code == 0
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    refused = embed(*command, f"{tmp_path / 'out'}/")
+    assert refused.exit_code == 1
+    assert "1 file of this job is missing, such as part-00001.parquet" in one_line(refused)
+    assert embed(*command, tmp_path / "out", "--restart").exit_code == 0
+    assert len(rows_of(tmp_path / "out")) == 3
 
 
 def test_a_model_that_recovers_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

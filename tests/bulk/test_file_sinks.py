@@ -139,7 +139,7 @@ def test_a_shard_again_replaces_the_shard_and_leaves_nothing_half_written(place:
     opened(folder).write(1, embedded(rows({"n": 2})))
     sink.write(0, embedded(rows({"n": 3})))
     assert sorted(path.name for path in folder.iterdir()) == [sink.file_name(0), sink.file_name(1)]
-    sink.remove()
+    sink.remove(range(2))
     assert not list(folder.iterdir())
 
 
@@ -185,5 +185,5 @@ def test_a_folder_of_another_filesystem_is_written(ending: str) -> None:
     memory = fsspec.filesystem("memory")
     found: Any = sorted(path.rpartition("/")[2] for path in memory.ls(f"/bulk-written{ending}", detail=False))
     assert found == [sink.file_name(0), sink.file_name(1)]
-    sink.remove()
+    sink.remove(range(2))
     assert not memory.ls(f"/bulk-written{ending}", detail=False)

@@ -6,7 +6,7 @@ import errno
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ from gateway.bulk.files.columns import FlatRows
 from gateway.bulk.files.paths import filesystem_of
 from gateway.bulk.rows import BulkError, EmbeddedRows, SpaceNote
 from gateway.config.files import write_whole
+from gateway.config.wording import count
 from gateway.routing.spaces import is_same_space
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -112,19 +113,46 @@ class FolderSink(ABC):
             else:
                 self._filesystem.pipe_file(f"{self._inner}/{name}", content)
 
-    def remove(self) -> None:
-        """Delete the files of all shards.
+    def remove(self, shards: Iterable[int]) -> None:
+        """Delete the files of some shards, as far as they exist.
 
         Raises:
             BulkError: one cannot be deleted.
         """
         with self._writing("the files cannot be deleted"):
-            if self.folder is not None:
-                for path in self.folder.glob(f"part-*{self.ending}"):
-                    path.unlink()
-            elif self._filesystem.exists(self._inner):
-                for inner in self._filesystem.glob(f"{self._inner}/part-*{self.ending}"):
-                    self._filesystem.rm_file(inner)
+            for name in self._names() & {self.file_name(shard) for shard in shards}:
+                if self.folder is not None:
+                    (self.folder / name).unlink()
+                else:
+                    self._filesystem.rm_file(f"{self._inner}/{name}")
+
+    def check_files(self, shards: Iterable[int], maybe: int | None) -> None:
+        """Check that the folder has the files of these shards and of no others.
+
+        Args:
+            maybe: a shard that a killed process may have written.
+
+        Raises:
+            BulkError: one is missing; or another job has written there, whose files would be replaced or mixed with others.
+        """
+        with self._writing("the folder cannot be read"):
+            names = self._names()
+        expected = {self.file_name(shard) for shard in shards}
+        if missing := sorted(expected - names):
+            raise BulkError(
+                f"{self.name}: {count(len(missing), 'file of this job is', 'files of this job are')} missing, such as "
+                f"{missing[0]}: put them back, or embed everything again with --restart"
+            )
+        others = names - expected - ({self.file_name(maybe)} if maybe is not None else set())
+        if others:
+            raise BulkError(f"{self.name}: has {min(others)}, which this job has not written: choose another folder")
+
+    def _names(self) -> set[str]:
+        """Return the names of all files that could be those of shards."""
+        pattern = f"part-*{self.ending}"
+        if self.folder is not None:
+            return {path.name for path in self.folder.glob(pattern)}
+        return {str(inner).rpartition("/")[2] for inner in self._filesystem.glob(f"{self._inner}/{pattern}")}
 
     def file_name(self, shard: int) -> str:
         """Return the name of a shard's file."""

@@ -7,7 +7,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -110,15 +110,24 @@ def reading(path: str) -> Iterator[None]:
         raise BulkError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def find_files(places: Sequence[str]) -> list[SourceFile]:
+def find_files(places: Sequence[str], without: Sequence[str] = ()) -> list[SourceFile]:
     """Return the files of all places, in the order of the places, those of one place by name.
 
+    Args:
+        without: files and folders that the job writes. They are no part of a source that has them in it: the source would
+            change with each shard.
+
     Raises:
-        BulkError: a place has no file of a known format, or a file is named twice.
+        BulkError: a place has no file of a known format, a file is named twice, or a place has only what the job writes.
     """
+    is_written = _within(without)
     found: list[tuple[str, Any, str]] = []
     for place in places:
-        found += _find_remote(place) if "://" in place else [(path, None, "") for path in _find_local(place)]
+        all_of_it = _find_remote(place) if "://" in place else [(path, None, "") for path in _find_local(place)]
+        kept = [one for one in all_of_it if not is_written(one[0])]
+        if not kept:
+            raise BulkError(f"{place}: is also where this job would write: choose another --to, --manifest or --errors")
+        found += kept
     seen: set[str] = set()
     for path, _, _ in found:
         if path in seen:
@@ -128,6 +137,21 @@ def find_files(places: Sequence[str]) -> list[SourceFile]:
     return [
         SourceFile(path, path[len(folder) :], _format(path), filesystem, inner) for path, filesystem, inner in found
     ]
+
+
+def _within(places: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a path is one of some places, or in one of them."""
+    bare = [place.removeprefix("file://") for place in places]
+    remote = [place.rstrip("/") for place in bare if "://" in place]
+    local = [Path(place).expanduser().resolve() for place in bare if "://" not in place]
+
+    def is_within(path: str) -> bool:
+        if "://" in path:
+            return any(path == place or path.startswith(f"{place}/") for place in remote)
+        resolved = Path(path).resolve()
+        return any(resolved.is_relative_to(place) for place in local)
+
+    return is_within
 
 
 def _find_local(place: str) -> list[str]:

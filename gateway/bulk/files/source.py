@@ -36,13 +36,16 @@ class _Scanned:
     state: tuple[int, int] | None
 
 
-def open_files(places: Sequence[str], names: FieldNames) -> FileSource:
+def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] = ()) -> FileSource:
     """Find files, and the fields of their records.
+
+    Args:
+        without: files and folders that the job writes, which are not read.
 
     Raises:
         BulkError: there is no such file, its format is unknown, it has no record, or a field is missing.
     """
-    files = find_files(places)
+    files = find_files(places, without)
     sample: list[Record] = []
     problem = ""
     for file in files:
