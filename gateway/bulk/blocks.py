@@ -15,6 +15,8 @@ Expand: TypeAlias = Callable[[Row], Iterable[Row | BadRow]]
 
 # Of text and payload in a block, so that long rows do not fill the memory.
 _BLOCK_BYTES = 4 * 2**20
+# Of the largest number of 64 bits.
+_MAX_DIGITS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class BlockReader:
             checked = checked[:count]
         rows = [one for one in checked if isinstance(one, Row)]
         refused = [one for one in checked if isinstance(one, BadRow)]
-        ids = [] if self._source.has_unique_ids else [row.id for row in rows]
+        ids = [] if self._source.has_unique_ids else [_bare(row.id) for row in rows]
         if self._expand is not None:
             parts = [part for row in rows for part in self._expand(row)]
             rows = [part for part in parts if isinstance(part, Row)]
@@ -130,18 +132,26 @@ class BlockReader:
         """Return the items, with those that have the id of an earlier one as bad ones."""
         if self._source.has_unique_ids:
             return list(items)
-        known = self._seen([item.id for item in items if isinstance(item, Row)])
+        known = self._seen([_bare(item.id) for item in items if isinstance(item, Row)])
         checked: list[Row | BadRow] = []
         new: set[RowId] = set()
         for item in items:
             if isinstance(item, Row):
-                if item.id in known or item.id in new or item.id in self._uncommitted:
-                    problem = f"the id {cut(repr(item.id))} is that of an earlier row"
+                bare = _bare(item.id)
+                if bare in known or bare in new or bare in self._uncommitted:
+                    also = ", as a number or as text" if isinstance(bare, int) else ""
+                    problem = f"the id {cut(repr(item.id))} is that of an earlier row{also}"
                     checked.append(BadRow(item.place, problem, item.position, item.id))
                     continue
-                new.add(item.id)
+                new.add(bare)
             checked.append(item)
         return checked
+
+
+def _bare(row_id: RowId) -> RowId:
+    """Return the id by which rows are told apart: most sinks keep ids as text, so ``1`` and ``"1"`` are one id."""
+    is_number = isinstance(row_id, str) and len(row_id) <= _MAX_DIGITS and row_id.isascii() and row_id.isdecimal()
+    return int(row_id) if is_number and str(int(row_id)) == row_id else row_id
 
 
 def stopped_at(bad: BadRow) -> str:

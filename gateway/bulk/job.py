@@ -247,10 +247,10 @@ class Job:
     def _is_complete(self, shard: _OpenShard) -> bool:
         if self._planned:
             return shard.counts.items == self._planned
-        if not shard.counts.rows:
-            return False
         is_late = self._clock() - shard.began > _SHARD_S
-        return shard.counts.rows >= self._options.shard_rows or shard.num_bytes >= _SHARD_BYTES or is_late
+        # Items that cannot be embedded take memory too, and can be all that a source has.
+        num_kept = max(shard.counts.rows, len(shard.bad))
+        return num_kept >= self._options.shard_rows or shard.num_bytes >= _SHARD_BYTES or is_late
 
     async def _write(self, shard: _OpenShard) -> None:
         """Have a shard written while the next one is embedded."""

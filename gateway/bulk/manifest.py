@@ -122,6 +122,8 @@ class Manifest:
                 self._db.execute("BEGIN EXCLUSIVE")
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
+                    if self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+                        raise BulkError(f"{path}: is a database of another program, and no manifest: name another file")
                     for statement in _SCHEMA.split(";\n"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {_VERSION}")
@@ -139,6 +141,8 @@ class Manifest:
         try:
             with self._lock:  # one thread reads ahead, and another one commits
                 yield
+        except UnicodeDecodeError as error:  # a message of SQLite that quotes damaged text
+            raise self._damaged() from error
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise BulkError(f"{self.path}: another process works on this job; wait for it, or end it") from None
@@ -174,6 +178,8 @@ class Manifest:
                 self._set("identity", dict(identity))
         elif isinstance(known, Mapping):
             self._refuse(known, identity)
+        else:
+            raise self._damaged()
         return self.progress()
 
     def check(self, identity: Mapping[str, Json]) -> None:
@@ -208,7 +214,7 @@ class Manifest:
             number=row[0],
             part=row[1],
             counts=Counts(*(number or 0 for number in row[2:])),
-            position=None if last is None else orjson.loads(last[0]),
+            position=None if last is None else self._read(last[0]),
             errors_bytes=0 if last is None else last[1],
             planned_items=0 if planned is None else planned[0],
             is_finished=self._fact("is_finished") is True,
@@ -279,7 +285,17 @@ class Manifest:
     def _fact(self, name: str) -> Json:
         with self._using():
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else orjson.loads(row[0])
+        return None if row is None else self._read(row[0])
+
+    def _read(self, text: object) -> Json:
+        try:
+            value: Json = orjson.loads(text)  # type: ignore[arg-type]
+        except orjson.JSONDecodeError as error:
+            raise self._damaged() from error
+        return value
+
+    def _damaged(self) -> BulkError:
+        return BulkError(f"{self.path}: the manifest is damaged: start over with another --to, or with --restart")
 
     def _set(self, name: str, value: Json) -> None:
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, orjson.dumps(value).decode()))

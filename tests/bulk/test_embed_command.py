@@ -377,6 +377,48 @@ def test_a_file_that_was_deleted_is_missed(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path / "out")) == 3
 
 
+def written(path: Path, *records: object) -> Path:
+    path.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records))
+    return path
+
+
+def test_a_number_and_the_same_digits_are_one_id(tmp_path: Path) -> None:
+    source = written(tmp_path / "docs.jsonl", *({"id": i, "text": f"text {i}"} for i in ("1", 1, "01", 2, "2")))
+    done = embed(source, "--model", "mini", "--to", tmp_path / "out", "--on-error", "skip", "--shard-rows", "1")
+    assert done.exit_code == 0, done.output
+    problems = [orjson.loads(line)["problem"] for line in (tmp_path / "out/_errors.jsonl").read_bytes().splitlines()]
+    assert problems == [f"the id {i} is that of an earlier row, as a number or as text" for i in ("1", "'2'")]
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["1", "01", "2"]
+
+
+@pytest.mark.parametrize("sink", ["out", "out.jsonl"])
+def test_deep_values_are_refused_before_they_break_anything(sink: str, tmp_path: Path) -> None:
+    source = tmp_path / "docs.jsonl"
+    lines = [b'{"id":%d,"text":"a","deep":' % n + b"[" * n + b"]" * n + b"}" for n in (99, 100, 1000)]
+    source.write_bytes(b"\n".join(lines))
+    done = embed(source, "--model", "mini", "--to", tmp_path / sink, "--on-error", "skip")
+    assert done.exit_code == 0, done.output
+    errors = [orjson.loads(line) for line in (tmp_path / sink / "_errors.jsonl").read_bytes().splitlines()]
+    assert [error["place"][-1] for error in errors] == ["2", "3"]
+    assert {error["problem"] for error in errors} == {"its values are nested more than 100 deep, which is the limit"}
+
+
+@pytest.mark.parametrize("first", ["out", "out.jsonl"])
+def test_files_of_an_earlier_job_are_a_source_with_the_same_fields(first: str, tmp_path: Path) -> None:
+    records = [
+        {"id": 1, "text": "one", "meta": {"a": 1}, "n": "5", "vector": "v"},
+        {"id": 2, "text": "two", "tags": ["x"]},
+    ]
+    source = written(tmp_path / "docs.jsonl", *records)
+    assert embed(source, "--model", "mini", "--to", tmp_path / first).exit_code == 0
+    again = embed(tmp_path / first, "--model", "jina", "--to", tmp_path / "again.jsonl")
+    assert again.exit_code == 0, again.output
+    lines = [orjson.loads(line) for line in (tmp_path / "again.jsonl/part-00000.jsonl").read_bytes().splitlines()]
+    assert [len(line.pop("vector")) for line in lines] == [8, 8]
+    rests = [line.pop("_rest", {}) for line in lines]
+    assert [{**line, **rest} for line, rest in zip(lines, rests, strict=True)] == records
+
+
 def test_a_model_that_recovers_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
 

@@ -356,6 +356,32 @@ def test_a_file_that_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
         Manifest(tmp_path / "absent" / "m.sqlite3")
 
 
+@pytest.mark.parametrize(
+    "damage", ["UPDATE facts SET value = '{'", "UPDATE facts SET value = '5'", "UPDATE shards SET position = NULL"]
+)
+def test_a_damaged_manifest_says_what_to_do(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.sqlite3"
+    with closing(Manifest(path)) as manifest:
+        manifest.begin({"sink": "out"})
+        manifest.commit(0, Shard(0, Counts(1, 1), 1), ["a"])
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(damage)
+        db.commit()
+    with (
+        closing(Manifest(path)) as manifest,
+        pytest.raises(BulkError, match="is damaged: start over with another --to"),
+    ):
+        manifest.begin({"sink": "out"})
+
+
+def test_a_database_of_another_program_is_no_manifest(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as db:
+        db.execute("CREATE TABLE users (name)")
+        db.commit()
+    with pytest.raises(BulkError, match="is a database of another program"):
+        Manifest(tmp_path / "shop.db")
+
+
 def test_ids_are_found_again_whatever_they_are(tmp_path: Path) -> None:
     ids: list[int | str] = [1, "1", -(2**63), 2**64, 2**70, "x" * 1000, "ü", "\0", ""]
     with closing(Manifest(tmp_path / "m.sqlite3")) as manifest:

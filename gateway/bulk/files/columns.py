@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from gateway.bulk.rows import Json, Row
@@ -9,6 +10,7 @@ from gateway.bulk.rows import Json, Row
 ID, VECTOR, SPARSE, MULTIVECTOR, REST = "id", "vector", "sparse", "multivector", "_rest"
 """The columns that the sink fills itself. A field of the payload with such a name goes into ``_rest``."""
 
+_OLD = frozenset({VECTOR, SPARSE, MULTIVECTOR, REST})
 _RESERVED = frozenset({ID, VECTOR, SPARSE, MULTIVECTOR, REST})
 Flat: TypeAlias = tuple[dict[str, Json], dict[str, Json]]
 
@@ -30,6 +32,24 @@ class FlatRows:
         for name, value in row.payload.items():
             (rest if name in _RESERVED or name == self.text_column else columns)[name] = value
         return columns, rest
+
+
+def restored(record: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return a record of a file as its row was before the sink wrote it: without vectors, and with the fields of the rest.
+
+    A record of another program may have vectors too, which are of another model.
+    """
+    if _OLD.isdisjoint(record):
+        return record
+    vectors = (VECTOR, SPARSE, MULTIVECTOR)
+    fields = {
+        name: value for name, value in record.items() if name not in vectors or not isinstance(value, list | dict)
+    }
+    rest = fields.get(REST)
+    if isinstance(rest, Mapping):
+        del fields[REST]
+        fields |= rest
+    return fields
 
 
 def _text_column(path: str) -> str:

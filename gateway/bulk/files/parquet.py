@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from typing import Any
 
 from gateway.bulk.fields import Record
+from gateway.bulk.files.columns import REST
 from gateway.bulk.files.lines import FileRecord, Mark
 from gateway.bulk.files.paths import SourceFile
+from gateway.bulk.files.tables import is_json
 from gateway.bulk.rows import BulkError, Json
 
 _BATCH_ROWS = 512
@@ -58,10 +61,14 @@ def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -
     """Yield the rows after a mark, whose ``offset`` and ``number`` are both the number of a row."""
     pa = import_pyarrow()
     with _open(file) as opened:
-        names = [name for name in opened.schema_arrow.names if columns is None or name in columns]
+        own = {field.name for field in opened.schema_arrow if is_json(field)}
+        names = [
+            name for name in opened.schema_arrow.names if columns is None or name in columns or name in own & {REST}
+        ]
         if columns is None:  # vectors of another model: they are replaced, and slow to read
             names = [name for name in names if name not in _OLD_VECTORS or not _is_nested(pa, opened, name)]
         convert = _converters(pa, file.path, opened.schema_arrow, names)
+        convert |= dict.fromkeys(own.intersection(names), _from_json)
         group, skipped = 0, 0
         while group < opened.num_row_groups and skipped + opened.metadata.row_group(group).num_rows <= start.offset:
             skipped += opened.metadata.row_group(group).num_rows
@@ -73,7 +80,8 @@ def read_parquet(file: SourceFile, start: Mark, columns: Sequence[str] | None) -
                 first, number = max(0, start.offset - number), number + batch.num_rows
                 kept = batch.slice(first)
                 for row, content in enumerate(_rows(kept, convert), start=number - kept.num_rows + 1):
-                    yield FileRecord(content, row, Mark(row, row))
+                    whole = _whole(content) if REST in own and not isinstance(content, str) else content
+                    yield FileRecord(whole, row, Mark(row, row))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise BulkError(f"{file.path}: cannot be read after row {number}: {error}") from error
 
@@ -97,6 +105,22 @@ def _converted(row: dict[str, Any], convert: Mapping[str, Callable[[Any], Json]]
     for name, change in convert.items():
         row[name] = change(row[name])
     return row
+
+
+def _whole(record: Record) -> Record:
+    """Return a row of a file by the gateway with all fields; one without a value is one that the row did not have."""
+    fields = {name: value for name, value in record.items() if value is not None}
+    rest = fields.pop(REST, None)
+    return {**fields, **rest} if isinstance(rest, Mapping) else fields
+
+
+def _from_json(text: Any) -> Json:
+    """Return the value that a column has as JSON; the text itself if another program has written it."""
+    try:
+        value: Json = json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        return str(text)
+    return value
 
 
 def _converters(pa: Any, path: str, schema: Any, names: Sequence[str]) -> dict[str, Callable[[Any], Json]]:

@@ -15,6 +15,9 @@ from gateway.bulk.rows import BulkError, Json
 from gateway.config.wording import count, cut, describe
 
 _TOO_LONG = f"the line has more than {MAX_LINE_BYTES // 2**20} MiB, which is the limit"
+# Servers of Rust stop at 128, and a payload is within a request there.
+_MAX_DEPTH = 100
+_TOO_DEEP = f"its values are nested more than {_MAX_DEPTH} deep, which is the limit"
 _DELIMITERS = ",;\t|"
 # Python's own limit for a field is 128 KiB.
 csv.field_size_limit(MAX_LINE_BYTES)
@@ -77,7 +80,26 @@ def _parse(line: Line) -> Record | str:
         if problem := _not_utf8(line.content):
             return problem
         return f"is not JSON: {error.msg}, at character {error.pos + 1}"
-    return value if isinstance(value, dict) else f"must be a JSON object, and is {describe(value)}"
+    if not isinstance(value, dict):
+        return f"must be a JSON object, and is {describe(value)}"
+    return _TOO_DEEP if _is_too_deep(line.content, value) else value
+
+
+def _is_too_deep(content: bytes, value: Json) -> bool:
+    """Return whether values are nested deeper than sinks can write."""
+    if content.count(b"[") + content.count(b"{") <= _MAX_DEPTH:  # as nearly always
+        return False
+    level: list[Json] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)  # type: ignore[union-attr]
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _not_utf8(content: bytes) -> str:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from gateway.bulk.fields import FieldNames, Fields, Record, resolve_fields
+from gateway.bulk.files.columns import restored
 from gateway.bulk.files.lines import FileRecord, Mark
 from gateway.bulk.files.paths import Format, SourceFile, find_files, reading
 from gateway.bulk.files.records import read_records
@@ -133,7 +134,9 @@ class FileSource:
         made = None
         if self.fields.id is None:
             made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}"))
-        return self.fields.row(record.content, place, position, made)
+        # A field that the user names is kept, whatever it is called.
+        content = restored(record.content) if self.fields.payload is None else record.content
+        return self.fields.row(content, place, position, made)
 
     def _check_unchanged(self, index: int) -> None:
         """Check that a file is what it was when its fingerprint was taken.

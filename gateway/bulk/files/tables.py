@@ -57,9 +57,13 @@ class Tables:
         pa: the module ``pyarrow``, which is imported only where it is needed.
         note: of the vectors.
         text_field: the path of the text in the source; ``None`` leaves the text out.
+        may_name: whether a column can have a name.
     """
 
-    def __init__(self, pa: Any, note: SpaceNote, text_field: str | None) -> None:
+    def __init__(
+        self, pa: Any, note: SpaceNote, text_field: str | None, may_name: Callable[[str], bool] = lambda _name: True
+    ) -> None:
+        self._may_name = may_name
         self._pa = pa
         self._note = note
         self._flat = FlatRows(text_field)
@@ -73,7 +77,8 @@ class Tables:
 
     def choose_columns(self, batch: EmbeddedRows) -> None:
         """Choose the columns for the fields of these rows, which are the first ones."""
-        self._columns = _choose_columns(self._flat.flatten(row)[0] for row in batch.rows)
+        columns = _choose_columns(self._flat.flatten(row)[0] for row in batch.rows)
+        self._columns = [column for column in columns if self._may_name(column.name)]
         are_whole = all(isinstance(row.id, int) and row.id in _INT64 for row in batch.rows)
         self._id_kind = "int64" if are_whole else "string"
 

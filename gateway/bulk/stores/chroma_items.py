@@ -26,13 +26,17 @@ def metadata_of(row: Row) -> dict[str, Value]:
     """Return the metadata of a row's item. Its text is the item's document.
 
     Raises:
-        BulkError: a field has the name of the one that keeps numeric ids.
+        BulkError: a field has the name of the one that keeps numeric ids, or no name.
     """
     metadata: dict[str, Value] = {}
     for name, value in row.payload.items():
         if name == ORIGINAL_ID:
             raise BulkError(
                 f"{row.place} has a field `{ORIGINAL_ID}`, which keeps numeric ids in Chroma: rename the field"
+            )
+        if not name:
+            raise BulkError(
+                f"{row.place} has a field without a name, which Chroma refuses: leave it out with --payload"
             )
         if (kept := _value(value)) is not None:
             metadata[name] = kept

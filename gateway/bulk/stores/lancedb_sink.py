@@ -48,7 +48,8 @@ class LanceSink:
             BulkError: it holds another space, or is not by the gateway.
         """
         self._metadata = {_KEY: json.dumps(note_to_json(note)).encode()}
-        self._tables = Tables(pa, note, self._keeping.text)
+        # Lance takes a dot for a path. Such a field is in the rest.
+        self._tables = Tables(pa, note, self._keeping.text, lambda name: name != "" and "." not in name)
         self._table = find_table(self._database, self._table_name, self.name)
         if self._table is None:
             return
