@@ -149,7 +149,7 @@ class BlockReader:
 
 
 def _bare(row_id: RowId) -> RowId:
-    """Return the id by which rows are told apart: most sinks keep ids as text, so ``1`` and ``"1"`` are one id."""
+    """Return the id that only one row may have: most sinks keep ids as text, so ``1`` and ``"1"`` are one id."""
     is_number = isinstance(row_id, str) and len(row_id) <= _MAX_DIGITS and row_id.isascii() and row_id.isdecimal()
     return int(row_id) if is_number and str(int(row_id)) == row_id else row_id
 
