@@ -53,7 +53,7 @@ class BusyMachine(GatewayClient):
         self._luck = {f"model{number}": float(np.exp(0.03 * dice.normal())) for number in range(10)}
         self._last: Sequence[str] = ()
 
-    async def embed(
+    async def embed(  # noqa: PLR0913  as the client's
         self,
         model: str,
         texts: Sequence[str],
@@ -63,6 +63,8 @@ class BusyMachine(GatewayClient):
         precision: Precision = Precision.FLOAT,
         outputs: Sequence[Output] = (Output.DENSE,),
         truncate: Truncate = Truncate.END,
+        *,
+        is_late: bool = False,
     ) -> EmbeddedTexts:
         memory = 0.975
         self._states = memory * self._states + np.sqrt(1 - memory**2) * self._dice.normal(size=2)

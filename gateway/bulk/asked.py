@@ -6,12 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gateway.bulk.chunking import Chunking
 from gateway.bulk.rows import BulkError
 from gateway.config.wording import enumerate_names
+from gateway.errors import ContextLengthExceeded, InvalidVectors, OutOfMemory
 from gateway.types import Output, Truncate
 
 PROBE = "What is embedded here?"
 PASSAGE_TASK = "retrieval.passage"
+OF_A_TEXT = (ContextLengthExceeded, InvalidVectors, OutOfMemory)
+"""Errors of one text: without it, the others can be embedded."""
+
 OUTPUTS = (Output.DENSE, Output.SPARSE, Output.MULTIVECTOR)
 _SIZED = re.compile(r"(?P<name>.+)@(?P<size>[1-9]\d{0,5})", re.ASCII | re.DOTALL)
 
@@ -25,6 +30,7 @@ class Asked:
         dimensions: of the dense vectors; ``None`` for the model's own.
         truncate: how to treat texts that are too long.
         prefers_passages: a name without a task means a document's task, where the model has it; otherwise its default task.
+        chunking: how long texts are cut before; ``None`` for whole texts.
     """
 
     name: str
@@ -32,9 +38,10 @@ class Asked:
     outputs: Sequence[Output] = (Output.DENSE,)
     truncate: Truncate = Truncate.END
     prefers_passages: bool = True
+    chunking: Chunking | None = None
 
 
-def ask(model: str, outputs: str | None, truncate: Truncate) -> Asked:
+def ask(model: str, outputs: str | None, truncate: Truncate, chunking: Chunking | None = None) -> Asked:
     """Read the options of a command.
 
     Args:
@@ -49,7 +56,7 @@ def ask(model: str, outputs: str | None, truncate: Truncate) -> Asked:
     wanted = _outputs(outputs)
     if size is not None and Output.DENSE not in wanted:
         raise BulkError(f"--model {model}: only dense vectors have a size to choose, and --outputs has none")
-    return Asked(name, size, wanted, truncate)
+    return Asked(name, size, wanted, truncate, chunking=chunking)
 
 
 def _outputs(text: str | None) -> tuple[Output, ...]:

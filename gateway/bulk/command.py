@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.text import Text
 from gateway import __version__
 from gateway.bulk.asked import Asked
 from gateway.bulk.blocks import OnError
-from gateway.bulk.embedder import Embedder
+from gateway.bulk.embedder import Embedder, chunker
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.files.folder import FolderSink
 from gateway.bulk.files.source import FileSource
@@ -164,7 +164,8 @@ async def _run(
             return note, Outcome(type(done)(), done, 0.0, is_finished=True)
         stop_on_signals(stop, console)
         with show_progress(console) as reporter:
-            work = Job(job.source, job.sink, job.manifest, embedder, job.options, reporter)
+            options = replace(job.options, expand=await chunker(embedder, asked))
+            work = Job(job.source, job.sink, job.manifest, embedder, options, reporter)
             return note, await work.run(progress, stop)
 
 
@@ -224,6 +225,7 @@ def _identity(request: EmbedRequest, source: Source, sink: Sink) -> dict[str, Js
         "outputs": ", ".join(output.value for output in request.asked.outputs),
         "truncate": request.asked.truncate.value,
         "fields": _fields(request, source),
+        "chunks": None if request.asked.chunking is None else str(request.asked.chunking),
         "sink": _sink_name(request, sink),
     }
 

@@ -9,7 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, SpaceNote
+from gateway.bulk.asked import Asked
+from gateway.bulk.blocks import Expand
+from gateway.bulk.chunking import Chunk, Chunker, ModelTokens
+from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Row, RowId, SpaceNote
 from gateway.errors import GatewayError
 from gateway.types import MultiVector, SparseVector, Vectors
 
@@ -51,12 +54,22 @@ class Embedder(Protocol):
     num_calls: int
     block_texts: int
 
-    async def embed(self, texts: Sequence[str]) -> TextVectors:
+    async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
         """Embed texts.
+
+        Args:
+            is_late: they are consecutive chunks of one document, which is embedded as a whole.
 
         Raises:
             TextRefused: one of the texts cannot be embedded.
             BulkError: the model cannot be used, or not any more.
+        """
+
+    async def tokens(self) -> ModelTokens:
+        """Return the model's tokens.
+
+        Raises:
+            BulkError: they are not known here.
         """
 
 
@@ -115,7 +128,10 @@ class BlockEmbedder:
             BulkError: the model cannot be used.
         """
         gathered = _Gathered()
-        calls = [asyncio.create_task(self._call(rows, places, gathered)) for places in self._cut(rows)]
+        windows = _windows(rows)
+        runs = self._cut(rows) if windows is None else windows
+        is_late = windows is not None
+        calls = [asyncio.create_task(self._call(rows, places, gathered, is_late=is_late)) for places in runs]
         try:
             await asyncio.gather(*calls)
         finally:
@@ -156,15 +172,18 @@ class BlockEmbedder:
         if places:
             yield places
 
-    async def _call(self, rows: Sequence[Row], places: Sequence[int], gathered: _Gathered) -> None:
+    async def _call(
+        self, rows: Sequence[Row], places: Sequence[int], gathered: _Gathered, *, is_late: bool = False
+    ) -> None:
         try:
             async with self._calls:
-                vectors = await self._embedder.embed([rows[place].text for place in places])
+                vectors = await self._embedder.embed([rows[place].text for place in places], is_late=is_late)
         except TextRefused as error:
-            if len(places) == 1:
-                row = rows[places[0]]
-                gathered.refused[places[0]] = BadRow(row.place, str(error), row.position, row.id)
-                self._on_rows(1)
+            if len(places) == 1 or is_late:  # chunks by themselves would have other vectors than together
+                for place in places:
+                    row = rows[place]
+                    gathered.refused[place] = BadRow(row.place, str(error), row.position, row.id)
+                self._on_rows(len(places))
                 return
             middle = len(places) // 2
             await self._call(rows, places[:middle], gathered)
@@ -174,3 +193,26 @@ class BlockEmbedder:
             raise BulkError(f"the model returned {len(vectors.dense)} vectors for {len(places)} texts")
         gathered.add(places, vectors, len(rows))
         self._on_rows(len(places))
+
+
+def _windows(rows: Sequence[Row]) -> list[list[int]] | None:
+    """Return the places of chunks that are embedded together; ``None`` if all texts are embedded by themselves."""
+    windows: dict[tuple[RowId, int], list[int]] = {}
+    for place, row in enumerate(rows):
+        if not isinstance(row, Chunk) or row.window is None:
+            return None
+        windows.setdefault((row.document, row.window), []).append(place)
+    return list(windows.values()) or None
+
+
+async def chunker(embedder: Embedder, asked: Asked) -> Expand | None:
+    """Return the function that cuts the texts of a job into chunks; ``None`` if they are embedded whole.
+
+    Raises:
+        BulkError: the model's tokens are not known, or it cannot embed such chunks.
+    """
+    if asked.chunking is None:
+        return None
+    tokens = await embedder.tokens()
+    await asyncio.to_thread(asked.chunking.check, tokens, asked.name)
+    return Chunker(asked.chunking, tokens).expand

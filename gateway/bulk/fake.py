@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.embedder import TextRefused, TextVectors
 from gateway.bulk.rows import SpaceNote
-from gateway.types import SparseVector
+from gateway.types import SparseVector, Token
 
 
 class FakeEmbedder:
@@ -44,8 +45,18 @@ class FakeEmbedder:
         self.block_texts = 256
         self._on_call = on_call
 
-    async def embed(self, texts: Sequence[str]) -> TextVectors:
+    async def tokens(self) -> ModelTokens:
+        def split(texts: Sequence[str]) -> list[list[Token]]:
+            return [
+                [Token(ord(c), c, is_special=False, start=i, stop=i + 1) for i, c in enumerate(text)] for text in texts
+            ]
+
+        return ModelTokens(split, lambda texts: [2 + len(text) for text in texts], 100, can_chunk_late=True)
+
+    async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
         self._on_call(texts)
+        if is_late and sum(map(len, texts)) > 98:
+            raise TextRefused("the chunks are longer than the model reads")
         if any(text.startswith("refuse") for text in texts):
             raise TextRefused("the model refuses a text that begins with `refuse`")
         lengths = [min(100, len(text)) for text in texts]

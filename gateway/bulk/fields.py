@@ -63,13 +63,14 @@ class Fields:
         text = get(record, self.text)
         if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
             return BadRow(place, f"the text, in field `{self.text}`, {_wrong_text(text)}", position, found_id)
+        num_title = 0
         title = None if self.title is None else get(record, self.title)
         if title not in (None, _ABSENT, ""):
             if not isinstance(title, str):
                 problem = f"the title, in field `{self.title}`, must be text, and is {describe(title)}"
                 return BadRow(place, problem, position, found_id)
-            text = f"{title} {text}"
-        return Row(found_id, text, self._payload(record), place, position)
+            text, num_title = f"{title} {text}", len(title) + 1
+        return Row(found_id, text, self._payload(record), place, position, num_title)
 
     def _id(self, record: Record) -> object:
         return _ABSENT if self.id is None else get(record, self.id)

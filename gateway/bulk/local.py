@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from gateway.backends.base import Replicated
-from gateway.bulk.asked import PASSAGE_TASK, PROBE, Asked, without_place
+from gateway.bulk.asked import OF_A_TEXT, PASSAGE_TASK, PROBE, Asked, without_place
+from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.embedder import TextRefused, TextVectors
 from gateway.bulk.rows import BulkError, SpaceNote
 from gateway.cli.in_process import PATIENCE_S, in_process_deployment
@@ -17,11 +18,8 @@ from gateway.config.registry import Registry
 from gateway.config.settings import Settings
 from gateway.errors import (
     BadInput,
-    ContextLengthExceeded,
     InferenceFailed,
-    InvalidVectors,
     ModelNotReady,
-    OutOfMemory,
     Overloaded,
     RequestError,
     StartError,
@@ -45,7 +43,6 @@ _MULTIVECTOR_CHARACTERS = 64_000
 _CHARACTERS = 1_000_000
 # How long a model that hung or failed may take to be loaded again.
 _RECOVERY_S = 600.0
-_OF_A_TEXT = (ContextLengthExceeded, InvalidVectors, OutOfMemory)
 
 
 @asynccontextmanager
@@ -113,7 +110,7 @@ class _Caller:
     task: str | None
     priority: Priority = Priority.NORMAL
 
-    async def call(self, texts: Sequence[str]) -> EmbedAnswer:
+    async def call(self, texts: Sequence[str], *, is_late: bool = False) -> EmbedAnswer:
         return await self.service.embed(
             EmbedRequest(
                 texts=texts,
@@ -126,8 +123,14 @@ class _Caller:
                 dimensions=self.asked.dimensions,
                 outputs=self.asked.outputs,
                 priority=self.priority,
+                is_late_chunked=is_late,
             )
         )
+
+    async def tokens(self, task: str | None) -> ModelTokens:
+        target = self.service.target(self.asked.name, self.task, GATEWAY)
+        async with self.service.vocabulary(target, "tokenize") as vocabulary:
+            return ModelTokens.of(vocabulary, target.info, task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +172,18 @@ class LocalEmbedder:
         self.block_texts, self.max_texts, self.num_calls = shape.block_texts, shape.max_texts, shape.num_calls
         self.max_characters = _MULTIVECTOR_CHARACTERS if note.token_width else _CHARACTERS
 
-    async def embed(self, texts: Sequence[str]) -> TextVectors:
+    async def tokens(self) -> ModelTokens:
+        try:
+            return await self._caller.tokens(self.note.task)
+        except RequestError as error:
+            raise BulkError(f"--chunk needs the model's tokens, but {error.message}") from error
+
+    async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
         deadline = time.monotonic() + _RECOVERY_S
         while True:
             try:
-                answer = await self._caller.call(texts)
-            except _OF_A_TEXT as error:
+                answer = await self._caller.call(texts, is_late=is_late)
+            except OF_A_TEXT as error:
                 raise TextRefused(without_place(error.message)) from error
             except InferenceFailed as error:
                 if await self._works():

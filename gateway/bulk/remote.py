@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from gateway.api.openai_schema import ModelCard
 from gateway.bulk.asked import PASSAGE_TASK, PROBE, Asked, without_place
+from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.embedder import TextRefused, TextVectors
 from gateway.bulk.rows import BulkError, SpaceNote
 from gateway.cli.client import EmbeddedTexts, GatewayClient, Refused, connect
 from gateway.errors import StartError
-from gateway.types import Output
+from gateway.types import Output, Token
 
 # Longer than the default time after which a gateway gives up on a request itself.
 _TIMEOUT_S = 330.0
@@ -65,7 +67,7 @@ async def _prepare(client: GatewayClient, asked: Asked) -> RemoteEmbedder:
         token_width=probe.multivectors[0].shape[1] if Output.MULTIVECTOR in asked.outputs else 0,
         has_sparse=Output.SPARSE in asked.outputs,
     )
-    return RemoteEmbedder(client, asked, task, note)
+    return RemoteEmbedder(client, asked, task, note, card)
 
 
 async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, str | None]:
@@ -83,7 +85,13 @@ async def _probe(client: GatewayClient, asked: Asked) -> tuple[EmbeddedTexts, st
 
 
 async def _embed(
-    client: GatewayClient, asked: Asked, texts: Sequence[str], task: str | None, space: str | None
+    client: GatewayClient,
+    asked: Asked,
+    texts: Sequence[str],
+    task: str | None,
+    space: str | None,
+    *,
+    is_late: bool = False,
 ) -> EmbeddedTexts:
     return await client.embed(
         asked.name,
@@ -93,14 +101,16 @@ async def _embed(
         expect_space=space,
         outputs=asked.outputs,
         truncate=asked.truncate,
+        is_late=is_late,
     )
 
 
 class RemoteEmbedder:
     """An :class:`~gateway.bulk.embedder.Embedder` that sends requests, several at once."""
 
-    def __init__(self, client: GatewayClient, asked: Asked, task: str | None, note: SpaceNote) -> None:
+    def __init__(self, client: GatewayClient, asked: Asked, task: str | None, note: SpaceNote, card: ModelCard) -> None:
         self._client = client
+        self._card = card
         self._asked = asked
         self._task = task
         self.note = note
@@ -110,9 +120,42 @@ class RemoteEmbedder:
         self.num_calls = _NUM_CALLS
         self.block_texts = _BLOCK_TEXTS // share
 
-    async def embed(self, texts: Sequence[str]) -> TextVectors:
+    async def tokens(self) -> ModelTokens:
+        """Return the model's tokens, as the gateway's ``/tokenize`` splits texts.
+
+        The functions may be called in any thread but that of the event loop.
+        """
+        loop, card = asyncio.get_running_loop(), self._card
+        # A space of the name would be refused there, and is checked with each request for vectors.
+        name = self._asked.name.partition("@")[0]
+
+        async def split(texts: Sequence[str], *, as_embedded: bool) -> list[list[Token]]:
+            task = self.note.task if as_embedded else None
+            return await self._client.tokenize(name, texts, task, add_special_tokens=as_embedded)
+
+        def wait(texts: Sequence[str], *, as_embedded: bool) -> list[list[Token]]:
+            try:
+                return asyncio.run_coroutine_threadsafe(split(texts, as_embedded=as_embedded), loop).result()
+            except StartError as error:
+                raise BulkError(f"--chunk needs the model's tokens: {error}") from error
+
         try:
-            answer = await self._patiently(texts)
+            [probe] = await split([PROBE], as_embedded=True)
+            counted = (await _embed(self._client, self._asked, [PROBE], self._task, self.note.space)).num_tokens
+        except StartError as error:
+            raise BulkError(f"--chunk needs the model's tokens: {error}") from error
+        # An instruction of a model without tasks, which `/tokenize` does not know.
+        more = max(0, counted - len(probe))
+
+        def count(texts: Sequence[str]) -> list[int]:
+            return [more + len(row) for row in wait(texts, as_embedded=True)]
+
+        can_chunk_late = True  # unknown; the first document shows it
+        return ModelTokens(partial(wait, as_embedded=False), count, card.max_tokens or 0, can_chunk_late)
+
+    async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
+        try:
+            answer = await self._patiently(texts, is_late=is_late)
         except Refused as refused:
             message = without_place(refused.reason)
             if refused.code in _OF_A_TEXT or (refused.status in _TOO_MUCH and len(texts) > 1):
@@ -132,15 +175,15 @@ class RemoteEmbedder:
             answer.multivectors if self.note.token_width else None,
         )
 
-    async def _patiently(self, texts: Sequence[str]) -> EmbeddedTexts:
+    async def _patiently(self, texts: Sequence[str], *, is_late: bool = False) -> EmbeddedTexts:
         """Send a request; once more after an error that may have nothing to do with the texts."""
         try:
-            return await _embed(self._client, self._asked, texts, self._task, self.note.space)
+            return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
         except Refused as refused:
             if refused.status not in _FAILED or refused.code in _OF_A_TEXT:
                 raise
         await asyncio.sleep(_PAUSE_S)
-        return await _embed(self._client, self._asked, texts, self._task, self.note.space)
+        return await _embed(self._client, self._asked, texts, self._task, self.note.space, is_late=is_late)
 
     async def _works(self) -> bool:
         """Return whether the gateway embeds another text, so that the failure was one of the texts."""

@@ -31,6 +31,7 @@ class Row:
         payload: its other fields, without the id and the text, which a sink stores with the vector.
         place: of the row, for messages: ``docs.jsonl:17``, or ``id 5 of qdrant://localhost/docs``.
         position: where reading goes on after this row.
+        num_title: characters at the beginning of the text that are the title.
     """
 
     id: RowId
@@ -38,6 +39,7 @@ class Row:
     payload: Mapping[str, Json]
     place: str
     position: Position
+    num_title: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from gateway.api.openai_schema import ModelCard
 from gateway.errors import StartError
 from gateway.experiments.report import ExperimentList, ExperimentReport
 from gateway.precision import Precision
-from gateway.types import MultiVector, Output, SparseVector, Truncate, Vectors
+from gateway.types import MultiVector, Output, SparseVector, Token, Truncate, Vectors
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
@@ -116,7 +116,7 @@ class GatewayClient:
         """
         return await self._get(f"/v1/experiments/{quote(experiment_id)}", ExperimentReport)
 
-    async def embed(
+    async def embed(  # noqa: PLR0913  an argument for each field
         self,
         model: str,
         texts: Sequence[str],
@@ -126,6 +126,8 @@ class GatewayClient:
         precision: Precision = Precision.FLOAT,
         outputs: Sequence[Output] = (Output.DENSE,),
         truncate: Truncate = Truncate.END,
+        *,
+        is_late: bool = False,
     ) -> EmbeddedTexts:
         """Embed texts.
 
@@ -133,14 +135,15 @@ class GatewayClient:
             precision: float, int8 or uint8; the numbers of the vectors are then integers.
             outputs: the representations to ask for.
             truncate: how to treat texts that are too long.
+            is_late: the texts are consecutive chunks of one document.
 
         Raises:
             Refused: the gateway refuses the request: for example, the space is not the expected one.
             StartError: the gateway does not answer, or answers with something other than vectors.
         """
         body: dict[str, object] = {"model": model, "input": list(texts), "encoding_format": "base64"}
-        body |= {"task": task} if task is not None else {}
-        body |= {"dimensions": dimensions} if dimensions is not None else {}
+        optional = {"task": task, "dimensions": dimensions, "late_chunking": is_late or None}
+        body |= {name: value for name, value in optional.items() if value is not None}
         body |= {"embedding_type": precision.value} if precision is not Precision.FLOAT else {}
         body |= {"outputs": list(outputs)} if tuple(outputs) != (Output.DENSE,) else {}
         body |= {"truncate": _TRUNCATE[truncate]} if truncate is not Truncate.END else {}
@@ -173,6 +176,33 @@ class GatewayClient:
             multivectors=multivectors,
             num_truncated=_count_listed(answer.headers.get("x-gateway-truncated", "")),
         )
+
+    async def tokenize(
+        self, model: str, texts: Sequence[str], task: str | None, *, add_special_tokens: bool
+    ) -> list[list[Token]]:
+        """Return the tokens of texts.
+
+        Args:
+            task: its instruction is put before each text.
+
+        Raises:
+            Refused: the gateway refuses the request: the model runs elsewhere, for example.
+            StartError: the gateway does not answer, or answers with something other than tokens.
+        """
+        body: dict[str, object] = {"inputs": list(texts), "add_special_tokens": add_special_tokens}
+        body |= {"prompt_name": task} if task is not None else {}
+        path = f"/tei/{quote(model, safe='/:')}/tokenize"
+        answer = await self._send("POST", path, orjson.dumps(body))
+        try:
+            rows = [
+                [Token(one["id"], one["text"], one["special"], one["start"], one["stop"]) for one in row]
+                for row in orjson.loads(answer.content)
+            ]
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise StartError(f"{self.source} is not a gateway of this version: it returns no tokens") from error
+        if len(rows) != len(texts):
+            raise StartError(f"{self._name} returned the tokens of {len(rows)} texts for {len(texts)}")
+        return rows
 
     async def _get(self, path: str, model: type[Answer]) -> Answer:
         answer = await self._send("GET", path)

@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gateway.cli.options import API_KEY_ENV, ApiKeyOption, ModelsOption
 from gateway.config.registry import load_registry
 from gateway.config.settings import load_settings
+
+if TYPE_CHECKING:
+    from gateway.bulk.chunking import Chunking
 
 
 class _OnError(StrEnum):
@@ -56,6 +59,19 @@ PayloadOption = Annotated[
 ]
 StoreTextOption = Annotated[bool, typer.Option("--store-text/--no-store-text", help="Whether to keep the text.")]
 TruncateOption = Annotated[_Truncate, typer.Option(help="How to treat a text that is too long for the model.")]
+ChunkOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        min=1,
+        help="Cut texts into chunks of at most so many tokens of the model, instruction and special tokens included.",
+    ),
+]
+OverlapOption = Annotated[
+    int, typer.Option(metavar="TOKENS", min=0, help="Tokens that a chunk shares with the last one.")
+]
+LateOption = Annotated[bool, typer.Option("--late", help="Embed the chunks of a document together (late chunking).")]
+RepeatTitleOption = Annotated[bool, typer.Option("--repeat-title", help="Put the title before each chunk.")]
 OnErrorOption = Annotated[_OnError, typer.Option(help="What to do at a row that cannot be embedded.")]
 ErrorsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="List of skipped rows. By default next to the manifest.")
@@ -103,6 +119,10 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
     payload: PayloadOption = None,
     store_text: StoreTextOption = True,
     truncate: TruncateOption = _Truncate.END,
+    chunk: ChunkOption = None,
+    overlap: OverlapOption = 0,
+    late: LateOption = False,
+    repeat_title: RepeatTitleOption = False,
     on_error: OnErrorOption = _OnError.STOP,
     errors: ErrorsOption = None,
     url: UrlOption = None,
@@ -118,20 +138,19 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
 ) -> None:
     """Embed a corpus, each row exactly once.
 
-    Reads files or a store, and writes files or a store. If it is interrupted, or the machine fails, the same command goes on
-    where it was. A document's task (retrieval.passage) is used where the model has it and --model names no other.
+    Reads and writes files or a store. If it is interrupted, the same command goes on where it was. The task of documents
+    (retrieval.passage) is used where the model has it and --model names no other.
     """
     from gateway.bulk.asked import ask
     from gateway.bulk.command import EmbedRequest, OwnModels, RunningGateway, run_embed
     from gateway.bulk.fields import FieldNames
     from gateway.types import Truncate
 
-    fields = None if payload is None else tuple(name.strip() for name in payload.split(",") if name.strip())
     request = EmbedRequest(
         sources=sources,
         sink=to,
-        asked=ask(model, outputs, Truncate(truncate.value)),
-        names=FieldNames(id_field, text, title, () if fields == ("none",) else fields),
+        asked=ask(model, outputs, Truncate(truncate.value), _chunking(chunk, overlap, late, repeat_title)),
+        names=FieldNames(id_field, text, title, _fields(payload)),
         state_folder=_state_folder(os.environ),
         manifest=manifest,
         errors=errors,
@@ -142,13 +161,31 @@ def embed(  # noqa: PLR0913, PLR0917  an argument for each option
         restarts=restart,
         price_per_hour=price_per_hour,
     )
-    gateway: RunningGateway | OwnModels
     if url is not None:
-        gateway = RunningGateway(url, os.environ.get(api_key_env))
+        gateway: RunningGateway | OwnModels = RunningGateway(url, os.environ.get(api_key_env))
     else:
         settings = load_settings(os.environ, models=models, cluster=cluster)
         gateway = OwnModels(load_registry(settings.models, os.environ), settings)
     raise typer.Exit(run_embed(request, gateway, as_json=as_json))
+
+
+def _fields(text: str | None) -> tuple[str, ...] | None:
+    """Return the fields of the payload; ``None`` for all."""
+    if text is None:
+        return None
+    fields = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if fields == ("none",) else fields
+
+
+def _chunking(tokens: int | None, overlap: int, is_late: bool, repeats_title: bool) -> Chunking | None:
+    from gateway.bulk.chunking import Chunking
+    from gateway.bulk.rows import BulkError
+
+    if tokens is not None:
+        return Chunking(tokens, overlap, is_late, repeats_title)
+    if overlap or is_late or repeats_title:
+        raise BulkError("--overlap, --late and --repeat-title are for chunks: set their size with --chunk TOKENS")
+    return None
 
 
 def _state_folder(environ: Mapping[str, str]) -> Path:

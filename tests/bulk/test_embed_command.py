@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,52 @@ def test_a_task_of_the_name_is_kept_and_a_title_is_put_before_the_text(
         asked = [request for request in served if request.get("input") == ["T0 one"]]
         assert [request["headers"]["x-gateway-priority"] for request in asked] == ["low", "low"]
         assert all(request["headers"]["x-gateway-expect-space"].startswith("jina@") for request in asked)
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("way", WAYS, ids=["in process", "through a gateway"])
+def test_long_texts_are_cut_into_chunks(way: Sequence[str], tmp_path: Path) -> None:
+    text = " ".join(f"Sentence {i} is here." for i in range(20))
+    source = write(tmp_path / "docs.jsonl", [text, "short"])
+    cut = ("--chunk", "14", "--overlap", "4", "--title", "title", "--repeat-title")
+    result = embed(source, "--model", "jina", "--to", tmp_path / "out", *cut, *way)
+    assert result.exit_code == 0, result.output
+    rows = rows_of(tmp_path / "out")
+    assert [row["id"] for row in rows] == [*(f"0#{number}" for number in range(len(rows) - 1)), "1#0"]
+    assert len(rows) > 8
+    for number, row in enumerate(rows[:-1]):
+        start, stop = row["chunk_start"], row["chunk_stop"]
+        assert row["text"] == f"T0 {text[start:stop]}"
+        assert row["text"].endswith("here.")
+        assert len(row["text"].split()) <= 14 - 2  # the special token and the instruction
+        assert (row["chunk"], row["chunk_of"], row["lang"]) == (number, 0, "en")
+    assert all(row["chunk_start"] < before["chunk_stop"] for before, row in pairwise(rows[:-1]))
+    other = embed(source, "--model", "jina", "--to", tmp_path / "out", "--chunk", "15", *way)
+    assert (other.exit_code, "chunks" in other.output) == (1, True)
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("way", WAYS, ids=["in process", "through a gateway"])
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--overlap", "4"], "set their size with --chunk TOKENS"),
+        (["--chunk", "4"], "so a chunk needs at least 10"),
+        (["--chunk", "300"], "jina reads 256 tokens at most"),
+        (["--chunk", "20", "--overlap", "15"], "--overlap 15: it must be at most half"),
+        (["--chunk", "20", "--late", "--overlap", "2"], "have no meaning"),
+        (["--chunk", "20", "--late"], "it needs the mean over token states"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_chunks_that_the_model_cannot_embed_are_refused(
+    way: Sequence[str], options: Sequence[str], problem: str, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "docs.jsonl", ["one"])
+    result = embed(source, "--model", "jina", "--to", tmp_path / "out", *options, *way)
+    assert result.exit_code == 1
+    assert problem in one_line(result)
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 @pytest.mark.usefixtures("served")

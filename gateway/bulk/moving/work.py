@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gateway.bulk.asked import PASSAGE_TASK, Asked, ask
+from gateway.bulk.chunking import ModelTokens
 from gateway.bulk.command import OwnModels, RunningGateway, open_embedder, stop_on_signals
 from gateway.bulk.embedder import Embedder, TextVectors
 from gateway.bulk.moving.checking import allowed_changes
@@ -47,8 +48,11 @@ class _Flattened:
         self.num_calls = embedder.num_calls
         self.block_texts = embedder.block_texts
 
-    async def embed(self, texts: Sequence[str]) -> TextVectors:
-        return await self._embedder.embed([text.replace("\n", " ") for text in texts])
+    async def tokens(self) -> ModelTokens:
+        return await self._embedder.tokens()
+
+    async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
+        return await self._embedder.embed([text.replace("\n", " ") for text in texts], is_late=is_late)
 
 
 def place_of(move: Move) -> Place:
