@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import orjson
+import structlog
 from fastapi import Request, Response
 from starlette.datastructures import Headers
 from starlette.types import Message, Scope
@@ -27,6 +28,8 @@ from gateway.http.context import RequestContext
 from gateway.http.error_forms import ErrorForm, render_error
 from gateway.http.pace import Pace
 from gateway.types import Output, Priority
+
+log = structlog.get_logger(__name__)
 
 ENDPOINTS = ("/v1/embeddings", "/v1/rerank")
 """The paths whose requests a batch may hold."""
@@ -70,6 +73,13 @@ class LineRequests:
         if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID_CHARACTERS:
             what = f"a string of 1 to {_MAX_ID_CHARACTERS} characters"
             raise WrongLine("invalid_custom_id", f"`custom_id` must be {what}, got {describe(custom_id)}.", "custom_id")
+        try:
+            return self._request_of(endpoint, custom_id, content)
+        except WrongLine as error:
+            error.custom_id = custom_id
+            raise
+
+    def _request_of(self, endpoint: str, custom_id: str, content: Mapping[str, Json]) -> Line:
         if content.get("method") != "POST":
             raise WrongLine("invalid_method", f"`method` must be POST, got {_shown(content.get('method'))}.", "method")
         if content.get("url") != endpoint:
@@ -82,7 +92,10 @@ class LineRequests:
         if not isinstance(body, dict):
             raise WrongLine("invalid_request", f"`body` must be an object, got {describe(body)}.", "body")
         model = body.get("model")
-        written = orjson.dumps(body)
+        try:
+            written = orjson.dumps(body)
+        except orjson.JSONEncodeError as error:  # it reads what is nested deeper than it writes
+            raise WrongLine("invalid_request", f"`body` cannot be passed on: {error}.", "body") from None
         limit = self._endpoint.settings.max_body_bytes
         if len(written) > limit:
             raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
@@ -117,6 +130,10 @@ class LineRequests:
             await response(request.scope, request.receive, sent.send)
         except RequestError as error:
             return _failed(error, request_id, context.error_form)
+        except Exception:  # as over HTTP: a fault in the gateway costs the request that meets it, not its batch
+            log.exception("unexpected_error", request_id=request_id, batch=batch.id)
+            problem = InternalError(f"internal error; the log has more under request id {request_id}")
+            return _failed(problem, request_id, context.error_form)
         finally:
             context.memory.release()
         return Answered(sent.status, request_id, bytes(sent.body), context.num_tokens or 0)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -17,7 +17,7 @@ from gateway.api.endpoint import add
 from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.batches.runner import Runner
 from gateway.batches.store import Page
-from gateway.batches.values import KEPT_S, MAX_FILE_BYTES, Purpose, StoredFile
+from gateway.batches.values import KEPT_S, MAX_FILE_BYTES, BatchesUnavailable, Purpose, StoredFile
 from gateway.config.wording import cut
 from gateway.errors import BadInput, BodyTooLarge, NotFound, RateLimited, UnsupportedEncoding
 from gateway.http.context import RequestContext
@@ -114,7 +114,7 @@ class FileRoutes:
                 form.finish()
                 file = await upload.finish(owner)
             except BaseException:
-                await runner.call(runner.store.discard, upload.file_id)
+                await runner.call(runner.store.abandon, upload.file_id)
                 raise
         return card_of(file)
 
@@ -151,7 +151,12 @@ class FileRoutes:
         file = await self._find(request, file_id)
         runner = require_runner(self._runner)
         headers = {"content-length": str(file.num_bytes)}
-        return StreamingResponse(_pieces(runner, file), media_type="application/octet-stream", headers=headers)
+        try:
+            content = await runner.call(runner.store.open, file.id)
+        except OSError as error:
+            raise BatchesUnavailable(f"the content of {file.id} cannot be read: {error.strerror}") from error
+        pieces = _pieces(runner, content, file.num_bytes)
+        return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
     async def _find(self, request: Request, file_id: str) -> StoredFile:
         runner = require_runner(self._runner)
@@ -233,10 +238,9 @@ class _Upload:
         return self._fields[name].decode("utf-8", "replace") if name in self._fields else None
 
 
-async def _pieces(runner: Runner, file: StoredFile) -> AsyncIterator[bytes]:
-    """Yield the content of a file; one that is deleted meanwhile is still sent."""
-    with await runner.call(runner.store.open, file.id) as content:
-        left = file.num_bytes
+async def _pieces(runner: Runner, content: BinaryIO, left: int) -> AsyncIterator[bytes]:
+    """Yield the content of a file, and close it; one that is deleted meanwhile is still sent."""
+    with content:
         while left and (piece := await runner.call(content.read, min(left, _PIECE_BYTES))):
             left -= len(piece)
             yield piece
@@ -261,7 +265,8 @@ def owner_of(request: Request, *, has_keys: bool) -> str:
 def clean_name(name: str) -> str:
     """Return the name of a file without folders and without characters that cannot be shown."""
     last = re.split(r"[/\\]", name)[-1]
-    return _UNPRINTABLE.sub("", last).strip()[:_MAX_NAME] or "upload.jsonl"
+    name = _UNPRINTABLE.sub("", last).strip()[:_MAX_NAME]
+    return name if name.strip(".") else "upload.jsonl"
 
 
 def read_kept_s(anchor: object, seconds: object, field: str) -> int:

@@ -20,12 +20,17 @@ class Interrupted(Exception):
 
 
 class WrongLine(Exception):
-    """A line is not a request that this batch can have; ``code`` and ``param`` are for the client."""
+    """A line is not a request that this batch can have; ``code`` and ``param`` are for the client.
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    Args:
+        custom_id: of the line, if that much of it could be read.
+    """
+
+    def __init__(self, code: str, message: str, param: str | None = None, custom_id: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.param = param
+        self.custom_id = custom_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +40,14 @@ class Line:
     Attributes:
         body: as JSON.
         weight: how large the answer may be, in vectors of a text.
+        answered: what it got without being made.
     """
 
     custom_id: str
     model: str | None
     body: bytes
     weight: int = 1
+    answered: Answered | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,18 @@ def _read(raw: RawLine, endpoint: str, requests: Requests) -> Line:
     if raw.is_too_long:
         raise WrongLine("line_too_long", f"This line has more than {requests.max_line_bytes} bytes.")
     return requests.read(endpoint, raw.content)
+
+
+def read_again(raw: RawLine, batch: Batch, requests: Requests) -> Line:
+    """Read a line of a batch in progress. If it is no longer accepted, it has its answer.
+
+    Its batch was validated, but perhaps by a gateway with higher limits: that must not hold up the other lines.
+    """
+    try:
+        return _read(raw, batch.endpoint, requests)
+    except WrongLine as error:
+        problem = {"message": str(error), "type": "invalid_request_error", "param": error.param, "code": error.code}
+        return Line(error.custom_id, None, b"", answered=Answered(400, "", orjson.dumps({"error": problem})))
 
 
 def _check(line: Line, first: Line, ids: set[bytes]) -> None:

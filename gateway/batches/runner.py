@@ -16,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import structlog
 
-from gateway.batches.lines import Answered, Line, RawLine, Requests, expired_line, output_line, read_lines, validate
+from gateway.batches import lines as of_lines
+from gateway.batches.lines import Answered, Line, RawLine, Requests, read_again, read_lines
 from gateway.batches.store import Store
 from gateway.batches.values import Batch, LineError, Purpose, Status, StoredFile
 from gateway.telemetry import metrics
@@ -28,8 +30,6 @@ from gateway.telemetry import metrics
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Change: TypeAlias = Callable[[Batch], Batch]
-"""Returns a batch with other values."""
-
 Files: TypeAlias = Sequence[StoredFile]
 
 # Requests in flight of one batch: enough of short ones to fill a batch of the engine, and of long ones what memory allows.
@@ -82,6 +82,7 @@ class Runner:
         # Not that of the store: reading a large file must not hold up the others.
         self._reading = ThreadPoolExecutor(1, "batches-read")
         self._runs: dict[str, _Run] = {batch.id: _Run(batch) for batch in store.open_batches()}
+        self._adding: dict[str, Batch] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._is_stopped = False
 
@@ -112,20 +113,30 @@ class Runner:
     # ------------------------------------------------------------------------------------------------ for the API
 
     async def add(self, batch: Batch) -> None:
-        """Keep a new batch, and begin it when its turn comes."""
-        await self.call(self.store.add_batch, batch)
-        self._runs[batch.id] = _Run(batch)
+        """Keep a new batch, and begin it when its turn comes, also if its client does not wait for that."""
+        self._adding[batch.id] = batch
+        await asyncio.shield(asyncio.create_task(self._add(batch)))
+
+    async def _add(self, batch: Batch) -> None:
+        try:
+            await self.call(self.store.add_batch, batch)
+            self._runs[batch.id] = _Run(batch)
+        finally:
+            del self._adding[batch.id]
         self._begin()
+
+    def _open_batches(self) -> list[Batch]:
+        return [*self._adding.values(), *(run.batch for run in self._runs.values())]
 
     def num_open(self, owner: str) -> int:
         """Return how many batches of a client have not ended."""
-        return sum(run.batch.owner == owner for run in self._runs.values())
+        return sum(batch.owner == owner for batch in self._open_batches())
 
     def uses(self, file_id: str) -> str | None:
         """Return the batch that still reads or writes a file, if there is one."""
-        for run in self._runs.values():
-            if file_id in (run.batch.input_id, run.batch.output_id, run.batch.error_id):
-                return run.batch.id
+        for batch in self._open_batches():
+            if file_id in (batch.input_id, batch.output_id, batch.error_id):
+                return batch.id
         return None
 
     async def find(self, owner: str, batch_id: str) -> Batch | None:
@@ -164,10 +175,6 @@ class Runner:
         while not run.batch.status.is_final:
             try:
                 await self._advance(run)
-            except FileNotFoundError as error:
-                message = f"A file of this batch is gone from the gateway's disk: {error.filename}"
-                errors = (LineError("file_missing", message),)
-                await self._become(run, Status.FAILED, partial(replace, errors=errors))
             except Exception as error:  # a full or a broken disk, as a rule; the batch goes on where it was
                 log.error("batch_waits", batch=run.batch.id, owner=run.batch.owner, reason=str(error), exc_info=True)
                 await asyncio.sleep(_PAUSE_S)
@@ -187,6 +194,14 @@ class Runner:
         self._begin()
 
     async def _advance(self, run: _Run) -> None:
+        try:
+            await self._go_on(run)
+        except FileNotFoundError as error:
+            message = f"A file of this batch is gone from the gateway's disk: {Path(error.filename or '').name}"
+            change = partial(replace, errors=(LineError("file_missing", message),), output_bytes=0, error_bytes=0)
+            await self._become(run, Status.FAILED, change)
+
+    async def _go_on(self, run: _Run) -> None:
         match run.batch.status:
             case Status.VALIDATING:
                 await self._validate(run)
@@ -200,19 +215,19 @@ class Runner:
     async def _become(self, run: _Run, status: Status, change: Change = _unchanged, files: Files = ()) -> None:
         """Give a batch another state, in memory and on disk, and add files, all or nothing."""
         before = run.batch
-        run.batch = replace(change(before), status=status, times={**before.times, status.value: int(self._now())})
+        times = {**before.times, status.value: int(self._now())}
+        run.batch = after = replace(change(before), status=status, times=times)
         try:
             await self.call(self.store.save, run.batch, *files)
-        except BaseException:
-            run.batch = before
+        except BaseException:  # take back this change only: answers may have been noted meanwhile
+            run.batch = replace(run.batch, **before.fields_unlike(after))
             raise
 
     async def _validate(self, run: _Run) -> None:
         batch = run.batch
         path = self.store.path(batch.input_id)
-        loop = asyncio.get_running_loop()
-        work = partial(validate, path, batch, self._requests, lambda: self._is_stopped)
-        found = await loop.run_in_executor(self._reading, work)
+        work = partial(of_lines.validate, path, batch, self._requests, lambda: self._is_stopped)
+        found = await asyncio.get_running_loop().run_in_executor(self._reading, work)
         if run.batch.status is not Status.VALIDATING:  # it was canceled meanwhile
             return
         errors = found.errors
@@ -296,10 +311,12 @@ class Runner:
 
     def _next(self, batch: Batch, lines: Iterator[RawLine]) -> tuple[RawLine, Line] | None:
         raw = next(lines, None)
-        return None if raw is None else (raw, self._requests.read(batch.endpoint, raw.content))
+        return None if raw is None else (raw, read_again(raw, batch, self._requests))
 
     async def _answer(self, run: _Run, line: Line) -> Answered:
         """Answer a request; wait as long as a quota, a queue or a model that is not ready requires."""
+        if line.answered is not None:
+            return line.answered
         for attempt in itertools.count(1):
             answered = await self._requests.answer(run.batch, line)
             is_patient = answered.status in (429, 503)
@@ -318,7 +335,9 @@ class Runner:
         for number, one in enumerate(done, start=batch.num_answered + 1):
             answered = one.task.result()
             num_tokens += answered.num_tokens
-            (outputs if answered.status == 200 else errors).append(output_line(number, batch, one.line, answered))
+            (outputs if answered.status == 200 else errors).append(
+                of_lines.output_line(number, batch, one.line, answered)
+            )
         await self._append(run, outputs, errors, done[-1].raw.end, num_tokens)
         metrics.BATCH_LINES.labels("completed").inc(len(outputs))
         metrics.BATCH_LINES.labels("failed").inc(len(errors))
@@ -367,8 +386,8 @@ class Runner:
         """Return the lines for some requests that were not answered, each with the place behind it in the input."""
         found = []
         for number, raw in enumerate(itertools.islice(lines, 100), start=batch.num_answered + 1):
-            custom_id = self._requests.read(batch.endpoint, raw.content).custom_id
-            found.append((expired_line(number, batch, custom_id), raw.end))
+            custom_id = read_again(raw, batch, self._requests).custom_id
+            found.append((of_lines.expired_line(number, batch, custom_id), raw.end))
         return found
 
     async def _sweep(self) -> None:

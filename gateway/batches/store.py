@@ -6,6 +6,7 @@ a crash has left is removed at the next start. One process at a time may use a f
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,7 +29,8 @@ from gateway.batches.values import (
     StorageFull,
     StoredFile,
 )
-from gateway.errors import StartError
+from gateway.config.wording import cut
+from gateway.errors import BadInput, StartError
 
 _BUSY_S = 5.0
 _VERSION = 1
@@ -87,7 +89,15 @@ class Store:
         try:
             self._db = self._open(path)
             self._num_bytes = self._tidy()
-        except (OSError, sqlite3.Error, json.JSONDecodeError, TypeError) as error:
+        except (
+            OSError,
+            sqlite3.Error,
+            BatchesUnavailable,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:
             self._lock.close()
             raise StartError(
                 f"GATEWAY_BATCH_DIR: {path} cannot be opened as a file of batches: {error}; move it away to begin a new one"
@@ -109,7 +119,7 @@ class Store:
 
     def _tidy(self) -> int:
         """Remove the files that no row speaks of; return how many bytes the others have."""
-        known = {row["id"] for row in self._db.execute("SELECT id FROM files")}
+        known = {row["id"] for row in self._read("SELECT id FROM files WHERE expires_at > 0")}
         known |= {name for batch in self.open_batches() for name in (batch.output_id, batch.error_id)}
         num_bytes = 0
         for path in self._files.iterdir():
@@ -175,7 +185,7 @@ class Store:
                 file.truncate()
                 file.write(data)
         except OSError as error:
-            raise _full(str(error)) from error
+            raise _failure(error) from error
         finally:
             self._num_bytes += _counted(path) - before
         return offset + len(data)
@@ -194,7 +204,7 @@ class Store:
                 finally:
                     os.close(descriptor)
         except OSError as error:
-            raise _full(str(error)) from error
+            raise _failure(error) from error
 
     def cut(self, file_id: str, num_bytes: int) -> None:
         """Remove what is behind the first bytes of a file: a crash has left it there."""
@@ -216,7 +226,7 @@ class Store:
             raise _full("its disk is nearly full")
 
     def discard(self, file_id: str) -> None:
-        """Remove the content of a file that has no row."""
+        """Remove the content of a file."""
         path = self.path(file_id)
         self._num_bytes -= _counted(path)
         path.unlink(missing_ok=True)
@@ -243,10 +253,10 @@ class Store:
 
     def file(self, owner: str, file_id: str) -> StoredFile | None:
         """Return a file of a client, unless it has expired."""
-        row = self._read(
+        rows = self._read(
             "SELECT * FROM files WHERE id = ? AND owner = ? AND expires_at > ?", file_id, owner, self._now()
-        ).fetchone()
-        return None if row is None else _file_of(row)
+        )
+        return _file_of(rows[0]) if rows else None
 
     def files(self, owner: str, page: Page, purpose: str | None = None) -> list[StoredFile]:
         """Return some files of a client; ``limit + 1`` of them if there are more."""
@@ -256,10 +266,20 @@ class Store:
         return [_file_of(row) for row in self._list("files", condition, values, page)]
 
     def remove_file(self, file_id: str) -> None:
-        """Remove a file and its content."""
+        """Remove a file and its content.
+
+        Its row stays until the next sweep: a client that lists its files page by page, and deletes them, goes on behind it.
+        """
         with self._writing() as db:
-            db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+            db.execute("UPDATE files SET expires_at = 0 WHERE id = ?", (file_id,))
         self.discard(file_id)
+
+    def abandon(self, file_id: str) -> None:
+        """Remove all that an upload has left whose client is gone, or that failed."""
+        self.discard(file_id)
+        if self._read("SELECT id FROM files WHERE id = ?", file_id):
+            with self._writing() as db:
+                db.execute("DELETE FROM files WHERE id = ?", (file_id,))
 
     # ---------------------------------------------------------------------------------------------------- batches
 
@@ -283,8 +303,8 @@ class Store:
 
     def batch(self, owner: str, batch_id: str) -> Batch | None:
         """Return a batch of a client."""
-        row = self._read("SELECT data FROM batches WHERE id = ? AND owner = ?", batch_id, owner).fetchone()
-        return None if row is None else _load(row["data"])
+        rows = self._read("SELECT data FROM batches WHERE id = ? AND owner = ?", batch_id, owner)
+        return _load(rows[0]["data"]) if rows else None
 
     def batches(self, owner: str, page: Page) -> list[Batch]:
         """Return some batches of a client; ``limit + 1`` of them if there are more."""
@@ -299,25 +319,28 @@ class Store:
         in_use = {batch.input_id for batch in self.open_batches()}
         expired = [row["id"] for row in self._read("SELECT id FROM files WHERE expires_at <= ?", self._now())]
         gone = [file_id for file_id in expired if file_id not in in_use]
-        for file_id in gone:
-            self.remove_file(file_id)
         with self._writing() as db:
+            db.executemany("DELETE FROM files WHERE id = ?", [(file_id,) for file_id in gone])
             db.execute("DELETE FROM batches WHERE is_open = 0 AND ended_at <= ?", (self._now() - KEPT_S,))
+        for file_id in gone:
+            self.discard(file_id)
         return len(gone)
 
-    def _read(self, query: str, *values: object) -> sqlite3.Cursor:
+    def _read(self, query: str, *values: object) -> list[sqlite3.Row]:
         try:
-            return self._db.execute(query, values)
+            return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise BatchesUnavailable(f"the file of batches cannot be read now: {error}", retry_after_s=5) from error
 
     def _list(self, table: str, condition: str, values: list[Any], page: Page) -> list[sqlite3.Row]:
         sign, order = (">", "ASC") if page.is_ascending else ("<", "DESC")
         if page.after is not None:
+            if not self._read(f"SELECT id FROM {table} WHERE id = ? AND owner = ?", page.after, values[0]):  # noqa: S608
+                raise BadInput(f"`after` must be the id of an item of this list, got {cut(page.after)}", param="after")
             condition += f" AND seq {sign} (SELECT seq FROM {table} WHERE id = ? AND owner = ?)"  # noqa: S608
             values = [*values, page.after, values[0]]
         query = f"SELECT * FROM {table} WHERE {condition} ORDER BY seq {order} LIMIT ?"  # noqa: S608  no value of a client
-        return self._read(query, *values, page.limit + 1).fetchall()
+        return self._read(query, *values, page.limit + 1)
 
 
 def _counted(path: Path) -> int:
@@ -326,6 +349,15 @@ def _counted(path: Path) -> int:
         return max(_LEAST_BYTES, path.stat().st_size)
     except FileNotFoundError:
         return 0
+
+
+def _failure(error: OSError) -> Exception:
+    """Return what a file that cannot be written means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return _full(str(error.strerror))
+    if isinstance(error, FileNotFoundError):
+        return error
+    return BatchesUnavailable(f"the folder of batches cannot be written now: {error.strerror}", retry_after_s=5)
 
 
 def _full(reason: str) -> StorageFull:

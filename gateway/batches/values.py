@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from gateway.errors import RequestError
 
@@ -134,3 +135,8 @@ class Batch:
     def num_answered(self) -> int:
         """How many lines have an answer, which are the first of the file."""
         return self.num_completed + self.num_failed
+
+    def fields_unlike(self, other: Batch) -> dict[str, Any]:
+        """Return the fields that another batch has other values of, with those of this one."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(other, name)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
+from email.utils import collapse_rfc2231_value
 from enum import Enum, auto
 from typing import TypeAlias
 
@@ -49,7 +50,7 @@ class Multipart:
     def __init__(self, content_type: str) -> None:
         header = Message()
         header["content-type"] = content_type
-        boundary = header.get_param("boundary")
+        boundary = _param(header, "boundary", "content-type")
         if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
             raise BadInput("the body must be `multipart/form-data` with a boundary, as a client's upload of a file is")
         if not 0 < len(boundary) <= _MAX_BOUNDARY or not boundary.isascii():
@@ -144,7 +145,16 @@ class Multipart:
             key, _, value = line.partition(":")
             if key.strip().lower() == "content-disposition":
                 head["content-disposition"] = value.strip()
-        name = head.get_param("name", header="content-disposition")
+        name = _param(head, "name", "content-disposition")
         if not isinstance(name, str):
             raise BadInput("a part of the body has no name: `Content-Disposition: form-data; name=…` is missing")
-        return PartStart(name, head.get_filename())
+        filename = _param(head, "filename", "content-disposition")
+        return PartStart(name, None if filename is None else collapse_rfc2231_value(filename))
+
+
+def _param(head: Message, name: str, header: str) -> str | tuple[str | None, str | None, str] | None:
+    """Return a parameter of a header; ``None`` if it is missing, or breaks the rules of RFC 2231."""
+    try:
+        return head.get_param(name, header=header)
+    except (TypeError, ValueError, LookupError):  # the library does not expect pieces that are numbered wrongly
+        return None

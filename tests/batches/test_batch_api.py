@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
 
+from gateway.api.openai import OpenAIDialect
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
+from gateway.batches.runner import Runner
+from gateway.batches.store import Store
+from gateway.batches.values import Batch, BatchesUnavailable, Status, StorageFull
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
-from gateway.errors import InferenceFailed, ModelNotReady
+from gateway.errors import BadInput, InferenceFailed, ModelNotReady
 from gateway.fleet import Model
+from gateway.http.multipart import Multipart
 from gateway.types import EmbedJob, ModelKind, Priority
 
 KEYS = ("first-secret-key", "second-secret-key")
@@ -460,3 +468,176 @@ async def test_a_key_that_is_gone_ends_its_batches(start: Start) -> None:
     assert found.status == "failed"
     assert [error.code for error in found.errors] == ["invalid_api_key"]
     assert second.jobs == []
+
+
+# -------------------------------------------------------------------------------------------------- what goes wrong
+
+
+async def test_a_line_that_can_be_read_but_not_passed_on_fails_with_its_number(start: Start) -> None:
+    client = (await start()).client()
+    deep: Any = "text"
+    for _ in range(300):
+        deep = [deep]
+
+    batch = await run(client, jsonl(line("a"), line("b", more=deep)))
+
+    assert batch.status == "failed"
+    assert [(error.code, error.line) for error in batch.errors.data] == [("invalid_request", 2)]
+
+
+async def test_a_fault_of_the_gateway_costs_the_line_that_meets_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = OpenAIDialect.embeddings
+
+    async def embeddings(self: OpenAIDialect, request: Any) -> Any:
+        response = await answer(self, request)
+        if len(served.jobs[-1].texts) == 2:
+            raise ZeroDivisionError("a fault")
+        return response
+
+    monkeypatch.setattr(OpenAIDialect, "embeddings", embeddings)
+    served = await start()
+    client = served.client()
+    batch = await run(client, jsonl(line("b", input=["one", "two"])))
+    assert batch.output_file_id is None
+
+    [error] = await rows(client, batch.error_file_id)
+    assert (error["custom_id"], error["response"]["status_code"]) == ("b", 500)
+    assert "ZeroDivisionError" not in json.dumps(error)
+    assert (await run(client, jsonl(line("a")))).request_counts.completed == 1
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["in time", "expired"])
+async def test_lines_that_a_restart_no_longer_accepts_fail_and_the_others_are_answered(
+    start: Start, is_over: bool, tmp_path: Path
+) -> None:
+    def wait(_job: EmbedJob) -> None:
+        raise ModelNotReady("loading", retry_after_s=None)
+
+    first = await start(wait)
+    content = jsonl(line("a", input="x" * 3000), line("b"))
+    file = await first.client().files.create(file=("requests.jsonl", content), purpose="batch")
+    made = await first.client().batches.create(
+        input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
+    )
+    await looked_at(lambda: first.client().batches.retrieve(made.id), lambda batch: batch.status == "in_progress")
+    await first.deployment.stop()
+    if is_over:
+        store = Store(tmp_path / "batches", 2**20)
+        [batch] = store.open_batches()
+        store.save(replace(batch, expires_at=1))
+        store.close()
+
+    client = (await start(max_body_bytes=1024)).client()
+    await client.files.list()
+    batch = await ended(client, made.id)
+
+    errors = {row["custom_id"]: row for row in await rows(client, batch.error_file_id)}
+    if is_over:
+        assert batch.status == "expired"
+        assert set(errors) == {"a", "b"}
+    else:
+        assert batch.status == "completed"
+        assert [row["custom_id"] for row in await rows(client, batch.output_file_id)] == ["b"]
+        assert errors["a"]["response"]["body"]["error"]["code"] == "line_too_long"
+
+
+async def test_files_can_be_deleted_while_they_are_listed(start: Start) -> None:
+    client = (await start()).client()
+    for _ in range(7):
+        await client.files.create(file=("requests.jsonl", jsonl(line("a"))), purpose="batch")
+
+    async for file in client.files.list(limit=3):
+        await client.files.delete(file.id)
+
+    assert [file async for file in client.files.list()] == []
+    with pytest.raises(openai.BadRequestError, match="after"):
+        await client.files.list(after="file-unknown")
+
+
+async def test_an_upload_whose_client_is_gone_leaves_nothing(start: Start, tmp_path: Path) -> None:
+    served = await start()
+    client = served.client()
+    await client.files.list()
+    upload = asyncio.create_task(client.files.create(file=("requests.jsonl", b"x" * 1000), purpose="batch"))
+    folder = tmp_path / "batches" / "files"
+    async with asyncio.timeout(PATIENCE_S):
+        while not any(folder.iterdir()):  # noqa: ASYNC110  the disk has no event
+            await asyncio.sleep(0)
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+
+    assert [file async for file in client.files.list()] == []
+    assert list(folder.iterdir()) == []
+
+
+async def test_content_that_is_gone_from_the_disk_is_an_error_and_no_broken_answer(
+    start: Start, tmp_path: Path
+) -> None:
+    client = (await start()).client()
+    file = await client.files.create(file=("requests.jsonl", jsonl(line("a"))), purpose="batch")
+    (tmp_path / "batches" / "files" / file.id).unlink()
+
+    with pytest.raises(openai.InternalServerError, match="cannot be read"):
+        await client.files.content(file.id)
+    batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+    batch = await ended(client, batch.id)
+    assert batch.errors.data[0].code == "file_missing"
+    assert str(tmp_path) not in batch.errors.data[0].message
+
+
+async def test_no_more_batches_are_open_than_allowed_when_many_are_made_at_once(start: Start) -> None:
+    def wait(_job: EmbedJob) -> None:
+        raise ModelNotReady("loading", retry_after_s=None)
+
+    client = (await start(wait, batch_max_open=3)).client()
+    file = await client.files.create(file=("requests.jsonl", jsonl(line("a"))), purpose="batch")
+    fields: Any = {"input_file_id": file.id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+
+    made = await asyncio.gather(*(client.batches.create(**fields) for _ in range(8)), return_exceptions=True)
+
+    assert sum(isinstance(one, openai.RateLimitError) for one in made) == 5
+
+
+async def test_a_cancelation_that_cannot_be_saved_takes_back_no_answers(tmp_path: Path) -> None:
+    store = Store(tmp_path, 2**20)
+    batch = Batch("batch_1", "a", "/v1/embeddings", "file-1", "file-2", "file-3", 0, 2**40, status=Status.IN_PROGRESS)
+    store.add_batch(batch)
+    runner = Runner(store, cast("Any", None))
+    [run] = runner._runs.values()
+    attempt = asyncio.create_task(runner.cancel(batch))
+    store.save = Mock(side_effect=BatchesUnavailable("no"))  # type: ignore[method-assign]
+    await asyncio.sleep(0)
+    assert run.batch.status is Status.CANCELLING
+
+    run.batch = replace(run.batch, num_completed=5, position=50)
+    with pytest.raises(BatchesUnavailable):
+        await attempt
+
+    assert run.batch == replace(batch, num_completed=5, position=50)
+    await runner.stop()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.ENOSPC, StorageFull), (errno.EROFS, BatchesUnavailable), (errno.ENOENT, FileNotFoundError)],
+)
+def test_only_a_full_disk_is_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    store = Store(tmp_path, 2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", Mock(side_effect=OSError(number, "the reason")))
+        with pytest.raises(error, match="the reason"):
+            store.write("file-1", 0, b"data")
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "content_type", ["multipart/form-data; boundary*0=B; boundary*=B", "multipart/form-data; boundary*=zlib''B"]
+)
+def test_a_boundary_that_breaks_the_rules_of_its_header_is_refused(content_type: str) -> None:
+    with pytest.raises(BadInput, match="boundary"):
+        Multipart(content_type)
