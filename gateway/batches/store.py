@@ -352,7 +352,7 @@ def _counted(path: Path) -> int:
 
 
 def _failure(error: OSError) -> Exception:
-    """Return what a file that cannot be written means."""
+    """Return the error of a request for a file that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _full(str(error.strerror))
     if isinstance(error, FileNotFoundError):

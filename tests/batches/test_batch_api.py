@@ -512,7 +512,10 @@ async def test_a_fault_of_the_gateway_costs_the_line_that_meets_it(
 async def test_lines_that_a_restart_no_longer_accepts_fail_and_the_others_are_answered(
     start: Start, is_over: bool, tmp_path: Path
 ) -> None:
+    has_asked = asyncio.Event()
+
     def wait(_job: EmbedJob) -> None:
+        has_asked.set()
         raise ModelNotReady("loading", retry_after_s=None)
 
     first = await start(wait)
@@ -521,7 +524,7 @@ async def test_lines_that_a_restart_no_longer_accepts_fail_and_the_others_are_an
     made = await first.client().batches.create(
         input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
     )
-    await looked_at(lambda: first.client().batches.retrieve(made.id), lambda batch: batch.status == "in_progress")
+    await asyncio.wait_for(has_asked.wait(), PATIENCE_S)  # so its state is on the disk
     await first.deployment.stop()
     if is_over:
         store = Store(tmp_path / "batches", 2**20)
