@@ -101,6 +101,20 @@ BATCHES: Final = Row(
             ],
             "seconds",
         ),
+        Panel(
+            "Texts by cache",
+            [Series(Rate("gateway_cache_texts_total", ("model", "outcome")), "{model} {outcome}")],
+            is_stacked=True,
+            description="Of models with a cache. All but miss were not computed.",
+        ),
+        Panel("Memory of the cache", [Series(Level("gateway_cache_bytes", _MODEL), "{model}")], "bytes"),
+        Panel(
+            "Cache: evictions and failures",
+            [
+                Series(Rate("gateway_cache_evictions_total", _MODEL), "{model} evictions"),
+                Series(Rate("gateway_cache_errors_total", ("model", "store")), "{model} {store} failed"),
+            ],
+        ),
         Panel("Texts in a batch", quantiles(Quantile(0, "gateway_batch_texts", _MODEL), 0.5, 0.95), width=6),
         Panel("Tokens in a batch", quantiles(Quantile(0, "gateway_batch_tokens", _MODEL), 0.5, 0.95), width=6),
         Panel(

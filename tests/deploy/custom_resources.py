@@ -99,6 +99,19 @@ SERVICE_MONITOR = resource(
     ),
 )
 
+SCRAPE_CONFIG = resource(
+    "monitoring.coreos.com/v1alpha1",
+    "ScrapeConfig",
+    exactly(
+        staticConfigs=listing(exactly(targets=listing({"type": "string", "pattern": r"^[^/]+:\d+$"}))),
+        metricsPath={"type": "string", "pattern": "^/"},
+        scrapeInterval=DURATION,
+        scrapeTimeout=DURATION,
+        relabelings=listing(exactly(targetLabel=TEXT, replacement=TEXT)),
+        metricRelabelings=listing(exactly(sourceLabels=listing(TEXT), regex=TEXT, targetLabel=TEXT)),
+    ),
+)
+
 PROMETHEUS_RULE = resource(
     "monitoring.coreos.com/v1",
     "PrometheusRule",
@@ -181,6 +194,7 @@ HTTP_ROUTE = resource(
 SCHEMAS = {
     "ScaledObject": SCALED_OBJECT,
     "ServiceMonitor": SERVICE_MONITOR,
+    "ScrapeConfig": SCRAPE_CONFIG,
     "PrometheusRule": PROMETHEUS_RULE,
     "RayCluster": RAY_CLUSTER,
     "Gateway": GATEWAY,

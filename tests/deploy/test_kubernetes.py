@@ -497,3 +497,46 @@ def test_the_nodes_of_ray_reach_each_other_and_keep_to_the_restricted_standard()
             assert part["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     # Clients reach fronts alone.
     assert [t for t in ray_pods() if service <= t["metadata"]["labels"].items()] == []
+
+
+def replica_metrics(folder: Path) -> Object:
+    """Return the ScrapeConfig of the replicas."""
+    (found,) = [
+        item for item in kustomize(copied(folder, "ray", ["replica-metrics"])) if item["kind"] == "ScrapeConfig"
+    ]
+    return found
+
+
+def test_the_metrics_of_replicas_are_scraped_once_through_the_service_of_the_fronts(
+    tmp_path: Path, make_model: Callable[..., Any], make_fleet: Callable[..., Any]
+) -> None:
+    found = replica_metrics(tmp_path)
+    spec = found["spec"]
+    [config] = spec["staticConfigs"]
+    [admin] = [item for item in of_kind("ray", "Service") if item["metadata"]["name"].endswith("-admin")]
+    port = admin["spec"]["ports"][0]["port"]
+    registry, fleet = make_fleet(make_model())
+    client = TestClient(create_admin_app(Deployment(registry, Settings(), fleet)))
+
+    assert problems_of(found, VERSIONS.args[1][0]) == []
+    assert config["targets"] == [f"{admin['metadata']['name']}.{admin['metadata']['namespace']}.svc:{port}"]
+    assert client.get(spec["metricsPath"]).status_code == 200
+    # No pod is asked for them one by one.
+    component = KUBERNETES / "components" / "monitoring" / "servicemonitor.yaml"
+    assert spec["metricsPath"] not in {endpoint["path"] for endpoint in read_yaml(component)["spec"]["endpoints"]}
+
+
+def test_prometheus_and_its_operator_scrape_replicas_in_the_same_way(tmp_path: Path) -> None:
+    spec = replica_metrics(tmp_path)["spec"]
+    jobs = {job["job_name"]: job for job in read_yaml(DEPLOY / "prometheus" / "prometheus.yml")["scrape_configs"]}
+    replicas = jobs["gateway-replicas"]
+    [target] = [target for config in replicas["static_configs"] for target in config["targets"]]
+    relabeled = [
+        {"sourceLabels": rule["source_labels"], "regex": rule["regex"], "targetLabel": rule["target_label"]}
+        for rule in replicas["metric_relabel_configs"]
+    ]
+
+    assert spec["metricsPath"] == replicas["metrics_path"]
+    assert spec["relabelings"] == [{"targetLabel": "job", "replacement": replicas["job_name"]}]
+    assert spec["metricRelabelings"] == relabeled
+    assert target in {target for config in jobs["gateway"]["static_configs"] for target in config["targets"]}

@@ -61,7 +61,8 @@ def decide(first: Digest | None, second: Digest | None, base: Base, *, is_flippe
         is_flipped: applications may use the second collection, so an item that it lacks was deleted there.
     """
     if first is None and second is None:
-        return Action.FORGET
+        # What a killed process sent last may arrive in the store later than this.
+        return Action.FORGET if base.pending is None else Action.NOTHING
     if first is not None and first == second:
         return Action.NOTHING if base == Base(first) else Action.RECORD
     is_own = second in (base.written, base.pending) if second is not None else base.written is None

@@ -28,6 +28,7 @@ A, B, C = b"a", b"b", b"c"
         (A, B, Base(A, B), True, Action.KEEP),
         (A, None, Base(None, A), True, Action.WRITE),
         (None, B, Base(A, B), True, Action.DELETE),
+        (None, None, Base(None, B), False, Action.NOTHING),
         # Applications changed the second collection.
         (A, C, Base(A), True, Action.KEEP),
         (B, C, Base(A), True, Action.KEEP),
