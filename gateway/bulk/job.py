@@ -63,7 +63,7 @@ class Options:
 
     Attributes:
         errors: the file that lists what was skipped, as JSON lines.
-        shard_rows: a shard ends after about so many rows, or earlier if it is large or slow.
+        shard_rows: the most rows of a shard, if rows are not expanded; it ends earlier if it is large or slow.
         expand: takes rows apart.
     """
 
@@ -143,10 +143,10 @@ class Job:
         self._clock = clock
         self._blocks = BlockEmbedder(embedder, reporter.advance)
         self._errors = _ErrorsFile(options.errors)
-        # A whole number of blocks is a shard.
+        # A whole number of blocks is a shard, if none of its rows is skipped.
         num_blocks = math.ceil(options.shard_rows / embedder.block_texts)
-        block_rows = math.ceil(options.shard_rows / num_blocks)
-        self._reader = BlockReader(source, manifest.seen, block_rows, options.on_error, options.expand)
+        self._block_rows = options.shard_rows // num_blocks
+        self._reader = BlockReader(source, manifest.seen, self._block_rows, options.on_error, options.expand)
         self._writing: asyncio.Task[None] | None = None
         self._failure: BulkError | None = None
 
@@ -250,7 +250,8 @@ class Job:
         is_late = self._clock() - shard.began > _SHARD_S
         # Items that cannot be embedded take memory too, and can be all that a source has.
         num_kept = max(shard.counts.rows, len(shard.bad))
-        return num_kept >= self._options.shard_rows or shard.num_bytes >= _SHARD_BYTES or is_late
+        is_full = num_kept + self._block_rows > self._options.shard_rows
+        return is_full or shard.num_bytes >= _SHARD_BYTES or is_late
 
     async def _write(self, shard: _OpenShard) -> None:
         """Have a shard written while the next one is embedded."""
