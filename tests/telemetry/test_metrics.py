@@ -144,3 +144,11 @@ def test_every_metric_is_documented() -> None:
         assert f"| `{name}` |" in page
         for label in metric._labelnames:
             assert f"`{label}`" in page
+
+
+def test_no_series_says_when_another_was_made() -> None:
+    """The Python client would export one for each counter and histogram, which no one asks for."""
+    metrics.RELOADS.labels("ok").inc(0)
+
+    assert "gateway_reloads_total" in metrics.render().decode()
+    assert "_created" not in metrics.render().decode()
