@@ -284,7 +284,7 @@ def test_a_planned_shard_gets_the_same_rows_whatever_the_size_is_now(jobs: Jobs)
 
 @pytest.mark.parametrize("shard_rows", [40, 65, 100])
 def test_no_shard_has_more_rows_than_it_may(jobs: Jobs, shard_rows: int) -> None:
-    """Rows are skipped in some blocks, so that no number of blocks is a full shard, and 65 rows are no whole number of blocks."""
+    """Blocks with skipped rows never add up to a full shard, and 65 rows are not a whole number of blocks."""
     jobs.run(shard_rows=shard_rows)
     sizes = [ds.dataset(part).to_table().num_rows for part in sorted(jobs.folder.glob("part-*"))]
     assert max(sizes) <= shard_rows
