@@ -17,7 +17,7 @@ from prometheus_client.process_collector import ProcessCollector
 from gateway import __version__
 
 # When each series was made: `_created` for every counter and histogram, which no rule and no dashboard asks for.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
