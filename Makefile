@@ -99,7 +99,7 @@ loadtest: install-dev ## Load a new gateway with locust, or another: HOST=URL MO
 	$(DEV_BIN)/python -m loadtest.run $(if $(HOST),--host $(HOST)) $(if $(MODELS),--models $(MODELS)) \
 	  $(if $(PROFILE),--load-profile $(PROFILE)) $(ARGS)
 
-soak: install-dev ## Ten minutes of load while one thing after another fails (ARGS="--seconds 3600 --update")
+soak: install-dev ## Ten minutes of load and batches while one thing after another fails (ARGS="--seconds 3600 --update")
 	$(DEV_BIN)/python -m loadtest.soak $(ARGS)
 
 bench: install ## Measure the start, then compare with Infinity's server (ARGS=--quick)

@@ -31,6 +31,7 @@ from bench.machine import describe_machine
 from bench.processes import ROOT
 from bench.report import update_page
 from bench.servers import clean_environ, free_port
+from loadtest.batch import BatchOutcome, RunningBatch
 from loadtest.faults import FAULTS, MODEL, Outcome, Victim, inflict, write_registry
 from loadtest.run import locust_command
 
@@ -39,6 +40,8 @@ _FORWARD_TIMEOUT_S = 5
 _START_S = 120.0
 _NUM_TEXTS = 100
 _BURN_S = 5.0
+_BATCH_LINES = 300
+_BATCH_PATIENCE_S = 120.0
 _COUNTED = "gateway_embed_requests_total"
 # Memory may grow by this much: a reload leaves fragments.
 MAX_GROWTH = 1.1
@@ -61,6 +64,7 @@ class Soak:
     Attributes:
         answered: requests that were answered with the right vectors.
         failures: the others, by cause; a status is an answer, ``no answer`` is not.
+        batches: one for each round of faults, which runs meanwhile.
         first_round_ended: when everything had happened once, by ``time.monotonic``: from then on nothing is new.
     """
 
@@ -71,6 +75,7 @@ class Soak:
     samples: Sequence[Sample]
     exit_code: int
     first_round_ended: float
+    batches: Sequence[BatchOutcome] = ()
 
     @property
     def lost(self) -> int:
@@ -97,6 +102,7 @@ class Soak:
         found = [f"{self.lost} requests had no answer"] if self.lost else []
         found += [f"{self.wrong} answers were wrong"] if self.wrong else []
         found += [f"not well again after: {one.name}" for one in self.outcomes if math.isnan(one.recovered_s)]
+        found += [f"a batch: {problem}" for batch in self.batches for problem in batch.problems]
         found += [f"exit code {self.exit_code}"] if self.exit_code else []
         found += [f"memory grew to {self.growth:.2f} times what it was"] if self.growth > MAX_GROWTH else []
         return found
@@ -121,6 +127,7 @@ def _start(folder: Path, burn_s: float) -> Victim:
         "GATEWAY_PORT": str(port),
         "GATEWAY_MODELS": str(folder / "models.yaml"),
         "GATEWAY_LOG_LEVEL": "error",
+        "GATEWAY_BATCH_DIR": str(folder / "batches"),
         "GATEWAY_FORWARD_TIMEOUT_S": str(_FORWARD_TIMEOUT_S),
         "GATEWAY_BODY_TIMEOUT_S": "2",
         "GATEWAY_HEADER_TIMEOUT_S": "2",
@@ -158,12 +165,18 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
     started = time.monotonic()
     _wait_for_load(victim)
     outcomes: list[Outcome] = []
+    batches: list[BatchOutcome] = []
     first_round_ended = math.inf
+    batch = RunningBatch(victim.url, _BATCH_LINES)
     for fault in itertools.cycle(FAULTS):
         outcomes.append(inflict(victim, fault))
         first_round_ended = time.monotonic() if len(outcomes) == len(FAULTS) else first_round_ended
         print(f"{outcomes[-1].name}: well after {outcomes[-1].recovered_s:.1f} s", flush=True)
-        if time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS):
+        is_last = time.monotonic() - started > seconds - 10 and len(outcomes) >= len(FAULTS)
+        if is_last or len(outcomes) % len(FAULTS) == 0:
+            batches.append(batch.finish(_BATCH_PATIENCE_S))
+            batch = batch if is_last else RunningBatch(victim.url, _BATCH_LINES)
+        if is_last:
             break
     load.send_signal(signal.SIGINT)  # locust writes its results then; with SIGTERM it does not
     printed, _ = load.communicate(timeout=300)
@@ -176,8 +189,9 @@ def _run(victim: Victim, folder: Path, seconds: float, peak: int) -> Soak:
     if not results.exists():
         raise RuntimeError(f"the load test has no results:\n{printed.decode()[-2000:]}")
     [target] = json.loads(results.read_text())["targets"]
+    failures = Counter(target["failures"])
     return Soak(
-        elapsed_s, target["answered"], Counter(target["failures"]), outcomes, samples, exit_code, first_round_ended
+        elapsed_s, target["answered"], failures, outcomes, samples, exit_code, first_round_ended, tuple(batches)
     )
 
 
@@ -243,6 +257,8 @@ def as_table(soak: Soak) -> str:
         f"| requests without an answer | {soak.lost} |",
         f"| wrong vectors | {soak.wrong} |",
         *(f"| answered with {cause} | {count} |" for cause, count in soak.failures.most_common() if cause[0].isdigit()),
+        f"| batches; their lines answered with vectors, and with an error | {len(soak.batches)}; "
+        f"{sum(batch.answered for batch in soak.batches):,}, {sum(batch.failures.total() for batch in soak.batches)} |",
         f"| resident memory, MiB: first, most, last | {memory[0]:.0f}, {max(memory):.0f}, {memory[-1]:.0f} |",
         f"| memory after everything had happened once: last half / first half | {soak.growth:.2f} |",
         f"| open files: first, most, last | {files[0]}, {max(files)}, {files[-1]} |",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
+from loadtest.batch import BatchOutcome, check
 from loadtest.faults import FAULTS, Outcome
 from loadtest.soak import Sample, Soak, as_table, soak
 
@@ -19,6 +21,10 @@ def test_nothing_is_lost_or_wrong_whatever_happens() -> None:
     assert result.problems == []
     assert result.answered > 100
     assert len(result.outcomes) == len(FAULTS)
+    assert [batch.answered + batch.failures.total() for batch in result.batches] == [
+        batch.num_lines for batch in result.batches
+    ]
+    assert result.batches[0].answered > 100
     # What failed is what was made to fail.
     allowed = {
         "503 model_recovering",
@@ -51,6 +57,7 @@ def made(**changes: object) -> Soak:
         ({"failures": Counter({"no answer: ConnectionResetError": 1})}, "1 requests had no answer"),
         ({"failures": Counter({"wrong answer: space": 2})}, "2 answers were wrong"),
         ({"outcomes": [Outcome("it fails", 1.0, float("nan"))]}, "not well again after: it fails"),
+        ({"batches": [BatchOutcome(2, 1, Counter(), ["line-1 has no answer"])]}, "a batch: line-1 has no answer"),
         ({"exit_code": 1}, "exit code 1"),
         ({"samples": [Sample(float(s), 1000.0 + 3 * s, 20) for s in range(300)]}, "memory grew to 1.2"),
     ],
@@ -61,3 +68,25 @@ def test_violated_goals_are_reported(changes: dict[str, object], problem: str | 
     assert len(problems) == (problem is not None)
     assert problem is None or problems[0].startswith(problem)
     assert "| exit code after SIGTERM |" in as_table(made(**changes))
+
+
+def line(name: str, vector: list[float], status: int = 200) -> dict[str, object]:
+    body = {"data": [{"index": 0, "embedding": vector}], "usage": {"total_tokens": 1}}
+    failed = {"error": {"code": "inference_failed"}}
+    return {"custom_id": name, "response": {"status_code": status, "body": body if status == 200 else failed}}
+
+
+def test_a_line_that_is_lost_repeated_or_wrong_is_found() -> None:
+    golden = {"x": np.array([1, 0], np.float32), "y": np.array([0, 1], np.float32)}
+    texts = {"a": ["x"], "b": ["y"], "c": ["x"], "d": ["y"]}
+    lines = [line("a", [1, 0]), line("b", [1, 0]), line("d", [0, 1]), line("d", [0, 1]), line("e", [], 500)]
+
+    outcome = check(lines, texts, golden)
+
+    assert [problem.partition(":")[0] for problem in outcome.problems] == [
+        "c has no answer",
+        "d has 2 answers",
+        "e has 1 answers",
+        "b",
+    ]
+    assert (outcome.answered, dict(outcome.failures)) == (3, {"500 inference_failed": 1})
