@@ -16,7 +16,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from gateway import __version__
 
-# When each series was made: `_created` for every counter and histogram, which no rule and no dashboard asks for.
+# The time at which each series was made is a further series, which no rule and no dashboard asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
