@@ -44,11 +44,12 @@ class Part:
     prefix: bytes
 
 
-def part_of(info: ModelInfo, job: EmbedJob, output: Output, *, is_remote: bool) -> Part:
+def part_of(info: ModelInfo, job: EmbedJob, output: Output, *, is_remote: bool, is_per_client: bool) -> Part:
     """Return the part that one output of a job belongs to.
 
     Args:
         is_remote: other servers compute it, which do not say what they have cut.
+        is_per_client: its keys are those of a client and a text, which a text alone may spell.
     """
     rows = {
         Output.DENSE: np.dtype(("<f4", (info.width,))),
@@ -64,6 +65,8 @@ def part_of(info: ModelInfo, job: EmbedJob, output: Output, *, is_remote: bool) 
     }
     if is_remote:
         identity["truncate"] = job.truncate.value
+    if is_per_client:
+        identity["keys"] = "of a client"
     row = rows[output]
     name = name_of(identity | {"row": str(row)})
     return Part(output, identity, name, info.fingerprint[:24], row, bytes.fromhex(name[:16]))
@@ -108,6 +111,19 @@ def num_tokens_of(entry: bytes) -> int:
 def is_cut(entry: bytes) -> bool:
     """Return whether an entry's text was cut."""
     return bool(note_of(entry) >> _CUT_BITS)
+
+
+def is_usable(entry: bytes, part: Part) -> bool:
+    """Return whether an entry from elsewhere can be an answer: whole rows, one where a text has one, finite numbers.
+
+    Its checksum says that it is as it was written. But a program with access to Redis can write anything.
+    """
+    size, rest = divmod(len(entry) - _HEADER_BYTES, part.row.itemsize)
+    if size < 0 or rest or (part.output is Output.DENSE and size != 1):
+        return False
+    rows = rows_of(entry, part)
+    numbers = rows["value"] if part.output is Output.SPARSE else rows
+    return bool(np.isfinite(numbers).all()) and (part.output is not Output.DENSE or bool(rows.any()))
 
 
 def rows_of(entry: bytes, part: Part) -> np.ndarray[Any, Any]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gateway.cache.entries import Part, entries_of, num_tokens_of, part_of
+from gateway.cache.entries import Part, entries_of, is_usable, num_tokens_of, part_of
 from gateway.cache.joining import complete, joined
 from gateway.cache.keys import key_of
 from gateway.cache.memory import MemoryStore
@@ -136,7 +136,9 @@ class ModelCache:
             if is_needed:
                 place = (job.task, job.truncate if self._is_remote else None, output)
                 if (part := self._parts.get(place)) is None:
-                    part = self._parts[place] = part_of(info, job, output, is_remote=self._is_remote)
+                    part = self._parts[place] = part_of(
+                        info, job, output, is_remote=self._is_remote, is_per_client=self._is_per_client
+                    )
                 parts.append(part)
         return parts
 
@@ -161,7 +163,7 @@ class ModelCache:
         for part in parts:
             wanted = list(missing)
             for key, entry in zip(wanted, await self._store.get(part, wanted), strict=True):
-                if entry is not None:
+                if entry is not None and is_usable(entry, part):
                     fetched[part.prefix + key] = entry
                     self._memory.put(part.prefix + key, entry)
                 else:

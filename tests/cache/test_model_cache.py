@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.backends.fake import fake_info
+from gateway.cache.entries import Part, pack, part_of
 from gateway.cache.model_cache import ModelCache
+from gateway.cache.stores import Guarded
 from gateway.errors import BadInput, ContextLengthExceeded, InferenceFailed, Overloaded, RequestError
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelKind, Output, SparseVector, Timings, Truncate
@@ -358,3 +360,59 @@ async def test_the_metrics_say_what_it_does() -> None:
     assert value(metrics.CACHE_EVICTIONS) == 61 - len(cache._memory)
     await cache.close()
     assert value(metrics.CACHE_BYTES) == 0
+
+
+def entry(*numbers: float) -> bytes:
+    return pack(2, None, np.array(numbers, "<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b"",
+        b"\0" * 3,
+        entry(),
+        entry(1, 2, 3),
+        entry(1, 2, 3, 4, 5),
+        entry(*range(8)),
+        entry(1, 2, 3, np.nan),
+        entry(1, 2, 3, np.inf),
+        entry(0, 0, 0, 0),
+        entry(1, 2, 3, 4) + b"\0",
+    ],
+    ids=range(10),
+)
+@pytest.mark.parametrize("output", EVERYTHING)
+async def test_what_cannot_be_an_answer_is_computed(forged: bytes, output: Output) -> None:
+    class Forged:
+        name = "redis"
+
+        async def get(self, part: Part, keys: Sequence[bytes]) -> list[bytes | None]:
+            return [forged if part.output is output else None for _ in keys]
+
+        async def put(self, part: Part, entries: Mapping[bytes, bytes]) -> None:
+            pass
+
+        async def forget(self, part: Part) -> None:
+            pass
+
+        async def close(self) -> None:
+            pass
+
+    model = Model()
+    cache = ModelCache("model", ROOMY, Guarded("model", Forged()), is_remote=False, is_per_client=False)
+    wanted = job("a b", outputs=frozenset({output}))
+
+    found = await cache.embed(wanted, INFO, model.embed)
+
+    assert await outcome(Model().embed, wanted) == await outcome(model.embed, wanted)
+    assert found.num_cached == 0
+    assert model.asked[0] == "a b"
+
+
+async def test_keys_of_clients_and_of_texts_are_apart() -> None:
+    shared, apart = (
+        part_of(INFO, job("a"), Output.DENSE, is_remote=False, is_per_client=is_per_client)
+        for is_per_client in (False, True)
+    )
+    assert shared.name != apart.name

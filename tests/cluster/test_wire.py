@@ -204,7 +204,7 @@ def test_vectors_are_not_copied_into_the_pickle() -> None:
 @pytest.mark.parametrize(
     "dangerous",
     [print, asyncio.sleep, pickle.loads, secrets.token_hex, pickle.Pickler, similarity.max_similarity],
-    ids=repr,
+    ids=lambda value: value.__name__,
 )
 def test_only_the_classes_of_messages_are_unpickled(dangerous: object) -> None:
     with pytest.raises(pickle.UnpicklingError, match="does not belong"):
