@@ -1,6 +1,8 @@
 """Run a job into a store again and again, and kill it each time at a random moment while it writes, until it is done.
 
-    python -m tests.bulk.stores.killed SOURCE SINK OUTPUTS SEED KILLS
+    python -m tests.bulk.stores.killed SOURCE SINK STATE OUTPUTS SEED KILLS
+
+STATE is the folder of the manifest.
 
 Prints how many were killed.
 """
@@ -27,7 +29,7 @@ SHARD_ROWS = 20
 _LONGEST_S = 0.2
 
 
-def work(source_url: str, sink_url: str, outputs: Sequence[str], kill_after_s: float = 0.0) -> None:
+def work(source_url: str, sink_url: str, state: Path, outputs: Sequence[str], kill_after_s: float = 0.0) -> None:
     """Do what is left of the job, and be killed some time after the first text is embedded."""
 
     def on_call(_texts: Sequence[str]) -> None:
@@ -37,20 +39,19 @@ def work(source_url: str, sink_url: str, outputs: Sequence[str], kill_after_s: f
 
     embedder = FakeEmbedder(outputs=outputs, on_call=on_call)
     embedder.block_texts, embedder.max_texts = 16, 8
-    states = Path(sink_url.partition(":")[2].replace("#", "-") + "-job")
-    states.mkdir(exist_ok=True)
+    state.mkdir(exist_ok=True)
     with (
         closing(open_source([source_url], FieldNames())) as source,
         closing(open_sink(sink_url, source.text_field)) as sink,
-        closing(Manifest(states / "manifest.sqlite3")) as manifest,
+        closing(Manifest(state / "manifest.sqlite3")) as manifest,
     ):
         progress = manifest.begin({"source hash": source.fingerprint(), "space": embedder.note.space})
-        job = Job(source, sink, manifest, embedder, Options(states / "errors.jsonl", "stop", SHARD_ROWS), Silent())
+        job = Job(source, sink, manifest, embedder, Options(state / "errors.jsonl", "stop", SHARD_ROWS), Silent())
         asyncio.run(job.run(progress, asyncio.Event()))
 
 
 def main() -> None:
-    source, sink, outputs, seed, kills = sys.argv[1:]
+    source, sink, state, outputs, seed, kills = sys.argv[1:]
     dice = random.Random(int(seed))
     num_killed = 0
     kind = sink.partition(":")[0]
@@ -60,12 +61,12 @@ def main() -> None:
         kill_after_s = dice.uniform(0.001, _LONGEST_S)
         child = os.fork()
         if child == 0:
-            work(source, sink, outputs.split(","), kill_after_s)
+            work(source, sink, Path(state), outputs.split(","), kill_after_s)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
         num_killed += os.WIFSIGNALED(status)
-    work(source, sink, outputs.split(","))
+    work(source, sink, Path(state), outputs.split(","))
     sys.stdout.write(f"{num_killed}\n")
 
 

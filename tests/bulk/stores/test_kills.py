@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 import orjson
@@ -33,22 +34,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "outputs"),
-    [("qdrant", "dense,sparse,multivector"), ("lancedb", "dense,sparse,multivector"), ("chroma", "dense")],
+    [
+        ("qdrant", "dense,sparse,multivector"),
+        ("lancedb", "dense,sparse,multivector"),
+        ("chroma", "dense"),
+        ("pgvector", "dense"),
+        ("milvus", "dense,sparse"),
+    ],
 )
 def test_a_job_that_is_killed_at_random_moments_writes_each_row_once(
-    kind: str, outputs: str, source: Path, tmp_path: Path
+    kind: str, outputs: str, source: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    url = f"{kind}:{tmp_path / 'store'}#docs"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bulk.stores.killed",
-        str(source),
-        url,
-        outputs,
-        "7",
-        "3" if kind != "lancedb" else "2",
-    ]
+    url = f"{kind}:{tmp_path / ('store.db' if kind == 'milvus' else 'store')}#docs"
+    if kind == "pgvector":
+        socket = parse_qs(urlsplit(request.getfixturevalue("postgres")).query)["host"][0]
+        url = f"pgvector://postgres@{quote(socket, safe='')}/postgres/killed"
+    kills = "2" if kind in ("lancedb", "milvus") else "3"
+    arguments = [str(source), url, str(tmp_path / "state"), outputs, "7", kills]
+    command = [sys.executable, "-m", "tests.bulk.stores.killed", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1
@@ -66,7 +69,7 @@ def test_a_job_that_is_killed_at_random_moments_writes_each_row_once(
 def test_rows_go_from_store_to_store(source: Path, tmp_path: Path) -> None:
     urls = [f"{kind}:{tmp_path / kind}#docs" for kind in ("qdrant", "lancedb", "chroma")]
     urls.append(f"qdrant:{tmp_path / 'qdrant'}#copy")
-    work(str(source), urls[0], ["dense"])
-    for before, after in pairwise(urls):
-        work(before, after, ["dense"])
+    work(str(source), urls[0], tmp_path / "first", ["dense"])
+    for number, (before, after) in enumerate(pairwise(urls)):
+        work(before, after, tmp_path / str(number), ["dense"])
         assert by_id(after) == expected()
