@@ -20,8 +20,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEV := build/dev
 DEV_BIN := $(DEV)/bin
-# Some tests only wait: there are more workers than cores.
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 3 ? cores + 2 : 4)))
+# Some tests only wait: there is a worker more than cores.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
 INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/install.sh
 # A change of any of these makes the next `make install` do its work; without one it ends at once.
 INSTALLED_FROM := Makefile pyproject.toml requirements/install.sh requirements/torch.lock requirements/run.lock requirements/build.lock
@@ -53,7 +53,7 @@ smoke: install ## Check in a minute that the installation works: start, embed, c
 	@$(BIN)/python tests/smoke.py $(ARGS)
 
 ##@ Develop
-.PHONY: install-dev install-clients test test-plan check format docs site package bench loadtest soak versions image-proof lock clean
+.PHONY: install-dev install-clients test test-cluster test-plan check format docs site package bench loadtest soak versions image-proof lock clean
 
 install-dev: $(DEV)/.installed ## Install what the tests and checks need, into build/dev
 
@@ -62,7 +62,13 @@ install-clients: install-dev build/clients/.installed ## Install clients that th
 # Which tests stay on one worker, and that the longest come first, is in tests/conftest.py.
 # Bytecode is written whatever the environment says: else each of the many processes compiles everything again.
 test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without those that take a minute)
-	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder \
+	  $(patsubst %,--ignore=%,$(ON_RAY)) $(ARGS)
+
+# They start a cluster of three nodes, which takes all of two cores: not at the same time as other tests.
+ON_RAY := tests/cluster/test_on_ray.py $(wildcard tests/cluster/test_*_on_replicas.py)
+test-cluster: install-dev ## Run the tests on a simulated Ray cluster, for some minutes
+	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest $(ON_RAY) $(ARGS)
 
 test-plan:
 	@[ -e build/clients/.installed ] || echo "First, tools and clients are installed into build/ (2 GB, a minute or two)," \
