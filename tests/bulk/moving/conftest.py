@@ -47,7 +47,7 @@ class HashModel:
         self.max_texts, self.max_characters, self.num_calls, self.block_texts = 16, 10_000, 2, 32
         self._on_call = on_call
 
-    async def embed(self, texts: Sequence[str]) -> TextVectors:
+    async def embed(self, texts: Sequence[str], *, is_late: bool = False) -> TextVectors:
         self._on_call(texts)
         dense = np.stack([vector_of(self.note.model, text) for text in texts])
         return TextVectors(dense, len(texts), 0)
