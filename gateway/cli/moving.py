@@ -28,7 +28,7 @@ class _Steps(TyperGroup):
 move = typer.Typer(
     name="move",
     cls=_Steps,
-    help="Change the embedding model of a collection that applications use.\n\n`gateway move COLLECTION --from URL --to "
+    help="Change the embedding model of a collection in use.\n\n`gateway move COLLECTION --from URL --to "
     "MODEL` makes a copy with the vectors of another model. The other steps keep the copy up to date, compare it, let "
     "applications use it, and undo that. `gateway move status` shows the next one.",
     no_args_is_help=True,
