@@ -66,7 +66,7 @@ def make_real_backend(
     settings: Settings,
     residents: Residents,
     on_card_lost: Callable[[str], None],
-    cluster: ClusterSite | None,
+    cluster: ClusterSite | None = None,
 ) -> Backend:
     """Return the backend of a model: an engine in this process, maybe only while it is used, a cluster or other servers."""
     if entry.is_remote:
