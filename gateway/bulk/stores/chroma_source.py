@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Final, NamedTuple, cast
 
 from chromadb.api.models.Collection import Collection
 from chromadb.api.types import Include
 
-from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, resolve_fields
+from gateway.bulk.fields import FieldNames, Fields
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row
 from gateway.bulk.stores.chroma_connection import Connection
 from gateway.bulk.stores.chroma_items import DOCUMENT, row_id_of
 from gateway.bulk.stores.payloads import to_json
+from gateway.bulk.stores.reading import SAMPLE, fields_of
 
 _PAGE: Final = 256
-_SAMPLE: Final = 64
 _INCLUDE: Final = cast(Include, ["metadatas", "documents"])
 
 
@@ -67,15 +66,11 @@ class ChromaSource:
         Raises:
             BulkError: the first items do not have them.
         """
-        records = [row_id_of(item.id, item.record)[1] for item in self._page(0, _SAMPLE)]
+        records = [row_id_of(item.id, item.record)[1] for item in self._page(0, SAMPLE)]
         names = self._names
         if names.text is None and any(record[DOCUMENT] is not None for record in records):
             names = FieldNames(names.id, DOCUMENT, names.title, names.payload)
-        if not records:
-            return Fields(names.id, names.text or TEXT_FIELDS[0], names.title, names.payload)
-        fields = resolve_fields(names, records, self.name)
-        # A field of this name is payload, unless the user wants it as the id.
-        return fields if names.id is not None else replace(fields, id=None)
+        return fields_of(names, records, self.name)
 
     @cached_property
     def _items(self) -> Collection:

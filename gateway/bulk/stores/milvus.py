@@ -18,14 +18,14 @@ from gateway.bulk.stores.milvus_collections import TIMEOUT_S, Collection, find_c
 from gateway.bulk.stores.milvus_rows import (
     PAGE,
     MilvusSink,
-    MilvusSource,
     count_items,
+    open_source,
     read_page,
     read_some,
 )
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
-from gateway.bulk.stores.reading import fields_of
+from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
 from gateway.types import SparseVector
 
@@ -73,9 +73,9 @@ class MilvusStore:
                 f"{self.name} cannot be opened; only one process at a time can use a file of Milvus Lite: {error}"
             ) from error
 
-    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> MilvusSource:
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the items of a collection."""
-        return MilvusSource(self._connect, self._find(collection), names, since)
+        return open_source(self._connect, self._find(collection), names, since)
 
     def sink(self, collection: str, keeping: Keeping) -> MilvusSink:
         """Return a sink for a collection."""

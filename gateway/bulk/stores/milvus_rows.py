@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from pymilvus import MilvusClient
 
-from gateway.bulk.fields import FieldNames, Fields
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Position, Row, RowId, SpaceNote
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores.milvus_collections import (
     MAX_WIDTH,
     TIMEOUT_S,
@@ -27,15 +27,13 @@ from gateway.bulk.stores.milvus_collections import (
 from gateway.bulk.stores.notes import check_note
 from gateway.bulk.stores.payloads import with_field
 from gateway.bulk.stores.protocol import Keeping, Since
-from gateway.bulk.stores.reading import fields_of, is_later
+from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
 
 Connect: TypeAlias = Callable[[], MilvusClient]
-Item: TypeAlias = tuple[RowId, dict[str, Json]]
 
 PAGE: Final = 500
 """Items that are read or written at once."""
-_SAMPLE: Final = 64
 _MAX_NUMBERS: Final = 4_000_000
 """Numbers in one request: 16 MB, where a server accepts 64."""
 _DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
@@ -75,62 +73,18 @@ def _query(client: MilvusClient, collection: Collection, expression: str, **sett
     return [(item[collection.id.name], payload_of(collection, item)) for item in found]
 
 
-class MilvusSource:
-    """The items of a collection, by ascending id."""
-
-    def __init__(self, connect: Connect, collection: Collection, names: FieldNames, since: Since | None) -> None:
-        self.name = collection.place
-        self._client = connect()
-        self._collection = collection
-        self._names = names
-        self._since = since
-
-    @cached_property
-    def fields(self) -> Fields:
-        """The fields that make a row.
-
-        Raises:
-            BulkError: the first items do not have them.
-        """
-        first = [payload for _id, payload in read_page(self._client, self._collection, None, _SAMPLE)]
-        return fields_of(self._names, first, self.name)
-
-    @property
-    def has_unique_ids(self) -> bool:
-        """The collection's own ids are unique."""
-        return self._names.id is None
-
-    @property
-    def text_field(self) -> str:
-        """The field of the payload that has the text.
-
-        Raises:
-            BulkError: the first items do not have it.
-        """
-        return self.fields.text
-
-    def fingerprint(self) -> str:
-        """Return the collection's identity, which another one of the same name does not have, and the fields."""
-        since = f" since {self._since.field} {self._since.moment}" if self._since else ""
-        return f"{self.name} {self._collection.number} {self.fields}{since}"
-
-    def count(self) -> int:
-        """Return how many items there are."""
-        return count_items(self._client, self._collection)
-
-    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the items after a position, which is an id."""
-        last = after if isinstance(after, int | str) else None
-        while page := read_page(self._client, self._collection, last):
-            for row_id, payload in page:
-                last = row_id
-                if self._since is None or is_later(payload, self._since):
-                    place = f"id {row_id} of {self.name}"
-                    yield self.fields.row(payload, place, row_id, None if self._names.id is not None else row_id)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
+def open_source(connect: Connect, collection: Collection, names: FieldNames, since: Since | None) -> KeysetSource:
+    """Return the items of a collection."""
+    client = connect()
+    return KeysetSource(
+        collection.place,
+        collection.number,
+        names,
+        since,
+        read_page=partial(read_page, client, collection),
+        count=partial(count_items, client, collection),
+        close=client.close,
+    )
 
 
 def count_items(client: MilvusClient, collection: Collection) -> int:

@@ -24,7 +24,7 @@ from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.payloads import digest
 from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, read_name, refusals
 from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
-from gateway.bulk.stores.reading import fields_of
+from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
 from gateway.types import SparseVector
 
@@ -97,9 +97,9 @@ class PgvectorStore:
         rows.send_vectors(connection)
         return connection
 
-    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> rows.PgvectorSource:
+    def source(self, collection: str, names: FieldNames, since: Since | None = None) -> KeysetSource:
         """Return the rows of a table."""
-        return rows.PgvectorSource(self._connect, self._table(collection), names, since)
+        return rows.open_source(self._connect, self._table(collection), names, since)
 
     def sink(self, collection: str, keeping: Keeping) -> rows.PgvectorSink:
         """Return a sink for a table."""

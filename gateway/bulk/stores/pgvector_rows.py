@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from psycopg import sql
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
-from gateway.bulk.fields import FieldNames, Fields
-from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Position, Row, RowId, SpaceNote
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note
 from gateway.bulk.stores.payloads import with_field
 from gateway.bulk.stores.pgvector_tables import Column, Connection, Name, Table, find_table, refusals
 from gateway.bulk.stores.protocol import Keeping, Since
-from gateway.bulk.stores.reading import fields_of, is_later
+from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
 from gateway.types import Vectors
 
 Connect: TypeAlias = Callable[[], Connection]
-Item: TypeAlias = tuple[RowId, dict[str, Json]]
 
 PAGE: Final = 1_000
 """Rows that are read at once."""
-_SAMPLE: Final = 64
 _DEFAULT_VECTOR: Final = "embedding"
 
 
@@ -95,65 +93,25 @@ def _item(table: Table, row: Sequence[Any]) -> Item:
     return row_id, payload if isinstance(payload, dict) else {} if payload is None else {"payload": payload}
 
 
-class PgvectorSource:
-    """The rows of a table, by ascending id."""
+def open_source(connect: Connect, table: Table, names: FieldNames, since: Since | None) -> KeysetSource:
+    """Return the rows of a table."""
+    connection = connect()
+    return KeysetSource(
+        table.place,
+        table.oid,
+        names,
+        since,
+        read_page=partial(read_page, connection, table),
+        count=partial(_count_rows, connection, table),
+        close=connection.close,
+    )
 
-    def __init__(self, connect: Connect, table: Table, names: FieldNames, since: Since | None) -> None:
-        self.name = table.place
-        self._connection = connect()
-        self._table = table
-        self._names = names
-        self._since = since
 
-    @cached_property
-    def fields(self) -> Fields:
-        """The fields that make a row.
-
-        Raises:
-            BulkError: the first rows do not have them.
-        """
-        first = [payload for _id, payload in read_page(self._connection, self._table, None, _SAMPLE)]
-        return fields_of(self._names, first, self.name)
-
-    @property
-    def has_unique_ids(self) -> bool:
-        """The table's own ids are unique."""
-        return self._names.id is None
-
-    @property
-    def text_field(self) -> str:
-        """The field of the payload that has the text.
-
-        Raises:
-            BulkError: the first rows do not have it.
-        """
-        return self.fields.text
-
-    def fingerprint(self) -> str:
-        """Return the table's identity, which another table of the same name does not have, and the fields."""
-        since = f" since {self._since.field} {self._since.moment}" if self._since else ""
-        return f"{self.name} {self._table.oid} {self.fields}{since}"
-
-    def count(self) -> int:
-        """Return how many rows there are."""
-        query = sql.SQL("SELECT count(*) FROM {}").format(self._table.name.sql)
-        with refusals(self.name):
-            [number] = self._connection.execute(query).fetchone() or (0,)
-        return int(number)
-
-    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
-        """Yield the rows after a position, which is an id."""
-        last = after if isinstance(after, int | str) else None
-        while page := read_page(self._connection, self._table, last):
-            for row_id, payload in page:
-                last = row_id
-                if self._since is None or is_later(payload, self._since):
-                    place = f"id {row_id} of {self.name}"
-                    yield self.fields.row(payload, place, row_id, None if self._names.id is not None else row_id)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
+def _count_rows(connection: Connection, table: Table) -> int:
+    query = sql.SQL("SELECT count(*) FROM {}").format(table.name.sql)
+    with refusals(table.place):
+        [number] = connection.execute(query).fetchone() or (0,)
+    return int(number)
 
 
 class PgvectorSink:

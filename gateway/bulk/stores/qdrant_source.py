@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Final, cast
 
 from qdrant_client import QdrantClient, models
 
-from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, resolve_fields
+from gateway.bulk.fields import FieldNames, Fields
 from gateway.bulk.rows import BadRow, BulkError, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Since
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_points import PointId, point_id, row_id_of
+from gateway.bulk.stores.reading import SAMPLE, fields_of
 
 _PAGE: Final = 256
 """Points per request: small enough for texts of whole documents, large enough that requests cost little."""
-
-_SAMPLE: Final = 64
 
 
 class QdrantSource:
@@ -62,13 +60,9 @@ class QdrantSource:
             BulkError: the first points do not have them.
         """
         self._connection.read_info(self._collection)
-        points, _ = self._scroll(None, _SAMPLE)
+        points, _ = self._scroll(None, SAMPLE)
         payloads = [row_id_of(*_parts(point))[1] for point in points]
-        if not payloads:
-            return Fields(self._names.id, self._names.text or TEXT_FIELDS[0], self._names.title, self._names.payload)
-        fields = resolve_fields(self._names, payloads, self.name)
-        # A field of this name is payload, unless the user wants it as the id.
-        return fields if self._names.id is not None else replace(fields, id=None)
+        return fields_of(self._names, payloads, self.name)
 
     def fingerprint(self) -> str:
         """Return the collection and the fields that are read; its points may change while a job runs.

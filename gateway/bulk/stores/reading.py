@@ -1,15 +1,97 @@
-"""The fields of a store's items, and the items that changed after a point of time, for stores that cannot select them."""
+"""What the sources of several stores share: the fields of items, those changed after a point of time, reading by id."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
+from typing import Final, Protocol, TypeAlias
 
 from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, get, resolve_fields
-from gateway.bulk.rows import Json
+from gateway.bulk.rows import BadRow, Json, Position, Row, RowId
 from gateway.bulk.stores.protocol import Moment, Since
+
+SAMPLE: Final = 64
+"""Items that are looked at for their fields."""
+
+Item: TypeAlias = tuple[RowId, dict[str, Json]]
+"""The id and the payload of an item."""
+
+
+class ReadPage(Protocol):
+    """Returns the next items after an id, by ascending id."""
+
+    def __call__(self, after: RowId | None, limit: int = ..., /) -> list[Item]: ...
+
+
+class KeysetSource:
+    """The items of a store that returns them by ascending id. A position is the id of the last item.
+
+    Args:
+        name: of the collection, in messages.
+        identity: of the collection, which another one of the same name does not have.
+        count: returns how many items there are.
+        close: closes the connection.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: object,
+        names: FieldNames,
+        since: Since | None,
+        *,
+        read_page: ReadPage,
+        count: Callable[[], int],
+        close: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self._identity = identity
+        self._names = names
+        self._since = since
+        self._read_page = read_page
+        self.count = count
+        self.close = close
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The fields that make a row.
+
+        Raises:
+            BulkError: the first items do not have them.
+        """
+        return fields_of(self._names, [payload for _id, payload in self._read_page(None, SAMPLE)], self.name)
+
+    @property
+    def has_unique_ids(self) -> bool:
+        """The store's own ids are unique."""
+        return self._names.id is None
+
+    @property
+    def text_field(self) -> str:
+        """The field of the payload that has the text.
+
+        Raises:
+            BulkError: the first items do not have it.
+        """
+        return self.fields.text
+
+    def fingerprint(self) -> str:
+        """Return the collection's identity, and the fields that are read."""
+        since = f" since {self._since.field} {self._since.moment}" if self._since else ""
+        return f"{self.name} {self._identity} {self.fields}{since}"
+
+    def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
+        """Yield the items after a position."""
+        last = after if isinstance(after, int | str) else None
+        while page := self._read_page(last):
+            for row_id, payload in page:
+                last = row_id
+                if self._since is None or is_later(payload, self._since):
+                    place = f"id {row_id} of {self.name}"
+                    yield self.fields.row(payload, place, row_id, None if self._names.id is not None else row_id)
 
 
 def is_later(payload: Mapping[str, Json], since: Since) -> bool:
