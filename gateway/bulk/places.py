@@ -93,9 +93,12 @@ def read_place(url: str, *, has_collection: bool = True) -> Place | None:
     written, plus, transport = scheme.lower().partition("+")
     name = _OTHER_NAMES.get(written, written)
     kind = _KINDS.get(name)
-    if not colon or "/" in scheme or (kind is None and (name in _FILE_SCHEMES or not rest.startswith("//"))):
+    if not colon or "/" in scheme:
         return None
     if kind is None:
+        is_file = name in _FILE_SCHEMES or not (rest.startswith("//") or _is_misspelled(url, written))
+        if is_file:
+            return None
         raise BulkError(_unknown_scheme(written))
     if plus and (transport not in ("http", "https") or not kind.port):
         secure = f" or {quote(f'{name}+https')}" if kind.port else ""
@@ -163,6 +166,11 @@ def _options(query: str, name: str, kind: _Kind) -> dict[str, str]:
             hint = did_you_mean(option, known) or ";"
             raise BulkError(f"{name} has no option {quote(option)}{hint} its options are {enumerate_names(known)}")
     return options
+
+
+def _is_misspelled(url: str, scheme: str) -> bool:
+    """Return whether this is no file, but a store in a folder whose kind is misspelled: ``qdant:./folder#docs``."""
+    return "#" in url and bool(did_you_mean(scheme, [*_KINDS, *_OTHER_NAMES])) and not Path(url).exists()
 
 
 def _unknown_scheme(scheme: str) -> str:

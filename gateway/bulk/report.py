@@ -79,6 +79,9 @@ class Report:
         if not done.items:
             say(console, "Nothing was left to do." if outcome.is_finished else "This run has embedded nothing.")
             return
+        if not done.rows:
+            say(console, "This run has embedded nothing: it found only rows to skip.")
+            return
         rates = f"{_rate(done.rows, outcome.seconds)} rows/s, {_rate(done.tokens, outcome.seconds)} tokens/s"
         earlier = f" of {total.rows:,}" if total.rows > done.rows else ""
         rows = count(done.rows, "row")

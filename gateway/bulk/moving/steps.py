@@ -163,7 +163,7 @@ def _named(move: Move, work: Work, into: str | None) -> Move:
     for pair in move.pairs:
         old = work.reading.describe(pair.old)
         if any(is_same_space(held.space, note.space) for held in old.notes.values()):
-            raise BulkError(f"{pair.old} holds vectors of {note.space} already: nothing is to move")
+            raise BulkError(f"{pair.old} holds vectors of {note.space} already: there is nothing to move")
         base = into if into is not None and pair == move.pairs[0] else None
         new = base or pair.new or new_name(pair.old, note.space)
         if new == pair.old:

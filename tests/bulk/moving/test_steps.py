@@ -209,7 +209,7 @@ async def test_items_without_a_text_are_named_and_stay_only_on_the_users_word(
 async def test_what_cannot_be_moved_says_why(shop: Shop, models: Models, tmp_path: Path, console: Console) -> None:
     with pytest.raises(BulkError, match="no such model"):
         await start(request_for(shop, model="unknown"), tmp_path, console)
-    with pytest.raises(BulkError, match=r"holds vectors of old@\S+ already: nothing is to move"):
+    with pytest.raises(BulkError, match=r"holds vectors of old@\S+ already: there is nothing to move"):
         await start(request_for(shop, model="old"), tmp_path, console)
     with pytest.raises(BulkError, match=r"does not exist|there is no|has no"):
         await start(request_for(shop, collection="gone"), tmp_path, console)

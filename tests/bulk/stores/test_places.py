@@ -85,6 +85,7 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     ("url", "message"),
     [
         ("qdrnt://localhost/docs", "no store has the scheme `qdrnt`; did you mean `qdrant`? the stores are `qdrant`, "),
+        ("qdant:./folder#docs", "no store has the scheme `qdant`; did you mean `qdrant`? the stores are `qdrant`, "),
         ("weaviate://localhost/docs", "no store has the scheme `weaviate`; the stores are `qdrant`, `milvus`, "),
         ("http://localhost:6333/docs", "`http://` does not say which store it is: write one of `qdrant`"),
         ("qdrant+ssl://localhost/docs", "`qdrant+ssl` is not a scheme; write `qdrant` or `qdrant+https`"),
