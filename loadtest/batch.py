@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import httpx
@@ -66,6 +66,10 @@ class RunningBatch:
 
     def finish(self, patience_s: float) -> BatchOutcome:
         """Wait for the end of the batch, and check its files."""
+        with closing(self._client):
+            return self._finish(patience_s)
+
+    def _finish(self, patience_s: float) -> BatchOutcome:
         deadline = time.monotonic() + patience_s
         batch = {"status": "unknown"}
         while batch["status"] not in _ENDED and time.monotonic() < deadline:

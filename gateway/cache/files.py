@@ -247,6 +247,7 @@ class CacheFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, RowFile] = {}
+        self._num_reused = 0  # of the files that were closed
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -259,13 +260,14 @@ class CacheFolder:
 
     def close(self) -> None:
         """Close the files."""
+        self._num_reused = self.num_reused
         self._open.clear()
         self._stack.close()
 
     @property
     def num_reused(self) -> int:
         """The number of entries that were read, and that an earlier run had written."""
-        return sum(file.num_reused for file in self._open.values())
+        return self._num_reused + sum(file.num_reused for file in self._open.values())
 
     def rows(self, identity: Identity, row: np.dtype[Any]) -> RowFile:
         """Return the file of the rows with an identity, locked for this process.
