@@ -75,6 +75,7 @@ async def test_a_card_tells_what_a_client_must_know_to_choose(client: httpx.Asyn
         "dtype": "float32",
         "notes": [],
         "replicas": [],
+        "cache": False,
     }
     assert list(spaces) == card["tasks"]
     assert spaces["retrieval.query"] == spaces["retrieval.passage"]
@@ -386,6 +387,7 @@ async def test_the_schema_shows_each_path_once(client: httpx.AsyncClient) -> Non
         "/health",
         "/health/startup",
         "/metrics",
+        "/metrics/replicas",
         "/admin/reload",
         "/admin/errors",
         "/admin/models/{model}/load",
