@@ -275,12 +275,16 @@ def test_characters_that_make_too_many_tokens_are_a_bad_row() -> None:
     ids=["dots", "lines", "closers", "letters", "ideographs", "sentences", "initials"],
 )
 def test_no_text_takes_long(make: Callable[[int], str]) -> None:
-    model, times = tokens_of("byte-level BPE"), []
-    for length in (20_000, 80_000):
-        started = time.process_time()
+    model = tokens_of("byte-level BPE")
+
+    def seconds(length: int) -> float:
+        started = time.thread_time()
         chunks_of(make(length), model, tokens=256, overlap=64)
-        times.append(time.process_time() - started)
-    assert times[1] < 12 * max(times[0], 0.02)
+        return time.thread_time() - started
+
+    # The shortest of three, as other processes can make one several times as long.
+    short, long = (min(seconds(length) for _ in range(3)) for length in (20_000, 80_000))
+    assert long < 12 * max(short, 0.01)
 
 
 def test_words_are_not_cut_in_code() -> None:

@@ -180,7 +180,7 @@ def test_without_a_capture_its_package_is_not_imported() -> None:
 
 async def test_a_line_has_the_text_and_a_keyed_hash_of_the_unit(serve: Serve, tmp_path: Path) -> None:
     client = await serve()
-    for unit, text in (("ada", "first"), ("ada", "second"), ("bob", "third")):
+    for unit, text in (("lovelace", "first"), ("lovelace", "second"), ("bob", "third")):
         await embed(client, f"exp/{unit}", text, task="query")
     await finish(client)
 
@@ -190,7 +190,7 @@ async def test_a_line_has_the_text_and_a_keyed_hash_of_the_unit(serve: Serve, tm
     assert [line["text"] for line in lines] == ["first", "second", "third"]
     assert lines[0]["group"] == lines[1]["group"] != lines[2]["group"]
     assert re.fullmatch("[0-9a-f]{16}", lines[0]["group"])
-    assert "ada" not in content
+    assert "lovelace" not in content
     assert len({line["_id"] for line in lines}) == 3
     assert {line["name"] for line in lines} == {"exp"}
     assert {line["model"] for line in lines} <= {"jina", "mini"}
