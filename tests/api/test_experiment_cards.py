@@ -90,6 +90,7 @@ async def test_an_experiment_between_spaces_has_none_and_lists_its_arms(connect:
         "dtype": "float32",
         "notes": [],
         "replicas": [],
+        "cache": False,
         "license": None,
     }
 
