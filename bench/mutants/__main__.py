@@ -3,21 +3,25 @@
 python -m bench.mutants --record                 # once: which test runs which lines (20 minutes)
 python -m bench.mutants                          # a sample of each module of the core
 python -m bench.mutants access/quotas --sample 0 # every change of one module
-python -m bench.mutants --update                 # and write the table into docs/testing.md
+python -m bench.mutants --table --update         # write what is known into docs/testing.md
+
+What is found is kept: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 from bench.mutants.equivalents import FILE, read_equivalents
+from bench.mutants.outcomes import Outcomes
 from bench.mutants.records import Records, all_tests
-from bench.mutants.report import load_results, print_result, save_result, table_of, write_page
+from bench.mutants.report import print_result, table_of, write_page
 from bench.mutants.running import preload, workspaces
-from bench.mutants.scoring import CORE, ModuleResult, Options, record, score
+from bench.mutants.scoring import CORE, Options, record, result_of, score
 from bench.processes import RESULTS, ROOT
 
 
@@ -29,23 +33,34 @@ def main() -> int:
     modules = [_path_of(project, name) for name in arguments.modules or CORE]
     entries = read_equivalents(arguments.equivalent)
     options = Options(arguments.sample, arguments.seed, arguments.budget, is_own_only=arguments.own)
-    results: list[ModuleResult] = []
-    with workspaces(arguments.jobs + 1, project) as (snapshot, *copies):
-        # The checkout may change meanwhile: what is read, and what runs, is as it was at the start.
-        records = Records(snapshot.root, folder / "records")
-        preload(snapshot, all_tests(snapshot.root))
-        if arguments.record:
-            record(copies, records, all_tests(snapshot.root), is_forced=True)
-        if arguments.modules or not arguments.record:
-            for module in modules:
-                result = score(copies, records, snapshot.root, module, options, entries)
-                print_result(result)
-                save_result(folder, result)
-                results.append(result)
+    if not arguments.table:
+        with workspaces(arguments.jobs + 1, project) as (snapshot, *copies):
+            # The checkout may change meanwhile: what is read, and what runs, is as it was at the start.
+            records = Records(snapshot.root, folder / "records")
+            preload(snapshot, all_tests(snapshot.root))
+            for copy in copies:
+                copy.take_compiled(snapshot)
+            if arguments.record is not None:
+                record(
+                    copies, records, [file for file in all_tests(snapshot.root) if file.startswith(arguments.record)]
+                )
+            for module in modules if arguments.modules or arguments.record is None else ():
+                outcomes = Outcomes(snapshot.root, folder, module)
+                score(copies, records, snapshot.root, module, options, entries, outcomes)
+                print_result(result_of(snapshot.root, module, options, entries, outcomes))
+    results = [result_of(project, module, options, entries, Outcomes(project, folder, module)) for module in modules]
+    if arguments.table:
+        for result in results:
+            print_result(result)
     print(f"\n{table_of(results)}")
     if arguments.update:
-        write_page(load_results(folder))
+        write_page(results, _commit())
     return 1 if any(result.survivors for result in results) else 0
+
+
+def _commit() -> str:
+    """Return the commit that the checkout is at."""
+    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=40.0, help="seconds of tests for a change, own and others each (default 40)"
     )
     parser.add_argument("--own", action="store_true", help="run only the module's own tests")
-    parser.add_argument("--record", action="store_true", help="record what all tests run, even where it is known")
+    parser.add_argument(
+        "--record", nargs="?", const="tests/", metavar="FOLDER", help="record what tests run that are new or changed"
+    )
+    parser.add_argument("--table", action="store_true", help="run nothing: print what is known")
     parser.add_argument("--update", action="store_true", help="write the table into docs/testing.md")
     parser.add_argument("--project", type=Path, default=ROOT, help="root of a project (default: this one)")
     parser.add_argument("--equivalent", type=Path, default=FILE, help="changes that change no behavior")

@@ -57,6 +57,7 @@ class Mutant:
         before: source lines that change, joined and stripped.
         after: the same lines with the change.
         source: the whole module with the change.
+        key: a hash of the change and of the function that it is in, or of the whole module outside of functions.
     """
 
     module: str
@@ -66,6 +67,7 @@ class Mutant:
     before: str
     after: str
     source: str
+    key: str
 
     def order(self, seed: int) -> str:
         """Return a random sort key that stays the same for the same change, wherever its line moves."""
@@ -91,6 +93,7 @@ class _Change:
     node: ast.expr | ast.stmt
     new: str
     statement: ast.stmt
+    function: ast.stmt | None
 
 
 def _apply(module: str, source: str, change: _Change) -> Mutant:
@@ -106,7 +109,18 @@ def _apply(module: str, source: str, change: _Change) -> Mutant:
     end = statement.end_lineno or statement.lineno
     if isinstance(body, list) and body and not isinstance(statement, ast.Match):
         end = max(statement.lineno, min(end, body[0].lineno - 1))
-    return Mutant(module, node.lineno, (statement.lineno, end), change.operator, before, new.decode().strip(), mutated)
+    after = new.decode().strip()
+    key = _key(module, lines, change, (before, after))
+    return Mutant(module, node.lineno, (statement.lineno, end), change.operator, before, after, mutated, key)
+
+
+def _key(module: str, lines: list[bytes], change: _Change, texts: tuple[str, str]) -> str:
+    first, last = 1, len(lines)
+    if (function := change.function) is not None:
+        first, last = function.lineno, function.end_lineno or function.lineno
+    around = b"".join(lines[first - 1 : last])
+    text = "\0".join([module, change.operator, *texts, str(change.node.lineno - first)])
+    return hashlib.sha256(text.encode() + b"\0" + around).hexdigest()[:24]
 
 
 class _Collector(ast.NodeVisitor):
@@ -115,6 +129,7 @@ class _Collector(ast.NodeVisitor):
     def __init__(self) -> None:
         self.changes: list[_Change] = []
         self._statements: list[ast.stmt] = []
+        self._functions: list[ast.stmt] = []
         self._is_error = False
 
     # ---------------------------------------------------------------------------------------------------- walking
@@ -153,8 +168,10 @@ class _Collector(ast.NodeVisitor):
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
+        self._functions.append(node)
         for statement in node.body:
             self.visit(statement)
+        self._functions.pop()
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         for statement in node.body:
@@ -188,7 +205,8 @@ class _Collector(ast.NodeVisitor):
         if isinstance(new, ast.expr):
             text = ast.unparse(new)
             new = text if isinstance(new, ast.Constant | ast.Name | ast.Call | ast.Attribute) else f"({text})"
-        self.changes.append(_Change(operator, node, new, self._statements[-1]))
+        function = self._functions[0] if self._functions else None
+        self.changes.append(_Change(operator, node, new, self._statements[-1], function))
 
     def _mutate_statement(self, node: ast.stmt) -> None:
         match node:

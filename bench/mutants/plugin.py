@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -60,11 +60,14 @@ class Trace:
 
     Attributes:
         outcome: ``passed``, ``failed`` or ``skipped``.
+        duration_s: seconds by the clock.
+        cpu_s: seconds of processor time, of this process and of the children that it waited for.
         lines: numbers of the lines that it ran, by the file's path from the project's root.
     """
 
     outcome: str = "passed"
     duration_s: float = 0.0
+    cpu_s: float = 0.0
     lines: dict[str, set[int]] = field(default_factory=dict)
 
 
@@ -73,12 +76,16 @@ class Recorder:
 
     A child process that runs Python finds ``sitecustomize.py`` in the workspace, which is
     :mod:`bench.mutants.child_trace`.
+
+    Args:
+        known: tests that are left out.
     """
 
-    def __init__(self, root: Path, child_file: Path) -> None:
+    def __init__(self, root: Path, child_file: Path, known: Container[str] = ()) -> None:
         self.traces: dict[str, Trace] = {IMPORT: Trace()}
         self._root = f"{root}/"
         self._child_file = child_file
+        self._known = known
         self._lines = self.traces[IMPORT].lines
         self._names: dict[str, str] = {}
 
@@ -94,13 +101,20 @@ class Recorder:
             for file, numbers in lines.items():
                 self.traces.setdefault(test, Trace()).lines.setdefault(file, set()).update(numbers)
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid not in self._known]
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         trace = self.traces.setdefault(item.nodeid, Trace())
         self._lines = trace.lines
         if sys.gettrace() is None:  # a test took it off
             sys.settrace(self._enter)
-        return (yield)
+        before_s = _cpu_s()
+        try:
+            return (yield)
+        finally:
+            trace.cpu_s += _cpu_s() - before_s
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         trace = self.traces[report.nodeid]
@@ -119,6 +133,10 @@ class Recorder:
         if event == "line":
             self._lines.setdefault(self._names[frame.f_code.co_filename], set()).add(frame.f_lineno)
         return self._line
+
+
+def _cpu_s() -> float:
+    return sum(os.times()[:4])
 
 
 def read_child_lines(file: Path) -> Mapping[str, dict[str, set[int]]]:

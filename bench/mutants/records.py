@@ -1,7 +1,7 @@
 """Which test runs which lines, remembered from run to run in ``bench/results/mutants``.
 
-A record is of one file of tests. It stays good while that file is the same: where the gateway has changed since, lines are
-found again by their text, and so is a module that has moved.
+A record is of one file of tests. What it says of a test stays good while that test is the same: where the gateway has
+changed since, lines are found again by their text, and so is a module that has moved.
 """
 
 from __future__ import annotations
@@ -9,27 +9,48 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import orjson
 
 from bench.mutants.operators import Mutant
+from bench.mutants.outcomes import test_hash
 from bench.mutants.plugin import IMPORT, Trace
 
 # They run for minutes, run in separate environments, or do not test code.
-NOT_RECORDED = ("tests/clients", "tests/loadtest", "tests/deploy", "tests/test_bench.py", "tests/test_imports.py")
+NOT_RECORDED = (
+    "tests/bulk/stores",
+    "tests/clients",
+    "tests/cluster/test_on_ray.py",
+    "tests/cluster/test_contract_on_replicas.py",
+    "tests/cluster/test_rerank_on_replicas.py",
+    "tests/cluster/test_tei_on_replicas.py",
+    "tests/deploy",
+    "tests/loadtest",
+    "tests/test_bench",
+    "tests/test_imports.py",
+)
+_VERSION = 2
+# Of the time that a recorded test took by the clock, this share counts at least: it may only have waited.
+_WAITING = 0.2
 # A module that has this share of its lines in common with a removed one is taken for the same module.
 _MOVED = 0.5
 
 # The tests of modules whose tests are not in the file or folder named after them.
 _TESTS_OF = {
+    "gateway/api/endpoint.py": ("api/test_contract", "api/test_errors", "api/test_key_requests", "api/test_tei"),
+    "gateway/api/openai.py": ("api/test_contract", "api/test_lax_bodies", "api/test_quantized"),
+    "gateway/api/openai_schema.py": ("api/test_contract", "api/test_lax_bodies", "api/test_documentation"),
+    "gateway/api/token_ids.py": ("api/test_contract", "api/test_lax_bodies", "api/test_bounds"),
+    "gateway/cache/entries.py": ("cache/test_stores", "cache/test_files", "cache/test_model_cache"),
+    "gateway/engine/model/adapters.py": ("models/test_jina", "models/test_jina_v5_layout"),
     "gateway/engine/model/heads.py": ("engine/model/test_heads", "models/test_m3", "models/test_modules"),
     "gateway/engine/model/tokenizer.py": ("engine/model/test_tokenizer", "models/test_late_chunking"),
     "gateway/engine/worker.py": ("engine/test_worker", "engine/test_batcher"),
-    "gateway/http/head.py": ("api/test_connections", "api/test_limits"),
+    "gateway/http/head.py": ("http/test_head", "api/test_connections", "api/test_limits"),
     "gateway/http/middleware.py": (
         "api/test_behind_a_proxy",
         "api/test_contract",
@@ -50,17 +71,24 @@ _TESTS_OF = {
         "api/test_rerank",
         "test_fallbacks",
     ),
+    "gateway/routing/names.py": ("routing/test_router", "routing/test_rules", "routing/test_changes"),
     "gateway/service.py": ("test_service", "api/test_contract", "api/test_rerank", "api/test_tei"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A test that runs a line that is changed."""
+    """A test that runs a line that is changed.
+
+    Attributes:
+        duration_s: seconds that it took by the clock when it was recorded.
+        cost_s: seconds to plan for it, which hardly depend on what else the machine did then.
+    """
 
     test: str
     file: str
     duration_s: float
+    cost_s: float
 
 
 def own_tests(project: Path, module: str) -> list[str]:
@@ -95,40 +123,50 @@ class Records:
     def __init__(self, project: Path, folder: Path) -> None:
         self._project = project
         self._folder = folder
-        self._loaded: dict[str, _Record | None] = {}
+        self._loaded: dict[str, _Record] = {}
         self._weights_of: dict[str, Mapping[str, float]] = {}
 
     def has(self, file: str) -> bool:
         """Whether the file has a record, and has not changed since."""
-        return self._load(file) is not None
+        return self._load(file).file == _hash((self._project / file).read_bytes())
+
+    def known(self, file: str) -> frozenset[str]:
+        """Return the tests of the file that are recorded, and have not changed since."""
+        return frozenset(test for part in self._load(file).parts for test in part.tests if test != IMPORT)
 
     def save(self, file: str, traces: Mapping[str, Trace]) -> None:
-        """Save the lines that tests ran, with the current sources."""
+        """Save the lines that tests ran, with the current sources, besides what is known of the file's other tests."""
         sources = {name: (self._project / name).read_bytes() for trace in traces.values() for name in trace.lines}
         for source in sources.values():
             path = self._folder / "sources" / _hash(source)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(source)
         rows = {
-            test: (
+            test: _Row(
                 trace.outcome,
                 round(trace.duration_s, 3),
+                round(trace.cpu_s, 3),
                 {name: _bits(lines) for name, lines in trace.lines.items()},
+                test_hash(self._project, test) if test != IMPORT else "",
             )
             for test, trace in traces.items()
         }
-        content = {
-            "file": _hash((self._project / file).read_bytes()),
-            "sources": {name: _hash(source) for name, source in sources.items()},
-            "tests": rows,
-        }
-        self._path(file).write_bytes(orjson.dumps(content))
+        part = _Part({name: _hash(source) for name, source in sources.items()}, rows)
+        others = [
+            _Part(old.sources, {t: row for t, row in old.tests.items() if t not in rows or t == IMPORT})
+            for old in self._load(file).parts
+        ]
+        record = _Record(
+            _hash((self._project / file).read_bytes()), [*(old for old in others if len(old.tests) > 1), part]
+        )
+        self._path(file).write_bytes(orjson.dumps({"version": _VERSION, **asdict(record)}))
         self._loaded.pop(file, None)
+        self._weights_of.clear()
 
     def failed(self, file: str) -> list[str]:
         """Return the tests that fail without any change: they are left out."""
-        record = self._load(file)
-        return [] if record is None else [test for test, (outcome, *_) in record.tests.items() if outcome == "failed"]
+        rows = (item for part in self._load(file).parts for item in part.tests.items())
+        return [test for test, row in rows if row.outcome == "failed"]
 
     def candidates(self, mutant: Mutant, files: Iterable[str], budget_s: float) -> list[Candidate]:
         """Return tests that run a changed line, as many as fit; first those that are most about its module.
@@ -140,8 +178,8 @@ class Records:
         chosen: list[Candidate] = []
         left_s = budget_s
         for candidate in sorted(found, key=lambda one: -weights.get(one.test, 0.0)):
-            if candidate.duration_s <= left_s or not chosen:
-                left_s -= candidate.duration_s
+            if candidate.cost_s <= left_s or not chosen:
+                left_s -= candidate.cost_s
                 chosen.append(candidate)
         return chosen
 
@@ -149,12 +187,11 @@ class Records:
         """Return for each test how much it is about a module."""
         if module not in self._weights_of:
             lines_of: dict[str, list[int]] = {}
-            for file in all_tests(self._project):
-                record = self._load(file)
-                if record is None or (name := self._old_name(record, module)) is None:
+            for part in (part for file in all_tests(self._project) for part in self._load(file).parts):
+                if (name := self._old_name(part, module)) is None:
                     continue
-                for test, (_, _, lines) in record.tests.items():
-                    if test != IMPORT and (ran := int(lines.get(name, "0"), 16)):
+                for test, row in part.tests.items():
+                    if test != IMPORT and (ran := int(row.lines.get(name, "0"), 16)):
                         lines_of[test] = [line for line in range(ran.bit_length()) if ran >> line & 1]
             counts = Counter(line for lines in lines_of.values() for line in lines)
             self._weights_of[module] = {
@@ -164,52 +201,54 @@ class Records:
 
     def others(self, mutant: Mutant, own: Sequence[str]) -> list[str]:
         """Return the other test files that run a changed line."""
-        counts = {file: len(self._candidates_in(file, mutant)) for file in all_tests(self._project) if file not in own}
-        return [file for file, count in counts.items() if count]
+        return [file for file in all_tests(self._project) if file not in own and self._candidates_in(file, mutant)]
 
     def _candidates_in(self, file: str, mutant: Mutant) -> list[Candidate]:
-        record = self._load(file)
-        module = None if record is None else self._old_name(record, mutant.module)
-        if record is None or module is None:
-            return []
-        old = self._old_text(record, module)
+        found = [candidate for part in self._load(file).parts for candidate in self._candidates_of(part, file, mutant)]
+        return sorted(found, key=lambda candidate: candidate.cost_s)
+
+    def _candidates_of(self, part: _Part, file: str, mutant: Mutant) -> Iterator[Candidate]:
+        module = self._old_name(part, mutant.module)
+        if module is None:
+            return
+        old = self._old_text(part, module)
         new = (self._project / mutant.module).read_text(encoding="utf-8")
         wanted = _bits(old_lines(old, new, *mutant.lines))
-        at_import = record.tests.get(IMPORT, ("", 0.0, {}))[2].get(module, "0")
+        at_import = part.tests[IMPORT].lines.get(module, "0") if IMPORT in part.tests else "0"
         # Any test that uses the module can notice a change in the lines that run at its import.
         is_of_import = not int(wanted, 16) or bool(int(at_import, 16) & int(wanted, 16))
-        found = [
-            Candidate(test, file, duration_s)
-            for test, (outcome, duration_s, lines) in record.tests.items()
-            if outcome == "passed"
-            and test != IMPORT
-            and (ran := int(lines.get(module, "0"), 16))
-            and (is_of_import or ran & int(wanted, 16))
-        ]
-        return sorted(found, key=lambda candidate: candidate.duration_s)
+        for test, row in part.tests.items():
+            ran = int(row.lines.get(module, "0"), 16)
+            if row.outcome == "passed" and test != IMPORT and ran and (is_of_import or ran & int(wanted, 16)):
+                yield Candidate(test, file, row.duration_s, max(row.cpu_s, _WAITING * row.duration_s))
 
-    def _old_name(self, record: _Record, module: str) -> str | None:
+    def _old_name(self, part: _Part, module: str) -> str | None:
         """Return a module's name at the time of a record; ``None`` if it did not exist or no test ran it."""
-        if module in record.sources:
+        if module in part.sources:
             return module
         new = (self._project / module).read_text(encoding="utf-8")
-        gone = [name for name in record.sources if not (self._project / name).exists()]
-        likeness = {name: _likeness(self._old_text(record, name), new) for name in gone}
+        gone = [name for name in part.sources if not (self._project / name).exists()]
+        likeness = {name: _likeness(self._old_text(part, name), new) for name in gone}
         best = max(likeness, key=lambda name: likeness[name], default=None)
         return best if best is not None and likeness[best] > _MOVED else None
 
-    def _old_text(self, record: _Record, module: str) -> str:
-        return (self._folder / "sources" / record.sources[module]).read_text(encoding="utf-8")
+    def _old_text(self, part: _Part, module: str) -> str:
+        return (self._folder / "sources" / part.sources[module]).read_text(encoding="utf-8")
 
-    def _load(self, file: str) -> _Record | None:
+    def _load(self, file: str) -> _Record:
         if file not in self._loaded:
             path = self._path(file)
-            record = None
-            if path.exists():
-                content = orjson.loads(path.read_bytes())
-                if content["file"] == _hash((self._project / file).read_bytes()):
-                    record = _Record(content["sources"], content["tests"])
-            self._loaded[file] = record
+            content = orjson.loads(path.read_bytes()) if path.exists() else {}
+            parts = content["parts"] if content.get("version") == _VERSION else []
+            self._loaded[file] = _Record(
+                content.get("file", "") if parts else "",
+                [_Part(part["sources"], {test: _Row(**row) for test, row in part["tests"].items()}) for part in parts],
+            )
+            for part in self._loaded[file].parts:
+                for test in [
+                    test for test, row in part.tests.items() if test and row.test != test_hash(self._project, test)
+                ]:
+                    del part.tests[test]
         return self._loaded[file]
 
     def _path(self, file: str) -> Path:
@@ -218,9 +257,33 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class _Row:
+    """One test.
+
+    Attributes:
+        lines: bits of the numbers of the lines that it ran, by file.
+        test: hash of its source.
+    """
+
+    outcome: str
+    duration_s: float
+    cpu_s: float
+    lines: Mapping[str, str]
+    test: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The tests of a file that were recorded with the same sources of the gateway."""
+
     sources: Mapping[str, str]
-    tests: Mapping[str, tuple[str, float, Mapping[str, str]]]
+    tests: dict[str, _Row]
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    file: str
+    parts: Sequence[_Part]
 
 
 @lru_cache(maxsize=4096)

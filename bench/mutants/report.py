@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-
-import orjson
 
 from bench.mutants.scoring import ModuleResult
 from bench.processes import ROOT
 from bench.report import table, update_page
 
 PAGE = ROOT / "docs" / "testing.md"
-_HEADER = ("module", "mutants", "killed", "survive", "equivalent", "score")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The counts of one module, and its equivalent mutants as ``(before, after, reason)``."""
-
-    module: str
-    num_killed: int
-    num_surviving: int
-    equivalent: Sequence[tuple[str, str, str]]
-
-    @classmethod
-    def of(cls, result: ModuleResult) -> Row:
-        equivalent = [(mutant.before, mutant.after, reason) for mutant, reason in result.equivalent]
-        return cls(result.module, len(result.killed), len(result.survivors), equivalent)
+_HEADER = ("module", "mutants", "tried", "killed", "survive", "equivalent", "score")
 
 
 def print_result(result: ModuleResult) -> None:
     """Print the mutants of a module that no test noticed, each as a diff."""
     print(
-        f"\n## {result.module}: {len(result.killed)} of {result.num_mutants} killed, {len(result.equivalent)} equivalent"
+        f"\n## {result.module}: {len(result.killed)} of {result.num_tried} killed, {len(result.equivalent)} equivalent"
     )
     for mutant, num_tests in result.survivors:
         tests = f"survives {num_tests} tests" if num_tests else "no test runs it"
@@ -44,54 +26,46 @@ def print_result(result: ModuleResult) -> None:
     print(end="", flush=True)
 
 
-def table_of(results: Iterable[ModuleResult]) -> str:
+def table_of(results: Sequence[ModuleResult]) -> str:
     """Return the scores: killed of those that can be."""
-    return _table([Row.of(result) for result in results])
-
-
-def _table(rows: Sequence[Row]) -> str:
-    cells = [_cells(row.module, row.num_killed, row.num_surviving, len(row.equivalent)) for row in rows]
+    rows = [(r.module, r.num_mutants, r.num_tried, len(r.killed), len(r.survivors), len(r.equivalent)) for r in results]
     if len(rows) > 1:
-        sums = (
-            sum(values)
-            for values in zip(*((r.num_killed, r.num_surviving, len(r.equivalent)) for r in rows), strict=True)
-        )
-        cells.append(_cells("all", *sums))
-    return table(_HEADER, cells)
+        rows.append(("all", *(sum(counts) for counts in list(zip(*rows, strict=True))[1:])))
+    return table(_HEADER, [_cells(*row) for row in rows])
 
 
-def _cells(module: str, num_killed: int, num_surviving: int, num_equivalent: int) -> tuple[str, ...]:
+def _cells(module: str, *counts: int) -> tuple[str, ...]:
+    _mutants, _tried, num_killed, num_surviving, _equivalent = counts
     possible = num_killed + num_surviving
     score = f"{num_killed / possible:.0%}".replace("%", " %") if possible else "n/a"
-    name = module.removeprefix("gateway/").removesuffix(".py")
-    return (name, *(str(n) for n in (possible + num_equivalent, num_killed, num_surviving, num_equivalent)), score)
+    return (module.removeprefix("gateway/").removesuffix(".py"), *map(str, counts), score)
 
 
-def save_result(folder: Path, result: ModuleResult) -> None:
-    """Keep the counts of a module, so that the page can be written from several runs."""
-    path = folder / "scores" / f"{result.module.replace('/', '+')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(orjson.dumps(Row.of(result)))
-
-
-def load_results(folder: Path) -> list[Row]:
-    """Return the counts that are kept, of modules that are still there, by name."""
-    rows = [Row(**orjson.loads(path.read_bytes())) for path in sorted((folder / "scores").glob("*.json"))]
-    return [row for row in rows if (ROOT / row.module).exists()]
-
-
-def write_page(rows: Sequence[Row], page: Path = PAGE) -> None:
-    """Write the table, and the equivalent mutants with their reasons, into the documentation."""
-    parts = [_table(rows)]
-    reasons = [
-        (f"`{row.module.removeprefix('gateway/')}`", _code(before), _code(after), reason)
-        for row in rows
-        for before, after, reason in row.equivalent
+def write_page(results: Sequence[ModuleResult], commit: str, page: Path = PAGE) -> None:
+    """Write the table, what survives, and the equivalent mutants with their reasons, into the documentation."""
+    tried = [result for result in results if result.num_tried]
+    parts = [
+        f"At commit {commit}. Of a module's mutants, those that were tried were drawn at random. The score is the share of "
+        "them that a test noticed, without the equivalent ones.",
+        table_of(tried),
     ]
-    if reasons:
+    if survivors := [
+        (_name(result), _code(mutant.before), _code(mutant.after)) for result in tried for mutant, _ in result.survivors
+    ]:
+        parts.append("No test notices yet:")
+        parts.append(table(("module", "line", "change"), survivors))
+    if reasons := [
+        (_name(result), _code(mutant.before), _code(mutant.after), reason)
+        for result in tried
+        for mutant, reason in result.equivalent
+    ]:
         parts.append("Equivalent, which means that the change makes no difference:")
         parts.append(table(("module", "line", "change", "why"), reasons))
     update_page("bench.mutants", "\n\n".join(parts), page)
+
+
+def _name(result: ModuleResult) -> str:
+    return f"`{result.module.removeprefix('gateway/').removesuffix('.py')}`"
 
 
 def _code(text: str) -> str:

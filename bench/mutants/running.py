@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import psutil
 
 from bench.mutants import child_trace
 from bench.mutants.plugin import Recorder, Selection
+from bench.mutants.usage import Limits, Usage
 from bench.processes import ROOT
 
 _POLL_S = 0.02
@@ -45,7 +46,19 @@ _ARGUMENTS = [
     "ignore::pytest.PytestAssertRewriteWarning",
 ]
 _OURS = ("gateway", "tests", "bench", "conftest", "loadtest", "docs", "deploy", "clients", "examples")
-_NEVER_PRELOADED = ("__main__", "gevent", "locust", "ddtrace")
+# Modules that start threads, which a fork would lose, or that change others as they are imported.
+_NEVER_PRELOADED = (
+    "__main__",
+    "chromadb",
+    "ddtrace",
+    "gevent",
+    "grpc",
+    "lancedb",
+    "locust",
+    "milvus_lite",
+    "pymilvus",
+    "ray",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +66,18 @@ class Outcome:
     """The outcome of a run of pytest.
 
     Attributes:
-        status: that of pytest: 0 passed, 5 no test was run, others failed; -1 took too long.
-        detail: the test that failed, or the end of what was printed.
+        status: that of pytest: 0 passed, 5 no test was run, others failed; -1 was given up.
+        failed: the test that failed first, if one did.
+        detail: that test, why the run was given up, or the end of what was printed.
     """
 
     status: int
+    failed: str
     detail: str
+
+    @property
+    def is_passed(self) -> bool:
+        return self.status in (0, 5)
 
 
 class Workspace:
@@ -86,6 +105,12 @@ class Workspace:
         self._num_changes = 0
         self._original: tuple[Path, bytes, float] | None = None
 
+    def take_compiled(self, other: Workspace) -> None:
+        """Take over the compiled files of another copy of the same sources, rather than to compile them for each change."""
+        for path in other.root.rglob("__pycache__"):
+            if not path.is_relative_to(other.root / "build") and not path.is_relative_to(other.root / ".venv"):
+                shutil.copytree(path, self.root / path.relative_to(other.root), dirs_exist_ok=True)
+
     def change(self, path: Path, source: str) -> None:
         """Put other text into a file, until :meth:`restore`."""
         modified_s = path.stat().st_mtime
@@ -110,11 +135,12 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
     def collect() -> Mapping[str, object]:
         import pytest
 
+        sys.dont_write_bytecode = False  # for take_compiled()
         pytest.main(["--collect-only", *_ARGUMENTS, *files])
         return {"modules": list(sys.modules)}
 
     os.environ["DO_NOT_TRACK"] = "1"  # Infinity would start a thread that reports its use
-    child = Child(workspace, collect, timeout_s=300)
+    child = Child(workspace, collect, Limits(cpu_s=300, still_s=60, wall_s=1800))
     result = child.wait()
     modules = result.get("modules", [])
     root = logging.getLogger()  # which Infinity sets up as it is imported: the tests' output would have lines of HTTPX
@@ -133,19 +159,21 @@ def preload(workspace: Workspace, files: Sequence[str]) -> None:
 
 
 class Child:
-    """A forked process that runs a function in a workspace and returns a dictionary; it is killed after a time."""
+    """A forked process that runs a function in a workspace and returns a dictionary; at a limit it is killed."""
 
-    def __init__(self, workspace: Workspace, work: Callable[[], Mapping[str, object]], timeout_s: float) -> None:
+    def __init__(self, workspace: Workspace, work: Callable[[], Mapping[str, object]], limits: Limits) -> None:
         self.workspace = workspace
         self._result = workspace.folder / "result"
         self._log = workspace.folder / "log"
         self._result.unlink(missing_ok=True)
-        self._deadline = time.monotonic() + timeout_s
+        self._limits = limits
         self._status: int | None = None
+        self.given_up = ""
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
             self._run(work)
+        self._usage = Usage(self._pid)
 
     def _run(self, work: Callable[[], Mapping[str, object]]) -> None:
         status = 1
@@ -169,13 +197,14 @@ class Child:
             os._exit(status)
 
     def has_ended(self) -> bool:
-        """Whether the process has ended; after its time it is killed with its children."""
+        """Whether the process has ended; at a limit it is killed with its children, and ``given_up`` says which."""
         if self._status is None:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
                 self._status = status
                 self._kill([])
-            elif time.monotonic() > self._deadline:
+            elif reason := self._usage.exceeded(self._limits):
+                self.given_up = reason
                 self.kill()
         return self._status is not None
 
@@ -196,10 +225,6 @@ class Child:
             return {}
         result: Mapping[str, object] = pickle.loads(self._result.read_bytes())  # noqa: S301  our own child wrote it
         return result
-
-    @property
-    def took_too_long(self) -> bool:
-        return self._status == -1
 
     def log_tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
@@ -224,30 +249,30 @@ def run_tests(workspace: Workspace, files: Sequence[str], tests: Sequence[str] |
     return {"status": int(status), "failed": selection.failed}
 
 
-def record_tests(workspace: Workspace, file: str) -> Mapping[str, object]:
-    """Run all tests of a file in this process, and return ``traces``: the :class:`Trace` of each."""
+def record_tests(workspace: Workspace, file: str, known: Container[str]) -> Mapping[str, object]:
+    """Run the tests of a file but the known ones, and return ``traces``, one for each, and pytest's ``status``."""
     import pytest
 
-    recorder = Recorder(workspace.root, workspace.folder / "child_lines")
+    recorder = Recorder(workspace.root, workspace.folder / "child_lines", known)
     (workspace.folder / "child_lines").unlink(missing_ok=True)
     arguments = [argument for argument in _ARGUMENTS if argument != "-x"]
     recorder.start()
     try:
-        pytest.main([*arguments, f"--basetemp={workspace.temporary}", file], plugins=[recorder])
+        status = pytest.main([*arguments, f"--basetemp={workspace.temporary}", file], plugins=[recorder])
     finally:
         recorder.stop()
-    return {"traces": recorder.traces}
+    return {"traces": recorder.traces, "status": int(status)}
 
 
 def outcome_of(child: Child) -> Outcome:
     """Return the outcome of :func:`run_tests` in a child."""
-    if child.took_too_long:
-        return Outcome(-1, "took too long")
+    if child.given_up:
+        return Outcome(-1, "", child.given_up)
     result = child.result()
     status, failed = result.get("status"), result.get("failed")
     if not isinstance(status, int):
-        return Outcome(1, f"the process ended: {child.log_tail()}")
-    return Outcome(status, str(failed) if failed else child.log_tail())
+        return Outcome(1, "", f"the process ended: {child.log_tail()}")
+    return Outcome(status, str(failed or ""), str(failed) if failed else child.log_tail())
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ from typing import TypeVar
 
 from bench.mutants.equivalents import Equivalent, reason_for, unmatched
 from bench.mutants.operators import Mutant, mutants_of
+from bench.mutants.outcomes import Outcomes
 from bench.mutants.plugin import Trace
 from bench.mutants.records import Candidate, Records, own_tests
 from bench.mutants.running import Child, Workspace, outcome_of, record_tests, run_tests
+from bench.mutants.usage import Limits
 
 _CORE = """
 vectors service requests observation deployment cli/lock http/head http/protocol http/middleware
@@ -21,21 +23,25 @@ api/endpoint api/openai api/openai_schema api/token_ids
 fleet backends/infinity backends/same_space
 backends/upstream/backend backends/upstream/breaker backends/upstream/dialects
 backends/upstream/probe backends/upstream/server
-cache/files compare/comparison compare/cost compare/quality compare/search compare/statistics
-engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
+batches/lines batches/runner batches/store bulk/chunking bulk/fields bulk/job bulk/manifest
+cache/entries cache/files cache/model_cache cache/stores cluster/line cluster/placing cluster/wire
+compare/comparison compare/cost compare/quality compare/search compare/statistics
+engine/admission engine/batcher golden engine/memory engine/model/adapters engine/model/heads engine/model/pairs
 engine/model/states engine/model/tokenizer engine/scheduler engine/worker
 experiments/exposures experiments/sample_ratio experiments/split experiments/stats experiments/units
-routing/names routing/router routing/rules routing/shadow routing/spaces
+outcomes/reading routing/names routing/router routing/rules routing/shadow routing/spaces telemetry/logs
 """
 CORE = tuple(_CORE.split())
 
 T = TypeVar("T")
 
-# A change may make a test wait for something that never comes; a machine may be busy.
-_START_S = 60.0
-_SLOWER = 5.0
-_RECORDING_S = 1800.0
+_START = Limits(cpu_s=60.0, still_s=20.0, wall_s=600.0)
+# A test took longer while it was recorded than it does now; with a change it may take longer again.
+_SLOWER = 3.0
+_RECORDING = Limits(cpu_s=1200.0, still_s=300.0, wall_s=7200.0)
 _POLL_S = 0.02
+# A test that takes longer has to notice a change twice: it may wait for something that a busy machine does too late.
+_LONG_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +62,10 @@ class Options:
 
 @dataclass(slots=True)
 class ModuleResult:
-    """The outcomes of a module's mutants.
+    """The outcomes of a module's mutants that were tried.
 
     Attributes:
+        num_mutants: how many the module has, tried or not.
         killed: the mutants that were noticed, with the test that did.
         survivors: those that were not, each with the number of tests that were run.
         equivalent: those that change nothing, with the reason.
@@ -66,34 +73,58 @@ class ModuleResult:
     """
 
     module: str
+    num_mutants: int = 0
     killed: list[tuple[Mutant, str]] = field(default_factory=list)
     survivors: list[tuple[Mutant, int]] = field(default_factory=list)
     equivalent: list[tuple[Mutant, str]] = field(default_factory=list)
     stale: list[Equivalent] = field(default_factory=list)
 
     @property
-    def num_mutants(self) -> int:
+    def num_tried(self) -> int:
         return len(self.killed) + len(self.survivors) + len(self.equivalent)
 
 
-def record(copies: Sequence[Workspace], records: Records, files: Iterable[str], *, is_forced: bool = False) -> None:
-    """Record the lines that the tests in files run, unless known, and report the tests that fail without any change."""
-    left = [file for file in files if is_forced or not records.has(file)]
+def record(copies: Sequence[Workspace], records: Records, files: Iterable[str]) -> None:
+    """Record the lines that the tests in files run, where unknown, and report the tests that fail without any change."""
+    left = [file for file in files if not records.has(file)]
 
     def start(copy: Workspace, file: str) -> Child:
-        return Child(copy, lambda: record_tests(copy, file), _RECORDING_S)
+        known = records.known(file)
+        return Child(copy, lambda: record_tests(copy, file, known), _RECORDING)
 
-    def end(child: Child, file: str) -> None:
-        traces = child.result().get("traces")
-        if not isinstance(traces, dict) or len(traces) < 2:  # one is of what runs at the import
-            print(f"{file}: not recorded: {child.log_tail()}", flush=True)
-            return
+    def end(child: Child, file: str) -> Sequence[str]:
+        result = child.result()
+        traces, status = result.get("traces"), result.get("status")
+        if not isinstance(traces, dict) or status not in (0, 1, 5):
+            print(f"{file}: not recorded: {child.given_up or child.log_tail()}", flush=True)
+            return ()
         known: Mapping[str, Trace] = traces
         records.save(file, known)
         for test in records.failed(file):
             print(f"{test}: fails without any change, left out", flush=True)
+        return ()
 
     _in_parallel(copies, left, start, end)
+
+
+def result_of(
+    project: Path, module: str, options: Options, equivalents: Sequence[Equivalent], outcomes: Outcomes
+) -> ModuleResult:
+    """Return what is known of the mutants of one module that are in the sample."""
+    mutants = mutants_of(module, (project / module).read_text(encoding="utf-8"))
+    of_module = [entry for entry in equivalents if entry.module == module]
+    result = ModuleResult(module, len(mutants), stale=unmatched(mutants, of_module))
+    for mutant in _sample(mutants, options):
+        if (reason := reason_for(mutant, of_module)) is not None:
+            result.equivalent.append((mutant, reason))
+        elif (outcome := outcomes.of(mutant)) is None:
+            continue
+        elif outcome.killed_by:
+            result.killed.append((mutant, outcome.killed_by))
+        else:
+            result.survivors.append((mutant, len(outcome.tests)))
+    result.survivors.sort(key=lambda item: item[0].line)
+    return result
 
 
 def score(
@@ -103,70 +134,87 @@ def score(
     module: str,
     options: Options,
     equivalents: Sequence[Equivalent],
-) -> ModuleResult:
+    outcomes: Outcomes,
+) -> None:
     """Run the tests against the mutants of one module: first its own, then others that run the changed line."""
-    source = (project / module).read_text(encoding="utf-8")
-    mutants = mutants_of(module, source)
-    of_module = [entry for entry in equivalents if entry.module == module]
-    result = ModuleResult(module, stale=unmatched(mutants, of_module))
+    mutants = mutants_of(module, (project / module).read_text(encoding="utf-8"))
     own = own_tests(project, module)
     record(copies, records, own)
-    left = sorted(mutants, key=lambda mutant: mutant.order(options.seed))[: options.sample or None]
-    for mutant in left:
-        if (reason := reason_for(mutant, of_module)) is not None:
-            result.equivalent.append((mutant, reason))
-    tried = dict.fromkeys((mutant for mutant in left if reason_for(mutant, of_module) is None), 0)
+    left = [mutant for mutant in _sample(mutants, options) if reason_for(mutant, equivalents) is None]
 
     def try_all(files_of: Callable[[Mutant], Sequence[str]]) -> None:
         runs = []
-        for mutant in tried:
-            if chosen := records.candidates(mutant, files_of(mutant), options.budget_s):
-                runs.append(_Run(mutant, chosen))
-                tried[mutant] += len(chosen)
-        for run, detail in _killed(copies, runs):
-            result.killed.append((run.mutant, detail))
-            del tried[run.mutant]
+        for mutant in left:
+            outcome = outcomes.of(mutant)
+            if outcome is None or not outcome.killed_by:
+                passed = {} if outcome is None else outcome.tests
+                chosen = records.candidates(mutant, files_of(mutant), options.budget_s)
+                if tests := [candidate for candidate in chosen if candidate.test not in passed]:
+                    runs.append(_Run(mutant, tests))
+                elif outcome is None:
+                    outcomes.save_passed(mutant, ())
+        _run_all(copies, runs, outcomes)
 
     try_all(lambda _mutant: own)
     if not options.is_own_only:
         try_all(lambda mutant: records.others(mutant, own))
-    result.survivors = sorted(tried.items(), key=lambda item: item[0].line)
-    return result
+
+
+def _sample(mutants: Iterable[Mutant], options: Options) -> list[Mutant]:
+    return sorted(mutants, key=lambda mutant: mutant.order(options.seed))[: options.sample or None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    """A run of tests against a mutant.
+
+    Attributes:
+        left: further tests, to run if these pass.
+    """
+
     mutant: Mutant
     tests: Sequence[Candidate]
+    left: Sequence[Candidate] = ()
 
     def start(self, copy: Workspace) -> Child:
         copy.change(copy.root / self.mutant.module, self.mutant.source)
         files = list(dict.fromkeys(candidate.file for candidate in self.tests))
         names = [candidate.test for candidate in self.tests]
-        timeout_s = _START_S + _SLOWER * sum(candidate.duration_s for candidate in self.tests)
-        return Child(copy, lambda: run_tests(copy, files, names), timeout_s)
+        limits = Limits(
+            _START.cpu_s + _SLOWER * sum(candidate.cost_s for candidate in self.tests),
+            _START.still_s + _SLOWER * sum(candidate.duration_s for candidate in self.tests),
+            _START.wall_s + 10 * _SLOWER * sum(candidate.duration_s for candidate in self.tests),
+        )
+        return Child(copy, lambda: run_tests(copy, files, names), limits)
 
 
-def _killed(copies: Sequence[Workspace], runs: Sequence[_Run]) -> list[tuple[_Run, str]]:
-    killed = []
+def _run_all(copies: Sequence[Workspace], runs: Sequence[_Run], outcomes: Outcomes) -> None:
 
-    def end(child: Child, run: _Run) -> None:
+    def end(child: Child, run: _Run) -> Sequence[_Run]:
         child.workspace.restore()
         outcome = outcome_of(child)
-        if outcome.status not in (0, 5):
-            killed.append((run, outcome.detail))
+        names = [candidate.test for candidate in run.tests]
+        if outcome.is_passed:
+            outcomes.save_passed(run.mutant, names)
+            return [_Run(run.mutant, run.left)] if run.left else ()
+        doubtful = [
+            candidate for candidate in run.tests if candidate.test == outcome.failed and candidate.duration_s > _LONG_S
+        ]
+        if doubtful and len(names) > 1:
+            return [_Run(run.mutant, doubtful, [candidate for candidate in run.tests if candidate not in doubtful])]
+        outcomes.save_killed(run.mutant, outcome.detail, names)
+        return ()
 
     _in_parallel(copies, runs, lambda copy, run: run.start(copy), end)
-    return killed
 
 
 def _in_parallel(
     copies: Sequence[Workspace],
     work: Iterable[T],
     start: Callable[[Workspace, T], Child],
-    end: Callable[[Child, T], None],
+    end: Callable[[Child, T], Sequence[T]],
 ) -> None:
-    """Start a child for each piece of work, as many side by side as there are workspaces."""
+    """Start a child for each piece of work, as many side by side as there are workspaces; ``end`` may return more work."""
     left, free = list(work)[::-1], list(copies)
     running: list[tuple[Child, T]] = []
     try:
@@ -177,7 +225,7 @@ def _in_parallel(
             time.sleep(_POLL_S)
             for child, piece in [pair for pair in running if pair[0].has_ended()]:
                 running.remove((child, piece))
-                end(child, piece)
+                left.extend(end(child, piece))
                 free.append(child.workspace)
     finally:
         for child, _piece in running:
