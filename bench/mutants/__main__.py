@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.mutants.equivalents import FILE, read_equivalents
 from bench.mutants.outcomes import Outcomes
-from bench.mutants.records import Records, all_tests
+from bench.mutants.records import Records, all_tests, own_tests
 from bench.mutants.report import print_result, table_of, write_page
 from bench.mutants.running import preload, workspaces
 from bench.mutants.scoring import CORE, Options, record, result_of, score
@@ -37,7 +37,9 @@ def main() -> int:
         with workspaces(arguments.jobs + 1, project) as (snapshot, *copies):
             # The checkout may change meanwhile: what is read, and what runs, is as it was at the start.
             records = Records(snapshot.root, folder / "records")
-            preload(snapshot, all_tests(snapshot.root))
+            every = all_tests(snapshot.root)
+            own = {file for module in modules for file in own_tests(snapshot.root, module)}
+            preload(snapshot, sorted(own) if arguments.own and arguments.record is None else every)
             for copy in copies:
                 copy.take_compiled(snapshot)
             if arguments.record is not None:

@@ -16,7 +16,7 @@ from starlette.types import Message, Scope
 from gateway.access.keyring import Client, Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.api.endpoint import Endpoint
-from gateway.api.json_body import Json, describe, parse_object
+from gateway.api.json_body import NO_MODEL, Json, describe, parse_object
 from gateway.api.openai import OpenAIDialect
 from gateway.api.rerank import PATHS, Reranker
 from gateway.batches.lines import Answered, Line, WrongLine
@@ -80,8 +80,9 @@ class LineRequests:
             raise
 
     def _request_of(self, endpoint: str, custom_id: str, content: Mapping[str, Json]) -> Line:
-        if content.get("method") != "POST":
-            raise WrongLine("invalid_method", f"`method` must be POST, got {_shown(content.get('method'))}.", "method")
+        method = content.get("method")
+        if not isinstance(method, str) or method.upper() != "POST":
+            raise WrongLine("invalid_method", f"`method` must be POST, got {_shown(method)}.", "method")
         if content.get("url") != endpoint:
             raise WrongLine(
                 "invalid_url",
@@ -99,7 +100,8 @@ class LineRequests:
         limit = self._endpoint.settings.max_body_bytes
         if len(written) > limit:
             raise WrongLine("line_too_long", f"`body` has {len(written)} bytes, the limit is {limit}.", "body")
-        return Line(custom_id, model if isinstance(model, str) else None, written, _weight(body))
+        name = model if isinstance(model, str) and model not in NO_MODEL else None
+        return Line(custom_id, name, written, _weight(body))
 
     def refusal(self, batch: Batch) -> LineError | None:
         client = self._client(batch)
@@ -197,7 +199,8 @@ def _weight(body: dict[str, Json]) -> int:
     texts = body.get("input") or body.get("documents")
     num_texts = len(texts) if isinstance(texts, list) else 1
     outputs = body.get("outputs")
-    has_tokens = isinstance(outputs, list | str) and Output.MULTIVECTOR.value in outputs
+    names = outputs if isinstance(outputs, list) else [outputs]
+    has_tokens = any(isinstance(name, str) and name.strip().lower() == Output.MULTIVECTOR for name in names)
     return num_texts * (_WEIGHT_OF_TOKENS if has_tokens else 1)
 
 

@@ -183,9 +183,9 @@ def _read(content: dict[str, Json], owner: str, runner: Runner) -> Batch:
     if window != "24h":
         raise BadInput(f"Invalid value: {cut(repr(window))}. Value must be '24h'.", param="completion_window")
     kept = content.get("output_expires_after")
-    if kept is not None and not isinstance(kept, dict):
+    kept = {} if kept is None or kept == "" else kept
+    if not isinstance(kept, dict):
         raise BadInput(f"`output_expires_after` must be an object, got {describe(kept)}", param="output_expires_after")
-    kept = kept or {}
     now = int(time.time())
     return Batch(
         id=f"batch_{secrets.token_hex(12)}",
@@ -202,7 +202,7 @@ def _read(content: dict[str, Json], owner: str, runner: Runner) -> Batch:
 
 
 def _metadata(value: Json) -> dict[str, str] | None:
-    if value is None:
+    if value is None or value == "":
         return None
     if not isinstance(value, dict) or len(value) > _MAX_METADATA:
         raise BadInput(f"`metadata` must be an object of at most {_MAX_METADATA} pairs", param="metadata")

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from gateway.api.endpoint import add
+from gateway.api.json_body import Json, whole_number
 from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.batches.runner import Runner
 from gateway.batches.store import Page
@@ -123,7 +124,7 @@ class FileRoutes:
         runner = require_runner(self._runner)
         page = read_page(request, _MAX_FILES_LISTED, _MAX_FILES_LISTED)
         owner = owner_of(request, has_keys=self._has_keys)
-        purpose = request.query_params.get("purpose")
+        purpose = request.query_params.get("purpose") or None
         files = await runner.call(runner.store.files, owner, page, purpose)
         cards = [card_of(file) for file in files[: page.limit]]
         return FileList(
@@ -220,7 +221,7 @@ class _Upload:
         if self._filename is None:
             raise BadInput("the form has no `file`", param="file")
         purpose = self._text("purpose")
-        if purpose != Purpose.BATCH:
+        if purpose is None or purpose.strip().lower() != Purpose.BATCH:
             raise BadInput(f"`purpose` must be `batch`, got {cut(repr(purpose))}", param="purpose")
         if not self._num_bytes + len(self._held):
             raise BadInput("the file is empty", param="file")
@@ -269,21 +270,18 @@ def clean_name(name: str) -> str:
     return name if name.strip(".") else "upload.jsonl"
 
 
-def read_kept_s(anchor: object, seconds: object, field: str) -> int:
+def read_kept_s(anchor: Json, seconds: Json, field: str) -> int:
     """Return for how many seconds a file is kept.
 
     Raises:
         BadInput: the fields are not as OpenAI's API has them.
     """
-    if anchor is None and seconds is None:
+    if anchor in (None, "") and seconds in (None, ""):
         return KEPT_S
     if anchor != "created_at":
         raise BadInput(f"`{field}.anchor` must be `created_at`, got {cut(repr(anchor))}", param=field)
-    try:
-        number = int(str(seconds))
-    except ValueError:
-        number = 0
-    if not LEAST_KEPT_S <= number <= KEPT_S:
+    number = whole_number(seconds)
+    if not isinstance(number, int) or not LEAST_KEPT_S <= number <= KEPT_S:
         shown = cut(repr(seconds))
         raise BadInput(f"`{field}.seconds` must be between {LEAST_KEPT_S} and {KEPT_S}, got {shown}", param=field)
     return number
@@ -299,12 +297,11 @@ def read_page(request: Request, limit: int, max_limit: int) -> Page:
         BadInput: one is not accepted.
     """
     parameters = request.query_params
-    sent = parameters.get("limit")
-    if sent is not None:
+    if sent := parameters.get("limit"):
         if not sent.isdecimal() or len(sent) > 9 or not 1 <= int(sent) <= max_limit:
             raise BadInput(f"`limit` must be a whole number from 1 to {max_limit}, got {cut(sent)}", param="limit")
         limit = int(sent)
-    order = parameters.get("order", "desc")
+    order = parameters.get("order") or "desc"
     if order not in ("asc", "desc"):
         raise BadInput(f"`order` must be `asc` or `desc`, got {cut(order)}", param="order")
     return Page(parameters.get("after") or None, limit, order == "asc")

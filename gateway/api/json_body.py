@@ -212,7 +212,8 @@ def describe(value: Json) -> str:
 # -------------------------------------------------------------------------------------------------------- fields
 
 # The second is what Infinity's own client sends without a model.
-_NO_MODEL = ("", "default/not-specified")
+NO_MODEL = ("", "default/not-specified")
+"""Names that mean "no model named"."""
 
 MAX_USER_CHARS = 1_000
 _MAX_NAME_CHARS = 10_000
@@ -236,7 +237,8 @@ def _flag(value: Json) -> Json:
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
 
 
-def _whole_number(value: Json) -> Json:
+def whole_number(value: Json) -> Json:
+    """Read "512" and 512.0 as 512, and any other value as it is."""
     if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(text := value.strip()):
         return int(text.partition(".")[0])
     return integral(value)
@@ -259,7 +261,7 @@ def _direction(value: Json) -> Json:
 Name: TypeAlias = Annotated[str, AfterValidator(lambda name: name[:_MAX_NAME_CHARS])]
 """A name, a task's for example. An overlong one is cut: looking it up would hold up the event loop."""
 
-ModelName: TypeAlias = Annotated[Name, AfterValidator(lambda name: None if name in _NO_MODEL else name)]
+ModelName: TypeAlias = Annotated[Name, AfterValidator(lambda name: None if name in NO_MODEL else name)]
 """The name of a model; the values that mean "no model named" become ``None``."""
 
 
@@ -275,7 +277,7 @@ User: TypeAlias = Annotated[Any, AfterValidator(_short)]
 Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag)]
 """A boolean, also written as ``"True"``, ``"0"`` or ``1``."""
 
-PositiveInteger: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+PositiveInteger: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(whole_number)]
 """A whole number from 1, also written as ``"512"`` or ``512.0``."""
 
 IN_ANY_CASE = BeforeValidator(_lower)

@@ -123,12 +123,8 @@ class Host:
         try:
             result = await self._backend.embed(wire_job.job(on_tokens))
             front.connection.send("answer", key, WireEmbeddings.of(result))
-        except RequestError as error:
-            front.connection.send("error", key, error.with_traceback(None))
-        except Exception:  # the front answers with an error all the same, and this process goes on
-            log.exception("replica_failed")
-            message = f"model {self._info.id!r} failed in its replica; the replica's log has the traceback"
-            front.connection.send("error", key, InternalError(message))
+        except Exception as error:
+            front.connection.send("error", key, self._error_of(error))
         finally:
             self._count(front, -1, -num_texts, -work)
             self._done_work += work
@@ -144,8 +140,15 @@ class Host:
             else:
                 joined = await asyncio.to_thread(vocabulary.join, items, skip_special_tokens=flag)
                 connection.send("answer", key, joined)
-        except RequestError as error:
-            connection.send("error", key, error.with_traceback(None))
+        except Exception as error:
+            connection.send("error", key, self._error_of(error))
+
+    def _error_of(self, error: Exception) -> RequestError:
+        """Return the error that the front answers with, whatever has failed: this process goes on."""
+        if isinstance(error, RequestError):
+            return error.with_traceback(None)
+        log.error("replica_failed", exc_info=error)
+        return InternalError(f"model {self._info.id!r} failed in its replica; the replica's log has the traceback")
 
     # --------------------------------------------------------------------------------------------------------- load
 

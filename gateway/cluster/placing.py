@@ -15,6 +15,7 @@ from gateway.config.files import read_bounded
 from gateway.config.model_entry import ModelEntry
 from gateway.config.replicas import Replicas
 from gateway.config.settings import Settings
+from gateway.errors import LoadError
 
 LOCAL: Final = "local"
 """The address of a cluster that starts and ends with this process."""
@@ -89,9 +90,9 @@ def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_ba
         has_cards: whether the cluster has graphics cards.
 
     Raises:
-        OSError: a file of the entry cannot be read.
+        LoadError: a file of the entry cannot be read.
     """
-    files = {name: read_bounded(Path(path), _MAX_FILE_BYTES).decode() for name, path in _file_paths(entry).items()}
+    files = {name: _read(path) for name, path in _file_paths(entry).items()}
     asked = entry.replicas.gpus if entry.replicas is not None else None
     wants_card = has_cards and entry.device != "cpu" if asked is None else bool(asked)
     # Ray chooses the card, and the replica sees no other.
@@ -105,6 +106,15 @@ def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_ba
         version=__version__,
         num_gpus=int(wants_card),
     )
+
+
+def _read(path: str) -> str:
+    try:
+        return read_bounded(Path(path), _MAX_FILE_BYTES).decode()
+    except OSError as error:
+        raise LoadError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise LoadError(f"{path}: is not UTF-8: {error.reason} at byte {error.start + 1}") from error
 
 
 def _file_paths(entry: ModelEntry) -> dict[str, str]:

@@ -85,10 +85,7 @@ class ClusterSite:
 
     def _deploy(self, entry: ModelEntry) -> Spec:
         self.connect()
-        try:
-            spec = make_spec(entry, self._settings, has_cards=self.cluster.has_cards, make_backend=self._make_backend)
-        except OSError as error:
-            raise LoadError(f"{entry.golden or entry.ranges}: {error.strerror or error}") from error
+        spec = make_spec(entry, self._settings, has_cards=self.cluster.has_cards, make_backend=self._make_backend)
         self.cluster.deploy(spec)
         self.cluster.watch(spec.name)
         return spec

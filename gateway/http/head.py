@@ -83,7 +83,7 @@ def sent_priority(headers: Headers) -> Priority:
     Raises:
         BadInput: there is no such priority.
     """
-    sent = headers.get(PRIORITY_HEADER, Priority.NORMAL).strip().lower()
+    sent = headers.get(PRIORITY_HEADER, "").strip().lower() or Priority.NORMAL
     try:
         return Priority(sent)
     except ValueError:

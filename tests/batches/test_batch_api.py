@@ -298,7 +298,103 @@ async def test_no_more_than_a_hundred_errors_are_listed(start: Start) -> None:
     assert [error.line for error in batch.errors.data] == list(range(1, 101))
 
 
+async def test_lines_may_leave_the_model_out_in_any_way_and_say_post_in_any_case(start: Start) -> None:
+    served = await start()
+    ways: list[Any] = [None, "", "default/not-specified"]
+    lines = [{**line(f"{way!r}", model=way), "method": "Post"} for way in ways]
+    lines.append(line("absent"))
+    del lines[-1]["body"]["model"]
+
+    batch = await run(served.client(), jsonl(*lines))
+
+    assert (batch.status, batch.request_counts.completed) == ("completed", 4)
+    assert {row["response"]["body"]["model"] for row in await rows(served.client(), batch.output_file_id)} == {"mini"}
+
+
+@pytest.mark.parametrize("outputs", ["multivector", " MultiVector ", ["dense", "MULTIVECTOR"]])
+async def test_a_line_is_as_heavy_as_its_answer_however_the_outputs_are_written(start: Start, outputs: object) -> None:
+    """Of such lines only two are in flight: their answers have a vector for each token."""
+    in_flight = most = 0
+    served = await start()
+    backend = served.deployment.fleet["mini"].backend
+    embed = backend.embed
+
+    async def counted(job: EmbedJob) -> Any:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        try:
+            return await embed(job)
+        finally:
+            in_flight -= 1
+
+    backend.embed = counted  # type: ignore[method-assign]
+
+    await run(served.client(), jsonl(*(line(str(number), outputs=outputs) for number in range(8))))
+
+    assert most <= 2
+
+
 # ------------------------------------------------------------------------------------------------- making and finding
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metadata": "", "output_expires_after": ""},
+        {"metadata": None, "output_expires_after": {"anchor": "", "seconds": ""}},
+        {"output_expires_after": {"anchor": "created_at", "seconds": 2_592_000.0}},
+        {"output_expires_after": {"anchor": "created_at", "seconds": "2592000"}},
+    ],
+    ids=str,
+)
+async def test_a_batch_is_read_as_laxly_as_any_other_request(start: Start, fields: dict[str, Any]) -> None:
+    served = await start()
+    file = await served.client().files.create(file=("a.jsonl", jsonl(line("a"))), purpose="batch")
+    body = {"input_file_id": file.id, "endpoint": "/v1/embeddings", "completion_window": "24h", **fields}
+
+    response = await served.http.post("/batches", json=body, headers={"authorization": f"Bearer {KEYS[0]}"})
+
+    assert response.status_code == 200, response.text
+    assert response.json()["metadata"] is None
+    batch = await ended(served.client(), response.json()["id"])
+    output = await served.client().files.retrieve(batch.output_file_id)
+    assert output.expires_at - output.created_at == 2_592_000
+
+
+@pytest.mark.parametrize(
+    "value", [True, "5 days", 3600.5, "1e6", [3600], "9" * 5000, -3600], ids=lambda value: repr(value)[:20]
+)
+async def test_an_end_that_is_no_number_of_seconds_is_refused(start: Start, value: object) -> None:
+    served = await start()
+    kept = {"anchor": "created_at", "seconds": value}
+    body = {
+        "input_file_id": "a",
+        "endpoint": "/v1/embeddings",
+        "completion_window": "24h",
+        "output_expires_after": kept,
+    }
+
+    response = await served.http.post("/batches", json=body, headers={"authorization": f"Bearer {KEYS[0]}"})
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "output_expires_after")
+    assert len(response.text) < 500
+
+
+async def test_parameters_of_a_list_that_are_empty_are_absent(start: Start) -> None:
+    served = await start()
+    client = served.client()
+    for number in range(3):
+        await client.files.create(file=(f"{number}.jsonl", b"{}"), purpose="batch")
+
+    response = await served.http.get(
+        "/files?limit=&order=&after=&purpose=", headers={"authorization": f"Bearer {KEYS[0]}"}
+    )
+
+    assert response.status_code == 200, response.text
+    assert [file["filename"] for file in response.json()["data"]] == ["2.jsonl", "1.jsonl", "0.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,22 @@ async def test_a_file_can_expire_earlier(start: Start, seconds: int) -> None:  #
     assert file.expires_at == file.created_at + seconds
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"purpose": " Batch\r\n"},
+        {"expires_after[anchor]": "", "expires_after[seconds]": ""},
+        {"expires_after[anchor]": "created_at", "expires_after[seconds]": " 2592000.0 "},
+    ],
+    ids=str,
+)
+async def test_fields_of_a_form_are_read_laxly(start: Start, fields: dict[str, str]) -> None:  # noqa: F811
+    response = await upload(await start(), b"{}", **fields)
+
+    assert response.status_code == 200, response.text
+    assert response.json()["expires_at"] - response.json()["created_at"] == 2_592_000
+
+
 async def test_a_file_may_be_as_large_as_the_limit_and_no_larger(
     start: Start,  # noqa: F811
     tmp_path: Path,

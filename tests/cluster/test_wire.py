@@ -21,7 +21,15 @@ from gateway.cluster.line import Line, LineLost, Place
 from gateway.cluster.pool import Pool
 from gateway.cluster.values import WireEmbeddings, WireJob
 from gateway.cluster.wire import from_frame, to_frame
-from gateway.errors import BadInput, DeadlineExceeded, ModelRecovering, Overloaded, RequestError, TooMuchMemory
+from gateway.errors import (
+    BadInput,
+    DeadlineExceeded,
+    InternalError,
+    ModelRecovering,
+    Overloaded,
+    RequestError,
+    TooMuchMemory,
+)
 from gateway.similarity import QueryVectors
 from gateway.types import Embeddings, EmbedJob, ModelInfo, Output, Priority, SparseVector, Timings, Truncate
 
@@ -304,6 +312,27 @@ async def test_an_error_of_the_replica_arrives_as_it_is() -> None:
         with pytest.raises(BadInput, match="no") as caught:
             await pool.embed(make_job())
         assert (caught.value.param, caught.value.is_permanent) == ("input", True)
+
+
+@pytest.mark.parametrize("method", ["embed", "split", "join"])
+async def test_a_fault_of_the_replica_is_answered_at_once_and_costs_no_other_request(method: str) -> None:
+    info = fake_info()
+
+    class Faulty(FakeBackend):
+        async def embed(self, job: EmbedJob) -> Embeddings:
+            if job.texts == ("bad",):
+                raise ZeroDivisionError
+            return await super().embed(job)
+
+        async def vocabulary(self) -> Any:
+            raise ZeroDivisionError
+
+    async with hosted(Faulty(info), info) as (_host, place), pool_of(place) as pool:
+        vocabulary = pool.usable[0].vocabulary
+        asking = pool.embed(make_job("bad")) if method == "embed" else vocabulary(method, ["x"], flag=True, limit_s=60)
+        with pytest.raises(InternalError, match="failed in its replica"):
+            await asking
+        assert (await pool.embed(make_job("good"))).vectors.shape == (1, info.width)
 
 
 async def test_tokens_are_counted_by_the_front_before_the_answer_and_may_be_refused_there() -> None:

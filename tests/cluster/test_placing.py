@@ -1,0 +1,95 @@
+"""What a replica must know, without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.cluster.placing import Spec, actor_options, make_spec, scaling_options
+from gateway.config.model_entry import ModelEntry
+from gateway.config.settings import Settings
+from gateway.errors import LoadError
+
+
+def entry_of(**fields: object) -> ModelEntry:
+    values = {"id": "mini", "source": "./mini", "replicas": {"max": 2, "min": 1}, **fields}
+    return ModelEntry.model_validate(values)
+
+
+def spec_of(has_cards: bool = False, settings: Settings | None = None, **fields: object) -> Spec:
+    return make_spec(entry_of(**fields), settings or Settings(), has_cards=has_cards)
+
+
+@pytest.mark.parametrize("field", ["golden", "ranges"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "No such file"), (b"\xff", "is not UTF-8: invalid start byte at byte 1")],
+    ids=["missing", "not UTF-8"],
+)
+def test_a_file_that_cannot_be_sent_is_an_error_of_its_model_that_names_it(
+    tmp_path: Path, field: str, content: bytes | None, problem: str
+) -> None:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text("{}")
+    if content is not None:
+        bad.write_bytes(content)
+    files = {"golden": str(good), "ranges": str(good), field: str(bad)}
+
+    with pytest.raises(LoadError, match=problem) as refused:
+        spec_of(**files)
+
+    assert str(refused.value).startswith(f"{bad}: ")
+
+
+def test_the_name_of_a_deployment_changes_with_what_its_vectors_depend_on_and_with_nothing_else(tmp_path: Path) -> None:
+    golden = tmp_path / "golden.json"
+    golden.write_text("{}")
+    name = spec_of(golden=str(golden)).name
+    assert name.startswith("gateway-mini-")
+
+    assert spec_of(golden=str(golden), required=True, replicas={"max": 5, "min": 1}).name == name
+    golden.write_text("{ }")
+    assert spec_of(golden=str(golden)).name != name
+    golden.write_text("{}")
+    assert spec_of(golden=str(golden), dtype="float32").name != name
+    assert spec_of(golden=str(golden), settings=Settings(max_queue_texts=7)).name != name
+    assert spec_of(golden=str(golden), has_cards=True).name != name
+    assert spec_of(golden=str(golden), settings=Settings(port=7)).name == name
+
+
+def test_a_name_has_only_characters_that_a_file_name_may_have() -> None:
+    assert spec_of(id="owner/mini é").name.startswith("gateway-owner-mini---")
+
+
+@pytest.mark.parametrize(
+    ("has_cards", "device", "gpus", "num_gpus", "asked"),
+    [
+        (False, "auto", None, 0, "cpu"),
+        (True, "auto", None, 1, "auto"),
+        (True, "cpu", None, 0, "cpu"),
+        (True, "cuda:1", None, 1, "cuda"),  # Ray chooses the card
+        (True, "auto", 0, 0, "cpu"),
+        (False, "auto", 1, 1, "auto"),
+    ],
+)
+def test_a_replica_gets_a_card_or_a_core(
+    has_cards: bool,
+    device: str,
+    gpus: int | None,
+    num_gpus: int,
+    asked: str,
+) -> None:
+    replicas = {"min": 1, "max": 2, **({} if gpus is None else {"gpus": gpus})}
+
+    spec = spec_of(has_cards, device=device, replicas=replicas, load="on_demand", enabled=False)
+
+    assert (spec.num_gpus, spec.entry.device) == (num_gpus, asked)
+    assert (spec.entry.enabled, spec.entry.load) == (True, "eager")
+    assert actor_options(spec) == ({"num_gpus": 1, "num_cpus": 0.1} if num_gpus else {"num_gpus": 0, "num_cpus": 1})
+
+
+def test_replicas_are_a_number_or_scaled_between_two() -> None:
+    assert scaling_options(spec_of(replicas={"min": 3, "max": 3})) == {"num_replicas": 3}
+    scaled = scaling_options(spec_of(replicas={"min": 1, "max": 4, "target_requests": 7}))["autoscaling_config"]
+    assert (scaled["min_replicas"], scaled["max_replicas"], scaled["target_ongoing_requests"]) == (1, 4, 7)
