@@ -43,9 +43,7 @@ def main() -> int:
             for copy in copies:
                 copy.take_compiled(snapshot)
             if arguments.record is not None:
-                record(
-                    copies, records, [file for file in all_tests(snapshot.root) if file.startswith(arguments.record)]
-                )
+                record(copies, records, [file for file in every if file.startswith(arguments.record)])
             for module in modules if arguments.modules or arguments.record is None else ():
                 outcomes = Outcomes(snapshot.root, folder, module)
                 score(copies, records, snapshot.root, module, options, entries, outcomes)
