@@ -110,7 +110,7 @@ def record(copies: Sequence[Workspace], records: Records, files: Iterable[str]) 
 def result_of(
     project: Path, module: str, options: Options, equivalents: Sequence[Equivalent], outcomes: Outcomes
 ) -> ModuleResult:
-    """Return what is known of the mutants of one module that are in the sample."""
+    """Return the outcomes of the mutants of one module that are in the sample, as far as they are known."""
     mutants = mutants_of(module, (project / module).read_text(encoding="utf-8"))
     of_module = [entry for entry in equivalents if entry.module == module]
     result = ModuleResult(module, len(mutants), stale=unmatched(mutants, of_module))

@@ -367,7 +367,7 @@ async def test_a_batch_is_read_as_laxly_as_any_other_request(start: Start, field
 @pytest.mark.parametrize(
     "value", [True, "5 days", 3600.5, "1e6", [3600], "9" * 5000, -3600], ids=lambda value: repr(value)[:20]
 )
-async def test_an_end_that_is_no_number_of_seconds_is_refused(start: Start, value: object) -> None:
+async def test_an_end_that_is_not_a_number_of_seconds_is_refused(start: Start, value: object) -> None:
     served = await start()
     kept = {"anchor": "created_at", "seconds": value}
     body = {
