@@ -59,7 +59,7 @@ def test_the_name_of_a_deployment_changes_with_what_its_vectors_depend_on_and_wi
 
 
 def test_a_name_has_only_characters_that_a_file_name_may_have() -> None:
-    assert spec_of(id="owner/mini é").name.startswith("gateway-owner-mini---")
+    assert spec_of(id="owner/mini.v1_x").name.startswith("gateway-owner-mini.v1_x-")
 
 
 @pytest.mark.parametrize(
