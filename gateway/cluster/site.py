@@ -15,7 +15,6 @@ from gateway.cluster.deploying import Cluster
 from gateway.cluster.placing import MAKE_INFINITY, Spec, make_spec
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
-from gateway.errors import LoadError
 
 log = structlog.get_logger(__name__)
 

@@ -120,6 +120,7 @@ async def test_equal_vectors_have_the_ranges_of_the_other_model() -> None:
         == other.info.space(precision=Precision.INT8).partition("@")[2]
     )
     assert why_other_ranges(other.info, info) == ""
+    assert set((await adopt(other, dimensions=(WIDTH, 4))).ranges) == {WIDTH, 4}
     assert (await adopt(other, dimensions=(WIDTH, 6))).ranges == {}, "of a size that was not measured"
 
 
