@@ -62,7 +62,7 @@ install-clients: install-dev build/clients/.installed ## Install clients that th
 # Which tests stay on one worker, and that the longest come first, is in tests/conftest.py.
 # Bytecode is written whatever the environment says: else each of the many processes compiles everything again.
 test: test-plan install-clients ## Run the tests (ARGS="-m 'not slow'": without those that take a minute)
-	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder \
+	PYTHONDONTWRITEBYTECODE= $(DEV_BIN)/pytest --numprocesses=$(WORKERS) --dist=loadscope --no-loadscope-reorder \
 	  $(patsubst %,--ignore=%,$(ON_RAY)) $(ARGS)
 
 # They start a cluster of three nodes, which takes all of two cores: not at the same time as other tests.

@@ -72,7 +72,7 @@ class Backend(FakeBackend):
         time.sleep(600)
 
 gateway.server._LAST_RESORT_S = 0.3
-def make(entry, settings, residents, on_card_lost):
+def make(entry, settings, residents, on_card_lost, cluster):
     def lose(job):
         if "poison" in job.texts:
             on_card_lost("cuda:0, on which card runs: it hangs")

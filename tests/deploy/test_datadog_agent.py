@@ -16,6 +16,7 @@ from tests.deploy.deployment_files import DEPLOY, read_yaml
 from tests.deploy.test_datadog import DASHBOARD, MONITORS, OBJECTIVES, PIPELINE
 from tests.peers import is_missing
 
+_NUM_SERIES = 40
 PYTHON = ENVIRONMENTS / "datadog" / "bin" / "python"
 INSTANCE = read_yaml(DEPLOY / "datadog" / "conf.d" / "openmetrics.d" / "conf.yaml")["instances"][0]
 BROKEN = {
@@ -26,17 +27,20 @@ BROKEN = {
 
 
 def exported() -> str:
-    """Return a scrape in which every metric has a series, with a value for each label."""
+    """Return a scrape with several series of every metric: more than the 2,000 that an Agent takes by default."""
     for metric in metrics.declared():
-        series = metric.labels(*[f"some-{name}" for name in metric._labelnames]) if metric._labelnames else metric
-        if metric._type == "histogram":
-            series.observe(0.3)  # type: ignore[attr-defined]
-        else:
-            series.inc()  # type: ignore[attr-defined]
+        for i in range(_NUM_SERIES if metric._labelnames else 1):
+            series = (
+                metric.labels(*[f"some-{name}-{i}" for name in metric._labelnames]) if metric._labelnames else metric
+            )
+            if metric._type == "histogram":
+                series.observe(0.3)  # type: ignore[attr-defined]
+            else:
+                series.inc()  # type: ignore[attr-defined]
     text = metrics.render().decode()
     for metric in metrics.declared():
-        if metric._labelnames:
-            metric.remove(*[f"some-{name}" for name in metric._labelnames])
+        for i in range(_NUM_SERIES if metric._labelnames else 0):
+            metric.remove(*[f"some-{name}-{i}" for name in metric._labelnames])
     return text
 
 

@@ -1007,7 +1007,7 @@ async def test_nothing_is_left_after_2000_requests_of_all_kinds(
     others = [NumberEncoder() for _ in range(num_replicas - 1)]
     for one in (encoder, *others):
         one.on_forward = raise_for(13, RuntimeError("unlucky"))
-    batcher = await start_batcher(max_batch_tokens=40, others=others)
+    batcher = await start_batcher(max_batch_tokens=40, max_queue_texts=10**6, others=others)
     rng = random.Random(2)
 
     async def request(i: int) -> tuple[str, str]:
