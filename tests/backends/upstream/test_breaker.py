@@ -138,3 +138,17 @@ def test_once_closed_the_pauses_are_short_again() -> None:
     breaker.open("broken", now=100.0)
 
     assert breaker.is_trial_due(112.1)
+
+
+def test_one_that_is_held_is_tried_at_once_and_its_first_failure_waits_for_the_usual_pause() -> None:
+    breaker = Breaker(10.0)
+    breaker.open("broken", now=100.0)
+    breaker.open("broken", now=200.0)
+
+    breaker.hold("not checked yet")
+
+    assert not breaker.is_closed
+    assert breaker.is_trial_due(200.0)
+    breaker.open("broken", now=300.0)
+    assert not breaker.is_trial_due(307.9)  # 10 s, spread by a fifth
+    assert breaker.is_trial_due(312.1)
