@@ -33,6 +33,9 @@ _FULL_FORWARD_TOKENS = 512
 # gets more: requests wait for it however rarely they come.
 _SHARED_PART = 4
 _SHARED_S = 1.0
+# That part takes no longer than this either, where it is known how long it takes. On two cores, MiniLM computes 640 tokens in
+# 50 ms, at 95 % of its rate with full batches, and 1,600 in 125.
+_LONGEST_SHARED_S = 0.05
 # The pause after a fault in the code around the model: it may recur at once and fill the log.
 _FAULT_PAUSE_S = 0.05
 # How much the newest batch counts in the measured rate.
@@ -83,12 +86,19 @@ class BatchQueue:
     def _take(self, now: float) -> list[TokenSequence]:
         lane = self._lanes.normal
         num_small = lane.num_small
-        max_shared = self._largest_batch() // _SHARED_PART
-        batch = take(lane, self._budget(lane), now, max_shared, now < self._shared_until)
+        part = self._largest_batch() // _SHARED_PART
+        batch = take(lane, self._budget(lane), now, self._most_shared(part), now < self._shared_until)
         if lane.num_small != num_small:
             self._shared_until = now + _SHARED_S
         lane = self._lanes.low
-        return batch or take(lane, min(self._budget(lane), max(_FULL_FORWARD_TOKENS, max_shared)), now)
+        return batch or take(lane, min(self._budget(lane), max(_FULL_FORWARD_TOKENS, part)), now)
+
+    def _most_shared(self, part: int) -> int:
+        """Return how many tokens of large requests a batch has at most while small ones come."""
+        if self._tokens_per_s is None:
+            return part
+        least = _FULL_FORWARD_TOKENS // _SHARED_PART
+        return min(part, max(least, round(self._tokens_per_s * _LONGEST_SHARED_S)))
 
     def _budget(self, lane: FairQueue[Waiter]) -> int:
         """Return how many tokens one thread may take: no more than its share when others are idle as well."""

@@ -775,3 +775,16 @@ def test_the_next_small_request_will_not_wait_for_a_large_batch_either(
     batch_queue.add(waiters(sequences([7], length=10, handle=RequestHandle("other", math.inf))))
 
     assert sizes_of(batch_queue, 3)[1:] == [size, size]
+
+
+@pytest.mark.parametrize(("tokens_per_s", "size"), [(100_000, 1000), (13_000, 650), (1_000, 120), (10, 120)], ids=str)
+def test_a_small_request_waits_no_longer_than_a_moment_where_a_quarter_of_a_batch_takes_longer(
+    tokens_per_s: int, size: int
+) -> None:
+    """But others get so much that a forward is not mostly fixed cost."""
+    batch_queue = BatchQueue(max_batch_tokens=4000)
+    batch_queue.note_rate(4000, 4000 / tokens_per_s)
+    batch_queue.add(waiters(sequences(range(2000), length=10, handle=RequestHandle("bulk", math.inf))))
+    batch_queue.add(waiters(sequences([7], length=10, handle=RequestHandle("other", math.inf))))
+
+    assert sizes_of(batch_queue, 3)[1:] == [size, size]
