@@ -33,8 +33,8 @@ _FULL_FORWARD_TOKENS = 512
 # gets more: requests wait for it however rarely they come.
 _SHARED_PART = 4
 _SHARED_S = 1.0
-# That part takes no longer than this either, where it is known how long it takes. On two cores, MiniLM computes 640 tokens in
-# 50 ms, at 95 % of its rate with full batches, and 1,600 in 125.
+# That part takes no longer than this either, where the rate is known. On two cores, MiniLM computes 640 tokens in 50 ms, at
+# 95 % of its rate with full batches, and 1,600 in 125.
 _LONGEST_SHARED_S = 0.05
 # The pause after a fault in the code around the model: it may recur at once and fill the log.
 _FAULT_PAUSE_S = 0.05
