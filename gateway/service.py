@@ -60,7 +60,7 @@ class EmbeddingService:
         router, shadows = self._deployment.router, self._deployment.shadows
         choice = router.choose_for(request.kind, request.model, request.client, request.unit_source)
         answer = await self._observer.observe(choice, request, _answer(router, choice, request, _embed))
-        shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s)
+        shadows.offer(choice, request.texts, request.task, request.truncate, request.timeout_s, request.priority)
         self._capture(choice, request, request.texts, request.task)
         return answer
 

@@ -15,7 +15,7 @@ from gateway.config.registry import Registry, Shadow
 from gateway.errors import RequestError
 from gateway.routing.router import Choice, Router
 from gateway.telemetry import metrics
-from gateway.types import EmbedJob, Truncate
+from gateway.types import EmbedJob, Priority, Truncate
 
 log = structlog.get_logger(__name__)
 
@@ -24,6 +24,8 @@ _MAX_CONCURRENT = 4
 # The queue has a limit on requests; this one limits its memory when requests are large.
 _MAX_QUEUED_CHARACTERS = 16_000_000
 _CALLER = "shadow"
+# The line of a batch may wait for a day, and a copy of it must not take the place of others for so long.
+_MAX_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class _Copy:
     task: str | None
     truncate: Truncate
     timeout_s: float
+    priority: Priority
     num_characters: int
 
 
@@ -50,14 +53,16 @@ class ShadowQueue:
         self._is_stopped = False
         self._labels = (shadow.of, shadow.to)
 
-    def offer(self, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float) -> None:
+    def offer(
+        self, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float, priority: Priority
+    ) -> None:
         """Queue a copy of a request, or drop it; return at once."""
         size = sum(map(len, texts))
         is_full = len(self._waiting) >= self.shadow.max_queue or self._num_characters + size > _MAX_QUEUED_CHARACTERS
         if is_full or self._is_stopped:
             metrics.SHADOW_REQUESTS.labels(*self._labels, "dropped").inc()
             return
-        self._waiting.append(_Copy(texts, task, truncate, timeout_s, size))
+        self._waiting.append(_Copy(texts, task, truncate, min(timeout_s, _MAX_WAIT_S), priority, size))
         self._num_characters += size
         # Counted up and down: during a reload, the old and the new queue share a gauge.
         metrics.SHADOW_QUEUE.labels(*self._labels).inc()
@@ -105,6 +110,7 @@ class ShadowQueue:
                     truncate=copy.truncate,
                     deadline=started + copy.timeout_s,
                     caller=_CALLER,
+                    priority=copy.priority,
                 )
             )
         except RequestError as error:
@@ -125,14 +131,20 @@ class Shadows:
         self._queues = [ShadowQueue(shadow, router) for shadow in registry.shadows]
 
     def offer(
-        self, choice: Choice, texts: Sequence[str], task: str | None, truncate: Truncate, timeout_s: float
+        self,
+        choice: Choice,
+        texts: Sequence[str],
+        task: str | None,
+        truncate: Truncate,
+        timeout_s: float,
+        priority: Priority,
     ) -> None:
         """Copy a request for each shadow of its name or model, as often as the sample says."""
         for queue in self._queues:
             shadow = queue.shadow
             is_meant = shadow.of in (choice.asked, choice.model.id) and shadow.to != choice.model.id
             if is_meant and random.random() < shadow.sample:  # noqa: S311  a sample, not a secret
-                queue.offer(texts, choice.task or task, truncate, timeout_s)
+                queue.offer(texts, choice.task or task, truncate, timeout_s, priority)
 
     @property
     def pairs(self) -> set[tuple[str, str]]:

@@ -18,7 +18,7 @@ from gateway.deployment import Deployment
 from gateway.errors import ConfigError
 from gateway.fleet import Model
 from gateway.routing.names import GATEWAY
-from gateway.types import EmbedJob, ModelState, Truncate
+from gateway.types import EmbedJob, ModelState, Priority, Truncate
 
 JOB = EmbedJob(["a text"], None, Truncate.END, deadline=time.monotonic() + 3600, caller="me")
 CACHE = ", cache: {max_bytes: 2MiB}"
@@ -106,7 +106,7 @@ async def test_a_shadow_neither_reads_nor_fills_a_cache(served: Served) -> None:
     deployment = await served.start(shadows="shadows:\n  - {of: one, to: two, sample: 1}\n")
     choice = deployment.router.choose("one", GATEWAY)
     for _ in range(2):
-        deployment.shadows.offer(choice, ["a text"], None, Truncate.END, 10)
+        deployment.shadows.offer(choice, ["a text"], None, Truncate.END, 10, Priority.NORMAL)
     async with asyncio.timeout(30):
         while len(served.asked) < 2:  # noqa: ASYNC110  there is no event for it
             await asyncio.sleep(0)

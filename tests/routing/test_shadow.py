@@ -17,7 +17,7 @@ from gateway.routing.names import GATEWAY
 from gateway.routing.router import Router
 from gateway.routing.shadow import Shadows
 from gateway.telemetry import metrics
-from gateway.types import Embeddings, EmbedJob, ModelState, Truncate
+from gateway.types import Embeddings, EmbedJob, ModelState, Priority, Truncate
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -96,8 +96,10 @@ def offer(
     name: str = "default",
     texts: tuple[str, ...] = ("a b",),
     task: str | None = "query",
+    timeout_s: float = 5.0,
+    priority: Priority = Priority.NORMAL,
 ) -> None:
-    shadows.offer(router.choose(name, GATEWAY), list(texts), task, Truncate.START, 5.0)
+    shadows.offer(router.choose(name, GATEWAY), list(texts), task, Truncate.START, timeout_s, priority)
 
 
 async def settle() -> None:
@@ -330,6 +332,21 @@ async def test_a_copy_has_the_task_and_the_patience_and_its_own_caller(
     assert started + 5 <= job.deadline <= time.monotonic() + 5
     after = [metrics.REGISTRY.get_sample_value(name, labels) or 0 for name in names]
     assert [now - was for now, was in zip(after, before, strict=True)] == [3, 1]
+
+
+@pytest.mark.parametrize("priority", Priority)
+async def test_a_copy_has_the_priority_and_does_not_wait_for_a_day_as_the_line_of_a_batch_does(
+    make_shadows: MakeShadows, second: Second, priority: Priority
+) -> None:
+    router, shadows = make_shadows()
+    second.gate.set()
+
+    offer(router, shadows, timeout_s=86_400.0, priority=priority)
+    await settle()
+
+    [job] = second.jobs
+    assert job.priority is priority
+    assert job.deadline <= time.monotonic() + 60
 
 
 async def test_a_copy_has_the_task_that_the_name_says(make_shadows: MakeShadows, second: Second) -> None:
