@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # Read when numpy and torch are imported, here and in what the tests start. The workers share the cores: threads that wait
 # for each other spin on them. (A gateway sets the number for its models itself.)
@@ -19,6 +22,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import fastapi.routing
 import pytest
 import structlog
+from fastapi.dependencies.models import Dependant
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -33,9 +37,32 @@ from gateway.types import ModelState
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-# FastAPI builds a validator for each documented response of each route: two thirds of the time that an application takes
-# to make. They are the same in each of the thousand applications that the tests make.
+# FastAPI analyzes each route of each of the thousand applications that the tests make, which is nearly all the time that one
+# takes. The result is the same each time: the validator of a documented response, and the parameters and answer of a method.
 fastapi.routing.create_model_field = functools.cache(fastapi.routing.create_model_field)  # type: ignore[attr-defined]
+_get_dependant, _get_answer = fastapi.routing.get_dependant, fastapi.routing.get_typed_return_annotation  # type: ignore[attr-defined]
+_dependants: dict[tuple[object, ...], Dependant] = {}
+_answers: dict[object, object] = {}
+
+
+def _dependant(*, path: str, call: Callable[..., Any], **others: Any) -> Dependant:
+    if not inspect.ismethod(call):
+        return _get_dependant(path=path, call=call, **others)
+    key = (path, call.__func__, *others.items())
+    if key not in _dependants:
+        _dependants[key] = _get_dependant(path=path, call=call, **others)
+    return replace(_dependants[key], call=call, dependencies=[])
+
+
+def _answer(call: Callable[..., Any]) -> object:
+    if not inspect.ismethod(call):
+        return _get_answer(call)
+    if call.__func__ not in _answers:
+        _answers[call.__func__] = _get_answer(call)
+    return _answers[call.__func__]
+
+
+fastapi.routing.get_dependant, fastapi.routing.get_typed_return_annotation = _dependant, _answer  # type: ignore[attr-defined]
 
 
 # A folder for all workers in place of the user's: a model is compiled once in a run, not at each start of a gateway.
