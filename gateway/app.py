@@ -29,6 +29,7 @@ from gateway.deployment import Deployment
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.middleware import Admission, ErrorExit, Identification, Record
+from gateway.http.shortcut import Shortcut, direct_routes
 from gateway.outcomes.keeper import Keeper
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
@@ -139,10 +140,12 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     app.state.shown_paths = [route.path for route in routes if route.include_in_schema]
+    app.state.direct_routes |= direct_routes(routes)
 
 
 def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> FastAPI:
     """Return an application with the parts that both have."""
+    direct: dict[tuple[str, str], APIRoute] = {}
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",
         description=_DESCRIPTION,
@@ -151,8 +154,12 @@ def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget)
         redirect_slashes=False,  # the middleware removes trailing slashes: a redirect would never end
         # The middleware has its own spans and metrics; the framework's would count each request twice.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-        middleware=layers(deployment, keyring, memory),
+        middleware=[
+            *layers(deployment, keyring, memory),
+            Middleware(Shortcut, routes=direct, on_http_exception=on_http_exception),
+        ],
     )
+    app.state.direct_routes = direct
     app.add_exception_handler(HTTPException, on_http_exception)
     document(app, deployment, needs_key=bool(keyring))
     return app

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ Parts: TypeAlias = Callable[[], Iterator[bytes]]
 _NUMBERS_IN_PIECE = 1 << 16
 PIECE_BYTES = 1 << 19
 """Smaller parts are joined to pieces of about this size."""
+_WATCH_AFTER_S = 0.02
 
 
 def dumps(value: object) -> bytes:
@@ -144,16 +145,39 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
     Raises:
         ClientDisconnected: the client went away first.
     """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
+    loop, task = asyncio.get_running_loop(), cast("asyncio.Task[Any]", asyncio.current_task())
+    num_cancels = task.cancelling()
+    gone: asyncio.Task[None] | None = None
+    is_gone = False
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        nonlocal is_gone
+        if not watch.cancelled():
+            is_gone = True
+            task.cancel()
+
+    def watch() -> None:
+        nonlocal gone
+        gone = loop.create_task(_disconnected(request))
+        gone.add_done_callback(leave)
+
+    # Most work is done before the client is worth a task that watches it.
+    timer = loop.call_later(_WATCH_AFTER_S, watch)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected("the client closed the connection before the answer")
-        return task.result()
+        try:
+            return await work
+        finally:
+            if is_gone:  # maybe at the very moment when the work was done: the cancellation is yet to come
+                await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if is_gone and task.uncancel() <= num_cancels:
+            raise ClientDisconnected("the client closed the connection before the answer") from None
+        raise
     finally:
-        task.cancel()
-        gone.cancel()
+        timer.cancel()
+        if gone is not None:
+            gone.remove_done_callback(leave)
+            gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,0 +1,72 @@
+"""The short way from the middleware to the handlers of fixed paths."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TypeAlias
+
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.http.context import RequestContext
+
+Routes: TypeAlias = Mapping[tuple[str, str], APIRoute]
+"""Routes with a handler to be called directly, by method and path."""
+
+OnException: TypeAlias = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class Shortcut:
+    """Calls the handlers of fixed paths itself. The framework's way to them takes a fifth of a request's processor time.
+
+    It looks for the route in each router, prepares to clean up after dependencies, and looks for parameters of the handler:
+    these have none.
+
+    Args:
+        routes: may grow until the first request.
+        on_http_exception: answers the framework's exceptions, as it would there.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Routes, on_http_exception: OnException) -> None:
+        self._app = app
+        self._routes = routes
+        self._on_http_exception = on_http_exception
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = None
+        if scope["type"] == "http":
+            route = self._routes.get((scope["method"], RequestContext.in_scope(scope).path))
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"], scope["endpoint"], scope["path_params"] = route, route.endpoint, {}
+        handle: Callable[[Request], Awaitable[Response]] = route.endpoint
+        request = Request(scope, receive, send)
+        try:
+            response = await handle(request)
+        except HTTPException as error:
+            response = await self._on_http_exception(request, error)
+        await response(scope, receive, send)
+
+
+def direct_routes(routes: Iterable[APIRoute]) -> dict[tuple[str, str], APIRoute]:
+    """Return the routes of an application whose handlers take the request alone; its order of routes still decides."""
+    found: dict[tuple[str, str], APIRoute] = {}
+    with_parameters: list[APIRoute] = []
+    for route in routes:
+        if route.param_convertors:
+            with_parameters.append(route)
+        elif _takes_the_request_alone(route) and not any(one.path_regex.match(route.path) for one in with_parameters):
+            for method in route.methods or ():
+                found.setdefault((method, route.path), route)
+    return found
+
+
+def _takes_the_request_alone(route: APIRoute) -> bool:
+    signature = inspect.signature(route.endpoint)
+    returns_answer = signature.return_annotation in ("Response", Response)
+    return list(signature.parameters) == ["request"] and returns_answer and inspect.iscoroutinefunction(route.endpoint)
