@@ -55,7 +55,7 @@ class RayBackend:
         self._site = site
         self._report: Report = unreported
         self._spec: Spec | None = None
-        self._pool = Pool(entry.id, self._lines_changed)
+        self._pool = Pool(entry.id, self._lines_changed, on_fault=self._note_fault)
         self._end_watch: Callable[[], None] = lambda: None
         self._is_stopped = False
         self._is_ready = False
@@ -108,7 +108,23 @@ class RayBackend:
         assert info is not None  # noqa: S101  a usable line has it
         self._report = report
         self._is_ready = True
+        if self._spec is not None:
+            self._run(self._warn_of_missing(self._spec))
         return info
+
+    async def _warn_of_missing(self, spec: Spec) -> None:
+        """Say once, after a while, if there are fewer replicas than the registry wants: no machine has room for them."""
+        await asyncio.sleep(_PLACE_S)
+        num_running, wanted = len(self._pool.usable), spec.replicas.min
+        if num_running < wanted:
+            found = await asyncio.to_thread(self._site.cluster.look, spec.name)
+            log.warning(
+                "replicas_missing",
+                model=self._entry.id,
+                running=num_running,
+                wanted=wanted,
+                reason=found.reason or "`gateway cluster status` shows what runs",
+            )
 
     def replicas(self) -> Sequence[Replica]:
         """Return the replicas, for ``/v1/models``."""
@@ -117,6 +133,13 @@ class RayBackend:
     async def replica_metrics(self) -> Mapping[str, str]:
         """Return the metrics of each replica that answers."""
         return await self._pool.metrics()
+
+    def _note_fault(self, reason: str) -> None:
+        """Have the model's cache emptied, also if other replicas go on: the replica's last vectors may be wrong."""
+        if self._is_ready:
+            self._report(ModelState.RECOVERING, reason)
+            if self._pool.usable:
+                self._report(ModelState.READY, "")
 
     def _lines_changed(self) -> None:
         """Report the model as recovering while no replica takes jobs, unless that is for a moment only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -89,7 +90,7 @@ class Cluster:
 
     def _connect(self) -> None:
         if not ray.is_initialized():
-            options = self._local_options() if self._address == LOCAL else {"address": self._address}
+            options = self._local_options() if self._address == LOCAL else {"address": _checked(self._address)}
             try:
                 ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -198,10 +199,29 @@ def _reason(*messages: str) -> str:
     return str((said or lines or [""])[-1]).strip()[:_LONGEST_REASON]
 
 
+def _checked(address: str) -> str:
+    """Return the address; for ``auto``, what Ray itself would take from the environment, if that is a cluster's.
+
+    Raises:
+        StartError: ``RAY_ADDRESS`` is another kind of address.
+    """
+    named = os.environ.get("RAY_ADDRESS") if address == "auto" else None
+    if named and ("://" in named or named == LOCAL):
+        raise StartError(
+            f"GATEWAY_CLUSTER=auto takes the cluster that RAY_ADDRESS names, which is {named}: set it to the HOST:PORT of "
+            "the head (6379, not that of Ray Client), or unset it, on a machine of the cluster"
+        )
+    return named or address
+
+
 def _unreachable(address: str, error: Exception) -> str:
     if address == LOCAL:
         return f"a Ray cluster cannot be started in this machine: {_first_line(error)}"
-    where = "this machine is part of no Ray cluster" if address == "auto" else f"no Ray cluster is at {address}"
+    if str(error).startswith("Version mismatch"):
+        said = " ".join(str(error).split())[:_LONGEST_REASON]
+        return f"GATEWAY_CLUSTER={address}: {said}. Ray and Python must be of the same version on all machines"
+    named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+    where = f"no Ray cluster is at {named}" if named else "this machine is part of no Ray cluster"
     return (
         f"GATEWAY_CLUSTER={address}: {where}, or it cannot be reached ({_first_line(error)}). Start Ray here: `ray "
         "start --head` on the first machine, `ray start --address=HOST:6379` on the others"

@@ -62,6 +62,7 @@ class Host:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._state: tuple[ModelState, str] = (ModelState.READY, "")
+        self._state_since = time.monotonic()
 
     async def start(self) -> None:
         """Listen on a free port of the address."""
@@ -187,9 +188,22 @@ class Host:
 
     def report(self, state: ModelState, reason: str) -> None:
         """Tell all fronts the state of the model; they send jobs only while it is ready."""
+        if state is not self._state[0]:
+            self._state_since = time.monotonic()
         self._state = (state, reason)
         for connection in self._fronts:
             connection.send("state", state, reason)
+
+    def why_unwell(self, patience_s: float) -> str:
+        """Return why only another process can help; nothing while the model works, or may soon work again.
+
+        Args:
+            patience_s: how long a model may be recovering.
+        """
+        state, reason = self._state
+        if state is ModelState.RECOVERING and time.monotonic() - self._state_since > patience_s:
+            return f"it has been recovering for more than {patience_s:.0f} s: {reason}"
+        return reason or "the model has failed" if state is ModelState.FAILED else ""
 
     # --------------------------------------------------------------------------------------------------------- end
 

@@ -68,6 +68,7 @@ class Line:
     Args:
         fingerprint: the weights that the replica must have.
         on_change: called when the line may have become usable or unusable.
+        on_fault: called with the reason when the replica finds that its model does not work; its last answers may be wrong.
 
     Attributes:
         info: the model's info, as the replica gives it.
@@ -76,10 +77,17 @@ class Line:
         trouble: why it is not connected.
     """
 
-    def __init__(self, place: Place, fingerprint: str | None, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        fingerprint: str | None,
+        on_change: Callable[[], None],
+        on_fault: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
         self.place = place
         self._fingerprint = fingerprint
         self._on_change = on_change
+        self._on_fault = on_fault
         self.info: ModelInfo | None = None
         self.load = Load()
         self.state, self.reason = ModelState.LOADING, ""
@@ -187,13 +195,18 @@ class Line:
             case ("info", ModelInfo() as info):
                 self._accept(connection, info)
             case ("state", ModelState() as state, str(reason)):
-                self.state, self.reason = state, reason
-                self._on_change()
+                self._note_state(state, reason)
             case ("leaving",):
                 self.is_leaving = True
                 self._on_change()
             case _:
                 raise ValueError(f"an unknown message: {str(message)[:80]}")
+
+    def _note_state(self, state: ModelState, reason: str) -> None:
+        before, self.state, self.reason = self.state, state, reason
+        if state is ModelState.RECOVERING is not before:
+            self._on_fault(reason)
+        self._on_change()
 
     def _accept(self, connection: Connection, info: ModelInfo) -> None:
         """Take jobs to a replica with the right weights, and none to another."""

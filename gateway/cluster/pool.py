@@ -33,14 +33,22 @@ class Pool:
     Args:
         on_change: called when a line may have become usable or unusable.
         fingerprint: the weights that each replica must have; by default those of the first.
+        on_fault: called with the reason when a replica finds that its model does not work.
 
     Attributes:
         lines: by the replica's id.
     """
 
-    def __init__(self, model: str, on_change: Callable[[], None], fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        on_change: Callable[[], None],
+        fingerprint: str | None = None,
+        on_fault: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
         self._model = model
         self._on_change = on_change
+        self._on_fault = on_fault
         self.fingerprint = fingerprint
         self.lines: dict[str, Line] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -61,7 +69,7 @@ class Pool:
                     reason="its weights are not those of the other replicas",
                 )
                 continue
-            self.lines[replica] = Line(place, self.fingerprint, self._note_change)
+            self.lines[replica] = Line(place, self.fingerprint, self._note_change, self._on_fault)
         for replica in self.lines.keys() - places.keys():
             self.lines[replica].is_leaving = True
             self._close_if_done(replica)

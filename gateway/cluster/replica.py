@@ -46,7 +46,7 @@ class Replica:
 
         configure_logs(spec.settings.log_level, "json")
         self._model = spec.entry.id
-        self._state, self._reason = ModelState.LOADING, ""
+        self._patience_s = spec.settings.forward_timeout_s
         self._host: Host | None = None
         self._secret = secrets.token_bytes(32)
         self._folder = tempfile.TemporaryDirectory(prefix="gateway-replica-")
@@ -76,7 +76,6 @@ class Replica:
         return spec.entry.model_copy(update=paths)
 
     def _report(self, state: ModelState, reason: str) -> None:
-        self._state, self._reason = state, reason
         if self._host is not None:
             self._host.report(state, reason)
 
@@ -107,10 +106,10 @@ class Replica:
         """Raise if only another process can help; Serve then starts one.
 
         Raises:
-            RuntimeError: the model has failed for good.
+            RuntimeError: the model has failed for good, or cannot be reloaded in this process.
         """
-        if self._state is ModelState.FAILED:
-            raise RuntimeError(self._reason)
+        if self._host is not None and (reason := self._host.why_unwell(self._patience_s)):
+            raise RuntimeError(reason)
 
     async def __del__(self) -> None:
         """Finish the work in progress and stop; Serve calls it before it ends the process."""

@@ -1,0 +1,197 @@
+"""The backend of a model on a cluster, with replicas that were not started by Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from gateway.backends.fake import FakeBackend, fake_info
+from gateway.cluster.discovery import DIRECTORY
+from gateway.cluster.host import Host
+from gateway.cluster.line import Place
+from gateway.cluster.placing import Spec, make_spec
+from gateway.config.cache import CacheConfig
+from gateway.config.model_entry import ModelEntry
+from gateway.config.replicas import Replicas
+from gateway.config.settings import Settings
+from gateway.errors import StartError
+from gateway.fleet import Fleet, Model
+from gateway.types import EmbedJob, ModelState, Truncate
+
+pytest.importorskip("ray", reason="needs the extra `cluster`")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own use of other libraries
+    from gateway.cluster.backend import RayBackend
+    from gateway.cluster.deploying import Cluster, _unreachable
+
+SECRET = b"s" * 32
+
+
+class Placed:
+    """A site whose deployments are there already."""
+
+    cluster: Any = SimpleNamespace(
+        look=lambda _name: SimpleNamespace(has_failed=False, reason=""), has_begun=lambda _name: True
+    )
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    async def use(self, entry: ModelEntry) -> Spec:
+        spec = make_spec(entry, Settings(), has_cards=False)
+        self.name = spec.name
+        return spec
+
+    async def leave(self, name: str, *, delete: bool) -> None:
+        pass
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[tuple[Model, list[Host]]]:
+    """Yield a model with a cache on two replicas."""
+    info = fake_info("mini", 8)
+    entry = ModelEntry(id="mini", source="./x", enabled=True, cache=CacheConfig(max_bytes=2 << 20))
+    site = Placed()
+    model = Model(entry, RayBackend(entry, Settings(), site))
+    async with AsyncExitStack() as stack:
+        hosts = []
+        for _replica in range(2):
+            backend = FakeBackend(info)
+            await backend.start()
+            hosts.append(Host(backend, info, SECRET, "127.0.0.1"))
+            await hosts[-1].start()
+            stack.push_async_callback(hosts[-1].stop)
+        loading = asyncio.create_task(Fleet([model]).load_one(model))
+        stack.push_async_callback(model.stop)
+        # The directory is the process's: no two replicas have one id, as none have on a cluster.
+        places = {
+            name: Place(name, "127.0.0.1", host.port, SECRET.hex(), info.fingerprint, f"n{host.port}", "cpu")
+            for host in hosts
+            for name in (f"r{secrets.token_hex(8)}",)
+        }
+        await until(lambda: bool(site.name))
+        DIRECTORY.publish(site.name, places)
+        await loading
+        await until(lambda: len(lines(model)) == 2)
+        yield model, hosts
+
+
+def lines(model: Model) -> list[Any]:
+    assert isinstance(model.backend, RayBackend)
+    return [line for line in model.backend.lines if line.is_usable]
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  what it waits for has no event
+            await asyncio.sleep(0.005)
+
+
+async def num_cached(model: Model) -> int | None:
+    job = EmbedJob(["a text"], None, Truncate.END, time.monotonic() + 30, "me")
+    return (await model.embed(job)).num_cached
+
+
+async def test_a_replica_that_is_found_wrong_empties_the_cache_while_the_others_go_on(
+    served: tuple[Model, list[Host]],
+) -> None:
+    model, hosts = served
+    assert [await num_cached(model) for _ in range(2)] == [0, 1]
+
+    hosts[0].report(ModelState.RECOVERING, "golden vectors: cosine 0.9")
+    await until(lambda: len(lines(model)) == 1)
+
+    assert model.state is ModelState.READY
+    assert [await num_cached(model) for _ in range(2)] == [0, 1]
+    hosts[0].report(ModelState.READY, "")
+    await until(lambda: len(lines(model)) == 2)
+    assert await num_cached(model) == 1
+
+
+async def test_without_another_replica_the_model_is_recovering_at_once(served: tuple[Model, list[Host]]) -> None:
+    model, hosts = served
+    for host in hosts:
+        host.report(ModelState.RECOVERING, "it hangs")
+    await until(lambda: not lines(model))
+
+    assert (model.state, model.reason) == (ModelState.RECOVERING, "it hangs")
+    hosts[1].report(ModelState.READY, "")
+    await until(lambda: model.state is ModelState.READY)
+    assert await num_cached(model) == 0
+
+
+async def test_fewer_replicas_than_wanted_are_a_warning_once(
+    served: tuple[Model, list[Host]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _hosts = served
+    await model.backend.stop()
+    monkeypatch.setattr("gateway.cluster.backend._PLACE_S", 0.01)
+    wanted = model.entry.model_copy(update={"replicas": Replicas(min=3)})
+    again = Model(wanted, RayBackend(wanted, Settings(), Placed()))
+    with capture_logs() as logs:
+        await Fleet([again]).load_one(again)
+        await until(lambda: any(line["event"] == "replicas_missing" for line in logs))
+    await again.stop()
+
+    [line] = [line for line in logs if line["event"] == "replicas_missing"]
+    assert (line["model"], line["running"] < 3, line["wanted"]) == ("mini", True, 3)
+
+
+async def test_a_replica_that_recovers_for_too_long_asks_for_another_process(served: tuple[Model, list[Host]]) -> None:
+    _model, [host, other] = served
+    host.report(ModelState.RECOVERING, "it hangs")
+    assert host.why_unwell(60) == ""
+    await asyncio.sleep(0.01)
+    host.report(ModelState.RECOVERING, "it hangs; reloading it failed")
+    assert host.why_unwell(0.005) == "it has been recovering for more than 0 s: it hangs; reloading it failed"
+    host.report(ModelState.READY, "")
+    assert host.why_unwell(0) == ""
+    other.report(ModelState.FAILED, "the card is gone")
+    assert other.why_unwell(60) == "the card is gone"
+
+
+# --------------------------------------------------------------------------------------------------- which cluster
+
+
+def test_without_a_cluster_the_start_says_how_to_make_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    error = ConnectionError("no answer\nand more")
+
+    named, found = _unreachable("10.0.0.1:6379", error), _unreachable("auto", error)
+
+    assert (
+        "GATEWAY_CLUSTER=10.0.0.1:6379: no Ray cluster is at 10.0.0.1:6379, or it cannot be reached (no answer)"
+        in named
+    )
+    assert "ray start --head" in named
+    assert "GATEWAY_CLUSTER=auto: this machine is part of no Ray cluster" in found
+
+
+def test_other_versions_of_ray_and_python_are_named() -> None:
+    error = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.12.1\n"
+        "This process on node was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+    )
+
+    text = _unreachable("auto", error)
+
+    assert "Ray: 2.9.0 Python: 3.12.1 This process on node was started with: Ray: 2.60.0 Python: 3.11.7" in text
+    assert text.endswith("Ray and Python must be of the same version on all machines")
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "local"])
+def test_another_kind_of_address_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+
+    with pytest.raises(StartError, match=f"RAY_ADDRESS names, which is {address}: set it to the HOST:PORT"):
+        Cluster("auto").connect()
