@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -29,7 +26,7 @@ from gateway.deployment import Deployment
 from gateway.experiments.exposures import ExposureLog
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.middleware import Admission, ErrorExit, Identification, Record
-from gateway.http.shortcut import Shortcut, direct_routes
+from gateway.http.shortcut import Routes, Shortcut, include
 from gateway.outcomes.keeper import Keeper
 from gateway.service import EmbeddingService
 from gateway.telemetry import metrics
@@ -84,7 +81,7 @@ def create_app(deployment: Deployment) -> FastAPI:
         port = settings.port if settings.is_console_for_clients else settings.admin_port or 0
         console = console_router(deployment, endpoint, stats, experiments, keyring, port)
         (routers if settings.is_console_for_clients else app.state.operator_routers).append(console)
-    _include(app, routers)
+    include(app, routers)
     if settings.cors_origins:
         # The outermost: a page must be able to read the middleware's answers too, for example a 401.
         app.add_middleware(
@@ -130,22 +127,13 @@ def create_admin_app(deployment: Deployment, clients: FastAPI | None = None) -> 
     memory = MemoryBudget(deployment.settings.memory_budget_bytes)
     app = _application(deployment, clients.state.keyring, memory)
     routers = [health_router(deployment), admin_router(deployment, are_metrics_open=True)]
-    _include(app, [*routers, *clients.state.operator_routers])
+    include(app, [*routers, *clients.state.operator_routers])
     return app
-
-
-def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
-    """Serve the routes, and remember the documented paths: the OpenAPI document takes a tenth of a second to make."""
-    for router in routers:
-        app.include_router(router)
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    app.state.shown_paths = [route.path for route in routes if route.include_in_schema]
-    app.state.direct_routes |= direct_routes(routes)
 
 
 def _application(deployment: Deployment, keyring: Keyring, memory: MemoryBudget) -> FastAPI:
     """Return an application with the parts that both have."""
-    direct: dict[tuple[str, str], APIRoute] = {}
+    direct: Routes = {}
     app: FastAPI = FastAPIOffline(
         title="Embedding gateway",
         description=_DESCRIPTION,

@@ -113,7 +113,7 @@ class RayBackend:
         return info
 
     async def _warn_of_missing(self, spec: Spec) -> None:
-        """Say once, after a while, if there are fewer replicas than the registry wants: no machine has room for them."""
+        """Log once, after a while, if there are fewer replicas than the registry wants: no machine has room for them."""
         await asyncio.sleep(_PLACE_S)
         num_running, wanted = len(self._pool.usable), spec.replicas.min
         if num_running < wanted:

@@ -88,7 +88,7 @@ async def test_the_answer_is_the_handler_s_below_any_prefix_and_all_else_is_the_
 
 
 class Leaving(Request):
-    """A request whose client leaves when it is told to."""
+    """A request whose client leaves once an event is set."""
 
     def __init__(self) -> None:
         self.has_left = asyncio.Event()
