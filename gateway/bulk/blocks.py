@@ -102,10 +102,10 @@ class BlockReader:
             raise failure
 
     def _blocks(self, items: Sequence[Row | BadRow], num_bytes: int) -> Iterator[Block]:
-        """Yield items as a block.
+        """Yield items as a block, or as several if their rows, taken apart, are too many for one.
 
         Raises:
-            BulkError: one is bad, and the job is to stop there; the block then ends before it.
+            BulkError: one is bad, and the job is to stop there; the last block then ends before it.
         """
         checked = self._without_duplicates(items)
         bad: BadRow | None = None
@@ -113,20 +113,41 @@ class BlockReader:
             count = next((i for i, one in enumerate(checked) if isinstance(one, BadRow)), len(checked))
             bad = checked[count] if count < len(checked) else None  # type: ignore[assignment]
             checked = checked[:count]
-        rows = [one for one in checked if isinstance(one, Row)]
-        refused = [one for one in checked if isinstance(one, BadRow)]
-        ids = [] if self._source.has_unique_ids else [_bare(row.id) for row in rows]
-        if self._expand is not None:
-            parts = [part for row in rows for part in self._expand(row)]
-            rows = [part for part in parts if isinstance(part, Row)]
-            refused += [part for part in parts if isinstance(part, BadRow)]
-        if checked:
-            self._uncommitted.update(ids)
-            yield Block(rows, refused, len(checked), checked[-1].position, ids, num_bytes)
-        if bad is None and self._stops and refused:
-            bad = refused[0]  # a part of a row
+        yield from self._taken_apart(checked, num_bytes)
         if bad is not None:
             raise BulkError(stopped_at(bad))
+
+    def _taken_apart(self, items: Sequence[Row | BadRow], num_bytes: int) -> Iterator[Block]:
+        """Yield blocks that end after an item: only one that is more than a block by itself makes a larger one.
+
+        Raises:
+            BulkError: a part is bad, and the job is to stop there.
+        """
+        first = 0
+        parts: list[Row | BadRow] = []
+        for number, item in enumerate(items):
+            found = [item] if self._expand is None or isinstance(item, BadRow) else list(self._expand(item))
+            bad = next((part for part in found if isinstance(part, BadRow)), None) if self._stops else None
+            if number > first and (bad is not None or len(parts) + len(found) > self._max_rows):
+                yield self._block(items[first:number], parts, num_bytes // len(items))
+                first, parts = number, []
+            if bad is not None:
+                raise BulkError(stopped_at(bad))
+            parts += found
+        if parts:
+            yield self._block(items[first:], parts, num_bytes // len(items))
+
+    def _block(self, items: Sequence[Row | BadRow], parts: Sequence[Row | BadRow], item_bytes: int) -> Block:
+        ids = [] if self._source.has_unique_ids else [_bare(item.id) for item in items if isinstance(item, Row)]
+        self._uncommitted.update(ids)
+        return Block(
+            [part for part in parts if isinstance(part, Row)],
+            [part for part in parts if isinstance(part, BadRow)],
+            len(items),
+            items[-1].position,
+            ids,
+            item_bytes * len(items),
+        )
 
     def _without_duplicates(self, items: Sequence[Row | BadRow]) -> list[Row | BadRow]:
         """Return the items, with those that have the id of an earlier one as bad ones."""

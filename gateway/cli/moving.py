@@ -64,8 +64,16 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
         str | None,
         typer.Option(metavar="NAME", help="The new collection. By default its name has the model and its space."),
     ] = None,
+    into_vector: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Add a vector of this name to the items, instead of a new collection."),
+    ] = None,
     alias: Annotated[
         str | None, typer.Option(metavar="NAME", help="The alias, or view, that applications use; the flip moves it.")
+    ] = None,
+    changed_at: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field with the time of an item's last change, so that sync reads fewer."),
     ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave items without a text behind.")] = False,
     url: Annotated[
@@ -80,13 +88,15 @@ def start(  # noqa: PLR0913, PLR0917  an argument for each option
     go on meanwhile. If it is interrupted, the same command goes on where it was.
     """
     from gateway.bulk.moving.command import show
-    from gateway.bulk.moving.steps import StartRequest
+    from gateway.bulk.moving.planning import StartRequest
     from gateway.bulk.moving.steps import start as run
     from gateway.bulk.rows import BulkError
 
     if to is None:
         raise BulkError("--to is missing: name the new model, as a request would name it")
-    request = StartRequest(collection, store, to, text, into, alias, mem0, url, models, api_key_env, skip)
+    request = StartRequest(
+        collection, store, to, text, into, into_vector, alias, mem0, url, models, api_key_env, skip, changed_at
+    )
     show(_folder(), lambda console: run(request, _folder(), console))
 
 

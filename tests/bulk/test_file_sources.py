@@ -45,6 +45,20 @@ def write_gzip(path: Path) -> Path:
     return path
 
 
+def write_as(path: Path, records: Sequence[Mapping[str, str]]) -> Path:
+    """Write records in the format of a name."""
+    path.parent.mkdir()
+    match path.suffix:
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(list(records)), path)
+        case ".csv":
+            lines = [",".join(one) for one in (records[0].keys(), *(record.values() for record in records))]
+            path.write_text("\n".join(lines))
+        case _:
+            write_jsonl(path, records)
+    return path
+
+
 WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "docs.jsonl": write_jsonl,
     "docs.csv": write_csv,
@@ -102,6 +116,19 @@ def test_rows_without_ids_get_the_same_ones_wherever_the_folder_is(tmp_path: Pat
         ids.append([row.id for row in rows_of(source)])
     assert ids[0] == ids[1]
     assert len(set(ids[0])) == 3
+
+
+@pytest.mark.parametrize("name", ["part.jsonl", "part.csv", "part.parquet"])
+def test_rows_without_ids_of_files_with_one_name_do_not_replace_each_other(name: str, tmp_path: Path) -> None:
+    """Two jobs, with one file each, into one collection; and one more of the same file, wherever it is."""
+    records = [{"text": f"text {i}", "lang": lang} for i in range(3) for lang in ("en", "de")]
+    ids = []
+    for folder, some in (("a", records[::2]), ("b", records[1::2]), ("c", records[::2])):
+        path = write_as(tmp_path / folder / name, some)
+        ids.append([row.id for row in rows_of(opened(path, payload=("lang",)))])
+        assert ids[-1] == [row.id for row in rows_of(opened(path, payload=()))], "the fields to keep do not matter"
+    assert not set(ids[0]) & set(ids[1])
+    assert ids[0] == ids[2]
 
 
 def test_a_fingerprint_changes_with_the_content_and_the_names_only(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -427,10 +427,29 @@ def test_rows_can_be_taken_apart_and_a_block_ends_with_an_item(tmp_path: Path) -
     assert jobs.ids() == [f"{i}-{part}" for i in (0, 1, 2, 4) for part in range(3)]
     assert (outcome.total.items, outcome.total.rows, outcome.total.skipped) == (5, 12, 1)
     reader = BlockReader(open_files([str(path)], FieldNames()), lambda _ids: set(), 2, "skip", expand)
+    assert [block.num_items for block in reader.read(None, 0)] == [1, 1, 1, 1, 1]
+    reader = BlockReader(open_files([str(path)], FieldNames()), lambda _ids: set(), 6, "skip", expand)
     assert [block.num_items for block in reader.read(None, 0)] == [2, 2, 1]
-    with ExitStack() as stack:
-        stack.enter_context(pytest.raises(BulkError, match=r"docs\.jsonl:4: no chunk"))
-        jobs.__class__(tmp_path / "stopped", path).run(expand=expand, on_error="stop")
+    stopped = Jobs(tmp_path / "stopped", path)
+    for _again in range(2):
+        with pytest.raises(BulkError, match=r"docs\.jsonl:4: no chunk"):
+            stopped.run(expand=expand, on_error="stop")
+        assert stopped.ids() == [f"{i}-{part}" for i in range(3) for part in range(3)]
+
+
+def test_no_shard_has_more_rows_than_it_may_and_those_of_one_item(tmp_path: Path) -> None:
+    """Long documents become many chunks: a shard of so many documents would not fit into memory."""
+    path = tmp_path / "docs.jsonl"
+    lengths = np.random.default_rng(3).integers(1, 30, 200).tolist()
+    path.write_bytes(b"".join(orjson.dumps({"id": i, "text": "x" * n}) + b"\n" for i, n in enumerate(lengths)))
+    jobs = Jobs(tmp_path / "out", path)
+    jobs.run(
+        expand=lambda row: [replace(row, id=f"{row.id}-{i}", text="x") for i in range(len(row.text))], shard_rows=64
+    )
+    sizes = [ds.dataset(part).to_table().num_rows for part in sorted(jobs.folder.glob("part-*"))]
+    assert sum(sizes) == sum(lengths)
+    assert max(sizes) < 64 + 30
+    assert len(sizes) < sum(lengths) / 16
 
 
 def test_a_block_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

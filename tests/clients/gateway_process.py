@@ -102,6 +102,18 @@ def running_gateway(folder: Path, *launcher: str, models: str = "", **environ: s
     Raises:
         AssertionError: it did not become ready, or did not end with 0; shows its log.
     """
+    log = folder / "gateway.log"
+    with gateway_to_kill(folder, *launcher, models=models, **environ) as (gateway, process):
+        yield gateway
+        process.terminate()
+        assert process.wait(_STOP_LIMIT_S) == 0, f"did not end well:\n{log.read_text()}"
+
+
+@contextmanager
+def gateway_to_kill(
+    folder: Path, *launcher: str, models: str = "", **environ: str
+) -> Iterator[tuple[Gateway, subprocess.Popen[bytes]]]:
+    """Start a gateway as `running_gateway` does, and kill it at the end, if it still runs."""
     registry, log = folder / "models.yaml", folder / "gateway.log"
     registry.write_text(_REGISTRY.format(models=models), encoding="utf-8")
     outer = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
@@ -114,9 +126,7 @@ def running_gateway(folder: Path, *launcher: str, models: str = "", **environ: s
             stderr=subprocess.STDOUT,
         )
     try:
-        yield Gateway(_wait_until_ready(process, log), folder)
-        process.terminate()
-        assert process.wait(_STOP_LIMIT_S) == 0, f"did not end well:\n{log.read_text()}"
+        yield Gateway(_wait_until_ready(process, log), folder), process
     finally:
         process.kill()
         process.wait()

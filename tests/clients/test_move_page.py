@@ -26,7 +26,7 @@ def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway,
         "EMBEDDINGS_API_KEY": KEY,
     }
     commands = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    assert len(commands) == 9
+    assert len(commands) == 10
     shown = []
     for command in commands:
         here = command.replace("http://127.0.0.1:8000", furnished_gateway.root_url).replace(
@@ -38,7 +38,7 @@ def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway,
         assert done.returncode == 0, f"{here}\n{done.stdout}{done.stderr}"
         shown.append(done.stdout + done.stderr)
 
-    copied, synced, checked, flipped, again, back, _second, finished = shown[1:]
+    copied, synced, checked, flipped, again, back, _second, finished, one = shown[1:]
     assert "200 items, 200 embedded, 0 deleted" in copied
     assert "200 items, 0 embedded, 0 deleted, 200 already equal" in synced
     assert "ready: the new collection can be used" in checked
@@ -46,3 +46,6 @@ def test_every_command_of_the_page_runs_in_its_order(furnished_gateway: Gateway,
     assert "0 embedded" in again
     assert "Applications are to use orders again." in back
     assert "finished" in finished
+    assert "tickets → tickets, vector e5: 200 items, 200 embedded, 0 deleted" in one
+    assert "let applications search the vector e5 of tickets" in " ".join(one.split())
+    assert "Applications are to use tickets again." in one

@@ -15,11 +15,12 @@ from gateway.bulk.files.lines import FileRecord, Mark
 from gateway.bulk.files.paths import Format, SourceFile, find_files, reading
 from gateway.bulk.files.records import read_records
 from gateway.bulk.rows import BadRow, BulkError, Position, Row
+from gateway.bulk.stores.payloads import digest
 
 _SAMPLE_RECORDS = 100
 _CHUNK_BYTES = 1 << 20
 _MADE_IDS = uuid.UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
-"""The namespace of ids that are made from the place of a row."""
+"""The namespace of ids that are made from the place and the content of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def open_files(places: Sequence[str], names: FieldNames, without: Sequence[str] 
 class FileSource:
     """The records of files, in the order of the files.
 
-    A row without an id gets one from the name of its file and the number of its line: two equal rows stay two, and a file
-    that is embedded again after a change replaces its rows in a store, rather than adding to them.
+    A row without an id gets one from the name of its file, the number of its line and its content. So two equal rows of a
+    job stay two, and in a store no row of ``a/part.jsonl`` replaces another one of ``b/part.jsonl``.
 
     Args:
         files: at least one.
@@ -120,7 +121,7 @@ class FileSource:
     def _columns(self, file: SourceFile) -> list[str] | None:
         """Return the columns of a Parquet file to read; ``None`` for all."""
         fields = self.fields
-        if file.format is not Format.PARQUET or fields.payload is None:
+        if file.format is not Format.PARQUET or fields.payload is None or fields.id is None:
             return None
         paths = [path for path in (fields.id, fields.text, fields.title, *fields.payload) if path is not None]
         return [part for path in paths for part in (path, path.partition(".")[0])]
@@ -133,7 +134,7 @@ class FileSource:
             return BadRow(place, record.content, position)
         made = None
         if self.fields.id is None:
-            made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}"))
+            made = str(uuid.uuid5(_MADE_IDS, f"{file.name}:{record.number}:{digest(record.content).hex()}"))
         # A field that the user names is kept, whatever it is called.
         content = restored(record.content) if self.fields.payload is None else record.content
         return self.fields.row(content, place, position, made)

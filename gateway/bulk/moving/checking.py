@@ -66,7 +66,8 @@ class CheckReport:
     """The results of a check.
 
     Attributes:
-        first, second: items of the collections.
+        first, second: items of the collections, or those with the old and with the new vector.
+        vector: the name of the new vector, if both are in one collection.
         pending: what a pass would change.
         num_vectors: items whose stored vectors were compared with those of their texts.
         wrong_vectors: of those, the ids of items with other vectors.
@@ -80,6 +81,7 @@ class CheckReport:
     wrong_vectors: Sequence[RowId]
     agreement: Agreement | None
     has_real_queries: bool
+    vector: str | None = None
 
     def problems(self) -> list[str]:
         """Return the problems to solve before applications use the second collection."""
@@ -111,7 +113,8 @@ class CheckReport:
 
     def sentences(self) -> list[str]:
         """Return the results in words, without the verdict."""
-        lines = [f"items: {self.first:,} in the old collection, {self.second:,} in the new one"]
+        where = ("old collection", "in the new one") if self.vector is None else ("collection", f"with {self.vector}")
+        lines = [f"items: {self.first:,} in the {where[0]}, {self.second:,} {where[1]}"]
         if self.counts.refused:
             lines.append(
                 f"{count(self.counts.refused, 'item')} without a usable text stay behind, such as "
@@ -159,15 +162,27 @@ async def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Vectors:
     return np.concatenate(found) if found else np.empty((0, embedder.note.dimensions), np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Vectors of a collection.
+
+    Attributes:
+        vector: their name, where items have several.
+    """
+
+    collection: str
+    vector: str | None
+
+
 async def wrong_vectors(
-    store: MovableStore, collection: str, vector: str | None, text: str, ids: Sequence[RowId], embedder: Embedder
+    store: MovableStore, side: Side, text: str, ids: Sequence[RowId], embedder: Embedder
 ) -> tuple[int, list[RowId]]:
     """Return how many items were compared, and those whose vector is not the one that the model makes of their text.
 
     Vectors of another model are caught even if they have the same width, which no store notices.
     """
-    rows = [row for row in store.read_ids(collection, ids, FieldNames(text=text)) if isinstance(row, Row)]
-    stored = store.vectors(collection, [row.id for row in rows], vector)
+    rows = [row for row in store.read_ids(side.collection, ids, FieldNames(text=text)) if isinstance(row, Row)]
+    stored = store.vectors(side.collection, [row.id for row in rows], side.vector)
     rows = [row for row in rows if row.id in stored]
     made = await embed_texts(embedder, [row.text for row in rows])
     wrong = [
@@ -185,26 +200,23 @@ def _cosine(one: Vectors, other: Vectors) -> float:
         return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
-def item_queries(
-    store: MovableStore, first: str, second: str, vector: str | None, text: str, ids: Sequence[RowId]
-) -> list[Query]:
-    """Return items as queries: each collection is searched with the vector that it has of the item."""
-    old, new = store.vectors(first, ids, vector), store.vectors(second, ids, vector)
-    rows = store.read_ids(second, [row_id for row_id in ids if row_id in old and row_id in new], FieldNames(text=text))
+def item_queries(store: MovableStore, first: Side, second: Side, text: str, ids: Sequence[RowId]) -> list[Query]:
+    """Return items as queries: each side is searched with the vector that it has of the item."""
+    old, new = (store.vectors(side.collection, ids, side.vector) for side in (first, second))
+    both = [row_id for row_id in ids if row_id in old and row_id in new]
+    rows = store.read_ids(second.collection, both, FieldNames(text=text))
     return [Query(row.text, old[row.id], new[row.id], row.id) for row in rows if isinstance(row, Row)]
 
 
-def agree(
-    store: MovableStore, first: str, second: str, vector: str | None, queries: Sequence[Query]
-) -> Agreement | None:
-    """Search both collections for each query, and return how alike the results are."""
+def agree(store: MovableStore, first: Side, second: Side, queries: Sequence[Query]) -> Agreement | None:
+    """Search both sides for each query, and return how alike the results are."""
     overlaps: list[tuple[str, float]] = []
     firsts: list[float] = []
     biased: list[float] = []
     for query in queries:
         rankings: list[list[str]] = []
-        for collection, asked in ((first, query.first), (second, query.second)):
-            hits = store.search(collection, asked, DEPTH + (query.left_out is not None), vector)
+        for side, asked in ((first, query.first), (second, query.second)):
+            hits = store.search(side.collection, asked, DEPTH + (query.left_out is not None), side.vector)
             rankings.append([repr(hit.id) for hit in hits if hit.id != query.left_out][:DEPTH])
         overlaps.append((query.text, overlap(rankings[0], rankings[1], DEPTH)))
         firsts.append(same_first(rankings[0], rankings[1]))

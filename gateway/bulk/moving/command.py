@@ -26,7 +26,8 @@ def show_check(move: Move, folder: Path, queries: Path | None, old_model: str | 
     move, reports = asyncio.run(check(move, folder, make_console(is_error=True), queries, old_model))
     is_ready = True
     for pair, report in zip(move.pairs, reports, strict=True):
-        say(console, f"{pair.old} and {pair.new}", "bold")
+        second = pair.new if move.into_vector is None else f"its vector {move.into_vector}"
+        say(console, f"{pair.old} and {second}", "bold")
         for line in report.sentences():
             say(console, line)
         problems = report.problems()
@@ -54,7 +55,8 @@ def show_status(folder: Path, name: str | None) -> None:
 
 def _print(console: Console, move: Move, *, with_log: bool = False) -> None:
     pair = move.pairs[0]
-    say(console, f"{move.name}: {pair.old} → {pair.new} in {move.place.partition('?')[0]}", "bold")
+    target = pair.new if move.into_vector is None else f"its vector {move.into_vector}"
+    say(console, f"{move.name}: {pair.old} → {target} in {move.place.partition('?')[0]}", "bold")
     say(console, f"{_where(move)}; space {move.space}, {move.dimensions} dimensions, text in {move.text}")
     if with_log:
         for line in move.log:
@@ -88,9 +90,12 @@ def _after_flip(move: Move) -> list[str]:
             f"{move.mem0} names {new} and {move.model}: restart the programs that use Mem0. Until the last of them runs "
             "with it, `gateway move sync` takes over what the others write."
         ]
-    uses = (
-        f"the alias {move.alias} means {new}" if move.alias is not None else f"let applications search and write {new}"
-    )
+    if move.alias is not None:
+        uses = f"the alias {move.alias} means {new}"
+    elif move.into_vector is not None:
+        uses = f"let applications search the vector {move.into_vector} of {new}, and write it with each item"
+    else:
+        uses = f"let applications search and write {new}"
     return [
         f"{uses}; embed queries and new items with {move.model} from now on (x-gateway-expect-space: {move.space}). "
         "Until the last writer does, `gateway move sync` takes over what it writes into the old collection."

@@ -7,13 +7,14 @@ base is what the move wrote last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from gateway.bulk.rows import RowId
 
+T = TypeVar("T")
 Digest: TypeAlias = bytes
 """A hash of an item's payload, text included."""
 SortKey: TypeAlias = tuple[int, int | str]
@@ -42,11 +43,11 @@ class Base:
 
     Attributes:
         written: that the second collection has for certain; ``None`` before the first time.
-        pending: that it may have: a process may have ended while it wrote.
+        pending: those that it may have: processes may have ended while they wrote, one after another.
     """
 
     written: Digest | None = None
-    pending: Digest | None = None
+    pending: frozenset[Digest] = frozenset()
 
 
 NEW = Base()
@@ -62,15 +63,15 @@ def decide(first: Digest | None, second: Digest | None, base: Base, *, is_flippe
     """
     if first is None and second is None:
         # What a killed process sent last may arrive in the store later than this.
-        return Action.FORGET if base.pending is None else Action.NOTHING
+        return Action.NOTHING if base.pending else Action.FORGET
     if first is not None and first == second:
         return Action.NOTHING if base == Base(first) else Action.RECORD
-    is_own = second in (base.written, base.pending) if second is not None else base.written is None
+    is_own = second in (base.written, *base.pending) if second is not None else base.written is None
     if first is None:
         return Action.DELETE if is_own else Action.KEEP
     if second is None and not is_flipped:
         return Action.WRITE
-    if first == base.written:
+    if first == base.written and second not in base.pending:
         # Only the second collection has changed.
         return Action.KEEP if second is not None or is_flipped else Action.WRITE
     return Action.WRITE if is_own else Action.KEEP
@@ -87,25 +88,18 @@ class Item:
 
 
 def merge(
-    first: Iterator[tuple[RowId, Digest]],
-    second: Iterator[tuple[RowId, Digest]],
-    bases: Iterator[tuple[RowId, Base]],
-    sort_key: Callable[[RowId], SortKey],
-) -> Iterator[Item]:
-    """Yield each item once. All three are in the order of ``sort_key``, and only one item of each is in memory."""
-    streams: list[Iterator[tuple[RowId, Digest | Base]]] = [first, second, bases]
+    streams: Sequence[Iterator[tuple[RowId, T]]], sort_key: Callable[[RowId], SortKey]
+) -> Iterator[tuple[RowId, list[T | None]]]:
+    """Yield each id once, with what each stream has of it.
+
+    All streams are in the order of ``sort_key``, and only one item of each is in memory.
+    """
     heads = [next(stream, None) for stream in streams]
     while any(head is not None for head in heads):
-        lowest = min((head for head in heads if head is not None), key=lambda head: sort_key(head[0]))
-        found: list[Digest | Base | None] = [None, None, None]
+        lowest = min((head[0] for head in heads if head is not None), key=sort_key)
+        found: list[T | None] = [None] * len(heads)
         for number, head in enumerate(heads):
-            if head is not None and sort_key(head[0]) == sort_key(lowest[0]):
+            if head is not None and sort_key(head[0]) == sort_key(lowest):
                 found[number] = head[1]
                 heads[number] = next(streams[number], None)
-        in_first, in_second, base = found
-        yield Item(
-            lowest[0],
-            in_first if isinstance(in_first, bytes) else None,
-            in_second if isinstance(in_second, bytes) else None,
-            base if isinstance(base, Base) else NEW,
-        )
+        yield lowest, found

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from gateway.bulk.moving.decisions import Base, Digest, SortKey
 from gateway.bulk.rows import BulkError, RowId
+from gateway.bulk.stores.protocol import Mark
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
     key BLOB PRIMARY KEY, id TEXT NOT NULL, written BLOB, pending BLOB, is_doomed INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 """
+_DIGEST_BYTES = 16
 _PAGE = 1000
 # Large enough for the integers of all stores, and more.
 _INTEGER_BYTES = 40
@@ -44,7 +47,8 @@ class Ledger:
                 self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # also given up by the death of the process
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("BEGIN EXCLUSIVE")
-                self._db.execute(_SCHEMA)
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
                 self._db.execute("COMMIT")
         except BaseException:
             self._db.close()
@@ -81,13 +85,14 @@ class Ledger:
                 return
             last = page[-1][0]
             for _key, row_id, written, pending in page:
-                yield json.loads(row_id), Base(written, pending)
+                yield json.loads(row_id), Base(written, _apart(pending or b""))
 
     def plan(self, digests: Mapping[RowId, Digest]) -> None:
-        """Note the items that are about to be written."""
+        """Note the items that are about to be written, next to what earlier processes may have written of them."""
         self._change(
-            "INSERT INTO items (key, id, pending) VALUES (?, ?, ?) "
-            "ON CONFLICT (key) DO UPDATE SET pending = excluded.pending",
+            "INSERT INTO items (key, id, pending) VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET pending = "
+            "CAST(coalesce(pending, x'') || excluded.pending AS BLOB) "
+            "WHERE pending IS NULL OR NOT instr(pending, excluded.pending)",
             ((self._key(row_id), json.dumps(row_id), digest) for row_id, digest in digests.items()),
         )
 
@@ -120,13 +125,31 @@ class Ledger:
         """Remove items that neither collection has."""
         self._change("DELETE FROM items WHERE key = ?", ((self._key(row_id),) for row_id in ids))
 
-    def sample(self, number: int) -> list[RowId]:
-        """Return random items that were written."""
+    @property
+    def mark(self) -> Mark | None:
+        """The moment that the last complete pass began; whatever was there before is in the ledger."""
+        with self._using():
+            row = self._db.execute("SELECT value FROM facts WHERE name = 'mark'").fetchone()
+        return None if row is None else row[0]
+
+    @mark.setter
+    def mark(self, mark: Mark | None) -> None:
+        if mark is not None:
+            self._change("INSERT OR REPLACE INTO facts VALUES ('mark', ?)", [(mark,)])
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy of the ledger as it is now, in place of an older one."""
+        path.unlink(missing_ok=True)
+        with self._using():
+            self._db.execute("VACUUM INTO ?", (str(path),))
+
+    def sample(self, number: int) -> dict[RowId, Digest]:
+        """Return random items that were written, with what was written."""
         with self._using():
             rows = self._db.execute(
-                "SELECT id FROM items WHERE written IS NOT NULL ORDER BY random() LIMIT ?", (number,)
+                "SELECT id, written FROM items WHERE written IS NOT NULL ORDER BY random() LIMIT ?", (number,)
             ).fetchall()
-        return [json.loads(row_id) for (row_id,) in rows]
+        return {json.loads(row_id): written for row_id, written in rows}
 
     def _change(self, statement: str, values: Iterable[Sequence[object]]) -> None:
         with self._using():
@@ -141,3 +164,7 @@ class Ledger:
     def close(self) -> None:
         """Close the file, and let other processes open it."""
         self._db.close()
+
+
+def _apart(joined: bytes) -> frozenset[Digest]:
+    return frozenset(joined[start : start + _DIGEST_BYTES] for start in range(0, len(joined), _DIGEST_BYTES))

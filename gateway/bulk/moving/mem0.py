@@ -21,6 +21,8 @@ from gateway.config.wording import enumerate_names
 
 TEXT_FIELDS: Final = {"qdrant": "data", "milvus": "metadata.data", "pgvector": "data"}
 """The path of the text of a memory, by store."""
+CHANGED_AT: Final = {"qdrant": "updated_at", "milvus": "metadata.updated_at"}
+"""The path of the time of a memory's last change. PostgreSQL has an order of changes itself."""
 _VECTORS: Final = {"qdrant": None, "milvus": "vectors", "pgvector": "vector"}
 _KEY_ENV: Final = "GATEWAY_MOVE_MEM0_KEY"
 """Where the password of the configuration is kept in this process, since a place only names a variable."""
@@ -37,6 +39,7 @@ class Mem0:
         entities: the collection that Mem0 keeps entities in; it may not exist.
         vector: the name of the vector, where there could be several.
         model: the embedding model of the old vectors, as the configuration names it.
+        changed_at: the path of the time of a memory's last change. Entities have none.
     """
 
     path: Path
@@ -45,6 +48,7 @@ class Mem0:
     text: str
     vector: str | None
     model: str | None
+    changed_at: str | None
 
     @property
     def entities(self) -> str:
@@ -77,6 +81,7 @@ def read_mem0(path: Path) -> Mem0:
         text=TEXT_FIELDS[provider],
         vector=_VECTORS[provider],
         model=None if model is None else str(model),
+        changed_at=CHANGED_AT.get(provider),
     )
 
 

@@ -6,7 +6,7 @@ The pass is a job of ``gateway embed`` whose source has only the changes, and wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,11 @@ from gateway.bulk.embedder import Embedder
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.job import Job, Options, Reporter
 from gateway.bulk.manifest import Manifest
-from gateway.bulk.moving.decisions import Action, Digest, decide, merge
+from gateway.bulk.moving.decisions import NEW, Action, Base, Digest, decide, merge
 from gateway.bulk.moving.ledger import Ledger
 from gateway.bulk.rows import BadRow, EmbeddedRows, Position, Row, RowId, Sink, SpaceNote
 from gateway.bulk.stores.payloads import digest, with_field
-from gateway.bulk.stores.protocol import Keeping, MovableStore
+from gateway.bulk.stores.protocol import Keeping, Mark, MovableStore
 
 _BATCH = 256
 _SHARD_ROWS = 1024
@@ -61,10 +61,12 @@ class Direction:
 
     Attributes:
         reading, writing: the same store, opened twice: one is read in one thread while the other writes in another.
+        second: the same collection as the first one, if the new vectors are next to the old ones.
         text: the path of the text in an item.
-        vector: the name of the vector that is replaced, where items have several.
+        vector: the name of the vector that is written, where items have several.
         is_flipped: applications may use the second collection.
         creates: the second collection is made like the first one; otherwise it exists, maybe without a note.
+        changed_at: the field with the time of each item's last change.
     """
 
     reading: MovableStore
@@ -75,17 +77,43 @@ class Direction:
     vector: str | None
     is_flipped: bool
     creates: bool = True
+    changed_at: str | None = None
+
+    @property
+    def is_one(self) -> bool:
+        """Items get a further vector, instead of copies."""
+        return self.first == self.second
+
+    @property
+    def target(self) -> str:
+        """What is written, in words."""
+        return f"{self.second}, vector {self.vector}" if self.is_one else self.second
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An item of either collection, or of the ledger, by the digests of its payload."""
+
+    id: RowId
+    first: Digest | None
+    second: Digest | None
+    base: Base
 
 
 class _Changes:
-    """The source of a pass: the items of the first collection that must be written into the second."""
+    """The source of a pass: the items of the first collection that must be written into the second.
+
+    Args:
+        since: when an earlier pass began; ``None`` to compare all items.
+    """
 
     has_unique_ids = True
 
-    def __init__(self, direction: Direction, ledger: Ledger, counts: PassCounts) -> None:
+    def __init__(self, direction: Direction, ledger: Ledger, counts: PassCounts, since: Mark | None) -> None:
         self._direction = direction
         self._ledger = ledger
         self._counts = counts
+        self._since = since
         self.text_field = direction.text
         self.name = f"{direction.reading.name}: {direction.first}"
 
@@ -100,14 +128,11 @@ class _Changes:
     def read(self, after: Position | None = None) -> Iterator[Row | BadRow]:
         """Yield the items to embed. A pass that was ended begins again, and skips what is done by comparing digests."""
         way, counts = self._direction, self._counts
-        store = way.reading
-        second = store.digests(way.second) if way.second in store.collections() else iter(())
-        items = merge(store.digests(way.first), second, self._ledger.bases(), store.sort_key)
         writes: list[RowId] = []
         equal: dict[RowId, Digest] = {}
-        for item in items:
+        for item in self._all_items() if self._since is None else self._changed_items(self._since):
             counts.items += item.first is not None or item.second is not None
-            match decide(item.first, item.second, item.base, is_flipped=way.is_flipped):
+            match decide(item.first, item.second, item.base, is_flipped=way.is_flipped and not way.is_one):
                 case Action.NOTHING:
                     counts.equal += 1
                 case Action.RECORD if item.first is not None:
@@ -131,6 +156,57 @@ class _Changes:
         self._ledger.record(equal)
         yield from self._rows(writes)
 
+    def _all_items(self) -> Iterator[_Item]:
+        """Yield the items of both collections and the ledger."""
+        way = self._direction
+        store = way.reading
+        if way.is_one:
+            second: Iterator[tuple[RowId, object]] = ((row_id, True) for row_id in self._filled())
+        else:
+            second = store.digests(way.second) if way.second in store.collections() else iter(())
+        streams: list[Iterator[tuple[RowId, object]]] = [store.digests(way.first), second, self._ledger.bases()]
+        for row_id, (mine, theirs, base) in merge(streams, store.sort_key):
+            known = base if isinstance(base, Base) else NEW
+            held = known.written if way.is_one and theirs and not known.pending else theirs
+            yield _Item(row_id, _digest(mine), _digest(held), known)
+
+    def _changed_items(self, since: Mark) -> Iterator[_Item]:
+        """Yield those items whose payload may have changed since, or whose state is not clear; count the others.
+
+        What applications changed in the second collection alone shows in a pass over all items.
+        """
+        way, counts = self._direction, self._counts
+        streams: list[Iterator[tuple[RowId, object]]] = [way.reading.changes(way.first, since), self._ledger.bases()]
+        if way.is_one:
+            streams.append((row_id, True) for row_id in self._filled())
+        unclear: dict[RowId, tuple[Base, bool]] = {}
+        for row_id, (may_differ, base, *filled) in merge(streams, way.reading.sort_key):
+            known = base if isinstance(base, Base) else NEW
+            if may_differ is False and known.written is not None and not known.pending and filled != [None]:
+                counts.items += 1
+                counts.equal += 1
+                continue
+            unclear[row_id] = known, filled != [None]
+            if len(unclear) == _BATCH:
+                yield from self._looked_up(unclear)
+                unclear = {}
+        yield from self._looked_up(unclear)
+
+    def _looked_up(self, bases: Mapping[RowId, tuple[Base, bool]]) -> Iterator[_Item]:
+        way, ids = self._direction, list(bases)
+        if not ids:
+            return
+        first = way.reading.digests_of(way.first, ids)
+        second = {} if way.is_one else way.reading.digests_of(way.second, ids)
+        for row_id, (base, is_filled) in bases.items():
+            held = (base.written if is_filled and not base.pending else None) if way.is_one else second.get(row_id)
+            yield _Item(row_id, first.get(row_id), held, base)
+
+    def _filled(self) -> Iterator[RowId]:
+        """Yield the items that have the further vector, of whichever text."""
+        way = self._direction
+        return way.reading.filled(way.first, way.vector or "")
+
     def _rows(self, ids: Sequence[RowId]) -> Iterator[Row | BadRow]:
         """Yield items as they are now; one that was deleted meanwhile is left out."""
         if not ids:
@@ -143,6 +219,10 @@ class _Changes:
 
     def close(self) -> None:
         """Nothing of this source is open."""
+
+
+def _digest(value: object) -> Digest | None:
+    return value if isinstance(value, bytes) else None
 
 
 class _Recorded:
@@ -178,17 +258,27 @@ class _Recorded:
 
 def sink_of(direction: Direction) -> Sink:
     """Return the sink of the second collection."""
-    like = direction.first if direction.creates else None
-    keeping = Keeping(direction.text, direction.vector, adopts=not direction.creates, like=like)
+    like = direction.first if direction.creates and not direction.is_one else None
+    keeping = Keeping(
+        direction.text, direction.vector, adopts=not direction.creates, updates=direction.is_one, like=like
+    )
     return direction.writing.sink(direction.second, keeping)
 
 
 async def run_pass(
-    direction: Direction, ledger: Ledger, embedder: Embedder, folder: Path, reporter: Reporter, stop: asyncio.Event
+    direction: Direction,
+    ledger: Ledger,
+    embedder: Embedder,
+    folder: Path,
+    reporter: Reporter,
+    stop: asyncio.Event,
+    *,
+    is_full: bool,
 ) -> tuple[PassCounts, bool]:
     """Run a pass; return what it did, and whether it came to its end.
 
     Args:
+        is_full: compare all items, rather than what has changed since the last pass where the store can tell.
         folder: of the move, where its files are.
         stop: ends the pass in order when it is set.
 
@@ -197,7 +287,8 @@ async def run_pass(
     """
     counts = PassCounts()
     ledger.spare()
-    source = _Changes(direction, ledger, counts)
+    now = await asyncio.to_thread(direction.reading.mark, direction.first, direction.changed_at)
+    source = _Changes(direction, ledger, counts, None if is_full or now is None else ledger.mark)
     manifest_path = folder / "pass.sqlite3"
     for suffix in ("", "-wal", "-shm", "-journal"):
         with suppress(FileNotFoundError):
@@ -212,6 +303,8 @@ async def run_pass(
     counts.refused = outcome.total.skipped
     if outcome.is_finished:
         await asyncio.to_thread(_delete_doomed, direction, ledger, counts)
+        if direction.creates:
+            ledger.mark = now
     return counts, outcome.is_finished
 
 

@@ -40,12 +40,15 @@ class Pair:
 
     Attributes:
         old: its real name.
+        new: the same name, if the new vectors are next to the old ones.
         ledger: name of the ledger's file in the move's folder.
+        changed_at: the field with the time of each item's last change; ``None`` if there is no such field.
     """
 
     old: str
     new: str
     ledger: str
+    changed_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Move:
         space, dimensions: of the new vectors, once they are known.
         text: the path of the text in an item.
         vector: its name, where items have several.
+        into_vector: the name of the new vector next to the old one; ``None`` for a second collection.
         flattens: line breaks of texts become spaces, as Mem0 embeds them.
         has_default_task: texts are embedded without naming a task, as Mem0 does.
         alias: the name that applications use.
@@ -80,6 +84,7 @@ class Move:
     space: str | None = None
     dimensions: int | None = None
     vector: str | None = None
+    into_vector: str | None = None
     flattens: bool = False
     has_default_task: bool = False
     alias: str | None = None
@@ -91,6 +96,11 @@ class Move:
     skips: bool = False
     was_flipped: bool = False
     log: list[str] = field(default_factory=list)
+
+    @property
+    def new_vector(self) -> str | None:
+        """The name of the new vector in the new collection."""
+        return self.vector if self.into_vector is None else self.into_vector
 
     def at(self, stage: Stage, what: str) -> Move:
         """Return the move at a stage, with a line in its log."""

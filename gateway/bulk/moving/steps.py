@@ -2,61 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import urlencode
 
 from rich.console import Console
 
-from gateway.bulk.fields import FieldNames
 from gateway.bulk.moving.checking import (
-    Agreement,
     CheckReport,
     Query,
+    Side,
     agree,
     draw,
     embed_texts,
     item_queries,
     wrong_vectors,
 )
-from gateway.bulk.moving.mem0 import Mem0, change_mem0, read_mem0, restore_mem0
+from gateway.bulk.moving.mem0 import change_mem0, read_mem0, restore_mem0
 from gateway.bulk.moving.passes import PassCounts
-from gateway.bulk.moving.state import Move, Pair, Stage, name_move, new_name, read_moves, write_move
-from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, store_of
-from gateway.bulk.places import open_movable, read_place
-from gateway.bulk.rows import BulkError, SpaceNote
-from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
+from gateway.bulk.moving.planning import StartRequest, name_copies, places_of, plan
+from gateway.bulk.moving.state import Move, Pair, Stage, write_move
+from gateway.bulk.moving.work import Work, asked_of, at_work, embedder_of, old_ledger, store_of
+from gateway.bulk.places import open_movable
+from gateway.bulk.rows import BulkError, RowId, SpaceNote
+from gateway.bulk.stores.protocol import CollectionInfo, MovableStore
 from gateway.cli.console import say
 from gateway.compare.captured import read_captured
 from gateway.config.wording import count
-from gateway.routing.spaces import is_same_space
 
 _NUM_QUERIES = 100
 _NUM_VECTORS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class StartRequest:
-    """The options of the first step.
-
-    Attributes:
-        collection: a collection, an alias, or the URL of a collection; ``None`` with ``mem0``.
-        store: URL of the store, if ``collection`` is not one.
-        text: the path of the text in an item; ``None`` for a usual name.
-        into: the name of the new collection; ``None`` for one with the model and the hash of its space.
-    """
-
-    collection: str | None
-    store: str | None
-    model: str
-    text: str | None
-    into: str | None
-    alias: str | None
-    mem0: Path | None
-    url: str | None
-    models: Path | None
-    api_key_env: str
-    skips: bool
 
 
 async def start(request: StartRequest, folder: Path, console: Console) -> Move:
@@ -65,114 +39,18 @@ async def start(request: StartRequest, folder: Path, console: Console) -> Move:
     Raises:
         BulkError: the collection cannot be moved, or not to its end.
     """
-    known, place = _places(request)
+    known, place = places_of(request)
     store = open_movable(place)
     try:
-        move = _planned(request, known, place, store, folder)
+        move = plan(request, known, place, store, folder)
     finally:
         store.close()
     async with at_work(move, folder, console) as opened:
-        move = _named(move, opened, request.into)
+        move = name_copies(move, opened, request.into)
         work = replace(opened, move=move)
         work.make_copies()
         write_move(folder, move)
         return await _copy(work)
-
-
-def _places(request: StartRequest) -> tuple[Mem0 | None, Place]:
-    if request.mem0 is not None:
-        if request.collection is not None or request.store is not None:
-            raise BulkError("--mem0 says which collection to move, and where: leave out COLLECTION and --from")
-        known = read_mem0(request.mem0)
-        return known, known.place
-    if request.collection is None:
-        raise BulkError("which collection? Name it with COLLECTION --from URL, or Mem0's with --mem0 FILE")
-    if request.store is not None:
-        place = read_place(request.store, has_collection=False)
-        if place is None:
-            raise BulkError(f"--from {request.store}: is not the URL of a store, such as qdrant://localhost:6333")
-        return None, replace(place, collection=request.collection)
-    place = read_place(request.collection)
-    if place is None:
-        raise BulkError(
-            f"{request.collection}: in which store? Name it with --from, such as --from qdrant://localhost:6333"
-        )
-    return None, place
-
-
-def _planned(request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path) -> Move:
-    """Return the move, without the names of its new collections unless it was begun before."""
-    asked = known.collection if known else place.collection
-    info = store.describe(asked)
-    alias = request.alias or (asked if info.name != asked else None)
-    if alias is not None and (reason := store.why_not_flip(alias)):
-        raise BulkError(f"--alias {alias}: {reason}")
-    vector = known.vector if known else place.options.get("vector")
-    text = known.text if known else request.text
-    if text is None:
-        source = store.source(info.name, FieldNames())
-        try:
-            text = source.text_field
-        finally:
-            source.close()
-    others = [(known.entities, "entities.sqlite3")] if known and known.entities in store.collections() else []
-    url = _url(place)
-    move = Move(
-        name=name_move(folder, info.name, url),
-        place=url,
-        pairs=[Pair(old, "", ledger) for old, ledger in ((info.name, "ledger.sqlite3"), *others)],
-        model=request.model,
-        text=text,
-        vector=vector,
-        flattens=known is not None,
-        has_default_task=known is not None,
-        alias=alias,
-        mem0=None if request.mem0 is None else request.mem0.resolve(),
-        url=request.url,
-        models=None if request.models is None else request.models.resolve(),
-        api_key_env=request.api_key_env,
-        skips=request.skips,
-    )
-    before = read_moves(folder).get(move.name)
-    if before is None or before.stage is Stage.FINISHED:
-        return move
-    if (before.model, before.text) != (move.model, move.text) or before.stage is Stage.FLIPPED:
-        raise BulkError(
-            f"a move of {info.name} to {before.model} is under way already: `gateway move status {before.name}` shows it, "
-            f"and `gateway move finish {before.name}` ends it"
-        )
-    return replace(move, pairs=before.pairs, log=before.log, was_flipped=before.was_flipped)
-
-
-def _url(place: Place) -> str:
-    """Return the URL of a store, for the next steps, wherever they are started."""
-    if place.location and "://" not in place.location:
-        place = replace(place, location=str(Path(place.location).resolve()))
-    options = {**place.options, **({"key_env": place.key} if place.key else {})}
-    return place.store + (f"?{urlencode(options)}" if options else "")
-
-
-def _named(move: Move, work: Work, into: str | None) -> Move:
-    """Return the move with the names of its new collections, and check that they may take its vectors.
-
-    Raises:
-        BulkError: the old collection has vectors of the new model already, or a name is in use.
-    """
-    note = work.embedder.note
-    pairs = []
-    for pair in move.pairs:
-        old = work.reading.describe(pair.old)
-        if any(is_same_space(held.space, note.space) for held in old.notes.values()):
-            raise BulkError(f"{pair.old} holds vectors of {note.space} already: there is nothing to move")
-        base = into if into is not None and pair == move.pairs[0] else None
-        new = base or pair.new or new_name(pair.old, note.space)
-        if new == pair.old:
-            raise BulkError(f"--into {new}: is the old collection itself")
-        pairs.append(replace(pair, new=new))
-    if move.mem0 is not None and len(pairs) > 1:  # Mem0 names the second after the first
-        pairs[1] = replace(pairs[1], new=f"{pairs[0].new}_entities")
-    move = replace(move, pairs=pairs, space=note.space, dimensions=note.dimensions)
-    return move if move.log else move.at(Stage.COPYING, f"started: {pairs[0].old} to {pairs[0].new}, {note.space}")
 
 
 async def _copy(work: Work) -> Move:
@@ -209,7 +87,7 @@ async def check(
 ) -> tuple[Move, list[CheckReport]]:
     """Take over changes, and compare each collection with its copy."""
     async with at_work(move, folder, console) as work:
-        results = await work.passes()
+        results = await work.passes(is_full=True)
         reports = [
             await _check_pair(work, pair, results[pair.old], queries if pair == move.pairs[0] else None, old_model)
             for pair in move.pairs
@@ -226,22 +104,25 @@ async def _check_pair(
 ) -> CheckReport:
     move, store = work.move, work.reading
     with work.ledger(pair) as ledger:
-        ids = ledger.sample(_NUM_QUERIES)
-    sampled = ids[:_NUM_VECTORS]
-    compared, wrong = await wrong_vectors(store, pair.new, move.vector, move.text, sampled, work.embedder)
+        ids = list(ledger.sample(_NUM_QUERIES))
+    first, second = Side(pair.old, move.vector), Side(pair.new, move.new_vector)
+    compared, wrong = await wrong_vectors(store, second, move.text, ids[:_NUM_VECTORS], work.embedder)
     if queries is None:
-        asked = item_queries(store, pair.old, pair.new, move.vector, move.text, ids)
+        asked = item_queries(store, first, second, move.text, ids)
     else:
         asked = await _captured(work, pair, queries, old_model)
-    agreement: Agreement | None = agree(store, pair.old, pair.new, move.vector, asked)
+    number = store.describe(pair.new).count
+    if move.into_vector is not None:
+        number = sum(1 for _ in store.filled(pair.new, move.into_vector))
     return CheckReport(
         store.describe(pair.old).count,
-        store.describe(pair.new).count,
+        number,
         counts,
         compared,
         wrong,
-        agreement,
+        agree(store, first, second, asked),
         queries is not None,
+        move.into_vector,
     )
 
 
@@ -293,6 +174,11 @@ async def flip(move: Move, folder: Path, console: Console, *, forces: bool) -> M
         )
     async with at_work(move, folder, console) as work:
         move = await _copy(work)
+        if move.into_vector is not None:
+            for pair in move.pairs:
+                # Of these payloads, the old vectors are right; of what applications write from now on, perhaps not.
+                with work.ledger(pair) as ledger:
+                    ledger.copy_to(old_ledger(work.files / pair.ledger))
         # Written before the flip: from now on, no pass may delete or replace what applications write.
         move = replace(move, was_flipped=True).at(Stage.FLIPPED, "flipped")
         write_move(folder, move)
@@ -351,15 +237,26 @@ async def _return_changes(move: Move, folder: Path, console: Console, model: str
     """
     async with at_work(move, folder, console, model) as work:
         for pair in move.pairs:
-            with work.ledger(pair) as ledger:
-                ids = ledger.sample(_NUM_VECTORS)
-            compared, wrong = await wrong_vectors(work.reading, pair.old, move.vector, move.text, ids, work.embedder)
+            ids = _unchanged(work, pair)
+            compared, wrong = await wrong_vectors(
+                work.reading, Side(pair.old, move.vector), move.text, ids, work.embedder
+            )
             if len(wrong) > compared // 10:
                 raise BulkError(
                     f"{len(wrong)} of {count(compared, 'sampled item')} of {pair.old} do not have the vectors that {model} "
                     "makes of their texts, so nothing is written into it. Name the right model, with its task: --from-model"
                 )
         await work.passes(back=True)
+
+
+def _unchanged(work: Work, pair: Pair) -> list[RowId]:
+    """Return items of the old collection whose old vectors must be right, since nothing has written them again."""
+    with work.ledger(pair, back=True) as ledger:
+        sample = ledger.sample(_NUM_VECTORS)
+    if work.move.into_vector is None:
+        return list(sample)
+    now = work.reading.digests_of(pair.old, list(sample))
+    return [row_id for row_id, digest in sample.items() if now.get(row_id) == digest]
 
 
 async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -> Move:
@@ -375,15 +272,20 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
     if move.stage is not Stage.FLIPPED:
         raise BulkError("applications use the old collection: `gateway move flip` comes first")
     async with at_work(move, folder, console) as work:
-        results = await work.passes()
-        if changes := sum(counts.changes for counts in results.values()):
+        results = await work.passes(is_full=True)
+        # A program that writes both vectors cannot be told from one that writes the old one, which the store refuses later.
+        changes = sum(counts.changes for counts in results.values())
+        if changes and move.into_vector is None:
             raise BulkError(
                 f"{count(changes, 'item')} of the old collection changed just now, so a program still writes into it; they "
                 "were taken over. Find that program, and run the same command again"
             )
         for pair in move.pairs:
-            work.writing.delete_collection(pair.old)
-    deleted = ", ".join(pair.old for pair in move.pairs)
+            if move.into_vector is None:
+                work.writing.delete_collection(pair.old)
+            else:
+                work.writing.delete_vector(pair.old, move.vector or "")
+    deleted = ", ".join(pair.old for pair in move.pairs) if move.into_vector is None else f"the vector {move.vector}"
     move = move.at(Stage.FINISHED, f"finished; deleted {deleted}")
     write_move(folder, move)
     return move

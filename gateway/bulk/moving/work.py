@@ -126,9 +126,10 @@ class Work:
         return self.folder / self.move.name
 
     @contextmanager
-    def ledger(self, pair: Pair) -> Iterator[Ledger]:
-        """Open the ledger of a collection."""
-        with closing(Ledger(self.files / pair.ledger, self.reading.sort_key)) as ledger:
+    def ledger(self, pair: Pair, *, back: bool = False) -> Iterator[Ledger]:
+        """Open the ledger of a collection: of its new vectors, or of old ones in the same collection."""
+        path = old_ledger(self.files / pair.ledger) if back and self.move.into_vector else self.files / pair.ledger
+        with closing(Ledger(path, self.reading.sort_key)) as ledger:
             yield ledger
 
     def direction(self, pair: Pair, *, back: bool = False) -> Direction:
@@ -141,9 +142,10 @@ class Work:
             first,
             second,
             move.text,
-            move.vector,
+            move.vector if back or move.into_vector is None else move.into_vector,
             move.was_flipped or back,
             creates=not back,
+            changed_at=pair.changed_at,
         )
 
     def make_copies(self) -> None:
@@ -156,8 +158,11 @@ class Work:
             with closing(sink_of(self.direction(pair))) as sink:
                 sink.open(self.embedder.note)
 
-    async def passes(self, *, back: bool = False) -> dict[str, PassCounts]:
+    async def passes(self, *, back: bool = False, is_full: bool = False) -> dict[str, PassCounts]:
         """Run passes over each collection until a pass changes few items; return the last pass of each.
+
+        Args:
+            is_full: each pass compares all items.
 
         Raises:
             Interrupted: the user has interrupted it.
@@ -167,11 +172,13 @@ class Work:
         stop_on_signals(stop, self.console)
         found = {}
         for pair in self.move.pairs:
-            with self.ledger(pair) as ledger:
+            with self.ledger(pair, back=back) as ledger:
                 way = self.direction(pair, back=back)
                 for _number in range(_MAX_PASSES):
                     with show_progress(self.console) as reporter:
-                        counts, is_finished = await run_pass(way, ledger, self.embedder, self.files, reporter, stop)
+                        counts, is_finished = await run_pass(
+                            way, ledger, self.embedder, self.files, reporter, stop, is_full=is_full or back
+                        )
                     say(self.console, describe(way, counts))
                     found[pair.old] = counts
                     if not is_finished:
@@ -181,12 +188,17 @@ class Work:
         return found
 
 
+def old_ledger(path: Path) -> Path:
+    """Return the file of the ledger of old vectors that are in the same collection as the new ones."""
+    return path.with_name(f"old_{path.name}")
+
+
 def describe(way: Direction, counts: PassCounts) -> str:
     """Return the results of a pass in words."""
     parts = [f"{counts.written:,} embedded", f"{counts.deleted:,} deleted", f"{counts.equal:,} already equal"]
     parts += [f"{counts.kept:,} newer in {way.second}, left as they are"] if counts.kept else []
     parts += [f"{counts.refused:,} without a usable text"] if counts.refused else []
-    return f"{way.first} → {way.second}: {count(counts.items, 'item')}, {', '.join(parts)}"
+    return f"{way.first} → {way.target}: {count(counts.items, 'item')}, {', '.join(parts)}"
 
 
 @asynccontextmanager

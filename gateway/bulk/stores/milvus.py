@@ -16,6 +16,7 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
 from gateway.bulk.stores.milvus_collections import TIMEOUT_S, Collection, find_collection, refusals, selection
 from gateway.bulk.stores.milvus_rows import (
+    NO_FURTHER_VECTOR,
     PAGE,
     MilvusSink,
     count_items,
@@ -24,8 +25,8 @@ from gateway.bulk.stores.milvus_rows import (
     read_some,
 )
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
-from gateway.bulk.stores.reading import KeysetSource, fields_of
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
+from gateway.bulk.stores.reading import KeysetSource, clock_mark, fields_of, is_later, since_mark
 from gateway.config.wording import quote
 from gateway.types import SparseVector
 
@@ -118,9 +119,42 @@ class MilvusStore:
                 last = row_id
                 yield row_id, digest(payload)
 
+    def digests_of(self, collection: str, ids: Sequence[RowId]) -> Mapping[RowId, bytes]:
+        """Return the hashes of the payloads of those of these items that exist."""
+        found = self._find(collection)
+        return {
+            row_id: digest(payload)
+            for start in range(0, len(ids), PAGE)
+            for row_id, payload in read_some(self._client, found, ids[start : start + PAGE])
+        }
+
+    def mark(self, collection: str, changed_at: str | None) -> Mark | None:
+        """Return the present moment by the clock; Milvus shows no order of changes."""
+        return None if changed_at is None else clock_mark(changed_at)
+
+    def changes(self, collection: str, since: Mark) -> Iterator[tuple[RowId, bool]]:
+        """Yield the id of each item, and whether its field says that it has changed.
+
+        Payloads are read, since a field of JSON can only be read whole.
+        """
+        condition, found = since_mark(since), self._find(collection)
+        last: RowId | None = None
+        while page := read_page(self._client, found, last):
+            for row_id, payload in page:
+                last = row_id
+                yield row_id, is_later(payload, condition)
+
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
         """Return the place of an id: integers by their value, texts by their code points."""
         return (0, row_id) if isinstance(row_id, int) else (1, row_id)
+
+    def filled(self, collection: str, vector: str) -> Iterator[RowId]:
+        """Refuse: no item gets a further vector in Milvus."""
+        raise BulkError(f"{self._find(collection).place}: {NO_FURTHER_VECTOR}")
+
+    def delete_vector(self, collection: str, vector: str) -> None:
+        """Refuse: see `filled`."""
+        raise BulkError(f"{self._find(collection).place}: {NO_FURTHER_VECTOR}")
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete items."""

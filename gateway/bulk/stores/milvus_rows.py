@@ -36,6 +36,7 @@ PAGE: Final = 500
 """Items that are read or written at once."""
 _MAX_NUMBERS: Final = 4_000_000
 """Numbers in one request: 16 MB, where a server accepts 64."""
+NO_FURTHER_VECTOR: Final = "Milvus adds no vectors to items that exist: choose a second collection"
 _DENSE_NAME, _SPARSE_NAME = "vector", "sparse"
 
 
@@ -145,7 +146,7 @@ class MilvusSink:
                 f"{self.name}: Milvus takes dense vectors of at most {MAX_WIDTH:,} dimensions, not {note.dimensions:,}"
             )
         if self._keeping.updates:
-            raise BulkError(f"{self.name}: Milvus adds no vectors to items that exist: embed into a new collection")
+            raise BulkError(f"{self.name}: {NO_FURTHER_VECTOR}")
 
     def _make_like(self, like: str, note: SpaceNote) -> None:
         self._like = find_collection(self._client, like, self._store)

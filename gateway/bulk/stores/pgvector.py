@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -19,11 +20,13 @@ from psycopg import sql
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
+from gateway.bulk.stores import pgvector_order as order
 from gateway.bulk.stores import pgvector_rows as rows
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.payloads import digest
+from gateway.bulk.stores.pgvector_session import Session
 from gateway.bulk.stores.pgvector_tables import Connection, Name, Table, read_name, refusals
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
 from gateway.bulk.stores.reading import KeysetSource, fields_of
 from gateway.config.wording import quote
 from gateway.types import SparseVector
@@ -74,7 +77,11 @@ class PgvectorStore:
         self._place = place
         self._id = place.options.get("id")
         self._vector = place.options.get("vector")
-        self._connection = self._connect()
+        self._session = Session(self._connect)
+
+    @property
+    def _connection(self) -> Connection:
+        return self._session.connection
 
     def _connect(self) -> Connection:
         place = self._place
@@ -112,8 +119,12 @@ class PgvectorStore:
             BulkError: there is no such table.
         """
         name = read_name(self.aliases().get(collection, collection))
-        with refusals(self.name):
-            found = tables.find_table(self._connection, name, self.name, self._id)
+
+        def find(connection: Connection) -> Table | None:
+            with refusals(self.name):
+                return tables.find_table(connection, name, self.name, self._id)
+
+        found = self._session.call(find)
         if found is None:
             raise BulkError(f"there is no table {quote(str(name))} in {self.name}")
         return found
@@ -140,10 +151,9 @@ class PgvectorStore:
     def read_ids(self, collection: str, ids: Sequence[RowId], names: FieldNames) -> Iterator[Row | BadRow]:
         """Yield the rows with these ids."""
         table = self._table(collection)
-        items = rows.read_some(self._connection, table, ids)
-        fields = fields_of(
-            names, [payload for _id, payload in rows.read_page(self._connection, table, None, 1)], table.place
-        )
+        items = self._session.call(lambda connection: rows.read_some(connection, table, ids))
+        first = self._session.call(lambda connection: rows.read_page(connection, table, None, 1))
+        fields = fields_of(names, [payload for _id, payload in first], table.place)
         for row_id, payload in items:
             yield fields.row(payload, f"id {row_id} of {table.place}", row_id, row_id)
 
@@ -151,14 +161,45 @@ class PgvectorStore:
         """Yield ids and hashes of payloads, by ascending id."""
         table = self._table(collection)
         last: RowId | None = None
-        while page := rows.read_page(self._connection, table, last, _DIGEST_PAGE):
+        while page := self._session.call(partial(rows.read_page, table=table, after=last, limit=_DIGEST_PAGE)):
             for row_id, payload in page:
                 last = row_id
                 yield row_id, digest(payload)
 
+    def digests_of(self, collection: str, ids: Sequence[RowId]) -> Mapping[RowId, bytes]:
+        """Return the hashes of the payloads of those of these rows that exist."""
+        table = self._table(collection)
+        found = self._session.call(lambda connection: rows.read_some(connection, table, ids))
+        return {row_id: digest(payload) for row_id, payload in found}
+
+    def mark(self, collection: str, changed_at: str | None) -> Mark | None:
+        """Return the present moment in the order of transactions."""
+        table = self._table(collection)
+        return self._session.call(lambda connection: order.mark(connection, table))
+
+    def changes(self, collection: str, since: Mark) -> Iterator[tuple[RowId, bool]]:
+        """Yield the id of each row, and whether a transaction that had not ended at the mark has written it."""
+        table = self._table(collection)  # which connects again, if it must
+        return order.changes(self._connection, table, since)
+
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
         """Return the place of an id: integers by their value, texts by their code points."""
         return (0, row_id) if isinstance(row_id, int) else (1, row_id)
+
+    def filled(self, collection: str, vector: str) -> Iterator[RowId]:
+        """Yield the rows that have a vector in this column."""
+        table = self._table(collection)
+        return order.filled(self._connection, table, vector)
+
+    def delete_vector(self, collection: str, vector: str) -> None:
+        """Drop a column of vectors, with its index."""
+        table = self._table(collection)
+        with refusals(table.place):
+            self._connection.execute(
+                sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(
+                    table.name.sql, sql.Identifier(table.vector(vector).name)
+                )
+            )
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete rows."""
@@ -222,8 +263,12 @@ class PgvectorStore:
 
     def _views(self) -> dict[str, tuple[str, int]]:
         """Return the views of tables; with the table, if a view has all rows and columns of only one."""
-        with refusals(self.name):
-            views = self._connection.execute(_VIEWS).fetchall()
+
+        def read(connection: Connection) -> list[tuple[Any, ...]]:
+            with refusals(self.name):
+                return connection.execute(_VIEWS).fetchall()
+
+        views = self._session.call(read)
         found: dict[str, tuple[str, int]] = {}
         for *names, definition, oid in views:
             view, table = _shown(*names[:3]), _shown(*names[3:])
@@ -288,7 +333,7 @@ class PgvectorStore:
 
     def close(self) -> None:
         """Close the connection."""
-        self._connection.close()
+        self._session.close()
 
 
 def _shown(schema: str, table: str, is_visible: bool) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from psycopg import sql
 from psycopg.adapt import Dumper
@@ -17,13 +17,12 @@ from gateway.bulk.rows import BulkError, EmbeddedRows, Json, Row, RowId, SpaceNo
 from gateway.bulk.stores import pgvector_tables as tables
 from gateway.bulk.stores.notes import check_note
 from gateway.bulk.stores.payloads import with_field
+from gateway.bulk.stores.pgvector_session import Connect, Session
 from gateway.bulk.stores.pgvector_tables import Column, Connection, Name, Table, find_table, refusals
 from gateway.bulk.stores.protocol import Keeping, Since
 from gateway.bulk.stores.reading import Item, KeysetSource
 from gateway.config.wording import quote
 from gateway.types import Vectors
-
-Connect: TypeAlias = Callable[[], Connection]
 
 PAGE: Final = 1_000
 """Rows that are read at once."""
@@ -38,7 +37,7 @@ def read_page(connection: Connection, table: Table, after: RowId | None, limit: 
         condition = sql.SQL("WHERE {} > {}").format(order_of(table), _cast(table))
         values = [after]
     query = sql.SQL("SELECT {}, {} FROM {} t {} ORDER BY {} LIMIT {}").format(
-        _id(table), _payload(table), table.name.sql, condition, order_of(table), sql.Literal(limit)
+        id_of(table), _payload(table), table.name.sql, condition, order_of(table), sql.Literal(limit)
     )
     with refusals(table.place):
         return [_item(table, row) for row in connection.execute(query, values)]
@@ -47,7 +46,7 @@ def read_page(connection: Connection, table: Table, after: RowId | None, limit: 
 def read_some(connection: Connection, table: Table, ids: Sequence[RowId]) -> list[Item]:
     """Return the ids and payloads of those of these rows that exist."""
     query = sql.SQL("SELECT {}, {} FROM {} t WHERE {} = ANY({})").format(
-        _id(table), _payload(table), table.name.sql, sql.Identifier(table.id.name), _cast_all(table)
+        id_of(table), _payload(table), table.name.sql, sql.Identifier(table.id.name), _cast_all(table)
     )
     with refusals(table.place):
         return [_item(table, row) for row in connection.execute(query, [known_ids(table, ids)])]
@@ -64,7 +63,8 @@ def order_of(table: Table) -> sql.Composable:
     return name if table.is_counted or table.id.kind == "uuid" else sql.SQL('{} COLLATE "C"').format(name)
 
 
-def _id(table: Table) -> sql.Composable:
+def id_of(table: Table) -> sql.Composable:
+    """Return the id as a row of a result has it: an integer, or text."""
     name = sql.Identifier(table.id.name)
     return name if table.is_counted else sql.SQL("{}::text").format(name)
 
@@ -95,15 +95,19 @@ def _item(table: Table, row: Sequence[Any]) -> Item:
 
 def open_source(connect: Connect, table: Table, names: FieldNames, since: Since | None) -> KeysetSource:
     """Return the rows of a table."""
-    connection = connect()
+    session = Session(connect)
+
+    def read(after: RowId | None, limit: int = PAGE) -> list[Item]:
+        return session.call(lambda connection: read_page(connection, table, after, limit))
+
     return KeysetSource(
         table.place,
         table.oid,
         names,
         since,
-        read_page=partial(read_page, connection, table),
-        count=partial(_count_rows, connection, table),
-        close=connection.close,
+        read_page=read,
+        count=lambda: session.call(partial(_count_rows, table=table)),
+        close=session.close,
     )
 
 
@@ -123,10 +127,14 @@ class PgvectorSink:
 
     def __init__(self, connect: Connect, name: Name, store: str, keeping: Keeping, id_column: str | None) -> None:
         self.name = f"{store}/{name}"
-        self._connection = connect()
+        self._session = Session(connect)
         self._name, self._store, self._keeping, self._id_column = name, store, keeping, id_column
         self._note: SpaceNote | None = None
         self._table: Table | None = None
+
+    @property
+    def _connection(self) -> Connection:
+        return self._session.connection
 
     def is_empty(self) -> bool:
         """Return whether the table has no rows, or does not exist."""
@@ -202,25 +210,30 @@ class PgvectorSink:
 
     def write(self, shard: int, batch: EmbeddedRows) -> None:
         """Insert rows, or replace those with the same ids, in one transaction."""
-        if not batch.rows or batch.dense is None:
-            return
-        with refusals(self.name), self._connection.transaction():
-            if self._table is None:
-                self._table = self._create(batch.rows)
-            table = self._table
-            check_ids(table, batch.rows)
+        if batch.rows and batch.dense is not None:
+            vectors = batch.dense
+            self._session.call(lambda connection: self._write(connection, batch.rows, vectors))
+
+    def _write(self, connection: Connection, rows: Sequence[Row], vectors: Vectors) -> None:
+        with refusals(self.name), connection.transaction():
+            table = self._table or self._create(rows)
+            check_ids(table, rows)
             column = table.vector(self._keeping.vector)
             values = [
                 (row.id, _json(self._payload(row)), pack(vector, column.kind))
-                for row, vector in zip(batch.rows, batch.dense, strict=True)
+                for row, vector in zip(rows, vectors, strict=True)
             ]
-            with self._connection.cursor() as cursor:
-                cursor.executemany(self._statement(table, column, batch.rows), values)
-            follow_identity(self._connection, table)
+            with connection.cursor() as cursor:
+                cursor.executemany(self._statement(table, column, rows), values)
+            follow_identity(connection, table)
+        self._table = table
 
     def _create(self, rows: Sequence[Row]) -> Table:
         if self._note is None:
             raise ValueError("write before open")
+        if (found := find_table(self._connection, self._name, self._store)) is not None:
+            self._check(found, self._note)  # of a transaction whose answer was lost, or of another program
+            return found
         are_integers = all(isinstance(row.id, int) for row in rows)
         vector = self._keeping.vector or _DEFAULT_VECTOR
         id_type = "bigint" if are_integers else "text"
@@ -288,7 +301,7 @@ class PgvectorSink:
 
     def close(self) -> None:
         """Close the connection."""
-        self._connection.close()
+        self._session.close()
 
 
 def check_ids(table: Table, rows: Sequence[Row]) -> None:

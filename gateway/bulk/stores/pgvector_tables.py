@@ -167,9 +167,14 @@ def refusals(place: str) -> Iterator[None]:
     try:
         yield
     except psycopg.OperationalError as error:
-        raise BulkError(f"{place} cannot be reached, or has gone away: {_message(error)}") from error
+        raise away(place, error) from error
     except psycopg.Error as error:
         raise BulkError(f"{place}: PostgreSQL refuses: {_message(error)}") from error
+
+
+def away(place: str, error: psycopg.OperationalError) -> BulkError:
+    """Return the error of a job whose server has gone away."""
+    return BulkError(f"{place} cannot be reached, or has gone away: {_message(error)}")
 
 
 def _message(error: psycopg.Error) -> str:

@@ -58,6 +58,10 @@ class Place:
         return f"{self.store}{'#' if self.location else '/'}{collection}"
 
 
+Mark: TypeAlias = str
+"""A moment in a collection's life, as its store writes it down. Only the store understands it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Since:
     """Only items whose field is later than a point of time."""
@@ -161,8 +165,36 @@ class MovableStore(Store, Protocol):
         changed and deleted, with flat memory.
         """
 
+    def digests_of(self, collection: str, ids: Sequence[RowId]) -> Mapping[RowId, bytes]:
+        """Return the hashes of those of these items that exist."""
+
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
         """Return the place of an id in the order of `digests`, the same for all collections of the store."""
+
+    def mark(self, collection: str, changed_at: str | None) -> Mark | None:
+        """Return the present moment for `changes`; ``None`` if the store could not tell what has changed since.
+
+        Args:
+            changed_at: the field, as a path, that applications set to the time of each change of an item; ``None`` if
+                there is no such field. Stores with an order of all changes do not need it.
+        """
+
+    def changes(self, collection: str, since: Mark) -> Iterator[tuple[RowId, bool]]:
+        """Yield the id of each item, and whether it may have changed since a moment, in the order of `digests`.
+
+        Payloads are not read, where the store allows that. No change is missed, except, in a store without an order of its
+        own, that of an application which does not set the field, or whose clock is slow by an hour.
+        """
+
+    def filled(self, collection: str, vector: str) -> Iterator[RowId]:
+        """Yield the items that have a vector of this name, in the order of `digests`."""
+
+    def delete_vector(self, collection: str, vector: str) -> None:
+        """Delete a vector, of all items, and its note.
+
+        Raises:
+            BulkError: the store cannot, or it is the only one.
+        """
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete these items, durably; ids without an item are ignored."""

@@ -13,14 +13,15 @@ from qdrant_client import QdrantClient, models
 
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.rows import BadRow, BulkError, Row, RowId
-from gateway.bulk.stores.notes import read_notes
+from gateway.bulk.stores.notes import read_notes, write_notes
 from gateway.bulk.stores.payloads import digest
-from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Place, Since
+from gateway.bulk.stores.protocol import CollectionInfo, Hit, Keeping, Mark, Place, Since
 from gateway.bulk.stores.qdrant_connection import Connection
 from gateway.bulk.stores.qdrant_layout import Vectors
 from gateway.bulk.stores.qdrant_points import ORIGINAL_ID, PointId, point_id, row_id_of, sort_key
 from gateway.bulk.stores.qdrant_sink import QdrantSink
 from gateway.bulk.stores.qdrant_source import QdrantSource
+from gateway.bulk.stores.reading import clock_mark, is_later, since_mark
 from gateway.types import SparseVector
 
 _PAGE: Final = 256
@@ -93,9 +94,52 @@ class QdrantStore:
         finally:
             source.close()
 
+    def digests_of(self, collection: str, ids: Sequence[RowId]) -> Mapping[RowId, bytes]:
+        """Return the hashes of the payloads of the points of these rows that exist."""
+        points: list[models.ExtendedPointId] = [point_id(row_id) for row_id in ids]
+        found = self._connection.call(lambda client: client.retrieve(collection, points, with_payload=True), collection)
+        rows = (row_id_of(_id(point.id), point.payload or {}) for point in found)
+        return {row_id: digest(rest) for row_id, rest in rows}
+
+    def mark(self, collection: str, changed_at: str | None) -> Mark | None:
+        """Return the present moment by the clock; Qdrant has no order of changes."""
+        return None if changed_at is None else clock_mark(changed_at)
+
+    def changes(self, collection: str, since: Mark) -> Iterator[tuple[RowId, bool]]:
+        """Yield the id of each point, and whether its field says that it has changed."""
+        condition = since_mark(since)
+        source = self.source(collection, FieldNames())
+        try:
+            for point, payload in source.read_payloads(None, [ORIGINAL_ID, condition.field.partition(".")[0]]):
+                row_id, rest = row_id_of(point, payload)
+                yield row_id, is_later(rest, condition)
+        finally:
+            source.close()
+
     def sort_key(self, row_id: RowId) -> tuple[int, int | str]:
         """Return the place of a row in the order of `digests`."""
         return sort_key(point_id(row_id))
+
+    def filled(self, collection: str, vector: str) -> Iterator[RowId]:
+        """Yield the rows whose points have a vector of this name."""
+        source = self.source(collection, FieldNames())
+        try:
+            for point, payload in source.read_payloads(None, [ORIGINAL_ID], vector):
+                yield row_id_of(point, payload)[0]
+        finally:
+            source.close()
+
+    def delete_vector(self, collection: str, vector: str) -> None:
+        """Delete a vector of all points, and its note."""
+        info = self._connection.read_info(collection)
+        if not vector:
+            raise BulkError(
+                f"{self._connection.place.named(collection)}: Qdrant keeps a vector without a name as long as the collection"
+            )
+        self._connection.call(lambda client: client.delete_vector_name(collection, vector), collection)
+        notes = read_notes(info.config.metadata, self._connection.place.named(collection))
+        kept = write_notes({name: note for name, note in notes.items() if name != vector})
+        self._connection.call(lambda client: client.update_collection(collection, metadata=kept), collection)
 
     def delete_ids(self, collection: str, ids: Sequence[RowId]) -> None:
         """Delete the points of these rows, and return when that is on disk."""

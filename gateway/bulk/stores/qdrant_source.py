@@ -18,6 +18,8 @@ from gateway.bulk.stores.reading import SAMPLE, fields_of
 
 _PAGE: Final = 256
 """Points per request: small enough for texts of whole documents, large enough that requests cost little."""
+_IDS_PAGE: Final = 5_000
+"""The same, for points without texts."""
 
 
 class QdrantSource:
@@ -91,8 +93,14 @@ class QdrantSource:
         for point, payload in self.read_payloads(after):
             yield self._row(point, payload)
 
-    def read_payloads(self, after: PointId | None = None) -> Iterator[tuple[PointId, dict[str, Json]]]:
+    def read_payloads(
+        self, after: PointId | None = None, fields: list[str] | None = None, vector: str | None = None
+    ) -> Iterator[tuple[PointId, dict[str, Json]]]:
         """Yield the points after an id, or all of them, with their payloads.
+
+        Args:
+            fields: of the payloads that are needed; ``None`` for all.
+            vector: only points that have a vector of this name.
 
         Raises:
             BulkError: the collection does not exist or cannot be read.
@@ -100,7 +108,7 @@ class QdrantSource:
         self._connection.read_info(self._collection)
         offset = after
         while True:
-            points, following = self._scroll(offset, _PAGE)
+            points, following = self._scroll(offset, _PAGE if fields is None else _IDS_PAGE, fields, vector)
             for point in points:
                 # Qdrant starts with the point at the offset itself.
                 if point.id != after:
@@ -132,14 +140,17 @@ class QdrantSource:
         later = models.DatetimeRange(gt=moment) if isinstance(moment, datetime) else models.Range(gt=moment)
         return models.Filter(must=[models.FieldCondition(key=self._since.field, range=later)])
 
-    def _scroll(self, offset: PointId | None, limit: int) -> tuple[list[models.Record], PointId | None]:
+    def _scroll(
+        self, offset: PointId | None, limit: int, fields: list[str] | None = None, vector: str | None = None
+    ) -> tuple[list[models.Record], PointId | None]:
+        having = None if vector is None else models.Filter(must=[models.HasVectorCondition(has_vector=vector)])
         points, following = self._connection.call(
             lambda client: client.scroll(
                 self._collection,
-                scroll_filter=self._filter,
+                scroll_filter=having or self._filter,
                 limit=limit,
                 offset=offset,
-                with_payload=True,
+                with_payload=True if fields is None else fields,
                 with_vectors=False,
             ),
             self._collection,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Final, Protocol, TypeAlias
 
 from gateway.bulk.fields import TEXT_FIELDS, FieldNames, Fields, get, resolve_fields
 from gateway.bulk.rows import BadRow, Json, Position, Row, RowId
-from gateway.bulk.stores.protocol import Moment, Since
+from gateway.bulk.stores.protocol import Mark, Moment, Since
 
 SAMPLE: Final = 64
 """Items that are looked at for their fields."""
+_CLOCK_MARGIN: Final = timedelta(hours=1)
 
 Item: TypeAlias = tuple[RowId, dict[str, Json]]
 """The id and the payload of an item."""
@@ -107,6 +109,20 @@ def is_later(payload: Mapping[str, Json], since: Since) -> bool:
         return moment is None or moment > since.moment  # type: ignore[operator]
     except TypeError:
         return True
+
+
+def clock_mark(field: str) -> Mark:
+    """Return the present moment for items that have the time of their last change in a field.
+
+    It is an hour early: for clocks that differ, and for writes that take long after the application has looked at its clock.
+    """
+    return json.dumps({"field": field, "moment": (datetime.now(UTC) - _CLOCK_MARGIN).isoformat()})
+
+
+def since_mark(mark: Mark) -> Since:
+    """Return the condition of a mark of `clock_mark`."""
+    content = json.loads(mark)
+    return Since(content["field"], datetime.fromisoformat(content["moment"]))
 
 
 def fields_of(names: FieldNames, payloads: Sequence[Mapping[str, Json]], place: str) -> Fields:

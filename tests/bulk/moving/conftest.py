@@ -19,8 +19,8 @@ from gateway.bulk.asked import Asked
 from gateway.bulk.embedder import TextVectors
 from gateway.bulk.fields import FieldNames
 from gateway.bulk.moving import work
+from gateway.bulk.moving.planning import StartRequest
 from gateway.bulk.moving.state import Move
-from gateway.bulk.moving.steps import StartRequest
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, EmbeddedRows, Json, Row, RowId, SpaceNote
 from gateway.bulk.stores.protocol import Keeping, MovableStore
@@ -119,12 +119,13 @@ class Shop:
         assert place is not None
         self.store: MovableStore = open_movable(place)
         self.url, self.collection, self.model = url, collection, model
+        self._keeping = Keeping("text", place.options.get("vector"))
 
     def put(self, items: dict[RowId, str], more: dict[str, Json] | None = None, *, model: str | None = None) -> None:
         """Add or replace items."""
         model = model or self.model
         rows = [Row(row_id, text, {"n": 1, **(more or {})}, str(row_id), None) for row_id, text in items.items()]
-        with closing(self.store.sink(self.collection, Keeping("text"))) as sink:
+        with closing(self.store.sink(self.collection, self._keeping)) as sink:
             sink.open(HashModel(model, lambda _texts: None).note)
             sink.write(0, EmbeddedRows(rows, np.stack([vector_of(model, row.text) for row in rows])))
 
@@ -178,7 +179,8 @@ def console() -> Console:
 def request_for(shop: Shop, **changes: object) -> StartRequest:
     """Return the options of a move to the model ``new``."""
     options: dict[str, object] = {
-        "collection": shop.collection, "store": shop.url, "model": "new", "text": None, "into": None, "alias": None,
+        "collection": shop.collection, "store": shop.url, "model": "new", "text": None, "into": None,
+        "into_vector": None, "alias": None,
         "mem0": None, "url": None, "models": None, "api_key_env": "KEY", "skips": False,
     }  # fmt: skip
     return StartRequest(**(options | changes))  # type: ignore[arg-type]

@@ -11,6 +11,10 @@ from gateway.bulk.moving.decisions import NEW, Action, Base, decide, merge
 A, B, C = b"a", b"b", b"c"
 
 
+def pending(*digests: bytes, written: bytes | None = A) -> Base:
+    return Base(written, frozenset(digests))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "base", "is_flipped", "action"),
     [
@@ -23,12 +27,16 @@ A, B, C = b"a", b"b", b"c"
         (None, A, Base(A), True, Action.DELETE),
         (None, None, Base(A), True, Action.FORGET),
         # A process ended while it wrote: the new content may be there or not.
-        (C, B, Base(A, B), True, Action.WRITE),
-        (C, A, Base(A, B), True, Action.WRITE),
-        (A, B, Base(A, B), True, Action.KEEP),
-        (A, None, Base(None, A), True, Action.WRITE),
-        (None, B, Base(A, B), True, Action.DELETE),
-        (None, None, Base(None, B), False, Action.NOTHING),
+        (C, B, pending(B), True, Action.WRITE),
+        (C, A, pending(B), True, Action.WRITE),
+        (A, B, pending(B), True, Action.WRITE),
+        (A, C, pending(B), True, Action.KEEP),
+        (A, None, pending(A, written=None), True, Action.WRITE),
+        (None, B, pending(B), True, Action.DELETE),
+        (None, None, pending(B, written=None), False, Action.NOTHING),
+        # Two processes ended, one after the other, and only the first one had written.
+        (C, B, pending(B, C, written=None), True, Action.WRITE),
+        (None, B, pending(B, C, written=None), True, Action.DELETE),
         # Applications changed the second collection.
         (A, C, Base(A), True, Action.KEEP),
         (B, C, Base(A), True, Action.KEEP),
@@ -58,19 +66,11 @@ def test_a_merge_has_each_item_once_in_order_with_all_that_is_known_of_it(
     def stream(items: dict[int | str, bytes]) -> list[tuple[int | str, bytes]]:
         return [(row_id, items[row_id]) for row_id in sorted(items, key=key)]
 
-    found = list(
-        merge(
-            iter(stream(first)),
-            iter(stream(second)),
-            iter([(row_id, Base(digest)) for row_id, digest in stream(bases)]),
-            key,
-        )
-    )
+    found = dict(merge([iter(stream(items)) for items in (first, second, bases)], key))
 
-    assert [item.id for item in found] == sorted(first.keys() | second.keys() | bases.keys(), key=key)
-    for item in found:
-        expected = (first.get(item.id), second.get(item.id), bases.get(item.id))
-        assert (item.first, item.second, item.base.written) == expected
+    assert list(found) == sorted(first.keys() | second.keys() | bases.keys(), key=key)
+    for row_id, values in found.items():
+        assert values == [first.get(row_id), second.get(row_id), bases.get(row_id)]
 
 
 STEP = st.tuples(st.integers(0, 3), st.sampled_from(["first", "second"]), st.sampled_from([A, B, C, None]))
@@ -103,14 +103,70 @@ def test_after_the_flip_nothing_that_was_written_into_the_second_collection_is_l
             own[row_id] = content_or_none
 
 
-def run_pass(first: dict[int, bytes], second: dict[int, bytes], bases: dict[int, Base]) -> None:
+def run_pass(
+    first: dict[int, bytes], second: dict[int, bytes], bases: dict[int, Base], *, is_flipped: bool = True
+) -> None:
     """Do what is decided for each item."""
     for row_id in range(4):
         content = first.get(row_id)
-        action = decide(content, second.get(row_id), bases.get(row_id, NEW), is_flipped=True)
+        action = decide(content, second.get(row_id), bases.get(row_id, NEW), is_flipped=is_flipped)
         if content is not None and action in (Action.WRITE, Action.RECORD):
             second[row_id] = content
             bases[row_id] = Base(content)
         elif action in (Action.DELETE, Action.FORGET):
             second.pop(row_id, None)
             bases.pop(row_id, None)
+
+
+WRITE = st.tuples(st.just("first"), st.integers(0, 2), st.sampled_from([A, B, C, None]))
+KILL = st.tuples(st.sampled_from(["planned", "written", "late"]), st.integers(0, 2), st.none())
+
+
+@given(st.lists(st.one_of(WRITE, KILL, st.sampled_from([("late arrival", 0, None), ("pass", 0, None)])), max_size=25))
+def test_a_pass_after_any_number_of_killed_ones_leaves_both_collections_equal(
+    steps: list[tuple[str, int, bytes | None]],
+) -> None:
+    """A process is killed after its plan, after its write, or while the store has not carried out the write yet."""
+    first: dict[int, bytes] = {}
+    second: dict[int, bytes] = {}
+    late: dict[int, bytes] = {}
+    bases: dict[int, Base] = {}
+
+    for what, row_id, content in steps:
+        if what == "first":
+            first.pop(row_id, None)
+            if content is not None:
+                first[row_id] = content
+        elif what == "late arrival":
+            second |= late
+            late.clear()
+        elif what == "pass":
+            second |= late
+            late.clear()
+            run_pass(first, second, bases, is_flipped=False)
+        else:
+            _die_in_pass(what, row_id, first, second, late, bases)
+    second |= late
+    run_pass(first, second, bases, is_flipped=False)
+
+    assert second == first
+
+
+def _die_in_pass(
+    moment: str,
+    row_id: int,
+    first: dict[int, bytes],
+    second: dict[int, bytes],
+    late: dict[int, bytes],
+    bases: dict[int, Base],
+) -> None:
+    """Do a pass over one item, until it is killed."""
+    content, base = first.get(row_id), bases.get(row_id, NEW)
+    if decide(content, second.get(row_id), base, is_flipped=False) is not Action.WRITE or content is None:
+        return
+    bases[row_id] = Base(base.written, base.pending | {content})
+    if moment == "written":
+        second[row_id] = content
+        late.pop(row_id, None)  # a store carries out the writes of one item in their order
+    elif moment == "late":
+        late[row_id] = content

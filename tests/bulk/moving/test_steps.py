@@ -301,8 +301,15 @@ async def test_a_move_while_an_application_writes_ends_with_the_same_content(
     shop.store.close()
 
 
-async def test_a_store_that_goes_away_midway_is_an_error_and_the_move_goes_on(
-    pgvector: str, postgres: str, models: Models, tmp_path: Path, console: Console
+@pytest.mark.parametrize("is_patient", [True, False])
+async def test_a_store_that_goes_away_midway_is_waited_for_and_later_the_move_goes_on(
+    pgvector: str,
+    postgres: str,
+    is_patient: bool,
+    models: Models,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shop = Shop(pgvector, f"away_{uuid.uuid4().hex[:8]}")
     shop.put({n: f"word{n % 5} text {n}" for n in range(60)})
@@ -319,8 +326,10 @@ async def test_a_store_that_goes_away_midway_is_an_error_and_the_move_goes_on(
                 )
 
     models.on_call = cut_off
-    with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
-        await start(request_for(shop), tmp_path, console)
+    if not is_patient:
+        monkeypatch.setattr("gateway.bulk.stores.pgvector_session.PATIENCE_S", 0.0)
+        with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
+            await start(request_for(shop), tmp_path, console)
     move = await start(request_for(shop), tmp_path, console)
     shop.store.close()
     again = Shop(pgvector, shop.collection)

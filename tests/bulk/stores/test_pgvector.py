@@ -17,9 +17,10 @@ from gateway.bulk.fields import FieldNames
 from gateway.bulk.places import open_movable, read_place
 from gateway.bulk.rows import BadRow, BulkError, Json, Row, RowId
 from gateway.bulk.stores.pgvector import PgvectorStore
-from gateway.bulk.stores.pgvector_tables import read_name
+from gateway.bulk.stores.pgvector_session import Session
+from gateway.bulk.stores.pgvector_tables import read_name, refusals
 from gateway.bulk.stores.protocol import Keeping, Since
-from tests.bulk.stores.rows import HYBRID, NOTE, by_id, open_url, read, row, vector_of, write
+from tests.bulk.stores.rows import HYBRID, NOTE, by_id, embedded, open_url, read, row, vector_of, write
 
 PAYLOAD: dict[str, Json] = {
     "nested": {"list": [1, None, {"a": "ü"}], "empty": {}},
@@ -378,11 +379,10 @@ def test_a_server_that_is_away_is_an_error_of_the_job(base: str, sql: psycopg.Co
         open_url("pgvector://me@127.0.0.1:1/x/docs")
     write(url, [row(1, "a")])
     store = store_of(url)
-    sql.execute(
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'embedding-gateway'"
-    )
+    cut_off(sql)
     with pytest.raises(BulkError, match="cannot be reached, or has gone away"):
-        store.describe("docs")
+        store.collections()
+    assert store.describe("docs").count == 1
     store.close()
     store = store_of(url)
     with pytest.raises(BulkError, match="there is no table `gone`"):
@@ -390,3 +390,70 @@ def test_a_server_that_is_away_is_an_error_of_the_job(base: str, sql: psycopg.Co
     store.close()
     with pytest.raises(BulkError, match="--text body: there is no such field"):
         read(url, FieldNames(text="body"))
+
+
+def cut_off(sql: psycopg.Connection) -> None:
+    """End all connections of the gateway, as a server does that restarts."""
+    sql.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'embedding-gateway'"
+    )
+
+
+@pytest.mark.usefixtures("_small_pages")
+def test_a_server_that_restarts_does_not_end_a_job(url: str, sql: psycopg.Connection) -> None:
+    store, collection = open_url(url)
+    with closing(store), closing(store.sink(collection, Keeping())) as sink:
+        sink.open(NOTE)
+        for n in range(10):
+            cut_off(sql)
+            sink.write(n, embedded([row(n, f"text {n}")]))
+        source = store.source(collection, FieldNames())
+        ids = []
+        for found in source.read():
+            cut_off(sql)
+            ids.append(getattr(found, "id", None))
+        assert ids == list(range(10))
+        assert source.count() == 10
+        source.close()
+        cut_off(sql)
+        digests = store.digests(collection)
+        next(digests)
+        cut_off(sql)
+        assert len(list(digests)) == 9
+        assert len(store.digests_of(collection, [1, 2])) == 2
+
+
+def test_a_server_that_stays_away_ends_the_work(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.bulk.stores.pgvector_session.PATIENCE_S", 0.3)
+    addresses = [postgres]
+
+    def connect() -> psycopg.Connection:
+        with refusals("the store"):
+            return psycopg.connect(addresses.pop() if addresses else "postgresql://127.0.0.1:1/x", autocommit=True)
+
+    def ask(connection: psycopg.Connection) -> None:
+        asked.append(connection)
+        with refusals("the store"):
+            connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    asked: list[psycopg.Connection] = []
+    session = Session(connect)
+    with pytest.raises(BulkError, match="the store cannot be reached, or has gone away"):
+        session.call(ask)
+    assert len(asked) == 1
+    session.close()
+
+
+def test_what_a_server_refuses_is_not_asked_again(postgres: str) -> None:
+    session = Session(lambda: psycopg.connect(postgres, autocommit=True))
+    asked = []
+
+    def ask(connection: psycopg.Connection) -> None:
+        asked.append(connection)
+        with refusals("the store"):
+            connection.execute("SELECT 1 FROM gone")
+
+    with pytest.raises(BulkError, match="PostgreSQL refuses"):
+        session.call(ask)
+    assert len(asked) == 1
+    session.close()

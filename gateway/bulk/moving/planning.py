@@ -1,0 +1,185 @@
+"""What a move is to do, by the options of its first step: where, what is there, and the names of what is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlencode
+
+from gateway.bulk.fields import FieldNames
+from gateway.bulk.moving.mem0 import Mem0, read_mem0
+from gateway.bulk.moving.state import Move, Pair, Stage, name_move, new_name, read_moves
+from gateway.bulk.moving.work import Work
+from gateway.bulk.places import read_place
+from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.protocol import CollectionInfo, MovableStore, Place
+from gateway.config.wording import enumerate_names
+from gateway.routing.spaces import is_same_space
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """The options of the first step.
+
+    Attributes:
+        collection: a collection, an alias, or the URL of a collection; ``None`` with ``mem0``.
+        store: URL of the store, if ``collection`` is not one.
+        text: the path of the text in an item; ``None`` for a usual name.
+        into: the name of the new collection; ``None`` for one with the model and the hash of its space.
+        into_vector: the name of a new vector next to the old one, in the same collection.
+        changed_at: the field with the time of each item's last change.
+    """
+
+    collection: str | None
+    store: str | None
+    model: str
+    text: str | None
+    into: str | None
+    into_vector: str | None
+    alias: str | None
+    mem0: Path | None
+    url: str | None
+    models: Path | None
+    api_key_env: str
+    skips: bool
+    changed_at: str | None = None
+
+
+def places_of(request: StartRequest) -> tuple[Mem0 | None, Place]:
+    """Return Mem0's configuration, if it is one, and where the collection is.
+
+    Raises:
+        BulkError: the options do not say which collection, or contradict each other.
+    """
+    if request.into_vector is not None and (request.into or request.alias or request.mem0):
+        raise BulkError(
+            "--into-vector keeps the collection, so it goes with neither --into nor --alias; nor with --mem0, since Mem0 "
+            "has no setting for the name of a vector"
+        )
+    if request.mem0 is not None:
+        if request.collection is not None or request.store is not None:
+            raise BulkError("--mem0 says which collection to move, and where: leave out COLLECTION and --from")
+        known = read_mem0(request.mem0)
+        return known, known.place
+    if request.collection is None:
+        raise BulkError("which collection? Name it with COLLECTION --from URL, or Mem0's with --mem0 FILE")
+    if request.store is not None:
+        place = read_place(request.store, has_collection=False)
+        if place is None:
+            raise BulkError(f"--from {request.store}: is not the URL of a store, such as qdrant://localhost:6333")
+        return None, replace(place, collection=request.collection)
+    place = read_place(request.collection)
+    if place is None:
+        raise BulkError(
+            f"{request.collection}: in which store? Name it with --from, such as --from qdrant://localhost:6333"
+        )
+    return None, place
+
+
+def plan(request: StartRequest, known: Mem0 | None, place: Place, store: MovableStore, folder: Path) -> Move:
+    """Return the move, without the names of its new collections unless it was begun before.
+
+    Raises:
+        BulkError: the collection cannot be moved, or is moved elsewhere already.
+    """
+    asked = known.collection if known else place.collection
+    info = store.describe(asked)
+    alias = request.alias or (asked if info.name != asked and request.into_vector is None else None)
+    if alias is not None and (reason := store.why_not_flip(alias)):
+        raise BulkError(f"--alias {alias}: {reason}")
+    vector = known.vector if known else place.options.get("vector")
+    if request.into_vector is not None:
+        vector = _first_vector(request.into_vector, vector, info, store.name)
+    text = known.text if known else request.text
+    if text is None:
+        source = store.source(info.name, FieldNames())
+        try:
+            text = source.text_field
+        finally:
+            source.close()
+    others = [(known.entities, "entities.sqlite3")] if known and known.entities in store.collections() else []
+    url = _url(place)
+    move = Move(
+        name=name_move(folder, info.name, url),
+        place=url,
+        pairs=[
+            Pair(info.name, "", "ledger.sqlite3", request.changed_at or (known.changed_at if known else None)),
+            *(Pair(old, "", ledger) for old, ledger in others),
+        ],
+        model=request.model,
+        text=text,
+        vector=vector,
+        into_vector=request.into_vector,
+        flattens=known is not None,
+        has_default_task=known is not None,
+        alias=alias,
+        mem0=None if request.mem0 is None else request.mem0.resolve(),
+        url=request.url,
+        models=None if request.models is None else request.models.resolve(),
+        api_key_env=request.api_key_env,
+        skips=request.skips,
+    )
+    before = read_moves(folder).get(move.name)
+    if before is None or before.stage is Stage.FINISHED:
+        return move
+    is_other = (before.model, before.text, before.into_vector) != (move.model, move.text, move.into_vector)
+    if is_other or before.stage is Stage.FLIPPED:
+        raise BulkError(
+            f"a move of {info.name} to {before.model} is under way already: `gateway move status {before.name}` shows it, "
+            f"and `gateway move finish {before.name}` ends it"
+        )
+    return replace(move, pairs=before.pairs, log=before.log, was_flipped=before.was_flipped)
+
+
+def _first_vector(new: str, asked: str | None, info: CollectionInfo, store: str) -> str:
+    """Return the name of the old vector, next to which the new one comes.
+
+    Raises:
+        BulkError: it is not clear, or the new one has its name.
+    """
+    others = [name for name in info.widths if name != new]
+    if asked is None and len(others) != 1:
+        named = f"it has {enumerate_names(others)}" if others else "it has no other"
+        raise BulkError(
+            f"{store}: which vector of {info.name} is the old one? {named}; name it at the end of --from: ?vector=NAME"
+        )
+    old = others[0] if asked is None else asked
+    if old == new:
+        raise BulkError(f"--into-vector {new}: is the old vector itself")
+    return old
+
+
+def _url(place: Place) -> str:
+    """Return the URL of a store, for the next steps, wherever they are started."""
+    if place.location and "://" not in place.location:
+        place = replace(place, location=str(Path(place.location).resolve()))
+    options = {**place.options, **({"key_env": place.key} if place.key else {})}
+    return place.store + (f"?{urlencode(options)}" if options else "")
+
+
+def name_copies(move: Move, work: Work, into: str | None) -> Move:
+    """Return the move with the names of its new collections, and check that they may take its vectors.
+
+    Raises:
+        BulkError: the old collection has vectors of the new model already, or a name is in use.
+    """
+    note = work.embedder.note
+    pairs = []
+    for pair in move.pairs:
+        old = work.reading.describe(pair.old)
+        notes = [held for name, held in old.notes.items() if name != move.into_vector]
+        if any(is_same_space(held.space, note.space) for held in notes):
+            raise BulkError(f"{pair.old} holds vectors of {note.space} already: there is nothing to move")
+        if move.into_vector is not None:
+            pairs.append(replace(pair, new=pair.old))
+            continue
+        base = into if into is not None and pair == move.pairs[0] else None
+        new = base or pair.new or new_name(pair.old, note.space)
+        if new == pair.old:
+            raise BulkError(f"--into {new}: is the old collection itself")
+        pairs.append(replace(pair, new=new))
+    if move.mem0 is not None and len(pairs) > 1:  # Mem0 names the second after the first
+        pairs[1] = replace(pairs[1], new=f"{pairs[0].new}_entities")
+    move = replace(move, pairs=pairs, space=note.space, dimensions=note.dimensions)
+    target = pairs[0].new if move.into_vector is None else f"its vector {move.into_vector}"
+    return move if move.log else move.at(Stage.COPYING, f"started: {pairs[0].old} to {target}, {note.space}")

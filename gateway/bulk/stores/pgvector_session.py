@@ -1,0 +1,55 @@
+"""A connection to PostgreSQL that is made again after the server has been away for a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+import psycopg
+
+from gateway.bulk.rows import BulkError
+from gateway.bulk.stores.patience import PATIENCE_S, insist
+from gateway.bulk.stores.pgvector_tables import Connection
+
+Connect: TypeAlias = Callable[[], Connection]
+Result = TypeVar("Result")
+
+
+class Session:
+    """A connection, and the way to another one.
+
+    Args:
+        connect: raises `BulkError` if the server cannot be reached.
+
+    Raises:
+        BulkError: the server cannot be reached now. It is more likely a wrong URL than a server that restarts.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self.connection = connect()
+
+    def call(self, work: Callable[[Connection], Result]) -> Result:
+        """Return the result of some work, which is done again, in a new connection, if the server goes away meanwhile.
+
+        Args:
+            work: may be done twice, so it must not matter whether the first time had an effect.
+
+        Raises:
+            BulkError: PostgreSQL refuses it, or stays away.
+        """
+
+        def attempt() -> Result:
+            if self.connection.closed:
+                self.connection = self._connect()
+            return work(self.connection)
+
+        return insist(attempt, self._pause_after, PATIENCE_S)
+
+    def _pause_after(self, error: Exception) -> float | None:
+        is_away = isinstance(error, BulkError) and isinstance(error.__cause__, psycopg.OperationalError)
+        return 0.0 if is_away and self.connection.closed else None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()

@@ -1,0 +1,151 @@
+"""A later pass reads what has changed since the one before, where the store can tell, and misses nothing."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from rich.console import Console
+
+from gateway.bulk.moving.state import Move
+from gateway.bulk.moving.steps import check, start, sync
+from gateway.bulk.stores.pgvector_order import is_later
+from tests.bulk.moving.conftest import Models, Shop, copy_of, request_for
+
+OLD = (datetime.now(UTC) - timedelta(days=3)).isoformat()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+async def begun(shop: Shop, folder: Path, console: Console) -> Move:
+    """Return a move whose items are old, and for which no pass reads all payloads from now on."""
+    shop.put({n: f"word{n % 5} text {n}" for n in range(50)}, {"at": OLD})
+    return await start(request_for(shop, changed_at="at"), folder, console)
+
+
+def forbid_full_passes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digests(_self: object, collection: str) -> None:
+        pytest.fail(f"all payloads of {collection} were read")
+
+    monkeypatch.setattr(type(shop.store), "digests", digests)
+
+
+async def test_additions_changes_and_deletions_are_found_without_reading_all_payloads(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = await begun(any_shop, tmp_path, console)
+    models.texts.clear()
+    any_shop.put({100: "word1 added late"}, {"at": OLD})  # by an import, for example
+    any_shop.put({3: "word3 changed", 101: "word2 added"}, {"at": now()})
+    any_shop.delete(7, 8)
+    with monkeypatch.context() as patched:
+        forbid_full_passes(any_shop, patched)
+        await sync(move, tmp_path, console, skips=False)
+
+    copy = copy_of(any_shop, move)
+    assert copy.content() == any_shop.content()
+    copy.check_vectors()
+    assert sorted(models.texts) == ["word1 added late", "word2 added", "word3 changed"]
+    copy.store.close()
+
+
+async def test_any_mixture_of_changes_between_passes_ends_equal(
+    any_shop: Shop, models: Models, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = await begun(any_shop, tmp_path, console)
+    chance = random.Random(19)
+    with monkeypatch.context() as patched:
+        forbid_full_passes(any_shop, patched)
+        for _ in range(4):
+            for _ in range(6):
+                number = chance.randrange(60)
+                if chance.random() < 0.4:
+                    any_shop.delete(number)
+                else:
+                    any_shop.put({number: f"word{number % 5} {chance.random()}"}, {"at": now()})
+            move = await sync(move, tmp_path, console, skips=False)
+
+    copy = copy_of(any_shop, move)
+    assert copy.content() == any_shop.content()
+    copy.check_vectors()
+    copy.store.close()
+
+
+async def test_a_change_that_its_field_does_not_tell_is_found_by_the_check(
+    models: Models, tmp_path: Path, console: Console
+) -> None:
+    """Qdrant has no order of its own, so a change without a new time is missed until a pass compares all items."""
+    shop = Shop(f"qdrant:{tmp_path / 'qdrant'}", "docs")
+    move = await begun(shop, tmp_path, console)
+    shop.put({3: "word3 changed"}, {"at": OLD})
+    copy = copy_of(shop, move)
+
+    await sync(move, tmp_path, console, skips=False)
+    assert copy.content()[3][0] == "word3 text 3"
+
+    await check(move, tmp_path, console, None, None)
+    assert copy.content() == shop.content()
+    copy.store.close()
+    shop.store.close()
+
+
+async def test_a_transaction_that_ends_after_a_pass_has_begun_is_not_missed(
+    shop: Shop, postgres: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    """It has an older number than others that the pass has seen."""
+    with psycopg.connect(postgres) as slow:
+        table = sql.Identifier(shop.collection)
+        slow.execute(sql.SQL("UPDATE {} SET payload = payload || '{{\"n\": 2}}' WHERE id = 5").format(table))
+        shop.put({6: "word1 later number"})
+        move = await start(request_for(shop), tmp_path, console)
+        shop.put({7: "word2 even later"})
+        slow.commit()
+
+    await sync(move, tmp_path, console, skips=False)
+
+    copy = copy_of(shop, move)
+    assert copy.content()[5][1]["n"] == 2
+    assert copy.content() == shop.content()
+    copy.store.close()
+
+
+@pytest.mark.parametrize("change", ["VACUUM FULL {}", "ALTER TABLE {} ADD COLUMN tag text DEFAULT 'x'"])
+async def test_a_table_that_was_written_anew_is_compared_as_a_whole(
+    shop: Shop, postgres: str, change: str, models: Models, tmp_path: Path, console: Console
+) -> None:
+    mark = shop.store.mark(shop.collection, None)
+    assert mark is not None
+    assert not any(may_differ for _id, may_differ in shop.store.changes(shop.collection, mark))
+    with psycopg.connect(postgres, autocommit=True) as db:
+        db.execute(change.format(shop.collection).encode())
+
+    found = list(shop.store.changes(shop.collection, mark))
+
+    assert found == [(n, True) for n in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("row", "mark", "expected"),
+    [
+        (5, 5, True),
+        (6, 5, True),
+        (4, 5, False),
+        (5, 2**32 - 5, True),
+        (2**32 - 5, 2**32 + 5, False),
+        (7, 2**32 + 5, True),
+        (3, 2**35 - 7, True),
+    ],
+)
+def test_rows_have_32_bits_of_the_number_of_their_transaction(
+    postgres: str, row: int, mark: int, expected: bool
+) -> None:
+    """After four billion transactions, the numbers begin again."""
+    with psycopg.connect(postgres) as db:
+        query = sql.SQL("SELECT {} FROM (VALUES (%s::text::xid)) t (xmin)").format(is_later(mark))
+        assert db.execute(query, [str(row)]).fetchone() == (expected,)
