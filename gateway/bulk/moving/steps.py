@@ -273,7 +273,7 @@ async def finish(move: Move, folder: Path, console: Console, *, deletes: bool) -
         raise BulkError("applications use the old collection: `gateway move flip` comes first")
     async with at_work(move, folder, console) as work:
         results = await work.passes(is_full=True)
-        # A program that writes both vectors cannot be told from one that writes the old one, which the store refuses later.
+        # A program that writes both vectors looks like one that writes the old one, which the store refuses later.
         changes = sum(counts.changes for counts in results.values())
         if changes and move.into_vector is None:
             raise BulkError(

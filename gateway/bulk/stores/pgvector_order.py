@@ -2,7 +2,7 @@
 
 Each version of a row has the number of its transaction, in the column ``xmin``. A mark is the lowest number of all
 transactions that had not ended: later changes of rows have that number or a higher one. So no change is missed, whatever an
-application writes, and no column is needed for it. Deleted rows have no version; whoever has the list of ids misses them.
+application writes, and no column is needed for it. Deleted rows have no version; they are those whose ids are missing.
 
 https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
 """

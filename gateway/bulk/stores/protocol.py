@@ -182,8 +182,8 @@ class MovableStore(Store, Protocol):
     def changes(self, collection: str, since: Mark) -> Iterator[tuple[RowId, bool]]:
         """Yield the id of each item, and whether it may have changed since a moment, in the order of `digests`.
 
-        Payloads are not read, where the store allows that. No change is missed, except, in a store without an order of its
-        own, that of an application which does not set the field, or whose clock is slow by an hour.
+        Payloads are not read, where the store allows that. No change is missed. But a store without an order of changes
+        misses that of an application which does not set the field, or whose clock is slow by an hour.
         """
 
     def filled(self, collection: str, vector: str) -> Iterator[RowId]:

@@ -80,7 +80,7 @@ async def test_any_mixture_of_changes_between_passes_ends_equal(
 async def test_a_change_that_its_field_does_not_tell_is_found_by_the_check(
     models: Models, tmp_path: Path, console: Console
 ) -> None:
-    """Qdrant has no order of its own, so a change without a new time is missed until a pass compares all items."""
+    """Qdrant has no order of changes, so a change without a new time is missed until a pass compares all items."""
     shop = Shop(f"qdrant:{tmp_path / 'qdrant'}", "docs")
     move = await begun(shop, tmp_path, console)
     shop.put({3: "word3 changed"}, {"at": OLD})
@@ -116,7 +116,7 @@ async def test_a_transaction_that_ends_after_a_pass_has_begun_is_not_missed(
 
 
 @pytest.mark.parametrize("change", ["VACUUM FULL {}", "ALTER TABLE {} ADD COLUMN tag text DEFAULT 'x'"])
-async def test_a_table_that_was_written_anew_is_compared_as_a_whole(
+async def test_a_table_that_was_rewritten_is_compared_as_a_whole(
     shop: Shop, postgres: str, change: str, models: Models, tmp_path: Path, console: Console
 ) -> None:
     mark = shop.store.mark(shop.collection, None)

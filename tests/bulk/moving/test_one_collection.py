@@ -134,13 +134,6 @@ async def test_what_does_not_fit_is_refused(one: Shop, models: Models, tmp_path:
     assert list(one.store.describe(one.collection).widths) == ["embedding"]
 
 
-async def test_milvus_says_that_it_cannot(milvus_file: Path, models: Models, tmp_path: Path, console: Console) -> None:
-    with closing_shop(f"milvus:{milvus_file}") as shop:
-        with pytest.raises(BulkError, match="Milvus adds no vectors to items that exist: choose a second collection"):
-            await begun(shop, tmp_path, console)
-        assert len(shop.content()) == 50
-
-
 async def test_a_vector_without_a_name_can_be_the_old_one_but_stays(
     models: Models, tmp_path: Path, console: Console
 ) -> None:

@@ -237,6 +237,19 @@ def test_rows_without_a_text_are_reported(url: str, milvus: MilvusClient) -> Non
     ]
 
 
+def test_items_get_no_further_vector(url: str) -> None:
+    write(url, [row(1, "a")])
+    store, collection = open_url(url)
+    assert isinstance(store, MilvusStore)
+    with pytest.raises(BulkError, match="Milvus adds no vectors to items that exist: choose a second collection"):
+        write(url, [row(1, "a")], keeping=Keeping(updates=True))
+    for refused in (store.filled, store.delete_vector):
+        with pytest.raises(BulkError, match="Milvus adds no vectors to items that exist"):
+            refused(collection, "vector")
+    store.close()
+    assert by_id(url) == {1: ("a", {})}
+
+
 def test_an_alias_flips_and_what_it_means_is_not_deleted(url: str) -> None:
     old, new = name_of(url), f"{name_of(url)}_2"
     alias = f"{old}_alias"
