@@ -66,7 +66,7 @@ class Outcome:
     """The outcome of a run of pytest.
 
     Attributes:
-        status: that of pytest: 0 passed, 5 no test was run, others failed; -1 was given up.
+        status: that of pytest: 0 passed, 5 no test was run, others failed; -1 was given up, -2 was ended from outside.
         failed: the test that failed first, if one did.
         detail: that test, why the run was given up, or the end of what was printed.
     """
@@ -78,6 +78,10 @@ class Outcome:
     @property
     def is_passed(self) -> bool:
         return self.status in (0, 5)
+
+    @property
+    def is_lost(self) -> bool:
+        return self.status == -2
 
 
 class Workspace:
@@ -214,6 +218,12 @@ class Child:
         os.waitpid(self._pid, 0)
         self._status = -1
 
+    @property
+    def was_ended(self) -> bool:
+        """Whether someone, or a machine without memory, has ended the process."""
+        status = self._status or 0
+        return status > 0 and os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGTERM)
+
     def wait(self) -> Mapping[str, object]:
         """Return the function's result; empty if it took too long or ended otherwise."""
         while not self.has_ended():
@@ -268,6 +278,8 @@ def outcome_of(child: Child) -> Outcome:
     """Return the outcome of :func:`run_tests` in a child."""
     if child.given_up:
         return Outcome(-1, "", child.given_up)
+    if child.was_ended:
+        return Outcome(-2, "", "it was ended from outside")
     result = child.result()
     status, failed = result.get("status"), result.get("failed")
     if not isinstance(status, int):

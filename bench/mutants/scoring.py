@@ -194,6 +194,8 @@ def _run_all(copies: Sequence[Workspace], runs: Sequence[_Run], outcomes: Outcom
         child.workspace.restore()
         outcome = outcome_of(child)
         names = [candidate.test for candidate in run.tests]
+        if outcome.is_lost:
+            return ()  # it is tried again by the next run
         if outcome.is_passed:
             outcomes.save_passed(run.mutant, names)
             return [_Run(run.mutant, run.left)] if run.left else ()

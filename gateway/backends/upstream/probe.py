@@ -179,7 +179,8 @@ def _by_task(recorded: Sequence[GoldenVector]) -> dict[str | None, Vectors]:
 
 
 def _is_same(one: Vectors, other: Vectors) -> bool:
-    return len(one) == len(other) and all(cosine(a, b) >= SAME_MODEL_COSINE for a, b in zip(one, other, strict=True))
+    # A golden file that was shortened has fewer texts for one of its tasks.
+    return all(cosine(a, b) >= SAME_MODEL_COSINE for a, b in zip(one, other, strict=False))
 
 
 async def _embed(server: Server, tasks: Tasks, texts: Sequence[str], task: str | None) -> Answer:

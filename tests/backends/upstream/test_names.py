@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gateway import golden
 from gateway.backends.upstream import pool as pool_module
 from gateway.backends.upstream.backend import UpstreamBackend
 from gateway.backends.upstream.pool import MAX_ADDRESSES, Name, Turns
@@ -244,6 +245,23 @@ async def test_a_pod_with_other_weights_does_not_keep_the_others_from_loading(po
 
     async with loaded(pods.entry(), resolver=pods.resolver) as backend:
         await wait_until(lambda: working(backend) == ["127.0.0.1", "127.0.0.3"])
+
+
+async def test_a_pod_that_gives_other_vectors_than_the_golden_file_gets_no_requests(pods: Pods, tmp_path: Path) -> None:
+    """Though it comes first, and nothing but the file says which of the two is right."""
+    await pods.add(2, weights="right")
+    path = tmp_path / "far.json"
+    async with loaded(pods.entry(), resolver=pods.resolver) as backend:
+        golden.write(path, backend.base_fingerprint(), backend.probe)
+    wrong = await pods.add(1, weights="other")
+    model = pods.entry().model_copy(update={"golden": str(path)})
+
+    async with loaded(model, resolver=pods.resolver) as backend:
+        await wait_until(lambda: working(backend) == ["127.0.0.2"])
+        num_before = len(wrong.bodies)
+        for _ in range(20):
+            await backend.embed(job(["a text"]))
+        assert len(wrong.bodies) == num_before
 
 
 async def test_an_address_that_is_in_the_registry_too_is_one_server(pods: Pods) -> None:

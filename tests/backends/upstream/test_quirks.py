@@ -243,6 +243,8 @@ async def test_a_golden_file_of_a_server_that_ignored_tasks_is_refused(
     reason = await why_not_loaded(UpstreamBackend(model, Settings()))
 
     assert "its golden file was recorded from a server that gives the same vectors" in reason
+    golden.write(path, fingerprint, [golden.GoldenVector(*row) for row in rows[:-1]])
+    assert "gives the same vectors" in await why_not_loaded(UpstreamBackend(model, Settings())), "of fewer texts"
 
 
 async def test_golden_vectors_alone_do_not_serve(server: StandIn, tmp_path: Path) -> None:
