@@ -221,7 +221,8 @@ class _Collector(ast.NodeVisitor):
                     self._add("arithmetic", node, ast.unparse(new))
             case ast.Raise():
                 self._add("raise dropped", node, "pass")
-            case ast.Return(value=ast.expr() as value) if not _is_constant(value, None):
+            # An empty text is nothing, too: "no message".
+            case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and not value.value):
                 self._add("return value dropped", node, "return None")
             case ast.If():
                 self._add("condition", node.test, "True")
@@ -282,10 +283,6 @@ def _is_log_call(node: ast.Call) -> bool:
         case ast.Attribute(value=ast.Name(id=name), attr=method):
             return name in _LOGS and method in _LOG_METHODS
     return False
-
-
-def _is_constant(node: ast.expr, value: object) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
 
 
 _Changes = Iterator[tuple[str, ast.expr]]
