@@ -263,8 +263,7 @@ async def _at_once() -> None:
 
 def _record(scope: Scope, context: RequestContext, errors: RecentErrors) -> None:
     if not context.status:  # nothing was sent: the client is gone
-        context.status = ClientDisconnected.status
-        context.error_code = context.error_code or ClientDisconnected.code
+        context.status, context.error_code = ClientDisconnected.status, ClientDisconnected.code
     route = scope.get("route")
     path = getattr(route, "path", "other")  # never the path itself: clients make those up
     metrics.REQUESTS.labels(path, context.status).inc()

@@ -379,6 +379,8 @@ def test_the_work_of_a_client_that_has_gone_is_cancelled(
         assert backend.was_cancelled.wait(5)
         after = exchange(address, post(b'{"input": "a", "model": "mini"}'))
         assert wait_until(lambda: count(499) == before + 1)
+        [gone] = [entry for entry in entries(log_of_errors, "request") if entry["status"] == 499]
+        assert gone["error_code"] == "client_disconnected"
 
     assert (beside[0], after[0]) == (200, 200)
     assert entries(log_of_errors, "unexpected_error") == []

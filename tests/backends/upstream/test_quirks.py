@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog.testing
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from gateway import golden
@@ -245,6 +246,21 @@ async def test_a_golden_file_of_a_server_that_ignored_tasks_is_refused(
     assert "its golden file was recorded from a server that gives the same vectors" in reason
     golden.write(path, fingerprint, [golden.GoldenVector(*row) for row in rows[:-1]])
     assert "gives the same vectors" in await why_not_loaded(UpstreamBackend(model, Settings())), "of fewer texts"
+
+
+async def test_a_model_without_golden_vectors_says_once_that_an_exchange_goes_unnoticed(
+    server: StandIn, tmp_path: Path
+) -> None:
+    path = tmp_path / "far.json"
+    with structlog.testing.capture_logs() as logs:
+        async with loaded(entry(server)) as backend:
+            golden.write(path, backend.base_fingerprint(), backend.probe)
+            await backend.start(States())
+        assert [line["event"] for line in logs].count("upstream_not_pinned") == 1
+        async with loaded(entry(server, golden=str(path))):
+            pass
+
+    assert [line["event"] for line in logs].count("upstream_not_pinned") == 1
 
 
 async def test_golden_vectors_alone_do_not_serve(server: StandIn, tmp_path: Path) -> None:
