@@ -43,7 +43,9 @@ def main() -> int:
             for copy in copies:
                 copy.take_compiled(snapshot)
             if arguments.record is not None:
-                record(copies, records, [file for file in every if file.startswith(arguments.record)])
+                record(
+                    copies, records, [file for file in every if file.startswith(tuple(arguments.record) or "tests/")]
+                )
             for module in modules if arguments.modules or arguments.record is None else ():
                 outcomes = Outcomes(snapshot.root, folder, module)
                 score(copies, records, snapshot.root, module, options, entries, outcomes)
@@ -76,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--own", action="store_true", help="run only the module's own tests")
     parser.add_argument(
-        "--record", nargs="?", const="tests/", metavar="FOLDER", help="record what tests run that are new or changed"
+        "--record",
+        nargs="*",
+        metavar="TESTS",
+        help="record what tests run that are new or changed: all, or some folders",
     )
     parser.add_argument("--table", action="store_true", help="run nothing: print what is known")
     parser.add_argument("--update", action="store_true", help="write the table into docs/testing.md")
