@@ -112,6 +112,7 @@ class Keyring:
         """
         if not self:
             return self._client(name)
+        self.watch()
         clients = (client for client in self._clients.values() if client.name == name)
         now = datetime.now(UTC)
         return next((client for client in clients if client.expires is None or client.expires > now), None)

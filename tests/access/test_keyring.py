@@ -289,3 +289,29 @@ async def test_without_a_file_nothing_is_checked() -> None:
 
     assert asyncio.all_tasks() == before
     await keyring.close()
+
+
+async def test_a_client_is_found_by_its_name_while_its_key_is_valid(tmp_path: Path, checks_often: None) -> None:
+    """As a batch does, which may go on after a restart before any request has come."""
+    path = tmp_path / "keys.yaml"
+    old = entry("old", "two", ", expires: 2020-01-01")
+    write(path, old, entry("first", "one"), entry("other", "three", ", expires: 2999-01-01"))
+    keyring = Keyring(Settings(api_keys_file=path))
+
+    def found(name: str) -> str | None:
+        client = keyring.named(name)
+        return None if client is None else client.name
+
+    assert [found(name) for name in ("first", "other", "old", "unknown")] == ["first", "other", None, None]
+    anyone = Keyring(Settings()).named("anyone")
+    assert anyone is not None
+    assert anyone.name == "anyone"
+
+    write(path, old, entry("second", "five"))
+
+    async def is_noticed() -> bool:
+        return found("first") is None
+
+    await until(is_noticed)
+    assert [found(name) for name in ("old", "second")] == [None, "second"]
+    await keyring.close()

@@ -9,10 +9,11 @@ import pytest
 from gateway.access.keyring import Client
 from gateway.config.registry import Registry
 from gateway.errors import BadInput, ModelDisabled, ModelNotFound, ModelNotReady, ModelUnavailable, RequestError
+from gateway.experiments.split import no_unit_source
 from gateway.fleet import Fleet, Model
 from gateway.routing.names import GATEWAY
 from gateway.routing.router import Router
-from gateway.types import ModelState
+from gateway.types import ModelKind, ModelState
 
 MakeModel = Callable[..., Model]
 MakeFleet = Callable[..., tuple[Registry, Fleet]]
@@ -333,3 +334,21 @@ def test_a_well_known_name_of_two_models_names_neither(make_model: MakeModel, ma
 
     with pytest.raises(ModelNotFound):
         router.resolve("jinaai/jina-embeddings-v3", None)
+
+
+def test_a_model_made_to_rerank_comes_before_one_that_reranks_with_its_vectors(
+    make_model: MakeModel, make_fleet: MakeFleet
+) -> None:
+    embeds = make_model("embeds", rerank={"dense": 1.0})
+    ranker = make_model("ranker", kind=ModelKind.RERANK, width=1, dimensions=(1,))
+
+    def chosen(*models: Model) -> str:
+        registry, fleet = make_fleet(*models, aliases={"default": "embeds"})
+        fleet.started.set()
+        router = Router(registry, fleet)
+        return router.choose_for(ModelKind.RERANK, None, GATEWAY, no_unit_source).model.id
+
+    assert chosen(embeds) == "embeds"
+    assert chosen(embeds, ranker) == chosen(ranker, embeds) == "ranker"
+    with pytest.raises(BadInput, match=r"several models rerank: .*embeds.*other"):
+        chosen(embeds, make_model("other", rerank={"dense": 1.0}))
