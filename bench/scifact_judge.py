@@ -30,7 +30,7 @@ from bench.processes import ROOT
 from bench.report import note, table, update_page
 from bench.scifact_duel import NUM_DUELS, first_row, hold, many_rows, many_table
 from gateway.cli.main import app
-from gateway.console.runs import Runs
+from gateway.comparisons.runs import Runs
 
 PAGE: Final = ROOT / "docs" / "ab.md"
 SECTION: Final = "bench.scifact_judge"

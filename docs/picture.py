@@ -43,6 +43,7 @@ BOXES: Final = {
     "capture": Box(0, 6, "sampled queries, to a file", "core"),
     "requests": Box(2, 6, "requests and answers", "core"),
     "routing": Box(1, 7, "name → model; spaces", "core"),
+    "comparisons": Box(1, 6, "start, follow, read", "core"),
     "recent": Box(0, 7, "last errors, traffic", "core"),
     "outcomes": Box(2, 7, "which arm is better", "core"),
     "fleet": Box(1, 8, "every model and its state", "core"),

@@ -13,14 +13,13 @@ from gateway.access.keyring import Keyring
 from gateway.access.memory import MemoryBudget
 from gateway.access.quotas import Quotas
 from gateway.api.admin import admin_router
-from gateway.api.assignments import assignments_router
+from gateway.api.comparisons import make_comparisons
 from gateway.api.documentation import document
 from gateway.api.endpoint import Endpoint
-from gateway.api.experiments import Experiments, experiments_router
+from gateway.api.experiments import Experiments
 from gateway.api.health import health_router
 from gateway.api.live import live_router
-from gateway.api.outcomes import outcomes_router
-from gateway.api.routes import batch_routers, client_routers
+from gateway.api.routes import batch_routers, client_routers, experiment_routers, operator_routers
 from gateway.api.unknown_path import on_http_exception
 from gateway.deployment import Deployment
 from gateway.experiments.exposures import ExposureLog
@@ -65,21 +64,20 @@ def create_app(deployment: Deployment) -> FastAPI:
     routers = [
         *client_routers(endpoint, deployment),
         *batch_routers(endpoint, keyring, memory),
-        assignments_router(endpoint),  # before the experiments, whose ids may hold a slash
-        outcomes_router(endpoint, experiments, keeper),
-        experiments_router(experiments),
+        *experiment_routers(endpoint, experiments, keeper),
         live_router(deployment, has_keys=bool(keyring)),
         health_router(deployment),
     ]
+    comparisons = make_comparisons(endpoint, keyring)
+    app.state.operator_routers = operator_routers(endpoint, comparisons)
     if settings.admin_port is None:
-        routers.append(admin_router(deployment, are_metrics_open=not keyring))
-    app.state.operator_routers = []
+        routers += [admin_router(deployment, are_metrics_open=not keyring), *app.state.operator_routers]
     if settings.console != "off":
         # Imported only where it is used: so are the templates and their library.
         from gateway.console.site import console_router
 
         port = settings.port if settings.is_console_for_clients else settings.admin_port or 0
-        console = console_router(deployment, endpoint, stats, experiments, keyring, port)
+        console = console_router(endpoint, stats, experiments, comparisons, keyring, port)
         (routers if settings.is_console_for_clients else app.state.operator_routers).append(console)
     include(app, routers)
     if settings.cors_origins:

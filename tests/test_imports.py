@@ -39,6 +39,7 @@ requests
 deployment
 access
 capture
+comparisons
 routing
 fleet
 recent

@@ -8,7 +8,7 @@ import hmac
 import os
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +76,7 @@ class Keyring:
         self._seen: tuple[int, ...] = ()
         self._watching: asyncio.Task[None] | None = None
         self._clients = self._from_settings
+        self._lent: dict[bytes, Client] = {}
         if self._file is not None:
             self._seen = _stamp(self._file)
             self._clients = self._read(self._file)
@@ -98,12 +99,23 @@ class Keyring:
         self.watch()
         if digest is None:
             raise Unauthorized("an API key is required: send `Authorization: Bearer KEY`")
-        client = self._clients.get(self._place(digest))
+        client = self._clients.get(self._place(digest)) or self._lent.get(self._place(digest))
         if client is None:
             raise Unauthorized("the API key is not known here")
         if client.expires is not None and client.expires <= datetime.now(UTC):
             raise Unauthorized(f"the API key of {client.name} has expired on {client.expires:%Y-%m-%d}")
         return client
+
+    def lend(self, name: str) -> tuple[str, Callable[[], None]]:
+        """Return a key without limits for the gateway's own requests, and the function that makes it invalid."""
+        key = make_key()
+        place = self._place(key_digest(key))
+        self._lent[place] = Client(name)
+
+        def take_back() -> None:
+            self._lent.pop(place, None)
+
+        return key, take_back
 
     def named(self, name: str) -> Client | None:
         """Return the client that has a key under a name, if one of its keys is valid now.

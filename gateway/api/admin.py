@@ -6,20 +6,23 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, SecretStr
 
+from gateway import golden
 from gateway.access.keyring import key_digest
-from gateway.api.live import ErrorList, error_list
+from gateway.api.cards import CardList, find_cards
+from gateway.api.live import ErrorList, error_list, live_cards
 from gateway.api.wire import AnswerBody, error_responses, responses
 from gateway.backends.base import Scraped
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.config.wording import cut
-from gateway.deployment import Deployment
-from gateway.errors import BadInput, Forbidden, ModelNotFound, ModelNotReady, ModelUnavailable, ReloadRefused
+from gateway.deployment import Deployment, Reloaded
+from gateway.errors import BadInput, Forbidden, LoadError, ModelNotFound, ModelNotReady, ModelUnavailable, ReloadRefused
 from gateway.fleet import Fleet, Model
 from gateway.http.context import RequestContext
 from gateway.telemetry import metrics
@@ -48,6 +51,17 @@ class ModelAnswer(AnswerBody):
     id: str
     state: str
     seconds: float = Field(description="How long that took; work in flight ends before a model is unloaded.")
+
+
+class VerifyAnswer(AnswerBody):
+    """A serving model was compared with its golden vectors."""
+
+    id: str
+    ok: bool
+    problem: str | None = Field(description="What is wrong, with the text and the cosine.")
+    cosine: float = Field(description="The lowest to a golden vector.")
+    limit: float = Field(description="The lowest that the number format explains.")
+    seconds: float
 
 
 def require_operator(request: Request, key: SecretStr | None) -> None:
@@ -93,20 +107,24 @@ class Admin:
     async def reload(self, request: Request) -> ReloadAnswer:
         """Re-read `models.yaml`. All of it is checked, loaded and warm before the switch; else nothing changes."""
         require_operator(request, self._deployment.settings.admin_key)
-        reloaded = await self._deployment.reload()
-        return ReloadAnswer(
-            loaded=list(reloaded.loaded),
-            kept=list(reloaded.kept),
-            removed=list(reloaded.removed),
-            aliases=reloaded.aliases,
-            experiments=reloaded.experiments,
-            seconds=round(reloaded.seconds, 3),
-        )
+        return reload_answer(await self._deployment.reload())
 
     async def errors(self, request: Request) -> ErrorList:
         """List the last errors of all clients, the latest first."""
         require_operator(request, self._deployment.settings.admin_key)
         return error_list(self._deployment.errors)
+
+    async def cards(self, request: Request) -> CardList:
+        """List the graphics cards of the machine, with the memory and the processes on each."""
+        require_operator(request, self._deployment.settings.admin_key)
+        live = {card.device: card for card in live_cards()}
+        return await asyncio.to_thread(find_cards, live)
+
+    async def verify(self, model: str, request: Request) -> VerifyAnswer:
+        """Compare a model with its golden vectors now, between its requests."""
+        require_operator(request, self._deployment.settings.admin_key)
+        RequestContext.of(request).asked = model
+        return await verify(self._deployment, model)
 
     async def load(self, model: str, request: Request) -> ModelAnswer:
         """Load a model that is loaded on demand, and wait for that."""
@@ -128,6 +146,61 @@ class Admin:
         return ModelAnswer(id=model.id, state=model.state.value, seconds=round(time.monotonic() - started, 3))
 
 
+def reload_answer(reloaded: Reloaded) -> ReloadAnswer:
+    """Return the wire form of a reload."""
+    return ReloadAnswer(
+        loaded=list(reloaded.loaded),
+        kept=list(reloaded.kept),
+        removed=list(reloaded.removed),
+        aliases=reloaded.aliases,
+        experiments=reloaded.experiments,
+        seconds=round(reloaded.seconds, 3),
+    )
+
+
+async def verify(deployment: Deployment, model_id: str) -> VerifyAnswer:
+    """Compare a serving model with its golden vectors.
+
+    Raises:
+        ModelNotFound: no model has this id.
+        BadInput: it has no golden vectors here.
+        RequestError: it does not answer.
+    """
+    started = time.monotonic()
+    model = _find(deployment.fleet, model_id)
+    if model.entry.golden is None or model.entry.is_remote:
+        raise BadInput(f"model {model.id!r} has no golden vectors here: record some with `gateway verify --record`")
+    if model.info is None or not model.takes_requests:
+        raise ModelNotReady(f"model {model.id!r} is {model.state.value}", retry_after_s=5)
+    info = model.info
+    try:
+        vectors = await asyncio.to_thread(golden.read, Path(model.entry.golden), info.fingerprint, info.tasks)
+    except LoadError as error:
+        raise BadInput(str(error)) from error
+    check = golden.GoldenCheck(model.id, vectors, golden.MIN_COSINE[info.dtype])
+    problem = await check.recheck(model.compute, deployment.settings.forward_timeout_s)
+    return VerifyAnswer(
+        id=model.id,
+        ok=not problem,
+        problem=problem or None,
+        cosine=metrics.values(metrics.GOLDEN_COSINE)[model.id,],
+        limit=check.min_cosine,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _find(fleet: Fleet, model_id: str) -> Model:
+    """Return a model.
+
+    Raises:
+        ModelNotFound: no model has this id.
+    """
+    model = fleet.get(model_id)
+    if model is None:
+        raise ModelNotFound(f"no model has the id {cut(model_id)!r}; there are: {', '.join(one.id for one in fleet)}")
+    return model
+
+
 def _on_demand(fleet: Fleet, model_id: str) -> tuple[Model, OnDemandBackend]:
     """Return a model that is loaded on demand, with its backend.
 
@@ -137,9 +210,7 @@ def _on_demand(fleet: Fleet, model_id: str) -> tuple[Model, OnDemandBackend]:
         ModelNotReady: the gateway has just been started, and has not read the model yet.
         ModelUnavailable: the model is disabled or has failed.
     """
-    model = fleet.get(model_id)
-    if model is None:
-        raise ModelNotFound(f"no model has the id {cut(model_id)!r}; there are: {', '.join(one.id for one in fleet)}")
+    model = _find(fleet, model_id)
     backend = model.on_demand
     if model.entry.is_remote:
         raise BadInput(f"model {model.id!r} runs on other servers, and is loaded there")
@@ -171,6 +242,13 @@ def admin_router(deployment: Deployment, *, are_metrics_open: bool) -> APIRouter
         "/admin/reload", admin.reload, methods=["POST"], responses=responses(ReloadAnswer, ReloadRefused, Forbidden)
     )
     router.add_api_route("/admin/errors", admin.errors, responses=responses(ErrorList, Forbidden))
+    router.add_api_route("/admin/cards", admin.cards, responses=responses(CardList, Forbidden))
+    router.add_api_route(
+        "/admin/models/{model:path}/verify",
+        admin.verify,
+        methods=["POST"],
+        responses=responses(VerifyAnswer, BadInput, Forbidden, ModelNotFound, ModelNotReady),
+    )
     for name, handler in (("load", admin.load), ("unload", admin.unload)):
         router.add_api_route(
             f"/admin/models/{{model:path}}/{name}",

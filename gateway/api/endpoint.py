@@ -58,6 +58,7 @@ class Endpoint:
     A dialect contributes three functions, see :data:`Parse`, :data:`Ask` and :data:`Write`.
 
     Attributes:
+        tokenizing: the thread that splits texts for requests that want their tokens.
         on_start: called when the server begins, on its event loop.
     """
 
@@ -67,6 +68,8 @@ class Endpoint:
         self.settings = settings
         self._quotas = quotas
         self._turns = Turns("json")
+        # One at a time: it takes a core, which the models need more.
+        self.tokenizing = Turns("tokens")
         self.on_start: list[Callable[[], None]] = []
 
     async def embed(

@@ -155,7 +155,7 @@ def live(deployment: Deployment, client: Client) -> Live:
         for model in deployment.fleet
         if names.allows(client, model.id)
     ]
-    return Live(data=models, cards=_live_cards())
+    return Live(data=models, cards=live_cards())
 
 
 def _live_model(model: Model, traffic: RecentTraffic, gauges: Mapping[str, float | None]) -> LiveModel:
@@ -182,7 +182,8 @@ def _live_model(model: Model, traffic: RecentTraffic, gauges: Mapping[str, float
     )
 
 
-def _live_cards() -> list[LiveCard]:
+def live_cards() -> list[LiveCard]:
+    """Return the graphics cards that this process uses."""
     metrics.refresh()
     memory, busy = metrics.values(metrics.GPU_MEMORY), metrics.values(metrics.GPU_UTILIZATION)
 

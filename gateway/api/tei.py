@@ -31,7 +31,6 @@ from gateway.api.tei_schema import (
 )
 from gateway.errors import MethodNotAllowed, ModelNotFound, ModelNotReady, NotFound, RequestError
 from gateway.http.context import RequestContext
-from gateway.http.turns import Turns
 from gateway.requests import EmbedAnswer, EmbedRequest
 from gateway.routing.names import DEFAULT_ALIAS
 from gateway.routing.router import Target
@@ -53,8 +52,6 @@ class TeiDialect:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._settings = endpoint.settings
-        # One at a time: it takes a core, which the models need more.
-        self._tokenizing = Turns("tokens")
         self.predict = Predictor(endpoint).predict
         self._reranker = Reranker(endpoint, RerankPath(TEI_ADDRESS, is_tei=True))
 
@@ -114,7 +111,7 @@ class TeiDialect:
         RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
         async with self._endpoint.service.vocabulary(target, "tokenize") as vocabulary:
             split = partial(vocabulary.split, texts, add_special_tokens=body.add_special_tokens)
-            rows = await self._endpoint.in_turn(request, num_characters, split, self._tokenizing)
+            rows = await self._endpoint.in_turn(request, num_characters, split, self._endpoint.tokenizing)
         return await self._answer_about(
             request, target, lambda: nested_list(value_list(map(_token, row)) for row in rows), sum(map(len, rows))
         )
@@ -187,7 +184,7 @@ class TeiDialect:
     ) -> list[str]:
         async with self._endpoint.service.vocabulary(target, "decode") as vocabulary:
             join = partial(vocabulary.join, rows, skip_special_tokens=skip_special_tokens)
-            return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._tokenizing)
+            return await self._endpoint.in_turn(request, sum(map(len, rows)), join, self._endpoint.tokenizing)
 
     def _target(self, request: Request, task: str | None = None) -> Target:
         self._endpoint.note_name(request, _model(request))

@@ -144,13 +144,13 @@ class DecodeBody(RequestBody):
         return [cast(list[int], self.ids)] if is_one else cast(list[list[int]], self.ids)
 
 
-def check_characters(texts: Sequence[str]) -> None:
+def check_characters(texts: Sequence[str], field: str = "inputs") -> None:
     """Refuse texts whose tokens would make too long an answer.
 
     Raises:
         BadInput: they have more than ``MAX_CHARACTERS`` together.
     """
-    _check_size(sum(map(len, texts)), MAX_CHARACTERS, "inputs", "characters")
+    _check_size(sum(map(len, texts)), MAX_CHARACTERS, field, "characters")
 
 
 def check_ids(rows: Sequence[Sequence[int]], field: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -55,6 +55,10 @@ QueriesOption = Annotated[
         metavar="FILE", help="Take these queries instead: the file of a capture, without the date for all days."
     ),
 ]
+ProgressOption = Annotated[
+    Literal["auto", "json"],
+    typer.Option(help="`json`: the progress as lines of JSON on standard error, for a program that shows it."),
+]
 YesOption = Annotated[bool, typer.Option("--yes", help="Agree to the price of the judge.")]
 
 
@@ -80,6 +84,7 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     judge_budget: JudgeBudgetOption = None,
     judge_check: JudgeCheckOption = None,
     yes: YesOption = False,
+    progress: ProgressOption = "auto",
 ) -> None:
     """Compare models on your own texts.
 
@@ -109,10 +114,11 @@ def compare(  # noqa: PLR0913, PLR0917  an argument for each option
     if wanted := _judge_request(judge, judge_model, judge_key_env, cache, judge_check, judge_budget):
         judging = make_judging(wanted, is_agreed=yes)
     if url is not None:
-        run_comparison(request, RunningGateway(url, os.environ.get(api_key_env)), out, judging)
+        gateway: RunningGateway | OwnModels = RunningGateway(url, os.environ.get(api_key_env))
     else:
         settings = load_settings(os.environ, models=models)
-        run_comparison(request, OwnModels(load_registry(settings.models, os.environ), settings), out, judging)
+        gateway = OwnModels(load_registry(settings.models, os.environ), settings)
+    run_comparison(request, gateway, out, judging, is_progress_json=progress == "json")
 
 
 def _judge_request(

@@ -56,13 +56,19 @@ class OwnModels:
 
 
 def run_comparison(
-    request: CompareRequest, gateway: RunningGateway | OwnModels, out: Path | None, judging: Judging | None = None
+    request: CompareRequest,
+    gateway: RunningGateway | OwnModels,
+    out: Path | None,
+    judging: Judging | None = None,
+    *,
+    is_progress_json: bool = False,
 ) -> None:
     """Compare, print the tables, and write the files.
 
     Args:
         out: folder for the files; by default one named after the time.
         judging: the judge of the arms, if there is one.
+        is_progress_json: whether the progress is for a program.
 
     Raises:
         CompareError: the comparison cannot be made, or its results cannot be written.
@@ -77,7 +83,7 @@ def run_comparison(
     dataset = read_dataset(
         request.data, request.split, request.max_documents, request.seed, request.judged, request.queries
     )
-    comparison, rankings = asyncio.run(_compare(request, dataset, gateway, progress))
+    comparison, rankings = asyncio.run(_compare(request, dataset, gateway, progress, is_json=is_progress_json))
     print_comparison(comparison, console)
     written = write_results(comparison, rankings, folder)
     judged, failure = None, None
@@ -97,13 +103,18 @@ def run_comparison(
 
 
 async def _compare(
-    request: CompareRequest, dataset: Dataset, gateway: RunningGateway | OwnModels, console: Console
+    request: CompareRequest,
+    dataset: Dataset,
+    gateway: RunningGateway | OwnModels,
+    console: Console,
+    *,
+    is_json: bool,
 ) -> tuple[Comparison, Mapping[str, Ranking]]:
     names = [arm.model for arm in parse_arms(request.arms)]
     async with AsyncExitStack() as stack:
         with console.status(Text(f"getting {', '.join(dict.fromkeys(names))} ready")):
             client = await stack.enter_async_context(_client(gateway, names))
-        with progress_on(console) as reporter:
+        with progress_on(console, is_json=is_json) as reporter:
             return await compare(request, dataset, client, reporter)
 
 

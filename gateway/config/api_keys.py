@@ -7,12 +7,9 @@ makes them), which cannot be guessed like passwords.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
@@ -20,7 +17,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from gateway.config.fields import Distinct, DistinctListed, Frozen, Name, NonEmptyText, Positive, Sha256, Time, Version
-from gateway.config.files import write_whole
+from gateway.config.files import one_writer, write_whole
 from gateway.config.problems import field_problems
 from gateway.config.wording import describe, did_you_mean, explain, quote
 from gateway.config.yaml_source import Document, FileKind, KeyPath, compose, read_document, read_text
@@ -146,7 +143,7 @@ def add_key(path: Path, entry: KeyEntry, environ: Mapping[str, str]) -> None:
         StartError: the name is taken, the entry cannot be inserted, or the file cannot be written.
     """
     try:
-        with _locked(path):
+        with one_writer(path):
             if not path.exists() or (path.is_file() and path.stat().st_size == 0):
                 write_whole(path, f"version: 1\n\nkeys:\n{entry_lines(entry)}", 0o600)
                 return
@@ -179,17 +176,6 @@ def _entry_yaml(entry: KeyEntry) -> dict[str, str]:
     if entry.expires is not None:
         values["expires"] = f'"{entry.expires.isoformat()}"'
     return values
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time change the file: two that add a key at once would lose one of them."""
-    folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        flock(folder, LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _extended(text: str, path: Path, entry: KeyEntry) -> str | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, flock
 from io import BufferedReader
 from pathlib import Path
 
@@ -91,3 +92,18 @@ def write_whole(path: Path, content: str | Iterable[bytes], mode: int = 0o666) -
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def one_writer(path: Path) -> Iterator[None]:
+    """Let one process at a time change a file: of two that change it at once, one change would be lost.
+
+    Raises:
+        OSError: its folder cannot be opened.
+    """
+    folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flock(folder, LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

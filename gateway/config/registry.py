@@ -29,7 +29,7 @@ from gateway.errors import ConfigError, Problem
 __all__ = ["Alias", "Arm", "Experiment", "ModelEntry", "Outcome", "Registry", "Shadow", "Source", "load_registry"]
 
 
-_MODELS_FILE = FileKind("`version: 1` and `models:`", "name another with GATEWAY_MODELS or on the command line")
+MODELS_FILE = FileKind("`version: 1` and `models:`", "name another with GATEWAY_MODELS or on the command line")
 
 
 class Registry(Frozen):
@@ -117,18 +117,19 @@ class Registry(Frozen):
 # ---------------------------------------------------------------------------------------------------------- loader
 
 
-def load_registry(path: Path, environ: Mapping[str, str]) -> Registry:
+def load_registry(path: Path, environ: Mapping[str, str], text: str | None = None) -> Registry:
     """Read and check a registry file.
 
     Args:
         path: the file; folders in it are relative to its folder.
         environ: the variables for ``${NAME}`` in its values.
+        text: new content of the file, to be checked before it is written.
 
     Raises:
         ConfigError: the file cannot be read or is wrong; lists every problem. Conflicts between entries are found once
             every entry is valid.
     """
-    document = read_document(path, environ, _MODELS_FILE)
+    document = read_document(path, environ, MODELS_FILE, text)
     root = document.root
     if not isinstance(root, dict):
         message = f"the file must be a mapping with `version` and `models`, got {describe(root)}"

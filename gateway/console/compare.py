@@ -1,21 +1,27 @@
-"""The comparisons: the verdict first, then the reasons, then the queries to look at."""
+"""The comparisons: the verdict first, then the reasons, then the queries to look at; and the start of another one."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from urllib.parse import quote
 
 from fastapi import Request, Response
 
+from gateway.api.comparisons import Comparisons
+from gateway.comparisons.jobs import Job, Jobs, Wanted
+from gateway.comparisons.runs import PRIMARY, Interval, Query, Ratio, Results, Run, Runs
 from gateway.console.charts import Scale
 from gateway.console.parts import Parts
-from gateway.console.runs import PRIMARY, Interval, Query, Ratio, Results, Run, Runs
-from gateway.console.web import chosen, visitor_of
-from gateway.errors import Forbidden
+from gateway.console.web import Form, chosen, read_form, visitor_of
+from gateway.errors import BadInput, Forbidden, NotFound, RequestError
+from gateway.http.context import RequestContext
 
 _NUM_QUERIES = 10
 _NUM_HITS = 5
+_FORM_ARMS = 4
 _ORDERS = ("lost", "gained")
 
 
@@ -43,15 +49,16 @@ class Forest:
 class Compare:
     """The handlers of the pages."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, comparisons: Comparisons) -> None:
         self._parts = parts
+        self._comparisons = comparisons
 
     async def first(self, request: Request) -> Response:
         """Show the latest comparison, or how to make one."""
         runs = self.runs(request)
         known = [] if runs is None else await asyncio.to_thread(runs.latest)
         if not known:
-            return self._parts.pages.render(request, "compare_none.html.j2", runs=runs)
+            return self._parts.pages.render(request, "compare_none.html.j2", runs=runs, jobs=self._unfinished(known))
         return await self._page(request, known, known[0])
 
     async def show(self, request: Request) -> Response:
@@ -59,8 +66,71 @@ class Compare:
         runs = self.runs(request)
         if runs is None:
             return await self.first(request)
+        job = self._jobs().find(request.path_params["run"])
+        if job is not None and job.state != "done":
+            known = await asyncio.to_thread(runs.latest)
+            return self._parts.pages.render(
+                request, "compare_running.html.j2", job=job, known=known, jobs=self._unfinished(known)
+            )
         run = await asyncio.to_thread(runs.find, request.path_params["run"])
         return await self._page(request, await asyncio.to_thread(runs.latest), run)
+
+    async def ask(self, request: Request) -> Response:
+        """Show the form for a comparison."""
+        self.runs(request)
+        jobs = self._jobs()
+        arms = [arm for arm in request.query_params.getlist("arm") if arm] or self._parts.usual_arms(request)
+        return await self._form(request, jobs, Wanted(_usual_name(), arms[:_FORM_ARMS], ""))
+
+    async def start(self, request: Request) -> Response:
+        """Start a comparison, and show its progress."""
+        self.runs(request)
+        jobs = self._jobs()
+        form = await read_form(request)
+        try:
+            wanted = _wanted(form)
+            await jobs.start(wanted, self._comparisons.address(request))
+        except BadInput as error:
+            RequestContext.of(request).refuse(error)
+            return await self._form(request, jobs, _written(form), error)
+        return self._parts.pages.redirect(request, f"/compare/{quote(wanted.name)}")
+
+    async def stop(self, request: Request) -> Response:
+        """Stop a comparison that is running."""
+        self.runs(request)
+        name = request.path_params["run"]
+        await self._jobs().stop(name)
+        return self._parts.pages.redirect(request, f"/compare/{quote(name)}")
+
+    async def _form(
+        self, request: Request, jobs: Jobs, wanted: Wanted, problem: RequestError | None = None
+    ) -> Response:
+        return self._parts.pages.render(
+            request,
+            "compare_new.html.j2",
+            200 if problem is None else problem.status,
+            wanted=wanted,
+            problem=problem,
+            data_sets=await asyncio.to_thread(jobs.data_sets),
+            runs=self._comparisons.runs,
+            running=jobs.running,
+            names=self._parts.arm_names(request),
+            num_arms=_FORM_ARMS,
+        )
+
+    def _jobs(self) -> Jobs:
+        if self._comparisons.jobs is None:
+            raise NotFound("GATEWAY_RUNS_DIR is not set, so there is no place for comparisons")
+        return self._comparisons.jobs
+
+    def _unfinished(self, known: Sequence[Run]) -> list[Job]:
+        """Return the comparisons that were started here and have no results."""
+        names = {run.name for run in known}
+        return (
+            []
+            if self._comparisons.jobs is None
+            else [job for job in self._jobs().all() if job.wanted.name not in names]
+        )
 
     def runs(self, request: Request) -> Runs | None:
         """Return the folder of the comparisons, which hold texts; ``None`` if none is set.
@@ -70,8 +140,7 @@ class Compare:
         """
         if not visitor_of(request).sees_all:
             raise Forbidden("comparisons hold texts, so they are for the operator: sign in with GATEWAY_ADMIN_KEY")
-        folder = self._parts.deployment.settings.runs_dir
-        return None if folder is None else Runs(folder)
+        return self._comparisons.runs
 
     async def _page(self, request: Request, known: Sequence[Run], run: Run) -> Response:
         runs, results = self.runs(request), run.results
@@ -89,6 +158,7 @@ class Compare:
             request,
             "compare.html.j2",
             known=known,
+            jobs=self._unfinished(known),
             run=run,
             results=results,
             primary=PRIMARY,
@@ -100,6 +170,34 @@ class Compare:
             queries=queries,
             num_hits=_NUM_HITS,
         )
+
+
+def _wanted(form: Form) -> Wanted:
+    """Return the comparison that a form asks for.
+
+    Raises:
+        BadInput: a number is not one.
+    """
+    number, margin = form.first("max_documents").strip().replace(",", ""), form.first("margin").strip()
+    try:
+        max_documents = int(number) if number else None
+        wanted_margin = float(margin) if margin else None
+    except ValueError:
+        raise BadInput("the number of documents and the margin must be numbers, or empty") from None
+    if (max_documents is not None and max_documents < 1) or not 0 <= (wanted_margin or 0.0) <= 1:
+        raise BadInput("the number of documents must be at least 1, and the margin from 0 to 1")
+    return replace(_written(form), max_documents=max_documents, margin=wanted_margin)
+
+
+def _written(form: Form) -> Wanted:
+    """Return the texts of a form, to be shown again."""
+    arms = [arm.strip() for arm in form.all("arm")]
+    name, data = form.first("name").strip(), form.first("data")
+    return Wanted(name, [arm for arm in arms if arm], data, measures_cost=bool(form.first("cost")))
+
+
+def _usual_name() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H.%M}"
 
 
 def _quality(results: Results) -> Forest | None:

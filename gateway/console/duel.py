@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 
+from gateway.comparisons.runs import Run, Runs
 from gateway.console.charts import Scale
 from gateway.console.compare import Compare
 from gateway.console.duels import TARGET, Choice, Duel, DuelFolder, Shown, Standing, Vote, draw, qrels, stand
 from gateway.console.parts import Parts
-from gateway.console.runs import Run, Runs
 from gateway.console.web import read_form, visitor_of
 from gateway.errors import BadInput, NotFound
 from gateway.experiments.preference import Ballot

@@ -17,9 +17,9 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from gateway.comparisons.runs import Query
 from gateway.config.files import write_whole
 from gateway.config.wording import cut
-from gateway.console.runs import Query
 from gateway.errors import BadInput, NotFound
 from gateway.experiments.preference import Ballot, Preference, judge
 

@@ -1,15 +1,18 @@
-"""The experiments: is the split right, which arm is slower or fails, who gets what, and what a new weight moves."""
+"""The experiments: is the split right, which arm is slower or fails, who gets what; and new weights, or the end."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from fastapi import Request, Response
 
+from gateway.api.experiment_changes import MAX_WEIGHT, change_experiment, end_experiment, reweighted
 from gateway.api.experiments import find_experiment
-from gateway.config.registry import Arm, Experiment
+from gateway.config.editing import Change
+from gateway.config.registry import Experiment
 from gateway.console.charts import Scale
 from gateway.console.outcomes import OutcomeView, decided, view_outcomes
 from gateway.console.parts import Parts
@@ -21,7 +24,6 @@ from gateway.http.context import RequestContext
 from gateway.routing.changes import moved_units
 
 _MAX_UNIT = 256
-_MAX_WEIGHT = 1_000_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,18 @@ class Ramp:
     """New weights, and their consequences.
 
     Attributes:
+        weights: by arm, as they were written.
         moves: the share of all units that move, by the two arms: ``jina -> bge``.
     """
 
     weights: Mapping[str, str]
     moves: Mapping[str, float]
     diff: Sequence[DiffLine]
+
+    @property
+    def is_change(self) -> bool:
+        """Whether a weight is new."""
+        return any(line.sign != " " for line in self.diff)
 
     @property
     def text(self) -> str:
@@ -98,14 +106,45 @@ class Experiments:
         return await self._page(request, experiment, unit=unit, assignment=choice.assignment)
 
     async def ramp(self, request: Request) -> Response:
-        """Show what new weights change, as lines for ``models.yaml``, which stays the truth."""
+        """Show what new weights change, as lines for ``models.yaml``, and ask whether to write them there."""
         experiment = self._find(request)
         try:
-            changed, weights = _reweighted(experiment, await read_form(request))
+            weights = _weights(experiment, await read_form(request))
+            changed = reweighted(experiment, {label: float(weight) for label, weight in weights.items()})
         except RequestError as error:
             return await self._refuse(request, experiment, error.message)
         moves = await asyncio.to_thread(moved_units, experiment, changed)
         return await self._page(request, experiment, ramp=Ramp(weights, moves, _diff(experiment, changed)))
+
+    async def change(self, request: Request) -> Response:
+        """Write new weights into ``models.yaml``, and serve them."""
+        self._parts.require_operator(request)
+        experiment = self._find(request)
+        form = await read_form(request)
+        try:
+            weights = {label: float(weight) for label, weight in _weights(experiment, form).items()}
+            if form.first("generation") != self._generation(experiment):
+                raise BadInput("the experiment was changed in the meantime; look at the change again")
+            reweighted(experiment, weights)
+            reloaded = await change_experiment(self._parts.deployment, experiment, Change(weights))
+        except RequestError as error:
+            return await self._refuse(request, experiment, error.message)
+        return self._done(request, experiment, reloaded.experiments.get(experiment.id, "nothing has changed"))
+
+    async def ask_end(self, request: Request) -> Response:
+        """Ask whether to end an experiment."""
+        self._parts.require_operator(request)
+        return await self._page(request, self._find(request), is_ending=True)
+
+    async def end(self, request: Request) -> Response:
+        """End an experiment now."""
+        self._parts.require_operator(request)
+        experiment = self._find(request)
+        try:
+            await end_experiment(self._parts.deployment, experiment)
+        except RequestError as error:
+            return await self._refuse(request, experiment, error.message)
+        return self._done(request, experiment, f"ended: {experiment.control.label} answers all requests")
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
@@ -115,6 +154,13 @@ class Experiments:
 
     def _find(self, request: Request) -> Experiment:
         return find_experiment(self._parts.deployment, request, request.path_params["experiment_id"])
+
+    def _generation(self, experiment: Experiment) -> str:
+        return self._parts.deployment.router.generation(experiment.id)
+
+    def _done(self, request: Request, experiment: Experiment, message: str) -> Response:
+        text = f"models.yaml was written and is served. {experiment.id}: {message}."
+        return self._parts.done(request, f"/experiments/{quote(experiment.id)}", text)
 
     async def _refuse(self, request: Request, experiment: Experiment, message: str) -> Response:
         error = BadInput(message)
@@ -136,6 +182,7 @@ class Experiments:
         unit: str = "",
         assignment: Assignment | None = None,
         ramp: Ramp | None = None,
+        is_ending: bool = False,
         problem: RequestError | None = None,
     ) -> Response:
         report, no_outcomes = await self._report(experiment)
@@ -159,7 +206,10 @@ class Experiments:
             assignment=assignment,
             arm_index={arm.label: index for index, arm in enumerate(experiment.arms)},
             ramp=ramp,
+            is_ending=is_ending,
+            generation=self._generation(experiment),
             problem=problem,
+            done=self._parts.pages.gate.take_message(request),
         )
 
 
@@ -235,26 +285,19 @@ def _share(report: ExperimentReport, index: int) -> float | None:
     return report.evidence[index].units / total if total else None
 
 
-def _reweighted(experiment: Experiment, form: Form) -> tuple[Experiment, dict[str, str]]:
-    """Return an experiment with the weights of a form.
+def _weights(experiment: Experiment, form: Form) -> dict[str, str]:
+    """Return the weights of a form by arm, as they were written.
 
     Raises:
-        BadInput: a weight is not a number from 0 on, or all are 0.
+        BadInput: one is missing, or is not a number.
     """
     weights = dict(zip((arm.label for arm in experiment.arms), form.all("weight"), strict=False))
-    arms: list[Arm] = []
     for arm in experiment.arms:
-        written = weights.get(arm.label, "")
         try:
-            weight = float(written)
+            float(weights.get(arm.label, ""))
         except ValueError:
-            weight = -1.0
-        if not 0 <= weight <= _MAX_WEIGHT:
-            raise BadInput(f"the weight of {arm.label!r} must be a number from 0 to {_MAX_WEIGHT:,.0f}")
-        arms.append(arm.model_copy(update={"weight": weight}))
-    if not any(arm.weight for arm in arms):
-        raise BadInput("at least one arm needs a weight above 0")
-    return experiment.model_copy(update={"arms": tuple(arms)}), weights
+            raise BadInput(f"the weight of {arm.label!r} must be a number from 0 to {MAX_WEIGHT:,.0f}") from None
+    return weights
 
 
 def _diff(before: Experiment, after: Experiment) -> list[DiffLine]:

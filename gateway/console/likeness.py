@@ -50,6 +50,14 @@ def order(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
 
 
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the rank of each value, the highest first, from 1; equal ones share the mean of their ranks."""
+    numbers = np.asarray(values, np.float64)
+    _levels, level, counts = np.unique(-numbers, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return [float(rank) for rank in (last - (counts - 1) / 2)[level]]
+
+
 def bytes_per_text(answer: EmbedAnswer, output: Output) -> int:
     """Return the bytes that a store needs for a text; the median where they differ."""
     if output is Output.SPARSE:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import Request, Response
 
-from gateway.api.live import ErrorCard, LiveModel, error_list, live, shadow_cards
+from gateway.api.admin import verify
+from gateway.api.cards import CardOfMachine, find_cards
+from gateway.api.live import ErrorCard, LiveCard, LiveModel, error_list, live, shadow_cards
 from gateway.api.model_cards import list_cards
 from gateway.api.openai_schema import ModelCard
 from gateway.config.wording import count
@@ -15,6 +18,7 @@ from gateway.console.charts import sparkline
 from gateway.console.parts import Parts
 from gateway.console.troubles import find_troubles
 from gateway.console.web import visitor_of
+from gateway.console.words import size
 from gateway.errors import ModelNotFound, RequestError
 from gateway.experiments.report import ExperimentReport
 from gateway.routing.names import Client
@@ -54,19 +58,21 @@ class Overview:
         errors = self._errors(request)
         shadows = shadow_cards(deployment, visitor.client)
         rows = self._rows(now.data, visitor.client, errors)
+        others = await _other_processes(now.cards) if visitor.sees_all and now.cards else {}
         return self._parts.pages.render(
             request,
             "overview.html.j2",
             headline=_headline(now.data),
             rows=rows,
             cards=now.cards,
+            others=others,
             requests_per_s=sum(model.requests_per_s for model in now.data),
             num_requests=sum(model.requests for model in now.data),
             num_failed=sum(model.errors for model in now.data),
             has_started=deployment.fleet.started.is_set(),
             is_draining=deployment.is_draining,
             registry_path=deployment.registry.path.name,
-            troubles=find_troubles(now.data, now.cards, reports, shadows, errors),
+            troubles=find_troubles(now.data, now.cards, reports, shadows, errors, others),
             aliases=self._aliases(visitor.client),
             reports=reports,
             shadows=shadows,
@@ -94,6 +100,13 @@ class Overview:
     async def unload(self, request: Request) -> Response:
         """Unload a model that is loaded on demand."""
         return await self._change(request, is_loading=False)
+
+    async def verify(self, request: Request) -> Response:
+        """Compare a model with its golden vectors now."""
+        self._parts.require_operator(request)
+        found = await verify(self._parts.deployment, request.path_params["model"])
+        text = f"{found.id}: the lowest cosine to a golden vector is {found.cosine:.5f}, the limit is {found.limit:g}"
+        return self._parts.done(request, "", f"{text}: {'as it should be' if found.ok else 'wrong vectors'}.")
 
     async def _change(self, request: Request, *, is_loading: bool) -> Response:
         self._parts.require_operator(request)
@@ -153,6 +166,19 @@ class Overview:
                 continue
             found.append((alias.name, choice.model.id + (f":{choice.task}" if choice.task else "")))
         return found
+
+
+async def _other_processes(cards: Sequence[LiveCard]) -> dict[str, str]:
+    """Return the other processes on each card that has any, by its device."""
+    found = await asyncio.to_thread(find_cards, {card.device: card for card in cards})
+    return {card.device: _name_processes(card) for card in found.data if card.device is not None and card.others}
+
+
+def _name_processes(card: CardOfMachine) -> str:
+    return ", ".join(
+        f"{other.name} (pid {other.pid})" + ("" if other.memory_bytes is None else f" {size(other.memory_bytes)}")
+        for other in card.others
+    )
 
 
 def _headline(models: Sequence[LiveModel]) -> str:

@@ -14,6 +14,7 @@ from gateway.deployment import Deployment
 from gateway.errors import Forbidden
 from gateway.experiments.report import ExperimentReport
 from gateway.experiments.stats import ExperimentStats
+from gateway.types import ModelKind, ModelState
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,31 @@ class Parts:
             OutcomesUnavailable: the file of experiments cannot be read now.
         """
         return await self.reports.report(experiment)
+
+    def arm_names(self, request: Request) -> list[str]:
+        """Return the arms that a reader may write, in the playground and in a comparison."""
+        router, client = self.deployment.router, visitor_of(request).client
+        names: list[str] = []
+        for choice in router.listed(client):
+            info = choice.model.info
+            if choice.experiment is not None or info is None or info.kind is not ModelKind.EMBED:
+                continue
+            names += [choice.asked, *(f"{choice.asked}:{task}" for task in info.tasks if choice.task is None)]
+            names += [f"{choice.asked}@{size}" for size in info.dimensions[1:]]
+            names += [f"{choice.asked}:binary", *(f"{choice.asked}+{output}" for output in info.outputs[1:])]
+        return names
+
+    def usual_arms(self, request: Request) -> list[str]:
+        """Return the first two models that a reader may use."""
+        router, client = self.deployment.router, visitor_of(request).client
+        return [
+            choice.asked
+            for choice in router.listed(client)
+            if choice.experiment is None
+            and choice.model.state is ModelState.READY
+            and choice.model.info is not None
+            and choice.model.info.kind is ModelKind.EMBED
+        ][:2]
 
     def require_operator(self, request: Request) -> None:
         """Let only the operator pass.

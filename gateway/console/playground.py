@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,19 +11,22 @@ from fastapi import Request, Response
 
 from gateway.console.arms import PASSAGE_TASK, QUERY_TASK
 from gateway.console.charts import NUM_SHADES
+from gateway.console.likeness import ranks
 from gateway.console.parts import Parts
 from gateway.console.snippets import Snippet, snippets
 from gateway.console.trial import MAX_COMPARED, ArmFailure, ArmResult, run_arm
-from gateway.console.web import Form, read_form, visitor_of
+from gateway.console.web import Form, read_form
+from gateway.console.words import signed
 from gateway.errors import BadInput, RequestError
 from gateway.http.context import RequestContext
-from gateway.types import ModelKind, ModelState, Timings
+from gateway.types import Timings
 
 MAX_ARMS = 3
 MAX_TEXTS = 50
 _MAX_ARM = 200
 _TOP = 5
 _FAR = 3
+_MOVE_SHADES = 4
 _FULL_SHADE = 0.8  # cosines of different texts rarely exceed it
 _KINDS = ("query", "texts")
 _EXAMPLE = (
@@ -67,11 +71,19 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell of a heat map: its value, and its shade on the scale of all arms and on the scale of its arm alone."""
+    """A cell of a heat map: a pair of texts.
+
+    Attributes:
+        shade, own_shade: of its value, on the scale of all arms and on that of its arm alone.
+        moved: by how many ranks the pair is nearer than in the first arm, among all pairs; empty in that arm.
+        move_shade: from -4, much further, to 4, much nearer.
+    """
 
     value: str
     shade: int
     own_shade: int
+    moved: str = ""
+    move_shade: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +116,7 @@ class Playground:
         """Show the form, with the arms of the link, or the texts of an example."""
         arms = [arm[:_MAX_ARM] for arm in request.query_params.getlist("arm") if arm][:MAX_ARMS]
         query, candidates = _EXAMPLE if "example" in request.query_params else ("", ())
-        return self._page(request, Asked("query", query, candidates, arms or self._usual_arms(request)))
+        return self._page(request, Asked("query", query, candidates, arms or self._parts.usual_arms(request)))
 
     async def run(self, request: Request) -> Response:
         """Run the arms one after the other, so that none slows down another, and show the results."""
@@ -134,7 +146,7 @@ class Playground:
             "playground.html.j2",
             200 if problem is None else problem.status,
             asked=asked,
-            names=self._names(request),
+            names=self._parts.arm_names(request),
             problem=problem,
             results=results,
             columns=columns,
@@ -145,31 +157,6 @@ class Playground:
             max_compared=MAX_COMPARED,
             side_note=side_note,
         )
-
-    def _names(self, request: Request) -> list[str]:
-        """Return the arms that a reader may write."""
-        router, client = self._parts.deployment.router, visitor_of(request).client
-        names: list[str] = []
-        for choice in router.listed(client):
-            info = choice.model.info
-            if choice.experiment is not None or info is None or info.kind is not ModelKind.EMBED:
-                continue
-            names += [choice.asked, *(f"{choice.asked}:{task}" for task in info.tasks if choice.task is None)]
-            names += [f"{choice.asked}@{size}" for size in info.dimensions[1:]]
-            names += [f"{choice.asked}:binary", *(f"{choice.asked}+{output}" for output in info.outputs[1:])]
-        return names
-
-    def _usual_arms(self, request: Request) -> list[str]:
-        """Return the first two models that a reader may use."""
-        router, client = self._parts.deployment.router, visitor_of(request).client
-        return [
-            choice.asked
-            for choice in router.listed(client)
-            if choice.experiment is None
-            and choice.model.state is ModelState.READY
-            and choice.model.info is not None
-            and choice.model.info.kind is ModelKind.EMBED
-        ][:2]
 
 
 def _read(form: Form) -> Asked:
@@ -206,6 +193,8 @@ def _columns(results: Sequence[ArmResult | ArmFailure], api: str, text: str, *, 
     longest = max(
         (_total(times) for result in answered for times in (result.query_times, result.texts_times)), default=0
     )
+    # Cosines of two models cannot be compared, but the order of the pairs can.
+    first = next((_pairs(result) for result in answered if result.likeness), [])
     for index, result in enumerate(results):
         if isinstance(result, ArmFailure):
             continue
@@ -214,7 +203,7 @@ def _columns(results: Sequence[ArmResult | ArmFailure], api: str, text: str, *, 
             index=index,
             result=result,
             lines=list(_lines(result, after)) if isinstance(after, ArmResult) and result.scores else [],
-            heat=list(_heat(result)),
+            heat=list(_heat(result, first)),
             query_bars=_bars(result.query_times, longest),
             texts_bars=_bars(result.texts_times, longest),
             snippets=snippets(result, api, text, needs_key=needs_key),
@@ -229,15 +218,35 @@ def _lines(one: ArmResult, other: ArmResult) -> Iterator[Line]:
         yield Line(text, places[0], places[1], abs(rank - ranks[text]) >= _FAR)
 
 
-def _heat(result: ArmResult) -> Iterator[list[Cell]]:
-    rows = [row[:number] for number, row in enumerate(result.likeness) if number]
-    values = [value for row in rows for value in row]
+def _pairs(result: ArmResult) -> list[float]:
+    """Return the similarity of each pair of texts: the lower triangle, row by row."""
+    return [value for number, row in enumerate(result.likeness) for value in row[:number]]
+
+
+def _heat(result: ArmResult, first: Sequence[float]) -> Iterator[list[Cell]]:
+    """Yield the rows of a heat map.
+
+    Args:
+        first: the pairs of the first arm that has any.
+    """
+    values = _pairs(result)
     if not values:
         return
     low, high = min(values), max(values)
     span = (high - low) or 1.0
-    for row in rows:
-        yield [Cell(_short(value), _shade(value / _FULL_SHADE), _shade((value - low) / span)) for value in row]
+    moves = [before - now for before, now in zip(ranks(first), ranks(values), strict=True)]
+    cells = (
+        Cell(_short(value), _shade(value / _FULL_SHADE), _shade((value - low) / span), *_moved(move, len(values)))
+        for value, move in zip(values, moves, strict=True)
+    )
+    for length in range(1, len(result.likeness)):
+        yield [next(cells) for _column in range(length)]
+
+
+def _moved(move: float, num_pairs: int) -> tuple[str, int]:
+    """Return the change of a rank as text, and its shade: the darkest from a third of all pairs on."""
+    step = min(_MOVE_SHADES, math.ceil(_MOVE_SHADES * abs(move) / (num_pairs / 3)))
+    return ("·", 0) if abs(move) < 1 else (signed(move, 0), step if move > 0 else -step)
 
 
 def _shade(share: float) -> int:

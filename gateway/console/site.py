@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from gateway.access.keyring import Keyring
+from gateway.api.comparisons import Comparisons
 from gateway.api.endpoint import Endpoint
 from gateway.api.experiments import Experiments as Reports
 from gateway.console.access import Gate
@@ -16,7 +17,6 @@ from gateway.console.overview import Overview
 from gateway.console.parts import Parts
 from gateway.console.playground import Playground
 from gateway.console.web import ROOT, THEME_COOKIE, THEMES, Pages, chosen, read_form
-from gateway.deployment import Deployment
 from gateway.errors import RequestError, Unauthorized
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.context import RequestContext
@@ -97,24 +97,24 @@ def _local(path: str) -> str:
 
 
 def console_router(
-    deployment: Deployment,
     endpoint: Endpoint,
     stats: ExperimentStats,
     reports: Reports,
+    comparisons: Comparisons,
     keyring: Keyring,
     port: int,
 ) -> APIRouter:
     """Return the paths of the console.
 
     Args:
-        reports: the handlers of the API, whose reports have outcomes.
+        reports, comparisons: the handlers of the API, which know the outcomes, and the comparisons that run.
         port: the port that serves it.
     """
-    pages = Pages(Gate(deployment.settings, keyring, port))
-    parts = Parts(deployment, endpoint, stats, reports, pages)
+    pages = Pages(Gate(endpoint.settings, keyring, port))
+    parts = Parts(endpoint.deployment, endpoint, stats, reports, pages)
     router = APIRouter(include_in_schema=False)
     site, overview, playground = Site(pages), Overview(parts), Playground(parts)
-    experiments, compare = Experiments(parts), Compare(parts)
+    experiments, compare = Experiments(parts), Compare(parts, comparisons)
     duel = DuelPages(parts, compare)
 
     router.add_api_route("/", site.root)
@@ -131,6 +131,7 @@ def console_router(
         ("/reload", overview.reload, "POST"),
         ("/models/{model:path}/load", overview.load, "POST"),
         ("/models/{model:path}/unload", overview.unload, "POST"),
+        ("/models/{model:path}/verify", overview.verify, "POST"),
         ("/playground", playground.show, "GET"),
         ("/playground", playground.run, "POST"),
         ("/duel", duel.begin_page, "GET"),
@@ -143,9 +144,15 @@ def console_router(
         ("/duel/{run}/{duel}/votes.jsonl", duel.votes, "GET"),
         ("/compare", compare.first, "GET"),
         ("/compare/{run}", compare.show, "GET"),
+        ("/compare/{run}/stop", compare.stop, "POST"),
+        ("/new-comparison", compare.ask, "GET"),
+        ("/new-comparison", compare.start, "POST"),
         ("/experiments", experiments.first, "GET"),
         ("/experiments/{experiment_id:path}/assignment", experiments.assign, "POST"),
         ("/experiments/{experiment_id:path}/weights", experiments.ramp, "POST"),
+        ("/experiments/{experiment_id:path}/change", experiments.change, "POST"),
+        ("/experiments/{experiment_id:path}/ending", experiments.ask_end, "POST"),
+        ("/experiments/{experiment_id:path}/end", experiments.end, "POST"),
         ("/experiments/{experiment_id:path}", experiments.show, "GET"),
     ):
         router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])

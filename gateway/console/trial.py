@@ -9,6 +9,7 @@ from functools import partial
 from fastapi import Request
 
 from gateway.api.endpoint import Endpoint
+from gateway.api.tokenize import BYTES_PER_TOKEN, instruction_of, place_of_cut
 from gateway.console.arms import ArmText, PlannedArm, plan_arm, read_arm
 from gateway.console.likeness import between, bytes_per_text, order
 from gateway.console.web import visitor_of
@@ -20,7 +21,6 @@ from gateway.types import Output, Timings, Token
 # The heat map of more texts could not be read; so could more tokens.
 MAX_COMPARED = 20
 _MAX_TOKENS = 60
-_BYTES_PER_TOKEN = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,18 +164,15 @@ async def _read(
     """Return the tokens of the first text, and the cuts of the candidates."""
     info = plan.target.info
 
-    def instruction(task: str | None) -> str:
-        return info.tasks.get(task or info.default_task or "", info.instruction)
-
-    shown = instruction(plan.query_task if query else plan.passage_task) if query else ""
-    before = instruction(plan.passage_task or plan.target.task)
+    shown = instruction_of(plan.target, plan.query_task) if query else ""
+    before = instruction_of(plan.target, plan.passage_task or plan.target.task)
     texts = [shown + (query or candidates[0]), shown, *(before + text for text in candidates)]
     num_characters = sum(map(len, texts))
     try:
-        RequestContext.of(request).memory.resize(_BYTES_PER_TOKEN * num_characters)
+        RequestContext.of(request).memory.resize(BYTES_PER_TOKEN * num_characters)
         async with endpoint.service.vocabulary(plan.target, "tokenize") as vocabulary:
             split = partial(vocabulary.split, texts, add_special_tokens=True)
-            rows = await endpoint.in_turn(request, num_characters, split)
+            rows = await endpoint.in_turn(request, num_characters, split, endpoint.tokenizing)
     except RequestError:  # the model runs elsewhere, and its vocabulary is not known here
         return None
     finally:
@@ -192,9 +189,7 @@ async def _read(
 
 def _cut(number: int, text: str, tokens: Sequence[Token], limit: int, num_before: int) -> Cut | None:
     """Return where a text is cut, if it is too long."""
-    if len(tokens) <= limit:
+    place = place_of_cut(tokens, limit, num_before)
+    if place is None:
         return None
-    plain = [token for token in tokens if not token.is_special]
-    num_read = max(1, limit - (len(tokens) - len(plain)))
-    place = max(0, (plain[num_read - 1].stop or 0) - num_before)
     return Cut(number, len(tokens), limit, text[max(0, place - 60) : place], text[place : place + 60])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Literal
 
 from gateway.api.live import ErrorCard, LiveCard, LiveModel, ShadowCard
 from gateway.config.wording import count
-from gateway.console.words import percent, read_time, size
+from gateway.console.words import percent, read_time, sentence, size
 from gateway.experiments.report import ExperimentReport
 
 _RECENT = timedelta(hours=1)
@@ -49,16 +50,21 @@ def find_troubles(
     experiments: Sequence[ExperimentReport],
     shadows: Sequence[ShadowCard],
     errors: Sequence[ErrorCard],
+    processes: Mapping[str, str] = MappingProxyType({}),
     now: datetime | None = None,
 ) -> list[Trouble]:
-    """Return the troubles, those first for which requests are refused."""
+    """Return the troubles, those first for which requests are refused.
+
+    Args:
+        processes: the other processes on each card, by its device, if the reader may see them.
+    """
     since = (now or datetime.now(UTC)) - _RECENT
     troubles = [
         *_of_models(models),
         *(trouble for error in errors if (trouble := _of_error(error, since))),
         *(trouble for report in experiments if (trouble := _of_experiment(report))),
         *(trouble for shadow in shadows if (trouble := _of_shadow(shadow))),
-        *(trouble for card in cards if (trouble := _of_card(card))),
+        *(trouble for card in cards if (trouble := _of_card(card, processes.get(card.device, "")))),
     ]
     return sorted(troubles, key=lambda trouble: trouble.level == "warn")
 
@@ -70,12 +76,12 @@ def _of_models(models: Sequence[LiveModel]) -> Iterator[Trouble]:
                 "bad",
                 model.id,
                 "does not answer",
-                _sentence(model.reason or "it failed"),
+                sentence(model.reason or "it failed"),
                 "Mend the cause, then read models.yaml again: a model that has failed is loaded again then.",
                 can_reload=True,
             )
         elif model.state == "recovering":
-            yield Trouble("bad", model.id, "is being reloaded", _sentence(model.reason or "it hung or failed"))
+            yield Trouble("bad", model.id, "is being reloaded", sentence(model.reason or "it hung or failed"))
         elif _drifts(model):
             yield Trouble(
                 "bad",
@@ -98,7 +104,7 @@ def _of_error(error: ErrorCard, since: datetime) -> Trouble | None:
     if read_time(error.last) < since or not (is_fault or (is_refusal and error.number >= _MANY_REFUSALS)):
         return None
     times = "once" if error.number == 1 else f"{error.number:,} times"
-    text = f"{_sentence(error.message or error.code)} The last request was {error.request_id}, from {error.client}."
+    text = f"{sentence(error.message or error.code)} The last request was {error.request_id}, from {error.client}."
     steps = {
         "rate_limit_exceeded": "Raise the limit of this key, or let the client wait for `Retry-After`.",
         "overloaded": "Let the client send fewer requests at once, or give its key a quota.",
@@ -122,12 +128,12 @@ def _of_experiment(report: ExperimentReport) -> Trouble | None:
             "warn",
             report.id,
             "loses units of an arm",
-            _sentence(ratio.verdict),
+            sentence(ratio.verdict),
             "No comparison of its arms can be trusted until the cause is found.",
             link,
         )
     if report.warnings:
-        return Trouble("warn", report.id, "tells little", " ".join(map(_sentence, report.warnings)), "", link)
+        return Trouble("warn", report.id, "tells little", " ".join(map(sentence, report.warnings)), "", link)
     return None
 
 
@@ -144,7 +150,7 @@ def _of_shadow(shadow: ShadowCard) -> Trouble | None:
     )
 
 
-def _of_card(card: LiveCard) -> Trouble | None:
+def _of_card(card: LiveCard, processes: str) -> Trouble | None:
     if not card.total_bytes or not card.used_bytes or card.used_bytes <= _FULL_CARD * card.total_bytes:
         return None
     others = card.used_bytes - (card.allocated_bytes or 0)
@@ -153,11 +159,6 @@ def _of_card(card: LiveCard) -> Trouble | None:
         card.device,
         "is nearly full",
         f"{size(card.total_bytes - card.used_bytes)} of {size(card.total_bytes)} are free; "
-        f"{size(others)} are not tensors of this process.",
+        f"{size(others)} are not tensors of this process" + (f", but of {processes}." if processes else "."),
         "End other processes on the card, or give a model another `device`.",
     )
-
-
-def _sentence(text: str) -> str:
-    text = text[:1].upper() + text[1:]
-    return text if text.endswith((".", "?", "!")) else f"{text}."

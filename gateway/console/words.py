@@ -82,6 +82,12 @@ def bare_space(space: str | None) -> str:
     return DASH if space is None else space.rpartition("@")[2]
 
 
+def sentence(text: str) -> str:
+    """Return a message as a sentence."""
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 FILTERS: Mapping[str, Callable[..., object]] = {
     "number": number,
     "signed": signed,
@@ -94,5 +100,6 @@ FILTERS: Mapping[str, Callable[..., object]] = {
     "iso": iso,
     "bare_space": bare_space,
     "count": count,
+    "sentence": sentence,
 }
 """By their names in templates."""

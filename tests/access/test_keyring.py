@@ -315,3 +315,18 @@ async def test_a_client_is_found_by_its_name_while_its_key_is_valid(tmp_path: Pa
     await until(is_noticed)
     assert [found(name) for name in ("old", "second")] == [None, "second"]
     await keyring.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"api_keys": "client-key"}])
+async def test_a_key_that_was_lent_opens_nothing_afterwards(settings: dict[str, str]) -> None:
+    keyring = Keyring(Settings(**settings))
+    key, take_back = keyring.lend("comparison")
+
+    lent = await keyring.identify(key_digest(key), "address")
+    take_back()
+    take_back()
+
+    assert (lent.name, lent.models) == ("comparison" if settings else "address", None)
+    if settings:
+        with pytest.raises(Unauthorized):
+            await keyring.identify(key_digest(key), "address")

@@ -122,7 +122,11 @@ async def test_tokens_that_wait_are_counted(connect: Connect, ranker: Any) -> No
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [("/tei/mini/tokenize", {"inputs": "a " * 100_000}), ("/tei/mini/decode", {"ids": [1] * 100_000})],
+    [
+        ("/v1/tokenize", {"model": "mini", "input": "a " * 100_000}),
+        ("/tei/mini/tokenize", {"inputs": "a " * 100_000}),
+        ("/tei/mini/decode", {"ids": [1] * 100_000}),
+    ],
 )
 async def test_what_is_taken_apart_into_tokens_is_counted(
     connect: Connect, wide: Any, path: str, body: dict[str, object]

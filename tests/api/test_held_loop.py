@@ -194,6 +194,7 @@ BODIES = {
     "documents": ("/v1/rerank HTTP/1.1", orjson.dumps({"query": "a" * MIB, "documents": ["b" * 7_000] * 2048}), 200),
     "TEI's texts": ("/embed HTTP/1.1", orjson.dumps({"inputs": ["a" * 8_000] * 2048}), 200),
     "TEI's tokens": ("/tokenize HTTP/1.1", orjson.dumps({"inputs": "a " * 20_000}), 200),
+    "the tokens of a text": ("/v1/tokenize HTTP/1.1", orjson.dumps({"input": "a " * 100_000}), 200),
     "Ollama's texts": ("/api/embed HTTP/1.1", orjson.dumps({"model": "mini", "input": ["a" * 8_000] * 2048}), 200),
 }
 

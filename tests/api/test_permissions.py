@@ -135,6 +135,7 @@ async def test_the_other_endpoints_know_the_same_rule(gateway: Gateway, key: str
         asked = {
             "embed": ("POST", f"/tei/{name}/embed", {"inputs": "a"}),
             "tokenize": ("POST", f"/tei/{name}/tokenize", {"inputs": "a"}),
+            "tokens": ("POST", "/v1/tokenize", {"model": name, "input": "a"}),
             "decode": ("POST", f"/tei/{name}/decode", {"ids": [0]}),
             "info": ("GET", f"/tei/{name}/info", None),
             "azure": ("POST", f"/openai/deployments/{name}/embeddings", {"input": "a"}),
@@ -145,7 +146,7 @@ async def test_the_other_endpoints_know_the_same_rule(gateway: Gateway, key: str
 
         expected = dict.fromkeys(asked, 200 if is_allowed(key, name) else 403)
         if name == "cross" and is_allowed(key, name):  # an experiment has no tokens; see test_experiment_cards
-            expected |= dict.fromkeys(("tokenize", "decode", "info"), 422)
+            expected |= dict.fromkeys(("tokenize", "decode", "info"), 422) | {"tokens": 400}
         assert seen == expected, name
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.console.served import Gateway, serving
+from tests.console.served import OPERATOR, Gateway, serving
 from tests.peers import find, is_missing
 
 if TYPE_CHECKING:
@@ -71,6 +71,22 @@ def visit(browser: Browser) -> Callable[..., Any]:
         assert not elsewhere
 
     return visit
+
+
+@pytest.fixture
+def operator(visit: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a context manager that gives a page of a reader who has signed in with the operator's key."""
+
+    @contextmanager
+    def operator(url: str, path: str, **options: Any) -> Iterator[Page]:
+        with visit(url, **options) as page:
+            page.goto(f"{url}/console/sign-in?next=/console{path}")
+            page.locator("#key").fill(OPERATOR)
+            page.locator("main").get_by_role("button", name="Sign in").click()
+            page.wait_for_url(f"{url}/console{path}")
+            yield page
+
+    return operator
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.backends.fake import FakeBackend, fake_info
-from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow
+from gateway.config.registry import Alias, Arm, Experiment, ModelEntry, Registry, Shadow, load_registry
 from gateway.config.settings import Settings
 from gateway.deployment import Deployment
 from gateway.errors import Overloaded
@@ -25,6 +25,7 @@ from gateway.types import Embeddings, EmbedJob, ModelState, Output
 from tests.listener import make_listener
 
 TASKS = {"retrieval.query": "query: ", "retrieval.passage": "passage: ", "text-matching": ""}
+OPERATOR = "operator-secret"
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 
 
@@ -96,15 +97,24 @@ class Gateway:
 
 @contextlib.contextmanager
 def serving(
-    models: Sequence[Model] | None = None, experiments: Sequence[Experiment] = (SEARCH,), **settings: object
+    models: Sequence[Model] | None = None,
+    experiments: Sequence[Experiment] = (SEARCH,),
+    file: Path | None = None,
+    **settings: object,
 ) -> Iterator[Gateway]:
-    """Serve models on a free port, in a thread, while the context lasts."""
+    """Serve models on a free port, in a thread, while the context lasts.
+
+    Args:
+        file: a registry of the same models, whose changes a reload serves.
+    """
     models = usual_models() if models is None else models
     known = Settings(**settings)
+    registry = registry_of(models, experiments) if file is None else load_registry(file, {})
     deployment = Deployment(
-        registry_of(models, experiments),
+        registry,
         known,
         Fleet(models),
+        read_registry=None if file is None else lambda: load_registry(file, {}),
         make_backend=lambda entry: WordsBackend(fake_info(entry.id)),
     )
     server = uvicorn.Server(server_config(create_app(deployment), known))

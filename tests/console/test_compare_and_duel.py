@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 from gateway.compare.outputs import write_results
+from gateway.comparisons.runs import Query, Runs
 from gateway.console.duel import _vote
 from gateway.console.duels import MAX_PAIRS, Duel, DuelFolder, Vote, draw, qrels, stand
-from gateway.console.runs import Query, Runs
 from gateway.errors import BadInput, NotFound
 from tests.compare.results_example import BGE, JINA, make_comparison
-from tests.console.served import HOSTILE, Gateway, serving
+from tests.console.served import HOSTILE, OPERATOR, Gateway, serving
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +294,70 @@ def test_a_made_up_time_of_showing_is_not_kept(shown: str) -> None:
     duel = draw(make_queries(30), "a", "b", seed=1)
     assert _vote(duel, 0, "tie", [], "me", shown).seconds is None
     assert _vote(duel, 0, "tie", [], "me", str(time.time() - 5)).seconds == pytest.approx(5, abs=2)
+
+
+# ---------------------------------------------------------------------------------------------------- start a comparison
+
+
+@pytest.fixture(scope="module")
+def measuring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """Serve a gateway whose folder of runs has only data: six texts on as many subjects, and a query on each."""
+    folder = tmp_path_factory.mktemp("measured")
+    data = folder / "data" / "small set"
+    data.mkdir(parents=True)
+    subjects = ("trains", "bicycles", "night ferries", "old maps", "cheese", HOSTILE)
+    corpus = [{"_id": f"d{number}", "text": f"all about {subject}"} for number, subject in enumerate(subjects)]
+    queries = [{"_id": f"q{number}", "text": f"what of {subject}"} for number, subject in enumerate(subjects)]
+    (data / "corpus.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in corpus))
+    (data / "queries.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in queries))
+    with serving(runs_dir=str(folder), api_keys="client-secret", admin_key=OPERATOR) as served:
+        yield served
+
+
+def test_a_comparison_is_started_and_followed_to_its_result(
+    measuring: Gateway, operator: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
+) -> None:
+    with operator(measuring.url, "/compare", expected=("status of 400",)) as page:
+        page.get_by_role("link", name="New comparison").click()
+        check_everywhere(page, "compare-new")
+        page.get_by_label("Name", exact=True).fill("../out")
+        page.get_by_label("Measure latency").uncheck()
+        page.get_by_role("button", name="Start").click()
+        assert "The name of a comparison has" in page.get_by_role("alert").inner_text()
+        assert page.get_by_label("Arm 2").input_value() == "bge"
+        page.get_by_label("Name", exact=True).fill("my first")
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("heading", name="my first is running").wait_for()
+        assert page.get_by_role("progressbar").count() == 1
+        check_everywhere(page, "compare-running")
+        page.get_by_role("heading", name="Without judgments").wait_for(timeout=60_000)  # by itself, when it is done
+        assert "6 queries over 6 documents" in page.locator("main").inner_text()
+        assert page.locator(".list a[aria-current]").inner_text().startswith("my first")
+        with httpx.Client(base_url=measuring.url, headers={"authorization": f"Bearer {OPERATOR}"}) as client:
+            card = client.get("/admin/comparisons/my first").json()
+            body = {"name": "my first", "arms": ["jina", "bge"], "data": "small set"}
+            again = client.post("/admin/comparisons", json=body)
+        assert (card["state"], card["results"]["dataset"]["num_queries"]) == ("done", 6)
+        assert "there is a comparison 'my first' already" in again.json()["message"]
+        page.get_by_role("link", name="Measure these again").click()
+        assert [page.get_by_label(f"Arm {number}").input_value() for number in (1, 2, 3)] == ["jina", "bge", ""]
+
+
+def test_a_comparison_that_fails_says_why(measuring: Gateway, operator: Callable[..., Any]) -> None:
+    with operator(measuring.url, "/new-comparison") as page:
+        page.get_by_label("Arm 2").fill(HOSTILE)
+        page.get_by_label("Name", exact=True).fill("hopeless")
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("heading", name="hopeless has failed").wait_for(timeout=60_000)
+        assert HOSTILE.split()[0] in page.get_by_role("alert").inner_text()
+
+    with httpx.Client(base_url=measuring.url, headers={"authorization": f"Bearer {OPERATOR}"}) as client:
+        listed = client.get("/admin/comparisons").json()
+        card = client.get("/admin/comparisons/hopeless").json()
+        assert client.get("/admin/comparisons/none").status_code == 404
+        assert client.post("/admin/comparisons/hopeless/stop").status_code == 404
+        assert httpx.get(f"{measuring.url}/admin/comparisons").status_code == 403
+    assert listed["data_sets"] == ["small set"]
+    assert (card["state"], card["arms"], card["step"]) == ("failed", ["jina", HOSTILE], None)
+    assert HOSTILE.split()[0] in card["problem"]
+    assert card in listed["data"]

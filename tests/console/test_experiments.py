@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.console.served import HOSTILE, Gateway, serving
+from tests.console.served import HOSTILE, OPERATOR, Gateway, serving, usual_models
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,3 +97,93 @@ def test_the_experiments_are_accessible(
         page.get_by_label("bge").fill("70")
         page.get_by_role("button", name="Show the change").click()
         check_everywhere(page, "experiment")
+
+
+# ------------------------------------------------------------------------------------------------------- by the operator
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Write a registry of the usual models, with an experiment."""
+    path = tmp_path / "models.yaml"
+    models = "".join(
+        f"  - {{id: {model.id}, source: {model.entry.source}, revision: '{'0' * 40}', enabled: true}}\n"
+        for model in usual_models()
+    )
+    path.write_text(
+        f"version: 1\nmodels:\n{models}experiments:\n  - id: search-exp   # ours\n    kind: cross_space\n"
+        "    unit: {from: [body:user]}\n    arms:\n      - {model: jina, weight: 80}\n      - {model: bge, weight: 20}\n"
+    )
+    return path
+
+
+def test_the_operator_ramps_and_ends_an_experiment_with_a_confirmation(
+    file: Path, operator: Callable[..., Any], check_everywhere: Callable[[Any, str], None]
+) -> None:
+    before = file.read_text()
+    with (
+        serving(file=file, admin_key=OPERATOR) as served,
+        operator(served.url, "/experiments/search-exp") as page,
+    ):
+        page.get_by_label("bge").fill("60")
+        page.get_by_role("button", name="Show the change").click()
+        assert "of the units move jina → bge" in page.get_by_role("status").inner_text()
+        assert file.read_text() == before
+        page.get_by_role("button", name="Write models.yaml and serve it").click()
+        assert "jina 80, bge 20 -> jina 80, bge 60" in page.get_by_role("status").inner_text()
+        assert page.get_by_label("bge").input_value() == "60"
+        assert file.read_text() == before.replace("weight: 20", "weight: 60")
+
+        page.get_by_role("button", name="End the experiment").click()
+        asked = page.get_by_role("alert")
+        assert "jina answers all its requests" in asked.inner_text()
+        assert "end:" not in file.read_text()
+        check_everywhere(page, "experiment-ending")
+        page.get_by_role("link", name="Go on with it").click()
+        assert page.get_by_role("alert").count() == 0
+        page.get_by_role("button", name="End the experiment").click()
+        page.get_by_role("button", name="End it now").click()
+        assert "ended: jina answers all requests" in page.get_by_role("status").inner_text()
+        assert "Not running" in page.locator(".banner").all_inner_texts()[1]
+        assert page.get_by_role("button", name="End the experiment").count() == 0
+        assert "search-exp   # ours\n    end: 2" in file.read_text()
+
+
+def test_a_change_that_someone_else_made_in_the_meantime_is_not_overwritten(file: Path) -> None:
+    with (
+        serving(file=file, admin_key=OPERATOR) as served,
+        httpx.Client(base_url=served.url, headers={"origin": served.url}) as client,
+    ):
+        client.post("/console/sign-in", data={"key": OPERATOR})
+        for path, data, message in (
+            ("change", {"weight": ["1", "2"], "generation": "old"}, "the experiment was changed in the meantime"),
+            ("change", {"weight": ["1", "x"]}, "must be a number from 0"),
+            (
+                "change",
+                {"weight": ["0", "0"], "generation": served.deployment.router.generation("search-exp")},
+                "above 0",
+            ),
+        ):
+            answer = client.post(f"/console/experiments/search-exp/{path}", data=data)
+            assert answer.status_code == 400
+            assert message in answer.text.lower()
+        file.write_text(file.read_text().replace("weight: 80", "weight: 70"))
+        ended = client.post("/console/experiments/search-exp/end")
+    assert "has changes that are not served yet" in ended.text
+    assert "end:" not in file.read_text()
+
+
+def test_only_the_operator_changes_an_experiment(file: Path) -> None:
+    before = file.read_text()
+    with (
+        serving(file=file, console="public", api_keys="client-secret", admin_key=OPERATOR) as served,
+        httpx.Client(base_url=served.url, headers={"origin": served.url}) as client,
+    ):
+        client.post("/console/sign-in", data={"key": "client-secret"})
+        page = client.get("/console/experiments/search-exp").text
+        assert "End the experiment" not in page
+        assert "in as the operator" in page.replace("</a>", "")
+        for path in ("change", "ending", "end"):
+            answer = client.post(f"/console/experiments/search-exp/{path}", data={"weight": ["1", "2"]})
+            assert answer.status_code == 403
+    assert file.read_text() == before

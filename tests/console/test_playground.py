@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from gateway.backends.fake import fake_info
 from gateway.console.arms import read_arm
-from gateway.console.likeness import between, bytes_per_text, order
+from gateway.console.likeness import between, bytes_per_text, order, ranks
 from gateway.errors import BadInput
 from gateway.precision import Precision
 from gateway.requests import EmbedAnswer
@@ -107,6 +107,30 @@ def test_the_page_shows_tokens_cuts_times_and_sizes(gateway: Gateway, visit: Cal
         light = page.locator(".heat td").nth(3).evaluate("cell => getComputedStyle(cell).backgroundColor")
         page.get_by_label("each its own").check()
         assert page.locator(".heat td").nth(3).evaluate("cell => getComputedStyle(cell).backgroundColor") != light
+
+
+def test_the_heat_map_shows_which_pairs_another_arm_moves(gateway: Gateway, visit: Callable[..., Any]) -> None:
+    with visit(gateway.url) as page:
+        fill(page, gateway.url, "nothing", "jina", "bge")
+        page.get_by_role("button", name="Run").click()
+        page.locator(".heat").first.wait_for()
+        cells = [
+            [float(text.replace("\u2212", "-").replace("·", "0")) for text in table.locator(".value").all_inner_texts()]
+            for table in page.locator(".heat").all()
+        ]
+        page.locator("#scale-moved").check()
+        first, other = page.locator(".heat").all()
+        assert set(first.locator(".moved").all_inner_texts()) == {"·"}
+        moves = other.locator(".moved").all_inner_texts()
+        # Cells show two digits, so only clear moves can be checked: the pairs that are first and last.
+        places = [sorted(range(len(one)), key=lambda pair: -one[pair]) for one in cells]
+        up = max(range(len(moves)), key=lambda pair: places[0].index(pair) - places[1].index(pair))
+        assert moves[up].startswith("+")
+        assert sum(int(text.replace("\u2212", "-").replace("·", "0")) for text in moves) == 0
+        shown = other.locator("tbody td").nth(up).evaluate("cell => getComputedStyle(cell).backgroundColor")
+        page.get_by_label("one scale").check()
+        assert other.locator("tbody td").nth(up).inner_text() not in moves
+        assert other.locator("tbody td").nth(up).evaluate("cell => getComputedStyle(cell).backgroundColor") != shown
 
 
 def test_a_link_keeps_the_texts_behind_the_hash(gateway: Gateway, visit: Callable[..., Any]) -> None:
@@ -215,6 +239,11 @@ def test_arms_are_read(text: str, name: str, dimensions: int | None, precision: 
 def test_a_size_of_sparse_weights_is_refused() -> None:
     with pytest.raises(BadInput, match="those of dense vectors"):
         read_arm("bge-m3@256+sparse")
+
+
+def test_equal_values_share_their_ranks() -> None:
+    assert ranks([0.5, 0.9, 0.5, 0.1]) == [2.5, 1, 2.5, 4]
+    assert ranks([]) == []
 
 
 def test_binary_vectors_are_compared_by_their_signs() -> None:

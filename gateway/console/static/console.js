@@ -58,7 +58,7 @@ all("[data-theme-form]").forEach((form) => form.addEventListener("submit", (even
 // ------------------------------------------------------------------------------------------------- polling
 
 const live = document.getElementById("live");
-const POLL_MS = 5000;
+const POLL_MS = Number(live?.dataset.every || 5000);
 let isPaused = false;
 let lastAnswer = new Date();
 
@@ -69,7 +69,8 @@ async function poll() {
     const answer = await fetch(live.dataset.poll, { headers: { accept: "text/html" }, signal: AbortSignal.timeout(POLL_MS) });
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const next = page.getElementById("live");
-    if (!answer.ok || !next) throw new Error(String(answer.status));
+    if (answer.ok && !next) return location.reload();  // it has ended, or a key is needed again
+    if (!answer.ok) throw new Error(String(answer.status));
     const open = new Set(all("details[open]", live).map((details) => details.dataset.key));
     for (const details of all("details", next)) details.open = open.has(details.dataset.key);
     live.replaceChildren(...next.childNodes);

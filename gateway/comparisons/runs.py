@@ -162,6 +162,11 @@ class Runs:
         dated = [(changed, path) for path in paths if (changed := _changed(path / "results.json")) is not None]
         return [self._read(path) for _when, path in nlargest(MAX_RUNS, dated)]
 
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Return whether a comparison may have this name."""
+        return _NAME.fullmatch(name) is not None
+
     def find(self, name: str) -> Run:
         """Return a comparison.
 
@@ -179,7 +184,7 @@ class Runs:
         Raises:
             NotFound: the name cannot be that of a folder.
         """
-        if not _NAME.fullmatch(name):
+        if not self.is_name(name):
             raise NotFound(f"no comparison is called {cut(name)!r}")
         return self.folder / name
 

@@ -1,0 +1,268 @@
+"""Comparisons that run now: ``gateway compare`` in a process of its own, with its progress read line by line.
+
+A process apart, since a comparison computes for minutes, holds a corpus in memory, and must be stoppable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+import structlog
+
+from gateway.comparisons.runs import Runs
+from gateway.config.wording import cut
+from gateway.errors import BadInput, NotFound
+
+log = structlog.get_logger(__name__)
+
+MAX_ARMS: Final = 6
+_MAX_ARM: Final = 200
+_MAX_JOBS: Final = 20  # that are remembered
+_MAX_LINES: Final = 20
+_MAX_LINE_BYTES: Final = 64 * 1024
+_GRACE_S: Final = 5.0
+_NICE: Final = 10
+_DATA: Final = "data"
+_CACHE: Final = ".vectors"
+
+State = Literal["running", "done", "failed", "stopped"]
+LendKey = Callable[[], tuple[str, Callable[[], None]]]
+"""Returns a key for the requests of a comparison, and the function that makes it invalid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A comparison that is asked for.
+
+    Attributes:
+        name: of the folder for its results.
+        arms: as for ``gateway compare``, the baseline first.
+        data: the name of a data set.
+        max_documents: ``None`` for all.
+        margin: of the verdicts; ``None`` for the usual one.
+    """
+
+    name: str
+    arms: Sequence[str]
+    data: str
+    max_documents: int | None = None
+    margin: float | None = None
+    measures_cost: bool = True
+
+
+@dataclass(slots=True)
+class Job:
+    """A comparison that was started here.
+
+    Attributes:
+        step: what it is doing, such as ``jina: documents``.
+        done, total: how many texts of this step; a total of 0 is not known.
+        problem: why it failed.
+        task: follows it to its end.
+    """
+
+    wanted: Wanted
+    started: datetime
+    state: State = "running"
+    step: str = "it starts"
+    done: int = 0
+    total: int = 0
+    problem: str = ""
+    process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    async def ended(self) -> None:
+        """Wait for the end."""
+        if self.task is not None:
+            await asyncio.wait([self.task])
+
+
+class Jobs:
+    """Starts comparisons, one at a time, and remembers the last ones.
+
+    Args:
+        runs: the folder of the results. Its folder ``data`` holds the data sets.
+        lend_key: for the requests to this gateway.
+    """
+
+    def __init__(self, runs: Runs, lend_key: LendKey) -> None:
+        self._runs = runs
+        self._lend_key = lend_key
+        self._jobs: dict[str, Job] = {}
+
+    def data_sets(self) -> list[str]:
+        """Return the names of the data sets. Blocking."""
+        try:
+            found = [path for path in (self._runs.folder / _DATA).iterdir() if (path / "corpus.jsonl").is_file()]
+        except OSError:
+            return []
+        return sorted(path.name for path in found if self._runs.is_name(path.name))
+
+    def all(self) -> list[Job]:
+        """Return the comparisons that were started here, the latest first."""
+        return list(reversed(self._jobs.values()))
+
+    def find(self, name: str) -> Job | None:
+        """Return a comparison that was started here, if it is remembered."""
+        return self._jobs.get(name)
+
+    @property
+    def running(self) -> Job | None:
+        """The comparison that runs now."""
+        return next((job for job in self._jobs.values() if job.state == "running"), None)
+
+    async def start(self, wanted: Wanted, url: str) -> Job:
+        """Start a comparison.
+
+        Args:
+            url: the address of this gateway.
+
+        Raises:
+            BadInput: it cannot be made as it is asked for, or another one runs.
+        """
+        await asyncio.to_thread(self._check, wanted)
+        if self.running is not None:  # after the check, between which and this line nothing else runs
+            raise BadInput(f"the comparison {self.running.wanted.name!r} is running: wait for it, or stop it")
+        job = Job(wanted, datetime.now(UTC).replace(microsecond=0))
+        self._jobs.pop(wanted.name, None)
+        self._jobs[wanted.name] = job
+        while len(self._jobs) > _MAX_JOBS:
+            del self._jobs[next(iter(self._jobs))]
+        job.task = asyncio.create_task(self._run(job, url))
+        return job
+
+    async def stop(self, name: str) -> Job:
+        """Stop a comparison, and wait for its end.
+
+        Raises:
+            NotFound: no such comparison runs.
+        """
+        job = self._jobs.get(name)
+        if job is None or job.state != "running":
+            raise NotFound(f"no comparison {cut(name)!r} is running")
+        job.state = "stopped"
+        await _end(job.process)
+        await job.ended()
+        return job
+
+    async def close(self) -> None:
+        """Stop the comparison that runs."""
+        if self.running is not None:
+            await self.stop(self.running.wanted.name)
+
+    def _check(self, wanted: Wanted) -> None:
+        if not self._runs.is_name(wanted.name) or wanted.name == _DATA:
+            raise BadInput(
+                "the name of a comparison has 1 to 100 letters, digits, spaces and . _ - @, and begins with a letter or a "
+                "digit",
+                param="name",
+            )
+        if os.path.lexists(self._runs.path(wanted.name)):
+            raise BadInput(f"there is a comparison {wanted.name!r} already: choose another name", param="name")
+        if not 2 <= len(wanted.arms) <= MAX_ARMS:
+            raise BadInput(f"{len(wanted.arms)} models were sent; 2 to {MAX_ARMS} are accepted", param="arms")
+        for arm in wanted.arms:
+            if not arm.isprintable() or not 0 < len(arm) <= _MAX_ARM or arm.startswith("-"):
+                raise BadInput(f"{cut(arm)!r} is not a model's name", param="arms")
+        known = self.data_sets()
+        if wanted.data not in known:
+            where = f"put one into {self._runs.folder / _DATA}/NAME, with corpus.jsonl and queries.jsonl"
+            raise BadInput(
+                f"there is no data set {cut(wanted.data)!r}; there are: {', '.join(known) or 'none'}; {where}",
+                param="data",
+            )
+
+    async def _run(self, job: Job, url: str) -> None:
+        """Run the command, and follow it to its end."""
+        key, give_back = self._lend_key()
+        last: deque[str] = deque(maxlen=_MAX_LINES)
+        code = None
+        try:
+            process = job.process = await asyncio.create_subprocess_exec(
+                *self._command(job.wanted, url),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=_environment(os.environ, key),
+                limit=_MAX_LINE_BYTES,
+            )
+            with suppress(OSError):  # requests of others come first
+                os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
+            if job.state != "running":  # it was stopped before there was a process
+                await _end(process)
+            await _follow(process, job, last)
+            code = await process.wait()
+        except OSError as error:
+            last.append(f"the command cannot be started: {error.strerror}")
+        except BaseException:
+            await _end(job.process)
+            raise
+        finally:
+            give_back()
+        if job.state == "running":
+            job.state = "done" if code == 0 else "failed"
+            job.problem = "" if code == 0 else "\n".join(last) or f"it ended with code {code}"
+        log.info("comparison_ended", name=job.wanted.name, state=job.state, code=code)
+
+    def _command(self, wanted: Wanted, url: str) -> list[str]:
+        command = [sys.executable, "-m", "gateway", "compare", "--url", url, "--progress", "json"]
+        command += ["--data", str(self._runs.folder / _DATA / wanted.data)]
+        command += ["--out", str(self._runs.path(wanted.name)), "--cache", str(self._runs.folder / _CACHE)]
+        if wanted.max_documents is not None:
+            command += ["--max-documents", str(wanted.max_documents)]
+        if wanted.margin is not None:
+            command += ["--margin", str(wanted.margin)]
+        command += [] if wanted.measures_cost else ["--no-cost"]
+        return [*command, "--", *wanted.arms]
+
+
+def _environment(environ: Mapping[str, str], key: str) -> dict[str, str]:
+    """Return the variables of the command: without the gateway's secrets, and with a key, but no proxy, for its requests."""
+    kept = {name: value for name, value in environ.items() if not name.upper().startswith("GATEWAY_")}
+    for name in ("NO_PROXY", "no_proxy"):
+        kept[name] = "*"
+    return kept | {"EMBEDDINGS_API_KEY": key, "PYTHONUNBUFFERED": "1"}
+
+
+async def _follow(process: asyncio.subprocess.Process, job: Job, last: deque[str]) -> None:
+    """Read the progress until the command closes its output; keep the last lines that are something else."""
+    assert process.stderr is not None  # noqa: S101  it was asked for
+    while True:
+        try:
+            line = await process.stderr.readline()
+        except ValueError:  # a longer line than is read
+            continue
+        if not line:
+            return
+        text = line.decode("utf-8", "replace").rstrip()
+        try:
+            match json.loads(text):
+                case {"step": str(step), "done": int(done), "total": int(total)}:
+                    job.step, job.done, job.total = step, done, total
+                case _:
+                    last.append(text)
+        except ValueError:
+            last.append(text)
+
+
+async def _end(process: asyncio.subprocess.Process | None) -> None:
+    """End a process, by force if it does not go."""
+    if process is None or process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), _GRACE_S)
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

@@ -1,0 +1,141 @@
+"""Change an experiment in ``models.yaml`` as a person would: a few characters, and the rest of the file as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from gateway.config.files import one_writer, write_whole
+from gateway.config.registry import MODELS_FILE, Experiment, Registry, load_registry
+from gateway.config.wording import quote
+from gateway.config.yaml_source import compose, read_text
+from gateway.errors import StartError
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of an experiment.
+
+    Attributes:
+        weights: new weights by arm; arms that are left out keep theirs.
+        end: when the experiment ends; ``None`` for no change.
+    """
+
+    weights: Mapping[str, float]
+    end: datetime | None = None
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """Return the experiment after the change, unchecked."""
+        arms = tuple(
+            arm.model_copy(update={"weight": float(self.weights.get(arm.label, arm.weight))}) for arm in experiment.arms
+        )
+        update = {"arms": arms} if self.end is None else {"arms": arms, "end": self.end}
+        return experiment.model_copy(update=update)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A file that was changed, and its text before and after."""
+
+    path: Path
+    before: str
+    after: str
+
+    def undo(self) -> None:
+        """Put the old text back, unless the file was changed again since.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with one_writer(self.path):
+            if read_text(self.path, MODELS_FILE) == self.after:
+                write_whole(self.path, self.before)
+
+
+def edit_experiment(served: Registry, experiment_id: str, change: Change, environ: Mapping[str, str]) -> Edit:
+    """Write a change of an experiment into the registry's file. Blocking: call it in a thread.
+
+    Args:
+        served: the registry as it is served, whose file must say the same.
+
+    Raises:
+        ConfigError: the file cannot be read, or would be wrong after the change.
+        StartError: it has changes that are not served yet, cannot be written, or is not plain enough to be changed.
+    """
+    path = served.path
+    try:
+        with one_writer(path):
+            text = read_text(path, MODELS_FILE)
+            if load_registry(path, environ, text) != served:
+                raise StartError(f"{path} has changes that are not served yet: read it again first")
+            edited = _edited(text, path, experiment_id, change)
+            if edited is None or load_registry(path, environ, edited) != _changed(served, experiment_id, change):
+                raise StartError(
+                    f"{path}: {quote(experiment_id)} is not written plainly there (a variable or an anchor, for example): "
+                    "change it by hand"
+                )
+            write_whole(path, edited)
+            return Edit(path, text, edited)
+    except OSError as error:
+        raise StartError(f"{path} cannot be written: {error.strerror}; change it by hand") from error
+
+
+def _changed(registry: Registry, experiment_id: str, change: Change) -> Registry:
+    experiments = (change.of(one) if one.id == experiment_id else one for one in registry.experiments)
+    return registry.model_copy(update={"experiments": tuple(experiments)})
+
+
+def _edited(text: str, path: Path, experiment_id: str, change: Change) -> str | None:
+    """Return the text with a change; ``None`` if a value is not where it is expected."""
+    _yaml, root = compose(text, str(path), MODELS_FILE)
+    found = _value(root, "experiments")
+    experiments = found.value if isinstance(found, SequenceNode) else ()
+    experiment = next((one for one in experiments if _text(_value(one, "id")) == experiment_id), None)
+    if not isinstance(experiment, MappingNode):
+        return None
+    pieces: dict[tuple[int, int], str] = {}
+    arms = _value(experiment, "arms")
+    for arm in arms.value if isinstance(arms, SequenceNode) else ():
+        label = _text(_value(arm, "name")) or _text(_value(arm, "model"))
+        weight = _value(arm, "weight")
+        if label is not None and label in change.weights and weight is not None:
+            pieces[weight.start_mark.index, weight.end_mark.index] = _number(change.weights[label])
+    if change.end is not None:
+        place, end = _end_of(text, experiment, f"{change.end.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        pieces[place] = end
+    # From the last: a piece of another length moves all that is behind it.
+    for (start, stop), piece in sorted(pieces.items(), reverse=True):
+        if "${" in text[start:stop]:
+            return None
+        text = text[:start] + piece + text[stop:]
+    return text
+
+
+def _end_of(text: str, experiment: MappingNode, end: str) -> tuple[tuple[int, int], str]:
+    """Return where the end of an experiment is written, or is to be, and the text to write there."""
+    if (known := _value(experiment, "end")) is not None:
+        return (known.start_mark.index, known.end_mark.index), end
+    key, value = next(pair for pair in experiment.value if pair[0].value == "id")
+    if experiment.flow_style:
+        place = value.end_mark.index
+        return (place, place), f", end: {end}"
+    line_end = text.find("\n", value.end_mark.index)
+    place = len(text) if line_end < 0 else line_end
+    return (place, place), f"\n{' ' * key.start_mark.column}end: {end}"
+
+
+def _value(node: Node | None, name: str) -> Node | None:
+    pairs = node.value if isinstance(node, MappingNode) else ()
+    return next((value for key, value in pairs if key.value == name), None)
+
+
+def _text(node: Node | None) -> str | None:
+    return str(node.value) if isinstance(node, ScalarNode) else None
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
