@@ -1,4 +1,4 @@
-"""Comparisons that run now: ``gateway compare`` in a process of its own, with its progress read line by line.
+"""Comparisons that run now: ``gateway compare`` in a separate process, with its progress read line by line.
 
 A process apart, since a comparison computes for minutes, holds a corpus in memory, and must be stoppable.
 """

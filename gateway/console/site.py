@@ -16,7 +16,7 @@ from gateway.console.experiments import Experiments
 from gateway.console.overview import Overview
 from gateway.console.parts import Parts
 from gateway.console.playground import Playground
-from gateway.console.web import ROOT, THEME_COOKIE, THEMES, Pages, chosen, read_form
+from gateway.console.web import ROOT, THEME_COOKIE, THEMES, Handler, Pages, chosen, read_form
 from gateway.errors import RequestError, Unauthorized
 from gateway.experiments.stats import ExperimentStats
 from gateway.http.context import RequestContext
@@ -147,6 +147,14 @@ def console_router(
         ("/compare/{run}/stop", compare.stop, "POST"),
         ("/new-comparison", compare.ask, "GET"),
         ("/new-comparison", compare.start, "POST"),
+        *_experiment_paths(experiments),
+    ):
+        router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
+    return router
+
+
+def _experiment_paths(experiments: Experiments) -> tuple[tuple[str, Handler, str], ...]:
+    return (
         ("/experiments", experiments.first, "GET"),
         ("/experiments/{experiment_id:path}/assignment", experiments.assign, "POST"),
         ("/experiments/{experiment_id:path}/weights", experiments.ramp, "POST"),
@@ -154,6 +162,4 @@ def console_router(
         ("/experiments/{experiment_id:path}/ending", experiments.ask_end, "POST"),
         ("/experiments/{experiment_id:path}/end", experiments.end, "POST"),
         ("/experiments/{experiment_id:path}", experiments.show, "GET"),
-    ):
-        router.add_api_route(ROOT + path, pages.guard(handler), methods=[method])
-    return router
+    )

@@ -1,4 +1,4 @@
-"""Comparisons in a process of their own: their progress, their end, and what a strange program may do."""
+"""Comparisons in separate processes: their progress, their end, and what a strange program may do."""
 
 from __future__ import annotations
 

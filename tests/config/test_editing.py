@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None
     path.write_text(HEAD + FLOW)
     served = load_registry(path, {})
     path.unlink()
-    path.symlink_to("/proc/self/comm")  # exists, and no file can be put beside it
+    path.symlink_to("/proc/self/comm")  # exists, and no file can be put next to it
 
     with pytest.raises(StartError):
         edit_experiment(served, "exp", Change({"two": 8}), {})
