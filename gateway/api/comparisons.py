@@ -56,7 +56,7 @@ class Comparisons:
     """The handlers, and the comparisons of the gateway.
 
     Attributes:
-        runs, jobs: ``None`` if ``GATEWAY_RUNS_DIR`` is not set.
+        runs, jobs: ``None`` without a folder for them, ``runs_dir``.
     """
 
     def __init__(self, endpoint: Endpoint, runs: Runs | None, jobs: Jobs | None) -> None:

@@ -46,7 +46,7 @@ async def test_a_long_text_says_where_it_is_cut(client: httpx.AsyncClient) -> No
     assert len(found["tokens"]) == 9
 
 
-async def test_the_instruction_of_a_task_is_told_apart(client: httpx.AsyncClient) -> None:
+async def test_the_instruction_of_a_task_is_marked(client: httpx.AsyncClient) -> None:
     body = await tokenize(client, model="jina-query", input="ada travels")
 
     assert body["task"] == "retrieval.query"
