@@ -22,6 +22,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import fastapi.routing
 import pytest
 import structlog
+from fastapi.dependencies import models
 from fastapi.dependencies.models import Dependant
 from hypothesis import settings
 from xdist.remote import Producer
@@ -63,6 +64,16 @@ def _answer(call: Callable[..., Any]) -> object:
 
 
 fastapi.routing.get_dependant, fastapi.routing.get_typed_return_annotation = _dependant, _answer  # type: ignore[attr-defined]
+
+
+# It also remembers 4,096 handlers, and with them the last 35 applications: the garbage collector looks through all of that.
+_HANDLER_CACHES = [function for function in vars(models).values() if hasattr(function, "cache_clear")]
+
+
+def pytest_runtest_teardown() -> None:
+    """Let go of the test's applications."""
+    for function in _HANDLER_CACHES:
+        function.cache_clear()
 
 
 # A folder for all workers in place of the user's: a model is compiled once in a run, not at each start of a gateway.
