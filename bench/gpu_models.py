@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoModel, JinaEmbeddingsV3Config, PreTrainedConfig, PreTrainedModel, XLMRobertaConfig
 
 from gateway.engine.checkpoint.modules import Pooling
-from gateway.engine.model.adapters import install_adapters
+from gateway.engine.model.adapters import AdapterMask, install_adapters
 from gateway.engine.model.choose import has_attention_kernel
 from gateway.engine.model.heads import MultiVectorHead, SparseHead
 from gateway.engine.model.items import Item, Tokens
@@ -128,6 +128,12 @@ def save_adapters(adapters: Sequence[Adapter], folder: Path) -> list[Path]:
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
         (path / "adapter_config.json").write_text(json.dumps(config))
     return folders
+
+
+def add_adapters(model: PreTrainedModel) -> AdapterMask:
+    """Give a model on the CPU an adapter for each task."""
+    with tempfile.TemporaryDirectory() as folder:
+        return install_adapters(model, save_adapters(make_adapters(model), Path(folder)))
 
 
 def merge_adapter(model: nn.Module, adapter: Adapter) -> None:

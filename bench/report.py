@@ -15,7 +15,7 @@ from bench.processes import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 
-Unit: TypeAlias = Literal["x", "%", "ms"]
+Unit: TypeAlias = Literal["x", "%", "ms", ""]
 _SCALES = {"%": 100.0, "x": 1.0, "ms": 1.0}
 
 
@@ -25,7 +25,7 @@ class Goal:
 
     Attributes:
         sense: whether the measured value must be ``>=`` or ``<=`` the target.
-        unit: ``x`` for a ratio, ``%`` for a share of one, or ``ms``.
+        unit: ``x`` for a ratio, ``%`` for a share of one, ``ms``, or nothing for a count.
         note: what else must be said.
         is_sound: ``False`` when something else failed that the number does not show.
     """
@@ -62,6 +62,8 @@ def goals_table(goals: Sequence[Goal]) -> str:
 
 
 def _with_unit(value: float, unit: Unit) -> str:
+    if not unit:
+        return f"{value:,g}"
     return f"{number(value * _SCALES[unit])}{'' if unit == 'x' else ' '}{unit}"
 
 

@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
 
-from gateway.backends.base import Backend
+from gateway.backends.base import Backend, Removable, Waiting
 from gateway.backends.enabled import USUAL_REASONS, load_order, why_disabled
 from gateway.backends.on_demand import OnDemandBackend
 from gateway.backends.same_space import Reference, verify_same_space
 from gateway.config.registry import ModelEntry, Registry
-from gateway.errors import LicenseNotAccepted, LoadError, StartError
+from gateway.errors import LicenseNotAccepted, LoadError, StartError, TooLittleMemory
 from gateway.telemetry import metrics
 from gateway.types import Embeddings, EmbedJob, ModelInfo, ModelState, Vocabulary
 
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 MakeBackend: TypeAlias = Callable[[ModelEntry], Backend]
 """Makes the backend of an entry of the registry."""
 
-# Between two attempts to load a model whose servers were absent.
+# Between two attempts to load a model whose servers were absent, or that had too little memory.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
 # Of a model that is loaded on demand, and has been started.
@@ -62,14 +62,6 @@ class Here:
         return not entry.is_remote
 
 
-@runtime_checkable
-class Removable(Protocol):
-    """A backend that has something elsewhere, which outlasts this process."""
-
-    async def remove(self) -> None:
-        """Stop, and remove what is elsewhere, unless another gateway uses it."""
-
-
 @dataclass(eq=False, slots=True)
 class Model:
     """One model of the registry and its state.
@@ -79,6 +71,7 @@ class Model:
         reason: why the model is disabled or failed; empty otherwise.
         created: Unix time at which the model became ready, for OpenAI's ``created``.
         cache: of its vectors, if the entry has one.
+        lacks_memory: it has failed because it did not fit.
     """
 
     entry: ModelEntry
@@ -88,6 +81,7 @@ class Model:
     reason: str = ""
     created: int = 0
     cache: ModelCache | None = None
+    lacks_memory: bool = False
     _num_in_flight: int = 0
     _is_retired: bool = False
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -313,7 +307,9 @@ class Fleet:
             model.report(ModelState.DISABLED, str(error))
             log.warning("model_disabled", model=model.id, reason=str(error))
         except LoadError as error:
-            model.report(ModelState.FAILED, f"failed to load: {error}")
+            model.lacks_memory = isinstance(error, TooLittleMemory)
+            later = "; it is tried again as soon as there is room" if model.lacks_memory else ""
+            model.report(ModelState.FAILED, f"failed to load: {error}{later}")
             (log.debug if model.reason == logged else log.error)("model_failed", model=model.id, reason=str(error))
         except Exception as error:  # a checkpoint can make the libraries raise anything; the others must still serve
             model.report(ModelState.FAILED, f"failed to load: {type(error).__name__}: {error}")
@@ -329,8 +325,10 @@ class Fleet:
                 log.info("model_on_demand", model=model.id, seconds=seconds)
 
     def is_absent(self, model: Model) -> bool:
-        """Return whether what runs a model elsewhere could not be reached, or was wrong, when it was loaded."""
-        return not self._is_replaced and not self._site.is_here(model.entry) and model.state is ModelState.FAILED
+        """Return whether a load has failed for a reason that may pass: absent servers, or too little memory."""
+        if self._is_replaced or model.state is not ModelState.FAILED:
+            return False
+        return model.lacks_memory or not self._site.is_here(model.entry)
 
     async def seek(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
         """Try to load an absent model until it is ready, or the fleet is replaced.
@@ -342,8 +340,13 @@ class Fleet:
         while self.is_absent(model):
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            if self.is_absent(model):
+            if self.is_absent(model) and await self._may_succeed(model):
                 await self._try_again(model, accept)
+
+    @staticmethod
+    async def _may_succeed(model: Model) -> bool:
+        """Return whether a load is worth a try: it reads gigabytes, which a full card does not need."""
+        return not model.lacks_memory or not isinstance(model.backend, Waiting) or await model.backend.may_fit()
 
     async def _try_again(self, model: Model, accept: Callable[[], Sequence[str]]) -> None:
         await self.load_one(model)

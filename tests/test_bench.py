@@ -189,7 +189,7 @@ def run_here(monkeypatch, module, *arguments):
     runpy.run_module(module, run_name="__main__")
 
 
-@pytest.mark.parametrize("module", ["bench.compare", "bench.cpu", "bench.gpu"])
+@pytest.mark.parametrize("module", ["bench.compare", "bench.cpu", "bench.gpu", "bench.gpu_counts"])
 def test_help(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_here(monkeypatch, module, "--help")
@@ -223,3 +223,21 @@ def test_the_gpu_benchmark_runs_with_tiny_models_on_a_cpu(monkeypatch, capsys):
     assert "n/a" not in printed.partition("### Matrix")[0]  # every goal was measured
     assert re.search(r"^\| 4 \| \d+% \| \d+% \| \d+% \| 1\.000000 \|$", printed, re.MULTILINE), "no tasks"
     assert re.search(r"^\| multivector \| 64 \|", printed, re.MULTILINE)
+
+
+def test_what_a_forward_costs_a_card_is_counted_without_one(monkeypatch, capsys):
+    run_here(monkeypatch, "bench.gpu_counts", "--tiny")
+
+    printed = capsys.readouterr().out
+    for goal in (
+        "BGE-M3: launches | <= 150 | 3 (a graph of 21 kernels, 21 launches without it) | yes",
+        "Jina v3, one task, merged weights: launches | <= 350 | 3 (a graph of 24 kernels",
+        "Jina v3, one task, adapters: host time without a graph, of before | <= 0.33x",
+    ):
+        assert goal in printed
+    for row in (
+        r"\| BGE-M3 \| 41 \| 21 \| 21 \| [\d,]+ \| [\d,]+ \| 3 \|",
+        r"\| Jina v3, several tasks in a row \| 118 \| 56 \| 49 \|",
+    ):
+        assert re.search(row, printed), row
+    assert "n/a" not in printed

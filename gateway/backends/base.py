@@ -93,3 +93,19 @@ class Scraped(Protocol):
 
     async def replica_metrics(self) -> Mapping[str, str]:
         """Return the metrics of each replica that answers, in Prometheus' text format."""
+
+
+@runtime_checkable
+class Removable(Protocol):
+    """A backend that has something elsewhere, which outlasts this process."""
+
+    async def remove(self) -> None:
+        """Stop, and remove what is elsewhere, unless another gateway uses it."""
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """A backend whose model may fit into memory later, when another program leaves it."""
+
+    async def may_fit(self) -> bool:
+        """Return whether loading the model again is worth a try."""

@@ -107,6 +107,13 @@ class InfinityBackend:
         assert self._plan is not None  # noqa: S101  the caller has planned it
         await asyncio.to_thread(require_room, self._plan)
 
+    async def may_fit(self) -> bool:
+        """Return whether one of its devices has room now; the next plan chooses among them."""
+        from gateway.engine.placement import has_room
+
+        plan = self._plan
+        return plan is None or await asyncio.to_thread(has_room, plan.devices, plan.memory)
+
     async def start(self, report: Report) -> ModelInfo:
         self._is_stopped, self._may_hold_memory = False, True
         engine, info = await self._load_in_turn()

@@ -97,7 +97,8 @@ def make_spec(entry: ModelEntry, settings: Settings, *, has_cards: bool, make_ba
     wants_card = has_cards and entry.device != "cpu" if asked is None else bool(asked)
     # Ray chooses the card, and the replica sees no other.
     device = "cuda" if wants_card and entry.device.startswith("cuda:") else entry.device
-    changes: dict[str, Any] = {"device": device if wants_card else "cpu", "enabled": True, "load": "eager"}
+    # `enabled` stays: `true` accepts a license, which `auto` does not.
+    changes: dict[str, Any] = {"device": device if wants_card else "cpu", "load": "eager"}
     return Spec(
         entry=entry.model_copy(update=changes),
         settings=Settings(**settings.model_dump(include=set(_SETTINGS))),

@@ -24,7 +24,7 @@ from gateway.cluster.scaling import REQUESTS
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import LoadError
-from gateway.types import ModelState
+from gateway.types import ModelInfo, ModelState
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +59,7 @@ class Replica:
         make = resolve(spec.make_backend)
         self._backend: Backend = make(self._with_files(spec), spec.settings, self._lose_card)
         planned = await self._backend.plan()
+        require_card(spec, planned)
         require_same_weights(spec.name, planned.fingerprint)
         self._info = await self._backend.start(self._report)
         require_same_weights(spec.name, self._info.fingerprint)
@@ -145,6 +146,16 @@ def begun_key(name: str) -> bytes:
 def fingerprint_key(name: str) -> bytes:
     """Return the key under which the cluster notes the weights of a deployment."""
     return f"fingerprint:{name}".encode()
+
+
+def require_card(spec: Spec, planned: ModelInfo) -> None:
+    """Refuse the CPU to a replica that has reserved a card: it would be slow, and keep the card from others.
+
+    Raises:
+        LoadError: the card cannot be used; says why, and what to do.
+    """
+    if spec.num_gpus and planned.device == "cpu" and planned.notes:
+        raise LoadError(f"{planned.id} has reserved a graphics card, and would run {'; '.join(planned.notes)}")
 
 
 def require_same_weights(name: str, fingerprint: str) -> None:

@@ -140,6 +140,8 @@ class Machine:
             what = f"CUDA_VISIBLE_DEVICES={self.visible_devices!r} hides it"
             problem = Obstacle(Reason.HIDDEN, what, "unset it, or list numbers that `nvidia-smi -L` shows")
         elif problem is None and self.cuda_error:
+            if (known := _shared([find_obstacle(card, self.torch) for card in self.visible])) is not None:
+                return known  # the driver says more than CUDA does
             problem = Obstacle(Reason.CUDA_FAILED, f"CUDA does not start ({self.cuda_error})", _MEND_CUDA)
         if problem is None:
             return None

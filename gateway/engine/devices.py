@@ -86,7 +86,8 @@ def device_notes(setting: str, devices: Sequence[str]) -> tuple[str, ...]:
         device = f"cuda:{index}"
         if device in devices:
             held = sum(process.memory_bytes or 0 for process in card.others)
-            notes += [f"other processes hold {format_bytes(held)} of {device}"] if held >= _NOTED_BYTES else []
+            if held >= _NOTED_BYTES:
+                notes.append(f"other processes hold {format_bytes(held)} of {device}: {describe_others(card)}")
         elif setting in ("auto", "cuda"):
             too_full = f"of its {format_bytes(card.total_bytes)} only {format_bytes(card.free_bytes)} are free"
             notes.append(f"{device} ({card.name or 'unknown'}) is left out: {machine.left_out(index) or too_full}")

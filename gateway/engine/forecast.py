@@ -8,7 +8,14 @@ from gateway.config.registry import ModelEntry
 from gateway.engine.checkpoint.hub import HubRefusal, describe
 from gateway.engine.checkpoint.sizes import Attention
 from gateway.engine.checkpoint.sources import is_cached, require_license, require_readable
-from gateway.engine.devices import available_bytes, choose_devices, choose_dtype, device_notes, leave_out_full
+from gateway.engine.devices import (
+    available_bytes,
+    choose_devices,
+    choose_dtype,
+    device_notes,
+    leave_out_full,
+    others_on,
+)
 from gateway.engine.loading import plan_load
 from gateway.engine.memory import MemoryPlan, Shape, estimate_memory, require_memory
 from gateway.engine.model.choose import choose_runtime
@@ -90,7 +97,9 @@ class Forecaster:
         found = _planned(entry) if is_cached(entry) or entry.parsed_source.kind != "hub" else _not_downloaded(entry)
         if found.memory is not None:
             for device in found.devices:
-                require_memory(found.memory, self.free_bytes(device), device)
+                free = self.free_bytes(device)
+                others = others_on(device) if found.memory.total_bytes > free else ""
+                require_memory(found.memory, free, device, others)
             for device in found.devices:
                 if entry.is_on_demand:
                     self._on_demand[device] = self._on_demand.get(device, 0) + found.memory.total_bytes

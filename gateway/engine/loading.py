@@ -131,6 +131,7 @@ class LoadPlan:
             dtype=self.dtype,
             runtime=self.entry.runtime,
             merges_adapters=self.entry.merge_adapters,
+            may_capture=not self.entry.fp16_accumulation,
             max_tokens=self.max_tokens,
             threads=threads,
             tasks=self.tasks,

@@ -147,7 +147,7 @@ def require_memory(plan: MemoryPlan, available_bytes: int, device: str, others: 
             f"too little memory on {device}: needs {format_bytes(plan.total_bytes)} "
             f"({format_bytes(plan.weights_bytes)} weights + {format_bytes(plan.batch_bytes)} for the largest batch{card}), "
             f"{format_bytes(available_bytes)} are free{company}. Lower max_batch_tokens or max_tokens, use a 16-bit dtype, "
-            "or disable another model",
+            f"or disable another model{', or end one of those processes' if others else ''}",
             device,
             plan.total_bytes - available_bytes,
         )

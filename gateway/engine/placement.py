@@ -69,3 +69,8 @@ def require_room_on(devices: Sequence[str], memory: MemoryPlan) -> None:
     for device in devices:
         free = available_bytes(device)
         require_memory(memory, free, device, others_on(device) if memory.total_bytes > free else "")
+
+
+def has_room(devices: Sequence[str], memory: MemoryPlan) -> bool:
+    """Return whether a model fits into the memory that is free now on one of its devices."""
+    return any(available_bytes(device) >= memory.total_bytes for device in devices)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from typer.testing import CliRunner
 
 from gateway.cli.main import app
@@ -146,6 +151,102 @@ def test_a_stop_keeps_what_has_arrived(hub: Hub, models: Path, monkeypatch: pyte
     assert said.startswith("one: 1")
     assert " kB of 300 kB in 3 files" in said
     assert hub.ranges() == ["bytes=110000-"]
+
+
+def test_a_disk_that_is_full_in_the_middle_is_said_and_the_next_attempt_goes_on(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = fetching.fetch
+
+    def fill(done: int, _total: int) -> None:
+        if done > LARGE:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetching, "fetch", lambda repository, _report: fetch(repository, fill))
+    status, said, errors = run(models, "one")
+    monkeypatch.setattr(fetching, "fetch", fetch)
+    hub.requests.clear()
+
+    assert status == 1
+    assert "the disk of " in errors
+    assert "is full; make room, or set HF_HOME to a folder on another disk" in errors
+    assert "Done" not in said
+    assert run(models, "one")[0] == 0
+    assert hub.ranges() == ["bytes=110000-"]
+
+
+def test_a_gated_repository_without_a_token_says_what_to_do(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["owner/one"] = Repo(FILES, token="right", is_gated=True)
+
+    status, _, errors = run(models, "one")
+
+    assert status == 1
+    assert f"the repository is gated; accept its terms on {hub.url}/owner/one, and set HF_TOKEN to a token" in errors
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert run(models, "one")[0] == 0
+
+
+@contextmanager
+def running_proxy() -> Iterator[tuple[str, list[str]]]:
+    """Run a proxy on a free port of 127.0.0.1; give its URL, and the URLs that it is asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _pass_on(self) -> None:
+            asked.append(self.path)
+            parts = urlsplit(self.path)
+            connection = HTTPConnection(parts.netloc, timeout=10)
+            connection.request(self.command, self.path.partition(parts.netloc)[2], headers=dict(self.headers))
+            answer = connection.getresponse()
+            body = answer.read()
+            connection.close()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in {"connection", "date", "server"}:
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self._pass_on()
+
+        def do_HEAD(self) -> None:
+            self._pass_on()
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_everything_goes_through_a_proxy_if_there_is_one(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with running_proxy() as (url, asked):
+        monkeypatch.setenv("HTTP_PROXY", url)
+        close_session()  # which has read the environment
+        try:
+            status, said, errors = run(models, "one")
+        finally:
+            close_session()
+
+    assert (status, errors) == (0, "")
+    assert "one: 300 kB of 300 kB" in said
+    assert sorted(urlsplit(one).path for one in asked) == sorted(path for _, path, _ in hub.requests)
+    assert hub.ranges() == [""]
 
 
 def test_the_command_reads_the_environment(hub: Hub, models: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from gateway.backends.fake import fake_info
 from gateway.cluster.placing import Spec, actor_options, make_spec, scaling_options
 from gateway.config.model_entry import ModelEntry
 from gateway.config.settings import Settings
 from gateway.errors import LoadError
+from tests.hub import COMMIT
 
 
 def entry_of(**fields: object) -> ModelEntry:
@@ -82,10 +84,10 @@ def test_a_replica_gets_a_card_or_a_core(
 ) -> None:
     replicas = {"min": 1, "max": 2, **({} if gpus is None else {"gpus": gpus})}
 
-    spec = spec_of(has_cards, device=device, replicas=replicas, load="on_demand", enabled=False)
+    spec = spec_of(has_cards, device=device, replicas=replicas, load="on_demand")
 
     assert (spec.num_gpus, spec.entry.device) == (num_gpus, asked)
-    assert (spec.entry.enabled, spec.entry.load) == (True, "eager")
+    assert spec.entry.load == "eager"
     assert actor_options(spec) == ({"num_gpus": 1, "num_cpus": 0.1} if num_gpus else {"num_gpus": 0, "num_cpus": 1})
 
 
@@ -93,3 +95,28 @@ def test_replicas_are_a_number_or_scaled_between_two() -> None:
     assert scaling_options(spec_of(replicas={"min": 3, "max": 3})) == {"num_replicas": 3}
     scaled = scaling_options(spec_of(replicas={"min": 1, "max": 4, "target_requests": 7}))["autoscaling_config"]
     assert (scaled["min_replicas"], scaled["max_replicas"], scaled["target_ongoing_requests"]) == (1, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("entry", "accepts"),
+    [({}, False), ({"license_accepted": True}, True), ({"enabled": True}, True), ({"enabled": "auto"}, False)],
+    ids=str,
+)
+def test_a_replica_accepts_no_license_that_the_registry_does_not(entry: dict[str, object], accepts: bool) -> None:
+    jina = {"source": "jinaai/jina-embeddings-v3-hf", "revision": COMMIT, "license": "CC BY-NC 4.0"}
+
+    assert spec_of(**jina, **entry).entry.accepts_license is accepts
+
+
+def test_a_replica_that_cannot_use_its_card_is_refused_and_says_why() -> None:
+    pytest.importorskip("ray", reason="needs the extra `cluster`")
+    from gateway.cluster.replica import require_card
+
+    old = "on the CPU, because an NVIDIA GeForce RTX 3090 is here, but driver 550 is too old"
+    with pytest.raises(
+        LoadError, match="mini has reserved a graphics card, and would run on the CPU, because an NVIDIA"
+    ):
+        require_card(spec_of(True), fake_info("mini", device="cpu", notes=(old,)))
+    require_card(spec_of(True), fake_info("mini", device="cuda:0", notes=("other processes hold 20.0 GiB of cuda:0",)))
+    require_card(spec_of(True), fake_info("mini", device="cpu"))  # static embeddings, which run on no card
+    require_card(spec_of(True, device="cpu"), fake_info("mini", device="cpu", notes=(old,)))

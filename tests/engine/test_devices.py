@@ -189,7 +189,9 @@ def test_what_an_operator_should_know_about_the_devices(see: See) -> None:
         "TORCH_INDEX=https://download.pytorch.org/whl/cu126`",
         "cuda:2 (NVIDIA GeForce RTX 3090) is left out: of its 24.0 GiB only 3.0 GiB are free",
     )
-    assert device_notes("cuda:2", ("cuda:2",)) == ("other processes hold 20.0 GiB of cuda:2",)
+    assert device_notes("cuda:2", ("cuda:2",)) == (
+        "other processes hold 20.0 GiB of cuda:2: ollama (pid 7) 20,480 MiB",
+    )
     assert device_notes("cuda:1", ("cuda:1",)) == ()
     assert device_notes("cpu", ("cpu",)) == ()
     assert others_on("cuda:2") == "ollama (pid 7) 20,480 MiB"

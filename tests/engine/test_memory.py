@@ -132,7 +132,7 @@ def test_a_full_card_names_who_is_on_it() -> None:
     assert str(caught.value) == (
         "too little memory on cuda:0: needs 2.6 GiB (2.0 GiB weights + 100 MiB for the largest batch + 512 MiB for CUDA "
         "itself), 1.0 GiB are free next to ollama (pid 7) 20,480 MiB. Lower max_batch_tokens or max_tokens, use a 16-bit "
-        "dtype, or disable another model"
+        "dtype, or disable another model, or end one of those processes"
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, JinaEmbeddingsV3Config, PreTrainedConfig
 
+from bench.emulated_card import Launches, PeakMemory, fake_card, fake_model, kernel_on_the_cpu, to_card
 from gateway.engine.checkpoint.modules import Pooling
 from gateway.engine.checkpoint.sizes import Attention
 from gateway.engine.memory import Shape, estimate_memory
@@ -22,10 +23,10 @@ from gateway.engine.model.items import Item, Tokens
 from gateway.engine.model.runtimes.base import PACKED_MODEL_TYPES
 from gateway.engine.model.runtimes.flash import Texts, attend
 from gateway.engine.model.runtimes.packed import PackedRuntime
+from gateway.engine.model.runtimes.padded import PaddedRuntime
 from gateway.engine.model.states import TokenStates
 from gateway.types import Output
 from tests.models.checkpoints import TEXTS
-from tests.models.emulated_card import Launches, PeakMemory, fake_card, fake_model, kernel_on_the_cpu, to_card
 
 Load = Callable[..., Any]
 MakeFamily = Callable[..., Path]
@@ -82,6 +83,38 @@ def test_the_whole_way_of_a_batch_fits_a_card(model_type: str, merges: bool) -> 
             assert on_host(states.pool(pooling)) == (4, model.config.hidden_size)
         spans = [[(0, 8), (8, 16)], [(0, 1)], [(5, 300)], [(0, 2), (2, 3), (3, 40)]]
         assert on_host(states.pool_spans(spans)) == (7, model.config.hidden_size)
+
+
+# What is not packed: transformers' own code, padded. The best-known models, with few layers.
+PADDED = {
+    "modernbert": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1152},
+    "qwen3": {"hidden_size": 1024, "num_hidden_layers": 2, "intermediate_size": 3072, "head_dim": 128},
+    "gemma3_text": {"hidden_size": 768, "num_hidden_layers": 6, "head_dim": 256, "use_bidirectional_attention": True},
+    "mpnet": {"hidden_size": 768, "num_hidden_layers": 2},
+    "deberta-v2": {"hidden_size": 768, "num_hidden_layers": 2},
+    "xlm-roberta": {**ROBERTA, "num_hidden_layers": 2},  # with `runtime: torch`
+    "jina_embeddings_v3": {"num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("model_type", PADDED)
+@pytest.mark.parametrize("lengths", [[16, 1, 300, 40], [12]], ids=["a batch", "a text"])
+def test_what_is_padded_fits_a_card_too(model_type: str, lengths: Sequence[int]) -> None:
+    changes = {"pad_token_id": 0, **PADDED[model_type]}
+    with fake_card():
+        attention = None if model_type in ("mpnet", "deberta-v2") else "sdpa"
+        model, mask = fake_model(AutoConfig.for_model(model_type, **changes), HALF, attention=attention)
+        runtime = PaddedRuntime(model, mask)
+        features = runtime.prepare([[5 + i] * length for i, length in enumerate(lengths)], [-1] * len(lengths))
+        assert features.input_ids.device.type == "cuda"
+        assert features.attention_mask is None or features.attention_mask.device.type == "cuda"
+
+        states = runtime.forward(features)
+
+        assert (states.flat.device.type, states.flat.dtype) == ("cuda", HALF)
+        assert states.flat.shape[1] == model.config.hidden_size
+        for pooling in Pooling:
+            assert on_host(states.pool(pooling)) == (len(lengths), model.config.hidden_size)
 
 
 def layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -221,5 +254,5 @@ def test_float32_is_what_the_kernel_does_not_take() -> None:
             assert attend(*qkv.unbind(1), texts, texts, 1.0).shape == (2, 1, 8)
         with pytest.raises(AssertionError, match="only supports fp16 and bf16"):
             attend(*qkv.float().unbind(1), texts, texts, 1.0)
-        with pytest.raises(AssertionError, match="the longest of the texts"):
+        with pytest.raises(AssertionError, match="at least the longest of the texts"):
             attend(*qkv.unbind(1), replace(texts, lengths=[1]), texts, 1.0)

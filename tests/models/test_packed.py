@@ -159,7 +159,7 @@ def scale_wrongly(*args: Any) -> torch.Tensor:
 
 ADD, ATTEND = low_rank.LowRank.add, flash.attend
 BROKEN = [
-    pytest.param(network, "_rotate", turn_the_other_way, id="halves swapped"),
+    pytest.param(network, "rotate", turn_the_other_way, id="halves swapped"),
     pytest.param(low_rank.LowRank, "add", add_the_next_adapter, id="another adapter"),
     pytest.param(low_rank.LowRank, "add", add_the_first_adapter_to_a_text_alone, id="another adapter, one task"),
     pytest.param(network, "attend", attend_to_all, id="texts see each other"),
@@ -221,7 +221,7 @@ def test_a_full_or_lost_card_is_not_taken_for_a_broken_forward(
 
 def test_the_reference_shares_the_weights(jina: Path) -> None:
     runtime = build_packed(jina).encoder.runtime
-    model, layer = runtime._model, runtime._network._layers[1]
+    model, layer = runtime._model, runtime.network._layers[1]
 
     assert model.layers[1].self_attn.k_proj.weight.data_ptr() == layer.qkv.weight[64:].data_ptr()
     assert model.layers[1].mlp.fc1.weight.data_ptr() == layer.up.weight.data_ptr()

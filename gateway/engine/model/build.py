@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.engine.accumulation import ACCUMULATION
 from gateway.engine.checkpoint.read import Checkpoint
 from gateway.engine.checkpoint.sources import file_sha256
 from gateway.engine.devices import CpuThreads, available_bytes
@@ -33,6 +34,8 @@ from gateway.errors import LoadError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gateway.engine.model.runtimes.packed import PackedRuntime
+
 # The plan of a model asks for its runtime by the same function that builds it.
 __all__ = ["BuildOptions", "build_encoders", "choose_runtime_of"]
 
@@ -52,6 +55,7 @@ class BuildOptions:
         runtime: ``auto``, ``torch``, ``openvino``; or, whatever the device, ``reference`` (torch, padded) or ``packed``.
         max_tokens: the longest text; at most the checkpoint's own limit.
         merges_adapters: make weights for each adapter where texts are packed; ``None``: if the memory allows it.
+        may_capture: small batches on a card may be computed as graphs, whose products always add up in float32.
         max_query_tokens: the longest query, where queries and documents are treated differently.
         threads: how a model on the CPU uses its cores.
         tasks: instruction of each task.
@@ -71,6 +75,7 @@ class BuildOptions:
     compiled_folder: Path | None = None
     max_query_tokens: int = 2**62
     merges_adapters: bool | None = None
+    may_capture: bool = True
 
 
 def build_encoders(checkpoint: Checkpoint, options: BuildOptions) -> list[Encoder]:
@@ -131,27 +136,59 @@ def _try_packed(
     """Return the runtime that packs, if it agrees with transformers' own code on the same weights; ``None`` otherwise."""
     from gateway.engine.model.runtimes.packed import PackedRuntime  # slow to import
 
-    message = ""
+    def problem() -> str:
+        with ACCUMULATION.forward(in_float16=False):  # whatever other models do meanwhile
+            cosine = least_cosine(packed, PaddedRuntime(model, mask), checkpoint, tokenizer, is_packed=True)
+        limit = MIN_COSINE[options.dtype]
+        if cosine >= limit:  # it may be NaN
+            return ""
+        return f"packed vectors have a cosine of {cosine:.6f} to those of padded texts, the least is {limit}"
+
     try:
         packed = PackedRuntime(model, mask)
         if _should_merge(options, packed.merged_bytes):
             packed.merge()
-        cosine = least_cosine(packed, PaddedRuntime(model, mask), checkpoint, tokenizer, is_packed=True)
-        if not cosine >= MIN_COSINE[options.dtype]:  # it may be NaN
-            message = (
-                f"packed vectors have a cosine of {cosine:.6f} to those of padded texts, the least is "
-                f"{MIN_COSINE[options.dtype]}"
-            )
+        message = problem()
     except Exception as error:  # a card without one of the kernels may raise anything
-        if is_out_of_memory(error) or is_card_lost(error, options.device):  # padded texts would fail as well
-            raise
-        message = f"the packed forward cannot be computed: {type(error).__name__}: {error}"
+        message = _why_not_computed(error, options.device)
     if not message:
+        if options.device != "cpu":
+            _tune(packed, options, problem)
         return packed
     if options.runtime == "packed":
         raise LoadError(f"{checkpoint.folder}: {message}")
     log.warning("packed_refused", folder=str(checkpoint.folder), reason=message, fallback="torch")
     return None
+
+
+def _tune(packed: PackedRuntime, options: BuildOptions, problem: Callable[[], str]) -> None:
+    """Let a packed runtime use what is faster on its card, if it still agrees with transformers' own code.
+
+    Args:
+        problem: compares again, and returns what is wrong, or nothing.
+    """
+    from gateway.engine.model.runtimes.tuning import tune, untune
+
+    tune(packed, captures=options.may_capture)
+    try:
+        # A graph computes a shape from the second time on.
+        message = problem() or problem()
+    except Exception as error:
+        message = _why_not_computed(error, options.device)
+    if message:
+        untune(packed)
+        log.warning("tuning_refused", device=options.device, reason=message)
+
+
+def _why_not_computed(error: Exception, device: str) -> str:
+    """Return why the packed forward cannot be computed.
+
+    Raises:
+        Exception: the error itself, if padded texts would fail as well.
+    """
+    if is_out_of_memory(error) or is_card_lost(error, device):
+        raise error
+    return f"the packed forward cannot be computed: {type(error).__name__}: {error}"
 
 
 def _should_merge(options: BuildOptions, num_bytes: int) -> bool:

@@ -41,10 +41,13 @@ class TokenStates:
     @classmethod
     def from_padded(cls, states: torch.Tensor, lengths: Sequence[int]) -> TokenStates:
         """Drop the padding from ``(b, t, width)`` states of right-padded texts."""
+        flat = states.flatten(0, 1)
         if min(lengths) == states.shape[1]:
-            return cls(states.flatten(0, 1), lengths)
-        is_token = torch.arange(states.shape[1]) < torch.tensor(lengths)[:, None]
-        return cls(states[is_token.to(states.device)], lengths, is_token.numel() - sum(lengths))
+            return cls(flat, lengths)
+        # Counted here: of a mask on a card, the host would have to wait for the number of its tokens.
+        is_token = np.arange(states.shape[1]) < np.array(lengths)[:, None]
+        places = torch.from_numpy(np.flatnonzero(is_token))
+        return cls(flat.index_select(0, places.to(states.device)), lengths, is_token.size - sum(lengths))
 
     @property
     def starts(self) -> list[int]:

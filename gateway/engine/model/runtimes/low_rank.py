@@ -7,7 +7,7 @@ each task's part is a slice, and a batch of one task computes that slice alone, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from gateway.engine.model.adapters import AdaptedEmbedding, AdaptedLinear, Adapt
 _STEP = 8
 
 Choice: TypeAlias = int | torch.Tensor | None
-"""The adapter of all texts of a row, or, where they differ, ``(total, adapters)``: 1 for each token's adapter, else 0.
+"""The adapter of all texts of a row, or, where they differ, ``(total, adapters, 1)``: 1 for each token's adapter, else 0.
 
 ``None``: no text has one.
 """
@@ -34,28 +34,34 @@ class LowRank:
         up: ``(adapters * block, out)``, with the scaling in it.
         shift: ``(adapters * block,)``: added to the product with ``down``, or ``None`` for nothing.
         block: numbers of an adapter.
+        parts: the three, of each adapter by itself: views, which take a forward as long to make as a small product.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     shift: torch.Tensor | None
     block: int
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        downs, ups = torch.split(self.down, self.block), torch.split(self.up, self.block)
+        shifts = [None] * len(downs) if self.shift is None else torch.split(self.shift, self.block)
+        object.__setattr__(self, "parts", list(zip(downs, ups, shifts, strict=True)))
 
     def add(self, y: torch.Tensor, x: torch.Tensor, choice: int | torch.Tensor) -> None:
         """Add to ``y``, ``(total, out)``, what the chosen adapters make of ``x``, ``(total, in)``."""
         if isinstance(choice, int):
-            part = slice(choice * self.block, (choice + 1) * self.block)
-            shift = None if self.shift is None else self.shift[part]
-            y.addmm_(functional.linear(x, self.down[part], shift), self.up[part])
+            down, up, shift = self.parts[choice]
+            y.addmm_(functional.linear(x, down, shift), up)
             return
         low = functional.linear(x, self.down, self.shift)
-        low.view(*choice.shape, self.block).mul_(choice[:, :, None])
+        low.view(len(choice), -1, self.block).mul_(choice)
         y.addmm_(low, self.up)
 
     def merged(self, weight: torch.Tensor, adapter: int) -> torch.Tensor:
         """Return ``weight``, ``(out, in)``, with an adapter in it; added up in float32."""
-        part = slice(adapter * self.block, (adapter + 1) * self.block)
-        change = self.up[part].float().t() @ self.down[part].float()
+        down, up, _shift = self.parts[adapter]
+        change = up.float().t() @ down.float()
         return (weight.float() + change).to(weight.dtype)
 
     def shifted(self, folded: torch.Tensor | None) -> LowRank:
@@ -85,7 +91,7 @@ class TableAdapters:
         if isinstance(choice, int):
             x.addmm_(low, self.up[choice * self.block : (choice + 1) * self.block])
         else:
-            x.addmm_((low[:, None] * choice[:, :, None]).flatten(1), self.up)
+            x.addmm_((low[:, None] * choice).flatten(1), self.up)
 
 
 def stack_layers(layers: Sequence[torch.nn.Module], mask: AdapterMask | None) -> LowRank | None:

@@ -8,6 +8,7 @@ while. So this is transformers' arithmetic with fewer kernels and without its mo
 - the sum with the residual is part of the product before it: ``x += a W'``, in place. The bias of that product is folded
   into the bias of the layer norm that makes ``x``, and the bias of the other product that reads ``x`` takes it out again;
 - rotary positions turn query and key in one go, with tables in place of sines;
+- on a card they are one kernel, and so is attention within short texts, where :mod:`.tuning` has found that to be faster;
 - adapters are added in place (:mod:`.low_rank`), or are merged into weights for each task.
 """
 
@@ -32,6 +33,7 @@ from gateway.engine.model.runtimes.low_rank import (
     stack_layers,
     stack_table,
 )
+from gateway.engine.model.runtimes.own_kernels import MOST_TOKENS, Attend, Heads, Rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,11 +91,11 @@ class Product:
     def merged(self, adapter: int) -> Product:
         if self.adapters is None:
             return self
-        weight, shift = self.adapters.merged(self.weight, adapter), self.adapters.shift
-        if shift is None or self.bias is None:
+        weight = self.adapters.merged(self.weight, adapter)
+        if self.adapters.shift is None or self.bias is None:
             return Product(weight, self.bias, None)
-        part = slice(adapter * self.adapters.block, (adapter + 1) * self.adapters.block)
-        bias = self.bias.float() + shift[part].float() @ self.adapters.up[part].float()
+        _down, up, own_shift = self.adapters.parts[adapter]
+        bias = self.bias.float() if own_shift is None else self.bias.float() + own_shift.float() @ up.float()
         return Product(weight, bias.to(self.bias.dtype), None)
 
 
@@ -195,11 +197,15 @@ class Network:
 
     Attributes:
         num_words: rows of the table of words.
+        rotate: a kernel for rotary positions; ``None``: torch's functions.
+        attend_short: a kernel for texts of at most ``MOST_TOKENS`` tokens; ``None``: FlashAttention.
         kinds_step: rows of the table of kinds from one adapter to the next; 0 if all read the same.
     """
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self.num_heads = int(model.config.num_attention_heads)
+        self.rotate: Rotate | None = None
+        self.attend_short: Attend | None = None
         embeddings = model.get_submodule("embeddings")
         words, kinds = (embeddings.get_submodule(f"{name}_embeddings") for name in ("word", "token_type"))
         self._words = words.get_parameter("weight")
@@ -214,11 +220,17 @@ class Network:
         norm = Norm.of(embeddings.get_submodule("LayerNorm"))
         self._norm, self._layers = _build_layers(norm, list(_modules(model)), mask)
         self._merged: dict[int, Sequence[Layer]] = {}
-        width = int(self._layers[0].qkv.weight.shape[0]) // 3
-        self.scale = (width // self.num_heads) ** -0.5
+        qkv = self._layers[0].qkv.weight
+        self.heads = Heads(self.num_heads, int(qkv.shape[0]) // 3 // self.num_heads, qkv.dtype)
+        self.scale = self.heads.scale
         self.num_words, num_kinds = len(self._words), int(kinds.get_parameter("weight").shape[0])
         # A table that no adapter changes is not expanded: a row beyond it would be the end of a card's context.
         self.kinds_step = num_kinds if len(self._kinds) > num_kinds else 0
+
+    @property
+    def rotary_table(self) -> torch.Tensor | None:
+        """The cosines and sines of all positions, ``(positions, d)``; ``None`` for a model without them."""
+        return self._rotary
 
     @property
     def has_word_adapters(self) -> bool:
@@ -242,7 +254,7 @@ class Network:
         if isinstance(choice, int) and choice in self._merged:
             layers, choice = self._merged[choice], None
         turns = None
-        if self._rotary is not None:
+        if self._rotary is not None and self.rotate is None:
             turns = functional.embedding(row.positions, self._rotary)[:, None, None].chunk(2, dim=-1)
         for layer in layers:
             layer.out.add_to(x, self._attend(layer.qkv(x, choice), row, turns), choice)
@@ -254,7 +266,11 @@ class Network:
     def _attend(self, qkv: torch.Tensor, row: Row, turns: Sequence[torch.Tensor] | None) -> torch.Tensor:
         """Return the sum of values that each token reads, ``(total, width)``; ``qkv`` is ``(total, 3 * width)``."""
         qkv = qkv.view(len(qkv), 3, self.num_heads, -1)
-        query, key = (qkv[:, :2] if turns is None else _rotate(qkv[:, :2], *turns)).unbind(1)
+        if self.rotate is not None:
+            self.rotate(qkv, row.positions)
+        if self.attend_short is not None and row.keys is None and row.texts.longest <= MOST_TOKENS:
+            return self.attend_short(qkv, row.texts.boundaries)
+        query, key = (qkv[:, :2] if turns is None else rotate(qkv[:, :2], *turns)).unbind(1)
         value, keys = qkv[:, 2], row.texts
         if row.keys is not None:
             places, keys = row.keys
@@ -271,7 +287,7 @@ class Network:
         return self._norm(x)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn ``(total, 2, heads, d)`` by their positions (Su et al., 2021): the halves of ``d`` are the pairs' parts.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,10 @@ import torch
 from gateway.engine.model.adapters import AdapterMask
 from gateway.engine.model.runtimes.attention import packed_positions, uncounted_id
 from gateway.engine.model.runtimes.flash import Texts
+from gateway.engine.model.runtimes.graphs import MIXED, Graphs, Indices, Shape, boundaries_of, find_shape
 from gateway.engine.model.runtimes.low_rank import Choice
 from gateway.engine.model.runtimes.network import Network, Row
+from gateway.engine.model.runtimes.own_kernels import MOST_TOKENS
 from gateway.engine.model.states import TokenStates
 
 if TYPE_CHECKING:
@@ -25,15 +27,21 @@ if TYPE_CHECKING:
 # less than the adapters of a mixed one do. Smaller parts would not keep a card busy.
 _MIN_PART_TOKENS = 2048
 
-_Indices: TypeAlias = npt.NDArray[np.int32]
-
 
 @dataclass(frozen=True, slots=True)
 class PackedFeatures:
-    """Texts one after the other, on the device."""
+    """Texts one after the other, on the device.
 
-    row: Row
+    Attributes:
+        row: ``None`` if a graph computes it.
+        together: the arrays of the row.
+        shape: of that graph.
+    """
+
+    row: Row | None
     lengths: Sequence[int]
+    together: torch.Tensor
+    shape: Shape | None = None
 
 
 class PackedRuntime:
@@ -44,6 +52,9 @@ class PackedRuntime:
 
     Attributes:
         extra_bytes: memory of the weights that :meth:`merge` has made.
+        device: of the model.
+        network: computes the forward.
+        graphs: compute small ones; ``None``: none do.
     """
 
     name = "torch-packed"
@@ -51,21 +62,22 @@ class PackedRuntime:
 
     def __init__(self, model: PreTrainedModel, mask: AdapterMask | None) -> None:
         self._model = model
-        self._device = model.device
+        self.device = model.device
         self._uncounted_id = uncounted_id(model.config)
-        self._network = Network(model, mask)
+        self.network = Network(model, mask)
+        self.graphs: Graphs | None = None
         num_adapters = 0 if mask is None else len(mask.ranks)
         # Row 0 is no adapter.
-        self._choices = torch.eye(num_adapters + 1, num_adapters, dtype=model.dtype).roll(1, 0).to(self._device)
+        self._choices = torch.eye(num_adapters + 1, num_adapters, dtype=model.dtype).roll(1, 0).to(self.device)
 
     @property
     def merged_bytes(self) -> int:
         """Memory that :meth:`merge` would take."""
-        return self._network.merged_bytes * self._choices.shape[1]
+        return self.network.merged_bytes * self._choices.shape[1]
 
     def merge(self) -> None:
         """Make weights for each adapter, for batches that have one task."""
-        self._network.merge(range(self._choices.shape[1]))
+        self.network.merge(range(self._choices.shape[1]))
         self.extra_bytes = self.merged_bytes
 
     def groups(self, lengths: Sequence[int], adapters: Sequence[int] | None = None) -> Sequence[Sequence[int]]:
@@ -88,55 +100,95 @@ class PackedRuntime:
         attended: Sequence[int] | None = None,
     ) -> PackedFeatures:
         lengths = [len(row) for row in rows]
-        counts = np.array(lengths)
-        ids = np.fromiter(chain.from_iterable(rows), np.int32, int(counts.sum()))
-        boundaries = _boundaries(lengths)
-        parts = {"ids": ids, "boundaries": boundaries}
-        parts["positions"] = packed_positions(ids, counts, self._uncounted_id)
-        is_adapted = self._choices.shape[1] > 0 and any(adapter >= 0 for adapter in adapters)
-        is_mixed = is_adapted and len(set(adapters)) > 1
-        owners = np.repeat(np.array(adapters, np.int32), counts)
-        if is_adapted and self._network.has_word_adapters:
-            # A token without an adapter reads any row: its mask is 0.
-            parts["places"] = np.maximum(owners, 0) * np.int32(self._network.num_words) + ids
-        if is_mixed:
-            parts["choices"] = owners + np.int32(1)
-        kinds = _segments(lengths, seconds)
-        step = self._network.kinds_step if is_adapted else 0
-        if step or kinds is not None:
-            parts["kinds"] = (owners + 1) * np.int32(step) + (np.zeros_like(ids) if kinds is None else kinds)
+        parts = self._parts(rows, lengths, adapters, seconds)
+        choice = None
+        if self._is_adapted(adapters):
+            choice = MIXED if "choices" in parts else int(adapters[0])
+        shape = None
         if attended is not None:
             parts["keys"] = _within(lengths, attended).nonzero()[0].astype(np.int32)
-            parts["key_boundaries"] = _boundaries(attended)
-        tensors = self._to_device(parts)
-        choice: Choice = None
-        if is_adapted:
-            choice = self._choices.index_select(0, tensors["choices"]) if is_mixed else int(adapters[0])
-        row = Row(
+            parts["key_boundaries"] = boundaries_of(attended)
+        elif self.graphs is not None:
+            shape = find_shape(
+                lengths, tuple(parts), choice, None if self.network.attend_short is None else MOST_TOKENS
+            )
+        if shape is not None:
+            return PackedFeatures(None, lengths, self._to_device(shape.fill(parts, lengths)), shape)
+        together = self._to_device(parts)
+        tensors = dict(zip(parts, torch.split(together, [len(part) for part in parts.values()]), strict=True))
+        return PackedFeatures(self._row(tensors, choice, lengths, attended), lengths, together)
+
+    def _parts(
+        self,
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        adapters: Sequence[int],
+        seconds: Sequence[int | None] | None,
+    ) -> dict[str, Indices]:
+        """Return the arrays of a row by their names in :class:`Row`, and ``choices``: rows of the table of choices."""
+        counts = np.array(lengths)
+        ids = np.fromiter(chain.from_iterable(rows), np.int32, int(counts.sum()))
+        parts = {"ids": ids, "boundaries": boundaries_of(lengths)}
+        parts["positions"] = packed_positions(ids, counts, self._uncounted_id)
+        is_adapted = self._is_adapted(adapters)
+        owners = np.repeat(np.array(adapters, np.int32), counts)
+        if is_adapted and self.network.has_word_adapters:
+            # A token without an adapter reads any row: its mask is 0.
+            parts["places"] = np.maximum(owners, 0) * np.int32(self.network.num_words) + ids
+        if is_adapted and len(set(adapters)) > 1:
+            parts["choices"] = owners + np.int32(1)
+        kinds = _segments(lengths, seconds)
+        step = self.network.kinds_step if is_adapted else 0
+        if step or kinds is not None:
+            parts["kinds"] = (owners + 1) * np.int32(step) + (np.zeros_like(ids) if kinds is None else kinds)
+        return parts
+
+    def _is_adapted(self, adapters: Sequence[int]) -> bool:
+        return self._choices.shape[1] > 0 and any(adapter >= 0 for adapter in adapters)
+
+    def _row(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        choice: int | None,
+        lengths: Sequence[int],
+        attended: Sequence[int] | None,
+    ) -> Row:
+        chosen: Choice = choice
+        if choice == MIXED:
+            chosen = self._choices.index_select(0, tensors["choices"])[:, :, None]
+        return Row(
             ids=tensors["ids"],
             kinds=tensors.get("kinds"),
             positions=tensors["positions"],
             places=tensors.get("places"),
-            choice=choice,
+            choice=chosen,
             texts=Texts(tensors["boundaries"], lengths),
             keys=None if attended is None else (tensors["keys"], Texts(tensors["key_boundaries"], attended)),
         )
-        return PackedFeatures(row, lengths)
 
     def forward(self, features: PackedFeatures) -> TokenStates:
-        return TokenStates(self._network(features.row), features.lengths)
+        if features.row is not None:
+            return TokenStates(self.network(features.row), features.lengths)
+        shape, graphs = features.shape, self.graphs
+        assert shape is not None  # noqa: S101  without a row
+        states = (self._compute if graphs is None else graphs.run)(shape, features.together)
+        return TokenStates(states[: sum(features.lengths)].clone(), features.lengths)
 
-    def _to_device(self, parts: Mapping[str, _Indices]) -> Mapping[str, torch.Tensor]:
+    def make_graphs(self) -> None:
+        """Compute small rows as graphs from now on."""
+        self.graphs = Graphs(self.device, self._compute)
+
+    def _compute(self, shape: Shape, together: torch.Tensor) -> torch.Tensor:
+        """Return the states of a row that has a shape, ``(shape.tokens, width)``."""
+        tensors = dict(zip(shape.parts, torch.split(together, shape.sizes), strict=True))
+        return self.network(self._row(tensors, shape.choice, [shape.longest], None))
+
+    def _to_device(self, parts: Mapping[str, Indices]) -> torch.Tensor:
         """Copy arrays in one transfer, from pinned memory: the host does not wait for it."""
         together = torch.from_numpy(np.concatenate([*parts.values()], dtype=np.int32))
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             together = together.pin_memory()
-        split = torch.split(together.to(self._device, non_blocking=True), [len(part) for part in parts.values()])
-        return dict(zip(parts, split, strict=True))
-
-
-def _boundaries(lengths: Sequence[int]) -> _Indices:
-    return np.array([0, *accumulate(lengths)], np.int32)
+        return together.to(self.device, non_blocking=True)
 
 
 def _within(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -146,7 +198,7 @@ def _within(lengths: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.boo
     return is_first
 
 
-def _segments(lengths: Sequence[int], seconds: Sequence[int | None] | None) -> _Indices | None:
+def _segments(lengths: Sequence[int], seconds: Sequence[int | None] | None) -> Indices | None:
     """Return 1 for each token of a pair's second text and 0 for all others, ``(total,)``; ``None`` without any."""
     if seconds is None or all(second is None for second in seconds):
         return None

@@ -1,0 +1,169 @@
+"""Small forwards as CUDA graphs: a few hundred kernels are launched with one call.
+
+A short text is computed in less time than it takes to launch its kernels one by one, and each launch lets go of the
+interpreter's lock and has to get it back from a busy event loop. A graph is fixed: so a row is filled up to one of a few
+sizes, its last texts are empty, and the longest text counts as as long as the row.
+
+A shape is computed as usual when it is first seen, and as a graph from the second time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+
+log = structlog.get_logger(__name__)
+
+_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+# Places for texts; the tokens behind the last one are a text too.
+_TEXTS = (2, 9, 33)
+# Of a model: each holds some hundred nodes in the card's memory, a few MiB.
+_MOST_GRAPHS = 64
+
+Choice: TypeAlias = int | None
+Indices: TypeAlias = npt.NDArray[np.int32]
+
+MIXED = -1
+"""The choice of adapters of a row whose texts differ in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """All that a graph fixes.
+
+    Attributes:
+        texts: places for texts.
+        longest: no text may have more tokens.
+        parts: names of the arrays of the row, in their order.
+        choice: adapter of all texts; ``MIXED``, or ``None`` without any.
+    """
+
+    tokens: int
+    texts: int
+    longest: int
+    parts: tuple[str, ...]
+    choice: Choice
+
+    @property
+    def sizes(self) -> list[int]:
+        """The lengths of the arrays."""
+        return [self.texts + 1 if name == "boundaries" else self.tokens for name in self.parts]
+
+    def fill(self, parts: Mapping[str, Indices], lengths: Sequence[int]) -> dict[str, Indices]:
+        """Fill the arrays of a row up: tokens of id 0 in one more text, and empty texts behind it."""
+        filled = {}
+        for name, size in zip(self.parts, self.sizes, strict=True):
+            filled[name] = np.full(size, self.tokens if name == "boundaries" else 0, np.int32)
+            filled[name][: len(parts[name])] = parts[name]
+        assert filled["boundaries"][len(lengths)] == sum(lengths)  # noqa: S101  texts would run into each other
+        return filled
+
+
+def find_shape(lengths: Sequence[int], parts: Sequence[str], choice: Choice, longest_short: int | None) -> Shape | None:
+    """Return the shape that a row fits into; ``None`` if it is too large for a graph.
+
+    Args:
+        longest_short: tokens of a text up to which attention has another kernel; ``None`` if it has none.
+    """
+    tokens = next((size for size in _TOKENS if size >= sum(lengths)), None)
+    texts = next((size for size in _TEXTS if size > len(lengths)), None)
+    if tokens is None or texts is None:
+        return None
+    is_short = longest_short is not None and max(lengths) <= longest_short
+    return Shape(tokens, texts, longest_short if is_short and longest_short else tokens, tuple(parts), choice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: torch.Tensor
+    states: torch.Tensor
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """The graphs of a model on one card; one forward at a time.
+
+    Args:
+        compute: the forward of a row, which is given as its arrays in one tensor.
+    """
+
+    def __init__(self, device: torch.device, compute: Callable[[Shape, torch.Tensor], torch.Tensor]) -> None:
+        self._device = device
+        self._compute = compute
+        self._seen: set[Shape] = set()
+        self._graphs: dict[Shape, _Graph] = {}
+        self._capturer: Capturer | None = None
+        self.is_on = True
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, shape: Shape, together: torch.Tensor) -> torch.Tensor:
+        """Return the states of a row, ``(shape.tokens, width)``, which the next forward overwrites."""
+        graph = self._graphs.get(shape)
+        if graph is None:
+            if not self.is_on or shape not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
+                self._seen.add(shape)
+                return self._compute(shape, together)
+            graph = self._capture(shape, together)
+            if graph is None:
+                return self._compute(shape, together)
+        graph.inputs.copy_(together)
+        graph.replay()
+        return graph.states
+
+    def _capture(self, shape: Shape, together: torch.Tensor) -> _Graph | None:
+        """Return the graph of a shape; ``None`` if that fails, and then no other is tried."""
+        inputs = together.clone()
+        try:
+            self._capturer = self._capturer or Capturer(self._device)
+            states, replay = self._capturer.capture(lambda: self._compute(shape, inputs))
+        except Exception as error:  # the card and its libraries may raise anything; without graphs all is only slower
+            self.is_on = False
+            log.warning("graphs_refused", device=str(self._device), error=repr(error))
+            return None
+        graph = self._graphs[shape] = _Graph(inputs, states, replay)
+        return graph
+
+
+class Capturer:
+    """Captures graphs on a card, all on one stream and in one pool of memory: no two run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Return what some work makes, and a function that makes it again in the same place.
+
+        Other threads may use the card meanwhile. (``torch.cuda.graph`` would also collect all garbage, which stops them.)
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            work()  # loads kernels and makes workspaces, which is not allowed within a capture
+            graph: Any = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                made = work()
+            except BaseException:
+                with suppress(Exception):  # it says that the capture was cut off
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(self._stream)
+        return made, graph.replay
+
+
+def boundaries_of(lengths: Sequence[int]) -> Indices:
+    """Return where each text begins, and the end of the last, ``(texts + 1,)``."""
+    return np.array([0, *accumulate(lengths)], np.int32)

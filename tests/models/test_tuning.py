@@ -1,0 +1,414 @@
+"""What a card computes faster than torch's functions: its numbers on a CPU, and that it serves only where it pays off."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from bench.emulated_card import kernel_on_the_cpu
+from gateway.config.registry import ModelEntry
+from gateway.engine.devices import CpuThreads
+from gateway.engine.loading import plan_load
+from gateway.engine.model import build
+from gateway.engine.model.runtimes import graphs, network, own_kernels, tuning
+from gateway.engine.model.runtimes.graphs import Graphs, find_shape
+from gateway.engine.model.runtimes.own_kernels import (
+    Attend,
+    Heads,
+    Rotate,
+    attend_source,
+    compile_source,
+    open_compiler,
+    rotate_source,
+)
+from gateway.engine.model.runtimes.packed import PackedRuntime
+from gateway.engine.model.runtimes.tuning import tune, untune
+from tests.models.checkpoints import TEXTS
+from tests.models.conftest import Loaded
+from tests.models.host_kernels import COMPILER, HostCapturer, compile_on_host
+
+Load = Callable[..., Any]
+Cosines = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")
+DTYPES = [torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+CPU = torch.device("cpu")
+TASKS = [None, "retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
+MIXED = [TASKS[i % 6] for i in range(len(TEXTS))]
+
+
+def guarded(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
+    """Return a copy with NaN before and behind it, and a function that says whether those are untouched.
+
+    A kernel that reads them computes NaN, and one that writes there is found.
+    """
+    room = torch.full((values.numel() + 512,), float("nan"), dtype=values.dtype)
+    inside = room[256 : 256 + values.numel()].view(values.shape)
+    inside.copy_(values)
+    return inside, lambda: bool(room[:256].isnan().all() and room[-256:].isnan().all())
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("number", "width"), [(2, 8), (3, 64)])
+def test_the_kernel_for_rotary_positions_turns_query_and_key_as_torch_does(
+    dtype: torch.dtype, number: int, width: int
+) -> None:
+    heads = Heads(number, width, dtype)
+    angles = torch.rand(50, width // 2) * 6
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+    qkv, is_untouched = guarded(torch.randn(37, 3, number, width).to(dtype))
+    before = qkv.clone()
+    positions = torch.randint(0, 50, (37,), dtype=torch.int32)
+
+    Rotate(heads, table, compile_on_host(rotate_source(heads), "rotate", CPU))(qkv, positions)
+
+    cos, sin = table[positions.long()].float()[:, None, None].chunk(2, dim=-1)
+    expected = network.rotate(before[:, :2].float(), cos, sin)
+    torch.testing.assert_close(qkv[:, :2].float(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype])
+    assert torch.equal(qkv[:, 2], before[:, 2])
+    assert is_untouched()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("number", "width"), [(2, 8), (3, 64), (1, 96)])
+def test_the_kernel_for_short_texts_attends_within_each(dtype: torch.dtype, number: int, width: int) -> None:
+    heads = Heads(number, width, dtype)
+    lengths = [1, 32, 7, 0, 5, 40, 16]
+    boundaries = torch.tensor(graphs.boundaries_of(lengths))
+    qkv, _ = guarded(torch.randn(sum(lengths), 3, number, width).to(dtype))
+
+    out = Attend(heads, compile_on_host(attend_source(heads), "attend", CPU))(qkv, boundaries)
+
+    for begin, length in zip(boundaries.tolist(), lengths, strict=False):
+        if 0 < length <= own_kernels.MOST_TOKENS:  # what only fills a row up may be longer
+            query, key, value = qkv[begin : begin + length].float().permute(1, 2, 0, 3)
+            expected = ((query @ key.mT * heads.scale).softmax(-1) @ value).transpose(0, 1).flatten(1)
+            torch.testing.assert_close(out[begin : begin + length].float(), expected, atol=TOLERANCE[dtype], rtol=0.01)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_in_16_bits_are_read_and_written_as_torch_does(dtype: torch.dtype) -> None:
+    """All of them, turned by no angle; and a NaN stays one."""
+    heads = Heads(1, 2, dtype)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    qkv = torch.zeros(len(finite) + 1, 3, 1, 2, dtype=dtype)
+    qkv[:-1, 0, 0, 0] = finite
+    qkv[-1, 0, 0, 0] = float("nan")
+    table = torch.tensor([[1, 0]]).to(dtype)
+
+    Rotate(heads, table, compile_on_host(rotate_source(heads), "rotate", CPU))(
+        qkv, torch.zeros(len(qkv), dtype=torch.int32)
+    )
+
+    assert torch.equal(qkv[:-1, 0, 0, 0], finite)
+    assert qkv[-1, 0, 0, 0].isnan()
+
+
+def test_heads_that_do_not_fit_into_shared_memory_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads of 128 numbers, at most 96 fit"):
+        attend_source(Heads(8, 128, torch.float16))
+
+
+def compilers() -> list[Path]:
+    """Return NVRTC's libraries on this machine: torch's build for CUDA brings one, and NVRTC_LIBRARY may name another."""
+    found = [Path(name) for name in os.environ.get("NVRTC_LIBRARY", "").split(":") if name]
+    for folder in sys.path:
+        found += Path(folder).glob("nvidia/*/lib/libnvrtc.so.1[23]")
+    return found
+
+
+@pytest.mark.skipif(not compilers(), reason="NVIDIA's compiler (NVRTC) is not here")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nvidia_s_compiler_takes_the_kernels(dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    for path in compilers():
+        if capability[0] > 9 and path.suffix == ".12":
+            continue  # CUDA 12.6 does not know them
+        compiler = open_compiler(path)
+        for source in (rotate_source(Heads(16, 64, dtype)), attend_source(Heads(16, 64, dtype))):
+            assert compile_source(compiler, source, capability).startswith(b"\x7fELF")
+        with pytest.raises(RuntimeError, match=r"^NVRTC: "):
+            compile_source(compiler, "not a kernel", capability)
+
+
+# ------------------------------------------------------------------------------------------------------ a tuned model
+
+
+@pytest.fixture
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a model on the CPU take a card's way: its attention kernel, our kernels, and graphs, each replaced at its edge."""
+    monkeypatch.setattr(tuning, "compile_kernel", compile_on_host)
+    monkeypatch.setattr(graphs, "Capturer", HostCapturer)
+    times = iter([1.0, 2.0] * 8)  # ours is faster
+    monkeypatch.setattr(tuning, "_seconds", lambda _work, _device: next(times))
+    with kernel_on_the_cpu():
+        yield
+
+
+def tuned(folder: Path, load: Load, *, captures: bool = True) -> Loaded:
+    loaded = load.__wrapped__(folder, "packed", "float16")  # type: ignore[attr-defined]
+    tune(loaded.encoder.runtime, captures=captures)
+    return loaded
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_a_card")
+def test_a_tuned_model_gives_the_vectors_of_the_reference(jina: Path, load: Load, cosines: Cosines) -> None:
+    loaded, reference = tuned(jina, load), load(jina, "reference")
+    runtime = loaded.encoder.runtime
+    assert runtime.network.rotate is not None
+    assert runtime.network.attend_short is not None
+
+    for tasks in (MIXED, [None] * len(TEXTS), ["separation"] * len(TEXTS)):
+        expected = reference.vectors(TEXTS, tasks)
+        for _ in range(3):  # as usual, as a graph is made, and as a graph
+            assert cosines(loaded.vectors(TEXTS, tasks), expected).min() > 0.9999
+    assert len(runtime.graphs) == 3  # mixed, none, and one task
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_a_card")
+def test_a_graph_reads_other_texts_of_its_shape_and_none_of_those_before(
+    jina: Path, load: Load, cosines: Cosines
+) -> None:
+    loaded, reference = tuned(jina, load), load(jina, "reference")
+    first, second = TEXTS[0], " ".join(reversed(TEXTS[0].split()))
+    batches: list[tuple[Sequence[str], str | None]] = [
+        ([first], None),
+        ([second], None),
+        ([first, second], None),
+        ([second], None),
+        ([second] * 3, "separation"),
+        ([first], "separation"),
+        ([first], "separation"),
+        ([second], "separation"),
+    ]
+
+    for texts, task in batches * 2:
+        ours, theirs = (model.vectors(list(texts), [task] * len(texts)) for model in (loaded, reference))
+        assert cosines(ours, theirs).min() > 0.9999
+    assert len(loaded.encoder.runtime.graphs) >= 3
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_a_card")
+def test_a_model_without_rotary_positions_gets_the_rest(m3: Path, load: Load, cosines: Cosines) -> None:
+    loaded = tuned(m3, load)
+
+    assert loaded.encoder.runtime.network.rotate is None
+    expected = load(m3, "reference").vectors(TEXTS)
+    for _ in range(3):
+        assert cosines(loaded.vectors(TEXTS), expected).min() > 0.9999
+    assert len(loaded.encoder.runtime.graphs) == 1
+
+
+@needs_compiler
+def test_a_graph_that_cannot_be_made_leaves_the_model_as_it_was(
+    jina: Path, load: Load, cosines: Cosines, monkeypatch: pytest.MonkeyPatch, on_a_card: None
+) -> None:
+    attempts = []
+
+    class Refusing(HostCapturer):
+        def capture(self, work: Callable[[], torch.Tensor]) -> Any:
+            attempts.append(1)
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "Capturer", Refusing)
+    loaded = tuned(jina, load)
+
+    expected = load(jina, "reference").vectors(TEXTS, MIXED)
+    with capture_logs() as lines:
+        for _ in range(4):
+            assert cosines(loaded.vectors(TEXTS, MIXED), expected).min() > 0.9999
+
+    assert attempts == [1]
+    assert [line["event"] for line in lines] == ["graphs_refused"]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("on_a_card")
+def test_texts_some_of_whose_tokens_are_not_attended_to_and_long_rows_are_no_graphs(jina: Path, load: Load) -> None:
+    runtime = tuned(jina, load).encoder.runtime
+
+    assert runtime.prepare([[5] * 9], [-1]).shape is not None
+    assert runtime.prepare([[5] * 9], [-1], attended=[4]).shape is None
+    assert runtime.prepare([[5] * 100] * 6, [-1] * 6).shape is None
+    assert runtime.prepare([[5]] * 33, [-1] * 33).shape is None
+
+
+def test_a_shape_has_room_for_the_tokens_that_fill_it_up() -> None:
+    parts = ("ids", "boundaries")
+    assert find_shape([16], parts, None, None) == graphs.Shape(16, 2, 16, parts, None)
+    assert find_shape([17], parts, None, None) == graphs.Shape(32, 2, 32, parts, None)
+    assert find_shape([5, 4], parts, 3, 32) == graphs.Shape(16, 9, 32, parts, 3)
+    assert find_shape([40], parts, None, 32) == graphs.Shape(64, 2, 64, parts, None)
+    assert find_shape([513], parts, None, None) is None
+
+    filled = find_shape([5, 4], parts, None, None).fill(  # type: ignore[union-attr]
+        {"ids": np.arange(1, 10, dtype=np.int32), "boundaries": np.array([0, 5, 9], np.int32)}, [5, 4]
+    )
+    assert filled["ids"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0, 0]
+    assert filled["boundaries"].tolist() == [0, 5, 9, 16, 16, 16, 16, 16, 16, 16]
+
+
+def test_there_are_only_so_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "Capturer", HostCapturer)
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
+    made = Graphs(CPU, lambda _shape, together: together * 2)
+
+    for tokens in (16, 32, 64) * 3:
+        shape = graphs.Shape(tokens, 2, tokens, ("ids",), None)
+        assert made.run(shape, torch.full((tokens,), tokens)).tolist() == [2 * tokens] * tokens
+    assert len(made) == 2
+
+
+# ------------------------------------------------------------------------------------------------- only where it pays
+
+
+@needs_compiler
+def test_a_kernel_that_is_not_faster_is_not_used(
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
+) -> None:
+    times = iter([2.0, 1.0, 1.0, 2.0])
+    monkeypatch.setattr(tuning, "_seconds", lambda _work, _device: next(times))
+
+    with capture_logs() as lines:
+        runtime = tuned(jina, load).encoder.runtime
+
+    assert runtime.network.rotate is None
+    assert runtime.network.attend_short is not None
+    assert [
+        (line["kernel"], line["ours_us"], line["torch_us"]) for line in lines if line["event"] == "kernel_timed"
+    ] == [
+        ("rotate", 2_000_000, 1_000_000),
+        ("attend_short", 1_000_000, 2_000_000),
+    ]
+
+
+@needs_compiler
+def test_a_kernel_that_computes_something_else_is_not_used(
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
+) -> None:
+    source = own_kernels._ATTEND.replace("rows[1][other][column]", "rows[1][row][column]")
+    monkeypatch.setattr(own_kernels, "_ATTEND", source)
+
+    with capture_logs() as lines:
+        runtime = tuned(jina, load).encoder.runtime
+
+    assert runtime.network.rotate is not None
+    assert runtime.network.attend_short is None
+    [refusal] = [line for line in lines if line["event"] == "kernel_not_used"]
+    assert refusal["kernel"] == "attend_short"
+    assert "it differs from torch by" in refusal["reason"]
+
+
+def test_a_machine_without_the_compiler_uses_torch_s_functions(
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
+) -> None:
+    def absent(*_: object) -> Any:
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(tuning, "compile_kernel", absent)
+
+    with capture_logs() as lines:
+        runtime = tuned(jina, load, captures=False).encoder.runtime
+
+    assert runtime.network.rotate is runtime.network.attend_short is runtime.graphs is None
+    assert [line["reason"] for line in lines if line["event"] == "kernel_not_used"] == [
+        "OSError: libnvrtc.so.13: cannot open shared object file"
+    ] * 2
+
+
+def test_a_card_that_is_lost_over_a_kernel_is_not_used_on(
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, on_a_card: None
+) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "compile_kernel", fail)
+    monkeypatch.setattr(tuning, "is_card_lost", lambda *_: True)
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuned(jina, load)
+
+
+class Tuned:
+    """Takes the place of ``tune``; the model computes something else from then on."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.captures: list[bool] = []
+
+    def __call__(self, packed: PackedRuntime, *, captures: bool) -> None:
+        self.captures.append(captures)
+
+        def turn(qkv: torch.Tensor, _positions: torch.Tensor) -> None:
+            if self.error is not None:
+                raise self.error
+            qkv.zero_()
+
+        packed.network.rotate = turn  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, "packed vectors have a cosine of"),
+        (RuntimeError("too many resources"), "RuntimeError: too many resources"),
+    ],
+)
+def test_a_tuned_model_that_differs_is_served_untuned(
+    jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch, error: Exception | None, reason: str
+) -> None:
+    plan = plan_load(ModelEntry(id="tiny", source=str(jina), device="cpu", enabled=True))
+    options = plan.build_options("cpu", CpuThreads(1, 1))
+    loaded = load.__wrapped__(jina, "packed", "float32")  # type: ignore[attr-defined]
+    runtime = loaded.encoder.runtime
+    tuner = Tuned(error)
+    monkeypatch.setattr(tuning, "tune", tuner)
+
+    def problem() -> str:
+        vectors = loaded.vectors(TEXTS, MIXED)
+        off = not np.allclose(vectors, load(jina, "reference").vectors(TEXTS, MIXED), atol=1e-3)
+        return "packed vectors have a cosine of 0.1" if off else ""
+
+    with capture_logs() as lines:
+        build._tune(runtime, options, problem)
+
+    assert runtime.network.rotate is None
+    assert problem() == ""
+    [refusal] = [line for line in lines if line["event"] == "tuning_refused"]
+    assert reason in refusal["reason"]
+    assert tuner.captures == [True]
+
+
+def test_products_that_add_up_in_float16_are_kept_out_of_graphs(jina: Path) -> None:
+    entry = ModelEntry(id="tiny", source=str(jina), device="cpu", enabled=True, fp16_accumulation=True)
+
+    assert not plan_load(entry).build_options("cpu", CpuThreads(1, 1)).may_capture
+
+
+def test_a_model_can_be_untuned(jina: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = load.__wrapped__(jina, "packed", "float32").encoder.runtime  # type: ignore[attr-defined]
+    runtime.make_graphs()
+    features = runtime.prepare([[5] * 9], [-1])
+
+    untune(runtime)
+
+    assert runtime.forward(features).flat.shape[0] == 9  # what was prepared before can still be computed
