@@ -43,7 +43,7 @@ class Case:
     """A model and what it is asked for.
 
     Attributes:
-        adapters: of two short texts; -1 is none.
+        adapters: of two short texts; -1 for no adapter.
         merges: there are weights for each adapter.
         most: the goal for the calls of a forward, or ``None``.
     """
@@ -81,7 +81,7 @@ class Counts:
 
 
 def cases(*, is_tiny: bool = False) -> list[Case]:
-    """Return what is counted: the two models of ``models.yaml`` that are made for a card."""
+    """Return the cases: the two models of ``models.yaml`` that are made for a card."""
     jina, m3 = gpu_models.jina_v3_config(is_tiny=is_tiny), gpu_models.bge_m3_config(is_tiny=is_tiny)
     return [
         Case("BGE-M3", m3, most=150),

@@ -143,7 +143,7 @@ class Capturer:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Return what some work makes, and a function that makes it again in the same place.
+        """Return the result of some work, and a function that computes it again in the same place.
 
         Other threads may use the card meanwhile. (``torch.cuda.graph`` would also collect all garbage, which stops them.)
         """
