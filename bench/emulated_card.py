@@ -228,7 +228,7 @@ def check_attention(  # noqa: PLR0913, PLR0917  the operator's
     *,
     scale: float,
 ) -> None:
-    """Make the checks of ``mha_varlen_fwd`` (pytorch, aten/native/transformers/cuda/flash_attn/flash_api.cpp)."""
+    """Make the kernel's own checks (pytorch, aten/native/transformers/cuda/flash_attn/flash_api.cpp)."""
     total, num_heads, width = query.shape
     assert query.dtype in (torch.float16, torch.bfloat16), (
         f"FlashAttention only supports fp16 and bf16, not {query.dtype}"
